@@ -1,0 +1,5 @@
+"""x"""
+
+from nested_core import backend
+
+backend.prepare()

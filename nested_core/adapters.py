@@ -1,0 +1,143 @@
+"""Adapter directories in mlx-lm's format: adapters.safetensors beside adapter_config.json.
+
+Tensors are read as raw bytes, eagerly, through the strict reader of safetensors: what is compared
+and hashed is what is on disk, and MLX has no part in the reading. Only safetensors are opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from nested_core.durable import canonical_json, write_json
+from nested_core.errors import ConfigError, DamagedError
+
+WEIGHTS_NAME = "adapters.safetensors"
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 1024 * 1024
+NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U64": "<u8", "U32": "<u4", "BF16": "<u2"}
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as it stands in a safetensors file: dtype ("F32", "BF16" ...), shape and bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    def to_numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """The values as a NumPy array; bfloat16 is widened to float32, which is exact."""
+        stored = self._stored()
+        if self.dtype != "BF16":
+            return stored
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+
+    def to_mlx(self) -> mx.array:
+        """The same bytes as an MLX array of the same dtype."""
+        stored = mx.array(self._stored())
+        return stored.view(mx.bfloat16) if self.dtype == "BF16" else stored
+
+    def _stored(self) -> np.ndarray[Any, np.dtype[Any]]:
+        if self.dtype not in NUMPY_DTYPES:
+            raise DamagedError(f"A tensor has dtype {self.dtype}, which is not read here.")
+        return np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter directory read whole: where it is, its configuration and its tensors by name."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def meaning(self) -> dict[str, Any]:
+        """What the tensors stand for: the part of the configuration that changes the model."""
+        lora = self.config.get("lora_parameters") or {}
+        return {
+            "fine_tune_type": self.config.get("fine_tune_type", "lora"),
+            "rank": lora.get("rank"),
+            "scale": lora.get("scale"),
+            "keys": sorted(lora["keys"]) if lora.get("keys") else None,
+            "num_layers": self.config.get("num_layers"),
+            "base_fingerprint": self.config.get("base_fingerprint"),
+        }
+
+    def digest(self) -> str:
+        """SHA-256 over the meaning, then names, dtypes, shapes and bytes in name order."""
+        digest = hashlib.sha256(canonical_json(self.meaning()))
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(canonical_json([name, tensor.dtype, list(tensor.shape)]))
+            digest.update(tensor.data)
+        return digest.hexdigest()
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter directory.
+
+    Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
+    well-formed adapter.
+    """
+    if not path.is_dir():
+        raise ConfigError(
+            f"{path} is not a directory. Expected an adapter directory with {WEIGHTS_NAME} and "
+            f"{CONFIG_NAME}, as mlx_lm.lora or nested-tune writes it."
+        )
+    return Adapter(path, read_adapter_config(path / CONFIG_NAME), read_tensors(path / WEIGHTS_NAME))
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Read adapter_config.json: a JSON object of at most 1 MiB."""
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise DamagedError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes.")
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing: without it the tensors mean nothing.") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("lora_parameters") or {}, dict):
+        raise DamagedError(f"{path} is not an adapter configuration (a JSON object).")
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file into memory, header checked by safetensors."""
+    try:
+        entries = deserialize(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing.") from None
+    except SafetensorError as error:
+        raise DamagedError(f"{path} is not a sound safetensors file: {error}.") from error
+    return {
+        name: Tensor(str(entry["dtype"]), tuple(entry["shape"]), bytes(entry["data"]))
+        for name, entry in entries
+    }
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """Every tensor of a safetensors file as an MLX array, read now and through the strict reader.
+
+    mx.load would be lazy (a file that changes later changes what was "read") and takes files that
+    safetensors refuses.
+    """
+    return {name: tensor.to_mlx() for name, tensor in read_tensors(path).items()}
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Write MLX arrays and a configuration into `folder`, which a caller then publishes whole.
+
+    The tensors are stored in name order, so that equal adapters give equal bytes.
+    """
+    mx.save_safetensors(str(folder / WEIGHTS_NAME), dict(sorted(tensors.items())))
+    write_json(folder / CONFIG_NAME, dict(sorted(config.items())))

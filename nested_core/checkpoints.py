@@ -1,0 +1,122 @@
+"""Checkpoints: atomic, hashed directories that hold all that training needs to go on.
+
+A checkpoint is whole or it is not there. One that was changed since is named and passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, load_arrays, write_adapter
+from nested_core.durable import new_directory, write_json
+from nested_core.errors import DamagedError
+from nested_core.manifest import verify_manifest, write_manifest
+
+OPTIMIZER_NAME = "optimizer.safetensors"
+STATE_NAME = "state.json"
+CHECKPOINT_NAME = re.compile(r"^step-(\d{7})$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint directory: its path, optimizer step and state.json."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+    def adapter_tensors(self) -> dict[str, mx.array]:
+        """The adapter's tensors, evaluated."""
+        return load_arrays(self.path / WEIGHTS_NAME)
+
+    def optimizer_state(self) -> Any:
+        """The optimizer's state tree, evaluated."""
+        return tree_unflatten(list(load_arrays(self.path / OPTIMIZER_NAME).items()))
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step stands."""
+    return folder / f"step-{step:07d}"
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    adapter: Mapping[str, mx.array],
+    adapter_config: Mapping[str, Any],
+    optimizer_state: Any,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write one checkpoint durably under its step's name and return its path."""
+    target = checkpoint_path(folder, state["step"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with new_directory(target, replace=True) as temporary:
+        write_adapter(temporary, adapter, adapter_config)
+        flat: dict[str, mx.array] = dict(tree_flatten(optimizer_state))
+        mx.save_safetensors(str(temporary / OPTIMIZER_NAME), flat)
+        write_json(temporary / STATE_NAME, dict(state))
+        write_manifest(temporary, {"step": state["step"]})
+    return target
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Verify every byte of a checkpoint and read its state; DamagedError where it was changed."""
+    match = CHECKPOINT_NAME.match(path.name)
+    if match is None:
+        raise DamagedError(f"{path} is not a checkpoint: its name is not step-NNNNNNN.")
+    step = int(match.group(1))
+    if verify_manifest(path).get("step") != step:
+        raise DamagedError(f"{path} holds the manifest of another step.")
+    return Checkpoint(path, step, json.loads((path / STATE_NAME).read_bytes()))
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest sound checkpoint; a damaged one is warned of, by name, and passed over.
+
+    Raises DamagedError where there are checkpoints and none is sound.
+    """
+    paths = list_checkpoints(folder)
+    problems = []
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path)
+        except DamagedError as error:
+            problems.append(str(error))
+            warnings.warn(
+                f"Checkpoint {path.name} is damaged, trying the one before: {error}", stacklevel=2
+            )
+    if problems:
+        raise DamagedError(f"No checkpoint in {folder} is sound. The newest: {problems[0]}")
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint directories, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if CHECKPOINT_NAME.match(path.name))
+
+
+def prune_checkpoints(folder: Path, *, keep_last: int, keep_steps: Collection[int]) -> None:
+    """Remove all but the last `keep_last` checkpoints and those of `keep_steps`."""
+    kept = {checkpoint_path(folder, step) for step in keep_steps}
+    for path in list_checkpoints(folder)[:-keep_last]:
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def publish_adapter(checkpoint: Path, target: Path) -> None:
+    """Copy the adapter of a checkpoint, byte for byte, to an adapter directory."""
+    with new_directory(target, replace=True) as temporary:
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            shutil.copyfile(checkpoint / name, temporary / name)

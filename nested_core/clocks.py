@@ -1,0 +1,138 @@
+"""Tiers as an optimizer sees them: a frequency, exact parameter names, and counters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Parameters that share a clock: updated at the steps n = 1, 2, ... with n % frequency == 0.
+
+    `names` are exact dotted parameter names; None stands for all that no other tier names.
+    `learning_rate_scale` multiplies the learning rate; `weight_decay` None is the optimizer's.
+    """
+
+    frequency: int = 1
+    names: frozenset[str] | None = None
+    learning_rate_scale: float = 1.0
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.frequency < 1:
+            raise ValueError(
+                f"A tier's frequency should be >= 1, {self.frequency} was provided instead"
+            )
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """What one tier holds and has done: updates applied, and skipped for non-finite gradients."""
+
+    tier: int
+    frequency: int
+    tensors: int
+    parameters: int
+    updates: int
+    skipped: int
+
+
+def refuse_ambiguous(tiers: Sequence[Tier]) -> None:
+    """Raise ValueError without any tier, and where two tiers would take all that is left."""
+    if not tiers or sum(tier.names is None for tier in tiers) > 1:
+        raise ValueError("Expected at least one tier, and at most one with names=None.")
+
+
+def find_owners(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
+    """The tier of every parameter name.
+
+    Raises ValueError for a tier that names an unknown parameter and for a parameter in two tiers.
+    A parameter that no tier names goes to the tier with names=None, else, with a warning, to the
+    last and slowest.
+    """
+    known = list(names)
+    owners = _named_owners(tiers)
+    unknown = sorted(owners.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"Tiers name {len(unknown)} unknown parameters: {unknown[:3]}. The trainable ones look "
+            f"like {known[:3]}; call init with the whole trainable tree."
+        )
+    orphans = [name for name in known if name not in owners]
+    rest = next((i for i, tier in enumerate(tiers) if tier.names is None), None)
+    if rest is None and orphans:
+        rest = len(tiers) - 1
+        warnings.warn(f"No tier names {orphans[:8]}: updated in tier {rest}.", stacklevel=4)
+    return owners | {name: rest for name in orphans if rest is not None}
+
+
+def _named_owners(tiers: Sequence[Tier]) -> dict[str, int]:
+    owners: dict[str, int] = {}
+    for index, tier in enumerate(tiers):
+        for name in sorted(tier.names or ()):
+            if name in owners:
+                raise ValueError(f"{name} is in tier {owners[name]} and in tier {index}.")
+            owners[name] = index
+    return owners
+
+
+def new_counters(tiers: int) -> dict[str, mx.array]:
+    """The counters of an optimizer with this many tiers, all zero.
+
+    uint64 arrays of shape (tiers,): `updates` applied, updates `skipped` for non-finite gradients,
+    and gradients `gathered` in the open chunk. Scalars: `nonfinite_in_a_row`, and `grad_norm`, the
+    global L2 norm before clipping of the gradients that were last due.
+    """
+    zeros = mx.zeros(tiers, mx.uint64)
+    return {
+        "updates": zeros,
+        "skipped": zeros,
+        "gathered": zeros,
+        "nonfinite_in_a_row": mx.array(0, mx.uint64),
+        "grad_norm": mx.array(0.0),
+    }
+
+
+def as_counts(flags: Mapping[int, mx.array], tiers: int) -> mx.array:
+    """Flags of some tiers as a uint64 vector over all of them, 0 for a tier without a flag."""
+    absent = mx.array(False)
+    return mx.stack([flags.get(i, absent) for i in range(tiers)]).astype(mx.uint64)
+
+
+def count_step(
+    counters: dict[str, mx.array],
+    due: Mapping[int, mx.array],
+    applied: Mapping[int, mx.array],
+    finite: mx.array,
+) -> None:
+    """Count one step in place: what was applied, and what was due but skipped."""
+    tiers = counters["updates"].size
+    done = as_counts(applied, tiers)
+    skipped = as_counts({i: mx.logical_not(finite) & is_due for i, is_due in due.items()}, tiers)
+    row = counters["nonfinite_in_a_row"]
+    counters["updates"] = counters["updates"] + done
+    counters["skipped"] = counters["skipped"] + skipped
+    counters["gathered"] = mx.where(done > 0, mx.zeros_like(done), counters["gathered"])
+    counters["nonfinite_in_a_row"] = mx.where(finite, mx.zeros_like(row), row + 1)
+
+
+def tier_stats(
+    tiers: Sequence[Tier],
+    owners: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    counters: Mapping[str, mx.array],
+) -> list[TierStats]:
+    """What each tier holds and has done; reads the counters from the device."""
+    updates: Any = counters["updates"].tolist()
+    skipped: Any = counters["skipped"].tolist()
+    stats = []
+    for i, tier in enumerate(tiers):
+        sizes = [math.prod(shapes[name]) for name, owner in owners.items() if owner == i]
+        stats.append(TierStats(i, tier.frequency, len(sizes), sum(sizes), updates[i], skipped[i]))
+    return stats

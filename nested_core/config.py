@@ -1,0 +1,201 @@
+"""What a fine-tune is configured by: the keys of `mlx_lm.lora`, and our own in sections.
+
+Unknown keys are refused with the nearest known one; every problem is reported, not just the first.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat as Share
+
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+SCHEDULES = ("linear_schedule", "exponential_decay", "step_decay", "cosine_decay")
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraParameters(Section):
+    """The low-rank matrices: their rank, the factor on their product, where they go."""
+
+    rank: PositiveInt = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    scale: float = 20.0
+    keys: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+
+
+class LearningRateSchedule(Section):
+    """mlx-lm's `lr_schedule`: a schedule of `mlx.optimizers` by name, with its own warm-up."""
+
+    name: Literal["linear_schedule", "exponential_decay", "step_decay", "cosine_decay"]
+    arguments: Annotated[tuple[float, ...], Field(min_length=1)]
+    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup_init: float = 0.0
+
+
+class Assignment(Section):
+    """One rule of the manual strategy: names that match the pattern go to the tier."""
+
+    match: str
+    tier: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _pattern_compiles(self) -> Self:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"{self.match!r} is not a regular expression: {error}") from error
+        return self
+
+
+class NestedSection(Section):
+    """Tiers of parameters and the clocks they are updated on."""
+
+    frequencies: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (1,)
+    strategy: Literal["layer_depth", "parameter_importance", "manual"] = "layer_depth"
+    fast: Literal["shallow", "deep"] = "shallow"
+    slow_gradients: Literal["skip", "accumulate"] = "skip"
+    accumulate: Literal["mean", "sum"] = "mean"
+    learning_rate_scale: tuple[Share, ...] | None = None
+    weight_decay: tuple[Share, ...] | None = None
+    assignments: tuple[Assignment, ...] = ()
+    probe_batches: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _tiers_agree(self) -> Self:
+        if list(self.frequencies) != sorted(self.frequencies):
+            raise ValueError(f"frequencies must ascend, fastest first; got {self.frequencies}")
+        for name in ("learning_rate_scale", "weight_decay"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.frequencies):
+                raise ValueError(
+                    f"{name} needs one number a tier ({len(self.frequencies)}), got {len(values)}"
+                )
+        self._check_assignments()
+        return self
+
+    def _check_assignments(self) -> None:
+        if (self.strategy == "manual") != bool(self.assignments):
+            raise ValueError("strategy manual needs assignments, and only manual takes them")
+        for rule in self.assignments:
+            if rule.tier >= len(self.frequencies):
+                raise ValueError(
+                    f"the assignment {rule.match!r} names tier {rule.tier}; "
+                    f"{len(self.frequencies)} frequencies make tiers 0 to "
+                    f"{len(self.frequencies) - 1}"
+                )
+
+
+class TrainingSection(Section):
+    """How the loop runs, beyond what mlx-lm knows."""
+
+    max_grad_norm: Share = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    epochs: PositiveFloat | None = None
+    early_stop_patience: PositiveInt | None = None
+    min_delta: Share = 1e-4
+    keep_checkpoints: PositiveInt = 5
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    memory_limit_gb: PositiveFloat | None = None
+    max_nonfinite_steps: PositiveInt = 5
+    flat_loss_reports: Annotated[int, Field(ge=2)] = 10
+
+
+class GateSection(Section):
+    """The bounds that the gate judges by; they are recorded in gate.json."""
+
+    max_val_loss_increase: Share = 0.0
+    min_relative_change: Share = 0.0
+    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+
+class RegistrySection(Section):
+    """Where verified adapters go, and which of them become champion by themselves."""
+
+    path: str | None = None
+    name: AdapterName | None = None
+    promote: Literal["never", "always", "better"] = "never"
+    min_improvement: Share = 0.0
+    require_validation: bool = True
+
+    @model_validator(mode="after")
+    def _path_and_name_together(self) -> Self:
+        if (self.path is None) != (self.name is None):
+            raise ValueError("registry needs both path and name, or neither")
+        if self.promote != "never" and self.path is None:
+            raise ValueError(f"promote: {self.promote} needs a registry path and name")
+        return self
+
+
+class FineTuneConfig(Section):
+    """A whole fine-tune. The top level is mlx-lm's, with mlx-lm's defaults and meanings.
+
+    `adapter_path` alone differs: a run keeps its adapter in its own directory, and copies it to
+    `adapter_path` only where one is given. `train` is implied by the command.
+    """
+
+    model: str = "Qwen/Qwen3-0.6b"
+    train: bool = True
+    fine_tune_type: Literal["lora", "dora"] = "lora"
+    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer_config: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    data: str = "mlx-community/WikiSQL"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    num_layers: Annotated[int, Field(ge=-1)] = 16
+    batch_size: PositiveInt = 4
+    iters: PositiveInt = 1000
+    val_batches: Annotated[int, Field(ge=-1)] = 25
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    steps_per_report: PositiveInt = 10
+    steps_per_eval: PositiveInt = 200
+    resume_adapter_file: str | None = None
+    adapter_path: str | None = None
+    save_every: PositiveInt = 100
+    test: bool = False
+    test_batches: Annotated[int, Field(ge=-1)] = 500
+    max_seq_length: Annotated[int, Field(ge=2)] = 2048
+    grad_checkpoint: bool = False
+    grad_accumulation_steps: PositiveInt = 1
+    clear_cache_threshold: Annotated[int, Field(ge=0)] = 0
+    lr_schedule: LearningRateSchedule | None = None
+    lora_parameters: LoraParameters = LoraParameters()
+    mask_prompt: bool = False
+    report_to: str | None = None
+    project_name: str | None = None
+    trust_remote_code: bool = False
+    prompt_feature: str = "prompt"
+    completion_feature: str = "completion"
+    text_feature: str = "text"
+    chat_feature: str = "messages"
+    nested: NestedSection = NestedSection()
+    training: TrainingSection = TrainingSection()
+    gate: GateSection = GateSection()
+    registry: RegistrySection = RegistrySection()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        schedule = self.lr_schedule
+        if schedule is not None and schedule.warmup and self.training.warmup_steps:
+            raise ValueError("training.warmup_steps and lr_schedule.warmup: give only one of them")
+        allowed = {"betas", "eps", "bias_correction"}
+        allowed |= {"weight_decay"} if self.optimizer == "adamw" else set()
+        unknown = self.optimizer_arguments.keys() - allowed
+        if unknown:
+            raise ValueError(
+                f"optimizer_config.{self.optimizer} does not take {sorted(unknown)}; "
+                f"it takes {sorted(allowed)}"
+            )
+        if self.nested.weight_decay is not None and self.optimizer != "adamw":
+            raise ValueError("nested.weight_decay needs optimizer: adamw")
+        return self
+
+    @property
+    def optimizer_arguments(self) -> dict[str, Any]:
+        """The keyword arguments given for the chosen optimizer."""
+        return self.optimizer_config.get(self.optimizer, {})

@@ -1,0 +1,128 @@
+"""From YAML and flags to a FineTuneConfig: precedence is flag, then YAML, then default.
+
+YAML with anchors, tags, duplicate keys or more than 64 KiB is refused; `1e-5` is a number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from nested_core.config import FineTuneConfig
+from nested_core.errors import ConfigError
+
+MAX_YAML_BYTES = 64 * 1024
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML as a configuration needs it: plain values, each key once, nothing by reference."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise _refusal("an anchor or alias (& or *)", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise _refusal("a tag (!)", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise _refusal(f"the key {key.value!r} twice", key.start_mark)
+            seen.add(str(key.value))
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+# The same pattern that mlx_lm.lora gives its loader, so that 1e-5 is a number (lora.py).
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789."),
+)
+
+
+def _refusal(what: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=f"{what} is not allowed here", problem_mark=mark)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping of at most 64 KiB, or raise ConfigError saying where it is wrong."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    if len(content) > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} is larger than 64 KiB; that is not a configuration.")
+    try:
+        loader = _PlainLoader(content)
+        value = loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not usable YAML: {_yaml_problem(error)}.") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} should hold keys and values; found a {type(value).__name__}.")
+    return value
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_config(path: Path | None, flags: Mapping[str, Any]) -> FineTuneConfig:
+    """Build the configuration from a YAML file, if any, and flags that are not None.
+
+    As in mlx_lm.lora, a flag wins over the file and a null in the file means the default. Relative
+    paths are kept as they are written: they start at the working directory.
+    """
+    values = read_yaml(path) if path is not None else {}
+    merged = values | dict(flags)
+    known = {key: value for key, value in merged.items() if value is not None}
+    return parse_config(known, source=str(path) if path is not None else "the command line")
+
+
+def parse_config(values: Mapping[str, Any], *, source: str) -> FineTuneConfig:
+    """Check values against the schema; ConfigError lists every problem, one a line."""
+    try:
+        return FineTuneConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(explain(error, FineTuneConfig, source)) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """Turn a validation error into lines of "key: what is wrong", with suggestions."""
+    lines = [_explain_one(dict(problem), model) for problem in error.errors(include_url=False)]
+    shown = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
+    return f"The configuration in {source} cannot be used:\n" + "\n".join(shown)
+
+
+def _explain_one(problem: dict[str, Any], model: type[BaseModel]) -> str:
+    location = problem["loc"]
+    key = ".".join(str(part) for part in location)
+    if problem["type"] == "extra_forbidden":
+        return f"  {key}: unknown key{_suggestion(location, model)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    prefix = f"  {key}: " if key else "  "
+    value = "" if problem["type"] == "value_error" else f"; found {problem['input']!r:.80}"
+    return f"{prefix}{message}{value}"
+
+
+def _suggestion(location: tuple[Any, ...], model: type[BaseModel]) -> str:
+    for part in location[:-1]:
+        section = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return ""
+        model = section
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""

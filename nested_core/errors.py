@@ -1,0 +1,54 @@
+"""Every error a person can meet, each with the exit code that `nested-tune` returns for it.
+
+A message is one paragraph: what is wrong, where, what was expected and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class NestedTuneError(Exception):
+    """Base of all errors of this project; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ConfigError(NestedTuneError):
+    """A command, a flag or a configuration that cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class DatasetError(NestedTuneError):
+    """A data set with at least one error; the findings are in its dataset report."""
+
+    exit_code = 3
+
+
+class GateRejected(NestedTuneError):
+    """An adapter that did not pass the gate; it is never retried and never registered."""
+
+    exit_code = 4
+
+
+class TrainingStopped(NestedTuneError):
+    """Training that was asked to stop before its end and can be resumed from its checkpoint."""
+
+    exit_code = 5
+
+
+class DamagedError(NestedTuneError):
+    """An adapter, a checkpoint or a registry on disk that is damaged or not safe to read."""
+
+    exit_code = 6
+
+
+class UpdateNotApplied(NestedTuneError):
+    """A computed update that did not reach the parameter it was computed for."""
+
+
+class TrainingDiverged(NestedTuneError):
+    """Gradients that stayed non-finite for more steps in a row than the configuration allows."""
+
+
+class SilentUpdateWarning(UserWarning):
+    """A red flag raised while training runs: something that should have moved did not."""

@@ -1,0 +1,113 @@
+"""The updates of each tier against its clock, from the checkpoint that the adapter comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from nested_core.adapters import Tensor, read_tensors
+from nested_core.checkpoints import OPTIMIZER_NAME, Checkpoint
+from nested_core.config import FineTuneConfig
+from nested_core.gate.verdict import Reason, TensorChange, TierChange
+from nested_core.run_directory import RunDirectory
+from nested_core.scalars import to_float
+from nested_core.tiers import TierMap, expected_updates
+from nested_core.training.schedules import build_learning_rate
+
+
+@dataclass(frozen=True)
+class TierEvidence:
+    """What a checkpoint says of the tiers: their map, their counts, the optimizer's moments."""
+
+    tiers: TierMap
+    step: int
+    flushed: bool
+    counts: Sequence[dict[str, Any]]
+    moments: dict[str, Tensor]
+
+    @classmethod
+    def collect(cls, run: RunDirectory, checkpoint: Checkpoint) -> TierEvidence:
+        """Read it from the run directory and a verified checkpoint."""
+        return cls(
+            TierMap.from_json(json.loads(run.tiers.read_bytes())),
+            checkpoint.step,
+            bool(checkpoint.state["flushed"]),
+            checkpoint.state["tiers"],
+            read_tensors(checkpoint.path / OPTIMIZER_NAME),
+        )
+
+    def had_gradient(self, name: str) -> bool:
+        """Whether the second moment of a parameter is anywhere other than zero."""
+        moment = self.moments.get(f"{name}.v")
+        return moment is not None and any(moment.data)
+
+
+def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> list[TierChange]:
+    """The rows of the tier table."""
+    rows = []
+    for tier, frequency in enumerate(evidence.tiers.frequencies):
+        own = [change for change in changes if change.tier == tier]
+        expected = expected_updates(evidence.step, frequency, flushed=evidence.flushed)
+        counts = evidence.counts[tier]
+        moved = sum(change.changed for change in own)
+        rows.append(
+            TierChange(
+                tier, frequency, len(own), moved, expected, counts["updates"], counts["skipped"]
+            )
+        )
+    return rows
+
+
+def update_reasons(
+    config: FineTuneConfig,
+    evidence: TierEvidence,
+    rows: Sequence[TierChange],
+    changes: Sequence[TensorChange],
+) -> list[Reason]:
+    """Tiers that stayed as they were, updates that are not accounted for or left no trace."""
+    reasons = []
+    for row in rows:
+        own = [change for change in changes if change.tier == row.tier]
+        reasons += _tier_reasons(config, evidence, row, own)
+    return reasons
+
+
+def _tier_reasons(
+    config: FineTuneConfig, evidence: TierEvidence, row: TierChange, own: Sequence[TensorChange]
+) -> list[Reason]:
+    label = f"tier {row.tier} (every {row.frequency})"
+    names = tuple(change.name for change in own)
+    reasons = []
+    if row.applied_updates + row.skipped_updates != row.expected_updates:
+        message = (
+            f"{label}: {row.expected_updates} updates were due by step {evidence.step}, "
+            f"{row.applied_updates} were applied and {row.skipped_updates} skipped"
+        )
+        reasons.append(Reason("updates_missing", message, names))
+    if row.skipped_updates > config.gate.max_skipped_share * row.expected_updates:
+        message = (
+            f"{label}: {row.skipped_updates} of {row.expected_updates} updates were skipped for "
+            f"non-finite gradients; gate.max_skipped_share is {config.gate.max_skipped_share:g}"
+        )
+        reasons.append(Reason("updates_missing", message, names))
+    if not row.changed or not any(map(evidence.had_gradient, names)):
+        return [*reasons, Reason("tier_unchanged", f"{label}: nothing was trained", names)]
+    if row.applied_updates and _had_rate(config, evidence, row):
+        traceless = [c.name for c in own if not c.changed and evidence.had_gradient(c.name)]
+        if traceless:
+            message = f"{label}: {len(traceless)} tensors had gradients and stayed as they were"
+            reasons.append(Reason("updates_missing", message, tuple(traceless)))
+    return reasons
+
+
+def _had_rate(config: FineTuneConfig, evidence: TierEvidence, row: TierChange) -> bool:
+    """Whether the learning rate was above 0 at one of the tier's due steps at least."""
+    rate = build_learning_rate(config)
+    if not callable(rate):
+        return rate > 0
+    due = range(row.frequency, evidence.step + 1, row.frequency)
+    return evidence.flushed or any(to_float(rate(mx.array(step - 1))) > 0 for step in due)

@@ -1,0 +1,113 @@
+"""A verdict: passed, or failed for reasons that each have a code, a message and tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Code = Literal[
+    "unchanged",
+    "tier_unchanged",
+    "updates_missing",
+    "non_finite",
+    "tensor_missing",
+    "tensor_unexpected",
+    "shape_mismatch",
+    "dtype_mismatch",
+    "no_effect",
+    "loss_regressed",
+    "unreadable",
+    "config_mismatch",
+    "base_mismatch",
+]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an adapter is rejected, and the tensors that it is about."""
+
+    code: Code
+    message: str
+    tensors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """One tensor against its initial self.
+
+    `changed` compares bytes; `max_abs_delta` is None where a value is not finite; `relative_delta`
+    is the norm of the difference over the larger of the two norms.
+    """
+
+    name: str
+    tier: int | None
+    changed: bool
+    max_abs_delta: float | None
+    relative_delta: float | None
+    finite: bool
+
+
+@dataclass(frozen=True)
+class TierChange:
+    """One tier: how many of its tensors changed, and its updates against what its clock says."""
+
+    tier: int
+    frequency: int
+    tensors: int
+    changed: int
+    expected_updates: int
+    applied_updates: int
+    skipped_updates: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The loss of the initial and of the trained adapter on one recorded list of examples."""
+
+    loss_before: float | None
+    loss_after: float | None
+    selected_on_same_data: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter that was judged: where it is, and the digest of what it means."""
+
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What gate.json says."""
+
+    reasons: tuple[Reason, ...]
+    adapter_step: int | None
+    initial: Source
+    trained: Source
+    tensors: tuple[TensorChange, ...]
+    tiers: tuple[TierChange, ...] = ()
+    validation: Validation | None = None
+    thresholds: dict[str, float] | None = None
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether no reason speaks against the adapter."""
+        return not self.reasons
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of gate.json."""
+        return {"verdict": "passed" if self.has_passed else "failed"} | asdict(self)
+
+    def summary(self) -> str:
+        """One line: the codes, or what changed."""
+        if self.has_passed:
+            changed = sum(tensor.changed for tensor in self.tensors)
+            return f"passed: {changed} of {len(self.tensors)} tensors changed{self._loss_note()}"
+        return "rejected: " + "; ".join(f"{r.code} ({r.message})" for r in self.reasons[:4])
+
+    def _loss_note(self) -> str:
+        if self.validation is None:
+            return ""
+        before, after = self.validation.loss_before, self.validation.loss_after
+        return f", validation loss {before:.4g} -> {after:.4g}"

@@ -1,0 +1,83 @@
+"""A manifest names every file of a folder with its size and SHA-256, and hashes itself.
+
+Reading refuses a folder with a file that is missing, extra or changed, the manifest included.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from nested_core.durable import canonical_json, file_sha256, write_json
+from nested_core.errors import DamagedError
+
+MANIFEST_NAME = "MANIFEST.json"
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> str:
+    """Write MANIFEST.json over the files now in `folder`, with `facts`; return its digest."""
+    body = {"facts": facts, "files": _describe_files(folder)}
+    digest = _body_digest(body)
+    write_json(folder / MANIFEST_NAME, body | {"digest": digest})
+    return digest
+
+
+def verify_manifest(folder: Path) -> dict[str, Any]:
+    """Re-hash every file of `folder` and return the manifest's facts.
+
+    Raises DamagedError naming the first file that is missing, extra or changed.
+    """
+    manifest = read_manifest(folder)
+    listed: dict[str, Any] = manifest["files"]
+    found = _list_files(folder)
+    for name in sorted(listed.keys() - found):
+        raise DamagedError(f"{folder / name} is missing: {MANIFEST_NAME} lists it.")
+    for name in sorted(found - listed.keys()):
+        raise DamagedError(f"{folder / name} is not listed in {MANIFEST_NAME}: it does not belong.")
+    for name, expected in listed.items():
+        if _describe_file(folder / name) != expected:
+            raise DamagedError(
+                f"{folder / name} has changed since it was written (size or SHA-256)."
+            )
+    facts: dict[str, Any] = manifest["facts"]
+    return facts
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read MANIFEST.json and check the hash it carries of itself; the files are not looked at."""
+    path = folder / MANIFEST_NAME
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise DamagedError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes.")
+        manifest = json.loads(path.read_bytes())
+        body = {"facts": manifest["facts"], "files": dict(manifest["files"])}
+        intact = manifest == body | {"digest": _body_digest(body)}
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is missing: the folder was never finished.") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedError(f"{path} cannot be read as a manifest: {error}.") from error
+    if not intact:
+        raise DamagedError(f"{path} has changed since it was written.")
+    return dict(manifest)
+
+
+def _body_digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(body)).hexdigest()
+
+
+def _list_files(folder: Path) -> set[str]:
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return names - {MANIFEST_NAME}
+
+
+def _describe_files(folder: Path) -> dict[str, Any]:
+    return {name: _describe_file(folder / name) for name in sorted(_list_files(folder))}
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    if path.is_symlink() or not path.is_file():
+        raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

@@ -1,0 +1,211 @@
+"""The base model, loaded and frozen, with LoRA attached: only adapter leaves are trainable."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from nested_core import backend
+from nested_core.config import FineTuneConfig
+from nested_core.durable import canonical_json
+from nested_core.errors import ConfigError
+
+ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
+DORA_MAGNITUDE = "m"
+PAGE_BYTES = 4096
+PAGE_STRIDE = 1024 * 1024
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a dotted name is an adapter's: lora_a, lora_b, adapter in any case, or DoRA's m."""
+    lowered = name.lower()
+    marked = any(mark in lowered for mark in ADAPTER_MARKS)
+    return marked or lowered.rsplit(".", 1)[-1] == DORA_MAGNITUDE
+
+
+def find_model(model: str) -> Path:
+    """The local folder of a model: the path itself, or a hub repository's snapshot."""
+    from mlx_lm.utils import _download
+
+    try:
+        return Path(_download(model))
+    except Exception as error:  # the hub client has many ways to say that there is no such model
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"model: {model!r} is no local directory and could not be fetched as a Hugging Face "
+            f"repository ({type(error).__name__}: {reason}). Give the path of an mlx model folder, "
+            f"or a repository name that can be reached from here."
+        ) from error
+
+
+def load_base(config: FineTuneConfig) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer as mlx_lm.load does, at the configured precision."""
+    from mlx_lm import load
+
+    folder = find_model(config.model)
+    try:
+        model, tokenizer = load(
+            str(folder),
+            tokenizer_config={"trust_remote_code": config.trust_remote_code},
+            trust_remote_code=config.trust_remote_code,
+            lazy=True,
+        )[:2]
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
+    dtype = compute_dtype(config)
+    if dtype is not None:
+        model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def load_tokenizer(config: FineTuneConfig) -> Any:
+    """Load the tokenizer of the model alone, as mlx_lm.load does."""
+    from mlx_lm.utils import load_config, load_tokenizer
+
+    folder = find_model(config.model)
+    try:
+        eos = load_config(folder).get("eos_token_id")
+        extra = {"trust_remote_code": config.trust_remote_code}
+        return load_tokenizer(folder, extra, eos_token_ids=eos)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: no tokenizer could be loaded from {folder}: {error}") from error
+
+
+def compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
+    """The dtype of forward and backward pass; None keeps the model's own.
+
+    `auto` is float32 on a CPU, where bfloat16 has no fast matmul, and the model's own elsewhere.
+    """
+    if config.training.precision == "auto":
+        return mx.float32 if backend.device() == "cpu" else None
+    return mx.float32 if config.training.precision == "float32" else mx.bfloat16
+
+
+def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.array]:
+    """Freeze the model, inject a fresh adapter and return its leaves by dotted name.
+
+    The random state is seeded right before, so that a seed gives mlx_lm.lora's own initial weights.
+    Raises ConfigError where nothing, or something other than the adapter, would train.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    layers = len(model.layers)
+    if config.num_layers > layers:
+        raise ConfigError(
+            f"num_layers: {config.num_layers} layers are to be trained but the model has {layers}. "
+            f"Give at most {layers}, or -1 for all."
+        )
+    mx.random.seed(config.seed)
+    model.freeze()
+    _warn_of_unmatched_keys(model, config)
+    linear_to_lora_layers(
+        model,
+        config.num_layers,
+        config.lora_parameters.model_dump(exclude_none=True),
+        use_dora=config.fine_tune_type == "dora",
+    )
+    leaves = trainable(model)
+    foreign = [name for name in leaves if not is_adapter_parameter(name)]
+    if foreign or not leaves:
+        raise ConfigError(
+            f"lora_parameters: {len(leaves)} tensors would train, {foreign[:3]} of them outside "
+            f"the adapter. Layers hold modules like {_module_names(model)[:3]}; name those in keys."
+        )
+    mx.eval(leaves)
+    return leaves
+
+
+def _module_names(model: nn.Module) -> list[str]:
+    names = {name for layer in model.layers for name, _ in layer.named_modules() if name}
+    return sorted(name for name in names if "." in name) or sorted(names)
+
+
+def _warn_of_unmatched_keys(model: nn.Module, config: FineTuneConfig) -> None:
+    known = {name for layer in model.layers for name, _ in layer.named_modules()}
+    known |= {name for name, _ in model.named_modules()}
+    unmatched = [key for key in config.lora_parameters.keys or () if key not in known]
+    if unmatched:
+        warnings.warn(
+            f"lora_parameters.keys {unmatched} match no module of the model", stacklevel=3
+        )
+
+
+def trainable(model: nn.Module) -> dict[str, mx.array]:
+    """The trainable leaves of a model by dotted name, read from the model as it is now."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def load_leaves(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
+    """Put a whole set of adapter tensors into the model; every problem of names or shapes at once.
+
+    The tensors keep the dtype of the leaves they replace. Raises ConfigError.
+    """
+    leaves = trainable(model)
+    problems = [f"  {name}: missing" for name in leaves.keys() - tensors.keys()]
+    problems += [
+        f"  {name}: not an adapter tensor of this model" for name in tensors.keys() - leaves
+    ]
+    problems += [
+        f"  {name}: shape {tensors[name].shape}, expected {leaf.shape}"
+        for name, leaf in leaves.items()
+        if name in tensors and tensors[name].shape != leaf.shape
+    ]
+    if problems:
+        raise ConfigError(
+            "The adapter's tensors do not fit the model and lora_parameters:\n"
+            + "\n".join(sorted(problems)[:10])
+        )
+    cast = [(name, tensors[name].astype(leaf.dtype)) for name, leaf in leaves.items()]
+    model.update(tree_unflatten(cast))
+
+
+def base_fingerprint(folder: Path) -> str:
+    """SHA-256 that tells one base model from another.
+
+    It covers config.json and, of every weights file, its name, size and a 4 KiB page a MiB (the
+    first page, which holds the header's start, included): fast at any size, and no other model
+    agrees on all of it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(canonical_json([path.name, path.stat().st_size]))
+        with path.open("rb") as file:
+            for offset in range(0, path.stat().st_size, PAGE_STRIDE):
+                file.seek(offset)
+                digest.update(file.read(PAGE_BYTES))
+    return digest.hexdigest()
+
+
+def adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
+    """What adapter_config.json holds: what mlx-lm's loader needs, and the base's fingerprint."""
+    return {
+        "model": config.model,
+        "fine_tune_type": config.fine_tune_type,
+        "num_layers": config.num_layers,
+        "lora_parameters": config.lora_parameters.model_dump(mode="json", exclude_none=True),
+        "seed": config.seed,
+        "base_fingerprint": fingerprint,
+    }
+
+
+Slots = dict[str, tuple[nn.Module, str]]
+
+
+def adapter_slots(model: nn.Module) -> Slots:
+    """Where each trainable leaf lives: its module and its key there, by dotted name."""
+    modules = dict(model.named_modules())
+    split = {name: name.rpartition(".") for name in trainable(model)}
+    return {name: (modules[parent], key) for name, (parent, _, key) in split.items()}
+
+
+def read_slots(slots: Slots) -> dict[str, mx.array]:
+    """The arrays that the model holds now, by dotted name."""
+    return {name: module[key] for name, (module, key) in slots.items()}

@@ -1,0 +1,206 @@
+"""The steps of a fine-tune, each from disk to disk: validate, load, train, judge.
+
+What a step needs from the one before it reads from the run directory. `nested-tune train` calls
+them in turn, and a Prefect flow calls them as tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import yaml
+
+from nested_core.adapters import WEIGHTS_NAME, load_arrays, write_adapter
+from nested_core.checkpoints import checkpoint_path, latest_checkpoint, publish_adapter
+from nested_core.config import FineTuneConfig
+from nested_core.config_file import parse_config, read_yaml
+from nested_core.data.dataset import load_dataset
+from nested_core.data.report import DatasetReport
+from nested_core.data.settings import DataSettings
+from nested_core.durable import new_directory, remove_leftovers, write_bytes, write_json
+from nested_core.errors import ConfigError, DatasetError, GateRejected
+from nested_core.gate import Verdict, judge_run
+from nested_core.model import (
+    adapter_config,
+    attach_adapter,
+    base_fingerprint,
+    find_model,
+    load_base,
+    load_leaves,
+    load_tokenizer,
+    trainable,
+)
+from nested_core.run_directory import RunDirectory
+from nested_core.tiers import TierMap, assign_tiers
+from nested_core.training.build import build_trainer
+from nested_core.training.callbacks import TrainingCallback, with_reporting
+from nested_core.training.export import export_adapter
+from nested_core.training.probe import parameter_importance
+from nested_core.training.trainer import Trainer
+
+# Keys that may differ between a run and its resumption: they do not change what is computed.
+FREE_ON_RESUME = frozenset(
+    {"iters", "steps_per_report", "save_every", "test", "test_batches", "adapter_path", "gate"}
+    | {"registry", "report_to", "project_name", "clear_cache_threshold", "train"}
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training ended with; result.json."""
+
+    run_dir: str
+    step: int
+    adapter_step: int
+    train_loss: float | None
+    val_loss: float | None
+    best_val_loss: float | None
+    verified_steps: int
+    red_flags: tuple[str, ...]
+
+
+def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
+    """Write the resolved configuration, or on resume see that it is the same in what matters."""
+    remove_leftovers(run.path)
+    if run.config.exists() and resume:
+        _refuse_differences(read_run_config(run), config, run)
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_bytes(run.config, content.encode())
+
+
+def read_run_config(run: RunDirectory) -> FineTuneConfig:
+    """The configuration that a run was started with."""
+    run.require_begun()
+    values = {key: value for key, value in read_yaml(run.config).items() if value is not None}
+    return parse_config(values, source=str(run.config))
+
+
+def _refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run: RunDirectory) -> None:
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    differing = [k for k in before if k not in FREE_ON_RESUME and before[k] != after[k]]
+    if differing:
+        lines = [f"  {key}: {before[key]} in the run, {after[key]} now" for key in differing[:10]]
+        raise ConfigError(
+            f"{run.path} cannot be resumed with a configuration that differs:\n" + "\n".join(lines)
+        )
+
+
+def validate(config: FineTuneConfig, run: RunDirectory) -> DatasetReport:
+    """Judge the data set and write dataset.json; DatasetError where it has an error."""
+    report, _ = load_dataset(DataSettings.from_config(config), load_tokenizer(config))
+    write_json(run.dataset, report.to_json())
+    report.raise_if_rejected()
+    return report
+
+
+def load(config: FineTuneConfig, run: RunDirectory) -> None:
+    """Write the initial adapter, fresh or from resume_adapter_file, and the tier of each tensor."""
+    if run.initial.exists() and run.tiers.exists():
+        return
+    model, tokenizer = load_base(config)
+    attach_adapter(model, config)
+    if config.resume_adapter_file is not None:
+        load_leaves(model, _read_adapter_file(Path(config.resume_adapter_file)))
+    fingerprint = base_fingerprint(find_model(config.model))
+    with new_directory(run.initial, replace=True) as folder:
+        write_adapter(folder, trainable(model), adapter_config(config, fingerprint))
+    tiers = _assign(config, model, tokenizer)
+    write_json(run.tiers, tiers.to_json())
+
+
+def _read_adapter_file(path: Path) -> dict[str, mx.array]:
+    if not path.is_file():
+        raise ConfigError(f"resume_adapter_file: {path} does not exist.")
+    return load_arrays(path)
+
+
+def _assign(config: FineTuneConfig, model: Any, tokenizer: Any) -> TierMap:
+    importance = None
+    if config.nested.strategy == "parameter_importance":
+        _, splits = load_dataset(DataSettings.from_config(config), tokenizer)
+        importance = parameter_importance(config, model, splits["train"])
+    return assign_tiers(trainable(model), config.nested, importance)
+
+
+def train(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    callback: TrainingCallback | None = None,
+    on_start: Callable[[Trainer], None] | None = None,
+) -> TrainResult:
+    """Train from the initial adapter, or from the last sound checkpoint, to the end.
+
+    `on_start` is handed the trainer before its first step, so that a signal can stop it.
+    """
+    if run.result.exists() and _is_complete(config, run):
+        return read_result(run)
+    model, tokenizer = load_base(config)
+    report, splits = load_dataset(DataSettings.from_config(config), tokenizer)
+    _refuse_other_data(run, report)
+    attach_adapter(model, config)
+    load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))
+    callbacks = with_reporting(config, run.path, callback)
+    trainer = build_trainer(config, run, model, splits, callbacks)
+    if on_start is not None:
+        on_start(trainer)
+    trainer.train()
+    return _publish(run, trainer)
+
+
+def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
+    """Whether the run has ended, and not before an `iters` that was raised since."""
+    checkpoint = latest_checkpoint(run.checkpoints)
+    return checkpoint is not None and checkpoint.state["wanted_iterations"] == config.iters
+
+
+def _refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
+    validated = json.loads(run.dataset.read_bytes())["digest"]
+    if report.digest != validated:
+        raise DatasetError(
+            f"The data has changed since it was validated for {run.path}: its digest is "
+            f"{report.digest[:12]}, dataset.json says {validated[:12]}. Start a new run."
+        )
+
+
+def _publish(run: RunDirectory, trainer: Trainer) -> TrainResult:
+    """Offer the best adapter by validation loss, else the last, and say so in result.json."""
+    state = trainer.state
+    step = state.step if state.best_step is None else state.best_step
+    publish_adapter(checkpoint_path(run.checkpoints, step), run.adapter)
+    if trainer.config.adapter_path is not None:
+        export_adapter(run.adapter, Path(trainer.config.adapter_path))
+    result = TrainResult(
+        run_dir=str(run.path),
+        step=state.step,
+        adapter_step=step,
+        train_loss=state.train_loss,
+        val_loss=state.val_loss,
+        best_val_loss=state.best_val_loss,
+        verified_steps=len(state.verified_steps),
+        red_flags=tuple(state.red_flags),
+    )
+    write_json(run.result, asdict(result))
+    return result
+
+
+def read_result(run: RunDirectory) -> TrainResult:
+    """Read result.json."""
+    values = json.loads(run.result.read_bytes())
+    return TrainResult(**values | {"red_flags": tuple(values["red_flags"])})
+
+
+def judge(config: FineTuneConfig, run: RunDirectory) -> Verdict:
+    """Judge the run's adapter and write gate.json; GateRejected where it did not pass."""
+    verdict = judge_run(config, run)
+    write_json(run.gate, verdict.to_json())
+    if not verdict.has_passed:
+        raise GateRejected(
+            f"The gate rejected {run.adapter}: {verdict.summary()}. Nothing was registered; the "
+            f"evidence is in {run.gate}."
+        )
+    return verdict

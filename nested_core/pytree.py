@@ -1,0 +1,213 @@
+"""Flat dotted names and nested trees: put updates in by name, and see that they are in.
+
+Trees are dicts, lists and MLX modules, changed in place; nothing is copied, renamed or cast.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress, islice
+from typing import Any, NamedTuple, TypeVar, cast
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from nested_core.errors import UpdateNotApplied
+
+Tree = TypeVar("Tree", bound=dict[str, Any] | list[Any])
+
+MAX_NAMED = 10  # problems written out in one message
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes an element
+
+
+class Slot(NamedTuple):
+    """The place of one leaf: a dict or list, and the key or index in it."""
+
+    container: Any
+    key: str | int
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What became of a set of updates, by name; a name may be in both lists."""
+
+    checked: int
+    not_applied: tuple[str, ...]  # the tree does not hold the expected value, bit for bit
+    unmoved: tuple[str, ...]  # the tree holds the very bits it held before
+
+    def require_applied(self) -> None:
+        """Raise UpdateNotApplied, naming the parameters, unless every update is in the tree."""
+        if self.not_applied:
+            count = len(self.not_applied)
+            names = _some(self.not_applied, count, ", ")
+            raise UpdateNotApplied(
+                f"{count} of {self.checked} updates were computed and are not in the "
+                f"model: {names}. What the model holds is not what the optimizer computed: look at "
+                "how the updates are written to the model."
+            )
+
+
+def flatten(tree: dict[str, Any] | list[Any]) -> dict[str, mx.array]:
+    """The arrays of a tree by dotted name, as in "layers.0.weight"; of a module, its parameters.
+
+    The arrays are the tree's own: one that is later written to in place (`a[:] = b`) changes here.
+    Two leaves of one name ("a.b" beside "a" with "b" in it) are a ValueError.
+    """
+    pairs = _pairs(tree)
+    flat = dict(pairs)
+    if len(flat) < len(pairs):
+        twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+        raise ValueError(f"two leaves of the tree have one name: {_some(twice, len(twice), ', ')}")
+    return flat
+
+
+def _pairs(tree: dict[str, Any] | list[Any]) -> list[tuple[str, mx.array]]:
+    """Name and array of every leaf that is an array."""
+    leaves = tree_flatten(tree.parameters() if isinstance(tree, nn.Module) else tree)
+    return [
+        (name, leaf)
+        for name, leaf in cast(list[tuple[str, Any]], leaves)
+        if isinstance(leaf, mx.array)
+    ]
+
+
+def apply_flat_updates_to_nested(nested: Tree, flat: Mapping[str, mx.array]) -> Tree:
+    """Put each array of `flat` in the place in `nested` that its dotted name says; return `nested`.
+
+    Every other leaf and every container stays the object it is. A name that the tree does not
+    have, a shape or a dtype that differs: all such problems are in one UpdateNotApplied, and then
+    nothing has been changed.
+    """
+    slots = {name: _find(nested, name) for name in flat}
+    problems = {name: _problem(slots[name], new) for name, new in flat.items()}
+    if any(problems.values()):
+        raise UpdateNotApplied(_explain(problems, nested))
+    for name, slot in slots.items():
+        if slot is not None:
+            slot.container[slot.key] = flat[name]
+    return nested
+
+
+def verify_updates(
+    before: Mapping[str, mx.array],
+    expected: Mapping[str, mx.array],
+    nested: dict[str, Any] | list[Any],
+) -> UpdateReport:
+    """Read every name of `expected` back from `nested`; compare it with its old and its new value.
+
+    Values are compared as bits, so that NaN equals itself and 0.0 differs from -0.0. All of them
+    take one evaluation on the device. Raises ValueError where `before` lacks a name.
+    """
+    if missing := [name for name in expected if name not in before]:
+        raise ValueError(
+            f"no value before the update is known for: {_some(missing, len(missing), ', ')}"
+        )
+    found = [
+        slot.container[slot.key] if (slot := _find(nested, name)) else None for name in expected
+    ]
+    is_new = list(zip(found, expected.values(), strict=True))
+    is_old = [(leaf, before[name]) for leaf, name in zip(found, expected, strict=True)]
+    equal = _equal_bits(is_new + is_old)
+    return UpdateReport(
+        checked=len(expected),
+        not_applied=tuple(compress(expected, (not same for same in equal[: len(expected)]))),
+        unmoved=tuple(compress(expected, equal[len(expected) :])),
+    )
+
+
+def _find(tree: Any, name: str) -> Slot | None:
+    """The place of the leaf of this name; the keys of a flat dict may have dots in them."""
+    node, rest = tree, name
+    while True:
+        if isinstance(node, nn.Module) and rest.startswith("_"):
+            return None  # MLX keeps what is no parameter under such names
+        if isinstance(node, dict) and rest in node:
+            return Slot(node, rest)
+        word, dot, rest = rest.partition(".")
+        key = _key(node, word)
+        if key is None:
+            return None
+        if not dot:
+            return Slot(node, key)
+        node = node[key]
+
+
+def _key(node: Any, word: str) -> str | int | None:
+    """The key or index that one part of a name stands for in a dict or list, or None."""
+    if isinstance(node, dict):
+        return word if word in node else None
+    if isinstance(node, list) and word.isdecimal() and len(word) < 10 and str(int(word)) == word:
+        return int(word) if int(word) < len(node) else None
+    return None
+
+
+def _problem(slot: Slot | None, new: Any) -> str | None:
+    """Why an array cannot be put there, or None."""
+    if slot is None:
+        return "the tree has no such name"
+    old = slot.container[slot.key]
+    if not isinstance(old, mx.array):
+        return f"found {type(old).__name__} in the tree, expected an MLX array"
+    if not isinstance(new, mx.array):
+        return f"found {type(new).__name__} as the update, expected an MLX array"
+    if (new.shape, new.dtype) != (old.shape, old.dtype):
+        return f"found {_kind(new)} as the update, expected {_kind(old)}"
+    return None
+
+
+def _kind(array: mx.array) -> str:
+    """Dtype and shape, as in "float32 (8, 64)"."""
+    return f"{str(array.dtype).removeprefix('mlx.core.')} {array.shape}"
+
+
+def _explain(problems: Mapping[str, str | None], tree: Any) -> str:
+    """One message for all problems: the first few written out, unknown names with their nearest."""
+    faults = {name: fault for name, fault in problems.items() if fault}
+    known = [name for name, _ in _pairs(tree)]
+    lines = []
+    for name, fault in islice(faults.items(), MAX_NAMED):
+        nearest = difflib.get_close_matches(name, known, n=1) if name not in known else []
+        lines.append(f"{name}: {fault}" + "".join(f"; the nearest is {near}" for near in nearest))
+    return (
+        f"{len(faults)} of {len(problems)} updates do not fit the tree, so none was applied:\n  "
+        + _some(lines, len(faults), "\n  ")
+    )
+
+
+def _some(words: Sequence[str], count: int, separator: str) -> str:
+    """The first few of `count` words, and how many more there are."""
+    shown = list(words[:MAX_NAMED])
+    return separator.join(
+        [*shown, f"and {count - len(shown)} more"] if count > len(shown) else shown
+    )
+
+
+def _equal_bits(pairs: Sequence[tuple[Any, mx.array]]) -> list[bool]:
+    """Whether both sides of each pair hold the same bits, in one evaluation for all pairs."""
+    answers = [_equal_at_sight(left, right) for left, right in pairs]
+    undecided = [index for index, answer in enumerate(answers) if answer is None]
+    if undecided:
+        flags = [
+            mx.array_equal(_bits(pairs[index][0]), _bits(pairs[index][1])) for index in undecided
+        ]
+        for index, flag in zip(undecided, cast(list[bool], mx.stack(flags).tolist()), strict=True):
+            answers[index] = flag
+    return [bool(answer) for answer in answers]
+
+
+def _equal_at_sight(left: Any, right: mx.array) -> bool | None:
+    """The answer where the arrays' values are not needed for it, else None."""
+    if left is right:
+        return True
+    if not isinstance(left, mx.array) or (left.shape, left.dtype) != (right.shape, right.dtype):
+        return False
+    return None
+
+
+def _bits(array: mx.array) -> mx.array:
+    """The same bytes as unsigned integers."""
+    return array.view(_UNSIGNED[array.dtype.size])

@@ -1,0 +1,163 @@
+"""Which tier each trainable parameter belongs to, and when a tier is due.
+
+Tier 0 is the fastest. Whole layers stay together under `layer_depth` and `parameter_importance`.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nested_core.config import Assignment, NestedSection
+from nested_core.errors import ConfigError
+
+LAYER_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class TierMap:
+    """The tier of every trainable parameter, and the frequency of every tier."""
+
+    frequencies: tuple[int, ...]
+    tensors: dict[str, int]
+
+    def names(self, tier: int) -> frozenset[str]:
+        """The parameters of one tier."""
+        return frozenset(name for name, owner in self.tensors.items() if owner == tier)
+
+    def due(self, step: int) -> tuple[int, ...]:
+        """The tiers with an update at optimizer step `step`, which counts from 1."""
+        return tuple(i for i, every in enumerate(self.frequencies) if step % every == 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of tiers.json."""
+        return {
+            "frequencies": list(self.frequencies),
+            "tensors": dict(sorted(self.tensors.items())),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TierMap:
+        """Read what `to_json` wrote."""
+        return cls(tuple(value["frequencies"]), dict(value["tensors"]))
+
+
+def expected_updates(step: int, frequency: int, *, flushed: bool = False) -> int:
+    """Updates of a tier after `step` optimizer steps: floor(step / frequency), plus a flush."""
+    return step // frequency + (1 if flushed and step % frequency else 0)
+
+
+def assign_tiers(
+    names: Iterable[str], settings: NestedSection, importance: Mapping[str, float] | None = None
+) -> TierMap:
+    """Give every trainable parameter a tier.
+
+    `importance` maps a parameter to its mean squared gradient norm over a few batches; the strategy
+    `parameter_importance` needs it. Raises ConfigError where a tier would stay empty or a pattern
+    matches nothing; warns, by name, of parameters that only the slowest tier was left for.
+    """
+    ordered = sorted(names, key=_natural_order)
+    count = len(settings.frequencies)
+    if settings.strategy == "manual":
+        tensors = _by_pattern(ordered, settings.assignments)
+    elif settings.strategy == "parameter_importance":
+        tensors = _by_importance(ordered, importance or {}, count)
+    else:
+        tensors = _by_depth(ordered, settings.fast, count)
+    _adopt_orphans(ordered, tensors, slowest=count - 1)
+    _refuse_empty_tiers(tensors, count)
+    return TierMap(settings.frequencies, {name: tensors[name] for name in ordered})
+
+
+def refuse_tiers_never_due(frequencies: Sequence[int], steps: int) -> None:
+    """Raise ConfigError where a tier has no update within `steps` optimizer steps."""
+    for tier, frequency in enumerate(frequencies):
+        if frequency > steps:
+            raise ConfigError(
+                f"Tier {tier} updates every {frequency} optimizer steps, but the run has only "
+                f"{steps} (iterations / grad_accumulation_steps): it would never be trained. "
+                f"Raise iters or lower nested.frequencies."
+            )
+
+
+def _natural_order(name: str) -> tuple[Any, ...]:
+    parts = re.split(r"(\d+)", name)
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
+
+
+def _layer_of(name: str) -> int | None:
+    match = LAYER_INDEX.search(name)
+    return int(match.group(1)) if match else None
+
+
+def _by_depth(names: Sequence[str], fast: Literal["shallow", "deep"], tiers: int) -> dict[str, int]:
+    """Contiguous, near-equal groups of the layers that carry trainable parameters."""
+    layers = sorted({layer for name in names if (layer := _layer_of(name)) is not None})
+    ranked = layers if fast == "shallow" else layers[::-1]
+    return _by_rank(names, ranked, tiers)
+
+
+def _by_importance(
+    names: Sequence[str], importance: Mapping[str, float], tiers: int
+) -> dict[str, int]:
+    """Layers ranked by the importance of what they hold, the most important fastest."""
+    totals: dict[int, float] = {}
+    for name in names:
+        layer = _layer_of(name)
+        if layer is not None:
+            totals[layer] = totals.get(layer, 0.0) + importance[name]
+    return _by_rank(names, sorted(totals, key=lambda layer: (-totals[layer], layer)), tiers)
+
+
+def _by_rank(names: Sequence[str], ranked_layers: Sequence[int], tiers: int) -> dict[str, int]:
+    """Cut a ranking of layers into `tiers` near-equal runs, tier 0 first."""
+    if len(ranked_layers) < tiers:
+        raise ConfigError(
+            f"{tiers} tiers need at least {tiers} layers that carry trainable parameters; there "
+            f"are {len(ranked_layers)}. Raise num_layers or give fewer nested.frequencies."
+        )
+    size = len(ranked_layers)
+    tier_of = {layer: rank * tiers // size for rank, layer in enumerate(ranked_layers)}
+    placed = ((name, _layer_of(name)) for name in names)
+    return {name: tier_of[layer] for name, layer in placed if layer is not None}
+
+
+def _by_pattern(names: Sequence[str], rules: Sequence[Assignment]) -> dict[str, int]:
+    """The first rule whose pattern is found in the name decides."""
+    for rule in rules:
+        if not any(re.search(rule.match, name) for name in names):
+            raise ConfigError(
+                f"nested.assignments: the pattern {rule.match!r} matched no trainable parameter. "
+                f"Names look like {names[0]!r}."
+            )
+    tensors: dict[str, int] = {}
+    for name in names:
+        tier = next((rule.tier for rule in rules if re.search(rule.match, name)), None)
+        if tier is not None:
+            tensors[name] = tier
+    return tensors
+
+
+def _adopt_orphans(names: Sequence[str], tensors: dict[str, int], *, slowest: int) -> None:
+    orphans = [name for name in names if name not in tensors]
+    if not orphans:
+        return
+    tensors.update(dict.fromkeys(orphans, slowest))
+    if slowest > 0:
+        warnings.warn(
+            f"{len(orphans)} trainable parameters have no tier and go to the slowest, tier "
+            f"{slowest}: {', '.join(orphans[:8])}{' ...' if len(orphans) > 8 else ''}",
+            stacklevel=3,
+        )
+
+
+def _refuse_empty_tiers(tensors: Mapping[str, int], tiers: int) -> None:
+    empty = sorted(set(range(tiers)) - set(tensors.values()))
+    if empty:
+        raise ConfigError(
+            f"Tier {empty[0]} of {tiers} would hold no parameter. Every tier needs at least one: "
+            f"give it a pattern in nested.assignments, or fewer nested.frequencies."
+        )

@@ -1,0 +1,68 @@
+"""From a configuration to an optimizer with its tiers, and a trainer with all it needs."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from nested_core.adapters import read_adapter
+from nested_core.checkpoints import latest_checkpoint
+from nested_core.clocks import Tier
+from nested_core.config import FineTuneConfig
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.durable import file_sha256
+from nested_core.optimizers import NestedAdam, NestedAdamW
+from nested_core.run_directory import RunDirectory
+from nested_core.tiers import TierMap, refuse_tiers_never_due
+from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.schedules import build_learning_rate
+from nested_core.training.trainer import Trainer
+
+
+def build_trainer(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    model: nn.Module,
+    splits: dict[str, TokenizedSplit],
+    callback: TrainingCallback | None = None,
+) -> Trainer:
+    """A trainer at the run's last sound checkpoint, or at its start where there is none.
+
+    Raises ConfigError where a tier could never be due.
+    """
+    if config.training.memory_limit_gb is not None:
+        mx.set_memory_limit(int(config.training.memory_limit_gb * 1e9))
+    if config.clear_cache_threshold:
+        mx.set_cache_limit(config.clear_cache_threshold)
+    tiers = TierMap.from_json(json.loads(run.tiers.read_bytes()))
+    optimizer = build_optimizer(config, tiers)
+    optimizer.init(model.trainable_parameters())
+    found = {"initial": read_adapter(run.initial).digest(), "tiers": file_sha256(run.tiers)}
+    trainer = Trainer(config, run, model, splits, tiers, optimizer, found, callback)
+    refuse_tiers_never_due(tiers.frequencies, trainer.total_steps)
+    checkpoint = latest_checkpoint(run.checkpoints)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    return trainer
+
+
+def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> NestedAdam:
+    """The configured optimizer, one clock a tier."""
+    section = config.nested
+    scales = section.learning_rate_scale or (1.0,) * len(tiers.frequencies)
+    decays = section.weight_decay or (None,) * len(tiers.frequencies)
+    clocks = [
+        Tier(frequency, tiers.names(i), scales[i], decays[i])
+        for i, frequency in enumerate(tiers.frequencies)
+    ]
+    optimizer = NestedAdamW if config.optimizer == "adamw" else NestedAdam
+    return optimizer(
+        build_learning_rate(config),
+        **config.optimizer_arguments,
+        tiers=clocks,
+        slow_gradients=section.slow_gradients,
+        accumulate=section.accumulate,
+        max_grad_norm=config.training.max_grad_norm,
+    )

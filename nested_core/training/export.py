@@ -1,0 +1,22 @@
+"""The copy of an adapter that `adapter_path` asks for, under mlx-lm's own file names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME
+from nested_core.durable import write_bytes
+
+
+def export_snapshot(source: Path, adapter_path: Path, iteration: int) -> None:
+    """Copy an adapter as mlx_lm.lora saves one: as the current one, and under its iteration."""
+    export_adapter(source, adapter_path)
+    weights = (source / WEIGHTS_NAME).read_bytes()
+    write_bytes(adapter_path / f"{iteration:07d}_{WEIGHTS_NAME}", weights)
+
+
+def export_adapter(source: Path, adapter_path: Path) -> None:
+    """Copy an adapter's two files to where mlx_lm.generate --adapter-path finds them."""
+    adapter_path.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        write_bytes(adapter_path / name, (source / name).read_bytes())

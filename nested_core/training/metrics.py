@@ -1,0 +1,41 @@
+"""metrics.jsonl: one JSON object a line, flushed at every report, cut back on resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from nested_core.durable import write_bytes
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Append one record; a number that is not finite becomes null, as JSON has no word for it."""
+    finite = {key: _finite_or_none(value) for key, value in record.items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
+        file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole records; a last line that a killed process left half-written is passed over."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def cut_back(path: Path, step: int | None) -> None:
+    """Keep the records up to an optimizer step; None removes them all."""
+    kept = [r for r in read_metrics(path) if step is not None and r["step"] <= step]
+    write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

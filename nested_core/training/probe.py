@@ -1,0 +1,43 @@
+"""How much each parameter matters: its mean squared gradient norm over a few batches.
+
+The probe changes nothing: weights, optimizer and random state are what they were.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from nested_core.config import FineTuneConfig
+from nested_core.data.batches import BatchPlan
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.model import adapter_slots, read_slots
+from nested_core.scalars import to_float
+from nested_core.training.losses import supervised_loss
+from nested_core.training.step import Flat, borrowed, put
+
+
+def parameter_importance(
+    config: FineTuneConfig, model: nn.Module, split: TokenizedSplit
+) -> dict[str, float]:
+    """Mean over `nested.probe_batches` batches of the squared L2 norm of each leaf's gradient."""
+    slots = adapter_slots(model)
+    params = read_slots(slots)
+    plan = BatchPlan(split.lengths, config.batch_size, config.seed)
+
+    def mean_loss(values: Flat, tokens: mx.array, bounds: mx.array) -> mx.array:
+        put(slots, values)
+        loss, count = supervised_loss(model, tokens, bounds)
+        return loss / count
+
+    totals = {name: 0.0 for name in params}
+    was_training = model.training
+    model.eval()
+    with borrowed(slots):
+        for index in range(config.nested.probe_batches):
+            tokens, bounds = plan.arrays(split, index)
+            gradients = mx.grad(mean_loss)(params, mx.array(tokens), mx.array(bounds))
+            for name, gradient in gradients.items():
+                totals[name] += to_float(mx.square(gradient).sum())
+    model.train(was_training)
+    return {name: total / config.nested.probe_batches for name, total in totals.items()}

@@ -1,0 +1,38 @@
+"""Gradient checkpointing: a layer's activations are recomputed in the backward pass, not kept.
+
+The classes of the layers are changed only while the block runs; mlx-lm changes them for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@contextmanager
+def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Recompute every layer of the given layers' classes in the backward pass."""
+    kinds: set[Any] = {type(layer) for layer in layers}
+    originals = {kind: kind.__call__ for kind in kinds}
+    try:
+        for kind, call in originals.items():
+            kind.__call__ = _checkpointed(call)
+        yield
+    finally:
+        for kind, call in originals.items():
+            kind.__call__ = call
+
+
+def _checkpointed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def inner(params: Any, *args: Any, **kwargs: Any) -> Any:
+            layer.update(params)
+            return call(layer, *args, **kwargs)
+
+        return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
+
+    return wrapped

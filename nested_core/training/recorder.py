@@ -1,0 +1,114 @@
+"""What a run says of itself while it trains: reports, evaluations, metrics.jsonl, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from nested_core import checkpoints
+from nested_core.adapters import CONFIG_NAME, read_adapter_config
+from nested_core.config import FineTuneConfig
+from nested_core.model import Slots, read_slots
+from nested_core.optimizers import NestedAdam
+from nested_core.run_directory import RunDirectory
+from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.evaluation import Evaluator
+from nested_core.training.export import export_snapshot
+from nested_core.training.metrics import append_metrics, cut_back, read_metrics
+from nested_core.training.red_flags import flag_flat_loss
+from nested_core.training.state import TrainingState
+from nested_core.training.window import Window, optimizer_record, train_info
+
+
+class Recorder:
+    """Reports, evaluates and saves; it reads the model and the optimizer and changes neither."""
+
+    def __init__(
+        self,
+        config: FineTuneConfig,
+        run: RunDirectory,
+        slots: Slots,
+        optimizer: NestedAdam,
+        evaluator: Evaluator | None,
+        found: Mapping[str, str],
+        callback: TrainingCallback | None,
+    ) -> None:
+        self.config, self.run, self.callback = config, run, callback
+        self.window = Window()
+        self._slots, self._optimizer, self._evaluator = slots, optimizer, evaluator
+        self._found = dict(found)
+        self._losses: list[float] = []
+
+    def begin(self, state: TrainingState) -> None:
+        """Open metrics.jsonl: at the state's step on resume, else with step 0, before training."""
+        is_resumed = state.step > 0
+        cut_back(self.run.metrics, state.step if is_resumed else None)
+        records = read_metrics(self.run.metrics)
+        self._losses = [r["loss"] for r in records if r.get("loss") is not None]
+        self.window = Window.reopened(state.open_loss_sum, state.open_tokens)
+        if not is_resumed:
+            append_metrics(self.run.metrics, {"step": 0, "iteration": 0} | self._evaluate(state))
+        self.window.restart_clock()
+
+    def observe(self, state: TrainingState, *, report: bool, evaluate: bool, save: bool) -> None:
+        """What falls due after a step: one line of metrics, a checkpoint of it or of the best."""
+        with self.window.paused():
+            record = self._report(state) if report else {}
+            record |= self._evaluate(state) if evaluate else {}
+            if record:
+                position = {"step": state.step, "iteration": state.iteration}
+                append_metrics(self.run.metrics, position | record)
+            if save or (evaluate and state.best_step == state.step):
+                self.save(state)
+
+    def _report(self, state: TrainingState) -> dict[str, Any]:
+        record = self.window.close() | optimizer_record(self._optimizer)
+        state.train_loss = record["loss"]
+        state.trained_tokens += record.pop("tokens")
+        self._losses.append(record["loss"])
+        flag_flat_loss(state, self._losses, self.config.training.flat_loss_reports)
+        record["trained_tokens"] = state.trained_tokens
+        record["peak_memory_gb"] = mx.get_peak_memory() / 1e9
+        if self.callback is not None:
+            self.callback.on_train_loss_report(train_info(state, record))
+        return record
+
+    def _evaluate(self, state: TrainingState) -> dict[str, Any]:
+        if self._evaluator is None:
+            return {}
+        began = time.perf_counter()
+        val_loss = self._evaluator.loss(read_slots(self._slots))
+        is_candidate = all(tier.updates > 0 for tier in self._optimizer.get_tier_stats())
+        state.record_evaluation(
+            val_loss, is_candidate=is_candidate, min_delta=self.config.training.min_delta
+        )
+        seconds = time.perf_counter() - began
+        if self.callback is not None:
+            info = {"iteration": state.iteration, "val_loss": val_loss, "val_time": seconds}
+            self.callback.on_val_loss_report(info)
+        return {"val_loss": val_loss}
+
+    def save(self, state: TrainingState) -> None:
+        """Write a checkpoint and remove those that are no longer to be kept."""
+        state.open_loss_sum, state.open_tokens = self.window.open_sums()
+        tiers = [asdict(stats) for stats in self._optimizer.get_tier_stats()]
+        wanted = {"wanted_iterations": self.config.iters, "found": self._found, "tiers": tiers}
+        path = checkpoints.write_checkpoint(
+            self.run.checkpoints,
+            adapter=read_slots(self._slots),
+            adapter_config=read_adapter_config(self.run.initial / CONFIG_NAME),
+            optimizer_state=self._optimizer.state,
+            state=state.to_json() | wanted,
+        )
+        if self.config.adapter_path is not None:
+            export_snapshot(path, Path(self.config.adapter_path), state.iteration)
+        checkpoints.prune_checkpoints(
+            self.run.checkpoints,
+            keep_last=self.config.training.keep_checkpoints,
+            keep_steps=[state.best_step] if state.best_step is not None else [],
+        )

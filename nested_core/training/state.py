@@ -1,0 +1,54 @@
+"""What a training run has done so far: all of it, with the arrays beside it, is a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainingState:
+    """Position, best so far, and the sums of the report that is still open.
+
+    `step` counts optimizer steps, `iteration` micro-batches; the next batch is number `iteration`,
+    and the random state of step n is a function of the seed and n: there is nothing else to store.
+    """
+
+    step: int = 0
+    iteration: int = 0
+    trained_tokens: int = 0
+    flushed: bool = False
+    ended: bool = False
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    lowest_val_loss: float | None = None
+    evaluations_without_improvement: int = 0
+    val_loss: float | None = None
+    train_loss: float | None = None
+    evaluated_step: int | None = None
+    open_loss_sum: float = 0.0
+    open_tokens: int = 0
+    verified_steps: list[int] = field(default_factory=list)
+    red_flags: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TrainingState:
+        """Read what `to_json` wrote; other keys are passed over."""
+        known = {key: value[key] for key in cls.__dataclass_fields__ if key in value}
+        return cls(**known)
+
+    def record_evaluation(self, val_loss: float, *, is_candidate: bool, min_delta: float) -> bool:
+        """Take note of a validation loss; return whether it is the best among the candidates."""
+        self.val_loss, self.evaluated_step = val_loss, self.step
+        if self.lowest_val_loss is None or val_loss < self.lowest_val_loss - min_delta:
+            self.lowest_val_loss, self.evaluations_without_improvement = val_loss, 0
+        else:
+            self.evaluations_without_improvement += 1
+        is_best = is_candidate and (self.best_val_loss is None or val_loss < self.best_val_loss)
+        if is_best:
+            self.best_step, self.best_val_loss = self.step, val_loss
+        return is_best

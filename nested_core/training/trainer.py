@@ -1,0 +1,248 @@
+"""The training loop: step after step, until done or asked to stop.
+
+After each step the updates are written into the model by name; whether they are in it is read back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from nested_core.checkpoints import Checkpoint
+from nested_core.config import FineTuneConfig
+from nested_core.data.batches import BatchPlan
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.errors import TrainingDiverged, TrainingStopped
+from nested_core.model import adapter_slots, read_slots
+from nested_core.optimizers import COUNTERS, NestedAdam
+from nested_core.pytree import apply_flat_updates_to_nested, verify_updates
+from nested_core.run_directory import RunDirectory
+from nested_core.scalars import to_int
+from nested_core.tiers import TierMap
+from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.evaluation import make_evaluator
+from nested_core.training.recompute import recomputed
+from nested_core.training.recorder import Recorder
+from nested_core.training.red_flags import flag_updates
+from nested_core.training.state import TrainingState
+from nested_core.training.step import Flat, TrainStep, nested
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """A step: its first micro-batch, the tiers due, and the due parameters before and after."""
+
+    first_iteration: int
+    due: tuple[int, ...]
+    before: Flat
+    updates: Flat
+
+
+class Trainer:
+    """Trains the adapter that is attached to a model, in a run directory.
+
+    Args:
+        config: the resolved configuration.
+        run: where metrics and checkpoints go; `initial/` and `tiers.json` are in it.
+        model: the base model with the initial adapter attached (`model.attach_adapter`).
+        splits: the tokenised data; "train" is needed, "valid" is used where there is one.
+        tiers: the tier of every trainable parameter.
+        optimizer: initialised with the model's trainable parameters.
+        found: digests of what training begins from; every checkpoint carries them to the gate.
+        callback: mlx-lm's callback protocol.
+    """
+
+    def __init__(
+        self,
+        config: FineTuneConfig,
+        run: RunDirectory,
+        model: nn.Module,
+        splits: Mapping[str, TokenizedSplit],
+        tiers: TierMap,
+        optimizer: NestedAdam,
+        found: Mapping[str, str],
+        callback: TrainingCallback | None = None,
+    ) -> None:
+        self.config, self.run, self.model = config, run, model
+        self.tiers, self.optimizer = tiers, optimizer
+        self.state = TrainingState()
+        self.stop_requested = False
+        self._slots = adapter_slots(model)
+        self._split = splits["train"]
+        self._plan = BatchPlan(self._split.lengths, config.batch_size, config.seed)
+        self._iterations = _total_iterations(config, self._plan.batches_per_epoch)
+        evaluator = make_evaluator(config, model, self._slots, splits.get("valid"))
+        self._recorder = Recorder(config, run, self._slots, optimizer, evaluator, found, callback)
+        self._seen_due: set[tuple[int, ...]] = set()
+        self._in_flight: list[mx.array] = []
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; a partial accumulation at the end is one."""
+        return math.ceil(self._iterations / self.config.grad_accumulation_steps)
+
+    @property
+    def current_step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
+
+    @property
+    def current_train_loss(self) -> float | None:
+        """The training loss of the last report."""
+        return self.state.train_loss
+
+    @property
+    def current_val_loss(self) -> float | None:
+        """The validation loss of the last evaluation."""
+        return self.state.val_loss
+
+    def stop_training(self) -> None:
+        """Ask for a graceful stop: the step ends, a checkpoint is written, train() raises."""
+        self.stop_requested = True
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint: adapter, optimizer, position, best so far and open report."""
+        apply_flat_updates_to_nested(self.model, checkpoint.adapter_tensors())
+        self.optimizer.state = checkpoint.optimizer_state()
+        self.optimizer.init(self.model.trainable_parameters())
+        self.state = TrainingState.from_json(checkpoint.state)
+        self.state.ended = self.state.ended and self._is_over()
+
+    def train(self) -> TrainingState:
+        """Run to the end; raises TrainingStopped where it was asked to stop before.
+
+        Raises TrainingDiverged after `max_nonfinite_steps` non-finite steps in a row.
+        """
+        self.model.train()
+        self._recorder.begin(self.state)
+        with recomputed(self.model.layers if self.config.grad_checkpoint else []):
+            self._take_steps()
+        if not self.state.ended:
+            self._finish()
+        return self.state
+
+    def _take_steps(self) -> None:
+        steps = self._make_steps()
+        while not self._is_over():
+            if self.stop_requested or self.run.stop_request.exists():
+                self._stop()
+            taken = self._advance(steps)
+            self._refuse_divergence()
+            self._verify(taken)
+            if not self._is_over():
+                self._observe(taken.first_iteration)
+
+    def _make_steps(self) -> TrainStep:
+        draws = self.config.lora_parameters.dropout > 0
+        return TrainStep(self.model, self._slots, self.optimizer, self.tiers, draws=draws)
+
+    def _is_over(self) -> bool:
+        patience = self.config.training.early_stop_patience
+        is_stale = patience and self.state.evaluations_without_improvement >= patience
+        return self.state.iteration >= self._iterations or bool(is_stale)
+
+    def _advance(self, steps: TrainStep) -> StepTaken:
+        """Take one optimizer step and write its updates into the model."""
+        first, step = self.state.iteration, self.state.step + 1
+        last = min(first + self.config.grad_accumulation_steps, self._iterations)
+        batches = [self._plan.arrays(self._split, index) for index in range(first, last)]
+        due, before = self._needed_tiers(step), read_slots(self._slots)
+        mx.random.seed(_step_seed(self.config.seed, step))
+        result = steps.run(before, batches, due)
+        apply_flat_updates_to_nested(self.model, result["updates"])
+        window = self._recorder.window
+        window.add(result["loss"], result["tokens"])
+        mx.async_eval(result["updates"], self.optimizer.state, window.sums)
+        self.state.step, self.state.iteration = step, last
+        return StepTaken(first, due, before, result["updates"])
+
+    def _needed_tiers(self, step: int) -> tuple[int, ...]:
+        """The tiers that a step needs gradients of."""
+        if self.optimizer.slow_gradients == "accumulate":
+            return tuple(range(len(self.tiers.frequencies)))
+        return self.tiers.due(step)
+
+    def _refuse_divergence(self) -> None:
+        """Wait for the step before: one step is in flight, no more, and reading it is free."""
+        self._in_flight.append(self.optimizer.state[COUNTERS]["nonfinite_in_a_row"])
+        if len(self._in_flight) < 2:
+            return
+        row = to_int(self._in_flight.pop(0))
+        if row >= self.config.training.max_nonfinite_steps:
+            raise TrainingDiverged(
+                f"The gradients were not finite for {row} steps in a row, up to step "
+                f"{self.state.step - 1}: training has diverged. Lower learning_rate, set "
+                f"training.max_grad_norm, or look at the data of these steps."
+            )
+
+    def _crossed(self, first: int, every: int) -> bool:
+        """Whether the last step completed a multiple of `every` iterations."""
+        return self.state.iteration // every > first // every
+
+    def _observe(self, first: int) -> None:
+        config = self.config
+        self._recorder.observe(
+            self.state,
+            report=self._crossed(first, config.steps_per_report),
+            evaluate=self._crossed(first, config.steps_per_eval),
+            save=self._crossed(first, config.save_every),
+        )
+
+    def _verify(self, taken: StepTaken) -> None:
+        """Read back from the model, when it is time, what the step was to have put there."""
+        every = (self.config.steps_per_report, self.config.steps_per_eval, self.config.save_every)
+        is_time = self._is_over() or any(self._crossed(taken.first_iteration, n) for n in every)
+        if taken.due in self._seen_due and not is_time:
+            return
+        self._seen_due.add(taken.due)
+        before = {name: taken.before[name] for name in taken.updates}
+        report = verify_updates(before, taken.updates, self.model)
+        flag_updates(self.state, report, self._without_gradient(report.unmoved))
+        self.state.verified_steps.append(self.state.step)
+
+    def _without_gradient(self, names: tuple[str, ...]) -> list[str]:
+        """Those whose second moment is still zero: they have not had a gradient yet."""
+        moments = dict(tree_flatten(self.optimizer.state)) if names else {}
+        return [name for name in names if not mx.any(moments[f"{name}.v"]).item()]
+
+    def _finish(self) -> None:
+        """Apply what is still gathered, evaluate what there is then, and keep it."""
+        self._flush()
+        is_evaluated = self.state.evaluated_step == self.state.step and not self.state.flushed
+        self.state.ended = True
+        self._recorder.observe(
+            self.state, report=self._recorder.window.is_open, evaluate=not is_evaluated, save=True
+        )
+
+    def _flush(self) -> None:
+        has_open_chunk = any(self.state.step % f for f in self.tiers.frequencies)
+        if self.optimizer.slow_gradients == "accumulate" and has_open_chunk:
+            updated = self.optimizer.flush(nested(read_slots(self._slots)))
+            apply_flat_updates_to_nested(self.model, dict(tree_flatten(updated)))
+            self.state.flushed = True
+
+    def _stop(self) -> None:
+        if self.state.step > 0:
+            self._recorder.save(self.state)
+        self.run.stop_request.unlink(missing_ok=True)
+        raise TrainingStopped(
+            f"Training was stopped at step {self.state.step} of {self.total_steps} (iteration "
+            f"{self.state.iteration} of {self._iterations}). Go on with the same command, "
+            f"--run-dir {self.run.path} --resume."
+        )
+
+
+def _total_iterations(config: FineTuneConfig, batches_per_epoch: int) -> int:
+    """Micro-batches of the whole run: iters, or as many as training.epochs needs."""
+    epochs = config.training.epochs
+    return config.iters if epochs is None else math.ceil(epochs * batches_per_epoch)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """The seed of a step's random draws: a function of both, so that nothing is to be restored."""
+    return seed * 2**32 + step
