@@ -1,0 +1,16 @@
+"""What follows what: the flows, and the command line that runs them.
+
+Prefect reads its settings when it is first imported, so ours are laid down here, before that; what
+the environment says already stays.
+"""
+
+import os
+
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # the default pickles, failed states included
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+}
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name, _value)

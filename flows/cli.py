@@ -1,0 +1,86 @@
+"""The command line, `nested-tune`: it parses, dispatches, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from flows.commands import demo, doctor, judging, registry, training
+from flows.terminal import say
+from nested_core.errors import ConfigError, NestedTuneError
+
+COMMANDS = (demo, training, judging, registry, doctor)
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one paragraph for a wrong command line where it would print its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See: {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="nested-tune",
+        description="Fine-tuning pipelines for MLX that cannot silently do nothing.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"nested-tune {version('nested-tune')}"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for module in COMMANDS:
+        module.add_commands(commands, shared)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    is_debugging = "--debug" in arguments
+    warnings.showwarning = _show_warning
+    try:
+        parsed = build_parser().parse_args(arguments)
+        # Libraries print as they like; standard output is for the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            finish = parsed.run(parsed)
+        return int(finish() if callable(finish) else finish)
+    except NestedTuneError as error:
+        return _fail(error, error.exit_code, is_debugging)
+    except KeyboardInterrupt as error:
+        return _fail(error, INTERRUPTED, is_debugging, "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # the last line of defence: a person gets a paragraph
+        text = (
+            f"unexpected {type(error).__name__}: {error}. Please report it with --debug's output."
+        )
+        return _fail(error, 1, is_debugging, text)
+
+
+def _fail(error: BaseException, code: int, is_debugging: bool, text: str | None = None) -> int:
+    if is_debugging:
+        traceback.print_exception(error)
+    lines = (text or str(error)).splitlines()
+    shown = lines if len(lines) <= 14 else [*lines[:13], f"... and {len(lines) - 13} more lines"]
+    say("nested-tune: " + "\n".join(shown))
+    return code
+
+
+def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
+    say(f"warning: {message}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""demo: the whole pipeline on the tiny example, or the historical failure and how it is caught."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flows.shipped import shipped
+from flows.terminal import draw_curve, print_table, print_tiers, say, watching
+from nested_core.config import FineTuneConfig
+from nested_core.config_file import load_config
+from nested_core.run_directory import RunDirectory, new_run_name
+
+ADAPTER_NAME = "geography"
+
+
+def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    demo = commands.add_parser(
+        "demo", parents=[shared], help="the whole pipeline on the tiny example"
+    )
+    demo.add_argument(
+        "--break-training",
+        action="store_true",
+        help="compute the updates and lose them, as the original trainer did",
+    )
+    demo.add_argument("--out", type=Path, help="default: demo, or demo-broken", metavar="DIR")
+    demo.set_defaults(run=run_demo)
+
+
+def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Run the flow on the example, then ask the model what it could not answer before."""
+    out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
+    run = RunDirectory(out / "runs" / new_run_name())
+    config = example_config(out / "registry")
+    say(f"Fine-tuning {config.model} on {config.data}, tiers {list(config.nested.frequencies)}.")
+    say(f"run directory: {run.path}")
+    breaking = _broken_updates() if arguments.break_training else contextlib.nullcontext()
+    with breaking, watching(run.metrics):
+        _run_flow(config, run)
+    champion = out / "registry" / ADAPTER_NAME / "champion"
+    questions = _read_questions(shipped("examples") / "geography" / "held_out.jsonl")
+    say("Asking about countries that were never trained on, before and after.")
+    rows, right = _ask(config, champion, questions)
+
+    def finish() -> int:
+        _print_run(run)
+        print_table(("question", "before", "after"), rows, title="Held-out countries")
+        print(f"right answers: {right[0]} of {len(rows)} before, {right[1]} of {len(rows)} after")
+        print(f"champion: {champion} -> {os.readlink(champion)}")
+        print(f"talk to it: mlx_lm.generate --model {config.model} --adapter-path {champion} ...")
+        return 0
+
+    return finish
+
+
+def example_config(registry: Path) -> FineTuneConfig:
+    """The example's configuration, with its paths where it is installed."""
+    examples = shipped("examples")
+    paths = {"model": str(examples / "geography-base"), "data": str(examples / "geography")}
+    target = {"path": str(registry), "name": ADAPTER_NAME, "promote": "always"}
+    return load_config(examples / "geography.yaml", paths | {"registry": target})
+
+
+def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    from flows.finetune import FinetuneParameters, finetune
+
+    finetune(FinetuneParameters(**config.model_dump(), run_dir=str(run.path)))
+
+
+@contextlib.contextmanager
+def _broken_updates() -> Iterator[None]:
+    """Write updates as the original trainer did: `'.'.join(path)` on a path that is one string.
+
+    The product has no switch for this; the demonstration replaces the function that writes.
+    """
+    from unittest.mock import patch
+
+    from mlx.utils import tree_map_with_path
+
+    from nested_core.training import trainer
+
+    def lose(model: Any, updates: dict[str, Any]) -> None:
+        changed = tree_map_with_path(
+            lambda path, value: updates.get(".".join(path), value), model.trainable_parameters()
+        )
+        model.update(changed)
+
+    say("Training is broken on purpose: updates are computed and never reach the model.")
+    with patch.object(trainer, "apply_flat_updates_to_nested", lose):
+        yield
+
+
+def _read_questions(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _ask(
+    config: FineTuneConfig, champion: Path, questions: list[dict[str, str]]
+) -> tuple[list[tuple[str, str, str]], tuple[int, int]]:
+    from nested_core.answers import answer
+
+    prompts = [question["prompt"] for question in questions]
+    before = answer(config.model, prompts)
+    after = answer(config.model, prompts, adapter=champion)
+    expected = [question["expected"] for question in questions]
+    right = [
+        sum(capital in reply for capital, reply in zip(expected, replies, strict=True))
+        for replies in (before, after)
+    ]
+    return list(zip(prompts, before, after, strict=True)), (right[0], right[1])
+
+
+def _print_run(run: RunDirectory) -> None:
+    from nested_core.training.metrics import read_metrics
+
+    print(draw_curve(read_metrics(run.metrics)))
+    verdict = json.loads(run.gate.read_bytes())
+    print_tiers(verdict)
+    losses = verdict["validation"]
+    print(
+        f"gate: {verdict['verdict']}; validation loss {losses['loss_before']:.3f} before, "
+        f"{losses['loss_after']:.3f} after"
+    )

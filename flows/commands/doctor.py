@@ -1,0 +1,112 @@
+"""doctor: what this machine has, what is missing, and how each failure is mended."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from flows.terminal import print_json, print_table
+
+PACKAGES = ("nested-tune", "mlx", "mlx-lm", "prefect", "fastapi", "pandera", "safetensors")
+FREE_BYTES = 2 * 10**9
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: whether it is well, what was seen, and the mend where it is not."""
+
+    name: str
+    ok: bool
+    seen: str
+    mend: str = ""
+
+
+def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    doctor = commands.add_parser("doctor", parents=[shared], help="look this machine over")
+    doctor.add_argument("--json", action="store_true", help="the checks as one JSON document")
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Look at versions, backend, BLAS, compiler, Prefect's settings and disk."""
+    checks = [check() for check in (_python, _packages, _mlx, _blas, _compiler, _prefect, _disk)]
+
+    def finish() -> int:
+        if arguments.json:
+            print_json({"ok": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
+        else:
+            rows = [(c.name, "ok" if c.ok else "LOOK", c.seen, c.mend) for c in checks]
+            print_table(("check", "", "seen", "what to do"), rows)
+        return 0 if all(check.ok for check in checks) else 1
+
+    return finish
+
+
+def _python() -> Check:
+    found = sys.version.split()[0]
+    is_supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Check("python", is_supported, found, "" if is_supported else "use Python 3.11 to 3.13")
+
+
+def _packages() -> Check:
+    found, missing = [], []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            missing.append(package)
+    mend = f"pip install {' '.join(missing)}" if missing else ""
+    return Check("packages", not missing, ", ".join(found), mend)
+
+
+def _mlx() -> Check:
+    from nested_core import backend
+
+    try:
+        seen = f"default device: {backend.device()}"
+    except ImportError as error:
+        mend = 'on Linux: pip install "nested-tune[cpu]" or "nested-tune[cuda]", never both'
+        return Check("mlx", False, str(error), mend)
+    return Check("mlx", True, seen)
+
+
+def _blas() -> Check:
+    from nested_core import backend
+
+    if sys.platform != "linux":
+        return Check("BLAS", True, "the system's")
+    library = backend.prepare()
+    if library is not None:
+        return Check("BLAS", True, library)
+    mend = "optional, some 10 times faster on a CPU: apt-get install libopenblas0-pthread"
+    return Check("BLAS", True, "reference BLAS of the mlx wheel (slow)", mend)
+
+
+def _compiler() -> Check:
+    from nested_core import backend
+
+    if backend.compiles_kernels():
+        return Check("compiler", True, "mx.compile fuses kernels")
+    return Check("compiler", True, "none: mx.compile runs uncompiled", "optional: install g++")
+
+
+def _prefect() -> Check:
+    url = os.environ.get("PREFECT_API_URL")
+    try:
+        import prefect.server.api.server  # noqa: F401  # what an unfit fastapi breaks
+    except (ImportError, TypeError) as error:
+        return Check("prefect", False, str(error)[:100], 'pip install "fastapi>=0.139,<0.151"')
+    return Check("prefect", True, f"server {url}" if url else "embedded server")
+
+
+def _disk() -> Check:
+    free = shutil.disk_usage(".").free
+    mend = "" if free > FREE_BYTES else "free some space, or run in a folder on another disk"
+    return Check("disk", free > FREE_BYTES, f"{free / 1e9:.1f} GB free here", mend)

@@ -1,0 +1,114 @@
+"""verify, status and stop: what is on disk, looked at from outside."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flows.terminal import print_json, print_table
+from nested_core.errors import ConfigError, GateRejected
+from nested_core.run_directory import RunDirectory
+
+
+def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the commands of this module."""
+    verify = commands.add_parser("verify", parents=[shared], help="the gate on any two adapters")
+    verify.add_argument("initial", type=Path, metavar="INITIAL")
+    verify.add_argument("trained", type=Path, metavar="TRAINED")
+    verify.add_argument("--json", action="store_true", help="the verdict as one JSON document")
+    verify.set_defaults(run=run_verify)
+    status = commands.add_parser("status", parents=[shared], help="where a run stands")
+    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    status.add_argument("--json", action="store_true", help="the status as one JSON document")
+    status.set_defaults(run=run_status)
+    stop = commands.add_parser("stop", parents=[shared], help="checkpoint, then stop a run")
+    stop.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    stop.set_defaults(run=run_stop)
+
+
+def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Judge two adapters from their files."""
+    from nested_core.gate import verify_adapters
+
+    verdict = verify_adapters(arguments.initial, arguments.trained)
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(verdict.to_json())
+        else:
+            rows = [(t.name, t.changed, t.relative_delta, t.finite) for t in verdict.tensors]
+            print_table(("tensor", "changed", "relative change", "finite"), rows)
+            print(verdict.summary())
+        return 0 if verdict.has_passed else GateRejected.exit_code
+
+    return finish
+
+
+def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Say where a run stands, from its folder."""
+    status = read_status(RunDirectory(arguments.run_dir))
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(status)
+        else:
+            print_table(("", ""), list(status.items()))
+        return 0
+
+    return finish
+
+
+def read_status(run: RunDirectory) -> dict[str, Any]:
+    """The state of a run, its last losses, and the verdict if there is one."""
+    from nested_core.pipeline import read_run_config
+    from nested_core.training.metrics import read_metrics
+
+    config = read_run_config(run)
+    records = read_metrics(run.metrics)
+    last = records[-1] if records else {"step": 0, "iteration": 0}
+    verdict = json.loads(run.gate.read_bytes())["verdict"] if run.gate.exists() else None
+    holder = run.holder()
+    return {
+        "run_dir": str(run.path),
+        "state": _state(run, holder, verdict),
+        "process": holder,
+        "step": last["step"],
+        "iteration": last["iteration"],
+        "iterations": config.iters if config.training.epochs is None else None,
+        "current_train_loss": _last(records, "loss"),
+        "current_val_loss": _last(records, "val_loss"),
+        "learning_rate": _last(records, "learning_rate"),
+        "updates": _last(records, "updates"),
+        "verdict": verdict,
+    }
+
+
+def _state(run: RunDirectory, holder: int | None, verdict: str | None) -> str:
+    if holder is not None:
+        return "running"
+    if verdict is not None:
+        return {"passed": "verified", "failed": "rejected"}[verdict]
+    return "trained" if run.result.exists() else "resumable"
+
+
+def _last(records: list[dict[str, Any]], key: str) -> Any:
+    return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
+
+
+def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Ask the process that trains in a run directory to checkpoint and stop."""
+    run = RunDirectory(arguments.run_dir)
+    run.require_begun()
+    holder = run.holder()
+    if holder is None:
+        raise ConfigError(f"{run.path} is not being trained by any process: nothing to stop.")
+    run.stop_request.touch()
+
+    def finish() -> int:
+        print(f"asked process {holder} to stop after its current step")
+        return 0
+
+    return finish

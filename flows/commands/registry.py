@@ -1,0 +1,115 @@
+"""promote, rollback, history and audit."""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flows.terminal import print_json, print_table
+from nested_core.errors import DamagedError
+from nested_core.run_directory import RunDirectory
+
+
+def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the commands of this module."""
+    promote = commands.add_parser("promote", parents=[shared], help="make a run's adapter champion")
+    promote.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    promote.add_argument("--name", required=True, help="the adapter's name in the registry")
+    promote.add_argument("--if-champion", metavar="VERSION", help="only while this is the champion")
+    promote.set_defaults(run=run_promote)
+    rollback = commands.add_parser("rollback", parents=[shared], help="go back to a version")
+    rollback.add_argument("name", metavar="NAME")
+    rollback.add_argument("--to", metavar="VERSION", help="default: what the last change replaced")
+    rollback.set_defaults(run=run_rollback)
+    history = commands.add_parser("history", parents=[shared], help="the changes of the champion")
+    audit = commands.add_parser("audit", parents=[shared], help="re-hash every version")
+    for parser, function in ((history, run_history), (audit, run_audit)):
+        parser.add_argument("name", metavar="NAME")
+        parser.add_argument("--json", action="store_true", help="as one JSON document")
+        parser.set_defaults(run=function)
+    for parser in (promote, rollback, history, audit):
+        parser.add_argument("--registry", type=Path, required=True, metavar="DIR")
+
+
+def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Register a run's adapter if it is not yet, and make it the champion."""
+    from nested_core.config import RegistrySection
+    from nested_core.pipeline import read_run_config
+    from nested_core.publishing import register_run
+    from nested_core.registry import UNSET, promote
+
+    run = RunDirectory(arguments.run_dir)
+    target = RegistrySection(path=str(arguments.registry), name=arguments.name)
+    config = read_run_config(run).model_copy(update={"registry": target})
+    version = register_run(config, run)
+    expected = UNSET if arguments.if_champion is None else arguments.if_champion
+    done = promote(
+        arguments.registry,
+        arguments.name,
+        version,
+        by=getpass.getuser(),
+        expected_champion=expected,
+    )
+
+    def finish() -> int:
+        print(f"{done.outcome}: {done.version} (before: {done.previous or 'none'})")
+        return 0
+
+    return finish
+
+
+def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Make an earlier version the champion again."""
+    from nested_core.registry import rollback
+
+    done = rollback(arguments.registry, arguments.name, to=arguments.to, by=getpass.getuser())
+
+    def finish() -> int:
+        print(f"{done.outcome}: {done.version} (before: {done.previous or 'none'})")
+        return 0
+
+    return finish
+
+
+def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Show every change of the champion, oldest first."""
+    from nested_core.registry import history, read_champion
+
+    entries = history(arguments.registry, arguments.name)
+    champion = read_champion(arguments.registry, arguments.name)
+
+    def finish() -> int:
+        if arguments.json:
+            print_json({"name": arguments.name, "champion": champion, "history": entries})
+        else:
+            columns = ("time", "action", "version", "previous", "by")
+            rows = [[_short(entry.get(column)) for column in columns] for entry in entries]
+            print_table(columns, rows, title=f"{arguments.name}: champion {_short(champion)}")
+        return 0
+
+    return finish
+
+
+def _short(value: Any) -> Any:
+    is_digest = isinstance(value, str) and len(value) == 64
+    return value[:12] if is_digest else value
+
+
+def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Re-hash every version and the pointer, and compare the history with them."""
+    from nested_core.registry import audit
+
+    report = audit(arguments.registry, arguments.name)
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(asdict(report))
+        else:
+            print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
+        return DamagedError.exit_code if report.findings else 0
+
+    return finish

@@ -1,0 +1,142 @@
+"""validate, train, run, status and stop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flows.commands.flags import add_config_flags, add_run_flags, config_from
+from flows.terminal import print_json, print_table, print_tiers, say, watching
+from nested_core.errors import ConfigError, TrainingStopped
+from nested_core.run_directory import RunDirectory, new_run_name, open_run
+
+RUNS = Path("runs")
+
+
+def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the commands of this module."""
+    validate = commands.add_parser(
+        "validate", parents=[shared], help="judge a data set, train nothing"
+    )
+    add_config_flags(validate)
+    validate.add_argument("--json", action="store_true", help="the report as one JSON document")
+    validate.add_argument("--no-tokenize", action="store_true", help="judge the lines alone")
+    validate.set_defaults(run=run_validate)
+    train = commands.add_parser("train", parents=[shared], help="fine-tune, without Prefect")
+    run = commands.add_parser("run", parents=[shared], help="fine-tune, as a Prefect flow")
+    for parser, function in ((train, run_train), (run, run_flow)):
+        add_config_flags(parser)
+        add_run_flags(parser)
+        parser.set_defaults(run=function)
+    train.add_argument("--json", action="store_true", help="the result as one JSON document")
+
+
+def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Judge a data set and write nothing."""
+    from nested_core.data.dataset import load_dataset
+    from nested_core.data.settings import DataSettings
+    from nested_core.errors import DatasetError
+    from nested_core.model import load_tokenizer
+
+    config = config_from(arguments)
+    tokenizer = None if arguments.no_tokenize else load_tokenizer(config)
+    report, _ = load_dataset(DataSettings.from_config(config), tokenizer)
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(report.to_json())
+        else:
+            rows = [(f.severity, f.file, f.line, f.check, f.message) for f in report.findings]
+            print_table(("severity", "file", "line", "check", "message"), rows)
+        return DatasetError.exit_code if report.errors else 0
+
+    return finish
+
+
+def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Validate, load, train and judge in this process."""
+    from nested_core import pipeline
+
+    config = config_from(arguments)
+    run = _open(arguments)
+    stopper = _Stopper()
+    with run.locked(), stopper.installed():
+        say(f"run directory: {run.path}")
+        pipeline.begin(config, run, resume=arguments.resume)
+        pipeline.validate(config, run)
+        pipeline.load(config, run)
+        with watching(run.metrics):
+            result = pipeline.train(config, run, on_start=stopper.watch)
+        verdict = pipeline.judge(config, run)
+
+    def finish() -> int:
+        document = asdict(result) | {"verdict": "passed", "summary": verdict.summary()}
+        if arguments.json:
+            print_json(document)
+        else:
+            print_tiers(verdict.to_json())
+            print(f"{verdict.summary()}\nadapter: {run.adapter}")
+        return 0
+
+    return finish
+
+
+def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
+    from flows.finetune import FinetuneParameters, finetune
+
+    config = config_from(arguments)
+    path = _open(arguments).path
+    parameters = config.model_dump() | {"run_dir": str(path), "resume": arguments.resume}
+    say(f"run directory: {path}")
+    with watching(RunDirectory(path).metrics):
+        finetune(FinetuneParameters(**parameters))
+
+    def finish() -> int:
+        print(f"adapter: {RunDirectory(path).adapter}")
+        return 0
+
+    return finish
+
+
+def _open(arguments: argparse.Namespace) -> RunDirectory:
+    if arguments.run_dir is None and arguments.resume:
+        raise ConfigError("--resume needs the --run-dir that it is to go on with.")
+    return open_run(arguments.run_dir or RUNS / new_run_name(), resume=arguments.resume)
+
+
+class _Stopper:
+    """Turns SIGINT and SIGTERM into a graceful stop; a second SIGINT exits at once."""
+
+    def __init__(self) -> None:
+        self._trainer: Any = None
+        self._is_stopping = False
+
+    def watch(self, trainer: Any) -> None:
+        """Stop this trainer from now on."""
+        self._trainer = trainer
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals while the block runs."""
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._is_stopping and number == signal.SIGINT:
+            os._exit(130)
+        self._is_stopping = True
+        if self._trainer is None:
+            raise TrainingStopped("Stopped before training began; --resume starts it again.")
+        self._trainer.stop_training()
+        say("stopping: the step in hand is finished and a checkpoint written")

@@ -1,0 +1,151 @@
+"""What a person sees: a loss curve while it falls, tables, and one paragraph for an error.
+
+Progress goes to standard error; without a terminal it is a line now and then.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 2.0
+POLL_SECONDS = 0.25
+CURVE_WIDTH, CURVE_HEIGHT = 64, 12
+
+errors = Console(stderr=True, highlight=False)
+
+
+def draw_curve(records: Sequence[dict[str, Any]]) -> str:
+    """The losses over the optimizer steps as text: `·` for training, `o` for validation."""
+    points = [(r["step"], r[key], mark) for key, mark in _SERIES for r in records if _has(r, key)]
+    if not points:
+        return "no loss yet"
+    last_step = max(step for step, _, _ in points) or 1
+    low, high = min(loss for _, loss, _ in points), max(loss for _, loss, _ in points)
+    rows = [[" "] * CURVE_WIDTH for _ in range(CURVE_HEIGHT)]
+    for step, loss, mark in points:
+        share = (loss - low) / (high - low) if high > low else 0.0
+        row = round((1 - share) * (CURVE_HEIGHT - 1))
+        rows[row][round(step / last_step * (CURVE_WIDTH - 1))] = mark
+    labels = {0: f"{high:8.3f}", CURVE_HEIGHT - 1: f"{low:8.3f}"}
+    lines = [f"{labels.get(i, ''):>8} |{''.join(row).rstrip()}" for i, row in enumerate(rows)]
+    axis = f"{'':8} +{'-' * CURVE_WIDTH}\n{'':10}0{f'step {last_step}':>{CURVE_WIDTH - 1}}"
+    return "\n".join([*lines, axis, f"{'':10}· training loss   o validation loss"])
+
+
+_SERIES = (("loss", "·"), ("val_loss", "o"))
+
+
+def _has(record: dict[str, Any], key: str) -> bool:
+    return record.get(key) is not None
+
+
+@contextmanager
+def watching(metrics: Path) -> Iterator[None]:
+    """Show what is appended to a run's metrics.jsonl while the block runs."""
+    watcher = _Watcher(metrics)
+    watcher.start()
+    try:
+        yield
+    finally:
+        watcher.finish()
+
+
+class _Watcher(threading.Thread):
+    """Follows metrics.jsonl: what is shown is what is on disk."""
+
+    def __init__(self, metrics: Path) -> None:
+        super().__init__(daemon=True)
+        self._metrics = metrics
+        self._records: list[dict[str, Any]] = []
+        self._offset = 0
+        self._done = threading.Event()
+        self._printed_at = 0.0
+
+    def run(self) -> None:
+        """Poll until told to finish; one last look comes after that."""
+        if not errors.is_terminal:
+            self._follow(self._print_line)
+            return
+        with Live(console=errors, refresh_per_second=4, transient=True) as live:
+            self._follow(lambda: live.update(Text(draw_curve(self._records))))
+
+    def finish(self) -> None:
+        """Show the rest and stop."""
+        self._done.set()
+        self.join()
+
+    def _follow(self, show: Any) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._done.wait(POLL_SECONDS)
+            if self._read():
+                show()
+
+    def _read(self) -> bool:
+        """Take in the whole lines that were appended; a file cut back is read from its start."""
+        if not self._metrics.exists():
+            return False
+        content = self._metrics.read_bytes()
+        if len(content) < self._offset:
+            self._offset, self._records = 0, []
+        whole = content[self._offset : content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        new = [json.loads(line) for line in whole.splitlines()]
+        self._records += new
+        return bool(new)
+
+    def _print_line(self) -> None:
+        if time.monotonic() - self._printed_at < SECONDS_BETWEEN_LINES and not self._done.is_set():
+            return
+        self._printed_at = time.monotonic()
+        record = self._records[-1]
+        losses = [f"{label} {record[key]:.4f}" for key, label in _LABELS if _has(record, key)]
+        errors.print(f"step {record['step']}: {', '.join(losses)}", soft_wrap=True)
+
+
+_LABELS = (("loss", "training loss"), ("val_loss", "validation loss"))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
+    """A table on standard output; wide enough not to fold where there is no terminal."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    table = Table(*columns, title=title or None, title_justify="left")
+    for row in rows:
+        table.add_row(*("-" if cell is None else str(cell) for cell in row))
+    console.print(table)
+
+
+def print_tiers(verdict: dict[str, Any]) -> None:
+    """The tier table of a verdict: frequencies, updates expected and applied, change."""
+    rows = []
+    for tier in verdict["tiers"]:
+        own = [t["relative_delta"] for t in verdict["tensors"] if t["tier"] == tier["tier"]]
+        deltas = [delta for delta in own if delta is not None]
+        change = f"{sum(deltas) / len(deltas):.3f}" if deltas else "-"
+        changed = f"{tier['changed']} of {tier['tensors']}"
+        counts = (tier["expected_updates"], tier["applied_updates"], tier["skipped_updates"])
+        rows.append((tier["tier"], f"every {tier['frequency']}", changed, *counts, change))
+    columns = ("tier", "updated", "tensors changed", "expected", "applied", "skipped", "change")
+    print_table(columns, rows, title="Tiers up to the judged step (change: mean relative)")
+
+
+def print_json(document: Any) -> None:
+    """Exactly one JSON document on standard output."""
+    sys.__stdout__ and print(json.dumps(document, indent=2, default=str), file=sys.__stdout__)
+
+
+def say(message: str) -> None:
+    """A line of progress on standard error."""
+    errors.print(message, soft_wrap=True, markup=False)

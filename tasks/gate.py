@@ -1,0 +1,39 @@
+"""The task that lets an adapter through or not; it is never tried again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from nested_core import pipeline
+from nested_core.config import FineTuneConfig
+from nested_core.run_directory import RunDirectory
+
+
+@task(name="gate", retries=0, cache_policy=NO_CACHE)
+def gate(config: FineTuneConfig, run_dir: Path) -> Path:
+    """Judge adapter/ against initial/ and write gate.json; GateRejected where it did not pass."""
+    run = RunDirectory(run_dir)
+    try:
+        verdict = pipeline.judge(config, run)
+    finally:
+        if run.gate.exists():
+            _show(json.loads(run.gate.read_bytes()))
+    get_run_logger().info("The gate: %s", verdict.summary())
+    return run.gate
+
+
+def _show(verdict: dict[str, Any]) -> None:
+    """The verdict as a markdown artifact, the tiers as a table."""
+    lines = [f"# {verdict['verdict']}", "", f"Adapter of step {verdict['adapter_step']}."]
+    lines += [f"- `{reason['code']}`: {reason['message']}" for reason in verdict["reasons"]]
+    if verdict["validation"]:
+        losses = verdict["validation"]
+        lines += ["", f"Loss {losses['loss_before']} before, {losses['loss_after']} after."]
+    create_markdown_artifact(key="gate-verdict", markdown="\n".join(lines))
+    create_table_artifact(key="tier-table", table=verdict["tiers"])

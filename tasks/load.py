@@ -1,0 +1,28 @@
+"""The task that makes the initial adapter, or takes it from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from nested_core import pipeline
+from nested_core.config import FineTuneConfig
+from nested_core.run_directory import RunDirectory
+from tasks.retrying import retry_on_passing_error
+
+
+@task(
+    name="load",
+    retries=2,
+    retry_delay_seconds=[2, 10],
+    retry_condition_fn=retry_on_passing_error,
+    cache_policy=NO_CACHE,
+)
+def load(config: FineTuneConfig, run_dir: Path) -> Path:
+    """Write initial/ and tiers.json; return the initial adapter's directory."""
+    run = RunDirectory(run_dir)
+    pipeline.load(config, run)
+    get_run_logger().info("The initial adapter is in %s.", run.initial)
+    return run.initial
