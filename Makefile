@@ -1,0 +1,82 @@
+# Everything a checkout needs: `make demo` to see it work, `make test` and `make check` before a change.
+# Needs Python 3.11-3.13, git, make and a package index; no compiler. PYTHON=... chooses the interpreter.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The first that runs: a version manager may put names on PATH that do not.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
+	$$python -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$python && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Wheels only, each with its hash; modules are compiled when first imported, which saves half the time.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --no-compile
+LOCKED := $(INSTALL) --only-binary :all: --require-hashes
+
+.PHONY: help demo test check format bench reliability example-model lock clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
+	$(BIN)/nested-tune demo
+
+test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
+	$(BIN)/pytest -m "not reliability"
+
+check: $(VENV)/dev.stamp ## format, lint, types, import directions and lengths
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python tests/structure.py
+
+format: $(VENV)/dev.stamp ## format, and repair what lint can repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
+	$(BIN)/python -m benchmarks
+
+reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minutes
+	$(BIN)/pytest -m reliability
+
+example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
+	$(BIN)/python examples/make_model.py
+
+COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu \
+	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet
+lock: $(VENV)/project.stamp ## pin the dependencies again; UPGRADE=--upgrade takes the newest
+	$(INSTALL) "uv>=0.13"
+	$(COMPILE) $(UPGRADE) --group build -o requirements/run.lock
+	$(COMPILE) $(UPGRADE) --group dev -c requirements/run.lock -o requirements/dev.lock
+
+clean: ## remove the environment and what the tools left
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A new lock makes a new environment; a new pyproject.toml only installs the project again.
+$(VENV)/run.stamp: requirements/run.lock
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "nested-tune needs Python 3.11, 3.12 or 3.13 with its venv module; found on PATH:" \
+			"$$(python3 --version 2>/dev/null || echo no python3)." >&2; \
+		echo "Install one (on Debian and Ubuntu python3-venv too)," \
+			"or say where it is: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; \
+		exit 1; fi
+	@$(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13 with its venv module." >&2; exit 1; }
+	@echo "Making $(VENV) with the locked dependencies: half a minute or more, 600 MB."
+	$(PYTHON) -m venv --clear $(VENV)
+	$(LOCKED) -r requirements/run.lock
+	@touch $@
+
+$(VENV)/project.stamp: $(VENV)/run.stamp pyproject.toml
+	$(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/project.stamp requirements/dev.lock
+	$(LOCKED) -r requirements/dev.lock
+	@touch $@

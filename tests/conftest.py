@@ -1,0 +1,38 @@
+"""What every test runs under: no hub, no telemetry, a Prefect home of its own, OpenBLAS first."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+_PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))
+atexit.register(shutil.rmtree, _PREFECT_HOME, ignore_errors=True)
+
+# Set before anything is imported: Prefect and the tokenizers read them once. Children inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    DO_NOT_TRACK="1",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_HOME=str(_PREFECT_HOME),
+)
+for _name in ("PREFECT_API_URL", "PREFECT_PROFILE"):
+    os.environ.pop(_name, None)
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+import nested_core  # noqa: E402, F401 -- puts OpenBLAS in front before a test imports mlx
+
+settings.register_profile(
+    "default",
+    deadline=None,  # the first call of an MLX operation compiles it
+    derandomize=bool(os.environ.get("CI")),  # CI repeats itself; a developer's run explores
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

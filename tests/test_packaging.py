@@ -1,0 +1,161 @@
+"""The wheel: what is in it, and that it works from a folder with its own tasks.py and flows/."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CAPITALS = [("France", "Paris"), ("Peru", "Lima"), ("Kenya", "Nairobi"), ("Japan", "Tokyo")]
+
+
+def chat(country: str, capital: str) -> str:
+    """One line of a chat data set."""
+    question = {"role": "user", "content": f"What is the capital of {country}?"}
+    return json.dumps({"messages": [question, {"role": "assistant", "content": f"{capital}."}]})
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command as a person in `cwd` would, without this checkout on the path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    build: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        out,
+        ROOT,
+    ]
+    done = run(*build, cwd=out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def command(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nested-tune as the wheel installs it, over the dependencies of the running environment."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=False)
+    (libraries,) = folder.glob("lib/python*/site-packages")
+    dependencies = [
+        entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))
+    ]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        folder / "bin" / "python",
+        "install",
+    ]
+    done = run(*pip, "--no-deps", "--no-index", "--quiet", wheel, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Behind the wheel's own files; as lines of a .pth their own .pth files, an editable install's
+    # among them, are not read.
+    (libraries / "zz_dependencies.pth").write_text("\n".join(dependencies) + "\n")
+    return folder / "bin" / "nested-tune"
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A person's project whose modules have the names of our packages, and fail when imported."""
+    trap = "raise RuntimeError('the folder of the person was imported')\n"
+    (tmp_path / "tasks.py").write_text(trap)
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").write_text(trap)
+    (tmp_path / "nested_core").mkdir()
+    (tmp_path / "nested_core" / "__init__.py").write_text(trap)
+    return tmp_path
+
+
+def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"nested_tune-{PROJECT['version']}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"flows", "tasks", "nested_core", info}
+    for package in ("flows", "tasks", "nested_core"):
+        assert f"{package}/__init__.py" in names
+        assert f"{package}/py.typed" in names
+    assert f"{info}/licenses/LICENSE" in names
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+@pytest.mark.parametrize("folder", ["examples", "deployments"])
+def test_every_tracked_file_of_a_shipped_folder_is_in_the_wheel(wheel: Path, folder: str) -> None:
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if "/_shipped/" in name}
+    listed = run("git", "ls-files", "--", folder, cwd=ROOT).stdout.splitlines()
+    assert [name for name in listed if f"flows/_shipped/{name}" not in shipped] == []
+    assert [name for name in shipped if name.startswith(f"flows/_shipped/{folder}/")]
+
+
+def test_the_metadata_offers_one_mlx_library_at_a_time_and_names_no_address(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"nested_tune-{PROJECT['version']}.dist-info/METADATA").decode()
+    required = re.findall(r"^Requires-Dist: (mlx\b.*)$", metadata, re.MULTILINE)
+    assert [line for line in required if "[" in line] == [
+        "mlx[cpu]<0.33,>=0.32.4; (sys_platform == 'linux') and extra == 'cpu'",
+        "mlx[cuda13]<0.33,>=0.32.4; (sys_platform == 'linux') and extra == 'cuda'",
+    ]
+    assert "mlx<0.33,>=0.32.4" in required
+    assert "Requires-Python: <3.14,>=3.11" in metadata
+
+
+def test_version_from_a_foreign_folder(command: Path, foreign: Path) -> None:
+    done = run(command, "--version", cwd=foreign)
+    assert done.returncode == 0, done.stderr
+    assert PROJECT["version"] in done.stdout
+
+
+def test_validate_from_a_foreign_folder_accepts_and_rejects(command: Path, foreign: Path) -> None:
+    data = foreign / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text("\n".join(chat(*pair) for pair in CAPITALS) + "\n")
+    (foreign / "config.yaml").write_text("model: no-model\ndata: data\nbatch_size: 1\n")
+    validate = (command, "validate", "-c", "config.yaml", "--no-tokenize", "--json")
+    accepted = run(*validate, cwd=foreign)
+    assert accepted.returncode == 0, accepted.stderr
+    assert [f for f in json.loads(accepted.stdout)["findings"] if f["severity"] == "error"] == []
+
+    with (data / "train.jsonl").open("a") as lines:
+        lines.write('{"messages": [\n')
+    rejected = run(*validate, cwd=foreign)
+    assert rejected.returncode == 3, rejected.stderr
+    errors = [f for f in json.loads(rejected.stdout)["findings"] if f["severity"] == "error"]
+    assert [error["line"] for error in errors] == [len(CAPITALS) + 1]
+
+
+def test_the_locks_pin_every_line_with_hashes_and_name_no_address() -> None:
+    for lock in (ROOT / "requirements").glob("*.lock"):
+        text = lock.read_text(encoding="utf-8")
+        assert "://" not in text
+        assert not re.search(r"^\s*(-i|--(extra-)?index-url|--find-links|-f)\b", text, re.MULTILINE)
+        pinned = re.findall(r"^[a-z][^\n]*==[^\n]*\\\n    --hash=sha256:", text, re.MULTILINE)
+        assert len(pinned) == len(re.findall(r"^[a-z]", text, re.MULTILINE)) > 100
+
+
+def test_the_development_lock_holds_the_run_lock_unchanged() -> None:
+    run_lock, dev_lock = (
+        set(re.findall(r"^[a-z].*==.*$", (ROOT / "requirements" / name).read_text(), re.MULTILINE))
+        for name in ("run.lock", "dev.lock")
+    )
+    assert run_lock <= dev_lock
