@@ -18,16 +18,23 @@ SCHEDULES = ("linear_schedule", "exponential_decay", "step_decay", "cosine_decay
 class Section(BaseModel):
     """A part of the configuration: immutable, and closed to keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 class LoraParameters(Section):
-    """The low-rank matrices: their rank, the factor on their product, where they go."""
+    """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
+
+    The attribute is not called `keys`, or dict() would take the section for a mapping.
+    """
 
     rank: PositiveInt = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     scale: float = 20.0
-    keys: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, alias="keys"
+    )
 
 
 class LearningRateSchedule(Section):

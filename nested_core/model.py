@@ -131,7 +131,7 @@ def _module_names(model: nn.Module) -> list[str]:
 def _warn_of_unmatched_keys(model: nn.Module, config: FineTuneConfig) -> None:
     known = {name for layer in model.layers for name, _ in layer.named_modules()}
     known |= {name for name, _ in model.named_modules()}
-    unmatched = [key for key in config.lora_parameters.keys or () if key not in known]
+    unmatched = [key for key in config.lora_parameters.modules or () if key not in known]
     if unmatched:
         warnings.warn(
             f"lora_parameters.keys {unmatched} match no module of the model", stacklevel=3

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.config import FineTuneConfig
-from nested_core.data.batches import batch_arrays, evaluation_batches
+from nested_core.data.batches import BatchPlan, batch_arrays, evaluation_batches
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.model import Slots
 from nested_core.scalars import to_float
@@ -53,6 +53,13 @@ class Evaluator:
     def _sums(self, params: Flat, tokens: mx.array, bounds: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, params)
         return supervised_loss(self._model, tokens, bounds)
+
+
+def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchPlan:
+    """The batches that a configuration trains on, epoch after epoch."""
+    return BatchPlan(
+        split.lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
+    )
 
 
 def make_evaluator(

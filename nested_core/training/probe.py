@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.config import FineTuneConfig
-from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.model import adapter_slots, read_slots
 from nested_core.scalars import to_float
+from nested_core.training.evaluation import plan_batches
 from nested_core.training.losses import supervised_loss
 from nested_core.training.step import Flat, borrowed, put
 
@@ -23,7 +23,7 @@ def parameter_importance(
     """Mean over `nested.probe_batches` batches of the squared L2 norm of each leaf's gradient."""
     slots = adapter_slots(model)
     params = read_slots(slots)
-    plan = BatchPlan(split.lengths, config.batch_size, config.seed)
+    plan = plan_batches(config, split)
 
     def mean_loss(values: Flat, tokens: mx.array, bounds: mx.array) -> mx.array:
         put(slots, values)

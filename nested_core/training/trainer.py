@@ -15,7 +15,6 @@ from mlx.utils import tree_flatten
 
 from nested_core.checkpoints import Checkpoint
 from nested_core.config import FineTuneConfig
-from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingDiverged, TrainingStopped
 from nested_core.model import adapter_slots, read_slots
@@ -25,7 +24,7 @@ from nested_core.run_directory import RunDirectory
 from nested_core.scalars import to_int
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.evaluation import make_evaluator
+from nested_core.training.evaluation import make_evaluator, plan_batches
 from nested_core.training.recompute import recomputed
 from nested_core.training.recorder import Recorder
 from nested_core.training.red_flags import flag_updates
@@ -74,7 +73,7 @@ class Trainer:
         self.stop_requested = False
         self._slots = adapter_slots(model)
         self._split = splits["train"]
-        self._plan = BatchPlan(self._split.lengths, config.batch_size, config.seed)
+        self._plan = plan_batches(config, self._split)
         self._iterations = _total_iterations(config, self._plan.batches_per_epoch)
         evaluator = make_evaluator(config, model, self._slots, splits.get("valid"))
         self._recorder = Recorder(config, run, self._slots, optimizer, evaluator, found, callback)

@@ -1,0 +1,1 @@
+"""Side-by-side measurements: each runs a named rival in the same go and prints a ratio."""

@@ -1,0 +1,112 @@
+"""One line's bytes -> one JSON object, or a `LineProblem` that says why there is none.
+
+Refuses what a lenient reader would let pass: repeated keys, halves of surrogate pairs, NUL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+_OBJECT = TypeAdapter(dict[str, Any], config=ConfigDict(strict=True))
+
+
+class LineProblem(Exception):
+    """Why a line holds no example: the name of the failed check and a sentence."""
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(message)
+        self.check = check
+        self.message = message
+
+
+def shorten(value: object, characters: int = 40) -> str:
+    """A value as it may stand in a message: on one line, and cut."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= characters else text[: characters - 3] + "..."
+
+
+def decode_object(raw: bytes) -> dict[str, Any]:
+    """Decode one JSON object; raises LineProblem, nothing else."""
+    try:
+        row = _OBJECT.validate_json(raw)
+    except ValidationError as error:
+        raise _why_not_an_object(raw, error) from None
+    if repeats_a_key(raw, sum(1 for _ in strings(row))):
+        _refuse_repeated_key(raw)
+    if b"\\u0000" in raw and any("\0" in text for text in strings(row)):
+        raise LineProblem("nul-character", "a text holds a NUL character (\\u0000)")
+    return row
+
+
+def repeats_a_key(raw: bytes, found: int) -> bool:
+    """Whether this valid JSON has more strings than the `found` ones, keys and values, in it.
+
+    The decoder keeps the last of two equal keys and says nothing. Counting quotes finds it at a
+    tenth of the cost of decoding again, for each one delimits a string or follows a backslash.
+    """
+    if raw.count(b'"') == 2 * found:
+        return False
+    unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return unescaped.count(b'"') != 2 * found
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string of a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+
+
+def _refuse_repeated_key(raw: bytes) -> None:
+    def refuse(pairs: list[tuple[str, Any]]) -> None:
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise LineProblem("duplicate-key", f"the key {shorten(key)!r} stands there twice")
+            seen.add(key)
+
+    json.loads(raw, object_pairs_hook=refuse)
+
+
+def _why_not_an_object(raw: bytes, error: ValidationError) -> LineProblem:
+    first = error.errors(include_url=False)[0]
+    if first["type"] == "json_invalid":
+        return _why_not_json(raw, str(first["ctx"]["error"]))
+    found = type(first["input"]).__name__
+    return LineProblem("not-an-object", f"expected a JSON object {{...}}, found a {found}")
+
+
+def _why_not_json(raw: bytes, reason: str) -> LineProblem:
+    if b"\0" in raw:
+        return LineProblem("nul-character", f"a NUL byte at column {raw.index(0) + 1}")
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        return LineProblem("not-utf8", f"{where} is not UTF-8; save the file as UTF-8")
+    what, _, position = reason.partition(" at line 1 column ")
+    column = len(raw[: int(position)].decode(errors="ignore")) if position.isdecimal() else 1
+    if _holds_half_a_surrogate_pair(text):
+        return LineProblem("lone-surrogate", f"half of a surrogate pair before column {column}")
+    return LineProblem("bad-json", f"not valid JSON at column {column}: {what}")
+
+
+def _holds_half_a_surrogate_pair(text: str) -> bool:
+    """Whether Python's lenient decoder reads the line, into a text that UTF-8 cannot hold."""
+    try:
+        json.dumps(json.loads(text), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+    return False

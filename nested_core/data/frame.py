@@ -1,0 +1,123 @@
+"""Rows -> one polars frame over all files, with what only their neighbours can tell about a line.
+
+Describes, never judges: which line came first, how many share a habit, the format of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import polars as pl
+import polars.selectors as cs
+
+from nested_core.data.reading import NO_DIGEST, Row
+
+_CHUNK_ROWS = 50_000
+_SCHEMA: dict[str, type[pl.DataType]] = {
+    "line": pl.Int32,
+    "format": pl.Categorical,
+    "roles": pl.String,
+    "content": pl.UInt64,
+    "prompt": pl.Int64,
+    "folded": pl.Int64,
+    "blank_field": pl.String,
+    "unknown_keys": pl.String,
+    "has_control": pl.Boolean,
+    "has_replacement": pl.Boolean,
+    "has_crlf": pl.Boolean,
+    "has_mark": pl.Boolean,
+    "is_blank": pl.Boolean,
+    "check": pl.String,
+    "message": pl.String,
+}
+
+
+def gather_rows(rows: Iterator[Row]) -> tuple[pl.DataFrame, str]:
+    """One file's rows as a frame of flat columns, and the SHA-256 over all examples in them.
+
+    `content` keeps the first 64 bits of each row's digest: what finds equal rows.
+    """
+    hasher = sha256()
+    chunks = [pl.DataFrame(schema=_SCHEMA)]
+    while chunk := list(islice(rows, _CHUNK_ROWS)):
+        columns: dict[str, Any] = dict(zip(Row._fields, zip(*chunk, strict=True), strict=True))
+        digests = columns["content"]
+        hasher.update(b"".join([digest for digest in digests if digest is not NO_DIGEST]))
+        columns["content"] = np.frombuffer(b"".join(digests), dtype="<u8")[::4].copy()
+        chunks.append(pl.DataFrame(columns, schema=_SCHEMA))
+    return pl.concat(chunks), hasher.hexdigest()
+
+
+def relate_rows(files: dict[str, pl.DataFrame]) -> pl.DataFrame:
+    """All files (train, valid, test: name -> frame) as one, each row knowing the lines it repeats.
+
+    Adds file, is_train, file_format, and the train lines `repeats` (equal content), `resembles`
+    (equal but for case and white space) and `answers_otherwise` (equal prompt, other content).
+    """
+    named = [
+        frame.with_columns(
+            file=pl.lit(f"{split}.jsonl", pl.Categorical),
+            is_train=pl.lit(split == "train"),
+            content=pl.when(pl.col("format").is_not_null()).then("content"),
+        )
+        for split, frame in files.items()
+    ]
+    frame = _add_file_format(pl.concat(named))
+    for key in ("content", "folded", "prompt"):
+        frame = _add_first_in_train(frame, key)
+    related = frame.with_columns(**_relations())
+    return _add_habits(related.drop("content", "folded", "prompt", cs.starts_with("first_")))
+
+
+def _add_file_format(frame: pl.DataFrame) -> pl.DataFrame:
+    """The format of most rows of a file; of the first among equals."""
+    formats = (
+        frame.filter(pl.col("format").is_not_null())
+        .group_by("file", "format")
+        .agg(pl.len(), pl.col("line").min())
+        .sort("len", "line", descending=[True, False])
+        .group_by("file", maintain_order=True)
+        .agg(pl.col("format").first().alias("file_format"))
+    )
+    return frame.join(formats, on="file", how="left", maintain_order="left")
+
+
+def _add_first_in_train(frame: pl.DataFrame, key: str) -> pl.DataFrame:
+    """Line and content of the first row of train with the same key; null keys equal nothing."""
+    content = pl.col("content").first().alias(f"first_content_by_{key}")
+    line = pl.col("line").first().alias(f"first_line_by_{key}")
+    keys = frame[key].drop_nulls().sort()
+    repeated = keys.filter(keys == keys.shift()).unique()  # grouping all keys takes 300 bytes a row
+    train = frame.filter(pl.col("is_train") & pl.col(key).is_in(repeated.implode()))
+    first = train.group_by(key).agg(*((line,) if key == "content" else (line, content)))
+    return frame.join(first, on=key, how="left", maintain_order="left")
+
+
+def _relations() -> dict[str, pl.Expr]:
+    is_own = pl.col("is_train") & (pl.col("first_line_by_content") == pl.col("line"))
+    repeats = pl.when(~is_own).then("first_line_by_content")
+    is_other = pl.col("first_content_by_folded") != pl.col("content")
+    resembles = pl.when(is_other & repeats.is_null()).then("first_line_by_folded")
+    is_answered = pl.col("first_content_by_prompt") != pl.col("content")
+    is_new = ~pl.col("is_train") & repeats.is_null() & resembles.is_null()
+    answers = pl.when(is_answered & is_new).then("first_line_by_prompt")
+    return {"repeats": repeats, "resembles": resembles, "answers_otherwise": answers}
+
+
+def _add_habits(frame: pl.DataFrame) -> pl.DataFrame:
+    """How many lines of the file share a habit, at the first such line only; null elsewhere."""
+    return frame.with_columns(
+        count_once(pl.col("has_crlf")).alias("crlf_lines"),
+        count_once(pl.col("has_mark")).alias("mark_lines"),
+        count_once(pl.col("unknown_keys").is_not_null(), "unknown_keys").alias("unknown_lines"),
+    )
+
+
+def count_once(flag: pl.Expr, *also: str) -> pl.Expr:
+    """The number of flagged rows of a file, at the first of them; null at all other rows."""
+    is_first = flag & (flag.cast(pl.Int32).cum_sum().over("file", *also) == 1)
+    return pl.when(is_first).then(flag.sum().over("file", *also))

@@ -1,0 +1,129 @@
+"""What was found in a data set, line by line, and the one paragraph that rejects it.
+
+Holds numbers and sentences only; it reads no file and judges nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from nested_core.errors import DatasetError
+
+Severity = Literal["error", "warning", "info"]
+_ORDER: dict[str, int] = {"error": 0, "warning": 1, "info": 2}
+_SHOWN_FINDINGS = 10
+_SHOWN_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing found: in which file, at which line (from 1; None is the whole file), and what."""
+
+    file: str
+    line: int | None
+    severity: Severity
+    check: str
+    message: str
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.check}: {self.message}"
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Lengths in tokens after truncation, and how many tokens are supervised."""
+
+    total: int
+    p50: int
+    p95: int
+    max: int
+    supervised: int
+    truncated_rows: int
+    lost_tokens: int
+
+
+@dataclass(frozen=True)
+class SplitStats:
+    """One file counted: lines = blank + rejected + rows, and rows are what trains."""
+
+    file: str
+    format: str | None
+    lines: int
+    blank: int
+    rejected: int
+    rows: int
+    roles: dict[str, int]
+    digest: str
+    tokens: TokenStats | None = None
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """All findings, errors first, then by file and line; and a count of each split that exists."""
+
+    folder: str
+    digest: str
+    splits: dict[str, SplitStats]
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that reject the data set."""
+        return self._of("error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that a person should look at."""
+        return self._of("warning")
+
+    def _of(self, severity: Severity) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == severity)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values, for dataset.json and `validate --json`."""
+        counts = {severity: len(self._of(severity)) for severity in ("error", "warning", "info")}
+        return asdict(self) | {
+            "findings": [asdict(finding) for finding in self.findings],
+            "counts": counts,
+        }
+
+    def raise_if_rejected(self) -> None:
+        """Raise DatasetError, at most 14 lines, that names the first errors and counts the rest."""
+        errors = self.errors
+        if not errors:
+            return
+        places = {(finding.file, finding.line) for finding in errors if finding.line is not None}
+        lines = [
+            f"The data set {self.folder} is rejected: {_count(len(errors), 'error')} "
+            f"in {_count(len(places), 'line')}."
+        ]
+        lines += [f"  {_cut(str(finding))}" for finding in errors[:_SHOWN_FINDINGS]]
+        if len(errors) > _SHOWN_FINDINGS:
+            lines.append(f"  and {_count(len(errors) - _SHOWN_FINDINGS, 'more error')}.")
+        lines.append("Correct these lines; `nested-tune validate --json` lists every finding.")
+        raise DatasetError("\n".join(lines))
+
+
+def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Errors, warnings, infos; in each train, valid, test; in each by line, else as they came."""
+    files = {f"{split}.jsonl": rank for rank, split in enumerate(("train", "valid", "test"))}
+    return tuple(
+        sorted(
+            findings,
+            key=lambda finding: (
+                _ORDER[finding.severity],
+                files.get(finding.file, len(files)),
+                finding.line or 0,
+            ),
+        )
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

@@ -1,0 +1,53 @@
+"""The part of a configuration that decides what is read and how, and the files it points to.
+
+Only local folders; anything else is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nested_core.data.fields import Features
+from nested_core.errors import ConfigError
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The data-relevant keys of a configuration, with mlx-lm's names and defaults."""
+
+    data: str
+    batch_size: int = 4
+    max_seq_length: int = 2048
+    mask_prompt: bool = False
+    prompt_feature: str = "prompt"
+    completion_feature: str = "completion"
+    text_feature: str = "text"
+    chat_feature: str = "messages"
+
+    @classmethod
+    def from_config(cls, config: Any) -> DataSettings:
+        """Take the attributes of the same names from a larger configuration."""
+        return cls(**{setting.name: getattr(config, setting.name) for setting in fields(cls)})
+
+    @property
+    def features(self) -> Features:
+        """The JSON keys to read."""
+        return Features(
+            self.prompt_feature, self.completion_feature, self.text_feature, self.chat_feature
+        )
+
+    def paths(self) -> dict[str, Path]:
+        """The files that exist, by split; raises ConfigError where there is no folder."""
+        folder = Path(self.data).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"data: {self.data!r} is not a folder here; expected one with train.jsonl, and "
+                "best valid.jsonl and test.jsonl beside it. Data sets on the Hugging Face hub are "
+                "not read yet: download the set first and give its folder."
+            )
+        paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
+        return {split: path for split, path in paths.items() if path.is_file()}

@@ -1,0 +1,71 @@
+"""A split counted, for the report: its rows, its roles and its lengths in tokens.
+
+Counts what was already judged; the numbers come back as `SplitStats` and as infos for a reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import polars as pl
+
+from nested_core.data.report import Finding, SplitStats, TokenStats
+from nested_core.data.tokens import TokenFacts, TokenizedSplit
+
+_ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]"}
+
+
+def count_split(file: str, frame: pl.DataFrame, rejected: int, digest: str) -> SplitStats:
+    """Count one file's frame; `rejected` is its number of lines with an error."""
+    blank = int(frame["is_blank"].sum())
+    formats = frame["file_format"].drop_nulls()
+    return SplitStats(
+        file=file,
+        format=formats[0] if len(formats) else None,
+        lines=frame.height,
+        blank=blank,
+        rejected=rejected,
+        rows=frame.height - blank - rejected,
+        roles=_count_roles(frame["roles"]),
+        digest=digest,
+    )
+
+
+def _count_roles(roles: pl.Series) -> dict[str, int]:
+    counts = {
+        role: int(roles.str.count_matches(letters).sum()) for role, letters in _ROLE_LETTERS.items()
+    }
+    return {role: count for role, count in counts.items() if count}
+
+
+def count_tokens(split: TokenizedSplit, facts: TokenFacts) -> TokenStats | None:
+    """Lengths after truncation and what it cost; None for a split without examples."""
+    if not len(split):
+        return None
+    lengths, lost = split.lengths, np.asarray(facts.full_length) - np.asarray(facts.length)
+    p50, p95 = np.percentile(lengths, (50, 95), method="inverted_cdf")
+    return TokenStats(
+        total=int(lengths.sum()),
+        p50=int(p50),
+        p95=int(p95),
+        max=int(lengths.max()),
+        supervised=int(split.supervised_counts.sum()),
+        truncated_rows=int((lost > 0).sum()),
+        lost_tokens=int(lost.sum()),
+    )
+
+
+def describe_split(stats: SplitStats) -> Iterator[Finding]:
+    """The counts as infos: rows, roles, tokens, supervised share and digest."""
+    facts = {"rows": f"{stats.rows:,} {stats.format or ''} rows in {stats.lines:,} lines"}
+    if stats.format == "chat":
+        facts["roles"] = ", ".join(f"{role} {count:,}" for role, count in stats.roles.items())
+    if (tokens := stats.tokens) is not None:
+        lengths = f"a row: median {tokens.p50:,}, p95 {tokens.p95:,}, longest {tokens.max:,}"
+        share = tokens.supervised / tokens.total
+        facts["tokens"] = f"{tokens.total:,} in all; {lengths}"
+        facts["supervised"] = f"{tokens.supervised:,} tokens, {share:.1%} of all"
+    facts["digest"] = stats.digest
+    for check, message in facts.items():
+        yield Finding(stats.file, None, "info", check, message)

@@ -1,0 +1,120 @@
+"""What makes an example unfit or doubtful once it is tokens, as pandera models and their frames.
+
+Sees lengths and counts only, never a token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandera.polars as pa
+import polars as pl
+from pandera.polars import PolarsData
+
+from nested_core.data.frame import count_once
+from nested_core.data.tokens import TokenFacts
+
+
+def token_frame(facts: TokenFacts, file: str, max_seq_length: int) -> pl.DataFrame:
+    """One row an example; a habit of many lines stands at the first (truncation: the worst)."""
+    columns = ("line", "full_length", "length", "supervised", "continues_prompt", "has_end")
+    frame = pl.DataFrame({name: np.asarray(getattr(facts, name)) for name in columns})
+    frame = frame.with_columns(
+        pl.col("continues_prompt", "has_end").cast(pl.Boolean),
+        lost=pl.col("full_length") - pl.col("length"),
+        file=pl.lit(file),
+        max_seq_length=pl.lit(max_seq_length),
+    )
+    is_worst = (pl.col("lost") > 0) & (pl.int_range(pl.len()) == pl.col("lost").arg_max())
+    is_whole = (pl.col("supervised") > 0) & (pl.col("lost") == 0)
+    return frame.with_columns(
+        truncated_lines=pl.when(is_worst).then((pl.col("lost") > 0).sum()),
+        lost_in_all=pl.col("lost").sum(),
+        short_lines=count_once(pl.col("supervised") == 1),
+        endless_lines=count_once(is_whole & ~pl.col("has_end")),
+    )
+
+
+def problem_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
+    """One row for each line at which the chat template raised."""
+    schema = {"line": pl.Int32, "problem": pl.String}
+    frame = pl.DataFrame(facts.problems, schema=schema, orient="row")
+    return frame.with_columns(file=pl.lit(file))
+
+
+class TemplateErrors(pa.DataFrameModel):
+    """Lines that the model's chat template does not take."""
+
+    problem: pl.String = pa.Field(nullable=True)
+
+    @pa.check(
+        "problem",
+        name="chat-template-raised",
+        description="the chat template does not take these turns: {problem}",
+    )
+    @classmethod
+    def _is_taken(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select(pl.col("problem").is_null())
+
+
+class TokenErrors(pa.DataFrameModel):
+    """What would teach nothing, or the wrong thing."""
+
+    supervised: pl.Int32
+    continues_prompt: pl.Boolean
+
+    @pa.check(
+        "supervised",
+        name="no-supervised-token",
+        description="{full_length} tokens, cut to {length}: none is left to learn "
+        "(in mlx-lm the loss would be NaN); raise max_seq_length or shorten the prompt",
+    )
+    @classmethod
+    def _teaches(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select(pl.col("supervised") > 0)
+
+    @pa.check(
+        "continues_prompt",
+        name="prompt-not-a-prefix",
+        description="the templated prompt does not begin the templated whole, so mask_prompt "
+        "would mask the wrong tokens; train without it or with another template",
+    )
+    @classmethod
+    def _continues_its_prompt(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select(pl.col("continues_prompt"))
+
+
+class TokenWarnings(pa.DataFrameModel):
+    """What is learnt otherwise than its author may think, told once a file."""
+
+    truncated_lines: pl.UInt32 = pa.Field(nullable=True)
+    short_lines: pl.UInt32 = pa.Field(nullable=True)
+    endless_lines: pl.UInt32 = pa.Field(nullable=True)
+
+    @pa.check(
+        "truncated_lines",
+        name="truncated",
+        description="examples cut to {max_seq_length} tokens: {truncated_lines}, "
+        "tokens lost: {lost_in_all}; the worst is this one, of {full_length} tokens",
+    )
+    @classmethod
+    def _is_whole(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select(pl.col("truncated_lines").is_null())
+
+    @pa.check(
+        "short_lines",
+        name="short-answer",
+        description="examples with one supervised token only: {short_lines}, from this one on",
+    )
+    @classmethod
+    def _is_an_answer(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select(pl.col("short_lines").is_null())
+
+    @pa.check(
+        "endless_lines",
+        name="no-end-of-sequence",
+        description="examples without an end-of-sequence token in what is supervised: "
+        "{endless_lines}, from this one on; the model will not learn where to stop there",
+    )
+    @classmethod
+    def _ends(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select(pl.col("endless_lines").is_null())

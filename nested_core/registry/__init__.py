@@ -1,0 +1,25 @@
+"""Verified adapters as immutable versions, one champion each name, an append-only history.
+
+Refuses what did not pass the gate and what has changed since; readers trust the `champion` link.
+"""
+
+from nested_core.registry.auditing import AuditReport, audit
+from nested_core.registry.promotion import UNSET, Promotion, Unset, promote, rollback
+from nested_core.registry.reading import history, list_versions, read_champion
+from nested_core.registry.registration import register
+from nested_core.registry.versions import Finding
+
+__all__ = [
+    "UNSET",
+    "AuditReport",
+    "Finding",
+    "Promotion",
+    "Unset",
+    "audit",
+    "history",
+    "list_versions",
+    "promote",
+    "read_champion",
+    "register",
+    "rollback",
+]

@@ -1,0 +1,153 @@
+"""Re-hash every version of a NAME and hold link, champion.json and history against each other.
+
+Writes and repairs nothing; every finding names its file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nested_core.durable import TEMPORARY_PREFIX
+from nested_core.errors import NestedTuneError
+from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
+from nested_core.registry.locking import shared
+from nested_core.registry.names import VERSIONS, locate
+from nested_core.registry.pointer import (
+    LINK_NAME,
+    RECORD_NAME,
+    describe,
+    read_link,
+    read_prepared,
+    read_record,
+)
+from nested_core.registry.verdict import GATE_NAME, read_gate, require_passed
+from nested_core.registry.versions import (
+    VERSION_PATTERN,
+    Finding,
+    registered_versions,
+    version_findings,
+)
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What an audit saw; `unfinished` is the version of a change that a crash cut short."""
+
+    name: str
+    champion: str | None
+    versions: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    unfinished: str | None = None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether everything is as it was written; a change cut short is no damage."""
+        return not self.findings
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Pointer and history read under one lock, with what was wrong in reading them."""
+
+    champion: str | None
+    prepared: str | None
+    record: dict[str, object] | None
+    ledger: Ledger
+    findings: tuple[Finding, ...]
+
+
+def audit(registry: Path, name: str) -> AuditReport:
+    """Check everything there is of `name`; ConfigError for an unknown registry or name."""
+    folder = locate(registry, name)
+    with shared(folder):
+        snapshot = _take_snapshot(folder)
+    versions = registered_versions(folder)
+    findings = [
+        *(finding for version in versions for finding in _audit_version(folder, version, snapshot)),
+        *_audit_listing(folder, versions, snapshot),
+        *snapshot.findings,
+    ]
+    if not snapshot.findings:
+        findings += [*_audit_order(folder, snapshot.ledger), *_audit_pointer(folder, snapshot)]
+    is_open = snapshot.prepared is not None and snapshot.prepared != snapshot.champion
+    unfinished = snapshot.prepared if is_open else None
+    return AuditReport(name, snapshot.champion, tuple(versions), tuple(findings), unfinished)
+
+
+def _take_snapshot(folder: Path) -> Snapshot:
+    findings, champion, ledger = [], None, Ledger()
+    try:
+        champion = read_link(folder)
+    except (NestedTuneError, OSError) as error:
+        findings.append(Finding(folder / LINK_NAME, str(error)))
+    try:
+        ledger = read_ledger(folder)
+    except (NestedTuneError, OSError) as error:
+        findings.append(Finding(folder / LEDGER_NAME, str(error)))
+    record = read_record(folder)
+    return Snapshot(champion, read_prepared(folder), record, ledger, tuple(findings))
+
+
+def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[Finding]:
+    place = folder / VERSIONS / version
+    try:
+        findings = version_findings(place, version, snapshot.ledger.manifests(version))
+        if not findings:
+            require_passed(read_gate(place / GATE_NAME), place / GATE_NAME)
+    except (NestedTuneError, OSError) as error:
+        return [Finding(place, str(error))]
+    return findings
+
+
+def _audit_listing(folder: Path, versions: list[str], snapshot: Snapshot) -> Iterator[Finding]:
+    for entry in sorted(os.listdir(folder / VERSIONS)):
+        if not VERSION_PATTERN.fullmatch(entry) and not entry.startswith(TEMPORARY_PREFIX):
+            yield Finding(folder / VERSIONS / entry, "is not a version")
+    mentioned = snapshot.ledger.versions() | ({snapshot.champion} if snapshot.champion else set())
+    for version in sorted(mentioned - set(versions)):
+        yield Finding(folder / VERSIONS / version, "was champion, and its folder is gone")
+
+
+def _audit_order(folder: Path, ledger: Ledger) -> Iterator[Finding]:
+    champion: str | None = None
+    for number, entry in enumerate(ledger.entries, 1):
+        if entry.action != "aborted" and entry.previous != champion:
+            yield Finding(
+                folder / LEDGER_NAME,
+                f"line {number} replaced {entry.previous}, but the line before it left {champion}: "
+                "a line was removed or edited",
+            )
+        champion = entry.champion_after
+
+
+def _audit_pointer(folder: Path, snapshot: Snapshot) -> Iterator[Finding]:
+    champion, ledger = snapshot.champion, snapshot.ledger
+    changes = ledger.changes()
+    if ledger.champion != champion:
+        if _was_cut_short(snapshot):
+            return
+        yield Finding(
+            folder / LINK_NAME,
+            f"points to {champion}, but the history's last line leaves {ledger.champion}: the link "
+            "was moved by hand, or the history is not whole",
+        )
+    is_ahead = snapshot.prepared is not None and _recorded_version(snapshot) == snapshot.prepared
+    if snapshot.record != describe(champion, changes) and not is_ahead:
+        yield Finding(folder / RECORD_NAME, "does not say what the link and the history say")
+
+
+def _was_cut_short(snapshot: Snapshot) -> bool:
+    """Whether link and history differ as a crash between the two leaves them."""
+    last = snapshot.ledger.entries[-1] if snapshot.ledger.entries else None
+    return (
+        last is not None
+        and last.version == snapshot.prepared
+        and last.previous == snapshot.champion
+    )
+
+
+def _recorded_version(snapshot: Snapshot) -> object:
+    return snapshot.record.get("version") if snapshot.record else None

@@ -1,0 +1,158 @@
+"""history.jsonl: one line for each change of the champion, only ever appended to.
+
+A last line without its line end was cut short by a crash and was never promised: readers leave it
+out, and the next writer removes it. Any other unreadable line is damage.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nested_core.durable import sync_descriptor, sync_path
+from nested_core.errors import DamagedError
+from nested_core.registry.kinds import kind_of
+
+LEDGER_NAME = "history.jsonl"
+ACTIONS = ("promote", "rollback", "aborted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of the history; an `aborted` one says that `previous` stayed the champion."""
+
+    action: str
+    version: str | None
+    previous: str | None
+    time: str
+    by: str
+    manifest: str | None = None
+    automatic: bool = False
+
+    @property
+    def champion_after(self) -> str | None:
+        """The champion that this line leaves behind."""
+        return self.previous if self.action == "aborted" else self.version
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The whole history as read: its entries, where the last of them ends, and what was torn."""
+
+    entries: tuple[Entry, ...] = ()
+    whole_bytes: int = 0
+    torn: bytes = b""
+
+    @property
+    def champion(self) -> str | None:
+        """The champion according to the last line."""
+        return self.entries[-1].champion_after if self.entries else None
+
+    def changes(self) -> list[Entry]:
+        """The changes that took effect: every line but the aborted ones and what they aborted."""
+        changes: list[Entry] = []
+        for entry in self.entries:
+            if entry.action != "aborted":
+                changes.append(entry)
+            elif changes and changes[-1].version == entry.version:
+                changes.pop()
+        return changes
+
+    def barred(self) -> set[str]:
+        """Versions that a rollback left and that no person has promoted by name since."""
+        barred: set[str] = set()
+        for change in self.changes():
+            if change.action == "rollback" and change.previous is not None:
+                barred.add(change.previous)
+            elif change.action == "promote" and not change.automatic and change.version:
+                barred.discard(change.version)
+        return barred
+
+    def versions(self) -> set[str]:
+        """Every version that the history has seen as champion."""
+        return {change.version for change in self.changes() if change.version is not None}
+
+    def manifests(self, version: str) -> set[str]:
+        """The manifest hashes that were recorded for `version`."""
+        return {e.manifest for e in self.entries if e.version == version and e.manifest}
+
+
+def new_entry(action: str, version: str | None, previous: str | None, by: str) -> Entry:
+    """An entry of this moment (UTC); what is not text in `by` is replaced by '?'."""
+    return Entry(
+        action=action,
+        version=version,
+        previous=previous,
+        time=datetime.now(UTC).isoformat(timespec="microseconds"),
+        by=by.encode(errors="replace").decode(),
+    )
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """Read the history of `folder`; DamagedError names the first line that is not one."""
+    path = folder / LEDGER_NAME
+    if kind_of(path) == "link":
+        raise DamagedError(f"{path} is a symbolic link; a registry has none but `champion`.")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return Ledger()
+    *lines, rest = content.split(b"\n")
+    entries = tuple(_parse(line, path, number) for number, line in enumerate(lines, 1))
+    return Ledger(entries, len(content) - len(rest), rest)
+
+
+def append(folder: Path, entry: Entry) -> None:
+    """Add a line and force it onto the disk before returning."""
+    path = folder / LEDGER_NAME
+    line = json.dumps(asdict(entry)).encode() + b"\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        is_first = os.fstat(descriptor).st_size == 0
+        _write_all(descriptor, line)
+        sync_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+    if is_first:
+        sync_path(folder)
+
+
+def cut_torn_line(folder: Path, ledger: Ledger) -> None:
+    """Remove what a crash left behind the last whole line."""
+    descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        os.ftruncate(descriptor, ledger.whole_bytes)
+        sync_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _parse(line: bytes, path: Path, number: int) -> Entry:
+    try:
+        return _entry_of(json.loads(line))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedError(
+            f"{path}, line {number}, is not an entry of the history ({error!r:.120}). Expected one "
+            "JSON object a line, as promote and rollback write it; restore the file from a backup."
+        ) from error
+
+
+def _entry_of(fields: dict[str, Any]) -> Entry:
+    known = {name: fields[name] for name in Entry.__dataclass_fields__ if name in fields}
+    entry = Entry(**known)
+    if entry.action not in ACTIONS:
+        raise ValueError(f"unknown action {entry.action!r}")
+    optional = (entry.version, entry.previous, entry.manifest)
+    texts = (entry.time, entry.by, *(text for text in optional if text is not None))
+    if not all(isinstance(text, str) for text in texts) or not isinstance(entry.automatic, bool):
+        raise TypeError("a field has the wrong type")
+    return entry

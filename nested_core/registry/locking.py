@@ -1,0 +1,76 @@
+"""One writer at a time in a folder, through flock on its `.lock` file; waits as long as it must.
+
+The lock goes with the process that holds it, so that a killed one blocks nobody.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+
+LOCK_NAME = ".lock"
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` alone. ConfigError where it cannot be written or the disk knows no locks."""
+    path = folder / LOCK_NAME
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise _explain(error, path) from error
+    try:
+        _lock(descriptor, fcntl.LOCK_EX, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Hold `folder` against writers while reading; without a lock file there, only read."""
+    path = folder / LOCK_NAME
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except (FileNotFoundError, PermissionError):
+        descriptor = None
+    except OSError as error:
+        raise _explain(error, path) from error
+    try:
+        if descriptor is not None:
+            _lock(descriptor, fcntl.LOCK_SH, path)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, operation: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        raise _explain(error, path) from error
+
+
+def _explain(error: OSError, path: Path) -> NestedTuneError | OSError:
+    if error.errno == errno.ELOOP:
+        return DamagedError(f"{path} is a symbolic link; a registry has none but `champion`.")
+    if error.errno in NOT_WRITABLE:
+        return ConfigError(
+            f"{path.parent} cannot be written ({error.strerror}). Expected a folder in which you "
+            "may create files: check its owner, its permissions and how it is mounted."
+        )
+    if error.errno in NO_LOCKS:
+        return ConfigError(
+            f"{path} cannot be locked ({error.strerror}): its file system has no file locks, and "
+            "several promoters could overwrite one another. Mount it with locks, or move it."
+        )
+    return error

@@ -1,0 +1,118 @@
+"""Where a NAME's folder is in a registry.
+
+Refuses names that are paths, that clash in case with another one, or that lead through a link.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from nested_core.durable import sync_path
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry.kinds import kind_of
+from nested_core.registry.locking import exclusive
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+VERSIONS = "versions"
+LISTED_NAMES = 5
+UNUSABLE_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `name` is 1 to 64 letters, digits, `.`, `_` or `-`."""
+    if NAME_PATTERN.fullmatch(name) is None:
+        raise ConfigError(
+            f"{_shorten(name)} is not a name for an adapter. Expected 1 to 64 letters, digits, "
+            "'.', '_' or '-', of which the first is a letter or a digit, such as capitals-v2."
+        )
+
+
+def locate(registry: Path, name: str) -> Path:
+    """The folder of `name`. ConfigError where there is none, DamagedError where it is a link."""
+    check_name(name)
+    if kind_of(registry, follow_links=True) != "directory":
+        raise ConfigError(
+            f"There is no registry at {registry}. Expected a directory into which an adapter has "
+            "been promoted; check the path, or promote a run into it first."
+        )
+    _refuse_case_clash(registry, name)
+    folder = registry / name
+    _refuse_links(folder)
+    if kind_of(folder / VERSIONS) != "directory":
+        raise ConfigError(_unknown_name(registry, name))
+    return folder
+
+
+def create(registry: Path, name: str) -> Path:
+    """The folder of `name`, made with the registry itself where they are not there yet."""
+    check_name(name)
+    _make_usable(registry)
+    with exclusive(registry):
+        _refuse_case_clash(registry, name)
+        _refuse_links(registry / name)
+        _make_usable(registry / name / VERSIONS)
+    return registry / name
+
+
+def _make_usable(folder: Path) -> None:
+    try:
+        _make_durable(folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in UNUSABLE_PATH:
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"{_shorten(str(folder))} cannot be made a directory ({reason}). Expected a path at "
+            "which you may create directories; check registry.path or --registry."
+        ) from error
+
+
+def _make_durable(folder: Path) -> None:
+    """Make a directory and its parents, each synced into the directory above it."""
+    if kind_of(folder, follow_links=True) == "directory":
+        return
+    _make_durable(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_path(folder.parent)
+
+
+def _refuse_case_clash(registry: Path, name: str) -> None:
+    for entry in os.listdir(registry):
+        if entry != name and entry.casefold() == name.casefold():
+            raise ConfigError(
+                f"{registry} already holds the name {entry!r}, which differs from {name!r} only in "
+                f"case; some file systems cannot tell the two apart. Use {entry!r}, or a new name."
+            )
+
+
+def _refuse_links(folder: Path) -> None:
+    for path in (folder, folder / VERSIONS):
+        if kind_of(path) == "link":
+            raise DamagedError(
+                f"{path} is a symbolic link to {os.readlink(path)!r}. A registry has no link but "
+                "`champion`: replace it by the directory itself."
+            )
+
+
+def _unknown_name(registry: Path, name: str) -> str:
+    known = sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
+    listed = ", ".join(known[:LISTED_NAMES]) + (", ..." if len(known) > LISTED_NAMES else "")
+    return (
+        f"The registry {registry} has no adapter named {name!r}. It holds: {listed or 'nothing'}. "
+        "Check the name, or promote a run under it first."
+    )
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "...")

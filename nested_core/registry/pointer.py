@@ -1,0 +1,113 @@
+"""The champion: a relative symbolic link that is swapped in one rename, and its champion.json.
+
+The next link is prepared beside it first, so that a change cut short can be told from a moved link.
+A link to anywhere but versions/<digest> is refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from nested_core.durable import sync_path, write_json
+from nested_core.errors import DamagedError
+from nested_core.registry.kinds import kind_of
+from nested_core.registry.ledger import Entry
+from nested_core.registry.names import VERSIONS
+
+LINK_NAME = "champion"
+PREPARED_NAME = ".champion-next"
+RECORD_NAME = "champion.json"
+RECORD_FIELDS = ("version", "previous", "time", "by")
+TARGET_PATTERN = re.compile(rf"{VERSIONS}/([0-9a-f]{{64}})")
+
+
+def read_link(folder: Path) -> str | None:
+    """The version that `champion` points to, or None; whether it is there is not looked at.
+
+    Raises DamagedError where it is no link or points anywhere else.
+    """
+    return _read_target(folder / LINK_NAME)
+
+
+def read_prepared(folder: Path) -> str | None:
+    """The version that a change under way, or cut short, wants as champion."""
+    try:
+        return _read_target(folder / PREPARED_NAME)
+    except DamagedError:
+        return None
+
+
+def prepare(folder: Path, version: str) -> None:
+    """Put the next link beside the champion, durably; readers do not look at it."""
+    os.symlink(f"{VERSIONS}/{version}", folder / PREPARED_NAME)
+    sync_path(folder)
+
+
+def swap(folder: Path) -> None:
+    """Make the prepared link the champion: a reader sees the old one or the new one."""
+    os.replace(folder / PREPARED_NAME, folder / LINK_NAME)
+    sync_path(folder)
+
+
+def discard_prepared(folder: Path) -> None:
+    """Remove a prepared link that never became the champion."""
+    path = folder / PREPARED_NAME
+    if kind_of(path) != "missing":
+        path.unlink()
+        sync_path(folder)
+
+
+def describe(champion: str | None, changes: list[Entry]) -> dict[str, Any] | None:
+    """What champion.json must say: the last change that made this version the champion."""
+    if champion is None:
+        return None
+    made_by = next((change for change in reversed(changes) if change.version == champion), None)
+    return {field: getattr(made_by, field, None) for field in RECORD_FIELDS} | {"version": champion}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """champion.json as it stands; an unreadable one counts as empty, because the link decides."""
+    path = folder / RECORD_NAME
+    kind = kind_of(path)
+    if kind != "file":
+        return None if kind == "missing" else {}
+    try:
+        record = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(folder: Path, record: dict[str, Any] | None) -> None:
+    """Replace champion.json, or remove it where there is no champion."""
+    if record is not None:
+        write_json(folder / RECORD_NAME, record)
+    else:
+        (folder / RECORD_NAME).unlink(missing_ok=True)
+
+
+def _read_target(path: Path) -> str | None:
+    try:
+        target = os.readlink(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise DamagedError(_misplaced(path, "is not a symbolic link")) from None
+    match = TARGET_PATTERN.fullmatch(target)
+    if match is None:
+        raise DamagedError(_misplaced(path, f"points to {target!r:.120}"))
+    return match[1]
+
+
+def _misplaced(path: Path, what: str) -> str:
+    return (
+        f"{path} {what}. Expected a relative link to {VERSIONS}/<digest>. Remove it and promote a "
+        "version again; do not copy a registry in a way that follows links."
+    )

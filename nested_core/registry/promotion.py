@@ -1,0 +1,130 @@
+"""Moving the champion: promote and rollback, one at a time, each verified again before it counts.
+
+Refuses a version that has changed since it was registered; automation never brings back a version
+that a person rolled back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+from nested_core.errors import ConfigError
+from nested_core.registry.ledger import Entry, append, new_entry
+from nested_core.registry.locking import exclusive
+from nested_core.registry.names import VERSIONS, locate
+from nested_core.registry.pointer import describe, prepare, swap, write_record
+from nested_core.registry.settling import State, settle
+from nested_core.registry.versions import PREFIX_PATTERN, resolve_version, verify_version
+
+Outcome = Literal["promoted", "rolled_back", "already_champion", "superseded", "barred"]
+
+
+class Unset(Enum):
+    """The type of UNSET: no champion is expected, not even that there is none."""
+
+    UNSET = "unset"
+
+
+UNSET = Unset.UNSET
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What became of a promote or a rollback.
+
+    `version` is the one that was asked for, `previous` the champion when it was asked.
+    """
+
+    outcome: Outcome
+    version: str
+    previous: str | None
+
+
+def promote(
+    registry: Path,
+    name: str,
+    version: str,
+    *,
+    by: str,
+    expected_champion: str | None | Unset = UNSET,
+    automatic: bool = False,
+) -> Promotion:
+    """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
+
+    With `expected_champion` the outcome is "superseded" where another one stands; None expects that
+    there is none. An `automatic` one is "barred" for a version that a rollback left. Raises
+    ConfigError for an unknown registry, name or version, DamagedError for any change on disk,
+    GateRejected for a verdict that is not "passed".
+    """
+    folder = locate(registry, name)
+    with exclusive(folder):
+        state = settle(folder)
+        wanted = resolve_version(folder, version, state.ledger)
+        manifest = _verify(folder, wanted, state)
+        refusal = _refusal(state, wanted, expected_champion, automatic)
+        if refusal is None:
+            entry = new_entry("promote", wanted, state.champion, by)
+            _move(folder, wanted, replace(entry, manifest=manifest, automatic=automatic))
+    return Promotion(refusal or "promoted", wanted, state.champion)
+
+
+def rollback(registry: Path, name: str, *, to: str | None = None, by: str) -> Promotion:
+    """Make `to`, or the version that the last change replaced, the champion, after re-hashing it.
+
+    Raises ConfigError where there is nothing to go back to, DamagedError for any change on disk.
+    """
+    folder = locate(registry, name)
+    with exclusive(folder):
+        state = settle(folder)
+        wanted = _replaced_version(folder, state) if to is None else to
+        wanted = resolve_version(folder, wanted, state.ledger)
+        manifest = _verify(folder, wanted, state)
+        if wanted == state.champion:
+            return Promotion("already_champion", wanted, state.champion)
+        entry = new_entry("rollback", wanted, state.champion, by)
+        _move(folder, wanted, replace(entry, manifest=manifest))
+    return Promotion("rolled_back", wanted, state.champion)
+
+
+def _verify(folder: Path, version: str, state: State) -> str:
+    return verify_version(folder / VERSIONS / version, version, state.ledger.manifests(version))
+
+
+def _refusal(
+    state: State, version: str, expected: str | None | Unset, automatic: bool
+) -> Literal["already_champion", "superseded", "barred"] | None:
+    if version == state.champion:
+        return "already_champion"
+    if automatic and version in state.ledger.barred():
+        return "barred"
+    if not isinstance(expected, Unset) and not _is_expected(state.champion, expected):
+        return "superseded"
+    return None
+
+
+def _is_expected(champion: str | None, expected: str | None) -> bool:
+    if champion is None or expected is None:
+        return champion is expected
+    return PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)
+
+
+def _replaced_version(folder: Path, state: State) -> str:
+    changes = state.ledger.changes()
+    if not changes or changes[-1].previous is None:
+        raise ConfigError(
+            f"{folder} has no version to go back to: its champion is "
+            f"{(state.champion or 'none')[:12]} and replaced no other. Name the version that you "
+            "want with --to."
+        )
+    return changes[-1].previous
+
+
+def _move(folder: Path, version: str, entry: Entry) -> None:
+    """Record the change, then make it: a crash in between leaves the old champion standing."""
+    prepare(folder, version)
+    append(folder, entry)
+    write_record(folder, describe(version, [entry]))
+    swap(folder)

@@ -1,0 +1,51 @@
+"""What a reader may ask of a registry: the champion, the versions, the history. Writes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import DamagedError
+from nested_core.registry.kinds import kind_of
+from nested_core.registry.ledger import read_ledger
+from nested_core.registry.locking import shared
+from nested_core.registry.names import VERSIONS, locate
+from nested_core.registry.pointer import LINK_NAME, read_link
+from nested_core.registry.versions import registered_versions
+
+
+def read_champion(registry: Path, name: str) -> str | None:
+    """The version that the `champion` link points to, or None before the first promotion.
+
+    Raises ConfigError for an unknown registry or name, DamagedError for a link that leads anywhere
+    but to a version that is there.
+    """
+    folder = locate(registry, name)
+    champion = read_link(folder)
+    if champion is not None and kind_of(folder / VERSIONS / champion) != "directory":
+        raise DamagedError(
+            f"{folder / LINK_NAME} points to {champion[:12]}, whose folder is gone. Roll back to a "
+            "version that is there, or restore the folder from a backup."
+        )
+    return champion
+
+
+def list_versions(registry: Path, name: str) -> list[str]:
+    """Every registered version, in the order of the digests."""
+    return registered_versions(locate(registry, name))
+
+
+def history(registry: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of history.jsonl, oldest first; a torn last line is left out.
+
+    A last line that the link does not agree with, because a crash came in between, has
+    `"unfinished": true`; the next promote or rollback marks it aborted.
+    """
+    folder = locate(registry, name)
+    with shared(folder):
+        ledger, champion = read_ledger(folder), read_link(folder)
+    lines = [asdict(entry) for entry in ledger.entries]
+    if lines and ledger.champion != champion:
+        lines[-1]["unfinished"] = True
+    return lines

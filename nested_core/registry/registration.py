@@ -1,0 +1,64 @@
+"""Copying a run's judged adapter into the registry, as a version that never changes again.
+
+Refuses an adapter that the gate did not pass, and one that is not what the gate judged.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.durable import new_directory, write_json
+from nested_core.manifest import write_manifest
+from nested_core.registry.kinds import kind_of
+from nested_core.registry.locking import exclusive
+from nested_core.registry.names import VERSIONS, check_name, create
+from nested_core.registry.settling import settle
+from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
+from nested_core.registry.versions import FILES, PROVENANCE_NAME, verify_version, version_facts
+
+ADAPTER_NAME = "adapter"
+READ_ONLY = 0o444
+
+
+def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any]) -> str:
+    """Add the adapter of a finished run as a version of `name`; return the version (its digest).
+
+    An adapter that is there already and sound stays as it is, with its first gate and provenance.
+    Raises ConfigError for a run without a verdict or a bad name, GateRejected where the verdict is
+    not "passed", DamagedError where adapter, verdict or the version already there do not agree.
+    """
+    check_name(name)
+    version = _judged_digest(run_dir)
+    folder = create(registry, name)
+    with exclusive(folder):
+        recorded = settle(folder).ledger.manifests(version)
+        target = folder / VERSIONS / version
+        if kind_of(target) != "missing":
+            verify_version(target, version, recorded)
+            return version
+        with new_directory(target) as unpublished:
+            _fill(unpublished, run_dir, version, provenance)
+            verify_version(unpublished, version, set())
+    return version
+
+
+def _judged_digest(run_dir: Path) -> str:
+    path = run_dir / GATE_NAME
+    gate = read_gate(path)
+    require_passed(gate, path)
+    digest = read_adapter(run_dir / ADAPTER_NAME).digest()
+    require_digest(gate, digest, path)
+    return digest
+
+
+def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]) -> None:
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        shutil.copyfile(run_dir / ADAPTER_NAME / name, folder / name)
+    shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
+    write_json(folder / PROVENANCE_NAME, provenance)
+    write_manifest(folder, version_facts(version))
+    for name in FILES:
+        (folder / name).chmod(READ_ONLY)

@@ -1,0 +1,65 @@
+"""What a gate.json says about an adapter: its verdict, and the digest of what it judged.
+
+Refuses a verdict that is not "passed" and one that was given on another adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import ConfigError, DamagedError, GateRejected
+
+GATE_NAME = "gate.json"
+MAX_GATE_BYTES = 64 * 1024 * 1024
+LISTED_REASONS = 5
+
+
+def read_gate(path: Path) -> dict[str, Any]:
+    """Read gate.json. ConfigError where there is none, DamagedError where it is no verdict."""
+    try:
+        if path.stat().st_size > MAX_GATE_BYTES:
+            raise DamagedError(f"{path} is larger than {MAX_GATE_BYTES} bytes.")
+        gate = json.loads(path.read_bytes(), object_pairs_hook=_object_without_duplicates)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
+            "finished run; let the run end, or resume it with --resume."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(gate, dict) or gate.get("verdict") not in ("passed", "failed"):
+        raise DamagedError(f'{path} holds no verdict. Expected "verdict": "passed" or "failed".')
+    return gate
+
+
+def require_passed(gate: dict[str, Any], path: Path) -> None:
+    """Raise GateRejected, with the gate's reasons, unless the verdict is "passed"."""
+    if gate["verdict"] == "passed":
+        return
+    reasons = gate.get("reasons")
+    codes = [str(reason.get("code")) for reason in reasons or [] if isinstance(reason, dict)]
+    raise GateRejected(
+        f"The gate rejected this adapter: {', '.join(codes[:LISTED_REASONS]) or 'no reason given'} "
+        f"(see {path}). Only an adapter that passed enters a registry; mend what the reasons name "
+        "and train again."
+    )
+
+
+def require_digest(gate: dict[str, Any], digest: str, path: Path) -> None:
+    """Raise DamagedError unless the verdict was given on the adapter with this digest."""
+    trained = gate.get("trained")
+    judged = trained.get("digest") if isinstance(trained, dict) else None
+    if judged != digest:
+        raise DamagedError(
+            f"{path} is a verdict on another adapter: it judged {judged!r:.80}, and the adapter "
+            f"beside it has the digest {digest}. One of them has changed since; run the gate again."
+        )
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key appears twice")
+    return fields

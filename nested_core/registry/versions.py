@@ -1,0 +1,150 @@
+"""A version: an adapter with its gate's verdict and its provenance, named by the adapter's digest.
+
+Whatever was added, removed or changed in its folder since it was registered is found here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.durable import file_sha256
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.manifest import MANIFEST_NAME, read_manifest
+from nested_core.registry.kinds import kind_of
+from nested_core.registry.ledger import Ledger
+from nested_core.registry.names import VERSIONS
+from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
+
+PROVENANCE_NAME = "provenance.json"
+CONTENT = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
+FILES = (*CONTENT, MANIFEST_NAME)
+VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")
+PREFIX_PATTERN = re.compile(r"[0-9a-f]{6,64}")
+LISTED_FINDINGS = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not as it was written: the file, and what is wrong with it."""
+
+    file: Path
+    message: str
+
+    def __str__(self) -> str:
+        """The finding in one line."""
+        return f"{self.file}: {self.message}"
+
+
+def version_facts(version: str) -> dict[str, Any]:
+    """What a version's manifest says beside the hashes of its files."""
+    return {"kind": "adapter version", "version": version}
+
+
+def registered_versions(folder: Path) -> list[str]:
+    """The versions in a NAME's folder, in the order of their digests."""
+    return sorted(name for name in os.listdir(folder / VERSIONS) if VERSION_PATTERN.fullmatch(name))
+
+
+def resolve_version(folder: Path, wanted: str, ledger: Ledger) -> str:
+    """The one version whose digest begins with `wanted`; ConfigError for none or several."""
+    if PREFIX_PATTERN.fullmatch(wanted) is None:
+        raise ConfigError(
+            f"{wanted!r:.80} is not a version. Expected the name of a folder below "
+            f"{folder / VERSIONS}, or at least its first 6 hexadecimal digits."
+        )
+    known = sorted({*registered_versions(folder), *ledger.versions()})
+    matching = [version for version in known if version.startswith(wanted)]
+    if len(matching) == 1:
+        return matching[0]
+    found = ", ".join(version[: len(wanted) + 6] for version in (matching or known)[:5])
+    raise ConfigError(
+        f"{wanted} names {len(matching) or 'no'} versions in {folder}. Expected the beginning of "
+        f"exactly one of: {found or 'none is registered yet'}."
+    )
+
+
+def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
+    """Re-hash a version and check its verdict; return its manifest's hash.
+
+    `recorded` holds the manifest hashes that the history knows of it. Raises DamagedError naming
+    every file that is not as it was registered, GateRejected where the verdict is not "passed".
+    """
+    findings = version_findings(folder, version, recorded)
+    if findings:
+        listed = "; ".join(str(finding) for finding in findings[:LISTED_FINDINGS])
+        more = f"; and {len(findings) - LISTED_FINDINGS} more" * (len(findings) > LISTED_FINDINGS)
+        raise DamagedError(
+            f"Version {version[:12]} is not what was registered. {listed}{more}. Restore {folder} "
+            "from a backup, or remove it and register its run again."
+        )
+    require_passed(read_gate(folder / GATE_NAME), folder / GATE_NAME)
+    return str(read_manifest(folder)["digest"])
+
+
+def version_findings(folder: Path, version: str, recorded: set[str]) -> list[Finding]:
+    """Everything that is wrong with the files of a version, the verdict itself left aside."""
+    if kind_of(folder) != "directory":
+        return [Finding(folder, "the folder of the version is missing, or is not a directory")]
+    findings = [*_listing_findings(folder), *_hash_findings(folder, version, recorded)]
+    return findings or [*_meaning_findings(folder, version)]
+
+
+def _listing_findings(folder: Path) -> Iterator[Finding]:
+    present = set(os.listdir(folder))
+    for name in FILES:
+        if name not in present:
+            yield Finding(folder / name, "missing")
+        elif kind_of(folder / name) != "file":
+            yield Finding(folder / name, "not a regular file")
+    for name in sorted(present - set(FILES)):
+        yield Finding(folder / name, "does not belong to the version")
+
+
+def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[Finding]:
+    path = folder / MANIFEST_NAME
+    if kind_of(path) != "file":
+        return
+    try:
+        manifest = read_manifest(folder)
+    except DamagedError as error:
+        yield Finding(path, f"not readable as a manifest ({error})")
+        return
+    if path.read_bytes() != _rendered(manifest):
+        yield Finding(path, "has changed since it was written")
+    if manifest["facts"] != version_facts(version) or set(manifest["files"]) != set(CONTENT):
+        yield Finding(path, "belongs to something else than this version")
+    if recorded and manifest["digest"] not in recorded:
+        yield Finding(path, "is not the manifest that the history recorded for this version")
+    yield from _changed_files(folder, manifest["files"])
+
+
+def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[Finding]:
+    for name in CONTENT:
+        path = folder / name
+        if name not in listed or kind_of(path) != "file":
+            continue
+        if {"bytes": path.stat().st_size, "sha256": file_sha256(path)} != listed[name]:
+            yield Finding(path, "has changed since it was written (size or SHA-256)")
+
+
+def _meaning_findings(folder: Path, version: str) -> Iterator[Finding]:
+    try:
+        if read_adapter(folder).digest() != version:
+            yield Finding(folder / WEIGHTS_NAME, "is not the adapter whose digest names the folder")
+        require_digest(read_gate(folder / GATE_NAME), version, folder / GATE_NAME)
+    except NestedTuneError as error:
+        yield Finding(folder, str(error))
+
+
+def _rendered(manifest: dict[str, Any]) -> bytes:
+    """The bytes of durable.write_json: a manifest's own hash does not cover spaces and order."""
+    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(
+        errors="surrogatepass"
+    )

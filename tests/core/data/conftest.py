@@ -1,0 +1,65 @@
+"""A tiny tokenizer of our own (byte-level BPE, a chat template), and data sets on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+TEMPLATE = (
+    "{% if tools %}<|tools|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content or '' }}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|tools|>"]
+WriteData = Callable[..., Path]
+
+
+def build_tokenizer(template: str | None) -> TokenizerWrapper:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = ["The capital of France is Paris.", "Where is the river?", "It is near the capital."]
+    tokenizer.train_from_iterator(text, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template
+    )
+    return TokenizerWrapper(wrapped)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> TokenizerWrapper:
+    return build_tokenizer(TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def bare_tokenizer() -> TokenizerWrapper:
+    return build_tokenizer(None)
+
+
+@pytest.fixture
+def write_data(tmp_path: Path) -> WriteData:
+    """Write {split: lines}; a line is bytes as they are, or a value to dump as JSON."""
+
+    def write(**splits: Iterable[Any]) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        for split, lines in splits.items():
+            raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+            (folder / f"{split}.jsonl").write_bytes(b"".join(line + b"\n" for line in raw))
+        return folder
+
+    return write

@@ -1,0 +1,210 @@
+"""Every bad input gives exactly the (file, line, check) that it should, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from nested_core.data.dataset import load_dataset
+from nested_core.data.settings import DataSettings
+from tests.core.data.conftest import WriteData
+
+Expected = tuple[str, int | None, str]
+
+
+def turn(role: Any, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def talk(*roles: str) -> dict[str, Any]:
+    return {"messages": [turn(role, f"{role} {index}") for index, role in enumerate(roles)]}
+
+
+def chat(question: str, answer: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [turn("user", question), turn("assistant", answer)], **more}
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+GOOD = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
+HELD_OUT = [chat("Where is Z?", "In Zland.")]
+
+BAD_LINES: dict[str, tuple[Any, str]] = {
+    "latin-1 byte": (b'{"text": "caf\xe9"}', "not-utf8"),
+    "utf-16 file": ('{"text": "a\u0416"}'.encode("utf-16")[:6].replace(b"\0", b"x"), "not-utf8"),
+    "surrogate in utf-8": (b'{"text": "\xed\xa0\x80"}', "not-utf8"),
+    "cut in the middle": (b'{"text": "abc', "bad-json"),
+    "single quotes": (b"{'text': 'abc'}", "bad-json"),
+    "trailing comma": (b'{"text": "abc",}', "bad-json"),
+    "two objects": (b'{"text": "a"} {"text": "b"}', "bad-json"),
+    "bare word": (b"hello", "bad-json"),
+    "raw control character": (b'{"text": "a\x01b"}', "bad-json"),
+    "bad escape": (b'{"text": "\\x41"}', "bad-json"),
+    "endless nesting": (b"[" * 100_000, "bad-json"),
+    "number out of range": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "bad-json"),
+    "second byte-order mark": (b'\xef\xbb\xbf{"text": "a"}', "bad-json"),
+    "list": ([1, 2], "not-an-object"),
+    "number": (5, "not-an-object"),
+    "null": (None, "not-an-object"),
+    "string": ("text", "not-an-object"),
+    "high half alone": (b'{"text": "\\ud83d"}', "lone-surrogate"),
+    "low half alone": (b'{"text": "\\ude00"}', "lone-surrogate"),
+    "low half in a key": (b'{"text": "a", "\\ude00": 1}', "lone-surrogate"),
+    "escaped NUL": (b'{"text": "a\\u0000b"}', "nul-character"),
+    "raw NUL": (b'{"text": "a\0b"}', "nul-character"),
+    "NUL in a turn": (chat("a\0", "b"), "nul-character"),
+    "repeated key": (b'{"text": "a", "text": "b"}', "duplicate-key"),
+    "repeated key after an escape": (b'{"text": "a\\"b", "text": "c\\\\"}', "duplicate-key"),
+    "repeated key, equal values": (b'{"text": "a", "text": "a"}', "duplicate-key"),
+    "repeated role": (
+        b'{"messages": [{"role": "user", "content": "a"}, '
+        b'{"role": "user", "role": "assistant", "content": "b"}]}',
+        "duplicate-key",
+    ),
+    "repeated key in an extra": (b'{"text": "a", "m": {"k": 1, "k": 2}}', "duplicate-key"),
+    "no field": ({}, "unknown-format"),
+    "other fields": ({"instruction": "a", "output": "b"}, "unknown-format"),
+    "prompt alone": ({"prompt": "a"}, "missing-field"),
+    "completion alone": ({"completion": "a"}, "missing-field"),
+    "turn without content": (
+        {"messages": [{"role": "user"}, turn("assistant", "b")]},
+        "missing-field",
+    ),
+    "turn without role": ({"messages": [{"content": "a"}]}, "missing-field"),
+    "null prompt": ({"prompt": None, "completion": "b"}, "null-field"),
+    "null text": ({"text": None}, "null-field"),
+    "null messages": ({"messages": None}, "null-field"),
+    "null answer": (chat("a", None), "null-field"),
+    "null turn": ({"messages": [None]}, "null-field"),
+    "number as completion": ({"prompt": "a", "completion": 5}, "wrong-type"),
+    "list as text": ({"text": ["a"]}, "wrong-type"),
+    "string as messages": ({"messages": "user: a"}, "wrong-type"),
+    "string as turn": ({"messages": ["a", "b"]}, "wrong-type"),
+    "content parts": (chat("a", [{"type": "text", "text": "b"}]), "wrong-type"),
+    "number as role": ({"messages": [turn(5, "a")]}, "wrong-type"),
+    "unknown role": (talk("user", "bot"), "unknown-role"),
+    "role in capitals": (talk("User", "assistant"), "unknown-role"),
+    "developer": (talk("developer", "user", "assistant"), "unknown-role"),
+    "tools as text": (chat("a", "b", tools=json.dumps([TOOL])), "malformed-tools"),
+    "tools as object": (chat("a", "b", tools=TOOL), "malformed-tools"),
+    "tool without a name": (chat("a", "b", tools=[{"type": "function"}]), "malformed-tools"),
+    "tool of null": (chat("a", "b", tools=[None]), "malformed-tools"),
+    "call as text": (
+        {"messages": [turn("user", "a"), turn("assistant", "", tool_calls="f()")]},
+        "malformed-tool-calls",
+    ),
+    "call without a name": (
+        {"messages": [turn("user", "a"), turn("assistant", "", tool_calls=[{"id": "1"}])]},
+        "malformed-tool-calls",
+    ),
+    "blank question": (chat(" \n", "b"), "blank-field"),
+    "blank answer": (chat("a", ""), "blank-field"),
+    "blank answer, Unicode space": (chat("a", "\u2003"), "blank-field"),
+    "text among chats": ({"text": "a"}, "mixed-format"),
+    "completion among chats": ({"prompt": "a", "completion": "b"}, "mixed-format"),
+    "no turns": (talk(), "no-assistant-turn"),
+    "question only": (talk("user"), "no-assistant-turn"),
+    "question last": (talk("user", "assistant", "user"), "last-turn-not-assistant"),
+    "system last": (talk("user", "assistant", "system"), "last-turn-not-assistant"),
+    "result last": (
+        {"messages": [turn("user", "a"), CALLING, turn("tool", "1", tool_call_id="1")]},
+        "last-turn-not-assistant",
+    ),
+    "answer first": (talk("assistant", "user", "assistant"), "role-order"),
+    "system twice": (talk("system", "system", "user", "assistant"), "role-order"),
+    "system in between": (talk("user", "system", "assistant"), "role-order"),
+    "two questions": (talk("user", "user", "assistant"), "role-order"),
+    "two answers": (talk("user", "assistant", "assistant"), "role-order"),
+    "call without its result": (
+        {"messages": [turn("user", "a"), CALLING, turn("assistant", "b")]},
+        "role-order",
+    ),
+    "result without a call": (talk("user", "tool", "assistant"), "tool-without-call"),
+    "result of another call": (
+        {
+            "messages": [
+                turn("user", "a"),
+                CALLING,
+                turn("tool", "1", tool_call_id="2"),
+                turn("assistant", "b"),
+            ]
+        },
+        "tool-without-call",
+    ),
+}
+ALSO = {"system last": "role-order"}  # what is wrong twice is said twice
+
+
+def errors_in(folder: Any, **settings: Any) -> list[Expected]:
+    report, _ = load_dataset(DataSettings(str(folder), **settings), None)
+    return [(finding.file, finding.line, finding.check) for finding in report.errors]
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_named_with_its_file_its_number_and_its_check(
+    name: str, write_data: WriteData
+) -> None:
+    line, check = BAD_LINES[name]
+    found = errors_in(write_data(train=[*GOOD[:2], line, *GOOD[2:]], valid=HELD_OUT))
+    expected = [("train.jsonl", 3, check)]
+    if name in ALSO:
+        expected.append(("train.jsonl", 3, ALSO[name]))
+    assert found == expected
+
+
+def test_all_bad_lines_are_reported_at_once(write_data: WriteData) -> None:
+    lines = [line for line, _ in BAD_LINES.values()]
+    found = errors_in(write_data(train=[*GOOD * 20, *lines], valid=HELD_OUT))
+    assert {line for _, line, _ in found} == set(range(81, 81 + len(lines)))
+
+
+GOOD_LINES: dict[str, Any] = {
+    "system": talk("system", "user", "assistant"),
+    "blank system": {"messages": [turn("system", ""), turn("user", "a"), turn("assistant", "b")]},
+    "several turns": talk("user", "assistant", "user", "assistant"),
+    "null tools": chat("a", "b", tools=None),
+    "bare tool": chat("a", "b", tools=[{"name": "f", "parameters": {}}]),
+    "ends with a call": {"messages": [turn("user", "a"), CALLING], "tools": [TOOL]},
+    "call without content": {
+        "messages": [turn("user", "a"), {"role": "assistant", "tool_calls": [CALL]}]
+    },
+    "two results": {
+        "messages": [
+            turn("user", "a"),
+            {"role": "assistant", "content": "", "tool_calls": [CALL, CALL | {"id": "2"}]},
+            turn("tool", "", tool_call_id="2"),
+            turn("tool", "1", tool_call_id="1"),
+            turn("assistant", "b"),
+        ]
+    },
+    "result without ids": {
+        "messages": [turn("user", "a"), CALLING, turn("tool", "1"), turn("assistant", "b")]
+    },
+    "quotes and backslashes": chat('a "b" \\', '"\\\\"\\" : "text": "'),
+    "escaped text of a NUL": chat("a \\u0000", "b"),
+    "emoji, escaped": chat("\U0001f600", "b"),
+    "spaces around": b'  {"messages": [{"role":"user","content":"a"},'
+    b'{"content":"b" , "role" :\t"assistant"}]} \r',
+}
+
+
+@pytest.mark.parametrize("name", GOOD_LINES)
+def test_an_unusual_but_sound_line_is_accepted(name: str, write_data: WriteData) -> None:
+    folder = write_data(train=[*GOOD, GOOD_LINES[name]], valid=HELD_OUT)
+    assert errors_in(folder) == []
+
+
+def test_fields_are_read_by_their_configured_keys(write_data: WriteData) -> None:
+    lines = [{"q": "a", "a": "b"}, {"q": "a", "a": 5}, {"q": " ", "a": "c"}]
+    folder = write_data(train=lines, valid=[{"q": "y", "a": "z"}])
+    found = errors_in(folder, prompt_feature="q", completion_feature="a", batch_size=1)
+    assert found == [("train.jsonl", 2, "wrong-type"), ("train.jsonl", 3, "blank-field")]
+
+
+def test_the_message_gives_the_column_in_characters(write_data: WriteData) -> None:
+    folder = write_data(train=[*GOOD, '{"text": "ÄÖÜ" x}'.encode()])
+    report, _ = load_dataset(DataSettings(str(folder)), None)
+    assert report.errors[0].message == "not valid JSON at column 16: expected `,` or `}`"

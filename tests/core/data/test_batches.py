@@ -1,0 +1,177 @@
+"""Batches follow from lengths, seed and index; each example is in one of them an epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nested_core.data.batches import (
+    BatchPlan,
+    batch_arrays,
+    bucket_widths,
+    evaluation_batches,
+)
+from nested_core.data.tokens import TokenizedSplit
+
+lengths_lists = st.lists(st.integers(1, 700), min_size=1, max_size=60)
+batch_sizes = st.integers(1, 9)
+seeds = st.integers(0, 2**32)
+
+
+def split_of(lengths: list[int], supervised_from: int = 0) -> TokenizedSplit:
+    """Examples whose tokens are 1, 2, 3, ... through all of them, never the pad token 0."""
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.arange(1, starts[-1] + 1, dtype=np.int32)
+    return TokenizedSplit(tokens, starts, np.full(len(lengths), supervised_from, np.int32))
+
+
+@given(lengths_lists, batch_sizes, seeds, st.integers(0, 5))
+def test_each_example_is_used_once_an_epoch(
+    lengths: list[int], batch_size: int, seed: int, epoch: int
+) -> None:
+    plan = BatchPlan(lengths, batch_size, seed)
+    first = epoch * plan.batches_per_epoch
+    batches = [plan.batch(first + index) for index in range(plan.batches_per_epoch)]
+    assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(len(lengths)))
+    sizes = sorted(len(batch.rows) for batch in batches)
+    assert sizes[1:] == [batch_size] * (len(sizes) - 1)
+
+
+@given(lengths_lists, batch_sizes, seeds)
+def test_shapes_come_from_the_fixed_set_and_hold_every_token(
+    lengths: list[int], batch_size: int, seed: int
+) -> None:
+    split = split_of(lengths)
+    plan = BatchPlan(split.lengths, batch_size, seed, max_seq_length=700)
+    seen = 0
+    for index in range(plan.batches_per_epoch):
+        tokens, bounds = plan.arrays(split, index)
+        assert tokens.shape[0] == batch_size
+        assert tokens.shape[1] - 1 in plan.widths
+        assert tokens.shape[1] - 1 <= 700
+        assert tokens.dtype == np.int32
+        assert bounds.dtype == np.int32
+        seen += int(tokens.astype(np.int64).sum())
+    assert seen == int(split.tokens.astype(np.int64).sum())
+
+
+@given(lengths_lists, batch_sizes, seeds, st.integers(0, 20))
+def test_bounds_select_the_supervised_targets_and_never_a_pad_token(
+    lengths: list[int], batch_size: int, seed: int, supervised_from: int
+) -> None:
+    split = split_of(lengths, supervised_from)
+    plan = BatchPlan(split.lengths, batch_size, seed)
+    expected = np.concatenate(
+        [split.example(row)[max(1, supervised_from) :] for row in range(len(split))]
+    )
+    found = []
+    for index in range(plan.batches_per_epoch):
+        tokens, bounds = plan.arrays(split, index)
+        position = np.arange(1, tokens.shape[1])
+        mask = (position >= bounds[:, :1]) & (position < bounds[:, 1:])
+        found.append(tokens[:, 1:][mask])
+    assert sorted(np.concatenate(found)) == sorted(expected)
+    assert sum(map(len, found)) == split.supervised_counts.sum()
+
+
+@given(st.integers(2, 40_000))
+def test_a_width_holds_its_inputs_and_wastes_little(length: int) -> None:
+    width = int(bucket_widths([length])[0])
+    assert length - 1 <= width <= max(4, length - 1 + max(3, (length - 1) // 8))
+    assert width % 4 == 0
+
+
+def test_there_are_few_widths() -> None:
+    assert len(np.unique(bucket_widths(np.arange(1, 2049)))) == 8 + 8 + 5 * 8
+    assert bucket_widths([2048, 100], 2048).tolist() == [2048, 104]
+    assert bucket_widths([100], 100).tolist() == [100]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_epochs_and_seeds_differ(seed: int) -> None:
+    lengths = [20] * 64
+    plan, other = BatchPlan(lengths, 4, seed), BatchPlan(lengths, 4, seed + 1)
+    orders = [
+        [row for index in range(16) for row in some.batch(epoch * 16 + index).rows]
+        for some, epoch in ((plan, 0), (plan, 1), (other, 0))
+    ]
+    assert orders[0] != orders[1]
+    assert orders[0] != orders[2]
+    assert {frozenset(plan.batch(i).rows) for i in range(16)} != {
+        frozenset(plan.batch(16 + i).rows) for i in range(16)
+    }
+
+
+FINGERPRINT = """
+import hashlib, numpy as np
+from nested_core.data.batches import BatchPlan
+plan = BatchPlan(np.random.default_rng(5).integers(2, 900, 333), 8, 42)
+batches = [plan.batch(index) for index in {order}]
+print(hashlib.sha256(repr([(b.rows.tolist(), b.width) for b in batches]).encode()).hexdigest())
+"""
+
+
+def test_the_same_index_gives_the_same_batch_in_a_fresh_process() -> None:
+    plan = BatchPlan(np.random.default_rng(5).integers(2, 900, 333), 8, 42)
+    order = [200, 3, 41, 42, 3]
+    batches = [plan.batch(index) for index in order]
+    text = repr([(batch.rows.tolist(), batch.width) for batch in batches])
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "PYTHONHASHSEED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FINGERPRINT.format(order=order)],
+        env=environment,
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert done.stdout.strip() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_examples_of_like_length_train_together() -> None:
+    lengths = np.random.default_rng(1).lognormal(5, 0.8, 4000).clip(2, 2048).astype(int)
+    plan = BatchPlan(lengths, 8, 0, max_seq_length=2048)
+    width = sum(8 * plan.batch(index).width for index in range(plan.batches_per_epoch))
+    padding = 1 - (lengths - 1).sum() / width
+    assert padding < 0.06
+
+
+@given(lengths_lists, batch_sizes)
+def test_evaluation_uses_every_row_in_order_of_length(lengths: list[int], batch_size: int) -> None:
+    split = split_of(lengths)
+    batches = evaluation_batches(split, batch_size)
+    rows = np.concatenate([batch.rows for batch in batches])
+    assert sorted(rows) == list(range(len(lengths)))
+    assert (np.diff(split.lengths[rows]) <= 0).all()
+    for batch in batches:
+        tokens, bounds = batch_arrays(split, batch, batch_size)
+        assert tokens.shape == (batch_size, batch.width + 1)
+        assert (bounds[len(batch.rows) :] == 0).all()
+
+
+@given(lengths_lists, batch_sizes, st.integers(0, 30))
+def test_a_limited_evaluation_is_fixed_and_spread(
+    lengths: list[int], batch_size: int, limit: int
+) -> None:
+    split = split_of(lengths)
+    everything = evaluation_batches(split, batch_size)
+    some = evaluation_batches(split, batch_size, limit)
+    again = evaluation_batches(split, batch_size, limit)
+    assert len(some) == min(limit, len(everything))
+    assert [batch.rows.tolist() for batch in some] == [batch.rows.tolist() for batch in again]
+    rows = [row for batch in some for row in batch.rows]
+    assert len(set(rows)) == len(rows)
+    if limit >= 2:
+        assert some[0].rows.tolist() == everything[0].rows.tolist()
+        assert some[-1].rows.tolist() == everything[-1].rows.tolist()
+
+
+def test_a_plan_without_examples_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        BatchPlan([], 4, 0)

@@ -1,0 +1,220 @@
+"""What only the neighbours of a line, the whole file or the tokens can tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from nested_core.data.dataset import load_dataset
+from nested_core.data.settings import DataSettings
+from nested_core.errors import ConfigError
+from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
+
+Found = tuple[str, int | None, str]
+
+
+def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+GOOD = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
+HELD_OUT = [chat("Where is Z?", "In Zland.")]
+TEXTS = [{"text": f"{place} is in {place}land."} for place in "ABCD"]
+
+
+def found_in(
+    folder: Any, severity: str = "error", tokenizer: TokenizerWrapper | None = None, **settings: Any
+) -> list[Found]:
+    report, _ = load_dataset(DataSettings(str(folder), **settings), tokenizer)
+    findings = [finding for finding in report.findings if finding.severity == severity]
+    return [(finding.file, finding.line, finding.check) for finding in findings]
+
+
+def test_a_sound_data_set_gives_no_error_and_no_warning(
+    write_data: WriteData, tokenizer: TokenizerWrapper
+) -> None:
+    folder = write_data(train=GOOD, valid=HELD_OUT, test=[chat("Where is Y?", "In Yland.")])
+    assert found_in(folder, tokenizer=tokenizer, mask_prompt=True) == []
+    assert found_in(folder, "warning", tokenizer, mask_prompt=True) == []
+
+
+FILE_ERRORS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
+    "no train file": ({"valid": HELD_OUT}, [("train.jsonl", None, "missing-train-file")]),
+    "empty train": ({"train": [], "valid": HELD_OUT}, [("train.jsonl", None, "empty-file")]),
+    "blank train": ({"train": [b"", b" "]}, [("train.jsonl", None, "empty-file")]),
+    "empty valid": ({"train": GOOD, "valid": []}, [("valid.jsonl", None, "empty-file")]),
+    "three rows, batch of four": ({"train": GOOD[:3]}, [("train.jsonl", None, "too-few-rows")]),
+    "train row in valid": (
+        {"train": GOOD, "valid": [*HELD_OUT, GOOD[2]]},
+        [("valid.jsonl", 2, "leakage")],
+    ),
+    "train row in test": (
+        {"train": GOOD, "valid": HELD_OUT, "test": [b"", GOOD[0]]},
+        [("test.jsonl", 2, "leakage")],
+    ),
+    "train row in test, as a completion": (
+        {
+            "train": GOOD,
+            "valid": HELD_OUT,
+            "test": [{"prompt": "Where is A?", "completion": "In Aland."}],
+        },
+        [("test.jsonl", 1, "leakage")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILE_ERRORS)
+def test_an_unfit_file_is_named(name: str, write_data: WriteData) -> None:
+    splits, expected = FILE_ERRORS[name]
+    assert found_in(write_data(**splits)) == expected
+
+
+def test_masking_prompts_of_plain_text_is_refused(write_data: WriteData) -> None:
+    folder = write_data(train=TEXTS)
+    assert found_in(folder, mask_prompt=True) == [("train.jsonl", None, "mask-prompt-on-text")]
+
+
+def test_an_odd_first_row_is_the_one_that_is_named(write_data: WriteData) -> None:
+    folder = write_data(train=[TEXTS[0], *GOOD])
+    assert found_in(folder) == [("train.jsonl", 1, "mixed-format")]
+
+
+WARNINGS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
+    "no validation set": ({"train": GOOD}, [("valid.jsonl", None, "no-validation-set")]),
+    "duplicates": (
+        {"train": [*GOOD, GOOD[1], GOOD[1]], "valid": HELD_OUT},
+        [("train.jsonl", 5, "duplicate"), ("train.jsonl", 6, "duplicate")],
+    ),
+    "duplicate in other JSON": (
+        {"train": [*TEXTS, b'{ "text" : "A is in \\u0041land." }'], "valid": [{"text": "z"}]},
+        [("train.jsonl", 5, "duplicate")],
+    ),
+    "near-duplicate": (
+        {"train": [*GOOD, chat("where  is a?", "In Aland.\n")], "valid": HELD_OUT},
+        [("train.jsonl", 5, "near-duplicate")],
+    ),
+    "near-duplicate in valid": (
+        {"train": GOOD, "valid": [chat("WHERE IS A?", "In Aland.")]},
+        [("valid.jsonl", 1, "near-duplicate")],
+    ),
+    "other answer": (
+        {"train": GOOD, "valid": [chat("Where is A?", "Elsewhere.")]},
+        [("valid.jsonl", 1, "same-prompt-other-answer")],
+    ),
+    "unknown keys, once a file": (
+        {"train": [chat("a", "b", id=1), chat("c", "d", id=2), *GOOD], "valid": HELD_OUT},
+        [("train.jsonl", 1, "unknown-key")],
+    ),
+    "byte-order mark": (
+        {"train": [b'\xef\xbb\xbf{"text": "a"}', *TEXTS], "valid": [{"text": "z"}]},
+        [("train.jsonl", 1, "byte-order-mark")],
+    ),
+    "CRLF, once a file": (
+        {"train": [*TEXTS, b'{"text": "a"}\r', b'{"text": "b"}\r'], "valid": [{"text": "z"}]},
+        [("train.jsonl", 5, "crlf")],
+    ),
+    "control characters": (
+        {"train": [*TEXTS, b'{"text": "a\\u0007"}', b'{"text": "\\b"}', b'{"text": "\x7f"}']}
+        | {"valid": [{"text": "z"}]},
+        [("train.jsonl", line, "control-character") for line in (5, 6, 7)],
+    ),
+    "control character in a call": (
+        {
+            "train": [*GOOD, chat("a\x02", "b", tools=[{"name": "f"}])],
+            "valid": HELD_OUT,
+        },
+        [("train.jsonl", 5, "control-character")],
+    ),
+    "replacement characters": (
+        {"train": [*TEXTS, {"text": "a\ufffd"}, '{"text": "\ufffd"}'.encode()]}
+        | {"valid": [{"text": "z"}]},
+        [("train.jsonl", 5, "replacement-character"), ("train.jsonl", 6, "replacement-character")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_a_doubtful_line_is_named(name: str, write_data: WriteData) -> None:
+    splits, expected = WARNINGS[name]
+    folder = write_data(**splits)
+    assert found_in(folder, "warning") == expected
+    assert found_in(folder) == []
+
+
+def test_an_example_cut_before_its_answer_is_an_error(
+    write_data: WriteData, tokenizer: TokenizerWrapper
+) -> None:
+    folder = write_data(train=[*GOOD, chat("x" * 200, "y")], valid=HELD_OUT)
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_length": 64}
+    assert found_in(folder, mask_prompt=True, **settings) == [
+        ("train.jsonl", 5, "no-supervised-token")
+    ]
+    assert found_in(folder, **settings) == []
+
+
+def test_truncation_is_counted_and_the_worst_line_is_named(
+    write_data: WriteData, tokenizer: TokenizerWrapper
+) -> None:
+    long = [chat("q", "y" * 100), chat("q", "z" * 150)]
+    folder = write_data(train=[*GOOD, *long], valid=HELD_OUT)
+    report, splits = load_dataset(DataSettings(str(folder), max_seq_length=64), tokenizer)
+    warning = report.warnings[0]
+    assert (warning.line, warning.check) == (6, "truncated")
+    tokens = report.splits["train"].tokens
+    assert tokens is not None
+    assert (tokens.truncated_rows, tokens.max) == (2, 64)
+    assert tokens.lost_tokens == (105 - 64) + (155 - 64)
+    assert f"tokens lost: {tokens.lost_tokens};" in warning.message
+    assert splits["train"].lengths.max() == 64
+
+
+def test_a_template_that_rewrites_the_prompt_cannot_be_masked(write_data: WriteData) -> None:
+    rewriting = "{{ messages | length }}" + TEMPLATE
+    folder = write_data(train=GOOD, valid=HELD_OUT)
+    tokenizer = build_tokenizer(rewriting)
+    found = found_in(folder, tokenizer=tokenizer, mask_prompt=True)
+    assert found == [
+        *(("train.jsonl", line, "prompt-not-a-prefix") for line in (1, 2, 3, 4)),
+        ("valid.jsonl", 1, "prompt-not-a-prefix"),
+    ]
+    assert found_in(folder, tokenizer=tokenizer) == []
+
+
+def test_a_missing_chat_template_is_an_error_for_chats_only(
+    write_data: WriteData, bare_tokenizer: TokenizerWrapper
+) -> None:
+    folder = write_data(train=GOOD, valid=TEXTS)
+    found = found_in(folder, tokenizer=bare_tokenizer)
+    assert found == [("train.jsonl", None, "chat-template-missing")]
+
+
+def test_a_template_that_refuses_a_role_names_each_line(write_data: WriteData) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    system = {"messages": [{"role": "system", "content": "s"}, *GOOD[0]["messages"]]}
+    folder = write_data(train=[*GOOD, system], valid=HELD_OUT)
+    report, splits = load_dataset(DataSettings(str(folder)), build_tokenizer(refusing + TEMPLATE))
+    found = [(finding.line, finding.check, finding.message) for finding in report.errors]
+    reason = "the chat template does not take these turns: TemplateError: no system"
+    assert found == [(5, "chat-template-raised", reason)]
+    assert len(splits["train"]) == 4
+
+
+def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(
+    write_data: WriteData,
+) -> None:
+    endless = TEMPLATE.replace("<|end|>{% endfor %}", "{% endfor %}")
+    folder = write_data(train=[chat(str(n), "x") for n in range(4)], valid=HELD_OUT)
+    found = found_in(folder, "warning", build_tokenizer(endless), mask_prompt=True)
+    assert found == [
+        ("train.jsonl", 1, "short-answer"),
+        ("train.jsonl", 1, "no-end-of-sequence"),
+        ("valid.jsonl", 1, "no-end-of-sequence"),
+    ]
+
+
+def test_a_folder_that_does_not_exist_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="'nowhere/at/all' is not a folder"):
+        load_dataset(DataSettings("nowhere/at/all"), None)

@@ -1,0 +1,150 @@
+"""Random damage to good files: nothing uncaught, no line lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nested_core.data.dataset import load_dataset
+from nested_core.data.decoding import LineProblem
+from nested_core.data.fields import Features
+from nested_core.data.parsing import parse_line
+from nested_core.data.reading import read_line, read_rows
+from nested_core.data.settings import DataSettings
+
+MUTATIONS = int(os.environ.get("NESTED_TUNE_MUTATIONS", "2000"))
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+GOOD = [
+    {"messages": [{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là."}]},
+    {
+        "messages": [
+            {"role": "system", "content": 'Say "yes".\n'},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "1", "tool_call_id": "1"},
+            {"role": "assistant", "content": "b \U0001f600"},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    },
+    {"prompt": "p", "completion": "c", "id": 1.5},
+    {"text": "some text \\ with a backslash"},
+]
+SEED_FILE = b"\n".join(
+    json.dumps(row, ensure_ascii=bool(n % 2)).encode() for n, row in enumerate(GOOD)
+)
+TOKENS = [
+    b"\n",
+    b"\r\n",
+    b"\0",
+    b'"',
+    b"\\",
+    b"\\u0000",
+    b"\\ud800",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b"null",
+]
+TOKENS += [
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b":",
+    b",",
+    b"1e999",
+    b'"role"',
+    b'"tool"',
+    b" ",
+    b"-",
+    b"\xed\xa0\x80",
+]
+
+
+def mutate(content: bytes, dice: random.Random) -> bytes:
+    damaged = bytearray(content)
+    for _ in range(dice.randint(1, 4)):
+        start = dice.randrange(len(damaged) + 1)
+        stop = min(len(damaged), start + dice.choice((0, 1, 1, 2, 30)))
+        piece = dice.choice(
+            (b"", dice.choice(TOKENS), bytes([dice.randrange(256)]), content[start:stop])
+        )
+        damaged[start:stop] = piece
+    return bytes(damaged)
+
+
+def test_mutated_files_never_raise_and_never_lose_a_line(tmp_path: Path) -> None:
+    dice = random.Random(20)
+    path = tmp_path / "train.jsonl"
+    for _ in range(MUTATIONS):
+        content = mutate(SEED_FILE, dice)
+        path.write_bytes(content)
+        rows = list(read_rows(path, Features()))
+        expected = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
+        assert [row.line for row in rows] == list(range(1, expected + 1))
+        for row in rows:
+            assert row.is_blank + (row.check is not None) + (row.format is not None) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mutated_data_sets_are_judged_line_by_line(seed: int, tmp_path: Path) -> None:
+    dice = random.Random(seed)
+    for _ in range(MUTATIONS // 80):
+        for split in ("train", "valid"):
+            (tmp_path / f"{split}.jsonl").write_bytes(mutate(SEED_FILE * 3, dice))
+        report, _ = load_dataset(DataSettings(str(tmp_path)), None)
+        for split, counted in report.splits.items():
+            bad = {f.line for f in report.errors if f.file == f"{split}.jsonl" and f.line}
+            assert counted.rows + len(bad) + counted.blank == counted.lines
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_make_a_row(raw: bytes) -> None:
+    row = read_line(raw, 2, Features())
+    assert row.is_blank or row.check or row.format
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["messages", "role", "content", "tool_calls", "tools", "id", "text"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+def problem_of(raw: bytes) -> LineProblem | None:
+    try:
+        parse_line(raw, Features())
+    except LineProblem as problem:
+        return problem
+    return None
+
+
+@given(json_values)
+def test_any_json_is_an_example_or_a_problem(value: object) -> None:
+    raw = json.dumps(value).encode()
+    problem = problem_of(raw)
+    row = read_line(raw, 2, Features())
+    assert row.check == (problem and problem.check)
+    assert (row.format is None) == (problem is not None)
+
+
+@given(st.dictionaries(st.text(max_size=5), json_values, max_size=4), st.text(max_size=9))
+def test_a_repeated_key_is_always_found(extra: dict[str, object], text: str) -> None:
+    extra.pop("text", None)
+    whole = json.dumps({"text": "a", **extra, "last": text})
+    once, twice = problem_of(whole.encode()), problem_of(f'{whole[:-1]}, "text": "b"}}'.encode())
+    assert twice is not None
+    assert twice.check in ("duplicate-key", "lone-surrogate", "nul-character")
+    assert once is None or once.check != "duplicate-key"

@@ -1,0 +1,158 @@
+"""The report: what it counts, how it is written down, and how it rejects."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from nested_core.data.dataset import load_dataset
+from nested_core.data.report import DatasetReport
+from nested_core.data.settings import DataSettings
+from nested_core.errors import DatasetError
+from tests.core.data.conftest import WriteData
+
+
+def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, **more}
+
+
+GOOD = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
+HELD_OUT = [chat("Where is Z?", "In Zland.")]
+
+
+def report_on(folder: Any, tokenizer: TokenizerWrapper | None = None) -> DatasetReport:
+    return load_dataset(DataSettings(str(folder)), tokenizer)[0]
+
+
+def test_every_line_is_counted_once(write_data: WriteData) -> None:
+    folder = write_data(train=[*GOOD, b"", b"{", b"5", b"  "], valid=HELD_OUT)
+    train = report_on(folder).splits["train"]
+    assert (train.lines, train.blank, train.rejected, train.rows) == (8, 2, 2, 4)
+    assert train.roles == {"user": 4, "assistant": 4}
+    assert train.format == "chat"
+
+
+def test_the_json_holds_the_findings_the_counts_and_the_digest(
+    write_data: WriteData, tokenizer: TokenizerWrapper
+) -> None:
+    report = report_on(write_data(train=[*GOOD, b"{"], valid=HELD_OUT), tokenizer)
+    written = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert written["findings"][0] == {
+        "file": "train.jsonl",
+        "line": 5,
+        "severity": "error",
+        "check": "bad-json",
+        "message": "not valid JSON at column 1: EOF while parsing an object",
+    }
+    assert written["counts"]["error"] == 1
+    assert written["counts"]["warning"] == 0
+    assert written["digest"] == report.digest
+    assert written["splits"]["train"]["rows"] == 4
+    assert written["splits"]["valid"]["tokens"]["supervised"] > 0
+
+
+def test_a_sound_data_set_is_not_rejected(write_data: WriteData) -> None:
+    report_on(write_data(train=GOOD, valid=HELD_OUT)).raise_if_rejected()
+
+
+def test_the_rejection_names_the_first_errors_and_counts_the_rest(write_data: WriteData) -> None:
+    bad = [{"prompt": "x" * 5000 + str(number)} for number in range(300)]
+    report = report_on(write_data(train=[*GOOD, *bad], valid=HELD_OUT))
+    assert len(report.errors) == 300
+    with pytest.raises(DatasetError) as caught:
+        report.raise_if_rejected()
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("is rejected: 300 errors in 300 lines.")
+    assert lines[1] == "  train.jsonl:5: missing-field: completion is missing"
+    assert lines[11] == "  and 290 more errors."
+    assert len(lines) <= 14
+    assert max(map(len, lines[1:])) <= 210
+
+
+def test_messages_stay_short_and_on_one_line(write_data: WriteData) -> None:
+    evil = "\n".join(["x" * 3000] * 3)
+    bad: list[Any] = [
+        {evil: 1},
+        {"messages": [{"role": evil, "content": "a"}]},
+        {"messages": [{"role": "user", "content": [evil]}]},
+        b'{"messages": [], "' + b"k" * 3000 + b'": 1, "' + b"k" * 3000 + b'": 2}',
+        {"messages": [{"role": "user", "content": "a"}] * 5000},
+    ]
+    for finding in report_on(write_data(train=[*GOOD, *bad], valid=HELD_OUT)).errors:
+        assert len(finding.message) < 300
+        assert "\n" not in finding.message
+
+
+CHANGES: dict[str, dict[str, list[Any]]] = {
+    "an answer": {"train": [chat("Where is A?", "In Bland."), *GOOD[1:]]},
+    "a role": {"train": [{"messages": GOOD[0]["messages"][::-1]}, *GOOD[1:]]},
+    "the order": {"train": GOOD[::-1]},
+    "tools": {"train": [chat("Where is A?", "In Aland.", tools=[{"name": "f"}]), *GOOD[1:]]},
+    "a row less": {"train": GOOD[:3]},
+    "valid": {"valid": [chat("Where is Z?", "In Xland.")]},
+    "one more file": {"test": [chat("Where is Y?", "In Yland.")]},
+    "a line end in a text": {"train": [chat("Where is A?\n", "In Aland."), *GOOD[1:]]},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_digest_depends_on_all_that_is_trained_on(name: str, write_data: WriteData) -> None:
+    before = report_on(write_data(train=GOOD, valid=HELD_OUT)).digest
+    assert report_on(write_data(**CHANGES[name])).digest != before
+
+
+def test_the_digest_does_not_depend_on_how_the_json_is_written(write_data: WriteData) -> None:
+    before = report_on(write_data(train=GOOD, valid=HELD_OUT)).digest
+    spaced = [json.dumps(row | {"id": 1}, indent=None, separators=(" , ", " : ")) for row in GOOD]
+    lines = [
+        b"\xef\xbb\xbf" + spaced[0].encode(),
+        b"",
+        *(row.encode() + b"\r" for row in spaced[1:]),
+    ]
+    after = report_on(write_data(train=lines, valid=HELD_OUT))
+    assert after.splits["train"].rows == 4
+    assert after.digest == before
+
+
+def test_switching_pandera_off_from_outside_changes_nothing(write_data: WriteData) -> None:
+    folder = write_data(train=[*GOOD, {"messages": []}, GOOD[0]], valid=[GOOD[1]])
+    script = (
+        "import json, sys; from nested_core.data.dataset import load_dataset; "
+        "from nested_core.data.settings import DataSettings; "
+        "print(json.dumps(load_dataset(DataSettings(sys.argv[1]), None)[0].to_json()))"
+    )
+    switched_off = {
+        "PANDERA_VALIDATION_ENABLED": "False",
+        "PANDERA_VALIDATION_DEPTH": "SCHEMA_ONLY",
+        "PYTHONPATH": os.getcwd(),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        env=os.environ | switched_off,
+        capture_output=True,
+        check=True,
+    )
+    expected = report_on(folder).to_json()
+    assert json.loads(done.stdout) == expected
+    assert expected["counts"] == {"error": 2, "warning": 1, "info": 6}
+
+
+def test_naming_the_package_loads_no_pandera_no_polars_and_no_mlx() -> None:
+    script = (
+        "import sys; before = set(sys.modules); import nested_core.data; "
+        "import nested_core.data.report, nested_core.data.reading; "
+        "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} "
+        "& {'pandera', 'polars', 'mlx_lm', 'transformers'}))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, check=True, text=True
+    )
+    assert done.stdout.strip() == "[]"

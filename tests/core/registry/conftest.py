@@ -1,0 +1,87 @@
+"""Run directories written by hand, as a finished run leaves them, and registries made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from nested_core.adapters import read_adapter
+from nested_core.registry import promote, register
+
+MakeRun = Callable[..., Path]
+
+
+def write_run(run_dir: Path, seed: int, verdict: str = "passed") -> Path:
+    """A run directory with a small adapter, different for every seed, and its gate.json."""
+    adapter = run_dir / "adapter"
+    adapter.mkdir(parents=True)
+    values = np.random.default_rng(seed)
+    shapes = {"lora_a": (16, 4), "lora_b": (4, 16)}
+    tensors = {
+        f"model.layers.{layer}.self_attn.q_proj.{part}": values.normal(size=shape).astype("f4")
+        for layer in range(2)
+        for part, shape in shapes.items()
+    }
+    save_file(tensors, adapter / "adapters.safetensors")
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": 2,
+        "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0},
+        "base_fingerprint": "ba5e" * 16,
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    write_gate(run_dir, verdict, read_adapter(adapter).digest())
+    return run_dir
+
+
+def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
+    """A gate.json in DESIGN's shape."""
+    reasons = [{"code": "unchanged", "message": "Nothing moved.", "tensors": []}]
+    gate = {
+        "verdict": verdict,
+        "reasons": [] if verdict == "passed" else reasons,
+        "adapter_step": 30,
+        "initial": {"path": "initial", "digest": "0" * 64},
+        "trained": {"path": "adapter", "digest": digest},
+        "tensors": [],
+        "tiers": [],
+        "validation": {"loss_before": 4.1, "loss_after": 1.2, "selected_on_same_data": True},
+    }
+    (run_dir / "gate.json").write_text(json.dumps(gate))
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Write the run directory of a seed; `verdict` is "passed" unless told."""
+
+    def make(seed: int = 1, **changes: Any) -> Path:
+        return write_run(tmp_path / f"run-{seed}", seed, **changes)
+
+    return make
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    """A path for a registry; nothing is there yet."""
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def add(make_run: MakeRun, registry: Path) -> Callable[[int], str]:
+    """Register the run of a seed as a version of `capitals`."""
+    return lambda seed: register(make_run(seed), registry, "capitals", {"seed": seed})
+
+
+@pytest.fixture
+def three(add: Callable[[int], str], registry: Path) -> tuple[str, str, str]:
+    """Versions A, B and C of `capitals`; A and then B have been promoted."""
+    first, second, third = add(1), add(2), add(3)
+    promote(registry, "capitals", first, by="ann")
+    promote(registry, "capitals", second, by="ann")
+    return first, second, third

@@ -1,0 +1,36 @@
+"""What must hold of a registry after a crash, and after the next change has mended it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nested_core.adapters import read_adapter
+from nested_core.registry import audit, history, read_champion
+
+NAME = "capitals"
+
+
+def assert_old_or_new_and_whole(registry: Path, old: str | None, new: str) -> None:
+    """What a reader sees right after the crash."""
+    champion = read_champion(registry, NAME)
+    assert champion in (old, new)
+    assert audit(registry, NAME).findings == ()
+    if champion is not None:
+        assert read_adapter(registry / NAME / "champion").digest() == champion
+    if champion == new:
+        assert history(registry, NAME)[-1]["version"] == new
+
+
+def assert_settled(registry: Path) -> None:
+    """What is so after any later change: history, link and record agree; nothing is left over."""
+    report = audit(registry, NAME)
+    assert report.findings == ()
+    assert report.unfinished is None
+    last = history(registry, NAME)[-1]
+    assert "unfinished" not in last
+    assert last["version"] == report.champion
+    lines = (registry / NAME / "history.jsonl").read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    assert not [path for path in registry.rglob(".*") if path.name != ".lock"]

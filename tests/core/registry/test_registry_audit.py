@@ -1,0 +1,198 @@
+"""Audit holds link, record, history and versions against each other; writers mend the history."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nested_core.errors import DamagedError
+from nested_core.registry import audit, history, promote, read_champion, rollback
+
+NAME = "capitals"
+
+
+def move_link(registry: Path, version: str | None) -> None:
+    link = registry / NAME / "champion"
+    link.unlink()
+    if version is not None:
+        link.symlink_to(f"versions/{version}")
+
+
+def actions(registry: Path) -> list[tuple[str, str | None, str | None]]:
+    lines = history(registry, NAME)
+    return [(line["action"], line["version"], line["previous"]) for line in lines]
+
+
+def found_files(registry: Path) -> set[str]:
+    return {finding.file.name for finding in audit(registry, NAME).findings}
+
+
+def test_sound_registry_has_no_finding(three, registry):
+    rollback(registry, NAME, by="ann")
+    report = audit(registry, NAME)
+    assert report.is_sound
+    assert report.champion == three[0]
+    assert report.versions == tuple(sorted(three))
+    assert report.unfinished is None
+
+
+@pytest.mark.parametrize("target", [0, 2, None])
+def test_link_moved_by_hand_is_found_and_the_history_then_follows_the_link(three, registry, target):
+    version = None if target is None else three[target]
+    move_link(registry, version)
+    assert found_files(registry) == {"champion", "champion.json"}
+    assert history(registry, NAME)[-1]["unfinished"] is True
+    assert promote(registry, NAME, three[1], by="ann").previous == version
+    assert audit(registry, NAME).is_sound
+
+
+def test_link_moved_back_by_hand_is_marked_as_an_aborted_change(three, registry):
+    first, second, third = three
+    move_link(registry, first)
+    promote(registry, NAME, third, by="ann")
+    assert actions(registry)[1:] == [
+        ("promote", second, first),
+        ("aborted", second, first),
+        ("promote", third, first),
+    ]
+    assert rollback(registry, NAME, by="ann").version == first
+
+
+def test_link_moved_by_hand_to_a_barred_version_does_not_lift_the_bar(three, registry):
+    first, second, _ = three
+    rollback(registry, NAME, to=first, by="ann")
+    rollback(registry, NAME, to=three[2], by="ann")
+    move_link(registry, second)
+    promote(registry, NAME, first, by="ann")
+    assert actions(registry)[4] == ("promote", second, three[2])
+    assert promote(registry, NAME, second, by="flow", automatic=True).outcome == "barred"
+
+
+def test_last_line_without_its_link_is_marked_aborted(three, registry):
+    first, second, third = three
+    line = history(registry, NAME)[-1] | {"version": third, "previous": second}
+    with (registry / NAME / "history.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert rollback(registry, NAME, by="ann").version == first
+    assert actions(registry)[2:] == [
+        ("promote", third, second),
+        ("aborted", third, second),
+        ("rollback", first, second),
+    ]
+
+
+@pytest.mark.parametrize("fragment", [b"{", b'{"action": "promote", "vers', b"\0" * 64, b"{}"])
+def test_torn_last_line_is_left_out_by_readers_and_marked_by_the_next_writer(
+    three, registry, fragment
+):
+    first, second, third = three
+    path = registry / NAME / "history.jsonl"
+    path.write_bytes(path.read_bytes() + fragment)
+    assert len(history(registry, NAME)) == 2
+    assert read_champion(registry, NAME) == second
+    assert audit(registry, NAME).is_sound
+    promote(registry, NAME, third, by="ann")
+    assert actions(registry)[2:] == [("aborted", None, second), ("promote", third, second)]
+    assert all(json.loads(line) for line in path.read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("action", ["promote", "rollback"])
+def test_lost_end_of_a_line_whose_link_stands_is_completed(three, registry, action):
+    first, second, third = three
+    promote(registry, NAME, third, by="ann")
+    if action == "rollback":
+        rollback(registry, NAME, to=first, by="ann")
+    path = registry / NAME / "history.jsonl"
+    before = actions(registry)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert found_files(registry) >= {"champion"}
+    rollback(registry, NAME, to=second, by="ann")
+    assert actions(registry)[:-1] == before
+    assert audit(registry, NAME).is_sound
+
+
+def test_line_removed_from_the_middle_is_found(three, registry):
+    promote(registry, NAME, three[2], by="ann")
+    path = registry / NAME / "history.jsonl"
+    first, _, last = path.read_text().splitlines(keepends=True)
+    path.write_text(first + last)
+    findings = audit(registry, NAME).findings
+    assert [finding.file.name for finding in findings] == ["history.jsonl"]
+    assert "line 2 replaced" in findings[0].message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "[]",
+        "null",
+        "{}",
+        "not json",
+        '{"action": "steal", "version": null, "previous": null, "time": "", "by": ""}',
+        '{"action": "promote", "version": 1, "previous": null, "time": "", "by": ""}',
+        "[" * 100_000,
+    ],
+)
+def test_unreadable_line_is_damage_and_is_named_by_number(three, registry, line):
+    path = registry / NAME / "history.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    for call in (
+        lambda: history(registry, NAME),
+        lambda: promote(registry, NAME, three[2], by="ann"),
+        lambda: rollback(registry, NAME, by="ann"),
+    ):
+        with pytest.raises(DamagedError, match=r"history\.jsonl, line 3"):
+            call()
+    assert found_files(registry) == {"history.jsonl"}
+    assert read_champion(registry, NAME) == three[1]
+
+
+def test_missing_history_is_damage_and_a_removed_link_starts_over(three, registry):
+    (registry / NAME / "history.jsonl").unlink()
+    assert "champion" in found_files(registry)
+    with pytest.raises(DamagedError, match="does not say how it became the champion"):
+        promote(registry, NAME, three[2], by="ann")
+    move_link(registry, None)
+    assert promote(registry, NAME, three[2], by="ann").outcome == "promoted"
+    assert audit(registry, NAME).is_sound
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": "x"}', None])
+def test_champion_json_that_says_something_else_is_found_and_mended(three, registry, content):
+    path = registry / NAME / "champion.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert found_files(registry) == {"champion.json"}
+    promote(registry, NAME, three[1], by="ann")
+    assert audit(registry, NAME).is_sound
+
+
+def test_link_in_place_of_champion_json_is_replaced_and_its_target_left_alone(
+    three, registry, tmp_path
+):
+    path, outside = registry / NAME / "champion.json", tmp_path / "outside.json"
+    outside.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(outside)
+    assert found_files(registry) == {"champion.json"}
+    before = outside.read_bytes()
+    promote(registry, NAME, three[2], by="ann")
+    assert not path.is_symlink()
+    assert outside.read_bytes() == before
+
+
+def test_stranger_among_the_versions_is_found(three, registry):
+    (registry / NAME / "versions" / "notes").mkdir()
+    assert found_files(registry) == {"notes"}
+
+
+def test_every_damage_is_reported_at_once(three, registry):
+    folder = registry / NAME
+    for version in three:
+        (folder / "versions" / version / "gate.json").unlink()
+    (folder / "champion.json").unlink()
+    assert len(audit(registry, NAME).findings) == 4

@@ -1,0 +1,97 @@
+"""Several promoters and readers at once: one champion, one ordered history, no torn view."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+
+import pytest
+
+from nested_core.adapters import read_adapter
+from nested_core.registry import (
+    audit,
+    history,
+    list_versions,
+    promote,
+    read_champion,
+    register,
+)
+from tests.core.registry.faults import in_processes
+from tests.core.registry.states import NAME, assert_settled
+
+# The children of these forks only touch files; that the parent has threads does not matter.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+def test_holder_of_the_lock_who_is_killed_blocks_nobody(three, registry):
+    ready, holder = os.pipe(), os.fork()
+    if holder == 0:
+        descriptor = os.open(registry / NAME / ".lock", os.O_RDWR)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.write(ready[1], b"1")
+        signal.pause()
+    os.read(ready[0], 1)
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    assert promote(registry, NAME, three[2], by="ann").outcome == "promoted"
+
+
+def test_four_processes_promoting_ten_versions_each_leave_one_ordered_history(make_run, registry):
+    runs = [make_run(seed) for seed in range(40)]
+
+    def work(index: int) -> None:
+        for run in runs[index::4]:
+            version = register(run, registry, NAME, {})
+            assert promote(registry, NAME, version, by=f"process {index}").outcome == "promoted"
+
+    in_processes(4, work)
+    lines = history(registry, NAME)
+    digests = [read_adapter(run / "adapter").digest() for run in runs]
+    assert sorted(line["version"] for line in lines) == sorted(digests)
+    assert [line["previous"] for line in lines] == [None, *(li["version"] for li in lines[:-1])]
+    assert read_champion(registry, NAME) == lines[-1]["version"]
+    assert len(list_versions(registry, NAME)) == 40
+    assert_settled(registry)
+
+
+def test_of_many_who_expect_the_same_champion_exactly_one_wins(three, registry, tmp_path):
+    def work(index: int) -> None:
+        result = promote(
+            registry, NAME, three[2 * (index % 2)], by=str(index), expected_champion=three[1]
+        )
+        (tmp_path / f"outcome-{index}").write_text(result.outcome)
+
+    in_processes(8, work)
+    outcomes = [path.read_text() for path in tmp_path.glob("outcome-*")]
+    assert outcomes.count("promoted") == 1
+    assert set(outcomes) <= {"promoted", "superseded", "already_champion"}
+    assert len(history(registry, NAME)) == 3
+
+
+def test_reader_never_sees_anything_but_a_whole_champion_while_it_moves(three, registry):
+    def work(index: int) -> None:
+        for turn in range(50):
+            if index == 0:
+                promote(registry, NAME, three[turn % 3], by="ann")
+            else:
+                assert read_champion(registry, NAME) in three
+                assert audit(registry, NAME).is_sound
+                assert "unfinished" not in history(registry, NAME)[-1]
+
+    in_processes(3, work)
+
+
+@pytest.mark.reliability
+def test_four_processes_promoting_200_versions_lose_none(make_run, registry):
+    runs = [make_run(seed) for seed in range(200)]
+
+    def work(index: int) -> None:
+        for run in runs[index::4]:
+            promote(registry, NAME, register(run, registry, NAME, {}), by=f"process {index}")
+
+    in_processes(4, work)
+    lines = history(registry, NAME)
+    assert len({line["version"] for line in lines}) == len(lines) == 200
+    assert [line["previous"] for line in lines] == [None, *(li["version"] for li in lines[:-1])]
+    assert_settled(registry)

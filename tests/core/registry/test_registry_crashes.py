@@ -1,0 +1,128 @@
+"""A kill or an I/O error at every call to the operating system leaves a registry that is whole."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from nested_core.adapters import read_adapter
+from nested_core.registry import (
+    audit,
+    history,
+    list_versions,
+    promote,
+    read_champion,
+    register,
+    rollback,
+)
+from tests.core.registry.faults import Action, copies, failed_at, killed_at, number_of
+from tests.core.registry.states import NAME, assert_old_or_new_and_whole, assert_settled
+
+# The children of these forks only touch files; that the parent has threads does not matter.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _disk_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses nothing that it has written: fsync is counted here, not waited for."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def actions(three, registry) -> dict[str, tuple[Action, str]]:
+    """Each change of the champion, with the version that it leads to."""
+    first, _, third = three
+    return {
+        "promote": (lambda place: promote(place, NAME, third, by="ann"), third),
+        "rollback": (lambda place: rollback(place, NAME, by="ann"), first),
+    }
+
+
+@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
+@pytest.mark.parametrize("kind", ["promote", "rollback"])
+def test_crash_at_any_call_leaves_the_old_or_the_new_champion_and_the_next_change_mends(
+    three, registry, actions, interrupted, kind
+):
+    first, old, third = three
+    action, new = actions[kind]
+    champions = set()
+    for number, copy in copies(registry):
+        if not interrupted(number, action, copy):
+            break
+        assert_old_or_new_and_whole(copy, old, new)
+        champions.add(read_champion(copy, NAME))
+        before = read_champion(copy, NAME)
+        next_version = third if new == first else first
+        result = promote(copy, NAME, next_version, by="bob", expected_champion=before)
+        assert (result.outcome, result.previous) == ("promoted", before)
+        assert_settled(copy)
+        assert rollback(copy, NAME, by="bob").version == before
+        assert_settled(copy)
+    assert number > 15
+    assert champions == {old, new}
+
+
+@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
+def test_crash_in_the_very_first_promotion_leaves_no_champion_or_the_first(
+    add, registry, interrupted
+):
+    version = add(1)
+    for number, copy in copies(registry):
+        if not interrupted(number, lambda place: promote(place, NAME, version, by="a"), copy):
+            break
+        assert_old_or_new_and_whole(copy, None, version)
+        promote(copy, NAME, version, by="bob")
+        assert read_champion(copy, NAME) == version
+        assert_settled(copy)
+    assert number > 15
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
+@pytest.mark.parametrize("first_crash", ["write", "swap"])
+def test_crash_while_mending_a_crash_is_mended_by_the_next(
+    three, registry, actions, interrupted, first_crash
+):
+    first, old, third = three
+    action, _ = actions["promote"]
+    assert killed_at(number_of(first_crash, action, registry), action, registry)
+    for number, copy in copies(registry):
+        if not interrupted(number, lambda place: rollback(place, NAME, by="ann"), copy):
+            break
+        assert_old_or_new_and_whole(copy, old, first)
+        before = read_champion(copy, NAME)
+        assert promote(copy, NAME, third, by="bob").previous == before
+        assert_settled(copy)
+        mended = [line for line in history(copy, NAME) if line["by"] not in ("ann", "bob")]
+        assert {line["action"] for line in mended} <= {"aborted"}
+        assert {line["previous"] for line in mended} <= {old, first}
+    assert number > 15
+
+
+@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
+def test_crash_at_any_call_of_register_leaves_no_version_or_a_whole_one(
+    three, registry, make_run, interrupted
+):
+    run = make_run(4)
+    digest = read_adapter(run / "adapter").digest()
+    for number, copy in copies(registry):
+        if not interrupted(number, lambda place: register(run, place, NAME, {}), copy):
+            break
+        assert set(list_versions(copy, NAME)) - {digest} == set(three)
+        assert audit(copy, NAME).is_sound
+        assert register(run, copy, NAME, {}) == digest
+        assert promote(copy, NAME, digest, by="bob").outcome == "promoted"
+        assert_settled(copy)
+    assert number > 15
+
+
+def test_change_cut_short_is_reported_by_audit_as_unfinished_and_not_as_damage(
+    three, registry, actions
+):
+    action, new = actions["promote"]
+    assert killed_at(number_of("swap", action, registry), action, registry)
+    report = audit(registry, NAME)
+    assert report.is_sound
+    assert (report.champion, report.unfinished) == (three[1], new)
+    assert history(registry, NAME)[-1]["unfinished"] is True

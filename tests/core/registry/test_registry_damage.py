@@ -1,0 +1,239 @@
+"""Any change to any file of a version is found by promote, by rollback and by audit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nested_core.errors import DamagedError, GateRejected
+from nested_core.manifest import write_manifest
+from nested_core.registry import audit, promote, read_champion, register, rollback
+
+NAME = "capitals"
+FILES = [
+    "adapters.safetensors",
+    "adapter_config.json",
+    "gate.json",
+    "provenance.json",
+    "MANIFEST.json",
+]
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def append_space(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def link_to_itself_elsewhere(path: Path) -> None:
+    elsewhere = path.parents[4] / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+MUTATIONS = [
+    flip_bit,
+    truncate,
+    append_space,
+    empty,
+    zero,
+    delete,
+    link_to_itself_elsewhere,
+    make_directory,
+    make_pipe,
+]
+
+
+def assert_detected(registry: Path, version: str, path: Path) -> None:
+    """All three refuse; champion and history stay; the message names the file."""
+    champion = read_champion(registry, NAME)
+    ledger = (registry / NAME / "history.jsonl").read_bytes()
+    for call in (
+        lambda: promote(registry, NAME, version, by="ann"),
+        lambda: rollback(registry, NAME, to=version, by="ann"),
+    ):
+        with pytest.raises(DamagedError) as caught:
+            call()
+        assert str(path) in str(caught.value)
+        assert len(str(caught.value).splitlines()) <= 14
+    assert path in [finding.file for finding in audit(registry, NAME).findings]
+    assert read_champion(registry, NAME) == champion
+    assert (registry / NAME / "history.jsonl").read_bytes() == ledger
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    path.chmod(0o644)
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("which", ["never promoted", "champion", "former champion"])
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("mutate", MUTATIONS)
+def test_mutated_file_is_found(three, registry, mutate, name, which):
+    version = dict(zip(["former champion", "champion", "never promoted"], three, strict=True))[
+        which
+    ]
+    path = registry / NAME / "versions" / version / name
+    path.chmod(0o644)
+    mutate(path)
+    assert_detected(registry, version, path)
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+def test_edited_json_is_found(three, registry, name):
+    path = registry / NAME / "versions" / three[2] / name
+    edit(path, lambda value: value.update(note="harmless"))
+    assert_detected(registry, three[2], path)
+
+
+def test_reformatted_manifest_is_found(three, registry):
+    path = registry / NAME / "versions" / three[2] / "MANIFEST.json"
+    edit(path, lambda _: None)
+    assert_detected(registry, three[2], path)
+
+
+@pytest.mark.parametrize("name", ["extra.bin", ".hidden", "model.pt", "bad\udcff"])
+def test_added_file_is_found(three, registry, name):
+    path = registry / NAME / "versions" / three[2] / name
+    path.write_bytes(b"")
+    assert_detected(registry, three[2], path)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/etc")])
+def test_added_folder_is_found(three, registry, make):
+    path = registry / NAME / "versions" / three[2] / "sub"
+    make(path)
+    assert_detected(registry, three[2], path)
+
+
+def test_every_changed_file_is_named_at_once(three, registry):
+    folder = registry / NAME / "versions" / three[2]
+    for name in FILES[:4]:
+        (folder / name).chmod(0o644)
+        append_space(folder / name)
+    with pytest.raises(DamagedError) as caught:
+        promote(registry, NAME, three[2], by="ann")
+    assert all(name in str(caught.value) for name in FILES[:4])
+    assert len(audit(registry, NAME).findings) == 4
+
+
+def test_version_replaced_by_another_whole_version_is_found(three, registry):
+    versions = registry / NAME / "versions"
+    shutil.rmtree(versions / three[2])
+    shutil.copytree(versions / three[0], versions / three[2])
+    assert_detected(registry, three[2], versions / three[2] / "MANIFEST.json")
+
+
+def test_former_champion_that_was_deleted_is_damage(three, registry):
+    folder = registry / NAME / "versions" / three[0]
+    shutil.rmtree(folder)
+    assert_detected(registry, three[0], folder)
+
+
+def test_version_replaced_by_a_link_to_a_sound_copy_is_found(three, registry, tmp_path):
+    folder = registry / NAME / "versions" / three[2]
+    folder.rename(tmp_path / "copy")
+    folder.symlink_to(tmp_path / "copy")
+    assert_detected(registry, three[2], folder)
+
+
+def test_rewritten_manifest_of_a_former_champion_is_found_through_the_history(three, registry):
+    folder = registry / NAME / "versions" / three[0]
+    edit(folder / "provenance.json", lambda value: value.update(seed=99))
+    (folder / "MANIFEST.json").unlink()
+    write_manifest(folder, {"kind": "adapter version", "version": three[0]})
+    assert_detected(registry, three[0], folder / "MANIFEST.json")
+
+
+def test_rewritten_manifest_over_other_tensors_is_found_through_the_digest(three, registry):
+    folder, other = (registry / NAME / "versions" / three[i] for i in (2, 0))
+    for name in ("adapters.safetensors", "MANIFEST.json"):
+        (folder / name).unlink()
+    shutil.copy(other / "adapters.safetensors", folder)
+    write_manifest(folder, {"kind": "adapter version", "version": three[2]})
+    assert_detected(registry, three[2], folder / "adapters.safetensors")
+
+
+def test_version_made_by_hand_around_a_failed_verdict_is_rejected(three, registry):
+    folder = registry / NAME / "versions" / three[2]
+    edit(folder / "gate.json", lambda value: value.update(verdict="failed"))
+    (folder / "MANIFEST.json").unlink()
+    write_manifest(folder, {"kind": "adapter version", "version": three[2]})
+    with pytest.raises(GateRejected, match="rejected this adapter"):
+        promote(registry, NAME, three[2], by="ann")
+    assert [finding.file for finding in audit(registry, NAME).findings] == [folder]
+
+
+def test_version_that_did_not_change_stays_promotable_beside_a_damaged_one(three, registry):
+    (registry / NAME / "versions" / three[0] / "gate.json").unlink()
+    assert promote(registry, NAME, three[2], by="ann").outcome == "promoted"
+
+
+def test_500_random_mutations_are_all_found(three, registry):
+    folder, choose = registry / NAME / "versions" / three[2], random.Random(7)  # noqa: S311
+    for _ in range(500):
+        path = folder / choose.choice(FILES)
+        sound = path.read_bytes()
+        path.chmod(0o644)
+        path.write_bytes(_mutated(sound, choose))
+        with pytest.raises(DamagedError, match="is not what was registered"):
+            promote(registry, NAME, three[2], by="ann")
+        path.write_bytes(sound)
+    assert promote(registry, NAME, three[2], by="ann").outcome == "promoted"
+
+
+def _mutated(content: bytes, choose: random.Random) -> bytes:
+    at, kind = choose.randrange(len(content)), choose.randrange(4)
+    if kind == 0:
+        return content[:at] + bytes([content[at] ^ (1 << choose.randrange(8))]) + content[at + 1 :]
+    if kind == 1:
+        return content[:at]
+    if kind == 2:
+        return content[:at] + choose.choice([b" ", b"\n", b"\0", b"}"]) + content[at:]
+    return content + content[at:]
+
+
+def test_registering_under_two_names_keeps_them_apart(three, make_run, registry, tmp_path):
+    version = register(tmp_path / "run-3", registry, "rivers", {})
+    (registry / NAME / "versions" / version / "gate.json").unlink()
+    assert promote(registry, "rivers", version, by="ann").outcome == "promoted"
+    assert audit(registry, "rivers").is_sound
+    assert not audit(registry, NAME).is_sound

@@ -1,0 +1,160 @@
+"""Names that are paths, clash or lead out of the registry are refused before anything is read."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+import pytest
+
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry import (
+    audit,
+    history,
+    list_versions,
+    promote,
+    read_champion,
+    register,
+    rollback,
+)
+
+BAD_NAMES = [
+    "",
+    ".",
+    "..",
+    "../capitals",
+    "/etc",
+    "a/b",
+    "a\\b",
+    ".hidden",
+    "-flag",
+    "a\0b",
+    "a\n",
+    "capitals\n",
+    "a b",
+    "ümlaut",
+    "٣",
+    "x" * 65,
+    "x" * 300,
+]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_name_that_is_no_name_is_refused_everywhere(make_run, registry, name):
+    calls = [
+        lambda: register(make_run(), registry, name, {}),
+        lambda: promote(registry, name, "a" * 64, by="ann"),
+        lambda: rollback(registry, name, by="ann"),
+        lambda: read_champion(registry, name),
+        lambda: history(registry, name),
+        lambda: list_versions(registry, name),
+        lambda: audit(registry, name),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match="is not a name for an adapter"):
+            call()
+    assert not registry.exists()
+
+
+@pytest.mark.parametrize("name", ["a", "0", "A.b_c-9", "x" * 64, "v1..2"])
+def test_names_within_the_rule_are_accepted(make_run, registry, name):
+    assert register(make_run(), registry, name, {}) in list_versions(registry, name)
+
+
+def test_name_that_differs_only_in_case_is_refused(make_run, registry):
+    register(make_run(), registry, "Capitals", {})
+    with pytest.raises(ConfigError, match="differs from 'capitals' only in case"):
+        register(make_run(2), registry, "capitals", {})
+    with pytest.raises(ConfigError, match="only in case"):
+        read_champion(registry, "CAPITALS")
+
+
+def test_unknown_registry_says_where_and_what_to_do(registry):
+    with pytest.raises(ConfigError, match=r"no registry at .*registry\. Expected a directory"):
+        read_champion(registry, "capitals")
+
+
+def test_unknown_name_lists_the_names_there_are(add, registry):
+    add(1)
+    with pytest.raises(ConfigError, match="no adapter named 'rivers'. It holds: capitals"):
+        promote(registry, "rivers", "a" * 64, by="ann")
+
+
+def test_registry_that_is_a_file_is_refused(make_run, registry):
+    registry.write_text("")
+    with pytest.raises(ConfigError, match="cannot be made a directory"):
+        register(make_run(), registry, "capitals", {})
+
+
+@pytest.mark.parametrize("part", ["x" * 300, "nul\0byte"])
+def test_registry_path_that_cannot_be_is_refused(make_run, registry, part):
+    with pytest.raises(ConfigError, match="cannot be made a directory"):
+        register(make_run(), registry / part, "capitals", {})
+
+
+@pytest.mark.parametrize("place", ["capitals", "capitals/versions"])
+def test_folder_that_is_a_link_out_of_the_registry_is_refused(make_run, registry, tmp_path, place):
+    outside = tmp_path / "outside"
+    register(make_run(1), outside, "capitals", {})
+    link = registry / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside / place)
+    for call in (
+        lambda: register(make_run(2), registry, "capitals", {}),
+        lambda: read_champion(registry, "capitals"),
+        lambda: audit(registry, "capitals"),
+    ):
+        with pytest.raises(DamagedError, match="is a symbolic link"):
+            call()
+    assert len(list_versions(outside, "capitals")) == 1
+
+
+@pytest.mark.parametrize("name", [".lock", "history.jsonl"])
+def test_file_that_is_a_link_out_of_the_registry_is_refused(three, registry, tmp_path, name):
+    path = registry / "capitals" / name
+    outside = tmp_path / "outside"
+    outside.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(outside)
+    before = outside.read_bytes()
+    with pytest.raises(DamagedError, match="symbolic link"):
+        promote(registry, "capitals", three[2], by="ann")
+    with pytest.raises(DamagedError, match="symbolic link"):
+        history(registry, "capitals")
+    assert outside.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "version", ["", "abc", "../versions", "/", "zzzzzz", "A" * 64, "a" * 65, "a" * 300, "a\0"]
+)
+def test_version_that_is_no_digest_is_refused(three, registry, version):
+    with pytest.raises(ConfigError, match="is not a version"):
+        rollback(registry, "capitals", to=version, by="ann")
+    with pytest.raises(ConfigError, match="is not a version"):
+        promote(registry, "capitals", version, by="ann")
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "code", "message"),
+    [
+        (os, "open", errno.EROFS, "cannot be written"),
+        (os, "open", errno.EACCES, "cannot be written"),
+        (fcntl, "flock", errno.ENOLCK, "cannot be locked"),
+    ],
+)
+def test_folder_that_cannot_be_written_or_locked_is_a_configuration_error(
+    three, registry, monkeypatch, module, call, code, message
+):
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(module, call, refuse)
+    with pytest.raises(ConfigError, match=message):
+        promote(registry, "capitals", three[2], by="ann")
+
+
+def test_history_of_a_read_only_copy_can_be_read(three, registry):
+    (registry / "capitals" / ".lock").unlink()
+    assert len(history(registry, "capitals")) == 2
+    assert audit(registry, "capitals").is_sound

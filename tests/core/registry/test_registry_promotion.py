@@ -1,0 +1,222 @@
+"""The champion moves one verified step at a time, and every step is in the history."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.manifest import read_manifest
+from nested_core.registry import (
+    Promotion,
+    audit,
+    history,
+    promote,
+    read_champion,
+    rollback,
+)
+
+NAME = "capitals"
+
+
+def test_first_promotion_points_a_relative_link_at_the_version(add, registry):
+    version = add(1)
+    assert promote(registry, NAME, version, by="ann") == Promotion("promoted", version, None)
+    assert os.readlink(registry / NAME / "champion") == f"versions/{version}"
+    assert read_champion(registry, NAME) == version
+    assert (registry / NAME / "champion" / "adapters.safetensors").is_file()
+
+
+def test_link_survives_a_move_of_the_whole_registry(three, registry, tmp_path):
+    moved = registry.rename(tmp_path / "moved")
+    assert read_champion(moved, NAME) == three[1]
+    assert (moved / NAME / "champion" / "adapter_config.json").is_file()
+
+
+def test_history_says_who_changed_what_to_what_and_when(three, registry):
+    first, second, _ = three
+    lines = history(registry, NAME)
+    assert [line["action"] for line in lines] == ["promote", "promote"]
+    assert [(line["version"], line["previous"]) for line in lines] == [
+        (first, None),
+        (second, first),
+    ]
+    assert {line["by"] for line in lines} == {"ann"}
+    assert datetime.fromisoformat(lines[0]["time"]).tzinfo == UTC
+    manifest = read_manifest(registry / NAME / "versions" / second)
+    assert lines[1]["manifest"] == manifest["digest"]
+
+
+def test_history_is_one_json_object_a_line(three, registry):
+    lines = (registry / NAME / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history(registry, NAME)
+
+
+def test_champion_json_tells_the_last_change(three, registry):
+    record = json.loads((registry / NAME / "champion.json").read_text())
+    last = history(registry, NAME)[-1]
+    assert record == {field: last[field] for field in ("version", "previous", "time", "by")}
+
+
+def test_promoting_the_champion_again_changes_nothing(three, registry):
+    before = history(registry, NAME)
+    result = promote(registry, NAME, three[1], by="bob")
+    assert result == Promotion("already_champion", three[1], three[1])
+    assert history(registry, NAME) == before
+
+
+def test_promotion_goes_through_when_the_expected_champion_stands(three, registry):
+    _, second, third = three
+    result = promote(registry, NAME, third, by="ann", expected_champion=second)
+    assert result == Promotion("promoted", third, second)
+
+
+def test_expected_champion_may_be_a_prefix(three, registry):
+    result = promote(registry, NAME, three[2], by="ann", expected_champion=three[1][:8])
+    assert result.outcome == "promoted"
+
+
+@pytest.mark.parametrize("expected", ["first", "none", "unknown", "too short"])
+def test_promotion_is_superseded_when_another_champion_stands(three, registry, expected):
+    first, second, third = three
+    value = {"first": first, "none": None, "unknown": "f" * 64, "too short": second[:5]}[expected]
+    result = promote(registry, NAME, third, by="ann", expected_champion=value)
+    assert result == Promotion("superseded", third, second)
+    assert read_champion(registry, NAME) == second
+    assert len(history(registry, NAME)) == 2
+
+
+def test_expecting_no_champion_lets_the_first_promotion_through(add, registry):
+    result = promote(registry, NAME, add(1), by="ann", expected_champion=None)
+    assert result.outcome == "promoted"
+
+
+def test_repeated_event_finds_its_own_work_done(three, registry):
+    _, second, third = three
+    for outcome in ("promoted", "already_champion"):
+        result = promote(registry, NAME, third, by="flow", expected_champion=second, automatic=True)
+        assert result.outcome == outcome
+
+
+def test_unknown_version_lists_what_there_is(three, registry):
+    with pytest.raises(ConfigError, match=r"names no versions .* exactly one of"):
+        promote(registry, NAME, "0123456789", by="ann")
+
+
+def test_rollback_goes_to_what_the_last_change_replaced(three, registry):
+    first, second, third = three
+    promote(registry, NAME, third, by="ann")
+    assert rollback(registry, NAME, by="bob") == Promotion("rolled_back", second, third)
+    assert rollback(registry, NAME, by="bob") == Promotion("rolled_back", third, second)
+    assert read_champion(registry, NAME) == third
+    line = history(registry, NAME)[-1]
+    assert (line["action"], line["version"], line["previous"]) == ("rollback", third, second)
+    assert first not in (line["version"], line["previous"])
+
+
+def test_rollback_to_any_registered_version_by_prefix(three, registry):
+    first, second, third = three
+    assert rollback(registry, NAME, to=third[:6], by="ann") == Promotion(
+        "rolled_back", third, second
+    )
+    assert rollback(registry, NAME, to=first, by="ann").version == first
+
+
+def test_rollback_to_the_champion_changes_nothing(three, registry):
+    result = rollback(registry, NAME, to=three[1], by="ann")
+    assert result == Promotion("already_champion", three[1], three[1])
+    assert len(history(registry, NAME)) == 2
+
+
+def test_ambiguous_prefix_is_refused(three, registry):
+    twin = three[0][:6] + "0" * 58
+    (registry / NAME / "versions" / twin).mkdir()
+    with pytest.raises(ConfigError, match="names 2 versions"):
+        rollback(registry, NAME, to=three[0][:6], by="ann")
+
+
+def test_rollback_with_nothing_to_go_back_to_is_refused(add, registry):
+    version = add(1)
+    for champion in ("none", version[:12]):
+        with pytest.raises(ConfigError, match=f"its champion is {champion}"):
+            rollback(registry, NAME, by="ann")
+        promote(registry, NAME, version, by="ann")
+
+
+def test_automation_cannot_bring_back_what_a_person_rolled_back(three, registry):
+    first, second, _ = three
+    rollback(registry, NAME, by="ann")
+    result = promote(
+        registry, NAME, second, by="reconcile", expected_champion=first, automatic=True
+    )
+    assert result == Promotion("barred", second, first)
+    assert read_champion(registry, NAME) == first
+
+
+def test_bar_outlives_later_promotions_of_other_versions(three, registry):
+    _, second, third = three
+    rollback(registry, NAME, by="ann")
+    promote(registry, NAME, third, by="flow", automatic=True)
+    assert promote(registry, NAME, second, by="flow", automatic=True).outcome == "barred"
+
+
+def test_person_who_promotes_by_name_lifts_the_bar(three, registry):
+    _, second, third = three
+    rollback(registry, NAME, by="ann")
+    assert promote(registry, NAME, second, by="ann").outcome == "promoted"
+    promote(registry, NAME, third, by="ann")
+    assert promote(registry, NAME, second, by="flow", automatic=True).outcome == "promoted"
+
+
+def test_champion_whose_folder_is_gone_is_damage_and_can_be_rolled_back(three, registry):
+    first, second, _ = three
+    (registry / NAME / "versions" / second).rename(registry.parent / "gone")
+    with pytest.raises(DamagedError, match="whose folder is gone"):
+        read_champion(registry, NAME)
+    assert rollback(registry, NAME, by="ann") == Promotion("rolled_back", first, second)
+
+
+@pytest.mark.parametrize(
+    "target", ["/etc", "../rivers", "versions/../..", "versions", "versions/{}/", "versions/abc"]
+)
+def test_link_that_leads_anywhere_but_to_a_version_is_damage(three, registry, target):
+    link = registry / NAME / "champion"
+    link.unlink()
+    link.symlink_to(target.format(three[0]))
+    for call in (
+        lambda: read_champion(registry, NAME),
+        lambda: promote(registry, NAME, three[2], by="ann"),
+        lambda: rollback(registry, NAME, by="ann"),
+    ):
+        with pytest.raises(DamagedError, match="champion points to"):
+            call()
+    assert [f.file for f in audit(registry, NAME).findings] == [link]
+
+
+def test_champion_that_is_a_copy_and_no_link_is_damage(three, registry):
+    link = registry / NAME / "champion"
+    link.unlink()
+    link.mkdir()
+    with pytest.raises(DamagedError, match="is not a symbolic link"):
+        read_champion(registry, NAME)
+
+
+def test_who_is_recorded_even_when_it_is_no_text(three, registry):
+    promote(registry, NAME, three[2], by="ann\udcff\n{}")
+    assert history(registry, NAME)[-1]["by"] == "ann?\n{}"
+    assert audit(registry, NAME).is_sound
+
+
+def test_reading_writes_nothing(three, registry, tmp_path: Path):
+    before = {path: path.lstat().st_mtime_ns for path in registry.rglob("*")}
+    (registry / NAME / ".lock").unlink()
+    del before[registry / NAME / ".lock"]
+    before[registry / NAME] = (registry / NAME).lstat().st_mtime_ns
+    read_champion(registry, NAME)
+    history(registry, NAME)
+    assert audit(registry, NAME).is_sound
+    assert {path: path.lstat().st_mtime_ns for path in registry.rglob("*")} == before

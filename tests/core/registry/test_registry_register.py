@@ -1,0 +1,124 @@
+"""Registering copies what the gate passed, once, and refuses everything else."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from nested_core.adapters import read_adapter
+from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.manifest import verify_manifest
+from nested_core.registry import list_versions, read_champion, register
+
+FILES = {
+    "adapters.safetensors",
+    "adapter_config.json",
+    "gate.json",
+    "provenance.json",
+    "MANIFEST.json",
+}
+
+
+def test_version_is_the_digest_of_the_adapter_and_holds_its_proof(make_run, registry):
+    run = make_run()
+    version = register(run, registry, "capitals", {"dataset": "d1"})
+    folder = registry / "capitals" / "versions" / version
+    assert version == read_adapter(run / "adapter").digest() == read_adapter(folder).digest()
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert json.loads((folder / "provenance.json").read_text()) == {"dataset": "d1"}
+    assert verify_manifest(folder) == {"kind": "adapter version", "version": version}
+
+
+def test_files_of_a_version_are_read_only(add, registry):
+    folder = registry / "capitals" / "versions" / add(1)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o444}
+
+
+def test_registering_promotes_nothing(add, registry):
+    add(1)
+    assert read_champion(registry, "capitals") is None
+
+
+def test_registering_twice_keeps_one_version_with_its_first_provenance(make_run, registry):
+    run = make_run()
+    first = register(run, registry, "capitals", {"attempt": 1})
+    assert register(run, registry, "capitals", {"attempt": 2}) == first
+    assert list_versions(registry, "capitals") == [first]
+    provenance = registry / "capitals" / "versions" / first / "provenance.json"
+    assert json.loads(provenance.read_text()) == {"attempt": 1}
+
+
+def test_registering_again_over_a_damaged_version_names_the_damage(make_run, registry):
+    run = make_run()
+    version = register(run, registry, "capitals", {})
+    (registry / "capitals" / "versions" / version / "gate.json").unlink()
+    with pytest.raises(DamagedError, match=r"gate\.json: missing"):
+        register(run, registry, "capitals", {})
+
+
+def test_rejected_adapter_never_reaches_the_registry(make_run, registry):
+    with pytest.raises(GateRejected, match="unchanged"):
+        register(make_run(verdict="failed"), registry, "capitals", {})
+    assert not registry.exists()
+
+
+def test_verdict_on_another_adapter_is_damage(make_run, registry):
+    run, other = make_run(1), make_run(2)
+    (run / "gate.json").write_bytes((other / "gate.json").read_bytes())
+    with pytest.raises(DamagedError, match="verdict on another adapter"):
+        register(run, registry, "capitals", {})
+    assert not registry.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"verdict": "passed"', "[" * 100_000, '{"verdict": 1}']
+)
+def test_unreadable_gate_is_damage(make_run, registry, content):
+    run = make_run()
+    (run / "gate.json").write_text(content)
+    with pytest.raises(DamagedError, match=r"gate\.json"):
+        register(run, registry, "capitals", {})
+
+
+def test_gate_with_two_verdicts_is_damage(make_run, registry):
+    run = make_run(verdict="failed")
+    gate = (run / "gate.json").read_text()
+    (run / "gate.json").write_text(gate[:-1] + ', "verdict": "passed"}')
+    with pytest.raises(DamagedError, match="twice"):
+        register(run, registry, "capitals", {})
+
+
+def test_run_without_a_verdict_is_refused_with_what_to_do(make_run, registry):
+    run = make_run()
+    (run / "gate.json").unlink()
+    with pytest.raises(ConfigError, match="no gate has judged this adapter"):
+        register(run, registry, "capitals", {})
+
+
+def test_failed_copy_leaves_no_version_behind(make_run, registry, monkeypatch):
+    run = make_run()
+    monkeypatch.setattr("shutil.copyfile", _raise_disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        register(run, registry, "capitals", {})
+    assert list((registry / "capitals" / "versions").iterdir()) == []
+
+
+def _raise_disk_full(*_: object) -> None:
+    raise OSError(28, "disk full")
+
+
+def test_registry_may_lie_below_directories_that_are_not_there_yet(make_run, tmp_path: Path):
+    registry = tmp_path / "some where" / "über" / "registry"
+    assert register(make_run(), registry, "a", {}) in list_versions(registry, "a")
+
+
+def test_leftover_of_a_killed_registration_is_removed(add, make_run, registry):
+    add(1)
+    leftover = registry / "capitals" / "versions" / ".tmp-abc-12345678"
+    leftover.mkdir()
+    (leftover / "adapters.safetensors").write_bytes(b"half")
+    add(2)
+    assert not leftover.exists()
