@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, deserialize
 
 from nested_core.durable import canonical_json, write_json
@@ -51,6 +52,26 @@ class Tensor:
         if self.dtype not in NUMPY_DTYPES:
             raise DamagedError(f"A tensor has dtype {self.dtype}, which is not read here.")
         return np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+
+
+class _Lora(BaseModel):
+    """The types that `lora_parameters` must have; other keys are another program's business."""
+
+    model_config = ConfigDict(strict=True)
+    rank: int | None = None
+    scale: float | None = None
+    modules: list[str] | None = Field(default=None, alias="keys")
+
+
+class _Meaning(BaseModel):
+    """The types of what changes the model, in adapter_config.json."""
+
+    model_config = ConfigDict(strict=True)
+    fine_tune_type: str = "lora"
+    num_layers: int | None = None
+    model: str | None = None
+    base_fingerprint: str | None = None
+    lora_parameters: _Lora | None = None
 
 
 @dataclass(frozen=True)
@@ -101,14 +122,20 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise DamagedError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes.")
-        config = json.loads(path.read_bytes())
+        config = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        _Meaning.model_validate(config)
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: without it the tensors mean nothing.") from None
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DamagedError(f"{path}: {where or 'the file'}: {error.errors()[0]['msg']}.") from error
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("lora_parameters") or {}, dict):
-        raise DamagedError(f"{path} is not an adapter configuration (a JSON object).")
-    return config
+    return dict(config)
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

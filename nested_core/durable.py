@@ -65,10 +65,14 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def render_json(value: Any) -> bytes:
+    """Readable JSON; NaN and infinity are refused with ValueError."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(target: Path, value: Any) -> None:
-    """Replace `target` with readable JSON; NaN and infinity are refused."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(target, (text + "\n").encode())
+    """Replace `target` with readable JSON."""
+    write_bytes(target, render_json(value))
 
 
 @contextmanager
@@ -103,7 +107,7 @@ def _publish(temporary: Path, target: Path, *, replace: bool) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half-written in `folder`; call only under its lock."""
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()

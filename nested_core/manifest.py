@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nested_core.durable import canonical_json, file_sha256, write_json
+from nested_core.durable import canonical_json, file_sha256, render_json, write_json
 from nested_core.errors import DamagedError
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -52,14 +52,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise DamagedError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes.")
-        manifest = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        manifest = json.loads(content)
         body = {"facts": manifest["facts"], "files": dict(manifest["files"])}
-        intact = manifest == body | {"digest": _body_digest(body)}
+        is_intact = content == render_json(body | {"digest": _body_digest(body)})
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: the folder was never finished.") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedError(f"{path} cannot be read as a manifest: {error}.") from error
-    if not intact:
+    if not is_intact:
         raise DamagedError(f"{path} has changed since it was written.")
     return dict(manifest)
 
@@ -69,7 +70,7 @@ def _body_digest(body: dict[str, Any]) -> str:
 
 
 def _list_files(folder: Path) -> set[str]:
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     return names - {MANIFEST_NAME}
 
 
