@@ -6,6 +6,7 @@ Progress goes to standard error; without a terminal it is a line now and then.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -22,26 +23,28 @@ from rich.text import Text
 SECONDS_BETWEEN_LINES = 2.0
 POLL_SECONDS = 0.25
 CURVE_WIDTH, CURVE_HEIGHT = 64, 12
+SMALLEST_LOSS = 1e-6
 
 errors = Console(stderr=True, highlight=False)
 
 
 def draw_curve(records: Sequence[dict[str, Any]]) -> str:
-    """The losses over the optimizer steps as text: `·` for training, `o` for validation."""
+    """The losses over the optimizer steps as text, on a logarithmic axis."""
     points = [(r["step"], r[key], mark) for key, mark in _SERIES for r in records if _has(r, key)]
+    points = [(step, max(loss, SMALLEST_LOSS), mark) for step, loss, mark in points]
     if not points:
         return "no loss yet"
     last_step = max(step for step, _, _ in points) or 1
     low, high = min(loss for _, loss, _ in points), max(loss for _, loss, _ in points)
     rows = [[" "] * CURVE_WIDTH for _ in range(CURVE_HEIGHT)]
     for step, loss, mark in points:
-        share = (loss - low) / (high - low) if high > low else 0.0
+        share = math.log(loss / low) / math.log(high / low) if high > low else 0.0
         row = round((1 - share) * (CURVE_HEIGHT - 1))
         rows[row][round(step / last_step * (CURVE_WIDTH - 1))] = mark
     labels = {0: f"{high:8.3f}", CURVE_HEIGHT - 1: f"{low:8.3f}"}
     lines = [f"{labels.get(i, ''):>8} |{''.join(row).rstrip()}" for i, row in enumerate(rows)]
     axis = f"{'':8} +{'-' * CURVE_WIDTH}\n{'':10}0{f'step {last_step}':>{CURVE_WIDTH - 1}}"
-    return "\n".join([*lines, axis, f"{'':10}· training loss   o validation loss"])
+    return "\n".join([*lines, axis, f"{'':10}· training loss   o validation loss   (logarithmic)"])
 
 
 _SERIES = (("loss", "·"), ("val_loss", "o"))

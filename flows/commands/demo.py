@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,7 +54,10 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         print_table(("question", "before", "after"), rows, title="Held-out countries")
         print(f"right answers: {right[0]} of {len(rows)} before, {right[1]} of {len(rows)} after")
         print(f"champion: {champion} -> {os.readlink(champion)}")
-        print(f"talk to it: mlx_lm.generate --model {config.model} --adapter-path {champion} ...")
+        print(
+            f"talk to it:\n  mlx_lm.generate --model {config.model} --adapter-path {champion} "
+            f'--prompt "{questions[0]["prompt"]}"'
+        )
         return 0
 
     return finish
@@ -68,9 +72,10 @@ def example_config(registry: Path) -> FineTuneConfig:
 
 
 def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     from flows.finetune import FinetuneParameters, finetune
+    from flows.logs import quieten
 
+    quieten(logging.CRITICAL)  # what a person needs to know of an error is said once, at the end
     finetune(FinetuneParameters(**config.model_dump(), run_dir=str(run.path)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -90,7 +91,9 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
     from flows.finetune import FinetuneParameters, finetune
+    from flows.logs import quieten
 
+    quieten(logging.NOTSET)
     config = config_from(arguments)
     path = _open(arguments).path
     parameters = config.model_dump() | {"run_dir": str(path), "resume": arguments.resume}
