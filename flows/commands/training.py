@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -63,6 +64,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Validate, load, train and judge in this process."""
     from nested_core import pipeline
+    from nested_core.gate import measure_test
 
     config = config_from(arguments)
     run = _open(arguments)
@@ -75,14 +77,18 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         with watching(run.metrics):
             result = pipeline.train(config, run, on_start=stopper.watch)
         verdict = pipeline.judge(config, run)
+        test_loss = measure_test(config, run) if config.test else None
 
     def finish() -> int:
         document = asdict(result) | {"verdict": "passed", "summary": verdict.summary()}
+        document["test_loss"] = test_loss
         if arguments.json:
             print_json(document)
         else:
             print_tiers(verdict.to_json())
             print(f"{verdict.summary()}\nadapter: {run.adapter}")
+            if test_loss is not None:
+                print(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
         return 0
 
     return finish

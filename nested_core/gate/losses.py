@@ -1,13 +1,16 @@
-"""The loss before and after, computed by the gate from the files on disk, on fixed examples."""
+"""Losses that are computed from the files on disk, on fixed examples, with a model loaded anew."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 from nested_core.adapters import WEIGHTS_NAME, load_arrays
 from nested_core.config import FineTuneConfig
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
+from nested_core.errors import DatasetError
 from nested_core.gate.verdict import Validation
 from nested_core.model import adapter_slots, attach_adapter, load_base, load_leaves, read_slots
 from nested_core.run_directory import RunDirectory
@@ -20,17 +23,39 @@ def measure_losses(config: FineTuneConfig, run: RunDirectory) -> Validation | No
     The examples are test.jsonl where there is one, else the validation set, which the best
     checkpoint was chosen on: `selected_on_same_data` says so.
     """
+    measured = _losses(config, (run.initial, run.adapter), ("test", "valid"), max_batches=-1)
+    if measured is None:
+        return None
+    split, losses = measured
+    before, after = (loss if math.isfinite(loss) else None for loss in losses)
+    return Validation(before, after, selected_on_same_data=split == "valid")
+
+
+def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
+    """Mean loss of the run's adapter on `test_batches` batches of test.jsonl, as `test` asks for.
+
+    Raises DatasetError where there is no test set.
+    """
+    measured = _losses(config, (run.adapter,), ("test",), max_batches=config.test_batches)
+    if measured is None:
+        raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
+    return measured[1][0]
+
+
+def _losses(
+    config: FineTuneConfig, adapters: Sequence[Path], splits: Sequence[str], *, max_batches: int
+) -> tuple[str, list[float]] | None:
+    """The first of the splits that has examples, and the loss of each adapter on it."""
     model, tokenizer = load_base(config)
-    _, splits = load_dataset(DataSettings.from_config(config), tokenizer)
-    name = next((n for n in ("test", "valid") if n in splits and len(splits[n])), None)
+    _, found = load_dataset(DataSettings.from_config(config), tokenizer)
+    name = next((name for name in splits if name in found and len(found[name])), None)
     if name is None:
         return None
     attach_adapter(model, config)
     slots = adapter_slots(model)
-    evaluator = Evaluator(model, slots, splits[name], config.batch_size)
+    evaluator = Evaluator(model, slots, found[name], config.batch_size, max_batches)
     losses = []
-    for folder in (run.initial, run.adapter):
+    for folder in adapters:
         load_leaves(model, load_arrays(folder / WEIGHTS_NAME))
         losses.append(evaluator.loss(read_slots(slots)))
-    before, after = (loss if math.isfinite(loss) else None for loss in losses)
-    return Validation(before, after, selected_on_same_data=name == "valid")
+    return name, losses
