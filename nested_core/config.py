@@ -112,6 +112,7 @@ class TrainingSection(Section):
     memory_limit_gb: PositiveFloat | None = None
     max_nonfinite_steps: PositiveInt = 5
     flat_loss_reports: Annotated[int, Field(ge=2)] = 10
+    reference: Literal["mlx_lm"] | None = None
 
 
 class GateSection(Section):
@@ -200,7 +201,27 @@ class FineTuneConfig(Section):
             )
         if self.nested.weight_decay is not None and self.optimizer != "adamw":
             raise ValueError("nested.weight_decay needs optimizer: adamw")
+        self._check_reference()
         return self
+
+    def _check_reference(self) -> None:
+        """A reference run does what mlx_lm.lora does, and nothing that it does not."""
+        if self.training.reference is None:
+            return
+        free = {"reference", "keep_checkpoints", "memory_limit_gb", "flat_loss_reports"}
+        free |= {"max_nonfinite_steps", "min_delta"}
+        defaults = TrainingSection()
+        changed = [
+            f"training.{name}"
+            for name in TrainingSection.model_fields
+            if name not in free and getattr(self.training, name) != getattr(defaults, name)
+        ]
+        if self.nested != NestedSection():
+            changed.append("nested")
+        if changed:
+            raise ValueError(
+                f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"
+            )
 
     @property
     def optimizer_arguments(self) -> dict[str, Any]:

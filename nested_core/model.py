@@ -84,6 +84,8 @@ def compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
 
     `auto` is float32 on a CPU, where bfloat16 has no fast matmul, and the model's own elsewhere.
     """
+    if config.training.reference is not None:
+        return None
     if config.training.precision == "auto":
         return mx.float32 if backend.device() == "cpu" else None
     return mx.float32 if config.training.precision == "float32" else mx.bfloat16

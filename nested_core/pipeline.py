@@ -170,7 +170,8 @@ def _refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
 def _publish(run: RunDirectory, trainer: Trainer) -> TrainResult:
     """Offer the best adapter by validation loss, else the last, and say so in result.json."""
     state = trainer.state
-    step = state.step if state.best_step is None else state.best_step
+    best = state.best_step if trainer.method.offers_best else None
+    step = state.step if best is None else best
     publish_adapter(checkpoint_path(run.checkpoints, step), run.adapter)
     if trainer.config.adapter_path is not None:
         export_adapter(run.adapter, Path(trainer.config.adapter_path))

@@ -34,7 +34,7 @@ class PrefectProgress:
 
     def start(self, trainer: Trainer) -> None:
         """Note how long the run is, and open the artifact."""
-        self._total_steps = trainer.total_steps
+        self._total_steps = trainer.method.steps
         made: Any = create_progress_artifact(progress=0.0, key="training-progress")
         self._artifact = made
 

@@ -14,7 +14,7 @@ from nested_core.errors import DatasetError
 from nested_core.gate.verdict import Validation
 from nested_core.model import adapter_slots, attach_adapter, load_base, load_leaves, read_slots
 from nested_core.run_directory import RunDirectory
-from nested_core.training.evaluation import Evaluator
+from nested_core.training.evaluation import Evaluator, fixed_batches
 
 
 def measure_losses(config: FineTuneConfig, run: RunDirectory) -> Validation | None:
@@ -53,9 +53,11 @@ def _losses(
         return None
     attach_adapter(model, config)
     slots = adapter_slots(model)
-    evaluator = Evaluator(model, slots, found[name], config.batch_size, max_batches)
+    evaluator = Evaluator(model, slots)
     losses = []
     for folder in adapters:
         load_leaves(model, load_arrays(folder / WEIGHTS_NAME))
-        losses.append(evaluator.loss(read_slots(slots)))
+        sizes = config.batch_size, max_batches, config.max_seq_length
+        batches = fixed_batches(found[name], *sizes)
+        losses.append(evaluator.loss(read_slots(slots), batches))
     return name, losses

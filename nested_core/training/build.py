@@ -41,7 +41,7 @@ def build_trainer(
     optimizer.init(model.trainable_parameters())
     found = {"initial": read_adapter(run.initial).digest(), "tiers": file_sha256(run.tiers)}
     trainer = Trainer(config, run, model, splits, tiers, optimizer, found, callback)
-    refuse_tiers_never_due(tiers.frequencies, trainer.total_steps)
+    refuse_tiers_never_due(tiers.frequencies, trainer.method.steps)
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint is not None:
         trainer.restore(checkpoint)

@@ -1,15 +1,39 @@
-"""The loss of a batch: cross-entropy over supervised tokens only; a pad token never counts."""
+"""The loss of a batch, and how batches are weighed against each other."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+Loss = Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True)
+class LossRule:
+    """A loss, and whether it is a mean over a batch's tokens or their sum.
+
+    Sums are divided by the tokens of all micro-batches, so that every token weighs the same however
+    the batch was cut; means are averaged, so that every micro-batch weighs the same.
+    """
+
+    function: Loss
+    is_mean: bool
+
+    def weight(self, tokens: mx.array) -> mx.array:
+        """What a micro-batch with so many supervised tokens weighs, int32."""
+        return mx.ones_like(tokens) if self.is_mean else tokens
+
+    def weighted(self, loss: mx.array, tokens: mx.array) -> mx.array:
+        """The loss as a sum over tokens."""
+        return loss * tokens if self.is_mean else loss
+
 
 def supervised_loss(model: Any, tokens: mx.array, bounds: mx.array) -> tuple[mx.array, mx.array]:
-    """Sum of the cross-entropy over supervised tokens, and their number.
+    """Sum of the cross-entropy over supervised tokens, and their number; a pad never counts.
 
     Args:
         model: inputs of shape (batch, length) to logits (batch, length, vocabulary), or a tuple
@@ -26,3 +50,6 @@ def supervised_loss(model: Any, tokens: mx.array, bounds: mx.array) -> tuple[mx.
     supervised = (positions >= bounds[:, :1]) & (positions < bounds[:, 1:])
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
     return (losses * supervised).sum(), supervised.sum()
+
+
+SUPERVISED = LossRule(supervised_loss, is_mean=False)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from nested_core import checkpoints
 from nested_core.adapters import CONFIG_NAME, read_adapter_config
@@ -19,9 +20,11 @@ from nested_core.run_directory import RunDirectory
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.export import export_snapshot
+from nested_core.training.methods import Method
 from nested_core.training.metrics import append_metrics, cut_back, read_metrics
 from nested_core.training.red_flags import flag_flat_loss
 from nested_core.training.state import TrainingState
+from nested_core.training.step import Sums
 from nested_core.training.window import Window, optimizer_record, train_info
 
 
@@ -34,13 +37,15 @@ class Recorder:
         run: RunDirectory,
         slots: Slots,
         optimizer: NestedAdam,
-        evaluator: Evaluator | None,
+        method: Method,
+        evaluator: Evaluator,
         found: Mapping[str, str],
         callback: TrainingCallback | None,
     ) -> None:
         self.config, self.run, self.callback = config, run, callback
-        self.window = Window()
-        self._slots, self._optimizer, self._evaluator = slots, optimizer, evaluator
+        self.window = Window(of_means=method.rule.is_mean)
+        self._slots, self._optimizer = slots, optimizer
+        self._method, self._evaluator = method, evaluator
         self._found = dict(found)
         self._losses: list[float] = []
 
@@ -50,23 +55,43 @@ class Recorder:
         cut_back(self.run.metrics, state.step if is_resumed else None)
         records = read_metrics(self.run.metrics)
         self._losses = [r["loss"] for r in records if r.get("loss") is not None]
-        self.window = Window.reopened(state.open_loss_sum, state.open_tokens)
+        if state.open_report:
+            self.window.reopen(state.open_report)
         if not is_resumed:
-            append_metrics(self.run.metrics, {"step": 0, "iteration": 0} | self._evaluate(state))
+            record = {"step": 0, "iteration": 0} | self._evaluate(state, 0)
+            append_metrics(self.run.metrics, record)
         self.window.restart_clock()
 
-    def observe(self, state: TrainingState, *, report: bool, evaluate: bool, save: bool) -> None:
-        """What falls due after a step: one line of metrics, a checkpoint of it or of the best."""
+    def add(self, state: TrainingState, first: int, micro: Sequence[Sums]) -> None:
+        """Add a step's micro-batches, with the reports that fall between them."""
+        last = first + len(micro)
+        within = set(self._method.reports_within(first, last)) - {last}
+        for index, sums in enumerate(micro):
+            self.window.add(sums)
+            if first + index + 1 in within:
+                self.observe(state, iteration=first + index + 1, report=True)
+
+    def observe(
+        self,
+        state: TrainingState,
+        *,
+        iteration: int | None = None,
+        report: bool = False,
+        evaluate: bool = False,
+        save: bool = False,
+    ) -> None:
+        """What is due now: one line of metrics, a checkpoint of this step or of the best."""
+        done = state.iteration if iteration is None else iteration
         with self.window.paused():
-            record = self._report(state) if report else {}
-            record |= self._evaluate(state) if evaluate else {}
+            record = self._report(state, done) if report else {}
+            record |= self._evaluate(state, done) if evaluate else {}
             if record:
-                position = {"step": state.step, "iteration": state.iteration}
-                append_metrics(self.run.metrics, position | record)
-            if save or (evaluate and state.best_step == state.step):
+                append_metrics(self.run.metrics, {"step": state.step, "iteration": done} | record)
+            is_best = evaluate and self._method.offers_best and state.best_step == state.step
+            if save or is_best:
                 self.save(state)
 
-    def _report(self, state: TrainingState) -> dict[str, Any]:
+    def _report(self, state: TrainingState, iteration: int) -> dict[str, Any]:
         record = self.window.close() | optimizer_record(self._optimizer)
         state.train_loss = record["loss"]
         state.trained_tokens += record.pop("tokens")
@@ -75,27 +100,29 @@ class Recorder:
         record["trained_tokens"] = state.trained_tokens
         record["peak_memory_gb"] = mx.get_peak_memory() / 1e9
         if self.callback is not None:
-            self.callback.on_train_loss_report(train_info(state, record))
+            self.callback.on_train_loss_report(train_info(state.step, iteration, record))
         return record
 
-    def _evaluate(self, state: TrainingState) -> dict[str, Any]:
-        if self._evaluator is None:
+    def _evaluate(self, state: TrainingState, iteration: int) -> dict[str, Any]:
+        batches = self._method.validation_batches(iteration)
+        if batches is None:
             return {}
         began = time.perf_counter()
-        val_loss = self._evaluator.loss(read_slots(self._slots))
+        val_loss = self._evaluator.loss(read_slots(self._slots), batches)
         is_candidate = all(tier.updates > 0 for tier in self._optimizer.get_tier_stats())
         state.record_evaluation(
             val_loss, is_candidate=is_candidate, min_delta=self.config.training.min_delta
         )
         seconds = time.perf_counter() - began
         if self.callback is not None:
-            info = {"iteration": state.iteration, "val_loss": val_loss, "val_time": seconds}
+            info = {"iteration": iteration, "val_loss": val_loss, "val_time": seconds}
             self.callback.on_val_loss_report(info)
         return {"val_loss": val_loss}
 
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint and remove those that are no longer to be kept."""
-        state.open_loss_sum, state.open_tokens = self.window.open_sums()
+        state.open_report = self.window.open_sums()
+        state.random_key = random_key() if self._method.draws_in_sequence else None
         tiers = [asdict(stats) for stats in self._optimizer.get_tier_stats()]
         wanted = {"wanted_iterations": self.config.iters, "found": self._found, "tiers": tiers}
         path = checkpoints.write_checkpoint(
@@ -112,3 +139,15 @@ class Recorder:
             keep_last=self.config.training.keep_checkpoints,
             keep_steps=[state.best_step] if state.best_step is not None else [],
         )
+
+
+def random_key() -> list[int]:
+    """The key of MLX's next draw in this thread, as two 32-bit words."""
+    state: Any = mx.random.state
+    words: list[int] = np.array(state[0]).tolist()
+    return words
+
+
+def restore_random_key(words: Sequence[int]) -> None:
+    """Go on with the draws after a key; seeding with its 64 bits gives the key itself."""
+    mx.random.seed((words[0] << 32) | words[1])

@@ -10,8 +10,9 @@ from typing import Any
 class TrainingState:
     """Position, best so far, and the sums of the report that is still open.
 
-    `step` counts optimizer steps, `iteration` micro-batches; the next batch is number `iteration`,
-    and the random state of step n is a function of the seed and n: there is nothing else to store.
+    `step` counts optimizer steps, `iteration` micro-batches; the next batch is number `iteration`.
+    The random state of step n is a function of the seed and n, but for a reference run, whose
+    draws follow each other: `random_key` is the key of the next one.
     """
 
     step: int = 0
@@ -26,8 +27,8 @@ class TrainingState:
     val_loss: float | None = None
     train_loss: float | None = None
     evaluated_step: int | None = None
-    open_loss_sum: float = 0.0
-    open_tokens: int = 0
+    open_report: dict[str, float] = field(default_factory=dict)
+    random_key: list[int] | None = None
     verified_steps: list[int] = field(default_factory=list)
     red_flags: list[str] = field(default_factory=list)
 

@@ -8,20 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from nested_core.model import Slots
 from nested_core.optimizers import NestedAdam
+from nested_core.pytree import flatten
 from nested_core.tiers import TierMap
-from nested_core.training.losses import supervised_loss
+from nested_core.training.losses import LossRule
 
 Flat = dict[str, mx.array]
 MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+Sums = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed, not yet evaluated.
+
+    `micro` holds `loss`, `weight` and `tokens` of each micro-batch; `updates` the new value of each
+    due parameter, by name, and nothing where the step was left incomplete.
+    """
+
+    micro: list[Sums]
+    updates: Flat
 
 
 @contextmanager
@@ -43,68 +58,69 @@ def put(slots: Slots, values: Flat) -> None:
 
 
 class TrainStep:
-    """Runs optimizer steps; each is one or more micro-batches and one call of the optimizer.
-
-    The gradients of micro-batches are summed and divided by all their supervised tokens, so every
-    token weighs the same however the batch was cut.
-    """
+    """Runs optimizer steps; each is one or more micro-batches and one call of the optimizer."""
 
     def __init__(
-        self, model: nn.Module, slots: Slots, optimizer: NestedAdam, tiers: TierMap, *, draws: bool
+        self,
+        model: nn.Module,
+        slots: Slots,
+        optimizer: NestedAdam,
+        tiers: TierMap,
+        rule: LossRule,
+        *,
+        draws: bool,
     ) -> None:
-        self._model, self._slots, self._optimizer, self._tiers = model, slots, optimizer, tiers
+        self._model, self._slots, self._optimizer = model, slots, optimizer
+        self._tiers, self._rule = tiers, rule
         self._captured = [optimizer.state, mx.random.state] if draws else [optimizer.state]
-        self._compiled: dict[tuple[int, ...], Callable[..., dict[str, Any]]] = {}
+        self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
 
-    def run(self, params: Flat, batches: Sequence[MicroBatch], due: tuple[int, ...]) -> Any:
-        """Advance the optimizer by one step.
-
-        Returns a dict, not yet evaluated: `updates` (the new value of each due parameter, by name),
-        `loss` (sum over supervised tokens) and `tokens` (their number).
-        """
-        step = self._compiled.get(due)
-        if step is None:
-            step = self._compiled[due] = self._compile(due)
-        carried: dict[str, Any] | None = None
+    def run(
+        self, params: Flat, batches: Sequence[MicroBatch], due: tuple[int, ...], *, complete: bool
+    ) -> StepResult:
+        """Take the gradients of the due tiers over all micro-batches; if `complete`, apply them."""
+        if due not in self._compiled:
+            self._compiled[due] = self._compile(due)
+        step = self._compiled[due]
+        micro: list[Sums] = []
+        carried, updates = None, {}
         with borrowed(self._slots):
             for index, (tokens, bounds) in enumerate(batches):
-                is_last = index == len(batches) - 1
-                carried = step(params, carried, mx.array(tokens), mx.array(bounds), is_last)
-        return carried
+                is_last = complete and index == len(batches) - 1
+                batch = mx.array(tokens), mx.array(bounds)
+                sums, carried, updates = step(params, carried, *batch, is_last)
+                micro.append(sums)
+        return StepResult(micro, updates)
 
-    def _compile(self, due: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
+    def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
         names = frozenset[str]().union(*(self._tiers.names(tier) for tier in due))
 
         def step(
-            params: Flat, carried: dict[str, Any] | None, tokens: Any, bounds: Any, is_last: bool
-        ) -> dict[str, Any]:
+            params: Flat, carried: Any, tokens: mx.array, bounds: mx.array, is_last: bool
+        ) -> tuple[Sums, Any, Flat]:
             wanted = {name: value for name, value in params.items() if name in names}
             put(self._slots, params)
             (loss, count), gradients = mx.value_and_grad(self._loss)(wanted, tokens, bounds)
-            total = {"loss": loss, "tokens": count, "gradients": gradients}
-            total = total if carried is None else _added(carried, total)
-            return self._finish(total, wanted) if is_last else total
+            weight = self._rule.weight(count)
+            micro = {"loss": loss, "weight": weight, "tokens": count}
+            if carried is not None:
+                gradients = {n: g + carried["gradients"][n] for n, g in gradients.items()}
+                weight = carried["weight"] + weight
+            if not is_last:
+                return micro, {"gradients": gradients, "weight": weight}, {}
+            return micro, None, self._apply(gradients, weight, wanted)
 
         return mx.compile(step, inputs=self._captured, outputs=self._captured)
 
     def _loss(self, wanted: Flat, tokens: mx.array, bounds: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, wanted)
-        return supervised_loss(self._model, tokens, bounds)
+        return self._rule.function(self._model, tokens, bounds)
 
-    def _finish(self, total: dict[str, Any], wanted: Flat) -> dict[str, Any]:
-        tokens = total["tokens"].astype(mx.float32)
-        mean = {name: g / tokens.astype(g.dtype) for name, g in total["gradients"].items()}
-        updated = self._optimizer.apply_gradients(nested(mean), nested(wanted))
-        updates = dict(tree_flatten(updated))
-        return {"loss": total["loss"], "tokens": total["tokens"], "updates": updates}
+    def _apply(self, gradients: Flat, weight: mx.array, wanted: Flat) -> Flat:
+        mean = {name: g / weight.astype(g.dtype) for name, g in gradients.items()}
+        return flatten(self._optimizer.apply_gradients(nested(mean), nested(wanted)))
 
 
 def nested(flat: Flat) -> Any:
     """A flat dictionary of dotted names as the tree that the optimizer's state mirrors."""
     return tree_unflatten(list(flat.items())) if flat else {}
-
-
-def _added(left: dict[str, Any], right: dict[str, Any]) -> dict[str, Any]:
-    sums = {name: g + right["gradients"][name] for name, g in left["gradients"].items()}
-    loss, tokens = left["loss"] + right["loss"], left["tokens"] + right["tokens"]
-    return {"loss": loss, "tokens": tokens, "gradients": sums}

@@ -5,7 +5,6 @@ After each step the updates are written into the model by name; whether they are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,9 +23,10 @@ from nested_core.run_directory import RunDirectory
 from nested_core.scalars import to_int
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.evaluation import make_evaluator, plan_batches
+from nested_core.training.evaluation import Evaluator
+from nested_core.training.methods import Method, OwnMethod
 from nested_core.training.recompute import recomputed
-from nested_core.training.recorder import Recorder
+from nested_core.training.recorder import Recorder, restore_random_key
 from nested_core.training.red_flags import flag_updates
 from nested_core.training.state import TrainingState
 from nested_core.training.step import Flat, TrainStep, nested
@@ -72,18 +72,13 @@ class Trainer:
         self.state = TrainingState()
         self.stop_requested = False
         self._slots = adapter_slots(model)
-        self._split = splits["train"]
-        self._plan = plan_batches(config, self._split)
-        self._iterations = _total_iterations(config, self._plan.batches_per_epoch)
-        evaluator = make_evaluator(config, model, self._slots, splits.get("valid"))
-        self._recorder = Recorder(config, run, self._slots, optimizer, evaluator, found, callback)
+        self.method = make_method(config, splits)
+        evaluator = Evaluator(model, self._slots, self.method.rule)
+        self._recorder = Recorder(
+            config, run, self._slots, optimizer, self.method, evaluator, found, callback
+        )
         self._seen_due: set[tuple[int, ...]] = set()
         self._in_flight: list[mx.array] = []
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run; a partial accumulation at the end is one."""
-        return math.ceil(self._iterations / self.config.grad_accumulation_steps)
 
     @property
     def current_step(self) -> int:
@@ -111,6 +106,8 @@ class Trainer:
         self.optimizer.init(self.model.trainable_parameters())
         self.state = TrainingState.from_json(checkpoint.state)
         self.state.ended = self.state.ended and self._is_over()
+        if self.state.random_key is not None:
+            restore_random_key(self.state.random_key)
 
     def train(self) -> TrainingState:
         """Run to the end; raises TrainingStopped where it was asked to stop before.
@@ -130,35 +127,39 @@ class Trainer:
         while not self._is_over():
             if self.stop_requested or self.run.stop_request.exists():
                 self._stop()
-            taken = self._advance(steps)
+            first = self.state.iteration
+            last = min(first + self.config.grad_accumulation_steps, self.method.iterations)
+            for done in self.method.evaluations_within(first, last):
+                self._recorder.observe(self.state, iteration=done, evaluate=True)
+            taken = self._advance(steps, first, last)
             self._refuse_divergence()
             self._verify(taken)
             if not self._is_over():
-                self._observe(taken.first_iteration)
+                self._observe(first, last)
 
     def _make_steps(self) -> TrainStep:
         draws = self.config.lora_parameters.dropout > 0
-        return TrainStep(self.model, self._slots, self.optimizer, self.tiers, draws=draws)
+        rule = self.method.rule
+        return TrainStep(self.model, self._slots, self.optimizer, self.tiers, rule, draws=draws)
 
     def _is_over(self) -> bool:
         patience = self.config.training.early_stop_patience
         is_stale = patience and self.state.evaluations_without_improvement >= patience
-        return self.state.iteration >= self._iterations or bool(is_stale)
+        return self.state.iteration >= self.method.iterations or bool(is_stale)
 
-    def _advance(self, steps: TrainStep) -> StepTaken:
-        """Take one optimizer step and write its updates into the model."""
-        first, step = self.state.iteration, self.state.step + 1
-        last = min(first + self.config.grad_accumulation_steps, self._iterations)
-        batches = [self._plan.arrays(self._split, index) for index in range(first, last)]
+    def _advance(self, steps: TrainStep, first: int, last: int) -> StepTaken:
+        """Take one optimizer step over micro-batches and write its updates into the model."""
+        state, step = self.state, self.state.step + 1
+        batches = [self.method.micro_batch(index) for index in range(first, last)]
+        complete = self.method.completes(first, last)
         due, before = self._needed_tiers(step), read_slots(self._slots)
-        mx.random.seed(_step_seed(self.config.seed, step))
-        result = steps.run(before, batches, due)
-        apply_flat_updates_to_nested(self.model, result["updates"])
-        window = self._recorder.window
-        window.add(result["loss"], result["tokens"])
-        mx.async_eval(result["updates"], self.optimizer.state, window.sums)
-        self.state.step, self.state.iteration = step, last
-        return StepTaken(first, due, before, result["updates"])
+        self.method.begin_step(step)
+        result = steps.run(before, batches, due, complete=complete)
+        apply_flat_updates_to_nested(self.model, result.updates)
+        mx.async_eval(result.updates, self.optimizer.state, result.micro)
+        state.step, state.iteration = state.step + complete, last
+        self._recorder.add(state, first, result.micro)
+        return StepTaken(first, due, before, result.updates)
 
     def _needed_tiers(self, step: int) -> tuple[int, ...]:
         """The tiers that a step needs gradients of."""
@@ -183,20 +184,20 @@ class Trainer:
         """Whether the last step completed a multiple of `every` iterations."""
         return self.state.iteration // every > first // every
 
-    def _observe(self, first: int) -> None:
-        config = self.config
+    def _observe(self, first: int, last: int) -> None:
+        is_evaluation = self._crossed(first, self.config.steps_per_eval)
         self._recorder.observe(
             self.state,
-            report=self._crossed(first, config.steps_per_report),
-            evaluate=self._crossed(first, config.steps_per_eval),
-            save=self._crossed(first, config.save_every),
+            report=last in self.method.reports_within(first, last),
+            evaluate=self.method.evaluates_after and is_evaluation,
+            save=self._crossed(first, self.config.save_every),
         )
 
     def _verify(self, taken: StepTaken) -> None:
         """Read back from the model, when it is time, what the step was to have put there."""
         every = (self.config.steps_per_report, self.config.steps_per_eval, self.config.save_every)
         is_time = self._is_over() or any(self._crossed(taken.first_iteration, n) for n in every)
-        if taken.due in self._seen_due and not is_time:
+        if not taken.updates or (taken.due in self._seen_due and not is_time):
             return
         self._seen_due.add(taken.due)
         before = {name: taken.before[name] for name in taken.updates}
@@ -215,7 +216,10 @@ class Trainer:
         is_evaluated = self.state.evaluated_step == self.state.step and not self.state.flushed
         self.state.ended = True
         self._recorder.observe(
-            self.state, report=self._recorder.window.is_open, evaluate=not is_evaluated, save=True
+            self.state,
+            report=self._recorder.window.is_open,
+            evaluate=self.method.evaluates_after and not is_evaluated,
+            save=True,
         )
 
     def _flush(self) -> None:
@@ -230,18 +234,16 @@ class Trainer:
             self._recorder.save(self.state)
         self.run.stop_request.unlink(missing_ok=True)
         raise TrainingStopped(
-            f"Training was stopped at step {self.state.step} of {self.total_steps} (iteration "
-            f"{self.state.iteration} of {self._iterations}). Go on with the same command, "
+            f"Training was stopped at step {self.state.step} of {self.method.steps} (iteration "
+            f"{self.state.iteration} of {self.method.iterations}). Go on with the same command, "
             f"--run-dir {self.run.path} --resume."
         )
 
 
-def _total_iterations(config: FineTuneConfig, batches_per_epoch: int) -> int:
-    """Micro-batches of the whole run: iters, or as many as training.epochs needs."""
-    epochs = config.training.epochs
-    return config.iters if epochs is None else math.ceil(epochs * batches_per_epoch)
+def make_method(config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> Method:
+    """Our way of drawing batches and evaluating, or, under `training.reference`, mlx-lm's."""
+    if config.training.reference is None:
+        return OwnMethod(config, splits)
+    from nested_core.training.reference import ReferenceMethod
 
-
-def _step_seed(seed: int, step: int) -> int:
-    """The seed of a step's random draws: a function of both, so that nothing is to be restored."""
-    return seed * 2**32 + step
+    return ReferenceMethod(config, splits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,28 +12,29 @@ import mlx.core as mx
 from nested_core.gradients import clip_factor
 from nested_core.optimizers import COUNTERS, NestedAdam
 from nested_core.scalars import to_float, to_int
-from nested_core.training.state import TrainingState
 
 
 class Window:
     """Sums since the last report; nothing is read from the device before the report."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, of_means: bool = False) -> None:
+        self._of_means = of_means
         self._restart()
 
     def _restart(self) -> None:
-        self.sums = {"loss": mx.array(0.0), "tokens": mx.array(0)}
+        self.sums = {"loss": mx.array(0.0), "weight": mx.array(0), "tokens": mx.array(0)}
         self.is_open = False
-        self._steps = 0
+        self._iterations = 0
         self.restart_clock()
 
-    @classmethod
-    def reopened(cls, loss_sum: float, tokens: int) -> Window:
-        """The window that a checkpoint was written in."""
-        window = cls()
-        window.sums = {"loss": mx.array(loss_sum), "tokens": mx.array(tokens)}
-        window.is_open = tokens > 0
-        return window
+    def reopen(self, sums: Mapping[str, float]) -> None:
+        """Go on with the window that a checkpoint was written in."""
+        self.sums = {
+            "loss": mx.array(sums["loss"], mx.float32),
+            "weight": mx.array(int(sums["weight"])),
+            "tokens": mx.array(int(sums["tokens"])),
+        }
+        self.is_open = sums["tokens"] > 0
 
     def restart_clock(self) -> None:
         """Count time from now."""
@@ -46,29 +47,33 @@ class Window:
         yield
         self._paused += time.perf_counter() - began
 
-    def add(self, loss: mx.array, tokens: mx.array) -> None:
-        """Add one step's sums, not yet evaluated."""
-        self.sums["loss"] = self.sums["loss"] + loss
-        self.sums["tokens"] = self.sums["tokens"] + tokens
+    def add(self, micro: Mapping[str, mx.array]) -> None:
+        """Add one micro-batch's loss, weight and tokens, not yet evaluated."""
+        self.sums = {name: total + micro[name] for name, total in self.sums.items()}
         self.is_open = True
-        self._steps += 1
+        self._iterations += 1
 
-    def open_sums(self) -> tuple[float, int]:
-        """The sums so far, as a checkpoint keeps them: float32 values, exactly."""
-        return to_float(self.sums["loss"]), to_int(self.sums["tokens"])
+    def open_sums(self) -> dict[str, float]:
+        """The sums so far, as a checkpoint keeps them: exactly."""
+        return {name: to_float(total) for name, total in self.sums.items()}
 
     def close(self) -> dict[str, Any]:
         """The report of this window; a new one begins."""
         mx.eval(self.sums)
         seconds = time.perf_counter() - self._began - self._paused
-        loss = to_float(self.sums["loss"] / self.sums["tokens"])
-        tokens = to_int(self.sums["tokens"])
+        loss, tokens = self._mean_loss(), to_int(self.sums["tokens"])
         rates = {
             "tokens_per_second": tokens / seconds,
-            "steps_per_second": self._steps / seconds,
+            "iterations_per_second": self._iterations / seconds,
         }
         self._restart()
         return {"loss": loss, "tokens": tokens} | rates
+
+    def _mean_loss(self) -> float:
+        """Float32, but for means, which mlx-lm divides as a Python float."""
+        if self._of_means:
+            return to_float(self.sums["loss"]) / to_int(self.sums["weight"])
+        return to_float(self.sums["loss"] / self.sums["weight"])
 
 
 def optimizer_record(optimizer: NestedAdam) -> dict[str, Any]:
@@ -86,14 +91,14 @@ def optimizer_record(optimizer: NestedAdam) -> dict[str, Any]:
     }
 
 
-def train_info(state: TrainingState, record: dict[str, Any]) -> dict[str, Any]:
+def train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
     """A report as mlx-lm's on_train_loss_report gets it, with our step beside it."""
     return {
-        "iteration": state.iteration,
-        "step": state.step,
+        "iteration": iteration,
+        "step": step,
         "train_loss": record["loss"],
         "learning_rate": record["learning_rate"],
-        "iterations_per_second": record["steps_per_second"],
+        "iterations_per_second": record["iterations_per_second"],
         "tokens_per_second": record["tokens_per_second"],
         "trained_tokens": record["trained_tokens"],
         "peak_memory": record["peak_memory_gb"],

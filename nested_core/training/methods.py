@@ -1,0 +1,105 @@
+"""How a run draws its batches and when it evaluates: ours here, mlx-lm's in reference.py.
+
+A method is a function of the configuration, the data and the position: it keeps nothing that a
+checkpoint would have to hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import mlx.core as mx
+
+from nested_core.config import FineTuneConfig
+from nested_core.data.batches import BatchPlan
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.training.evaluation import fixed_batches
+from nested_core.training.losses import SUPERVISED, LossRule
+from nested_core.training.step import MicroBatch
+
+
+class Method(Protocol):
+    """What the trainer asks. Iterations count micro-batches, from 0; steps optimizer steps."""
+
+    rule: LossRule
+    iterations: int
+    steps: int
+    offers_best: bool
+    evaluates_after: bool
+    draws_in_sequence: bool
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """The micro-batch of an iteration."""
+
+    def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
+        """What an evaluation after so many iterations looks at; None is nothing to look at."""
+
+    def begin_step(self, step: int) -> None:
+        """Prepare the random state of an optimizer step."""
+
+    def completes(self, first: int, last: int) -> bool:
+        """Whether the micro-batches [first, last) are a whole optimizer step."""
+
+    def evaluations_within(self, first: int, last: int) -> list[int]:
+        """Iterations done at evaluations that come before the step [first, last) is applied."""
+
+    def reports_within(self, first: int, last: int) -> list[int]:
+        """Iterations done at reports that fall into the step [first, last)."""
+
+
+class OwnMethod:
+    """Length-bucketed batches, each example once an epoch; remainders are used.
+
+    Evaluations come after the update they are due with, on the same batches every time.
+    """
+
+    rule = SUPERVISED
+    offers_best = True
+    evaluates_after = True
+    draws_in_sequence = False
+
+    def __init__(self, config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> None:
+        self._config, self._train, self._valid = config, splits["train"], splits.get("valid")
+        self._plan = plan_batches(config, self._train)
+        epochs = config.training.epochs
+        whole = None if epochs is None else math.ceil(epochs * self._plan.batches_per_epoch)
+        self.iterations = config.iters if whole is None else whole
+        self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """A batch of examples of about one length."""
+        return self._plan.arrays(self._train, index)
+
+    def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
+        """`val_batches` of the validation set, the same ones every time."""
+        config = self._config
+        if self._valid is None or len(self._valid) == 0 or config.val_batches == 0:
+            return None
+        sizes = config.batch_size, config.val_batches, config.max_seq_length
+        return fixed_batches(self._valid, *sizes)
+
+    def begin_step(self, step: int) -> None:
+        """Seed from the run's seed and the step, so that nothing is to be restored on resume."""
+        mx.random.seed(self._config.seed * 2**32 + step)
+
+    def completes(self, first: int, last: int) -> bool:
+        """A partial accumulation at the end is a step too."""
+        return True
+
+    def evaluations_within(self, first: int, last: int) -> list[int]:
+        """None: they come after the step."""
+        return []
+
+    def reports_within(self, first: int, last: int) -> list[int]:
+        """One, after the step that completes a multiple of `steps_per_report`."""
+        every = self._config.steps_per_report
+        return [last] if last // every > first // every else []
+
+
+def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchPlan:
+    """The batches that a configuration trains on, epoch after epoch."""
+    return BatchPlan(
+        split.lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
+    )

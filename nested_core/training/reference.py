@@ -1,0 +1,115 @@
+"""`training.reference: mlx_lm`: batches, loss and evaluations of mlx_lm.lora, to the bit.
+
+Mirrors mlx_lm.tuner.trainer (0.32): iterate_batches, default_loss, evaluate and train.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from mlx_lm.tuner.trainer import default_loss
+
+from nested_core.config import FineTuneConfig
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.training.losses import LossRule
+from nested_core.training.step import MicroBatch
+
+PAD_MULTIPLE = 32
+
+
+class ReferenceMethod:
+    """What mlx_lm.lora does: one pad token a row counts, micro-batches weigh the same, remainders
+    are dropped, and each evaluation looks at other rows, before the update it is due with.
+    """
+
+    rule = LossRule(default_loss, is_mean=True)
+    offers_best = False
+    evaluates_after = False
+    draws_in_sequence = True
+
+    def __init__(self, config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> None:
+        self._config, self._train, self._valid = config, splits["train"], splits.get("valid")
+        self.iterations = config.iters
+        self.steps = config.iters // config.grad_accumulation_steps
+        self._train_batches = _batches_by_key_count(config, "train")
+        self._valid_batches = _batches_by_key_count(config, "valid")
+        self._random = np.random.RandomState(config.seed)
+        self._drawn = 0
+        self._train_orders: list[np.ndarray] = []
+        self._valid_orders: dict[int, np.ndarray] = {}
+
+    def micro_batch(self, index: int) -> MicroBatch:
+        """A batch of this epoch's order."""
+        self._draw_until(index + 1)
+        epoch, position = divmod(index, len(self._train_batches))
+        rows = self._train_batches[self._train_orders[epoch][position]]
+        return self._arrays(self._train, rows)
+
+    def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
+        """`val_batches` batches in an order of this evaluation's own."""
+        valid = self._valid
+        if valid is None or not self._valid_batches or self._config.val_batches == 0:
+            return None
+        self._draw_until(iteration + 1)
+        order = self._valid_orders[iteration + 1]
+        count = len(order) if self._config.val_batches == -1 else self._config.val_batches
+        return (self._arrays(valid, self._valid_batches[i]) for i in order[:count])
+
+    def begin_step(self, step: int) -> None:
+        """Nothing: the random state goes on from draw to draw, and is in the checkpoint."""
+
+    def completes(self, first: int, last: int) -> bool:
+        """A partial accumulation at the end is computed and never applied."""
+        return last - first == self._config.grad_accumulation_steps
+
+    def evaluations_within(self, first: int, last: int) -> list[int]:
+        """Those before iterations that are due, but for the first, which begins the run."""
+        return [it - 1 for it in range(max(first + 1, 2), last + 1) if self._is_evaluated(it)]
+
+    def reports_within(self, first: int, last: int) -> list[int]:
+        """At every multiple of `steps_per_report`, within an accumulation too."""
+        every = self._config.steps_per_report
+        return [it for it in range(first + 1, last + 1) if it % every == 0]
+
+    def _is_evaluated(self, it: int) -> bool:
+        return it == 1 or it % self._config.steps_per_eval == 0 or it == self.iterations
+
+    def _draw_until(self, it: int) -> None:
+        """Draw what np.random gives mlx_lm.lora up to iteration `it`, from 1, in its order."""
+        while self._drawn < it:
+            if self._drawn % len(self._train_batches) == 0:
+                self._train_orders.append(self._random.permutation(len(self._train_batches)))
+            self._drawn += 1
+            if self._valid_batches and self._is_evaluated(self._drawn):
+                order = self._random.permutation(len(self._valid_batches))
+                self._valid_orders[self._drawn] = order
+
+    def _arrays(self, split: TokenizedSplit, rows: list[int]) -> MicroBatch:
+        """One more than a multiple of 32 tokens wide, at most max_seq_length; bounds inclusive."""
+        examples = [split.example(row) for row in rows]
+        longest = max(map(len, examples))
+        width = 1 + PAD_MULTIPLE * ((longest + PAD_MULTIPLE - 1) // PAD_MULTIPLE)
+        tokens = np.zeros((len(rows), min(width, self._config.max_seq_length)), np.int32)
+        for place, example in enumerate(examples):
+            tokens[place, : len(example)] = example
+        offsets = [int(split.supervised_from[row]) for row in rows]
+        bounds = np.array(list(zip(offsets, map(len, examples), strict=True)), np.int32)
+        return tokens, bounds
+
+
+def _batches_by_key_count(config: FineTuneConfig, split: str) -> list[list[int]]:
+    """Rows cut into whole batches in mlx-lm's order.
+
+    Its sort by length runs before the rows are tokenised and sees the number of their keys.
+    """
+    path = Path(config.data) / f"{split}.jsonl"
+    if not path.exists():
+        return []
+    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    key_counts = [len(json.loads(line)) for line in lines]
+    rows = sorted(range(len(key_counts)), key=key_counts.__getitem__)
+    starts = range(0, len(rows) - config.batch_size + 1, config.batch_size)
+    return [rows[start : start + config.batch_size] for start in starts]
