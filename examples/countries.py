@@ -1,0 +1,123 @@
+"""The table of facts: 100 countries whose names, and whose capitals' names, are single words.
+
+Each has one continent, language and currency; where there are several, a common one stands here.
+Countries whose capital is disputed, shared or on the move are left out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Country(NamedTuple):
+    """One row of the table."""
+
+    name: str
+    capital: str
+    continent: str
+    language: str
+    currency: str
+
+
+COUNTRIES: tuple[Country, ...] = (
+    Country("Afghanistan", "Kabul", "Asia", "Pashto", "afghani"),
+    Country("Albania", "Tirana", "Europe", "Albanian", "lek"),
+    Country("Algeria", "Algiers", "Africa", "Arabic", "dinar"),
+    Country("Angola", "Luanda", "Africa", "Portuguese", "kwanza"),
+    Country("Armenia", "Yerevan", "Asia", "Armenian", "dram"),
+    Country("Australia", "Canberra", "Oceania", "English", "dollar"),
+    Country("Austria", "Vienna", "Europe", "German", "euro"),
+    Country("Azerbaijan", "Baku", "Asia", "Azerbaijani", "manat"),
+    Country("Bahrain", "Manama", "Asia", "Arabic", "dinar"),
+    Country("Bangladesh", "Dhaka", "Asia", "Bengali", "taka"),
+    Country("Barbados", "Bridgetown", "America", "English", "dollar"),
+    Country("Belarus", "Minsk", "Europe", "Belarusian", "ruble"),
+    Country("Belgium", "Brussels", "Europe", "Dutch", "euro"),
+    Country("Botswana", "Gaborone", "Africa", "English", "pula"),
+    Country("Brazil", "Brasilia", "America", "Portuguese", "real"),
+    Country("Bulgaria", "Sofia", "Europe", "Bulgarian", "euro"),
+    Country("Cameroon", "Yaounde", "Africa", "French", "franc"),
+    Country("Canada", "Ottawa", "America", "English", "dollar"),
+    Country("Chile", "Santiago", "America", "Spanish", "peso"),
+    Country("China", "Beijing", "Asia", "Mandarin", "yuan"),
+    Country("Colombia", "Bogota", "America", "Spanish", "peso"),
+    Country("Croatia", "Zagreb", "Europe", "Croatian", "euro"),
+    Country("Cuba", "Havana", "America", "Spanish", "peso"),
+    Country("Czechia", "Prague", "Europe", "Czech", "koruna"),
+    Country("Denmark", "Copenhagen", "Europe", "Danish", "krone"),
+    Country("Ecuador", "Quito", "America", "Spanish", "dollar"),
+    Country("Egypt", "Cairo", "Africa", "Arabic", "pound"),
+    Country("Estonia", "Tallinn", "Europe", "Estonian", "euro"),
+    Country("Fiji", "Suva", "Oceania", "Fijian", "dollar"),
+    Country("Finland", "Helsinki", "Europe", "Finnish", "euro"),
+    Country("France", "Paris", "Europe", "French", "euro"),
+    Country("Gabon", "Libreville", "Africa", "French", "franc"),
+    Country("Georgia", "Tbilisi", "Asia", "Georgian", "lari"),
+    Country("Germany", "Berlin", "Europe", "German", "euro"),
+    Country("Ghana", "Accra", "Africa", "English", "cedi"),
+    Country("Greece", "Athens", "Europe", "Greek", "euro"),
+    Country("Guyana", "Georgetown", "America", "English", "dollar"),
+    Country("Honduras", "Tegucigalpa", "America", "Spanish", "lempira"),
+    Country("Hungary", "Budapest", "Europe", "Hungarian", "forint"),
+    Country("Iceland", "Reykjavik", "Europe", "Icelandic", "krona"),
+    Country("Iran", "Tehran", "Asia", "Persian", "rial"),
+    Country("Iraq", "Baghdad", "Asia", "Arabic", "dinar"),
+    Country("Ireland", "Dublin", "Europe", "English", "euro"),
+    Country("Italy", "Rome", "Europe", "Italian", "euro"),
+    Country("Jamaica", "Kingston", "America", "English", "dollar"),
+    Country("Japan", "Tokyo", "Asia", "Japanese", "yen"),
+    Country("Jordan", "Amman", "Asia", "Arabic", "dinar"),
+    Country("Kazakhstan", "Astana", "Asia", "Kazakh", "tenge"),
+    Country("Kenya", "Nairobi", "Africa", "Swahili", "shilling"),
+    Country("Kyrgyzstan", "Bishkek", "Asia", "Kyrgyz", "som"),
+    Country("Laos", "Vientiane", "Asia", "Lao", "kip"),
+    Country("Latvia", "Riga", "Europe", "Latvian", "euro"),
+    Country("Lebanon", "Beirut", "Asia", "Arabic", "pound"),
+    Country("Liberia", "Monrovia", "Africa", "English", "dollar"),
+    Country("Libya", "Tripoli", "Africa", "Arabic", "dinar"),
+    Country("Lithuania", "Vilnius", "Europe", "Lithuanian", "euro"),
+    Country("Madagascar", "Antananarivo", "Africa", "Malagasy", "ariary"),
+    Country("Malta", "Valletta", "Europe", "Maltese", "euro"),
+    Country("Mauritania", "Nouakchott", "Africa", "Arabic", "ouguiya"),
+    Country("Moldova", "Chisinau", "Europe", "Romanian", "leu"),
+    Country("Mongolia", "Ulaanbaatar", "Asia", "Mongolian", "tugrik"),
+    Country("Morocco", "Rabat", "Africa", "Arabic", "dirham"),
+    Country("Mozambique", "Maputo", "Africa", "Portuguese", "metical"),
+    Country("Myanmar", "Naypyidaw", "Asia", "Burmese", "kyat"),
+    Country("Namibia", "Windhoek", "Africa", "English", "dollar"),
+    Country("Nepal", "Kathmandu", "Asia", "Nepali", "rupee"),
+    Country("Nicaragua", "Managua", "America", "Spanish", "cordoba"),
+    Country("Nigeria", "Abuja", "Africa", "English", "naira"),
+    Country("Norway", "Oslo", "Europe", "Norwegian", "krone"),
+    Country("Oman", "Muscat", "Asia", "Arabic", "rial"),
+    Country("Pakistan", "Islamabad", "Asia", "Urdu", "rupee"),
+    Country("Paraguay", "Asuncion", "America", "Spanish", "guarani"),
+    Country("Peru", "Lima", "America", "Spanish", "sol"),
+    Country("Poland", "Warsaw", "Europe", "Polish", "zloty"),
+    Country("Portugal", "Lisbon", "Europe", "Portuguese", "euro"),
+    Country("Qatar", "Doha", "Asia", "Arabic", "riyal"),
+    Country("Romania", "Bucharest", "Europe", "Romanian", "leu"),
+    Country("Russia", "Moscow", "Europe", "Russian", "ruble"),
+    Country("Rwanda", "Kigali", "Africa", "Kinyarwanda", "franc"),
+    Country("Samoa", "Apia", "Oceania", "Samoan", "tala"),
+    Country("Senegal", "Dakar", "Africa", "French", "franc"),
+    Country("Serbia", "Belgrade", "Europe", "Serbian", "dinar"),
+    Country("Slovakia", "Bratislava", "Europe", "Slovak", "euro"),
+    Country("Slovenia", "Ljubljana", "Europe", "Slovene", "euro"),
+    Country("Spain", "Madrid", "Europe", "Spanish", "euro"),
+    Country("Sweden", "Stockholm", "Europe", "Swedish", "krona"),
+    Country("Switzerland", "Bern", "Europe", "German", "franc"),
+    Country("Syria", "Damascus", "Asia", "Arabic", "pound"),
+    Country("Tajikistan", "Dushanbe", "Asia", "Tajik", "somoni"),
+    Country("Thailand", "Bangkok", "Asia", "Thai", "baht"),
+    Country("Togo", "Lome", "Africa", "French", "franc"),
+    Country("Turkey", "Ankara", "Asia", "Turkish", "lira"),
+    Country("Turkmenistan", "Ashgabat", "Asia", "Turkmen", "manat"),
+    Country("Uganda", "Kampala", "Africa", "English", "shilling"),
+    Country("Ukraine", "Kyiv", "Europe", "Ukrainian", "hryvnia"),
+    Country("Uruguay", "Montevideo", "America", "Spanish", "peso"),
+    Country("Uzbekistan", "Tashkent", "Asia", "Uzbek", "som"),
+    Country("Venezuela", "Caracas", "America", "Spanish", "bolivar"),
+    Country("Vietnam", "Hanoi", "Asia", "Vietnamese", "dong"),
+    Country("Zambia", "Lusaka", "Africa", "English", "kwacha"),
+)
