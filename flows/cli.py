@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # the last line of defence: a person gets a paragraph
-        text = (
-            f"unexpected {type(error).__name__}: {error}. Please report it with --debug's output."
-        )
+        text = f"unexpected {type(error).__name__}: {error}. --debug shows where it came from."
         return _fail(error, 1, is_debugging, text)
 
 

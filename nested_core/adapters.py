@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError, TensorSpec, deserialize, serialize_file
 
 from nested_core.durable import canonical_json, write_json
 from nested_core.errors import ConfigError, DamagedError
@@ -161,10 +161,30 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
     return {name: tensor.to_mlx() for name, tensor in read_tensors(path).items()}
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Write MLX arrays and a configuration into `folder`, which a caller then publishes whole.
+def save_arrays(path: Path, arrays: Mapping[str, mx.array]) -> None:
+    """Write MLX arrays as a safetensors file; equal arrays give equal bytes.
 
-    The tensors are stored in name order, so that equal adapters give equal bytes.
+    mx.save_safetensors lays tensors out in the order of a hash table; safetensors itself sorts.
     """
-    mx.save_safetensors(str(folder / WEIGHTS_NAME), dict(sorted(tensors.items())))
+    stored = {name: np.ascontiguousarray(_viewed(array)) for name, array in arrays.items()}
+    specs = {
+        name: TensorSpec(
+            dtype=str(arrays[name].dtype).removeprefix("mlx.core."),
+            shape=list(arrays[name].shape),
+            data_ptr=values.ctypes.data,
+            data_len=values.nbytes,
+        )
+        for name, values in stored.items()
+    }
+    serialize_file(specs, str(path), metadata={"format": "mlx"})
+
+
+def _viewed(array: mx.array) -> mx.array:
+    """NumPy has no bfloat16: its bytes go as uint16."""
+    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
+    """Write tensors and a configuration into `folder`, which a caller then publishes whole."""
+    save_arrays(folder / WEIGHTS_NAME, tensors)
     write_json(folder / CONFIG_NAME, dict(sorted(config.items())))

@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, load_arrays, write_adapter
+from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, load_arrays, save_arrays, write_adapter
 from nested_core.durable import new_directory, write_json
 from nested_core.errors import DamagedError
 from nested_core.manifest import verify_manifest, write_manifest
@@ -62,8 +62,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     with new_directory(target, replace=True) as temporary:
         write_adapter(temporary, adapter, adapter_config)
-        flat: dict[str, mx.array] = dict(tree_flatten(optimizer_state))
-        mx.save_safetensors(str(temporary / OPTIMIZER_NAME), flat)
+        save_arrays(temporary / OPTIMIZER_NAME, dict(tree_flatten(optimizer_state)))
         write_json(temporary / STATE_NAME, dict(state))
         write_manifest(temporary, {"step": state["step"]})
     return target

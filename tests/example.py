@@ -1,0 +1,133 @@
+"""The tiny example that the tests train on: its configuration, and runs of it in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nested_core import pipeline
+from nested_core.adapters import Adapter, read_adapter
+from nested_core.checkpoints import checkpoint_path
+from nested_core.config import FineTuneConfig
+from nested_core.pipeline import TrainResult
+from nested_core.run_directory import RunDirectory
+from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.metrics import read_metrics
+from nested_core.training.trainer import Trainer
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MODEL, DATA = EXAMPLES / "geography-base", EXAMPLES / "geography"
+SPEEDS = ("tokens_per_second", "iterations_per_second", "peak_memory_gb")
+
+# As in examples/geography.yaml, but with small batches and few of them.
+SETTINGS: dict[str, Any] = {
+    "model": str(MODEL),
+    "data": str(DATA),
+    "num_layers": -1,
+    "batch_size": 2,
+    "iters": 8,
+    "learning_rate": 2e-3,
+    "mask_prompt": True,
+    "lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0},
+    "nested": {"frequencies": [1, 2, 4]},
+    "training": {"max_grad_norm": 1.0},
+}
+
+
+def example_settings(**changes: Any) -> dict[str, Any]:
+    """The values of a configuration file; a section given replaces some keys of that section."""
+    sections = {
+        key: SETTINGS[key] | value
+        for key, value in changes.items()
+        if isinstance(SETTINGS.get(key), dict)
+    }
+    return SETTINGS | changes | sections
+
+
+def example_config(**changes: Any) -> FineTuneConfig:
+    """A configuration of the example, with changes."""
+    return FineTuneConfig.model_validate(example_settings(**changes))
+
+
+def write_config(path: Path, **changes: Any) -> Path:
+    """The same as a YAML file for the command line."""
+    path.write_text(yaml.safe_dump(example_settings(**changes)), encoding="utf-8")
+    return path
+
+
+def prepare(config: FineTuneConfig, path: Path) -> RunDirectory:
+    """A run that has been validated and loaded, and is not trained yet."""
+    run = RunDirectory(path)
+    path.mkdir(parents=True, exist_ok=True)
+    pipeline.begin(config, run, resume=False)
+    pipeline.validate(config, run)
+    pipeline.load(config, run)
+    return run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that was trained in this process, with its trainer still at hand."""
+
+    config: FineTuneConfig
+    run: RunDirectory
+    result: TrainResult
+    trainer: Trainer
+
+    def at(self, step: int) -> Adapter:
+        """The adapter of a checkpoint; of step 0 the initial one."""
+        folder = self.run.initial if step == 0 else checkpoint_path(self.run.checkpoints, step)
+        return read_adapter(folder)
+
+    def metrics(self, *, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, less some keys."""
+        records = read_metrics(self.run.metrics)
+        return [{k: v for k, v in record.items() if k not in without} for record in records]
+
+
+def train(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    callback: TrainingCallback | None = None,
+    on_start: Callable[[Trainer], None] | None = None,
+) -> Finished:
+    """Train a prepared run to its end, or as far as it goes."""
+    trainers: list[Trainer] = []
+
+    def begin(trainer: Trainer) -> None:
+        trainers.append(trainer)
+        if on_start is not None:
+            on_start(trainer)
+
+    result = pipeline.train(config, run, callback, begin)
+    return Finished(config, run, result, trainers[0])
+
+
+def train_example(path: Path, **changes: Any) -> Finished:
+    """Prepare and train a run of the example with these changes."""
+    config = example_config(**changes)
+    return train(config, prepare(config, path))
+
+
+class AfterStep:
+    """True once a trainer has done so many steps; in place of `stop_requested` it stops there."""
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        self._trainer, self._step = trainer, step
+
+    def __bool__(self) -> bool:
+        return self._trainer.current_step >= self._step
+
+
+def stop_after(step: int) -> Callable[[Trainer], None]:
+    """For `on_start`: ask for a stop when so many optimizer steps are done."""
+
+    def watch(trainer: Trainer) -> None:
+        request: Any = AfterStep(trainer, step)
+        trainer.stop_requested = request
+
+    return watch
