@@ -20,7 +20,7 @@ from nested_core.model import adapter_slots, read_slots
 from nested_core.optimizers import COUNTERS, NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, verify_updates
 from nested_core.run_directory import RunDirectory
-from nested_core.scalars import to_int
+from nested_core.scalars import to_float, to_int
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
@@ -206,9 +206,10 @@ class Trainer:
         self.state.verified_steps.append(self.state.step)
 
     def _without_gradient(self, names: tuple[str, ...]) -> list[str]:
-        """Those whose second moment is still zero: they have not had a gradient yet."""
+        """Those that could not have moved: the learning rate, or their second moment, is zero."""
+        is_still = to_float(self.optimizer.learning_rate) == 0.0
         moments = dict(tree_flatten(self.optimizer.state)) if names else {}
-        return [name for name in names if not mx.any(moments[f"{name}.v"]).item()]
+        return [n for n in names if is_still or not mx.any(moments[f"{n}.v"]).item()]
 
     def _finish(self) -> None:
         """Apply what is still gathered, evaluate what there is then, and keep it."""

@@ -1,0 +1,120 @@
+"""`training.reference: mlx_lm` against mlx_lm.lora itself, in a process of its own: equal bits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.adapters import read_tensors
+from nested_core.config_file import parse_config
+from nested_core.errors import ConfigError
+from tests.example import DATA, MODEL, train_example
+
+# Runs mlx_lm.lora's own `run` and notes what it hands to its reporting callback.
+REFERENCE = """
+import json, sys, types
+import mlx_lm.lora as lora
+
+seen = []
+
+class Callback:
+    def on_train_loss_report(self, info):
+        seen.append(["loss", info["iteration"], info["train_loss"]])
+
+    def on_val_loss_report(self, info):
+        seen.append(["val_loss", info["iteration"], info["val_loss"]])
+
+lora.get_reporting_callbacks = lambda *args, **kwargs: Callback()
+lora.run(types.SimpleNamespace(**(lora.CONFIG_DEFAULTS | json.loads(sys.argv[1]))))
+print(json.dumps(seen))
+"""
+
+SHARED: dict[str, Any] = {
+    "model": str(MODEL),
+    "data": str(DATA),
+    "num_layers": -1,
+    "batch_size": 4,
+    "iters": 50,
+    "learning_rate": 1e-3,
+    "val_batches": 1,
+    "steps_per_report": 1,
+    "steps_per_eval": 20,
+    "seed": 3,
+    "mask_prompt": False,
+    "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0},
+}
+DROPOUT = {"rank": 4, "scale": 2.0, "dropout": 0.1}
+CASES: dict[str, dict[str, Any]] = {
+    "chat": {},
+    "mask-prompt-adamw": {"mask_prompt": True, "optimizer": "adamw"},
+    "dropout": {"lora_parameters": DROPOUT, "mask_prompt": True},
+    "grad-checkpoint": {"grad_checkpoint": True, "lora_parameters": DROPOUT},
+    "accumulation-with-a-remainder": {"grad_accumulation_steps": 4, "steps_per_report": 3},
+    "text": {"data": "text", "optimizer": "adamw"},
+    "schedule-dora": {
+        "fine_tune_type": "dora",
+        "lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 40], "warmup": 5},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fifty_steps_equal_mlx_lm_lora_in_every_loss_and_weight(tmp_path: Path, case: str) -> None:
+    settings = SHARED | CASES[case]
+    if settings["data"] == "text":
+        settings["data"] = str(write_text_data(tmp_path / "text"))
+    theirs = run_mlx_lm(settings | {"train": True, "adapter_path": str(tmp_path / "theirs")})
+    ours = train_example(
+        tmp_path / "ours",
+        **settings,
+        nested={"frequencies": [1]},
+        training={"max_grad_norm": 0.0, "reference": "mlx_lm"},
+    )
+    for key in ("loss", "val_loss"):
+        expected = [[n, loss] for name, n, loss in theirs if name == key]
+        found = [[r["iteration"], r[key]] for r in ours.metrics() if r.get(key) is not None]
+        assert found == expected
+    before = read_tensors(tmp_path / "theirs" / "adapters.safetensors")
+    assert read_tensors(ours.run.adapter / "adapters.safetensors") == before
+
+
+def run_mlx_lm(settings: dict[str, Any]) -> list[Any]:
+    """What mlx_lm.lora reported, in a process that has the BLAS that we have."""
+    program = "import nested_core\n" + REFERENCE
+    command = [sys.executable, "-c", program, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reports: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return reports
+
+
+def write_text_data(folder: Path) -> Path:
+    """Plain text rows of different lengths, some with more keys than others."""
+    folder.mkdir()
+    for split, count in (("train", 22), ("valid", 9)):
+        rows = [
+            {"text": f"{split} {i}: " + "The capital of Fiji is Suva. " * (1 + i % 5)}
+            for i in range(count)
+        ]
+        for i, row in enumerate(rows):
+            if i % 3 == 0:
+                row["source"] = "table"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines)
+    return folder
+
+
+def test_a_reference_run_refuses_what_mlx_lm_lora_does_not_do() -> None:
+    values = {"training": {"reference": "mlx_lm", "max_grad_norm": 1.0, "warmup_steps": 3}}
+    with pytest.raises(ConfigError, match=r"training\.max_grad_norm, training\.warmup_steps"):
+        parse_config(values, source="a test")
+    with pytest.raises(ConfigError, match="knows nothing of nested"):
+        parse_config(
+            {"training": {"reference": "mlx_lm"}, "nested": {"frequencies": [1, 2]}},
+            source="a test",
+        )
