@@ -136,3 +136,14 @@ def tier_stats(
         sizes = [math.prod(shapes[name]) for name, owner in owners.items() if owner == i]
         stats.append(TierStats(i, tier.frequency, len(sizes), sum(sizes), updates[i], skipped[i]))
     return stats
+
+
+def has_moment(state: Mapping[str, mx.array], name: str) -> bool:
+    """Whether a parameter's second moment, or else any state it has, is anywhere but zero.
+
+    `state` is an optimizer's, flattened. Where it is all zero the parameter had no gradient yet, or
+    the optimizer keeps no moments.
+    """
+    own = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+    moments = [own[f"{name}.v"]] if f"{name}.v" in own else list(own.values())
+    return any(bool(mx.any(value).item()) for value in moments)

@@ -12,7 +12,17 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 from pydantic import NonNegativeFloat as Share
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-SCHEDULES = ("linear_schedule", "exponential_decay", "step_decay", "cosine_decay")
+ADAM = frozenset({"betas", "eps", "bias_correction"})
+OPTIMIZER_ARGUMENTS = {
+    "adam": ADAM,
+    "adamw": ADAM | {"weight_decay"},
+    "muon": frozenset({"momentum", "weight_decay", "nesterov", "ns_steps"}),
+    "sgd": frozenset({"momentum", "weight_decay", "dampening", "nesterov"}),
+    "adafactor": frozenset(
+        {"eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay", "scale_parameter"}
+        | {"relative_step", "warmup_init"}
+    ),
+}
 
 
 class Section(BaseModel):
@@ -151,7 +161,7 @@ class FineTuneConfig(Section):
     model: str = "Qwen/Qwen3-0.6b"
     train: bool = True
     fine_tune_type: Literal["lora", "dora"] = "lora"
-    optimizer: Literal["adam", "adamw"] = "adam"
+    optimizer: Literal["adam", "adamw", "muon", "sgd", "adafactor"] = "adam"
     optimizer_config: dict[str, dict[str, Any]] = Field(default_factory=dict)
     data: str = "mlx-community/WikiSQL"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -191,8 +201,7 @@ class FineTuneConfig(Section):
         schedule = self.lr_schedule
         if schedule is not None and schedule.warmup and self.training.warmup_steps:
             raise ValueError("training.warmup_steps and lr_schedule.warmup: give only one of them")
-        allowed = {"betas", "eps", "bias_correction"}
-        allowed |= {"weight_decay"} if self.optimizer == "adamw" else set()
+        allowed = OPTIMIZER_ARGUMENTS[self.optimizer]
         unknown = self.optimizer_arguments.keys() - allowed
         if unknown:
             raise ValueError(
@@ -201,6 +210,9 @@ class FineTuneConfig(Section):
             )
         if self.nested.weight_decay is not None and self.optimizer != "adamw":
             raise ValueError("nested.weight_decay needs optimizer: adamw")
+        has_one_clock = self.nested.frequencies == (1,) and self.nested.learning_rate_scale is None
+        if self.optimizer not in ("adam", "adamw") and not has_one_clock:
+            raise ValueError(f"optimizer {self.optimizer} has one clock: nested.frequencies [1]")
         self._check_reference()
         return self
 

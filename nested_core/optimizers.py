@@ -81,7 +81,7 @@ class NestedAdam(Optimizer):
         b1, b2 = betas
         self.rule = AdamRule((b1, b2), eps, bias_correction)
         self.tiers = tuple(tiers)
-        self.slow_gradients, self.accumulate = slow_gradients, accumulate
+        self.gathers, self.accumulate = slow_gradients == "accumulate", accumulate
         self.max_grad_norm = max_grad_norm
         self._tier_of: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -133,7 +133,7 @@ class NestedAdam(Optimizer):
             self._init_state(gradients)
         values = flatten(parameters)
         check_gradients(flat, values, self._shapes)
-        groups = group_by_tier(flat, self._tier_of, every_tier=self.slow_gradients == "accumulate")
+        groups = group_by_tier(flat, self._tier_of, every_tier=self.gathers)
         leaves = _leaves(gradients, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = schedule(self.step)
@@ -166,7 +166,7 @@ class NestedAdam(Optimizer):
         return self.state.setdefault(COUNTERS, new_counters(len(self.tiers)))
 
     def _gathers(self, tier: int) -> bool:
-        return self.slow_gradients == "accumulate" and self.tiers[tier].frequency > 1
+        return self.gathers and self.tiers[tier].frequency > 1
 
     def _gather(self, flat: Flat, leaves: Leaves, finite: mx.array) -> None:
         gathering = {self._tier_of[name]: finite for name, leaf in leaves.items() if "sum" in leaf}

@@ -146,6 +146,7 @@ def train(
     load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))
     callbacks = with_reporting(config, run.path, callback)
     trainer = build_trainer(config, run, model, splits, callbacks)
+    run.stop_request.unlink(missing_ok=True)  # of a run that ended before it was read
     if on_start is not None:
         on_start(trainer)
     trainer.train()

@@ -40,7 +40,7 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     checkpoint = read_checkpoint(checkpoint_path(run.checkpoints, result["adapter_step"]))
     before, after = read_adapter(run.initial), read_adapter(run.adapter)
     _require_untouched(run, checkpoint.state["found"], before, after, checkpoint.path)
-    evidence = TierEvidence.collect(run, checkpoint)
+    evidence = TierEvidence.collect(config, run, checkpoint)
     verdict = _compare(
         before, after, config.gate, step=checkpoint.step, tiers=evidence.tiers.tensors
     )

@@ -28,9 +28,12 @@ class TierEvidence:
     flushed: bool
     counts: Sequence[dict[str, Any]]
     moments: dict[str, Tensor]
+    keeps_moments: bool
 
     @classmethod
-    def collect(cls, run: RunDirectory, checkpoint: Checkpoint) -> TierEvidence:
+    def collect(
+        cls, config: FineTuneConfig, run: RunDirectory, checkpoint: Checkpoint
+    ) -> TierEvidence:
         """Read it from the run directory and a verified checkpoint."""
         return cls(
             TierMap.from_json(json.loads(run.tiers.read_bytes())),
@@ -38,12 +41,17 @@ class TierEvidence:
             bool(checkpoint.state["flushed"]),
             checkpoint.state["tiers"],
             read_tensors(checkpoint.path / OPTIMIZER_NAME),
+            config.optimizer != "sgd" or config.optimizer_arguments.get("momentum", 0) > 0,
         )
 
     def had_gradient(self, name: str) -> bool:
-        """Whether the second moment of a parameter is anywhere other than zero."""
-        moment = self.moments.get(f"{name}.v")
-        return moment is not None and any(moment.data)
+        """Whether a parameter's second moment (or else any state of it) is anywhere but zero.
+
+        Plain SGD keeps no moments: there every parameter is taken to have had its chance.
+        """
+        own = {key: moment for key, moment in self.moments.items() if key.startswith(f"{name}.")}
+        moments = [own[f"{name}.v"]] if f"{name}.v" in own else list(own.values())
+        return not self.keeps_moments or any(any(moment.data) for moment in moments)
 
 
 def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> list[TierChange]:

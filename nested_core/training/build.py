@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.optimizers import SGD, Adafactor, Muon
 
 from nested_core.adapters import read_adapter
 from nested_core.checkpoints import latest_checkpoint
@@ -15,10 +17,13 @@ from nested_core.data.tokens import TokenizedSplit
 from nested_core.durable import file_sha256
 from nested_core.optimizers import NestedAdam, NestedAdamW
 from nested_core.run_directory import RunDirectory
+from nested_core.single_clock import SingleClock, TieredOptimizer
 from nested_core.tiers import TierMap, refuse_tiers_never_due
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.schedules import build_learning_rate
 from nested_core.training.trainer import Trainer
+
+OTHER_OPTIMIZERS: dict[str, Any] = {"muon": Muon, "sgd": SGD, "adafactor": Adafactor}
 
 
 def build_trainer(
@@ -48,8 +53,12 @@ def build_trainer(
     return trainer
 
 
-def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> NestedAdam:
-    """The configured optimizer, one clock a tier."""
+def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> TieredOptimizer:
+    """The configured optimizer: Adam and AdamW with one clock a tier, mlx's others with one."""
+    rate, bound = build_learning_rate(config), config.training.max_grad_norm
+    if config.optimizer in OTHER_OPTIMIZERS:
+        inner = OTHER_OPTIMIZERS[config.optimizer](rate, **config.optimizer_arguments)
+        return SingleClock(inner, max_grad_norm=bound)
     section = config.nested
     scales = section.learning_rate_scale or (1.0,) * len(tiers.frequencies)
     decays = section.weight_decay or (None,) * len(tiers.frequencies)
@@ -59,10 +68,10 @@ def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> NestedAdam:
     ]
     optimizer = NestedAdamW if config.optimizer == "adamw" else NestedAdam
     return optimizer(
-        build_learning_rate(config),
+        rate,
         **config.optimizer_arguments,
         tiers=clocks,
         slow_gradients=section.slow_gradients,
         accumulate=section.accumulate,
-        max_grad_norm=config.training.max_grad_norm,
+        max_grad_norm=bound,
     )

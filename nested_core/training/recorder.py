@@ -15,8 +15,8 @@ from nested_core import checkpoints
 from nested_core.adapters import CONFIG_NAME, read_adapter_config
 from nested_core.config import FineTuneConfig
 from nested_core.model import Slots, read_slots
-from nested_core.optimizers import NestedAdam
 from nested_core.run_directory import RunDirectory
+from nested_core.single_clock import TieredOptimizer
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.export import export_snapshot
@@ -36,7 +36,7 @@ class Recorder:
         config: FineTuneConfig,
         run: RunDirectory,
         slots: Slots,
-        optimizer: NestedAdam,
+        optimizer: TieredOptimizer,
         method: Method,
         evaluator: Evaluator,
         found: Mapping[str, str],

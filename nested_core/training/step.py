@@ -17,8 +17,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from nested_core.model import Slots
-from nested_core.optimizers import NestedAdam
 from nested_core.pytree import flatten
+from nested_core.single_clock import TieredOptimizer
 from nested_core.tiers import TierMap
 from nested_core.training.losses import LossRule
 
@@ -64,7 +64,7 @@ class TrainStep:
         self,
         model: nn.Module,
         slots: Slots,
-        optimizer: NestedAdam,
+        optimizer: TieredOptimizer,
         tiers: TierMap,
         rule: LossRule,
         *,

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from nested_core.checkpoints import Checkpoint
+from nested_core.clocks import has_moment
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingDiverged, TrainingStopped
 from nested_core.model import adapter_slots, read_slots
 from nested_core.optimizers import COUNTERS, NestedAdam
-from nested_core.pytree import apply_flat_updates_to_nested, verify_updates
+from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
 from nested_core.scalars import to_float, to_int
+from nested_core.single_clock import TieredOptimizer
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
@@ -63,7 +64,7 @@ class Trainer:
         model: nn.Module,
         splits: Mapping[str, TokenizedSplit],
         tiers: TierMap,
-        optimizer: NestedAdam,
+        optimizer: TieredOptimizer,
         found: Mapping[str, str],
         callback: TrainingCallback | None = None,
     ) -> None:
@@ -163,7 +164,7 @@ class Trainer:
 
     def _needed_tiers(self, step: int) -> tuple[int, ...]:
         """The tiers that a step needs gradients of."""
-        if self.optimizer.slow_gradients == "accumulate":
+        if self.optimizer.gathers:
             return tuple(range(len(self.tiers.frequencies)))
         return self.tiers.due(step)
 
@@ -208,8 +209,8 @@ class Trainer:
     def _without_gradient(self, names: tuple[str, ...]) -> list[str]:
         """Those that could not have moved: the learning rate, or their second moment, is zero."""
         is_still = to_float(self.optimizer.learning_rate) == 0.0
-        moments = dict(tree_flatten(self.optimizer.state)) if names else {}
-        return [n for n in names if is_still or not mx.any(moments[f"{n}.v"]).item()]
+        state = flatten(self.optimizer.state) if names else {}
+        return [n for n in names if is_still or not has_moment(state, n)]
 
     def _finish(self) -> None:
         """Apply what is still gathered, evaluate what there is then, and keep it."""
@@ -224,10 +225,10 @@ class Trainer:
         )
 
     def _flush(self) -> None:
-        has_open_chunk = any(self.state.step % f for f in self.tiers.frequencies)
-        if self.optimizer.slow_gradients == "accumulate" and has_open_chunk:
+        is_open = any(self.state.step % f for f in self.tiers.frequencies)
+        if is_open and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
             updated = self.optimizer.flush(nested(read_slots(self._slots)))
-            apply_flat_updates_to_nested(self.model, dict(tree_flatten(updated)))
+            apply_flat_updates_to_nested(self.model, flatten(updated))
             self.state.flushed = True
 
     def _stop(self) -> None:
@@ -235,9 +236,8 @@ class Trainer:
             self._recorder.save(self.state)
         self.run.stop_request.unlink(missing_ok=True)
         raise TrainingStopped(
-            f"Training was stopped at step {self.state.step} of {self.method.steps} (iteration "
-            f"{self.state.iteration} of {self.method.iterations}). Go on with the same command, "
-            f"--run-dir {self.run.path} --resume."
+            f"Training was stopped at step {self.state.step} of {self.method.steps}. Go on with the "
+            f"same command, --run-dir {self.run.path} --resume."
         )
 
 

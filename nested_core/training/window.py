@@ -10,8 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.gradients import clip_factor
-from nested_core.optimizers import COUNTERS, NestedAdam
+from nested_core.optimizers import COUNTERS
 from nested_core.scalars import to_float, to_int
+from nested_core.single_clock import TieredOptimizer
 
 
 class Window:
@@ -76,7 +77,7 @@ class Window:
         return to_float(self.sums["loss"] / self.sums["weight"])
 
 
-def optimizer_record(optimizer: NestedAdam) -> dict[str, Any]:
+def optimizer_record(optimizer: TieredOptimizer) -> dict[str, Any]:
     """What the last step really used: learning rate, gradient norm before and after clipping."""
     counters = optimizer.state[COUNTERS]
     norm, bound = counters["grad_norm"], optimizer.max_grad_norm
