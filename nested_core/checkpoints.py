@@ -24,6 +24,7 @@ from nested_core.manifest import verify_manifest, write_manifest
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
+MASTERS = "masters:"  # before the names of float32 masters, beside the optimizer's own
 CHECKPOINT_NAME = re.compile(r"^step-(\d{7})$")
 
 
@@ -35,13 +36,16 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
 
-    def adapter_tensors(self) -> dict[str, mx.array]:
-        """The adapter's tensors, evaluated."""
-        return load_arrays(self.path / WEIGHTS_NAME)
+    def parameters(self) -> dict[str, mx.array]:
+        """The trained parameters by name: the float32 masters of those that have one."""
+        arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
+        masters = {n.removeprefix(MASTERS): a for n, a in arrays if n.startswith(MASTERS)}
+        return load_arrays(self.path / WEIGHTS_NAME) | masters
 
     def optimizer_state(self) -> Any:
-        """The optimizer's state tree, evaluated."""
-        return tree_unflatten(list(load_arrays(self.path / OPTIMIZER_NAME).items()))
+        """The optimizer's state tree."""
+        arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
+        return tree_unflatten([(n, array) for n, array in arrays if not n.startswith(MASTERS)])
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -53,16 +57,22 @@ def write_checkpoint(
     folder: Path,
     *,
     adapter: Mapping[str, mx.array],
+    masters: Mapping[str, mx.array],
     adapter_config: Mapping[str, Any],
     optimizer_state: Any,
     state: Mapping[str, Any],
 ) -> Path:
-    """Write one checkpoint durably under its step's name and return its path."""
+    """Write one checkpoint durably under its step's name and return its path.
+
+    `adapter` holds the tensors as they are published; `masters` the float32 values of those that
+    are trained in a wider dtype than they are published in.
+    """
     target = checkpoint_path(folder, state["step"])
     folder.mkdir(parents=True, exist_ok=True)
     with new_directory(target, replace=True) as temporary:
         write_adapter(temporary, adapter, adapter_config)
-        save_arrays(temporary / OPTIMIZER_NAME, dict(tree_flatten(optimizer_state)))
+        held = {MASTERS + name: array for name, array in masters.items()}
+        save_arrays(temporary / OPTIMIZER_NAME, dict(tree_flatten(optimizer_state)) | held)
         write_json(temporary / STATE_NAME, dict(state))
         write_manifest(temporary, {"step": state["step"]})
     return target

@@ -160,7 +160,7 @@ class FineTuneConfig(Section):
 
     model: str = "Qwen/Qwen3-0.6b"
     train: bool = True
-    fine_tune_type: Literal["lora", "dora"] = "lora"
+    fine_tune_type: Literal["lora", "dora", "full"] = "lora"
     optimizer: Literal["adam", "adamw", "muon", "sgd", "adafactor"] = "adam"
     optimizer_config: dict[str, dict[str, Any]] = Field(default_factory=dict)
     data: str = "mlx-community/WikiSQL"
@@ -234,6 +234,11 @@ class FineTuneConfig(Section):
             raise ValueError(
                 f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"
             )
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether trained weights are held in float32 while the model keeps its own dtype."""
+        return self.fine_tune_type == "full" and self.training.reference is None
 
     @property
     def optimizer_arguments(self) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def find_model(model: str) -> Path:
         ) from error
 
 
-def load_base(config: FineTuneConfig) -> tuple[nn.Module, Any]:
-    """Load model and tokenizer as mlx_lm.load does, at the configured precision."""
+def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Module, Any]:
+    """Load model and tokenizer as mlx_lm.load does, at the configured precision or as stored."""
     from mlx_lm import load
 
     folder = find_model(config.model)
@@ -60,7 +60,7 @@ def load_base(config: FineTuneConfig) -> tuple[nn.Module, Any]:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
     dtype = compute_dtype(config)
-    if dtype is not None:
+    if dtype is not None and not as_stored:
         model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model, tokenizer
@@ -94,6 +94,7 @@ def compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
 def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.array]:
     """Freeze the model, inject a fresh adapter and return its leaves by dotted name.
 
+    Under `full` there is nothing to inject: the last layers themselves are trained.
     The random state is seeded right before, so that a seed gives mlx_lm.lora's own initial weights.
     Raises ConfigError where nothing, or something other than the adapter, would train.
     """
@@ -107,6 +108,10 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
         )
     mx.random.seed(config.seed)
     model.freeze()
+    if config.fine_tune_type == "full":
+        for layer in model.layers[-max(config.num_layers, 0) :]:
+            layer.unfreeze()
+        return trainable(model)
     _warn_of_unmatched_keys(model, config)
     linear_to_lora_layers(
         model,
@@ -188,26 +193,12 @@ def base_fingerprint(folder: Path) -> str:
 
 def adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
     """What adapter_config.json holds: what mlx-lm's loader needs, and the base's fingerprint."""
+    lora = config.lora_parameters.model_dump(mode="json", exclude_none=True)
     return {
         "model": config.model,
         "fine_tune_type": config.fine_tune_type,
         "num_layers": config.num_layers,
-        "lora_parameters": config.lora_parameters.model_dump(mode="json", exclude_none=True),
+        "lora_parameters": None if config.fine_tune_type == "full" else lora,
         "seed": config.seed,
         "base_fingerprint": fingerprint,
     }
-
-
-Slots = dict[str, tuple[nn.Module, str]]
-
-
-def adapter_slots(model: nn.Module) -> Slots:
-    """Where each trainable leaf lives: its module and its key there, by dotted name."""
-    modules = dict(model.named_modules())
-    split = {name: name.rpartition(".") for name in trainable(model)}
-    return {name: (modules[parent], key) for name, (parent, _, key) in split.items()}
-
-
-def read_slots(slots: Slots) -> dict[str, mx.array]:
-    """The arrays that the model holds now, by dotted name."""
-    return {name: module[key] for name, (module, key) in slots.items()}

@@ -102,7 +102,7 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
     """Write the initial adapter, fresh or from resume_adapter_file, and the tier of each tensor."""
     if run.initial.exists() and run.tiers.exists():
         return
-    model, tokenizer = load_base(config)
+    model, tokenizer = load_base(config, as_stored=True)
     attach_adapter(model, config)
     if config.resume_adapter_file is not None:
         load_leaves(model, _read_adapter_file(Path(config.resume_adapter_file)))

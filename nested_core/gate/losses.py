@@ -12,8 +12,9 @@ from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.errors import DatasetError
 from nested_core.gate.verdict import Validation
-from nested_core.model import adapter_slots, attach_adapter, load_base, load_leaves, read_slots
+from nested_core.model import attach_adapter, load_base, load_leaves
 from nested_core.run_directory import RunDirectory
+from nested_core.slots import adapter_slots, read_slots
 from nested_core.training.evaluation import Evaluator, fixed_batches
 
 

@@ -9,10 +9,10 @@ import mlx.nn as nn
 
 from nested_core.data.batches import batch_arrays, evaluation_batches
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.model import Slots
 from nested_core.scalars import to_float
+from nested_core.slots import Slots, borrowed, put
 from nested_core.training.losses import SUPERVISED, LossRule
-from nested_core.training.step import Flat, MicroBatch, borrowed, put
+from nested_core.training.step import Flat, MicroBatch
 
 
 class Evaluator:

@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core import checkpoints
-from nested_core.adapters import CONFIG_NAME, read_adapter_config
+from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
 from nested_core.config import FineTuneConfig
-from nested_core.model import Slots, read_slots
 from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import TieredOptimizer
+from nested_core.slots import Slots, read_slots
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.export import export_snapshot
@@ -47,6 +47,8 @@ class Recorder:
         self._slots, self._optimizer = slots, optimizer
         self._method, self._evaluator = method, evaluator
         self._found = dict(found)
+        initial = load_arrays(run.initial / WEIGHTS_NAME)
+        self._published = {name: array.dtype for name, array in initial.items()}
         self._losses: list[float] = []
 
     def begin(self, state: TrainingState) -> None:
@@ -125,9 +127,13 @@ class Recorder:
         state.random_key = random_key() if self._method.draws_in_sequence else None
         tiers = [asdict(stats) for stats in self._optimizer.get_tier_stats()]
         wanted = {"wanted_iterations": self.config.iters, "found": self._found, "tiers": tiers}
+        held = read_slots(self._slots)
+        adapter = {name: value.astype(self._published[name]) for name, value in held.items()}
+        masters = {n: v for n, v in held.items() if v.dtype != self._published[n]}
         path = checkpoints.write_checkpoint(
             self.run.checkpoints,
-            adapter=read_slots(self._slots),
+            adapter=adapter,
+            masters=masters,
             adapter_config=read_adapter_config(self.run.initial / CONFIG_NAME),
             optimizer_state=self._optimizer.state,
             state=state.to_json() | wanted,

@@ -6,8 +6,7 @@ the lowest layer that is due. The model is borrowed: after a step it holds what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from nested_core.model import Slots
 from nested_core.pytree import flatten
 from nested_core.single_clock import TieredOptimizer
+from nested_core.slots import Slots, borrowed, put
 from nested_core.tiers import TierMap
 from nested_core.training.losses import LossRule
 
@@ -37,24 +36,6 @@ class StepResult:
 
     micro: list[Sums]
     updates: Flat
-
-
-@contextmanager
-def borrowed(slots: Slots) -> Iterator[None]:
-    """Give the model its own leaves back, whatever the block puts in their place."""
-    held = [(module, key, module[key]) for module, key in slots.values()]
-    try:
-        yield
-    finally:
-        for module, key, value in held:
-            module[key] = value
-
-
-def put(slots: Slots, values: Flat) -> None:
-    """Place arrays, tracers included, in the model."""
-    for name, value in values.items():
-        module, key = slots[name]
-        module[key] = value
 
 
 class TrainStep:

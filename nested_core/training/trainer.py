@@ -16,12 +16,12 @@ from nested_core.clocks import has_moment
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingDiverged, TrainingStopped
-from nested_core.model import adapter_slots, read_slots
 from nested_core.optimizers import COUNTERS, NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
 from nested_core.scalars import to_float, to_int
 from nested_core.single_clock import TieredOptimizer
+from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
@@ -72,7 +72,7 @@ class Trainer:
         self.tiers, self.optimizer = tiers, optimizer
         self.state = TrainingState()
         self.stop_requested = False
-        self._slots = adapter_slots(model)
+        self._slots = adapter_slots(model, masters=config.has_masters)
         self.method = make_method(config, splits)
         evaluator = Evaluator(model, self._slots, self.method.rule)
         self._recorder = Recorder(
@@ -102,7 +102,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: adapter, optimizer, position, best so far and open report."""
-        apply_flat_updates_to_nested(self.model, checkpoint.adapter_tensors())
+        apply_flat_updates_to_nested(self.model, checkpoint.parameters())
         self.optimizer.state = checkpoint.optimizer_state()
         self.optimizer.init(self.model.trainable_parameters())
         self.state = TrainingState.from_json(checkpoint.state)
@@ -236,8 +236,8 @@ class Trainer:
             self._recorder.save(self.state)
         self.run.stop_request.unlink(missing_ok=True)
         raise TrainingStopped(
-            f"Training was stopped at step {self.state.step} of {self.method.steps}. Go on with the "
-            f"same command, --run-dir {self.run.path} --resume."
+            f"Training was stopped at step {self.state.step} of {self.method.steps}. Go on with "
+            f"the same command, --run-dir {self.run.path} --resume."
         )
 
 
