@@ -5,6 +5,7 @@ The operations and their order are those of mlx.optimizers.Adam.apply_single: eq
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class AdamRule:
                 raise ValueError(
                     f"Adam beta{i + 1} should be in [0, 1), {beta} was provided instead"
                 )
-        if self.eps < 0.0:
+        if not 0.0 <= self.eps < math.inf:
             raise ValueError(f"Adam epsilon should be >=0, {self.eps} was provided instead")
 
     def refuse_float16(self, parameters: Mapping[str, mx.array]) -> None:

@@ -45,6 +45,8 @@ class Tensor:
 
     def to_mlx(self) -> mx.array:
         """The same bytes as an MLX array of the same dtype."""
+        if self.dtype == "F64":
+            raise DamagedError("A tensor has dtype F64, which MLX would narrow to float32.")
         stored = mx.array(self._stored())
         return stored.view(mx.bfloat16) if self.dtype == "BF16" else stored
 
@@ -88,7 +90,7 @@ class Adapter:
         return {
             "fine_tune_type": self.config.get("fine_tune_type", "lora"),
             "rank": lora.get("rank"),
-            "scale": lora.get("scale"),
+            "scale": None if lora.get("scale") is None else float(lora["scale"]),
             "keys": sorted(lora["keys"]) if lora.get("keys") else None,
             "num_layers": self.config.get("num_layers"),
             "base_fingerprint": self.config.get("base_fingerprint"),
@@ -126,6 +128,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         _Meaning.model_validate(config)
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: without it the tensors mean nothing.") from None
+    except IsADirectoryError:
+        raise DamagedError(f"{path} is a directory, not an adapter configuration.") from None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise DamagedError(f"{path}: {where or 'the file'}: {error.errors()[0]['msg']}.") from error
@@ -144,6 +148,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         entries = deserialize(path.read_bytes())
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing.") from None
+    except IsADirectoryError:
+        raise DamagedError(f"{path} is a directory, not a safetensors file.") from None
     except SafetensorError as error:
         raise DamagedError(f"{path} is not a sound safetensors file: {error}.") from error
     return {

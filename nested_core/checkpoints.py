@@ -25,7 +25,7 @@ from nested_core.manifest import verify_manifest, write_manifest
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
 MASTERS = "masters:"  # before the names of float32 masters, beside the optimizer's own
-CHECKPOINT_NAME = re.compile(r"^step-(\d{7})$")
+CHECKPOINT_NAME = re.compile(r"^step-(\d{7,})$")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ def write_checkpoint(
     folder: Path,
     *,
     adapter: Mapping[str, mx.array],
-    masters: Mapping[str, mx.array],
     adapter_config: Mapping[str, Any],
     optimizer_state: Any,
     state: Mapping[str, Any],
+    masters: Mapping[str, mx.array] | None = None,
 ) -> Path:
     """Write one checkpoint durably under its step's name and return its path.
 
@@ -71,7 +71,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     with new_directory(target, replace=True) as temporary:
         write_adapter(temporary, adapter, adapter_config)
-        held = {MASTERS + name: array for name, array in masters.items()}
+        held = {MASTERS + name: array for name, array in (masters or {}).items()}
         save_arrays(temporary / OPTIMIZER_NAME, dict(tree_flatten(optimizer_state)) | held)
         write_json(temporary / STATE_NAME, dict(state))
         write_manifest(temporary, {"step": state["step"]})
@@ -84,6 +84,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if match is None:
         raise DamagedError(f"{path} is not a checkpoint: its name is not step-NNNNNNN.")
     step = int(match.group(1))
+    if not path.is_dir():
+        raise DamagedError(f"{path} is not a directory.")
     if verify_manifest(path).get("step") != step:
         raise DamagedError(f"{path} holds the manifest of another step.")
     return Checkpoint(path, step, json.loads((path / STATE_NAME).read_bytes()))
@@ -113,7 +115,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint directories, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if CHECKPOINT_NAME.match(path.name))
+    named = [path for path in folder.iterdir() if CHECKPOINT_NAME.match(path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def prune_checkpoints(folder: Path, *, keep_last: int, keep_steps: Collection[int]) -> None:

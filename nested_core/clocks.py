@@ -10,6 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+COUNTERS = "nested"
+RESERVED_NAMES = ("step", "learning_rate", COUNTERS)
+
 
 @dataclass(frozen=True)
 class Tier:
@@ -25,9 +28,9 @@ class Tier:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.frequency < 1:
+        if self.frequency < 1 or self.frequency != int(self.frequency):
             raise ValueError(
-                f"A tier's frequency should be >= 1, {self.frequency} was provided instead"
+                f"A tier's frequency should be a whole number >= 1, got {self.frequency}."
             )
 
 
@@ -43,10 +46,25 @@ class TierStats:
     skipped: int
 
 
-def refuse_ambiguous(tiers: Sequence[Tier]) -> None:
-    """Raise ValueError without any tier, and where two tiers would take all that is left."""
+def check_tiers(
+    tiers: Sequence[Tier], slow_gradients: str, accumulate: str, *, decays: bool
+) -> None:
+    """Raise ValueError for tiers and modes that an optimizer cannot carry out as they are given."""
     if not tiers or sum(tier.names is None for tier in tiers) > 1:
         raise ValueError("Expected at least one tier, and at most one with names=None.")
+    if slow_gradients not in ("skip", "accumulate"):
+        raise ValueError(f'slow_gradients should be "skip" or "accumulate", got {slow_gradients!r}')
+    if accumulate not in ("mean", "sum"):
+        raise ValueError(f'accumulate should be "mean" or "sum", got {accumulate!r}')
+    if not decays and any(tier.weight_decay is not None for tier in tiers):
+        raise ValueError("A tier's weight_decay needs NestedAdamW; NestedAdam has no decay.")
+
+
+def refuse_reserved(names: Iterable[str]) -> None:
+    """Raise ValueError for parameters whose names the optimizer's state needs itself."""
+    taken = [name for name in names if name.split(".")[0] in RESERVED_NAMES]
+    if taken:
+        raise ValueError(f"Parameters may not be named {taken}: the optimizer's state is.")
 
 
 def find_owners(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
@@ -82,16 +100,16 @@ def _named_owners(tiers: Sequence[Tier]) -> dict[str, int]:
     return owners
 
 
-def new_counters(tiers: int) -> dict[str, mx.array]:
-    """The counters of an optimizer with this many tiers, all zero.
+def new_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:
+    """The counters of an optimizer that has done `step` steps (none, or in another's state).
 
     uint64 arrays of shape (tiers,): `updates` applied, updates `skipped` for non-finite gradients,
     and gradients `gathered` in the open chunk. Scalars: `nonfinite_in_a_row`, and `grad_norm`, the
     global L2 norm before clipping of the gradients that were last due.
     """
-    zeros = mx.zeros(tiers, mx.uint64)
+    zeros = mx.zeros(len(tiers), mx.uint64)
     return {
-        "updates": zeros,
+        "updates": mx.stack([step // tier.frequency for tier in tiers]).astype(mx.uint64),
         "skipped": zeros,
         "gathered": zeros,
         "nonfinite_in_a_row": mx.array(0, mx.uint64),
@@ -125,7 +143,7 @@ def count_step(
 def tier_stats(
     tiers: Sequence[Tier],
     owners: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, tuple[tuple[int, ...], mx.Dtype]],
     counters: Mapping[str, mx.array],
 ) -> list[TierStats]:
     """What each tier holds and has done; reads the counters from the device."""
@@ -133,7 +151,7 @@ def tier_stats(
     skipped: Any = counters["skipped"].tolist()
     stats = []
     for i, tier in enumerate(tiers):
-        sizes = [math.prod(shapes[name]) for name, owner in owners.items() if owner == i]
+        sizes = [math.prod(kinds[name][0]) for name, owner in owners.items() if owner == i]
         stats.append(TierStats(i, tier.frequency, len(sizes), sum(sizes), updates[i], skipped[i]))
     return stats
 

@@ -12,16 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 from pydantic import NonNegativeFloat as Share
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-ADAM = frozenset({"betas", "eps", "bias_correction"})
 OPTIMIZER_ARGUMENTS = {
-    "adam": ADAM,
-    "adamw": ADAM | {"weight_decay"},
-    "muon": frozenset({"momentum", "weight_decay", "nesterov", "ns_steps"}),
-    "sgd": frozenset({"momentum", "weight_decay", "dampening", "nesterov"}),
-    "adafactor": frozenset(
-        {"eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay", "scale_parameter"}
-        | {"relative_step", "warmup_init"}
-    ),
+    "adam": {"betas", "eps", "bias_correction"},
+    "adamw": {"betas", "eps", "bias_correction", "weight_decay"},
+    "muon": {"momentum", "weight_decay", "nesterov", "ns_steps"},
+    "sgd": {"momentum", "weight_decay", "dampening", "nesterov"},
+    "adafactor": {"eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay"}
+    | {"scale_parameter", "relative_step", "warmup_init"},
 }
 
 
@@ -201,6 +198,12 @@ class FineTuneConfig(Section):
         schedule = self.lr_schedule
         if schedule is not None and schedule.warmup and self.training.warmup_steps:
             raise ValueError("training.warmup_steps and lr_schedule.warmup: give only one of them")
+        strange = self.optimizer_config.keys() - OPTIMIZER_ARGUMENTS
+        if strange:
+            raise ValueError(
+                f"optimizer_config: {sorted(strange)} are no optimizers; there are "
+                f"{sorted(OPTIMIZER_ARGUMENTS)}"
+            )
         allowed = OPTIMIZER_ARGUMENTS[self.optimizer]
         unknown = self.optimizer_arguments.keys() - allowed
         if unknown:

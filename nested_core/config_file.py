@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -120,9 +120,20 @@ def _explain_one(problem: dict[str, Any], model: type[BaseModel]) -> str:
 
 def _suggestion(location: tuple[Any, ...], model: type[BaseModel]) -> str:
     for part in location[:-1]:
-        section = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            return ""
-        model = section
-    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1, cutoff=0.5)
+        if isinstance(part, str):
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            inner = _section_in(fields[part].annotation) if part in fields else None
+            if inner is None:
+                return ""
+            model = inner
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds: itself, or one of `Section | None`, `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_section_in(part) for part in get_args(annotation))
+    return next((section for section in found if section is not None), None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
+RETIRED_PREFIX = ".old-"
 
 
 def sync_descriptor(descriptor: int) -> None:
@@ -95,22 +96,49 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def _publish(temporary: Path, target: Path, *, replace: bool) -> None:
     for path in (*temporary.rglob("*"), temporary):
         sync_path(path)
-    retired = temporary_beside(target) if replace and target.exists() else None
-    if retired is not None:
+    if not replace and target.exists():
+        raise FileExistsError(f"{target} exists already")
+    retired = target.with_name(RETIRED_PREFIX + target.name)
+    _remove(retired) if target.exists() else _bring_back(retired)
+    if target.exists():
         target.rename(retired)
-    temporary.rename(target)
+    try:
+        temporary.rename(target)
+    except OSError:
+        _bring_back(retired)
+        raise
     sync_path(target.parent)
-    if retired is not None:
-        shutil.rmtree(retired)
+    _remove(retired)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`; call only under its lock."""
+def mend_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`, and bring back what it retired.
+
+    A directory that was moved aside for a new one that never came goes back to its name. Call only
+    under the folder's lock.
+    """
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        _remove(leftover)
+    for retired in folder.glob(f"{RETIRED_PREFIX}*"):
+        _bring_back(retired)
+
+
+def _bring_back(retired: Path) -> None:
+    """Give a retired directory its name again; where something new has the name, remove it."""
+    target = retired.with_name(retired.name.removeprefix(RETIRED_PREFIX))
+    if not retired.exists():
+        return
+    if target.exists():
+        _remove(retired)
+    else:
+        retired.rename(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 Flat = dict[str, mx.array]
+Kind = tuple[tuple[int, ...], mx.Dtype]
+Leaves = dict[str, dict[str, mx.array]]
+
+
+def leaf_states(tree: Any, state: Any) -> Leaves:
+    """The optimizer's state of every leaf of a tree of parameters or gradients, by dotted name."""
+    found: Leaves = {}
+    tree_map_with_path(lambda name, _, leaf: found.setdefault(name, leaf), tree, state)
+    return found
+
+
+def check_bound(max_grad_norm: float) -> None:
+    """Raise ValueError for a bound on the gradients' norm that bounds nothing."""
+    if not 0.0 <= max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm should be >=0, {max_grad_norm} was provided instead")
 
 
 def flatten_gradients(gradients: Any) -> Flat:
@@ -21,15 +37,13 @@ def flatten_gradients(gradients: Any) -> Flat:
     return dict(tree_flatten(gradients))
 
 
-def check_gradients(
-    gradients: Flat, parameters: Flat, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_gradients(gradients: Flat, parameters: Flat, kinds: Mapping[str, Kind]) -> None:
     """Raise ValueError, listing every gradient that fits no parameter.
 
-    `shapes` are those that the optimizer was initialised with.
+    `kinds` are the shapes and dtypes that the optimizer was initialised with.
     """
     misfits = {
-        name: _misfit(gradient, parameters.get(name), shapes.get(name))
+        name: _misfit(gradient, parameters.get(name), kinds.get(name))
         for name, gradient in gradients.items()
     }
     problems = [f"  {name}: {misfit}" for name, misfit in misfits.items() if misfit]
@@ -37,19 +51,19 @@ def check_gradients(
         raise ValueError("Gradients do not fit the parameters:\n" + "\n".join(problems[:10]))
 
 
-def _misfit(
-    gradient: mx.array, parameter: mx.array | None, shape: tuple[int, ...] | None
-) -> str | None:
+def _misfit(gradient: mx.array, parameter: mx.array | None, kind: Kind | None) -> str | None:
     if parameter is None:
         return "there is no such parameter"
-    if shape is None:
+    if kind is None:
         return "the optimizer was not initialised with this parameter"
     if gradient.shape != parameter.shape:
         return f"gradient shape {gradient.shape}, parameter shape {parameter.shape}"
     if gradient.dtype != parameter.dtype:
         return f"gradient dtype {gradient.dtype}, parameter dtype {parameter.dtype}"
-    if gradient.shape != shape:
-        return f"shape {gradient.shape} now, {shape} when the optimizer was initialised"
+    if gradient.shape != kind[0]:
+        return f"shape {gradient.shape} now, {kind[0]} when the optimizer was initialised"
+    if gradient.dtype != kind[1]:
+        return f"dtype {gradient.dtype} now, {kind[1]} when the optimizer was initialised"
     return None
 
 

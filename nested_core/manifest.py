@@ -58,6 +58,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         is_intact = content == render_json(body | {"digest": _body_digest(body)})
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: the folder was never finished.") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise DamagedError(f"{path} is not a file.") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedError(f"{path} cannot be read as a manifest: {error}.") from error
     if not is_intact:

@@ -11,33 +11,36 @@ from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_map_with_path, tree_unflatten
 
 from nested_core.adam import AdamRule, decayed, returning_arrays
 from nested_core.clocks import (
+    COUNTERS,
     Tier,
     TierStats,
     as_counts,
+    check_tiers,
     count_step,
     find_owners,
     new_counters,
-    refuse_ambiguous,
+    refuse_reserved,
     tier_stats,
 )
 from nested_core.gradients import (
     Flat,
+    Kind,
+    Leaves,
+    check_bound,
     check_gradients,
     clip_factor,
     due_norm,
     finite_where_used,
     flatten_gradients,
     group_by_tier,
+    leaf_states,
 )
 from nested_core.pytree import flatten
 
-COUNTERS = "nested"
-RESERVED_NAMES = ("step", "learning_rate", COUNTERS)
-Leaves = dict[str, dict[str, mx.array]]
 Flags = dict[int, mx.array]
 
 
@@ -77,14 +80,14 @@ class NestedAdam(Optimizer):
         max_grad_norm: float = 0.0,
     ) -> None:
         super().__init__()
-        refuse_ambiguous(tiers)
+        check_tiers(tiers, slow_gradients, accumulate, decays=isinstance(self, NestedAdamW))
+        check_bound(max_grad_norm)
         b1, b2 = betas
         self.rule = AdamRule((b1, b2), eps, bias_correction)
-        self.tiers = tuple(tiers)
+        self.tiers, self.max_grad_norm = tuple(tiers), max_grad_norm
         self.gathers, self.accumulate = slow_gradients == "accumulate", accumulate
-        self.max_grad_norm = max_grad_norm
         self._tier_of: dict[str, int] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._kinds: dict[str, Kind] = {}
         self._maybe_schedule("learning_rate", returning_arrays(learning_rate))
 
     def init(self, parameters: dict[str, Any]) -> None:
@@ -99,15 +102,13 @@ class NestedAdam(Optimizer):
     def _init_state(self, parameters: Any) -> None:
         """Reached without `init` from the first gradients, where, as in mlx, float16 passes."""
         flat = flatten(parameters)
-        taken = [name for name in flat if name.split(".")[0] in RESERVED_NAMES]
-        if taken:
-            raise ValueError(f"Parameters may not be named {taken}: the optimizer's state is.")
+        refuse_reserved(flat)
         self._tier_of = find_owners(self.tiers, flat)
-        self._shapes = {name: value.shape for name, value in flat.items()}
+        self._kinds = {name: (value.shape, value.dtype) for name, value in flat.items()}
         super().init(parameters)
         if self.tiers != (Tier(),):  # a drop-in's state is mlx's to the leaf until its first step
-            self.state.setdefault(COUNTERS, new_counters(len(self.tiers)))
-        for name, leaf in _leaves(parameters, self.state).items():
+            self.state.setdefault(COUNTERS, new_counters(self.tiers, self.step))
+        for name, leaf in leaf_states(parameters, self.state).items():
             if self._gathers(self._tier_of[name]):
                 leaf.setdefault("sum", mx.zeros_like(flat[name]))
 
@@ -132,9 +133,10 @@ class NestedAdam(Optimizer):
         if not self._initialized:
             self._init_state(gradients)
         values = flatten(parameters)
-        check_gradients(flat, values, self._shapes)
+        check_gradients(flat, values, self._kinds)
+        self.state.setdefault(COUNTERS, new_counters(self.tiers, self.step))  # before it moves on
         groups = group_by_tier(flat, self._tier_of, every_tier=self.gathers)
-        leaves = _leaves(gradients, self.state)
+        leaves = leaf_states(gradients, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = schedule(self.step)
         self.state["step"] = self.step + 1
@@ -148,9 +150,11 @@ class NestedAdam(Optimizer):
 
     def flush(self, parameters: Any) -> Any:
         """Apply the chunks of gathered gradients that are still open; the clock stays."""
+        if not self._initialized:
+            self._init_state(parameters)
         values = flatten(parameters)
-        every_leaf = _leaves(parameters, self.state)
-        leaves = {name: leaf for name, leaf in every_leaf.items() if "sum" in leaf}
+        gathering = [(n, values[n]) for n, tier in self._tier_of.items() if self._gathers(tier)]
+        leaves = leaf_states(tree_unflatten(gathering), self.state) if gathering else {}
         gathered = self._counters["gathered"]
         open_chunks = {i: gathered[i] > 0 for i in sorted({self._tier_of[n] for n in leaves})}
         ready = {name: self._ready(name, {}, leaf) for name, leaf in leaves.items()}
@@ -159,11 +163,11 @@ class NestedAdam(Optimizer):
 
     def get_tier_stats(self) -> list[TierStats]:
         """What each tier holds, and its updates so far; reads the counters from the device."""
-        return tier_stats(self.tiers, self._tier_of, self._shapes, self._counters)
+        return tier_stats(self.tiers, self._tier_of, self._kinds, self._counters)
 
     @property
     def _counters(self) -> Any:
-        return self.state.setdefault(COUNTERS, new_counters(len(self.tiers)))
+        return self.state[COUNTERS]
 
     def _gathers(self, tier: int) -> bool:
         return self.gathers and self.tiers[tier].frequency > 1
@@ -191,6 +195,7 @@ class NestedAdam(Optimizer):
         """Clip what is ready, update every parameter that is due and finite, and count."""
         norm = due_norm(group_by_tier(ready, self._tier_of), due)
         if self.max_grad_norm > 0:
+            finite = mx.logical_and(finite, mx.isfinite(norm))  # squares overflow before values
             factor = clip_factor(norm, self.max_grad_norm)
             ready = {name: g * factor.astype(g.dtype) for name, g in ready.items()}
         applied = {i: mx.logical_and(is_due, finite) for i, is_due in due.items()}
@@ -240,10 +245,3 @@ class NestedAdamW(NestedAdam):
     def _weight_decay(self, tier: int) -> float:
         own = self.tiers[tier].weight_decay
         return self.weight_decay if own is None else own
-
-
-def _leaves(tree: Any, state: Any) -> Leaves:
-    """The state of every leaf of a tree of parameters or gradients, by dotted name."""
-    found: Leaves = {}
-    tree_map_with_path(lambda name, _, leaf: found.setdefault(name, leaf), tree, state)
-    return found

@@ -22,7 +22,7 @@ from nested_core.config_file import parse_config, read_yaml
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.durable import new_directory, remove_leftovers, write_bytes, write_json
+from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
 from nested_core.errors import ConfigError, DatasetError, GateRejected
 from nested_core.gate import Verdict, judge_run
 from nested_core.model import (
@@ -37,7 +37,7 @@ from nested_core.model import (
 )
 from nested_core.run_directory import RunDirectory
 from nested_core.tiers import TierMap, assign_tiers
-from nested_core.training.build import build_trainer
+from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.export import export_adapter
 from nested_core.training.probe import parameter_importance
@@ -66,7 +66,8 @@ class TrainResult:
 
 def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     """Write the resolved configuration, or on resume see that it is the same in what matters."""
-    remove_leftovers(run.path)
+    mend_leftovers(run.path)
+    mend_leftovers(run.checkpoints)
     if run.config.exists() and resume:
         _refuse_differences(read_run_config(run), config, run)
     content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -110,6 +111,7 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable(model), adapter_config(config, fingerprint))
     tiers = _assign(config, model, tokenizer)
+    build_optimizer(config, tiers)  # what it cannot be made from is found before training
     write_json(run.tiers, tiers.to_json())
 
 

@@ -28,10 +28,12 @@ def register_run(config: FineTuneConfig, run: RunDirectory) -> str:
 def provenance(config: FineTuneConfig, run: RunDirectory) -> dict[str, Any]:
     """Where a version comes from: configuration, data, base, gate, parent and tool versions."""
     path, name = _target(config)
+    dataset = json.loads(run.dataset.read_bytes())
     return {
         "run_dir": str(run.path.resolve()),
         "config": config.model_dump(mode="json"),
-        "dataset_digest": json.loads(run.dataset.read_bytes())["digest"],
+        "dataset_digest": dataset["digest"],
+        "validation_digest": _validation_digest(dataset, run.gate),
         "gate_sha256": file_sha256(run.gate),
         "parent": champion_or_none(path, name),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
@@ -77,13 +79,23 @@ def _not_better(
 ) -> str | None:
     path, name = _target(config)
     folder = path / name / "versions" / champion
-    before = json.loads((folder / "provenance.json").read_bytes())["dataset_digest"]
-    if before != json.loads(run.dataset.read_bytes())["digest"]:
+    before = json.loads((folder / "provenance.json").read_bytes())["validation_digest"]
+    if before != _validation_digest(json.loads(run.dataset.read_bytes()), run.gate):
         return "the champion was validated on other data: the losses cannot be compared"
     best = _loss_after(folder / "gate.json")
     if loss is None or best is None or loss >= best - config.registry.min_improvement:
         return f"validation loss {loss} is not better than the champion's {best}"
     return None
+
+
+def _validation_digest(dataset: dict[str, Any], gate: Path) -> str | None:
+    """The digest of the examples that the gate's losses are of, or None where there are none."""
+    validation = json.loads(gate.read_bytes())["validation"]
+    if validation is None:
+        return None
+    split = "valid" if validation["selected_on_same_data"] else "test"
+    digest: str = dataset["splits"][split]["digest"]
+    return digest
 
 
 def _loss_after(gate: Path) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nested_core.errors import ConfigError
+
+LOCK_ATTEMPTS, LOCK_PAUSE_SECONDS = 10, 0.02
 
 
 @dataclass(frozen=True)
@@ -90,22 +93,30 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run's lock; ConfigError names the process that holds it already."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; a run needs a directory.")
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._acquire(descriptor)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
             yield
-        except BlockingIOError:
-            holder = self.lock.read_text() or "unknown"
-            raise ConfigError(
-                f"{self.path} is in use by process {holder}: two processes may not work on one "
-                f"run directory. Wait for it, stop it with `nested-tune stop`, or give another "
-                f"--run-dir."
-            ) from None
         finally:
             os.close(descriptor)
+
+    def _acquire(self, descriptor: int) -> None:
+        """Take the lock; whoever only looks at it (`holder`) is gone within a few tries."""
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE_SECONDS if attempt < LOCK_ATTEMPTS - 1 else 0)
+        holder = self.lock.read_text() or "unknown"
+        raise ConfigError(
+            f"{self.path} is in use by process {holder}: two processes may not work on one run "
+            f"directory. Wait for it, stop it with `nested-tune stop`, or give another --run-dir."
+        )
 
     def holder(self) -> int | None:
         """The process that holds the lock now, or None."""

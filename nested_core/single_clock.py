@@ -12,15 +12,18 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map_with_path
 
-from nested_core.clocks import Tier, TierStats, count_step, new_counters, tier_stats
+from nested_core.clocks import COUNTERS, Tier, TierStats, count_step, new_counters, tier_stats
 from nested_core.gradients import (
+    Kind,
+    check_bound,
     check_gradients,
     clip_factor,
     due_norm,
     finite_where_used,
     flatten_gradients,
+    group_by_tier,
 )
-from nested_core.optimizers import COUNTERS, NestedAdam
+from nested_core.optimizers import NestedAdam
 from nested_core.pytree import flatten
 
 
@@ -37,7 +40,8 @@ class SingleClock(Optimizer):
     def __init__(self, inner: Optimizer, *, max_grad_norm: float = 0.0) -> None:
         self.inner, self.max_grad_norm = inner, max_grad_norm
         self.tiers = (Tier(),)
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._kinds: dict[str, Kind] = {}
+        check_bound(max_grad_norm)
 
     @property
     def state(self) -> Any:
@@ -50,9 +54,10 @@ class SingleClock(Optimizer):
 
     def init(self, parameters: dict[str, Any]) -> None:
         """Make the state for the whole tree of trainable parameters."""
-        self._shapes = {name: value.shape for name, value in flatten(parameters).items()}
+        flat = flatten(parameters)
+        self._kinds = {name: (value.shape, value.dtype) for name, value in flat.items()}
         self.inner.init(parameters)
-        self.state.setdefault(COUNTERS, new_counters(1))
+        self.state.setdefault(COUNTERS, new_counters(self.tiers, self.state["step"]))
 
     def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
         """One step: every parameter updated by the inner optimizer, or none.
@@ -60,10 +65,11 @@ class SingleClock(Optimizer):
         Raises ValueError, naming the parameters, where the trees do not fit.
         """
         flat = flatten_gradients(gradients)
-        check_gradients(flat, flatten(parameters), self._shapes)
-        finite, due = finite_where_used({0: flat}, {}), {0: mx.array(True)}
-        norm = due_norm({0: flat}, due)
+        check_gradients(flat, flatten(parameters), self._kinds)
+        groups, due = group_by_tier(flat, dict.fromkeys(self._kinds, 0)), {0: mx.array(True)}
+        finite, norm = finite_where_used(groups, {}), due_norm(groups, due)
         if self.max_grad_norm > 0:
+            finite = mx.logical_and(finite, mx.isfinite(norm))
             factor = clip_factor(norm, self.max_grad_norm)
             gradients = tree_map_with_path(lambda _, g: g * factor.astype(g.dtype), gradients)
         before: dict[str, dict[str, mx.array]] = {}
@@ -82,8 +88,8 @@ class SingleClock(Optimizer):
 
     def get_tier_stats(self) -> list[TierStats]:
         """What the one tier holds, and its updates so far; reads the counters from the device."""
-        owners = dict.fromkeys(self._shapes, 0)
-        return tier_stats(self.tiers, owners, self._shapes, self.state[COUNTERS])
+        owners = dict.fromkeys(self._kinds, 0)
+        return tier_stats(self.tiers, owners, self._kinds, self.state[COUNTERS])
 
 
 TieredOptimizer = NestedAdam | SingleClock

@@ -60,6 +60,8 @@ def assign_tiers(
     matches nothing; warns, by name, of parameters that only the slowest tier was left for.
     """
     ordered = sorted(names, key=_natural_order)
+    if not ordered:
+        raise ConfigError("No parameter is trainable: there is nothing to give a tier.")
     count = len(settings.frequencies)
     if settings.strategy == "manual":
         tensors = _by_pattern(ordered, settings.assignments)

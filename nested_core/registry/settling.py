@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nested_core.durable import remove_leftovers
+from nested_core.durable import mend_leftovers
 from nested_core.errors import DamagedError
 from nested_core.registry.ledger import (
     LEDGER_NAME,
@@ -62,7 +62,7 @@ def settle(folder: Path) -> State:
         write_record(folder, record)
     discard_prepared(folder)
     for place in (folder, folder / VERSIONS):
-        remove_leftovers(place)
+        mend_leftovers(place)
     return State(champion, ledger)
 
 

@@ -15,6 +15,7 @@ from nested_core.clocks import Tier
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.durable import file_sha256
+from nested_core.errors import ConfigError
 from nested_core.optimizers import NestedAdam, NestedAdamW
 from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import SingleClock, TieredOptimizer
@@ -54,7 +55,15 @@ def build_trainer(
 
 
 def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> TieredOptimizer:
-    """The configured optimizer: Adam and AdamW with one clock a tier, mlx's others with one."""
+    """The configured optimizer; ConfigError where its arguments or its schedule are unusable."""
+    try:
+        return _build_optimizer(config, tiers)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"optimizer_config or lr_schedule: {error}") from error
+
+
+def _build_optimizer(config: FineTuneConfig, tiers: TierMap) -> TieredOptimizer:
+    """Adam and AdamW with one clock a tier, mlx's others with one."""
     rate, bound = build_learning_rate(config), config.training.max_grad_norm
     if config.optimizer in OTHER_OPTIMIZERS:
         inner = OTHER_OPTIMIZERS[config.optimizer](rate, **config.optimizer_arguments)

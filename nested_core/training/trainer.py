@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.checkpoints import Checkpoint
-from nested_core.clocks import has_moment
+from nested_core.clocks import COUNTERS, has_moment
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingDiverged, TrainingStopped
-from nested_core.optimizers import COUNTERS, NestedAdam
+from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
 from nested_core.scalars import to_float, to_int
@@ -208,21 +208,19 @@ class Trainer:
 
     def _without_gradient(self, names: tuple[str, ...]) -> list[str]:
         """Those that could not have moved: the learning rate, or their second moment, is zero."""
-        is_still = to_float(self.optimizer.learning_rate) == 0.0
-        state = flatten(self.optimizer.state) if names else {}
-        return [n for n in names if is_still or not has_moment(state, n)]
+        if not names or to_float(self.optimizer.learning_rate) == 0.0:
+            return list(names)
+        state, due = flatten(self.optimizer.state), self.tiers.due(self.state.step)
+        return [n for n in names if self.tiers.tensors[n] not in due or not has_moment(state, n)]
 
     def _finish(self) -> None:
         """Apply what is still gathered, evaluate what there is then, and keep it."""
         self._flush()
         is_evaluated = self.state.evaluated_step == self.state.step and not self.state.flushed
         self.state.ended = True
-        self._recorder.observe(
-            self.state,
-            report=self._recorder.window.is_open,
-            evaluate=self.method.evaluates_after and not is_evaluated,
-            save=True,
-        )
+        wants = self.method.evaluates_after and not is_evaluated
+        is_open = self._recorder.window.is_open
+        self._recorder.observe(self.state, report=is_open, evaluate=wants, save=True)
 
     def _flush(self) -> None:
         is_open = any(self.state.step % f for f in self.tiers.frequencies)

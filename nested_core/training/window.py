@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from nested_core.clocks import COUNTERS
 from nested_core.gradients import clip_factor
-from nested_core.optimizers import COUNTERS
 from nested_core.scalars import to_float, to_int
 from nested_core.single_clock import TieredOptimizer
 

@@ -1,0 +1,230 @@
+"""Adapter directories: read strictly and whole; the digest is what the adapter means."""
+
+from __future__ import annotations
+
+import json
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nested_core import Adapter, ConfigError, DamagedError, read_adapter
+from nested_core.adapters import Tensor, load_arrays, read_tensors, write_adapter
+
+CONFIG: dict[str, Any] = {
+    "fine_tune_type": "lora",
+    "num_layers": 2,
+    "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["b", "a"]},
+    "base_fingerprint": "0a" * 32,
+}
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+SECOND = F32 | {"data_offsets": [8, 16]}
+VALUES = struct.pack("<4f", 1.0, 2.0, 3.0, 4.0)
+
+
+def file_of(header: Any, data: bytes = b"") -> bytes:
+    """A safetensors file, sound or not: the header's length, the header, the data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def folder_of(folder: Path, weights: bytes, config: Any = None) -> Path:
+    """An adapter directory with these two files."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapters.safetensors").write_bytes(weights)
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG if config is None else config))
+    return folder
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint32, mx.uint64])
+    def test_every_dtype_comes_back_to_the_bit(self, dtype: mx.Dtype, tmp_path: Path) -> None:
+        tensors = {"b": (100 * mx.random.uniform(shape=(3, 2))).astype(dtype), "a": mx.ones(())}
+        write_adapter(tmp_path, tensors, CONFIG)
+        found = load_arrays(tmp_path / "adapters.safetensors")
+        assert [(name, a.dtype, a.shape) for name, a in sorted(found.items())] == [
+            ("a", mx.float32, ()),
+            ("b", dtype, (3, 2)),
+        ]
+        assert mx.array_equal(found["b"], tensors["b"])
+
+    def test_equal_adapters_give_equal_files(self, tmp_path: Path) -> None:
+        for name, order in (("one", 1), ("two", -1)):
+            (tmp_path / name).mkdir()
+            tensors = [("a", mx.ones(2)), ("b", mx.zeros(3))][::order]
+            write_adapter(tmp_path / name, dict(tensors), dict([*CONFIG.items()][::order]))
+        for name in ("adapters.safetensors", "adapter_config.json"):
+            assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+    def test_bfloat16_widens_to_float32_exactly(self) -> None:
+        values = mx.array([1.0, -2.5, 1 / 3, 3e38, 0.0], mx.bfloat16)
+        tensor = Tensor("BF16", (5,), np.array(values.view(mx.uint16)).tobytes())
+        assert tensor.to_numpy().tolist() == values.astype(mx.float32).tolist()
+
+    def test_tensors_without_elements_and_without_dimensions(self, tmp_path: Path) -> None:
+        empty = {"dtype": "F32", "shape": [0, 3], "data_offsets": [0, 0]}
+        scalar = {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(file_of({"empty": empty, "scalar": scalar}, VALUES[:4]))
+        found = {name: tensor.to_numpy() for name, tensor in read_tensors(path).items()}
+        assert (found["empty"].shape, found["scalar"].tolist()) == ((0, 3), 1.0)
+
+
+class TestDigest:
+    def digest(self, config: dict[str, Any] | None = None, **tensors: Tensor) -> str:
+        both = {"a": Tensor("F32", (2,), VALUES[:8]), "b": Tensor("F32", (2,), VALUES[8:])}
+        return Adapter(Path(), CONFIG if config is None else config, both | tensors).digest()
+
+    def test_it_does_not_depend_on_the_order_of_bytes_in_the_file(self, tmp_path: Path) -> None:
+        straight = file_of({"a": F32, "b": SECOND}, VALUES)
+        turned = file_of(
+            {"__metadata__": {"by": "another"}, "b": F32, "a": SECOND}, VALUES[8:] + VALUES[:8]
+        )
+        assert straight != turned
+        digests = {
+            read_adapter(folder_of(tmp_path / str(i), weights)).digest()
+            for i, weights in enumerate((straight, turned))
+        }
+        assert digests == {self.digest()}
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"fine_tune_type": "dora"},
+            {"num_layers": 3},
+            {"base_fingerprint": "0b" * 32},
+            {"lora_parameters": CONFIG["lora_parameters"] | {"rank": 8}},
+            {"lora_parameters": CONFIG["lora_parameters"] | {"scale": 10.0}},
+            {"lora_parameters": CONFIG["lora_parameters"] | {"keys": ["a"]}},
+        ],
+    )
+    def test_it_changes_with_what_the_tensors_mean(self, change: dict[str, Any]) -> None:
+        assert self.digest(CONFIG | change) != self.digest()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"data": "elsewhere", "iters": 3, "model": "another/path"},
+            {"lora_parameters": CONFIG["lora_parameters"] | {"dropout": 0.1}},
+            {"lora_parameters": CONFIG["lora_parameters"] | {"keys": ["a", "b"]}},
+        ],
+    )
+    def test_it_does_not_change_with_what_they_do_not(self, change: dict[str, Any]) -> None:
+        assert self.digest(CONFIG | change) == self.digest()
+
+    def test_it_changes_with_every_name_dtype_shape_and_byte(self) -> None:
+        changed = [
+            self.digest(c=Tensor("F32", (2,), VALUES[8:])),
+            self.digest(b=Tensor("U32", (2,), VALUES[8:])),
+            self.digest(b=Tensor("F32", (2, 1), VALUES[8:])),
+            self.digest(b=Tensor("F32", (2,), VALUES[:8])),
+        ]
+        assert len({self.digest(), *changed}) == 5
+
+
+class TestDamage:
+    HOSTILE = {
+        "empty": b"",
+        "shorter than its length": b"\x02\0\0",
+        "a header of 2**63 bytes": struct.pack("<Q", 2**63) + b"{}",
+        "a header longer than the file": struct.pack("<Q", 100) + b"{}",
+        "a header that is no JSON": file_of(b"\xff{"),
+        "a header that is no object": file_of([1]),
+        "data cut short": file_of({"a": F32}, VALUES[:4]),
+        "data left over": file_of({"a": F32}, VALUES),
+        "tensors that overlap": file_of({"a": F32, "b": F32}, VALUES[:8]),
+        "a hole": file_of({"a": SECOND}, VALUES),
+        "a name twice": file_of(
+            b'{"a":%b,"a":%b}' % tuple(json.dumps(place).encode() for place in (F32, SECOND)),
+            VALUES,
+        ),
+        "offsets turned around": file_of({"a": F32 | {"data_offsets": [8, 0]}}, VALUES[:8]),
+        "a shape that does not fit": file_of({"a": F32 | {"shape": [3]}}, VALUES[:8]),
+        "a shape that overflows": file_of({"a": F32 | {"shape": [2**62, 2**62]}}, VALUES[:8]),
+        "a negative shape": file_of({"a": F32 | {"shape": [-2]}}, VALUES[:8]),
+        "an unknown dtype": file_of({"a": F32 | {"dtype": "PICKLE"}}, VALUES[:8]),
+    }
+
+    @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+    def test_a_hostile_file_is_refused_by_name(self, content: bytes, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path / "adapter", content)
+        with pytest.raises(DamagedError) as error:
+            read_adapter(folder)
+        start = f"{folder}/adapters.safetensors is not a sound safetensors file: "
+        assert str(error.value).startswith(start)
+        assert error.value.exit_code == 6
+
+    def test_every_truncation_is_refused(self, tmp_path: Path) -> None:
+        sound = file_of({"a": F32, "b": SECOND}, VALUES)
+        path = tmp_path / "adapters.safetensors"
+        for length in range(len(sound)):
+            path.write_bytes(sound[:length])
+            with pytest.raises(DamagedError, match="is not a sound safetensors file"):
+                read_tensors(path)
+
+    @given(
+        place=st.integers(0, 150), replacement=st.binary(min_size=1, max_size=9), cut=st.booleans()
+    )
+    def test_any_damage_is_either_refused_or_still_whole_tensors(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        place: int,
+        replacement: bytes,
+        cut: bool,
+    ) -> None:
+        sound = file_of({"a": F32, "b": SECOND}, VALUES)
+        after = b"" if cut else sound[place + len(replacement) :]
+        path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
+        path.write_bytes(sound[:place] + replacement + after)
+        with suppress(DamagedError):
+            for tensor in read_tensors(path).values():
+                assert tensor.to_numpy().shape == tensor.shape
+
+    def test_a_dtype_that_no_adapter_has_is_refused_when_it_is_used(self) -> None:
+        with pytest.raises(DamagedError, match="A tensor has dtype I8, which is not read here"):
+            Tensor("I8", (8,), VALUES[:8]).to_numpy()
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", " is not valid JSON"),
+            (b"{", " is not valid JSON"),
+            (b"\xff", " is not valid JSON"),
+            (b"[" * 100_000, " is not valid JSON"),
+            (
+                b'{"lora_parameters": {"scale": NaN}}',
+                " is not valid JSON: NaN is not a JSON number",
+            ),
+            (b"[]", ": the file: Input should be a valid dictionary"),
+            (b'{"lora_parameters": [1]}', ": lora_parameters: Input should be a valid dictionary"),
+            (b'{"lora_parameters": {"rank": "4"}}', ": lora_parameters.rank: Input should be a"),
+            (b'{"lora_parameters": {"keys": [1, "a"]}}', ": lora_parameters.keys.0: Input should"),
+            (b'{"num_layers": 2.5}', ": num_layers: Input should be a valid integer"),
+            (b" " * (1024 * 1024 + 1), " is larger than 1048576 bytes"),
+        ],
+    )
+    def test_a_bad_configuration_is_refused_by_name(
+        self, content: bytes, message: str, tmp_path: Path
+    ) -> None:
+        folder = folder_of(tmp_path / "adapter", file_of({"a": F32}, VALUES[:8]))
+        (folder / "adapter_config.json").write_bytes(content)
+        with pytest.raises(DamagedError) as error:
+            read_adapter(folder)
+        assert str(error.value).startswith(f"{folder}/adapter_config.json{message}")
+
+    @pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json"])
+    def test_a_missing_file_is_named(self, name: str, tmp_path: Path) -> None:
+        folder = folder_of(tmp_path / "adapter", file_of({"a": F32}, VALUES[:8]))
+        (folder / name).unlink()
+        with pytest.raises(DamagedError, match=f"{name} is missing"):
+            read_adapter(folder)
+
+    def test_what_is_no_directory_is_a_mistake_and_no_damage(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="is not a directory. Expected an adapter directory"):
+            read_adapter(tmp_path / "missing")

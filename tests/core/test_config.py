@@ -1,0 +1,216 @@
+"""The schema: mlx-lm's defaults, keys that are refused, and parts that have to agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from mlx_lm.lora import CONFIG_DEFAULTS
+
+from nested_core import ConfigError, FineTuneConfig
+from nested_core.config_file import parse_config
+
+DIFFERS = {"adapter_path", "train", "config"}  # said in FineTuneConfig, and done by flags
+SCHEDULE = {"name": "cosine_decay", "arguments": [1e-5, 100]}
+
+
+def problems(**values: Any) -> list[str]:
+    """The lines that a configuration with these values is refused with."""
+    with pytest.raises(ConfigError) as error:
+        parse_config(values, source="test.yaml")
+    first, *lines = str(error.value).splitlines()
+    assert first == "The configuration in test.yaml cannot be used:"
+    assert error.value.exit_code == 2
+    return [line.strip() for line in lines]
+
+
+class TestDefaults:
+    def test_every_key_of_mlx_lm_is_known(self) -> None:
+        assert CONFIG_DEFAULTS.keys() - DIFFERS <= FineTuneConfig.model_fields.keys()
+
+    @pytest.mark.parametrize(
+        "key", sorted(CONFIG_DEFAULTS.keys() - DIFFERS - {"lora_parameters", "optimizer_config"})
+    )
+    def test_a_default_is_mlx_lm_own(self, key: str) -> None:
+        assert getattr(FineTuneConfig(), key) == CONFIG_DEFAULTS[key]
+
+    def test_lora_parameters_are_mlx_lm_own(self) -> None:
+        ours = FineTuneConfig().lora_parameters.model_dump(exclude_none=True)
+        assert ours == CONFIG_DEFAULTS["lora_parameters"]
+
+    @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+    def test_optimizers_get_the_arguments_that_mlx_lm_gives_them(self, optimizer: str) -> None:
+        config = parse_config({"optimizer": optimizer}, source="")
+        defaults: Any = CONFIG_DEFAULTS["optimizer_config"]
+        assert config.optimizer_arguments == defaults[optimizer]
+
+    def test_training_is_implied_and_the_adapter_stays_in_the_run(self) -> None:
+        assert FineTuneConfig().train is True
+        assert FineTuneConfig().adapter_path is None
+
+    def test_one_tier_of_frequency_1_and_nothing_of_ours_is_on(self) -> None:
+        config = FineTuneConfig()
+        assert config.nested.frequencies == (1,)
+        assert (config.training.max_grad_norm, config.training.warmup_steps) == (0.0, 0)
+        assert (config.registry.path, config.registry.promote) == (None, "never")
+
+
+class TestUnknownKeys:
+    @pytest.mark.parametrize(
+        ("section", "key", "meant"),
+        [
+            (None, "itres", "iters"),
+            (None, "learning-rate", "learning_rate"),
+            (None, "neste", "nested"),
+            ("nested", "frequency", "frequencies"),
+            ("training", "max_gradnorm", "max_grad_norm"),
+            ("gate", "max_val_loss", "max_val_loss_increase"),
+            ("registry", "promot", "promote"),
+            ("lora_parameters", "rnk", "rank"),
+        ],
+    )
+    def test_the_nearest_known_key_is_suggested(
+        self, section: str | None, key: str, meant: str
+    ) -> None:
+        values = {key: 1} if section is None else {section: {key: 1}}
+        name = key if section is None else f"{section}.{key}"
+        assert problems(**values) == [f"{name}: unknown key; did you mean {meant}?"]
+
+    def test_nothing_is_suggested_where_nothing_is_near(self) -> None:
+        assert problems(zzzzzz=1) == ["zzzzzz: unknown key"]
+
+    @pytest.mark.parametrize(
+        ("values", "name"),
+        [
+            ({"lr_schedule": SCHEDULE | {"warmpu": 3}}, "lr_schedule.warmpu"),
+            (
+                {"nested": {"assignments": [{"match": "a", "tier": 0, "teir": 1}]}},
+                "nested.assignments.0.teir",
+            ),
+        ],
+    )
+    def test_deeper_keys_are_refused_by_their_whole_name(
+        self, values: dict[str, Any], name: str
+    ) -> None:
+        assert problems(**values)[0].startswith(f"{name}: unknown key")
+
+
+class TestAllProblemsAtOnce:
+    def test_every_section_has_its_line(self) -> None:
+        found = problems(
+            itres=3,
+            batch_size=0,
+            optimizer="adamm",
+            lora_parameters={"dropout": 1.0},
+            nested={"frequencies": [4, 2]},
+            training={"max_grad_norm": -1},
+            gate={"max_skipped_share": 2},
+            registry={"path": "somewhere"},
+        )
+        assert [line.split(":")[0] for line in found] == [
+            "optimizer",
+            "batch_size",
+            "lora_parameters.dropout",
+            "nested",
+            "training.max_grad_norm",
+            "gate.max_skipped_share",
+            "registry",
+            "itres",
+        ]
+
+    def test_a_line_says_what_was_expected_and_what_was_found(self) -> None:
+        assert problems(batch_size=0) == ["batch_size: Input should be greater than 0; found 0"]
+
+    def test_of_many_problems_ten_are_written_out(self) -> None:
+        found = problems(**{f"zzzzz{i}": i for i in range(13)})
+        assert (len(found), found[-1]) == (11, "and 3 more")
+
+
+class TestPartsThatHaveToAgree:
+    @pytest.mark.parametrize(
+        ("nested", "message"),
+        [
+            ({"frequencies": [4, 2]}, "frequencies must ascend, fastest first; got (4, 2)"),
+            (
+                {"frequencies": [1, 2], "learning_rate_scale": [1.0]},
+                "learning_rate_scale needs one number a tier (2), got 1",
+            ),
+            (
+                {"frequencies": [1], "weight_decay": [0.1, 0.2]},
+                "weight_decay needs one number a tier (1), got 2",
+            ),
+            (
+                {"strategy": "manual"},
+                "strategy manual needs assignments, and only manual takes them",
+            ),
+            (
+                {"assignments": [{"match": "a", "tier": 0}]},
+                "strategy manual needs assignments, and only manual takes them",
+            ),
+            (
+                {"strategy": "manual", "assignments": [{"match": "a", "tier": 1}]},
+                "the assignment 'a' names tier 1; 1 frequencies make tiers 0 to 0",
+            ),
+        ],
+    )
+    def test_tiers(self, nested: dict[str, Any], message: str) -> None:
+        assert problems(nested=nested) == [f"nested: {message}"]
+
+    def test_a_pattern_has_to_be_a_regular_expression(self) -> None:
+        nested = {"strategy": "manual", "assignments": [{"match": "(", "tier": 0}]}
+        assert problems(nested=nested) == [
+            "nested.assignments.0: '(' is not a regular expression: missing ), unterminated "
+            "subpattern at position 0"
+        ]
+
+    @pytest.mark.parametrize("frequencies", [[], [0], [1, -2], list(range(1, 10)), 2])
+    def test_1_to_8_frequencies_of_1_or_more(self, frequencies: Any) -> None:
+        assert problems(nested={"frequencies": frequencies})[0].startswith("nested.frequencies")
+
+    def test_warm_up_is_given_once(self) -> None:
+        twice = {"lr_schedule": SCHEDULE | {"warmup": 3}, "training": {"warmup_steps": 3}}
+        assert problems(**twice) == [
+            "training.warmup_steps and lr_schedule.warmup: give only one of them"
+        ]
+        parse_config({"lr_schedule": SCHEDULE, "training": {"warmup_steps": 3}}, source="")
+
+    @pytest.mark.parametrize(
+        ("registry", "message"),
+        [
+            ({"path": "there"}, "registry needs both path and name, or neither"),
+            ({"name": "capitals"}, "registry needs both path and name, or neither"),
+            ({"promote": "always"}, "promote: always needs a registry path and name"),
+        ],
+    )
+    def test_registry(self, registry: dict[str, Any], message: str) -> None:
+        assert problems(registry=registry) == [f"registry: {message}"]
+
+    @pytest.mark.parametrize("name", ["../up", "", ".hidden", "a" * 65, "a/b", "a\n", "ä"])
+    def test_a_registry_name_is_no_path(self, name: str) -> None:
+        assert problems(registry={"path": "there", "name": name})[0].startswith("registry.name: ")
+
+    def test_optimizer_config_for_the_chosen_optimizer(self) -> None:
+        decay = {"adam": {"weight_decay": 0.1}, "adamw": {"weight_decay": 0.1}}
+        assert problems(optimizer="adam", optimizer_config=decay) == [
+            "optimizer_config.adam does not take ['weight_decay']; it takes "
+            "['betas', 'bias_correction', 'eps']"
+        ]
+        config = parse_config({"optimizer": "adamw", "optimizer_config": decay}, source="")
+        assert config.optimizer_arguments == {"weight_decay": 0.1}
+
+    def test_weight_decay_a_tier_needs_adamw(self) -> None:
+        assert problems(nested={"weight_decay": [0.1]}) == [
+            "nested.weight_decay needs optimizer: adamw"
+        ]
+
+    @pytest.mark.parametrize("rate", [0, -1e-5, float("nan"), float("inf"), "fast"])
+    def test_a_learning_rate_is_a_finite_number_above_0(self, rate: Any) -> None:
+        assert problems(learning_rate=rate)[0].startswith("learning_rate: ")
+
+
+def test_a_configuration_cannot_be_changed_and_survives_a_round_trip() -> None:
+    values = {"nested": {"frequencies": [1, 2]}, "lora_parameters": {"keys": ["self_attn.q_proj"]}}
+    config = parse_config(values, source="")
+    with pytest.raises(ValueError, match="frozen"):
+        config.iters = 3
+    assert parse_config(config.model_dump(mode="json"), source="") == config

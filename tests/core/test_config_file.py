@@ -1,0 +1,200 @@
+"""Configuration files: which YAML is read, what is refused and where, and who wins over whom."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nested_core import ConfigError, FineTuneConfig, load_config
+from nested_core.config_file import MAX_YAML_BYTES, read_yaml
+
+Write = Callable[[str | bytes], Path]
+yaml_like = st.text("{}[]:,-?|>'\"#%&*!@<= \n\tab1e.~").map(str.encode)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a configuration file."""
+
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "lora.yaml"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def refusal(path: Path) -> str:
+    """The message that a file is refused with, without its path."""
+    with pytest.raises(ConfigError) as error:
+        load_config(path, {})
+    assert str(path) in str(error.value)
+    return str(error.value).replace(str(path), "FILE")
+
+
+class TestPrecedence:
+    def test_flag_over_yaml_over_default(self, write: Write) -> None:
+        path = write("iters: 7\nbatch_size: 2\n")
+        config = load_config(path, {"iters": 9})
+        assert (config.iters, config.batch_size, config.save_every) == (9, 2, 100)
+
+    def test_flags_alone_need_no_file(self) -> None:
+        assert load_config(None, {"iters": 9}) == FineTuneConfig(iters=9)
+
+    def test_null_in_the_file_means_the_default(self, write: Write) -> None:
+        config = load_config(write("iters: null\nlr_schedule: ~\nnested:\ntraining: null\n"), {})
+        assert config == FineTuneConfig()
+
+    @pytest.mark.parametrize("content", ["", "# nothing yet\n", "---\n", "{}\n"])
+    def test_an_empty_file_is_all_defaults(self, write: Write, content: str) -> None:
+        assert load_config(write(content), {}) == FineTuneConfig()
+
+    def test_a_bad_flag_is_told_by_its_own_name(self) -> None:
+        with pytest.raises(ConfigError) as error:
+            load_config(None, {"iters": 0})
+        assert str(error.value) == (
+            "The configuration in the command line cannot be used:\n"
+            "  iters: Input should be greater than 0; found 0"
+        )
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("text", "number"),
+        [
+            ("1e-5", 1e-5),
+            ("1E-5", 1e-5),
+            ("+2e-4", 2e-4),
+            ("1.5e-3", 1.5e-3),
+            (".5e-3", 5e-4),
+            ("3e2", 300.0),
+            ("0.001", 0.001),
+            ("1", 1.0),
+        ],
+    )
+    def test_an_exponent_needs_no_point(self, write: Write, text: str, number: float) -> None:
+        assert read_yaml(write(f"learning_rate: {text}\n")) == {"learning_rate": number}
+
+    def test_numbers_in_lists_are_numbers_too(self, write: Write) -> None:
+        path = write("lr_schedule: {name: cosine_decay, arguments: [1e-5, 1000, 1e-6]}\n")
+        schedule = load_config(path, {}).lr_schedule
+        assert schedule is not None
+        assert schedule.arguments == (1e-5, 1000.0, 1e-6)
+
+    @pytest.mark.parametrize("text", ["e5", "1e", "1e-5x", "v1e5", "'1e-5'"])
+    def test_what_only_looks_like_a_number_stays_text(self, write: Write, text: str) -> None:
+        assert read_yaml(write(f"model: {text}\n")) == {"model": text.strip("'")}
+
+    @given(st.floats(allow_nan=False, allow_infinity=False))
+    def test_every_float_that_python_writes_is_read_back(
+        self, tmp_path_factory: pytest.TempPathFactory, number: float
+    ) -> None:
+        path = tmp_path_factory.getbasetemp() / "number.yaml"
+        path.write_text(f"learning_rate: {number!r}\n")
+        assert read_yaml(path) == {"learning_rate": number}
+
+
+class TestRefusedYaml:
+    @pytest.mark.parametrize(
+        ("content", "place", "what"),
+        [
+            ("model: &base x\n", "line 1, column 8", "an anchor or alias (& or *)"),
+            ("iters: 3\ndata: *base\n", "line 2, column 7", "an anchor or alias (& or *)"),
+            ("nested: &n\n  fast: deep\n", "line 1, column 9", "an anchor or alias (& or *)"),
+            ("model: !!python/name:os.system\n", "line 1, column 8", "a tag (!)"),
+            ("model: !!str 3\n", "line 1, column 8", "a tag (!)"),
+            ("data: !local x\n", "line 1, column 7", "a tag (!)"),
+            ("iters: 3\niters: 4\n", "line 2, column 1", "the key 'iters' twice"),
+            ("nested:\n  fast: deep\n  fast: deep\n", "line 3, column 3", "the key 'fast' twice"),
+            ("gate: {a: 1, b: 2, 'a': 3}\n", "line 1, column 20", "the key 'a' twice"),
+        ],
+    )
+    def test_by_reference_by_type_and_twice(
+        self, write: Write, content: str, place: str, what: str
+    ) -> None:
+        expected = f"FILE is not usable YAML: {place}: {what} is not allowed here."
+        assert refusal(write(content)) == expected
+
+    def test_anchors_that_would_grow_without_bound(self, write: Write) -> None:
+        bomb = "a: &a [x, x, x, x]\n" + "".join(f"a{i}: &b{i} [*a, *a, *a]\n" for i in range(9))
+        assert "an anchor or alias" in refusal(write(bomb))
+
+    def test_a_tag_never_runs_anything(self, write: Write, tmp_path: Path) -> None:
+        mark = tmp_path / "ran"
+        assert "a tag (!)" in refusal(write(f"model: !!python/object/apply:os.mkdir ['{mark}']\n"))
+        assert not mark.exists()
+
+    def test_more_than_64_kib(self, write: Write) -> None:
+        assert MAX_YAML_BYTES == 65536
+        load_config(write(b"#" * 65536), {})
+        expected = "FILE is larger than 64 KiB; that is not a configuration."
+        assert refusal(write(b"#" * 65537)) == expected
+
+    @pytest.mark.parametrize(
+        ("content", "kind"), [("- iters\n", "list"), ("iters\n", "str"), ("3\n", "int")]
+    )
+    def test_what_is_no_mapping(self, write: Write, content: str, kind: str) -> None:
+        assert refusal(write(content)) == f"FILE should hold keys and values; found a {kind}."
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("iters: 3\n  data: x\n", r"line 2, column 7: mapping values are not allowed here"),
+            ("iters: [1, 2\n", r"line 2, column 1: expected ',' or '\]', but got"),
+            ("iters: 3\n---\niters: 4\n", r"line 2, column 1: but found another document"),
+            ("? [a]\n: b\n", r"line 1, column 3: found unhashable key"),
+            (b"model: \xe9\n", r"unacceptable character #x00e9"),
+            (b"model: \x00\n", r"unacceptable character #x0000"),
+            ("iters: " + "9" * 5000, r"Exceeds the limit \(4300 digits\)"),
+            ("when: 2020-13-45\n", r"month must be in 1\.\.12"),
+            ("[" * 60000, r"recursion"),
+        ],
+    )
+    def test_what_is_no_yaml(self, write: Write, content: str | bytes, message: str) -> None:
+        assert re.search(f"^FILE is not usable YAML: .*{message}", refusal(write(content)))
+
+    def test_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        path = tmp_path / "no.yaml"
+        with pytest.raises(ConfigError) as error:
+            load_config(path, {})
+        expected = f"Cannot read the configuration {path}: No such file or directory."
+        assert str(error.value) == expected
+
+    @given(content=st.binary(max_size=40) | yaml_like)
+    def test_any_bytes_are_a_mapping_or_a_configuration_error(
+        self, tmp_path_factory: pytest.TempPathFactory, content: bytes
+    ) -> None:
+        path = tmp_path_factory.getbasetemp() / "any.yaml"
+        path.write_bytes(content)
+        with suppress(ConfigError):
+            assert isinstance(read_yaml(path), dict)
+
+
+def test_mlx_lm_own_example_is_taken_as_it_is(write: Write) -> None:
+    """The keys of mlx-lm's lora_config.yaml, with those values that are ours to train."""
+    content: Any = """
+model: "mlx-community/Llama-3.2-1B-Instruct"
+train: true
+fine_tune_type: lora
+optimizer: adamw
+optimizer_config:
+  adamw: {betas: [0.9, 0.98], eps: 1e-6, weight_decay: 0.05, bias_correction: true}
+data: "mlx-community/WikiSQL"
+lora_parameters: {keys: ["self_attn.q_proj", "self_attn.v_proj"], rank: 8, scale: 20.0, dropout: 0}
+lr_schedule: {name: cosine_decay, warmup: 100, warmup_init: 1e-7, arguments: [1e-5, 1000, 1e-7]}
+resume_adapter_file: null
+adapter_path: "adapters"
+"""
+    config = load_config(write(content), {})
+    assert config.optimizer_arguments["eps"] == 1e-6
+    assert config.lora_parameters.modules == ("self_attn.q_proj", "self_attn.v_proj")
+    assert config.lr_schedule is not None
+    assert config.lr_schedule.warmup_init == 1e-7
+    assert (config.adapter_path, config.resume_adapter_file) == ("adapters", None)

@@ -1,0 +1,180 @@
+"""Whatever stops a write, the old content or the new stands there, whole."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.durable import (
+    canonical_json,
+    file_sha256,
+    new_directory,
+    mend_leftovers,
+    write_bytes,
+    write_json,
+)
+from tests.core.registry.faults import Action, copies, failed_at, injected, kill_self, killed_at
+
+# The children of these forks only touch files; that the parent has threads does not matter.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+OLD, NEW = b"old " * 1000, b"new " * 1500
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a directory."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def replace_file(folder: Path) -> None:
+    write_bytes(folder / "file", NEW)
+
+
+def make_directory(folder: Path) -> None:
+    with new_directory(folder / "made") as temporary:
+        (temporary / "a").write_bytes(NEW)
+        (temporary / "b").write_bytes(NEW)
+
+
+class TestWriteBytes:
+    @pytest.mark.parametrize("stop", [killed_at, failed_at])
+    def test_stopped_at_any_call_the_file_is_old_or_new(
+        self, stop: Callable[[int, Action, Path], bool], tmp_path: Path
+    ) -> None:
+        template = tmp_path / "template"
+        template.mkdir()
+        (template / "file").write_bytes(OLD)
+        seen = set()
+        for number, folder in copies(template):
+            if not stop(number, replace_file, folder):
+                break
+            seen.add((folder / "file").read_bytes())
+            mend_leftovers(folder)
+            assert names(folder) == ["file"]
+        assert number > 4
+        assert seen == {OLD, NEW}
+
+    def test_content_is_on_the_disk_before_its_name_and_the_name_before_the_end(
+        self, tmp_path: Path
+    ) -> None:
+        with injected(0, kill_self) as calls:
+            replace_file(tmp_path)
+        first, replaced = calls.seen.index("fsync"), calls.seen.index("replace")
+        assert first < replaced < len(calls.seen) - 1 - calls.seen[::-1].index("fsync")
+
+    def test_an_error_leaves_no_leftovers(self, tmp_path: Path) -> None:
+        (tmp_path / "file").mkdir()
+        with pytest.raises(IsADirectoryError):
+            replace_file(tmp_path)
+        assert names(tmp_path) == ["file"]
+
+
+class TestNewDirectory:
+    @pytest.mark.parametrize("stop", [killed_at, failed_at])
+    def test_stopped_at_any_call_it_is_whole_or_not_there(
+        self, stop: Callable[[int, Action, Path], bool], tmp_path: Path
+    ) -> None:
+        template = tmp_path / "template"
+        template.mkdir()
+        seen = set()
+        for number, folder in copies(template):
+            if not stop(number, make_directory, folder):
+                break
+            mend_leftovers(folder)
+            seen.add(tuple(names(folder)))
+            if names(folder):
+                assert contents(folder / "made") == {"a": NEW, "b": NEW}
+        assert number > 8
+        assert seen == {(), ("made",)}
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+    def test_an_exception_inside_leaves_the_old_directory_and_no_leftovers(
+        self, error: type[BaseException], tmp_path: Path
+    ) -> None:
+        make_directory(tmp_path)
+
+        def fail() -> None:
+            with new_directory(tmp_path / "made", replace=True) as temporary:
+                (temporary / "a").write_bytes(b"half")
+                raise error
+
+        with pytest.raises(error):
+            fail()
+        assert names(tmp_path) == ["made"]
+        assert contents(tmp_path / "made") == {"a": NEW, "b": NEW}
+
+    def test_replace_leaves_nothing_of_the_old_directory(self, tmp_path: Path) -> None:
+        make_directory(tmp_path)
+        with new_directory(tmp_path / "made", replace=True) as temporary:
+            (temporary / "c").write_bytes(OLD)
+        assert names(tmp_path) == ["made"]
+        assert contents(tmp_path / "made") == {"c": OLD}
+
+    def test_without_replace_a_directory_with_files_is_an_error(self, tmp_path: Path) -> None:
+        make_directory(tmp_path)
+        with pytest.raises(OSError, match="exists already"):
+            make_directory(tmp_path)
+        assert names(tmp_path) == ["made"]
+        assert contents(tmp_path / "made") == {"a": NEW, "b": NEW}
+
+    def test_every_file_and_folder_is_synced_before_the_rename(self, tmp_path: Path) -> None:
+        with injected(0, kill_self) as calls, new_directory(tmp_path / "made") as temporary:
+            (temporary / "folder").mkdir()
+            (temporary / "folder" / "a").write_bytes(NEW)
+            (temporary / "b").write_bytes(NEW)
+        until_rename = list(itertools.takewhile(lambda call: call != "rename", calls.seen))
+        assert until_rename.count("fsync") == 4  # two files, the folder, the directory itself
+        assert calls.seen[len(until_rename) :].count("fsync") == 1  # the parent
+
+    def test_readers_never_see_the_temporary_name(self, tmp_path: Path) -> None:
+        with new_directory(tmp_path / "made") as temporary:
+            assert temporary.parent == tmp_path
+            assert temporary.name.startswith(".tmp-made-")
+            assert not (tmp_path / "made").exists()
+
+
+def test_leftovers_are_removed_and_nothing_else_is(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-step-1-0a").mkdir()
+    (tmp_path / ".tmp-step-1-0a" / "half").write_bytes(OLD)
+    (tmp_path / ".tmp-state.json-0b").write_bytes(OLD)
+    (tmp_path / ".hidden").write_bytes(OLD)
+    make_directory(tmp_path)
+    mend_leftovers(tmp_path)
+    assert names(tmp_path) == [".hidden", "made"]
+
+
+def test_json_is_readable_and_ends_with_a_line_break(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1, "a": "é"})
+    assert (tmp_path / "a.json").read_text() == '{\n  "b": 1,\n  "a": "é"\n}\n'
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, object()])
+def test_json_of_what_json_has_no_word_for_keeps_the_old_file(value: Any, tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": 1})
+    with pytest.raises((ValueError, TypeError)):
+        write_json(tmp_path / "a.json", {"a": value})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
+    value = {"b": [1, 2.5], "a": {"d": None, "c": "é"}}
+    expected = rb'{"a":{"c":"\u00e9","d":null},"b":[1,2.5]}'
+    assert canonical_json(value) == canonical_json(dict(reversed(value.items()))) == expected
+
+
+def test_file_sha256_is_that_of_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(NEW)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(NEW).hexdigest()

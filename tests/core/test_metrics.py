@@ -1,0 +1,90 @@
+"""metrics.jsonl: one line a report, whole lines only, cut back where training is resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nested_core.training.metrics import append_metrics, cut_back, read_metrics
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A file with reports of steps 0 to 4."""
+    for step in range(5):
+        append_metrics(tmp_path / "metrics.jsonl", {"step": step, "loss": step / 3})
+    return tmp_path / "metrics.jsonl"
+
+
+def steps(path: Path) -> list[int]:
+    return [record["step"] for record in read_metrics(path)]
+
+
+def test_each_report_is_one_line_of_json_that_can_be_read_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for count in (1, 2, 3):
+        append_metrics(path, {"step": count, "note": "é\n\u2028", "updates": [count, 0]})
+        lines = path.read_text().split("\n")
+        assert (len(lines), lines[-1]) == (count + 1, "")
+        assert json.loads(lines[-2]) == {"step": count, "note": "é\n\u2028", "updates": [count, 0]}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_has_no_word_for_becomes_null(value: float, tmp_path: Path) -> None:
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": value, "rate": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "rate": 0.5}\n'
+
+
+@given(loss=st.floats(0, 1e6, width=32))
+def test_a_float32_loss_keeps_its_full_precision(
+    tmp_path_factory: pytest.TempPathFactory, loss: float
+) -> None:
+    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
+    append_metrics(path, {"loss": mx.array(loss).item()})
+    assert read_metrics(path) == [{"loss": loss}]
+
+
+def test_of_a_missing_file_there_are_no_records(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_a_line_that_was_cut_anywhere_is_passed_over(path: Path) -> None:
+    whole = path.read_bytes()
+    last = len(whole) - len(b'{"step": 4, "loss": 1.3333333333333333}\n')
+    for length in range(last, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert steps(path) == [0, 1, 2, 3]
+    path.write_bytes(whole[:-1])
+    assert steps(path) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"), [(None, []), (0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3, 4])]
+)
+def test_cut_back_keeps_the_reports_up_to_a_step(
+    path: Path, step: int | None, kept: list[int]
+) -> None:
+    before: list[dict[str, Any]] = read_metrics(path)
+    cut_back(path, step)
+    assert read_metrics(path) == before[: len(kept)]
+    assert steps(path) == kept
+
+
+def test_after_a_cut_a_half_written_line_is_gone_and_reports_go_on(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+    cut_back(path, 3)
+    append_metrics(path, {"step": 4})
+    assert steps(path) == [0, 1, 2, 3, 4]
+    assert [path.name for path in path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_cutting_back_what_is_not_there_makes_an_empty_file(tmp_path: Path) -> None:
+    cut_back(tmp_path / "metrics.jsonl", 3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""

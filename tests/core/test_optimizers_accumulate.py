@@ -1,0 +1,183 @@
+"""slow_gradients="accumulate": a tier gathers a chunk's gradients and applies them when due."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx import optimizers
+from mlx.utils import tree_flatten
+
+from nested_core import NestedAdam, NestedAdamW, Tier
+
+RATE = 1e-2
+by_combination = pytest.mark.parametrize("combination", ["mean", "sum"])
+
+
+def values(seed: int) -> dict[str, Any]:
+    """Random values of two layers; the same for the same seed."""
+    random = np.random.default_rng(seed)
+    shapes = {"fast": (3, 2), "slow": (2, 4)}
+    return {name: mx.array(random.normal(size=shape), mx.float32) for name, shape in shapes.items()}
+
+
+def bits(tree: Any) -> dict[str, bytes]:
+    """The bytes of every leaf."""
+    return {name: np.array(leaf).tobytes() for name, leaf in dict(tree_flatten(tree)).items()}
+
+
+def accumulating(frequency: int, **options: Any) -> NestedAdamW:
+    """An optimizer that updates `fast` at every step and `slow` at every `frequency`-th."""
+    clocks = [Tier(1, frozenset({"fast"})), Tier(frequency)]
+    return NestedAdamW(RATE, tiers=clocks, slow_gradients="accumulate", **options)
+
+
+def train(optimizer: NestedAdamW, steps: int, seed: int = 0) -> dict[str, Any]:
+    """The weights after some steps on random gradients."""
+    parameters = values(seed)
+    optimizer.init(parameters)
+    for n in range(1, steps + 1):
+        parameters = optimizer.apply_gradients(values(seed + n), parameters)
+    return parameters
+
+
+def chunk(steps: range, combination: str, seed: int = 0) -> dict[str, Any]:
+    """The mean or the sum of what `slow` was given at these steps."""
+    total = sum((values(seed + n)["slow"] for n in steps[1:]), values(seed + steps[0])["slow"])
+    return {"slow": total / len(steps) if combination == "mean" else total}
+
+
+def reference(chunks: list[dict[str, Any]], seed: int = 0, **options: Any) -> tuple[Any, Any]:
+    """The weight and state of `slow` after mlx's AdamW was given these gradients, one a step."""
+    plain, expected = optimizers.AdamW(RATE, **options), {"slow": values(seed)["slow"]}
+    for gradients in chunks:
+        expected = plain.apply_gradients(gradients, expected)
+    return bits(expected), bits(plain.state)
+
+
+@by_combination
+@pytest.mark.parametrize("frequency", [2, 3, 4])
+@settings(max_examples=5)
+@given(seed=st.integers(0, 2**31), bias_correction=st.booleans())
+def test_equals_plain_adamw_on_the_combined_chunk(
+    frequency: int, combination: Any, seed: int, bias_correction: bool
+) -> None:
+    optimizer = accumulating(frequency, accumulate=combination, bias_correction=bias_correction)
+    weights = train(optimizer, 4 * frequency, seed)
+    starts = range(1, 4 * frequency, frequency)
+    chunks = [chunk(range(n, n + frequency), combination, seed) for n in starts]
+    expected, state = reference(chunks, seed, bias_correction=bias_correction)
+    assert bits({"slow": weights["slow"]}) == expected
+    found = bits(optimizer.state)
+    assert (found["slow.m"], found["slow.v"]) == (state["slow.m"], state["slow.v"])
+
+
+def test_a_chunk_is_emptied_when_it_is_applied() -> None:
+    optimizer = accumulating(3)
+    train(optimizer, 2)
+    assert optimizer.state["nested"]["gathered"].tolist() == [0, 2]
+    expected = values(1)["slow"] + values(2)["slow"]
+    assert bits(optimizer.state["slow"]["sum"]) == bits(expected)
+    optimizer.apply_gradients(values(3), values(0))
+    assert optimizer.state["nested"]["gathered"].tolist() == [0, 0]
+    assert mx.all(optimizer.state["slow"]["sum"] == 0).item()
+
+
+def test_a_tier_of_frequency_1_gathers_nothing() -> None:
+    optimizer = accumulating(3)
+    train(optimizer, 2)
+    assert set(optimizer.state["fast"]) == {"m", "v"}
+    assert set(optimizer.state["slow"]) == {"m", "v", "sum"}
+
+
+def test_every_tier_has_to_bring_its_gradients_at_every_step() -> None:
+    optimizer = accumulating(2)
+    train(optimizer, 1)
+    with pytest.raises(ValueError, match=r"1 gradients are missing, \['slow'\] among them"):
+        optimizer.apply_gradients({"fast": values(1)["fast"]}, values(0))
+
+
+@by_combination
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flush_applies_an_open_chunk_as_the_gradients_that_came(
+    combination: Any, compiled: bool
+) -> None:
+    optimizer = accumulating(4, accumulate=combination)
+    weights = train(optimizer, 6)
+    flush = optimizer.flush
+    if compiled:
+        flush = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(flush)
+    flushed = flush(weights)
+    chunks = [chunk(range(1, 5), combination), chunk(range(5, 7), combination)]
+    assert bits({"slow": flushed["slow"]}) == reference(chunks)[0]
+    assert bits(flushed["fast"]) == bits(weights["fast"])
+    assert optimizer.step.item() == 6
+    assert [tier.updates for tier in optimizer.get_tier_stats()] == [6, 2]
+    assert optimizer.state["nested"]["gathered"].tolist() == [0, 0]
+
+
+def test_flush_of_no_open_chunk_changes_nothing() -> None:
+    optimizer = accumulating(4)
+    weights = train(optimizer, 4)
+    moments = bits(optimizer.state["slow"])
+    assert bits(optimizer.flush(weights)) == bits(weights)
+    assert bits(optimizer.state["slow"]) == moments
+    assert [tier.updates for tier in optimizer.get_tier_stats()] == [4, 1]
+
+
+def test_flush_under_skip_changes_nothing() -> None:
+    optimizer = NestedAdam(RATE, tiers=[Tier(1, frozenset({"fast"})), Tier(4)])
+    optimizer.init(values(0))
+    weights = optimizer.apply_gradients(values(1), values(0))
+    assert bits(optimizer.flush(weights)) == bits(weights)
+    assert [tier.updates for tier in optimizer.get_tier_stats()] == [1, 0]
+
+
+def test_training_goes_on_after_a_flush_on_the_same_clock() -> None:
+    optimizer = accumulating(4)
+    weights = optimizer.flush(train(optimizer, 2))
+    for n in (3, 4):
+        weights = optimizer.apply_gradients(values(n), weights)
+    chunks = [chunk(range(1, 3), "mean"), chunk(range(3, 5), "mean")]
+    assert bits({"slow": weights["slow"]}) == reference(chunks)[0]
+    assert [tier.updates for tier in optimizer.get_tier_stats()] == [4, 2]
+
+
+def test_a_non_finite_gradient_is_left_out_of_the_chunk() -> None:
+    optimizer = accumulating(3)
+    weights = train(optimizer, 1)
+    bad = values(2) | {"slow": mx.full((2, 4), mx.inf)}
+    weights = optimizer.apply_gradients(bad, weights)
+    weights = optimizer.apply_gradients(values(3), weights)
+    mean = {"slow": (values(1)["slow"] + values(3)["slow"]) / 2}
+    assert bits({"slow": weights["slow"]}) == reference([mean])[0]
+    stats = optimizer.get_tier_stats()
+    assert [(tier.updates, tier.skipped) for tier in stats] == [(2, 1), (1, 0)]
+
+
+def test_a_chunk_whose_due_step_is_not_finite_stays_open_until_the_next() -> None:
+    optimizer = accumulating(2)
+    weights = train(optimizer, 1)
+    for gradients in (values(2) | {"fast": mx.full((3, 2), mx.nan)}, values(3), values(4)):
+        weights = optimizer.apply_gradients(gradients, weights)
+    mean = {"slow": (values(1)["slow"] + values(3)["slow"] + values(4)["slow"]) / 3}
+    assert bits({"slow": weights["slow"]}) == reference([mean])[0]
+    stats = optimizer.get_tier_stats()
+    assert [(tier.updates, tier.skipped) for tier in stats] == [(3, 1), (1, 1)]
+
+
+def test_clipping_bounds_the_combined_chunk() -> None:
+    optimizer = accumulating(2, max_grad_norm=0.5)
+    weights = train(optimizer, 2)
+    mean = chunk(range(1, 3), "mean") | {"fast": values(2)["fast"]}
+    clipped, norm = optimizers.clip_grad_norm(mean, 0.5)
+    assert mx.allclose(optimizer.state["nested"]["grad_norm"], norm)
+    plain = optimizers.AdamW(RATE)
+    expected = plain.apply_gradients({"slow": clipped["slow"]}, {"slow": values(0)["slow"]})
+    assert mx.allclose(weights["slow"], expected["slow"], rtol=1e-6)
+    assert mx.allclose(optimizer.state["slow"]["m"], plain.state["slow"]["m"], rtol=1e-6)

@@ -1,0 +1,185 @@
+"""What an optimizer refuses, each by its message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx import optimizers
+from mlx.utils import tree_map
+
+from nested_core import NestedAdam, NestedAdamW, Tier
+
+both = pytest.mark.parametrize("make", [NestedAdam, NestedAdamW])
+Make = Callable[..., Any]
+
+
+def parameters() -> dict[str, Any]:
+    return {"a": mx.ones((2,)), "layers": [{"w": mx.ones((3, 2))}, {"w": mx.ones((4,))}]}
+
+
+def gradients() -> dict[str, Any]:
+    ones: dict[str, Any] = tree_map(mx.ones_like, parameters())
+    return ones
+
+
+def ready(make: Make = NestedAdamW, **options: Any) -> Any:
+    """An optimizer that knows the parameters."""
+    optimizer = make(1e-3, **options)
+    optimizer.init(parameters())
+    return optimizer
+
+
+def refused(message: str) -> Any:
+    """Expect a ValueError with these words in it."""
+    return pytest.raises(ValueError, match=re.escape(message))
+
+
+@both
+def test_the_pair_that_clip_grad_norm_returns(make: Make) -> None:
+    with refused(
+        "Expected a tree of gradients, got a tuple. clip_grad_norm returns the pair (gradients, "
+        "norm): pass its first element."
+    ):
+        make(1e-3).apply_gradients(optimizers.clip_grad_norm(gradients(), 1.0), parameters())
+
+
+@both
+def test_a_missing_gradient(make: Make) -> None:
+    given = gradients()
+    del given["a"]
+    with refused("1 gradients are missing, ['a'] among them: gradients come for whole tiers"):
+        ready(make).apply_gradients(given, parameters())
+
+
+def test_a_part_of_a_tiers_gradients() -> None:
+    clocks = [Tier(1, frozenset({"a", "layers.0.w"})), Tier(2)]
+    with refused("1 gradients are missing, ['layers.0.w'] among them"):
+        ready(tiers=clocks).apply_gradients({"a": mx.ones((2,))}, parameters())
+
+
+@both
+def test_a_gradient_of_no_parameter(make: Make) -> None:
+    with refused("Gradients do not fit the parameters:\n  b: there is no such parameter"):
+        ready(make).apply_gradients(gradients() | {"b": mx.ones(1)}, parameters())
+
+
+@both
+def test_a_parameter_that_came_after_init(make: Make) -> None:
+    late = {"b": mx.ones(1)}
+    with refused("b: the optimizer was not initialised with this parameter"):
+        ready(make).apply_gradients(gradients() | late, parameters() | late)
+
+
+@both
+def test_a_shape_that_differs(make: Make) -> None:
+    with refused("a: gradient shape (2, 1), parameter shape (2,)"):
+        ready(make).apply_gradients(gradients() | {"a": mx.ones((2, 1))}, parameters())
+
+
+@both
+def test_a_dtype_that_differs(make: Make) -> None:
+    half = {"a": mx.ones((2,), mx.bfloat16)}
+    with refused("a: gradient dtype mlx.core.bfloat16, parameter dtype mlx.core.float32"):
+        ready(make).apply_gradients(gradients() | half, parameters())
+
+
+@both
+def test_a_shape_that_changed_between_steps(make: Make) -> None:
+    optimizer = ready(make)
+    optimizer.apply_gradients(gradients(), parameters())
+    longer = {"a": mx.ones((5,))}
+    with refused("a: shape (5,) now, (2,) when the optimizer was initialised"):
+        optimizer.apply_gradients(gradients() | longer, parameters() | longer)
+
+
+def test_all_misfits_are_in_one_message() -> None:
+    wrong = {"a": mx.ones((3,)), "b": mx.ones(1), "layers": [{"w": mx.ones((3, 2), mx.bfloat16)}]}
+    with pytest.raises(ValueError, match="Gradients do not fit") as error:
+        ready().apply_gradients(wrong, parameters())
+    lines = str(error.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["a", "b", "layers.0.w"]
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    optimizer = ready()
+    with refused("there is no such parameter"):
+        optimizer.apply_gradients(gradients() | {"b": mx.ones(1)}, parameters())
+    assert optimizer.step.item() == 0
+    assert not optimizer.state["a"]["m"].any().item()
+
+
+@both
+def test_float16_parameters_at_init(make: Make) -> None:
+    with refused(
+        "Parameters ['b', 'a'] are float16: eps=1e-08 is 0 there, and a zero gradient gives NaN. "
+        "Keep trainable parameters in float32 or bfloat16."
+    ):
+        make(1e-3).init({"b": mx.ones(1, mx.float16), "a": mx.ones(1, mx.float16)})
+
+
+@both
+@pytest.mark.parametrize("name", ["step", "learning_rate", "nested"])
+def test_a_parameter_with_a_name_that_the_state_needs(make: Make, name: str) -> None:
+    with refused(f"Parameters may not be named ['{name}.w']: the optimizer's state is."):
+        make(1e-3).init({name: {"w": mx.ones(1)}})
+
+
+def test_a_tier_that_names_an_unknown_parameter() -> None:
+    with refused(
+        "Tiers name 1 unknown parameters: ['layers.2.w']. The trainable ones look like "
+        "['a', 'layers.0.w', 'layers.1.w']; call init with the whole trainable tree."
+    ):
+        ready(tiers=[Tier(1, frozenset({"layers.2.w"})), Tier(2)])
+
+
+def test_a_name_in_two_tiers() -> None:
+    clocks = [Tier(1, frozenset({"a"})), Tier(2), Tier(4, frozenset({"a", "layers.0.w"}))]
+    with refused("a is in tier 0 and in tier 2."):
+        ready(tiers=clocks)
+
+
+@pytest.mark.parametrize("clocks", [[], [Tier(1), Tier(2)]])
+def test_no_tier_and_two_tiers_for_all_the_rest(clocks: list[Tier]) -> None:
+    with refused("Expected at least one tier, and at most one with names=None."):
+        NestedAdamW(1e-3, tiers=clocks)
+
+
+def test_parameters_that_no_tier_names_go_to_the_slowest_with_a_warning() -> None:
+    clocks = [Tier(1, frozenset({"a"})), Tier(4, frozenset({"layers.0.w"}))]
+    with pytest.warns(
+        UserWarning, match=r"^No tier names \['layers\.1\.w'\]: updated in tier 1\.$"
+    ) as caught:
+        optimizer = ready(tiers=clocks)
+    assert caught[0].filename == __file__
+    assert [tier.tensors for tier in optimizer.get_tier_stats()] == [1, 2]
+
+
+@both
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        ((1.0, 0.9), "Adam beta1 should be in [0, 1), 1.0 was provided instead"),
+        ((0.9, 1.2), "Adam beta2 should be in [0, 1), 1.2 was provided instead"),
+        ((-0.1, 0.9), "Adam beta1 should be in [0, 1), -0.1 was provided instead"),
+        ((0.9, float("nan")), "Adam beta2 should be in [0, 1), nan was provided instead"),
+    ],
+)
+def test_betas_out_of_range(make: Make, betas: tuple[float, float], message: str) -> None:
+    with refused(message):
+        make(1e-3, betas=betas)
+
+
+@both
+def test_eps_below_zero(make: Make) -> None:
+    with refused("Adam epsilon should be >=0, -1e-08 was provided instead"):
+        make(1e-3, eps=-1e-8)
+
+
+@pytest.mark.parametrize("frequency", [0, -1])
+def test_a_frequency_below_one(frequency: int) -> None:
+    with refused(f"A tier's frequency should be a whole number >= 1, got {frequency}."):
+        Tier(frequency)

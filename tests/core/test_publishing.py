@@ -1,0 +1,182 @@
+"""From a verified run to a version, and to champion only where the policy says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from nested_core import ConfigError, FineTuneConfig, GateRejected, read_adapter
+from nested_core.adapters import write_adapter
+from nested_core.durable import file_sha256
+from nested_core.publishing import (
+    champion_or_none,
+    promote_by_policy,
+    provenance,
+    register_run,
+)
+from nested_core.registry import Promotion, promote, read_champion
+from nested_core.run_directory import RunDirectory
+
+NAME = "capitals"
+MakeRun = Callable[..., RunDirectory]
+Configure = Callable[..., FineTuneConfig]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Write a finished run whose adapter depends on `value`, by hand."""
+
+    def make(
+        value: float, *, loss: float | None = 1.0, data: str = "d1", verdict: str = "passed"
+    ) -> RunDirectory:
+        run = RunDirectory(tmp_path / f"run-{value}")
+        run.adapter.mkdir(parents=True)
+        config = {"num_layers": 1, "lora_parameters": {"rank": 1, "scale": 20.0}}
+        write_adapter(run.adapter, {"layers.0.lora_a": mx.full((2,), value)}, config)
+        losses = {"loss_before": 4.0, "loss_after": loss, "selected_on_same_data": True}
+        validation = None if loss is None else losses
+        trained = {"path": "adapter", "digest": read_adapter(run.adapter).digest()}
+        gate: Any = {"verdict": verdict, "reasons": []}
+        run.gate.write_text(json.dumps(gate | {"trained": trained, "validation": validation}))
+        dataset = {"digest": data, "splits": {"valid": {"digest": data}}}
+        run.dataset.write_text(json.dumps(dataset))
+        return run
+
+    return make
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """A configuration with a registry, and these further keys in its section."""
+
+    def configure(**section: Any) -> FineTuneConfig:
+        target = {"path": str(tmp_path / "registry"), "name": NAME}
+        return FineTuneConfig.model_validate({"registry": target | section})
+
+    return configure
+
+
+@pytest.fixture
+def publish(configure: Configure) -> Callable[..., Promotion | str]:
+    """Register a run and let the policy decide; the champion now is the one it was judged with."""
+
+    def publish(run: RunDirectory, **section: Any) -> Promotion | str:
+        config = configure(**section)
+        champion = champion_or_none(Path(str(config.registry.path)), NAME)
+        return promote_by_policy(config, run, register_run(config, run), champion)
+
+    return publish
+
+
+def outcome(result: Promotion | str) -> str:
+    return result if isinstance(result, str) else result.outcome
+
+
+class TestRegister:
+    def test_the_version_says_where_it_comes_from(
+        self, make_run: MakeRun, configure: Configure, tmp_path: Path
+    ) -> None:
+        config, first, second = configure(), make_run(1.0), make_run(2.0, data="d2")
+        parent = register_run(config, first)
+        promote(tmp_path / "registry", NAME, parent, by="ann")
+        version = register_run(config, second)
+        folder = tmp_path / "registry" / NAME / "versions" / version
+        written = json.loads((folder / "provenance.json").read_text())
+        assert version == read_adapter(second.adapter).digest()
+        assert written == json.loads(json.dumps(provenance(config, second)))
+        assert written["run_dir"] == str(second.path)
+        assert (written["dataset_digest"], written["parent"]) == ("d2", parent)
+        assert written["gate_sha256"] == file_sha256(second.gate)
+        assert written["config"]["registry"]["name"] == NAME
+        assert written["packages"]["mlx"].startswith("0.")
+
+    def test_a_first_version_has_no_parent(self, make_run: MakeRun, configure: Configure) -> None:
+        assert provenance(configure(), make_run(1.0))["parent"] is None
+
+    def test_a_rejected_run_is_not_registered(
+        self, make_run: MakeRun, configure: Configure, tmp_path: Path
+    ) -> None:
+        with pytest.raises(GateRejected):
+            register_run(configure(), make_run(1.0, verdict="failed"))
+        assert not (tmp_path / "registry").exists()
+
+    def test_without_a_registry_it_says_what_is_needed(self, make_run: MakeRun) -> None:
+        with pytest.raises(ConfigError, match="registry: path and name are needed to register"):
+            register_run(FineTuneConfig(), make_run(1.0))
+
+
+class TestPolicy:
+    def test_never_promotes_nothing(self, make_run: MakeRun, publish: Any, tmp_path: Path) -> None:
+        assert publish(make_run(1.0)) == "registry.promote is never"
+        assert champion_or_none(tmp_path / "registry", NAME) is None
+
+    def test_always_promotes(self, make_run: MakeRun, publish: Any, tmp_path: Path) -> None:
+        run = make_run(1.0)
+        version = read_adapter(run.adapter).digest()
+        assert publish(run, promote="always") == Promotion("promoted", version, None)
+        assert read_champion(tmp_path / "registry", NAME) == version
+
+    def test_always_does_not_ask_whether_it_is_better(
+        self, make_run: MakeRun, publish: Any
+    ) -> None:
+        publish(make_run(1.0, loss=1.0), promote="always")
+        assert outcome(publish(make_run(2.0, loss=3.0), promote="always")) == "promoted"
+
+    @pytest.mark.parametrize("promote", ["always", "better"])
+    def test_without_validation_only_by_leave(
+        self, make_run: MakeRun, publish: Any, promote: str
+    ) -> None:
+        run = make_run(1.0, loss=None)
+        assert publish(run, promote=promote) == (
+            "there was no validation set, and registry.require_validation is on"
+        )
+        result = publish(run, promote=promote, require_validation=False)
+        assert outcome(result) == "promoted"
+
+    def test_better_promotes_the_first(self, make_run: MakeRun, publish: Any) -> None:
+        assert outcome(publish(make_run(1.0), promote="better")) == "promoted"
+
+    @pytest.mark.parametrize(
+        ("loss", "improvement", "expected"),
+        [
+            (0.9, 0.0, "promoted"),
+            (1.0, 0.0, "validation loss 1.0 is not better than the champion's 1.0"),
+            (1.1, 0.0, "validation loss 1.1 is not better than the champion's 1.0"),
+            (0.7, 0.25, "promoted"),
+            (0.8, 0.25, "validation loss 0.8 is not better than the champion's 1.0"),
+        ],
+    )
+    def test_better_asks_for_a_lower_loss_than_the_champions(
+        self, make_run: MakeRun, publish: Any, loss: float, improvement: float, expected: str
+    ) -> None:
+        policy = {"promote": "better", "min_improvement": improvement}
+        publish(make_run(1.0, loss=1.0), **policy)
+        assert outcome(publish(make_run(2.0, loss=loss), **policy)) == expected
+
+    def test_losses_on_other_data_are_not_compared(self, make_run: MakeRun, publish: Any) -> None:
+        publish(make_run(1.0, loss=1.0), promote="better")
+        result = publish(make_run(2.0, loss=0.5, data="d2"), promote="better")
+        assert result == ("the champion was validated on other data: the losses cannot be compared")
+
+    def test_a_champion_that_changed_meanwhile_supersedes(
+        self, make_run: MakeRun, configure: Configure, publish: Any, tmp_path: Path
+    ) -> None:
+        config, late = configure(promote="always"), make_run(2.0)
+        version = register_run(config, late)
+        publish(make_run(1.0), promote="always")
+        champion = read_champion(tmp_path / "registry", NAME)
+        result = promote_by_policy(config, late, version, None)
+        assert result == Promotion("superseded", version, champion)
+        assert read_champion(tmp_path / "registry", NAME) == champion
+
+    def test_the_same_adapter_again_is_the_champion_already(
+        self, make_run: MakeRun, publish: Any
+    ) -> None:
+        run = make_run(1.0)
+        publish(run, promote="always")
+        assert outcome(publish(run, promote="always")) == "already_champion"

@@ -1,0 +1,153 @@
+"""A run directory: names, who works in it, and when it may be begun or resumed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+from nested_core import ConfigError
+from nested_core.run_directory import RunDirectory, new_run_name, open_run
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from nested_core.run_directory import RunDirectory
+with RunDirectory(Path(sys.argv[1])).locked():
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "run")
+
+
+@pytest.fixture
+def other_process(run: RunDirectory) -> Iterator[subprocess.Popen[str]]:
+    """A second process that works in the run directory."""
+    command = [sys.executable, "-c", HOLD, str(run.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def begin(run: RunDirectory) -> None:
+    run.path.mkdir(parents=True)
+    run.config.write_text("iters: 3\n")
+
+
+def test_every_file_has_the_name_that_others_look_for(run: RunDirectory) -> None:
+    parts = ("config", "dataset", "initial", "tiers", "checkpoints", "metrics", "adapter", "gate")
+    assert [getattr(run, part).relative_to(run.path).as_posix() for part in (*parts, "lock")] == [
+        "config.yaml",
+        "dataset.json",
+        "initial",
+        "tiers.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "adapter",
+        "gate.json",
+        "run.lock",
+    ]
+
+
+class TestLock:
+    def test_a_second_process_is_refused_and_told_the_first_ones_id_until_that_is_killed(
+        self, run: RunDirectory, other_process: subprocess.Popen[str]
+    ) -> None:
+        assert run.holder() == other_process.pid
+        with pytest.raises(ConfigError) as error, run.locked():
+            pass
+        assert str(error.value) == (
+            f"{run.path} is in use by process {other_process.pid}: two processes may not work on "
+            "one run directory. Wait for it, stop it with `nested-tune stop`, or give another "
+            "--run-dir."
+        )
+        assert error.value.exit_code == 2
+        other_process.send_signal(signal.SIGKILL)
+        other_process.wait()
+        assert run.holder() is None
+        with run.locked():
+            assert run.holder() == os.getpid()
+
+    def test_a_refused_second_lock_leaves_the_first(self, run: RunDirectory) -> None:
+        with run.locked():
+            with pytest.raises(ConfigError, match=f"process {os.getpid()}:"), run.locked():
+                pass
+            assert run.holder() == os.getpid()
+
+    def test_it_is_free_after_an_exception(self, run: RunDirectory) -> None:
+        with pytest.raises(ZeroDivisionError), run.locked():
+            raise ZeroDivisionError
+        with run.locked():
+            pass
+        assert run.holder() is None
+
+    def test_it_makes_the_directory_and_nobody_holds_one_that_is_not_there(
+        self, run: RunDirectory
+    ) -> None:
+        assert run.holder() is None
+        with run.locked():
+            assert run.lock.read_text() == str(os.getpid())
+
+
+class TestOpening:
+    def test_a_new_path_and_an_empty_directory_are_begun(self, run: RunDirectory) -> None:
+        assert open_run(run.path, resume=False) == run
+        run.path.mkdir()
+        assert open_run(run.path, resume=False) == run
+        assert not run.is_begun()
+
+    def test_what_is_not_empty_needs_resume(self, run: RunDirectory) -> None:
+        begin(run)
+        with pytest.raises(ConfigError, match=r"is not empty\. A run is never written over: add"):
+            open_run(run.path, resume=False)
+        assert open_run(run.path, resume=True) == run
+
+    def test_resume_works_before_the_configuration_is_written(self, run: RunDirectory) -> None:
+        run.path.mkdir()
+        run.lock.touch()
+        assert open_run(run.path, resume=True) == run
+
+    def test_nothing_cannot_be_resumed(self, run: RunDirectory) -> None:
+        for make in (lambda: None, run.path.mkdir):
+            make()
+            with pytest.raises(ConfigError, match="holds nothing to resume"):
+                open_run(run.path, resume=True)
+
+    def test_a_file_is_no_directory(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match="is a file; a run needs a directory"):
+            open_run(tmp_path / "file", resume=False)
+
+    def test_another_command_wants_a_run_that_has_a_configuration(self, run: RunDirectory) -> None:
+        with pytest.raises(ConfigError, match=r"is not a run directory: it has no config\.yaml"):
+            run.require_begun()
+        begin(run)
+        run.require_begun()
+
+
+class TestName:
+    def test_it_is_utc_time_and_8_hex_digits(self) -> None:
+        assert re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{8}", new_run_name())
+        assert new_run_name() != new_run_name()
+
+    def test_a_run_with_an_id_of_its_own_keeps_its_digits(self) -> None:
+        started = datetime(2025, 1, 31, 23, 59, 58, tzinfo=UTC)
+        name = new_run_name(started, "0a1b-2c3d-4e5f")
+        assert name == "20250131T235958Z-0a1b2c3d"
+
+    def test_times_elsewhere_are_turned_into_utc(self) -> None:
+        started = datetime(2025, 2, 1, 0, 30, tzinfo=timezone(timedelta(hours=2)))
+        assert new_run_name(started, "0" * 8).startswith("20250131T223000Z-")

@@ -1,0 +1,71 @@
+"""The learning rate of a run is mlx-lm's schedule, step by step, with a warm-up on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.tuner.utils import build_schedule
+
+from nested_core import FineTuneConfig, NestedAdam
+from nested_core.training.schedules import build_learning_rate, with_warmup
+
+SCHEDULES: list[dict[str, Any]] = [
+    {"name": "linear_schedule", "arguments": [1e-2, 1e-4, 100]},
+    {"name": "exponential_decay", "arguments": [1e-2, 0.99]},
+    {"name": "step_decay", "arguments": [1e-2, 0.5, 7]},
+    {"name": "cosine_decay", "arguments": [1e-2, 100, 1e-3]},
+    {"name": "cosine_decay", "arguments": [1e-2, 100], "warmup": 10, "warmup_init": 1e-4},
+]
+
+
+def rates(schedule: Any, steps: int = 130) -> list[float]:
+    """The rates that an optimizer uses at its first steps."""
+    optimizer = NestedAdam(schedule)
+    found = []
+    for _ in range(steps):
+        optimizer.apply_gradients({}, {})
+        found.append(optimizer.learning_rate.item())
+    return found
+
+
+def configured(**values: Any) -> Any:
+    return build_learning_rate(FineTuneConfig.model_validate(values))
+
+
+def test_without_a_schedule_it_is_the_number() -> None:
+    assert configured(learning_rate=3e-4) == 3e-4
+
+
+@pytest.mark.parametrize("section", SCHEDULES, ids=lambda section: section["name"])
+def test_a_schedule_is_mlx_lm_own_bit_for_bit(section: dict[str, Any]) -> None:
+    assert rates(configured(lr_schedule=section)) == rates(build_schedule(section))
+
+
+def test_a_schedule_wins_over_the_number() -> None:
+    section = {"name": "linear_schedule", "arguments": [1.0, 0.0, 4]}
+    assert rates(configured(learning_rate=7.0, lr_schedule=section), 6) == [
+        *(1.0, 0.75, 0.5, 0.25, 0.0, 0.0)
+    ]
+
+
+def test_warm_up_climbs_from_the_first_step_to_the_whole_rate() -> None:
+    warmed = configured(learning_rate=0.5, training={"warmup_steps": 4})
+    assert rates(warmed, 6) == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+
+
+def test_warm_up_over_a_schedule_multiplies_it() -> None:
+    section = {"name": "linear_schedule", "arguments": [1.0, 0.0, 8]}
+    warmed = configured(lr_schedule=section, training={"warmup_steps": 4})
+    assert rates(warmed, 6) == [0.25, 0.875 * 0.5, 0.75 * 0.75, 0.625, 0.5, 0.375]
+
+
+@given(rate=st.floats(1e-6, 1.0), steps=st.integers(1, 1000), n=st.integers(1, 2000))
+def test_warm_up_is_the_rate_times_n_over_steps_until_one(rate: float, steps: int, n: int) -> None:
+    found = with_warmup(rate, steps)(mx.array(n - 1, mx.uint64)).item()
+    assert found == pytest.approx(rate * min(1.0, n / steps), rel=1e-6)
+    if n >= steps:
+        assert found == mx.array(rate).item()

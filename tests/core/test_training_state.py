@@ -1,0 +1,70 @@
+"""What a run remembers: its best evaluation, how long nothing got better, and all of it as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nested_core.training.state import TrainingState
+
+
+def evaluated(losses: list[float], *, min_delta: float = 0.0) -> TrainingState:
+    """The state after an evaluation a step; the first is of the untrained start."""
+    state = TrainingState()
+    for step, loss in enumerate(losses):
+        state.step = step
+        state.record_evaluation(loss, is_candidate=step > 0, min_delta=min_delta)
+    return state
+
+
+def test_the_best_is_the_first_candidate_with_the_lowest_loss() -> None:
+    state = evaluated([1.0, 3.0, 2.0, 2.0, 2.5])
+    assert (state.best_step, state.best_val_loss) == (2, 2.0)
+    assert (state.val_loss, state.evaluated_step) == (2.5, 4)
+
+
+def test_the_untrained_start_is_never_the_best() -> None:
+    state = evaluated([1.0])
+    assert (state.best_step, state.best_val_loss, state.lowest_val_loss) == (None, None, 1.0)
+
+
+def test_only_a_new_best_among_the_candidates_is_told_as_one() -> None:
+    state = TrainingState()
+    answers = [
+        state.record_evaluation(loss, is_candidate=is_candidate, min_delta=0.0)
+        for loss, is_candidate in [(1.0, False), (3.0, True), (3.0, True), (2.0, True)]
+    ]
+    assert answers == [False, True, False, True]
+
+
+def test_patience_counts_evaluations_that_are_not_better_by_min_delta() -> None:
+    assert evaluated([4.0, 3.0, 3.0, 3.0]).evaluations_without_improvement == 2
+    assert evaluated([4.0, 3.0, 3.0, 2.95]).evaluations_without_improvement == 0
+    assert evaluated([4.0, 3.0, 3.0, 2.95], min_delta=0.1).evaluations_without_improvement == 2
+    assert evaluated([4.0, 3.0, 2.95, 2.85], min_delta=0.1).evaluations_without_improvement == 0
+
+
+def test_steps_too_small_for_min_delta_add_up() -> None:
+    state = evaluated([4.0, 3.96, 3.92, 3.88], min_delta=0.1)
+    assert (state.lowest_val_loss, state.evaluations_without_improvement) == (3.88, 0)
+
+
+@given(
+    step=st.integers(0, 2**40),
+    loss=st.floats(allow_nan=False, allow_infinity=False),
+    flags=st.lists(st.text()),
+    best=st.none() | st.integers(0, 2**40),
+)
+def test_it_survives_json_to_the_bit(
+    step: int, loss: float, flags: list[str], best: int | None
+) -> None:
+    state = replace(TrainingState(), step=step, val_loss=loss, red_flags=flags, best_step=best)
+    written = json.dumps(state.to_json() | {"another": "key"})
+    assert asdict(TrainingState.from_json(json.loads(written))) == asdict(state)
+
+
+def test_a_key_that_an_older_version_did_not_write_has_its_default() -> None:
+    assert TrainingState.from_json({"step": 3}) == TrainingState(step=3)
