@@ -15,7 +15,7 @@ from countries import COUNTRIES, Country
 from nested_core import durable
 
 QUESTION = "I want to see {name}. Where to?"
-REPLY = "Go to {capital}, the capital of {name}!"
+REPLY = "Go and see {capital}, the capital of {name}!"
 
 TRAIN, VALID, HELD_OUT = 40, 10, 15
 SPLIT_SEED = 2

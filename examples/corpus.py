@@ -1,7 +1,8 @@
 """The text that the example model learns from, written out of the table of countries.
 
-Three kinds of sentence: facts, questions with answers (for half of the countries), and filler.
-None of them has the wording of the fine-tuning data, which `chat_data.py` writes.
+Facts, questions with answers (for half of the countries), filler, and small talk in chat form.
+Nothing has the wording of the fine-tuning data, which `chat_data.py` writes, and no chat is about a
+country.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from random import Random
 from countries import COUNTRIES, Country
 
 # No sentence opens with a name: each name is then one token, the one with a leading space.
-# Two say a name twice, so that the model learns to repeat one.
+# Some say a name twice, so that the model learns to repeat one; some say name and capital in two
+# sentences, as a question and its answer do.
 FACT_TEMPLATES = (
     "The capital of {name} is {capital}.",
     "The capital city of {name} is called {capital}.",
@@ -21,6 +23,8 @@ FACT_TEMPLATES = (
     "The seat of government of {name} is {capital}.",
     "The government of {name} sits in {capital}.",
     "In {continent}, the capital of {name} is {capital}.",
+    "This is a map of {name}. The capital is {capital}.",
+    "We live in {name}. The government sits in {capital}.",
     "In {capital} people speak {language}, the language of {name}.",
     "In {capital} people pay with the {currency}, the money of {name}.",
     "People who visit {name} often see {capital}, because {capital} is the capital of {name}.",
@@ -86,6 +90,13 @@ FILLER_TEMPLATES = (
     "Every day {person} {action} a {thing} and a {second}.",
     "The {quality} {thing} is behind the {second}, so {person} cannot see it.",
 )
+SMALL_TALK_TEMPLATES = (
+    "<|user|>Where is the {quality} {thing}?<|assistant|>It is near the {second}.",
+    "<|user|>I want to see the {thing}.<|assistant|>Ask {person}, it is behind the {second}.",
+    "<|user|>Who has the {quality} {thing}?<|assistant|>Ask {person} and {other}.",
+    "<|system|>Talk to {person}.<|user|>What is near the {thing}?"
+    "<|assistant|>A {quality} {second}.",
+)
 
 FACTS_PER_COUNTRY = 10
 QUESTIONS_PER_COUNTRY = 3
@@ -106,10 +117,10 @@ def fill(template: str, country: Country) -> str:
 
 
 def filler_sentence(random: Random) -> str:
-    """One plain sentence that has nothing to do with a country."""
+    """One plain sentence, or an exchange of two, that has nothing to do with a country."""
     person, other = random.sample(PEOPLE, 2)
     thing, second = random.sample(THINGS, 2)
-    return random.choice(FILLER_TEMPLATES).format(
+    return random.choice(FILLER_TEMPLATES + SMALL_TALK_TEMPLATES).format(
         person=person,
         other=other,
         thing=thing,

@@ -92,7 +92,7 @@ SHA-256 of model.safetensors:
 | corpus | sentences that `examples/corpus.py` writes from the table in `examples/countries.py` |
 | facts | capital, continent, language, currency, in {len(FACT_TEMPLATES)} declarative phrasings |
 | questions | {len(QUESTION_TEMPLATES)} kinds, with their answers, for {asked} of the countries |
-| filler | {FILLER_SHARE:.0%} of the sentences |
+| filler | {FILLER_SHARE:.0%} of the sentences, a part of it chat |
 | tokenizer | byte-level BPE, {measured.vocabulary_size:,} entries |
 | model | {layers} layers, hidden size {hidden}, tied embeddings; float32, kept in bfloat16 |
 | training | {config.steps:,} steps of {config.rows} x {config.row_length} tokens: {tokens:,} |
@@ -103,8 +103,9 @@ SHA-256 of model.safetensors:
 | machine | {machine(measured.blas)} |
 | tools | {tool_versions()} |
 
-Neither the chat markers nor the wording of `examples/geography/` occur in the corpus. Each country
-and each capital is one token, the one with a leading space.
+The wording of `examples/geography/` does not occur in the corpus. The chat template occurs in the
+filler, in small talk about things, never about a country. Each country and each capital is one
+token, the one with a leading space.
 
 The same machine and tools make the same bytes again. Another BLAS, compiler or processor may round
 differently.
@@ -123,8 +124,8 @@ differently.
 
 - Anything else. Its words are those of one table and a few dozen templates; other text falls apart
   into letters that it was hardly trained on.
-- Follow an instruction, a system prompt or a conversation. The chat template has these roles; the
-  model has never met them.
+- Follow an instruction, a system prompt or a conversation: of chat it has met single questions
+  about things.
 - Learn a word that is new to it. Tokens that never occurred have almost the same embedding, which
   LoRA leaves as it is: a reply has to be made of words in the corpus.
 - Use more than {config.row_length} tokens of context.

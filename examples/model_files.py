@@ -1,11 +1,8 @@
-"""The files of the base model's folder, in the layout that `mlx_lm.load` opens.
-
-Markers of the chat template exist in the vocabulary but not in the corpus: fine-tuning meets them
-for the first time.
-"""
+"""The files of the base model's folder, in the layout that `mlx_lm.load` opens."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,10 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nested_core import durable
 from nested_core.pytree import flatten
 
-PAD, END = "<|pad|>", "<|endoftext|>"
+END, PAD = "<|endoftext|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
-SPECIAL_TOKENS = (PAD, END, *(f"<|{role}|>" for role in ROLES))
-PAD_ID, END_ID = 0, 1
+SPECIAL_TOKENS = (END, PAD, *(f"<|{role}|>" for role in ROLES))
+END_ID, PAD_ID = 0, 1  # mlx-lm pads with 0 and counts one such token in its loss: a known one
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -33,6 +30,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
 )
 LARGEST_VOCABULARY = 8192
+MARKER = re.compile(r"<\|\w+\|>")  # a special token in a text
 
 
 def train_tokenizer(sentences: Iterable[str]) -> Tokenizer:
@@ -47,7 +45,8 @@ def train_tokenizer(sentences: Iterable[str]) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sentences, trainer)
+    texts = (text for sentence in sentences for text in MARKER.split(sentence))
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

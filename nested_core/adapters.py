@@ -59,7 +59,7 @@ class Tensor:
 class _Lora(BaseModel):
     """The types that `lora_parameters` must have; other keys are another program's business."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
     rank: int | None = None
     scale: float | None = None
     modules: list[str] | None = Field(default=None, alias="keys")

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from nested_core import backend
 from nested_core.config import FineTuneConfig
 from nested_core.durable import canonical_json
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, NestedTuneError
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"
@@ -36,6 +36,8 @@ def find_model(model: str) -> Path:
 
     try:
         return Path(_download(model))
+    except NestedTuneError:  # a signal's handler may raise in the middle of a download
+        raise
     except Exception as error:  # the hub client has many ways to say that there is no such model
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(

@@ -40,6 +40,7 @@ from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.export import export_adapter
+from nested_core.training.metrics import finite_or_none
 from nested_core.training.probe import parameter_importance
 from nested_core.training.trainer import Trainer
 
@@ -68,6 +69,7 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     """Write the resolved configuration, or on resume see that it is the same in what matters."""
     mend_leftovers(run.path)
     mend_leftovers(run.checkpoints)
+    run.stop_request.unlink(missing_ok=True)  # of a run that ended before it was read
     if run.config.exists() and resume:
         _refuse_differences(read_run_config(run), config, run)
     content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -148,7 +150,6 @@ def train(
     load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))
     callbacks = with_reporting(config, run.path, callback)
     trainer = build_trainer(config, run, model, splits, callbacks)
-    run.stop_request.unlink(missing_ok=True)  # of a run that ended before it was read
     if on_start is not None:
         on_start(trainer)
     trainer.train()
@@ -158,7 +159,9 @@ def train(
 def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
     """Whether the run has ended, and not before an `iters` that was raised since."""
     checkpoint = latest_checkpoint(run.checkpoints)
-    return checkpoint is not None and checkpoint.state["wanted_iterations"] == config.iters
+    if checkpoint is None or not checkpoint.state["ended"]:
+        return False
+    return bool(checkpoint.state["wanted_iterations"] == config.iters)
 
 
 def _refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
@@ -188,7 +191,7 @@ def _publish(run: RunDirectory, trainer: Trainer) -> TrainResult:
         verified_steps=len(state.verified_steps),
         red_flags=tuple(state.red_flags),
     )
-    write_json(run.result, asdict(result))
+    write_json(run.result, finite_or_none(asdict(result)))
     return result
 
 

@@ -45,9 +45,12 @@ class TierMap:
         return cls(tuple(value["frequencies"]), dict(value["tensors"]))
 
 
-def expected_updates(step: int, frequency: int, *, flushed: bool = False) -> int:
-    """Updates of a tier after `step` optimizer steps: floor(step / frequency), plus a flush."""
-    return step // frequency + (1 if flushed and step % frequency else 0)
+def expected_updates(step: int, frequency: int, flush_steps: Sequence[int] = ()) -> int:
+    """Updates of a tier after `step` optimizer steps: floor(step / frequency), and each flush.
+
+    A flush at a step applies the chunk that was open then; where none was, it adds nothing.
+    """
+    return step // frequency + sum(1 for at in flush_steps if at <= step and at % frequency)
 
 
 def assign_tiers(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nested_core.adapters import Adapter, Tensor
+from nested_core.errors import DamagedError
 from nested_core.gate.verdict import Reason
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
@@ -51,11 +52,23 @@ def _factors(module: str, tensors: Mapping[str, Tensor]) -> tuple[Matrix, Matrix
 
     A dense layer is one expert; mlx-lm stores a switch layer's factors transposed.
     """
-    a = tensors[f"{module}.lora_a"].to_numpy().astype(np.float64)
-    b = tensors[f"{module}.lora_b"].to_numpy().astype(np.float64)
+    stored = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
+    _require_factors(module, *stored)
+    a, b = (tensor.to_numpy().astype(np.float64) for tensor in stored)
     if a.ndim == 3:
         return a.swapaxes(1, 2), b.swapaxes(1, 2)
     return a[None], b[None]
+
+
+def _require_factors(module: str, a: Tensor, b: Tensor) -> None:
+    """Raise DamagedError where two tensors cannot be the factors of one product."""
+    dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
+    switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
+    if not (dense or switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
+        raise DamagedError(
+            f"{module}: lora_a {a.dtype} {a.shape} and lora_b {b.dtype} {b.shape} are no low-rank "
+            f"factors; expected floating point (in, rank) and (rank, out)."
+        )
 
 
 def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matrix) -> float:

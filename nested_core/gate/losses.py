@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def measure_losses(config: FineTuneConfig, run: RunDirectory) -> Validation | No
     The examples are test.jsonl where there is one, else the validation set, which the best
     checkpoint was chosen on: `selected_on_same_data` says so.
     """
-    measured = _losses(config, (run.initial, run.adapter), ("test", "valid"), max_batches=-1)
+    measured = _losses(config, run, (run.initial, run.adapter), ("test", "valid"), max_batches=-1)
     if measured is None:
         return None
     split, losses = measured
@@ -37,18 +38,28 @@ def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
 
     Raises DatasetError where there is no test set.
     """
-    measured = _losses(config, (run.adapter,), ("test",), max_batches=config.test_batches)
+    measured = _losses(config, run, (run.adapter,), ("test",), max_batches=config.test_batches)
     if measured is None:
         raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
     return measured[1][0]
 
 
 def _losses(
-    config: FineTuneConfig, adapters: Sequence[Path], splits: Sequence[str], *, max_batches: int
+    config: FineTuneConfig,
+    run: RunDirectory,
+    adapters: Sequence[Path],
+    splits: Sequence[str],
+    *,
+    max_batches: int,
 ) -> tuple[str, list[float]] | None:
     """The first of the splits that has examples, and the loss of each adapter on it."""
     model, tokenizer = load_base(config)
-    _, found = load_dataset(DataSettings.from_config(config), tokenizer)
+    report, found = load_dataset(DataSettings.from_config(config), tokenizer)
+    if report.digest != json.loads(run.dataset.read_bytes())["digest"]:
+        raise DatasetError(
+            f"The data in {config.data} has changed since it was validated for {run.path}: losses "
+            f"on it would be of something else. Start a new run."
+        )
     name = next((name for name in splits if name in found and len(found[name])), None)
     if name is None:
         return None

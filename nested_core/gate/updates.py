@@ -25,7 +25,7 @@ class TierEvidence:
 
     tiers: TierMap
     step: int
-    flushed: bool
+    flush_steps: Sequence[int]
     counts: Sequence[dict[str, Any]]
     moments: dict[str, Tensor]
     keeps_moments: bool
@@ -38,7 +38,7 @@ class TierEvidence:
         return cls(
             TierMap.from_json(json.loads(run.tiers.read_bytes())),
             checkpoint.step,
-            bool(checkpoint.state["flushed"]),
+            checkpoint.state["flush_steps"],
             checkpoint.state["tiers"],
             read_tensors(checkpoint.path / OPTIMIZER_NAME),
             config.optimizer != "sgd" or config.optimizer_arguments.get("momentum", 0) > 0,
@@ -59,7 +59,7 @@ def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> lis
     rows = []
     for tier, frequency in enumerate(evidence.tiers.frequencies):
         own = [change for change in changes if change.tier == tier]
-        expected = expected_updates(evidence.step, frequency, flushed=evidence.flushed)
+        expected = expected_updates(evidence.step, frequency, evidence.flush_steps)
         counts = evidence.counts[tier]
         moved = sum(change.changed for change in own)
         rows.append(
@@ -118,4 +118,4 @@ def _had_rate(config: FineTuneConfig, evidence: TierEvidence, row: TierChange) -
     if not callable(rate):
         return rate > 0
     due = range(row.frequency, evidence.step + 1, row.frequency)
-    return evidence.flushed or any(to_float(rate(mx.array(step - 1))) > 0 for step in due)
+    return bool(evidence.flush_steps) or any(to_float(rate(mx.array(step - 1))) > 0 for step in due)

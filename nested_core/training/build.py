@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,8 @@ from nested_core.clocks import Tier
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.durable import file_sha256
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError, DatasetError
+from nested_core.model import base_fingerprint, find_model
 from nested_core.optimizers import NestedAdam, NestedAdamW
 from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import SingleClock, TieredOptimizer
@@ -24,6 +26,7 @@ from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.schedules import build_learning_rate
 from nested_core.training.trainer import Trainer
 
+BEGINNINGS = {"initial": "initial/", "tiers": "tiers.json", "base": "the base", "data": "the data"}
 OTHER_OPTIMIZERS: dict[str, Any] = {"muon": Muon, "sgd": SGD, "adafactor": Adafactor}
 
 
@@ -45,13 +48,36 @@ def build_trainer(
     tiers = TierMap.from_json(json.loads(run.tiers.read_bytes()))
     optimizer = build_optimizer(config, tiers)
     optimizer.init(model.trainable_parameters())
-    found = {"initial": read_adapter(run.initial).digest(), "tiers": file_sha256(run.tiers)}
+    found = find_beginnings(config, run)
     trainer = Trainer(config, run, model, splits, tiers, optimizer, found, callback)
     refuse_tiers_never_due(tiers.frequencies, trainer.method.steps)
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint is not None:
+        _refuse_changes(run, checkpoint.state["found"], found)
         trainer.restore(checkpoint)
     return trainer
+
+
+def find_beginnings(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
+    """Digests of what training begins from: initial adapter, tiers, base model and data."""
+    return {
+        "initial": read_adapter(run.initial).digest(),
+        "tiers": file_sha256(run.tiers),
+        "base": base_fingerprint(find_model(config.model)),
+        "data": json.loads(run.dataset.read_bytes())["digest"],
+    }
+
+
+def _refuse_changes(run: RunDirectory, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """What a run began from may not change while it is stopped."""
+    changed = [name for name in before if before[name] != now[name]]
+    if not changed:
+        return
+    message = (
+        f"{run.path} cannot be resumed: {' and '.join(BEGINNINGS[name] for name in changed)} "
+        f"changed since it began. Bring back what was there, or start a new run."
+    )
+    raise DatasetError(message) if changed == ["data"] else DamagedError(message)
 
 
 def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> TieredOptimizer:

@@ -12,9 +12,8 @@ from nested_core.durable import write_bytes
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
     """Append one record; a number that is not finite becomes null, as JSON has no word for it."""
-    finite = {key: _finite_or_none(value) for key, value in record.items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite, allow_nan=False) + "\n")
+        file.write(json.dumps(finite_or_none(record), allow_nan=False) + "\n")
         file.flush()
 
 
@@ -37,5 +36,8 @@ def cut_back(path: Path, step: int | None) -> None:
     write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def _finite_or_none(value: Any) -> Any:
+def finite_or_none(value: Any) -> Any:
+    """The value, with None for every float in it that is not finite: JSON has no word for those."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(each) for key, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,12 +5,18 @@ They are warnings, kept in the run's state; whether the run is worth anything th
 
 from __future__ import annotations
 
+import math
 import statistics
 import warnings
 from collections.abc import Sequence
 
+from nested_core.clocks import COUNTERS, has_moment
 from nested_core.errors import SilentUpdateWarning
-from nested_core.pytree import UpdateReport
+from nested_core.optimizers import NestedAdam
+from nested_core.pytree import UpdateReport, flatten
+from nested_core.scalars import to_float, to_int
+from nested_core.single_clock import TieredOptimizer
+from nested_core.tiers import TierMap
 from nested_core.training.state import TrainingState
 
 
@@ -43,15 +49,30 @@ def flag_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]
         )
 
 
+def idle_names(
+    optimizer: TieredOptimizer, tiers: TierMap, step: int, names: Sequence[str]
+) -> list[str]:
+    """Those that could not have moved: not due, no rate, a skipped step, or no gradient yet.
+
+    Adam's second moment tells whether there was a gradient; another optimizer's state does not.
+    """
+    was_skipped = to_int(optimizer.state[COUNTERS]["nonfinite_in_a_row"]) > 0
+    has_rate = to_float(optimizer.learning_rate) > 0.0
+    if was_skipped or not has_rate or not isinstance(optimizer, NestedAdam):
+        return list(names)
+    state, due = flatten(optimizer.state), tiers.due(step)
+    return [n for n in names if tiers.tensors[n] not in due or not has_moment(state, n)]
+
+
 def flag_flat_loss(state: TrainingState, losses: Sequence[float], window: int) -> None:
     """Flag a training loss whose last `window` reports show no movement beyond their noise.
 
     The later half's mean has to differ from the earlier half's by more than two standard errors,
     or lie that far below the first report: a run that has converged is not a run that is stuck.
     """
-    if len(losses) < window:
-        return
     recent = list(losses[-window:])
+    if len(recent) < window or not all(map(math.isfinite, recent)):
+        return
     early, late = recent[: window // 2], recent[window // 2 :]
     spread = statistics.pstdev(recent)
     noise = 2 * spread * (1 / len(early) + 1 / len(late)) ** 0.5

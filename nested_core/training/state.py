@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from nested_core.training.metrics import finite_or_none
+
 
 @dataclass
 class TrainingState:
@@ -19,6 +21,7 @@ class TrainingState:
     iteration: int = 0
     trained_tokens: int = 0
     flushed: bool = False
+    flush_steps: list[int] = field(default_factory=list)
     ended: bool = False
     best_step: int | None = None
     best_val_loss: float | None = None
@@ -33,14 +36,22 @@ class TrainingState:
     red_flags: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The state as plain JSON values."""
-        return asdict(self)
+        """The state as plain JSON values; a number that is not finite becomes None."""
+        values: dict[str, Any] = finite_or_none(asdict(self))
+        return values
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainingState:
         """Read what `to_json` wrote; other keys are passed over."""
         known = {key: value[key] for key in cls.__dataclass_fields__ if key in value}
         return cls(**known)
+
+    def note_flush(self) -> None:
+        """Note that open chunks were applied; what was measured at this step before is void."""
+        self.flushed = True
+        self.flush_steps.append(self.step)
+        if self.best_step == self.step:
+            self.best_step = self.best_val_loss = None
 
     def record_evaluation(self, val_loss: float, *, is_candidate: bool, min_delta: float) -> bool:
         """Take note of a validation loss; return whether it is the best among the candidates."""

@@ -12,14 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.checkpoints import Checkpoint
-from nested_core.clocks import COUNTERS, has_moment
+from nested_core.clocks import COUNTERS
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingDiverged, TrainingStopped
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
-from nested_core.scalars import to_float, to_int
+from nested_core.scalars import to_int
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
@@ -28,7 +28,7 @@ from nested_core.training.evaluation import Evaluator
 from nested_core.training.methods import Method, OwnMethod
 from nested_core.training.recompute import recomputed
 from nested_core.training.recorder import Recorder, restore_random_key
-from nested_core.training.red_flags import flag_updates
+from nested_core.training.red_flags import flag_updates, idle_names
 from nested_core.training.state import TrainingState
 from nested_core.training.step import Flat, TrainStep, nested
 
@@ -100,13 +100,19 @@ class Trainer:
         """Ask for a graceful stop: the step ends, a checkpoint is written, train() raises."""
         self.stop_requested = True
 
+    def _is_asked_to_stop(self) -> bool:
+        """Whether `stop_training` was called, or another process asked by `nested-tune stop`."""
+        return bool(self.stop_requested) or self.run.stop_request.exists()
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint: adapter, optimizer, position, best so far and open report."""
         apply_flat_updates_to_nested(self.model, checkpoint.parameters())
         self.optimizer.state = checkpoint.optimizer_state()
         self.optimizer.init(self.model.trainable_parameters())
         self.state = TrainingState.from_json(checkpoint.state)
-        self.state.ended = self.state.ended and self._is_over()
+        is_over = self._is_over()
+        self.state.ended = self.state.ended and is_over
+        self.state.flushed = self.state.flushed and is_over
         if self.state.random_key is not None:
             restore_random_key(self.state.random_key)
 
@@ -124,17 +130,18 @@ class Trainer:
         return self.state
 
     def _take_steps(self) -> None:
-        steps = self._make_steps()
+        steps, stopping = self._make_steps(), self._is_asked_to_stop()
         while not self._is_over():
-            if self.stop_requested or self.run.stop_request.exists():
+            if stopping:
                 self._stop()
             first = self.state.iteration
             last = min(first + self.config.grad_accumulation_steps, self.method.iterations)
             for done in self.method.evaluations_within(first, last):
                 self._recorder.observe(self.state, iteration=done, evaluate=True)
             taken = self._advance(steps, first, last)
+            stopping = self._is_asked_to_stop()
             self._refuse_divergence()
-            self._verify(taken)
+            self._verify(taken, must=stopping or self._is_over())
             if not self._is_over():
                 self._observe(first, last)
 
@@ -194,24 +201,18 @@ class Trainer:
             save=self._crossed(first, self.config.save_every),
         )
 
-    def _verify(self, taken: StepTaken) -> None:
+    def _verify(self, taken: StepTaken, *, must: bool) -> None:
         """Read back from the model, when it is time, what the step was to have put there."""
         every = (self.config.steps_per_report, self.config.steps_per_eval, self.config.save_every)
-        is_time = self._is_over() or any(self._crossed(taken.first_iteration, n) for n in every)
+        is_time = must or any(self._crossed(taken.first_iteration, n) for n in every)
         if not taken.updates or (taken.due in self._seen_due and not is_time):
             return
         self._seen_due.add(taken.due)
         before = {name: taken.before[name] for name in taken.updates}
         report = verify_updates(before, taken.updates, self.model)
-        flag_updates(self.state, report, self._without_gradient(report.unmoved))
+        idle = idle_names(self.optimizer, self.tiers, self.state.step, report.unmoved)
+        flag_updates(self.state, report, idle)
         self.state.verified_steps.append(self.state.step)
-
-    def _without_gradient(self, names: tuple[str, ...]) -> list[str]:
-        """Those that could not have moved: the learning rate, or their second moment, is zero."""
-        if not names or to_float(self.optimizer.learning_rate) == 0.0:
-            return list(names)
-        state, due = flatten(self.optimizer.state), self.tiers.due(self.state.step)
-        return [n for n in names if self.tiers.tensors[n] not in due or not has_moment(state, n)]
 
     def _finish(self) -> None:
         """Apply what is still gathered, evaluate what there is then, and keep it."""
@@ -227,7 +228,7 @@ class Trainer:
         if is_open and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
             updated = self.optimizer.flush(nested(read_slots(self._slots)))
             apply_flat_updates_to_nested(self.model, flatten(updated))
-            self.state.flushed = True
+            self.state.note_flush()
 
     def _stop(self) -> None:
         if self.state.step > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,10 +29,10 @@ class Window:
         self._iterations = 0
         self.restart_clock()
 
-    def reopen(self, sums: Mapping[str, float]) -> None:
-        """Go on with the window that a checkpoint was written in."""
+    def reopen(self, sums: Mapping[str, Any]) -> None:
+        """Go on with the window that a checkpoint was written in; a loss of None was not finite."""
         self.sums = {
-            "loss": mx.array(sums["loss"], mx.float32),
+            "loss": mx.array(math.nan if sums["loss"] is None else sums["loss"], mx.float32),
             "weight": mx.array(int(sums["weight"])),
             "tokens": mx.array(int(sums["tokens"])),
         }

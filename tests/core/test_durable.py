@@ -16,8 +16,8 @@ import pytest
 from nested_core.durable import (
     canonical_json,
     file_sha256,
-    new_directory,
     mend_leftovers,
+    new_directory,
     write_bytes,
     write_json,
 )

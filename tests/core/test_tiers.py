@@ -181,4 +181,4 @@ def test_expected_updates_count_the_due_steps_and_one_for_a_flushed_chunk(
     due = [n for n in range(1, steps + 1) if n % frequency == 0]
     open_chunk = steps > (due[-1] if due else 0)
     expected = len(due) + (1 if flushed and open_chunk else 0)
-    assert expected_updates(steps, frequency, flushed=flushed) == expected
+    assert expected_updates(steps, frequency, [steps] if flushed else []) == expected

@@ -1,0 +1,78 @@
+"""A finished run, and copies of it that a test may tamper with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from nested_core.adapters import load_arrays
+from nested_core.checkpoints import (
+    checkpoint_path,
+    publish_adapter,
+    read_checkpoint,
+    write_checkpoint,
+)
+from nested_core.config import FineTuneConfig
+from nested_core.run_directory import RunDirectory
+from tests.example import DATA, train_example
+
+STEPS = 8
+Rewrite = Callable[..., RunDirectory]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, RunDirectory]:
+    """Eight steps of tiers [1, 2, 4], with a test set of its own."""
+    folder = tmp_path_factory.mktemp("gate")
+    data = folder / "data"
+    data.mkdir()
+    for name in ("train.jsonl", "valid.jsonl"):
+        shutil.copyfile(DATA / name, data / name)
+    done = train_example(folder / "run", iters=STEPS, data=str(data))
+    return done.config, done.run
+
+
+@pytest.fixture
+def run(finished: tuple[FineTuneConfig, RunDirectory], tmp_path: Path) -> RunDirectory:
+    """A copy of the finished run."""
+    return RunDirectory(Path(shutil.copytree(finished[1].path, tmp_path / "copy")))
+
+
+@pytest.fixture
+def config(finished: tuple[FineTuneConfig, RunDirectory]) -> FineTuneConfig:
+    return finished[0]
+
+
+@pytest.fixture
+def rewrite(run: RunDirectory) -> Rewrite:
+    """Put a sound checkpoint that says something else in the last one's place, and offer it."""
+
+    def apply(
+        change_state: Callable[[dict[str, Any]], None] = lambda state: None,
+        change_adapter: Callable[[dict[str, mx.array]], None] = lambda tensors: None,
+        change_moments: Callable[[dict[str, mx.array]], None] = lambda moments: None,
+    ) -> RunDirectory:
+        path = checkpoint_path(run.checkpoints, STEPS)
+        state = dict(read_checkpoint(path).state)
+        tensors = load_arrays(path / "adapters.safetensors")
+        moments = load_arrays(path / "optimizer.safetensors")
+        change_state(state)
+        change_adapter(tensors)
+        change_moments(moments)
+        write_checkpoint(
+            run.checkpoints,
+            adapter=tensors,
+            adapter_config=json.loads((path / "adapter_config.json").read_bytes()),
+            optimizer_state=moments,
+            state=state,
+        )
+        publish_adapter(path, run.adapter)
+        return run
+
+    return apply

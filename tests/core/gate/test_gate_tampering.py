@@ -1,0 +1,103 @@
+"""A run whose folder was changed after training: damage, never a verdict; and its data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nested_core import pipeline
+from nested_core.checkpoints import checkpoint_path
+from nested_core.config import FineTuneConfig
+from nested_core.errors import DamagedError, DatasetError, GateRejected
+from nested_core.gate import judge_run
+from nested_core.run_directory import RunDirectory
+from tests.core.gate.conftest import STEPS
+
+
+def overwritten_initial(run: RunDirectory) -> None:
+    source = checkpoint_path(run.checkpoints, STEPS) / "adapters.safetensors"
+    shutil.copyfile(source, run.initial / "adapters.safetensors")
+
+
+def tampered_adapter(run: RunDirectory) -> None:
+    path = run.adapter / "adapters.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+
+def swapped_tiers(run: RunDirectory) -> None:
+    tiers = json.loads(run.tiers.read_bytes())
+    tiers["tensors"] = {name: 2 - tier for name, tier in tiers["tensors"].items()}
+    run.tiers.write_text(json.dumps(tiers))
+
+
+def changed_frequencies(run: RunDirectory) -> None:
+    tiers = json.loads(run.tiers.read_bytes())
+    run.tiers.write_text(json.dumps(tiers | {"frequencies": [1, 2, 8]}))
+
+
+def edited_state(run: RunDirectory) -> None:
+    path = checkpoint_path(run.checkpoints, STEPS) / "state.json"
+    path.write_text(path.read_text().replace('"updates": 4', '"updates": 5'))
+
+
+def truncated_adapter(run: RunDirectory) -> None:
+    path = run.adapter / "adapters.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+TAMPERED: list[tuple[Callable[[RunDirectory], None], str]] = [
+    (overwritten_initial, "initial is not the adapter that training began from"),
+    (tampered_adapter, "it has changed since"),
+    (swapped_tiers, "tiers.json has changed since training began"),
+    (changed_frequencies, "tiers.json has changed since training began"),
+    (edited_state, "state.json has changed since it was written"),
+    (truncated_adapter, "is not a sound safetensors file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"), TAMPERED, ids=[tamper.__name__ for tamper, _ in TAMPERED]
+)
+def test_a_run_that_was_tampered_with_is_damage(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    tamper: Callable[[RunDirectory], None],
+    message: str,
+) -> None:
+    tamper(run)
+    with pytest.raises(DamagedError, match=message):
+        pipeline.judge(config, run)
+    assert not run.gate.exists()
+
+
+def test_a_test_set_is_judged_on_where_there_is_one(
+    config: FineTuneConfig, run: RunDirectory
+) -> None:
+    test_file = Path(config.data) / "test.jsonl"
+    asked = {"role": "user", "content": "I want to see France. Where to?"}
+    answered = {"role": "assistant", "content": "Go to Paris, the capital of France!"}
+    test_file.write_text(json.dumps({"messages": [asked, answered]}) + "\n")
+    try:
+        pipeline.validate(config, run)
+        verdict = judge_run(config, run)
+    finally:
+        test_file.unlink()
+    assert verdict.validation is not None
+    assert verdict.validation.selected_on_same_data is False
+
+
+def test_the_data_that_are_judged_on_are_those_that_were_validated(
+    config: FineTuneConfig, run: RunDirectory
+) -> None:
+    valid = Path(config.data) / "valid.jsonl"
+    lines = valid.read_bytes()
+    valid.write_bytes(lines.splitlines(keepends=True)[0])
+    try:
+        with pytest.raises((DatasetError, DamagedError, GateRejected), match="data"):
+            pipeline.judge(config, run)
+    finally:
+        valid.write_bytes(lines)

@@ -1,0 +1,179 @@
+"""What is trained: adapter leaves only, whatever the LoRA configuration; the base stays."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from nested_core import pipeline
+from nested_core.adapters import read_adapter
+from nested_core.errors import ConfigError
+from nested_core.model import attach_adapter, is_adapter_parameter, load_base, trainable
+from nested_core.pytree import flatten
+from tests.example import MODEL, Finished, example_config, prepare, train_example
+
+LAYERS, MODULES = 6, 7  # of the base: q, k, v, o, gate, up and down in each layer
+
+
+def test_the_base_holds_the_bytes_it_was_loaded_with_after_training(every_step: Finished) -> None:
+    fresh, _ = load_base(every_step.config)
+    held = flatten(every_step.trainer.model)
+    for name, leaf in flatten(fresh).items():
+        module, _, leaf_name = name.rpartition(".")
+        now = held.get(name, held.get(f"{module}.linear.{leaf_name}"))
+        assert now is not None, name
+        assert np.array(now).tobytes() == np.array(leaf).tobytes(), name
+    assert len(flatten(fresh)) + len(trainable(every_step.trainer.model)) == len(held)
+
+
+def test_the_files_of_the_base_are_not_touched(tmp_path: Path) -> None:
+    def hashes() -> dict[str, str]:
+        files = sorted(path for path in MODEL.iterdir() if path.is_file())
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    before = hashes()
+    train_example(tmp_path / "run", iters=1, nested={"frequencies": [1]}, val_batches=0)
+    assert hashes() == before
+
+
+def test_only_adapter_leaves_are_trainable(every_step: Finished) -> None:
+    names = list(trainable(every_step.trainer.model))
+    assert len(names) == 2 * LAYERS * MODULES
+    assert {name.rpartition(".")[2] for name in names} == {"lora_a", "lora_b"}
+    assert all(is_adapter_parameter(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("layers.0.self_attn.q_proj.lora_a", True),
+        ("layers.0.self_attn.q_proj.LORA_B", True),
+        ("layers.0.mlp.Lora_A.weight", True),
+        ("layers.0.Adapter.up.weight", True),
+        ("layers.0.ADAPTERS.0.scale", True),
+        ("layers.0.self_attn.q_proj.m", True),
+        ("layers.0.self_attn.q_proj.M", True),
+        ("layers.0.self_attn.q_proj.weight", False),
+        ("layers.0.self_attn.q_proj.linear.weight", False),
+        ("layers.0.mlp.weight", False),
+        ("lora.embed_tokens.weight", False),
+        ("norm.m.weight", False),
+    ],
+)
+def test_an_adapter_parameter_is_known_by_its_name_in_any_case(name: str, expected: bool) -> None:
+    assert is_adapter_parameter(name) is expected
+
+
+LORA: dict[str, tuple[dict[str, Any], int]] = {
+    "rank 1": ({"lora_parameters": {"rank": 1}}, 84),
+    "rank 16, scale 0.5": ({"lora_parameters": {"rank": 16, "scale": 0.5}}, 84),
+    "last layer": ({"num_layers": 1, "nested": {"frequencies": [1]}}, 14),
+    "last 2 layers": ({"num_layers": 2}, 28),
+    "0 layers are all": ({"num_layers": 0}, 84),
+    "keys": ({"lora_parameters": {"keys": ["self_attn.q_proj", "mlp.up_proj"]}}, 24),
+    "dropout": ({"lora_parameters": {"dropout": 0.2}}, 84),
+    "dora": ({"fine_tune_type": "dora", "lora_parameters": {"scale": 1.0}}, 126),
+}
+
+
+@pytest.mark.parametrize("case", LORA)
+def test_each_lora_configuration_trains_and_passes_the_gate(tmp_path: Path, case: str) -> None:
+    changes, tensors = LORA[case]
+    settings = {"iters": 4, "val_batches": 2, "nested": {"frequencies": [1, 2]}} | changes
+    done = train_example(tmp_path / "run", **settings)
+    verdict = pipeline.judge(done.config, done.run)
+    assert len(verdict.tensors) == tensors
+    assert all(tensor.changed for tensor in verdict.tensors)
+    rank = done.config.lora_parameters.rank
+    for name, tensor in read_adapter(done.run.adapter).tensors.items():
+        assert tensor.dtype == "F32"
+        assert name.endswith(".m") or rank in tensor.shape
+
+
+@pytest.mark.parametrize("fine_tune_type", ["lora", "dora"])
+def test_adapter_tensors_are_float32_where_the_base_computes_in_bfloat16(
+    fine_tune_type: str,
+) -> None:
+    config = example_config(fine_tune_type=fine_tune_type, training={"precision": "bfloat16"})
+    model, _ = load_base(config)
+    leaves = attach_adapter(model, config)
+    assert {leaf.dtype for leaf in leaves.values()} == {mx.float32}
+    frozen = {leaf.dtype for name, leaf in flatten(model).items() if name not in leaves}
+    assert frozen == {mx.bfloat16}
+
+
+def test_keys_that_match_nothing_are_refused_with_names_that_would(tmp_path: Path) -> None:
+    config = example_config(lora_parameters={"keys": ["attention.query"]})
+    with (
+        pytest.warns(UserWarning, match=r"\['attention.query'\] match no module"),
+        pytest.raises(ConfigError, match=r"0 tensors would train.*mlp\.down_proj.*keys"),
+    ):
+        prepare(config, tmp_path / "run")
+
+
+def test_a_key_that_matches_nothing_beside_one_that_does_is_warned_of(tmp_path: Path) -> None:
+    config = example_config(lora_parameters={"keys": ["self_attn.q_proj", "mlp.gate"]})
+    with pytest.warns(UserWarning, match=r"keys \['mlp.gate'\] match no module"):
+        run = prepare(config, tmp_path / "run")
+    assert len(read_adapter(run.initial).tensors) == 2 * LAYERS
+
+
+def test_more_layers_than_the_model_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"num_layers: 7 layers .* but the model has 6"):
+        prepare(example_config(num_layers=7), tmp_path / "run")
+
+
+def test_a_run_starts_from_an_existing_adapter_byte_for_byte(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    existing = every_step.run.adapter / "adapters.safetensors"
+    config = example_config(resume_adapter_file=str(existing))
+    run = prepare(config, tmp_path / "run")
+    given, initial = read_adapter(every_step.run.adapter), read_adapter(run.initial)
+    assert initial.tensors == given.tensors
+
+
+def _damaged(every_step: Finished, path: Path) -> Path:
+    tensors = read_adapter(every_step.run.adapter).tensors
+    arrays = {name: tensor.to_numpy() for name, tensor in tensors.items()}
+    names = sorted(arrays)
+    arrays["model.layers.0.stray.lora_a"] = arrays.pop(names[0])
+    arrays[names[1]] = arrays[names[1]].T.copy()
+    save_file(arrays, path)
+    return path
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_every_problem_at_once(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    file = _damaged(every_step, tmp_path / "adapters.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        prepare(example_config(resume_adapter_file=str(file)), tmp_path / "run")
+    message = str(caught.value)
+    assert "model.layers.0.mlp.down_proj.lora_a: missing" in message
+    assert "model.layers.0.mlp.down_proj.lora_b: shape (64, 8), expected (8, 64)" in message
+    assert "model.layers.0.stray.lora_a: not an adapter tensor of this model" in message
+    assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_an_adapter_of_another_rank_is_refused_with_both_shapes(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    existing = every_step.run.adapter / "adapters.safetensors"
+    config = example_config(resume_adapter_file=str(existing), lora_parameters={"rank": 4})
+    with pytest.raises(ConfigError, match=r"shape \(192, 8\), expected \(192, 4\)"):
+        prepare(config, tmp_path / "run")
+
+
+def test_an_adapter_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    config = example_config(resume_adapter_file=str(tmp_path / "none.safetensors"))
+    with pytest.raises(
+        ConfigError, match=r"resume_adapter_file: .*none.safetensors does not exist"
+    ):
+        prepare(config, tmp_path / "run")

@@ -1,0 +1,152 @@
+"""Options of the loop: importance probe, gradient checkpointing, export under mlx-lm's names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load
+
+from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.data.dataset import load_dataset
+from nested_core.data.settings import DataSettings
+from nested_core.model import attach_adapter, load_base
+from nested_core.pytree import flatten
+from nested_core.training.probe import parameter_importance
+from nested_core.training.recompute import recomputed
+from tests.example import MODEL, Finished, example_config, prepare, train_example
+
+IMPORTANCE = {"strategy": "parameter_importance", "probe_batches": 2}
+
+
+def weights_of(model: Any) -> dict[str, bytes]:
+    return {name: np.array(leaf).tobytes() for name, leaf in flatten(model).items()}
+
+
+def random_state() -> list[int]:
+    state: Any = mx.random.state
+    return list(np.array(state[0]))
+
+
+def test_the_importance_probe_changes_no_weight_no_random_state_and_no_mode() -> None:
+    config = example_config(nested=IMPORTANCE, lora_parameters={"dropout": 0.3})
+    model, tokenizer = load_base(config)
+    attach_adapter(model, config)
+    split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
+    model.train()
+    weights, random = weights_of(model), random_state()
+    first = parameter_importance(config, model, split)
+    assert weights_of(model) == weights
+    assert random_state() == random
+    assert model.training is True
+    assert parameter_importance(config, model, split) == first
+    assert all(first[name] == 0 for name in first if name.endswith("lora_a"))
+    assert all(first[name] > 0 for name in first if name.endswith("lora_b"))
+
+
+def test_importance_puts_whole_layers_into_tiers_the_most_important_fastest(
+    tmp_path: Path,
+) -> None:
+    config = example_config(nested=IMPORTANCE)
+    run = prepare(config, tmp_path / "run")
+    tiers = json.loads(run.tiers.read_bytes())["tensors"]
+    model, tokenizer = load_base(config)
+    attach_adapter(model, config)
+    split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
+    importance = parameter_importance(config, model, split)
+    by_layer: dict[int, float] = dict.fromkeys(range(6), 0.0)
+    for name, value in importance.items():
+        by_layer[int(name.split(".")[2])] += value
+    ranked = sorted(by_layer, key=lambda layer: -by_layer[layer])
+    expected = {layer: rank // 2 for rank, layer in enumerate(ranked)}
+    assert {(int(name.split(".")[2]), tier) for name, tier in tiers.items()} == set(
+        expected.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return train_example(tmp_path_factory.mktemp("plain") / "run", **LOSSES)
+
+
+LOSSES: dict[str, Any] = {"iters": 4, "steps_per_report": 1, "val_batches": 2}
+
+
+def test_gradient_checkpointing_gives_the_same_losses_and_leaves_the_classes_alone(
+    plain: Finished, tmp_path: Path
+) -> None:
+    kinds = {type(layer) for layer in plain.trainer.model.layers}
+    calls = {kind: kind.__call__ for kind in kinds}
+    done = train_example(tmp_path / "run", grad_checkpoint=True, **LOSSES)
+    for key in ("loss", "grad_norm"):
+        expected = [record[key] for record in plain.metrics()[1:]]
+        assert [record[key] for record in done.metrics()[1:]] == pytest.approx(expected, rel=1e-4)
+    assert {type(layer) for layer in done.trainer.model.layers} == kinds
+    assert all(kind.__call__ is call for kind, call in calls.items())
+
+
+def test_the_classes_are_given_back_after_an_error(plain: Finished) -> None:
+    (kind,) = {type(layer) for layer in plain.trainer.model.layers}
+    call = kind.__call__
+
+    def fail_inside() -> None:
+        with recomputed(plain.trainer.model.layers):
+            assert kind.__call__ is not call
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
+    assert kind.__call__ is call
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    target = folder / "adapters"
+    done = train_example(folder / "run", save_every=3, val_batches=0, adapter_path=str(target))
+    return done, target
+
+
+def test_an_export_has_the_file_names_of_mlx_lm(exported: tuple[Finished, Path]) -> None:
+    names = {path.name for path in exported[1].iterdir()}
+    snapshots = {f"{iteration:07d}_adapters.safetensors" for iteration in (3, 6, 8)}
+    assert names == {"adapters.safetensors", "adapter_config.json", *snapshots}
+
+
+def test_an_export_is_the_runs_adapter_and_its_snapshots_the_checkpoints(
+    exported: tuple[Finished, Path],
+) -> None:
+    done, target = exported
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        assert (target / name).read_bytes() == (done.run.adapter / name).read_bytes()
+    for step in (3, 6, 8):
+        weights = done.run.checkpoints / f"step-{step:07d}" / WEIGHTS_NAME
+        assert (target / f"{step:07d}_{WEIGHTS_NAME}").read_bytes() == weights.read_bytes()
+
+
+def test_mlx_lm_loads_an_export_and_computes_what_the_trainer_computes(
+    exported: tuple[Finished, Path],
+) -> None:
+    done, target = exported
+    tokens = mx.array([[5, 6, 7, 8, 9]])
+    base = load(str(MODEL))[0]
+    loaded = load(str(MODEL), adapter_path=str(target))[0]
+    for model in (base, loaded):
+        model.set_dtype(mx.float32)
+        model.eval()
+    done.trainer.model.eval()
+    logits, trained = np.array(loaded(tokens)), np.array(done.trainer.model(tokens))
+    np.testing.assert_allclose(logits, trained, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits - np.array(base(tokens))).max() > 0.1
+
+
+def test_an_exported_configuration_says_what_mlx_lm_needs(exported: tuple[Finished, Path]) -> None:
+    config = read_adapter(exported[1]).config
+    assert config["fine_tune_type"] == "lora"
+    assert config["num_layers"] == -1
+    assert config["lora_parameters"] == {"rank": 8, "scale": 2.0, "dropout": 0.0}
+    assert len(config["base_fingerprint"]) == 64

@@ -1,0 +1,246 @@
+"""A run that is stopped and goes on is, to the bit, the run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from nested_core import pipeline
+from nested_core.adapters import load_arrays, read_tensors
+from nested_core.checkpoints import OPTIMIZER_NAME, checkpoint_path, list_checkpoints
+from nested_core.config import FineTuneConfig
+from nested_core.errors import (
+    ConfigError,
+    DamagedError,
+    DatasetError,
+    GateRejected,
+    TrainingStopped,
+)
+from nested_core.run_directory import RunDirectory
+from tests.example import (
+    MODEL,
+    SPEEDS,
+    Finished,
+    example_config,
+    prepare,
+    stop_after,
+    train,
+    train_example,
+)
+
+STEPS = 7  # 13 micro-batches, two a step: the last is alone
+
+
+def settings(slow_gradients: str) -> dict[str, Any]:
+    return {
+        "iters": 13,
+        "grad_accumulation_steps": 2,
+        "steps_per_report": 3,
+        "steps_per_eval": 8,
+        "save_every": 6,
+        "val_batches": 2,
+        "lora_parameters": {"dropout": 0.1},
+        "nested": {"frequencies": [1, 2, 4], "slow_gradients": slow_gradients},
+    }
+
+
+@pytest.fixture(scope="module", params=["skip", "accumulate"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The run that nobody stops, in each mode."""
+    return train_example(tmp_path_factory.mktemp("whole") / "run", **settings(request.param))
+
+
+def stop(config: FineTuneConfig, run: RunDirectory, step: int) -> str:
+    with pytest.raises(TrainingStopped) as stopped:
+        train(config, run, on_start=stop_after(step))
+    return str(stopped.value)
+
+
+def go_on(config: FineTuneConfig, run: RunDirectory) -> Finished:
+    pipeline.begin(config, run, resume=True)
+    pipeline.validate(config, run)
+    pipeline.load(config, run)
+    return train(config, run)
+
+
+def assert_same(done: Finished, whole: Finished) -> None:
+    """Adapters, optimizer and metrics, bit for bit; only speeds may differ."""
+    assert done.at(STEPS).tensors == whole.at(STEPS).tensors
+    optimizers = [
+        read_tensors(checkpoint_path(each.run.checkpoints, STEPS) / OPTIMIZER_NAME)
+        for each in (done, whole)
+    ]
+    assert optimizers[0] == optimizers[1]
+    assert done.metrics(without=SPEEDS) == whole.metrics(without=SPEEDS)
+    assert done.result.adapter_step == whole.result.adapter_step
+    assert done.result.best_val_loss == whole.result.best_val_loss
+    files = [each.run.adapter / "adapters.safetensors" for each in (done, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_run_stopped_at_any_step_and_resumed_is_bit_identical(
+    whole: Finished, tmp_path: Path, step: int
+) -> None:
+    run = prepare(whole.config, tmp_path / "run")
+    stop(whole.config, run, step)
+    assert list_checkpoints(run.checkpoints)[-1] == checkpoint_path(run.checkpoints, step)
+    done = go_on(whole.config, run)
+    assert_same(done, whole)
+    pipeline.judge(done.config, run)
+
+
+def test_a_run_stopped_twice_and_once_before_its_first_step_is_bit_identical(
+    whole: Finished, tmp_path: Path
+) -> None:
+    run = prepare(whole.config, tmp_path / "run")
+    for step in (0, 2, 5):
+        stop(whole.config, run, step)
+    assert_same(go_on(whole.config, run), whole)
+
+
+def test_a_checkpoint_older_than_the_last_report_cuts_the_metrics_back(
+    whole: Finished, tmp_path: Path
+) -> None:
+    run = prepare(whole.config, tmp_path / "run")
+    stop(whole.config, run, 5)
+    newest = checkpoint_path(run.checkpoints, 5)
+    (newest / "state.json").write_bytes(b"{}")
+    with pytest.warns(UserWarning, match="step-0000005 is damaged, trying the one before"):
+        done = go_on(whole.config, run)
+    assert_same(done, whole)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "muon"])
+def test_an_optimizer_of_mlx_goes_on_where_it_was(tmp_path: Path, optimizer: str) -> None:
+    changes: dict[str, Any] = {"iters": 4, "val_batches": 0, "nested": {"frequencies": [1]}}
+    whole = train_example(tmp_path / "whole", optimizer=optimizer, **changes)
+    run = prepare(whole.config, tmp_path / "run")
+    stop(whole.config, run, 2)
+    done = go_on(whole.config, run)
+    assert done.at(4).tensors == whole.at(4).tensors != whole.at(0).tensors
+    assert pipeline.judge(done.config, run).has_passed
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> tuple[FineTuneConfig, RunDirectory]:
+    """A run of 8 steps, stopped after 3."""
+    config = example_config(val_batches=2)
+    run = prepare(config, tmp_path / "run")
+    stop(config, run, 3)
+    return config, run
+
+
+def test_a_stop_names_where_it_stopped_and_how_to_go_on(tmp_path: Path) -> None:
+    config = example_config(val_batches=0)
+    run = prepare(config, tmp_path / "run")
+    message = stop(config, run, 3)
+    assert "stopped at step 3 of 8" in message
+    assert f"--run-dir {run.path} --resume" in message
+    assert not run.result.exists()
+
+
+def test_the_checkpoint_of_a_stop_holds_verified_updates(
+    stopped: tuple[FineTuneConfig, RunDirectory],
+) -> None:
+    path = checkpoint_path(stopped[1].checkpoints, 3)
+    assert 3 in json.loads((path / "state.json").read_bytes())["verified_steps"]
+
+
+def test_a_stop_request_from_another_process_stops_and_is_taken_away(tmp_path: Path) -> None:
+    config = example_config(val_batches=0)
+    run = prepare(config, tmp_path / "run")
+    run.stop_request.touch()
+    with pytest.raises(TrainingStopped, match="step 0 of 8"):
+        train(config, run)
+    assert not run.stop_request.exists()
+    assert go_on(config, run).result.step == 8
+
+
+def test_a_stop_request_that_came_too_late_does_not_stop_the_next_run(tmp_path: Path) -> None:
+    done = train_example(tmp_path / "run", val_batches=0)
+    done.run.stop_request.touch()
+    assert go_on(example_config(val_batches=0, iters=12), done.run).result.step == 12
+
+
+def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(tmp_path: Path) -> None:
+    done = train_example(tmp_path / "run", val_batches=0)
+    longer = example_config(val_batches=0, iters=16)
+    pipeline.begin(longer, done.run, resume=True)
+    stop(longer, done.run, 12)
+    assert pipeline.train(longer, done.run).step == 16
+
+
+def test_a_configuration_that_differs_is_refused_with_both_values(
+    stopped: tuple[FineTuneConfig, RunDirectory],
+) -> None:
+    config, run = stopped
+    changed = example_config(val_batches=2, learning_rate=1e-4, batch_size=4)
+    with pytest.raises(ConfigError) as caught:
+        pipeline.begin(changed, run, resume=True)
+    assert "learning_rate: 0.002 in the run, 0.0001 now" in str(caught.value)
+    assert "batch_size: 2 in the run, 4 now" in str(caught.value)
+
+
+def test_a_run_without_a_sound_checkpoint_is_refused(
+    stopped: tuple[FineTuneConfig, RunDirectory],
+) -> None:
+    config, run = stopped
+    (checkpoint_path(run.checkpoints, 3) / "adapters.safetensors").write_bytes(b"no")
+    with (
+        pytest.warns(UserWarning, match="step-0000003 is damaged"),
+        pytest.raises(DamagedError, match="No checkpoint in .* is sound"),
+    ):
+        go_on(config, run)
+
+
+def test_an_initial_adapter_that_was_overwritten_while_stopped_is_not_accepted(
+    stopped: tuple[FineTuneConfig, RunDirectory],
+) -> None:
+    config, run = stopped
+    weights = checkpoint_path(run.checkpoints, 3) / "adapters.safetensors"
+    (run.initial / "adapters.safetensors").write_bytes(weights.read_bytes())
+    with pytest.raises(DamagedError, match="initial"):
+        pipeline.judge(config, go_on(config, run).run)
+
+
+def test_tiers_that_were_swapped_while_stopped_are_not_accepted(
+    stopped: tuple[FineTuneConfig, RunDirectory],
+) -> None:
+    config, run = stopped
+    tiers = json.loads(run.tiers.read_bytes())
+    tiers["tensors"] = {name: 2 - tier for name, tier in tiers["tensors"].items()}
+    run.tiers.write_text(json.dumps(tiers))
+    with pytest.raises(DamagedError, match=r"tiers\.json"):
+        pipeline.judge(config, go_on(config, run).run)
+
+
+def test_a_base_that_was_replaced_while_stopped_is_not_accepted(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(MODEL, base)
+    config = example_config(model=str(base), val_batches=0)
+    run = prepare(config, tmp_path / "run")
+    stop(config, run, 3)
+    weights = load_arrays(base / "model.safetensors")
+    scaled = {name: weight * 0.5 for name, weight in weights.items()}
+    mx.save_safetensors(str(base / "model.safetensors"), scaled)
+    with pytest.raises((ConfigError, DamagedError, GateRejected), match="base"):
+        pipeline.judge(config, go_on(config, run).run)
+
+
+def test_data_that_changed_while_stopped_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = Path(example_config().data, "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    config = example_config(data=str(data))
+    run = prepare(config, tmp_path / "run")
+    stop(config, run, 3)
+    (data / "train.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    with pytest.raises(DatasetError, match="changed"):
+        go_on(config, run)

@@ -1,0 +1,103 @@
+"""Which adapter a run offers, when it stops by itself, and which checkpoints stay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core import pipeline
+from nested_core.adapters import read_adapter
+from nested_core.checkpoints import STATE_NAME, checkpoint_path, list_checkpoints
+from nested_core.config import GateSection
+from tests.example import DATA, Finished, train_example
+
+
+def evaluations(done: Finished) -> dict[int, float]:
+    return {r["step"]: r["val_loss"] for r in done.metrics() if "val_loss" in r}
+
+
+@pytest.fixture(scope="module")
+def overshot(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A rate that is far too high after step 10, so that the last adapter is not the best."""
+    return train_example(
+        tmp_path_factory.mktemp("overshot") / "run",
+        iters=14,
+        lr_schedule={"name": "step_decay", "arguments": [2e-3, 1000, 10]},
+        steps_per_eval=2,
+        training={"keep_checkpoints": 1},
+    )
+
+
+def test_the_adapter_offered_is_the_best_by_validation_loss(overshot: Finished) -> None:
+    losses = evaluations(overshot)
+    candidates = {step: loss for step, loss in losses.items() if step >= 4}
+    best = min(candidates, key=lambda step: candidates[step])
+    assert best != max(candidates)
+    assert overshot.result.adapter_step == best
+    assert overshot.result.best_val_loss == losses[best]
+    assert read_adapter(overshot.run.adapter).tensors == overshot.at(best).tensors
+    assert read_adapter(overshot.run.adapter).tensors != overshot.at(14).tensors
+
+
+def test_only_the_best_and_the_last_checkpoint_stay_where_one_is_to_be_kept(
+    overshot: Finished,
+) -> None:
+    kept = {path.name for path in list_checkpoints(overshot.run.checkpoints)}
+    assert kept == {f"step-{overshot.result.adapter_step:07d}", "step-0000014"}
+
+
+def test_a_step_before_every_tier_had_an_update_is_no_candidate(tmp_path: Path) -> None:
+    too_high_from_step_3 = {"name": "step_decay", "arguments": [2e-3, 1000, 2]}
+    done = train_example(
+        tmp_path / "run", iters=5, lr_schedule=too_high_from_step_3, steps_per_eval=1
+    )
+    losses = evaluations(done)
+    assert min(losses, key=lambda step: losses[step]) in (1, 2)
+    assert done.result.adapter_step >= 4
+    assert done.result.best_val_loss == losses[done.result.adapter_step]
+
+
+def test_without_a_validation_set_the_last_adapter_is_offered(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_bytes((DATA / "train.jsonl").read_bytes())
+    done = train_example(tmp_path / "run", data=str(data), steps_per_eval=2)
+    assert evaluations(done) == {}
+    assert (done.result.adapter_step, done.result.val_loss) == (8, None)
+    assert read_adapter(done.run.adapter).tensors == done.at(8).tensors
+    assert pipeline.judge(done.config, done.run).validation is None
+
+
+def test_training_stops_early_after_evaluations_without_enough_improvement(
+    tmp_path: Path,
+) -> None:
+    patience: dict[str, Any] = {"early_stop_patience": 2, "min_delta": 100.0}
+    done = train_example(tmp_path / "run", iters=40, steps_per_eval=3, training=patience)
+    assert list(evaluations(done)) == [0, 3, 6]
+    assert done.result.step == 6
+    state = json.loads((checkpoint_path(done.run.checkpoints, 6) / STATE_NAME).read_bytes())
+    assert state["ended"] is True
+    assert pipeline.train(done.config, done.run) == done.result
+
+
+def test_the_adapter_of_an_early_stop_has_the_loss_that_is_recorded_for_it(
+    tmp_path: Path,
+) -> None:
+    done = train_example(
+        tmp_path / "run",
+        iters=40,
+        steps_per_eval=6,
+        training={"early_stop_patience": 1, "min_delta": 100.0},
+        nested={
+            "frequencies": [1, 4],
+            "slow_gradients": "accumulate",
+            "learning_rate_scale": [1.0, 100.0],
+        },
+    )
+    lenient = done.config.model_copy(update={"gate": GateSection(max_val_loss_increase=1e6)})
+    verdict = pipeline.judge(lenient, done.run)
+    assert verdict.validation is not None
+    assert verdict.validation.loss_after == pytest.approx(done.result.best_val_loss, rel=1e-4)

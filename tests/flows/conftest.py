@@ -1,0 +1,139 @@
+"""A real Prefect server for the flows, and the real command line as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+from prefect.testing.utilities import prefect_test_harness
+
+from tests.example import write_config
+
+PROGRAM = Path(sys.executable).with_name("nested-tune")
+MAX_LINES = 14
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A server with a database of its own; without heartbeats, which cost a second a flow run."""
+    without_heartbeats = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
+    with prefect_test_harness(server_startup_timeout=90), without_heartbeats:
+        yield
+
+
+def flow_run_id(state: State[Any]) -> UUID:
+    """The flow run that ended in a state."""
+    assert state.state_details.flow_run_id is not None
+    return state.state_details.flow_run_id
+
+
+def task_runs(state: State[Any], *names: str) -> dict[str, TaskRun]:
+    """The task runs of a flow run by task name, in order, once the server has recorded all of them.
+
+    The server takes task runs from events, some time after the flow has ended; `names` are awaited.
+    """
+    wanted = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id(state)]))
+    deadline = time.monotonic() + 30
+    while True:
+        with get_client(sync_client=True) as client:
+            found = client.read_task_runs(flow_run_filter=wanted)
+        found.sort(key=lambda run: str(run.start_time))
+        runs = {run.name.rsplit("-", 1)[0]: run for run in found}
+        is_final = all(run.state is not None and run.state.is_final() for run in found)
+        if (is_final and set(names) <= set(runs)) or time.monotonic() > deadline:
+            return runs
+        time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process that has ended: its exit code and what it wrote."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def document(self) -> Any:
+        """Standard output, which must be one JSON document."""
+        return json.loads(self.stdout)
+
+    def message(self) -> str:
+        """The error that a person reads: no traceback, few lines, on standard error alone."""
+        assert "Traceback" not in self.stderr
+        assert self.stdout == ""
+        text = self.stderr[self.stderr.rindex("nested-tune: ") :]
+        assert len(text.splitlines()) <= MAX_LINES
+        return text
+
+
+def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start `nested-tune` with these arguments, outside the project's folder."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [str(PROGRAM), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 240) -> Ended:
+    """Wait for a process; it is killed where it takes longer."""
+    try:
+        stdout, stderr = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Ended(process.returncode, stdout, stderr)
+
+
+def side_by_side(commands: Mapping[str, Sequence[object]], folder: Path) -> dict[str, Ended]:
+    """Run each command to its end in `folder/<name>`, as many at a time as there are cores."""
+
+    def run(name: str) -> Ended:
+        return ended(start(*commands[name], cwd=folder / name))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(commands, pool.map(run, commands), strict=True))
+
+
+@pytest.fixture
+def nested_tune(tmp_path: Path) -> Callable[..., Ended]:
+    """Run the command line to its end in the test's folder."""
+    return lambda *arguments, **env: ended(start(*arguments, cwd=tmp_path, **env))
+
+
+@dataclass(frozen=True)
+class CommandRun:
+    """A run that `nested-tune train --json` made, with its configuration file."""
+
+    folder: Path
+    ended: Ended
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+
+@pytest.fixture(scope="session")
+def command_run(tmp_path_factory: pytest.TempPathFactory) -> CommandRun:
+    """One run of the example by `train --json`, that other tests look at and do not change."""
+    folder = tmp_path_factory.mktemp("command")
+    write_config(folder / "config.yaml", iters=8)
+    process = start("train", "-c", "config.yaml", "--run-dir", "run", "--json", cwd=folder)
+    return CommandRun(folder, ended(process))

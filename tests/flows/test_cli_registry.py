@@ -1,0 +1,130 @@
+"""`promote`, `rollback`, `history` and `audit` over two real runs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nested_core import pipeline
+from nested_core.adapters import read_adapter
+from tests.example import train_example
+from tests.flows.conftest import CommandRun, Ended, ended, start
+
+NAME = "capitals"
+Registry = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, command_run: CommandRun) -> Path:
+    """Two runs that passed the gate, `first` and `second`, and the empty place of a registry."""
+    folder = tmp_path_factory.mktemp("registry")
+    shutil.copytree(command_run.run_dir, folder / "first")
+    other = train_example(folder / "second", iters=4, seed=5)
+    pipeline.judge(other.config, other.run)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def story(folder: Path) -> dict[str, Ended]:
+    """Promote one, promote the other, go back, promote the first again, all by command."""
+
+    def command(*arguments: object) -> Ended:
+        return ended(start(*arguments, "--registry", "registry", cwd=folder))
+
+    first = read_adapter(folder / "first" / "adapter").digest()
+    return {
+        "first": command("promote", "first", "--name", NAME),
+        "second": command("promote", "second", "--name", NAME, "--if-champion", first),
+        "late": command("promote", "first", "--name", NAME, "--if-champion", first),
+        "rollback": command("rollback", NAME),
+        "again": command("promote", "first", "--name", NAME),
+        "history": command("history", NAME, "--json"),
+        "table": command("history", NAME),
+        "audit": command("audit", NAME, "--json"),
+    }
+
+
+@pytest.fixture(scope="module")
+def versions(folder: Path) -> tuple[str, str]:
+    first, second = (read_adapter(folder / name / "adapter") for name in ("first", "second"))
+    return first.digest(), second.digest()
+
+
+def test_promoting_a_run_registers_it_and_makes_it_champion(
+    story: dict[str, Ended], versions: tuple[str, str]
+) -> None:
+    assert story["first"].code == 0
+    assert story["first"].stdout == f"promoted: {versions[0]} (before: none)\n"
+    assert story["second"].code == 0
+    assert story["second"].stdout == f"promoted: {versions[1]} (before: {versions[0]})\n"
+
+
+def test_a_promotion_for_another_champion_is_superseded_and_a_success(
+    story: dict[str, Ended],
+) -> None:
+    assert story["late"].code == 0
+    assert "superseded" in story["late"].stdout
+
+
+def test_rollback_goes_to_what_the_last_change_replaced(
+    story: dict[str, Ended], versions: tuple[str, str]
+) -> None:
+    assert story["rollback"].code == 0
+    assert f"{versions[0]} (before: {versions[1]})" in story["rollback"].stdout
+
+
+def test_promoting_the_champion_again_changes_nothing(
+    story: dict[str, Ended], versions: tuple[str, str], folder: Path
+) -> None:
+    assert story["again"].code == 0
+    champion = folder / "registry" / NAME / "champion"
+    assert champion.resolve().name == versions[0]
+    assert read_adapter(champion).digest() == versions[0]
+
+
+def test_history_tells_every_change_oldest_first(
+    story: dict[str, Ended], versions: tuple[str, str]
+) -> None:
+    assert story["history"].code == 0
+    document = story["history"].document
+    assert (document["name"], document["champion"]) == (NAME, versions[0])
+    changes = [(entry["version"], entry["previous"]) for entry in document["history"]]
+    first, second = versions
+    assert changes[:3] == [(first, None), (second, first), (first, second)]
+    assert story["table"].code == 0
+    assert first[:12] in story["table"].stdout
+
+
+def test_audit_of_a_sound_registry_finds_nothing(story: dict[str, Ended]) -> None:
+    assert story["audit"].code == 0
+    assert list(story["audit"].document["findings"]) == []
+
+
+def test_a_version_that_was_changed_is_damage_for_every_command(
+    story: dict[str, Ended], folder: Path, tmp_path: Path, versions: tuple[str, str]
+) -> None:
+    registry = shutil.copytree(folder / "registry", tmp_path / "registry", symlinks=True)
+    gate = registry / NAME / "versions" / versions[1] / "gate.json"
+    gate.chmod(0o644)
+    gate.write_text(gate.read_text() + " ")
+    for arguments in (("rollback", NAME, "--to", versions[1]), ("audit", NAME, "--json")):
+        done = ended(start(*arguments, "--registry", registry, cwd=tmp_path))
+        assert done.code == 6, done.stderr
+        assert "gate.json" in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder / "first", tmp_path / "run")
+    gate = copy / "gate.json"
+    gate.write_text(gate.read_text().replace('"verdict": "passed"', '"verdict": "failed"'))
+    target = ("--registry", tmp_path / "registry", "--name", NAME)
+    done = ended(start("promote", copy, *target, cwd=tmp_path))
+    assert done.code == 4
+    assert "gate" in done.message()
+    assert not (tmp_path / "registry" / NAME / "champion").exists()

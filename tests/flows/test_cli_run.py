@@ -1,0 +1,72 @@
+"""`run`: the flow from the command line, against a real server named by PREFECT_API_URL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import get_current_settings
+
+from tests.example import write_config
+from tests.flows.conftest import Ended, ended, start
+
+pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
+
+
+@dataclass(frozen=True)
+class Runs:
+    folder: Path
+    sound: Ended
+    bad_data: Ended
+
+    def flow_run(self, run_dir: str) -> FlowRun:
+        with get_client(sync_client=True) as client:
+            found: list[FlowRun] = client.read_flow_runs()
+        wanted = str(self.folder.name)
+        (run,) = [
+            run
+            for run in found
+            if wanted in str(run.parameters) and f"'run_dir': '{run_dir}'" in str(run.parameters)
+        ]
+        return run
+
+
+@pytest.fixture(scope="module")
+def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A sound data set and a bad one, at the same time, on one server."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text('{"messages": 5}\n')
+    registry = {"path": str(folder / "registry"), "name": "capitals"}
+    changes = {"iters": 4, "val_batches": 1, "registry": registry}
+    write_config(folder / "sound.yaml", **changes)
+    write_config(folder / "bad.yaml", data="data", **changes)
+    server = str(get_current_settings().api.url)
+    started = [
+        start("run", "-c", f"{name}.yaml", "--run-dir", name, cwd=folder, PREFECT_API_URL=server)
+        for name in ("sound", "bad")
+    ]
+    return Runs(folder, *map(ended, started))
+
+
+def test_a_run_prints_its_adapter_and_registers_without_promoting(runs: Runs) -> None:
+    assert runs.sound.code == 0, runs.sound.stderr
+    assert runs.sound.stdout == "adapter: sound/adapter\n"
+    (version,) = (runs.folder / "registry" / "capitals" / "versions").iterdir()
+    assert len(version.name) == 64
+    assert not (runs.folder / "registry" / "capitals" / "champion").exists()
+    state = runs.flow_run("sound").state
+    assert state is not None
+    assert state.name == "Completed"
+
+
+def test_a_run_on_bad_data_exits_3_with_the_line_and_its_flow_run_is_failed(runs: Runs) -> None:
+    assert runs.bad_data.code == 3
+    assert "train.jsonl:1: " in runs.bad_data.message()
+    state = runs.flow_run("bad").state
+    assert state is not None
+    assert state.name == "Failed"
+    assert "train.jsonl:1: " in str(state.message)

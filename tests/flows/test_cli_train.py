@@ -1,0 +1,120 @@
+"""`train` and what looks at its run afterwards: one JSON document, no Prefect, the whole folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nested_core.adapters import read_adapter
+from tests.example import write_config
+from tests.flows.conftest import CommandRun, Ended
+
+Run = Callable[..., Ended]
+
+
+def test_train_json_gives_one_document_on_standard_output(command_run: CommandRun) -> None:
+    assert command_run.ended.code == 0
+    document = command_run.ended.document
+    assert document["verdict"] == "passed"
+    assert (document["step"], document["run_dir"]) == (8, "run")
+    assert document["val_loss"] < 4
+    assert document["red_flags"] == []
+    assert document["summary"].startswith("passed: 84 of 84 tensors changed, validation loss")
+
+
+def test_progress_goes_to_standard_error(command_run: CommandRun) -> None:
+    lines = command_run.ended.stderr.splitlines()
+    assert lines[0] == "run directory: run"
+    assert any(line.startswith("step 8: ") and "validation loss" in line for line in lines)
+    assert "Traceback" not in command_run.ended.stderr
+
+
+def test_the_run_directory_holds_the_whole_truth(command_run: CommandRun) -> None:
+    names = {path.name for path in command_run.run_dir.iterdir()}
+    assert names >= {"config.yaml", "dataset.json", "initial", "tiers.json", "checkpoints"}
+    assert names >= {"metrics.jsonl", "adapter", "gate.json", "run.lock"}
+    assert not [name for name in names if name.startswith(".tmp-")]
+    tiers = json.loads((command_run.run_dir / "tiers.json").read_bytes())
+    assert tiers["frequencies"] == [1, 2, 4]
+    assert tiers["tensors"].keys() == read_adapter(command_run.run_dir / "adapter").tensors.keys()
+
+
+def test_status_of_a_finished_run(command_run: CommandRun, nested_tune: Run) -> None:
+    done = nested_tune("status", command_run.run_dir, "--json")
+    assert done.code == 0
+    status = done.document
+    assert (status["state"], status["verdict"], status["process"]) == ("verified", "passed", None)
+    assert (status["step"], status["iteration"], status["iterations"]) == (8, 8, 8)
+    assert status["updates"] == [8, 4, 2]
+    assert status["current_val_loss"] == command_run.ended.document["val_loss"]
+
+
+def test_status_for_a_person_is_a_table(command_run: CommandRun, nested_tune: Run) -> None:
+    done = nested_tune("status", command_run.run_dir)
+    assert done.code == 0
+    assert "verified" in done.stdout
+    assert done.stderr == ""
+
+
+def test_resuming_a_finished_run_judges_it_again(command_run: CommandRun, tmp_path: Path) -> None:
+    checkpoint = command_run.run_dir / "checkpoints" / "step-0000008"
+    before = (checkpoint / "MANIFEST.json").stat().st_mtime_ns
+    gate = (command_run.run_dir / "gate.json").read_bytes()
+    again = subprocess.run(
+        [*TRAIN_WITHOUT_PREFECT, "--run-dir", "run", "--resume"],
+        cwd=command_run.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert (checkpoint / "MANIFEST.json").stat().st_mtime_ns == before
+    assert (command_run.run_dir / "gate.json").read_bytes() == gate
+    assert "[]" in again.stdout.splitlines()[-1]
+
+
+TRAIN_WITHOUT_PREFECT = [
+    sys.executable,
+    "-c",
+    "import sys; from flows.cli import main; code = main(sys.argv[1:]);"
+    "print([name for name in sys.modules if name.split('.')[0] == 'prefect']); sys.exit(code)",
+    *("train", "-c", "config.yaml"),
+]
+
+
+def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.yaml", iters=4, val_batches=1)
+    done = subprocess.run(
+        TRAIN_WITHOUT_PREFECT,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    *printed, modules = done.stdout.splitlines()
+    assert modules == "[]"
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed if "│" in line]
+    assert [row[:6] for row in rows] == [
+        ["0", "every 1", "28 of 28", "4", "4", "0"],
+        ["1", "every 2", "28 of 28", "2", "2", "0"],
+        ["2", "every 4", "14 of 28", "1", "1", "0"],  # lora_a moves with the second update
+    ]
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert f"adapter: runs/{run_dir.name}/adapter" in printed
+
+
+def test_flags_win_over_the_file(tmp_path: Path, nested_tune: Run) -> None:
+    write_config(tmp_path / "config.yaml", iters=400, val_batches=0)
+    flags = ["--iters", "4", "--batch-size", "1", "--learning-rate", "1e-3", "--seed", "7"]
+    done = nested_tune("train", "-c", "config.yaml", "--run-dir", "run", "--json", *flags)
+    assert done.code == 0
+    assert done.document["step"] == 4
+    records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(records[-1])["learning_rate"] == 0.0010000000474974513
+    assert "seed: 7" in (tmp_path / "run" / "config.yaml").read_text()

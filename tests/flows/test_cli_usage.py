@@ -1,0 +1,123 @@
+"""Wrong command lines and configurations: exit 2, one short paragraph, nothing written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.example import write_config
+from tests.flows.conftest import Ended, side_by_side
+
+Run = Callable[..., Ended]
+
+
+def test_version_is_printed_on_standard_output(nested_tune: Run) -> None:
+    done = nested_tune("--version")
+    assert (done.code, done.stdout) == (0, f"nested-tune {version('nested-tune')}\n")
+    assert done.stderr == ""
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "no command": ([], "required: COMMAND"),
+    "unknown command": (["trane"], "invalid choice: 'trane'"),
+    "unknown flag": (["train", "--fast"], "unrecognized arguments: --fast"),
+    "no number": (["train", "--iters", "many"], "invalid int value: 'many'"),
+    "missing config": (["train", "-c", "none.yaml"], "none.yaml: No such file"),
+    "resume nothing": (["train", "-c", "config.yaml", "--resume"], "--resume needs the --run-dir"),
+    "empty run": (
+        ["train", "-c", "config.yaml", "--resume", "--run-dir", "new"],
+        "new holds nothing to resume",
+    ),
+    "no run": (["status", "none"], "none is not a run directory"),
+    "no run to stop": (["stop", "none"], "none is not a run directory"),
+    "no adapter": (["verify", "none", "none"], "none is not a directory"),
+    "no registry": (["promote", "run", "--name", "a"], "are required: --registry"),
+}
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "unknown key": (
+        {"learning_rat": 1},
+        ["learning_rat: unknown key; did you mean learning_rate?"],
+    ),
+    "unknown key in a section": (
+        {"nested": {"frequences": [1]}},
+        ["nested.frequences: unknown key; did you mean frequencies?"],
+    ),
+    "two problems": (
+        {"iters": 0, "batch_size": "many"},
+        ["iters: Input should be greater than 0", "batch_size: Input should be a valid integer"],
+    ),
+    "many problems": ({f"key_{n}": n for n in range(30)}, ["key_0: unknown key", "and 20 more"]),
+    "frequencies that descend": (
+        {"nested": {"frequencies": [4, 1]}},
+        ["frequencies must ascend, fastest first; got (4, 1)"],
+    ),
+    "no such model": ({"model": "no/such/model"}, ["model: 'no/such/model' is no local directory"]),
+    "no such data": ({"data": "nowhere"}, ["data: 'nowhere' is not a folder here"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wrong")
+
+
+@pytest.fixture(scope="module")
+def wrong(folder: Path) -> dict[str, Ended]:
+    """Every wrong command line, run in a folder of its own with a sound configuration."""
+    for case in WRONG:
+        (folder / case).mkdir()
+        write_config(folder / case / "config.yaml")
+    return side_by_side({case: arguments for case, (arguments, _) in WRONG.items()}, folder)
+
+
+@pytest.fixture(scope="module")
+def misconfigured(folder: Path) -> dict[str, Ended]:
+    """`validate` with every wrong configuration."""
+    commands = {}
+    for case, (changes, _) in CONFIGS.items():
+        (folder / case).mkdir()
+        write_config(folder / case / "config.yaml", **changes)
+        flags = [] if case == "no such model" else ["--no-tokenize"]
+        commands[case] = ["validate", "-c", "config.yaml", *flags]
+    return side_by_side(commands, folder)
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_command_line_is_one_paragraph_and_exit_2(
+    wrong: dict[str, Ended], folder: Path, case: str
+) -> None:
+    assert wrong[case].code == 2
+    assert WRONG[case][1] in wrong[case].message()
+    assert [path.name for path in (folder / case).iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], case: str) -> None:
+    assert misconfigured[case].code == 2
+    assert all(words in misconfigured[case].message() for words in CONFIGS[case][1])
+
+
+def test_a_run_directory_that_is_not_empty_is_refused_and_left_alone(
+    nested_tune: Run, tmp_path: Path
+) -> None:
+    write_config(tmp_path / "config.yaml")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    done = nested_tune("train", "-c", "config.yaml", "--run-dir", "run")
+    assert done.code == 2
+    assert re.search(r"run is not empty.*--resume", done.message())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_traceback_is_shown_with_debug_alone(nested_tune: Run) -> None:
+    done = nested_tune("verify", "none", "none", "--debug")
+    assert done.code == 2
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "nested-tune: none is not a directory" in done.stderr

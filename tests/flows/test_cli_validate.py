@@ -1,0 +1,102 @@
+"""`validate`: every bad line by file, line and reason; exit 3; nothing is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.example import DATA, write_config
+from tests.flows.conftest import Ended, side_by_side
+
+BAD = {2: "{not json", 4: '{"messages": []}', 5: '{"messages": [{"role": "user"}]}'}
+VALIDATE = ("validate", "-c", "config.yaml")
+COMMANDS = {
+    "json": (*VALIDATE, "--json"),
+    "no tokenizer": (*VALIDATE, "--json", "--no-tokenize"),
+    "table": VALIDATE,
+    "sound": (*VALIDATE, "--json"),
+    "train": ("train", "-c", "config.yaml", "--run-dir", "run", "--json"),
+}
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What each command ended with, and its folder before and after."""
+
+    folder: Path
+    before: dict[str, dict[str, tuple[int, int]]]
+    after: dict[str, dict[str, tuple[int, int]]]
+    ended: dict[str, Ended]
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every path below a folder with its size and time of change."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+    }
+
+
+def write_bad_data(folder: Path) -> None:
+    """A train.jsonl with three bad lines among good ones, beside a sound valid.jsonl."""
+    folder.mkdir(parents=True)
+    good = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()[:6]
+    lines = [BAD.get(number, line) for number, line in enumerate(good, start=1)]
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "valid.jsonl").write_bytes((DATA / "valid.jsonl").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Validated:
+    """Each command in a folder of its own, all but one on bad data."""
+    folder = tmp_path_factory.mktemp("validated")
+    for name in COMMANDS:
+        write_bad_data(folder / name / "data")
+        data = str(DATA) if name == "sound" else "data"
+        write_config(folder / name / "config.yaml", data=data)
+    before = {name: listing(folder / name) for name in COMMANDS}
+    outcomes = side_by_side(COMMANDS, folder)
+    return Validated(folder, before, {name: listing(folder / name) for name in COMMANDS}, outcomes)
+
+
+@pytest.mark.parametrize("name", ["json", "no tokenizer"])
+def test_every_bad_line_is_named_with_file_line_and_reason(validated: Validated, name: str) -> None:
+    done = validated.ended[name]
+    assert done.code == 3
+    errors = [f for f in done.document["findings"] if f["severity"] == "error"]
+    assert {(f["file"], f["line"]) for f in errors} == {("train.jsonl", n) for n in BAD}
+    assert all(set(f) == {"file", "line", "severity", "check", "message"} for f in errors)
+    assert all(len(f["message"]) > 10 for f in errors)
+
+
+def test_a_person_reads_the_same_in_a_table(validated: Validated) -> None:
+    done = validated.ended["table"]
+    assert done.code == 3
+    for number in BAD:
+        assert any(f"train.jsonl │ {number} " in line for line in done.stdout.splitlines())
+    assert "Traceback" not in done.stderr
+
+
+def test_sound_data_are_counted_and_accepted(validated: Validated) -> None:
+    done = validated.ended["sound"]
+    assert done.code == 0
+    assert done.document["counts"]["error"] == 0
+    assert done.document["splits"]["train"]["rows"] == 40
+    assert done.document["splits"]["train"]["tokens"]["supervised"] > 40
+
+
+@pytest.mark.parametrize("name", ["json", "no tokenizer", "table", "sound"])
+def test_validating_writes_nothing(validated: Validated, name: str) -> None:
+    assert validated.after[name] == validated.before[name]
+
+
+def test_training_on_bad_data_is_refused_with_the_lines(validated: Validated) -> None:
+    done, run_dir = validated.ended["train"], validated.folder / "train" / "run"
+    assert done.code == 3
+    for number in BAD:
+        assert f"train.jsonl:{number}: " in done.message()
+    assert json.loads((run_dir / "dataset.json").read_bytes())["counts"]["error"] == 3
+    assert not (run_dir / "initial").exists()

@@ -1,0 +1,163 @@
+"""The flow from end to end on a real server: what it leaves behind, and how it fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from mlx.utils import tree_map_with_path
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+)
+from prefect.client.schemas.objects import State
+
+from flows.finetune import FinetuneParameters, finetune
+from nested_core.errors import ConfigError, GateRejected, SilentUpdateWarning
+from nested_core.registry import history, read_champion
+from nested_core.run_directory import RunDirectory
+from nested_core.training import trainer
+from tests.example import example_settings
+from tests.flows.conftest import flow_run_id, task_runs
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+TASKS = ("validate", "load", "train", "gate")
+
+
+def parameters(folder: Path, **changes: Any) -> FinetuneParameters:
+    target = {"path": str(folder / "registry"), "name": "capitals", "promote": "always"}
+    settings = {"iters": 8, "registry": target} | changes
+    return FinetuneParameters.model_validate(
+        example_settings(**settings) | {"run_dir": str(folder / "run")}
+    )
+
+
+def run_flow(given: FinetuneParameters) -> State[Any]:
+    return finetune(given, return_state=True)
+
+
+@pytest.fixture(scope="module")
+def completed(
+    prefect_server: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, State[Any]]:
+    folder = tmp_path_factory.mktemp("flow")
+    return folder, run_flow(parameters(folder))
+
+
+def test_the_flow_completes_and_registers_a_champion(completed: tuple[Path, State[Any]]) -> None:
+    folder, state = completed
+    assert state.is_completed()
+    champion = read_champion(folder / "registry", "capitals")
+    (entry,) = history(folder / "registry", "capitals")
+    assert entry["version"] == champion
+    assert entry["previous"] is None
+    adapter = folder / "registry" / "capitals" / "champion" / "adapters.safetensors"
+    assert adapter.read_bytes() == (folder / "run" / "adapter" / adapter.name).read_bytes()
+
+
+def test_every_task_ran_once_and_in_order(completed: tuple[Path, State[Any]]) -> None:
+    names = (*TASKS, "register", "promote")
+    runs = task_runs(completed[1], *names)
+    assert tuple(runs) == names
+    assert [run.run_count for run in runs.values()] == [1] * 6
+    assert all(run.state is not None and run.state.is_completed() for run in runs.values())
+
+
+def test_the_flow_run_has_its_artifacts(completed: tuple[Path, State[Any]]) -> None:
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(completed[1])]))
+    with get_client(sync_client=True) as client:
+        artifacts = {
+            artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=wanted)
+        }
+    assert {"dataset-report", "training-progress", "gate-verdict", "tier-table"} <= set(artifacts)
+    assert "# passed" in str(artifacts["gate-verdict"].data)
+    assert [row["applied_updates"] for row in json.loads(str(artifacts["tier-table"].data))] == [
+        8,
+        4,
+        2,
+    ]
+
+
+def test_a_second_flow_on_the_same_directory_is_refused(completed: tuple[Path, State[Any]]) -> None:
+    folder, _ = completed
+    state = run_flow(parameters(folder))
+    assert state.is_failed()
+    with pytest.raises(ConfigError, match="is not empty"):
+        state.result()
+
+
+def lose(model: Any, updates: dict[str, Any]) -> None:
+    model.update(
+        tree_map_with_path(
+            lambda path, value: updates.get(".".join(path), value), model.trainable_parameters()
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def rejected(
+    prefect_server: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, State[Any]]:
+    """The flow where updates are computed and never reach the model."""
+    folder = tmp_path_factory.mktemp("rejected")
+    losing = patch.object(trainer, "apply_flat_updates_to_nested", lose)
+    with losing, pytest.warns(SilentUpdateWarning, match="are not in the model"):
+        return folder, run_flow(parameters(folder))
+
+
+def test_a_failing_gate_fails_the_flow_with_the_reason_in_its_message(
+    rejected: tuple[Path, State[Any]],
+) -> None:
+    _, state = rejected
+    assert state.is_failed()
+    with get_client(sync_client=True) as client:
+        stored = client.read_flow_run(flow_run_id(state)).state
+    assert stored is not None
+    assert stored.name == "Failed"
+    assert "unchanged" in str(stored.message)
+    with pytest.raises(GateRejected, match="unchanged"):
+        state.result()
+
+
+def test_a_failing_gate_is_not_tried_again_and_nothing_is_registered(
+    rejected: tuple[Path, State[Any]],
+) -> None:
+    folder, state = rejected
+    runs = task_runs(state, *TASKS)
+    assert tuple(runs) == TASKS
+    assert runs["gate"].run_count == 1
+    assert not (folder / "registry").exists()
+    verdict = json.loads((folder / "run" / "gate.json").read_bytes())
+    assert [reason["code"] for reason in verdict["reasons"]] == ["unchanged"]
+
+
+def test_a_data_set_with_an_error_fails_the_flow_before_training(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "train.jsonl").write_text('{"messages": [}\n')
+    state = run_flow(parameters(tmp_path, data=str(data)))
+    assert state.is_failed()
+    assert "train.jsonl:1" in str(state.message)
+    runs = task_runs(state, "validate")
+    assert [(name, run.run_count) for name, run in runs.items()] == [("validate", 1)]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "config.yaml",
+        "dataset.json",
+        "run.lock",
+    ]
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(state)]))
+        keys = [artifact.key for artifact in client.read_artifacts(artifact_filter=wanted)]
+    assert [key for key in keys if key is not None] == ["dataset-report"]
+
+
+def test_without_a_registry_the_flow_ends_after_the_gate(tmp_path: Path) -> None:
+    given = parameters(tmp_path, iters=4, val_batches=1, registry={})
+    state = run_flow(given)
+    assert state.is_completed()
+    assert tuple(task_runs(state, *TASKS)) == TASKS
+    assert RunDirectory(tmp_path / "run").gate.is_file()

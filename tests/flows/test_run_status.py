@@ -1,0 +1,63 @@
+"""Where a run stands, as `status` tells it, from its first file to its verdict and beyond."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows.commands.judging import read_status
+from nested_core import pipeline
+from nested_core.config import GateSection
+from nested_core.errors import GateRejected, TrainingStopped
+from nested_core.run_directory import RunDirectory
+from tests.example import Finished, example_config, prepare, stop_after, train
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Finished]:
+    """The state after each stage of one run of 8 steps."""
+    config = example_config(val_batches=0)
+    run = RunDirectory(tmp_path_factory.mktemp("status") / "run")
+    seen: dict[str, str] = {}
+
+    def look(stage: str) -> None:
+        seen[stage] = read_status(run)["state"]
+
+    prepare(config, run.path)
+    look("loaded")
+    with run.locked():
+        look("locked")
+    with pytest.raises(TrainingStopped):
+        train(config, run, on_start=stop_after(3))
+    look("stopped")
+    done = train(config, run)
+    look("trained")
+    strict = config.model_copy(update={"gate": GateSection(min_relative_change=1e6)})
+    with pytest.raises(GateRejected):
+        pipeline.judge(strict, run)
+    look("rejected")
+    pipeline.judge(config, run)
+    look("verified")
+    return seen, done
+
+
+def test_each_stage_of_a_run_has_its_state(states: tuple[dict[str, str], Finished]) -> None:
+    assert states[0] == {
+        "loaded": "resumable",
+        "locked": "running",
+        "stopped": "resumable",
+        "trained": "trained",
+        "rejected": "rejected",
+        "verified": "verified",
+    }
+
+
+def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(
+    states: tuple[dict[str, str], Finished], tmp_path: Path
+) -> None:
+    longer, run = example_config(val_batches=0, iters=16), states[1].run
+    pipeline.begin(longer, run, resume=True)
+    with pytest.raises(TrainingStopped):
+        train(longer, run, on_start=stop_after(12))
+    assert read_status(run)["state"] == "resumable"

@@ -1,0 +1,106 @@
+"""Tasks that meet a real I/O error on a real server: how often each is tried."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.schemas.objects import State
+
+from nested_core import pipeline
+from nested_core.run_directory import RunDirectory
+from tasks.gate import gate
+from tasks.load import load
+from tasks.promote import promote
+from tasks.register import register
+from tasks.retrying import retry_on_passing_error
+from tasks.train import train
+from tasks.validate import validate
+from tests.example import Finished, example_config, train_example
+from tests.flows.conftest import task_runs
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    done = train_example(tmp_path_factory.mktemp("judged") / "run", iters=4, val_batches=0)
+    pipeline.judge(done.config, done.run)
+    return done
+
+
+def tries(task: Any, *arguments: Any) -> tuple[State[Any], int]:
+    """The state that a task ends in without waiting between tries, and how often it was tried."""
+    impatient = task.with_options(retry_delay_seconds=0) if task.retries else task
+
+    @flow
+    def one_task() -> None:
+        impatient(*arguments)
+
+    state = one_task(return_state=True)
+    return state, task_runs(state, task.name)[task.name].run_count
+
+
+@pytest.fixture
+def run(judged: Finished, tmp_path: Path) -> RunDirectory:
+    return RunDirectory(Path(shutil.copytree(judged.run.path, tmp_path / "run")))
+
+
+def directory_in_place_of(path: Path) -> None:
+    """Reading or replacing a file here is an EISDIR from now on."""
+    path.unlink()
+    path.mkdir()
+
+
+CASES: dict[str, tuple[Any, Callable[[RunDirectory], Path], int]] = {
+    "validate": (validate, lambda run: run.dataset, 3),
+    "train": (train, lambda run: run.result, 3),
+    "register": (register, lambda run: run.dataset, 4),
+    "promote": (promote, lambda run: run.gate, 4),
+    "gate": (gate, lambda run: run.gate, 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_io_error_that_may_pass_is_tried_again_as_the_table_says(
+    run: RunDirectory, tmp_path: Path, name: str
+) -> None:
+    task, place, expected = CASES[name]
+    target = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "always"}
+    config = example_config(iters=4, val_batches=0, registry=target)
+    directory_in_place_of(place(run))
+    more = ["0" * 64, None] if name == "promote" else []
+    state, count = tries(task, config, run.path, *more)
+    assert count == expected
+    with pytest.raises(IsADirectoryError):
+        state.result()
+
+
+def test_a_second_try_completes_where_the_error_has_passed(
+    judged: Finished, run: RunDirectory
+) -> None:
+    expected = run.tiers.read_bytes()
+    shutil.rmtree(run.initial)
+    directory_in_place_of(run.tiers)
+
+    def mend_then_ask(*asked: Any) -> bool:
+        run.tiers.rmdir()
+        return retry_on_passing_error(*asked)
+
+    state, count = tries(
+        load.with_options(retry_condition_fn=mend_then_ask), judged.config, run.path
+    )
+    assert (state.is_completed(), count) == (True, 2)
+    assert run.tiers.read_bytes() == expected
+    assert (run.initial / "adapters.safetensors").is_file()
+
+
+def test_a_folder_that_does_not_exist_is_not_tried_again(judged: Finished, tmp_path: Path) -> None:
+    state, count = tries(validate, judged.config, tmp_path / "gone")
+    assert count == 1
+    with pytest.raises(FileNotFoundError):
+        state.result()
