@@ -33,7 +33,8 @@ def rarest_token(tokenizer: Any, text: str) -> int:
     """The token of a training example that no other training example has: its country."""
     lines = (DATA / "train.jsonl").read_text().splitlines()
     counts = Counter(token for line in lines for token in set(tokenizer.encode(line)))
-    return min(tokenizer.encode(text), key=lambda token: counts[token])
+    rarest: int = min(tokenizer.encode(text), key=lambda token: counts[token])
+    return rarest
 
 
 @pytest.fixture(scope="module")
