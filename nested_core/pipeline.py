@@ -150,6 +150,8 @@ def train(
     load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))
     callbacks = with_reporting(config, run.path, callback)
     trainer = build_trainer(config, run, model, splits, callbacks)
+    for earlier in (run.gate, run.result):  # of a run that is now made longer
+        earlier.unlink(missing_ok=True)
     if on_start is not None:
         on_start(trainer)
     trainer.train()

@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
+from nested_core.errors import GateRejected
 from nested_core.gate import measure_test
 from nested_core.run_directory import RunDirectory
 
@@ -22,9 +23,10 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
     run = RunDirectory(run_dir)
     try:
         verdict = pipeline.judge(config, run)
-    finally:
-        if run.gate.exists():
-            _show(json.loads(run.gate.read_bytes()))
+    except GateRejected:
+        _show(json.loads(run.gate.read_bytes()))
+        raise
+    _show(verdict.to_json())
     get_run_logger().info("The gate: %s", verdict.summary())
     if config.test:
         get_run_logger().info("Test loss %.4f", measure_test(config, run))

@@ -146,8 +146,7 @@ class Trainer:
                 self._observe(first, last)
 
     def _make_steps(self) -> TrainStep:
-        draws = self.config.lora_parameters.dropout > 0
-        rule = self.method.rule
+        draws, rule = self.config.lora_parameters.dropout > 0, self.method.rule
         return TrainStep(self.model, self._slots, self.optimizer, self.tiers, rule, draws=draws)
 
     def _is_over(self) -> bool:
@@ -226,8 +225,10 @@ class Trainer:
     def _flush(self) -> None:
         is_open = any(self.state.step % f for f in self.tiers.frequencies)
         if is_open and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
-            updated = self.optimizer.flush(nested(read_slots(self._slots)))
-            apply_flat_updates_to_nested(self.model, flatten(updated))
+            before = read_slots(self._slots)
+            updates = flatten(self.optimizer.flush(nested(before)))
+            apply_flat_updates_to_nested(self.model, updates)
+            flag_updates(self.state, verify_updates(before, updates, self.model), list(updates))
             self.state.note_flush()
 
     def _stop(self) -> None:
