@@ -23,8 +23,9 @@ from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
-from nested_core.errors import ConfigError, DatasetError, GateRejected
+from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, judge_run
+from nested_core.gate.losses import refuse_other_data
 from nested_core.model import (
     adapter_config,
     attach_adapter,
@@ -145,7 +146,7 @@ def train(
         return read_result(run)
     model, tokenizer = load_base(config)
     report, splits = load_dataset(DataSettings.from_config(config), tokenizer)
-    _refuse_other_data(run, report)
+    refuse_other_data(run, report)
     attach_adapter(model, config)
     load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))
     callbacks = with_reporting(config, run.path, callback)
@@ -164,15 +165,6 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
     if checkpoint is None or not checkpoint.state["ended"]:
         return False
     return bool(checkpoint.state["wanted_iterations"] == config.iters)
-
-
-def _refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
-    validated = json.loads(run.dataset.read_bytes())["digest"]
-    if report.digest != validated:
-        raise DatasetError(
-            f"The data has changed since it was validated for {run.path}: its digest is "
-            f"{report.digest[:12]}, dataset.json says {validated[:12]}. Start a new run."
-        )
 
 
 def _publish(run: RunDirectory, trainer: Trainer) -> TrainResult:

@@ -10,6 +10,7 @@ from pathlib import Path
 from nested_core.adapters import WEIGHTS_NAME, load_arrays
 from nested_core.config import FineTuneConfig
 from nested_core.data.dataset import load_dataset
+from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.errors import DatasetError
 from nested_core.gate.verdict import Validation
@@ -44,6 +45,16 @@ def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
     return measured[1][0]
 
 
+def refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
+    """Raise DatasetError where the data is not what dataset.json says was validated."""
+    validated = json.loads(run.dataset.read_bytes())["digest"]
+    if report.digest != validated:
+        raise DatasetError(
+            f"The data in {report.folder} has changed since it was validated for {run.path}: its "
+            f"digest is {report.digest[:12]}, dataset.json says {validated[:12]}. Start a new run."
+        )
+
+
 def _losses(
     config: FineTuneConfig,
     run: RunDirectory,
@@ -55,11 +66,7 @@ def _losses(
     """The first of the splits that has examples, and the loss of each adapter on it."""
     model, tokenizer = load_base(config)
     report, found = load_dataset(DataSettings.from_config(config), tokenizer)
-    if report.digest != json.loads(run.dataset.read_bytes())["digest"]:
-        raise DatasetError(
-            f"The data in {config.data} has changed since it was validated for {run.path}: losses "
-            f"on it would be of something else. Start a new run."
-        )
+    refuse_other_data(run, report)
     name = next((name for name in splits if name in found and len(found[name])), None)
     if name is None:
         return None

@@ -56,6 +56,8 @@ def idle_names(
 
     Adam's second moment tells whether there was a gradient; another optimizer's state does not.
     """
+    if not names:
+        return []
     was_skipped = to_int(optimizer.state[COUNTERS]["nonfinite_in_a_row"]) > 0
     has_rate = to_float(optimizer.learning_rate) > 0.0
     if was_skipped or not has_rate or not isinstance(optimizer, NestedAdam):
