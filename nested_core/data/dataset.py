@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 
+from nested_core.data.encoding import has_chat_template
 from nested_core.data.file_rules import FileErrors, FileWarnings
 from nested_core.data.frame import gather_rows, relate_rows
 from nested_core.data.judging import judge
@@ -28,7 +29,7 @@ from nested_core.data.token_rules import (
     problem_frame,
     token_frame,
 )
-from nested_core.data.tokens import TokenFacts, TokenizedSplit, has_chat_template, tokenize
+from nested_core.data.tokens import TokenFacts, TokenizedSplit, tokenize
 from nested_core.durable import canonical_json
 
 
@@ -102,6 +103,7 @@ def _judge_files(
             "batch_size": settings.batch_size,
             "format": lines.format,
             "mask_prompt": settings.mask_prompt,
+            "supervise": settings.supervise,
             "lacks_template": lacks_template and lines.format in ("chat", "completion"),
         }
         for split, lines in splits.items()
@@ -122,7 +124,7 @@ def _tokenize_splits(
                 read_examples(lines.path, settings.features, skip),
                 tokenizer,
                 max_seq_length=settings.max_seq_length,
-                mask_prompt=settings.mask_prompt,
+                targets=settings.targets,
             )
     return tokenized
 

@@ -50,7 +50,7 @@ def count_tokens(split: TokenizedSplit, facts: TokenFacts) -> TokenStats | None:
         p50=int(p50),
         p95=int(p95),
         max=int(lengths.max()),
-        supervised=int(split.supervised_counts.sum()),
+        supervised=int(np.asarray(facts.supervised).sum()),
         truncated_rows=int((lost > 0).sum()),
         lost_tokens=int(lost.sum()),
     )

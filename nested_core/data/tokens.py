@@ -14,50 +14,42 @@ import numpy as np
 import numpy.typing as npt
 
 from nested_core.data.decoding import shorten
+from nested_core.data.encoding import EncodedExample, Span, Targets, encode_example
 from nested_core.data.fields import Example
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedSplit:
     """All examples of a split, one after the other.
 
-    tokens: int32 [sum of lengths]; starts: int64 [n + 1], where each example begins and the last
-    ends; supervised_from: int32 [n], the first position of each example that is learnt. Position t
-    of an example is supervised when max(1, supervised_from) <= t < length: nothing predicts 0.
+    tokens: int32 [sum of lengths]; supervised: bool [sum of lengths], whether the token is learnt,
+    never so at the first position of an example, which nothing predicts; starts: int64 [n + 1],
+    where each example begins and the last ends.
     """
 
     tokens: Int32
+    supervised: Bool
     starts: Int64
-    supervised_from: Int32
 
     def __len__(self) -> int:
-        return len(self.supervised_from)
+        return len(self.starts) - 1
 
     @property
     def lengths(self) -> Int64:
         """Tokens in each example, int64 [n]."""
         return np.diff(self.starts)
 
-    @property
-    def supervised_counts(self) -> Int64:
-        """Supervised tokens in each example, int64 [n]."""
-        return np.maximum(self.lengths - np.maximum(self.supervised_from, 1), 0)
-
     def example(self, index: int) -> Int32:
         """The tokens of one example, int32 [length], as a view."""
         return self.tokens[self.starts[index] : self.starts[index + 1]]
 
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """One example before truncation; `offset` is where mlx-lm's prompt mask ends."""
-
-    tokens: list[int]
-    offset: int = 0
-    continues_prompt: bool = True
+    def supervision(self, index: int) -> Bool:
+        """Which tokens of one example are learnt, bool [length], as a view."""
+        return self.supervised[self.starts[index] : self.starts[index + 1]]
 
 
 @dataclass
@@ -68,41 +60,9 @@ class TokenFacts:
     full_length: array[int] = field(default_factory=lambda: array("i"))
     length: array[int] = field(default_factory=lambda: array("i"))
     supervised: array[int] = field(default_factory=lambda: array("i"))
-    continues_prompt: array[int] = field(default_factory=lambda: array("b"))
+    broken_turn: array[int] = field(default_factory=lambda: array("i"))
     has_end: array[int] = field(default_factory=lambda: array("b"))
     problems: list[tuple[int, str]] = field(default_factory=list)  # line and what was raised
-
-
-def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer can turn messages into tokens (mlx_lm's wrapper, or a plain one)."""
-    if hasattr(tokenizer, "has_chat_template"):
-        return bool(tokenizer.has_chat_template)
-    return getattr(tokenizer, "chat_template", None) is not None
-
-
-def encode_example(example: Example, tokenizer: Any, *, mask_prompt: bool) -> EncodedExample:
-    """Tokens and mask offset as in mlx_lm/tuner/datasets.py; raises what the template raises."""
-    if example.format == "text":
-        return EncodedExample(_encode_text(example.text, tokenizer))
-    template, tools = tokenizer.apply_chat_template, example.tools
-    tokens = list(template(example.messages, tools=tools, return_dict=False))
-    if not mask_prompt:
-        return EncodedExample(tokens)
-    prompt = template(
-        example.messages[:-1],
-        tools=tools,
-        add_generation_prompt=example.messages[-1]["role"] == "assistant",
-        return_dict=False,
-    )
-    return EncodedExample(tokens, len(prompt), tokens[: len(prompt)] == list(prompt))
-
-
-def _encode_text(text: str, tokenizer: Any) -> list[int]:
-    tokens = list(tokenizer.encode(text))
-    end = tokenizer.eos_token_id
-    if end is not None and (not tokens or tokens[-1] != end):
-        tokens.append(end)
-    return tokens
 
 
 def tokenize(
@@ -110,27 +70,42 @@ def tokenize(
     tokenizer: Any,
     *,
     max_seq_length: int,
-    mask_prompt: bool = False,
+    targets: Targets = "whole",
 ) -> tuple[TokenizedSplit, TokenFacts]:
     """Tokenise (line, example) pairs; those for which the chat template raises are left out.
 
     Every example is cut to `max_seq_length` tokens, as mlx-lm does when it makes a batch.
     """
-    tokens, starts, offsets, facts = array("i"), array("q", [0]), array("i"), TokenFacts()
+    tokens, flags, starts, facts = array("i"), bytearray(), array("q", [0]), TokenFacts()
     ends = _end_tokens(tokenizer)
     for line, example in examples:
         try:
-            encoded = encode_example(example, tokenizer, mask_prompt=mask_prompt)
+            encoded = encode_example(example, tokenizer, targets)
         except Exception as error:  # a template is a program of its author's: it may raise anything
             facts.problems.append((line, shorten(f"{type(error).__name__}: {error}", 160)))
             continue
         kept = encoded.tokens[:max_seq_length]
+        spans = _cut(encoded.spans, len(kept))
         tokens.extend(kept)
+        flags += _flags(spans, len(kept))
         starts.append(len(tokens))
-        offsets.append(encoded.offset)
-        _note(facts, line, encoded, kept[max(1, encoded.offset) :], len(kept), ends)
-    arrays = (np.asarray(tokens), np.asarray(starts), np.asarray(offsets))
-    return TokenizedSplit(*arrays), facts
+        _note(facts, line, encoded, kept, spans, ends)
+    supervised = np.frombuffer(flags, np.bool_)
+    return TokenizedSplit(np.asarray(tokens), supervised, np.asarray(starts)), facts
+
+
+def _cut(spans: Iterable[Span], length: int) -> list[Span]:
+    """The spans within the tokens that are kept, and without the first, which nothing predicts."""
+    cut = [(max(begin, 1), min(end, length)) for begin, end in spans]
+    return [(begin, end) for begin, end in cut if begin < end]
+
+
+def _flags(spans: list[Span], length: int) -> bytearray:
+    """One byte a token: 1 where it is learnt."""
+    flags = bytearray(length)
+    for begin, end in spans:
+        flags[begin:end] = b"\1" * (end - begin)
+    return flags
 
 
 def _end_tokens(tokenizer: Any) -> frozenset[int]:
@@ -142,13 +117,13 @@ def _note(
     facts: TokenFacts,
     line: int,
     encoded: EncodedExample,
-    supervised: list[int],
-    length: int,
+    kept: list[int],
+    spans: list[Span],
     ends: frozenset[int],
 ) -> None:
     facts.line.append(line)
     facts.full_length.append(len(encoded.tokens))
-    facts.length.append(length)
-    facts.supervised.append(len(supervised))
-    facts.continues_prompt.append(encoded.continues_prompt)
-    facts.has_end.append(not ends.isdisjoint(supervised))
+    facts.length.append(len(kept))
+    facts.supervised.append(sum(end - begin for begin, end in spans))
+    facts.broken_turn.append(encoded.broken_turn)
+    facts.has_end.append(any(not ends.isdisjoint(kept[a:b]) for a, b in spans))

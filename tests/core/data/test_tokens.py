@@ -84,7 +84,8 @@ def test_tokens_and_mask_offsets_are_those_of_mlx_lm(
     for index, row in enumerate(rows):
         tokens, offset = reference.process(row)
         assert split.example(index).tolist() == tokens
-        assert split.supervised_from[index] == offset
+        learnt = np.arange(len(tokens)) >= max(1, offset)
+        assert split.supervision(index).tolist() == learnt.tolist()
 
 
 @pytest.mark.parametrize(("kind", "mask_prompt"), CASES)
@@ -105,8 +106,7 @@ def test_what_is_supervised_is_what_mlx_lm_supervises_without_its_pad_token(
         mask = np.array((steps >= lengths[:, 0:1]) & (steps < lengths[:, 1:]))
         targets = np.array(batch)[:, 1:][mask]
         example = split.example(index)
-        assert example[max(1, split.supervised_from[index]) :].tolist() == targets.tolist()
-        assert split.supervised_counts[index] == mask.sum()
+        assert example[split.supervision(index)].tolist() == targets.tolist()
 
 
 def mlx_lm_dataset(rows: Any, tokenizer: Any, config: Any) -> Any:
@@ -125,7 +125,9 @@ def test_arrays_are_flat_with_the_documented_types(
     split = load(write_data, tokenizer, "chat", max_seq_length=48)
     assert split.tokens.dtype == np.int32
     assert split.starts.dtype == np.int64
-    assert split.supervised_from.dtype == np.int32
+    assert split.supervised.dtype == np.bool_
+    assert len(split.supervised) == len(split.tokens)
+    assert not split.supervised[split.starts[:-1]].any()
     assert split.starts.tolist() == np.concatenate([[0], np.cumsum(split.lengths)]).tolist()
     assert split.lengths.max() == 48
     assert len(split.tokens) == split.starts[-1]

@@ -83,16 +83,16 @@ def gradients_by_example(done: Finished) -> list[tuple[int, Moments]]:
     attach_adapter(model, done.config)
     split = load_dataset(DataSettings.from_config(done.config), tokenizer)[1]["train"]
 
-    def loss(tokens: mx.array, start: int) -> mx.array:
+    def loss(tokens: mx.array, learnt: mx.array) -> mx.array:
         losses = nn.losses.cross_entropy(model(tokens[None, :-1])[0], tokens[1:])
-        return losses[start - 1 :].sum()
+        return (losses * learnt[1:]).sum()
 
     found = []
     for row in range(len(split)):
-        tokens, start = split.example(row), int(split.supervised_from[row])
-        _, tree = nn.value_and_grad(model, loss)(mx.array(tokens), start)
+        learnt = split.supervision(row)
+        _, tree = nn.value_and_grad(model, loss)(mx.array(split.example(row)), mx.array(learnt))
         sums = {n: np.array(g) for n, g in flatten(tree).items() if n.endswith("lora_b")}
-        found.append((len(tokens) - start, sums))
+        found.append((int(learnt.sum()), sums))
     return found
 
 

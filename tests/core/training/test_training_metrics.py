@@ -95,13 +95,13 @@ def _expected_norm(config: FineTuneConfig, due: set[int], tiers: dict[str, int])
     attach_adapter(model, config)
     _, splits = load_dataset(DataSettings.from_config(config), tokenizer)
     plan = BatchPlan(splits["train"].lengths, config.batch_size, config.seed)
-    tokens, bounds = (mx.array(part) for part in plan.arrays(splits["train"], 0))
+    tokens, supervised = (mx.array(part) for part in plan.arrays(splits["train"], 0))
 
-    def mean_loss(tokens: mx.array, bounds: mx.array) -> mx.array:
-        total, count = supervised_loss(model, tokens, bounds)
+    def mean_loss(tokens: mx.array, supervised: mx.array) -> mx.array:
+        total, count = supervised_loss(model, tokens, supervised)
         return total / count
 
-    _, gradients = nn.value_and_grad(model, mean_loss)(tokens, bounds)
+    _, gradients = nn.value_and_grad(model, mean_loss)(tokens, supervised)
     flat = flatten(gradients)
     squares = [np.square(np.array(g)).sum() for name, g in flat.items() if tiers[name] in due]
     return math.sqrt(sum(squares))
