@@ -105,6 +105,7 @@ def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[
         tokens[place, : len(example)] = example
         learnt = split.supervision(row)[1:]
         supervised[place, : len(learnt)] = learnt
+    split.give_back()
     return tokens, supervised
 
 

@@ -1,15 +1,16 @@
-"""A folder of train, valid and test .jsonl -> a report on all of it, and tokens of what is sound.
+"""A folder of train, valid and test .jsonl -> a report on all of it, tokens of what is sound.
 
 Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -17,11 +18,12 @@ from nested_core.data.encoding import has_chat_template
 from nested_core.data.file_rules import FileErrors, FileWarnings
 from nested_core.data.frame import gather_rows, relate_rows
 from nested_core.data.judging import judge
-from nested_core.data.reading import read_examples, read_rows
+from nested_core.data.reading import read_rows
 from nested_core.data.report import DatasetReport, Finding, SplitStats, in_order
 from nested_core.data.rules import RowErrors, RowWarnings
 from nested_core.data.settings import SPLITS, DataSettings
 from nested_core.data.summary import count_split, count_tokens, describe_split
+from nested_core.data.token_files import seal_tokens
 from nested_core.data.token_rules import (
     TemplateErrors,
     TokenErrors,
@@ -29,8 +31,10 @@ from nested_core.data.token_rules import (
     problem_frame,
     token_frame,
 )
-from nested_core.data.tokens import TokenFacts, TokenizedSplit, tokenize
-from nested_core.durable import canonical_json
+from nested_core.data.tokenizing import OnProgress, SplitLines, TokenFacts, tokenize_splits
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.durable import canonical_json, new_directory
+from nested_core.tokenizer import TokenizerSource
 
 
 @dataclass(frozen=True)
@@ -49,22 +53,40 @@ class _Lines:
 
 
 def load_dataset(
-    settings: DataSettings, tokenizer: Any | None
+    settings: DataSettings,
+    tokenizer: TokenizerSource | None,
+    *,
+    tokens_folder: Path | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
-    """Read, judge and (with mlx_lm's tokenizer) tokenise a local data set.
+    """Read, judge and (with a tokenizer) tokenise a local data set.
 
     The splits returned hold each sound line of each file that exists, in the order of the file.
-    Raises ConfigError where there is no such folder, and OSError; content never raises.
+    They are mapped from `tokens_folder`, which is made anew, or from files that go when the splits
+    go. Raises ConfigError where there is no such folder, and OSError; content never raises.
     """
     splits = _read_splits(settings)
     findings = [*_judge_lines(splits), *_judge_files(splits, settings, tokenizer)]
-    tokenized = {}
+    facts: dict[str, TokenFacts] = {}
+    tokenized: dict[str, TokenizedSplit] = {}
     if tokenizer is not None:
-        tokenized = _tokenize_splits(splits, settings, tokenizer, findings)
-    for split, (_, facts) in tokenized.items():
-        findings += _judge_tokens(facts, f"{split}.jsonl", settings.max_seq_length)
-    report = _write_report(settings, splits, findings, tokenized)
-    return report, {split: tokens for split, (tokens, _) in tokenized.items()}
+        with _made(tokens_folder) as folder:
+            facts = _tokenize(splits, settings, tokenizer, findings, folder, on_progress)
+            tokenized = seal_tokens(folder)
+    for split, found in facts.items():
+        findings += _judge_tokens(found, f"{split}.jsonl", settings.max_seq_length)
+    return _write_report(settings, splits, findings, facts), tokenized
+
+
+@contextmanager
+def _made(folder: Path | None) -> Iterator[Path]:
+    """A folder to write in, kept at `folder`, or removed: what is mapped from it stays readable."""
+    if folder is not None:
+        with new_directory(folder, replace=True) as place:
+            yield place
+    else:
+        with tempfile.TemporaryDirectory(prefix="nested-tune-") as private:
+            yield Path(private)
 
 
 def _read_splits(settings: DataSettings) -> dict[str, _Lines]:
@@ -88,9 +110,9 @@ def _judge_lines(splits: dict[str, _Lines]) -> Iterator[Finding]:
 
 
 def _judge_files(
-    splits: dict[str, _Lines], settings: DataSettings, tokenizer: Any | None
+    splits: dict[str, _Lines], settings: DataSettings, tokenizer: TokenizerSource | None
 ) -> Iterator[Finding]:
-    lacks_template = tokenizer is not None and not has_chat_template(tokenizer)
+    lacks_template = tokenizer is not None and not has_chat_template(tokenizer.load())
     files = [
         {
             "file": lines.file,
@@ -113,20 +135,29 @@ def _judge_files(
     yield from judge(FileWarnings, frame, "warning")
 
 
-def _tokenize_splits(
-    splits: dict[str, _Lines], settings: DataSettings, tokenizer: Any, findings: list[Finding]
-) -> dict[str, tuple[TokenizedSplit, TokenFacts]]:
-    tokenized = {}
-    for split, lines in splits.items():
-        if lines.path is not None and (lines.format == "text" or has_chat_template(tokenizer)):
-            skip = _bad_lines(findings, lines.file)
-            tokenized[split] = tokenize(
-                read_examples(lines.path, settings.features, skip),
-                tokenizer,
-                max_seq_length=settings.max_seq_length,
-                targets=settings.targets,
-            )
-    return tokenized
+def _tokenize(
+    splits: dict[str, _Lines],
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    findings: list[Finding],
+    folder: Path,
+    on_progress: OnProgress | None,
+) -> dict[str, TokenFacts]:
+    has_template = has_chat_template(tokenizer.load())
+    sound = {
+        split: SplitLines(lines.path, frozenset(_bad_lines(findings, lines.file)))
+        for split, lines in splits.items()
+        if lines.path is not None and (lines.format == "text" or has_template)
+    }
+    return tokenize_splits(
+        folder,
+        sound,
+        settings.features,
+        tokenizer,
+        max_seq_length=settings.max_seq_length,
+        targets=settings.targets,
+        on_progress=on_progress,
+    )
 
 
 def _judge_tokens(facts: TokenFacts, file: str, max_seq_length: int) -> Iterator[Finding]:
@@ -148,15 +179,15 @@ def _write_report(
     settings: DataSettings,
     splits: dict[str, _Lines],
     findings: list[Finding],
-    tokenized: dict[str, tuple[TokenizedSplit, TokenFacts]],
+    facts: dict[str, TokenFacts],
 ) -> DatasetReport:
     counted: dict[str, SplitStats] = {}
     for split, lines in splits.items():
         if lines.path is not None:
             rejected = len(_bad_lines(findings, lines.file))
             counted[split] = count_split(lines.file, lines.frame, rejected, lines.digest)
-            if split in tokenized:
-                counted[split] = replace(counted[split], tokens=count_tokens(*tokenized[split]))
+            if split in facts:
+                counted[split] = replace(counted[split], tokens=count_tokens(facts[split]))
     infos = [info for stats in counted.values() for info in describe_split(stats)]
     digests = {split: stats.digest for split, stats in counted.items()}
     digest = sha256(canonical_json(digests)).hexdigest()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from nested_core.data.decoding import LineProblem, strings
 from nested_core.data.fields import Example, Features, calls_tools
 from nested_core.data.parsing import parse_line
+from nested_core.data.workers import Span
 from nested_core.errors import DatasetError
 
 NO_DIGEST = bytes(32)
@@ -53,13 +54,20 @@ def read_rows(path: Path, features: Features) -> Iterator[Row]:
             yield read_line(raw, line, features)
 
 
-def read_examples(path: Path, features: Features, skip: set[int]) -> Iterator[tuple[int, Example]]:
-    """Yield (line, example) again for each line that is sound: not blank, not one to skip.
+def read_examples(
+    path: Path, features: Features, skip: set[int], span: Span | None = None, first_line: int = 1
+) -> Iterator[tuple[int, Example]]:
+    """Yield (line, example) for each sound line: not blank, not one to skip; of a range, or all.
 
-    Raises DatasetError where such a line is sound no more: the file changed since it was judged.
+    `first_line` is the number of the range's first line. Raises DatasetError where such a line is
+    sound no more: the file changed since it was judged.
     """
     with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
+        file.seek(span.start if span else 0)
+        left = span.end - span.start if span else None
+        for line, raw in enumerate(file, start=first_line):
+            if left is not None and (left := left - len(raw)) < 0:
+                return
             body = _body(raw, line)
             if not body or line in skip:
                 continue

@@ -11,15 +11,14 @@ import polars as pl
 from pandera.polars import PolarsData
 
 from nested_core.data.frame import count_once
-from nested_core.data.tokens import TokenFacts
+from nested_core.data.tokenizing import TokenFacts
 
 
 def token_frame(facts: TokenFacts, file: str, max_seq_length: int) -> pl.DataFrame:
     """One row an example; a habit of many lines stands at the first (truncation: the worst)."""
-    columns = ("line", "full_length", "length", "supervised", "broken_turn", "has_end")
-    frame = pl.DataFrame({name: np.asarray(getattr(facts, name)) for name in columns})
+    names = facts.examples.dtype.names or ()
+    frame = pl.DataFrame({name: np.ascontiguousarray(facts.examples[name]) for name in names})
     frame = frame.with_columns(
-        pl.col("has_end").cast(pl.Boolean),
         lost=pl.col("full_length") - pl.col("length"),
         file=pl.lit(file),
         max_seq_length=pl.lit(max_seq_length),

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from nested_core.config_file import parse_config
 from nested_core.data.dataset import load_dataset
+from nested_core.data.encoding import encode_example
+from nested_core.data.fields import Example
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError
+from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}
@@ -39,18 +41,18 @@ UNHEADED = (  # a prompt that does not say whose turn it is
 )
 
 
-def load(folder: Any, tokenizer: TokenizerWrapper, **more: Any) -> Any:
+def load(folder: Any, tokenizer: TokenizerSource, **more: Any) -> Any:
     settings = DataSettings(str(folder), supervise="all", batch_size=1, **more)
     return load_dataset(settings, tokenizer)
 
 
-def learnt(split: TokenizedSplit, tokenizer: TokenizerWrapper, index: int = 0) -> list[str]:
+def learnt(split: TokenizedSplit, tokenizer: TokenizerSource, index: int = 0) -> list[str]:
     """The text of each stretch of supervised tokens."""
     flags = split.supervision(index)
     edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
     tokens = split.example(index)
     stretches = zip(edges[::2], edges[1::2], strict=True)
-    return [tokenizer.decode(tokens[begin:end].tolist()) for begin, end in stretches]
+    return [tokenizer.load().decode(tokens[begin:end].tolist()) for begin, end in stretches]
 
 
 @pytest.mark.parametrize("mask_prompt", [True, False])
@@ -70,12 +72,12 @@ def test_every_assistant_turn_is_learnt_and_nothing_else(
     report, splits = load(folder, tokenizer, mask_prompt=mask_prompt)
     assert report.errors == ()
     assert learnt(splits["train"], tokenizer) == expected
-    whole = tokenizer.apply_chat_template(TURNS, return_dict=False)
+    whole = tokenizer.load().apply_chat_template(TURNS, return_dict=False)
     assert splits["train"].example(0).tolist() == whole
 
 
 def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     turns = [
         {"role": "user", "content": "river"},
@@ -94,7 +96,7 @@ def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(
 
 
 def test_a_completion_has_one_turn_to_learn(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     folder = write_data(train=[{"prompt": "Where?", "completion": "Here."}])
     _, splits = load(folder, tokenizer)
@@ -102,7 +104,7 @@ def test_a_completion_has_one_turn_to_learn(
 
 
 def test_turns_beyond_the_cut_are_not_learnt(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     folder = write_data(train=[{"messages": TURNS}])
     whole = load(folder, tokenizer)[1]["train"]
@@ -130,26 +132,22 @@ def test_a_prompt_that_the_whole_does_not_begin_with_is_an_error(write_data: Wri
     assert found == [("train.jsonl", 1, "prompt-not-a-prefix")]
 
 
-def test_plain_text_has_no_turns(write_data: WriteData, tokenizer: TokenizerWrapper) -> None:
+def test_plain_text_has_no_turns(write_data: WriteData, tokenizer: TokenizerSource) -> None:
     folder = write_data(train=[{"text": "The capital."}])
     found = [(f.file, f.line, f.check) for f in load(folder, tokenizer)[0].errors]
     assert found == [("train.jsonl", None, "supervise-all-on-text")]
 
 
-def test_two_template_calls_a_turn_are_enough(write_data: WriteData) -> None:
-    tokenizer = build_tokenizer(TEMPLATE)
+def test_two_template_calls_a_turn_are_enough(tokenizer: TokenizerSource) -> None:
     calls = []
 
     class Counting:
-        eos_token_id, has_chat_template = tokenizer.eos_token_id, True
-
         def apply_chat_template(self, messages: Any, **more: Any) -> Any:
             calls.append(len(messages))
-            return tokenizer.apply_chat_template(messages, **more)
+            return tokenizer.load().apply_chat_template(messages, **more)
 
-    turns = [*TURNS[1:3]] * 9
-    folder = write_data(train=[{"messages": turns}])
-    load_dataset(DataSettings(str(folder), supervise="all", batch_size=1), Counting())
+    encoded = encode_example(Example("chat", [*TURNS[1:3]] * 9), Counting(), "all")
+    assert len(encoded.spans) == 9
     assert len(calls) == 2 * 9
 
 
