@@ -187,8 +187,12 @@ def _write_report(
             rejected = len(_bad_lines(findings, lines.file))
             counted[split] = count_split(lines.file, lines.frame, rejected, lines.digest)
             if split in facts:
-                counted[split] = replace(counted[split], tokens=count_tokens(facts[split]))
-    infos = [info for stats in counted.values() for info in describe_split(stats)]
+                counted[split] = replace(
+                    counted[split], tokens=count_tokens(facts[split], settings)
+                )
+    infos = [
+        info for stats in counted.values() for info in describe_split(stats, settings.batch_size)
+    ]
     digests = {split: stats.digest for split, stats in counted.items()}
     digest = sha256(canonical_json(digests)).hexdigest()
     return DatasetReport(settings.data, digest, counted, in_order(findings + infos))
