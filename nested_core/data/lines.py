@@ -11,6 +11,7 @@ from nested_core.data.file_rules import FileErrors, FileWarnings
 from nested_core.data.frame import relate_rows
 from nested_core.data.gathering import Gathered, Progress, gather_files
 from nested_core.data.judging import judge
+from nested_core.data.kind_rules import KindWarnings, kind_frame
 from nested_core.data.report import Finding
 from nested_core.data.rules import RowErrors, RowWarnings
 from nested_core.data.settings import DataSettings
@@ -57,6 +58,7 @@ def judge_lines(splits: Mapping[str, Lines]) -> Iterator[Finding]:
     for lines in splits.values():
         yield from judge(RowErrors, lines.frame, "error")
         yield from judge(RowWarnings, lines.frame, "warning")
+        yield from judge(KindWarnings, kind_frame(lines.frame, lines.file), "warning")
 
 
 def judge_files(

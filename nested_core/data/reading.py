@@ -18,6 +18,7 @@ from nested_core.data.decoding import LineProblem
 from nested_core.data.fields import Example, Features
 from nested_core.data.parsing import parse_line
 from nested_core.data.rows import WHITE_SPACE, Row, line_body, plain_row, read_line
+from nested_core.data.sensitive import find_kinds
 from nested_core.data.workers import Span
 from nested_core.errors import DatasetError
 
@@ -28,6 +29,7 @@ SCHEMA: dict[str, type[pl.DataType]] = {
     "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
     "prompt": pl.UInt64,  # equal for equal prompts
     "folded": pl.UInt64,  # equal for contents that differ in case and white space only
+    "sensitive": pl.UInt32,  # what it may hold, see sensitive.KINDS
     "has_control": pl.Boolean,
     "has_replacement": pl.Boolean,
     "has_crlf": pl.Boolean,
@@ -107,6 +109,7 @@ def _frame(
     raw, text = pl.Series(lines, dtype=pl.Binary), pl.Series(shown, dtype=pl.String)
     columns: dict[str, Any] = {"format": formats, "roles": roles, **keys}
     columns |= {
+        "sensitive": find_kinds(text),
         "has_control": _hold_controls(raw, text),
         "has_replacement": text.str.contains(_REPLACEMENT, literal=True).fill_null(value=False),
         "has_crlf": raw.bin.ends_with(b"\r"),
