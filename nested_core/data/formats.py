@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ MAX_EXPANSION = 200  # text of real data sets packs to a tenth, hardly ever to a
 _FREE_BYTES = 64 * 2**20  # so much may come out of any archive
 MAX_LINE_BYTES = 64 * 2**20
 _PARQUET_ROWS = 10_000  # converted at a time
-_BLANK = "\n\r"
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
+_WITHOUT_LINE_ENDS = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
 
 
 class Damaged(Exception):
@@ -69,30 +71,31 @@ def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
         byte = f"byte 0x{raw[error.start]:02x} in line {line}"
         raise Damaged(1, f"{byte} is not UTF-8; save the file as UTF-8") from None
     del raw
-    space, decoder = json.decoder.WHITESPACE.match, json.JSONDecoder()  # type: ignore[attr-defined]
-    position, number = space(text, 0).end(), 0
+    position = _skip_space(text, 0)
     if not text.startswith("[", position):
         found = repr(text[position]) if position < len(text) else "nothing"
         reason = f"expected an array of objects, [{{...}}, ...], found {found}"
         raise Damaged(1, f"{reason}; name a file with an object a line .jsonl")
-    position = space(text, position + 1).end()
-    if text.startswith("]", position):
-        position += 1
-    else:
-        while True:
-            number += 1
-            start, position = position, _element_end(decoder, text, position, number)
-            element = text[start:position].translate(str.maketrans(_BLANK, "  "))
-            yield number, element.encode(), None
-            position = space(text, position).end()
-            if text.startswith("]", position):
-                position += 1
-                break
-            if not text.startswith(",", position):
-                raise Damaged(number + 1, f"expected a comma or ] at {_place(text, position)}")
-            position = space(text, position + 1).end()
-    if space(text, position).end() != len(text):
+    decoder, number = json.JSONDecoder(), 0
+    position = _skip_space(text, position + 1)
+    while number or not text.startswith("]", position):
+        number += 1
+        start, position = position, _element_end(decoder, text, position, number)
+        yield number, text[start:position].translate(_WITHOUT_LINE_ENDS).encode(), None
+        position = _skip_space(text, position)
+        if text.startswith("]", position):
+            break
+        if not text.startswith(",", position):
+            raise Damaged(number + 1, f"expected a comma or ] at {_place(text, position)}")
+        position = _skip_space(text, position + 1)
+    position = _skip_space(text, position + 1)
+    if position < len(text):
         raise Damaged(number + 1, f"text after the array at {_place(text, position)}")
+
+
+def _skip_space(text: str, position: int) -> int:
+    found = _NO_SPACE.search(text, position)
+    return found.start() if found else len(text)
 
 
 def _element_end(decoder: json.JSONDecoder, text: str, start: int, number: int) -> int:
@@ -163,7 +166,7 @@ def _csv_line(
                 json.loads(cell)
             except (ValueError, RecursionError) as error:
                 return b"", ("bad-json", f"the cell {column} is not valid JSON: {error}")
-            value = cell.translate(str.maketrans(_BLANK, "  "))
+            value = cell.translate(_WITHOUT_LINE_ENDS)
         fields.append(f"{json.dumps(column, ensure_ascii=False)}: {value}")
     try:
         return f"{{{', '.join(fields)}}}".encode(), None
