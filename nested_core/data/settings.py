@@ -1,19 +1,12 @@
-"""The part of a configuration that decides what is read and how, and the files it points to.
-
-Only local folders; anything else is refused with the reason.
-"""
+"""The part of a configuration that decides what is read and how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 from nested_core.data.encoding import Targets
 from nested_core.data.fields import Features
-from nested_core.errors import ConfigError
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -51,14 +44,7 @@ class DataSettings:
             self.prompt_feature, self.completion_feature, self.text_feature, self.chat_feature
         )
 
-    def paths(self) -> dict[str, Path]:
-        """The files that exist, by split; raises ConfigError where there is no folder."""
-        folder = Path(self.data).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(
-                f"data: {self.data!r} is not a folder here; expected one with train.jsonl, and "
-                "best valid.jsonl and test.jsonl beside it. Data sets on the Hugging Face hub are "
-                "not read yet: download the set first and give its folder."
-            )
-        paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
-        return {split: path for split, path in paths.items() if path.is_file()}
+    @property
+    def json_keys(self) -> frozenset[str]:
+        """The columns of a table of texts whose cells hold JSON."""
+        return frozenset({self.chat_feature, "tools"})

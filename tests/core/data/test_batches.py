@@ -35,7 +35,8 @@ def split_of(lengths: list[int], learnt: list[bool] | None = None) -> TokenizedS
     tokens = np.arange(1, starts[-1] + 1, dtype=np.int32)
     supervised = np.resize([True] if learnt is None else learnt, len(tokens))
     supervised[starts[:-1]] = False
-    return TokenizedSplit(tokens, supervised, starts)
+    lines = np.arange(1, len(lengths) + 1, dtype=np.int32)
+    return TokenizedSplit(tokens, supervised, starts, lines)
 
 
 @given(lengths_lists, batch_sizes, seeds, st.integers(0, 5))

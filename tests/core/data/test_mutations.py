@@ -15,8 +15,10 @@ from nested_core.data.dataset import load_dataset
 from nested_core.data.decoding import LineProblem
 from nested_core.data.fields import Features
 from nested_core.data.parsing import parse_line
-from nested_core.data.reading import read_line, read_rows
+from nested_core.data.reading import read_span
+from nested_core.data.rows import read_line
 from nested_core.data.settings import DataSettings
+from nested_core.data.workers import Span
 
 MUTATIONS = int(os.environ.get("NESTED_TUNE_MUTATIONS", "2000"))
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -84,11 +86,12 @@ def test_mutated_files_never_raise_and_never_lose_a_line(tmp_path: Path) -> None
     for _ in range(MUTATIONS):
         content = mutate(SEED_FILE, dice)
         path.write_bytes(content)
-        rows = list(read_rows(path, Features()))
+        frame, digests = read_span(path, Span(0, len(content)), Features())
         expected = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
-        assert [row.line for row in rows] == list(range(1, expected + 1))
-        for row in rows:
-            assert row.is_blank + (row.check is not None) + (row.format is not None) == 1
+        assert frame.height == expected
+        for row in frame.iter_rows(named=True):
+            assert row["is_blank"] + (row["check"] is not None) + (row["format"] is not None) == 1
+        assert len(digests) == 32 * frame["format"].count()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -105,7 +108,7 @@ def test_mutated_data_sets_are_judged_line_by_line(seed: int, tmp_path: Path) ->
 
 @given(st.binary(max_size=200))
 def test_any_bytes_make_a_row(raw: bytes) -> None:
-    row = read_line(raw, 2, Features())
+    row = read_line(raw, Features())
     assert row.is_blank or row.check or row.format
 
 
@@ -135,7 +138,7 @@ def problem_of(raw: bytes) -> LineProblem | None:
 def test_any_json_is_an_example_or_a_problem(value: object) -> None:
     raw = json.dumps(value).encode()
     problem = problem_of(raw)
-    row = read_line(raw, 2, Features())
+    row = read_line(raw, Features())
     assert row.check == (problem and problem.check)
     assert (row.format is None) == (problem is not None)
 
