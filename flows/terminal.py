@@ -22,6 +22,7 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 2.0
 POLL_SECONDS = 0.25
+SECONDS_BEFORE_PROGRESS = 2.0
 CURVE_WIDTH, CURVE_HEIGHT = 64, 12
 SMALLEST_LOSS = 1e-6
 
@@ -119,6 +120,36 @@ class _Watcher(threading.Thread):
 
 
 _LABELS = (("loss", "training loss"), ("val_loss", "validation loss"))
+
+
+class ProgressLine:
+    """For work in known amounts: a line that is rewritten, or without a terminal now and then one.
+
+    Nothing is shown of work that takes less than SECONDS_BEFORE_PROGRESS.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._called_at = time.monotonic()
+        self._shown_at = 0.0
+        self._what = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` parts of `what` are done."""
+        now = time.monotonic()
+        if what != self._what:
+            self._began, self._what = self._called_at, what  # what went before has ended
+        self._called_at = now
+        every = POLL_SECONDS if errors.is_terminal else SECONDS_BETWEEN_LINES
+        is_due = now - self._shown_at >= every or (done == total and self._shown_at > self._began)
+        if now - self._began < SECONDS_BEFORE_PROGRESS or not is_due:
+            return
+        self._shown_at = now
+        left = (now - self._began) / done * (total - done)
+        text = f"{what}: {done / total:.0%}" + (f", {left:.0f} s left" if done < total else "")
+        if errors.is_terminal:
+            errors.print(f"\r{text:<40}", end="\n" if done == total else "")
+        else:
+            errors.print(text, soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:

@@ -112,6 +112,7 @@ class TrainingSection(Section):
     max_grad_norm: Share = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     epochs: PositiveFloat | None = None
+    supervise: Literal["last", "all"] = "last"
     early_stop_patience: PositiveInt | None = None
     min_delta: Share = 1e-4
     keep_checkpoints: PositiveInt = 5

@@ -22,6 +22,7 @@ from nested_core.config_file import parse_config, read_yaml
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
+from nested_core.data.workers import OnProgress
 from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, judge_run
@@ -33,7 +34,7 @@ from nested_core.model import (
     find_model,
     load_base,
     load_leaves,
-    load_tokenizer,
+    tokenizer_source,
     trainable,
 )
 from nested_core.run_directory import RunDirectory
@@ -94,9 +95,12 @@ def _refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run: RunDirect
         )
 
 
-def validate(config: FineTuneConfig, run: RunDirectory) -> DatasetReport:
+def validate(
+    config: FineTuneConfig, run: RunDirectory, on_progress: OnProgress | None = None
+) -> DatasetReport:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
-    report, _ = load_dataset(DataSettings.from_config(config), load_tokenizer(config))
+    settings, tokenizer = DataSettings.from_config(config), tokenizer_source(config)
+    report, _ = load_dataset(settings, tokenizer, on_progress=on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     return report
@@ -106,14 +110,14 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
     """Write the initial adapter, fresh or from resume_adapter_file, and the tier of each tensor."""
     if run.initial.exists() and run.tiers.exists():
         return
-    model, tokenizer = load_base(config, as_stored=True)
+    model, _ = load_base(config, as_stored=True)
     attach_adapter(model, config)
     if config.resume_adapter_file is not None:
         load_leaves(model, _read_adapter_file(Path(config.resume_adapter_file)))
     fingerprint = base_fingerprint(find_model(config.model))
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable(model), adapter_config(config, fingerprint))
-    tiers = _assign(config, model, tokenizer)
+    tiers = _assign(config, model)
     build_optimizer(config, tiers)  # what it cannot be made from is found before training
     write_json(run.tiers, tiers.to_json())
 
@@ -124,10 +128,10 @@ def _read_adapter_file(path: Path) -> dict[str, mx.array]:
     return load_arrays(path)
 
 
-def _assign(config: FineTuneConfig, model: Any, tokenizer: Any) -> TierMap:
+def _assign(config: FineTuneConfig, model: Any) -> TierMap:
     importance = None
     if config.nested.strategy == "parameter_importance":
-        _, splits = load_dataset(DataSettings.from_config(config), tokenizer)
+        _, splits = load_dataset(DataSettings.from_config(config), tokenizer_source(config))
         importance = parameter_importance(config, model, splits["train"])
     return assign_tiers(trainable(model), config.nested, importance)
 
@@ -144,8 +148,8 @@ def train(
     """
     if run.result.exists() and _is_complete(config, run):
         return read_result(run)
-    model, tokenizer = load_base(config)
-    report, splits = load_dataset(DataSettings.from_config(config), tokenizer)
+    model, _ = load_base(config)
+    report, splits = load_dataset(DataSettings.from_config(config), tokenizer_source(config))
     refuse_other_data(run, report)
     attach_adapter(model, config)
     load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))

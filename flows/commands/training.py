@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
-from flows.terminal import print_json, print_table, print_tiers, say, watching
+from flows.terminal import ProgressLine, print_json, print_table, print_tiers, say, watching
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.run_directory import RunDirectory, new_run_name, open_run
 
@@ -44,11 +44,12 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.dataset import load_dataset
     from nested_core.data.settings import DataSettings
     from nested_core.errors import DatasetError
-    from nested_core.model import load_tokenizer
+    from nested_core.model import tokenizer_source
 
     config = config_from(arguments)
-    tokenizer = None if arguments.no_tokenize else load_tokenizer(config)
-    report, _ = load_dataset(DataSettings.from_config(config), tokenizer)
+    tokenizer = None if arguments.no_tokenize else tokenizer_source(config)
+    settings = DataSettings.from_config(config)
+    report, _ = load_dataset(settings, tokenizer, on_progress=ProgressLine())
 
     def finish() -> int:
         if arguments.json:
@@ -72,7 +73,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     with run.locked(), stopper.installed():
         say(f"run directory: {run.path}")
         pipeline.begin(config, run, resume=arguments.resume)
-        pipeline.validate(config, run)
+        pipeline.validate(config, run, ProgressLine())
         pipeline.load(config, run)
         with watching(run.metrics):
             result = pipeline.train(config, run, on_start=stopper.watch)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.tokens import Int32, Int64, TokenizedSplit
+from nested_core.data.tokens import Bool, Int32, Int64, TokenizedSplit
 
 WIDTHS_PER_OCTAVE = 8
 WIDTH_MULTIPLE = 4
@@ -80,7 +80,7 @@ class BatchPlan:
         chosen = rows[start : start + self.batch_size]
         return Batch(chosen, int(self._row_widths[chosen].max()))
 
-    def arrays(self, split: TokenizedSplit, index: int) -> tuple[Int32, Int32]:
+    def arrays(self, split: TokenizedSplit, index: int) -> tuple[Int32, Bool]:
         """`batch_arrays` of the batch at a position."""
         return batch_arrays(split, self.batch(index), self.batch_size)
 
@@ -92,19 +92,21 @@ class BatchPlan:
         return shuffled[by_width], generator.permutation(self.batches_per_epoch)
 
 
-def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Int32]:
-    """Tokens int32 [batch_size, width + 1], padded with 0, and bounds int32 [batch_size, 2].
+def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Bool]:
+    """Tokens int32 [batch_size, width + 1], padded with 0, and supervised bool [batch_size, width].
 
-    inputs = tokens[:, :-1], targets = tokens[:, 1:]; the target at column j, which is token j + 1,
-    is supervised when bounds[:, 0] <= j + 1 < bounds[:, 1]. A missing row has no such target.
+    inputs = tokens[:, :-1], targets = tokens[:, 1:]; supervised[:, j] is about the target in column
+    j, which is token j + 1. Neither padding nor a missing row has a supervised target.
     """
     tokens = np.zeros((batch_size, batch.width + 1), np.int32)
-    bounds = np.zeros((batch_size, 2), np.int32)
+    supervised = np.zeros((batch_size, batch.width), np.bool_)
     for place, row in enumerate(batch.rows):
         example = split.example(row)
         tokens[place, : len(example)] = example
-        bounds[place] = max(1, split.supervised_from[row]), len(example)
-    return tokens, bounds
+        learnt = split.supervision(row)[1:]
+        supervised[place, : len(learnt)] = learnt
+    split.give_back()
+    return tokens, supervised
 
 
 def evaluation_batches(

@@ -1,25 +1,25 @@
-"""A folder with train, valid and test -> a report on all of it, and tokens of what is sound.
+"""A data set with train, valid and test -> a report on all of it, and tokens of what is sound.
 
 Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-from nested_core.data.gathering import Progress
+from nested_core.data.encoding import has_chat_template
 from nested_core.data.judging import judge
 from nested_core.data.lines import Lines, judge_files, judge_lines, read_lines
-from nested_core.data.reading import read_examples
 from nested_core.data.report import DatasetReport, Finding, SplitStats, in_order
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources import open_folder
 from nested_core.data.summary import count_split, count_tokens, describe_split
+from nested_core.data.token_files import seal_tokens
 from nested_core.data.token_rules import (
     TemplateErrors,
     TokenErrors,
@@ -27,51 +27,97 @@ from nested_core.data.token_rules import (
     problem_frame,
     token_frame,
 )
-from nested_core.data.tokens import TokenFacts, TokenizedSplit, has_chat_template, tokenize
-from nested_core.durable import canonical_json
+from nested_core.data.tokenizing import SplitLines, TokenFacts, tokenize_splits
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.workers import OnProgress
+from nested_core.durable import canonical_json, new_directory
+from nested_core.tokenizer import TokenizerSource
 
 
 def load_dataset(
-    settings: DataSettings, tokenizer: Any | None, on_progress: Progress | None = None
+    settings: DataSettings,
+    tokenizer: TokenizerSource | None,
+    *,
+    tokens_folder: Path | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
-    """Read, judge and (with mlx_lm's tokenizer) tokenise a data set.
+    """Read, judge and (with a tokenizer) tokenise a data set.
 
     The splits returned hold each sound line of each split that exists, in the order of the file.
-    Raises ConfigError where there is no such folder, OSError, WorkerFailed; content never raises.
+    They are mapped from `tokens_folder`, which is made anew, or from files that go when the splits
+    go. Raises ConfigError where there is no such folder, OSError, WorkerFailed; never for content.
     """
-    with TemporaryDirectory(prefix="nested-tune-") as spool:
+    facts: dict[str, TokenFacts] = {}
+    tokenized: dict[str, TokenizedSplit] = {}
+    has_template = tokenizer is None or has_chat_template(tokenizer.load())
+    with tempfile.TemporaryDirectory(prefix="nested-tune-") as spool:
         sources = open_folder(settings.data, settings.json_keys, Path(spool))
         splits = read_lines(sources, settings, on_progress)
-        lacks_template = tokenizer is not None and not has_chat_template(tokenizer)
         findings = [
             *judge_lines(splits),
-            *judge_files(splits, settings, lacks_template=lacks_template),
+            *judge_files(splits, settings, lacks_template=not has_template),
         ]
-        tokenized = {}
         if tokenizer is not None:
-            tokenized = _tokenize_splits(splits, settings, tokenizer, findings)
-    for split, (_, facts) in tokenized.items():
-        findings += _judge_tokens(facts, splits[split].file, settings.max_seq_length)
-    report = _write_report(settings, splits, findings, tokenized)
-    return report, {split: tokens for split, (tokens, _) in tokenized.items()}
+            with _made(tokens_folder) as folder:
+                sound = _sound_lines(splits, findings, has_template=has_template)
+                facts = _tokenize(splits, sound, settings, tokenizer, folder, on_progress)
+                tokenized = seal_tokens(folder)
+    for split, found in facts.items():
+        findings += _judge_tokens(found, splits[split].file, settings.max_seq_length)
+    return _write_report(settings, splits, findings, facts), tokenized
 
 
-def _tokenize_splits(
-    splits: dict[str, Lines], settings: DataSettings, tokenizer: Any, findings: list[Finding]
-) -> dict[str, tuple[TokenizedSplit, TokenFacts]]:
-    tokenized = {}
-    for split, lines in splits.items():
-        source = lines.source
-        if source is not None and (lines.format == "text" or has_chat_template(tokenizer)):
-            skip = source.lines_of(_bad_lines(findings, lines.file))
-            examples = read_examples(source.path, settings.features, skip)
-            tokenized[split] = tokenize(
-                ((source.number_of(line), example) for line, example in examples),
-                tokenizer,
-                max_seq_length=settings.max_seq_length,
-                mask_prompt=settings.mask_prompt,
-            )
-    return tokenized
+@contextmanager
+def _made(folder: Path | None) -> Iterator[Path]:
+    """A folder to write in, kept at `folder`, or removed: what is mapped from it stays readable."""
+    if folder is not None:
+        with new_directory(folder, replace=True) as place:
+            yield place
+    else:
+        with tempfile.TemporaryDirectory(prefix="nested-tune-") as private:
+            yield Path(private)
+
+
+def _sound_lines(
+    splits: dict[str, Lines], findings: list[Finding], *, has_template: bool
+) -> dict[str, SplitLines]:
+    return {
+        split: SplitLines(
+            lines.source.path, frozenset(lines.source.lines_of(_bad_lines(findings, lines.file)))
+        )
+        for split, lines in splits.items()
+        if lines.source is not None and (lines.format == "text" or has_template)
+    }
+
+
+def _tokenize(
+    splits: dict[str, Lines],
+    sound: dict[str, SplitLines],
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    folder: Path,
+    on_progress: OnProgress | None,
+) -> dict[str, TokenFacts]:
+    """The facts of each split, by the numbers that a person knows its lines by."""
+    facts = tokenize_splits(
+        folder,
+        sound,
+        settings.features,
+        tokenizer,
+        max_seq_length=settings.max_seq_length,
+        targets=settings.targets,
+        on_progress=on_progress,
+    )
+    return {split: _renumber(found, splits[split]) for split, found in facts.items()}
+
+
+def _renumber(facts: TokenFacts, lines: Lines) -> TokenFacts:
+    if lines.source is None or lines.source.numbers is None:
+        return facts
+    numbers, examples = lines.source.numbers, facts.examples.copy()
+    examples["line"] = numbers[examples["line"] - 1]
+    problems = [(int(numbers[line - 1]), problem) for line, problem in facts.problems]
+    return TokenFacts(examples, problems)
 
 
 def _judge_tokens(facts: TokenFacts, file: str, max_seq_length: int) -> Iterator[Finding]:
@@ -93,15 +139,15 @@ def _write_report(
     settings: DataSettings,
     splits: dict[str, Lines],
     findings: list[Finding],
-    tokenized: dict[str, tuple[TokenizedSplit, TokenFacts]],
+    facts: dict[str, TokenFacts],
 ) -> DatasetReport:
     counted: dict[str, SplitStats] = {}
     for split, lines in splits.items():
         if lines.source is not None:
             rejected = len(_bad_lines(findings, lines.file))
             counted[split] = count_split(lines.file, lines.frame, rejected, lines.digest)
-            if split in tokenized:
-                counted[split] = replace(counted[split], tokens=count_tokens(*tokenized[split]))
+            if split in facts:
+                counted[split] = replace(counted[split], tokens=count_tokens(facts[split]))
     infos = [info for stats in counted.values() for info in describe_split(stats)]
     files = [lines.file for lines in splits.values()]
     digests = {split: stats.digest for split, stats in counted.items()}

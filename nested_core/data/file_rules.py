@@ -52,6 +52,15 @@ class FileErrors(pa.DataFrameModel):
         return data.lazyframe.select(~pl.col("mask_prompt") | (pl.col("format") != "text"))
 
     @pa.check(
+        "format",
+        name="supervise-all-on-text",
+        description="training.supervise: all needs turns; plain text has none",
+    )
+    @classmethod
+    def _has_turns(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select((pl.col("supervise") != "all") | (pl.col("format") != "text"))
+
+    @pa.check(
         "lacks_template",
         name="chat-template-missing",
         description="the tokenizer has no chat template, which {format} data needs; "

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
+from nested_core.data.encoding import Targets
 from nested_core.data.fields import Features
+
+SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data-relevant keys of a configuration, with mlx-lm's names and defaults."""
+    """The data-relevant keys of a configuration, with their names and defaults there."""
 
     data: str
     batch_size: int = 4
     max_seq_length: int = 2048
     mask_prompt: bool = False
+    supervise: Literal["last", "all"] = "last"
     prompt_feature: str = "prompt"
     completion_feature: str = "completion"
     text_feature: str = "text"
@@ -23,8 +27,17 @@ class DataSettings:
 
     @classmethod
     def from_config(cls, config: Any) -> DataSettings:
-        """Take the attributes of the same names from a larger configuration."""
-        return cls(**{setting.name: getattr(config, setting.name) for setting in fields(cls)})
+        """Take the attributes of the same names from a configuration, and training.supervise."""
+        names = [setting.name for setting in fields(cls) if setting.name != "supervise"]
+        values = {name: getattr(config, name) for name in names}
+        return cls(supervise=config.training.supervise, **values)
+
+    @property
+    def targets(self) -> Targets:
+        """What is learnt of each example."""
+        if self.supervise == "all":
+            return "all"
+        return "last" if self.mask_prompt else "whole"
 
     @property
     def features(self) -> Features:

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from nested_core.data.report import Finding, SplitStats, TokenStats
-from nested_core.data.tokens import TokenFacts, TokenizedSplit
+from nested_core.data.tokenizing import TokenFacts
 
 _ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]"}
 
@@ -39,20 +39,23 @@ def _count_roles(roles: pl.Series) -> dict[str, int]:
     return {role: count for role, count in counts.items() if count}
 
 
-def count_tokens(split: TokenizedSplit, facts: TokenFacts) -> TokenStats | None:
+def count_tokens(facts: TokenFacts) -> TokenStats | None:
     """Lengths after truncation and what it cost; None for a split without examples."""
-    if not len(split):
+    if not len(facts.examples):
         return None
-    lengths, lost = split.lengths, np.asarray(facts.full_length) - np.asarray(facts.length)
+    lengths, lost = (
+        facts.examples["length"],
+        facts.examples["full_length"] - facts.examples["length"],
+    )
     p50, p95 = np.percentile(lengths, (50, 95), method="inverted_cdf")
     return TokenStats(
-        total=int(lengths.sum()),
+        total=int(lengths.sum(dtype=np.int64)),
         p50=int(p50),
         p95=int(p95),
         max=int(lengths.max()),
-        supervised=int(split.supervised_counts.sum()),
+        supervised=int(facts.examples["supervised"].sum(dtype=np.int64)),
         truncated_rows=int((lost > 0).sum()),
-        lost_tokens=int(lost.sum()),
+        lost_tokens=int(lost.sum(dtype=np.int64)),
     )
 
 

@@ -11,15 +11,14 @@ import polars as pl
 from pandera.polars import PolarsData
 
 from nested_core.data.frame import count_once
-from nested_core.data.tokens import TokenFacts
+from nested_core.data.tokenizing import TokenFacts
 
 
 def token_frame(facts: TokenFacts, file: str, max_seq_length: int) -> pl.DataFrame:
     """One row an example; a habit of many lines stands at the first (truncation: the worst)."""
-    columns = ("line", "full_length", "length", "supervised", "continues_prompt", "has_end")
-    frame = pl.DataFrame({name: np.asarray(getattr(facts, name)) for name in columns})
+    names = facts.examples.dtype.names or ()
+    frame = pl.DataFrame({name: np.ascontiguousarray(facts.examples[name]) for name in names})
     frame = frame.with_columns(
-        pl.col("continues_prompt", "has_end").cast(pl.Boolean),
         lost=pl.col("full_length") - pl.col("length"),
         file=pl.lit(file),
         max_seq_length=pl.lit(max_seq_length),
@@ -60,7 +59,7 @@ class TokenErrors(pa.DataFrameModel):
     """What would teach nothing, or the wrong thing."""
 
     supervised: pl.Int32
-    continues_prompt: pl.Boolean
+    broken_turn: pl.Int32
 
     @pa.check(
         "supervised",
@@ -70,17 +69,19 @@ class TokenErrors(pa.DataFrameModel):
     )
     @classmethod
     def _teaches(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("supervised") > 0)
+        is_broken = pl.col("broken_turn") >= 0  # what is learnt of it is not known then
+        return data.lazyframe.select((pl.col("supervised") > 0) | is_broken)
 
     @pa.check(
-        "continues_prompt",
+        "broken_turn",
         name="prompt-not-a-prefix",
-        description="the templated prompt does not begin the templated whole, so mask_prompt "
-        "would mask the wrong tokens; train without it or with another template",
+        description="the chat template writes what comes up to messages[{broken_turn}] otherwise "
+        "by itself than within the whole, so the wrong tokens would be learnt; train without "
+        "mask_prompt and supervise: all, or with another template",
     )
     @classmethod
     def _continues_its_prompt(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("continues_prompt"))
+        return data.lazyframe.select(pl.col("broken_turn") < 0)
 
 
 class TokenWarnings(pa.DataFrameModel):

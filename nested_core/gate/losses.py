@@ -14,7 +14,7 @@ from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.errors import DatasetError
 from nested_core.gate.verdict import Validation
-from nested_core.model import attach_adapter, load_base, load_leaves
+from nested_core.model import attach_adapter, load_base, load_leaves, tokenizer_source
 from nested_core.run_directory import RunDirectory
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.training.evaluation import Evaluator, fixed_batches
@@ -64,8 +64,8 @@ def _losses(
     max_batches: int,
 ) -> tuple[str, list[float]] | None:
     """The first of the splits that has examples, and the loss of each adapter on it."""
-    model, tokenizer = load_base(config)
-    report, found = load_dataset(DataSettings.from_config(config), tokenizer)
+    model, _ = load_base(config)
+    report, found = load_dataset(DataSettings.from_config(config), tokenizer_source(config))
     refuse_other_data(run, report)
     name = next((name for name in splits if name in found and len(found[name])), None)
     if name is None:

@@ -28,17 +28,17 @@ class Evaluator:
         self._model.eval()
         total, count = mx.array(0.0), mx.array(0)
         with borrowed(self._slots):
-            for tokens, bounds in batches:
-                loss, supervised = self._compiled(params, mx.array(tokens), mx.array(bounds))
+            for tokens, mask in batches:
+                loss, supervised = self._compiled(params, mx.array(tokens), mx.array(mask))
                 total = total + self._rule.weighted(loss, supervised)
                 count = count + supervised
                 mx.eval(total, count)
         self._model.train(was_training)
         return to_float(total / count)
 
-    def _sums(self, params: Flat, tokens: mx.array, bounds: mx.array) -> tuple[mx.array, mx.array]:
+    def _sums(self, params: Flat, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, params)
-        return self._rule.function(self._model, tokens, bounds)
+        return self._rule.function(self._model, tokens, mask)
 
 
 def fixed_batches(

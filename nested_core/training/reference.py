@@ -88,14 +88,15 @@ class ReferenceMethod:
                 self._valid_orders[self._drawn] = order
 
     def _arrays(self, split: TokenizedSplit, rows: list[int]) -> MicroBatch:
-        """One more than a multiple of 32 tokens wide, at most max_seq_length; bounds inclusive."""
+        """One more than a multiple of 32 tokens wide, at most max_seq_length; in place of a mask,
+        mlx-lm's (offset, length) of each row, both inclusive: what it learns is one stretch."""
         examples = [split.example(row) for row in rows]
         longest = max(map(len, examples))
         width = 1 + PAD_MULTIPLE * ((longest + PAD_MULTIPLE - 1) // PAD_MULTIPLE)
         tokens = np.zeros((len(rows), min(width, self._config.max_seq_length)), np.int32)
         for place, example in enumerate(examples):
             tokens[place, : len(example)] = example
-        offsets = [int(split.supervised_from[row]) for row in rows]
+        offsets = [int(split.supervision(row).argmax()) for row in rows]
         bounds = np.array(list(zip(offsets, map(len, examples), strict=True)), np.int32)
         return tokens, bounds
 

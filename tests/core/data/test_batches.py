@@ -25,11 +25,13 @@ batch_sizes = st.integers(1, 9)
 seeds = st.integers(0, 2**32)
 
 
-def split_of(lengths: list[int], supervised_from: int = 0) -> TokenizedSplit:
+def split_of(lengths: list[int], learnt: list[bool] | None = None) -> TokenizedSplit:
     """Examples whose tokens are 1, 2, 3, ... through all of them, never the pad token 0."""
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(1, starts[-1] + 1, dtype=np.int32)
-    return TokenizedSplit(tokens, starts, np.full(len(lengths), supervised_from, np.int32))
+    supervised = np.resize([True] if learnt is None else learnt, len(tokens))
+    supervised[starts[:-1]] = False
+    return TokenizedSplit(tokens, supervised, starts)
 
 
 @given(lengths_lists, batch_sizes, seeds, st.integers(0, 5))
@@ -52,33 +54,29 @@ def test_shapes_come_from_the_fixed_set_and_hold_every_token(
     plan = BatchPlan(split.lengths, batch_size, seed, max_seq_length=700)
     seen = 0
     for index in range(plan.batches_per_epoch):
-        tokens, bounds = plan.arrays(split, index)
+        tokens, supervised = plan.arrays(split, index)
         assert tokens.shape[0] == batch_size
         assert tokens.shape[1] - 1 in plan.widths
         assert tokens.shape[1] - 1 <= 700
         assert tokens.dtype == np.int32
-        assert bounds.dtype == np.int32
+        assert supervised.dtype == np.bool_
+        assert supervised.shape == (batch_size, tokens.shape[1] - 1)
         seen += int(tokens.astype(np.int64).sum())
     assert seen == int(split.tokens.astype(np.int64).sum())
 
 
-@given(lengths_lists, batch_sizes, seeds, st.integers(0, 20))
-def test_bounds_select_the_supervised_targets_and_never_a_pad_token(
-    lengths: list[int], batch_size: int, seed: int, supervised_from: int
+@given(lengths_lists, batch_sizes, seeds, st.lists(st.booleans(), min_size=1, max_size=90))
+def test_the_mask_selects_the_supervised_targets_and_never_a_pad_token(
+    lengths: list[int], batch_size: int, seed: int, learnt: list[bool]
 ) -> None:
-    split = split_of(lengths, supervised_from)
+    split = split_of(lengths, learnt)
     plan = BatchPlan(split.lengths, batch_size, seed)
-    expected = np.concatenate(
-        [split.example(row)[max(1, supervised_from) :] for row in range(len(split))]
-    )
+    expected = split.tokens[split.supervised]
     found = []
     for index in range(plan.batches_per_epoch):
-        tokens, bounds = plan.arrays(split, index)
-        position = np.arange(1, tokens.shape[1])
-        mask = (position >= bounds[:, :1]) & (position < bounds[:, 1:])
-        found.append(tokens[:, 1:][mask])
+        tokens, supervised = plan.arrays(split, index)
+        found.append(tokens[:, 1:][supervised])
     assert sorted(np.concatenate(found)) == sorted(expected)
-    assert sum(map(len, found)) == split.supervised_counts.sum()
 
 
 @given(st.integers(2, 40_000))
@@ -150,9 +148,9 @@ def test_evaluation_uses_every_row_in_order_of_length(lengths: list[int], batch_
     assert sorted(rows) == list(range(len(lengths)))
     assert (np.diff(split.lengths[rows]) <= 0).all()
     for batch in batches:
-        tokens, bounds = batch_arrays(split, batch, batch_size)
+        tokens, supervised = batch_arrays(split, batch, batch_size)
         assert tokens.shape == (batch_size, batch.width + 1)
-        assert (bounds[len(batch.rows) :] == 0).all()
+        assert not supervised[len(batch.rows) :].any()
 
 
 @given(lengths_lists, batch_sizes, st.integers(0, 30))

@@ -1,0 +1,199 @@
+"""The sound lines of all splits -> their tokens on disk, and what the token rules need of each.
+
+Truncates as mlx-lm does, keeps count of it, and supervises no pad token. Judges nothing. Ranges of
+lines are jobs for all cores; the result is the same in any number of processes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nested_core.data import workers
+from nested_core.data.decoding import shorten
+from nested_core.data.encoding import EncodedExample, Span, Targets, encode_example
+from nested_core.data.fields import Example, Features
+from nested_core.data.reading import read_examples
+from nested_core.data.token_files import ExampleWriter, SplitWriter
+from nested_core.data.workers import OnProgress
+from nested_core.tokenizer import TokenizerSource
+
+JOB = "nested_core.data.tokenizing:tokenize_range"
+RANGE_BYTES = 2**20
+SMALL_BYTES = 4 * 2**20  # below this, starting processes takes longer than the work
+
+EXAMPLE_FACTS = np.dtype(
+    [("line", "<i4"), ("full_length", "<i4"), ("length", "<i4"), ("supervised", "<i4")]
+    + [("broken_turn", "<i4"), ("has_end", "?")]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFacts:
+    """What the token rules need to know: a record of EXAMPLE_FACTS for each example of a split, and
+    (line, what was raised) for each line that the chat template did not take.
+    """
+
+    examples: npt.NDArray[np.void]
+    problems: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class SplitLines:
+    """The lines of one file that are to be tokenised: all but the blank and those to skip."""
+
+    path: Path
+    skip: frozenset[int]
+
+
+def tokenize_splits(
+    folder: Path,
+    splits: Mapping[str, SplitLines],
+    features: Features,
+    tokenizer: TokenizerSource,
+    *,
+    max_seq_length: int,
+    targets: Targets,
+    processes: int | None = None,
+    on_progress: OnProgress | None = None,
+) -> dict[str, TokenFacts]:
+    """Write the tokens of each split into a folder that exists; return the facts of each.
+
+    Every example is cut to `max_seq_length` tokens, as mlx-lm does when it makes a batch; a line
+    for which the chat template raises is left out. One process a core, where that saves time.
+    """
+    shared = {
+        "job": JOB,
+        "tokenizer": asdict(tokenizer),
+        "features": asdict(features),
+        "max_seq_length": max_seq_length,
+        "targets": targets,
+    }
+    ranges = [
+        (split, shared | request)
+        for split, lines in splits.items()
+        for request in _cut_into_ranges(lines, folder / split)
+    ]
+    if processes is None:
+        size = sum(lines.path.stat().st_size for lines in splits.values())
+        processes = 1 if size < SMALL_BYTES else workers.usable_cores()
+    requests = [request for _, request in ranges]
+    answers = workers.run_jobs(
+        requests, processes=processes, on_done=_counted(on_progress, len(requests))
+    )
+    with ExitStack() as stack:
+        stack.enter_context(closing(answers))  # type: ignore[type-var]
+        joined = {split: stack.enter_context(SplitWriter(folder / split)) for split in splits}
+        return _join(joined, ranges, answers)
+
+
+def _counted(on_progress: OnProgress | None, total: int) -> Callable[[int], None] | None:
+    return None if on_progress is None else lambda done: on_progress("tokenising", done, total)
+
+
+def _cut_into_ranges(lines: SplitLines, prefix: Path) -> Iterator[dict[str, Any]]:
+    """What each job on a file reads, skips and writes; the lines before it are counted."""
+    first_line, skip = 1, sorted(lines.skip)
+    with lines.path.open("rb") as file:
+        for number, span in enumerate(workers.line_spans(lines.path, RANGE_BYTES)):
+            next_line = first_line + file.read(span.end - span.start).count(b"\n")
+            skipped = skip[bisect_left(skip, first_line) : bisect_left(skip, next_line + 1)]
+            yield {
+                "path": str(lines.path),
+                "span": [span.start, span.end],
+                "first_line": first_line,
+                "skip": skipped,
+                "part": f"{prefix}-{number}",
+            }
+            first_line = next_line
+
+
+def _join(
+    joined: Mapping[str, SplitWriter],
+    ranges: Sequence[tuple[str, dict[str, Any]]],
+    answers: Iterator[dict[str, Any]],
+) -> dict[str, TokenFacts]:
+    """Put the parts together as they come, in order."""
+    records: dict[str, list[npt.NDArray[np.void]]] = {split: [] for split in joined}
+    problems: dict[str, list[tuple[int, str]]] = {split: [] for split in joined}
+    for (split, request), answer in zip(ranges, answers, strict=True):
+        part = Path(request["part"])
+        found = np.fromfile(_facts_path(part), EXAMPLE_FACTS)
+        _facts_path(part).unlink()
+        joined[split].join(part, found["length"])
+        records[split].append(found)
+        problems[split] += [(line, problem) for line, problem in answer["problems"]]
+    empty = np.zeros(0, EXAMPLE_FACTS)
+    return {
+        split: TokenFacts(np.concatenate([empty, *records[split]]), problems[split])
+        for split in joined
+    }
+
+
+def tokenize_range(request: dict[str, Any]) -> dict[str, Any]:
+    """The job: tokens, flags and facts of a range of lines into files, problems in the answer."""
+    tokenizer = TokenizerSource(**request["tokenizer"]).load()
+    ends, facts, problems = _end_tokens(tokenizer), list[tuple[Any, ...]](), list[Any]()
+    part, max_seq_length = Path(request["part"]), request["max_seq_length"]
+    with ExampleWriter(part) as writer:
+        for line, example in _read(request):
+            try:
+                encoded = encode_example(example, tokenizer, request["targets"])
+            except Exception as error:  # a template is its author's program: it may raise anything
+                problems.append((line, shorten(f"{type(error).__name__}: {error}", 160)))
+                continue
+            kept = encoded.tokens[:max_seq_length]
+            spans = _cut(encoded.spans, len(kept))
+            writer.add(kept, _flags(spans, len(kept)))
+            facts.append((line, *_describe(encoded, kept, spans, ends)))
+    np.array(facts, EXAMPLE_FACTS).tofile(_facts_path(part))
+    return {"problems": problems}
+
+
+def _facts_path(part: Path) -> Path:
+    return part.with_name(f"{part.name}.facts")
+
+
+def _read(request: dict[str, Any]) -> Iterator[tuple[int, Example]]:
+    return read_examples(
+        Path(request["path"]),
+        Features(**request["features"]),
+        set(request["skip"]),
+        workers.Span(*request["span"]),
+        request["first_line"],
+    )
+
+
+def _cut(spans: Iterable[Span], length: int) -> list[Span]:
+    """The spans within the tokens that are kept, and without the first, which nothing predicts."""
+    cut = [(max(begin, 1), min(end, length)) for begin, end in spans]
+    return [(begin, end) for begin, end in cut if begin < end]
+
+
+def _flags(spans: list[Span], length: int) -> bytearray:
+    """One byte a token: 1 where it is learnt."""
+    flags = bytearray(length)
+    for begin, end in spans:
+        flags[begin:end] = b"\1" * (end - begin)
+    return flags
+
+
+def _end_tokens(tokenizer: Any) -> frozenset[int]:
+    ends = getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}
+    return frozenset(ends) - {None}
+
+
+def _describe(
+    encoded: EncodedExample, kept: list[int], spans: list[Span], ends: frozenset[int]
+) -> tuple[int, int, int, int, bool]:
+    """The fields of EXAMPLE_FACTS after the line."""
+    supervised = sum(end - begin for begin, end in spans)
+    has_end = any(not ends.isdisjoint(kept[begin:end]) for begin, end in spans)
+    return len(encoded.tokens), len(kept), supervised, encoded.broken_turn, has_end
