@@ -20,9 +20,9 @@ from nested_core.checkpoints import checkpoint_path, latest_checkpoint, publish_
 from nested_core.config import FineTuneConfig
 from nested_core.config_file import parse_config, read_yaml
 from nested_core.data.dataset import load_dataset
-from nested_core.data.gathering import Progress
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
+from nested_core.data.workers import OnProgress
 from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, judge_run
@@ -96,7 +96,7 @@ def _refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run: RunDirect
 
 
 def validate(
-    config: FineTuneConfig, run: RunDirectory, on_progress: Progress | None = None
+    config: FineTuneConfig, run: RunDirectory, on_progress: OnProgress | None = None
 ) -> DatasetReport:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
     settings, tokenizer = DataSettings.from_config(config), tokenizer_source(config)

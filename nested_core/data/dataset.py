@@ -1,4 +1,4 @@
-"""A folder with train, valid and test -> a report on all of it, and tokens of what is sound.
+"""A data set with train, valid and test -> a report on all of it, and tokens of what is sound.
 
 Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nested_core.data.encoding import has_chat_template
-from nested_core.data.gathering import Progress
 from nested_core.data.judging import judge
 from nested_core.data.lines import Lines, judge_files, judge_lines, read_lines
 from nested_core.data.report import DatasetReport, Finding, SplitStats, in_order
@@ -30,6 +29,7 @@ from nested_core.data.token_rules import (
 )
 from nested_core.data.tokenizing import SoundLines, TokenFacts, tokenize_splits
 from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.workers import OnProgress
 from nested_core.durable import canonical_json, new_directory
 from nested_core.tokenizer import TokenizerSource
 
@@ -37,7 +37,7 @@ from nested_core.tokenizer import TokenizerSource
 def load_dataset(
     settings: DataSettings,
     tokenizer: TokenizerSource | None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     *,
     tokens_folder: Path | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:

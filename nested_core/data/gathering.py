@@ -5,7 +5,7 @@ Small files are read in this process, by the same job. Judges nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -19,11 +19,7 @@ import polars as pl
 from nested_core.data.fields import Features
 from nested_core.data.reading import SCHEMA, SPAN_BYTES
 from nested_core.data.sources import Source
-from nested_core.data.workers import line_spans, processes_for, run_jobs
-
-Progress = Callable[
-    [str, int, int], None
-]  # what is being done, how much of it is done, of how much
+from nested_core.data.workers import OnProgress, line_spans, processes_for, run_jobs
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Gathered:
 
 
 def gather_files(
-    sources: Mapping[str, Source], features: Features, on_progress: Progress | None = None
+    sources: Mapping[str, Source], features: Features, on_progress: OnProgress | None = None
 ) -> dict[str, Gathered]:
     """Read the splits; raises OSError, and WorkerFailed."""
     spans = [

@@ -9,13 +9,14 @@ import polars as pl
 
 from nested_core.data.file_rules import FileErrors, FileWarnings
 from nested_core.data.frame import relate_rows
-from nested_core.data.gathering import Gathered, Progress, gather_files
+from nested_core.data.gathering import Gathered, gather_files
 from nested_core.data.judging import judge
 from nested_core.data.kind_rules import KindWarnings, kind_frame
 from nested_core.data.report import Finding
 from nested_core.data.rules import RowErrors, RowWarnings
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources import SPLITS, Source
+from nested_core.data.settings import SPLITS, DataSettings
+from nested_core.data.sources import Source
+from nested_core.data.workers import OnProgress
 
 _EMPTY = Gathered.of_nothing()
 
@@ -37,7 +38,7 @@ class Lines:
 
 
 def read_lines(
-    sources: Mapping[str, Source], settings: DataSettings, on_progress: Progress | None
+    sources: Mapping[str, Source], settings: DataSettings, on_progress: OnProgress | None
 ) -> dict[str, Lines]:
     """Read train, valid and test, those that there are not as empty ones."""
     gathered = gather_files(sources, settings.features, on_progress)

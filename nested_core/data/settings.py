@@ -8,6 +8,8 @@ from typing import Any, Literal
 from nested_core.data.encoding import Targets
 from nested_core.data.fields import Features
 
+SPLITS = ("train", "valid", "test")
+
 
 @dataclass(frozen=True)
 class DataSettings:

@@ -21,9 +21,9 @@ from nested_core.data.formats import (
     read_gzip,
     read_parquet,
 )
+from nested_core.data.settings import SPLITS
 from nested_core.errors import ConfigError
 
-SPLITS = ("train", "valid", "test")
 _READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[Record]]] = {
     ".jsonl.gz": read_gzip,
     ".json": read_array,
@@ -51,10 +51,6 @@ class Source:
         if self.numbers is None:
             return numbers
         return set((np.searchsorted(self.numbers, sorted(numbers)) + 1).tolist())
-
-    def number_of(self, line: int) -> int:
-        """The number that a person knows line `line` of `path` by."""
-        return line if self.numbers is None else int(self.numbers[line - 1])
 
 
 def open_folder(data: str, json_keys: frozenset[str], spool: Path) -> dict[str, Source]:

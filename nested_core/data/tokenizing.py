@@ -20,11 +20,11 @@ from nested_core.data import workers
 from nested_core.data.decoding import shorten
 from nested_core.data.encoding import EncodedExample, Span, encode_example
 from nested_core.data.fields import Example, Features
-from nested_core.data.gathering import Progress
 from nested_core.data.reading import read_examples
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source
 from nested_core.data.token_files import ExampleWriter, SplitWriter
+from nested_core.data.workers import OnProgress
 from nested_core.tokenizer import TokenizerSource
 
 JOB = "nested_core.data.tokenizing:tokenize_range"
@@ -65,7 +65,7 @@ def tokenize_splits(
     tokenizer: TokenizerSource,
     *,
     processes: int | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> dict[str, TokenFacts]:
     """Write the tokens of each split into a folder that exists; return the facts of each.
 
@@ -98,7 +98,7 @@ def tokenize_splits(
         return _join(joined, numbered, ranges, answers)
 
 
-def _counted(on_progress: Progress | None, total: int) -> Callable[[int], None] | None:
+def _counted(on_progress: OnProgress | None, total: int) -> Callable[[int], None] | None:
     return None if on_progress is None else lambda done: on_progress("tokenising", done, total)
 
 
@@ -133,12 +133,13 @@ def _join(
         part = Path(request["part"])
         found = np.fromfile(_facts_path(part), EXAMPLE_FACTS)
         _facts_path(part).unlink()
-        source = numbered[split]
-        if source.numbers is not None:
-            found["line"] = source.numbers[found["line"] - 1]
+        raised = [(line, problem) for line, problem in answer["problems"]]
+        if (numbers := numbered[split].numbers) is not None:
+            found["line"] = numbers[found["line"] - 1]
+            raised = [(int(numbers[line - 1]), problem) for line, problem in raised]
         joined[split].join(part, found["line"], found["length"])
         records[split].append(found)
-        problems[split] += [(source.number_of(n), problem) for n, problem in answer["problems"]]
+        problems[split] += raised
     empty = np.zeros(0, EXAMPLE_FACTS)
     return {
         split: TokenFacts(np.concatenate([empty, *records[split]]), problems[split])

@@ -24,6 +24,7 @@ from nested_core.data.worker import run_job
 from nested_core.errors import NestedTuneError, WorkerFailed
 
 SMALL_BYTES = 16 * 2**20  # below this, starting processes takes longer than the work
+OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 _COMMAND = [sys.executable, "-P", "-m", "nested_core.data.worker"]
 _READ_BYTES = 2**16
 _SHOWN_ERROR_LINES = 9
