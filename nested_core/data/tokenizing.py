@@ -33,7 +33,7 @@ SMALL_BYTES = 4 * 2**20  # below this, starting processes takes longer than the 
 
 EXAMPLE_FACTS = np.dtype(
     [("line", "<i4"), ("full_length", "<i4"), ("length", "<i4"), ("supervised", "<i4")]
-    + [("broken_turn", "<i4"), ("has_end", "?")]
+    + [("shortest", "<i4"), ("broken_turn", "<i4"), ("has_end", "?")]
 )
 
 
@@ -41,6 +41,9 @@ EXAMPLE_FACTS = np.dtype(
 class TokenFacts:
     """What the token rules need to know: a record of EXAMPLE_FACTS for each example of a split, and
     (line, what was raised) for each line that the chat template did not take.
+
+    shortest: tokens of the shortest learnt stretch, up to the last end-of-sequence token in it;
+    has_end: whether every learnt stretch has such a token.
     """
 
     examples: npt.NDArray[np.void]
@@ -202,8 +205,25 @@ def _end_tokens(tokenizer: Any) -> frozenset[int]:
 
 def _describe(
     encoded: EncodedExample, kept: list[int], spans: list[Span], ends: frozenset[int]
-) -> tuple[int, int, int, int, bool]:
+) -> tuple[int, int, int, int, int, bool]:
     """The fields of EXAMPLE_FACTS after the line."""
-    supervised = sum(end - begin for begin, end in spans)
-    has_end = any(not ends.isdisjoint(kept[begin:end]) for begin, end in spans)
-    return len(encoded.tokens), len(kept), supervised, encoded.broken_turn, has_end
+    learnt = [kept[begin:end] for begin, end in spans]
+    sizes = [_size_before_end(tokens, ends) for tokens in learnt]
+    if learnt and len(kept) < len(encoded.tokens):
+        sizes[-1] = len(learnt[-1]), sizes[-1][1]  # its end is cut off
+    return (
+        len(encoded.tokens),
+        len(kept),
+        sum(map(len, learnt)),
+        min((size for size, _ in sizes), default=0),
+        encoded.broken_turn,
+        bool(sizes) and all(has_end for _, has_end in sizes),
+    )
+
+
+def _size_before_end(tokens: list[int], ends: frozenset[int]) -> tuple[int, bool]:
+    """The tokens before the last end-of-sequence token, or all; and whether there is one."""
+    for place in range(len(tokens) - 1, -1, -1):
+        if tokens[place] in ends:
+            return place, True
+    return len(tokens), False
