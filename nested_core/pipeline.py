@@ -100,7 +100,7 @@ def validate(
 ) -> DatasetReport:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
     settings, tokenizer = DataSettings.from_config(config), tokenizer_source(config)
-    report, _ = load_dataset(settings, tokenizer, on_progress=on_progress)
+    report, _ = load_dataset(settings, tokenizer, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     return report

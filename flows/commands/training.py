@@ -49,7 +49,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     config = config_from(arguments)
     tokenizer = None if arguments.no_tokenize else tokenizer_source(config)
     settings = DataSettings.from_config(config)
-    report, _ = load_dataset(settings, tokenizer, on_progress=ProgressLine())
+    report, _ = load_dataset(settings, tokenizer, ProgressLine())
 
     def finish() -> int:
         if arguments.json:

@@ -5,12 +5,12 @@ Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from nested_core.data.encoding import has_chat_template
 from nested_core.data.judging import judge
@@ -27,7 +27,7 @@ from nested_core.data.token_rules import (
     problem_frame,
     token_frame,
 )
-from nested_core.data.tokenizing import SplitLines, TokenFacts, tokenize_splits
+from nested_core.data.tokenizing import SoundLines, TokenFacts, tokenize_splits
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.data.workers import OnProgress
 from nested_core.durable import canonical_json, new_directory
@@ -37,30 +37,31 @@ from nested_core.tokenizer import TokenizerSource
 def load_dataset(
     settings: DataSettings,
     tokenizer: TokenizerSource | None,
+    on_progress: OnProgress | None = None,
     *,
     tokens_folder: Path | None = None,
-    on_progress: OnProgress | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
     """Read, judge and (with a tokenizer) tokenise a data set.
 
     The splits returned hold each sound line of each split that exists, in the order of the file.
     They are mapped from `tokens_folder`, which is made anew, or from files that go when the splits
-    go. Raises ConfigError where there is no such folder, OSError, WorkerFailed; never for content.
+    go. Raises ConfigError where there is no such folder, OSError, WorkerFailed; content never
+    raises.
     """
     facts: dict[str, TokenFacts] = {}
     tokenized: dict[str, TokenizedSplit] = {}
-    has_template = tokenizer is None or has_chat_template(tokenizer.load())
-    with tempfile.TemporaryDirectory(prefix="nested-tune-") as spool:
+    with TemporaryDirectory(prefix="nested-tune-") as spool:
         sources = open_folder(settings.data, settings.json_keys, Path(spool))
         splits = read_lines(sources, settings, on_progress)
+        has_template = tokenizer is None or has_chat_template(tokenizer.load())
         findings = [
             *judge_lines(splits),
             *judge_files(splits, settings, lacks_template=not has_template),
         ]
         if tokenizer is not None:
+            sound = _sound_lines(splits, findings, has_template=has_template)
             with _made(tokens_folder) as folder:
-                sound = _sound_lines(splits, findings, has_template=has_template)
-                facts = _tokenize(splits, sound, settings, tokenizer, folder, on_progress)
+                facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
                 tokenized = seal_tokens(folder)
     for split, found in facts.items():
         findings += _judge_tokens(found, splits[split].file, settings.max_seq_length)
@@ -74,50 +75,19 @@ def _made(folder: Path | None) -> Iterator[Path]:
         with new_directory(folder, replace=True) as place:
             yield place
     else:
-        with tempfile.TemporaryDirectory(prefix="nested-tune-") as private:
+        with TemporaryDirectory(prefix="nested-tune-") as private:
             yield Path(private)
 
 
 def _sound_lines(
     splits: dict[str, Lines], findings: list[Finding], *, has_template: bool
-) -> dict[str, SplitLines]:
+) -> dict[str, SoundLines]:
+    """What can be tokenised: lines without an error, of splits that the tokenizer has a way for."""
     return {
-        split: SplitLines(
-            lines.source.path, frozenset(lines.source.lines_of(_bad_lines(findings, lines.file)))
-        )
+        split: SoundLines(lines.source, frozenset(_bad_lines(findings, lines.file)))
         for split, lines in splits.items()
         if lines.source is not None and (lines.format == "text" or has_template)
     }
-
-
-def _tokenize(
-    splits: dict[str, Lines],
-    sound: dict[str, SplitLines],
-    settings: DataSettings,
-    tokenizer: TokenizerSource,
-    folder: Path,
-    on_progress: OnProgress | None,
-) -> dict[str, TokenFacts]:
-    """The facts of each split, by the numbers that a person knows its lines by."""
-    facts = tokenize_splits(
-        folder,
-        sound,
-        settings.features,
-        tokenizer,
-        max_seq_length=settings.max_seq_length,
-        targets=settings.targets,
-        on_progress=on_progress,
-    )
-    return {split: _renumber(found, splits[split]) for split, found in facts.items()}
-
-
-def _renumber(facts: TokenFacts, lines: Lines) -> TokenFacts:
-    if lines.source is None or lines.source.numbers is None:
-        return facts
-    numbers, examples = lines.source.numbers, facts.examples.copy()
-    examples["line"] = numbers[examples["line"] - 1]
-    problems = [(int(numbers[line - 1]), problem) for line, problem in facts.problems]
-    return TokenFacts(examples, problems)
 
 
 def _judge_tokens(facts: TokenFacts, file: str, max_seq_length: int) -> Iterator[Finding]:
@@ -147,8 +117,11 @@ def _write_report(
             rejected = len(_bad_lines(findings, lines.file))
             counted[split] = count_split(lines.file, lines.frame, rejected, lines.digest)
             if split in facts:
-                counted[split] = replace(counted[split], tokens=count_tokens(facts[split]))
-    infos = [info for stats in counted.values() for info in describe_split(stats)]
+                tokens = count_tokens(facts[split], settings)
+                counted[split] = replace(counted[split], tokens=tokens)
+    infos = [
+        info for stats in counted.values() for info in describe_split(stats, settings.batch_size)
+    ]
     files = [lines.file for lines in splits.values()]
     digests = {split: stats.digest for split, stats in counted.items()}
     digest = sha256(canonical_json(digests)).hexdigest()

@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Lengths in tokens after truncation, and how many tokens are supervised."""
+    """Lengths in tokens after truncation, how many tokens are supervised, and what batches pad."""
 
     total: int
     p50: int
@@ -42,6 +42,8 @@ class TokenStats:
     supervised: int
     truncated_rows: int
     lost_tokens: int
+    padding_share: float
+    widths: int
 
 
 @dataclass(frozen=True)
