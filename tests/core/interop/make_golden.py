@@ -1,8 +1,8 @@
 """What PEFT and PyTorch say: adapters that PEFT writes, and the logits that they give.
 
-`python tests/core/interop/make_golden.py make` writes golden/ again; `... logits PEFT_DIR OUT` loads
-any PEFT adapter onto the example model. Both need torch, transformers and peft, which the project
-itself does not: golden/ is there so that the comparison is made on every machine.
+`python tests/core/interop/make_golden.py make` writes golden/ again; `... logits PEFT_DIR OUT`
+loads any PEFT adapter onto the example model. Both need torch, transformers and peft, which the
+project itself does not: golden/ is there so that the comparison is made on every machine.
 Last made with torch 2.13.0 (CPU), transformers 5.23.0, peft 0.21.2, safetensors 0.8.0.
 """
 
@@ -109,9 +109,7 @@ def main() -> None:
         make(GOLDEN)
     else:
         peft = importlib.import_module("peft")
-        save_logits(
-            peft.PeftModel.from_pretrained(base_model(), arguments.adapter), arguments.out
-        )
+        save_logits(peft.PeftModel.from_pretrained(base_model(), arguments.adapter), arguments.out)
 
 
 if __name__ == "__main__":
