@@ -11,7 +11,15 @@ from typing import Any
 from nested_core.adapters import CONFIG_NAME, Adapter, read_adapter, save_arrays
 from nested_core.durable import write_json
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.interop.factors import MLX_LM, PEFT, Factors, gather, listed, spread
+from nested_core.interop.factors import (
+    MLX_LM,
+    PEFT,
+    Factors,
+    gather,
+    listed,
+    precision_notes,
+    spread,
+)
 from nested_core.interop.folders import Conversion, new_adapter_folder, require_free
 from nested_core.interop.importing import PEFT_WEIGHTS
 from nested_core.manifest import MANIFEST_NAME, verify_manifest
@@ -35,7 +43,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, made_for="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
-    return Conversion(out, written, len(modules), len(tensors))
+    return Conversion(out, written, len(modules), len(tensors), tuple(precision_notes(modules)))
 
 
 def _read(folder: Path) -> Adapter:

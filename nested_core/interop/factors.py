@@ -102,6 +102,17 @@ def spread(modules: Mapping[str, Factors], spelling: Spelling) -> dict[str, Tens
     }
 
 
+def precision_notes(modules: Mapping[str, Factors]) -> list[str]:
+    """What to know of DoRA in half precision: the two programs do not compute the same there."""
+    magnitudes = [factors for factors in modules.values() if factors.m is not None]
+    if all(tensor.dtype == "F32" for factors in magnitudes for tensor in vars(factors).values()):
+        return []
+    return [
+        "DoRA in half precision: mlx-lm computes the rows' norms in it, PEFT lifts the adapter to "
+        "float32 first, so that their answers differ in the third digit"
+    ]
+
+
 def listed(problems: list[str]) -> str:
     """The first problems, one a line, and how many more there are.
 

@@ -9,7 +9,15 @@ from typing import Any
 from nested_core.adapters import Tensor, read_tensors, write_adapter
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.interop.base_model import BaseModel
-from nested_core.interop.factors import MLX_LM, PEFT, Factors, gather, listed, spread
+from nested_core.interop.factors import (
+    MLX_LM,
+    PEFT,
+    Factors,
+    gather,
+    listed,
+    precision_notes,
+    spread,
+)
 from nested_core.interop.folders import Conversion, new_adapter_folder, require_free
 from nested_core.interop.peft_config import REASONS, PeftConfig, read_peft_config
 from nested_core.interop.uniform import make_uniform
@@ -41,7 +49,7 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
     _require_ranks(config, modules, folder)
     base = BaseModel.open(model)
     base.require(modules)
-    notes = _compare_targets(config, modules, base, folder)
+    notes = _compare_targets(config, modules, base, folder) + precision_notes(modules)
     uniform = make_uniform(modules, {name: config.scale_of(name) for name in modules})
     num_layers, keys = base.place(modules)
     if set(keys) == set(modules):
