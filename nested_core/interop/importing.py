@@ -120,7 +120,7 @@ def _compare_targets(
     """The modules with tensors must be those that target_modules and the layers name."""
     targets = config.targets(base.linear_modules())
     if targets is None:
-        return ["target_modules holds a regular expression, which is not run: the tensors decide"]
+        return ["the targets are no plain lists of names: no pattern is run, the tensors decide"]
     problems = [f"  {name}: has no tensors" for name in sorted(targets - modules.keys())]
     problems += [
         f"  {name}: has tensors, which PEFT would ignore" for name in modules if name not in targets

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,20 @@ MODEL = Path(__file__).resolve().parents[3] / "examples" / "geography-base"
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = [17, 301, 902, 44, 1203, 77]
 SEED = 5
+TARGETS = GOLDEN.with_name("golden_targets.json")
+TARGET_CASES = 80
+NAMES = [
+    *(
+        f"{stack}.{layer}.{key}"
+        for stack in ("model.layers", "model.h", "layers", "enc.blocks.0.sub.layers")
+        for layer in range(3)
+        for key in ("self_attn.q_proj", "mlp.up_proj", "mlp.experts.1.up_proj")
+    ),
+    *("lm_head", "score", "model.norm_proj"),
+]
+ENDINGS = ["q_proj", "up_proj", "self_attn.q_proj", "lm_head", "proj", "1.q_proj", "score"]
+ENDINGS += ["layers.2.mlp.up_proj", "model.layers.1.mlp.up_proj", "experts.1.up_proj", "model"]
+PATTERNS = [*ENDINGS, "^model.layers.1.mlp.up_proj", "^q_proj", "layers.1.mlp.up.proj"]
 
 # One for each way in which PEFT scales, places or stores an adapter.
 CASES: dict[str, dict[str, Any]] = {
@@ -96,6 +112,37 @@ def make(folder: Path) -> None:
         save_logits(loaded, folder / name / "logits.safetensors")
 
 
+def random_config(draw: random.Random) -> dict[str, Any]:
+    """Some targets, exclusions, layers and patterns, of which most fit something in NAMES."""
+    config: dict[str, Any] = {"target_modules": draw.sample(ENDINGS, draw.randint(1, 3))}
+    if draw.random() < 0.4:
+        config["exclude_modules"] = draw.sample(ENDINGS, draw.randint(0, 2))
+    if draw.random() < 0.6:
+        config["layers_to_transform"] = draw.choice([1, [0, 1], [], [3], 0, [2, 3]])
+        config["layers_pattern"] = draw.choice([None, "layers", ["h", "blocks"], [], "sub"])
+    for key in ("rank_pattern", "alpha_pattern"):
+        if draw.random() < 0.7:
+            config[key] = {name: draw.randint(1, 9) for name in draw.sample(PATTERNS, 3)}
+    return config
+
+
+def make_targets(path: Path) -> None:
+    """What PEFT's own functions say of random configurations: modules, ranks and alphas."""
+    peft = importlib.import_module("peft")
+    check = importlib.import_module("peft.tuners.tuners_utils").check_target_module_exists
+    key_of = importlib.import_module("peft.utils.other").get_pattern_key
+    draw, cases = random.Random(SEED), []
+    for _ in range(TARGET_CASES):
+        config = random_config(draw)
+        lora = peft.LoraConfig(**config)
+        answers: dict[str, Any] = {"targets": [name for name in NAMES if check(lora, name)]}
+        for key, default in (("rank_pattern", 4), ("alpha_pattern", 8)):
+            patterns = config.get(key, {})
+            answers[key] = [patterns.get(key_of(patterns, name), default) for name in NAMES]
+        cases.append({"config": config, "answers": answers})
+    path.write_text("[\n" + ",\n".join(json.dumps(case) for case in cases) + "\n]\n")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -107,6 +154,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "make":
         make(GOLDEN)
+        make_targets(TARGETS)
     else:
         peft = importlib.import_module("peft")
         save_logits(peft.PeftModel.from_pretrained(base_model(), arguments.adapter), arguments.out)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 
 from nested_core.interop.peft_config import PeftConfig
+from tests.core.interop.make_golden import NAMES as GOLDEN_NAMES
+from tests.core.interop.make_golden import TARGET_CASES, TARGETS
 
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 NAMES = {f"model.layers.{layer}.{key}" for layer in range(12) for key in LINEARS} | {"lm_head"}
@@ -92,3 +95,16 @@ def test_rank_stabilised_lora_divides_by_the_root_of_the_rank() -> None:
     found = config(use_rslora=True, rank_pattern={"up_proj": 16})
     assert found.scale_of("model.layers.0.self_attn.q_proj") == 8 / math.sqrt(4)
     assert found.scale_of("model.layers.0.mlp.up_proj") == 8 / math.sqrt(16)
+
+
+def test_modules_ranks_and_scales_are_those_of_peft_in_random_configurations() -> None:
+    cases = json.loads(TARGETS.read_bytes())
+    assert len(cases) == TARGET_CASES
+    for case in cases:
+        found, answers = config(**case["config"]), case["answers"]
+        assert found.targets(GOLDEN_NAMES) == set(answers["targets"])
+        ranks = [found.rank_of(name) for name in GOLDEN_NAMES]
+        assert ranks == answers["rank_pattern"]
+        scales = [alpha / rank for alpha, rank in zip(answers["alpha_pattern"], ranks, strict=True)]
+        assert [found.scale_of(name) for name in GOLDEN_NAMES] == scales
+    assert sum(bool(case["answers"]["targets"]) for case in cases) > 40
