@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from nested_core.config_section import Section
 
@@ -29,7 +29,7 @@ class LoraParameters(Section):
 
     rank: PositiveInt = RANK
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scale: float = 20.0
+    scale: PositiveFloat = 20.0
     modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None, alias="keys"
     )
@@ -48,8 +48,8 @@ class LoraParameters(Section):
                 f"alpha and scale say the same thing (scale = alpha / rank); found alpha {alpha!r} "
                 f"and scale {others['scale']!r}: give one of them"
             )
-        if not _is_number(alpha) or not abs(alpha) <= sys.float_info.max:
-            raise ValueError(f"alpha should be a finite number; found {alpha!r:.80}")
+        if not _is_number(alpha) or not 0 < alpha <= sys.float_info.max:
+            raise ValueError(f"alpha should be a finite number above 0; found {alpha!r:.80}")
         if not _is_number(rank) or not rank >= 1:
             raise ValueError(f"rank should be a whole number above 0; found {rank!r:.80}")
         return others | {"scale": alpha / rank}
