@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
+from nested_core.config_data import HubDatasets
 from nested_core.config_lora import LoraParameters
 from nested_core.config_section import Section
 
@@ -170,6 +171,7 @@ class FineTuneConfig(Section):
     completion_feature: str = "completion"
     text_feature: str = "text"
     chat_feature: str = "messages"
+    hf_dataset: HubDatasets = ()
     nested: NestedSection = NestedSection()
     training: TrainingSection = TrainingSection()
     gate: GateSection = GateSection()

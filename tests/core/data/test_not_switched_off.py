@@ -41,7 +41,7 @@ def validate(folder: Path, **environment: str) -> tuple[int, list[dict[str, Any]
 
 @pytest.fixture
 def bad_data(write_data: WriteData) -> Path:
-    train = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
+    train: list[Any] = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
     train += [
         train[0],
         chat("a", ""),
