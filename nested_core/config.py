@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
-from nested_core.config_data import HubDatasets
+from nested_core.config_data import DataPolicy, HubDatasets
 from nested_core.config_lora import LoraParameters
 from nested_core.config_section import Section
 
@@ -174,6 +174,7 @@ class FineTuneConfig(Section):
     hf_dataset: HubDatasets = ()
     nested: NestedSection = NestedSection()
     training: TrainingSection = TrainingSection()
+    data_policy: DataPolicy = DataPolicy()
     gate: GateSection = GateSection()
     registry: RegistrySection = RegistrySection()
 
@@ -217,6 +218,8 @@ class FineTuneConfig(Section):
         ]
         if self.nested != NestedSection():
             changed.append("nested")
+        if self.data_policy != DataPolicy():
+            changed.append("data_policy")
         if changed:
             raise ValueError(
                 f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nested_core.data.cache import DatasetCache
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source
@@ -81,12 +82,13 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
 
 @pytest.fixture
 def kept(write_data: WriteData, tmp_path: Path, tokenizer: TokenizerSource) -> Path:
-    """A folder of tokens that load_dataset wrote and left."""
+    """The folder of tokens in a cache."""
     folder = write_data(train=[{"text": f"{n} is here."} for n in range(9)], valid=[])
-    out = tmp_path / "tokens"
-    _, splits = load_dataset(DataSettings(str(folder)), tokenizer, tokens_folder=out)
+    cache = DatasetCache(tmp_path / "cache")
+    _, splits = load_dataset(DataSettings(str(folder)), tokenizer, cache=cache)
     assert [len(splits["train"]), len(splits["valid"])] == [9, 0]
-    return out
+    (entry,) = cache.folder.iterdir()
+    return entry
 
 
 def test_what_was_written_is_read_again_from_the_folder(
