@@ -29,6 +29,9 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     add_config_flags(validate)
     validate.add_argument("--json", action="store_true", help="the report as one JSON document")
     validate.add_argument("--no-tokenize", action="store_true", help="judge the lines alone")
+    validate.add_argument(
+        "--show", type=int, metavar="N", help="print the first N examples of train token by token"
+    )
     validate.set_defaults(run=run_validate)
     train = commands.add_parser("train", parents=[shared], help="fine-tune, without Prefect")
     run = commands.add_parser("run", parents=[shared], help="fine-tune, as a Prefect flow")
@@ -41,25 +44,42 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge a data set and write nothing."""
+    from flows.token_view import print_examples
     from nested_core.data.dataset import load_dataset
     from nested_core.data.settings import DataSettings
+    from nested_core.data.showing import show_examples
     from nested_core.errors import DatasetError
     from nested_core.model import tokenizer_source
 
     config = config_from(arguments)
+    _refuse_showing(arguments)
     tokenizer = None if arguments.no_tokenize else tokenizer_source(config)
     settings = DataSettings.from_config(config)
-    report, _ = load_dataset(settings, tokenizer, ProgressLine())
+    report, splits = load_dataset(settings, tokenizer, ProgressLine())
+    examples = []
+    if tokenizer is not None and "train" in splits:
+        file, count = report.splits["train"].file, arguments.show or 0
+        examples = show_examples(splits["train"], file, tokenizer.load(), count)
 
     def finish() -> int:
         if arguments.json:
-            print_json(report.to_json())
+            shown = {"examples": [asdict(example) for example in examples]}
+            print_json(report.to_json() | (shown if arguments.show else {}))
         else:
             rows = [(f.severity, f.file, f.line, f.check, f.message) for f in report.findings]
             print_table(("severity", "file", "line", "check", "message"), rows)
+            print_examples(examples)
         return DatasetError.exit_code if report.errors else 0
 
     return finish
+
+
+def _refuse_showing(arguments: argparse.Namespace) -> None:
+    if arguments.show is not None and (arguments.no_tokenize or arguments.show < 1):
+        raise ConfigError(
+            "validate --show N prints the tokens of the first N examples: N must be 1 or more, and "
+            "--no-tokenize leaves no tokens to print. Give one of the two flags."
+        )
 
 
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:

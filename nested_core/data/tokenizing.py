@@ -209,7 +209,7 @@ def _describe(
     """The fields of EXAMPLE_FACTS after the line."""
     learnt = [kept[begin:end] for begin, end in spans]
     sizes = [_size_before_end(tokens, ends) for tokens in learnt]
-    if learnt and len(kept) < len(encoded.tokens):
+    if spans and spans[-1][1] == len(kept) < len(encoded.tokens):
         sizes[-1] = len(learnt[-1]), sizes[-1][1]  # its end is cut off
     return (
         len(encoded.tokens),

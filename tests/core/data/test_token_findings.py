@@ -127,6 +127,6 @@ def test_the_infos_count_tokens_and_padding(
     assert tokens is not None
     assert infos["padding"] == f"{tokens.padding_share:.1%} of batches of 2, which have 3 widths"
     assert tokens.widths == 3
-    widths = [-(-(n - 1) // 4) * 4 for n in sorted(lengths)[::-2]]
+    widths = [n - 1 for n in sorted(lengths)[::-2]]
     expected = 1 - (lengths.sum() - 5) / (2 * sum(widths))
     assert tokens.padding_share == pytest.approx(expected)
