@@ -8,8 +8,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
+
+from nested_core.config_data import HubDatasets
+from nested_core.config_lora import LoraParameters
+from nested_core.config_section import Section
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 OPTIMIZER_ARGUMENTS = {
@@ -20,28 +24,6 @@ OPTIMIZER_ARGUMENTS = {
     "adafactor": {"eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay"}
     | {"scale_parameter", "relative_step", "warmup_init"},
 }
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
-    )
-
-
-class LoraParameters(Section):
-    """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
-
-    The attribute is not called `keys`, or dict() would take the section for a mapping.
-    """
-
-    rank: PositiveInt = 8
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scale: float = 20.0
-    modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        default=None, alias="keys"
-    )
 
 
 class LearningRateSchedule(Section):
@@ -189,6 +171,7 @@ class FineTuneConfig(Section):
     completion_feature: str = "completion"
     text_feature: str = "text"
     chat_feature: str = "messages"
+    hf_dataset: HubDatasets = ()
     nested: NestedSection = NestedSection()
     training: TrainingSection = TrainingSection()
     gate: GateSection = GateSection()

@@ -17,7 +17,7 @@ from nested_core.data.judging import judge
 from nested_core.data.lines import Lines, judge_files, judge_lines, read_lines
 from nested_core.data.report import DatasetReport, Finding, SplitStats, in_order
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources import open_folder
+from nested_core.data.sources import open_sources
 from nested_core.data.summary import count_split, count_tokens, describe_split
 from nested_core.data.token_files import seal_tokens
 from nested_core.data.token_rules import (
@@ -51,7 +51,7 @@ def load_dataset(
     facts: dict[str, TokenFacts] = {}
     tokenized: dict[str, TokenizedSplit] = {}
     with TemporaryDirectory(prefix="nested-tune-") as spool:
-        sources = open_folder(settings.data, settings.json_keys, Path(spool))
+        sources = open_sources(settings, Path(spool))
         splits = read_lines(sources, settings, on_progress)
         has_template = tokenizer is None or has_chat_template(tokenizer.load())
         findings = [
@@ -125,4 +125,4 @@ def _write_report(
     files = [lines.file for lines in splits.values()]
     digests = {split: stats.digest for split, stats in counted.items()}
     digest = sha256(canonical_json(digests)).hexdigest()
-    return DatasetReport(settings.data, digest, counted, in_order(findings + infos, files))
+    return DatasetReport(settings.place, digest, counted, in_order(findings + infos, files))

@@ -71,7 +71,7 @@ def judge_files(
             "file": lines.file,
             "line": None,
             "split": split,
-            "folder": settings.data,
+            "folder": settings.place,
             "is_present": lines.source is not None,
             "lines": lines.frame.height,
             "rows": int((~lines.frame["is_blank"]).sum()),

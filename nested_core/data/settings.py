@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from nested_core.config_data import HubDataset
 from nested_core.data.encoding import Targets
 from nested_core.data.fields import Features
 
@@ -24,6 +25,8 @@ class DataSettings:
     completion_feature: str = "completion"
     text_feature: str = "text"
     chat_feature: str = "messages"
+    hf_dataset: tuple[HubDataset, ...] = ()
+    trust_remote_code: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> DataSettings:
@@ -41,7 +44,9 @@ class DataSettings:
 
     @property
     def features(self) -> Features:
-        """The JSON keys to read."""
+        """The JSON keys to read; those of hub's data sets are renamed to the default ones."""
+        if self.hf_dataset:
+            return Features()
         return Features(
             self.prompt_feature, self.completion_feature, self.text_feature, self.chat_feature
         )
@@ -50,3 +55,8 @@ class DataSettings:
     def json_keys(self) -> frozenset[str]:
         """The columns of a table of texts whose cells hold JSON."""
         return frozenset({self.chat_feature, "tools"})
+
+    @property
+    def place(self) -> str:
+        """Where the data comes from, for people."""
+        return ", ".join(entry.path for entry in self.hf_dataset) or self.data

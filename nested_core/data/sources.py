@@ -5,6 +5,7 @@ A .jsonl file is read where it lies; any other is turned into one in a folder of
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from nested_core.data.formats import (
     read_gzip,
     read_parquet,
 )
-from nested_core.data.settings import SPLITS
+from nested_core.data.hub import Tables, open_listed, open_named
+from nested_core.data.settings import SPLITS, DataSettings
 from nested_core.errors import ConfigError
 
 _READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[Record]]] = {
@@ -31,6 +33,7 @@ _READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[Record]]] = {
     ".parquet": read_parquet,
 }
 SUFFIXES = (".jsonl", *_READERS)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +56,32 @@ class Source:
         return set((np.searchsorted(self.numbers, sorted(numbers)) + 1).tolist())
 
 
-def open_folder(data: str, json_keys: frozenset[str], spool: Path) -> dict[str, Source]:
-    """The splits that a folder has; `json_keys` are the columns whose cells of text hold JSON.
+def open_sources(settings: DataSettings, spool: Path) -> dict[str, Source]:
+    """The splits that there are, made into lines in `spool` where they are not.
 
-    Raises ConfigError where there is no such folder, or two files for one split; and OSError.
+    Raises ConfigError where there is no such data set, or two files for one split; and OSError.
     """
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(
-            f"data: {data!r} is not a folder here; expected one with train.jsonl (or "
-            f"{', '.join(SUFFIXES[1:])}), and best valid and test beside it."
-        )
+    folder, is_trusted = Path(settings.data).expanduser(), settings.trust_remote_code
+    if settings.hf_dataset:
+        return _open_tables(open_listed(settings.hf_dataset, trust_remote_code=is_trusted), spool)
+    if folder.is_dir():
+        return _open_folder(folder, settings.json_keys, spool)
+    if _HUB_NAME.fullmatch(settings.data) and not folder.exists():
+        return _open_tables(open_named(settings.data, trust_remote_code=is_trusted), spool)
+    raise ConfigError(
+        f"data: {settings.data!r} is not a folder here; expected one with train.jsonl (or "
+        f"{', '.join(SUFFIXES[1:])}), and best valid and test beside it."
+    )
+
+
+def _open_tables(tables: Tables, spool: Path) -> dict[str, Source]:
+    return {
+        split: spool_records(file, records, spool / f"{split}.jsonl")
+        for split, (file, records) in tables.items()
+    }
+
+
+def _open_folder(folder: Path, json_keys: frozenset[str], spool: Path) -> dict[str, Source]:
     sources = {}
     for split in SPLITS:
         found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
