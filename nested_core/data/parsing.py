@@ -56,7 +56,10 @@ def plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:
     """The turns of a chat without tools and extras, else None; ValidationError for the rest."""
     row: dict[str, Any] = _PLAIN_CHAT.validate_json(raw)
     messages: list[dict[str, Any]] | None = row.get(key)
-    if messages is None or len(row) != 1 or repeats_a_key(raw, 1 + 4 * len(messages)):
+    if messages is None or len(row) != 1:
+        return None
+    strings = 1 + 4 * len(messages)
+    if raw.count(b'"') != 2 * strings and repeats_a_key(raw, strings):  # most need no call
         return None
     return messages
 
