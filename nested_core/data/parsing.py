@@ -26,9 +26,11 @@ _PLAIN_FIELDS = TypeAdapter(dict[str, str], config=ConfigDict(strict=True)).vali
 
 def parse_line(raw: bytes, features: Features) -> Example:
     """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
-    example = _parse_plain(raw, features)
-    if example is not None:
-        return example
+    return _parse_plain(raw, features) or parse_exactly(raw, features)
+
+
+def parse_exactly(raw: bytes, features: Features) -> Example:
+    """As `parse_line`, for a line that is known not to be plain."""
     row = decode_object(raw)
     return check_types(row, _choose_format(row, features), features)
 

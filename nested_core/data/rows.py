@@ -15,13 +15,14 @@ from pydantic import ValidationError
 
 from nested_core.data.decoding import LineProblem, strings
 from nested_core.data.fields import Example, Features, calls_tools
-from nested_core.data.parsing import parse_line, plain_chat, plain_fields
+from nested_core.data.parsing import parse_exactly, plain_chat, plain_fields
 
 WHITE_SPACE = b" \t\n\r"
 _LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.
 BLANK_TURN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
 _CALL, _ORPHAN = "c", "o"
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 _role_of, _content_of = itemgetter("role"), itemgetter("content")
 
 
@@ -77,7 +78,7 @@ def read_line(raw: bytes, features: Features, *, is_first: bool = False) -> Row:
     if not body:
         return Row(is_blank=True)
     try:
-        example = parse_line(body, features)
+        example = parse_exactly(body, features)
     except LineProblem as problem:
         return Row(check=problem.check, message=problem.message)
     return _flatten(example, features)
@@ -124,8 +125,8 @@ def _content(example: Example, roles: str) -> str:
         return example.text
     if example.is_plain:
         return "\0".join([roles, *[message["content"] for message in example.messages]])
-    before = json.dumps([example.tools, example.messages[:-1]], ensure_ascii=False)
-    return f"{before}\0{json.dumps(example.messages[-1:], ensure_ascii=False)}"
+    before = _as_json([example.tools, example.messages[:-1]])
+    return f"{before}\0{_as_json(example.messages[-1:])}"
 
 
 def _blank_field(example: Example, features: Features) -> str | None:
