@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from nested_core.data import gathering
 from nested_core.data.dataset import load_dataset
 from nested_core.data.fields import Features
 from nested_core.data.gathering import gather_files
-from nested_core.data.rows import plain_row, read_line
+from nested_core.data.rows import BLANK_TURN, plain_row, read_line
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source
 from tests.core.data.conftest import WriteData
@@ -90,7 +91,9 @@ def test_the_quick_path_reads_what_the_exact_one_reads(
     if plain is not None:
         assert plain == (row.format, row.roles, row.content)
         assert row.shown == row.content
-        assert (row.blank_field, row.unknown_keys, row.check) == (None, None, None)
+        assert (row.unknown_keys, row.check) == (None, None)
+        is_doubtful = pl.Series([plain[2]]).str.contains(BLANK_TURN)[0]
+        assert row.blank_field is None or is_doubtful
 
 
 @pytest.mark.parametrize("name", GOOD_LINES)
