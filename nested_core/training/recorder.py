@@ -22,7 +22,7 @@ from nested_core.training.evaluation import Evaluator
 from nested_core.training.export import export_snapshot
 from nested_core.training.methods import Method
 from nested_core.training.metrics import append_metrics, cut_back, read_metrics
-from nested_core.training.red_flags import flag_flat_loss
+from nested_core.training.red_flags import flag_flat_loss, flag_unchanged_checkpoint
 from nested_core.training.state import TrainingState
 from nested_core.training.step import Sums
 from nested_core.training.window import Window, optimizer_record, train_info
@@ -138,6 +138,8 @@ class Recorder:
             optimizer_state=self._optimizer.state,
             state=state.to_json() | wanted,
         )
+        if state.step >= max(2, *(tier.frequency for tier in self._optimizer.tiers)):
+            flag_unchanged_checkpoint(state, path, self.run.initial)
         if self.config.adapter_path is not None:
             export_snapshot(path, Path(self.config.adapter_path), state.iteration)
         checkpoints.prune_checkpoints(

@@ -15,15 +15,15 @@ from nested_core.checkpoints import Checkpoint
 from nested_core.clocks import COUNTERS
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.errors import TrainingDiverged, TrainingStopped
+from nested_core.errors import TrainingStopped
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
-from nested_core.scalars import to_int
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.methods import Method, OwnMethod
 from nested_core.training.recompute import recomputed
@@ -79,7 +79,7 @@ class Trainer:
             config, run, self._slots, optimizer, self.method, evaluator, found, callback
         )
         self._seen_due: set[tuple[int, ...]] = set()
-        self._in_flight: list[mx.array] = []
+        self._divergence = DivergenceWatch(config.training.max_nonfinite_steps)
 
     @property
     def current_step(self) -> int:
@@ -140,10 +140,15 @@ class Trainer:
                 self._recorder.observe(self.state, iteration=done, evaluate=True)
             taken = self._advance(steps, first, last)
             stopping = self._is_asked_to_stop()
-            self._refuse_divergence()
+            self._divergence.add(self.state.step, self._skipped_in_a_row())
             self._verify(taken, must=stopping or self._is_over())
             if not self._is_over():
                 self._observe(first, last)
+        self._divergence.settle()
+
+    def _skipped_in_a_row(self) -> mx.array:
+        counter: mx.array = self.optimizer.state[COUNTERS]["nonfinite_in_a_row"]
+        return counter
 
     def _make_steps(self) -> TrainStep:
         draws, rule = self.config.lora_parameters.dropout > 0, self.method.rule
@@ -173,19 +178,6 @@ class Trainer:
         if self.optimizer.gathers:
             return tuple(range(len(self.tiers.frequencies)))
         return self.tiers.due(step)
-
-    def _refuse_divergence(self) -> None:
-        """Wait for the step before: one step is in flight, no more, and reading it is free."""
-        self._in_flight.append(self.optimizer.state[COUNTERS]["nonfinite_in_a_row"])
-        if len(self._in_flight) < 2:
-            return
-        row = to_int(self._in_flight.pop(0))
-        if row >= self.config.training.max_nonfinite_steps:
-            raise TrainingDiverged(
-                f"The gradients were not finite for {row} steps in a row, up to step "
-                f"{self.state.step - 1}: training has diverged. Lower learning_rate, set "
-                f"training.max_grad_norm, or look at the data of these steps."
-            )
 
     def _crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
