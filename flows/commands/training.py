@@ -12,7 +12,7 @@ from typing import Any
 
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
 from flows.stopping import Stopper
-from flows.terminal import print_json, print_table, print_tiers, say, watching
+from flows.terminal import describe_tiers, print_json, print_table, print_tiers, say, watching
 from nested_core.errors import ConfigError
 from nested_core.run_directory import RunDirectory, new_run_name, open_run
 
@@ -67,13 +67,18 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     config = config_from(arguments)
     run = _open(arguments)
     stopper = Stopper()
+
+    def begin(trainer: Any) -> None:
+        stopper.watch(trainer)
+        say(describe_tiers(trainer.optimizer.get_tier_stats()))
+
     with run.locked(), stopper.installed():
         say(f"run directory: {run.path}")
         pipeline.begin(config, run, resume=arguments.resume)
         pipeline.validate(config, run)
         pipeline.load(config, run)
         with watching(run.metrics):
-            result = pipeline.train(config, run, on_start=stopper.watch)
+            result = pipeline.train(config, run, on_start=begin)
         stopper.release()
         verdict = pipeline.judge(config, run)
         test_loss = measure_test(config, run) if config.test else None
