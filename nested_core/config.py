@@ -8,54 +8,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    PositiveInt,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
+from nested_core.config_lora import LoraParameters
 from nested_core.config_rules import agreement_problems, refuse, registry_problems, tier_problems
+from nested_core.config_section import Section
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Without this `iters: true` would be 1."""
-        values = value if isinstance(value, list | tuple) else (value,)
-        if cls.model_fields[str(info.field_name)].annotation is not bool:
-            for each in values:
-                if isinstance(each, bool):
-                    raise ValueError(f"true and false mean nothing here; found {each}")
-        return value
-
-
-class LoraParameters(Section):
-    """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
-
-    The attribute is not called `keys`, or dict() would take the section for a mapping.
-    """
-
-    rank: PositiveInt = 8
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scale: float = 20.0
-    modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        default=None, alias="keys"
-    )
 
 
 class LearningRateSchedule(Section):
