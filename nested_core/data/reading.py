@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import polars as pl
 from nested_core.data.decoding import LineProblem
 from nested_core.data.fields import Example, Features
 from nested_core.data.parsing import parse_line
-from nested_core.data.rows import WHITE_SPACE, Row, line_body, plain_row, read_line
+from nested_core.data.rows import BLANK_TURN, WHITE_SPACE, Row, line_body, plain_row, read_line
 from nested_core.data.sensitive import find_kinds
 from nested_core.data.workers import Span
 from nested_core.errors import DatasetError
@@ -94,54 +95,55 @@ def read_examples(
                 raise DatasetError(reason) from None
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """What was read of each line; of those that are not plain the whole row, by index."""
+
+    formats: list[str | None]
+    roles: list[str | None]
+    contents: list[str | None]
+    shown: list[str | None]
+    slow: dict[int, Row]
+
+
+def _read_lines(
+    lines: list[bytes], features: Features, *, is_start: bool, may_be_plain: bool
+) -> _Columns:
+    plain = [plain_row(raw, features) if may_be_plain else None for raw in lines]
+    formats: list[str | None] = [row and row[0] for row in plain]
+    roles: list[str | None] = [row and row[1] for row in plain]
+    contents: list[str | None] = [row and row[2] for row in plain]
+    is_doubtful = pl.Series(contents, dtype=pl.String).str.contains(BLANK_TURN)
+    slow = {
+        index: read_line(lines[index], features, is_first=is_start and index == 0)
+        for index in is_doubtful.fill_null(value=True).arg_true().to_list()
+    }
+    shown = list(contents)
+    for index, row in slow.items():
+        formats[index], roles[index], contents[index] = row.format, row.roles, row.content
+        shown[index] = row.shown
+    return _Columns(formats, roles, contents, shown, slow)
+
+
 def _frame(
     lines: list[bytes], features: Features, *, is_start: bool, may_be_plain: bool
 ) -> tuple[pl.DataFrame, bytes]:
-    formats, roles, contents, slow = _read_lines(
-        lines, features, is_start=is_start, may_be_plain=may_be_plain
-    )
-    shown = contents
-    if slow:
-        shown = list(contents)
-        for index, row in slow.items():
-            shown[index] = row.shown
-    digests, keys = _compare_by(contents, formats)
-    raw, text = pl.Series(lines, dtype=pl.Binary), pl.Series(shown, dtype=pl.String)
-    columns: dict[str, Any] = {"format": formats, "roles": roles, **keys}
+    read = _read_lines(lines, features, is_start=is_start, may_be_plain=may_be_plain)
+    digests, keys = _compare_by(read.contents, read.formats)
+    raw, text = pl.Series(lines, dtype=pl.Binary), pl.Series(read.shown, dtype=pl.String)
+    has_mark = np.zeros(len(lines), bool)
+    has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
+    columns: dict[str, Any] = {"format": read.formats, "roles": read.roles, **keys}
     columns |= {
         "sensitive": find_kinds(text),
         "has_control": _hold_controls(raw, text),
         "has_replacement": text.str.contains(_REPLACEMENT, literal=True).fill_null(value=False),
         "has_crlf": raw.bin.ends_with(b"\r"),
-        "has_mark": [
-            index == 0 and is_start and line.startswith(codecs.BOM_UTF8)
-            for index, line in enumerate(lines)
-        ],
+        "has_mark": has_mark,
     }
     for name in _SLOW_COLUMNS:
-        columns[name] = _spread(slow, name, len(lines))
+        columns[name] = _spread(read.slow, name, len(lines))
     return pl.DataFrame(columns, schema=SCHEMA), digests
-
-
-def _read_lines(
-    lines: list[bytes], features: Features, *, is_start: bool, may_be_plain: bool
-) -> tuple[list[str | None], list[str | None], list[str | None], dict[int, Row]]:
-    """Format, roles and content of each line; what is not plain is a whole row, by its index."""
-    formats: list[str | None] = []
-    roles: list[str | None] = []
-    contents: list[str | None] = []
-    slow: dict[int, Row] = {}
-    for index, raw in enumerate(lines):
-        plain = plain_row(raw, features) if may_be_plain else None
-        if plain is None:
-            slow[index] = row = read_line(raw, features, is_first=is_start and index == 0)
-            kind, letters, content = row.format, row.roles, row.content
-        else:
-            kind, letters, content = plain
-        formats.append(kind)
-        roles.append(letters)
-        contents.append(content)
-    return formats, roles, contents, slow
 
 
 def _compare_by(

@@ -15,11 +15,14 @@ from pydantic import ValidationError
 
 from nested_core.data.decoding import LineProblem, strings
 from nested_core.data.fields import Example, Features, calls_tools
-from nested_core.data.parsing import parse_line, plain_chat, plain_fields
+from nested_core.data.parsing import parse_exactly, plain_chat, plain_fields
 
 WHITE_SPACE = b" \t\n\r"
 _LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
+# A turn without a text, in the content of a plain row: all that str.isspace takes for space.
+BLANK_TURN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
 _CALL, _ORPHAN = "c", "o"
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
 _role_of, _content_of = itemgetter("role"), itemgetter("content")
 
 
@@ -40,24 +43,25 @@ class Row(NamedTuple):
 def plain_row(raw: bytes, features: Features) -> tuple[str, str, str] | None:
     """(format, roles, content) of a line as almost all are, in one pass; None for all others.
 
-    The line must not hold an escaped NUL: its caller looks for that in many lines at once.
+    Its caller looks at many lines at once for what is left out here: the line must not hold an
+    escaped NUL, and a content in which BLANK_TURN is found is for `read_line` to judge.
     """
     try:
         if raw.startswith(b'{"messages"') or b'"role"' in raw:
             messages = plain_chat(raw, features.chat)
-            if messages is None:
+            if not messages:
                 return None
-            roles = _plain_letters("".join(map(_role_of, messages)))
-            kind, texts = "chat", list(map(_content_of, messages))
-        elif (fields := plain_fields(raw, features)) is not None:
-            kind, roles, texts = fields
-        else:
-            return None
+            letters = _plain_letters("".join(map(_role_of, messages)))
+            return "chat", letters, "\0".join((letters, *map(_content_of, messages)))
+        fields = plain_fields(raw, features)
     except ValidationError:
         return None
-    if not texts or "" in texts or any(map(str.isspace, texts)):
+    if fields is None:
         return None
-    return kind, roles, "\0".join((roles, *texts)) if roles else texts[0]
+    kind, roles, texts = fields
+    if kind == "text":
+        return None if not texts[0] or texts[0].isspace() else (kind, roles, texts[0])
+    return kind, roles, "\0".join((roles, *texts))
 
 
 @lru_cache(maxsize=10_000)
@@ -74,7 +78,7 @@ def read_line(raw: bytes, features: Features, *, is_first: bool = False) -> Row:
     if not body:
         return Row(is_blank=True)
     try:
-        example = parse_line(body, features)
+        example = parse_exactly(body, features)
     except LineProblem as problem:
         return Row(check=problem.check, message=problem.message)
     return _flatten(example, features)
@@ -121,8 +125,8 @@ def _content(example: Example, roles: str) -> str:
         return example.text
     if example.is_plain:
         return "\0".join([roles, *[message["content"] for message in example.messages]])
-    before = json.dumps([example.tools, example.messages[:-1]], ensure_ascii=False)
-    return f"{before}\0{json.dumps(example.messages[-1:], ensure_ascii=False)}"
+    before = _as_json([example.tools, example.messages[:-1]])
+    return f"{before}\0{_as_json(example.messages[-1:])}"
 
 
 def _blank_field(example: Example, features: Features) -> str | None:

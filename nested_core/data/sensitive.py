@@ -147,13 +147,10 @@ _KINDS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
         (
             _personal("phone number", _PHONE, _is_phone),
             _personal("card number", r"(?<![\w.+-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)", _is_card),
-        ),
-    ),
-    (
-        "[A-Z]{2}[0-9]{2} ?[A-Z0-9]{4}",
-        (
             _personal(
-                "IBAN", r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b", _is_iban
+                "IBAN",
+                r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
+                _is_iban,
             ),
         ),
     ),

@@ -271,6 +271,20 @@ DAMAGED: dict[str, tuple[str, bytes, Found, str]] = {
 }
 
 
+def test_null_keys_that_a_table_fills_in_are_as_good_as_absent(tmp_path: Path) -> None:
+    rows = [
+        *CHATS[:4],
+        {"messages": [*CHATS[4]["messages"][:1], {"role": "assistant", "tool_calls": [CALL]}]},
+    ]
+    (tmp_path / "jsonl").mkdir()
+    write_rows(tmp_path / "jsonl" / "train.jsonl", rows)
+    pl.DataFrame(rows).write_parquet(tmp_path / "train.parquet")
+    plain, table = judge(tmp_path / "jsonl"), judge(tmp_path)
+    assert [f.check for f in table.warnings] == ["no-validation-set"]
+    assert table.errors == ()
+    assert table.splits["train"].roles == plain.splits["train"].roles
+
+
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_record_is_named_by_the_number_a_person_finds_it_by(
     name: str, tmp_path: Path
