@@ -64,6 +64,8 @@ def _peak_memory(arm: Arm) -> tuple[float, float]:
             sizes = _resident(process.pid)
             largest, together = max([largest, *sizes]), max(together, sum(sizes))
             time.sleep(SECONDS_BETWEEN_LOOKS)
+    if process.returncode != 0:
+        raise SystemExit(f"{arm.name} failed with {process.returncode}")
     return largest, together
 
 

@@ -42,9 +42,7 @@ class HubDataset(Section):
 
 
 def _as_list(value: Any) -> Any:
-    """As in mlx-lm a mapping is a list of one, and nothing or false is none."""
-    if value is None or value is False:
-        return ()
+    """As in mlx-lm a mapping is a list of one."""
     return [value] if isinstance(value, dict) else value
 
 

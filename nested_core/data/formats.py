@@ -120,7 +120,7 @@ def _place(text: str, position: int) -> str:
 
 def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[Record]:
     """Yield the records of a .csv; its first names the columns, and quotes must be balanced."""
-    csv.field_size_limit(MAX_LINE_BYTES)
+    csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         columns, line = _header(reader), reader.line_num + 1

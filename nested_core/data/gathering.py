@@ -21,6 +21,8 @@ from nested_core.data.reading import SCHEMA, SPAN_BYTES
 from nested_core.data.sources import Source
 from nested_core.data.workers import OnProgress, line_spans, processes_for, run_jobs
 
+JOB = "nested_core.data.reading:read_job"
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -56,7 +58,7 @@ def gather_files(
     with TemporaryDirectory(prefix="nested-tune-") as folder:
         requests = [
             {
-                "job": "nested_core.data.reading:read_job",
+                "job": JOB,
                 "path": str(sources[split].path),
                 "span": [span.start, span.end],
                 "features": asdict(features),

@@ -50,11 +50,14 @@ _REPLACEMENT = "\ufffd"
 def read_span(path: Path, span: Span, features: Features) -> tuple[pl.DataFrame, bytes]:
     """The rows of a range of lines, see SCHEMA, and the SHA-256 of each example in it, joined.
 
-    OSError is the only error. What it gives for a line does not depend on the range it is read in.
+    What it gives for a line does not depend on the range it is read in. Raises OSError, and
+    DatasetError where the file became shorter.
     """
     with path.open("rb") as file:
         file.seek(span.start)
         content = file.read(span.end - span.start)
+    if len(content) < span.end - span.start:
+        raise DatasetError(f"{path} became shorter while it was read. Start again.")
     lines = content.split(b"\n")
     if not lines[-1]:
         lines.pop()

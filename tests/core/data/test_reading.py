@@ -15,9 +15,12 @@ from nested_core.data import gathering
 from nested_core.data.dataset import load_dataset
 from nested_core.data.fields import Features
 from nested_core.data.gathering import gather_files
+from nested_core.data.reading import read_span
 from nested_core.data.rows import BLANK_TURN, plain_row, read_line
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source
+from nested_core.data.workers import Span
+from nested_core.errors import DatasetError, WorkerFailed
 from tests.core.data.conftest import WriteData
 from tests.core.data.test_bad_lines import BAD_LINES, GOOD, GOOD_LINES, HELD_OUT
 
@@ -43,6 +46,27 @@ def test_ranges_and_processes_change_nothing(
     monkeypatch.setattr(gathering, "SPAN_BYTES", size)
     monkeypatch.setattr(gathering, "processes_for", lambda _: processes)
     assert load_dataset(settings, None)[0].to_json() == expected
+
+
+def test_a_file_that_becomes_shorter_is_not_read_as_if_it_ended_there(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(DatasetError, match=r"train\.jsonl became shorter while it was read"):
+        read_span(path, Span(0, 20), Features())
+
+
+def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
+    write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = tmp_path / "tmp"
+    private.mkdir()
+    folder = write_data(train=GOOD, valid=HELD_OUT)
+    monkeypatch.setattr("tempfile.tempdir", str(private))
+    monkeypatch.setattr(gathering, "JOB", "tests.core.data.jobs:die")
+    monkeypatch.setattr(gathering, "processes_for", lambda _: 2)
+    with pytest.raises(WorkerFailed, match="ended by SIGKILL"):
+        load_dataset(DataSettings(str(folder)), None)
+    assert list(private.iterdir()) == []
 
 
 def test_the_digest_is_over_the_examples_row_by_row(write_data: WriteData) -> None:
