@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
@@ -29,6 +29,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise _explain(error, path) from error
     try:
         _lock(descriptor, fcntl.LOCK_EX, path)
+        _look_anew(folder)
         yield
     finally:
         os.close(descriptor)
@@ -47,10 +48,22 @@ def shared(folder: Path) -> Iterator[None]:
     try:
         if descriptor is not None:
             _lock(descriptor, fcntl.LOCK_SH, path)
+        _look_anew(folder)
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _look_anew(folder: Path) -> None:
+    """See what other machines have changed in a folder on the network up to now.
+
+    An NFS client may answer from names that it saw up to a minute ago, the link's among them.
+    Opening a directory makes it ask the server (Linux: fs/nfs/dir.c, nfs_lookup_verify_inode).
+    """
+    for directory in (folder, folder / "versions"):
+        with suppress(FileNotFoundError):
+            os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
 
 
 def _lock(descriptor: int, operation: int, path: Path) -> None:
