@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
-AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+from nested_core.config_publishing import ContinualSection, RegistrySection
+from nested_core.config_section import Section
+
 OPTIMIZER_ARGUMENTS = {
     "adam": {"betas", "eps", "bias_correction"},
     "adamw": {"betas", "eps", "bias_correction", "weight_decay"},
@@ -20,14 +22,6 @@ OPTIMIZER_ARGUMENTS = {
     "adafactor": {"eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay"}
     | {"scale_parameter", "relative_step", "warmup_init"},
 }
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
-    )
 
 
 class LoraParameters(Section):
@@ -130,24 +124,6 @@ class GateSection(Section):
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 
-class RegistrySection(Section):
-    """Where verified adapters go, and which of them become champion by themselves."""
-
-    path: str | None = None
-    name: AdapterName | None = None
-    promote: Literal["never", "always", "better"] = "never"
-    min_improvement: Share = 0.0
-    require_validation: bool = True
-
-    @model_validator(mode="after")
-    def _path_and_name_together(self) -> Self:
-        if (self.path is None) != (self.name is None):
-            raise ValueError("registry needs both path and name, or neither")
-        if self.promote != "never" and self.path is None:
-            raise ValueError(f"promote: {self.promote} needs a registry path and name")
-        return self
-
-
 class FineTuneConfig(Section):
     """A whole fine-tune. The top level is mlx-lm's, with mlx-lm's defaults and meanings.
 
@@ -192,6 +168,7 @@ class FineTuneConfig(Section):
     training: TrainingSection = TrainingSection()
     gate: GateSection = GateSection()
     registry: RegistrySection = RegistrySection()
+    continual: ContinualSection = ContinualSection()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
@@ -217,6 +194,7 @@ class FineTuneConfig(Section):
         if self.optimizer not in ("adam", "adamw") and not has_one_clock:
             raise ValueError(f"optimizer {self.optimizer} has one clock: nested.frequencies [1]")
         self._check_reference()
+        self.continual.check(self.registry, self.resume_adapter_file)
         return self
 
     def _check_reference(self) -> None:

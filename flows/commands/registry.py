@@ -37,7 +37,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
-    from nested_core.config import RegistrySection
+    from nested_core.config_publishing import RegistrySection
     from nested_core.pipeline import read_run_config
     from nested_core.publishing import register_run
     from nested_core.registry import UNSET, promote

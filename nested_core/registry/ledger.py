@@ -95,8 +95,11 @@ def new_entry(action: str, version: str | None, previous: str | None, by: str) -
 def read_ledger(folder: Path) -> Ledger:
     """Read the history of `folder`; DamagedError names the first line that is not one."""
     path = folder / LEDGER_NAME
-    if kind_of(path) == "link":
+    kind = kind_of(path)
+    if kind == "link":
         raise DamagedError(f"{path} is a symbolic link; a registry has none but `champion`.")
+    if kind not in ("file", "missing"):
+        raise DamagedError(f"{path} is no regular file. Restore the history from a backup.")
     try:
         content = path.read_bytes()
     except FileNotFoundError:

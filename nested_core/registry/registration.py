@@ -11,6 +11,7 @@ from typing import Any
 
 from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.durable import new_directory, write_json
+from nested_core.errors import DamagedError
 from nested_core.manifest import write_manifest
 from nested_core.registry.kinds import kind_of
 from nested_core.registry.locking import exclusive
@@ -49,9 +50,19 @@ def _judged_digest(run_dir: Path) -> str:
     path = run_dir / GATE_NAME
     gate = read_gate(path)
     require_passed(gate, path)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        _require_regular(run_dir / ADAPTER_NAME / name)
     digest = read_adapter(run_dir / ADAPTER_NAME).digest()
     require_digest(gate, digest, path)
     return digest
+
+
+def _require_regular(path: Path) -> None:
+    kind = kind_of(path)
+    if kind not in ("file", "missing"):  # read_adapter says which file is missing
+        raise DamagedError(
+            f"{path} is not a regular file: a version is a copy of files that the run itself wrote."
+        )
 
 
 def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]) -> None:

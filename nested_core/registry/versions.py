@@ -103,6 +103,8 @@ def _listing_findings(folder: Path) -> Iterator[Finding]:
             yield Finding(folder / name, "missing")
         elif kind_of(folder / name) != "file":
             yield Finding(folder / name, "not a regular file")
+        elif (links := (folder / name).stat().st_nlink) > 1:
+            yield Finding(folder / name, f"has {links} names: through another it can be changed")
     for name in sorted(present - set(FILES)):
         yield Finding(folder / name, "does not belong to the version")
 
