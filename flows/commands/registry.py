@@ -1,4 +1,4 @@
-"""promote, rollback, history and audit."""
+"""promote, rollback, history, audit and gc."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         parser.add_argument("name", metavar="NAME")
         parser.add_argument("--json", action="store_true", help="as one JSON document")
         parser.set_defaults(run=function)
-    for parser in (promote, rollback, history, audit):
+    gc = commands.add_parser("gc", parents=[shared], help="remove versions that are not needed")
+    gc.add_argument("name", metavar="NAME")
+    gc.add_argument("--keep", type=int, default=10, metavar="N", help="newest to keep; default: 10")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc.add_argument("--json", action="store_true", help="as one JSON document")
+    gc.set_defaults(run=run_gc)
+    for parser in (promote, rollback, history, audit, gc):
         parser.add_argument("--registry", type=Path, required=True, metavar="DIR")
 
 
@@ -111,5 +117,31 @@ def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
         else:
             print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
         return DamagedError.exit_code if report.findings else 0
+
+    return finish
+
+
+def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Remove versions, but never the champion, nor what a rollback would go to."""
+    from nested_core.registry import collect
+
+    done = collect(
+        arguments.registry,
+        arguments.name,
+        by=getpass.getuser(),
+        keep=arguments.keep,
+        dry_run=arguments.dry_run,
+    )
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(asdict(done))
+        else:
+            what = "would remove" if done.is_dry_run else "removed"
+            for version in done.collected:
+                print(f"{what} {version}")
+            print(f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB)", end=", ")
+            print(f"kept {len(done.kept)}; {len(done.leftovers)} leftovers of killed processes")
+        return 0
 
     return finish

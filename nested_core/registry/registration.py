@@ -6,6 +6,7 @@ Refuses an adapter that the gate did not pass, and one that is not what the gate
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from nested_core.registry.locking import exclusive
 from nested_core.registry.names import VERSIONS, check_name, create
 from nested_core.registry.settling import settle
 from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
-from nested_core.registry.versions import FILES, PROVENANCE_NAME, verify_version, version_facts
+from nested_core.registry.versions import (
+    FILES,
+    PROVENANCE_NAME,
+    REGISTERED_AT,
+    verify_version,
+    version_facts,
+)
 
 ADAPTER_NAME = "adapter"
 READ_ONLY = 0o444
@@ -27,7 +34,8 @@ READ_ONLY = 0o444
 def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any]) -> str:
     """Add the adapter of a finished run as a version of `name`; return the version (its digest).
 
-    An adapter that is there already and sound stays as it is, with its first gate and provenance.
+    The provenance is recorded with the time. An adapter that is there already and sound stays as it
+    is, with its first gate and provenance.
     Raises ConfigError for a run without a verdict or a bad name, GateRejected where the verdict is
     not "passed", DamagedError where adapter, verdict or the version already there do not agree.
     """
@@ -69,7 +77,8 @@ def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any])
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         shutil.copyfile(run_dir / ADAPTER_NAME / name, folder / name)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
-    write_json(folder / PROVENANCE_NAME, provenance)
+    registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
+    write_json(folder / PROVENANCE_NAME, provenance | {REGISTERED_AT: registered_at})
     write_manifest(folder, version_facts(version))
     for name in FILES:
         (folder / name).chmod(READ_ONLY)

@@ -23,6 +23,7 @@ from nested_core.registry.names import VERSIONS
 from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
 
 PROVENANCE_NAME = "provenance.json"
+REGISTERED_AT = "registered_at"
 CONTENT = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
 FILES = (*CONTENT, MANIFEST_NAME)
 VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")

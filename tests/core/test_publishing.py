@@ -88,7 +88,7 @@ class TestRegister:
         folder = tmp_path / "registry" / NAME / "versions" / version
         written = json.loads((folder / "provenance.json").read_text())
         assert version == read_adapter(second.adapter).digest()
-        assert written == json.loads(json.dumps(provenance(config, second)))
+        assert written.items() >= json.loads(json.dumps(provenance(config, second))).items()
         assert written["run_dir"] == str(second.path)
         assert (written["dataset_digest"], written["parent"]) == ("d2", parent)
         assert written["gate_sha256"] == file_sha256(second.gate)

@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.registry import promote, read_champion, register, rollback
+from nested_core.registry import (
+    audit,
+    collect,
+    history,
+    list_versions,
+    promote,
+    read_champion,
+    register,
+    rollback,
+)
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_old_or_new_and_whole, assert_settled
 from tests.core.registry.system_calls import Failure, can_fail, interrupted_at
@@ -121,6 +130,26 @@ def test_failure_at_a_call_of_register_leaves_no_version_or_a_whole_one(
         assert_old_or_new_and_whole(copy, versions[1], versions[1])
         assert register(run, copy, NAME, {}) == version
         assert promote(copy, NAME, version, by="bob").outcome == "promoted"
+        assert_settled(copy)
+
+
+@pytest.mark.parametrize("stride", [SAMPLE, EVERY_CALL])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failure_at_a_call_of_gc_leaves_a_version_whole_or_collects_it(
+    memory: Path, versions: tuple[str, str, str], failure: Failure, stride: int
+) -> None:
+    first, second, third = versions
+    for copy, has_returned in each_call(
+        memory, failure, stride, lambda place: collect(place, NAME, by="ann", keep=0)
+    ):
+        assert read_champion(copy, NAME) == second
+        assert audit(copy, NAME).findings == ()
+        is_there = third in list_versions(copy, NAME)
+        assert not (is_there and has_returned)
+        was_said = history(copy, NAME)[-1]["action"] == "collected"
+        assert is_there or was_said
+        assert collect(copy, NAME, by="bob", keep=0).collected == (third,) * is_there
+        assert list_versions(copy, NAME) == sorted((first, second))
         assert_settled(copy)
 
 
