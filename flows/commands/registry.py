@@ -44,6 +44,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
     from nested_core.config_publishing import RegistrySection
+    from nested_core.continual import champion_or_none
     from nested_core.pipeline import read_run_config
     from nested_core.publishing import register_run
     from nested_core.registry import UNSET, promote
@@ -51,7 +52,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     run = RunDirectory(arguments.run_dir)
     target = RegistrySection(path=str(arguments.registry), name=arguments.name)
     config = read_run_config(run).model_copy(update={"registry": target})
-    version = register_run(config, run)
+    champion = champion_or_none(arguments.registry, arguments.name)
+    version = register_run(config, run, champion)
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done = promote(
         arguments.registry,

@@ -52,6 +52,13 @@ def locate(registry: Path, name: str) -> Path:
     return folder
 
 
+def list_names(registry: Path) -> list[str]:
+    """The names that a registry holds, in order; none where there is no registry yet."""
+    if kind_of(registry, follow_links=True) != "directory":
+        return []
+    return sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
+
+
 def create(registry: Path, name: str) -> Path:
     """The folder of `name`, made with the registry itself where they are not there yet."""
     check_name(name)
@@ -104,7 +111,7 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _unknown_name(registry: Path, name: str) -> str:
-    known = sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
+    known = list_names(registry)
     listed = ", ".join(known[:LISTED_NAMES]) + (", ..." if len(known) > LISTED_NAMES else "")
     return (
         f"The registry {registry} has no adapter named {name!r}. It holds: {listed or 'nothing'}. "

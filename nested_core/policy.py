@@ -1,0 +1,153 @@
+"""Whether a registered version becomes the champion by itself: what its policy says, and why not.
+
+Reads what the version's own files say. Whether they are still what was registered is for `promote`,
+which re-hashes them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nested_core.config_publishing import RegistrySection
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry import (
+    Promotion,
+    list_versions,
+    promote,
+    read_champion,
+    read_changes,
+    verify,
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a version says of itself: the policy and the champion of its time, and its losses.
+
+    `initial` is the digest of the adapter that training started from, `loss_before` that adapter's
+    loss on the same examples as `loss_after`.
+    """
+
+    version: str
+    policy: dict[str, Any] | None
+    champion_at_gate: str | None
+    registered_at: str
+    validation_digest: str | None
+    initial: str | None
+    loss_before: float | None
+    loss_after: float | None
+
+
+def read_candidate(registry: Path, name: str, version: str) -> Candidate:
+    """Read a version's provenance and verdict. ConfigError for an unknown version."""
+    folder = registry / name / "versions" / version
+    if version not in list_versions(registry, name):
+        raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
+    try:
+        provenance = json.loads((folder / "provenance.json").read_bytes())
+        gate = json.loads((folder / "gate.json").read_bytes())
+        validation = gate.get("validation") or {}
+        return Candidate(
+            version=version,
+            policy=provenance.get("config", {}).get("registry"),
+            champion_at_gate=provenance.get("champion_at_gate"),
+            registered_at=provenance.get("registered_at", ""),
+            validation_digest=provenance.get("validation_digest"),
+            initial=gate.get("initial", {}).get("digest"),
+            loss_before=validation.get("loss_before"),
+            loss_after=validation.get("loss_after"),
+        )
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{folder}: provenance or verdict cannot be read: {error}.") from error
+
+
+def promote_by_policy(
+    section: RegistrySection, version: str, expected_champion: str | None
+) -> Promotion | str:
+    """Promote a registered version if `registry.promote` asks for it; else say why it was not.
+
+    `expected_champion` is the champion that the version was judged against: where another stands by
+    now, the promotion is superseded.
+    """
+    registry, name = target(section)
+    reason = _refusal(section, read_candidate(registry, name, version), expected_champion)
+    if reason is not None:
+        return reason
+    return promote(
+        registry, name, version, by="policy", expected_champion=expected_champion, automatic=True
+    )
+
+
+def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | str:
+    """Promote by the policy, and against the champion, that were recorded with the version.
+
+    This is for what comes late or again, an event or `reconcile`: it is superseded by any change of
+    the champion since the version was registered, one that was taken back included.
+    """
+    candidate = read_candidate(registry, name, version)
+    champion = read_champion(registry, name)
+    if version == champion:
+        return Promotion("already_champion", version, champion)
+    if not isinstance(candidate.policy, dict):
+        return "its provenance records no policy"
+    changes = read_changes(registry, name)
+    if changes and changes[-1].time >= candidate.registered_at:
+        return Promotion("superseded", version, champion)
+    section = RegistrySection.model_validate(
+        candidate.policy | {"path": str(registry), "name": name}
+    )
+    return promote_by_policy(section, version, candidate.champion_at_gate)
+
+
+def reconcile(registry: Path, name: str) -> dict[str, str]:
+    """Promote what an event got lost for, newest first; what became of each version that never was
+    champion. Doing it again changes nothing.
+    """
+    was_champion = {change.version for change in read_changes(registry, name)}
+    versions = [v for v in list_versions(registry, name) if v not in was_champion]
+    candidates = [read_candidate(registry, name, version) for version in versions]
+    outcomes = {}
+    for candidate in sorted(candidates, key=lambda c: c.registered_at, reverse=True):
+        done = promote_as_recorded(registry, name, candidate.version)
+        outcomes[candidate.version] = done if isinstance(done, str) else done.outcome
+    return outcomes
+
+
+def target(section: RegistrySection) -> tuple[Path, str]:
+    """Registry and name; ConfigError where they are not configured."""
+    if section.path is None or section.name is None:
+        raise ConfigError("registry: path and name are needed to register an adapter.")
+    return Path(section.path), section.name
+
+
+def _refusal(section: RegistrySection, candidate: Candidate, champion: str | None) -> str | None:
+    if section.promote == "never":
+        return "registry.promote is never"
+    if candidate.loss_after is None and section.require_validation:
+        return "there was no validation set, and registry.require_validation is on"
+    if section.promote == "approve":
+        return f"waiting for approval of {candidate.version[:12]}: registry.promote is approve"
+    if section.promote == "always" or champion is None:
+        return None
+    return _not_better(section, candidate, champion)
+
+
+def _not_better(section: RegistrySection, candidate: Candidate, champion: str) -> str | None:
+    """Why a version does not beat the champion on the same examples, or None where it does.
+
+    A version that was trained from the champion brings the champion's loss on its own examples.
+    """
+    best, loss = candidate.loss_before, candidate.loss_after
+    if candidate.initial != champion:
+        registry, name = target(section)
+        verify(registry, name, champion)
+        rival = read_candidate(registry, name, champion)
+        if rival.validation_digest != candidate.validation_digest:
+            return "the champion was validated on other data: the losses cannot be compared"
+        best = rival.loss_after
+    if loss is None or best is None or loss >= best - section.min_improvement:
+        return f"validation loss {loss} is not better than the champion's {best}"
+    return None
