@@ -126,11 +126,11 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     with watching(RunDirectory(path).metrics):
         state = finetune(FinetuneParameters(**parameters), return_state=True)
     state.result()  # raises what made it fail
+    say(str(state.message))
 
     def finish() -> int:
-        if RunDirectory(path).adapter.exists():
-            print(f"adapter: {RunDirectory(path).adapter}")
-        print(state.message)
+        adapter = RunDirectory(path).adapter
+        print(f"adapter: {adapter}" if adapter.exists() else state.message)
         return 0
 
     return finish
