@@ -1,4 +1,4 @@
-"""promote, rollback, history, audit and gc."""
+"""promote, rollback, history, audit, gc and export-mlflow."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     gc.add_argument("--json", action="store_true", help="as one JSON document")
     gc.set_defaults(run=run_gc)
-    for parser in (promote, rollback, history, audit, gc):
+    export = commands.add_parser(
+        "export-mlflow", parents=[shared], help="copy versions and champion to MLflow's registry"
+    )
+    export.add_argument("name", metavar="NAME")
+    export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
+    export.set_defaults(run=run_export)
+    for parser in (promote, rollback, history, audit, gc, export):
         parser.add_argument("--registry", type=Path, required=True, metavar="DIR")
 
 
@@ -144,6 +150,21 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
                 print(f"{what} {version}")
             print(f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB)", end=", ")
             print(f"kept {len(done.kept)}; {len(done.leftovers)} leftovers of killed processes")
+        return 0
+
+    return finish
+
+
+def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Copy what MLflow's registry lacks, and point its alias at the champion."""
+    from nested_core.mlflow_export import export_to_mlflow
+
+    done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)
+
+    def finish() -> int:
+        number = done.numbers.get(done.champion) if done.champion else None
+        print(f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}", end="; ")
+        print(f"champion: version {number}" if number else "no champion")
         return 0
 
     return finish

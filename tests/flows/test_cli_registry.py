@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ def story(folder: Path) -> dict[str, Ended]:
         "table": command("history", NAME),
         "audit": command("audit", NAME, "--json"),
         "gc": command("gc", NAME, "--keep", 0, "--json"),
+        "export": command("export-mlflow", NAME),
         "gc again": command("gc", NAME, "--keep", 0, "--dry-run"),
     }
 
@@ -111,6 +113,12 @@ def test_gc_of_two_versions_in_use_removes_nothing(
     document = story["gc"].document
     assert (document["collected"], document["kept"]) == ([], sorted(versions))
     assert story["gc again"].stdout.startswith("would remove 0 versions (0.0 MB), kept 2")
+
+
+@pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")
+def test_export_without_mlflow_says_what_to_install(story: dict[str, Ended]) -> None:
+    assert story["export"].code == 2
+    assert "nested-tune[mlflow]" in story["export"].message()
 
 
 def test_a_version_that_was_changed_is_damage_for_every_command(
