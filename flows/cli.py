@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from flows.commands import demo, doctor, judging, registry, training
+from flows.commands import demo, doctor, interop, judging, registry, training
 from flows.terminal import say
 from nested_core.errors import ConfigError, NestedTuneError
 
-COMMANDS = (demo, training, judging, registry, doctor)
+COMMANDS = (demo, training, judging, registry, interop, doctor)
 INTERRUPTED = 130
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
+from nested_core.config_lora import LoraParameters
 from nested_core.config_publishing import ContinualSection, RegistrySection
 from nested_core.config_section import Section
 
@@ -22,20 +23,6 @@ OPTIMIZER_ARGUMENTS = {
     "adafactor": {"eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay"}
     | {"scale_parameter", "relative_step", "warmup_init"},
 }
-
-
-class LoraParameters(Section):
-    """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
-
-    The attribute is not called `keys`, or dict() would take the section for a mapping.
-    """
-
-    rank: PositiveInt = 8
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scale: float = 20.0
-    modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        default=None, alias="keys"
-    )
 
 
 class LearningRateSchedule(Section):
