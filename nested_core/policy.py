@@ -7,9 +7,10 @@ which re-hashes them.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from nested_core.config_publishing import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
@@ -23,14 +24,14 @@ from nested_core.registry import (
 )
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(BaseModel):
     """What a version says of itself: the policy and the champion of its time, and its losses.
 
     `initial` is the digest of the adapter that training started from, `loss_before` that adapter's
     loss on the same examples as `loss_after`.
     """
 
+    model_config = ConfigDict(strict=True, frozen=True)
     version: str
     policy: dict[str, Any] | None
     champion_at_gate: str | None
@@ -50,18 +51,20 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
         provenance = json.loads((folder / "provenance.json").read_bytes())
         gate = json.loads((folder / "gate.json").read_bytes())
         validation = gate.get("validation") or {}
-        return Candidate(
-            version=version,
-            policy=provenance.get("config", {}).get("registry"),
-            champion_at_gate=provenance.get("champion_at_gate"),
-            registered_at=provenance.get("registered_at", ""),
-            validation_digest=provenance.get("validation_digest"),
-            initial=gate.get("initial", {}).get("digest"),
-            loss_before=validation.get("loss_before"),
-            loss_after=validation.get("loss_after"),
-        )
+        fields = {
+            "version": version,
+            "policy": provenance.get("config", {}).get("registry"),
+            "champion_at_gate": provenance.get("champion_at_gate"),
+            "registered_at": provenance.get("registered_at"),
+            "validation_digest": provenance.get("validation_digest"),
+            "initial": gate.get("initial", {}).get("digest"),
+            "loss_before": validation.get("loss_before"),
+            "loss_after": validation.get("loss_after"),
+        }
+        return Candidate.model_validate(fields)
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{folder}: provenance or verdict cannot be read: {error}.") from error
+        reason = " ".join(str(error).split())[:300]
+        raise DamagedError(f"{folder}: provenance or verdict cannot be read: {reason}.") from error
 
 
 def promote_by_policy(
@@ -91,7 +94,7 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
     champion = read_champion(registry, name)
     if version == champion:
         return Promotion("already_champion", version, champion)
-    if not isinstance(candidate.policy, dict):
+    if candidate.policy is None:
         return "its provenance records no policy"
     changes = read_changes(registry, name)
     if changes and changes[-1].time >= candidate.registered_at:

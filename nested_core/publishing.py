@@ -13,6 +13,7 @@ from nested_core.durable import file_sha256
 from nested_core.policy import target
 from nested_core.registry import register
 from nested_core.run_directory import RunDirectory
+from nested_core.training.metrics import read_metrics
 
 RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 
@@ -45,8 +46,20 @@ def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) 
         "gate_sha256": file_sha256(run.gate),
         "parent": parent_of(config, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
+        "training_seconds": _training_seconds(read_metrics(run.metrics)),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
     }
+
+
+def _training_seconds(records: list[dict[str, Any]]) -> float:
+    """Time spent in steps, resumptions included, from the speed of each report of the run."""
+    reports = [record for record in records if "iterations_per_second" in record]
+    ends = [0, *(record["iteration"] for record in reports)]
+    seconds: float = sum(
+        (end - begin) / record["iterations_per_second"]
+        for record, begin, end in zip(reports, ends, ends[1:], strict=False)
+    )
+    return seconds
 
 
 def _validation_digest(dataset: dict[str, Any], validation: dict[str, Any] | None) -> str | None:

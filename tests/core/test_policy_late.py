@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.policy import promote_as_recorded, reconcile
 from nested_core.registry import Promotion, history, promote, read_champion, register, rollback
 from tests.core.registry.conftest import write_run
@@ -143,3 +143,15 @@ def test_an_event_about_an_unknown_version_is_refused(add: Add, registry: Path) 
         late(registry, "f" * 64)
     with pytest.raises(ConfigError, match="has no version"):
         late(registry, "../../etc")
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [{"champion_at_gate": 1}, {"config": []}, {"config": {"registry": "always"}}, {"config": 1}],
+)
+def test_a_version_whose_record_has_other_types_is_damage(
+    tmp_path: Path, registry: Path, provenance: dict[str, Any]
+) -> None:
+    version = register(write_run(tmp_path / "run", 1), registry, NAME, provenance)
+    with pytest.raises(DamagedError, match="provenance or verdict cannot be read"):
+        late(registry, version)

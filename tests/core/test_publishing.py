@@ -99,6 +99,14 @@ class TestRegister:
         assert written["config"]["registry"]["name"] == NAME
         assert written["packages"]["mlx"].startswith("0.")
 
+    def test_the_time_in_steps_is_recorded(self, make_run: MakeRun, configure: Configure) -> None:
+        run = make_run(1.0)
+        reports = [(10, 5.0), (20, 2.0)]
+        lines = [{"iteration": i, "iterations_per_second": speed} for i, speed in reports]
+        lines.insert(0, {"iteration": 0, "val_loss": 3.0})
+        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert provenance(configure(), run, None)["training_seconds"] == 2.0 + 5.0
+
     def test_a_first_version_has_no_parent(self, make_run: MakeRun, configure: Configure) -> None:
         assert provenance(configure(), make_run(1.0), None)["parent"] is None
 

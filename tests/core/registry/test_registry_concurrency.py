@@ -6,12 +6,15 @@ import fcntl
 import os
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 
 from nested_core.adapters import read_adapter
+from nested_core.errors import ConfigError
 from nested_core.registry import (
     audit,
+    collect,
     history,
     list_versions,
     promote,
@@ -65,8 +68,11 @@ def test_reader_never_sees_anything_but_a_whole_champion_while_it_moves(three, r
     in_processes(3, work)
 
 
-def test_four_processes_promoting_200_versions_at_once_lose_none(make_run, registry, capsys):
-    runs = [make_run(seed) for seed in range(200)]
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.reliability)])
+def test_four_processes_promoting_many_versions_at_once_lose_none(
+    make_run, registry, capsys, count
+):
+    runs = [make_run(seed) for seed in range(count)]
     digests = [read_adapter(run / "adapter").digest() for run in runs]
 
     def work(index: int) -> None:
@@ -87,4 +93,29 @@ def test_four_processes_promoting_200_versions_at_once_lose_none(make_run, regis
     assert read_champion(registry, NAME) == lines[-1]["version"]
     assert_settled(registry)
     with capsys.disabled():
-        print(f"\n200 versions registered and promoted by 4 processes in {seconds:.1f} s")
+        print(f"\n{count} versions registered and promoted by 4 processes in {seconds:.1f} s")
+
+
+def test_gc_beside_promoters_and_readers_leaves_a_sound_registry_at_every_moment(
+    make_run, registry
+):
+    runs = [make_run(seed) for seed in range(5)]
+    for run in runs:
+        promote(registry, NAME, register(run, registry, NAME, {}), by="ann")
+
+    def work(index: int) -> None:
+        for turn in range(40):
+            if index == 0:
+                version = register(runs[turn % 5], registry, NAME, {})
+                with suppress(ConfigError):  # collected before it was promoted
+                    promote(registry, NAME, version, by="ann")
+            elif index == 1:
+                collect(registry, NAME, by="gc", keep=0)
+            else:
+                assert audit(registry, NAME).findings == ()
+                assert read_champion(registry, NAME) is not None
+
+    in_processes(3, work)
+    collect(registry, NAME, by="gc", keep=0)
+    assert len(list_versions(registry, NAME)) == 2
+    assert_settled(registry)
