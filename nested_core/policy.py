@@ -43,7 +43,11 @@ class Candidate(BaseModel):
 
 
 def read_candidate(registry: Path, name: str, version: str) -> Candidate:
-    """Read a version's provenance and verdict. ConfigError for an unknown version."""
+    """Read a version's provenance and verdict.
+
+    ConfigError for an unknown version, DamagedError where they are not what is written there, and
+    OSError, which may pass.
+    """
     folder = registry / name / "versions" / version
     if version not in list_versions(registry, name):
         raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
@@ -62,7 +66,7 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
             "loss_after": validation.get("loss_after"),
         }
         return Candidate.model_validate(fields)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DamagedError(f"{folder}: provenance or verdict cannot be read: {reason}.") from error
 
