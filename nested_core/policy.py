@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from nested_core.config_publishing import RegistrySection
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.registry import (
     Promotion,
     list_versions,
@@ -22,6 +22,8 @@ from nested_core.registry import (
     read_changes,
     verify,
 )
+
+DAMAGED = "damaged"
 
 
 class Candidate(BaseModel):
@@ -110,17 +112,30 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
 
 
 def reconcile(registry: Path, name: str) -> dict[str, str]:
-    """Promote what an event got lost for, newest first; what became of each version that never was
-    champion. Doing it again changes nothing.
+    """Promote what an event got lost for, newest first; doing it again changes nothing.
+
+    Returns what became of each version that never was champion. One that is damaged is left as it
+    is, and keeps no other from being promoted: its outcome begins with DAMAGED.
     """
     was_champion = {change.version for change in read_changes(registry, name)}
-    versions = [v for v in list_versions(registry, name) if v not in was_champion]
-    candidates = [read_candidate(registry, name, version) for version in versions]
-    outcomes = {}
-    for candidate in sorted(candidates, key=lambda c: c.registered_at, reverse=True):
-        done = promote_as_recorded(registry, name, candidate.version)
-        outcomes[candidate.version] = done if isinstance(done, str) else done.outcome
+    fresh = [v for v in list_versions(registry, name) if v not in was_champion]
+    outcomes, registered = {}, {}
+    for version in fresh:
+        try:
+            registered[version] = read_candidate(registry, name, version).registered_at
+        except DamagedError as error:
+            outcomes[version] = f"{DAMAGED}: {error}"
+    for version in sorted(registered, key=lambda v: registered[v], reverse=True):
+        outcomes[version] = _outcome_of(registry, name, version)
     return outcomes
+
+
+def _outcome_of(registry: Path, name: str, version: str) -> str:
+    try:
+        done = promote_as_recorded(registry, name, version)
+    except (DamagedError, GateRejected) as error:
+        return f"{DAMAGED}: {error}"
+    return done if isinstance(done, str) else done.outcome
 
 
 def target(section: RegistrySection) -> tuple[Path, str]:

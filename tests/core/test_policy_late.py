@@ -155,3 +155,17 @@ def test_a_version_whose_record_has_other_types_is_damage(
     version = register(write_run(tmp_path / "run", 1), registry, NAME, provenance)
     with pytest.raises(DamagedError, match="provenance or verdict cannot be read"):
         late(registry, version)
+
+
+def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Path) -> None:
+    sound, unreadable, changed = add(1), add(2), add(3)
+    for version, content in ((unreadable, "{"), (changed, None)):
+        path = registry / NAME / "versions" / version / "provenance.json"
+        path.chmod(0o644)
+        path.write_text(content or path.read_text() + " ")
+    outcomes = reconcile(registry, NAME)
+    assert outcomes[sound] == "promoted"
+    assert outcomes[unreadable].startswith("damaged: ")
+    assert outcomes[changed].startswith("damaged: ")
+    assert "provenance.json" in outcomes[changed]
+    assert read_champion(registry, NAME) == sound

@@ -168,3 +168,18 @@ def test_reconcile_promotes_what_an_event_got_lost_for_once(add: Add, registry: 
     assert core.read_champion(registry, NAME) == version
     assert reconcile(given, return_state=True).message == "promoted: nothing"
     assert tuple(task_runs(state, "reconcile")) == ("reconcile",)
+
+
+def test_reconcile_goes_through_all_and_fails_naming_what_is_damaged(
+    add: Add, registry: Path, tmp_path: Path
+) -> None:
+    version, damaged = add(1), add(2)
+    (registry / NAME / "versions" / damaged / "gate.json").unlink()
+    other = core.register(tmp_path / "run-1", registry, "aaa", {})
+    core.promote(registry, "aaa", other, by="ann")
+    (registry / "aaa" / "history.jsonl").write_text("no history\n")
+    state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
+    assert state.is_failed()
+    assert "aaa: " in str(state.message)
+    assert f"{NAME} {damaged[:12]}: damaged: " in str(state.message)
+    assert core.read_champion(registry, NAME) == version

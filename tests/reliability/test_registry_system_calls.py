@@ -23,7 +23,7 @@ from nested_core.registry import (
 )
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_old_or_new_and_whole, assert_settled
-from tests.core.registry.system_calls import Failure, can_fail, interrupted_at
+from tests.core.registry.system_calls import Failure, can_fail, can_trace, interrupted_at
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = [
@@ -35,6 +35,12 @@ FAILURES = [
     for failure in ("kill", "torn", "EIO", "ENOSPC")
 ]
 EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 23
+
+
+@pytest.fixture(autouse=True)
+def _can_be_traced() -> None:
+    if not can_trace():
+        pytest.skip("this machine lets no process be traced (ptrace)")
 
 
 @pytest.fixture
@@ -153,7 +159,6 @@ def test_failure_at_a_call_of_gc_leaves_a_version_whole_or_collects_it(
         assert_settled(copy)
 
 
-@pytest.mark.skipif(not can_fail("kill"), reason="ptrace is Linux's")
 def test_a_swap_that_is_not_atomic_would_be_found(
     memory: Path, versions: tuple[str, str, str]
 ) -> None:

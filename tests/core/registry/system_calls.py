@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import signal
@@ -82,6 +83,17 @@ def can_fail(failure: Failure) -> bool:
     if sys.platform != "linux":
         return False
     return failure == "kill" or platform.machine() == "x86_64"
+
+
+@functools.cache
+def can_trace() -> bool:
+    """Whether this machine lets a process be traced at all: some containers do not."""
+    if sys.platform != "linux":
+        return False
+    try:
+        return interrupted_at(1, "kill", os.getppid).call is not None
+    except (OSError, AssertionError):
+        return False
 
 
 def interrupted_at(number: int, failure: Failure, action: Callable[[], object]) -> Interrupted:
