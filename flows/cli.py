@@ -13,11 +13,11 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from flows.commands import demo, doctor, interop, judging, registry, training
+from flows.stopping import INTERRUPTED
 from flows.terminal import say
 from nested_core.errors import ConfigError, NestedTuneError
 
 COMMANDS = (demo, training, judging, registry, interop, doctor)
-INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,16 +13,8 @@ from pydantic import NonNegativeFloat as Share
 
 from nested_core.config_lora import LoraParameters
 from nested_core.config_publishing import ContinualSection, RegistrySection
+from nested_core.config_rules import agreement_problems, refuse, tier_problems
 from nested_core.config_section import Section
-
-OPTIMIZER_ARGUMENTS = {
-    "adam": {"betas", "eps", "bias_correction"},
-    "adamw": {"betas", "eps", "bias_correction", "weight_decay"},
-    "muon": {"momentum", "weight_decay", "nesterov", "ns_steps"},
-    "sgd": {"momentum", "weight_decay", "dampening", "nesterov"},
-    "adafactor": {"eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay"}
-    | {"scale_parameter", "relative_step", "warmup_init"},
-}
 
 
 class LearningRateSchedule(Section):
@@ -64,27 +56,8 @@ class NestedSection(Section):
 
     @model_validator(mode="after")
     def _tiers_agree(self) -> Self:
-        if list(self.frequencies) != sorted(self.frequencies):
-            raise ValueError(f"frequencies must ascend, fastest first; got {self.frequencies}")
-        for name in ("learning_rate_scale", "weight_decay"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.frequencies):
-                raise ValueError(
-                    f"{name} needs one number a tier ({len(self.frequencies)}), got {len(values)}"
-                )
-        self._check_assignments()
+        refuse(tier_problems(self))
         return self
-
-    def _check_assignments(self) -> None:
-        if (self.strategy == "manual") != bool(self.assignments):
-            raise ValueError("strategy manual needs assignments, and only manual takes them")
-        for rule in self.assignments:
-            if rule.tier >= len(self.frequencies):
-                raise ValueError(
-                    f"the assignment {rule.match!r} names tier {rule.tier}; "
-                    f"{len(self.frequencies)} frequencies make tiers 0 to "
-                    f"{len(self.frequencies) - 1}"
-                )
 
 
 class TrainingSection(Section):
@@ -159,49 +132,8 @@ class FineTuneConfig(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        schedule = self.lr_schedule
-        if schedule is not None and schedule.warmup and self.training.warmup_steps:
-            raise ValueError("training.warmup_steps and lr_schedule.warmup: give only one of them")
-        strange = self.optimizer_config.keys() - OPTIMIZER_ARGUMENTS
-        if strange:
-            raise ValueError(
-                f"optimizer_config: {sorted(strange)} are no optimizers; there are "
-                f"{sorted(OPTIMIZER_ARGUMENTS)}"
-            )
-        allowed = OPTIMIZER_ARGUMENTS[self.optimizer]
-        unknown = self.optimizer_arguments.keys() - allowed
-        if unknown:
-            raise ValueError(
-                f"optimizer_config.{self.optimizer} does not take {sorted(unknown)}; "
-                f"it takes {sorted(allowed)}"
-            )
-        if self.nested.weight_decay is not None and self.optimizer != "adamw":
-            raise ValueError("nested.weight_decay needs optimizer: adamw")
-        has_one_clock = self.nested.frequencies == (1,) and self.nested.learning_rate_scale is None
-        if self.optimizer not in ("adam", "adamw") and not has_one_clock:
-            raise ValueError(f"optimizer {self.optimizer} has one clock: nested.frequencies [1]")
-        self._check_reference()
-        self.continual.check(self.registry, self.resume_adapter_file)
+        refuse(agreement_problems(self))
         return self
-
-    def _check_reference(self) -> None:
-        """A reference run does what mlx_lm.lora does, and nothing that it does not."""
-        if self.training.reference is None:
-            return
-        free = {"reference", "keep_checkpoints", "memory_limit_gb", "flat_loss_reports"}
-        free |= {"max_nonfinite_steps", "min_delta"}
-        defaults = TrainingSection()
-        changed = [
-            f"training.{name}"
-            for name in TrainingSection.model_fields
-            if name not in free and getattr(self.training, name) != getattr(defaults, name)
-        ]
-        if self.nested != NestedSection():
-            changed.append("nested")
-        if changed:
-            raise ValueError(
-                f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"
-            )
 
     @property
     def has_masters(self) -> bool:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic import NonNegativeFloat as Share
 
-from nested_core.adapter_names import NAME_PATTERN, why_no_name
+from nested_core.adapter_names import NAME_PATTERN
+from nested_core.config_rules import refuse, registry_problems
 from nested_core.config_section import Section
 
 AdapterName = Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")]
@@ -28,12 +29,7 @@ class RegistrySection(Section):
 
     @model_validator(mode="after")
     def _path_and_name_together(self) -> Self:
-        if (self.path is None) != (self.name is None):
-            raise ValueError("registry needs both path and name, or neither")
-        if self.name is not None and (reason := why_no_name(self.name)):
-            raise ValueError(reason)
-        if self.promote != "never" and self.path is None:
-            raise ValueError(f"promote: {self.promote} needs a registry path and name")
+        refuse(registry_problems(self))
         return self
 
 
@@ -46,12 +42,3 @@ class ContinualSection(Section):
 
     start: Literal["champion"] | None = Field(default=None, alias="from")
     skip_unchanged: bool = True
-
-    def check(self, registry: RegistrySection, resume_file: str | None) -> None:
-        """Raise ValueError where the rest of the configuration does not allow it."""
-        if self.start is None:
-            return
-        if registry.path is None:
-            raise ValueError("continual.from: champion needs a registry path and name")
-        if resume_file is not None:
-            raise ValueError("continual.from and resume_adapter_file: give only one of them")

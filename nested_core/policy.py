@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nested_core.config_publishing import RegistrySection
 from nested_core.errors import ConfigError, DamagedError, GateRejected
@@ -105,9 +105,12 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
     changes = read_changes(registry, name)
     if changes and changes[-1].time >= candidate.registered_at:
         return Promotion("superseded", version, champion)
-    section = RegistrySection.model_validate(
-        candidate.policy | {"path": str(registry), "name": name}
-    )
+    target_of_event = {"path": str(registry), "name": name}
+    try:
+        section = RegistrySection.model_validate(candidate.policy | target_of_event)
+    except ValidationError as error:
+        where = registry / name / "versions" / version / "provenance.json"
+        raise DamagedError(f"{where} records no policy: {error.errors()[0]['msg']}.") from error
     return promote_by_policy(section, version, candidate.champion_at_gate)
 
 

@@ -147,13 +147,19 @@ def test_an_event_about_an_unknown_version_is_refused(add: Add, registry: Path) 
 
 @pytest.mark.parametrize(
     "provenance",
-    [{"champion_at_gate": 1}, {"config": []}, {"config": {"registry": "always"}}, {"config": 1}],
+    [
+        {"champion_at_gate": 1},
+        {"config": []},
+        {"config": {"registry": "always"}},
+        {"config": {"registry": {"promote": "sometimes"}}},
+        {"config": {"registry": {"promote": "always", "force": True}}},
+    ],
 )
 def test_a_version_whose_record_has_other_types_is_damage(
     tmp_path: Path, registry: Path, provenance: dict[str, Any]
 ) -> None:
     version = register(write_run(tmp_path / "run", 1), registry, NAME, provenance)
-    with pytest.raises(DamagedError, match="provenance or verdict cannot be read"):
+    with pytest.raises(DamagedError, match="provenance"):
         late(registry, version)
 
 
