@@ -19,6 +19,7 @@ from nested_core.adapters import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.checkpoints import checkpoint_path, latest_checkpoint, publish_adapter
 from nested_core.config import FineTuneConfig
 from nested_core.config_file import parse_config, read_yaml
+from nested_core.continual import starting_adapter
 from nested_core.data.report import DatasetReport
 from nested_core.data.workers import OnProgress
 from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
@@ -104,16 +105,22 @@ def validate(
 
 
 def load(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Write the initial adapter, fresh or from resume_adapter_file, and the tier of each tensor."""
+    """Write the initial adapter and the tier of each tensor.
+
+    It is fresh, from resume_adapter_file, or where `continual` says so the champion.
+    """
     if run.initial.exists() and run.tiers.exists():
         return
     model, _ = load_base(config, as_stored=True)
     attach_adapter(model, config)
     if config.resume_adapter_file is not None:
         load_leaves(model, _read_adapter_file(Path(config.resume_adapter_file)))
-    fingerprint = base_fingerprint(find_model(config.model))
+    described = adapter_config(config, base_fingerprint(find_model(config.model)))
+    champion = starting_adapter(config, described)
+    if champion is not None:
+        load_leaves(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
     with new_directory(run.initial, replace=True) as folder:
-        write_adapter(folder, trainable(model), adapter_config(config, fingerprint))
+        write_adapter(folder, trainable(model), described)
     tiers = _assign(config, model)
     build_optimizer(config, tiers)  # what it cannot be made from is found before training
     write_json(run.tiers, tiers.to_json())
