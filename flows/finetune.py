@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow, runtime
-from prefect.states import Completed, State
+from prefect.states import Cancelled, Completed, State
 from pydantic import Field
 
+from flows.stopping import Stopper
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
 from nested_core.continual import champion_or_none, unchanged_since
-from nested_core.errors import GateRejected
+from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.run_directory import RunDirectory, new_run_name, open_run
 from tasks.events import emit
 from tasks.gate import gate
@@ -52,7 +53,10 @@ def finetune(config: FinetuneParameters) -> State[Any]:
         if champion is not None:
             return Completed(message=f"skipped: data unchanged since {champion}")
         load(settings, run.path)
-        train(settings, run.path)
+        try:
+            _train(settings, run)
+        except TrainingStopped as error:
+            return Cancelled(message=f"resumable by a retry of this flow run: {error}")
         return Completed(message=_judge_and_publish(settings, run))
 
 
@@ -64,6 +68,14 @@ def _open(config: FinetuneParameters) -> RunDirectory:
     name = new_run_name(runtime.flow_run.scheduled_start_time, str(runtime.flow_run.id))
     path = RUNS / name
     return open_run(path, resume=RunDirectory(path).is_begun())
+
+
+def _train(settings: FineTuneConfig, run: RunDirectory) -> None:
+    """Train; at SIGINT or SIGTERM, which Prefect sends to cancel, a checkpoint is written first."""
+    stopper = Stopper()
+    with stopper.installed():
+        train(settings, run.path, stopper.watch)
+        stopper.release()
 
 
 def _judge_and_publish(settings: FineTuneConfig, run: RunDirectory) -> str:

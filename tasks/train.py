@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -61,10 +62,18 @@ class PrefectProgress:
     retry_condition_fn=retry_training,
     cache_policy=NO_CACHE,
 )
-def train(config: FineTuneConfig, run_dir: Path) -> TrainResult:
-    """Train from initial/, or from the last checkpoint; write adapter/ and result.json."""
+def train(config: FineTuneConfig, run_dir: Path, watch: Callable[[Trainer], None]) -> TrainResult:
+    """Train from initial/, or from the last checkpoint; write adapter/ and result.json.
+
+    `watch` is handed the trainer before its first step, so that a signal can stop it.
+    """
     progress = PrefectProgress()
-    result = pipeline.train(config, RunDirectory(run_dir), progress, progress.start)
+
+    def begin(trainer: Trainer) -> None:
+        progress.start(trainer)
+        watch(trainer)
+
+    result = pipeline.train(config, RunDirectory(run_dir), progress, begin)
     for flag in result.red_flags:
         get_run_logger().warning("red flag: %s", flag)
     return result
