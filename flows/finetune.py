@@ -46,8 +46,8 @@ def finetune(config: FinetuneParameters) -> State[Any]:
 
     Failed where a step fails, and where the gate rejects what came out. The message of the state
     says the result. Cancelled, the run keeps a checkpoint. A retry of the flow run (the button, or
-    `prefect flow-run retry`) finds its run directory by its id and goes on from the last checkpoint;
-    the flow never retries by itself, for that would train again.
+    `prefect flow-run retry`) finds its run directory by its id and goes on from the last
+    checkpoint; the flow never retries by itself, for that would train again.
     """
     settings = config.configuration()
     confine_configuration(settings)
