@@ -30,6 +30,7 @@ from tests.production.processes import command_of, end, free_port, processes_wit
 
 ROOT = Path(__file__).resolve().parents[2]
 AUTH = "admin:only-in-tests"
+TOKEN = "hf_only_in_tests"  # what a worker has in its environment
 NAME = "geography"
 LONGEST_RUN = 180.0
 PREFECT = (sys.executable, "-m", "prefect")
@@ -75,6 +76,7 @@ class Stack:
             "PREFECT_API_DATABASE_CONNECTION_URL": self.database.url,
             "PREFECT_HOME": str(self.folder / "prefect"),
             "NESTED_TUNE_HOME": str(self.home),
+            "HF_TOKEN": TOKEN,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
 
