@@ -28,7 +28,8 @@ Add = Callable[..., str]
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Path:
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))  # for the runs of deployments
     return tmp_path / "registry"
 
 
