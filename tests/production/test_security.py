@@ -1,4 +1,4 @@
-"""What a stranger can do: without the password nothing, and no secret, pickle or port lies about."""
+"""What a stranger can do: nothing without the password; no secret, pickle or port lies about."""
 
 from __future__ import annotations
 
