@@ -33,7 +33,7 @@ def check_server() -> Iterator[Check]:
             return
         yield _version(client)
         yield _auth()
-        yield _database(client)
+        yield _database()
         yield from _pools(client)
         yield _deployments(client)
         yield _automations(client)
@@ -70,15 +70,16 @@ def _auth() -> Check:
     return Check("auth", not is_open, f"{'open to all' if is_open else 'asked'}, on {where}", mend)
 
 
-def _database(client: SyncPrefectClient) -> Check:
-    settings = client.request("GET", "/admin/settings").json()
-    database = settings.get("server", {}).get("database", {})
-    url = str(database.get("connection_url") or "")
-    # The server hides the address, for the password is in it; where it hides nothing it is SQLite.
-    dialect = database.get("driver") or (url.partition(":")[0] if ":" in url else "hidden")
-    is_sqlite = "sqlite" in str(dialect) or not url
-    mend = "PostgreSQL for anything scheduled: deployments/postgresql; SQLite loses events"
-    return Check("database", not is_sqlite, str(dialect if url else "sqlite"), mend * is_sqlite)
+def _database() -> Check:
+    """What the server of this machine is set to use; a server does not tell it to others."""
+    settings = get_current_settings()
+    if urlsplit(str(settings.api.url)).hostname not in LOCAL:
+        return Check("database", True, "known on the server's machine alone")
+    url = settings.server.database.connection_url
+    dialect = "sqlite" if url is None else url.get_secret_value().partition(":")[0]
+    is_fit = not dialect.startswith("sqlite")
+    mend = "" if is_fit else "PostgreSQL for what is scheduled: deployments/postgresql"
+    return Check("database", is_fit, dialect, mend)
 
 
 def _pools(client: SyncPrefectClient) -> Iterator[Check]:
