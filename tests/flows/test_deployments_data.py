@@ -83,15 +83,14 @@ def test_the_settings_listen_here_alone_keep_no_pickle_and_hold_no_secret() -> N
     assert not [name for name in values if "AUTH" in name or "PASSWORD" in name or "TOKEN" in name]
 
 
-def test_the_units_signal_the_worker_alone_and_give_its_runs_time() -> None:
+def test_the_units_stop_the_worker_alone_in_a_way_that_leaves_its_training() -> None:
     unit = ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment,method-assign]  # names keep their case
     unit.read(FOLDER / "systemd" / "nested-tune-worker@.service")
-    assert unit["Service"]["KillMode"] == "mixed"
-    assert unit["Service"]["TimeoutStopSec"] == "6h"
+    assert unit["Service"]["KillMode"] == "process"
+    assert unit["Service"]["KillSignal"] == "SIGKILL"
     agent = plistlib.loads((FOLDER / "launchd" / "org.nested-tune.worker.plist").read_bytes())
     assert agent["AbandonProcessGroup"] is True
-    assert agent["ExitTimeOut"] == 6 * 3600
 
 
 def test_the_containers_publish_the_server_to_this_machine_alone() -> None:

@@ -23,23 +23,23 @@ pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
 SECONDS_TO_PROMOTE = 10
 
 
-def champion(stack: Stack) -> str | None:
-    there = stack.registry.is_dir() and NAME in core.list_names(stack.registry)
-    return core.read_champion(stack.registry, NAME) if there else None
+def champion(stack: Stack, name: str = NAME) -> str | None:
+    there = stack.registry.is_dir() and name in core.list_names(stack.registry)
+    return core.read_champion(stack.registry, name) if there else None
 
 
-def add(stack: Stack, seed: int, policy: str = "always") -> str:
+def add(stack: Stack, seed: int, policy: str = "always", name: str = NAME) -> str:
     """Register a version as a run that was judged now would, and decide nothing."""
     run = write_run(stack.folder / f"run-{seed}", seed)
     section = {"path": "x", "name": "y", "promote": policy}
-    provenance = {"champion_at_gate": champion(stack), "config": {"registry": section}}
-    return core.register(run, stack.registry, NAME, provenance)
+    provenance = {"champion_at_gate": champion(stack, name), "config": {"registry": section}}
+    return core.register(run, stack.registry, name, provenance)
 
 
-def announce(stack: Stack, version: str, **changes: Any) -> None:
+def announce(stack: Stack, version: str, name: str = NAME, **changes: Any) -> None:
     """The event `adapter.verified` for a version."""
     payload = {"version": version, "registry": str(stack.registry), "run_dir": "x"} | changes
-    resource = {"prefect.resource.id": f"adapter.{NAME}", "prefect.resource.name": NAME}
+    resource = {"prefect.resource.id": f"adapter.{name}", "prefect.resource.name": name}
     with stack.connected() as client:
         event = {"event": "adapter.verified", "resource": resource, "payload": payload}
         event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}

@@ -73,8 +73,9 @@ def test_the_server_listens_on_this_machine_alone(stack: Stack) -> None:
 
 
 def test_the_workers_token_is_in_no_parameter_log_or_artifact(stack: Stack) -> None:
-    stack.wait(stack.submit("finetune/manual"))
-    assert champion(stack) is not None
+    registry = {"path": "registry", "name": "tokens", "promote": "always"}
+    stack.wait(stack.submit("finetune/manual", registry=registry))
+    assert champion(stack, "tokens") is not None
     seen: dict[str, Any] = {}
     with stack.connected() as client:
         for what in ("flow_runs", "task_runs", "artifacts", "logs", "deployments", "variables"):
