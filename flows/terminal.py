@@ -79,6 +79,7 @@ class _Watcher(threading.Thread):
         self._offset = 0
         self._done = threading.Event()
         self._printed_at = 0.0
+        self._has_news = False
 
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""
@@ -97,13 +98,14 @@ class _Watcher(threading.Thread):
         is_last = False
         while not is_last:
             is_last = self._done.wait(POLL_SECONDS)
-            if self._read():
+            self._read()
+            if self._has_news:
                 show()
 
-    def _read(self) -> bool:
+    def _read(self) -> None:
         """Take in the whole lines that were appended; a file cut back is read from its start."""
         if not self._metrics.exists():
-            return False
+            return
         content = self._metrics.read_bytes()
         if len(content) < self._offset:
             self._offset, self._records = 0, []
@@ -111,12 +113,12 @@ class _Watcher(threading.Thread):
         self._offset += len(whole)
         new = [json.loads(line) for line in whole.splitlines()]
         self._records += new
-        return bool(new)
+        self._has_news = self._has_news or bool(new)
 
     def _print_line(self) -> None:
         if time.monotonic() - self._printed_at < SECONDS_BETWEEN_LINES and not self._done.is_set():
             return
-        self._printed_at = time.monotonic()
+        self._printed_at, self._has_news = time.monotonic(), False
         record = self._records[-1]
         losses = [f"{label} {record[key]:.4f}" for key, label in _LABELS if _has(record, key)]
         errors.print(f"step {record['step']}: {', '.join(losses)}", soft_wrap=True)

@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
-from nested_core.config_data import HubDatasets
+from nested_core.config_data import DataPolicy, HubDatasets
 from nested_core.config_lora import LoraParameters
-from nested_core.config_rules import agreement_problems, refuse, registry_problems, tier_problems
+from nested_core.config_publishing import ContinualSection, RegistrySection
+from nested_core.config_rules import agreement_problems, refuse, tier_problems
 from nested_core.config_section import Section
-
-AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class LearningRateSchedule(Section):
@@ -87,21 +86,6 @@ class GateSection(Section):
     max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 
-class RegistrySection(Section):
-    """Where verified adapters go, and which of them become champion by themselves."""
-
-    path: str | None = None
-    name: AdapterName | None = None
-    promote: Literal["never", "always", "better"] = "never"
-    min_improvement: Share = 0.0
-    require_validation: bool = True
-
-    @model_validator(mode="after")
-    def _path_and_name_together(self) -> Self:
-        refuse(registry_problems(self))
-        return self
-
-
 class FineTuneConfig(Section):
     """A whole fine-tune. The top level is mlx-lm's, with mlx-lm's defaults and meanings.
 
@@ -145,8 +129,10 @@ class FineTuneConfig(Section):
     hf_dataset: HubDatasets = ()
     nested: NestedSection = NestedSection()
     training: TrainingSection = TrainingSection()
+    data_policy: DataPolicy = DataPolicy()
     gate: GateSection = GateSection()
     registry: RegistrySection = RegistrySection()
+    continual: ContinualSection = ContinualSection()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

@@ -1,8 +1,8 @@
-"""The `hf_dataset` key: data sets of the Hugging Face hub, with mlx-lm's keys and defaults."""
+"""The keys about data: `hf_dataset` with mlx-lm's keys and defaults, and `data_policy`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -47,3 +47,11 @@ def _as_list(value: Any) -> Any:
 
 
 HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_as_list)]
+
+
+class DataPolicy(Section):
+    """What happens to examples that are too long, repeated, or in a held-out set as well."""
+
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    duplicates: Literal["keep", "drop"] = "keep"
+    leakage: Literal["error", "drop"] = "error"

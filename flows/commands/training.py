@@ -91,6 +91,7 @@ def _refuse_showing(arguments: argparse.Namespace) -> None:
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Validate, load, train and judge in this process."""
     from nested_core import pipeline
+    from nested_core.continual import describe_start, unchanged_since
     from nested_core.gate import measure_test
 
     config = config_from(arguments)
@@ -105,7 +106,12 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         say(f"run directory: {run.path}")
         pipeline.begin(config, run, resume=arguments.resume)
         pipeline.validate(config, run, ProgressLine())
+        champion = unchanged_since(config, run)
+        if champion is not None:
+            return _skipped(arguments, run, champion)
         pipeline.load(config, run)
+        if note := describe_start(config, run):
+            say(note)
         with watching(run.metrics):
             result = pipeline.train(config, run, on_start=begin)
         stopper.release()
@@ -127,6 +133,19 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     return finish
 
 
+def _skipped(arguments: argparse.Namespace, run: RunDirectory, champion: str) -> Callable[[], int]:
+    """A run that has nothing to add to the champion is a success."""
+
+    def finish() -> int:
+        if arguments.json:
+            print_json({"run_dir": str(run.path), "skipped": True, "unchanged_since": champion})
+        else:
+            print(f"skipped: data unchanged since {champion}")
+        return 0
+
+    return finish
+
+
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
     from flows.finetune import FinetuneParameters, finetune
@@ -138,10 +157,13 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     parameters = config.model_dump() | {"run_dir": str(path), "resume": arguments.resume}
     say(f"run directory: {path}")
     with watching(RunDirectory(path).metrics):
-        finetune(FinetuneParameters(**parameters))
+        state = finetune(FinetuneParameters(**parameters), return_state=True)
+    state.result()  # raises what made it fail
+    say(str(state.message))
 
     def finish() -> int:
-        print(f"adapter: {RunDirectory(path).adapter}")
+        adapter = RunDirectory(path).adapter
+        print(f"adapter: {adapter}" if adapter.exists() else state.message)
         return 0
 
     return finish

@@ -5,19 +5,20 @@ Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nested_core.data.cache import DatasetCache, write_report
 from nested_core.data.encoding import has_chat_template
 from nested_core.data.judging import judge
-from nested_core.data.lines import Lines, judge_files, judge_lines, read_lines
+from nested_core.data.lines import Lines, judge_counts, judge_files, judge_lines, read_lines
+from nested_core.data.policy import Dropped, tell_dropped
 from nested_core.data.report import DatasetReport, Finding, SplitStats, in_order
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources import open_sources
+from nested_core.data.sources import Source, open_sources
 from nested_core.data.summary import count_split, count_tokens, describe_split
 from nested_core.data.token_files import seal_tokens
 from nested_core.data.token_rules import (
@@ -30,7 +31,7 @@ from nested_core.data.token_rules import (
 from nested_core.data.tokenizing import SoundLines, TokenFacts, tokenize_splits
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.data.workers import OnProgress
-from nested_core.durable import canonical_json, new_directory
+from nested_core.durable import canonical_json
 from nested_core.tokenizer import TokenizerSource
 
 
@@ -39,59 +40,102 @@ def load_dataset(
     tokenizer: TokenizerSource | None,
     on_progress: OnProgress | None = None,
     *,
-    tokens_folder: Path | None = None,
+    cache: DatasetCache | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
-    """Read, judge and (with a tokenizer) tokenise a data set.
+    """Read, judge and (with a tokenizer) tokenise a data set, or take both from the cache.
 
-    The splits returned hold each sound line of each split that exists, in the order of the file.
-    They are mapped from `tokens_folder`, which is made anew, or from files that go when the splits
-    go. Raises ConfigError where there is no such folder, OSError, WorkerFailed; content never
-    raises.
+    The splits returned hold each sound line of each split that exists, in the order of the file,
+    but for those that data_policy drops. They are mapped from the cache, or from files that go when
+    the splits go. Raises ConfigError where there is no such folder, OSError, WorkerFailed; content
+    never raises.
     """
-    facts: dict[str, TokenFacts] = {}
-    tokenized: dict[str, TokenizedSplit] = {}
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         sources = open_sources(settings, Path(spool))
-        splits = read_lines(sources, settings, on_progress)
-        has_template = tokenizer is None or has_chat_template(tokenizer.load())
-        findings = [
-            *judge_lines(splits),
-            *judge_files(splits, settings, lacks_template=not has_template),
-        ]
-        if tokenizer is not None:
-            sound = _sound_lines(splits, findings, has_template=has_template)
-            with _made(tokens_folder) as folder:
-                facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
-                tokenized = seal_tokens(folder)
+        if tokenizer is None:
+            return _judge(_Judgement(settings, None, on_progress), sources, None), {}
+        judgement = _Judgement(settings, tokenizer, on_progress)
+        if cache is None:
+            with TemporaryDirectory(prefix="nested-tune-") as private:
+                return _judge(judgement, sources, Path(private)), seal_tokens(Path(private))
+        entry = cache.entry(settings, sources, tokenizer)
+        if (found := entry.read()) is not None:
+            return found
+        with entry.made() as folder:
+            report = _judge(judgement, sources, folder)
+            write_report(folder, report)
+            return report, seal_tokens(folder)
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """What a data set is judged by."""
+
+    settings: DataSettings
+    tokenizer: TokenizerSource | None
+    on_progress: OnProgress | None
+
+
+def _judge(
+    judgement: _Judgement, sources: Mapping[str, Source], folder: Path | None
+) -> DatasetReport:
+    """Read and judge every line, and write the tokens of what is sound into the folder, if any."""
+    settings, tokenizer, on_progress = (
+        judgement.settings,
+        judgement.tokenizer,
+        judgement.on_progress,
+    )
+    splits = read_lines(sources, settings, on_progress)
+    has_template = tokenizer is None or has_chat_template(tokenizer.load())
+    findings = [
+        *judge_lines(splits),
+        *judge_files(splits, settings, lacks_template=not has_template),
+    ]
+    dropped = _dropped_lines(splits, findings)
+    facts: dict[str, TokenFacts] = {}
+    if tokenizer is not None and folder is not None:
+        sound = _sound_lines(splits, findings, dropped, has_template=has_template)
+        facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, found in facts.items():
-        findings += _judge_tokens(found, splits[split].file, settings.max_seq_length)
-    return _write_report(settings, splits, findings, facts), tokenized
+        findings += _judge_tokens(found, splits[split].file, settings)
+        if found.overlong:
+            dropped[split] = {**dropped[split], "overlong": found.overlong}
+    findings += judge_counts(splits, settings, dropped)
+    for split, lines in splits.items():
+        findings += tell_dropped(lines.file, dropped[split])
+    return _make_report(settings, splits, findings, facts, dropped)
 
 
-@contextmanager
-def _made(folder: Path | None) -> Iterator[Path]:
-    """A folder to write in, kept at `folder`, or removed: what is mapped from it stays readable."""
-    if folder is not None:
-        with new_directory(folder, replace=True) as place:
-            yield place
-    else:
-        with TemporaryDirectory(prefix="nested-tune-") as private:
-            yield Path(private)
+def _dropped_lines(splits: Mapping[str, Lines], findings: list[Finding]) -> dict[str, Dropped]:
+    """What data_policy drops for its content; a line with an error is rejected, not dropped."""
+    return {
+        split: {
+            reason: numbers - _bad_lines(findings, lines.file)
+            for reason, numbers in lines.dropped.items()
+        }
+        for split, lines in splits.items()
+    }
 
 
 def _sound_lines(
-    splits: dict[str, Lines], findings: list[Finding], *, has_template: bool
+    splits: Mapping[str, Lines],
+    findings: list[Finding],
+    dropped: Mapping[str, Dropped],
+    *,
+    has_template: bool,
 ) -> dict[str, SoundLines]:
-    """What can be tokenised: lines without an error, of splits that the tokenizer has a way for."""
+    """What is tokenised: lines that are sound and stay, of splits that there is a way for."""
     return {
-        split: SoundLines(lines.source, frozenset(_bad_lines(findings, lines.file)))
+        split: SoundLines(
+            lines.source,
+            frozenset(_bad_lines(findings, lines.file)).union(*dropped[split].values()),
+        )
         for split, lines in splits.items()
         if lines.source is not None and (lines.format == "text" or has_template)
     }
 
 
-def _judge_tokens(facts: TokenFacts, file: str, max_seq_length: int) -> Iterator[Finding]:
-    frame = token_frame(facts, file, max_seq_length)
+def _judge_tokens(facts: TokenFacts, file: str, settings: DataSettings) -> Iterator[Finding]:
+    frame = token_frame(facts, file, settings)
     yield from judge(TemplateErrors, problem_frame(facts, file), "error")
     yield from judge(TokenErrors, frame, "error")
     yield from judge(TokenWarnings, frame, "warning")
@@ -105,17 +149,20 @@ def _bad_lines(findings: list[Finding], file: str) -> set[int]:
     }
 
 
-def _write_report(
+def _make_report(
     settings: DataSettings,
-    splits: dict[str, Lines],
+    splits: Mapping[str, Lines],
     findings: list[Finding],
-    facts: dict[str, TokenFacts],
+    facts: Mapping[str, TokenFacts],
+    dropped: Mapping[str, Dropped],
 ) -> DatasetReport:
     counted: dict[str, SplitStats] = {}
     for split, lines in splits.items():
         if lines.source is not None:
             rejected = len(_bad_lines(findings, lines.file))
-            counted[split] = count_split(lines.file, lines.frame, rejected, lines.digest)
+            counted[split] = count_split(
+                lines.file, lines.frame, rejected, lines.digest, dropped[split]
+            )
             if split in facts:
                 tokens = count_tokens(facts[split], settings)
                 counted[split] = replace(counted[split], tokens=tokens)

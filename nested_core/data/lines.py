@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import polars as pl
 
-from nested_core.data.file_rules import FileErrors, FileWarnings
+from nested_core.data.file_rules import CountErrors, FileErrors, FileWarnings
 from nested_core.data.frame import relate_rows
 from nested_core.data.gathering import Gathered, gather_files
 from nested_core.data.judging import judge
 from nested_core.data.kind_rules import KindWarnings, kind_frame
+from nested_core.data.policy import Dropped, choose_lines
 from nested_core.data.report import Finding
 from nested_core.data.rules import RowErrors, RowWarnings
 from nested_core.data.settings import SPLITS, DataSettings
@@ -29,6 +30,7 @@ class Lines:
     source: Source | None  # None where there is no such split
     frame: pl.DataFrame
     digest: str
+    dropped: Dropped = field(default_factory=dict)  # the lines that data_policy drops, by reason
 
     @property
     def format(self) -> str | None:
@@ -45,12 +47,19 @@ def read_lines(
     files = {
         split: sources[split].file if split in sources else f"{split}.jsonl" for split in SPLITS
     }
-    frames = relate_rows(
+    train, *held_out = relate_rows(
         [(file, gathered.get(split, _EMPTY).frame) for split, file in files.items()]
     )
+    train, held_out, dropped = choose_lines(train, held_out, settings.policy)
     return {
-        split: Lines(file, sources.get(split), frame, gathered.get(split, _EMPTY).digest)
-        for (split, file), frame in zip(files.items(), frames, strict=True)
+        split: Lines(
+            file,
+            sources.get(split),
+            frame,
+            gathered.get(split, _EMPTY).digest,
+            dropped if split == "train" else {},
+        )
+        for (split, file), frame in zip(files.items(), [train, *held_out], strict=True)
     }
 
 
@@ -73,9 +82,6 @@ def judge_files(
             "split": split,
             "folder": settings.place,
             "is_present": lines.source is not None,
-            "lines": lines.frame.height,
-            "rows": int((~lines.frame["is_blank"]).sum()),
-            "batch_size": settings.batch_size,
             "format": lines.format,
             "mask_prompt": settings.mask_prompt,
             "supervise": settings.supervise,
@@ -86,3 +92,25 @@ def judge_files(
     frame = pl.DataFrame(files, schema_overrides={"line": pl.Int32, "format": pl.String})
     yield from judge(FileErrors, frame, "error")
     yield from judge(FileWarnings, frame, "warning")
+
+
+def judge_counts(
+    splits: Mapping[str, Lines], settings: DataSettings, dropped: Mapping[str, Dropped]
+) -> Iterator[Finding]:
+    """Yield what is wrong with how many rows a split has once the lines of `dropped` are gone."""
+    files = [
+        {
+            "file": lines.file,
+            "line": None,
+            "split": split,
+            "lines": lines.frame.height,
+            "rows": int((~lines.frame["is_blank"]).sum())
+            - sum(map(len, dropped.get(split, {}).values())),
+            "batch_size": settings.batch_size,
+        }
+        for split, lines in splits.items()
+        if lines.source is not None
+    ]
+    schema = {"line": pl.Int32, "rows": pl.Int64, "batch_size": pl.Int64}
+    if files:
+        yield from judge(CountErrors, pl.DataFrame(files, schema_overrides=schema), "error")

@@ -5,7 +5,7 @@ Holds numbers and sentences only; it reads no file and judges nothing.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from nested_core.errors import DatasetError
@@ -48,7 +48,7 @@ class TokenStats:
 
 @dataclass(frozen=True)
 class SplitStats:
-    """One file counted: lines = blank + rejected + rows, and rows are what trains."""
+    """One file counted: lines = blank + rejected + dropped + rows, and rows are what trains."""
 
     file: str
     format: str | None
@@ -58,6 +58,7 @@ class SplitStats:
     rows: int
     roles: dict[str, int]
     digest: str
+    dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # lines by reason
     tokens: TokenStats | None = None
 
 
@@ -90,6 +91,22 @@ class DatasetReport:
             "findings": [asdict(finding) for finding in self.findings],
             "counts": counts,
         }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> DatasetReport:
+        """The report that `to_json` gave these values of."""
+        splits = {
+            split: SplitStats(
+                **stats
+                | {
+                    "dropped": {reason: tuple(ns) for reason, ns in stats["dropped"].items()},
+                    "tokens": None if stats["tokens"] is None else TokenStats(**stats["tokens"]),
+                }
+            )
+            for split, stats in values["splits"].items()
+        }
+        findings = tuple(Finding(**finding) for finding in values["findings"])
+        return cls(values["folder"], values["digest"], splits, findings)
 
     def raise_if_rejected(self) -> None:
         """Raise DatasetError, at most 14 lines, that names the first errors and counts the rest."""

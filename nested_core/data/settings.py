@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from nested_core.config_data import HubDataset
+from nested_core.config_data import DataPolicy, HubDataset
 from nested_core.data.encoding import Targets
 from nested_core.data.fields import Features
 
@@ -27,13 +27,14 @@ class DataSettings:
     chat_feature: str = "messages"
     hf_dataset: tuple[HubDataset, ...] = ()
     trust_remote_code: bool = False
+    policy: DataPolicy = DataPolicy()
 
     @classmethod
     def from_config(cls, config: Any) -> DataSettings:
-        """Take the attributes of the same names from a configuration, and training.supervise."""
-        names = [setting.name for setting in fields(cls) if setting.name != "supervise"]
-        values = {name: getattr(config, name) for name in names}
-        return cls(supervise=config.training.supervise, **values)
+        """Take the attributes of the same names, training.supervise and data_policy."""
+        elsewhere = {"supervise": config.training.supervise, "policy": config.data_policy}
+        names = {setting.name for setting in fields(cls)} - elsewhere.keys()
+        return cls(**elsewhere, **{name: getattr(config, name) for name in names})
 
     @property
     def targets(self) -> Targets:

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from nested_core.data.buckets import fill_buckets
+from nested_core.data.policy import Dropped
 from nested_core.data.report import Finding, SplitStats, TokenStats
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokenizing import TokenFacts
@@ -18,7 +19,9 @@ from nested_core.data.tokenizing import TokenFacts
 _ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]"}
 
 
-def count_split(file: str, frame: pl.DataFrame, rejected: int, digest: str) -> SplitStats:
+def count_split(
+    file: str, frame: pl.DataFrame, rejected: int, digest: str, dropped: Dropped
+) -> SplitStats:
     """Count one file's frame; `rejected` is its number of lines with an error."""
     blank = int(frame["is_blank"].sum())
     formats = frame["file_format"].drop_nulls()
@@ -28,9 +31,10 @@ def count_split(file: str, frame: pl.DataFrame, rejected: int, digest: str) -> S
         lines=frame.height,
         blank=blank,
         rejected=rejected,
-        rows=frame.height - blank - rejected,
+        rows=frame.height - blank - rejected - sum(map(len, dropped.values())),
         roles=_count_roles(frame["roles"]),
         digest=digest,
+        dropped={reason: tuple(sorted(lines)) for reason, lines in dropped.items()},
     )
 
 
@@ -70,6 +74,8 @@ def count_tokens(facts: TokenFacts, settings: DataSettings) -> TokenStats | None
 def describe_split(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
     """The counts as infos: rows, roles, tokens, supervised and padding share, digest."""
     facts = {"rows": f"{stats.rows:,} {stats.format or ''} rows in {stats.lines:,} lines"}
+    if gone := sum(map(len, stats.dropped.values())):
+        facts["rows"] += f", {gone:,} dropped"
     if stats.format == "chat":
         facts["roles"] = ", ".join(f"{role} {count:,}" for role, count in stats.roles.items())
     if (tokens := stats.tokens) is not None:

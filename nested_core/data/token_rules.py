@@ -14,22 +14,25 @@ import polars as pl
 from pandera.polars import PolarsData
 
 from nested_core.data.frame import count_once
+from nested_core.data.settings import DataSettings
 from nested_core.data.tokenizing import TokenFacts
 
 FEWEST_FOR_OUTLIERS = 20
 LEAST_RATIO = 4
 
 
-def token_frame(facts: TokenFacts, file: str, max_seq_length: int) -> pl.DataFrame:
+def token_frame(facts: TokenFacts, file: str, settings: DataSettings) -> pl.DataFrame:
     """One row an example; a habit of many lines stands at the first (truncation: the worst)."""
     names = facts.examples.dtype.names or ()
     frame = pl.DataFrame({name: np.ascontiguousarray(facts.examples[name]) for name in names})
     frame = frame.with_columns(
         lost=pl.col("full_length") - pl.col("length"),
         file=pl.lit(file),
-        max_seq_length=pl.lit(max_seq_length),
+        max_seq_length=pl.lit(settings.max_seq_length),
+        may_be_cut=pl.lit(settings.policy.overlong != "error"),
     )
-    is_worst = (pl.col("lost") > 0) & (pl.int_range(pl.len()) == pl.col("lost").arg_max())
+    is_cut = (pl.col("lost") > 0) & pl.col("may_be_cut")
+    is_worst = is_cut & (pl.int_range(pl.len()) == pl.col("lost").arg_max())
     is_short = (pl.col("supervised") > 0) & (pl.col("shortest") < 2)
     bound = outlier_bound(facts.examples["full_length"])
     outliers = (pl.col("full_length") > bound).sum()
@@ -85,6 +88,7 @@ class TokenErrors(pa.DataFrameModel):
 
     supervised: pl.Int32
     broken_turn: pl.Int32
+    lost: pl.Int32
 
     @pa.check(
         "supervised",
@@ -107,6 +111,16 @@ class TokenErrors(pa.DataFrameModel):
     @classmethod
     def _continues_its_prompt(cls, data: PolarsData) -> pl.LazyFrame:
         return data.lazyframe.select(pl.col("broken_turn") < 0)
+
+    @pa.check(
+        "lost",
+        name="overlong",
+        description="{full_length} tokens, and max_seq_length is {max_seq_length}; shorten it, "
+        "raise max_seq_length, or let data_policy.overlong be truncate or drop",
+    )
+    @classmethod
+    def _fits(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select((pl.col("lost") == 0) | pl.col("may_be_cut"))
 
 
 class TokenWarnings(pa.DataFrameModel):

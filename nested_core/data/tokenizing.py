@@ -39,8 +39,9 @@ EXAMPLE_FACTS = np.dtype(
 
 @dataclass(frozen=True, eq=False)
 class TokenFacts:
-    """What the token rules need to know: a record of EXAMPLE_FACTS for each example of a split, and
-    (line, what was raised) for each line that the chat template did not take.
+    """What the token rules need to know: a record of EXAMPLE_FACTS for each example of a split,
+    (line, what was raised) for each line that the chat template did not take, and the lines that
+    were left out for their length.
 
     shortest: tokens of the shortest learnt stretch, up to the last end-of-sequence token in it;
     has_end: whether every learnt stretch has such a token.
@@ -48,6 +49,7 @@ class TokenFacts:
 
     examples: npt.NDArray[np.void]
     problems: list[tuple[int, str]]
+    overlong: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +75,15 @@ def tokenize_splits(
     """Write the tokens of each split into a folder that exists; return the facts of each.
 
     Every example is cut to `max_seq_length` tokens, as mlx-lm does when it makes a batch; a line
-    for which the chat template raises is left out. One process a core, where that saves time.
+    for which the chat template raises is left out, and so is an overlong one where the policy says
+    so. One process a core, where that saves time.
     """
     shared = {
         "job": JOB,
         "tokenizer": asdict(tokenizer),
         "features": asdict(settings.features),
         "max_seq_length": settings.max_seq_length,
+        "drops_overlong": settings.policy.overlong == "drop",
         "targets": settings.targets,
     }
     ranges = [
@@ -132,28 +136,35 @@ def _join(
     """Put the parts together as they come, in order."""
     records: dict[str, list[npt.NDArray[np.void]]] = {split: [] for split in joined}
     problems: dict[str, list[tuple[int, str]]] = {split: [] for split in joined}
+    overlong: dict[str, set[int]] = {split: set() for split in joined}
     for (split, request), answer in zip(ranges, answers, strict=True):
         part = Path(request["part"])
         found = np.fromfile(_facts_path(part), EXAMPLE_FACTS)
         _facts_path(part).unlink()
         raised = [(line, problem) for line, problem in answer["problems"]]
+        dropped = answer["overlong"]
         if (numbers := numbered[split].numbers) is not None:
             found["line"] = numbers[found["line"] - 1]
             raised = [(int(numbers[line - 1]), problem) for line, problem in raised]
+            dropped = [int(numbers[line - 1]) for line in dropped]
         joined[split].join(part, found["line"], found["length"])
         records[split].append(found)
         problems[split] += raised
+        overlong[split].update(dropped)
     empty = np.zeros(0, EXAMPLE_FACTS)
     return {
-        split: TokenFacts(np.concatenate([empty, *records[split]]), problems[split])
+        split: TokenFacts(
+            np.concatenate([empty, *records[split]]), problems[split], frozenset(overlong[split])
+        )
         for split in joined
     }
 
 
 def tokenize_range(request: dict[str, Any]) -> dict[str, Any]:
-    """The job: tokens, flags and facts of a range of lines into files, problems in the answer."""
+    """The job: a range of lines as tokens, flags and facts in files; the answer names the rest."""
     tokenizer = TokenizerSource(**request["tokenizer"]).load()
-    ends, facts, problems = _end_tokens(tokenizer), list[tuple[Any, ...]](), list[Any]()
+    ends, facts = _end_tokens(tokenizer), list[tuple[Any, ...]]()
+    problems, overlong = list[tuple[int, str]](), list[int]()
     part, max_seq_length = Path(request["part"]), request["max_seq_length"]
     with ExampleWriter(part) as writer:
         for line, example in _read(request):
@@ -162,12 +173,15 @@ def tokenize_range(request: dict[str, Any]) -> dict[str, Any]:
             except Exception as error:  # a template is its author's program: it may raise anything
                 problems.append((line, shorten(f"{type(error).__name__}: {error}", 160)))
                 continue
+            if request["drops_overlong"] and len(encoded.tokens) > max_seq_length:
+                overlong.append(line)
+                continue
             kept = encoded.tokens[:max_seq_length]
             spans = _cut(encoded.spans, len(kept))
             writer.add(kept, _flags(spans, len(kept)))
             facts.append((line, *_describe(encoded, kept, spans, ends)))
     np.array(facts, EXAMPLE_FACTS).tofile(_facts_path(part))
-    return {"problems": problems}
+    return {"problems": problems, "overlong": overlong}
 
 
 def _facts_path(part: Path) -> Path:

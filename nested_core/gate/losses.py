@@ -9,12 +9,11 @@ from pathlib import Path
 
 from nested_core.adapters import WEIGHTS_NAME, load_arrays
 from nested_core.config import FineTuneConfig
-from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
-from nested_core.data.settings import DataSettings
 from nested_core.errors import DatasetError
 from nested_core.gate.verdict import Validation
-from nested_core.model import attach_adapter, load_base, load_leaves, tokenizer_source
+from nested_core.model import attach_adapter, load_base, load_leaves
+from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.training.evaluation import Evaluator, fixed_batches
@@ -65,7 +64,7 @@ def _losses(
 ) -> tuple[str, list[float]] | None:
     """The first of the splits that has examples, and the loss of each adapter on it."""
     model, _ = load_base(config)
-    report, found = load_dataset(DataSettings.from_config(config), tokenizer_source(config))
+    report, found = load_run_data(config)
     refuse_other_data(run, report)
     name = next((name for name in splits if name in found and len(found[name])), None)
     if name is None:

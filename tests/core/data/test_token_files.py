@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nested_core.data.cache import DatasetCache
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source
 from nested_core.data.token_files import open_tokens
 from nested_core.data.tokenizing import SoundLines, tokenize_splits
-from nested_core.errors import DamagedError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
@@ -79,14 +80,52 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
     assert set(found[0][0]) == names
 
 
+OWN_CODE = """
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast):
+    def encode(self, text, **more):
+        return super().encode(text.upper(), **more)
+"""
+
+
+def write_own_tokenizer() -> str:
+    """A tokenizer whose folder brings code of its own, which writes everything large."""
+    folder = Path(build_tokenizer(TEMPLATE).folder)
+    config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    own = {"auto_map": {"AutoTokenizer": [None, "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(OWN_CODE)
+    return str(folder)
+
+
+def test_a_tokenizers_own_code_runs_in_workers_where_it_is_trusted_and_nowhere_else(
+    write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nested_core.data.tokenizing.RANGE_BYTES", 2**7)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # the workers' alone
+    folder = write_data(train=[{"text": f"number {n}"} for n in range(20)])
+    sound = {"train": SoundLines(Source("train.jsonl", folder / "train.jsonl"), frozenset())}
+    settings, own = DataSettings(str(folder)), write_own_tokenizer()
+    out = tmp_path / "out"
+    out.mkdir()
+    trusted = TokenizerSource(own, trust_remote_code=True)
+    tokenize_splits(out, sound, settings, trusted, processes=2)
+    tokens = np.fromfile(out / "train.tokens", "<i4").tolist()
+    plain = build_tokenizer(TEMPLATE).load()
+    assert plain.decode(tokens).startswith("NUMBER 0<|end|>NUMBER 1<|end|>")
+    with pytest.raises(ConfigError, match="contains custom code which must be executed"):
+        TokenizerSource(own).load()
+
+
 @pytest.fixture
 def kept(write_data: WriteData, tmp_path: Path, tokenizer: TokenizerSource) -> Path:
-    """A folder of tokens that load_dataset wrote and left."""
+    """The folder of tokens in a cache."""
     folder = write_data(train=[{"text": f"{n} is here."} for n in range(9)], valid=[])
-    out = tmp_path / "tokens"
-    _, splits = load_dataset(DataSettings(str(folder)), tokenizer, tokens_folder=out)
+    cache = DatasetCache(tmp_path / "cache")
+    _, splits = load_dataset(DataSettings(str(folder)), tokenizer, cache=cache)
     assert [len(splits["train"]), len(splits["valid"])] == [9, 0]
-    return out
+    (entry,) = cache.folder.iterdir()
+    return entry
 
 
 def test_what_was_written_is_read_again_from_the_folder(
