@@ -26,7 +26,7 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 	$(BIN)/nested-tune demo
 
 test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
-	$(BIN)/pytest -m "not reliability"
+	$(BIN)/pytest -m "not reliability" -n auto --dist loadfile
 
 check: $(VENV)/dev.stamp ## format, lint, types, import directions and lengths
 	$(BIN)/ruff format --check .
