@@ -38,7 +38,7 @@ class LoraParameters(Section):
 
     rank: PositiveInt = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scale: float = 20.0
+    scale: PositiveFloat = 20.0
     modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None, alias="keys"
     )

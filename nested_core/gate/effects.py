@@ -30,6 +30,19 @@ def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     return [Reason("no_effect", message, names)]
 
 
+def require_factors(adapter: Adapter) -> None:
+    """Raise DamagedError where a lora_a and its lora_b cannot be the factors of one product."""
+    for module in _modules(adapter):
+        a, b = (adapter.tensors[f"{module}.{leaf}"] for leaf in ("lora_a", "lora_b"))
+        dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
+        switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
+        if not (dense or switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
+            raise DamagedError(
+                f"{module}: lora_a {a.dtype} {a.shape} and lora_b {b.dtype} {b.shape} are no "
+                f"low-rank factors; expected floating point (in, rank) and (rank, out)."
+            )
+
+
 def _modules(adapter: Adapter) -> list[str]:
     names = (name.removesuffix(".lora_a") for name in adapter.tensors if name.endswith(".lora_a"))
     return sorted(name for name in names if f"{name}.lora_b" in adapter.tensors)
@@ -53,22 +66,10 @@ def _factors(module: str, tensors: Mapping[str, Tensor]) -> tuple[Matrix, Matrix
     A dense layer is one expert; mlx-lm stores a switch layer's factors transposed.
     """
     stored = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
-    _require_factors(module, *stored)
     a, b = (tensor.to_numpy().astype(np.float64) for tensor in stored)
     if a.ndim == 3:
         return a.swapaxes(1, 2), b.swapaxes(1, 2)
     return a[None], b[None]
-
-
-def _require_factors(module: str, a: Tensor, b: Tensor) -> None:
-    """Raise DamagedError where two tensors cannot be the factors of one product."""
-    dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
-    switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
-    if not (dense or switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
-        raise DamagedError(
-            f"{module}: lora_a {a.dtype} {a.shape} and lora_b {b.dtype} {b.shape} are no low-rank "
-            f"factors; expected floating point (in, rank) and (rank, out)."
-        )
 
 
 def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matrix) -> float:

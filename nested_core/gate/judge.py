@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from nested_core.adapters import Adapter, read_adapter
-from nested_core.checkpoints import checkpoint_path, read_checkpoint
 from nested_core.config import FineTuneConfig, GateSection
-from nested_core.durable import file_sha256
-from nested_core.errors import DamagedError
 from nested_core.gate.changes import change_reasons, compare_tensors, structure_reasons
-from nested_core.gate.effects import effect_reasons
+from nested_core.gate.effects import effect_reasons, require_factors
+from nested_core.gate.evidence import collect_evidence
+from nested_core.gate.fit import declared_reasons
 from nested_core.gate.losses import measure_losses
 from nested_core.gate.updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.verdict import Reason, Source, Validation, Verdict
@@ -36,13 +34,14 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
 
     Raises DamagedError where the folder is not as training left it.
     """
-    result = json.loads(run.result.read_bytes())
-    checkpoint = read_checkpoint(checkpoint_path(run.checkpoints, result["adapter_step"]))
-    before, after = read_adapter(run.initial), read_adapter(run.adapter)
-    _require_untouched(run, checkpoint.state["found"], before, after, checkpoint.path)
-    evidence = TierEvidence.collect(config, run, checkpoint)
+    found = collect_evidence(run)
+    evidence = TierEvidence.collect(config, run, found)
     verdict = _compare(
-        before, after, config.gate, step=checkpoint.step, tiers=evidence.tiers.tensors
+        found.before,
+        found.after,
+        config.gate,
+        step=found.checkpoint.step,
+        tiers=evidence.tiers.tensors,
     )
     rows = tier_changes(evidence, verdict.tensors)
     reasons = list(verdict.reasons)
@@ -64,6 +63,9 @@ def _compare(
     changes = compare_tensors(before, after, tiers)
     reasons = structure_reasons(before, after)
     if _is_whole(reasons):
+        require_factors(after)
+        reasons += [] if reasons else declared_reasons(after)
+    if _is_whole(reasons):
         reasons += change_reasons(changes, bounds.min_relative_change)
         reasons += effect_reasons(before, after) if not reasons else []
     return Verdict(
@@ -80,23 +82,6 @@ def _is_whole(reasons: list[Reason]) -> bool:
     """Whether names, shapes and dtypes let the tensors be compared and loaded at all."""
     broken = {"tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"}
     return not any(reason.code in broken or reason.code == "non_finite" for reason in reasons)
-
-
-def _require_untouched(
-    run: RunDirectory, found: Mapping[str, str], before: Adapter, after: Adapter, checkpoint: Path
-) -> None:
-    """What training began from and what it wrote must still be what is judged."""
-    if before.digest() != found["initial"]:
-        raise DamagedError(
-            f"{run.initial} is not the adapter that training began from: its digest has changed "
-            f"since. Without the true initial adapter nothing can be proven; train again."
-        )
-    if file_sha256(run.tiers) != found["tiers"]:
-        raise DamagedError(f"{run.tiers} has changed since training began.")
-    if after.digest() != read_adapter(checkpoint).digest():
-        raise DamagedError(
-            f"{run.adapter} is not the adapter of {checkpoint}: it has changed since."
-        )
 
 
 def _loss_reasons(validation: Validation | None, bounds: GateSection) -> list[Reason]:

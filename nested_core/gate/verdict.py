@@ -16,6 +16,7 @@ Code = Literal[
     "dtype_mismatch",
     "no_effect",
     "loss_regressed",
+    "forgetting",
     "unreadable",
     "config_mismatch",
     "base_mismatch",

@@ -19,6 +19,7 @@ from nested_core.checkpoints import (
     write_checkpoint,
 )
 from nested_core.config import FineTuneConfig
+from nested_core.gate import describe_evidence
 from nested_core.run_directory import RunDirectory
 from tests.example import DATA, train_example
 
@@ -49,6 +50,13 @@ def config(finished: tuple[FineTuneConfig, RunDirectory]) -> FineTuneConfig:
     return finished[0]
 
 
+def vouch(run: RunDirectory, offered: Path) -> None:
+    """Let result.json hold the digests of what now stands in the folder, as training does."""
+    result = json.loads(run.result.read_bytes())
+    result["evidence"] = describe_evidence(run, offered)
+    run.result.write_text(json.dumps(result))
+
+
 @pytest.fixture
 def rewrite(run: RunDirectory) -> Rewrite:
     """Put a sound checkpoint that says something else in the last one's place, and offer it."""
@@ -73,6 +81,7 @@ def rewrite(run: RunDirectory) -> Rewrite:
             state=state,
         )
         publish_adapter(path, run.adapter)
+        vouch(run, path)
         return run
 
     return apply
