@@ -52,6 +52,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise DamagedError(f"{path} is missing: the folder was never finished.")
+    if path.is_symlink():
+        raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
     content = read_regular(path, MAX_MANIFEST_BYTES).tobytes()
     try:
         manifest = parse_json(content)

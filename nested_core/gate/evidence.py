@@ -76,8 +76,10 @@ def collect_evidence(run: RunDirectory) -> Evidence:
             f"{path} or {run.metrics} is not what training wrote: result.json holds other digests. "
             f"Bring back what was there, or train again."
         )
+    _require_same_files(run, record.found, path)
     before, after = read_adapter(run.initial), read_adapter(run.adapter)
-    _require_untouched(run, record.found, before, path)
+    if before.digest() != record.found.get("initial"):
+        raise DamagedError(f"{run.initial} is not the adapter that {path} was trained from.")
     return Evidence(before, after, checkpoint, record)
 
 
@@ -90,12 +92,9 @@ def _checked(model: type[Model], value: Any, path: Path) -> Model:
         raise DamagedError(f"{path}: {where}: {first['msg']}.") from error
 
 
-def _require_untouched(
-    run: RunDirectory, found: dict[str, str], before: Adapter, offered: Path
-) -> None:
+def _require_same_files(run: RunDirectory, found: dict[str, str], offered: Path) -> None:
     """What training began from and what it offered, byte for byte."""
-    now = {"initial": before.digest(), "initial_files": files_sha256(run.initial)}
-    if any(found.get(key) != value for key, value in now.items()):
+    if files_sha256(run.initial) != found.get("initial_files"):
         raise DamagedError(
             f"{run.initial} is not the adapter that training began from: its digest has changed "
             f"since. Without the true initial adapter nothing can be proven; train again."
