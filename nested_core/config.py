@@ -8,8 +8,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
+
+from nested_core.config_gate import GateSection
+from nested_core.config_section import Section
 
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 OPTIMIZER_ARGUMENTS = {
@@ -22,14 +25,6 @@ OPTIMIZER_ARGUMENTS = {
 }
 
 
-class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
-    )
-
-
 class LoraParameters(Section):
     """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
 
@@ -38,7 +33,7 @@ class LoraParameters(Section):
 
     rank: PositiveInt = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scale: PositiveFloat = 20.0
+    scale: float = 20.0
     modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None, alias="keys"
     )
@@ -120,14 +115,6 @@ class TrainingSection(Section):
     max_nonfinite_steps: PositiveInt = 5
     flat_loss_reports: Annotated[int, Field(ge=2)] = 10
     reference: Literal["mlx_lm"] | None = None
-
-
-class GateSection(Section):
-    """The bounds that the gate judges by; they are recorded in gate.json."""
-
-    max_val_loss_increase: Share = 0.0
-    min_relative_change: Share = 0.0
-    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 
 class RegistrySection(Section):
@@ -216,6 +203,8 @@ class FineTuneConfig(Section):
         has_one_clock = self.nested.frequencies == (1,) and self.nested.learning_rate_scale is None
         if self.optimizer not in ("adam", "adamw") and not has_one_clock:
             raise ValueError(f"optimizer {self.optimizer} has one clock: nested.frequencies [1]")
+        if self.gate.check_fused and self.fine_tune_type == "full":
+            raise ValueError("gate.check_fused: a full fine-tune has no adapter to fuse")
         self._check_reference()
         return self
 

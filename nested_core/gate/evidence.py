@@ -38,6 +38,15 @@ class Counts(BaseModel):
     skipped: int = Field(ge=0)
 
 
+class Logits(BaseModel):
+    """What the trainer's own model said on fixed prompts; None is a number that is not finite."""
+
+    model_config = ConfigDict(strict=True)
+    prompts: list[list[int]]
+    columns: list[int]
+    values: list[list[float | None]]
+
+
 class Record(BaseModel):
     """What the gate needs of a checkpoint's state.json."""
 
@@ -45,6 +54,7 @@ class Record(BaseModel):
     found: dict[str, str]
     tiers: list[Counts]
     flush_steps: list[int]
+    logits: Logits
 
 
 @dataclass(frozen=True)

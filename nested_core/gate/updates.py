@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.adapters import Tensor, read_tensors
-from nested_core.checkpoints import OPTIMIZER_NAME
+from nested_core.checkpoints import MASTERS, OPTIMIZER_NAME
 from nested_core.config import FineTuneConfig
 from nested_core.gate.evidence import Counts, Evidence
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
@@ -31,6 +31,7 @@ class TierEvidence:
     flush_steps: Sequence[int]
     counts: Sequence[Counts]
     moments: dict[str, Tensor]
+    initial: dict[str, Tensor]
     keeps_moments: bool
 
     @classmethod
@@ -42,6 +43,7 @@ class TierEvidence:
             evidence.record.flush_steps,
             evidence.record.tiers,
             read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME),
+            evidence.before.tensors,
             config.optimizer != "sgd" or config.optimizer_arguments.get("momentum", 0) > 0,
         )
 
@@ -54,6 +56,16 @@ class TierEvidence:
         moments = [own[f"{name}.v"]] if f"{name}.v" in own else list(own.values())
         has_any = any(np.frombuffer(moment.data, np.uint8).any() for moment in moments)
         return has_any or not self.keeps_moments
+
+    def left_no_trace(self, name: str) -> bool:
+        """Whether a parameter that stayed as it was had gradients, and no master that moved.
+
+        A float32 master may move by less than the dtype that the parameter is published in can say.
+        """
+        master = self.moments.get(MASTERS + name)
+        before = self.initial[name].to_numpy()
+        has_moved = master is not None and not np.array_equal(master.to_numpy(), before)
+        return self.had_gradient(name) and not has_moved
 
 
 def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> list[TierChange]:
@@ -105,7 +117,7 @@ def _tier_reasons(
     if not row.changed or not any(map(evidence.had_gradient, names)):
         return [*reasons, Reason("tier_unchanged", f"{label}: nothing was trained", names)]
     if row.applied_updates and _had_rate(config, evidence, row):
-        traceless = [c.name for c in own if not c.changed and evidence.had_gradient(c.name)]
+        traceless = [c.name for c in own if not c.changed and evidence.left_no_trace(c.name)]
         if traceless:
             message = f"{label}: {len(traceless)} tensors had gradients and stayed as they were"
             reasons.append(Reason("updates_missing", message, tuple(traceless)))

@@ -24,7 +24,7 @@ from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.evaluation import Evaluator
+from nested_core.training.evaluation import Evaluator, choose_prompts
 from nested_core.training.methods import Method, OwnMethod
 from nested_core.training.recompute import recomputed
 from nested_core.training.recorder import Recorder, restore_random_key
@@ -74,7 +74,7 @@ class Trainer:
         self.stop_requested = False
         self._slots = adapter_slots(model, masters=config.has_masters)
         self.method = make_method(config, splits)
-        evaluator = Evaluator(model, self._slots, self.method.rule)
+        evaluator = Evaluator(model, self._slots, self.method.rule, choose_prompts(splits))
         self._recorder = Recorder(
             config, run, self._slots, optimizer, self.method, evaluator, found, callback
         )

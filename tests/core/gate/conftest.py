@@ -20,7 +20,11 @@ from nested_core.checkpoints import (
 )
 from nested_core.config import FineTuneConfig
 from nested_core.gate import describe_evidence
+from nested_core.gate.held import HeldBase
 from nested_core.run_directory import RunDirectory
+from nested_core.slots import adapter_slots
+from nested_core.training.evaluation import Evaluator
+from nested_core.training.metrics import finite_or_none
 from tests.example import DATA, train_example
 
 STEPS = 8
@@ -50,6 +54,16 @@ def config(finished: tuple[FineTuneConfig, RunDirectory]) -> FineTuneConfig:
     return finished[0]
 
 
+def trainers_logits(
+    config: FineTuneConfig, prompts: list[list[int]], tensors: dict[str, mx.array]
+) -> dict[str, Any]:
+    """What a trainer would have recorded that had these tensors in its model."""
+    model = HeldBase.load(config).model
+    evaluator = Evaluator(model, adapter_slots(model), prompts=prompts)
+    logits: dict[str, Any] = finite_or_none(evaluator.fixed_logits(tensors))
+    return logits
+
+
 def vouch(run: RunDirectory, offered: Path) -> None:
     """Let result.json hold the digests of what now stands in the folder, as training does."""
     result = json.loads(run.result.read_bytes())
@@ -58,7 +72,7 @@ def vouch(run: RunDirectory, offered: Path) -> None:
 
 
 @pytest.fixture
-def rewrite(run: RunDirectory) -> Rewrite:
+def rewrite(run: RunDirectory, config: FineTuneConfig) -> Rewrite:
     """Put a sound checkpoint that says something else in the last one's place, and offer it."""
 
     def apply(
@@ -70,9 +84,10 @@ def rewrite(run: RunDirectory) -> Rewrite:
         state = dict(read_checkpoint(path).state)
         tensors = load_arrays(path / "adapters.safetensors")
         moments = load_arrays(path / "optimizer.safetensors")
-        change_state(state)
         change_adapter(tensors)
         change_moments(moments)
+        state["logits"] = trainers_logits(config, state["logits"]["prompts"], tensors)
+        change_state(state)
         write_checkpoint(
             run.checkpoints,
             adapter=tensors,
