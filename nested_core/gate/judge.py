@@ -57,7 +57,7 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     if not any(reason.code in ("unchanged", "non_finite") for reason in reasons):
         reasons += update_reasons(config, evidence, rows, verdict.tensors)
     verdict = replace(verdict, reasons=tuple(reasons), tiers=tuple(rows))
-    if _is_whole(reasons):
+    if _is_whole(reasons) and not any(reason.code == "base_mismatch" for reason in reasons):
         verdict = _judged_in_the_model(verdict, config, run, found)
     if verdict.has_passed and config.gate.check_fused:
         verdict = _judged_fused(verdict, config, found)
@@ -126,7 +126,7 @@ def _judged_fused(verdict: Verdict, config: FineTuneConfig, found: Evidence) -> 
 def _proven(verdict: Verdict, config: FineTuneConfig, found: Evidence) -> Verdict:
     """What a new process sees of the offered adapter, against what the trainer saw."""
     mx.clear_cache()  # this process has let go of the model; the new one needs the memory
-    logits = found.record.logits
+    logits, dtype = found.record.logits, compute_dtype(config)
     request = ProofRequest(
         find_model(config.model),
         found.before.path,
@@ -134,7 +134,7 @@ def _proven(verdict: Verdict, config: FineTuneConfig, found: Evidence) -> Verdic
         logits.prompts,
         logits.columns,
         logits.values,
-        compute_dtype(config) == mx.float32,
+        dtype is not None and dtype == mx.float32,
         config.trust_remote_code,
     )
     proof, reasons = prove(request)

@@ -7,6 +7,7 @@ recorded its own, equal those. Trusts no array of this process; judges only what
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from nested_core import backend
+from nested_core.adapters import WEIGHTS_NAME, read_tensors
 from nested_core.errors import NestedTuneError
 from nested_core.gate.verdict import Reason
 
@@ -45,6 +47,15 @@ class ProofRequest:
     trusts_remote_code: bool = False
 
 
+@dataclass(frozen=True)
+class Answers:
+    """The logits with either adapter, and the factors that the model has with the trained one."""
+
+    initial: Rows
+    trained: Rows
+    factors: set[str]
+
+
 def prove(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
     """The evidence for gate.json, and the reasons that speak against the adapter.
 
@@ -55,8 +66,12 @@ def prove(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
     if isinstance(answers, str):
         message = f"mlx_lm.load in a new process could not use the adapter: {answers}"
         return evidence | {"error": answers}, [Reason("unreadable", message)]
-    initial, trained = answers
-    moved = float(np.abs(trained - initial).max(initial=0.0))
+    empty = sorted(answers.factors - _names(request.trained))
+    if empty:
+        message = f"mlx_lm.load makes {len(empty)} factors that the adapter has no tensors for"
+        return evidence, [Reason("tensor_missing", message, tuple(empty))]
+    initial, trained = answers.initial, answers.trained
+    moved = largest_difference(trained, initial)
     evidence |= {"max_abs_difference_from_initial": _finite(moved)}
     if moved == 0:
         message = "in a new process, the logits on every prompt are those of the initial adapter"
@@ -76,21 +91,38 @@ def prove(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
     return evidence, [Reason("config_mismatch", message)]
 
 
+def largest_difference(found: Rows, other: Rows) -> float:
+    """The largest absolute difference; infinity where one is finite and the other is not."""
+    if not _finite_alike(found, other):
+        return math.inf
+    both = np.isfinite(found)
+    return float(np.abs(found[both] - other[both]).max(initial=0.0))
+
+
 def relative_distance(found: Rows, expected: Rows) -> float:
-    """Norm of the difference over the norm of `expected` with each row's mean taken out."""
-    if found.shape != expected.shape:
-        return float("inf")
-    centred = expected - expected.mean(axis=-1, keepdims=True)
-    size = float(np.linalg.norm(centred))
-    return float(np.linalg.norm(found - expected)) / size if size else float("inf")
+    """Norm of the difference over the norm of how `expected` varies about its mean."""
+    if not _finite_alike(found, expected):
+        return math.inf
+    both = np.isfinite(expected)
+    size = float(np.linalg.norm(expected[both] - expected[both].mean())) if both.any() else 0.0
+    return float(np.linalg.norm(found[both] - expected[both])) / size if size else math.inf
+
+
+def _finite_alike(one: Rows, other: Rows) -> bool:
+    """Whether two tables have one shape and are finite in the same places."""
+    return one.shape == other.shape and bool((np.isfinite(one) == np.isfinite(other)).all())
+
+
+def _names(adapter: Path) -> set[str]:
+    return set(read_tensors(adapter / WEIGHTS_NAME))
 
 
 def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+    return value if math.isfinite(value) else None
 
 
-def _ask(request: ProofRequest) -> tuple[Rows, Rows] | str:
-    """The logits with the initial and with the trained adapter, or why there are none."""
+def _ask(request: ProofRequest) -> Answers | str:
+    """What the process found, or the last line that it complained with."""
     asked = {
         "model": str(request.model),
         "adapters": [str(request.initial.resolve()), str(request.trained.resolve())],
@@ -106,7 +138,8 @@ def _ask(request: ProofRequest) -> tuple[Rows, Rows] | str:
         if problem is not None:
             return problem
         initial, trained = json.loads(answer.read_bytes())
-    return np.array(initial, np.float64), np.array(trained, np.float64)
+    rows = [np.array(each["logits"], np.float64) for each in (initial, trained)]
+    return Answers(rows[0], rows[1], set(trained["factors"]))
 
 
 def _run(arguments: Sequence[str]) -> str | None:
