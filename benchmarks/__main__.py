@@ -1,5 +1,6 @@
 """`make bench`: every measurement, one after the other."""
 
-from benchmarks import finetune
+from benchmarks import finetune, gate
 
 finetune.main()
+gate.main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +34,16 @@ def verify_adapters(
     Where the base model that they name is a folder here, a new process loads it with each of them.
     Raises ConfigError where a path is no directory, DamagedError where an adapter is not sound.
     """
-    before, after = read_adapter(initial), read_adapter(trained)
+    with ThreadPoolExecutor(2) as pool:
+        before, after = pool.map(_read_and_hash, (initial, trained))
     verdict = _compare(before, after, bounds or GateSection(), step=step, tiers={})
     return _proven_without_a_run(verdict, before, after) if verdict.has_passed else verdict
+
+
+def _read_and_hash(path: Path) -> Adapter:
+    adapter = read_adapter(path)
+    adapter.digest()  # kept from now on
+    return adapter
 
 
 def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
