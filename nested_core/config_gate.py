@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic import NonNegativeFloat as Share
 
+from nested_core.config_rules import gate_problems, refuse
 from nested_core.config_section import Section
 
 
@@ -22,6 +23,5 @@ class GateSection(Section):
 
     @model_validator(mode="after")
     def _text_and_bound_together(self) -> Self:
-        if (self.general_data is None) != (self.max_general_loss_increase is None):
-            raise ValueError("gate needs general_data and max_general_loss_increase, or neither")
+        refuse(gate_problems(self))
         return self

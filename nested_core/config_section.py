@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
@@ -11,3 +13,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Without this `iters: true` would be 1."""
+        values = value if isinstance(value, list | tuple) else (value,)
+        if cls.model_fields[str(info.field_name)].annotation is not bool:
+            for each in values:
+                if isinstance(each, bool):
+                    raise ValueError(f"true and false mean nothing here; found {each}")
+        return value

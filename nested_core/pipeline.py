@@ -122,7 +122,14 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
 def _read_adapter_file(path: Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise ConfigError(f"resume_adapter_file: {path} does not exist.")
-    return load_arrays(path)
+    arrays = load_arrays(path)
+    broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    if broken:
+        raise ConfigError(
+            f"resume_adapter_file: {len(broken)} tensors of {path} hold NaN or infinity, "
+            f"{broken[0]} among them. Nothing can be trained from there; give a sound adapter."
+        )
+    return arrays
 
 
 def _assign(config: FineTuneConfig, model: Any, tokenizer: Any) -> TierMap:

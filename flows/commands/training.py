@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
-from flows.terminal import print_json, print_table, print_tiers, say, watching
-from nested_core.errors import ConfigError, TrainingStopped
+from flows.stopping import Stopper
+from flows.terminal import describe_tiers, print_json, print_table, print_tiers, say, watching
+from nested_core.errors import ConfigError
 from nested_core.run_directory import RunDirectory, new_run_name, open_run
 
 RUNS = Path("runs")
@@ -68,14 +66,20 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 
     config = config_from(arguments)
     run = _open(arguments)
-    stopper = _Stopper()
+    stopper = Stopper()
+
+    def begin(trainer: Any) -> None:
+        stopper.watch(trainer)
+        say(describe_tiers(trainer.optimizer.get_tier_stats()))
+
     with run.locked(), stopper.installed():
         say(f"run directory: {run.path}")
         pipeline.begin(config, run, resume=arguments.resume)
         pipeline.validate(config, run)
         pipeline.load(config, run)
         with watching(run.metrics):
-            result = pipeline.train(config, run, on_start=stopper.watch)
+            result = pipeline.train(config, run, on_start=begin)
+        stopper.release()
         verdict = pipeline.judge(config, run)
         test_loss = measure_test(config, run) if config.test else None
 
@@ -118,34 +122,3 @@ def _open(arguments: argparse.Namespace) -> RunDirectory:
     if arguments.run_dir is None and arguments.resume:
         raise ConfigError("--resume needs the --run-dir that it is to go on with.")
     return open_run(arguments.run_dir or RUNS / new_run_name(), resume=arguments.resume)
-
-
-class _Stopper:
-    """Turns SIGINT and SIGTERM into a graceful stop; a second SIGINT exits at once."""
-
-    def __init__(self) -> None:
-        self._trainer: Any = None
-        self._is_stopping = False
-
-    def watch(self, trainer: Any) -> None:
-        """Stop this trainer from now on."""
-        self._trainer = trainer
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle the signals while the block runs."""
-        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self._is_stopping and number == signal.SIGINT:
-            os._exit(130)
-        self._is_stopping = True
-        if self._trainer is None:
-            raise TrainingStopped("Stopped before training began; --resume starts it again.")
-        self._trainer.stop_training()
-        say("stopping: the step in hand is finished and a checkpoint written")

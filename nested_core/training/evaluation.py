@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,17 +20,26 @@ Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_COLUMNS = 4, 16, 256
 
 
+class EvaluationCut(Exception):  # noqa: N818  # no error: the trainer turns it into a stop
+    """A stop was asked for in the middle of an evaluation; nothing of it counts."""
+
+
 class Evaluator:
-    """Evaluates adapter tensors in a model that is borrowed; `slots` are their places in it."""
+    """Evaluates adapter tensors in a model that is borrowed; `slots` are their places in it.
+
+    `is_cut` is asked before every batch; once it says so, `loss` raises EvaluationCut.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         slots: Slots,
         rule: LossRule = SUPERVISED,
+        is_cut: Callable[[], bool] = lambda: False,
         prompts: Prompts = (),
     ) -> None:
-        self._model, self._slots, self._rule, self._prompts = model, slots, rule, prompts
+        self._model, self._slots, self._rule = model, slots, rule
+        self._is_cut, self._prompts = is_cut, prompts
         self._compiled = mx.compile(self._sums)
 
     def loss(self, params: Flat, batches: Iterable[MicroBatch]) -> float:
@@ -38,13 +47,17 @@ class Evaluator:
         was_training = self._model.training
         self._model.eval()
         total, count = mx.array(0.0), mx.array(0)
-        with borrowed(self._slots):
-            for tokens, bounds in batches:
-                loss, supervised = self._compiled(params, mx.array(tokens), mx.array(bounds))
-                total = total + self._rule.weighted(loss, supervised)
-                count = count + supervised
-                mx.eval(total, count)
-        self._model.train(was_training)
+        try:
+            with borrowed(self._slots):
+                for tokens, bounds in batches:
+                    if self._is_cut():
+                        raise EvaluationCut
+                    loss, supervised = self._compiled(params, mx.array(tokens), mx.array(bounds))
+                    total = total + self._rule.weighted(loss, supervised)
+                    count = count + supervised
+                    mx.eval(total, count)
+        finally:
+            self._model.train(was_training)
         return to_float(total / count)
 
     def fixed_logits(self, params: Flat) -> dict[str, Any]:

@@ -103,3 +103,12 @@ def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchPlan:
     return BatchPlan(
         split.lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
     )
+
+
+def make_method(config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> Method:
+    """Our way of drawing batches and evaluating, or, under `training.reference`, mlx-lm's."""
+    if config.training.reference is None:
+        return OwnMethod(config, splits)
+    from nested_core.training.reference import ReferenceMethod
+
+    return ReferenceMethod(config, splits)

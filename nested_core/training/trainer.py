@@ -15,17 +15,17 @@ from nested_core.checkpoints import Checkpoint
 from nested_core.clocks import COUNTERS
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.errors import TrainingDiverged, TrainingStopped
+from nested_core.errors import TrainingStopped
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
-from nested_core.scalars import to_int
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.evaluation import Evaluator, choose_prompts
-from nested_core.training.methods import Method, OwnMethod
+from nested_core.training.divergence import DivergenceWatch
+from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts
+from nested_core.training.methods import make_method
 from nested_core.training.recompute import recomputed
 from nested_core.training.recorder import Recorder, restore_random_key
 from nested_core.training.red_flags import flag_updates, idle_names
@@ -74,12 +74,13 @@ class Trainer:
         self.stop_requested = False
         self._slots = adapter_slots(model, masters=config.has_masters)
         self.method = make_method(config, splits)
-        evaluator = Evaluator(model, self._slots, self.method.rule, choose_prompts(splits))
+        cut, prompts = self._is_asked_to_stop, choose_prompts(splits)
+        evaluator = Evaluator(model, self._slots, self.method.rule, cut, prompts)
         self._recorder = Recorder(
             config, run, self._slots, optimizer, self.method, evaluator, found, callback
         )
         self._seen_due: set[tuple[int, ...]] = set()
-        self._in_flight: list[mx.array] = []
+        self._divergence = DivergenceWatch(config.training.max_nonfinite_steps)
 
     @property
     def current_step(self) -> int:
@@ -122,28 +123,49 @@ class Trainer:
         Raises TrainingDiverged after `max_nonfinite_steps` non-finite steps in a row.
         """
         self.model.train()
-        self._recorder.begin(self.state)
-        with recomputed(self.model.layers if self.config.grad_checkpoint else []):
-            self._take_steps()
-        if not self.state.ended:
-            self._finish()
+        try:
+            self._recorder.begin(self.state)
+            with recomputed(self.model.layers if self.config.grad_checkpoint else []):
+                self._take_steps()
+            if not self.state.ended:
+                self._finish()
+        except EvaluationCut:
+            self.state.ended = False
+            self._stop()
         return self.state
 
     def _take_steps(self) -> None:
         steps, stopping = self._make_steps(), self._is_asked_to_stop()
+        if not self.state.observed and not self._is_over():
+            each = self.config.grad_accumulation_steps
+            self._observe((self.state.iteration - 1) // each * each, self.state.iteration)
         while not self._is_over():
             if stopping:
                 self._stop()
             first = self.state.iteration
             last = min(first + self.config.grad_accumulation_steps, self.method.iterations)
-            for done in self.method.evaluations_within(first, last):
-                self._recorder.observe(self.state, iteration=done, evaluate=True)
+            self._evaluate_within(first, last)
             taken = self._advance(steps, first, last)
             stopping = self._is_asked_to_stop()
-            self._refuse_divergence()
+            self._divergence.add(self.state.step, self._skipped_in_a_row())
             self._verify(taken, must=stopping or self._is_over())
             if not self._is_over():
                 self._observe(first, last)
+        self._divergence.settle()
+
+    def _skipped_in_a_row(self) -> mx.array:
+        counter: mx.array = self.optimizer.state[COUNTERS]["nonfinite_in_a_row"]
+        return counter
+
+    def _evaluate_within(self, first: int, last: int) -> None:
+        """The evaluations before a step; cut in one of them, all are made again on resume."""
+        reported = self.state.reported
+        try:
+            for done in self.method.evaluations_within(first, last):
+                self._recorder.observe(self.state, iteration=done, evaluate=True)
+        except EvaluationCut:
+            self.state.reported = reported
+            raise
 
     def _make_steps(self) -> TrainStep:
         draws, rule = self.config.lora_parameters.dropout > 0, self.method.rule
@@ -164,28 +186,14 @@ class Trainer:
         result = steps.run(before, batches, due, complete=complete)
         apply_flat_updates_to_nested(self.model, result.updates)
         mx.async_eval(result.updates, self.optimizer.state, result.micro)
-        state.step, state.iteration = state.step + complete, last
+        state.step, state.iteration, state.observed = state.step + complete, last, False
         self._recorder.add(state, first, result.micro)
         return StepTaken(first, due, before, result.updates)
 
     def _needed_tiers(self, step: int) -> tuple[int, ...]:
         """The tiers that a step needs gradients of."""
-        if self.optimizer.gathers:
-            return tuple(range(len(self.tiers.frequencies)))
-        return self.tiers.due(step)
-
-    def _refuse_divergence(self) -> None:
-        """Wait for the step before: one step is in flight, no more, and reading it is free."""
-        self._in_flight.append(self.optimizer.state[COUNTERS]["nonfinite_in_a_row"])
-        if len(self._in_flight) < 2:
-            return
-        row = to_int(self._in_flight.pop(0))
-        if row >= self.config.training.max_nonfinite_steps:
-            raise TrainingDiverged(
-                f"The gradients were not finite for {row} steps in a row, up to step "
-                f"{self.state.step - 1}: training has diverged. Lower learning_rate, set "
-                f"training.max_grad_norm, or look at the data of these steps."
-            )
+        every = tuple(range(len(self.tiers.frequencies)))
+        return every if self.optimizer.gathers else self.tiers.due(step)
 
     def _crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
@@ -224,7 +232,8 @@ class Trainer:
 
     def _flush(self) -> None:
         is_open = any(self.state.step % f for f in self.tiers.frequencies)
-        if is_open and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
+        is_due = is_open and not self.state.flushed  # it is, where the last evaluation was cut
+        if is_due and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
             before = read_slots(self._slots)
             updates = flatten(self.optimizer.flush(nested(before)))
             apply_flat_updates_to_nested(self.model, updates)
@@ -239,12 +248,3 @@ class Trainer:
             f"Training was stopped at step {self.state.step} of {self.method.steps}. Go on with "
             f"the same command, --run-dir {self.run.path} --resume."
         )
-
-
-def make_method(config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> Method:
-    """Our way of drawing batches and evaluating, or, under `training.reference`, mlx-lm's."""
-    if config.training.reference is None:
-        return OwnMethod(config, splits)
-    from nested_core.training.reference import ReferenceMethod
-
-    return ReferenceMethod(config, splits)
