@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from nested_core.checkpoints import list_checkpoints
@@ -214,13 +215,13 @@ def edited_tensors_and_their_manifest(run: RunDirectory, dice: random.Random) ->
     name = dice.choice(sorted(tensors))
     change = dice.randrange(4)
     if change == 0:
-        tensors[name] = tensors[name] + 1
+        tensors[name] = np.asarray(tensors[name] + 1)
     elif change == 1:
         tensors[name + "x"] = tensors.pop(name)
     elif change == 2:
         del tensors[name]
     else:
-        tensors[name] = tensors[name].astype("f2")
+        tensors[name] = np.asarray(tensors[name].astype("f2"))
     written = run.path / "written.safetensors"
     save_file(tensors, written, metadata={"format": "mlx"})
     _agreeing(run, path, written.read_bytes())

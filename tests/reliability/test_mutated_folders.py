@@ -18,7 +18,7 @@ from nested_core.config import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.run_directory import RunDirectory
 from tests.example import train_example, write_config
-from tests.reliability.mutations import MUTATIONS, mutate
+from tests.reliability.mutations import MUTATIONS, copy_run, mutate
 
 SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 SMALL_RUN = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
@@ -59,7 +59,8 @@ def test_every_mutated_folder_is_detected_with_exit_code_6(
         detected[name] += 1
     assert sum(detected.values()) == count
     assert len(detected) == len(MUTATIONS)
-    assert pipeline.judge(config, original).has_passed  # what nobody touched is no damage
+    whole = copy_run(original.path, tmp_path / "whole")
+    assert pipeline.judge(config, whole).has_passed  # what nobody touched is no damage
 
 
 def judged_again(config: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
