@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from nested_core import backend
 from nested_core.adapters import Adapter, read_adapter
 from nested_core.config import FineTuneConfig
 from nested_core.config_gate import GateSection
@@ -159,7 +160,9 @@ def _proven_without_a_run(verdict: Verdict, before: Adapter, after: Adapter) -> 
     if meant is not None and meant != base:
         message = f"made for the base {meant[:12]}; {named} is {base[:12]} now"
         return _with(verdict, [Reason("base_mismatch", message)])
-    proof, reasons = prove(ProofRequest(Path(named), before.path, after.path))
+    is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
+    request = ProofRequest(Path(named), before.path, after.path, is_float32=is_float32)
+    proof, reasons = prove(request)
     return replace(_with(verdict, reasons), proof=proof)
 
 
