@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, runtime
+from prefect.states import Completed, State
 from pydantic import Field
 
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
-from nested_core.publishing import champion_or_none
+from nested_core.continual import champion_or_none, unchanged_since
+from nested_core.errors import GateRejected
 from nested_core.run_directory import RunDirectory, new_run_name, open_run
+from tasks.events import emit
 from tasks.gate import gate
 from tasks.load import load
 from tasks.promote import promote
@@ -33,22 +37,23 @@ class FinetuneParameters(FineTuneConfig):
 
 
 @flow(name="finetune", retries=0, flow_run_name="finetune {config.model}")
-def finetune(config: FinetuneParameters) -> Path:
+def finetune(config: FinetuneParameters) -> State[Any]:
     """Fine-tune; Failed where a step fails, and where the gate rejects what came out.
 
     The flow itself is never retried: that would train again. A retry of the flow run (`prefect
-    flow-run retry`) finds its run directory by its id and goes on from the last checkpoint.
+    flow-run retry`) finds its run directory by its id and goes on from the last checkpoint. The
+    message of a Completed state says what became of the adapter.
     """
     settings, run = config.configuration(), _open(config)
     with run.locked():
         pipeline.begin(settings, run, resume=run.config.exists())
         validate(settings, run.path)
+        champion = unchanged_since(settings, run)
+        if champion is not None:
+            return Completed(message=f"skipped: data unchanged since {champion}")
         load(settings, run.path)
         train(settings, run.path)
-        gate(settings, run.path)
-        if settings.registry.path is not None:
-            _publish(settings, run)
-    return run.path
+        return Completed(message=_judge_and_publish(settings, run))
 
 
 def _open(config: FinetuneParameters) -> RunDirectory:
@@ -61,9 +66,21 @@ def _open(config: FinetuneParameters) -> RunDirectory:
     return open_run(path, resume=RunDirectory(path).is_begun())
 
 
-def _publish(settings: FineTuneConfig, run: RunDirectory) -> None:
-    path, name = settings.registry.path, settings.registry.name
-    champion = champion_or_none(Path(str(path)), str(name))
-    version = register(settings, run.path)
-    if settings.registry.promote != "never":
-        promote(settings, run.path, version, champion)
+def _judge_and_publish(settings: FineTuneConfig, run: RunDirectory) -> str:
+    """What became of the adapter; nothing but the gate happens without a registry."""
+    section = settings.registry
+    if section.path is None or section.name is None:
+        gate(settings, run.path)
+        return "passed the gate"
+    champion = champion_or_none(Path(section.path), section.name)
+    try:
+        gate(settings, run.path)
+    except GateRejected as error:
+        emit("rejected", section.name, {"run_dir": str(run.path.resolve()), "reason": str(error)})
+        raise
+    version = register(settings, run.path, champion)
+    payload = {"version": version, "registry": str(Path(section.path).resolve())}
+    emit("verified", section.name, payload | {"run_dir": str(run.path.resolve())})
+    if section.promote == "never":
+        return f"registered {version}"
+    return f"registered {version}: {promote(section, version, champion)}"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 2.0
 POLL_SECONDS = 0.25
+SECONDS_BEFORE_PROGRESS = 2.0
 CURVE_WIDTH, CURVE_HEIGHT = 64, 12
 SMALLEST_LOSS = 1e-6
 
@@ -78,6 +79,7 @@ class _Watcher(threading.Thread):
         self._offset = 0
         self._done = threading.Event()
         self._printed_at = 0.0
+        self._has_news = False
 
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""
@@ -96,13 +98,14 @@ class _Watcher(threading.Thread):
         is_last = False
         while not is_last:
             is_last = self._done.wait(POLL_SECONDS)
-            if self._read():
+            self._read()
+            if self._has_news:
                 show()
 
-    def _read(self) -> bool:
+    def _read(self) -> None:
         """Take in the whole lines that were appended; a file cut back is read from its start."""
         if not self._metrics.exists():
-            return False
+            return
         content = self._metrics.read_bytes()
         if len(content) < self._offset:
             self._offset, self._records = 0, []
@@ -110,18 +113,48 @@ class _Watcher(threading.Thread):
         self._offset += len(whole)
         new = [json.loads(line) for line in whole.splitlines()]
         self._records += new
-        return bool(new)
+        self._has_news = self._has_news or bool(new)
 
     def _print_line(self) -> None:
         if time.monotonic() - self._printed_at < SECONDS_BETWEEN_LINES and not self._done.is_set():
             return
-        self._printed_at = time.monotonic()
+        self._printed_at, self._has_news = time.monotonic(), False
         record = self._records[-1]
         losses = [f"{label} {record[key]:.4f}" for key, label in _LABELS if _has(record, key)]
         errors.print(f"step {record['step']}: {', '.join(losses)}", soft_wrap=True)
 
 
 _LABELS = (("loss", "training loss"), ("val_loss", "validation loss"))
+
+
+class ProgressLine:
+    """For work in known amounts: a line that is rewritten, or without a terminal now and then one.
+
+    Nothing is shown of work that takes less than SECONDS_BEFORE_PROGRESS.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._called_at = time.monotonic()
+        self._shown_at = 0.0
+        self._what = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` parts of `what` are done."""
+        now = time.monotonic()
+        if what != self._what:
+            self._began, self._what = self._called_at, what  # what went before has ended
+        self._called_at = now
+        every = POLL_SECONDS if errors.is_terminal else SECONDS_BETWEEN_LINES
+        is_due = now - self._shown_at >= every or (done == total and self._shown_at > self._began)
+        if now - self._began < SECONDS_BEFORE_PROGRESS or not is_due:
+            return
+        self._shown_at = now
+        left = (now - self._began) / done * (total - done)
+        text = f"{what}: {done / total:.0%}" + (f", {left:.0f} s left" if done < total else "")
+        if errors.is_terminal:
+            errors.print(f"\r{text:<40}", end="\n" if done == total else "")
+        else:
+            errors.print(text, soft_wrap=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:

@@ -1,34 +1,35 @@
 """Fine-tuning for MLX that cannot silently do nothing: the library behind the flows.
 
-Importing it makes the backend ready before mlx is first imported.
+Importing it makes the backend ready before mlx is first imported. The public names are loaded when
+they are first used, so that a process that only reads data does without mlx.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from nested_core import backend
 
 backend.prepare()
 
-from nested_core.adapters import Adapter, read_adapter  # noqa: E402  # mlx comes after its BLAS
-from nested_core.clocks import Tier, TierStats  # noqa: E402
-from nested_core.config import FineTuneConfig  # noqa: E402
-from nested_core.config_file import load_config  # noqa: E402
-from nested_core.errors import (  # noqa: E402
-    ConfigError,
-    DamagedError,
-    DatasetError,
-    GateRejected,
-    NestedTuneError,
-    SilentUpdateWarning,
-    TrainingDiverged,
-    TrainingStopped,
-    UpdateNotApplied,
-)
-from nested_core.optimizers import NestedAdam, NestedAdamW  # noqa: E402
-from nested_core.pytree import (  # noqa: E402
-    UpdateReport,
-    apply_flat_updates_to_nested,
-    verify_updates,
-)
-from nested_core.tiers import TierMap, assign_tiers  # noqa: E402
+if TYPE_CHECKING:
+    from nested_core.adapters import Adapter, read_adapter
+    from nested_core.clocks import Tier, TierStats
+    from nested_core.config import FineTuneConfig
+    from nested_core.config_file import load_config
+    from nested_core.errors import (
+        ConfigError,
+        DamagedError,
+        DatasetError,
+        GateRejected,
+        NestedTuneError,
+        SilentUpdateWarning,
+        TrainingDiverged,
+        TrainingStopped,
+        UpdateNotApplied,
+    )
+    from nested_core.optimizers import NestedAdam, NestedAdamW
+    from nested_core.pytree import UpdateReport, apply_flat_updates_to_nested, verify_updates
+    from nested_core.tiers import TierMap, assign_tiers
 
 __all__ = [
     "Adapter",
@@ -54,3 +55,26 @@ __all__ = [
     "read_adapter",
     "verify_updates",
 ]
+
+_HOMES = {
+    "adapters": ("Adapter", "read_adapter"),
+    "clocks": ("Tier", "TierStats"),
+    "config": ("FineTuneConfig",),
+    "config_file": ("load_config",),
+    "optimizers": ("NestedAdam", "NestedAdamW"),
+    "pytree": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
+    "tiers": ("TierMap", "assign_tiers"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME_OF.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

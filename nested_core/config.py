@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
+from nested_core.config_data import DataPolicy, HubDatasets
 from nested_core.config_gate import GateSection
 from nested_core.config_lora import LoraParameters
-from nested_core.config_rules import agreement_problems, refuse, registry_problems, tier_problems
+from nested_core.config_publishing import ContinualSection, RegistrySection
+from nested_core.config_rules import agreement_problems, refuse, tier_problems
 from nested_core.config_section import Section
-
-AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class LearningRateSchedule(Section):
@@ -68,6 +68,7 @@ class TrainingSection(Section):
     max_grad_norm: Share = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     epochs: PositiveFloat | None = None
+    supervise: Literal["last", "all"] = "last"
     early_stop_patience: PositiveInt | None = None
     min_delta: Share = 1e-4
     keep_checkpoints: PositiveInt = 5
@@ -76,21 +77,6 @@ class TrainingSection(Section):
     max_nonfinite_steps: PositiveInt = 5
     flat_loss_reports: Annotated[int, Field(ge=2)] = 10
     reference: Literal["mlx_lm"] | None = None
-
-
-class RegistrySection(Section):
-    """Where verified adapters go, and which of them become champion by themselves."""
-
-    path: str | None = None
-    name: AdapterName | None = None
-    promote: Literal["never", "always", "better"] = "never"
-    min_improvement: Share = 0.0
-    require_validation: bool = True
-
-    @model_validator(mode="after")
-    def _path_and_name_together(self) -> Self:
-        refuse(registry_problems(self))
-        return self
 
 
 class FineTuneConfig(Section):
@@ -133,10 +119,13 @@ class FineTuneConfig(Section):
     completion_feature: str = "completion"
     text_feature: str = "text"
     chat_feature: str = "messages"
+    hf_dataset: HubDatasets = ()
     nested: NestedSection = NestedSection()
     training: TrainingSection = TrainingSection()
+    data_policy: DataPolicy = DataPolicy()
     gate: GateSection = GateSection()
     registry: RegistrySection = RegistrySection()
+    continual: ContinualSection = ContinualSection()
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

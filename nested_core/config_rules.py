@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from nested_core.adapter_names import why_no_name
+
 if TYPE_CHECKING:
-    from nested_core.config import FineTuneConfig, NestedSection, RegistrySection
+    from nested_core.config import FineTuneConfig, NestedSection
     from nested_core.config_gate import GateSection
+    from nested_core.config_publishing import RegistrySection
 
 OPTIMIZER_ARGUMENTS = {
     "adam": {"betas", "eps", "bias_correction"},
@@ -64,6 +67,8 @@ def registry_problems(section: RegistrySection) -> Iterator[str]:
         yield "registry needs both path and name, or neither"
     if section.promote != "never" and section.path is None:
         yield f"promote: {section.promote} needs a registry path and name"
+    if section.name is not None and (reason := why_no_name(section.name)):
+        yield reason
 
 
 def gate_problems(section: GateSection) -> Iterator[str]:
@@ -86,6 +91,16 @@ def agreement_problems(config: FineTuneConfig) -> Iterator[str]:
     if config.gate.check_fused and config.fine_tune_type == "full":
         yield "gate.check_fused: a full fine-tune has no adapter to fuse"
     yield from _reference_problems(config)
+    yield from _continual_problems(config)
+
+
+def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
+    if config.continual.start is None:
+        return
+    if config.registry.path is None:
+        yield "continual.from: champion needs a registry path and name"
+    if config.resume_adapter_file is not None:
+        yield "continual.from and resume_adapter_file: give only one of them"
 
 
 def _optimizer_problems(config: FineTuneConfig) -> Iterator[str]:
@@ -117,5 +132,7 @@ def _reference_problems(config: FineTuneConfig) -> Iterator[str]:
     ]
     if nested != type(nested)():
         changed.append("nested")
+    if config.data_policy != type(config.data_policy)():
+        changed.append("data_policy")
     if changed:
         yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

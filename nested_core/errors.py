@@ -42,6 +42,10 @@ class DamagedError(NestedTuneError):
     exit_code = 6
 
 
+class WorkerFailed(NestedTuneError):
+    """A process that read or tokenised a part of a data set ended before it was done."""
+
+
 class UpdateNotApplied(NestedTuneError):
     """A computed update that did not reach the parameter it was computed for."""
 

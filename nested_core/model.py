@@ -16,6 +16,7 @@ from nested_core import backend
 from nested_core.config import FineTuneConfig
 from nested_core.durable import canonical_json
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.tokenizer import TokenizerSource
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"
@@ -68,17 +69,9 @@ def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Mo
     return model, tokenizer
 
 
-def load_tokenizer(config: FineTuneConfig) -> Any:
-    """Load the tokenizer of the model alone, as mlx_lm.load does."""
-    from mlx_lm.utils import load_config, load_tokenizer
-
-    folder = find_model(config.model)
-    try:
-        eos = load_config(folder).get("eos_token_id")
-        extra = {"trust_remote_code": config.trust_remote_code}
-        return load_tokenizer(folder, extra, eos_token_ids=eos)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: no tokenizer could be loaded from {folder}: {error}") from error
+def tokenizer_source(config: FineTuneConfig) -> TokenizerSource:
+    """Where the model's tokenizer is; it is loaded alone, as mlx_lm.load does."""
+    return TokenizerSource(str(find_model(config.model)), config.trust_remote_code)
 
 
 def compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:

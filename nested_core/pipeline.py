@@ -19,9 +19,9 @@ from nested_core.adapters import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.checkpoints import checkpoint_path, latest_checkpoint, publish_adapter
 from nested_core.config import FineTuneConfig
 from nested_core.config_file import parse_config, read_yaml
-from nested_core.data.dataset import load_dataset
+from nested_core.continual import starting_adapter
 from nested_core.data.report import DatasetReport
-from nested_core.data.settings import DataSettings
+from nested_core.data.workers import OnProgress
 from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
@@ -33,9 +33,9 @@ from nested_core.model import (
     find_model,
     load_base,
     load_leaves,
-    load_tokenizer,
     trainable,
 )
+from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
 from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.build import build_optimizer, build_trainer
@@ -95,26 +95,34 @@ def _refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run: RunDirect
         )
 
 
-def validate(config: FineTuneConfig, run: RunDirectory) -> DatasetReport:
+def validate(
+    config: FineTuneConfig, run: RunDirectory, on_progress: OnProgress | None = None
+) -> DatasetReport:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
-    report, _ = load_dataset(DataSettings.from_config(config), load_tokenizer(config))
+    report, _ = load_run_data(config, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     return report
 
 
 def load(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Write the initial adapter, fresh or from resume_adapter_file, and the tier of each tensor."""
+    """Write the initial adapter and the tier of each tensor.
+
+    It is fresh, from resume_adapter_file, or where `continual` says so the champion.
+    """
     if run.initial.exists() and run.tiers.exists():
         return
-    model, tokenizer = load_base(config, as_stored=True)
+    model, _ = load_base(config, as_stored=True)
     attach_adapter(model, config)
     if config.resume_adapter_file is not None:
         load_leaves(model, _read_adapter_file(Path(config.resume_adapter_file)))
-    fingerprint = base_fingerprint(find_model(config.model))
+    described = adapter_config(config, base_fingerprint(find_model(config.model)))
+    champion = starting_adapter(config, described)
+    if champion is not None:
+        load_leaves(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
     with new_directory(run.initial, replace=True) as folder:
-        write_adapter(folder, trainable(model), adapter_config(config, fingerprint))
-    tiers = _assign(config, model, tokenizer)
+        write_adapter(folder, trainable(model), described)
+    tiers = _assign(config, model)
     build_optimizer(config, tiers)  # what it cannot be made from is found before training
     write_json(run.tiers, tiers.to_json())
 
@@ -132,10 +140,10 @@ def _read_adapter_file(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _assign(config: FineTuneConfig, model: Any, tokenizer: Any) -> TierMap:
+def _assign(config: FineTuneConfig, model: Any) -> TierMap:
     importance = None
     if config.nested.strategy == "parameter_importance":
-        _, splits = load_dataset(DataSettings.from_config(config), tokenizer)
+        _, splits = load_run_data(config)
         importance = parameter_importance(config, model, splits["train"])
     return assign_tiers(trainable(model), config.nested, importance)
 
@@ -152,8 +160,8 @@ def train(
     """
     if run.result.exists() and _is_complete(config, run):
         return read_result(run)
-    model, tokenizer = load_base(config)
-    report, splits = load_dataset(DataSettings.from_config(config), tokenizer)
+    model, _ = load_base(config)
+    report, splits = load_run_data(config)
     refuse_other_data(run, report)
     attach_adapter(model, config)
     load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))

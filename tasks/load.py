@@ -9,6 +9,7 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
+from nested_core.continual import describe_start
 from nested_core.run_directory import RunDirectory
 from tasks.retrying import retry_on_passing_error
 
@@ -25,4 +26,6 @@ def load(config: FineTuneConfig, run_dir: Path) -> Path:
     run = RunDirectory(run_dir)
     pipeline.load(config, run)
     get_run_logger().info("The initial adapter is in %s.", run.initial)
+    if note := describe_start(config, run):
+        get_run_logger().info("%s", note)
     return run.initial

@@ -20,8 +20,11 @@ from tasks.retrying import retry_on_passing_error
     retry_condition_fn=retry_on_passing_error,
     cache_policy=NO_CACHE,
 )
-def register(config: FineTuneConfig, run_dir: Path) -> str:
-    """Register the run's adapter; return its version. Doing it twice changes nothing."""
-    version = register_run(config, RunDirectory(run_dir))
+def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> str:
+    """Register the run's adapter; return its version. Doing it twice changes nothing.
+
+    `champion` is the one that stood when the run was judged.
+    """
+    version = register_run(config, RunDirectory(run_dir), champion)
     get_run_logger().info("Registered %s as version %s.", config.registry.name, version[:12])
     return version

@@ -38,9 +38,10 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
 def _show_findings(run: RunDirectory) -> None:
     """A table artifact of the findings, whether the data set passed or not."""
     if run.dataset.exists():
-        findings = json.loads(run.dataset.read_bytes())["findings"]
+        report = json.loads(run.dataset.read_bytes())
+        counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
         create_table_artifact(
             key="dataset-report",
-            table=findings[:SHOWN_FINDINGS],
-            description=f"{len(findings)} findings; at most {SHOWN_FINDINGS} are shown.",
+            table=report["findings"][:SHOWN_FINDINGS],
+            description=f"Findings: {counts}. The first {SHOWN_FINDINGS} are shown, errors first.",
         )

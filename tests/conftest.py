@@ -19,6 +19,7 @@ os.environ.update(
     DO_NOT_TRACK="1",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_HOME=str(_PREFECT_HOME),
+    NESTED_TUNE_CACHE=str(_PREFECT_HOME / "cache"),
 )
 for _name in ("PREFECT_API_URL", "PREFECT_PROFILE"):
     os.environ.pop(_name, None)

@@ -1,4 +1,4 @@
-"""promote, rollback, history and audit."""
+"""promote, rollback, history, audit, gc and export-mlflow."""
 
 from __future__ import annotations
 
@@ -31,13 +31,26 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         parser.add_argument("name", metavar="NAME")
         parser.add_argument("--json", action="store_true", help="as one JSON document")
         parser.set_defaults(run=function)
-    for parser in (promote, rollback, history, audit):
+    gc = commands.add_parser("gc", parents=[shared], help="remove versions that are not needed")
+    gc.add_argument("name", metavar="NAME")
+    gc.add_argument("--keep", type=int, default=10, metavar="N", help="newest to keep; default: 10")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    gc.add_argument("--json", action="store_true", help="as one JSON document")
+    gc.set_defaults(run=run_gc)
+    export = commands.add_parser(
+        "export-mlflow", parents=[shared], help="copy versions and champion to MLflow's registry"
+    )
+    export.add_argument("name", metavar="NAME")
+    export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
+    export.set_defaults(run=run_export)
+    for parser in (promote, rollback, history, audit, gc, export):
         parser.add_argument("--registry", type=Path, required=True, metavar="DIR")
 
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
-    from nested_core.config import RegistrySection
+    from nested_core.config_publishing import RegistrySection
+    from nested_core.continual import champion_or_none
     from nested_core.pipeline import read_run_config
     from nested_core.publishing import register_run
     from nested_core.registry import UNSET, promote
@@ -45,7 +58,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     run = RunDirectory(arguments.run_dir)
     target = RegistrySection(path=str(arguments.registry), name=arguments.name)
     config = read_run_config(run).model_copy(update={"registry": target})
-    version = register_run(config, run)
+    champion = champion_or_none(arguments.registry, arguments.name)
+    version = register_run(config, run, champion)
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done = promote(
         arguments.registry,
@@ -111,5 +125,46 @@ def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
         else:
             print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
         return DamagedError.exit_code if report.findings else 0
+
+    return finish
+
+
+def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Remove versions, but never the champion, nor what a rollback would go to."""
+    from nested_core.registry import collect
+
+    done = collect(
+        arguments.registry,
+        arguments.name,
+        by=getpass.getuser(),
+        keep=arguments.keep,
+        dry_run=arguments.dry_run,
+    )
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(asdict(done))
+        else:
+            what = "would remove" if done.is_dry_run else "removed"
+            for version in done.collected:
+                print(f"{what} {version}")
+            print(f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB)", end=", ")
+            print(f"kept {len(done.kept)}; {len(done.leftovers)} leftovers of killed processes")
+        return 0
+
+    return finish
+
+
+def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Copy what MLflow's registry lacks, and point its alias at the champion."""
+    from nested_core.mlflow_export import export_to_mlflow
+
+    done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)
+
+    def finish() -> int:
+        number = done.numbers.get(done.champion) if done.champion else None
+        print(f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}", end="; ")
+        print(f"champion: version {number}" if number else "no champion")
+        return 0
 
     return finish

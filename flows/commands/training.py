@@ -12,7 +12,15 @@ from typing import Any
 
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
 from flows.stopping import Stopper
-from flows.terminal import describe_tiers, print_json, print_table, print_tiers, say, watching
+from flows.terminal import (
+    ProgressLine,
+    describe_tiers,
+    print_json,
+    print_table,
+    print_tiers,
+    say,
+    watching,
+)
 from nested_core.errors import ConfigError
 from nested_core.run_directory import RunDirectory, new_run_name, open_run
 
@@ -27,6 +35,9 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     add_config_flags(validate)
     validate.add_argument("--json", action="store_true", help="the report as one JSON document")
     validate.add_argument("--no-tokenize", action="store_true", help="judge the lines alone")
+    validate.add_argument(
+        "--show", type=int, metavar="N", help="print the first N examples of train token by token"
+    )
     validate.set_defaults(run=run_validate)
     train = commands.add_parser("train", parents=[shared], help="fine-tune, without Prefect")
     run = commands.add_parser("run", parents=[shared], help="fine-tune, as a Prefect flow")
@@ -39,29 +50,48 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge a data set and write nothing."""
+    from flows.token_view import print_examples
     from nested_core.data.dataset import load_dataset
     from nested_core.data.settings import DataSettings
+    from nested_core.data.showing import show_examples
     from nested_core.errors import DatasetError
-    from nested_core.model import load_tokenizer
+    from nested_core.model import tokenizer_source
 
     config = config_from(arguments)
-    tokenizer = None if arguments.no_tokenize else load_tokenizer(config)
-    report, _ = load_dataset(DataSettings.from_config(config), tokenizer)
+    _refuse_showing(arguments)
+    tokenizer = None if arguments.no_tokenize else tokenizer_source(config)
+    settings = DataSettings.from_config(config)
+    report, splits = load_dataset(settings, tokenizer, ProgressLine())
+    examples = []
+    if tokenizer is not None and "train" in splits:
+        file, count = report.splits["train"].file, arguments.show or 0
+        examples = show_examples(splits["train"], file, tokenizer.load(), count)
 
     def finish() -> int:
         if arguments.json:
-            print_json(report.to_json())
+            shown = {"examples": [asdict(example) for example in examples]}
+            print_json(report.to_json() | (shown if arguments.show else {}))
         else:
             rows = [(f.severity, f.file, f.line, f.check, f.message) for f in report.findings]
             print_table(("severity", "file", "line", "check", "message"), rows)
+            print_examples(examples)
         return DatasetError.exit_code if report.errors else 0
 
     return finish
 
 
+def _refuse_showing(arguments: argparse.Namespace) -> None:
+    if arguments.show is not None and (arguments.no_tokenize or arguments.show < 1):
+        raise ConfigError(
+            "validate --show N prints the tokens of the first N examples: N must be 1 or more, and "
+            "--no-tokenize leaves no tokens to print. Give one of the two flags."
+        )
+
+
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Validate, load, train and judge in this process."""
     from nested_core import pipeline
+    from nested_core.continual import describe_start, unchanged_since
     from nested_core.gate import measure_test
 
     config = config_from(arguments)
@@ -75,8 +105,13 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     with run.locked(), stopper.installed():
         say(f"run directory: {run.path}")
         pipeline.begin(config, run, resume=arguments.resume)
-        pipeline.validate(config, run)
+        pipeline.validate(config, run, ProgressLine())
+        champion = unchanged_since(config, run)
+        if champion is not None:
+            return _skipped(arguments, run, champion)
         pipeline.load(config, run)
+        if note := describe_start(config, run):
+            say(note)
         with watching(run.metrics):
             result = pipeline.train(config, run, on_start=begin)
         stopper.release()
@@ -98,6 +133,19 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     return finish
 
 
+def _skipped(arguments: argparse.Namespace, run: RunDirectory, champion: str) -> Callable[[], int]:
+    """A run that has nothing to add to the champion is a success."""
+
+    def finish() -> int:
+        if arguments.json:
+            print_json({"run_dir": str(run.path), "skipped": True, "unchanged_since": champion})
+        else:
+            print(f"skipped: data unchanged since {champion}")
+        return 0
+
+    return finish
+
+
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
     from flows.finetune import FinetuneParameters, finetune
@@ -109,10 +157,13 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     parameters = config.model_dump() | {"run_dir": str(path), "resume": arguments.resume}
     say(f"run directory: {path}")
     with watching(RunDirectory(path).metrics):
-        finetune(FinetuneParameters(**parameters))
+        state = finetune(FinetuneParameters(**parameters), return_state=True)
+    state.result()  # raises what made it fail
+    say(str(state.message))
 
     def finish() -> int:
-        print(f"adapter: {RunDirectory(path).adapter}")
+        adapter = RunDirectory(path).adapter
+        print(f"adapter: {adapter}" if adapter.exists() else state.message)
         return 0
 
     return finish

@@ -8,43 +8,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.tokens import Int32, Int64, TokenizedSplit
-
-WIDTHS_PER_OCTAVE = 8
-WIDTH_MULTIPLE = 4
+from nested_core.data.buckets import fill_buckets
+from nested_core.data.tokens import Bool, Int32, TokenizedSplit
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The rows of one batch, int64 [at most batch_size], and the width of its inputs in tokens."""
+    """The rows of one batch, int32 [at most batch_size], and the width of its inputs in tokens."""
 
-    rows: Int64
+    rows: Int32
     width: int
 
 
-def bucket_widths(lengths: npt.ArrayLike, max_seq_length: int | None = None) -> Int64:
-    """The width of inputs (length - 1 tokens, rounded up) for each example, int64 [n].
-
-    Up to eight widths an octave, all multiples of 4, so that rounding pads by an eighth at most
-    above 32 tokens; none above `max_seq_length`.
-    """
-    needed = np.maximum(np.asarray(lengths, np.int64) - 1, 1)
-    octave = np.int64(1) << (np.frexp(needed - 0.5)[1].astype(np.int64) - 1).clip(0)
-    step = np.maximum(octave // WIDTHS_PER_OCTAVE, WIDTH_MULTIPLE)
-    widths: Int64 = (needed + step - 1) // step * step
-    return widths if max_seq_length is None else widths.clip(max=max_seq_length)
-
-
 class BatchPlan:
-    """The batches of every epoch: each example once, together with examples of its width.
+    """The batches of every epoch: each example once, together with examples of its bucket.
 
     Position is the iteration's index from 0; epoch = index // batches_per_epoch. The permutation of
     an epoch comes from Philox, a counter-based generator, under the key (seed, epoch). One batch
-    of the narrowest examples may be partial, where the empty rows that fill it up cost least.
+    of the shortest examples may be partial. Takes some 20 bytes of memory an example.
     """
 
     def __init__(
@@ -57,54 +43,54 @@ class BatchPlan:
     ) -> None:
         self.batch_size = batch_size
         self.seed = seed
-        self._row_widths = bucket_widths(lengths, max_seq_length)
+        self.buckets = fill_buckets(lengths, batch_size, max_seq_length)
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
-        if not len(self._row_widths):
-            raise ValueError("a batch plan needs at least one example, and there is none")
 
     @property
     def batches_per_epoch(self) -> int:
         """How many batches it takes to use each example once."""
-        return -(-len(self._row_widths) // self.batch_size)
+        return -(-len(self.buckets.rows) // self.batch_size)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Every width that a batch of this plan can have, ascending."""
-        return tuple(int(width) for width in np.unique(self._row_widths))
+        return tuple(sorted(map(int, self.buckets.widths)))
 
     def batch(self, index: int) -> Batch:
         """The batch at a position, from 0; the same in every process."""
         epoch, position = divmod(index, self.batches_per_epoch)
         rows, order = self._epoch(epoch)
         start = int(order[position]) * self.batch_size
-        chosen = rows[start : start + self.batch_size]
-        return Batch(chosen, int(self._row_widths[chosen].max()))
+        return Batch(rows[start : start + self.batch_size], self.buckets.width_at(start))
 
-    def arrays(self, split: TokenizedSplit, index: int) -> tuple[Int32, Int32]:
+    def arrays(self, split: TokenizedSplit, index: int) -> tuple[Int32, Bool]:
         """`batch_arrays` of the batch at a position."""
         return batch_arrays(split, self.batch(index), self.batch_size)
 
-    def _plan_epoch(self, epoch: int) -> tuple[Int64, Int64]:
-        """The rows, widest first and shuffled within a width, and the order of their batches."""
+    def _plan_epoch(self, epoch: int) -> tuple[Int32, Int32]:
+        """The rows, shuffled within each bucket, and the order of their batches."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        shuffled = generator.permutation(len(self._row_widths))
-        by_width = np.argsort(-self._row_widths[shuffled], kind="stable")
-        return shuffled[by_width], generator.permutation(self.batches_per_epoch)
+        rows = self.buckets.rows.copy()
+        for start, end in pairwise(self.buckets.starts):
+            generator.shuffle(rows[start:end])
+        return rows, generator.permutation(np.arange(self.batches_per_epoch, dtype=np.int32))
 
 
-def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Int32]:
-    """Tokens int32 [batch_size, width + 1], padded with 0, and bounds int32 [batch_size, 2].
+def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Bool]:
+    """Tokens int32 [batch_size, width + 1], padded with 0, and supervised bool [batch_size, width].
 
-    inputs = tokens[:, :-1], targets = tokens[:, 1:]; the target at column j, which is token j + 1,
-    is supervised when bounds[:, 0] <= j + 1 < bounds[:, 1]. A missing row has no such target.
+    inputs = tokens[:, :-1], targets = tokens[:, 1:]; supervised[:, j] is about the target in column
+    j, which is token j + 1. Neither padding nor a missing row has a supervised target.
     """
     tokens = np.zeros((batch_size, batch.width + 1), np.int32)
-    bounds = np.zeros((batch_size, 2), np.int32)
+    supervised = np.zeros((batch_size, batch.width), np.bool_)
     for place, row in enumerate(batch.rows):
         example = split.example(row)
         tokens[place, : len(example)] = example
-        bounds[place] = max(1, split.supervised_from[row]), len(example)
-    return tokens, bounds
+        learnt = split.supervision(row)[1:]
+        supervised[place, : len(learnt)] = learnt
+    split.give_back()
+    return tokens, supervised
 
 
 def evaluation_batches(
@@ -119,11 +105,12 @@ def evaluation_batches(
     All rows are used, the last partial batch too. Fewer batches are chosen evenly over the lengths,
     never by chance, so that two evaluations differ by the weights alone.
     """
-    widths = bucket_widths(split.lengths, max_seq_length)
-    rows = np.argsort(-split.lengths, kind="stable")
-    starts = np.arange(0, len(rows), batch_size)
+    if not len(split):
+        return []
+    buckets = fill_buckets(split.lengths, batch_size, max_seq_length)
+    starts = np.arange(0, len(split), batch_size)
     if 0 <= max_batches < len(starts):
         chosen = np.linspace(0, len(starts) - 1, max_batches).round().astype(np.int64)
         starts = starts[chosen]
-    groups = [rows[start : start + batch_size] for start in starts]
-    return [Batch(group, int(widths[group].max())) for group in groups]
+    rows = buckets.rows
+    return [Batch(rows[s : s + batch_size], buckets.width_at(int(s))) for s in starts]

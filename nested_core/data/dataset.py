@@ -1,26 +1,26 @@
-"""A folder of train, valid and test .jsonl -> a report on all of it, and tokens of what is sound.
+"""A data set with train, valid and test -> a report on all of it, and tokens of what is sound.
 
 Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-import polars as pl
-
-from nested_core.data.file_rules import FileErrors, FileWarnings
-from nested_core.data.frame import gather_rows, relate_rows
+from nested_core.data.cache import DatasetCache, write_report
+from nested_core.data.encoding import has_chat_template
 from nested_core.data.judging import judge
-from nested_core.data.reading import read_examples, read_rows
+from nested_core.data.lines import Lines, judge_counts, judge_files, judge_lines, read_lines
+from nested_core.data.policy import Dropped, tell_dropped
 from nested_core.data.report import DatasetReport, Finding, SplitStats, in_order
-from nested_core.data.rules import RowErrors, RowWarnings
-from nested_core.data.settings import SPLITS, DataSettings
+from nested_core.data.settings import DataSettings
+from nested_core.data.sources import Source, open_sources
 from nested_core.data.summary import count_split, count_tokens, describe_split
+from nested_core.data.token_files import seal_tokens
 from nested_core.data.token_rules import (
     TemplateErrors,
     TokenErrors,
@@ -28,107 +28,114 @@ from nested_core.data.token_rules import (
     problem_frame,
     token_frame,
 )
-from nested_core.data.tokens import TokenFacts, TokenizedSplit, has_chat_template, tokenize
+from nested_core.data.tokenizing import SoundLines, TokenFacts, tokenize_splits
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.workers import OnProgress
 from nested_core.durable import canonical_json
-
-
-@dataclass(frozen=True)
-class _Lines:
-    """One split as read and related to the others: a row for each physical line."""
-
-    file: str
-    path: Path | None  # None where there is no such file
-    frame: pl.DataFrame
-    digest: str
-
-    @property
-    def format(self) -> str | None:
-        formats = self.frame["file_format"].drop_nulls()
-        return formats[0] if len(formats) else None
+from nested_core.tokenizer import TokenizerSource
 
 
 def load_dataset(
-    settings: DataSettings, tokenizer: Any | None
+    settings: DataSettings,
+    tokenizer: TokenizerSource | None,
+    on_progress: OnProgress | None = None,
+    *,
+    cache: DatasetCache | None = None,
 ) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
-    """Read, judge and (with mlx_lm's tokenizer) tokenise a local data set.
+    """Read, judge and (with a tokenizer) tokenise a data set, or take both from the cache.
 
-    The splits returned hold each sound line of each file that exists, in the order of the file.
-    Raises ConfigError where there is no such folder, and OSError; content never raises.
+    The splits returned hold each sound line of each split that exists, in the order of the file,
+    but for those that data_policy drops. They are mapped from the cache, or from files that go when
+    the splits go. Raises ConfigError where there is no such folder, OSError, WorkerFailed; content
+    never raises.
     """
-    splits = _read_splits(settings)
-    findings = [*_judge_lines(splits), *_judge_files(splits, settings, tokenizer)]
-    tokenized = {}
-    if tokenizer is not None:
-        tokenized = _tokenize_splits(splits, settings, tokenizer, findings)
-    for split, (_, facts) in tokenized.items():
-        findings += _judge_tokens(facts, f"{split}.jsonl", settings.max_seq_length)
-    report = _write_report(settings, splits, findings, tokenized)
-    return report, {split: tokens for split, (tokens, _) in tokenized.items()}
+    with TemporaryDirectory(prefix="nested-tune-") as spool:
+        sources = open_sources(settings, Path(spool))
+        if tokenizer is None:
+            return _judge(_Judgement(settings, None, on_progress), sources, None), {}
+        judgement = _Judgement(settings, tokenizer, on_progress)
+        if cache is None:
+            with TemporaryDirectory(prefix="nested-tune-") as private:
+                return _judge(judgement, sources, Path(private)), seal_tokens(Path(private))
+        entry = cache.entry(settings, sources, tokenizer)
+        if (found := entry.read()) is not None:
+            return found
+        with entry.made() as folder:
+            report = _judge(judgement, sources, folder)
+            write_report(folder, report)
+            return report, seal_tokens(folder)
 
 
-def _read_splits(settings: DataSettings) -> dict[str, _Lines]:
-    paths, frames, digests = settings.paths(), {}, {}
-    for split in SPLITS:
-        rows = read_rows(paths[split], settings.features) if split in paths else iter(())
-        frames[split], digests[split] = gather_rows(rows)
-    heights = {split: frame.height for split, frame in frames.items()}
-    related, lines, start = relate_rows(frames), {}, 0
-    for split in SPLITS:
-        frame = related.slice(start, heights[split])  # a view, not a copy
-        lines[split] = _Lines(f"{split}.jsonl", paths.get(split), frame, digests[split])
-        start += heights[split]
-    return lines
+@dataclass(frozen=True)
+class _Judgement:
+    """What a data set is judged by."""
+
+    settings: DataSettings
+    tokenizer: TokenizerSource | None
+    on_progress: OnProgress | None
 
 
-def _judge_lines(splits: dict[str, _Lines]) -> Iterator[Finding]:
-    for lines in splits.values():
-        yield from judge(RowErrors, lines.frame, "error")
-        yield from judge(RowWarnings, lines.frame, "warning")
+def _judge(
+    judgement: _Judgement, sources: Mapping[str, Source], folder: Path | None
+) -> DatasetReport:
+    """Read and judge every line, and write the tokens of what is sound into the folder, if any."""
+    settings, tokenizer, on_progress = (
+        judgement.settings,
+        judgement.tokenizer,
+        judgement.on_progress,
+    )
+    splits = read_lines(sources, settings, on_progress)
+    has_template = tokenizer is None or has_chat_template(tokenizer.load())
+    findings = [
+        *judge_lines(splits),
+        *judge_files(splits, settings, lacks_template=not has_template),
+    ]
+    dropped = _dropped_lines(splits, findings)
+    facts: dict[str, TokenFacts] = {}
+    if tokenizer is not None and folder is not None:
+        sound = _sound_lines(splits, findings, dropped, has_template=has_template)
+        facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
+    for split, found in facts.items():
+        findings += _judge_tokens(found, splits[split].file, settings)
+        if found.overlong:
+            dropped[split] = {**dropped[split], "overlong": found.overlong}
+    findings += judge_counts(splits, settings, dropped)
+    for split, lines in splits.items():
+        findings += tell_dropped(lines.file, dropped[split])
+    return _make_report(settings, splits, findings, facts, dropped)
 
 
-def _judge_files(
-    splits: dict[str, _Lines], settings: DataSettings, tokenizer: Any | None
-) -> Iterator[Finding]:
-    lacks_template = tokenizer is not None and not has_chat_template(tokenizer)
-    files = [
-        {
-            "file": lines.file,
-            "line": None,
-            "split": split,
-            "folder": settings.data,
-            "is_present": lines.path is not None,
-            "lines": lines.frame.height,
-            "rows": int((~lines.frame["is_blank"]).sum()),
-            "batch_size": settings.batch_size,
-            "format": lines.format,
-            "mask_prompt": settings.mask_prompt,
-            "lacks_template": lacks_template and lines.format in ("chat", "completion"),
+def _dropped_lines(splits: Mapping[str, Lines], findings: list[Finding]) -> dict[str, Dropped]:
+    """What data_policy drops for its content; a line with an error is rejected, not dropped."""
+    return {
+        split: {
+            reason: numbers - _bad_lines(findings, lines.file)
+            for reason, numbers in lines.dropped.items()
         }
         for split, lines in splits.items()
-    ]
-    frame = pl.DataFrame(files, schema_overrides={"line": pl.Int32, "format": pl.String})
-    yield from judge(FileErrors, frame, "error")
-    yield from judge(FileWarnings, frame, "warning")
+    }
 
 
-def _tokenize_splits(
-    splits: dict[str, _Lines], settings: DataSettings, tokenizer: Any, findings: list[Finding]
-) -> dict[str, tuple[TokenizedSplit, TokenFacts]]:
-    tokenized = {}
-    for split, lines in splits.items():
-        if lines.path is not None and (lines.format == "text" or has_chat_template(tokenizer)):
-            skip = _bad_lines(findings, lines.file)
-            tokenized[split] = tokenize(
-                read_examples(lines.path, settings.features, skip),
-                tokenizer,
-                max_seq_length=settings.max_seq_length,
-                mask_prompt=settings.mask_prompt,
-            )
-    return tokenized
+def _sound_lines(
+    splits: Mapping[str, Lines],
+    findings: list[Finding],
+    dropped: Mapping[str, Dropped],
+    *,
+    has_template: bool,
+) -> dict[str, SoundLines]:
+    """What is tokenised: lines that are sound and stay, of splits that there is a way for."""
+    return {
+        split: SoundLines(
+            lines.source,
+            frozenset(_bad_lines(findings, lines.file)).union(*dropped[split].values()),
+        )
+        for split, lines in splits.items()
+        if lines.source is not None and (lines.format == "text" or has_template)
+    }
 
 
-def _judge_tokens(facts: TokenFacts, file: str, max_seq_length: int) -> Iterator[Finding]:
-    frame = token_frame(facts, file, max_seq_length)
+def _judge_tokens(facts: TokenFacts, file: str, settings: DataSettings) -> Iterator[Finding]:
+    frame = token_frame(facts, file, settings)
     yield from judge(TemplateErrors, problem_frame(facts, file), "error")
     yield from judge(TokenErrors, frame, "error")
     yield from judge(TokenWarnings, frame, "warning")
@@ -142,20 +149,27 @@ def _bad_lines(findings: list[Finding], file: str) -> set[int]:
     }
 
 
-def _write_report(
+def _make_report(
     settings: DataSettings,
-    splits: dict[str, _Lines],
+    splits: Mapping[str, Lines],
     findings: list[Finding],
-    tokenized: dict[str, tuple[TokenizedSplit, TokenFacts]],
+    facts: Mapping[str, TokenFacts],
+    dropped: Mapping[str, Dropped],
 ) -> DatasetReport:
     counted: dict[str, SplitStats] = {}
     for split, lines in splits.items():
-        if lines.path is not None:
+        if lines.source is not None:
             rejected = len(_bad_lines(findings, lines.file))
-            counted[split] = count_split(lines.file, lines.frame, rejected, lines.digest)
-            if split in tokenized:
-                counted[split] = replace(counted[split], tokens=count_tokens(*tokenized[split]))
-    infos = [info for stats in counted.values() for info in describe_split(stats)]
+            counted[split] = count_split(
+                lines.file, lines.frame, rejected, lines.digest, dropped[split]
+            )
+            if split in facts:
+                tokens = count_tokens(facts[split], settings)
+                counted[split] = replace(counted[split], tokens=tokens)
+    infos = [
+        info for stats in counted.values() for info in describe_split(stats, settings.batch_size)
+    ]
+    files = [lines.file for lines in splits.values()]
     digests = {split: stats.digest for split, stats in counted.items()}
     digest = sha256(canonical_json(digests)).hexdigest()
-    return DatasetReport(settings.data, digest, counted, in_order(findings + infos))
+    return DatasetReport(settings.place, digest, counted, in_order(findings + infos, files))

@@ -5,7 +5,7 @@ Holds numbers and sentences only; it reads no file and judges nothing.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from nested_core.errors import DatasetError
@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Lengths in tokens after truncation, and how many tokens are supervised."""
+    """Lengths in tokens after truncation, how many tokens are supervised, and what batches pad."""
 
     total: int
     p50: int
@@ -42,11 +42,13 @@ class TokenStats:
     supervised: int
     truncated_rows: int
     lost_tokens: int
+    padding_share: float
+    widths: int
 
 
 @dataclass(frozen=True)
 class SplitStats:
-    """One file counted: lines = blank + rejected + rows, and rows are what trains."""
+    """One file counted: lines = blank + rejected + dropped + rows, and rows are what trains."""
 
     file: str
     format: str | None
@@ -56,6 +58,7 @@ class SplitStats:
     rows: int
     roles: dict[str, int]
     digest: str
+    dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # lines by reason
     tokens: TokenStats | None = None
 
 
@@ -89,6 +92,22 @@ class DatasetReport:
             "counts": counts,
         }
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> DatasetReport:
+        """The report that `to_json` gave these values of."""
+        splits = {
+            split: SplitStats(
+                **stats
+                | {
+                    "dropped": {reason: tuple(ns) for reason, ns in stats["dropped"].items()},
+                    "tokens": None if stats["tokens"] is None else TokenStats(**stats["tokens"]),
+                }
+            )
+            for split, stats in values["splits"].items()
+        }
+        findings = tuple(Finding(**finding) for finding in values["findings"])
+        return cls(values["folder"], values["digest"], splits, findings)
+
     def raise_if_rejected(self) -> None:
         """Raise DatasetError, at most 14 lines, that names the first errors and counts the rest."""
         errors = self.errors
@@ -106,15 +125,15 @@ class DatasetReport:
         raise DatasetError("\n".join(lines))
 
 
-def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
-    """Errors, warnings, infos; in each train, valid, test; in each by line, else as they came."""
-    files = {f"{split}.jsonl": rank for rank, split in enumerate(("train", "valid", "test"))}
+def in_order(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
+    """Errors, warnings, infos; in each by file in this order, then by line."""
+    ranks = {file: rank for rank, file in enumerate(files)}
     return tuple(
         sorted(
             findings,
             key=lambda finding: (
                 _ORDER[finding.severity],
-                files.get(finding.file, len(files)),
+                ranks.get(finding.file, len(ranks)),
                 finding.line or 0,
             ),
         )

@@ -1,53 +1,63 @@
-"""The part of a configuration that decides what is read and how, and the files it points to.
-
-Only local folders; anything else is refused with the reason.
-"""
+"""The part of a configuration that decides what is read and how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from nested_core.config_data import DataPolicy, HubDataset
+from nested_core.data.encoding import Targets
 from nested_core.data.fields import Features
-from nested_core.errors import ConfigError
 
 SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The data-relevant keys of a configuration, with mlx-lm's names and defaults."""
+    """The data-relevant keys of a configuration, with their names and defaults there."""
 
     data: str
     batch_size: int = 4
     max_seq_length: int = 2048
     mask_prompt: bool = False
+    supervise: Literal["last", "all"] = "last"
     prompt_feature: str = "prompt"
     completion_feature: str = "completion"
     text_feature: str = "text"
     chat_feature: str = "messages"
+    hf_dataset: tuple[HubDataset, ...] = ()
+    trust_remote_code: bool = False
+    policy: DataPolicy = DataPolicy()
 
     @classmethod
     def from_config(cls, config: Any) -> DataSettings:
-        """Take the attributes of the same names from a larger configuration."""
-        return cls(**{setting.name: getattr(config, setting.name) for setting in fields(cls)})
+        """Take the attributes of the same names, training.supervise and data_policy."""
+        elsewhere = {"supervise": config.training.supervise, "policy": config.data_policy}
+        names = {setting.name for setting in fields(cls)} - elsewhere.keys()
+        return cls(**elsewhere, **{name: getattr(config, name) for name in names})
+
+    @property
+    def targets(self) -> Targets:
+        """What is learnt of each example."""
+        if self.supervise == "all":
+            return "all"
+        return "last" if self.mask_prompt else "whole"
 
     @property
     def features(self) -> Features:
-        """The JSON keys to read."""
+        """The JSON keys to read; those of hub's data sets are renamed to the default ones."""
+        if self.hf_dataset:
+            return Features()
         return Features(
             self.prompt_feature, self.completion_feature, self.text_feature, self.chat_feature
         )
 
-    def paths(self) -> dict[str, Path]:
-        """The files that exist, by split; raises ConfigError where there is no folder."""
-        folder = Path(self.data).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(
-                f"data: {self.data!r} is not a folder here; expected one with train.jsonl, and "
-                "best valid.jsonl and test.jsonl beside it. Data sets on the Hugging Face hub are "
-                "not read yet: download the set first and give its folder."
-            )
-        paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
-        return {split: path for split, path in paths.items() if path.is_file()}
+    @property
+    def json_keys(self) -> frozenset[str]:
+        """The columns of a table of texts whose cells hold JSON."""
+        return frozenset({self.chat_feature, "tools"})
+
+    @property
+    def place(self) -> str:
+        """Where the data comes from, for people."""
+        return ", ".join(entry.path for entry in self.hf_dataset) or self.data

@@ -10,13 +10,18 @@ from collections.abc import Iterator
 import numpy as np
 import polars as pl
 
+from nested_core.data.buckets import fill_buckets
+from nested_core.data.policy import Dropped
 from nested_core.data.report import Finding, SplitStats, TokenStats
-from nested_core.data.tokens import TokenFacts, TokenizedSplit
+from nested_core.data.settings import DataSettings
+from nested_core.data.tokenizing import TokenFacts
 
 _ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]"}
 
 
-def count_split(file: str, frame: pl.DataFrame, rejected: int, digest: str) -> SplitStats:
+def count_split(
+    file: str, frame: pl.DataFrame, rejected: int, digest: str, dropped: Dropped
+) -> SplitStats:
     """Count one file's frame; `rejected` is its number of lines with an error."""
     blank = int(frame["is_blank"].sum())
     formats = frame["file_format"].drop_nulls()
@@ -26,9 +31,10 @@ def count_split(file: str, frame: pl.DataFrame, rejected: int, digest: str) -> S
         lines=frame.height,
         blank=blank,
         rejected=rejected,
-        rows=frame.height - blank - rejected,
-        roles=_count_roles(frame["roles"]),
+        rows=frame.height - blank - rejected - sum(map(len, dropped.values())),
+        roles=_count_roles(frame["roles"].cast(pl.String)),
         digest=digest,
+        dropped={reason: tuple(sorted(lines)) for reason, lines in dropped.items()},
     )
 
 
@@ -39,26 +45,34 @@ def _count_roles(roles: pl.Series) -> dict[str, int]:
     return {role: count for role, count in counts.items() if count}
 
 
-def count_tokens(split: TokenizedSplit, facts: TokenFacts) -> TokenStats | None:
+def count_tokens(facts: TokenFacts, settings: DataSettings) -> TokenStats | None:
     """Lengths after truncation and what it cost; None for a split without examples."""
-    if not len(split):
+    if not len(facts.examples):
         return None
-    lengths, lost = split.lengths, np.asarray(facts.full_length) - np.asarray(facts.length)
+    lengths, lost = (
+        facts.examples["length"],
+        facts.examples["full_length"] - facts.examples["length"],
+    )
+    buckets = fill_buckets(lengths, settings.batch_size, settings.max_seq_length)
     p50, p95 = np.percentile(lengths, (50, 95), method="inverted_cdf")
     return TokenStats(
-        total=int(lengths.sum()),
+        total=int(lengths.sum(dtype=np.int64)),
         p50=int(p50),
         p95=int(p95),
         max=int(lengths.max()),
-        supervised=int(split.supervised_counts.sum()),
+        supervised=int(facts.examples["supervised"].sum(dtype=np.int64)),
         truncated_rows=int((lost > 0).sum()),
-        lost_tokens=int(lost.sum()),
+        lost_tokens=int(lost.sum(dtype=np.int64)),
+        padding_share=buckets.padding_share,
+        widths=len(buckets.widths),
     )
 
 
-def describe_split(stats: SplitStats) -> Iterator[Finding]:
-    """The counts as infos: rows, roles, tokens, supervised share and digest."""
+def describe_split(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
+    """The counts as infos: rows, roles, tokens, supervised and padding share, digest."""
     facts = {"rows": f"{stats.rows:,} {stats.format or ''} rows in {stats.lines:,} lines"}
+    if gone := sum(map(len, stats.dropped.values())):
+        facts["rows"] += f", {gone:,} dropped"
     if stats.format == "chat":
         facts["roles"] = ", ".join(f"{role} {count:,}" for role, count in stats.roles.items())
     if (tokens := stats.tokens) is not None:
@@ -66,6 +80,9 @@ def describe_split(stats: SplitStats) -> Iterator[Finding]:
         share = tokens.supervised / tokens.total
         facts["tokens"] = f"{tokens.total:,} in all; {lengths}"
         facts["supervised"] = f"{tokens.supervised:,} tokens, {share:.1%} of all"
+        widths = "one width" if tokens.widths == 1 else f"{tokens.widths} widths"
+        share = tokens.padding_share
+        facts["padding"] = f"{share:.1%} of batches of {batch_size}, which have {widths}"
     facts["digest"] = stats.digest
     for check, message in facts.items():
         yield Finding(stats.file, None, "info", check, message)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nested_core.config import FineTuneConfig
+from nested_core.config_data import DataPolicy
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
@@ -17,8 +18,9 @@ from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.held import HeldBase
 from nested_core.gate.verdict import GeneralLoss, Validation
-from nested_core.model import load_tokenizer
+from nested_core.model import tokenizer_source
 from nested_core.regular_files import regular_sha256
+from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
 
 LISTED_PROBLEMS = 3
@@ -75,7 +77,7 @@ def _held_out(
     config: FineTuneConfig, run: RunDirectory, names: Sequence[str]
 ) -> tuple[str, TokenizedSplit | None]:
     """The first of the splits that has examples."""
-    report, splits = load_dataset(DataSettings.from_config(config), load_tokenizer(config))
+    report, splits = load_run_data(config)
     refuse_other_data(run, report)
     filled = (name for name in names if name in splits and len(splits[name]))
     name = next(filled, names[0])
@@ -88,8 +90,15 @@ def _read_general(config: FineTuneConfig, path: Path) -> TokenizedSplit:
         raise ConfigError(f"gate.general_data: {path} is not a file; expected a .jsonl file.")
     with tempfile.TemporaryDirectory(prefix="nested-tune-general-") as folder:
         Path(folder, "test.jsonl").symlink_to(path.resolve())
-        settings = replace(DataSettings.from_config(config), data=folder, mask_prompt=False)
-        report, splits = load_dataset(settings, load_tokenizer(config))
+        settings = replace(
+            DataSettings.from_config(config),
+            data=folder,
+            hf_dataset=(),
+            mask_prompt=False,
+            supervise="last",
+            policy=DataPolicy(),
+        )
+        report, splits = load_dataset(settings, tokenizer_source(config))
     own = [each for each in report.findings if each.file == "test.jsonl"]
     problems = [
         f"line {each.line or 1}: {each.message}" for each in own if each.severity == "error"

@@ -4,22 +4,29 @@ Refuses what did not pass the gate and what has changed since; readers trust the
 """
 
 from nested_core.registry.auditing import AuditReport, audit
+from nested_core.registry.collection import Collection, collect
+from nested_core.registry.names import list_names
 from nested_core.registry.promotion import UNSET, Promotion, Unset, promote, rollback
-from nested_core.registry.reading import history, list_versions, read_champion
+from nested_core.registry.reading import history, list_versions, read_champion, read_changes, verify
 from nested_core.registry.registration import register
 from nested_core.registry.versions import Finding
 
 __all__ = [
     "UNSET",
     "AuditReport",
+    "Collection",
     "Finding",
     "Promotion",
     "Unset",
     "audit",
+    "collect",
     "history",
+    "list_names",
     "list_versions",
     "promote",
+    "read_changes",
     "read_champion",
     "register",
     "rollback",
+    "verify",
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nested_core.durable import TEMPORARY_PREFIX
 from nested_core.errors import NestedTuneError
+from nested_core.registry.kinds import kind_of
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.locking import shared
 from nested_core.registry.names import VERSIONS, locate
@@ -92,6 +93,20 @@ def _take_snapshot(folder: Path) -> Snapshot:
 
 
 def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[Finding]:
+    findings = _version_findings(folder, version, snapshot)
+    was_collected = kind_of(folder / VERSIONS / version) == "missing" and _is_collected(
+        folder, version
+    )
+    return [] if was_collected else findings
+
+
+def _is_collected(folder: Path, version: str) -> bool:
+    """Whether a gc removed it while the audit was reading."""
+    lines = [entry for entry in read_ledger(folder).entries if entry.version == version]
+    return bool(lines) and lines[-1].action == "collected"
+
+
+def _version_findings(folder: Path, version: str, snapshot: Snapshot) -> list[Finding]:
     place = folder / VERSIONS / version
     try:
         findings = version_findings(place, version, snapshot.ledger.manifests(version))

@@ -1,4 +1,4 @@
-"""history.jsonl: one line for each change of the champion, only ever appended to.
+"""history.jsonl: a line for each change of the champion and each version collected, append-only.
 
 A last line without its line end was cut short by a crash and was never promised: readers leave it
 out, and the next writer removes it. Any other unreadable line is damage.
@@ -18,12 +18,17 @@ from nested_core.errors import DamagedError
 from nested_core.registry.kinds import kind_of
 
 LEDGER_NAME = "history.jsonl"
-ACTIONS = ("promote", "rollback", "aborted")
+ACTIONS = ("promote", "rollback", "aborted", "collected")
+CHANGES = ("promote", "rollback")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of the history; an `aborted` one says that `previous` stayed the champion."""
+    """One line of the history.
+
+    `previous` is the champion before it, and after it too where the action is `aborted` (`version`
+    did not become the champion) or `collected` (`version` was removed).
+    """
 
     action: str
     version: str | None
@@ -36,7 +41,7 @@ class Entry:
     @property
     def champion_after(self) -> str | None:
         """The champion that this line leaves behind."""
-        return self.previous if self.action == "aborted" else self.version
+        return self.version if self.action in CHANGES else self.previous
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,12 @@ class Ledger:
         return self.entries[-1].champion_after if self.entries else None
 
     def changes(self) -> list[Entry]:
-        """The changes that took effect: every line but the aborted ones and what they aborted."""
+        """The changes that took effect: promotions and rollbacks but the aborted ones."""
         changes: list[Entry] = []
         for entry in self.entries:
-            if entry.action != "aborted":
+            if entry.action in CHANGES:
                 changes.append(entry)
-            elif changes and changes[-1].version == entry.version:
+            elif entry.action == "aborted" and changes and changes[-1].version == entry.version:
                 changes.pop()
         return changes
 
@@ -73,12 +78,24 @@ class Ledger:
         return barred
 
     def versions(self) -> set[str]:
-        """Every version that the history has seen as champion."""
-        return {change.version for change in self.changes() if change.version is not None}
+        """Every version that the history has seen as champion, and that was not collected since."""
+        standing = self._standing().keys()
+        return {v for change in self.changes() if (v := change.version) in standing}
 
     def manifests(self, version: str) -> set[str]:
-        """The manifest hashes that were recorded for `version`."""
-        return {e.manifest for e in self.entries if e.version == version and e.manifest}
+        """The manifest hashes that were recorded for `version` as it is there now."""
+        return self._standing().get(version, set())
+
+    def _standing(self) -> dict[str, set[str]]:
+        """The manifests by version, since it was last collected: it may be registered anew."""
+        manifests: dict[str, set[str]] = {}
+        for entry in self.entries:
+            if entry.version is not None and entry.action in CHANGES:
+                known = manifests.setdefault(entry.version, set())
+                known |= {entry.manifest} if entry.manifest is not None else set()
+            elif entry.version is not None and entry.action == "collected":
+                manifests.pop(entry.version, None)
+        return manifests
 
 
 def new_entry(action: str, version: str | None, previous: str | None, by: str) -> Entry:
@@ -95,8 +112,11 @@ def new_entry(action: str, version: str | None, previous: str | None, by: str) -
 def read_ledger(folder: Path) -> Ledger:
     """Read the history of `folder`; DamagedError names the first line that is not one."""
     path = folder / LEDGER_NAME
-    if kind_of(path) == "link":
+    kind = kind_of(path)
+    if kind == "link":
         raise DamagedError(f"{path} is a symbolic link; a registry has none but `champion`.")
+    if kind not in ("file", "missing"):
+        raise DamagedError(f"{path} is no regular file. Restore the history from a backup.")
     try:
         content = path.read_bytes()
     except FileNotFoundError:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 
 LOCK_NAME = ".lock"
 NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe in the lock's place would be waited for
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
 
 
@@ -24,11 +26,12 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold `folder` alone. ConfigError where it cannot be written or the disk knows no locks."""
     path = folder / LOCK_NAME
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o666)
     except OSError as error:
         raise _explain(error, path) from error
     try:
         _lock(descriptor, fcntl.LOCK_EX, path)
+        _look_anew(folder)
         yield
     finally:
         os.close(descriptor)
@@ -39,7 +42,7 @@ def shared(folder: Path) -> Iterator[None]:
     """Hold `folder` against writers while reading; without a lock file there, only read."""
     path = folder / LOCK_NAME
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | SAFELY)
     except (FileNotFoundError, PermissionError):
         descriptor = None
     except OSError as error:
@@ -47,13 +50,27 @@ def shared(folder: Path) -> Iterator[None]:
     try:
         if descriptor is not None:
             _lock(descriptor, fcntl.LOCK_SH, path)
+        _look_anew(folder)
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
+def _look_anew(folder: Path) -> None:
+    """See what other machines have changed in a folder on the network up to now.
+
+    An NFS client may answer from names that it saw up to a minute ago, the link's among them.
+    Opening a directory makes it ask the server (Linux: fs/nfs/dir.c, nfs_lookup_verify_inode).
+    """
+    for directory in (folder, folder / "versions"):
+        with suppress(FileNotFoundError):
+            os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+
+
 def _lock(descriptor: int, operation: int, path: Path) -> None:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise DamagedError(f"{path} is no regular file. Remove it: it holds nothing.")
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:
@@ -63,6 +80,10 @@ def _lock(descriptor: int, operation: int, path: Path) -> None:
 def _explain(error: OSError, path: Path) -> NestedTuneError | OSError:
     if error.errno == errno.ELOOP:
         return DamagedError(f"{path} is a symbolic link; a registry has none but `champion`.")
+    if error.errno == errno.EISDIR:
+        return DamagedError(
+            f"{path} is a directory. Remove it: it is the place of the lock's file."
+        )
     if error.errno in NOT_WRITABLE:
         return ConfigError(
             f"{path.parent} cannot be written ({error.strerror}). Expected a folder in which you "

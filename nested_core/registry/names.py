@@ -1,21 +1,21 @@
 """Where a NAME's folder is in a registry.
 
-Refuses names that are paths, that clash in case with another one, or that lead through a link.
+Refuses names that are paths, that a file system of another kind would take for something else (a
+clash in case, a dot at the end, a device of Windows), or that lead through a link.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 from pathlib import Path
 
+from nested_core.adapter_names import shorten, why_no_name
 from nested_core.durable import sync_path
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry.kinds import kind_of
 from nested_core.registry.locking import exclusive
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 VERSIONS = "versions"
 LISTED_NAMES = 5
 UNUSABLE_PATH = {
@@ -30,12 +30,10 @@ UNUSABLE_PATH = {
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError unless `name` is 1 to 64 letters, digits, `.`, `_` or `-`."""
-    if NAME_PATTERN.fullmatch(name) is None:
-        raise ConfigError(
-            f"{_shorten(name)} is not a name for an adapter. Expected 1 to 64 letters, digits, "
-            "'.', '_' or '-', of which the first is a letter or a digit, such as capitals-v2."
-        )
+    """Raise ConfigError unless `name` is 1 to 64 letters, digits, `.`, `_` or `-`, and portable."""
+    reason = why_no_name(name)
+    if reason is not None:
+        raise ConfigError(reason)
 
 
 def locate(registry: Path, name: str) -> Path:
@@ -52,6 +50,13 @@ def locate(registry: Path, name: str) -> Path:
     if kind_of(folder / VERSIONS) != "directory":
         raise ConfigError(_unknown_name(registry, name))
     return folder
+
+
+def list_names(registry: Path) -> list[str]:
+    """The names that a registry holds, in order; none where there is no registry yet."""
+    if kind_of(registry, follow_links=True) != "directory":
+        return []
+    return sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
 
 
 def create(registry: Path, name: str) -> Path:
@@ -73,7 +78,7 @@ def _make_usable(folder: Path) -> None:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"{_shorten(str(folder))} cannot be made a directory ({reason}). Expected a path at "
+            f"{shorten(str(folder))} cannot be made a directory ({reason}). Expected a path at "
             "which you may create directories; check registry.path or --registry."
         ) from error
 
@@ -106,13 +111,9 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _unknown_name(registry: Path, name: str) -> str:
-    known = sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
+    known = list_names(registry)
     listed = ", ".join(known[:LISTED_NAMES]) + (", ..." if len(known) > LISTED_NAMES else "")
     return (
         f"The registry {registry} has no adapter named {name!r}. It holds: {listed or 'nothing'}. "
         "Check the name, or promote a run under it first."
     )
-
-
-def _shorten(text: str, limit: int = 80) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "...")

@@ -8,11 +8,11 @@ from typing import Any
 
 from nested_core.errors import DamagedError
 from nested_core.registry.kinds import kind_of
-from nested_core.registry.ledger import read_ledger
+from nested_core.registry.ledger import Entry, read_ledger
 from nested_core.registry.locking import shared
 from nested_core.registry.names import VERSIONS, locate
 from nested_core.registry.pointer import LINK_NAME, read_link
-from nested_core.registry.versions import registered_versions
+from nested_core.registry.versions import registered_versions, verify_version
 
 
 def read_champion(registry: Path, name: str) -> str | None:
@@ -34,6 +34,21 @@ def read_champion(registry: Path, name: str) -> str | None:
 def list_versions(registry: Path, name: str) -> list[str]:
     """Every registered version, in the order of the digests."""
     return registered_versions(locate(registry, name))
+
+
+def read_changes(registry: Path, name: str) -> list[Entry]:
+    """Every change of the champion that took effect, oldest first."""
+    folder = locate(registry, name)
+    with shared(folder):
+        return read_ledger(folder).changes()
+
+
+def verify(registry: Path, name: str, version: str) -> None:
+    """Re-hash one version; DamagedError where it is not what was registered."""
+    folder = locate(registry, name)
+    with shared(folder):
+        recorded = read_ledger(folder).manifests(version)
+    verify_version(folder / VERSIONS / version, version, recorded)
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:

@@ -6,18 +6,26 @@ Refuses an adapter that the gate did not pass, and one that is not what the gate
 from __future__ import annotations
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.durable import new_directory, write_json
+from nested_core.errors import DamagedError
 from nested_core.manifest import write_manifest
 from nested_core.registry.kinds import kind_of
 from nested_core.registry.locking import exclusive
 from nested_core.registry.names import VERSIONS, check_name, create
 from nested_core.registry.settling import settle
 from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
-from nested_core.registry.versions import FILES, PROVENANCE_NAME, verify_version, version_facts
+from nested_core.registry.versions import (
+    FILES,
+    PROVENANCE_NAME,
+    REGISTERED_AT,
+    verify_version,
+    version_facts,
+)
 
 ADAPTER_NAME = "adapter"
 READ_ONLY = 0o444
@@ -26,7 +34,8 @@ READ_ONLY = 0o444
 def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any]) -> str:
     """Add the adapter of a finished run as a version of `name`; return the version (its digest).
 
-    An adapter that is there already and sound stays as it is, with its first gate and provenance.
+    The provenance is recorded with the time. An adapter that is there already and sound stays as it
+    is, with its first gate and provenance.
     Raises ConfigError for a run without a verdict or a bad name, GateRejected where the verdict is
     not "passed", DamagedError where adapter, verdict or the version already there do not agree.
     """
@@ -49,16 +58,27 @@ def _judged_digest(run_dir: Path) -> str:
     path = run_dir / GATE_NAME
     gate = read_gate(path)
     require_passed(gate, path)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        _require_regular(run_dir / ADAPTER_NAME / name)
     digest = read_adapter(run_dir / ADAPTER_NAME).digest()
     require_digest(gate, digest, path)
     return digest
+
+
+def _require_regular(path: Path) -> None:
+    kind = kind_of(path)
+    if kind not in ("file", "missing"):  # read_adapter says which file is missing
+        raise DamagedError(
+            f"{path} is not a regular file: a version is a copy of files that the run itself wrote."
+        )
 
 
 def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]) -> None:
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         shutil.copyfile(run_dir / ADAPTER_NAME / name, folder / name)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
-    write_json(folder / PROVENANCE_NAME, provenance)
+    registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
+    write_json(folder / PROVENANCE_NAME, provenance | {REGISTERED_AT: registered_at})
     write_manifest(folder, version_facts(version))
     for name in FILES:
         (folder / name).chmod(READ_ONLY)

@@ -11,6 +11,7 @@ from pathlib import Path
 from nested_core.durable import mend_leftovers
 from nested_core.errors import DamagedError
 from nested_core.registry.ledger import (
+    CHANGES,
     LEDGER_NAME,
     Entry,
     Ledger,
@@ -83,7 +84,7 @@ def _missing_entry(folder: Path, ledger: Ledger, champion: str | None) -> Entry:
     if ledger.champion == champion:
         return new_entry("aborted", prepared, champion, SETTLED_BY)
     last = ledger.entries[-1]
-    was_begun = last.action != "aborted" and last.previous == champion
+    was_begun = last.action in CHANGES and last.previous == champion
     if was_begun and (prepared is not None or not ledger.torn):
         return new_entry("aborted", last.version, champion, SETTLED_BY)
     action = "rollback" if ledger.torn.startswith(ROLLBACK_LINE) else "promote"

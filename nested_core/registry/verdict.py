@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.registry.kinds import kind_of
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024
@@ -19,6 +20,8 @@ LISTED_REASONS = 5
 def read_gate(path: Path) -> dict[str, Any]:
     """Read gate.json. ConfigError where there is none, DamagedError where it is no verdict."""
     try:
+        if kind_of(path, follow_links=True) in ("directory", "other"):
+            raise DamagedError(f"{path} is no regular file, and so no verdict.")
         if path.stat().st_size > MAX_GATE_BYTES:
             raise DamagedError(f"{path} is larger than {MAX_GATE_BYTES} bytes.")
         gate = json.loads(path.read_bytes(), object_pairs_hook=_object_without_duplicates)

@@ -23,6 +23,7 @@ from nested_core.registry.names import VERSIONS
 from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
 
 PROVENANCE_NAME = "provenance.json"
+REGISTERED_AT = "registered_at"
 CONTENT = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
 FILES = (*CONTENT, MANIFEST_NAME)
 VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")
@@ -103,6 +104,8 @@ def _listing_findings(folder: Path) -> Iterator[Finding]:
             yield Finding(folder / name, "missing")
         elif kind_of(folder / name) != "file":
             yield Finding(folder / name, "not a regular file")
+        elif (links := (folder / name).stat().st_nlink) > 1:
+            yield Finding(folder / name, f"has {links} names: through another it can be changed")
     for name in sorted(present - set(FILES)):
         yield Finding(folder / name, "does not belong to the version")
 

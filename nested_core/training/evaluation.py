@@ -49,10 +49,10 @@ class Evaluator:
         total, count = mx.array(0.0), mx.array(0)
         try:
             with borrowed(self._slots):
-                for tokens, bounds in batches:
+                for tokens, mask in batches:
                     if self._is_cut():
                         raise EvaluationCut
-                    loss, supervised = self._compiled(params, mx.array(tokens), mx.array(bounds))
+                    loss, supervised = self._compiled(params, mx.array(tokens), mx.array(mask))
                     total = total + self._rule.weighted(loss, supervised)
                     count = count + supervised
                     mx.eval(total, count)
@@ -78,9 +78,9 @@ class Evaluator:
         prompts = [list(map(int, prompt)) for prompt in self._prompts]
         return {"prompts": prompts, "columns": columns, "values": values}
 
-    def _sums(self, params: Flat, tokens: mx.array, bounds: mx.array) -> tuple[mx.array, mx.array]:
+    def _sums(self, params: Flat, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, params)
-        return self._rule.function(self._model, tokens, bounds)
+        return self._rule.function(self._model, tokens, mask)
 
 
 def _last_logits(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -32,22 +32,22 @@ class LossRule:
         return loss * tokens if self.is_mean else loss
 
 
-def supervised_loss(model: Any, tokens: mx.array, bounds: mx.array) -> tuple[mx.array, mx.array]:
+def supervised_loss(
+    model: Any, tokens: mx.array, supervised: mx.array
+) -> tuple[mx.array, mx.array]:
     """Sum of the cross-entropy over supervised tokens, and their number; a pad never counts.
 
     Args:
         model: inputs of shape (batch, length) to logits (batch, length, vocabulary), or a tuple
             that starts with them.
         tokens: (batch, length + 1) int32; token t + 1 is predicted from tokens up to t.
-        bounds: (batch, 2) int32; tokens [from, to) of a row are supervised; empty row: (0, 0).
+        supervised: (batch, length) bool, about the targets: tokens 1, 2, ... of each row.
 
     Returns:
         Both as scalars: float32 sum in nats, int32 count.
     """
     outputs = model(tokens[:, :-1])
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    positions = mx.arange(1, tokens.shape[1])
-    supervised = (positions >= bounds[:, :1]) & (positions < bounds[:, 1:])
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
     return (losses * supervised).sum(), supervised.sum()
 

@@ -25,9 +25,9 @@ def parameter_importance(
     params = read_slots(slots)
     plan = plan_batches(config, split)
 
-    def mean_loss(values: Flat, tokens: mx.array, bounds: mx.array) -> mx.array:
+    def mean_loss(values: Flat, tokens: mx.array, mask: mx.array) -> mx.array:
         put(slots, values)
-        loss, count = supervised_loss(model, tokens, bounds)
+        loss, count = supervised_loss(model, tokens, mask)
         return loss / count
 
     totals = {name: 0.0 for name in params}
@@ -35,8 +35,8 @@ def parameter_importance(
     model.eval()
     with borrowed(slots):
         for index in range(config.nested.probe_batches):
-            tokens, bounds = plan.arrays(split, index)
-            gradients = mx.grad(mean_loss)(params, mx.array(tokens), mx.array(bounds))
+            tokens, mask = plan.arrays(split, index)
+            gradients = mx.grad(mean_loss)(params, mx.array(tokens), mx.array(mask))
             for name, gradient in gradients.items():
                 totals[name] += to_float(mx.square(gradient).sum())
     model.train(was_training)

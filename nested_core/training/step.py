@@ -22,7 +22,7 @@ from nested_core.tiers import TierMap
 from nested_core.training.losses import LossRule
 
 Flat = dict[str, mx.array]
-MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
+MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens; what the loss masks by
 Sums = dict[str, mx.array]
 
 
@@ -66,9 +66,9 @@ class TrainStep:
         micro: list[Sums] = []
         carried, updates = None, {}
         with borrowed(self._slots):
-            for index, (tokens, bounds) in enumerate(batches):
+            for index, (tokens, mask) in enumerate(batches):
                 is_last = complete and index == len(batches) - 1
-                batch = mx.array(tokens), mx.array(bounds)
+                batch = mx.array(tokens), mx.array(mask)
                 sums, carried, updates = step(params, carried, *batch, is_last)
                 micro.append(sums)
         return StepResult(micro, updates)
@@ -77,11 +77,11 @@ class TrainStep:
         names = frozenset[str]().union(*(self._tiers.names(tier) for tier in due))
 
         def step(
-            params: Flat, carried: Any, tokens: mx.array, bounds: mx.array, is_last: bool
+            params: Flat, carried: Any, tokens: mx.array, mask: mx.array, is_last: bool
         ) -> tuple[Sums, Any, Flat]:
             wanted = {name: value for name, value in params.items() if name in names}
             put(self._slots, params)
-            (loss, count), gradients = mx.value_and_grad(self._loss)(wanted, tokens, bounds)
+            (loss, count), gradients = mx.value_and_grad(self._loss)(wanted, tokens, mask)
             weight = self._rule.weight(count)
             micro = {"loss": loss, "weight": weight, "tokens": count}
             if carried is not None:
@@ -93,9 +93,9 @@ class TrainStep:
 
         return mx.compile(step, inputs=self._captured, outputs=self._captured)
 
-    def _loss(self, wanted: Flat, tokens: mx.array, bounds: mx.array) -> tuple[mx.array, mx.array]:
+    def _loss(self, wanted: Flat, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, wanted)
-        return self._rule.function(self._model, tokens, bounds)
+        return self._rule.function(self._model, tokens, mask)
 
     def _apply(self, gradients: Flat, weight: mx.array, wanted: Flat) -> Flat:
         mean = {name: g / weight.astype(g.dtype) for name, g in gradients.items()}

@@ -10,15 +10,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from nested_core import ConfigError, FineTuneConfig, GateRejected, read_adapter
+from nested_core import ConfigError, DamagedError, FineTuneConfig, GateRejected, read_adapter
 from nested_core.adapters import write_adapter
+from nested_core.continual import champion_or_none
 from nested_core.durable import file_sha256
-from nested_core.publishing import (
-    champion_or_none,
-    promote_by_policy,
-    provenance,
-    register_run,
-)
+from nested_core.policy import promote_by_policy
+from nested_core.publishing import provenance, register_run
 from nested_core.registry import Promotion, promote, read_champion
 from nested_core.run_directory import RunDirectory
 
@@ -32,7 +29,12 @@ def make_run(tmp_path: Path) -> MakeRun:
     """Write a finished run whose adapter depends on `value`, by hand."""
 
     def make(
-        value: float, *, loss: float | None = 1.0, data: str = "d1", verdict: str = "passed"
+        value: float,
+        *,
+        loss: float | None = 1.0,
+        data: str = "d1",
+        verdict: str = "passed",
+        initial_digest: str = "0" * 64,
     ) -> RunDirectory:
         run = RunDirectory(tmp_path / f"run-{value}")
         run.adapter.mkdir(parents=True)
@@ -41,9 +43,10 @@ def make_run(tmp_path: Path) -> MakeRun:
         losses = {"loss_before": 4.0, "loss_after": loss, "selected_on_same_data": True}
         validation = None if loss is None else losses
         trained = {"path": "adapter", "digest": read_adapter(run.adapter).digest()}
-        gate: Any = {"verdict": verdict, "reasons": []}
+        initial = {"path": "initial", "digest": initial_digest}
+        gate: Any = {"verdict": verdict, "reasons": [], "initial": initial}
         run.gate.write_text(json.dumps(gate | {"trained": trained, "validation": validation}))
-        dataset = {"digest": data, "splits": {"valid": {"digest": data}}}
+        dataset = {"digest": data, "splits": {n: {"digest": data} for n in ("train", "valid")}}
         run.dataset.write_text(json.dumps(dataset))
         return run
 
@@ -68,7 +71,8 @@ def publish(configure: Configure) -> Callable[..., Promotion | str]:
     def publish(run: RunDirectory, **section: Any) -> Promotion | str:
         config = configure(**section)
         champion = champion_or_none(Path(str(config.registry.path)), NAME)
-        return promote_by_policy(config, run, register_run(config, run), champion)
+        version = register_run(config, run, champion)
+        return promote_by_policy(config.registry, version, champion)
 
     return publish
 
@@ -82,32 +86,40 @@ class TestRegister:
         self, make_run: MakeRun, configure: Configure, tmp_path: Path
     ) -> None:
         config, first, second = configure(), make_run(1.0), make_run(2.0, data="d2")
-        parent = register_run(config, first)
+        parent = register_run(config, first, None)
         promote(tmp_path / "registry", NAME, parent, by="ann")
-        version = register_run(config, second)
+        version = register_run(config, second, parent)
         folder = tmp_path / "registry" / NAME / "versions" / version
         written = json.loads((folder / "provenance.json").read_text())
         assert version == read_adapter(second.adapter).digest()
-        assert written == json.loads(json.dumps(provenance(config, second)))
+        assert written.items() >= json.loads(json.dumps(provenance(config, second, parent))).items()
         assert written["run_dir"] == str(second.path)
         assert (written["dataset_digest"], written["parent"]) == ("d2", parent)
         assert written["gate_sha256"] == file_sha256(second.gate)
         assert written["config"]["registry"]["name"] == NAME
         assert written["packages"]["mlx"].startswith("0.")
 
+    def test_the_time_in_steps_is_recorded(self, make_run: MakeRun, configure: Configure) -> None:
+        run = make_run(1.0)
+        reports = [(10, 5.0), (20, 2.0)]
+        lines = [{"iteration": i, "iterations_per_second": speed} for i, speed in reports]
+        lines.insert(0, {"iteration": 0, "val_loss": 3.0})
+        run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert provenance(configure(), run, None)["training_seconds"] == 2.0 + 5.0
+
     def test_a_first_version_has_no_parent(self, make_run: MakeRun, configure: Configure) -> None:
-        assert provenance(configure(), make_run(1.0))["parent"] is None
+        assert provenance(configure(), make_run(1.0), None)["parent"] is None
 
     def test_a_rejected_run_is_not_registered(
         self, make_run: MakeRun, configure: Configure, tmp_path: Path
     ) -> None:
         with pytest.raises(GateRejected):
-            register_run(configure(), make_run(1.0, verdict="failed"))
+            register_run(configure(), make_run(1.0, verdict="failed"), None)
         assert not (tmp_path / "registry").exists()
 
     def test_without_a_registry_it_says_what_is_needed(self, make_run: MakeRun) -> None:
         with pytest.raises(ConfigError, match="registry: path and name are needed to register"):
-            register_run(FineTuneConfig(), make_run(1.0))
+            register_run(FineTuneConfig(), make_run(1.0), None)
 
 
 class TestPolicy:
@@ -167,10 +179,10 @@ class TestPolicy:
         self, make_run: MakeRun, configure: Configure, publish: Any, tmp_path: Path
     ) -> None:
         config, late = configure(promote="always"), make_run(2.0)
-        version = register_run(config, late)
+        version = register_run(config, late, None)
         publish(make_run(1.0), promote="always")
         champion = read_champion(tmp_path / "registry", NAME)
-        result = promote_by_policy(config, late, version, None)
+        result = promote_by_policy(config.registry, version, None)
         assert result == Promotion("superseded", version, champion)
         assert read_champion(tmp_path / "registry", NAME) == champion
 
@@ -180,3 +192,31 @@ class TestPolicy:
         run = make_run(1.0)
         publish(run, promote="always")
         assert outcome(publish(run, promote="always")) == "already_champion"
+
+    def test_approve_leaves_it_to_a_person(self, make_run: MakeRun, publish: Any) -> None:
+        run = make_run(1.0)
+        version = read_adapter(run.adapter).digest()
+        assert publish(run, promote="approve") == (
+            f"waiting for approval of {version[:12]}: registry.promote is approve"
+        )
+
+    @pytest.mark.parametrize(
+        ("loss", "expected"),
+        [(3.9, "promoted"), (4.0, "validation loss 4.0 is not better than the champion's 4.0")],
+    )
+    def test_a_version_trained_from_the_champion_brings_its_loss_on_the_same_examples(
+        self, make_run: MakeRun, publish: Any, loss: float, expected: str
+    ) -> None:
+        champion = publish(make_run(1.0, loss=1.0), promote="better").version
+        run = make_run(2.0, loss=loss, data="d2", initial_digest=champion)
+        assert outcome(publish(run, promote="better")) == expected
+
+    def test_a_champion_that_was_changed_is_compared_with_no_more(
+        self, make_run: MakeRun, publish: Any, tmp_path: Path
+    ) -> None:
+        champion = publish(make_run(1.0, loss=1.0), promote="better").version
+        path = tmp_path / "registry" / NAME / "versions" / champion / "gate.json"
+        path.chmod(0o644)
+        path.write_text(path.read_text().replace("1.0", "9.0"))
+        with pytest.raises(DamagedError, match="gate.json: has changed"):
+            publish(make_run(2.0, loss=2.0), promote="better")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def story(folder: Path) -> dict[str, Ended]:
         "history": command("history", NAME, "--json"),
         "table": command("history", NAME),
         "audit": command("audit", NAME, "--json"),
+        "gc": command("gc", NAME, "--keep", 0, "--json"),
+        "export": command("export-mlflow", NAME),
+        "gc again": command("gc", NAME, "--keep", 0, "--dry-run"),
     }
 
 
@@ -101,6 +105,20 @@ def test_history_tells_every_change_oldest_first(
 def test_audit_of_a_sound_registry_finds_nothing(story: dict[str, Ended]) -> None:
     assert story["audit"].code == 0
     assert list(story["audit"].document["findings"]) == []
+
+
+def test_gc_of_two_versions_in_use_removes_nothing(
+    story: dict[str, Ended], versions: tuple[str, str]
+) -> None:
+    document = story["gc"].document
+    assert (document["collected"], document["kept"]) == ([], sorted(versions))
+    assert story["gc again"].stdout.startswith("would remove 0 versions (0.0 MB), kept 2")
+
+
+@pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")
+def test_export_without_mlflow_says_what_to_install(story: dict[str, Ended]) -> None:
+    assert story["export"].code == 2
+    assert "nested-tune[mlflow]" in story["export"].message()
 
 
 def test_a_version_that_was_changed_is_damage_for_every_command(

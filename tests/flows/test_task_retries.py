@@ -12,14 +12,17 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from nested_core import pipeline
+from nested_core import registry as core
+from nested_core.config_publishing import RegistrySection
 from nested_core.run_directory import RunDirectory
 from tasks.gate import gate
 from tasks.load import load
-from tasks.promote import promote
+from tasks.promote import promote, promote_recorded
 from tasks.register import register
 from tasks.retrying import retry_on_passing_error
 from tasks.train import train
 from tasks.validate import validate
+from tests.core.registry.conftest import write_run
 from tests.example import Finished, example_config, train_example
 from tests.flows.conftest import task_runs
 
@@ -60,7 +63,6 @@ CASES: dict[str, tuple[Any, Callable[[RunDirectory], Path], int]] = {
     "validate": (validate, lambda run: run.dataset, 3),
     "train": (train, lambda run: run.result, 3),
     "register": (register, lambda run: run.dataset, 4),
-    "promote": (promote, lambda run: run.gate, 4),
     "gate": (gate, lambda run: run.gate, 1),
 }
 
@@ -73,9 +75,24 @@ def test_an_io_error_that_may_pass_is_tried_again_as_the_table_says(
     target = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "always"}
     config = example_config(iters=4, val_batches=0, registry=target)
     directory_in_place_of(place(run))
-    more = ["0" * 64, None] if name == "promote" else []
+    more = [None] if name == "register" else []
     state, count = tries(task, config, run.path, *more)
     assert count == expected
+    with pytest.raises(IsADirectoryError):
+        state.result()
+
+
+@pytest.mark.parametrize("task", [promote, promote_recorded])
+def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
+    tmp_path: Path, task: Any
+) -> None:
+    registry = tmp_path / "registry"
+    version = core.register(write_run(tmp_path / "run", 1), registry, "capitals", {})
+    directory_in_place_of(registry / "capitals" / "versions" / version / "gate.json")
+    section = RegistrySection(path=str(registry), name="capitals", promote="always")
+    given = (section, version, None) if task is promote else (registry, "capitals", version)
+    state, count = tries(task, *given)
+    assert count == 4
     with pytest.raises(IsADirectoryError):
         state.result()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from nested_core.tokenizer import TokenizerSource
 
 TEMPLATE = (
     "{% if tools %}<|tools|>{{ tools | tojson }}<|end|>{% endif %}"
@@ -19,10 +22,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|tools|>"]
+_FOLDERS = tempfile.TemporaryDirectory(prefix="tokenizers-")
+atexit.register(_FOLDERS.cleanup)
 WriteData = Callable[..., Path]
 
 
-def build_tokenizer(template: str | None) -> TokenizerWrapper:
+def build_tokenizer(template: str | None) -> TokenizerSource:
+    """A tokenizer of our own in a folder, as a model's folder holds one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,16 +43,19 @@ def build_tokenizer(template: str | None) -> TokenizerWrapper:
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template
     )
-    return TokenizerWrapper(wrapped)
+    folder = tempfile.mkdtemp(dir=_FOLDERS.name)
+    wrapped.save_pretrained(folder)
+    Path(folder, "config.json").write_text("{}")
+    return TokenizerSource(folder)
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> TokenizerWrapper:
+def tokenizer() -> TokenizerSource:
     return build_tokenizer(TEMPLATE)
 
 
 @pytest.fixture(scope="session")
-def bare_tokenizer() -> TokenizerWrapper:
+def bare_tokenizer() -> TokenizerSource:
     return build_tokenizer(None)
 
 

@@ -6,18 +6,22 @@ import hashlib
 import os
 import subprocess
 import sys
+from itertools import combinations
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_lm.tuner.datasets import CacheDataset
 
+from benchmarks import padding
+from benchmarks.padding import skewed_lengths
 from nested_core.data.batches import (
     BatchPlan,
     batch_arrays,
-    bucket_widths,
     evaluation_batches,
 )
+from nested_core.data.buckets import MAX_WIDTHS, choose_widths, fill_buckets
 from nested_core.data.tokens import TokenizedSplit
 
 lengths_lists = st.lists(st.integers(1, 700), min_size=1, max_size=60)
@@ -25,11 +29,14 @@ batch_sizes = st.integers(1, 9)
 seeds = st.integers(0, 2**32)
 
 
-def split_of(lengths: list[int], supervised_from: int = 0) -> TokenizedSplit:
+def split_of(lengths: list[int], learnt: list[bool] | None = None) -> TokenizedSplit:
     """Examples whose tokens are 1, 2, 3, ... through all of them, never the pad token 0."""
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(1, starts[-1] + 1, dtype=np.int32)
-    return TokenizedSplit(tokens, starts, np.full(len(lengths), supervised_from, np.int32))
+    supervised = np.resize([True] if learnt is None else learnt, len(tokens))
+    supervised[starts[:-1]] = False
+    lines = np.arange(1, len(lengths) + 1, dtype=np.int32)
+    return TokenizedSplit(tokens, supervised, starts, lines)
 
 
 @given(lengths_lists, batch_sizes, seeds, st.integers(0, 5))
@@ -52,46 +59,83 @@ def test_shapes_come_from_the_fixed_set_and_hold_every_token(
     plan = BatchPlan(split.lengths, batch_size, seed, max_seq_length=700)
     seen = 0
     for index in range(plan.batches_per_epoch):
-        tokens, bounds = plan.arrays(split, index)
+        tokens, supervised = plan.arrays(split, index)
         assert tokens.shape[0] == batch_size
         assert tokens.shape[1] - 1 in plan.widths
         assert tokens.shape[1] - 1 <= 700
         assert tokens.dtype == np.int32
-        assert bounds.dtype == np.int32
+        assert supervised.dtype == np.bool_
+        assert supervised.shape == (batch_size, tokens.shape[1] - 1)
         seen += int(tokens.astype(np.int64).sum())
     assert seen == int(split.tokens.astype(np.int64).sum())
 
 
-@given(lengths_lists, batch_sizes, seeds, st.integers(0, 20))
-def test_bounds_select_the_supervised_targets_and_never_a_pad_token(
-    lengths: list[int], batch_size: int, seed: int, supervised_from: int
+@given(lengths_lists, batch_sizes, seeds, st.lists(st.booleans(), min_size=1, max_size=90))
+def test_the_mask_selects_the_supervised_targets_and_never_a_pad_token(
+    lengths: list[int], batch_size: int, seed: int, learnt: list[bool]
 ) -> None:
-    split = split_of(lengths, supervised_from)
+    split = split_of(lengths, learnt)
     plan = BatchPlan(split.lengths, batch_size, seed)
-    expected = np.concatenate(
-        [split.example(row)[max(1, supervised_from) :] for row in range(len(split))]
-    )
+    expected = split.tokens[split.supervised]
     found = []
     for index in range(plan.batches_per_epoch):
-        tokens, bounds = plan.arrays(split, index)
-        position = np.arange(1, tokens.shape[1])
-        mask = (position >= bounds[:, :1]) & (position < bounds[:, 1:])
-        found.append(tokens[:, 1:][mask])
+        tokens, supervised = plan.arrays(split, index)
+        found.append(tokens[:, 1:][supervised])
     assert sorted(np.concatenate(found)) == sorted(expected)
-    assert sum(map(len, found)) == split.supervised_counts.sum()
 
 
-@given(st.integers(2, 40_000))
-def test_a_width_holds_its_inputs_and_wastes_little(length: int) -> None:
-    width = int(bucket_widths([length])[0])
-    assert length - 1 <= width <= max(4, length - 1 + max(3, (length - 1) // 8))
-    assert width % 4 == 0
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=7, unique=True),
+    st.lists(st.integers(1, 9), min_size=7, max_size=7),
+    st.floats(0.3, 1.0),
+)
+def test_no_other_choice_of_so_many_widths_pads_less(
+    widths: list[int], counts: list[int], share: float
+) -> None:
+    needed, batches = np.sort(np.array(widths)) * 4, np.array(counts[: len(widths)])
+    found = choose_widths(needed, batches, share * float(needed @ batches))
+
+    def padded(chosen: tuple[int, ...]) -> int:
+        return int(np.array(chosen)[np.searchsorted(chosen, needed)] @ batches)
+
+    others = combinations(needed[:-1].tolist(), len(found) - 1)
+    assert padded(tuple(found)) == min(padded((*other, needed[-1])) for other in others)
 
 
-def test_there_are_few_widths() -> None:
-    assert len(np.unique(bucket_widths(np.arange(1, 2049)))) == 8 + 8 + 5 * 8
-    assert bucket_widths([2048, 100], 2048).tolist() == [2048, 104]
-    assert bucket_widths([100], 100).tolist() == [100]
+@given(lengths_lists, batch_sizes)
+def test_a_bucket_holds_whole_batches_and_every_row_fits_into_its_width(
+    lengths: list[int], batch_size: int
+) -> None:
+    buckets = fill_buckets(lengths, batch_size)
+    assert sorted(buckets.rows) == list(range(len(lengths)))
+    assert (buckets.starts[:-1] % batch_size == 0).all()
+    assert (np.diff(buckets.widths) < 0).all()
+    for place, row in enumerate(buckets.rows):
+        assert lengths[row] - 1 <= buckets.width_at(place)
+    batches = range(0, len(lengths), batch_size)
+    positions = batch_size * sum(buckets.width_at(start) for start in batches)
+    assert buckets.padding_share == 1 - (sum(lengths) - len(lengths)) / positions
+
+
+def test_widths_are_few_round_where_long_and_no_wider_than_allowed() -> None:
+    every = np.repeat(np.arange(1, 2049), 10)
+    buckets = fill_buckets(every, 8, 2048)
+    assert len(buckets.widths) <= MAX_WIDTHS
+    assert (buckets.widths[buckets.widths > 1024] % 16 == 0).all()
+    assert fill_buckets([2048, 1030, 300, 100], 1, 2048).widths.tolist() == [2048, 1040, 300, 99]
+    assert fill_buckets([2048], 1, 2040).widths.tolist() == [2040]
+    assert fill_buckets([20] * 64, 4).widths.tolist() == [19]
+
+
+@pytest.mark.parametrize(("rows", "theirs"), [(2_000, 0.6), (20_000, 0.6)])
+def test_padding_of_skewed_lengths_is_at_most_three_per_cent(rows: int, theirs: float) -> None:
+    lengths = skewed_lengths(rows)
+    found = padding.ours(lengths)
+    assert found.share <= 0.03
+    assert found.shapes <= MAX_WIDTHS
+    expected = fill_buckets(lengths, padding.BATCH_SIZE, padding.MAX_SEQ_LENGTH).padding_share
+    assert found.share == pytest.approx(expected, abs=1e-12)
+    assert padding.theirs(CacheDataset(padding._Examples(lengths))).share > theirs
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
@@ -134,14 +178,6 @@ def test_the_same_index_gives_the_same_batch_in_a_fresh_process() -> None:
     assert done.stdout.strip() == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_examples_of_like_length_train_together() -> None:
-    lengths = np.random.default_rng(1).lognormal(5, 0.8, 4000).clip(2, 2048).astype(int)
-    plan = BatchPlan(lengths, 8, 0, max_seq_length=2048)
-    width = sum(8 * plan.batch(index).width for index in range(plan.batches_per_epoch))
-    padding = 1 - (lengths - 1).sum() / width
-    assert padding < 0.06
-
-
 @given(lengths_lists, batch_sizes)
 def test_evaluation_uses_every_row_in_order_of_length(lengths: list[int], batch_size: int) -> None:
     split = split_of(lengths)
@@ -150,9 +186,9 @@ def test_evaluation_uses_every_row_in_order_of_length(lengths: list[int], batch_
     assert sorted(rows) == list(range(len(lengths)))
     assert (np.diff(split.lengths[rows]) <= 0).all()
     for batch in batches:
-        tokens, bounds = batch_arrays(split, batch, batch_size)
+        tokens, supervised = batch_arrays(split, batch, batch_size)
         assert tokens.shape == (batch_size, batch.width + 1)
-        assert (bounds[len(batch.rows) :] == 0).all()
+        assert not supervised[len(batch.rows) :].any()
 
 
 @given(lengths_lists, batch_sizes, st.integers(0, 30))

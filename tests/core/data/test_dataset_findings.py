@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.errors import ConfigError
+from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 Found = tuple[str, int | None, str]
@@ -26,7 +26,7 @@ TEXTS = [{"text": f"{place} is in {place}land."} for place in "ABCD"]
 
 
 def found_in(
-    folder: Any, severity: str = "error", tokenizer: TokenizerWrapper | None = None, **settings: Any
+    folder: Any, severity: str = "error", tokenizer: TokenizerSource | None = None, **settings: Any
 ) -> list[Found]:
     report, _ = load_dataset(DataSettings(str(folder), **settings), tokenizer)
     findings = [finding for finding in report.findings if finding.severity == severity]
@@ -34,7 +34,7 @@ def found_in(
 
 
 def test_a_sound_data_set_gives_no_error_and_no_warning(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     folder = write_data(train=GOOD, valid=HELD_OUT, test=[chat("Where is Y?", "In Yland.")])
     assert found_in(folder, tokenizer=tokenizer, mask_prompt=True) == []
@@ -145,7 +145,7 @@ def test_a_doubtful_line_is_named(name: str, write_data: WriteData) -> None:
 
 
 def test_an_example_cut_before_its_answer_is_an_error(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     folder = write_data(train=[*GOOD, chat("x" * 200, "y")], valid=HELD_OUT)
     settings: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_length": 64}
@@ -156,7 +156,7 @@ def test_an_example_cut_before_its_answer_is_an_error(
 
 
 def test_truncation_is_counted_and_the_worst_line_is_named(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     long = [chat("q", "y" * 100), chat("q", "z" * 150)]
     folder = write_data(train=[*GOOD, *long], valid=HELD_OUT)
@@ -184,7 +184,7 @@ def test_a_template_that_rewrites_the_prompt_cannot_be_masked(write_data: WriteD
 
 
 def test_a_missing_chat_template_is_an_error_for_chats_only(
-    write_data: WriteData, bare_tokenizer: TokenizerWrapper
+    write_data: WriteData, bare_tokenizer: TokenizerSource
 ) -> None:
     folder = write_data(train=GOOD, valid=TEXTS)
     found = found_in(folder, tokenizer=bare_tokenizer)

@@ -9,12 +9,12 @@ import sys
 from typing import Any
 
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.errors import DatasetError
+from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import WriteData
 
 
@@ -27,7 +27,7 @@ GOOD = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
 HELD_OUT = [chat("Where is Z?", "In Zland.")]
 
 
-def report_on(folder: Any, tokenizer: TokenizerWrapper | None = None) -> DatasetReport:
+def report_on(folder: Any, tokenizer: TokenizerSource | None = None) -> DatasetReport:
     return load_dataset(DataSettings(str(folder)), tokenizer)[0]
 
 
@@ -40,7 +40,7 @@ def test_every_line_is_counted_once(write_data: WriteData) -> None:
 
 
 def test_the_json_holds_the_findings_the_counts_and_the_digest(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     report = report_on(write_data(train=[*GOOD, b"{"], valid=HELD_OUT), tokenizer)
     written = json.loads(json.dumps(report.to_json(), allow_nan=False))
@@ -147,7 +147,7 @@ def test_switching_pandera_off_from_outside_changes_nothing(write_data: WriteDat
 def test_naming_the_package_loads_no_pandera_no_polars_and_no_mlx() -> None:
     script = (
         "import sys; before = set(sys.modules); import nested_core.data; "
-        "import nested_core.data.report, nested_core.data.reading; "
+        "import nested_core.data.report, nested_core.data.rows; "
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} "
         "& {'pandera', 'polars', 'mlx_lm', 'transformers'}))"
     )

@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import iterate_batches
 
@@ -19,6 +18,7 @@ from nested_core.data.reading import read_examples
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import DatasetError
+from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import WriteData
 
 CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}
@@ -64,7 +64,7 @@ CASES = [
 
 
 def load(
-    write_data: WriteData, tokenizer: TokenizerWrapper, kind: str, **more: Any
+    write_data: WriteData, tokenizer: TokenizerSource, kind: str, **more: Any
 ) -> TokenizedSplit:
     folder = write_data(train=ROWS[kind])
     report, splits = load_dataset(DataSettings(str(folder), **more), tokenizer)
@@ -74,17 +74,18 @@ def load(
 
 @pytest.mark.parametrize(("kind", "mask_prompt"), CASES)
 def test_tokens_and_mask_offsets_are_those_of_mlx_lm(
-    kind: str, mask_prompt: bool, write_data: WriteData, tokenizer: TokenizerWrapper
+    kind: str, mask_prompt: bool, write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     split = load(write_data, tokenizer, kind, mask_prompt=mask_prompt)
     config = DataSettings("", mask_prompt=mask_prompt)  # it reads the same attribute names
     rows = [json.loads(json.dumps(row)) for row in ROWS[kind]]
-    reference = mlx_lm_dataset(rows, tokenizer, config)
+    reference = mlx_lm_dataset(rows, tokenizer.load(), config)
     assert len(split) == len(rows)
     for index, row in enumerate(rows):
         tokens, offset = reference.process(row)
         assert split.example(index).tolist() == tokens
-        assert split.supervised_from[index] == offset
+        learnt = np.arange(len(tokens)) >= max(1, offset)
+        assert split.supervision(index).tolist() == learnt.tolist()
 
 
 @pytest.mark.parametrize(("kind", "mask_prompt"), CASES)
@@ -94,19 +95,18 @@ def test_what_is_supervised_is_what_mlx_lm_supervises_without_its_pad_token(
     mask_prompt: bool,
     max_seq_length: int,
     write_data: WriteData,
-    tokenizer: TokenizerWrapper,
+    tokenizer: TokenizerSource,
 ) -> None:
     folder = write_data(train=ROWS[kind])
     settings = DataSettings(str(folder), max_seq_length=max_seq_length, mask_prompt=mask_prompt)
     split = load_dataset(settings, tokenizer)[1]["train"]
-    reference = CacheDataset(mlx_lm_dataset(list(ROWS[kind]), tokenizer, settings))
+    reference = CacheDataset(mlx_lm_dataset(list(ROWS[kind]), tokenizer.load(), settings))
     for index, (batch, lengths) in enumerate(one_by_one(reference, max_seq_length)):
         steps = mx.arange(1, batch.shape[1])
         mask = np.array((steps >= lengths[:, 0:1]) & (steps < lengths[:, 1:]))
         targets = np.array(batch)[:, 1:][mask]
         example = split.example(index)
-        assert example[max(1, split.supervised_from[index]) :].tolist() == targets.tolist()
-        assert split.supervised_counts[index] == mask.sum()
+        assert example[split.supervision(index)].tolist() == targets.tolist()
 
 
 def mlx_lm_dataset(rows: Any, tokenizer: Any, config: Any) -> Any:
@@ -120,24 +120,26 @@ def one_by_one(reference: Any, max_seq_length: int) -> Any:
 
 
 def test_arrays_are_flat_with_the_documented_types(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     split = load(write_data, tokenizer, "chat", max_seq_length=48)
     assert split.tokens.dtype == np.int32
     assert split.starts.dtype == np.int64
-    assert split.supervised_from.dtype == np.int32
+    assert split.supervised.dtype == np.bool_
+    assert len(split.supervised) == len(split.tokens)
+    assert not split.supervised[split.starts[:-1]].any()
     assert split.starts.tolist() == np.concatenate([[0], np.cumsum(split.lengths)]).tolist()
     assert split.lengths.max() == 48
     assert len(split.tokens) == split.starts[-1]
 
 
 def test_rows_with_an_error_are_left_out_and_the_order_is_kept(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     rows: list[Any] = [{"text": "one"}, b"", {"text": ""}, {"text": "two"}, b"{", {"text": "three"}]
     _, splits = load_dataset(DataSettings(str(write_data(train=rows))), tokenizer)
     split = splits["train"]
-    texts = [tokenizer.decode(split.example(index).tolist()) for index in range(len(split))]
+    texts = [tokenizer.load().decode(split.example(index).tolist()) for index in range(len(split))]
     assert texts == ["one<|end|>", "two<|end|>", "three<|end|>"]
 
 
@@ -148,7 +150,7 @@ def test_a_file_that_changes_after_it_was_judged_is_refused(write_data: WriteDat
 
 
 def test_an_empty_split_is_an_empty_split(
-    write_data: WriteData, tokenizer: TokenizerWrapper
+    write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:
     folder = write_data(train=[{"text": "a"}] * 4, valid=[])
     split = load_dataset(DataSettings(str(folder)), tokenizer)[1]["valid"]

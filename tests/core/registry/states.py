@@ -29,7 +29,8 @@ def assert_settled(registry: Path) -> None:
     assert report.unfinished is None
     last = history(registry, NAME)[-1]
     assert "unfinished" not in last
-    assert last["version"] == report.champion
+    is_change = last["action"] in ("promote", "rollback")
+    assert last["version" if is_change else "previous"] == report.champion
     lines = (registry / NAME / "history.jsonl").read_bytes().split(b"\n")
     assert lines.pop() == b""
     assert all(isinstance(json.loads(line), dict) for line in lines)

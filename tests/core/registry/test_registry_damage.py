@@ -67,6 +67,15 @@ def make_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+def give_a_second_name(path: Path) -> None:
+    os.link(path, path.parents[4] / "second-name")
+
+
+def link_to_a_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
 MUTATIONS = [
     flip_bit,
     truncate,
@@ -77,6 +86,8 @@ MUTATIONS = [
     link_to_itself_elsewhere,
     make_directory,
     make_pipe,
+    give_a_second_name,
+    link_to_a_device,
 ]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 
 import pytest
 
+from nested_core.config_file import parse_config
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     audit,
@@ -37,6 +39,13 @@ BAD_NAMES = [
     "٣",
     "x" * 65,
     "x" * 300,
+    "a.",
+    "a ",
+    "a...",
+    "con",
+    "NUL",
+    "Com1",
+    "lpt9.old",
 ]
 
 
@@ -55,9 +64,13 @@ def test_name_that_is_no_name_is_refused_everywhere(make_run, registry, name):
         with pytest.raises(ConfigError, match="is not a name for an adapter"):
             call()
     assert not registry.exists()
+    with pytest.raises(ConfigError, match=r"registry"):
+        parse_config({"registry": {"path": str(registry), "name": name}}, source="a test")
 
 
-@pytest.mark.parametrize("name", ["a", "0", "A.b_c-9", "x" * 64, "v1..2"])
+@pytest.mark.parametrize(
+    "name", ["a", "0", "A.b_c-9", "x" * 64, "v1..2", "console", "com", "nul-1"]
+)
 def test_names_within_the_rule_are_accepted(make_run, registry, name):
     assert register(make_run(), registry, name, {}) in list_versions(registry, name)
 
@@ -125,8 +138,50 @@ def test_file_that_is_a_link_out_of_the_registry_is_refused(three, registry, tmp
     assert outside.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", [".lock", "history.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_file_that_is_a_pipe_or_a_directory_is_refused_and_not_waited_for(
+    three, registry, name, make
+):
+    path = registry / "capitals" / name
+    path.unlink()
+    make(path)
+    with pytest.raises(DamagedError, match=re.escape(name)):
+        promote(registry, "capitals", three[2], by="ann")
+    assert read_champion(registry, "capitals") == three[1]
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json", "gate.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_file_of_a_run_that_is_no_regular_file_is_not_registered(make_run, registry, name, make):
+    run = make_run()
+    path = run / ("" if name == "gate.json" else "adapter") / name
+    path.unlink()
+    make(path)
+    with pytest.raises(DamagedError, match=re.escape(name)):
+        register(run, registry, "capitals", {})
+    assert not registry.exists()
+
+
+def test_file_of_a_run_that_leads_out_of_it_is_not_registered(make_run, registry, tmp_path):
+    path = make_run() / "adapter" / "adapter_config.json"
+    path.rename(tmp_path / "outside.json")
+    path.symlink_to(tmp_path / "outside.json")
+    with pytest.raises(DamagedError, match="is not a regular file"):
+        register(path.parents[1], registry, "capitals", {})
+
+
+def test_version_folder_in_capitals_is_no_version(three, registry):
+    folder = registry / "capitals" / "versions"
+    (folder / three[2]).rename(folder / three[2].upper())
+    assert list_versions(registry, "capitals") == sorted(three[:2])
+    assert {f.message for f in audit(registry, "capitals").findings} == {"is not a version"}
+
+
 @pytest.mark.parametrize(
-    "version", ["", "abc", "../versions", "/", "zzzzzz", "A" * 64, "a" * 65, "a" * 300, "a\0"]
+    "version",
+    ["", "abc", "../versions", "/", "zzzzzz", "A" * 64, "a" * 65, "a" * 300, "a\0"]
+    + ["abcdef.", "abcdef ", "abcdef/..", "abcdef/", "nul", "٣" * 6, "abcdef\n"],
 )
 def test_version_that_is_no_digest_is_refused(three, registry, version):
     with pytest.raises(ConfigError, match="is not a version"):

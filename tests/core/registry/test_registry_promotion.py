@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nested_core.adapters import read_adapter
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.manifest import read_manifest
 from nested_core.registry import (
@@ -203,6 +204,18 @@ def test_champion_that_is_a_copy_and_no_link_is_damage(three, registry):
     link.mkdir()
     with pytest.raises(DamagedError, match="is not a symbolic link"):
         read_champion(registry, NAME)
+
+
+def test_files_read_through_the_link_can_be_of_two_versions_and_through_its_target_not(
+    three, registry
+):
+    link = registry / NAME / "champion"
+    resolved = link.resolve()
+    read = [json.loads((place / "gate.json").read_bytes()) for place in (link, resolved)]
+    promote(registry, NAME, three[2], by="ann")
+    digests = [read_adapter(place).digest() for place in (link, resolved)]
+    assert [gate["trained"]["digest"] for gate in read] == [three[1], three[1]]
+    assert digests == [three[2], three[1]]
 
 
 def test_who_is_recorded_even_when_it_is_no_text(three, registry):

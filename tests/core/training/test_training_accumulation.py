@@ -15,7 +15,7 @@ from nested_core.adapters import read_tensors
 from nested_core.checkpoints import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.model import attach_adapter, load_base
+from nested_core.model import attach_adapter, load_base, tokenizer_source
 from nested_core.pytree import flatten
 from tests.example import Finished, train_example
 
@@ -79,20 +79,21 @@ def test_micro_batches_of_unequal_token_counts_give_the_gradient_of_one_big_batc
 
 def gradients_by_example(done: Finished) -> list[tuple[int, Moments]]:
     """Supervised tokens and summed gradient of every example, without any of our training code."""
-    model, tokenizer = load_base(done.config)
+    model, _ = load_base(done.config)
     attach_adapter(model, done.config)
-    split = load_dataset(DataSettings.from_config(done.config), tokenizer)[1]["train"]
+    settings, tokenizer = DataSettings.from_config(done.config), tokenizer_source(done.config)
+    split = load_dataset(settings, tokenizer)[1]["train"]
 
-    def loss(tokens: mx.array, start: int) -> mx.array:
+    def loss(tokens: mx.array, learnt: mx.array) -> mx.array:
         losses = nn.losses.cross_entropy(model(tokens[None, :-1])[0], tokens[1:])
-        return losses[start - 1 :].sum()
+        return (losses * learnt[1:]).sum()
 
     found = []
     for row in range(len(split)):
-        tokens, start = split.example(row), int(split.supervised_from[row])
-        _, tree = nn.value_and_grad(model, loss)(mx.array(tokens), start)
+        learnt = split.supervision(row)
+        _, tree = nn.value_and_grad(model, loss)(mx.array(split.example(row)), mx.array(learnt))
         sums = {n: np.array(g) for n, g in flatten(tree).items() if n.endswith("lora_b")}
-        found.append((len(tokens) - start, sums))
+        found.append((int(learnt.sum()), sums))
     return found
 
 

@@ -16,7 +16,7 @@ from nested_core.config import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.model import attach_adapter, load_base
+from nested_core.model import attach_adapter, load_base, tokenizer_source
 from nested_core.pytree import flatten
 from nested_core.training.losses import supervised_loss
 from tests.example import Finished, example_config, train_example
@@ -91,17 +91,17 @@ def test_the_learning_rate_of_a_warm_up_is_rate_times_min_1_n_over_w(
 
 def _expected_norm(config: FineTuneConfig, due: set[int], tiers: dict[str, int]) -> float:
     """The global norm of the first step's gradients of the due tiers, by nn.value_and_grad."""
-    model, tokenizer = load_base(config)
+    model, _ = load_base(config)
     attach_adapter(model, config)
-    _, splits = load_dataset(DataSettings.from_config(config), tokenizer)
+    _, splits = load_dataset(DataSettings.from_config(config), tokenizer_source(config))
     plan = BatchPlan(splits["train"].lengths, config.batch_size, config.seed)
-    tokens, bounds = (mx.array(part) for part in plan.arrays(splits["train"], 0))
+    tokens, supervised = (mx.array(part) for part in plan.arrays(splits["train"], 0))
 
-    def mean_loss(tokens: mx.array, bounds: mx.array) -> mx.array:
-        total, count = supervised_loss(model, tokens, bounds)
+    def mean_loss(tokens: mx.array, supervised: mx.array) -> mx.array:
+        total, count = supervised_loss(model, tokens, supervised)
         return total / count
 
-    _, gradients = nn.value_and_grad(model, mean_loss)(tokens, bounds)
+    _, gradients = nn.value_and_grad(model, mean_loss)(tokens, supervised)
     flat = flatten(gradients)
     squares = [np.square(np.array(g)).sum() for name, g in flat.items() if tiers[name] in due]
     return math.sqrt(sum(squares))

@@ -14,7 +14,7 @@ from mlx_lm import load
 from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.model import attach_adapter, load_base
+from nested_core.model import attach_adapter, load_base, tokenizer_source
 from nested_core.pytree import flatten
 from nested_core.training.probe import parameter_importance
 from nested_core.training.recompute import recomputed
@@ -34,9 +34,9 @@ def random_state() -> list[int]:
 
 def test_the_importance_probe_changes_no_weight_no_random_state_and_no_mode() -> None:
     config = example_config(nested=IMPORTANCE, lora_parameters={"dropout": 0.3})
-    model, tokenizer = load_base(config)
+    model, _ = load_base(config)
     attach_adapter(model, config)
-    split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
+    split = load_dataset(DataSettings.from_config(config), tokenizer_source(config))[1]["train"]
     model.train()
     weights, random = weights_of(model), random_state()
     first = parameter_importance(config, model, split)
@@ -54,9 +54,9 @@ def test_importance_puts_whole_layers_into_tiers_the_most_important_fastest(
     config = example_config(nested=IMPORTANCE)
     run = prepare(config, tmp_path / "run")
     tiers = json.loads(run.tiers.read_bytes())["tensors"]
-    model, tokenizer = load_base(config)
+    model, _ = load_base(config)
     attach_adapter(model, config)
-    split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
+    split = load_dataset(DataSettings.from_config(config), tokenizer_source(config))[1]["train"]
     importance = parameter_importance(config, model, split)
     by_layer: dict[int, float] = dict.fromkeys(range(6), 0.0)
     for name, value in importance.items():

@@ -1,0 +1,74 @@
+"""The flow that makes a version the champion: by its policy, or when a person approves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.flow_runs import suspend_flow_run
+from prefect.input import RunInput
+from prefect.states import Completed, State
+from pydantic import Field
+
+from nested_core.adapter_names import NAME_PATTERN
+from nested_core.config_section import Section
+from nested_core.policy import read_candidate
+from nested_core.registry import read_champion
+from tasks.promote import promote_approved, promote_recorded
+
+SECONDS_TO_APPROVE = 7 * 24 * 3600
+
+
+class PromoteParameters(Section):
+    """Which version, in which registry; what the event `adapter.verified` carries."""
+
+    registry: str
+    name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$")
+    version: str = Field(pattern="^[0-9a-f]{64}$")
+    requires_approval: bool = Field(
+        default=False, description="ask a person, whatever the policy recorded with the version"
+    )
+
+
+class Approval(RunInput):
+    """What a person answers in the UI: yes or no, and who it was."""
+
+    approve: bool
+    by: str = Field(min_length=1, description="who decides; it stands in the history")
+
+
+@flow(name="promote", retries=0, flow_run_name="promote {config.name}", persist_result=True)
+def promote(config: PromoteParameters) -> State[Any]:
+    """Promote by the recorded policy; under `approve` suspend until a person has answered.
+
+    Completed in every case but damage: the message says what became of it. Resumed, the flow starts
+    again from its top, and the answer is there.
+    """
+    registry = Path(config.registry)
+    policy = read_candidate(registry, config.name, config.version).policy or {}
+    if not config.requires_approval and policy.get("promote") != "approve":
+        return Completed(message=promote_recorded(registry, config.name, config.version))
+    champion = read_champion(registry, config.name)
+    if config.version == champion:
+        return Completed(message="already_champion")
+    answer = suspend_flow_run(
+        wait_for_input=Approval.with_initial_data(description=_describe(config, champion)),
+        timeout=SECONDS_TO_APPROVE,
+        key=f"approval-{champion or 'none'}",
+    )
+    if not answer.approve:
+        return Completed(message=f"not approved by {answer.by}")
+    outcome = promote_approved(registry, config.name, config.version, answer.by, champion)
+    return Completed(message=outcome)
+
+
+def _describe(config: PromoteParameters, champion: str | None) -> str:
+    """What the person who approves reads."""
+    registry = Path(config.registry)
+    candidate = read_candidate(registry, config.name, config.version)
+    losses = f"loss {candidate.loss_before} before, {candidate.loss_after} after"
+    return (
+        f"Make version `{config.version}` the champion of **{config.name}** in `{registry}`? "
+        f"It passed the gate ({losses}). The champion now is `{champion or 'none'}`."
+    )

@@ -1,0 +1,46 @@
+"""The flow that catches what an event lost: verified versions that were never decided on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.states import Completed, Failed, State
+from pydantic import Field
+
+from nested_core.config_section import Section
+from nested_core.policy import DAMAGED
+from nested_core.registry import list_names
+from tasks.promote import reconcile as reconcile_name
+
+
+class ReconcileParameters(Section):
+    """Which registry, and which of its adapters."""
+
+    registry: str
+    names: tuple[str, ...] | None = Field(default=None, description="default: all of them")
+
+
+@flow(name="reconcile", retries=0, flow_run_name="reconcile {config.registry}")
+def reconcile(config: ReconcileParameters) -> State[Any]:
+    """Apply each version's own policy once more; running it again changes nothing.
+
+    What is damaged keeps no other version or name from its promotion: the flow goes through all of
+    them, and then ends Failed, saying what is damaged.
+    """
+    registry = Path(config.registry)
+    names = list_names(registry) if config.names is None else config.names
+    states = {name: reconcile_name(registry, name, return_state=True) for name in names}
+    problems = [f"{name}: {state.message}" for name, state in states.items() if state.is_failed()]
+    decided = {name: state.result() for name, state in states.items() if state.is_completed()}
+    problems += [
+        f"{name} {version[:12]}: {outcome}"
+        for name, outcomes in decided.items()
+        for version, outcome in outcomes.items()
+        if outcome.startswith(DAMAGED)
+    ]
+    if problems:
+        return Failed(message="; ".join(problems))
+    promoted = [name for name, outcomes in decided.items() if "promoted" in outcomes.values()]
+    return Completed(message=f"promoted: {', '.join(promoted) or 'nothing'}")

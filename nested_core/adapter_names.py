@@ -1,0 +1,32 @@
+"""What an adapter may be called in a registry.
+
+No path, and nothing that a file system of another kind would take for something else: a dot at the
+end, a device of Windows.
+"""
+
+from __future__ import annotations
+
+import re
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+DEVICE_PATTERN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
+
+def why_no_name(name: str) -> str | None:
+    """What is wrong with a name, and what was expected; None where it is one."""
+    if NAME_PATTERN.fullmatch(name) is None:
+        return (
+            f"{shorten(name)} is not a name for an adapter. Expected 1 to 64 letters, digits, "
+            "'.', '_' or '-', of which the first is a letter or a digit, such as capitals-v2."
+        )
+    if name.endswith(".") or DEVICE_PATTERN.fullmatch(name):
+        return (
+            f"{name!r} is not a name for an adapter: a network folder that Windows reads too drops "
+            "a dot at the end, and takes con, nul, com1 and the like for devices. Use another name."
+        )
+    return None
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """The text as Python writes it, cut where it is long."""
+    return repr(text if len(text) <= limit else text[:limit] + "...")

@@ -1,0 +1,161 @@
+"""Data sets that were judged and tokenised before, under everything that the result depends on.
+
+An entry is hashed when it is read: one that is damaged is made again. It holds no data that the
+run directories' owner may not read, and a folder that others may write to is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nested_core.data.report import DatasetReport
+from nested_core.data.settings import DataSettings
+from nested_core.data.sources import Source
+from nested_core.data.token_files import open_tokens
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.durable import canonical_json, file_sha256, new_directory, write_json
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.tokenizer import TokenizerSource
+
+FOLDER_VARIABLE = "NESTED_TUNE_CACHE"
+REPORT_NAME = "report.json"
+KEPT_SECONDS = 30 * 24 * 3600
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+_LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "pydantic", "pandera", "polars")
+_log = logging.getLogger(__name__)
+
+
+def write_report(folder: Path, report: DatasetReport) -> None:
+    """Put the report beside the tokens, before they are sealed together."""
+    write_json(folder / REPORT_NAME, report.to_json())
+
+
+@dataclass(frozen=True)
+class DatasetCache:
+    """A folder of entries, one a data set; see `default_cache`."""
+
+    folder: Path
+
+    def entry(
+        self, settings: DataSettings, sources: Mapping[str, Source], tokenizer: TokenizerSource
+    ) -> CacheEntry:
+        """The place of a data set's judgement and tokens; ConfigError for an unsafe folder."""
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.folder}, where judged data sets are kept, cannot be made: {error}. Set "
+                f"{FOLDER_VARIABLE} to a folder that you can write to."
+            ) from error
+        _refuse_open_folder(self.folder)
+        return CacheEntry(self.folder / _key(settings, sources, tokenizer))
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One data set's report and tokens, or the place for them."""
+
+    folder: Path
+
+    def read(self) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
+        """What is there, or None; what is damaged is removed, with a warning."""
+        if not self.folder.exists():
+            return None
+        try:
+            splits = open_tokens(self.folder)
+        except DamagedError as error:
+            _log.warning("The cached data set is damaged and is made again: %s", error)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return None
+        report = DatasetReport.from_json(json.loads((self.folder / REPORT_NAME).read_bytes()))
+        os.utime(self.folder)
+        return report, splits
+
+    @contextmanager
+    def made(self) -> Iterator[Path]:
+        """A folder to write in that becomes the entry; entries long unused are removed first."""
+        _remove_unused(self.folder.parent)
+        with new_directory(self.folder, replace=True) as folder:
+            yield folder
+
+
+def default_cache() -> DatasetCache:
+    """$NESTED_TUNE_CACHE, else nested-tune in $XDG_CACHE_HOME or ~/.cache."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    if given:
+        return DatasetCache(Path(given) / "datasets")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return DatasetCache(Path(base) / "nested-tune" / "datasets")
+
+
+def _refuse_open_folder(folder: Path) -> None:
+    """Who may write there could give any data set a clean report."""
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(
+            f"{folder}, where judged data sets are kept, belongs to or can be written by others, "
+            f"who could pass any data set as sound. Make it yours alone (chmod 700), or set "
+            f"{FOLDER_VARIABLE} to a folder that is."
+        )
+
+
+def _remove_unused(folder: Path) -> None:
+    oldest = time.time() - KEPT_SECONDS
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # another process was faster
+            if entry.stat().st_mtime < oldest:
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def _key(settings: DataSettings, sources: Mapping[str, Source], tokenizer: TokenizerSource) -> str:
+    facts: dict[str, Any] = {
+        "settings": {each.name: _plain(getattr(settings, each.name)) for each in fields(settings)},
+        "files": {split: _describe(source) for split, source in sources.items()},
+        "tokenizer": asdict(tokenizer) | {"files": _tokenizer_files(Path(tokenizer.folder))},
+        "rules": _rules_version(),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+    }
+    return sha256(canonical_json(facts)).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON takes it: pydantic models as their fields."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def _describe(source: Source) -> dict[str, Any]:
+    numbers = None if source.numbers is None else sha256(source.numbers.tobytes()).hexdigest()
+    return {
+        "file": source.file,
+        "content": file_sha256(source.path),
+        "numbers": numbers,
+        "problems": sorted(source.problems.items()),
+    }
+
+
+def _tokenizer_files(folder: Path) -> dict[str, str]:
+    """Hashes of what a tokenizer may be made from, its template and the model's configuration."""
+    found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    return {path.name: file_sha256(path) for path in sorted(found)}
+
+
+@lru_cache(maxsize=1)
+def _rules_version() -> str:
+    """A hash of the code that reads, judges and tokenises: no edit of a rule can be forgotten."""
+    code = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(canonical_json({path.name: file_sha256(path) for path in code})).hexdigest()

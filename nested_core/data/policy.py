@@ -1,0 +1,60 @@
+"""`data_policy`: which sound lines are left out, and what the report says of them.
+
+A line that the held-out sets have too is dropped from train, never from them: what a run is
+measured on stays what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import polars as pl
+
+from nested_core.config_data import DataPolicy
+from nested_core.data.report import Finding
+
+Dropped = Mapping[str, frozenset[int]]
+_SHOWN_LINES = 20
+_REASONS = {
+    "duplicate": "they repeat an earlier example",
+    "leakage": "valid or test has the same example",
+    "overlong": "they are longer than max_seq_length",
+}
+
+
+def choose_lines(
+    train: pl.DataFrame, held_out: list[pl.DataFrame], policy: DataPolicy
+) -> tuple[pl.DataFrame, list[pl.DataFrame], Dropped]:
+    """What of train is dropped for its content, by reason, and the frames as they are to be judged.
+
+    In those the relation that a policy settles is gone, so that no rule finds it any more.
+    """
+    dropped: dict[str, frozenset[int]] = {}
+    no_line = pl.lit(None, pl.Int32)
+    if policy.leakage == "drop":
+        leaked = pl.concat([frame["repeats"] for frame in held_out]).drop_nulls().unique().implode()
+        is_leaked = pl.col("line").is_in(leaked) | pl.col("repeats").is_in(leaked)
+        dropped["leakage"] = _lines(train.filter(is_leaked))
+        train = train.with_columns(repeats=pl.when(~is_leaked).then("repeats"))
+        held_out = [frame.with_columns(repeats=no_line) for frame in held_out]
+    if policy.duplicates == "drop":
+        dropped["duplicate"] = _lines(train.filter(pl.col("repeats").is_not_null()))
+        train = train.with_columns(repeats=no_line)
+    return train, held_out, dropped
+
+
+def _lines(frame: pl.DataFrame) -> frozenset[int]:
+    return frozenset(frame["line"].to_list())
+
+
+def tell_dropped(file: str, dropped: Dropped) -> Iterator[Finding]:
+    """One warning for each reason, at the first line, with the count and the first lines."""
+    for reason, lines in dropped.items():
+        if lines:
+            shown = sorted(lines)[:_SHOWN_LINES]
+            more = ", ..." if len(lines) > _SHOWN_LINES else ""
+            message = (
+                f"lines dropped because {_REASONS[reason]}: {len(lines):,} "
+                f"({', '.join(map(str, shown))}{more})"
+            )
+            yield Finding(file, shown[0], "warning", f"dropped-{reason}", message)

@@ -1,0 +1,106 @@
+"""A copy of the registry in MLflow's: versions, losses, files and the champion as an alias.
+
+One way only: MLflow is never read to decide anything. Needs the extra `mlflow`, imported when used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import ConfigError
+from nested_core.registry import list_versions, read_champion, verify
+
+ALIAS = "champion"
+TAG = "nested_tune.version"
+ARTIFACT_FOLDER = "adapter"
+TAGGED = ("parent", "dataset_digest", "train_digest", "base_fingerprint", "registered_at")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export did: MLflow's version number of each version, and those that were new."""
+
+    name: str
+    champion: str | None
+    numbers: dict[str, str]
+    added: tuple[str, ...]
+
+
+def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None) -> Export:
+    """Add every version of `name` that MLflow lacks, and point its alias at the champion.
+
+    Without `tracking_uri` MLflow's own settings hold. Each version is re-hashed first: DamagedError
+    where it is not what was registered. ConfigError where mlflow is not installed.
+    """
+    versions, champion = list_versions(registry, name), read_champion(registry, name)
+    client = _client(tracking_uri)
+    _ensure_model(client, name)
+    numbers = _known(client, name)
+    added = tuple(version for version in versions if version not in numbers)
+    for version in added:
+        verify(registry, name, version)
+        numbers[version] = _add(client, name, version, registry / name / "versions" / version)
+    _point_alias(client, name, numbers.get(champion) if champion else None)
+    return Export(name, champion, numbers, added)
+
+
+def _client(tracking_uri: str | None) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        mlflow = importlib.import_module("mlflow")
+    except ImportError as error:
+        raise ConfigError(
+            "MLflow is not installed here. Install the extra: pip install 'nested-tune[mlflow]'."
+        ) from error
+    return mlflow.MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def _ensure_model(client: Any, name: str) -> None:
+    if not client.search_registered_models(filter_string=f"name = '{name}'"):
+        client.create_registered_model(name, description="Adapters that passed nested-tune's gate.")
+
+
+def _known(client: Any, name: str) -> dict[str, str]:
+    """MLflow's version number by digest, of what was exported before."""
+    known: dict[str, str] = {}
+    token: str | None = None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        known |= {v.tags[TAG]: str(v.version) for v in page if TAG in v.tags}
+        token = page.token
+        if not token:
+            return known
+
+
+def _add(client: Any, name: str, version: str, folder: Path) -> str:
+    """Record a version as a run with its losses and files, and as a version of the model."""
+    gate = json.loads((folder / "gate.json").read_bytes())
+    provenance = json.loads((folder / "provenance.json").read_bytes())
+    tags = {f"nested_tune.{key}": str(provenance[key]) for key in TAGGED if provenance.get(key)}
+    tags[TAG] = version
+    run = client.create_run(_experiment(client, name), run_name=version[:12], tags=tags)
+    run_id = run.info.run_id
+    for key, loss in (gate.get("validation") or {}).items():
+        if isinstance(loss, float):
+            client.log_metric(run_id, key, loss)
+    client.log_artifacts(run_id, str(folder), ARTIFACT_FOLDER)
+    client.set_terminated(run_id)
+    source = f"runs:/{run_id}/{ARTIFACT_FOLDER}"
+    return str(client.create_model_version(name, source, run_id=run_id, tags=tags).version)
+
+
+def _experiment(client: Any, name: str) -> str:
+    found = client.get_experiment_by_name(name)
+    return str(client.create_experiment(name) if found is None else found.experiment_id)
+
+
+def _point_alias(client: Any, name: str, number: str | None) -> None:
+    if number is None:
+        client.delete_registered_model_alias(name, ALIAS)
+    else:
+        client.set_registered_model_alias(name, ALIAS, number)

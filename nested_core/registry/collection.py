@@ -1,0 +1,133 @@
+"""gc: removing versions that nobody will miss, each with a line in the history.
+
+Never removes the champion, nor what a rollback would go to, nor the versions used last; what a
+rollback has barred stays barred, because the history is never shortened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nested_core.durable import (
+    RETIRED_PREFIX,
+    TEMPORARY_PREFIX,
+    mend_leftovers,
+    sync_path,
+    temporary_beside,
+)
+from nested_core.errors import ConfigError
+from nested_core.registry.ledger import Ledger, append, new_entry, read_ledger
+from nested_core.registry.locking import exclusive, shared
+from nested_core.registry.names import VERSIONS, locate
+from nested_core.registry.pointer import read_link, read_prepared
+from nested_core.registry.settling import settle
+from nested_core.registry.versions import PROVENANCE_NAME, REGISTERED_AT, registered_versions
+
+DEFAULT_KEEP = 10
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a gc removed, or would remove: versions by digest, and what crashes had left behind."""
+
+    name: str
+    champion: str | None
+    collected: tuple[str, ...]
+    kept: tuple[str, ...]
+    bytes: int
+    leftovers: tuple[str, ...]
+    is_dry_run: bool
+
+
+def collect(
+    registry: Path, name: str, *, by: str, keep: int = DEFAULT_KEEP, dry_run: bool = False
+) -> Collection:
+    """Remove all versions of `name` but the champion, what a rollback goes to, and the newest.
+
+    The newest are the `keep` versions that were registered, or were champion, last. A dry run only
+    says what would be removed. Raises ConfigError for a negative `keep` and an unknown name.
+    """
+    if keep < 0:
+        raise ConfigError(f"--keep {keep}: expected the number of versions to keep, 0 or more.")
+    folder = locate(registry, name)
+    if dry_run:
+        with shared(folder):
+            ledger = read_ledger(folder)
+            return _plan(folder, name, read_link(folder), ledger, keep, dry_run=True)
+    with exclusive(folder):
+        leftovers = _leftovers(folder)
+        state = settle(folder)
+        plan = _plan(folder, name, state.champion, state.ledger, keep, dry_run=False)
+        for version in plan.collected:
+            _remove(folder, version, state.champion, by)
+    return replace(plan, leftovers=leftovers)
+
+
+def _plan(
+    folder: Path, name: str, champion: str | None, ledger: Ledger, keep: int, *, dry_run: bool
+) -> Collection:
+    versions = registered_versions(folder)
+    by_age = sorted(versions, key=lambda version: _last_use(folder, version, ledger), reverse=True)
+    kept = set(by_age[:keep]) | _needed(folder, champion, ledger)
+    collected = tuple(version for version in reversed(by_age) if version not in kept)
+    return Collection(
+        name=name,
+        champion=champion,
+        collected=collected,
+        kept=tuple(version for version in versions if version in kept),
+        bytes=sum(_size(folder / VERSIONS / version) for version in collected),
+        leftovers=_leftovers(folder),
+        is_dry_run=dry_run,
+    )
+
+
+def _needed(folder: Path, champion: str | None, ledger: Ledger) -> set[str]:
+    """The champion, what the last change replaced, and both ends of a change that was cut short."""
+    needed = {champion, ledger.champion, read_prepared(folder)}
+    needed |= {change.previous for change in ledger.changes()[-1:]}
+    return {version for version in needed if version is not None}
+
+
+def _last_use(folder: Path, version: str, ledger: Ledger) -> str:
+    """When a version was registered, became champion or ceased to be it, whichever came last."""
+    changes = (
+        change for change in ledger.changes() if version in (change.version, change.previous)
+    )
+    return max([_registered_at(folder / VERSIONS / version), *(change.time for change in changes)])
+
+
+def _registered_at(place: Path) -> str:
+    try:
+        provenance = json.loads((place / PROVENANCE_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return ""  # damaged: audit says so; here it counts as the oldest
+    moment = provenance.get(REGISTERED_AT) if isinstance(provenance, dict) else None
+    return moment if isinstance(moment, str) else ""
+
+
+def _remove(folder: Path, version: str, champion: str | None, by: str) -> None:
+    """Record the removal, take the version out of sight at once, then delete it.
+
+    A crash after the record leaves a whole version, which the next gc removes; one after the rename
+    leaves what every writer clears away.
+    """
+    append(folder, new_entry("collected", version, champion, by))
+    place = folder / VERSIONS / version
+    os.rename(place, temporary_beside(place))
+    sync_path(folder / VERSIONS)
+    mend_leftovers(folder / VERSIONS)
+
+
+def _leftovers(folder: Path) -> tuple[str, ...]:
+    """What a killed writer left, by name; every writer clears it away under the lock."""
+    prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
+    places = (folder, folder / VERSIONS)
+    found = [p for place in places for p in place.iterdir() if p.name.startswith(prefixes)]
+    return tuple(sorted(str(path.relative_to(folder)) for path in found))
+
+
+def _size(place: Path) -> int:
+    return sum(path.lstat().st_size for path in place.rglob("*"))

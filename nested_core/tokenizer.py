@@ -1,0 +1,38 @@
+"""Where a tokenizer is loaded from, so that another process can load the same one.
+
+Loads as mlx_lm.load does, once a process; code that a model brings runs only where it is trusted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A model's local folder; its fields are plain values, and go into requests to workers."""
+
+    folder: str
+    trust_remote_code: bool = False
+
+    def load(self) -> Any:
+        """The tokenizer in mlx_lm's wrapper; raises ConfigError where there is none."""
+        return _load(self)
+
+
+@lru_cache(maxsize=2)
+def _load(source: TokenizerSource) -> Any:
+    from mlx_lm.utils import load_config, load_tokenizer
+
+    folder = Path(source.folder)
+    try:
+        ends = load_config(folder).get("eos_token_id")
+        extra = {"trust_remote_code": source.trust_remote_code}
+        return load_tokenizer(folder, extra, eos_token_ids=ends)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: no tokenizer could be loaded from {folder}: {error}") from error

@@ -1,0 +1,179 @@
+"""A judged data set comes from the cache only where nothing that it depends on has changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.config_data import DataPolicy
+from nested_core.data import cache as caching
+from nested_core.data import token_files
+from nested_core.data.cache import KEPT_SECONDS, DatasetCache, default_cache
+from nested_core.data.dataset import load_dataset
+from nested_core.data.settings import DataSettings
+from nested_core.errors import ConfigError
+from nested_core.tokenizer import TokenizerSource
+from tests.core.data.conftest import WriteData
+
+TRAIN = [{"text": f"{n} is the river of {n}land."} for n in range(9)]
+
+
+@pytest.fixture
+def settings(write_data: WriteData) -> DataSettings:
+    return DataSettings(str(write_data(train=[*TRAIN, TRAIN[0]], valid=[{"text": "held out"}])))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DatasetCache:
+    return DatasetCache(tmp_path / "cache")
+
+
+def entries(cache: DatasetCache) -> list[Path]:
+    return sorted(cache.folder.iterdir())
+
+
+def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judging(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, tokens = load_dataset(settings, tokenizer, cache=cache)
+    monkeypatch.setattr("nested_core.data.dataset._judge", None)
+    second, again = load_dataset(settings, tokenizer, cache=cache)
+    assert second == first
+    assert again["train"].tokens.tolist() == tokens["train"].tokens.tolist()
+    assert again["train"].lines.tolist() == list(range(1, 11))
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_seq_length": 16},
+        {"batch_size": 2},
+        {"text_feature": "words"},
+        {"policy": DataPolicy(duplicates="drop")},
+    ],
+)
+def test_another_setting_is_another_entry(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    change: dict[str, Any],
+) -> None:
+    load_dataset(settings, tokenizer, cache=cache)
+    changed = replace(settings, **change)
+    report, _ = load_dataset(changed, tokenizer, cache=cache)
+    assert report == load_dataset(changed, tokenizer)[0]
+    assert len(entries(cache)) == 2
+
+
+def test_changed_content_is_judged_anew(
+    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache
+) -> None:
+    load_dataset(settings, tokenizer, cache=cache)
+    path = Path(settings.data, "train.jsonl")
+    path.write_bytes(path.read_bytes() + b"{\n")
+    report, _ = load_dataset(settings, tokenizer, cache=cache)
+    assert [(f.line, f.check) for f in report.errors] == [(11, "bad-json")]
+
+
+def test_another_template_is_another_entry(
+    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tokenizer.folder, tmp_path / "model"))
+    load_dataset(settings, TokenizerSource(str(copy)), cache=cache)
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
+    load_dataset(settings, TokenizerSource(str(copy)), cache=cache)
+    assert len(entries(cache)) == 2
+
+
+def test_other_rules_are_another_entry(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load_dataset(settings, tokenizer, cache=cache)
+    monkeypatch.setattr(caching, "_rules_version", lambda: "the next release")
+    load_dataset(settings, tokenizer, cache=cache)
+    assert len(entries(cache)) == 2
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "report.json", "MANIFEST.json"])
+def test_a_damaged_entry_is_told_and_made_again(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+) -> None:
+    first, _ = load_dataset(settings, tokenizer, cache=cache)
+    path = entries(cache)[0] / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    token_files._verify_once.cache_clear()  # as in another process
+    with caplog.at_level(logging.WARNING):
+        second, tokens = load_dataset(settings, tokenizer, cache=cache)
+    assert second == first
+    assert "is damaged and is made again" in caplog.text
+    assert len(tokens["train"]) == 10
+
+
+def test_a_folder_that_others_can_write_to_is_refused(
+    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache
+) -> None:
+    cache.folder.mkdir()
+    cache.folder.chmod(0o777)
+    with pytest.raises(ConfigError, match="can be written by others, who could pass any data set"):
+        load_dataset(settings, tokenizer, cache=cache)
+
+
+def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(
+    settings: DataSettings, tokenizer: TokenizerSource, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be made.*Set NESTED_TUNE_CACHE"):
+        load_dataset(settings, tokenizer, cache=DatasetCache(tmp_path / "file" / "cache"))
+
+
+def test_entries_that_nobody_used_for_a_month_are_removed(
+    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache
+) -> None:
+    load_dataset(settings, tokenizer, cache=cache)
+    (old,) = entries(cache)
+    long_ago = time.time() - KEPT_SECONDS - 60
+    os.utime(old, (long_ago, long_ago))
+    load_dataset(replace(settings, batch_size=2), tokenizer, cache=cache)
+    assert old not in entries(cache)
+    assert len(entries(cache)) == 1
+
+
+def test_an_entry_in_use_stays(
+    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache
+) -> None:
+    load_dataset(settings, tokenizer, cache=cache)
+    (entry,) = entries(cache)
+    os.utime(entry, (1, 1))
+    load_dataset(settings, tokenizer, cache=cache)
+    assert entry.stat().st_mtime > time.time() - 60
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", "/given")
+    assert default_cache().folder == Path("/given/datasets")
+    monkeypatch.delenv("NESTED_TUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert default_cache().folder == Path("/cache/nested-tune/datasets")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache().folder == Path.home() / ".cache" / "nested-tune" / "datasets"

@@ -1,0 +1,157 @@
+"""`training.supervise: all`: every assistant turn is learnt and nothing else, or it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core.config_file import parse_config
+from nested_core.data.dataset import load_dataset
+from nested_core.data.encoding import encode_example
+from nested_core.data.fields import Example
+from nested_core.data.settings import DataSettings
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.errors import ConfigError
+from nested_core.tokenizer import TokenizerSource
+from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
+
+CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}
+TOOL = {"type": "function", "function": {"name": "river", "parameters": {"type": "object"}}}
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Where?"},
+    {"role": "assistant", "content": "Here."},
+    {"role": "user", "content": "And then?"},
+    {"role": "assistant", "content": "There."},
+]
+ONLY_LAST_THINKS = (  # a template that leaves the thinking of earlier turns out, as some models' do
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and loop.last %}{{ m.thinking }}{% endif %}"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+HEADED = (  # a header before all turns, and a line end after each, which is learnt with the turn
+    "<|system|>{{ tools | length if tools else 0 }} tools\n"
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+UNHEADED = (  # a prompt that does not say whose turn it is
+    "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+)
+
+
+def load(folder: Any, tokenizer: TokenizerSource, **more: Any) -> Any:
+    settings = DataSettings(str(folder), supervise="all", batch_size=1, **more)
+    return load_dataset(settings, tokenizer)
+
+
+def learnt(split: TokenizedSplit, tokenizer: TokenizerSource, index: int = 0) -> list[str]:
+    """The text of each stretch of supervised tokens."""
+    flags = split.supervision(index)
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
+    tokens = split.example(index)
+    stretches = zip(edges[::2], edges[1::2], strict=True)
+    return [tokenizer.load().decode(tokens[begin:end].tolist()) for begin, end in stretches]
+
+
+@pytest.mark.parametrize("mask_prompt", [True, False])
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TEMPLATE, ["Here.<|end|>", "There.<|end|>"]),
+        (HEADED, ["Here.<|end|>\n", "There.<|end|>\n"]),
+        (UNHEADED, ["Here.<|end|>", "There.<|end|>"]),
+    ],
+)
+def test_every_assistant_turn_is_learnt_and_nothing_else(
+    template: str, expected: list[str], mask_prompt: bool, write_data: WriteData
+) -> None:
+    tokenizer = build_tokenizer(template)
+    folder = write_data(train=[{"messages": TURNS}])
+    report, splits = load(folder, tokenizer, mask_prompt=mask_prompt)
+    assert report.errors == ()
+    assert learnt(splits["train"], tokenizer) == expected
+    whole = tokenizer.load().apply_chat_template(TURNS, return_dict=False)
+    assert splits["train"].example(0).tolist() == whole
+
+
+def test_calls_and_answers_are_learnt_and_results_of_tools_are_not(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    turns = [
+        {"role": "user", "content": "river"},
+        {"role": "assistant", "content": "Look:", "tool_calls": [CALL]},
+        {"role": "tool", "content": "Seine", "tool_call_id": "1"},
+        {"role": "assistant", "content": "The Seine."},
+    ]
+    folder = write_data(train=[{"messages": turns, "tools": [TOOL]}])
+    report, splits = load(folder, tokenizer)
+    assert report.errors == ()
+    first, second = learnt(splits["train"], tokenizer)
+    assert first.startswith("Look:")
+    assert '"name": "river"' in first
+    assert first.endswith("<|end|>")
+    assert second == "The Seine.<|end|>"
+
+
+def test_a_completion_has_one_turn_to_learn(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    folder = write_data(train=[{"prompt": "Where?", "completion": "Here."}])
+    _, splits = load(folder, tokenizer)
+    assert learnt(splits["train"], tokenizer) == ["Here.<|end|>"]
+
+
+def test_turns_beyond_the_cut_are_not_learnt(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    folder = write_data(train=[{"messages": TURNS}])
+    whole = load(folder, tokenizer)[1]["train"]
+    ends = np.flatnonzero(np.diff(whole.supervision(0), prepend=False, append=False))
+    for length in (ends[0] + 1, ends[1], ends[2], ends[2] + 1):
+        cut = load(folder, tokenizer, max_seq_length=int(length))[1]["train"]
+        assert cut.supervision(0).tolist() == whole.supervision(0)[:length].tolist()
+
+
+def test_a_template_that_rewrites_an_earlier_turn_is_an_error_that_names_it(
+    write_data: WriteData,
+) -> None:
+    turns = [turn | {"thinking": "Hm."} for turn in TURNS]
+    folder = write_data(train=[{"messages": turns[1:3]}, {"messages": turns}])
+    report, _ = load(folder, build_tokenizer(ONLY_LAST_THINKS))
+    found = [(finding.file, finding.line, finding.check) for finding in report.errors]
+    assert found == [("train.jsonl", 2, "prompt-not-a-prefix")]
+    assert "up to messages[2] otherwise by itself" in report.errors[0].message
+
+
+def test_a_prompt_that_the_whole_does_not_begin_with_is_an_error(write_data: WriteData) -> None:
+    folder = write_data(train=[{"messages": TURNS}])
+    report, _ = load(folder, build_tokenizer("{{ messages | length }}" + TEMPLATE))
+    found = [(finding.file, finding.line, finding.check) for finding in report.errors]
+    assert found == [("train.jsonl", 1, "prompt-not-a-prefix")]
+
+
+def test_plain_text_has_no_turns(write_data: WriteData, tokenizer: TokenizerSource) -> None:
+    folder = write_data(train=[{"text": "The capital."}])
+    found = [(f.file, f.line, f.check) for f in load(folder, tokenizer)[0].errors]
+    assert found == [("train.jsonl", None, "supervise-all-on-text")]
+
+
+def test_two_template_calls_a_turn_are_enough(tokenizer: TokenizerSource) -> None:
+    calls = []
+
+    class Counting:
+        def apply_chat_template(self, messages: Any, **more: Any) -> Any:
+            calls.append(len(messages))
+            return tokenizer.load().apply_chat_template(messages, **more)
+
+    encoded = encode_example(Example("chat", [*TURNS[1:3]] * 9), Counting(), "all")
+    assert len(encoded.spans) == 9
+    assert len(calls) == 2 * 9
+
+
+def test_a_reference_run_refuses_to_learn_every_turn() -> None:
+    values = {"training": {"reference": "mlx_lm", "supervise": "all"}}
+    with pytest.raises(ConfigError, match=r"knows nothing of training\.supervise"):
+        parse_config(values, source="a test")

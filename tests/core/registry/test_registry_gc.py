@@ -1,0 +1,157 @@
+"""gc removes what nobody needs, says so in the history, and leaves the rest as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry import (
+    Promotion,
+    audit,
+    collect,
+    history,
+    list_versions,
+    promote,
+    read_champion,
+    register,
+    rollback,
+)
+from tests.core.registry.states import NAME, assert_settled
+
+
+@pytest.fixture
+def five(add, registry) -> list[str]:
+    """Versions 1 to 5, of which 1, 2 and 3 were champion in turn."""
+    versions = [add(seed) for seed in range(1, 6)]
+    for version in versions[:3]:
+        promote(registry, NAME, version, by="ann")
+    return versions
+
+
+def collected(registry: Path, keep: int) -> set[str]:
+    return set(collect(registry, NAME, by="ann", keep=keep).collected)
+
+
+def test_champion_and_what_a_rollback_goes_to_are_never_removed(five, registry):
+    assert collected(registry, 0) == {five[0], five[3], five[4]}
+    assert list_versions(registry, NAME) == sorted(five[1:3])
+    assert rollback(registry, NAME, by="ann") == Promotion("rolled_back", five[1], five[2])
+    assert_settled(registry)
+
+
+def test_after_a_rollback_the_version_that_it_left_is_what_the_next_goes_to(five, registry):
+    rollback(registry, NAME, to=five[0], by="ann")
+    assert collected(registry, 0) == {five[1], five[3], five[4]}
+    assert rollback(registry, NAME, by="ann").version == five[2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "gone"), [(1, [0, 3, 4]), (3, [3, 4]), (4, [3]), (5, []), (99, [])]
+)
+def test_versions_registered_or_in_use_last_are_kept(five, registry, keep, gone):
+    assert collected(registry, keep) == {five[index] for index in gone}
+
+
+def test_registering_a_version_makes_it_the_newest(five, registry, make_run):
+    newest = register(make_run(9), registry, NAME, {})
+    assert newest not in collected(registry, 1)
+
+
+def test_history_says_what_was_collected_and_who_is_champion(five, registry):
+    before = (registry / NAME / "history.jsonl").read_bytes()
+    collect(registry, NAME, by="bob", keep=4)
+    lines = history(registry, NAME)
+    assert (registry / NAME / "history.jsonl").read_bytes().startswith(before)
+    assert len(lines) == 4
+    assert (
+        lines[-1].items()
+        >= {
+            "action": "collected",
+            "version": five[3],
+            "previous": five[2],
+            "by": "bob",
+        }.items()
+    )
+
+
+def test_audit_agrees_afterwards_and_a_second_gc_finds_nothing(five, registry):
+    collect(registry, NAME, by="ann", keep=0)
+    assert audit(registry, NAME).is_sound
+    before = (registry / NAME / "history.jsonl").read_bytes()
+    assert collected(registry, 0) == set()
+    assert (registry / NAME / "history.jsonl").read_bytes() == before
+    assert_settled(registry)
+
+
+def test_dry_run_names_the_same_and_touches_nothing(five, registry):
+    (registry / NAME / "versions" / ".tmp-abc").mkdir()
+    before = {path: path.lstat().st_mtime_ns for path in registry.rglob("*")}
+    plan = collect(registry, NAME, by="ann", keep=3, dry_run=True)
+    assert {path: path.lstat().st_mtime_ns for path in registry.rglob("*")} == before
+    assert plan.is_dry_run
+    assert plan.leftovers == ("versions/.tmp-abc",)
+    done = collect(registry, NAME, by="ann", keep=3)
+    assert (done.collected, done.kept, done.bytes) == (plan.collected, plan.kept, plan.bytes)
+    assert done.leftovers == plan.leftovers
+    assert done.bytes > 1000
+    assert not (registry / NAME / "versions" / ".tmp-abc").exists()
+
+
+def test_barred_version_that_was_collected_and_registered_again_is_still_barred(
+    five, registry, make_run
+):
+    rollback(registry, NAME, by="ann")
+    promote(registry, NAME, five[4], by="ann")
+    promote(registry, NAME, five[3], by="ann")
+    assert five[2] in collected(registry, 0)
+    run = registry.parent / "run-3"
+    assert register(run, registry, NAME, {"again": True}) == five[2]
+    assert promote(registry, NAME, five[2], by="flow", automatic=True).outcome == "barred"
+    assert promote(registry, NAME, five[2], by="ann").outcome == "promoted"
+    assert_settled(registry)
+
+
+def test_collected_version_cannot_be_rolled_back_to(five, registry):
+    collect(registry, NAME, by="ann", keep=0)
+    with pytest.raises(ConfigError, match="names no versions"):
+        rollback(registry, NAME, to=five[0], by="ann")
+
+
+def test_version_deleted_by_hand_is_still_damage_beside_collected_ones(five, registry):
+    collect(registry, NAME, by="ann", keep=0)
+    (registry / NAME / "versions" / five[1]).rename(registry.parent / "gone")
+    assert [finding.file.name for finding in audit(registry, NAME).findings] == [five[1]]
+    with pytest.raises(DamagedError):
+        rollback(registry, NAME, by="ann")
+
+
+def test_version_whose_provenance_is_no_provenance_counts_as_the_oldest(five, registry):
+    path = registry / NAME / "versions" / five[4] / "provenance.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps([1]))
+    assert collected(registry, 4) == {five[4]}
+
+
+def test_link_in_the_place_of_a_version_is_removed_and_its_target_left_alone(
+    five, registry, tmp_path
+):
+    place, outside = registry / NAME / "versions" / five[4], tmp_path / "outside"
+    place.rename(outside)
+    place.symlink_to(outside)
+    assert five[4] in collected(registry, 0)
+    assert (outside / "adapters.safetensors").is_file()
+    assert not place.is_symlink()
+
+
+def test_negative_keep_is_refused(five, registry):
+    with pytest.raises(ConfigError, match="--keep -1"):
+        collect(registry, NAME, by="ann", keep=-1)
+
+
+def test_gc_before_the_first_promotion_keeps_the_newest(add, registry):
+    versions = [add(seed) for seed in range(3)]
+    assert collected(registry, 1) == set(versions[:2])
+    assert read_champion(registry, NAME) is None

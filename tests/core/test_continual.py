@@ -1,0 +1,212 @@
+"""Runs that go on from the champion: their start, what they record, and when they are skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core import pipeline
+from nested_core.adapters import read_adapter
+from nested_core.config import FineTuneConfig
+from nested_core.config_file import parse_config
+from nested_core.continual import champion_or_none, describe_start, unchanged_since
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.policy import promote_by_policy
+from nested_core.publishing import register_run
+from nested_core.run_directory import RunDirectory
+from tests.example import DATA, example_config, prepare, train
+
+NAME = "capitals"
+Configure = Callable[..., FineTuneConfig]
+
+
+def write_data(folder: Path, lines: slice) -> Path:
+    """A data set with some of the example's training lines, and its validation set."""
+    folder.mkdir()
+    train_lines = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(train_lines[lines]))
+    (folder / "valid.jsonl").write_text((DATA / "valid.jsonl").read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Monday's data, and Tuesday's."""
+    folder = tmp_path_factory.mktemp("continual")
+    write_data(folder / "monday", slice(0, 20))
+    write_data(folder / "tuesday", slice(10, 30))
+    return folder
+
+
+def configure(folder: Path, data: str, **changes: Any) -> FineTuneConfig:
+    target = {"path": str(folder / "registry"), "name": NAME, "promote": "always"}
+    settings = {"registry": target, "continual": {"from": "champion"}, "val_batches": 1}
+    return example_config(data=str(folder / data), iters=4, **settings | changes)
+
+
+def generation(folder: Path, data: str) -> tuple[RunDirectory, str]:
+    """Train, judge, register and promote a run on a day's data."""
+    config = configure(folder, data)
+    finished = train(config, prepare(config, folder / f"run-{data}"))
+    champion = champion_or_none(folder / "registry", NAME)
+    pipeline.judge(config, finished.run)
+    version = register_run(config, finished.run, champion)
+    promote_by_policy(config.registry, version, champion)
+    return finished.run, version
+
+
+@pytest.fixture(scope="module")
+def monday(folder: Path) -> tuple[RunDirectory, str]:
+    return generation(folder, "monday")
+
+
+@pytest.fixture(scope="module")
+def tuesday(folder: Path, monday: tuple[RunDirectory, str]) -> tuple[RunDirectory, str]:
+    return generation(folder, "tuesday")
+
+
+def provenance_of(folder: Path, version: str) -> dict[str, Any]:
+    path = folder / "registry" / NAME / "versions" / version / "provenance.json"
+    return dict(json.loads(path.read_bytes()))
+
+
+def test_without_a_champion_the_first_run_starts_fresh_and_says_so(
+    folder: Path, monday: tuple[RunDirectory, str]
+) -> None:
+    run, version = monday
+    note = describe_start(configure(folder, "monday"), run)
+    assert note == "capitals has no champion yet: starting from a fresh adapter"
+    assert provenance_of(folder, version)["parent"] is None
+
+
+def test_the_next_run_starts_from_the_champion_and_is_judged_against_it(
+    folder: Path, monday: tuple[RunDirectory, str], tuesday: tuple[RunDirectory, str]
+) -> None:
+    run, version = tuesday
+    parent = monday[1]
+    assert read_adapter(run.initial).digest() == parent
+    assert read_adapter(run.initial).tensors == read_adapter(monday[0].adapter).tensors
+    gate = json.loads(run.gate.read_bytes())
+    assert (gate["verdict"], gate["initial"]["digest"]) == ("passed", parent)
+    before = json.loads(monday[0].gate.read_bytes())["validation"]["loss_after"]
+    assert gate["validation"]["loss_before"] == pytest.approx(before, rel=1e-6)
+    recorded = provenance_of(folder, version)
+    assert (recorded["parent"], recorded["champion_at_gate"]) == (parent, parent)
+    assert champion_or_none(folder / "registry", NAME) == version
+    note = describe_start(configure(folder, "tuesday"), run)
+    assert note == f"starting from version {parent[:12]} of capitals"
+
+
+def unchanged(folder: Path, path: Path, data: str, **changes: Any) -> str | None:
+    config, run = configure(folder, data, **changes), RunDirectory(path)
+    path.mkdir()
+    pipeline.begin(config, run, resume=False)
+    pipeline.validate(config, run)
+    return unchanged_since(config, run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"steps_per_report": 3}, {"save_every": 2}, {"gate": {"max_val_loss_increase": 0.5}}],
+)
+def test_a_run_on_the_data_that_the_champion_was_trained_on_is_skipped(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert unchanged(folder, tmp_path / "run", "tuesday", **changes) == tuesday[1]
+
+
+def test_the_same_lines_in_another_folder_are_the_same_data(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    copy = write_data(tmp_path / "copy", slice(10, 30))
+    assert unchanged(folder, tmp_path / "run", str(copy)) == tuesday[1]
+
+
+@pytest.mark.parametrize(
+    ("data", "changes"),
+    [
+        ("monday", {}),
+        ("tuesday", {"learning_rate": 1e-3}),
+        ("tuesday", {"seed": 5}),
+        ("tuesday", {"nested": {"frequencies": [1, 2, 2]}}),
+        ("tuesday", {"continual": {"from": "champion", "skip_unchanged": False}}),
+        ("tuesday", {"continual": {}}),
+    ],
+)
+def test_other_data_or_settings_are_a_reason_to_train(
+    folder: Path,
+    tuesday: tuple[RunDirectory, str],
+    tmp_path: Path,
+    data: str,
+    changes: dict[str, Any],
+) -> None:
+    assert unchanged(folder, tmp_path / "run", data, **changes) is None
+
+
+def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(
+    folder: Path, tuesday: tuple[RunDirectory, str]
+) -> None:
+    assert unchanged_since(configure(folder, "tuesday"), tuesday[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora_parameters": {"rank": 4}}, "rank: 8, now 4"),
+        ({"lora_parameters": {"scale": 3.0}}, "scale: 2.0, now 3.0"),
+        ({"lora_parameters": {"keys": ["self_attn.q_proj"]}}, "keys: None, now"),
+        ({"num_layers": 2}, "num_layers: -1, now 2"),
+        ({"fine_tune_type": "dora"}, "fine_tune_type: lora, now dora"),
+    ],
+)
+def test_a_champion_of_other_settings_is_refused_with_what_differs(
+    folder: Path,
+    tuesday: tuple[RunDirectory, str],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    named: str,
+) -> None:
+    with pytest.raises(ConfigError, match="was trained with other settings") as caught:
+        prepare(configure(folder, "monday", **changes), tmp_path / "run")
+    assert named in str(caught.value)
+    assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_a_champion_that_was_changed_on_disk_is_not_started_from(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path
+) -> None:
+    path = folder / "registry" / NAME / "versions" / tuesday[1] / "gate.json"
+    sound = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(sound + b" ")
+    try:
+        with pytest.raises(DamagedError, match=r"gate\.json: has changed"):
+            prepare(configure(folder, "monday"), tmp_path / "run")
+    finally:
+        path.write_bytes(sound)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"continual": {"from": "champion"}}, "continual.from: champion needs a registry"),
+        ({"continual": {"from": "yesterday"}}, "continual.from: Input should be 'champion'"),
+        (
+            {
+                "continual": {"from": "champion"},
+                "registry": {"path": "r", "name": "n"},
+                "resume_adapter_file": "a.safetensors",
+            },
+            "continual.from and resume_adapter_file: give only one",
+        ),
+    ],
+)
+def test_sections_that_contradict_one_another_are_refused(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(values, source="a test")

@@ -1,0 +1,112 @@
+"""The copy in MLflow's registry: versions, losses, files and the champion alias, each once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.mlflow_export import Export, export_to_mlflow
+from nested_core.registry import promote, register, rollback
+from tests.core.registry.conftest import write_run
+
+NAME = "capitals"
+needs_mlflow = pytest.mark.skipif(
+    importlib.util.find_spec("mlflow") is None, reason="the extra mlflow is not installed"
+)
+
+
+@pytest.fixture
+def versions(tmp_path: Path) -> list[str]:
+    """Two versions in `tmp_path`/registry; the first is champion."""
+    registry = tmp_path / "registry"
+    versions = [
+        register(write_run(tmp_path / str(seed), seed), registry, NAME, {"parent": "p" * 64})
+        for seed in (1, 2)
+    ]
+    promote(registry, NAME, versions[0], by="ann")
+    return versions
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store in a file, with its artifacts beside it."""
+    monkeypatch.chdir(tmp_path)
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def export(tmp_path: Path, store: str) -> Export:
+    return export_to_mlflow(tmp_path / "registry", NAME, store)
+
+
+def client(store: str) -> Any:
+    mlflow = pytest.importorskip("mlflow")
+    return mlflow.MlflowClient(tracking_uri=store, registry_uri=store)
+
+
+def test_without_mlflow_it_says_what_to_install(
+    versions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ConfigError, match=r"nested-tune\[mlflow\]"):
+        export_to_mlflow(tmp_path / "registry", NAME)
+
+
+def test_the_core_does_not_import_mlflow() -> None:
+    code = "import sys, nested_core.mlflow_export; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@needs_mlflow
+@pytest.mark.filterwarnings("ignore")
+class TestExport:
+    def test_every_version_is_there_with_its_losses_and_its_gate(
+        self, versions: list[str], tmp_path: Path, store: str
+    ) -> None:
+        done = export(tmp_path, store)
+        assert set(done.numbers) == set(done.added) == set(versions)
+        for version in versions:
+            found = client(store).get_model_version(NAME, done.numbers[version])
+            assert found.tags["nested_tune.version"] == version
+            assert found.tags["nested_tune.parent"] == "p" * 64
+            run = client(store).get_run(found.run_id)
+            assert run.data.metrics == {"loss_before": 4.1, "loss_after": 1.2}
+            gate = client(store).download_artifacts(
+                found.run_id, "adapter/gate.json", str(tmp_path)
+            )
+            assert json.loads(Path(gate).read_bytes())["trained"]["digest"] == version
+
+    def test_the_alias_follows_the_champion_and_nothing_is_added_twice(
+        self, versions: list[str], tmp_path: Path, store: str
+    ) -> None:
+        numbers = export(tmp_path, store).numbers
+
+        def alias() -> str:
+            return str(client(store).get_model_version_by_alias(NAME, "champion").version)
+
+        assert alias() == numbers[versions[0]]
+        promote(tmp_path / "registry", NAME, versions[1], by="ann")
+        again = export(tmp_path, store)
+        assert (again.numbers, again.added) == (numbers, ())
+        assert alias() == numbers[versions[1]]
+        rollback(tmp_path / "registry", NAME, by="ann")
+        export(tmp_path, store)
+        assert alias() == numbers[versions[0]]
+        assert len(client(store).search_model_versions(f"name = '{NAME}'")) == 2
+
+    def test_a_damaged_version_is_not_exported(
+        self, versions: list[str], tmp_path: Path, store: str
+    ) -> None:
+        path = tmp_path / "registry" / NAME / "versions" / versions[1] / "gate.json"
+        path.chmod(0o644)
+        path.write_text(path.read_text() + " ")
+        with pytest.raises(DamagedError, match=r"gate\.json"):
+            export(tmp_path, store)
+        found = client(store).search_model_versions(f"name = '{NAME}'")
+        assert versions[1] not in {version.tags["nested_tune.version"] for version in found}

@@ -1,0 +1,177 @@
+"""Late and repeated events, and reconcile: no newer champion demoted, nothing brought back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.policy import promote_as_recorded, reconcile
+from nested_core.registry import Promotion, history, promote, read_champion, register, rollback
+from tests.core.registry.conftest import write_run
+
+NAME = "capitals"
+Add = Callable[..., str]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def add(tmp_path: Path, registry: Path) -> Add:
+    """Register the version of a seed, judged against `champion`, under a policy."""
+
+    def add(seed: int, champion: str | None = None, policy: str | None = "always") -> str:
+        run = write_run(tmp_path / f"run-{seed}", seed)
+        section = {"path": "elsewhere", "name": "other", "promote": policy}
+        provenance: dict[str, Any] = {"champion_at_gate": champion, "validation_digest": "d1"}
+        provenance |= {"config": {"registry": section}} if policy else {}
+        return register(run, registry, NAME, provenance)
+
+    return add
+
+
+def late(registry: Path, version: str) -> Any:
+    done = promote_as_recorded(registry, NAME, version)
+    return done.outcome if isinstance(done, Promotion) else done
+
+
+def test_an_event_promotes_by_the_recorded_policy_into_the_registry_it_names(
+    add: Add, registry: Path
+) -> None:
+    version = add(1)
+    assert late(registry, version) == "promoted"
+    assert history(registry, NAME)[-1]["automatic"] is True
+
+
+def test_a_repeated_event_changes_nothing(add: Add, registry: Path) -> None:
+    version = add(1)
+    assert [late(registry, version) for _ in range(3)] == [
+        "promoted",
+        "already_champion",
+        "already_champion",
+    ]
+    assert len(history(registry, NAME)) == 1
+
+
+def test_a_late_event_does_not_demote_a_newer_champion(add: Add, registry: Path) -> None:
+    first, second = add(1), add(2)
+    promote(registry, NAME, second, by="ann")
+    assert late(registry, first) == "superseded"
+    assert read_champion(registry, NAME) == second
+
+
+def test_a_repeated_event_of_a_former_champion_is_superseded(add: Add, registry: Path) -> None:
+    first = add(1)
+    late(registry, first)
+    second = add(2, first)
+    assert late(registry, second) == "promoted"
+    assert late(registry, first) == "superseded"
+
+
+def test_what_a_person_rolled_back_is_not_brought_back(add: Add, registry: Path) -> None:
+    first = add(1)
+    late(registry, first)
+    second = add(2, first)
+    late(registry, second)
+    rollback(registry, NAME, by="ann")
+    assert late(registry, second) == "superseded"
+    assert reconcile(registry, NAME) == {}
+    assert read_champion(registry, NAME) == first
+
+
+def test_a_champion_that_left_and_came_back_still_supersedes(add: Add, registry: Path) -> None:
+    first = add(1)
+    late(registry, first)
+    forgotten, second = add(2, first), add(3, first)
+    late(registry, second)
+    rollback(registry, NAME, by="ann")
+    assert late(registry, forgotten) == "superseded"
+    assert reconcile(registry, NAME) == {forgotten: "superseded"}
+    assert read_champion(registry, NAME) == first
+
+
+def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, registry: Path) -> None:
+    first = add(1)
+    late(registry, first)
+    lost, newer = add(2, first), add(3, first)
+    assert reconcile(registry, NAME) == {newer: "promoted", lost: "superseded"}
+    before = history(registry, NAME)
+    assert reconcile(registry, NAME) == {lost: "superseded"}
+    assert history(registry, NAME) == before
+    assert read_champion(registry, NAME) == newer
+
+
+def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
+    versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
+    unknown = add(9, None, None)
+    outcomes = reconcile(registry, NAME)
+    assert outcomes[versions["never"]] == "registry.promote is never"
+    assert outcomes[versions["approve"]].startswith("waiting for approval")
+    assert outcomes[unknown] == "its provenance records no policy"
+    assert read_champion(registry, NAME) is None
+
+
+def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: Path) -> None:
+    first = add(1)
+    late(registry, first)
+    worse = add(2, first, "better")
+    assert reconcile(registry, NAME) == {
+        worse: "validation loss 1.2 is not better than the champion's 1.2"
+    }
+    better = write_run(tmp_path / "run-3", 3) / "gate.json"
+    gate = json.loads(better.read_text())
+    gate["validation"]["loss_after"] = 0.5
+    better.write_text(json.dumps(gate))
+    section = {"promote": "better", "path": "x", "name": "y"}
+    provenance = {"champion_at_gate": first, "validation_digest": "d1"}
+    version = register(
+        better.parent, registry, NAME, provenance | {"config": {"registry": section}}
+    )
+    assert reconcile(registry, NAME)[version] == "promoted"
+
+
+def test_an_event_about_an_unknown_version_is_refused(add: Add, registry: Path) -> None:
+    add(1)
+    with pytest.raises(ConfigError, match="has no version"):
+        late(registry, "f" * 64)
+    with pytest.raises(ConfigError, match="has no version"):
+        late(registry, "../../etc")
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"champion_at_gate": 1},
+        {"config": []},
+        {"config": {"registry": "always"}},
+        {"config": {"registry": {"promote": "sometimes"}}},
+        {"config": {"registry": {"promote": "always", "force": True}}},
+    ],
+)
+def test_a_version_whose_record_has_other_types_is_damage(
+    tmp_path: Path, registry: Path, provenance: dict[str, Any]
+) -> None:
+    version = register(write_run(tmp_path / "run", 1), registry, NAME, provenance)
+    with pytest.raises(DamagedError, match="provenance"):
+        late(registry, version)
+
+
+def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Path) -> None:
+    sound, unreadable, changed = add(1), add(2), add(3)
+    for version, content in ((unreadable, "{"), (changed, None)):
+        path = registry / NAME / "versions" / version / "provenance.json"
+        path.chmod(0o644)
+        path.write_text(content or path.read_text() + " ")
+    outcomes = reconcile(registry, NAME)
+    assert outcomes[sound] == "promoted"
+    assert outcomes[unreadable].startswith("damaged: ")
+    assert outcomes[changed].startswith("damaged: ")
+    assert "provenance.json" in outcomes[changed]
+    assert read_champion(registry, NAME) == sound

@@ -1,0 +1,62 @@
+"""`train` and `run` on data that the champion was trained on already: a success that says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nested_core.registry import list_versions, read_champion
+from tests.example import write_config
+from tests.flows.conftest import Ended, ended, start
+
+NAME = "capitals"
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+    """A first run that becomes champion, and three more on the same data."""
+    folder = tmp_path_factory.mktemp("continual")
+    target = {"path": "registry", "name": NAME}
+    settings = {"registry": target, "continual": {"from": "champion"}, "val_batches": 1}
+    write_config(folder / "config.yaml", iters=4, **settings)
+
+    def command(*arguments: object) -> Ended:
+        return ended(start(*arguments, cwd=folder))
+
+    return folder, {
+        "first": command("train", "-c", "config.yaml", "--run-dir", "first"),
+        "promote": command("promote", "first", "--registry", "registry", "--name", NAME),
+        "second": command("train", "-c", "config.yaml", "--run-dir", "second"),
+        "json": command("train", "-c", "config.yaml", "--run-dir", "third", "--json"),
+        "flow": command("run", "-c", "config.yaml", "--run-dir", "fourth"),
+    }
+
+
+def test_the_first_run_says_that_there_is_no_champion(
+    story: tuple[Path, dict[str, Ended]],
+) -> None:
+    _, ran = story
+    assert (ran["first"].code, ran["promote"].code) == (0, 0)
+    assert "has no champion yet: starting from a fresh adapter" in ran["first"].stderr
+
+
+def test_train_and_run_end_early_with_success(story: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ran = story
+    champion = read_champion(folder / "registry", NAME)
+    line = f"skipped: data unchanged since {champion}\n"
+    assert (ran["second"].code, ran["second"].stdout) == (0, line)
+    assert (ran["flow"].code, ran["flow"].stdout) == (0, line)
+    assert not (folder / "second" / "initial").exists()
+    assert not (folder / "fourth" / "adapter").exists()
+    assert list_versions(folder / "registry", NAME) == [champion]
+
+
+def test_as_json_it_names_the_champion(story: tuple[Path, dict[str, Ended]]) -> None:
+    folder, ran = story
+    champion = read_champion(folder / "registry", NAME)
+    assert ran["json"].document == {
+        "run_dir": "third",
+        "skipped": True,
+        "unchanged_since": champion,
+    }

@@ -1,0 +1,185 @@
+"""promote (by policy, or suspended until a person answers), rollback and reconcile, on a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.exceptions import Pause
+from prefect.flow_engine import run_flow
+from prefect.flow_runs import resume_flow_run
+
+from flows.promote import PromoteParameters, promote
+from flows.reconcile import ReconcileParameters, reconcile
+from flows.rollback import RollbackParameters, rollback
+from nested_core import registry as core
+from tests.core.registry.conftest import write_run
+from tests.flows.conftest import task_runs
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+NAME = "capitals"
+Add = Callable[..., str]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def add(tmp_path: Path, registry: Path) -> Add:
+    """Register the version of a seed under a policy, judged against the champion of now."""
+
+    def add(seed: int, policy: str = "always") -> str:
+        run = write_run(tmp_path / f"run-{seed}", seed)
+        is_first = NAME not in core.list_names(registry)
+        champion = None if is_first else core.read_champion(registry, NAME)
+        section = {"path": "x", "name": "y", "promote": policy}
+        provenance = {"champion_at_gate": champion, "config": {"registry": section}}
+        return core.register(run, registry, NAME, provenance)
+
+    return add
+
+
+def parameters(registry: Path, version: str, **changes: Any) -> PromoteParameters:
+    return PromoteParameters(registry=str(registry), name=NAME, version=version, **changes)
+
+
+def test_promote_promotes_by_the_recorded_policy_and_again_changes_nothing(
+    add: Add, registry: Path
+) -> None:
+    given = parameters(registry, add(1))
+    for expected in ("promoted", "already_champion"):
+        state = promote(given, return_state=True)
+        assert (state.is_completed(), state.message) == (True, expected)
+    assert len(core.history(registry, NAME)) == 1
+
+
+def test_a_late_event_completes_as_superseded(add: Add, registry: Path) -> None:
+    first, second = add(1), add(2)
+    core.promote(registry, NAME, second, by="ann")
+    state = promote(parameters(registry, first), return_state=True)
+    assert (state.is_completed(), state.message) == (True, "superseded")
+
+
+def deployed_run(given: PromoteParameters) -> UUID:
+    """A flow run of a deployment of `promote`: only those can be suspended."""
+    with get_client(sync_client=True) as client:
+        flow_id = client.create_flow(promote)
+        deployment_id = client.create_deployment(flow_id=flow_id, name=str(uuid4()))
+        values = {"config": given.model_dump(mode="json")}
+        return client.create_flow_run_from_deployment(deployment_id, parameters=values).id
+
+
+def execute(run_id: UUID) -> State[Any]:
+    """What a worker's process does with a flow run: run the flow from its top."""
+    with get_client(sync_client=True) as client:
+        flow_run = client.read_flow_run(run_id)
+        values = flow_run.parameters
+        with suppress(Pause):  # ends the process, until the run is resumed
+            run_flow(promote, flow_run=flow_run, parameters=values, return_type="state")
+        state = client.read_flow_run(run_id).state
+    assert state is not None
+    return state
+
+
+def answer(run_id: UUID, **values: Any) -> None:
+    resume_flow_run(run_id, run_input=values)
+
+
+@pytest.fixture
+def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
+    """A flow run that waits for approval of a version, that version, and the champion."""
+    champion = add(1)
+    core.promote(registry, NAME, champion, by="ann")
+    version = add(2, "approve")
+    run_id = deployed_run(parameters(registry, version))
+    state = execute(run_id)
+    assert (state.type.value, state.name) == ("PAUSED", "Suspended")
+    assert core.read_champion(registry, NAME) == champion
+    return run_id, version, champion
+
+
+def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(
+    waiting: tuple[UUID, str, str], registry: Path
+) -> None:
+    run_id, version, champion = waiting
+    answer(run_id, approve=True, by="ann")
+    state = execute(run_id)
+    assert (state.is_completed(), state.message) == (True, "promoted")
+    last = core.history(registry, NAME)[-1]
+    assert (last["version"], last["previous"], last["by"]) == (version, champion, "ann")
+    assert last["automatic"] is False
+
+
+def test_not_approved_nothing_is_promoted(waiting: tuple[UUID, str, str], registry: Path) -> None:
+    run_id, _, champion = waiting
+    answer(run_id, approve=False, by="bob")
+    state = execute(run_id)
+    assert (state.is_completed(), state.message) == (True, "not approved by bob")
+    assert core.read_champion(registry, NAME) == champion
+
+
+def test_an_approval_that_was_given_against_another_champion_is_asked_for_again(
+    waiting: tuple[UUID, str, str], add: Add, registry: Path
+) -> None:
+    run_id, version, _ = waiting
+    answer(run_id, approve=True, by="ann")
+    other = add(3)
+    core.promote(registry, NAME, other, by="bob")
+    assert execute(run_id).name == "Suspended"
+    answer(run_id, approve=True, by="ann")
+    assert execute(run_id).message == "promoted"
+    assert core.history(registry, NAME)[-1]["previous"] == other
+    assert core.read_champion(registry, NAME) == version
+
+
+def test_approval_can_be_required_whatever_the_policy(add: Add, registry: Path) -> None:
+    run_id = deployed_run(parameters(registry, add(1), requires_approval=True))
+    assert execute(run_id).name == "Suspended"
+    answer(run_id, approve=True, by="ann")
+    assert execute(run_id).message == "promoted"
+
+
+def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: Path) -> None:
+    first = add(1)
+    core.promote(registry, NAME, first, by="ann")
+    second = add(2)
+    promote(parameters(registry, second))
+    given = RollbackParameters(registry=str(registry), name=NAME, by="ann")
+    state = rollback(given, return_state=True)
+    assert state.message == "rolled_back"
+    assert promote(parameters(registry, second), return_state=True).message == "superseded"
+    reconcile(ReconcileParameters(registry=str(registry)))
+    assert core.read_champion(registry, NAME) == first
+
+
+def test_reconcile_promotes_what_an_event_got_lost_for_once(add: Add, registry: Path) -> None:
+    version = add(1)
+    given = ReconcileParameters(registry=str(registry))
+    state = reconcile(given, return_state=True)
+    assert state.message == f"promoted: {NAME}"
+    assert core.read_champion(registry, NAME) == version
+    assert reconcile(given, return_state=True).message == "promoted: nothing"
+    assert tuple(task_runs(state, "reconcile")) == ("reconcile",)
+
+
+def test_reconcile_goes_through_all_and_fails_naming_what_is_damaged(
+    add: Add, registry: Path, tmp_path: Path
+) -> None:
+    version, damaged = add(1), add(2)
+    (registry / NAME / "versions" / damaged / "gate.json").unlink()
+    other = core.register(tmp_path / "run-1", registry, "aaa", {})
+    core.promote(registry, "aaa", other, by="ann")
+    (registry / "aaa" / "history.jsonl").write_text("no history\n")
+    state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
+    assert state.is_failed()
+    assert "aaa: " in str(state.message)
+    assert f"{NAME} {damaged[:12]}: damaged: " in str(state.message)
+    assert core.read_champion(registry, NAME) == version
