@@ -147,9 +147,16 @@ def test_no_key_of_the_gate_lets_an_adapter_past_it(key: str) -> None:
         parse_config(example_settings(**{key: True}), source="test.yaml")
 
 
-@pytest.mark.parametrize("value", [False, "off", []])
-def test_the_gate_cannot_be_something_other_than_its_bounds(value: object) -> None:
-    with pytest.raises(ConfigError, match="gate: Input should be"):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (False, "gate: true and false mean nothing here"),
+        ("off", "gate: Input should be"),
+        ([], "gate: Input should be"),
+    ],
+)
+def test_the_gate_cannot_be_something_other_than_its_bounds(value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_config(example_settings() | {"gate": value}, source="test.yaml")
 
 
