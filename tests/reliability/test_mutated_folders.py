@@ -18,7 +18,7 @@ from nested_core.config import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.run_directory import RunDirectory
 from tests.example import train_example, write_config
-from tests.reliability.mutations import MUTATIONS, copy_run, mutate
+from tests.reliability.mutations import MUTATIONS, copy_run, delete_a_folder, mutate
 
 SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 SMALL_RUN = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
@@ -70,9 +70,14 @@ def judged_again(config: Path, run_dir: Path) -> subprocess.CompletedProcess[str
 
 
 def in_pairs(original: Path, folder: Path, count: int) -> Iterator[tuple[str, Path]]:
-    """Mutations spread over all kinds, each in a folder of its own."""
-    for number in range(count):
-        name, run = mutate(original, folder / str(number), number * 7)
+    """Mutations spread over all kinds, each in a folder of its own.
+
+    But for folders that are gone: a resumed run has no checkpoint then, and trains again.
+    """
+    gone = MUTATIONS.index(delete_a_folder)
+    numbers = [7 * number for number in range(2 * count) if 7 * number % len(MUTATIONS) != gone]
+    for number in numbers[:count]:
+        name, run = mutate(original, folder / str(number), number)
         yield name, run.path
 
 
