@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
 from nested_core.config_data import DataPolicy, HubDatasets
+from nested_core.config_gate import GateSection
 from nested_core.config_lora import LoraParameters
 from nested_core.config_publishing import ContinualSection, RegistrySection
 from nested_core.config_rules import agreement_problems, refuse, tier_problems
@@ -76,14 +77,6 @@ class TrainingSection(Section):
     max_nonfinite_steps: PositiveInt = 5
     flat_loss_reports: Annotated[int, Field(ge=2)] = 10
     reference: Literal["mlx_lm"] | None = None
-
-
-class GateSection(Section):
-    """The bounds that the gate judges by; they are recorded in gate.json."""
-
-    max_val_loss_increase: Share = 0.0
-    min_relative_change: Share = 0.0
-    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 
 class FineTuneConfig(Section):
