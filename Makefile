@@ -42,7 +42,7 @@ bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks
 
 reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minutes
-	$(BIN)/pytest -m reliability
+	$(BIN)/pytest -m reliability -n auto --dist loadfile
 
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py
