@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile
 LOCKED := $(INSTALL) --only-binary :all: --require-hashes
 
-.PHONY: help demo test check format bench reliability example-model lock clean
+.PHONY: help demo test check format bench production-test reliability example-model lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -26,7 +26,7 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 	$(BIN)/nested-tune demo
 
 test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
-	$(BIN)/pytest -m "not reliability" -n auto --dist loadfile
+	$(BIN)/pytest -m "not reliability and not production" -n auto --dist loadfile
 
 check: $(VENV)/dev.stamp ## format, lint, types, import directions and lengths
 	$(BIN)/ruff format --check .
@@ -40,6 +40,9 @@ format: $(VENV)/dev.stamp ## format, and repair what lint can repair
 
 bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks
+
+production-test: $(VENV)/dev.stamp ## PostgreSQL, a server with auth, workers, and what runs on them; takes minutes
+	$(BIN)/pytest -m production
 
 reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minutes
 	$(BIN)/pytest -m reliability -n auto --dist loadfile

@@ -11,6 +11,7 @@ from prefect.input import RunInput
 from prefect.states import Completed, State
 from pydantic import Field
 
+from flows.roots import confined
 from nested_core.adapter_names import NAME_PATTERN
 from nested_core.config_section import Section
 from nested_core.policy import read_candidate
@@ -23,9 +24,9 @@ SECONDS_TO_APPROVE = 7 * 24 * 3600
 class PromoteParameters(Section):
     """Which version, in which registry; what the event `adapter.verified` carries."""
 
-    registry: str
-    name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$")
-    version: str = Field(pattern="^[0-9a-f]{64}$")
+    registry: str = Field(description="the registry's folder, on the worker's machine")
+    name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$", description="the adapter's name in it")
+    version: str = Field(pattern="^[0-9a-f]{64}$", description="the folder's name under versions/")
     requires_approval: bool = Field(
         default=False, description="ask a person, whatever the policy recorded with the version"
     )
@@ -45,7 +46,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     Completed in every case but damage: the message says what became of it. Resumed, the flow starts
     again from its top, and the answer is there.
     """
-    registry = Path(config.registry)
+    registry = confined(config.registry, "registry")
     policy = read_candidate(registry, config.name, config.version).policy or {}
     if not config.requires_approval and policy.get("promote") != "approve":
         return Completed(message=promote_recorded(registry, config.name, config.version))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.states import Completed, Failed, State
 from pydantic import Field
 
+from flows.roots import confined
 from nested_core.config_section import Section
 from nested_core.policy import DAMAGED
 from nested_core.registry import list_names
@@ -18,7 +18,7 @@ from tasks.promote import reconcile as reconcile_name
 class ReconcileParameters(Section):
     """Which registry, and which of its adapters."""
 
-    registry: str
+    registry: str = Field(description="the registry's folder, on the worker's machine")
     names: tuple[str, ...] | None = Field(default=None, description="default: all of them")
 
 
@@ -29,7 +29,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     What is damaged keeps no other version or name from its promotion: the flow goes through all of
     them, and then ends Failed, saying what is damaged.
     """
-    registry = Path(config.registry)
+    registry = confined(config.registry, "registry")
     names = list_names(registry) if config.names is None else config.names
     states = {name: reconcile_name(registry, name, return_state=True) for name in names}
     problems = [f"{name}: {state.message}" for name, state in states.items() if state.is_failed()]

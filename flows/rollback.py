@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.states import Completed, State
 from pydantic import Field
 
+from flows.roots import confined
 from nested_core.adapter_names import NAME_PATTERN
 from nested_core.config_section import Section
 from tasks.promote import roll_back
@@ -17,8 +17,8 @@ from tasks.promote import roll_back
 class RollbackParameters(Section):
     """Which adapter, in which registry, and back to what."""
 
-    registry: str
-    name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$")
+    registry: str = Field(description="the registry's folder, on the worker's machine")
+    name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$", description="the adapter's name in it")
     to: str | None = Field(default=None, description="default: what the last change replaced")
     by: str = Field(min_length=1, description="who decides; it stands in the history")
 
@@ -26,4 +26,5 @@ class RollbackParameters(Section):
 @flow(name="rollback", retries=0, flow_run_name="rollback {config.name}")
 def rollback(config: RollbackParameters) -> State[Any]:
     """Move the champion back; the message says what became of it."""
-    return Completed(message=roll_back(Path(config.registry), config.name, config.to, config.by))
+    registry = confined(config.registry, "registry")
+    return Completed(message=roll_back(registry, config.name, config.to, config.by))

@@ -43,7 +43,13 @@ class Stopper:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals while the block runs; TrainingStopped where one came."""
+        """Handle the signals while the block runs; TrainingStopped where one came.
+
+        Signals reach the main thread alone: in any other the block only runs.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         receive, send = os.pipe()
         os.set_blocking(send, False)
         threading.Thread(target=_exit_at_the_second, args=(receive,), daemon=True).start()

@@ -17,7 +17,7 @@ from nested_core.gate import measure_test
 from nested_core.run_directory import RunDirectory
 
 
-@task(name="gate", retries=0, cache_policy=NO_CACHE)
+@task(name="gate", task_run_name="gate {run_dir.name}", retries=0, cache_policy=NO_CACHE)
 def gate(config: FineTuneConfig, run_dir: Path) -> Path:
     """Judge adapter/ against initial/ and write gate.json; GateRejected where it did not pass."""
     run = RunDirectory(run_dir)

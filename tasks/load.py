@@ -16,6 +16,7 @@ from tasks.retrying import retry_on_passing_error
 
 @task(
     name="load",
+    task_run_name="load {config.model}",
     retries=2,
     retry_delay_seconds=[2, 10],
     retry_condition_fn=retry_on_passing_error,

@@ -16,6 +16,7 @@ from tasks.retrying import retry_on_passing_error
 
 @task(
     name="promote",
+    task_run_name="promote {section.name} {version:.12}",
     retries=3,
     retry_delay_seconds=[2, 5, 15],
     retry_condition_fn=retry_on_passing_error,
@@ -29,6 +30,7 @@ def promote(section: RegistrySection, version: str, expected_champion: str | Non
 
 @task(
     name="promote-recorded",
+    task_run_name="promote-recorded {name} {version:.12}",
     retries=3,
     retry_delay_seconds=[2, 5, 15],
     retry_condition_fn=retry_on_passing_error,
@@ -41,6 +43,7 @@ def promote_recorded(path: Path, name: str, version: str) -> str:
 
 @task(
     name="promote-approved",
+    task_run_name="promote-approved {name} {version:.12}",
     retries=3,
     retry_delay_seconds=[2, 5, 15],
     retry_condition_fn=retry_on_passing_error,
@@ -56,6 +59,7 @@ def promote_approved(
 
 @task(
     name="roll-back",
+    task_run_name="roll-back {name}",
     retries=3,
     retry_delay_seconds=[2, 5, 15],
     retry_condition_fn=retry_on_passing_error,
@@ -68,6 +72,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str) -> str:
 
 @task(
     name="reconcile",
+    task_run_name="reconcile {name}",
     retries=3,
     retry_delay_seconds=[2, 5, 15],
     retry_condition_fn=retry_on_passing_error,

@@ -15,6 +15,7 @@ from tasks.retrying import retry_on_passing_error
 
 @task(
     name="register",
+    task_run_name="register {config.registry.name}",
     retries=3,
     retry_delay_seconds=[2, 5, 15],
     retry_condition_fn=retry_on_passing_error,

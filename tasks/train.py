@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,56 +18,103 @@ from nested_core import pipeline
 from nested_core.config import FineTuneConfig
 from nested_core.pipeline import TrainResult
 from nested_core.run_directory import RunDirectory
+from nested_core.training.metrics import read_metrics
 from nested_core.training.trainer import Trainer
 from tasks.retrying import retry_training
+from tasks.run_page import show_losses
 
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_LOOKS = 0.5
 PERCENT_BETWEEN_UPDATES = 5.0
 
 
 class PrefectProgress:
-    """mlx-lm's callback protocol as log lines now and then and a progress artifact."""
+    """Log lines now and then and a progress artifact, from a thread of its own.
+
+    Training never waits for the server: where it cannot be reached, only the progress is missing.
+    """
 
     def __init__(self) -> None:
         self._logger = get_run_logger()
-        self._artifact: UUID | None = None
-        self._total_steps = 1
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
         self._shown_percent = 0.0
         self._logged_at = 0.0
 
     def start(self, trainer: Trainer) -> None:
-        """Note how long the run is, and open the artifact."""
-        self._total_steps = trainer.method.steps
-        made: Any = create_progress_artifact(progress=0.0, key="training-progress")
-        self._artifact = made
+        """Follow a trainer from its first step on."""
+        context = copy_context()  # the run that artifacts belong to
+        self._thread = threading.Thread(
+            target=context.run, args=(self._follow, trainer), name="progress", daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Show where it ended, and stop."""
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join(timeout=SECONDS_BETWEEN_LINES)
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
-        """Log a line every few seconds; move the artifact every few per cent."""
-        if time.monotonic() - self._logged_at >= SECONDS_BETWEEN_LINES:
-            self._logged_at = time.monotonic()
-            self._logger.info("step %(step)d: train loss %(train_loss).4f", train_info)
-        percent = 100.0 * train_info["step"] / self._total_steps
-        is_due = percent - self._shown_percent >= PERCENT_BETWEEN_UPDATES or percent >= 100.0
-        if self._artifact is not None and is_due:
-            self._shown_percent = percent
-            update_progress_artifact(artifact_id=self._artifact, progress=percent)
+        """Nothing: what is reported is read from the trainer."""
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         """Log every evaluation."""
         self._logger.info("iteration %(iteration)d: validation loss %(val_loss).4f", val_info)
 
+    def _follow(self, trainer: Trainer) -> None:
+        try:
+            artifact: Any = create_progress_artifact(progress=0.0, key="training-progress")
+            is_last = False
+            while not is_last:
+                is_last = self._done.wait(SECONDS_BETWEEN_LOOKS)
+                self._log(trainer)
+                self._update(artifact, 100.0 * trainer.current_step / trainer.method.steps)
+        except Exception as error:  # of the server or the way to it; training goes on
+            self._logger.warning("The progress of training cannot be shown: %s", error)
+
+    def _log(self, trainer: Trainer) -> None:
+        loss = trainer.current_train_loss
+        if loss is None or time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
+            return
+        self._logged_at = time.monotonic()
+        steps = f"step {trainer.current_step} of {trainer.method.steps}"
+        self._logger.info("%s: train loss %.4f", steps, loss)
+
+    def _update(self, artifact: UUID, percent: float) -> None:
+        is_due = percent - self._shown_percent >= PERCENT_BETWEEN_UPDATES or percent >= 100.0
+        if is_due and percent > self._shown_percent:
+            self._shown_percent = percent
+            update_progress_artifact(artifact_id=artifact, progress=percent)
+
 
 @task(
     name="train",
+    task_run_name="train {config.iters} iterations, tiers {config.nested.frequencies}",
     retries=2,
     retry_delay_seconds=[5, 30],
     retry_condition_fn=retry_training,
     cache_policy=NO_CACHE,
 )
-def train(config: FineTuneConfig, run_dir: Path) -> TrainResult:
-    """Train from initial/, or from the last checkpoint; write adapter/ and result.json."""
-    progress = PrefectProgress()
-    result = pipeline.train(config, RunDirectory(run_dir), progress, progress.start)
+def train(
+    config: FineTuneConfig, run_dir: Path, watch: Callable[[Trainer], None] | None = None
+) -> TrainResult:
+    """Train from initial/, or from the last checkpoint; write adapter/ and result.json.
+
+    `watch` is handed the trainer before its first step, so that a signal can stop it.
+    """
+    progress, run = PrefectProgress(), RunDirectory(run_dir)
+
+    def begin(trainer: Trainer) -> None:
+        progress.start(trainer)
+        if watch is not None:
+            watch(trainer)
+
+    try:
+        result = pipeline.train(config, run, progress, begin)
+    finally:
+        progress.finish()
+    show_losses(read_metrics(run.metrics))
     for flag in result.red_flags:
         get_run_logger().warning("red flag: %s", flag)
     return result

@@ -19,6 +19,7 @@ SHOWN_FINDINGS = 50
 
 @task(
     name="validate",
+    task_run_name="validate {config.data}",
     retries=2,
     retry_delay_seconds=[2, 10],
     retry_condition_fn=retry_on_passing_error,

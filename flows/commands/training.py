@@ -21,7 +21,7 @@ from flows.terminal import (
     say,
     watching,
 )
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.run_directory import RunDirectory, new_run_name, open_run
 
 RUNS = Path("runs")
@@ -148,6 +148,7 @@ def _skipped(arguments: argparse.Namespace, run: RunDirectory, champion: str) ->
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
+    from flows.embedded import prefect_server
     from flows.finetune import FinetuneParameters, finetune
     from flows.logs import quieten
 
@@ -156,8 +157,10 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     path = _open(arguments).path
     parameters = config.model_dump() | {"run_dir": str(path), "resume": arguments.resume}
     say(f"run directory: {path}")
-    with watching(RunDirectory(path).metrics):
+    with Stopper().installed(), prefect_server(), watching(RunDirectory(path).metrics):
         state = finetune(FinetuneParameters(**parameters), return_state=True)
+    if state.is_cancelled():
+        raise TrainingStopped(f"The flow run was cancelled, {state.message}")
     state.result()  # raises what made it fail
     say(str(state.message))
 

@@ -42,7 +42,7 @@ def flow_run_id(state: State[Any]) -> UUID:
 
 
 def task_runs(state: State[Any], *names: str) -> dict[str, TaskRun]:
-    """The task runs of a flow run by task name, in order, once the server has recorded all of them.
+    """The task runs of a flow run by their names' first word, in order, once all are recorded.
 
     The server takes task runs from events, some time after the flow has ended; `names` are awaited.
     """
@@ -52,7 +52,7 @@ def task_runs(state: State[Any], *names: str) -> dict[str, TaskRun]:
         with get_client(sync_client=True) as client:
             found = client.read_task_runs(flow_run_filter=wanted)
         found.sort(key=lambda run: str(run.start_time))
-        runs = {run.name.rsplit("-", 1)[0]: run for run in found}
+        runs = {run.name.split(" ")[0]: run for run in found}
         is_final = all(run.state is not None and run.state.is_final() for run in found)
         if (is_final and set(names) <= set(runs)) or time.monotonic() > deadline:
             return runs

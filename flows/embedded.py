@@ -1,0 +1,106 @@
+"""The Prefect server of a run at the command line, where no PREFECT_API_URL names another.
+
+It hears no signal of the run's terminal, for the run's last state has still to reach it, and it
+ends with the run's process, however that one ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nested_core.errors import NestedTuneError
+
+HOST = "127.0.0.1"
+SECONDS_TO_START, SECONDS_TO_END = 90.0, 5.0
+
+
+@contextmanager
+def prefect_server() -> Iterator[None]:
+    """Use the server that Prefect's settings name, or one that is started here.
+
+    The one started here ends at exit, after Prefect's own threads have sent it what they hold.
+    """
+    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+
+    if get_current_settings().api.url is not None:
+        yield
+        return
+    with temporary_settings(updates={PREFECT_API_URL: _start()}):
+        yield
+
+
+def _start() -> str:
+    port = _free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", __name__, str(port)], stdin=subprocess.PIPE, start_new_session=True
+    )
+    atexit.register(_stop, server)
+    deadline = time.monotonic() + SECONDS_TO_START
+    while not _is_healthy(port):
+        if server.poll() is not None or time.monotonic() > deadline:
+            server.kill()
+            raise NestedTuneError(
+                "Prefect's embedded server did not start; what it said stands above. "
+                "`nested-tune doctor` looks for the cause, and `nested-tune train` needs no server."
+            )
+        time.sleep(0.1)
+    return f"http://{HOST}:{port}/api"
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _is_healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    try:
+        connection.request("GET", "/api/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+def serve(port: int) -> None:
+    """Serve until a signal comes, or the process at the other end of standard input is gone."""
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    app = create_app(ephemeral=True, final=True)
+    uvicorn.run(app, host=HOST, port=port, log_level="error", lifespan="on")
+
+
+def _end_with_parent() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_TO_END)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]))

@@ -1,0 +1,35 @@
+"""What the state of a fine-tune's flow run says: the result, in one short line."""
+
+from __future__ import annotations
+
+import json
+
+from nested_core.run_directory import RunDirectory
+
+SHOWN_DIGITS = 6
+SHOWN_REASONS = 3
+
+
+def short(version: str) -> str:
+    """The start of a version, as it is shown."""
+    return version[:SHOWN_DIGITS]
+
+
+def describe_loss(run: RunDirectory) -> str:
+    """`val loss 3.1 -> 1.4` from gate.json, or that there was no validation set."""
+    losses = json.loads(run.gate.read_bytes())["validation"]
+    if losses is None:
+        return "no validation set"
+    return f"val loss {losses['loss_before']:.3g} -> {losses['loss_after']:.3g}"
+
+
+def describe_rejection(run: RunDirectory) -> str:
+    """`rejected: tier_unchanged tier 2` from gate.json: each code, and the tiers it is about."""
+    verdict = json.loads(run.gate.read_bytes())
+    tiers = {tensor["name"]: tensor["tier"] for tensor in verdict["tensors"]}
+    parts = []
+    for reason in verdict["reasons"][:SHOWN_REASONS]:
+        own = sorted({tiers[name] for name in reason["tensors"] if tiers.get(name) is not None})
+        named = f" tier {', '.join(map(str, own))}" if own else ""
+        parts.append(f"{reason['code']}{named}")
+    return f"rejected: {'; '.join(parts)}"

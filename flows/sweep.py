@@ -1,0 +1,121 @@
+"""The flow that tries a grid of settings, a deployment run each, and promotes the best verified."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, get_run_logger, runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.states import Completed, Failed, State
+from pydantic import Field, JsonValue
+
+from flows.outcome import short
+from flows.roots import confine_configuration
+from nested_core.config import FineTuneConfig
+from nested_core.config_section import Section
+from nested_core.continual import champion_or_none
+from nested_core.errors import ConfigError
+from nested_core.run_directory import RunDirectory
+from tasks.promote import promote
+from tasks.sweep import Outcome, collect, find_version
+
+SECONDS_BETWEEN_LOOKS = 2.0
+MOST_RUNS = 256
+
+
+class SweepParameters(Section):
+    """What stays the same, what is varied, and the deployment that trains."""
+
+    base: FineTuneConfig = Field(description="the settings that all runs share")
+    grid: Annotated[dict[str, list[JsonValue]], Field(min_length=1)] = Field(
+        description="key -> the values to try; a key in a section is written nested.fast"
+    )
+    deployment: str = Field(default="finetune/manual", description="FLOW/DEPLOYMENT that trains")
+
+
+@flow(name="sweep", retries=0, flow_run_name="sweep {config.base.model}")
+def sweep(config: SweepParameters) -> State[Any]:
+    """Run every point of the grid, show the results in a table, and promote the best.
+
+    The runs register what the gate verified and promote nothing; the best by validation loss is
+    promoted by the base's own policy, against the champion that stood when the sweep began.
+    """
+    confine_configuration(config.base)
+    target = config.base.registry
+    if target.path is None or target.name is None:
+        raise ConfigError("sweep: base.registry.path and name are needed to compare what came out.")
+    champion = champion_or_none(Path(target.path), target.name)
+    points = list(grid_points(config.grid))
+    if len(points) > MOST_RUNS:
+        raise ConfigError(f"sweep: the grid has {len(points)} points, at most {MOST_RUNS}.")
+    run_ids = [_start(config, index, point) for index, point in enumerate(points)]
+    ended = [_wait(run_id) for run_id in run_ids]
+    outcomes = [
+        Outcome.of(_run_directory(index), point, run.state_name or "", str(run.state.message))
+        for index, (point, run) in enumerate(zip(points, ended, strict=True))
+        if run.state is not None
+    ]
+    best = collect(outcomes)
+    if best is None:
+        return Failed(message=f"none of {len(points)} runs passed the gate")
+    version = find_version(target, best)
+    done = promote(target, version, champion)
+    verified = sum(outcome.has_passed for outcome in outcomes)
+    what = f"{verified} of {len(points)} verified; best {short(version)}: {best.describe()}"
+    return Completed(message=f"{what}; {done}")
+
+
+def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:
+    """Every combination of one value a key, in the order of the grid."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def with_values(base: dict[str, Any], point: dict[str, JsonValue]) -> dict[str, Any]:
+    """The base's values with those of a point; `nested.fast` is the key `fast` of `nested`."""
+    values = dict(base)
+    for key, value in point.items():
+        section, _, name = key.rpartition(".")
+        if not section:
+            values[name] = value
+        elif isinstance(values.get(section), dict):
+            values[section] = values[section] | {name: value}
+        else:
+            raise ConfigError(f"sweep: grid key {key!r}: there is no section {section!r}.")
+    return values
+
+
+def _run_directory(index: int) -> RunDirectory:
+    """Known before the run starts, so that its result is found; the same for a retried sweep."""
+    key = str(runtime.flow_run.id).replace("-", "")[-8:]
+    return RunDirectory(Path("runs") / f"sweep-{key}" / f"{index:03d}")
+
+
+def _start(config: SweepParameters, index: int, point: dict[str, JsonValue]) -> Any:
+    """Start the run of a point; a sweep that is run again finds the one it started before."""
+    values = with_values(config.base.model_dump(mode="json"), point)
+    values["registry"] = values["registry"] | {"promote": "never"}
+    FineTuneConfig.model_validate(values)  # a point that cannot run is found before any is started
+    started = run_deployment(
+        config.deployment,
+        parameters={"config": values | {"run_dir": str(_run_directory(index).path)}},
+        timeout=0,
+        idempotency_key=f"{runtime.flow_run.id}-{index}",
+        flow_run_name=f"{index:03d} " + ", ".join(f"{k}={v}" for k, v in point.items()),
+        as_subflow=False,
+    )
+    return started.id  # type: ignore[union-attr]  # the sync call returns no coroutine
+
+
+def _wait(run_id: Any) -> FlowRun:
+    with get_client(sync_client=True) as client:
+        while True:
+            run = client.read_flow_run(run_id)
+            if run.state is not None and run.state.is_final():
+                get_run_logger().info("%s: %s %s", run.name, run.state.name, run.state.message)
+                return run
+            time.sleep(SECONDS_BETWEEN_LOOKS)

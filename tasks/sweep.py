@@ -1,0 +1,67 @@
+"""The task that compares the runs of a sweep: a table of all, and the best that was verified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from nested_core.adapters import read_adapter
+from nested_core.config_publishing import RegistrySection
+from nested_core.policy import target
+from nested_core.registry import list_versions
+from nested_core.errors import DamagedError
+from nested_core.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run of a sweep came to; the loss is the gate's, None without a validation set."""
+
+    run_dir: str
+    point: dict[str, Any]
+    state: str
+    message: str
+    has_passed: bool
+    loss: float | None
+
+    @classmethod
+    def of(cls, run: RunDirectory, point: dict[str, Any], state: str, message: str) -> Self:
+        """Read the verdict from the run directory; without one the run did not pass."""
+        verdict = json.loads(run.gate.read_bytes()) if run.gate.exists() else {}
+        has_passed = verdict.get("verdict") == "passed" and state == "Completed"
+        loss = (verdict.get("validation") or {}).get("loss_after")
+        return cls(str(run.path), point, state, message, has_passed, loss)
+
+    def describe(self) -> str:
+        """The settings of this run and its loss."""
+        settings = ", ".join(f"{key}={value}" for key, value in self.point.items())
+        return f"{settings} (val loss {self.loss:.3g})" if self.loss is not None else settings
+
+
+@task(name="collect", task_run_name="collect the sweep's results", cache_policy=NO_CACHE)
+def collect(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """Show all as a table; return the verified run of the lowest validation loss, or None."""
+    rows = [
+        outcome.point
+        | {"state": outcome.state, "val_loss": outcome.loss, "result": outcome.message}
+        for outcome in outcomes
+    ]
+    create_table_artifact(key="sweep-results", table=rows)
+    verified = [outcome for outcome in outcomes if outcome.has_passed]
+    return min(verified, key=lambda o: float("inf") if o.loss is None else o.loss, default=None)
+
+
+def find_version(section: RegistrySection, outcome: Outcome) -> str:
+    """The version that a run registered: its adapter's digest."""
+    registry, name = target(section)
+    version = read_adapter(RunDirectory(Path(outcome.run_dir)).adapter).digest()
+    if version not in list_versions(registry, name):
+        raise DamagedError(f"{outcome.run_dir} passed the gate, and is not in {registry / name}.")
+    return version

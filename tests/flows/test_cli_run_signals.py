@@ -1,0 +1,142 @@
+"""`run` and signals: a checkpoint, exit 5, a Cancelled flow run, and no server left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
+from prefect.settings import get_current_settings
+
+from nested_core.checkpoints import latest_checkpoint
+from tests.example import write_config
+from tests.flows.conftest import PROGRAM, ended, start
+from tests.flows.test_cli_signals import wait_until
+
+pytestmark = pytest.mark.timeout(300)  # several processes, each with a server of its own
+
+RUN = ("run", "-c", "config.yaml", "--run-dir", "run")
+SECONDS_TO_STOP = 20
+
+
+def session(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """`nested-tune run` with an embedded server, in a session of its own as in a terminal."""
+    return subprocess.Popen(
+        [str(PROGRAM), *RUN, *flags],
+        cwd=folder,
+        env=os.environ | {"PREFECT_HOME": str(folder / "prefect")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def is_training(folder: Path) -> bool:
+    metrics = folder / "run" / "metrics.jsonl"
+    return metrics.exists() and metrics.read_text().count("\n") > 2
+
+
+def servers_of(folder: Path) -> list[int]:
+    """Processes that were started with this test's Prefect home, and still run."""
+    mark = f"PREFECT_HOME={folder / 'prefect'}\0".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (process / "environ").read_bytes():
+                found.append(int(process.name))
+        except OSError:  # it has ended, or is another user's
+            continue
+    return found
+
+
+def wait_for_no_servers(folder: Path) -> None:
+    deadline = time.monotonic() + 20
+    while servers_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert servers_of(folder) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_ctrl_c_checkpoints_exits_5_leaves_no_server_and_the_run_goes_on_to_its_end(
+    tmp_path: Path,
+) -> None:
+    write_config(tmp_path / "config.yaml", iters=5000, val_batches=1, steps_per_report=2)
+    process = session(tmp_path)
+    wait_until(process, lambda: is_training(tmp_path))
+    assert len(servers_of(tmp_path)) == 2
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal sends to all in it
+    began = time.monotonic()
+    stopped = ended(process)
+    assert time.monotonic() - began < SECONDS_TO_STOP
+    assert stopped.code == 5, stopped.stderr
+    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert f"stopped at step {checkpoint.step} of 5000" in stopped.message()
+    assert servers_of(tmp_path) == []
+    resumed = ended(start(*RUN, "--resume", "--iters", checkpoint.step + 4, cwd=tmp_path))
+    assert resumed.code in (0, 4), resumed.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_bytes())["step"] == (
+        checkpoint.step + 4
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_neither_a_second_ctrl_c_nor_a_kill_leaves_a_server_behind(tmp_path: Path) -> None:
+    write_config(
+        tmp_path / "config.yaml",
+        iters=10**6,
+        batch_size=8,
+        grad_accumulation_steps=400,  # many seconds a step
+        val_batches=0,
+        nested={"frequencies": [1]},
+    )
+    process = session(tmp_path)
+    wait_until(process, (tmp_path / "run" / "metrics.jsonl").exists)
+    time.sleep(1)  # well into the first step
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(5) == 130
+    process.communicate()
+    wait_for_no_servers(tmp_path)
+
+    process = session(tmp_path, "--resume")
+    deadline = time.monotonic() + 90
+    while len(servers_of(tmp_path)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    wait_for_no_servers(tmp_path)
+
+
+def test_sigterm_while_training_ends_as_a_cancelled_flow_run(
+    prefect_server: None, tmp_path: Path
+) -> None:
+    write_config(tmp_path / "config.yaml", iters=5000, val_batches=1, steps_per_report=2)
+    server = str(get_current_settings().api.url)
+    process = start(*RUN, cwd=tmp_path, PREFECT_API_URL=server)
+    wait_until(process, lambda: is_training(tmp_path))
+    process.send_signal(signal.SIGTERM)
+    stopped = ended(process)
+    assert stopped.code == 5, stopped.stderr
+    state = state_of(tmp_path)
+    assert state.name == "Cancelled"
+    assert "resumable by a retry of this flow run: Training was stopped at step" in str(
+        state.message
+    )
+
+
+def state_of(folder: Path) -> State:
+    """The state of the flow run whose data the server keeps for this folder's process."""
+    with get_client(sync_client=True) as client:
+        newest = max(client.read_flow_runs(), key=lambda run: str(run.created))
+    assert newest.state is not None
+    return newest.state

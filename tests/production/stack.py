@@ -1,0 +1,194 @@
+"""Everything that runs in production, on this machine: database, server with auth, workers, home."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+from flows.shipped import shipped
+from tests.example import DATA, MODEL, example_settings
+from tests.production.postgresql import Cluster
+from tests.production.processes import end, free_port, processes_with, start_logged
+
+ROOT = Path(__file__).resolve().parents[2]
+AUTH = "admin:only-in-tests"
+NAME = "geography"
+LONGEST_RUN = 180.0
+PREFECT = (sys.executable, "-m", "prefect")
+NESTED_TUNE = str(Path(sys.executable).with_name("nested-tune"))
+# Training that takes seconds, and passes the gate.
+SMALL: dict[str, Any] = {"iters": 12, "steps_per_report": 2, "steps_per_eval": 6, "save_every": 2}
+
+
+@dataclass
+class Stack:
+    """The processes, and a client's view of them."""
+
+    folder: Path
+    database: Cluster
+    port: int = field(default_factory=free_port)
+    server: subprocess.Popen[bytes] | None = None
+    workers: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Path:
+        """Where the flows run: NESTED_TUNE_HOME."""
+        return self.folder / "home"
+
+    @property
+    def registry(self) -> Path:
+        return self.home / "registry"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The shipped settings, with this test's port, secrets and folders."""
+        lines = (shipped("deployments") / "settings.env").read_text().splitlines()
+        values = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+        return values | {
+            "PREFECT_API_URL": self.url,
+            "PREFECT_API_AUTH_STRING": AUTH,
+            "PREFECT_SERVER_API_AUTH_STRING": AUTH,
+            "PREFECT_SERVER_API_PORT": str(self.port),
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self.url.removesuffix("/api"),
+            "PREFECT_API_DATABASE_CONNECTION_URL": self.database.url,
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            "NESTED_TUNE_HOME": str(self.home),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+
+    def start_server(self) -> None:
+        command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        log = self.folder / "server.log"
+        self.server = start_logged(command, log, self.folder, self.environment)
+        deadline = time.monotonic() + 150
+        while not self.is_healthy():
+            assert self.server.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.3)
+
+    def is_healthy(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def kill_server(self) -> None:
+        assert self.server is not None
+        os.killpg(self.server.pid, signal.SIGKILL)
+        self.server.wait()
+
+    def start_worker(self, pool: str) -> None:
+        command = [
+            *PREFECT,
+            "worker",
+            "start",
+            "--pool",
+            pool,
+            "--name",
+            f"{pool}-{time.time():.0f}",
+        ]
+        log = self.folder / f"worker-{pool}.log"
+        self.workers[pool] = start_logged(command, log, self.home, self.environment)
+
+    def prepare_home(self) -> None:
+        """The example's model and data, copied: a link would lead out of the allowed roots."""
+        for source in (MODEL, DATA):
+            shutil.copytree(source, self.home / "examples" / source.name)
+        settings = example_settings(**SMALL)
+        settings |= {"model": f"examples/{MODEL.name}", "data": f"examples/{DATA.name}"}
+        (self.home / "small.yaml").write_text(yaml.safe_dump(settings))
+
+    def nested_tune(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command at home, as the person who keeps this up would give it."""
+        return subprocess.run(
+            [NESTED_TUNE, *arguments],
+            cwd=self.home,
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    @contextmanager
+    def connected(self) -> Iterator[SyncPrefectClient]:
+        """A client of this server; what Prefect does inside the block goes there too."""
+        here = {PREFECT_API_URL: self.url, PREFECT_API_AUTH_STRING: AUTH}
+        with temporary_settings(updates=here), get_client(sync_client=True) as client:
+            yield client
+
+    def submit(self, deployment: str, **changes: Any) -> UUID:
+        """Start a run of a deployment with these keys of its configuration changed."""
+        with self.connected() as client:
+            there = client.read_deployment_by_name(deployment)
+            values = {"config": there.parameters.get("config", {}) | changes}
+            run: Any = run_deployment(deployment, parameters=values, timeout=0, as_subflow=False)
+        return UUID(str(run.id))
+
+    def flow_run(self, run_id: UUID) -> FlowRun:
+        with self.connected() as client:
+            return client.read_flow_run(run_id)
+
+    def wait(self, run_id: UUID, *names: str, seconds: float = LONGEST_RUN) -> FlowRun:
+        """Wait until a run is in a state of one of these names, or ended where none is given."""
+        deadline = time.monotonic() + seconds
+        while True:
+            run = self.flow_run(run_id)
+            if run.state_name in names or (not names and run.state and run.state.is_final()):
+                return run
+            assert time.monotonic() < deadline, f"{run.state}\n{self.logs()}"
+            time.sleep(0.5)
+
+    def runs_of(self, deployment: str) -> list[FlowRun]:
+        with self.connected() as client:
+            there = client.read_deployment_by_name(deployment).id
+            wanted = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[there]))
+            found: list[FlowRun] = client.read_flow_runs(flow_run_filter=wanted)
+        return found
+
+    def flow_process(self, run_id: UUID) -> int:
+        """The process that a worker started for a run."""
+        return wait_for(lambda: processes_with(f"PREFECT__FLOW_RUN_ID={run_id}"))[0]
+
+    def logs(self) -> str:
+        return "\n".join(f"{p.name}: {p.read_text()[-1500:]}" for p in self.folder.glob("*.log"))
+
+    def stop(self) -> None:
+        """End everything that was started, in the order that a person would."""
+        for process in [*self.workers.values(), self.server]:
+            if process is not None and process.poll() is None:
+                end(process)
+        for orphan in processes_with(f"NESTED_TUNE_HOME={self.home}"):
+            os.kill(orphan, signal.SIGKILL)
+        self.database.remove()
+
+
+def wait_for(look: Callable[[], Any], seconds: float = 90) -> Any:
+    """What `look` sees, once it sees something."""
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return seen

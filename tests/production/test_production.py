@@ -1,0 +1,177 @@
+"""A production of one machine, from an empty folder: by schedule, by event, by a person's word."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.flow_runs import resume_flow_run
+
+from nested_core import registry as core
+from tests.core.registry.conftest import write_run
+from tests.production.stack import NAME, Stack, wait_for
+
+pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
+SECONDS_TO_PROMOTE = 10
+
+
+def champion(stack: Stack) -> str | None:
+    there = stack.registry.is_dir() and NAME in core.list_names(stack.registry)
+    return core.read_champion(stack.registry, NAME) if there else None
+
+
+def add(stack: Stack, seed: int, policy: str = "always") -> str:
+    """Register a version as a run that was judged now would, and decide nothing."""
+    run = write_run(stack.folder / f"run-{seed}", seed)
+    section = {"path": "x", "name": "y", "promote": policy}
+    provenance = {"champion_at_gate": champion(stack), "config": {"registry": section}}
+    return core.register(run, stack.registry, NAME, provenance)
+
+
+def announce(stack: Stack, version: str, **changes: Any) -> None:
+    """The event `adapter.verified` for a version."""
+    payload = {"version": version, "registry": str(stack.registry), "run_dir": "x"} | changes
+    resource = {"prefect.resource.id": f"adapter.{NAME}", "prefect.resource.name": NAME}
+    with stack.connected() as client:
+        event = {"event": "adapter.verified", "resource": resource, "payload": payload}
+        event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
+        client.request("POST", "/events", json=[event]).raise_for_status()
+
+
+def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> None:
+    with stack.connected() as client:
+        before = {d.name: d.id for d in client.read_deployments()}
+        (schedule,) = client.read_deployment_by_name("finetune/nightly").schedules
+        assert schedule.active is False
+    again = stack.nested_tune("deploy", "-c", "small.yaml", "--json")
+    assert again.returncode == 0, again.stderr
+    assert (
+        "deployment finetune/nightly: in pool mlx-gpu, schedule nightly off"
+        in (json.loads(again.stdout)["done"])
+    )
+    with stack.connected() as client:
+        assert {d.name: d.id for d in client.read_deployments()} == before
+        names = [automation.name for automation in client.read_automations()]
+    assert len(before) == 7
+    assert sorted(names) == [
+        "nested-tune: an automation failed",
+        "nested-tune: free dead runs",
+        "nested-tune: promote what was verified",
+    ]
+
+
+def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack: Stack) -> None:
+    with stack.connected() as client:
+        there = client.read_deployment_by_name("finetune/nightly")
+        (schedule,) = there.schedules
+        every_minute = CronSchedule(cron="* * * * *")
+        client.update_deployment_schedule(there.id, schedule.id, active=True, schedule=every_minute)
+    try:
+        first = wait_for(
+            lambda: [r for r in stack.runs_of("finetune/nightly") if r.state_name == "Running"], 150
+        )[0]
+    finally:
+        with stack.connected() as client:
+            client.update_deployment_schedule(there.id, schedule.id, active=False)
+    ended = stack.wait(first.id)
+    assert ended.state is not None
+    assert ended.auto_scheduled
+    version = champion(stack)
+    assert version is not None
+    assert str(ended.state.message).startswith(f"verified {version[:6]}: val loss ")
+    assert str(ended.state.message).endswith("; promoted")
+
+
+def test_a_night_without_new_data_is_skipped(stack: Stack) -> None:
+    ended = stack.wait(stack.submit("finetune/nightly"))
+    assert ended.state is not None
+    assert ended.state.message == f"skipped: data unchanged since {champion(stack)}"
+    assert len(core.history(stack.registry, NAME)) == 1
+
+
+def test_a_verified_event_promotes_within_10_seconds_with_nobody_there(stack: Stack) -> None:
+    version = add(stack, 1)
+    began = time.monotonic()
+    announce(stack, version)
+    wait_for(lambda: champion(stack) == version)
+    seconds = time.monotonic() - began
+    print(f"\nverified event to promotion: {seconds:.1f} s")
+    assert seconds < SECONDS_TO_PROMOTE
+
+
+def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(
+    stack: Stack,
+) -> None:
+    before, version = champion(stack), add(stack, 2, "approve")
+    run_id = stack.submit("promote/approved", version=version)
+    stack.wait(run_id, "Suspended")
+    assert champion(stack) == before
+    with stack.connected():
+        resume_flow_run(run_id, run_input={"approve": True, "by": "ann"})
+    ended = stack.wait(run_id)
+    assert ended.state is not None
+    assert (ended.state.name, ended.state.message) == ("Completed", "promoted")
+    last = core.history(stack.registry, NAME)[-1]
+    assert (last["version"], last["by"]) == (version, "ann")
+
+
+def test_a_rejected_adapter_fails_its_run_with_the_reason_and_promotes_nothing(
+    stack: Stack,
+) -> None:
+    before, versions = champion(stack), core.list_versions(stack.registry, NAME)
+    gate = {"min_relative_change": 1e6}  # more than any training does
+    ended = stack.wait(stack.submit("finetune/manual", gate=gate))
+    assert ended.state is not None
+    assert ended.state.name == "Failed"
+    assert str(ended.state.message).startswith("rejected: ")
+    assert champion(stack) == before
+    assert core.list_versions(stack.registry, NAME) == versions
+
+
+def test_rollback_goes_back_and_says_who(stack: Stack) -> None:
+    previous = core.history(stack.registry, NAME)[-1]["previous"]
+    ended = stack.wait(stack.submit("rollback/rollback", by="bob"))
+    assert ended.state is not None
+    assert (ended.state.name, ended.state.message) == ("Completed", "rolled_back")
+    assert champion(stack) == previous
+    assert core.history(stack.registry, NAME)[-1]["by"] == "bob"
+
+
+def test_a_sweep_of_four_promotes_the_best_that_the_gate_verified(stack: Stack) -> None:
+    with stack.connected() as client:
+        base = client.read_deployment_by_name("sweep/sweep").parameters["config"]["base"]
+    base |= {"registry": {"path": "registry", "name": NAME, "promote": "always"}}
+    grid = {"learning_rate": [2e-3, 1e-3], "nested.fast": ["shallow", "deep"]}
+    run_id = stack.submit("sweep/sweep", base=base | {"iters": 6}, grid=grid)
+    ended = stack.wait(run_id, seconds=420)
+    assert ended.state is not None
+    assert ended.state.name == "Completed", ended.state.message
+    with stack.connected() as client:
+        wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+        (table,) = client.read_artifacts(artifact_filter=wanted)
+    rows = json.loads(str(table.data))
+    assert table.key == "sweep-results"
+    assert [(row["learning_rate"], row["nested.fast"]) for row in rows] == [
+        (rate, fast) for rate in grid["learning_rate"] for fast in grid["nested.fast"]
+    ]
+    best = min((row for row in rows if row["state"] == "Completed"), key=lambda r: r["val_loss"])
+    version = champion(stack)
+    assert version is not None
+    assert best["result"].startswith(f"verified {version[:6]}: ")
+    assert str(ended.state.message).endswith("; promoted")
+
+
+def test_a_path_outside_of_the_allowed_roots_is_refused(stack: Stack) -> None:
+    outside = Path(stack.folder) / "elsewhere"
+    ended = stack.wait(stack.submit("finetune/manual", run_dir=str(outside)))
+    assert ended.state is not None
+    assert ended.state.name == "Failed"
+    assert "outside of the folders that this worker may use" in str(ended.state.message)
+    assert not outside.exists()
