@@ -94,7 +94,7 @@ class FineTuneConfig(Section):
     data: str = "mlx-community/WikiSQL"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_layers: Annotated[int, Field(ge=-1)] = 16
-    batch_size: PositiveInt = 4
+    batch_size: Annotated[PositiveInt, Field(lt=2**31)] = 4
     iters: PositiveInt = 1000
     val_batches: Annotated[int, Field(ge=-1)] = 25
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -105,7 +105,7 @@ class FineTuneConfig(Section):
     save_every: PositiveInt = 100
     test: bool = False
     test_batches: Annotated[int, Field(ge=-1)] = 500
-    max_seq_length: Annotated[int, Field(ge=2)] = 2048
+    max_seq_length: Annotated[int, Field(ge=2, lt=2**31)] = 2048
     grad_checkpoint: bool = False
     grad_accumulation_steps: PositiveInt = 1
     clear_cache_threshold: Annotated[int, Field(ge=0)] = 0

@@ -80,7 +80,7 @@ def describe_split(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
         facts["roles"] = ", ".join(f"{role} {count:,}" for role, count in stats.roles.items())
     if (tokens := stats.tokens) is not None:
         lengths = f"a row: median {tokens.p50:,}, p95 {tokens.p95:,}, longest {tokens.max:,}"
-        share = tokens.supervised / tokens.total
+        share = tokens.supervised / max(tokens.total, 1)  # a template may write nothing
         facts["tokens"] = f"{tokens.total:,} in all; {lengths}"
         facts["supervised"] = f"{tokens.supervised:,} tokens, {share:.1%} of all"
         widths = "one width" if tokens.widths == 1 else f"{tokens.widths} widths"
