@@ -54,7 +54,9 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.pipeline import read_run_config
     from nested_core.publishing import confirm_verdict, register_run
     from nested_core.registry import UNSET, promote
+    from nested_core.registry.names import check_name
 
+    check_name(arguments.name)
     run = RunDirectory(arguments.run_dir)
     target = RegistrySection(path=str(arguments.registry), name=arguments.name)
     config = read_run_config(run).model_copy(update={"registry": target})
