@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -13,11 +14,9 @@ from nested_core.gate import confirm_run
 from nested_core.policy import target
 from nested_core.registry import register
 from nested_core.registry.verdict import read_gate, require_passed
-from nested_core.regular_files import read_json
 from nested_core.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 
-MAX_DATASET_BYTES = 64 * 1024 * 1024
 RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 
 
@@ -47,7 +46,7 @@ def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) 
 
     The parent is the version that it was trained from, else the champion that it follows.
     """
-    dataset, gate = read_json(run.dataset, MAX_DATASET_BYTES), read_gate(run.gate)
+    dataset, gate = json.loads(run.dataset.read_bytes()), read_gate(run.gate)
     base = read_adapter_config(run.adapter / CONFIG_NAME).get("base_fingerprint")
     return {
         "run_dir": str(run.path.resolve()),
