@@ -8,6 +8,7 @@ code or that nothing checks (.pt, .bin, .npz, .pkl) are refused by name.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,11 +128,11 @@ def read_adapter(path: Path) -> Adapter:
     Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
     well-formed adapter.
     """
-    refuse_unsafe_format(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
+        refuse_unsafe_format(path)
         raise ConfigError(
-            f"{path} is not a directory. Expected an adapter directory with {WEIGHTS_NAME} and "
-            f"{CONFIG_NAME}, as mlx_lm.lora or nested-tune writes it."
+            f"{str(path):.300} is not a directory. Expected an adapter directory with "
+            f"{WEIGHTS_NAME} and {CONFIG_NAME}, as mlx_lm.lora or nested-tune writes it."
         )
     if not (path / WEIGHTS_NAME).exists():
         for other in sorted(path.iterdir()):
@@ -148,7 +149,7 @@ def files_sha256(folder: Path) -> str:
 def refuse_unsafe_format(path: Path) -> None:
     """Raise DamagedError, with the reason, for a file whose suffix says that it is not safe."""
     reason = UNSAFE.get(path.suffix.lower())
-    if reason is not None and not path.is_dir():
+    if reason is not None and not os.path.isdir(path):
         raise DamagedError(
             f"{path} is not read: {reason}. Expected safetensors ({WEIGHTS_NAME}); convert it with "
             f"the program that wrote it."

@@ -5,6 +5,7 @@ Refuses what is no regular file (a pipe would wait, a device would never end) an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -18,6 +19,8 @@ import numpy as np
 from nested_core.errors import DamagedError
 from nested_core.strict_json import parse_json
 
+UNREADABLE = (errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.ENXIO)
+
 
 @contextmanager
 def open_regular(path: Path, limit: int | None = None) -> Iterator[tuple[Any, int]]:
@@ -29,6 +32,10 @@ def open_regular(path: Path, limit: int | None = None) -> Iterator[tuple[Any, in
         raise DamagedError(f"{path} is missing.") from None
     except NotADirectoryError:
         raise DamagedError(f"{path} is not a file.") from None
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise  # it may pass: whoever called can try again
+        raise DamagedError(f"{path} cannot be read: {error.strerror}.") from error
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):

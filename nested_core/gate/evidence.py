@@ -111,5 +111,8 @@ def _require_same_files(run: RunDirectory, found: dict[str, str], offered: Path)
         )
     if regular_sha256(run.tiers) != found.get("tiers"):
         raise DamagedError(f"{run.tiers} has changed since training began.")
+    dataset = read_json(run.dataset, MAX_RESULT_BYTES)
+    if not isinstance(dataset, dict) or dataset.get("digest") != found.get("data"):
+        raise DamagedError(f"{run.dataset} is not the report on the data that {offered} has seen.")
     if files_sha256(run.adapter) != files_sha256(offered):
         raise DamagedError(f"{run.adapter} is not the adapter of {offered}: it has changed since.")

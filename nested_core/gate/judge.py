@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,6 +15,7 @@ from nested_core import backend
 from nested_core.adapters import Adapter, read_adapter
 from nested_core.config import FineTuneConfig
 from nested_core.config_gate import GateSection
+from nested_core.errors import DamagedError
 from nested_core.gate.changes import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.effects import effect_reasons, require_factors
 from nested_core.gate.evidence import Evidence, collect_evidence
@@ -52,6 +55,46 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
 
     Raises DamagedError where the folder is not as training left it.
     """
+    verdict, found = _judged_by_files(config, run)
+    reasons = list(verdict.reasons)
+    if _is_whole(reasons) and not any(reason.code == "base_mismatch" for reason in reasons):
+        verdict = _judged_in_the_model(verdict, config, run, found)
+    if verdict.has_passed and config.gate.check_fused:
+        verdict = _judged_fused(verdict, config, found)
+    return _proven(verdict, config, found) if verdict.has_passed else verdict
+
+
+def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str, Any]) -> None:
+    """Raise DamagedError unless the run's files bear out what gate.json holds: a "passed".
+
+    All that the gate does without a model is done again, so that a verdict that was written by
+    hand is worth nothing. The losses and the proof are taken as they are recorded.
+    """
+    verdict, _ = _judged_by_files(config, run)
+    if not verdict.has_passed:
+        raise DamagedError(
+            f"{run.gate} says passed, and the files that it judged do not: {verdict.summary()}. "
+            f"Judge the run again with --resume."
+        )
+    now = json.loads(json.dumps(verdict.to_json()))
+    wrong = [key for key in ("adapter_step", "tiers") if recorded.get(key) != now[key]]
+    digests = [
+        key for key in ("initial", "trained") if _digest(recorded, key) != now[key]["digest"]
+    ]
+    if wrong + digests:
+        raise DamagedError(
+            f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong + digests)} "
+            f"differ. Judge the run again with --resume."
+        )
+
+
+def _digest(recorded: Mapping[str, Any], side: str) -> Any:
+    source = recorded.get(side)
+    return source.get("digest") if isinstance(source, dict) else None
+
+
+def _judged_by_files(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, Evidence]:
+    """What files alone say: tensors, configurations, and updates against the tiers' clocks."""
     found = collect_evidence(run)
     evidence = TierEvidence.collect(config, run, found)
     verdict = _compare(
@@ -65,12 +108,7 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     reasons = list(verdict.reasons)
     if not any(reason.code in ("unchanged", "non_finite") for reason in reasons):
         reasons += update_reasons(config, evidence, rows, verdict.tensors)
-    verdict = replace(verdict, reasons=tuple(reasons), tiers=tuple(rows))
-    if _is_whole(reasons) and not any(reason.code == "base_mismatch" for reason in reasons):
-        verdict = _judged_in_the_model(verdict, config, run, found)
-    if verdict.has_passed and config.gate.check_fused:
-        verdict = _judged_fused(verdict, config, found)
-    return _proven(verdict, config, found) if verdict.has_passed else verdict
+    return replace(verdict, reasons=tuple(reasons), tiers=tuple(rows)), found
 
 
 def _compare(

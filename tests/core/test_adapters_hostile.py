@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nested_core.adapters import read_adapter, read_tensors
-from nested_core.errors import DamagedError
+from nested_core.errors import ConfigError, DamagedError
 from tests.core import hostile
 from tests.core.gate.pairs import CONFIG, trained_tensors, write
 
@@ -117,6 +117,16 @@ def test_a_pipe_a_folder_or_nothing_in_a_files_place_is_damage_and_nobody_waits(
     with pytest.raises(DamagedError, match=f"{name} is not a file"):
         read_adapter(folder)
     (folder / name).unlink()
+    (folder / name).symlink_to(folder / name)
+    with pytest.raises(DamagedError, match=f"{name} cannot be read: Too many levels"):
+        read_adapter(folder)
+    (folder / name).unlink()
     (folder / name).mkdir()
     with pytest.raises(DamagedError, match=f"{name} is not a file"):
         read_adapter(folder)
+
+
+def test_a_name_that_no_file_system_takes_is_no_directory() -> None:
+    with pytest.raises(ConfigError, match="is not a directory") as caught:
+        read_adapter(Path("x" * 5000))
+    assert len(str(caught.value)) < 600
