@@ -7,8 +7,10 @@ from typing import Any
 
 from prefect import flow, runtime
 from prefect.states import Cancelled, Completed, Failed, State
-from pydantic import Field
+from pydantic import Field, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
+from flows.form import describe_fields
 from flows.outcome import describe_loss, describe_rejection, short
 from flows.roots import confine_configuration, confined
 from flows.stopping import Stopper
@@ -35,6 +37,13 @@ class FinetuneParameters(FineTuneConfig):
     run_dir: str | None = Field(default=None, description="default: runs/<UTC time>-<flow run id>")
     resume: bool = Field(default=False, description="go on with the run in run_dir")
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema that the UI makes its form from."""
+        return describe_fields(handler(core_schema), handler)
+
     def configuration(self) -> FineTuneConfig:
         """The configuration alone."""
         return FineTuneConfig(**self.model_dump(exclude={"run_dir", "resume"}))
@@ -46,8 +55,8 @@ def finetune(config: FinetuneParameters) -> State[Any]:
 
     Failed where a step fails, and where the gate rejects what came out. The message of the state
     says the result. Cancelled, the run keeps a checkpoint. A retry of the flow run (the button, or
-    `prefect flow-run retry`) finds its run directory by its id and goes on from the last checkpoint;
-    the flow never retries by itself, for that would train again.
+    `prefect flow-run retry`) finds its run directory by its id and goes on from the last
+    checkpoint; the flow never retries by itself, for that would train again.
     """
     settings = config.configuration()
     confine_configuration(settings)

@@ -12,8 +12,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
-from pydantic import Field, JsonValue
+from pydantic import Field, GetJsonSchemaHandler, JsonValue
+from pydantic_core import CoreSchema
 
+from flows.form import describe_fields
 from flows.outcome import short
 from flows.roots import confine_configuration
 from nested_core.config import FineTuneConfig
@@ -36,6 +38,13 @@ class SweepParameters(Section):
         description="key -> the values to try; a key in a section is written nested.fast"
     )
     deployment: str = Field(default="finetune/manual", description="FLOW/DEPLOYMENT that trains")
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema that the UI makes its form from."""
+        return describe_fields(handler(core_schema), handler)
 
 
 @flow(name="sweep", retries=0, flow_run_name="sweep {config.base.model}")
@@ -71,8 +80,10 @@ def sweep(config: SweepParameters) -> State[Any]:
 
 
 def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:
-    """Every combination of one value a key, in the order of the grid."""
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    """Every combination of one value a key; keys by name, for a database keeps no order of them."""
+    keys = sorted(grid)
+    combinations = itertools.product(*(grid[key] for key in keys))
+    return [dict(zip(keys, values, strict=True)) for values in combinations]
 
 
 def with_values(base: dict[str, Any], point: dict[str, JsonValue]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.adapters import read_adapter
 from nested_core.config_publishing import RegistrySection
+from nested_core.errors import DamagedError
 from nested_core.policy import target
 from nested_core.registry import list_versions
-from nested_core.errors import DamagedError
 from nested_core.run_directory import RunDirectory
 
 

@@ -16,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
+from nested_core.device_lock import exclusive_device
 from nested_core.pipeline import TrainResult
 from nested_core.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
@@ -111,7 +112,8 @@ def train(
             watch(trainer)
 
     try:
-        result = pipeline.train(config, run, progress, begin)
+        with exclusive_device(get_run_logger().info):
+            result = pipeline.train(config, run, progress, begin)
     finally:
         progress.finish()
     show_losses(read_metrics(run.metrics))

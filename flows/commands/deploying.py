@@ -40,9 +40,9 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
             say(line)
     except httpx.HTTPError as error:
         raise NestedTuneError(
-            f"The server did not take it ({type(error).__name__}: {error:.300}). Expected a Prefect "
-            "server at PREFECT_API_URL, with PREFECT_API_AUTH_STRING as it was started with. "
-            "`nested-tune doctor` looks at both."
+            f"The server did not take it ({type(error).__name__}: {str(error):.300}). Expected a "
+            "Prefect server at PREFECT_API_URL, with PREFECT_API_AUTH_STRING as it was started "
+            "with. `nested-tune doctor` looks at both."
         ) from error
 
     def finish() -> int:

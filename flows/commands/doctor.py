@@ -7,24 +7,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from flows.checks import Check
 from flows.terminal import print_json, print_table
 
-PACKAGES = ("nested-tune", "mlx", "mlx-lm", "prefect", "fastapi", "pandera", "safetensors")
+PACKAGES = (
+    *("nested-tune", "mlx", "mlx-lm", "prefect", "fastapi", "sqlalchemy", "pandera"),
+    "safetensors",
+)
 FREE_BYTES = 2 * 10**9
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at: whether it is well, what was seen, and the mend where it is not."""
-
-    name: str
-    ok: bool
-    seen: str
-    mend: str = ""
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -35,8 +29,13 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Look at versions, backend, BLAS, compiler, Prefect's settings and disk."""
-    checks = [check() for check in (_python, _packages, _mlx, _blas, _compiler, _prefect, _disk)]
+    """Look at this machine, and at the server of PREFECT_API_URL where that names one."""
+    looks = (_python, _packages, _mlx, _blas, _compiler, _prefect, _scheduler, _disk)
+    checks = [check() for check in looks]
+    if os.environ.get("PREFECT_API_URL"):
+        from flows.server_checks import check_server
+
+        checks += check_server()
 
     def finish() -> int:
         if arguments.json:
@@ -104,6 +103,14 @@ def _prefect() -> Check:
     except (ImportError, TypeError) as error:
         return Check("prefect", False, str(error)[:100], 'pip install "fastapi>=0.139,<0.151"')
     return Check("prefect", True, f"server {url}" if url else "embedded server")
+
+
+def _scheduler() -> Check:
+    """Under SQLAlchemy 2.1 the server of this Prefect starts, and its schedules make no runs."""
+    found = version("sqlalchemy")
+    is_fit = tuple(map(int, found.split(".")[:2])) < (2, 1)
+    mend = "" if is_fit else 'pip install "sqlalchemy<2.1"; schedules make no runs under this one'
+    return Check("scheduler", is_fit, f"sqlalchemy {found}", mend)
 
 
 def _disk() -> Check:

@@ -92,6 +92,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Validate, load, train and judge in this process."""
     from nested_core import pipeline
     from nested_core.continual import describe_start, unchanged_since
+    from nested_core.device_lock import exclusive_device
     from nested_core.gate import measure_test
 
     config = config_from(arguments)
@@ -112,7 +113,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         pipeline.load(config, run)
         if note := describe_start(config, run):
             say(note)
-        with watching(run.metrics):
+        with exclusive_device(say), watching(run.metrics):
             result = pipeline.train(config, run, on_start=begin)
         stopper.release()
         verdict = pipeline.judge(config, run)

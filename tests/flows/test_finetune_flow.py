@@ -73,7 +73,8 @@ def test_the_flow_run_has_its_artifacts(completed: tuple[Path, State[Any]]) -> N
         artifacts = {
             artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=wanted)
         }
-    assert {"dataset-report", "training-progress", "gate-verdict", "tier-table"} <= set(artifacts)
+    assert {"dataset-report", "run-directory", "training-progress"} <= set(artifacts)
+    assert {"loss-curve", "gate-verdict", "tier-table"} <= set(artifacts)
     assert "# passed" in str(artifacts["gate-verdict"].data)
     assert [row["applied_updates"] for row in json.loads(str(artifacts["tier-table"].data))] == [
         8,
@@ -154,7 +155,7 @@ def test_a_data_set_with_an_error_fails_the_flow_before_training(tmp_path: Path)
     with get_client(sync_client=True) as client:
         wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(state)]))
         keys = [artifact.key for artifact in client.read_artifacts(artifact_filter=wanted)]
-    assert [key for key in keys if key is not None] == ["dataset-report"]
+    assert sorted(key for key in keys if key is not None) == ["dataset-report", "run-directory"]
 
 
 def test_without_a_registry_the_flow_ends_after_the_gate(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ Add = Callable[..., str]
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Path:
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))  # for the runs of deployments
     return tmp_path / "registry"
 
 
@@ -183,3 +184,18 @@ def test_reconcile_goes_through_all_and_fails_naming_what_is_damaged(
     assert "aaa: " in str(state.message)
     assert f"{NAME} {damaged[:12]}: damaged: " in str(state.message)
     assert core.read_champion(registry, NAME) == version
+
+
+def test_a_deployments_run_does_not_touch_a_registry_outside_of_the_allowed_folders(
+    add: Add, registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = add(1)
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path / "elsewhere"))
+    linked = tmp_path / "elsewhere" / "registry"
+    linked.parent.mkdir()
+    linked.symlink_to(registry)
+    for path in (registry, linked):
+        state = execute(deployed_run(parameters(path, version)))
+        assert state.is_failed()
+        assert "outside of the folders that this worker may use" in str(state.message)
+    assert core.read_champion(registry, NAME) is None

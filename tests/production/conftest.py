@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.production.faults import FaultTable
 from tests.production.postgresql import Cluster, find_binaries
 from tests.production.stack import Stack
 
@@ -29,3 +32,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield made
     finally:
         made.stop()
+
+
+@pytest.fixture(scope="session")
+def faults() -> Iterator[FaultTable]:
+    """The table that fault tests add their rows to; kept where FAULTS_TABLE names a file."""
+    table = FaultTable()
+    yield table
+    if path := os.environ.get("FAULTS_TABLE"):
+        load = os.getloadavg()[0]
+        table.write(Path(path), f"{os.cpu_count()} cores with {load:.0f} processes wanting them")

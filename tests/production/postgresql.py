@@ -1,4 +1,4 @@
-"""A PostgreSQL cluster of the test's own, from Debian's binaries, stopped and removed afterwards."""
+"""A PostgreSQL cluster of the test's own, from Debian's binaries; removed at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of the production tests: each in a session of its own, all of them stopped at the end."""
+"""Processes of the production tests: each in a session of its own, all stopped at the end."""
 
 from __future__ import annotations
 
@@ -41,6 +41,14 @@ def end(process: subprocess.Popen[bytes], seconds: float = 40) -> int:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.wait()
+
+
+def command_of(process: int) -> str:
+    """The command line of a process; empty once it has ended."""
+    try:
+        return (Path("/proc") / str(process) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
 
 
 def processes_with(text: str) -> list[int]:

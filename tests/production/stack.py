@@ -1,4 +1,4 @@
-"""Everything that runs in production, on this machine: database, server with auth, workers, home."""
+"""All that runs in production, on this machine: database, server with auth, workers, home."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from flows.shipped import shipped
 from tests.example import DATA, MODEL, example_settings
 from tests.production.postgresql import Cluster
-from tests.production.processes import end, free_port, processes_with, start_logged
+from tests.production.processes import command_of, end, free_port, processes_with, start_logged
 
 ROOT = Path(__file__).resolve().parents[2]
 AUTH = "admin:only-in-tests"
+TOKEN = "hf_only_in_tests"  # what a worker has in its environment
 NAME = "geography"
 LONGEST_RUN = 180.0
 PREFECT = (sys.executable, "-m", "prefect")
@@ -75,6 +76,7 @@ class Stack:
             "PREFECT_API_DATABASE_CONNECTION_URL": self.database.url,
             "PREFECT_HOME": str(self.folder / "prefect"),
             "NESTED_TUNE_HOME": str(self.home),
+            "HF_TOKEN": TOKEN,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
 
@@ -168,9 +170,34 @@ class Stack:
             found: list[FlowRun] = client.read_flow_runs(flow_run_filter=wanted)
         return found
 
+    def processes_of(self, run_id: UUID) -> list[int]:
+        """Every process that a worker started for a run."""
+        return processes_with(f"PREFECT__FLOW_RUN_ID={run_id}")
+
     def flow_process(self, run_id: UUID) -> int:
-        """The process that a worker started for a run."""
-        return wait_for(lambda: processes_with(f"PREFECT__FLOW_RUN_ID={run_id}"))[0]
+        """The one of them that runs the flow."""
+        found: list[int] = wait_for(
+            lambda: [p for p in self.processes_of(run_id) if "prefect.engine" in command_of(p)]
+        )
+        return found[-1]
+
+    def retry(self, run_id: UUID) -> None:
+        """What `prefect flow-run retry` and the button do."""
+        self.prefect("flow-run", "retry", str(run_id))
+
+    def prefect(self, *arguments: str) -> str:
+        """Run one of Prefect's own commands, which must succeed; return what it prints."""
+        done = subprocess.run(
+            [*PREFECT, *arguments],
+            cwd=self.home,
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def logs(self) -> str:
         return "\n".join(f"{p.name}: {p.read_text()[-1500:]}" for p in self.folder.glob("*.log"))

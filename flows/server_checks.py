@@ -1,0 +1,167 @@
+"""What `doctor` asks the server of PREFECT_API_URL: would a night on it come to an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+
+from flows.checks import Check
+from flows.deploy import full_name, read_yaml
+from flows.roots import allowed_roots
+from flows.shipped import shipped
+
+SECONDS_BETWEEN_HEARTBEATS = 90
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def check_server() -> Iterator[Check]:
+    """Every check that needs the server; the first one alone where it does not answer."""
+    with get_client(sync_client=True) as client:
+        try:
+            client.request("GET", "/admin/version").raise_for_status()
+        except (httpx.HTTPError, OSError) as error:
+            yield _unreachable(error)
+            return
+        yield _version(client)
+        yield _auth()
+        yield _database()
+        yield from _pools(client)
+        yield _deployments(client)
+        yield _automations(client)
+        yield _results()
+        yield _roots()
+
+
+def _unreachable(error: Exception) -> Check:
+    url = get_current_settings().api.url
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+        mend = (
+            "set PREFECT_API_AUTH_STRING to what the server has as PREFECT_SERVER_API_AUTH_STRING"
+        )
+        return Check("server", False, f"{url} refuses this user", mend)
+    mend = "start it: systemctl start nested-tune-server, or prefect server start"
+    return Check("server", False, f"{url} does not answer: {type(error).__name__}", mend)
+
+
+def _version(client: SyncPrefectClient) -> Check:
+    theirs, ours = client.api_version(), version("prefect")
+    seen = f"{client.api_url}, version {theirs}"
+    mend = "" if theirs == ours else f"install prefect {theirs} here, or {ours} on the server"
+    return Check("server", theirs == ours, seen, mend)
+
+
+def _auth() -> Check:
+    """A server that other machines reach must ask who is there; and an own one should as well."""
+    settings = get_current_settings()
+    host = urlsplit(str(settings.api.url)).hostname
+    url = f"{settings.api.url}/admin/version"
+    is_open = httpx.get(url, timeout=10).status_code == 200
+    where = "this machine alone" if host in LOCAL else str(host)
+    mend = "set PREFECT_SERVER_API_AUTH_STRING=user:password for the server" if is_open else ""
+    return Check("auth", not is_open, f"{'open to all' if is_open else 'asked'}, on {where}", mend)
+
+
+def _database() -> Check:
+    """What the server of this machine is set to use; a server does not tell it to others."""
+    settings = get_current_settings()
+    if urlsplit(str(settings.api.url)).hostname not in LOCAL:
+        return Check("database", True, "known on the server's machine alone")
+    url = settings.server.database.connection_url
+    dialect = "sqlite" if url is None else url.get_secret_value().partition(":")[0]
+    is_fit = not dialect.startswith("sqlite")
+    mend = "" if is_fit else "PostgreSQL for what is scheduled: deployments/postgresql"
+    return Check("database", is_fit, dialect, mend)
+
+
+def _pools(client: SyncPrefectClient) -> Iterator[Check]:
+    for wanted in read_yaml(shipped("deployments") / "work-pools.yaml")["work_pools"]:
+        name = wanted["name"]
+        try:
+            pool = client.read_work_pool(name)
+        except ObjectNotFound:
+            yield Check(f"pool {name}", False, "is not there", "nested-tune deploy")
+            continue
+        is_well = pool.concurrency_limit is not None and not pool.is_paused
+        seen = f"limit {pool.concurrency_limit}{', paused' if pool.is_paused else ''}"
+        mend = f"prefect work-pool set-concurrency-limit {name} {wanted['concurrency_limit']}"
+        if pool.is_paused:
+            mend = f"prefect work-pool resume {name}"
+        yield Check(f"pool {name}", is_well, seen, "" if is_well else mend)
+        yield _workers(client, name)
+
+
+def _workers(client: SyncPrefectClient, pool: str) -> Check:
+    since = datetime.now(UTC) - timedelta(seconds=SECONDS_BETWEEN_HEARTBEATS)
+    heard = client.read_workers_for_work_pool(pool)
+    alive = [w.name for w in heard if w.last_heartbeat_time and w.last_heartbeat_time > since]
+    mend = f"systemctl start nested-tune-worker@{pool}, or prefect worker start --pool {pool}"
+    seen = ", ".join(alive) or "none has been heard of lately"
+    return Check(f"worker {pool}", bool(alive), seen, "" if alive else mend)
+
+
+def _deployments(client: SyncPrefectClient) -> Check:
+    project = read_yaml(shipped("deployments") / "prefect.yaml")
+    missing, limits = [], []
+    for deployment in project["deployments"]:
+        try:
+            there = client.read_deployment_by_name(full_name(deployment))
+        except ObjectNotFound:
+            missing.append(full_name(deployment))
+            continue
+        wanted = deployment.get("concurrency_limit", {}).get("limit")
+        limit = there.global_concurrency_limit
+        if wanted is not None and (limit is None or limit.limit != wanted):
+            limits.append(full_name(deployment))
+    count = len(project["deployments"]) - len(missing)
+    seen = f"{count} of {len(project['deployments'])} are there"
+    seen += f"; missing: {', '.join(missing)}" if missing else ""
+    seen += f"; another limit: {', '.join(limits)}" if limits else ""
+    is_well = not missing and not limits
+    return Check("deployments", is_well, seen, "" if is_well else "nested-tune deploy")
+
+
+def _automations(client: SyncPrefectClient) -> Check:
+    wanted = _wanted_automations()
+    found = {automation.name: automation.enabled for automation in client.read_automations()}
+    missing = [name for name in wanted if name not in found]
+    paused = [name for name in wanted if found.get(name) is False]
+    if missing:
+        return Check("automations", False, f"missing: {', '.join(missing)}", "nested-tune deploy")
+    if paused:
+        mend = f"prefect automation resume '{paused[0]}'"
+        return Check("automations", False, f"paused: {', '.join(paused)}", mend)
+    return Check("automations", True, f"{len(wanted)} are in place")
+
+
+def _wanted_automations() -> list[str]:
+    """The names of all that are put in place without --notify."""
+    folder = shipped("deployments")
+    own: list[dict[str, Any]] = read_yaml(folder / "automations.yaml")["automations"]
+    project = read_yaml(folder / "prefect.yaml")["deployments"]
+    triggers = [trigger["name"] for each in project for trigger in each.get("triggers", ())]
+    return [automation["name"] for automation in own if automation["actions"]] + triggers
+
+
+def _results() -> Check:
+    serializer = get_current_settings().results.default_serializer
+    mend = "" if serializer == "json" else "PREFECT_RESULTS_DEFAULT_SERIALIZER=json"
+    return Check("results", serializer == "json", f"kept as {serializer}", mend)
+
+
+def _roots() -> Check:
+    """Where the runs of a worker that is started here may read and write."""
+    roots = allowed_roots()
+    missing = [str(root) for root in roots if not root.is_dir()]
+    writable = [root for root in roots if os.access(root, os.W_OK)]
+    is_well = not missing and bool(writable)
+    seen = ", ".join(map(str, roots))
+    return Check("roots", is_well, seen, "" if is_well else "set NESTED_TUNE_ROOTS to folders")

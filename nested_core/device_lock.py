@@ -1,0 +1,87 @@
+"""One training process at a time on one device, by a lock of the operating system.
+
+A work pool's limit holds only while the server knows what runs: after a crash of worker or server a
+training may go on that nobody counts. The lock goes with the process that holds it, however that
+one ends. A CPU is not locked, for the system shares it out itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nested_core.errors import ConfigError
+
+VARIABLE = (
+    "NESTED_TUNE_DEVICE_LOCK"  # a name of a device to lock in place of the one found, or "off"
+)
+SECONDS_BETWEEN_TRIES = 0.5
+
+OnWait = Callable[[str], None]
+
+
+@contextmanager
+def exclusive_device(on_wait: OnWait | None = None) -> Iterator[None]:
+    """Hold this process's device while the block runs; waits for whoever holds it.
+
+    `on_wait` is called once, with a line that names the holder, where it has to wait.
+    """
+    device = device_name()
+    if device is None:
+        yield
+        return
+    path = lock_path(device)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        _acquire(descriptor, device, path, on_wait)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def device_name() -> str | None:
+    """What names this process's device on this machine, or None where it is a CPU."""
+    given = os.environ.get(VARIABLE)
+    if given is not None:
+        return None if given == "off" else given
+    import mlx.core as mx
+
+    if mx.default_device() == mx.cpu:
+        return None
+    return f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"
+
+
+def lock_path(device: str) -> Path:
+    """The lock's file, in this user's runtime folder, named after the device."""
+    folder = Path(
+        os.environ.get("XDG_RUNTIME_DIR")
+        or Path(tempfile.gettempdir()) / f"nested-tune-{os.getuid()}"
+    )
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"{folder} belongs to another user: the lock of device {device} cannot be kept there. "
+            f"Set XDG_RUNTIME_DIR to a folder of your own, or {VARIABLE}=off to train unlocked."
+        )
+    return folder / f"device-{hashlib.sha256(device.encode()).hexdigest()[:16]}.lock"
+
+
+def _acquire(descriptor: int, device: str, path: Path, on_wait: OnWait | None) -> None:
+    has_told = False
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is not None and not has_told:
+                holder = path.read_text() or "unknown"
+                on_wait(f"device {device} is in use by process {holder}: waiting until it is free")
+            has_told = True
+            time.sleep(SECONDS_BETWEEN_TRIES)

@@ -1,0 +1,66 @@
+"""The lock on a device: held by one process at a time, and free as soon as that one is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nested_core.device_lock import VARIABLE, device_name, exclusive_device, lock_path
+
+HOLD = (
+    "import sys, time\n"
+    "from nested_core.device_lock import exclusive_device\n"
+    "with exclusive_device():\n"
+    "    print('held', flush=True)\n"
+    "    time.sleep(60)\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(VARIABLE, "test-device")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+def test_a_second_process_waits_names_the_holder_and_goes_on_when_that_one_is_killed() -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, env=dict(os.environ), text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    lines = []
+
+    def kill_the_holder(line: str) -> None:
+        lines.append(line)
+        holder.send_signal(signal.SIGKILL)
+
+    began = time.monotonic()
+    with exclusive_device(kill_the_holder):
+        assert time.monotonic() - began < 5
+        assert lock_path("test-device").read_text() == str(os.getpid())
+    holder.communicate()
+    assert lines == [
+        f"device test-device is in use by process {holder.pid}: waiting until it is free"
+    ]
+
+
+def test_another_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with exclusive_device():
+        monkeypatch.setenv(VARIABLE, "another")
+        with exclusive_device(pytest.fail):
+            pass
+
+
+def test_a_cpu_is_shared_and_off_locks_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    assert device_name() is None
+    with exclusive_device(pytest.fail), exclusive_device(pytest.fail):
+        assert list(tmp_path.iterdir()) == []

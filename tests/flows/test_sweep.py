@@ -1,0 +1,40 @@
+"""The points of a sweep's grid, and the settings that each of them makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.sweep import grid_points, with_values
+from nested_core.errors import ConfigError
+from nested_core.run_directory import RunDirectory
+from tasks.sweep import Outcome
+from tests.example import example_config
+
+
+def test_the_grid_has_every_combination_in_the_order_of_the_keys_names() -> None:
+    grid: dict[str, list[Any]] = {"seed": [1, 2], "learning_rate": [0.1]}
+    expected = [{"learning_rate": 0.1, "seed": 1}, {"learning_rate": 0.1, "seed": 2}]
+    assert grid_points(grid) == expected
+    assert grid_points(dict(reversed(grid.items()))) == expected
+
+
+def test_a_point_changes_its_keys_and_leaves_the_rest_of_a_section() -> None:
+    base = example_config().model_dump(mode="json")
+    values = with_values(base, {"seed": 7, "nested.fast": "deep"})
+    assert values["seed"] == 7
+    assert values["nested"] == base["nested"] | {"fast": "deep"}
+    assert base["nested"]["fast"] == "shallow"
+
+
+def test_a_key_in_a_section_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no section 'nseted'"):
+        with_values(example_config().model_dump(mode="json"), {"nseted.fast": "deep"})
+
+
+def test_a_run_without_a_verdict_has_not_passed(tmp_path: Path) -> None:
+    outcome = Outcome.of(RunDirectory(tmp_path), {"seed": 1}, "Crashed", "killed")
+    assert not outcome.has_passed
+    assert outcome.loss is None

@@ -1,0 +1,291 @@
+"""Faults injected into what runs: nothing wrong is promoted, and no training is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from nested_core import registry as core
+from nested_core.checkpoints import latest_checkpoint
+from nested_core.run_directory import RunDirectory
+from nested_core.training.metrics import read_metrics
+from tests.production.faults import FaultTable
+from tests.production.processes import end
+from tests.production.stack import Stack, wait_for
+from tests.production.test_production import add, announce, champion
+
+pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
+
+STEPS = 240
+LONG: dict[str, Any] = {"iters": STEPS, "save_every": 10, "val_batches": 1, "steps_per_eval": 120}
+SLOT_IS_FREE_WITHIN = 120
+# A worker reports the end of a run's process a second time, some seconds after the run has its
+# state: a retry before that would be taken for the run that ended.
+SECONDS_UNTIL_THE_WORKER_IS_DONE = 25
+
+
+class Training:
+    """A training run under way: its flow run, its directory, and how far it has come."""
+
+    def __init__(self, stack: Stack, name: str, **changes: Any) -> None:
+        self.stack = stack
+        self.run = RunDirectory(stack.home / "runs" / name)
+        section = {"path": "registry", "name": name, "promote": "always"}
+        values = LONG | {"run_dir": f"runs/{name}", "registry": section} | changes
+        self.name = name
+        self.id = stack.submit("finetune/manual", **values)
+
+    def step(self) -> int:
+        """The step of the last checkpoint on disk, 0 before the first."""
+        checkpoint = (
+            latest_checkpoint(self.run.checkpoints) if self.run.checkpoints.exists() else None
+        )
+        return 0 if checkpoint is None else checkpoint.step
+
+    def until(self, step: int) -> Training:
+        """Wait until a checkpoint of at least this step is there."""
+        wait_for(lambda: self.step() >= step, 180)
+        return self
+
+    def final_state(self, began: float | None = None, seconds: float = 180) -> tuple[str, float]:
+        """The state that the run ends in, and the seconds since `began`."""
+        ended = self.stack.wait(self.id, seconds=seconds)
+        return str(ended.state_name), time.monotonic() - (began or time.monotonic())
+
+    def go_on(self) -> None:
+        """Retry the run; it must end verified and promoted, having trained no step twice."""
+        begun_at = self.step()
+        wait_for(lambda: not self.stack.processes_of(self.id))
+        time.sleep(SECONDS_UNTIL_THE_WORKER_IS_DONE)
+        self.stack.retry(self.id)
+        wait_for(lambda: self.stack.flow_run(self.id).state_name not in ("Crashed", "Cancelled"))
+        ended = self.stack.wait(self.id)
+        assert ended.state is not None
+        assert ended.state_name == "Completed", ended.state.message
+        assert str(ended.state.message).endswith("; promoted"), ended.state.message
+        assert self.step() == STEPS
+        steps = [record["step"] for record in read_metrics(self.run.metrics)]
+        assert steps == sorted(set(steps))
+        assert begun_at > 0
+        assert len(core.history(self.stack.registry, self.name)) == 1
+
+    def is_unpromoted(self) -> bool:
+        folder = self.stack.registry / self.name
+        return not folder.exists() or core.read_champion(self.stack.registry, self.name) is None
+
+
+def test_kill_9_of_the_flow_process(stack: Stack, faults: FaultTable) -> None:
+    training = Training(stack, "killed-flow").until(20)
+    began = time.monotonic()
+    os.kill(stack.flow_process(training.id), signal.SIGKILL)
+    state, seconds = training.final_state(began)
+    assert state == "Crashed"
+    assert seconds < SLOT_IS_FREE_WITHIN
+    assert training.is_unpromoted()
+    held = f"checkpoint of step {training.step()}"
+    training.go_on()
+    faults.add(
+        "kill -9 of the flow process", state, held, seconds, "a retry resumes, promoted once"
+    )
+
+
+def test_cancelled_while_it_trains(stack: Stack, faults: FaultTable) -> None:
+    training = Training(stack, "cancelled").until(20)
+    began = time.monotonic()
+    stack.prefect("flow-run", "cancel", str(training.id))
+    state, seconds = training.final_state(began)
+    assert state == "Cancelled"
+    assert seconds < 30  # then it would have been killed
+    wait_for(lambda: not stack.processes_of(training.id), 30)
+    assert training.is_unpromoted()
+    last = read_metrics(training.run.metrics)[-1]["step"]
+    assert training.step() >= last  # written at the cancel, and not only every ten steps
+    held = f"checkpoint of step {training.step()}, written at the cancel"
+    training.go_on()
+    faults.add("cancel while training", state, held, seconds, "a retry resumes, promoted once")
+
+
+def test_kill_9_of_the_worker_alone(stack: Stack, faults: FaultTable) -> None:
+    training = Training(stack, "killed-worker").until(20)
+    stack.workers["mlx-gpu"].kill()
+    stack.workers["mlx-gpu"].wait()
+    state, _ = training.final_state()
+    assert state == "Completed"
+    assert len(core.history(stack.registry, training.name)) == 1
+    stack.start_worker("mlx-gpu")
+    faults.add("kill -9 of the worker", state, "the finished run", 0, "training goes on without it")
+
+
+def test_kill_9_of_worker_and_flow_process(stack: Stack, faults: FaultTable) -> None:
+    training = Training(stack, "killed-both").until(20)
+    began = time.monotonic()
+    stack.workers["mlx-gpu"].kill()
+    for process in stack.processes_of(training.id):
+        os.kill(process, signal.SIGKILL)
+    stack.workers["mlx-gpu"].wait()
+    stack.start_worker("mlx-gpu")
+    state, seconds = training.final_state(began)
+    assert state == "Crashed"
+    assert "No heartbeat for 90 seconds" in str(stack.flow_run(training.id).state)
+    assert seconds < SLOT_IS_FREE_WITHIN
+    held = f"checkpoint of step {training.step()}"
+    training.go_on()
+    faults.add(
+        "kill -9 of worker and flow process", state, held, seconds, "a retry resumes, promoted once"
+    )
+
+
+def test_sigterm_to_the_worker(stack: Stack, faults: FaultTable) -> None:
+    training = Training(stack, "drained").until(20)
+    began = time.monotonic()
+    code = end(stack.workers["mlx-gpu"], seconds=180)
+    assert code == 0
+    state, _ = training.final_state()
+    assert state == "Completed"
+    stack.start_worker("mlx-gpu")
+    seconds = time.monotonic() - began
+    faults.add("SIGTERM to the worker", state, "the finished run", seconds, "it waits for its run")
+
+
+def test_the_server_is_killed_for_a_minute_while_it_trains(
+    stack: Stack, faults: FaultTable
+) -> None:
+    training = Training(stack, "no-server").until(20)
+    stack.kill_server()
+    time.sleep(60)
+    stack.start_server()
+    state, _ = training.final_state()
+    held = f"checkpoint of step {training.step()}"
+    faults.add("kill -9 of the server for 60 s", state, held, None, "training does not notice")
+    assert state == "Completed"
+    assert len(core.history(stack.registry, training.name)) == 1
+
+
+def test_the_database_is_restarted_while_it_trains(stack: Stack, faults: FaultTable) -> None:
+    training = Training(stack, "no-database").until(20)
+    stack.database.stop()
+    time.sleep(5)
+    stack.database.start()
+    state, _ = training.final_state()
+    held = f"checkpoint of step {training.step()}"
+    faults.add("database restarted", state, held, None, "training does not notice")
+    assert state == "Completed"
+    assert len(core.history(stack.registry, training.name)) == 1
+
+
+@pytest.fixture
+def small_disk(stack: Stack) -> Iterator[Path]:
+    """A file system of 3 MB below home."""
+    folder = stack.home / "runs" / "small"
+    folder.mkdir(parents=True)
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mounting, check=False).returncode != 0:
+        pytest.skip("a small file system cannot be mounted: needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_the_disk_is_full_when_a_checkpoint_is_written(
+    stack: Stack, faults: FaultTable, small_disk: Path
+) -> None:
+    training = Training(stack, "full-disk", run_dir="runs/small/run").until(0)
+    training.run = RunDirectory(small_disk / "run")
+    training.until(10)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(b"0" * 4096)
+                file.flush()
+        except OSError:
+            pass
+    began = time.monotonic()
+    state, seconds = training.final_state(began)
+    assert state == "Failed"
+    assert "No space left" in str(stack.flow_run(training.id).state)
+    held = f"checkpoint of step {training.step()}"
+    filler.unlink()
+    training.go_on()
+    faults.add("disk full at a checkpoint", state, held, seconds, "room made, a retry resumes")
+
+
+def promotions(stack: Stack) -> set[UUID]:
+    return {run.id for run in stack.runs_of("promote/auto")}
+
+
+def ended_promotions(stack: Stack, before: set[UUID], count: int) -> list[str]:
+    """What the states of `count` new runs of promote/auto say, once all of them have ended."""
+
+    def look() -> list[str]:
+        new = [run for run in stack.runs_of("promote/auto") if run.id not in before]
+        are_final = all(run.state is not None and run.state.is_final() for run in new)
+        messages = [f"{run.state_name}: {run.state.message}" for run in new if run.state]
+        return messages if len(new) >= count and are_final else []
+
+    found: list[str] = wait_for(look, 120)
+    return found
+
+
+def test_the_event_comes_twice(stack: Stack, faults: FaultTable) -> None:
+    version, before = add(stack, 21), promotions(stack)
+    entries = len(core.history(stack.registry, "geography"))
+    announce(stack, version)
+    announce(stack, version)
+    said = sorted(ended_promotions(stack, before, 2))
+    assert said == ["Completed: already_champion", "Completed: promoted"]
+    assert len(core.history(stack.registry, "geography")) == entries + 1
+    faults.add("adapter.verified twice", " and ".join(said), "one change", None, "promoted once")
+
+
+def test_the_event_is_forged(stack: Stack, faults: FaultTable, tmp_path: Path) -> None:
+    now, before = champion(stack), promotions(stack)
+    announce(stack, "0" * 64)
+    announce(stack, str(now), registry=str(tmp_path))
+    said = sorted(ended_promotions(stack, before, 2))
+    assert [message.split(":")[0] for message in said] == ["Failed", "Failed"]
+    assert any("has no version" in message for message in said)
+    assert any("outside of the folders that this worker may use" in message for message in said)
+    assert champion(stack) == now
+    faults.add("adapter.verified forged", "Failed", "nothing", None, "nothing is promoted")
+
+
+def test_the_event_is_malformed(stack: Stack, faults: FaultTable) -> None:
+    now, before = champion(stack), promotions(stack)
+    announce(stack, "not a version")
+    time.sleep(15)
+    assert promotions(stack) == before
+    assert champion(stack) == now
+    seen = {"event": {"name": ["prefect.automation.action.failed"]}}
+    with stack.connected() as client:
+        answer = client.request("POST", "/events/filter", json={"filter": seen}).json()
+    assert answer["events"]
+    faults.add("adapter.verified malformed", "no run", "nothing", None, "an alert is raised")
+
+
+def test_the_event_is_lost_and_the_hourly_reconcile_promotes(
+    stack: Stack, faults: FaultTable
+) -> None:
+    version = add(stack, 22)
+    ended = stack.wait(stack.submit("reconcile/hourly"))
+    assert ended.state is not None
+    assert ended.state.message == "promoted: geography"
+    assert champion(stack) == version
+    faults.add("adapter.verified lost", "-", "registered", None, "the hourly reconcile promotes")
+
+
+def test_the_event_comes_after_the_champion_has_changed(stack: Stack, faults: FaultTable) -> None:
+    late, newer, before = add(stack, 23), add(stack, 24), promotions(stack)
+    core.promote(stack.registry, "geography", newer, by="ann")
+    announce(stack, late)
+    said = ended_promotions(stack, before, 1)
+    assert said == ["Completed: superseded"]
+    assert champion(stack) == newer
+    faults.add("adapter.verified late", said[0], "registered", None, "nothing is promoted")
