@@ -26,7 +26,7 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 	$(BIN)/nested-tune demo
 
 test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
-	$(BIN)/pytest -m "not reliability and not production"
+	$(BIN)/pytest -m "not reliability and not production" -n auto --dist loadfile
 
 check: $(VENV)/dev.stamp ## format, lint, types, import directions and lengths
 	$(BIN)/ruff format --check .
@@ -45,7 +45,7 @@ production-test: $(VENV)/dev.stamp ## PostgreSQL, a server with auth, workers, a
 	$(BIN)/pytest -m production
 
 reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minutes
-	$(BIN)/pytest -m reliability
+	$(BIN)/pytest -m reliability -n auto --dist loadfile
 
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py

@@ -1,7 +1,8 @@
 """`make bench`: every measurement, one after the other."""
 
-from benchmarks import finetune, padding, reading
+from benchmarks import finetune, gate, padding, reading
 
 padding.main()
 reading.main()
 finetune.main()
+gate.main()

@@ -1,31 +1,42 @@
 """Adapter directories in mlx-lm's format: adapters.safetensors beside adapter_config.json.
 
-Tensors are read as raw bytes, eagerly, through the strict reader of safetensors: what is compared
-and hashed is what is on disk, and MLX has no part in the reading. Only safetensors are opened.
+Tensors are read as raw bytes, eagerly and after strict checks: what is compared and hashed is what
+is on disk, and MLX has no part in the reading. Only safetensors are opened; formats that can run
+code or that nothing checks (.pt, .bin, .npz, .pkl) are refused by name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import mlx.core as mx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, TensorSpec, deserialize, serialize_file
+from safetensors import TensorSpec, serialize_file
 
 from nested_core.durable import canonical_json, write_json
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.headers import read_header
+from nested_core.regular_files import open_regular, read_json, read_start, regular_sha256
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1024 * 1024
 NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U64": "<u8", "U32": "<u4", "BF16": "<u2"}
 FLOATING = ("F64", "F32", "F16", "BF16")
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+UNSAFE = {
+    **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"), "a pickle runs code"),
+    **dict.fromkeys(
+        (".npz", ".npy"), "NumPy's formats may hold pickles, and have no checked header"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Tensor:
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | memoryview
 
     def to_numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
         """The values as a NumPy array; bfloat16 is widened to float32, which is exact."""
@@ -53,26 +64,28 @@ class Tensor:
     def _stored(self) -> np.ndarray[Any, np.dtype[Any]]:
         if self.dtype not in NUMPY_DTYPES:
             raise DamagedError(f"A tensor has dtype {self.dtype}, which is not read here.")
-        return np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        values = np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        return values if values.flags.aligned else values.copy()
 
 
 class _Lora(BaseModel):
-    """The types that `lora_parameters` must have; other keys are another program's business."""
+    """What `lora_parameters` must look like; other keys are another program's business."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    rank: int | None = None
-    scale: float | None = None
-    modules: list[str] | None = Field(default=None, alias="keys")
+    rank: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    scale: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    modules: Annotated[list[Name], Field(max_length=4096)] | None = Field(None, alias="keys")
 
 
 class _Meaning(BaseModel):
-    """The types of what changes the model, in adapter_config.json."""
+    """What changes the model, in adapter_config.json, and the bounds that it must keep to."""
 
     model_config = ConfigDict(strict=True)
-    fine_tune_type: str = "lora"
-    num_layers: int | None = None
-    model: str | None = None
-    base_fingerprint: str | None = None
+    fine_tune_type: Literal["lora", "dora", "full"] = "lora"
+    num_layers: Annotated[int, Field(ge=-1, le=65_536)] | None = None
+    model: Annotated[str, Field(max_length=4096)] | None = None
+    base_fingerprint: Annotated[str, Field(max_length=256)] | None = None
     lora_parameters: _Lora | None = None
 
 
@@ -98,6 +111,10 @@ class Adapter:
 
     def digest(self) -> str:
         """SHA-256 over the meaning, then names, dtypes, shapes and bytes in name order."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256(canonical_json(self.meaning()))
         for name, tensor in sorted(self.tensors.items()):
             digest.update(canonical_json([name, tensor.dtype, list(tensor.shape)]))
@@ -111,50 +128,54 @@ def read_adapter(path: Path) -> Adapter:
     Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
     well-formed adapter.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
+        refuse_unsafe_format(path)
         raise ConfigError(
-            f"{path} is not a directory. Expected an adapter directory with {WEIGHTS_NAME} and "
-            f"{CONFIG_NAME}, as mlx_lm.lora or nested-tune writes it."
+            f"{str(path):.300} is not a directory. Expected an adapter directory with "
+            f"{WEIGHTS_NAME} and {CONFIG_NAME}, as mlx_lm.lora or nested-tune writes it."
         )
+    if not (path / WEIGHTS_NAME).exists():
+        for other in sorted(path.iterdir()):
+            refuse_unsafe_format(other)
     return Adapter(path, read_adapter_config(path / CONFIG_NAME), read_tensors(path / WEIGHTS_NAME))
 
 
+def files_sha256(folder: Path) -> str:
+    """SHA-256 over the bytes of an adapter directory's two files, whatever they mean."""
+    hashes = {name: regular_sha256(folder / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+    return hashlib.sha256(canonical_json(hashes)).hexdigest()
+
+
+def refuse_unsafe_format(path: Path) -> None:
+    """Raise DamagedError, with the reason, for a file whose suffix says that it is not safe."""
+    reason = UNSAFE.get(path.suffix.lower())
+    if reason is not None and not os.path.isdir(path):
+        raise DamagedError(
+            f"{path} is not read: {reason}. Expected safetensors ({WEIGHTS_NAME}); convert it with "
+            f"the program that wrote it."
+        )
+
+
 def read_adapter_config(path: Path) -> dict[str, Any]:
-    """Read adapter_config.json: a JSON object of at most 1 MiB."""
+    """Read adapter_config.json: at most 1 MiB of JSON, each key once, numbers in bounds."""
+    config = read_json(path, MAX_CONFIG_BYTES)
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise DamagedError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes.")
-        config = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         _Meaning.model_validate(config)
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing: without it the tensors mean nothing.") from None
-    except IsADirectoryError:
-        raise DamagedError(f"{path} is a directory, not an adapter configuration.") from None
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
         raise DamagedError(f"{path}: {where or 'the file'}: {error.errors()[0]['msg']}.") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is not valid JSON: {error}.") from error
     return dict(config)
 
 
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is not a JSON number")
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file into memory, header checked by safetensors."""
-    try:
-        entries = deserialize(path.read_bytes())
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing.") from None
-    except IsADirectoryError:
-        raise DamagedError(f"{path} is a directory, not a safetensors file.") from None
-    except SafetensorError as error:
-        raise DamagedError(f"{path} is not a sound safetensors file: {error}.") from error
+    """Read every tensor of a safetensors file into memory, once its header has been checked."""
+    refuse_unsafe_format(path)
+    with open_regular(path) as (file, size):
+        places = read_header(file, size, path)
+        content = read_start(file, size, path)
     return {
-        name: Tensor(str(entry["dtype"]), tuple(entry["shape"]), bytes(entry["data"]))
-        for name, entry in entries
+        name: Tensor(place.dtype, place.shape, content[place.begin : place.end])
+        for name, place in places.items()
     }
 
 

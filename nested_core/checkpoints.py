@@ -5,7 +5,6 @@ A checkpoint is whole or it is not there. One that was changed since is named an
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import warnings
@@ -21,9 +20,11 @@ from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, load_arrays, save_ar
 from nested_core.durable import new_directory, write_json
 from nested_core.errors import DamagedError
 from nested_core.manifest import verify_manifest, write_manifest
+from nested_core.regular_files import read_json
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"
+MAX_STATE_BYTES = 64 * 1024 * 1024
 MASTERS = "masters:"  # before the names of float32 masters, beside the optimizer's own
 CHECKPOINT_NAME = re.compile(r"^step-(\d{7,})$")
 
@@ -88,7 +89,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise DamagedError(f"{path} is not a directory.")
     if verify_manifest(path).get("step") != step:
         raise DamagedError(f"{path} holds the manifest of another step.")
-    return Checkpoint(path, step, json.loads((path / STATE_NAME).read_bytes()))
+    state = read_json(path / STATE_NAME, MAX_STATE_BYTES)
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise DamagedError(f"{path / STATE_NAME} is not the state of step {step}.")
+    return Checkpoint(path, step, state)
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:

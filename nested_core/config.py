@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
 from nested_core.config_data import DataPolicy, HubDatasets
+from nested_core.config_gate import GateSection
 from nested_core.config_lora import LoraParameters
 from nested_core.config_publishing import ContinualSection, RegistrySection
 from nested_core.config_rules import agreement_problems, refuse, tier_problems
@@ -78,14 +79,6 @@ class TrainingSection(Section):
     reference: Literal["mlx_lm"] | None = None
 
 
-class GateSection(Section):
-    """The bounds that the gate judges by; they are recorded in gate.json."""
-
-    max_val_loss_increase: Share = 0.0
-    min_relative_change: Share = 0.0
-    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-
-
 class FineTuneConfig(Section):
     """A whole fine-tune. The top level is mlx-lm's, with mlx-lm's defaults and meanings.
 
@@ -101,7 +94,7 @@ class FineTuneConfig(Section):
     data: str = "mlx-community/WikiSQL"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_layers: Annotated[int, Field(ge=-1)] = 16
-    batch_size: PositiveInt = 4
+    batch_size: Annotated[PositiveInt, Field(lt=2**31)] = 4
     iters: PositiveInt = 1000
     val_batches: Annotated[int, Field(ge=-1)] = 25
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
@@ -112,7 +105,7 @@ class FineTuneConfig(Section):
     save_every: PositiveInt = 100
     test: bool = False
     test_batches: Annotated[int, Field(ge=-1)] = 500
-    max_seq_length: Annotated[int, Field(ge=2)] = 2048
+    max_seq_length: Annotated[int, Field(ge=2, lt=2**31)] = 2048
     grad_checkpoint: bool = False
     grad_accumulation_steps: PositiveInt = 1
     clear_cache_threshold: Annotated[int, Field(ge=0)] = 0

@@ -9,6 +9,7 @@ from nested_core.adapter_names import why_no_name
 
 if TYPE_CHECKING:
     from nested_core.config import FineTuneConfig, NestedSection
+    from nested_core.config_gate import GateSection
     from nested_core.config_publishing import RegistrySection
 
 OPTIMIZER_ARGUMENTS = {
@@ -70,6 +71,12 @@ def registry_problems(section: RegistrySection) -> Iterator[str]:
         yield reason
 
 
+def gate_problems(section: GateSection) -> Iterator[str]:
+    """The general text and its bound."""
+    if (section.general_data is None) != (section.max_general_loss_increase is None):
+        yield "gate needs general_data and max_general_loss_increase, or neither"
+
+
 def agreement_problems(config: FineTuneConfig) -> Iterator[str]:
     """What sections ask of each other."""
     schedule = config.lr_schedule
@@ -81,6 +88,8 @@ def agreement_problems(config: FineTuneConfig) -> Iterator[str]:
     has_one_clock = config.nested.frequencies == (1,) and config.nested.learning_rate_scale is None
     if config.optimizer not in ("adam", "adamw") and not has_one_clock:
         yield f"optimizer {config.optimizer} has one clock: nested.frequencies [1]"
+    if config.gate.check_fused and config.fine_tune_type == "full":
+        yield "gate.check_fused: a full fine-tune has no adapter to fuse"
     yield from _reference_problems(config)
     yield from _continual_problems(config)
 

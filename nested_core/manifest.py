@@ -6,12 +6,13 @@ Reading refuses a folder with a file that is missing, extra or changed, the mani
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from nested_core.durable import canonical_json, file_sha256, render_json, write_json
 from nested_core.errors import DamagedError
+from nested_core.regular_files import read_regular
+from nested_core.strict_json import parse_json
 
 MANIFEST_NAME = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -49,18 +50,16 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read MANIFEST.json and check the hash it carries of itself; the files are not looked at."""
     path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise DamagedError(f"{path} is missing: the folder was never finished.")
+    if path.is_symlink():
+        raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
+    content = read_regular(path, MAX_MANIFEST_BYTES).tobytes()
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise DamagedError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes.")
-        content = path.read_bytes()
-        manifest = json.loads(content)
-        body = {"facts": manifest["facts"], "files": dict(manifest["files"])}
+        manifest = parse_json(content)
+        body = {"facts": dict(manifest["facts"]), "files": dict(manifest["files"])}
         is_intact = content == render_json(body | {"digest": _body_digest(body)})
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing: the folder was never finished.") from None
-    except (IsADirectoryError, NotADirectoryError):
-        raise DamagedError(f"{path} is not a file.") from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"{path} cannot be read as a manifest: {error}.") from error
     if not is_intact:
         raise DamagedError(f"{path} has changed since it was written.")

@@ -24,7 +24,7 @@ from nested_core.data.report import DatasetReport
 from nested_core.data.workers import OnProgress
 from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
 from nested_core.errors import ConfigError, GateRejected
-from nested_core.gate import Verdict, judge_run
+from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.losses import refuse_other_data
 from nested_core.model import (
     adapter_config,
@@ -54,7 +54,7 @@ FREE_ON_RESUME = frozenset(
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training ended with; result.json."""
+    """What training ended with; result.json. `evidence` is what the gate holds the folder to."""
 
     run_dir: str
     step: int
@@ -64,6 +64,7 @@ class TrainResult:
     best_val_loss: float | None
     verified_steps: int
     red_flags: tuple[str, ...]
+    evidence: dict[str, str]
 
 
 def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
@@ -187,7 +188,8 @@ def _publish(run: RunDirectory, trainer: Trainer) -> TrainResult:
     state = trainer.state
     best = state.best_step if trainer.method.offers_best else None
     step = state.step if best is None else best
-    publish_adapter(checkpoint_path(run.checkpoints, step), run.adapter)
+    offered = checkpoint_path(run.checkpoints, step)
+    publish_adapter(offered, run.adapter)
     if trainer.config.adapter_path is not None:
         export_adapter(run.adapter, Path(trainer.config.adapter_path))
     result = TrainResult(
@@ -199,6 +201,7 @@ def _publish(run: RunDirectory, trainer: Trainer) -> TrainResult:
         best_val_loss=state.best_val_loss,
         verified_steps=len(state.verified_steps),
         red_flags=tuple(state.red_flags),
+        evidence=describe_evidence(run, offered),
     )
     write_json(run.result, finite_or_none(asdict(result)))
     return result

@@ -10,12 +10,25 @@ from nested_core.adapters import CONFIG_NAME, read_adapter_config
 from nested_core.config import FineTuneConfig
 from nested_core.continual import parent_of, settings_digest
 from nested_core.durable import file_sha256
+from nested_core.gate import confirm_run
 from nested_core.policy import target
 from nested_core.registry import register
+from nested_core.registry.verdict import read_gate, require_passed
 from nested_core.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 
 RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
+
+
+def confirm_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
+    """See that gate.json says passed, and that the files of the run bear that out.
+
+    Raises ConfigError where nothing was judged, GateRejected where it did not pass, DamagedError
+    where verdict and files do not agree.
+    """
+    gate = read_gate(run.gate)
+    require_passed(gate, run.gate)
+    confirm_run(config, run, gate)
 
 
 def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
@@ -33,7 +46,7 @@ def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) 
 
     The parent is the version that it was trained from, else the champion that it follows.
     """
-    dataset, gate = (json.loads(path.read_bytes()) for path in (run.dataset, run.gate))
+    dataset, gate = json.loads(run.dataset.read_bytes()), read_gate(run.gate)
     base = read_adapter_config(run.adapter / CONFIG_NAME).get("base_fingerprint")
     return {
         "run_dir": str(run.path.resolve()),

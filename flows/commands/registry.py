@@ -52,12 +52,15 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.config_publishing import RegistrySection
     from nested_core.continual import champion_or_none
     from nested_core.pipeline import read_run_config
-    from nested_core.publishing import register_run
+    from nested_core.publishing import confirm_verdict, register_run
     from nested_core.registry import UNSET, promote
+    from nested_core.registry.names import check_name
 
+    check_name(arguments.name)
     run = RunDirectory(arguments.run_dir)
     target = RegistrySection(path=str(arguments.registry), name=arguments.name)
     config = read_run_config(run).model_copy(update={"registry": target})
+    confirm_verdict(config, run)
     champion = champion_or_none(arguments.registry, arguments.name)
     version = register_run(config, run, champion)
     expected = UNSET if arguments.if_champion is None else arguments.if_champion

@@ -1,15 +1,18 @@
 """One line's bytes -> one JSON object, or a `LineProblem` that says why there is none.
 
-Refuses what a lenient reader would let pass: repeated keys, halves of surrogate pairs, NUL.
+Refuses what a lenient reader would let pass: repeated keys, halves of surrogate pairs, NUL, and
+numbers that are none.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+_NO_NUMBER = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(NaN|-?Infinity)')  # outside of the texts
 _OBJECT = TypeAdapter(dict[str, Any], config=ConfigDict(strict=True))
 
 
@@ -36,6 +39,8 @@ def decode_object(raw: bytes) -> dict[str, Any]:
         raise _why_not_an_object(raw, error) from None
     if repeats_a_key(raw, len(strings(row))):
         _refuse_repeated_key(raw)
+    if b"NaN" in raw or b"Infinity" in raw:
+        _refuse_no_number(raw.decode())
     if b"\\u0000" in raw and any("\0" in text for text in strings(row)):
         raise LineProblem("nul-character", "a text holds a NUL character (\\u0000)")
     return row
@@ -83,6 +88,14 @@ def _refuse_repeated_key(raw: bytes) -> None:
     json.loads(raw, object_pairs_hook=refuse)
 
 
+def _refuse_no_number(text: str) -> None:
+    """Python writes and reads NaN and Infinity, which JSON does not have."""
+    for found in _NO_NUMBER.finditer(text):
+        if word := found[1]:
+            where = f"column {found.start() + 1}"
+            raise LineProblem("bad-json", f"not valid JSON at {where}: {word} is no JSON number")
+
+
 def _why_not_an_object(raw: bytes, error: ValidationError) -> LineProblem:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
@@ -92,15 +105,16 @@ def _why_not_an_object(raw: bytes, error: ValidationError) -> LineProblem:
 
 
 def _why_not_json(raw: bytes, reason: str) -> LineProblem:
-    if b"\0" in raw:
-        return LineProblem("nul-character", f"a NUL byte at column {raw.index(0) + 1}")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         where = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
         return LineProblem("not-utf8", f"{where} is not UTF-8; save the file as UTF-8")
+    if "\0" in text:
+        return LineProblem("nul-character", f"a NUL byte at column {text.index(chr(0)) + 1}")
     what, _, position = reason.partition(" at line 1 column ")
-    column = len(raw[: int(position)].decode(errors="ignore")) if position.isdecimal() else 1
+    before = raw[: max(int(position) - 1, 0)] if position.isdecimal() else b""
+    column = len(before.decode(errors="ignore")) + 1  # of the character that the byte belongs to
     if _holds_half_a_surrogate_pair(text):
         return LineProblem("lone-surrogate", f"half of a surrogate pair before column {column}")
     return LineProblem("bad-json", f"not valid JSON at column {column}: {what}")

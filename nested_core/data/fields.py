@@ -179,7 +179,8 @@ def _describe(error: ValidationError, keys: dict[str, str]) -> LineProblem:
     more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
     if kind == "missing":
         return LineProblem(check, f"{place} is missing{more}")
-    expected = problems[0]["msg"][0].lower() + problems[0]["msg"][1:]
+    expected = problems[0]["msg"].removeprefix("Value error, ")
+    expected = expected[0].lower() + expected[1:]
     return LineProblem(check, f"{place}: {expected}, found {_show(found, check)}{more}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -189,9 +190,27 @@ def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record
 
 
 def json_line(row: dict[str, Any]) -> bytes:
-    """A row of a table as a line of JSON; what JSON does not know, such as a time, as its text."""
-    return json.dumps(row, ensure_ascii=False, default=_as_text).encode()
+    """A row of a table as a line of JSON; what JSON does not know, such as a time, as its text.
+
+    Bytes become an object, for they are no text, and NaN, with which tables mark what is missing,
+    and infinity become null.
+    """
+    try:
+        return _as_json(row).encode()
+    except ValueError:
+        return _as_json(_without_no_numbers(row)).encode()
 
 
-def _as_text(value: object) -> str:
-    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+def _describe(value: object) -> object:
+    return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
+
+
+_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_describe).encode
+
+
+def _without_no_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_no_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_no_numbers(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -132,7 +132,7 @@ def _frame(
     lines: list[bytes], features: Features, *, is_start: bool, may_be_plain: bool
 ) -> tuple[pl.DataFrame, bytes]:
     read = _read_lines(lines, features, is_start=is_start, may_be_plain=may_be_plain)
-    digests, keys = _compare_by(read.contents, read.formats)
+    digests, keys = _compare_by(read.contents)
     raw, text = pl.Series(lines, dtype=pl.Binary), pl.Series(read.shown, dtype=pl.String)
     has_mark = np.zeros(len(lines), bool)
     has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
@@ -149,15 +149,13 @@ def _frame(
     return pl.DataFrame(columns, schema=SCHEMA), digests
 
 
-def _compare_by(
-    contents: list[str | None], formats: list[str | None]
-) -> tuple[bytes, dict[str, pl.Series]]:
+def _compare_by(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]]:
     """The digests of the examples, joined, and the keys by which rows are compared."""
     encoded = [None if content is None else content.encode() for content in contents]
     digests = b"".join([sha256(content).digest() for content in encoded if content is not None])
     prompts = [
-        content[: content.rfind(b"\0")] if content and kind != "text" else None
-        for content, kind in zip(encoded, formats, strict=True)
+        (content.rpartition(b"\0")[0] or None) if content else None  # plain text has none
+        for content in encoded
     ]
     is_example = pl.Series(encoded, dtype=pl.Binary).is_not_null()
     content = np.zeros(len(contents), np.uint64)

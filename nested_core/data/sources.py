@@ -9,6 +9,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from os.path import lexists
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def _open_tables(tables: Tables, spool: Path) -> dict[str, Source]:
 def _open_folder(folder: Path, json_keys: frozenset[str], spool: Path) -> dict[str, Source]:
     sources = {}
     for split in SPLITS:
-        found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+        found = [path for suffix in SUFFIXES if lexists(path := folder / f"{split}{suffix}")]
         if len(found) > 1:
             names = " and ".join(path.name for path in found)
             raise ConfigError(
@@ -96,10 +97,19 @@ def _open_folder(folder: Path, json_keys: frozenset[str], spool: Path) -> dict[s
 
 
 def _open_file(path: Path, json_keys: frozenset[str], spool: Path) -> Source:
+    if not path.is_file():  # a pipe would be waited for without end
+        return _of_no_file(path, spool / f"{path.name}.jsonl")
     suffix = path.name[path.name.index(".") :]
     if suffix == ".jsonl":
         return Source(path.name, path)
     return spool_records(path.name, _READERS[suffix](path, json_keys), spool / f"{path.name}.jsonl")
+
+
+def _of_no_file(path: Path, spool: Path) -> Source:
+    what = "a folder" if path.is_dir() else "a pipe, a device or a socket"
+    what = what if path.exists() else "a link that leads nowhere"
+    spool.write_bytes(b"\n")
+    return Source(path.name, spool, None, {1: ("damaged-file", f"this is {what}; expected a file")})
 
 
 def spool_records(file: str, records: Iterable[Record], path: Path) -> Source:

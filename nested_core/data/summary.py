@@ -32,15 +32,18 @@ def count_split(
         blank=blank,
         rejected=rejected,
         rows=frame.height - blank - rejected - sum(map(len, dropped.values())),
-        roles=_count_roles(frame["roles"].cast(pl.String)),
+        roles=_count_roles(frame["roles"]),
         digest=digest,
         dropped={reason: tuple(sorted(lines)) for reason, lines in dropped.items()},
     )
 
 
 def _count_roles(roles: pl.Series) -> dict[str, int]:
+    orders = roles.drop_nulls().value_counts()  # few: most conversations go alike
+    letters_of = orders["roles"].cast(pl.String)
     counts = {
-        role: int(roles.str.count_matches(letters).sum()) for role, letters in _ROLE_LETTERS.items()
+        role: int((letters_of.str.count_matches(letters) * orders["count"]).sum())
+        for role, letters in _ROLE_LETTERS.items()
     }
     return {role: count for role, count in counts.items() if count}
 
@@ -77,7 +80,7 @@ def describe_split(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
         facts["roles"] = ", ".join(f"{role} {count:,}" for role, count in stats.roles.items())
     if (tokens := stats.tokens) is not None:
         lengths = f"a row: median {tokens.p50:,}, p95 {tokens.p95:,}, longest {tokens.max:,}"
-        share = tokens.supervised / tokens.total
+        share = tokens.supervised / max(tokens.total, 1)  # a template may write nothing
         facts["tokens"] = f"{tokens.total:,} in all; {lengths}"
         facts["supervised"] = f"{tokens.supervised:,} tokens, {share:.1%} of all"
         widths = "one width" if tokens.widths == 1 else f"{tokens.widths} widths"

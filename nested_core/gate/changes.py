@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from nested_core.adapters import Adapter, Tensor
+from nested_core.gate.measures import measure
 from nested_core.gate.verdict import Code, Reason, TensorChange
 
 
@@ -15,23 +18,24 @@ def compare_tensors(
 ) -> list[TensorChange]:
     """Compare every tensor that both hold, in name order, by bytes and by value."""
     both = sorted(initial.tensors.keys() & trained.tensors.keys())
-    return [
-        _compare(name, tiers.get(name), initial.tensors[name], trained.tensors[name])
-        for name in both
-    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy lets go of the interpreter's lock
+        return list(
+            pool.map(
+                lambda n: _compare(n, tiers.get(n), initial.tensors[n], trained.tensors[n]), both
+            )
+        )
 
 
 def _compare(name: str, tier: int | None, before: Tensor, after: Tensor) -> TensorChange:
-    changed = (before.dtype, before.shape, before.data) != (after.dtype, after.shape, after.data)
-    old, new = before.to_numpy().astype(np.float64), after.to_numpy().astype(np.float64)
-    is_finite = bool(np.isfinite(new).all() and np.isfinite(old).all())
-    if not is_finite or old.shape != new.shape:
-        return TensorChange(name, tier, changed, None, None, is_finite)
-    delta = new - old
-    scale = max(float(np.linalg.norm(old)), float(np.linalg.norm(new)))
-    relative = float(np.linalg.norm(delta)) / scale if scale else 0.0
-    largest = float(np.abs(delta).max(initial=0.0))
-    return TensorChange(name, tier, changed, largest, relative, is_finite)
+    if before.shape != after.shape:
+        is_finite = all(bool(np.isfinite(t.to_numpy()).all()) for t in (before, after))
+        return TensorChange(name, tier, True, None, None, is_finite)
+    found = measure(before, after)
+    if not found.is_finite:
+        return TensorChange(name, tier, found.has_changed, None, None, False)
+    scale = max(found.old_norm, found.new_norm)
+    relative = found.delta_norm / scale if scale else 0.0
+    return TensorChange(name, tier, found.has_changed, found.largest, relative, True)
 
 
 def structure_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:

@@ -6,18 +6,21 @@ no product. The norm is taken through QR factors in float64; the product itself 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nested_core.adapters import Adapter, Tensor
 from nested_core.errors import DamagedError
+from nested_core.gate.measures import differ, norm
 from nested_core.gate.verdict import Reason
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 ROUNDING_FACTOR = 4.0
+FACTORS = ("lora_a", "lora_b")
+SAMPLED = 64
 
 
 def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
@@ -25,9 +28,22 @@ def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     idle = [m for m in _modules(trained) if not _moved(m, initial.tensors, trained.tensors)]
     if not idle:
         return []
-    names = tuple(f"{module}.{leaf}" for module in idle for leaf in ("lora_a", "lora_b"))
+    names = tuple(f"{module}.{leaf}" for module in idle for leaf in FACTORS)
     message = f"the product lora_a @ lora_b of {len(idle)} modules did not move, {idle[0]} first"
     return [Reason("no_effect", message, names)]
+
+
+def require_factors(adapter: Adapter) -> None:
+    """Raise DamagedError where a lora_a and its lora_b cannot be the factors of one product."""
+    for module in _modules(adapter):
+        a, b = (adapter.tensors[f"{module}.{leaf}"] for leaf in FACTORS)
+        dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
+        switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
+        if not (dense or switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
+            raise DamagedError(
+                f"{module}: lora_a {a.dtype} {a.shape} and lora_b {b.dtype} {b.shape} are no "
+                f"low-rank factors; expected floating point (in, rank) and (rank, out)."
+            )
 
 
 def _modules(adapter: Adapter) -> list[str]:
@@ -37,38 +53,36 @@ def _modules(adapter: Adapter) -> list[str]:
 
 def _moved(module: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
     magnitude = f"{module}.m"
-    if magnitude in after and before[magnitude].data != after[magnitude].data:
+    if magnitude in after and differ(before[magnitude], after[magnitude]):
         return True
-    old_a, old_b = _factors(module, before)
-    new_a, new_b = _factors(module, after)
-    delta = product_difference(new_a, new_b, old_a, old_b)
-    size = _norm(new_a) * _norm(new_b) + _norm(old_a) * _norm(old_b)
-    rounding = ROUNDING[after[f"{module}.lora_a"].dtype]
-    return bool(delta > ROUNDING_FACTOR * rounding * size)
+    old, new = ([each[f"{module}.{leaf}"] for leaf in FACTORS] for each in (before, after))
+    size = norm(old[0]) * norm(old[1]) + norm(new[0]) * norm(new[1])
+    bound = ROUNDING_FACTOR * ROUNDING[after[f"{module}.lora_a"].dtype] * size
+    # A part of the product that moved by more than the bound decides it: the whole moved further.
+    return _difference(new, old, SAMPLED) > bound or _difference(new, old, None) > bound
 
 
-def _factors(module: str, tensors: Mapping[str, Tensor]) -> tuple[Matrix, Matrix]:
+def _difference(new: Sequence[Tensor], old: Sequence[Tensor], rows: int | None) -> float:
+    """The norm of the product's change, or of its change in some rows and columns only."""
+    new_a, new_b = _factors(new, rows)
+    old_a, old_b = _factors(old, rows)
+    if rows is None:
+        return product_difference(new_a, new_b, old_a, old_b)
+    return float(np.linalg.norm(new_a @ new_b - old_a @ old_b))
+
+
+def _factors(pair: Sequence[Tensor], rows: int | None) -> tuple[Matrix, Matrix]:
     """Left (experts, in, rank) and right (experts, rank, out) factor in float64.
 
+    With `rows`, about so many of the left one's rows and of the right one's columns, evenly spread.
     A dense layer is one expert; mlx-lm stores a switch layer's factors transposed.
     """
-    stored = tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
-    _require_factors(module, *stored)
-    a, b = (tensor.to_numpy().astype(np.float64) for tensor in stored)
-    if a.ndim == 3:
-        return a.swapaxes(1, 2), b.swapaxes(1, 2)
-    return a[None], b[None]
-
-
-def _require_factors(module: str, a: Tensor, b: Tensor) -> None:
-    """Raise DamagedError where two tensors cannot be the factors of one product."""
-    dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
-    switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
-    if not (dense or switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
-        raise DamagedError(
-            f"{module}: lora_a {a.dtype} {a.shape} and lora_b {b.dtype} {b.shape} are no low-rank "
-            f"factors; expected floating point (in, rank) and (rank, out)."
-        )
+    left, right = (tensor.to_numpy() for tensor in pair)
+    left, right = (left[None], right[None]) if left.ndim == 2 else (left.mT, right.mT)
+    if rows is not None:
+        left = left[:, :: max(1, left.shape[1] // rows)]
+        right = right[:, :, :: max(1, right.shape[2] // rows)]
+    return left.astype(np.float64), right.astype(np.float64)
 
 
 def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matrix) -> float:
@@ -77,10 +91,11 @@ def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matri
     With [new_a old_a] = Qa Ra and [new_b; -old_b]^T = Qb Rb the norm is that of Ra Rb^T, because Qa
     and Qb have orthonormal columns.
     """
-    _, left = np.linalg.qr(np.concatenate([new_a, old_a], axis=2))
-    _, right = np.linalg.qr(np.concatenate([new_b, -old_b], axis=1).swapaxes(1, 2))
-    return _norm(left @ right.swapaxes(1, 2))
+    left = _triangle(np.concatenate([new_a, old_a], axis=2))
+    right = _triangle(np.concatenate([new_b, -old_b], axis=1).mT)
+    return float(np.linalg.norm(left @ right.mT))
 
 
-def _norm(matrix: Matrix) -> float:
-    return float(np.linalg.norm(matrix))
+def _triangle(tall: Matrix) -> Matrix:
+    """R of Q R, a matrix (rank, rank) an expert; Q, which is long, is not made."""
+    return np.asarray(np.linalg.qr(tall, mode="r"))

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from nested_core.adapters import WEIGHTS_NAME, load_arrays
 from nested_core.config import FineTuneConfig
+from nested_core.config_data import DataPolicy
+from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
-from nested_core.errors import DatasetError
-from nested_core.gate.verdict import Validation
-from nested_core.model import attach_adapter, load_base, load_leaves
+from nested_core.data.settings import DataSettings
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.errors import ConfigError, DatasetError
+from nested_core.gate.held import HeldBase
+from nested_core.gate.verdict import GeneralLoss, Validation
+from nested_core.model import tokenizer_source
+from nested_core.regular_files import regular_sha256
 from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
-from nested_core.slots import adapter_slots, read_slots
-from nested_core.training.evaluation import Evaluator, fixed_batches
+
+LISTED_PROBLEMS = 3
 
 
-def measure_losses(config: FineTuneConfig, run: RunDirectory) -> Validation | None:
+def measure_losses(held: HeldBase, run: RunDirectory) -> Validation | None:
     """Mean loss with the initial and with the trained adapter, or None without held-out data.
 
     The examples are test.jsonl where there is one, else the validation set, which the best
     checkpoint was chosen on: `selected_on_same_data` says so.
     """
-    measured = _losses(config, run, (run.initial, run.adapter), ("test", "valid"), max_batches=-1)
-    if measured is None:
+    name, split = _held_out(held.config, run, ("test", "valid"))
+    if split is None:
         return None
-    split, losses = measured
-    before, after = (loss if math.isfinite(loss) else None for loss in losses)
-    return Validation(before, after, selected_on_same_data=split == "valid")
+    before, after = map(_finite, held.losses((run.initial, run.adapter), split))
+    return Validation(before, after, selected_on_same_data=name == "valid")
 
 
 def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
@@ -38,10 +44,23 @@ def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
 
     Raises DatasetError where there is no test set.
     """
-    measured = _losses(config, run, (run.adapter,), ("test",), max_batches=config.test_batches)
-    if measured is None:
+    _, split = _held_out(config, run, ("test",))
+    if split is None:
         raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
-    return measured[1][0]
+    return HeldBase.load(config).losses((run.adapter,), split, config.test_batches)[0]
+
+
+def measure_general(held: HeldBase, run: RunDirectory) -> GeneralLoss | None:
+    """Mean loss with either adapter on `gate.general_data`; None where none is configured.
+
+    Raises ConfigError where there is no such file, DatasetError where it is not sound.
+    """
+    if held.config.gate.general_data is None:
+        return None
+    path = Path(held.config.gate.general_data).expanduser()
+    split = _read_general(held.config, path)
+    before, after = map(_finite, held.losses((run.initial, run.adapter), split))
+    return GeneralLoss(before, after, str(path), regular_sha256(path))
 
 
 def refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
@@ -54,28 +73,41 @@ def refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
         )
 
 
-def _losses(
-    config: FineTuneConfig,
-    run: RunDirectory,
-    adapters: Sequence[Path],
-    splits: Sequence[str],
-    *,
-    max_batches: int,
-) -> tuple[str, list[float]] | None:
-    """The first of the splits that has examples, and the loss of each adapter on it."""
-    model, _ = load_base(config)
-    report, found = load_run_data(config)
+def _held_out(
+    config: FineTuneConfig, run: RunDirectory, names: Sequence[str]
+) -> tuple[str, TokenizedSplit | None]:
+    """The first of the splits that has examples."""
+    report, splits = load_run_data(config)
     refuse_other_data(run, report)
-    name = next((name for name in splits if name in found and len(found[name])), None)
-    if name is None:
-        return None
-    attach_adapter(model, config)
-    slots = adapter_slots(model)
-    evaluator = Evaluator(model, slots)
-    losses = []
-    for folder in adapters:
-        load_leaves(model, load_arrays(folder / WEIGHTS_NAME))
-        sizes = config.batch_size, max_batches, config.max_seq_length
-        batches = fixed_batches(found[name], *sizes)
-        losses.append(evaluator.loss(read_slots(slots), batches))
-    return name, losses
+    filled = (name for name in names if name in splits and len(splits[name]))
+    name = next(filled, names[0])
+    return name, splits.get(name)
+
+
+def _read_general(config: FineTuneConfig, path: Path) -> TokenizedSplit:
+    """One file, read and judged as a test set of its own; every token of it counts."""
+    if not path.is_file():
+        raise ConfigError(f"gate.general_data: {path} is not a file; expected a .jsonl file.")
+    with tempfile.TemporaryDirectory(prefix="nested-tune-general-") as folder:
+        Path(folder, "test.jsonl").symlink_to(path.resolve())
+        settings = replace(
+            DataSettings.from_config(config),
+            data=folder,
+            hf_dataset=(),
+            mask_prompt=False,
+            supervise="last",
+            policy=DataPolicy(),
+        )
+        report, splits = load_dataset(settings, tokenizer_source(config))
+    own = [each for each in report.findings if each.file == "test.jsonl"]
+    problems = [
+        f"line {each.line or 1}: {each.message}" for each in own if each.severity == "error"
+    ]
+    if problems or not len(splits.get("test", ())):
+        listed = "\n".join(f"  {problem}" for problem in problems[:LISTED_PROBLEMS])
+        raise DatasetError(f"gate.general_data: {path} holds no sound text to judge by.\n{listed}")
+    return splits["test"]
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None

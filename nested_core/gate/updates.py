@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from nested_core.adapters import Tensor, read_tensors
-from nested_core.checkpoints import OPTIMIZER_NAME, Checkpoint
+from nested_core.checkpoints import MASTERS, OPTIMIZER_NAME
 from nested_core.config import FineTuneConfig
+from nested_core.gate.evidence import Counts, Evidence
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
+from nested_core.regular_files import read_json
 from nested_core.run_directory import RunDirectory
 from nested_core.scalars import to_float
 from nested_core.tiers import TierMap, expected_updates
 from nested_core.training.schedules import build_learning_rate
+
+MAX_TIERS_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -26,21 +29,21 @@ class TierEvidence:
     tiers: TierMap
     step: int
     flush_steps: Sequence[int]
-    counts: Sequence[dict[str, Any]]
+    counts: Sequence[Counts]
     moments: dict[str, Tensor]
+    initial: dict[str, Tensor]
     keeps_moments: bool
 
     @classmethod
-    def collect(
-        cls, config: FineTuneConfig, run: RunDirectory, checkpoint: Checkpoint
-    ) -> TierEvidence:
-        """Read it from the run directory and a verified checkpoint."""
+    def collect(cls, config: FineTuneConfig, run: RunDirectory, evidence: Evidence) -> TierEvidence:
+        """Read it from the run directory and its verified checkpoint."""
         return cls(
-            TierMap.from_json(json.loads(run.tiers.read_bytes())),
-            checkpoint.step,
-            checkpoint.state["flush_steps"],
-            checkpoint.state["tiers"],
-            read_tensors(checkpoint.path / OPTIMIZER_NAME),
+            TierMap.from_json(read_json(run.tiers, MAX_TIERS_BYTES)),
+            evidence.checkpoint.step,
+            evidence.record.flush_steps,
+            evidence.record.tiers,
+            read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME),
+            evidence.before.tensors,
             config.optimizer != "sgd" or config.optimizer_arguments.get("momentum", 0) > 0,
         )
 
@@ -51,7 +54,18 @@ class TierEvidence:
         """
         own = {key: moment for key, moment in self.moments.items() if key.startswith(f"{name}.")}
         moments = [own[f"{name}.v"]] if f"{name}.v" in own else list(own.values())
-        return not self.keeps_moments or any(any(moment.data) for moment in moments)
+        has_any = any(np.frombuffer(moment.data, np.uint8).any() for moment in moments)
+        return has_any or not self.keeps_moments
+
+    def left_no_trace(self, name: str) -> bool:
+        """Whether a parameter that stayed as it was had gradients, and no master that moved.
+
+        A float32 master may move by less than the dtype that the parameter is published in can say.
+        """
+        master = self.moments.get(MASTERS + name)
+        before = self.initial[name].to_numpy()
+        has_moved = master is not None and not np.array_equal(master.to_numpy(), before)
+        return self.had_gradient(name) and not has_moved
 
 
 def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> list[TierChange]:
@@ -63,9 +77,7 @@ def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> lis
         counts = evidence.counts[tier]
         moved = sum(change.changed for change in own)
         rows.append(
-            TierChange(
-                tier, frequency, len(own), moved, expected, counts["updates"], counts["skipped"]
-            )
+            TierChange(tier, frequency, len(own), moved, expected, counts.updates, counts.skipped)
         )
     return rows
 
@@ -105,7 +117,7 @@ def _tier_reasons(
     if not row.changed or not any(map(evidence.had_gradient, names)):
         return [*reasons, Reason("tier_unchanged", f"{label}: nothing was trained", names)]
     if row.applied_updates and _had_rate(config, evidence, row):
-        traceless = [c.name for c in own if not c.changed and evidence.had_gradient(c.name)]
+        traceless = [c.name for c in own if not c.changed and evidence.left_no_trace(c.name)]
         if traceless:
             message = f"{label}: {len(traceless)} tensors had gradients and stayed as they were"
             reasons.append(Reason("updates_missing", message, tuple(traceless)))

@@ -16,6 +16,7 @@ Code = Literal[
     "dtype_mismatch",
     "no_effect",
     "loss_regressed",
+    "forgetting",
     "unreadable",
     "config_mismatch",
     "base_mismatch",
@@ -70,6 +71,16 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class GeneralLoss:
+    """The loss of either adapter on text that has nothing to do with the task."""
+
+    loss_before: float | None
+    loss_after: float | None
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Source:
     """An adapter that was judged: where it is, and the digest of what it means."""
 
@@ -88,7 +99,10 @@ class Verdict:
     tensors: tuple[TensorChange, ...]
     tiers: tuple[TierChange, ...] = ()
     validation: Validation | None = None
-    thresholds: dict[str, float] | None = None
+    thresholds: dict[str, Any] | None = None
+    general: GeneralLoss | None = None
+    fused: dict[str, Any] | None = None
+    proof: dict[str, Any] | None = None
 
     @property
     def has_passed(self) -> bool:

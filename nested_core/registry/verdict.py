@@ -38,10 +38,15 @@ def read_gate(path: Path) -> dict[str, Any]:
 
 
 def require_passed(gate: dict[str, Any], path: Path) -> None:
-    """Raise GateRejected, with the gate's reasons, unless the verdict is "passed"."""
-    if gate["verdict"] == "passed":
-        return
+    """Raise GateRejected, with the gate's reasons, unless the verdict is "passed".
+
+    A "passed" beside reasons is no verdict that the gate ever wrote: DamagedError.
+    """
     reasons = gate.get("reasons")
+    if gate["verdict"] == "passed":
+        if reasons:
+            raise DamagedError(f"{path} says passed and gives reasons against it: it was edited.")
+        return
     codes = [str(reason.get("code")) for reason in reasons or [] if isinstance(reason, dict)]
     raise GateRejected(
         f"The gate rejected this adapter: {', '.join(codes[:LISTED_REASONS]) or 'no reason given'} "

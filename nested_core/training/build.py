@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import SGD, Adafactor, Muon
 
-from nested_core.adapters import read_adapter
+from nested_core.adapters import files_sha256, read_adapter
 from nested_core.checkpoints import latest_checkpoint
 from nested_core.clocks import Tier
 from nested_core.config import FineTuneConfig
@@ -26,7 +26,8 @@ from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.schedules import build_learning_rate
 from nested_core.training.trainer import Trainer
 
-BEGINNINGS = {"initial": "initial/", "tiers": "tiers.json", "base": "the base", "data": "the data"}
+BEGINNINGS = {"initial": "initial/", "initial_files": "its files", "tiers": "tiers.json"}
+BEGINNINGS |= {"base": "the base", "data": "the data"}
 OTHER_OPTIMIZERS: dict[str, Any] = {"muon": Muon, "sgd": SGD, "adafactor": Adafactor}
 
 
@@ -62,6 +63,7 @@ def find_beginnings(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]
     """Digests of what training begins from: initial adapter, tiers, base model and data."""
     return {
         "initial": read_adapter(run.initial).digest(),
+        "initial_files": files_sha256(run.initial),
         "tiers": file_sha256(run.tiers),
         "base": base_fingerprint(find_model(config.model)),
         "data": json.loads(run.dataset.read_bytes())["digest"],

@@ -1,11 +1,13 @@
-"""The mean loss over batches, for whatever adapter tensors are given."""
+"""The mean loss over batches, and logits on fixed prompts, for whatever adapter is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from nested_core.data.batches import batch_arrays, evaluation_batches
 from nested_core.data.tokens import TokenizedSplit
@@ -13,6 +15,9 @@ from nested_core.scalars import to_float
 from nested_core.slots import Slots, borrowed, put
 from nested_core.training.losses import SUPERVISED, LossRule
 from nested_core.training.step import Flat, MicroBatch
+
+Prompts = Sequence[Sequence[int]]
+MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_COLUMNS = 4, 16, 256
 
 
 class EvaluationCut(Exception):  # noqa: N818  # no error: the trainer turns it into a stop
@@ -31,8 +36,10 @@ class Evaluator:
         slots: Slots,
         rule: LossRule = SUPERVISED,
         is_cut: Callable[[], bool] = lambda: False,
+        prompts: Prompts = (),
     ) -> None:
-        self._model, self._slots, self._rule, self._is_cut = model, slots, rule, is_cut
+        self._model, self._slots, self._rule = model, slots, rule
+        self._is_cut, self._prompts = is_cut, prompts
         self._compiled = mx.compile(self._sums)
 
     def loss(self, params: Flat, batches: Iterable[MicroBatch]) -> float:
@@ -53,9 +60,39 @@ class Evaluator:
             self._model.train(was_training)
         return to_float(total / count)
 
+    def fixed_logits(self, params: Flat) -> dict[str, Any]:
+        """What the model says next after each prompt, at up to 256 places of its vocabulary.
+
+        `prompts`, `columns` and `values` (a row a prompt, float32): what a fresh process that loads
+        the published adapter must compute again.
+        """
+        was_training = self._model.training
+        self._model.eval()
+        with borrowed(self._slots):
+            put(self._slots, params)
+            rows = [_last_logits(self._model(mx.array([prompt]))) for prompt in self._prompts]
+        self._model.train(was_training)
+        size = len(rows[0]) if rows else 0
+        columns = np.linspace(0, size - 1, min(size, MAX_COLUMNS)).astype(int).tolist()
+        values = [row[columns].tolist() for row in rows]
+        prompts = [list(map(int, prompt)) for prompt in self._prompts]
+        return {"prompts": prompts, "columns": columns, "values": values}
+
     def _sums(self, params: Flat, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, params)
         return self._rule.function(self._model, tokens, mask)
+
+
+def _last_logits(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    logits = output[0] if isinstance(output, tuple) else output
+    return np.array(logits[0, -1].astype(mx.float32))
+
+
+def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
+    """How the first examples of the validation set begin, or else those of the training set."""
+    split = splits["valid"] if len(splits.get("valid", ())) else splits["train"]
+    examples = [split.example(row) for row in range(min(len(split), MAX_PROMPTS))]
+    return [example[:MAX_PROMPT_TOKENS].tolist() for example in examples if len(example)]
 
 
 def fixed_batches(

@@ -41,4 +41,6 @@ def finite_or_none(value: Any) -> Any:
     """The value, with None for every float in it that is not finite: JSON has no word for those."""
     if isinstance(value, dict):
         return {key: finite_or_none(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,7 +21,7 @@ from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.export import export_snapshot
 from nested_core.training.methods import Method
-from nested_core.training.metrics import append_metrics, cut_back, read_metrics
+from nested_core.training.metrics import append_metrics, cut_back, finite_or_none, read_metrics
 from nested_core.training.red_flags import flag_flat_loss, flag_unchanged_checkpoint
 from nested_core.training.state import TrainingState
 from nested_core.training.step import Sums
@@ -138,6 +138,7 @@ class Recorder:
         held = read_slots(self._slots)
         adapter = {name: value.astype(self._published[name]) for name, value in held.items()}
         masters = {n: v for n, v in held.items() if v.dtype != self._published[n]}
+        wanted["logits"] = finite_or_none(self._evaluator.fixed_logits(adapter))
         path = checkpoints.write_checkpoint(
             self.run.checkpoints,
             adapter=adapter,

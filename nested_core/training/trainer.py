@@ -24,7 +24,7 @@ from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.divergence import DivergenceWatch
-from nested_core.training.evaluation import EvaluationCut, Evaluator
+from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts
 from nested_core.training.methods import make_method
 from nested_core.training.recompute import recomputed
 from nested_core.training.recorder import Recorder, restore_random_key
@@ -74,7 +74,8 @@ class Trainer:
         self.stop_requested = False
         self._slots = adapter_slots(model, masters=config.has_masters)
         self.method = make_method(config, splits)
-        evaluator = Evaluator(model, self._slots, self.method.rule, self._is_asked_to_stop)
+        cut, prompts = self._is_asked_to_stop, choose_prompts(splits)
+        evaluator = Evaluator(model, self._slots, self.method.rule, cut, prompts)
         self._recorder = Recorder(
             config, run, self._slots, optimizer, self.method, evaluator, found, callback
         )
@@ -191,9 +192,8 @@ class Trainer:
 
     def _needed_tiers(self, step: int) -> tuple[int, ...]:
         """The tiers that a step needs gradients of."""
-        if self.optimizer.gathers:
-            return tuple(range(len(self.tiers.frequencies)))
-        return self.tiers.due(step)
+        every = tuple(range(len(self.tiers.frequencies)))
+        return every if self.optimizer.gathers else self.tiers.due(step)
 
     def _crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""

@@ -182,6 +182,11 @@ class TestPartsThatHaveToAgree:
     def test_tiers(self, nested: dict[str, Any], message: str) -> None:
         assert problems(nested=nested) == [f"nested: {message}"]
 
+    @pytest.mark.parametrize("key", ["batch_size", "max_seq_length"])
+    def test_counts_stay_below_2_to_the_31(self, key: str) -> None:
+        assert getattr(parse_config({key: 2**31 - 1}, source=""), key) == 2**31 - 1
+        assert problems(**{key: 2**31})[0].startswith(f"{key}: Input should be less than")
+
     def test_a_pattern_has_to_be_a_regular_expression(self) -> None:
         nested = {"strategy": "manual", "assignments": [{"match": "(", "tier": 0}]}
         assert problems(nested=nested) == [

@@ -37,6 +37,14 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no run to stop": (["stop", "none"], "none is not a run directory"),
     "no adapter": (["verify", "none", "none"], "none is not a directory"),
     "no registry": (["promote", "run", "--name", "a"], "are required: --registry"),
+    "a name with a path": (
+        ["promote", "run", "--name=../a", "--registry", "registry"],
+        "'../a' is not a name for an adapter",
+    ),
+    "a device's name": (
+        ["promote", "run", "--name", "con", "--registry", "registry"],
+        "takes con, nul, com1 and the like for devices",
+    ),
 }
 
 

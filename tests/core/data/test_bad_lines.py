@@ -34,6 +34,7 @@ HELD_OUT = [chat("Where is Z?", "In Zland.")]
 
 BAD_LINES: dict[str, tuple[Any, str]] = {
     "latin-1 byte": (b'{"text": "caf\xe9"}', "not-utf8"),
+    "utf-16 line": ('{"text": "a"}'.encode("utf-16"), "not-utf8"),
     "utf-16 file": ('{"text": "a\u0416"}'.encode("utf-16")[:6].replace(b"\0", b"x"), "not-utf8"),
     "surrogate in utf-8": (b'{"text": "\xed\xa0\x80"}', "not-utf8"),
     "cut in the middle": (b'{"text": "abc', "bad-json"),
@@ -54,6 +55,8 @@ BAD_LINES: dict[str, tuple[Any, str]] = {
     "low half alone": (b'{"text": "\\ude00"}', "lone-surrogate"),
     "low half in a key": (b'{"text": "a", "\\ude00": 1}', "lone-surrogate"),
     "escaped NUL": (b'{"text": "a\\u0000b"}', "nul-character"),
+    "not a number": (b'{"text": "a", "score": NaN}', "bad-json"),
+    "infinite number": (b'{"text": "a", "deep": [{"n": -Infinity}]}', "bad-json"),
     "raw NUL": (b'{"text": "a\0b"}', "nul-character"),
     "NUL in a turn": (chat("a\0", "b"), "nul-character"),
     "repeated key": (b'{"text": "a", "text": "b"}', "duplicate-key"),
@@ -185,6 +188,7 @@ GOOD_LINES: dict[str, Any] = {
     },
     "quotes and backslashes": chat('a "b" \\', '"\\\\"\\" : "text": "'),
     "escaped text of a NUL": chat("a \\u0000", "b"),
+    "names of numbers that are none": chat('"NaN, \\', "-Infinity", score=None),
     "emoji, escaped": chat("\U0001f600", "b"),
     "spaces around": b'  {"messages": [{"role":"user","content":"a"},'
     b'{"content":"b" , "role" :\t"assistant"}]} \r',
@@ -204,7 +208,18 @@ def test_fields_are_read_by_their_configured_keys(write_data: WriteData) -> None
     assert found == [("train.jsonl", 2, "wrong-type"), ("train.jsonl", 3, "blank-field")]
 
 
-def test_the_message_gives_the_column_in_characters(write_data: WriteData) -> None:
-    folder = write_data(train=[*GOOD, '{"text": "ÄÖÜ" x}'.encode()])
+COLUMNS = {
+    '{"text": "ÄÖÜ" x}': "column 16: expected `,` or `}`",
+    '{"text": "ÄÖÜ", "n": NaN}': "column 22: NaN is no JSON number",
+    "\u0085": "column 1: expected value",
+    '{"text": "a",\u2028"b": 1}': "column 14: key must be a string",
+    "\ufeff{}": "column 1: expected value",
+    '{"text": "Ä': "column 11: EOF while parsing a string",
+}
+
+
+@pytest.mark.parametrize("line", COLUMNS)
+def test_the_message_gives_the_column_in_characters(line: str, write_data: WriteData) -> None:
+    folder = write_data(train=[*GOOD, line.encode()])
     report, _ = load_dataset(DataSettings(str(folder)), None)
-    assert report.errors[0].message == "not valid JSON at column 16: expected `,` or `}`"
+    assert report.errors[0].message == f"not valid JSON at {COLUMNS[line]}"

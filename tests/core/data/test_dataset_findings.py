@@ -183,6 +183,12 @@ def test_a_template_that_rewrites_the_prompt_cannot_be_masked(write_data: WriteD
     assert found_in(folder, tokenizer=tokenizer) == []
 
 
+def test_a_template_that_writes_nothing_leaves_nothing_to_learn(write_data: WriteData) -> None:
+    found = found_in(write_data(train=GOOD, valid=HELD_OUT), tokenizer=build_tokenizer(""))
+    assert {check for _, _, check in found} == {"no-supervised-token"}
+    assert len(found) == 5
+
+
 def test_a_missing_chat_template_is_an_error_for_chats_only(
     write_data: WriteData, bare_tokenizer: TokenizerSource
 ) -> None:

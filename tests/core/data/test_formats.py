@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -350,3 +352,38 @@ def test_nothing_of_a_spool_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_rows(tmp_path / "train.csv", TEXTS)
     judge(tmp_path)
     assert list(private.iterdir()) == []
+
+
+def test_a_cell_of_bytes_is_no_text_and_a_missing_number_is_null(tmp_path: Path) -> None:
+    columns = {"prompt": ["a", "b"], "completion": ["c d", "e f"], "score": [float("nan"), 1.0]}
+    pl.DataFrame(columns).write_parquet(tmp_path / "train.parquet")
+    pl.DataFrame({"prompt": [b"g"], "completion": ["h i"]}).write_parquet(
+        tmp_path / "valid.parquet"
+    )
+    assert errors_in(tmp_path, batch_size=2) == [("valid.parquet", 1, "wrong-type")]
+
+
+ODD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "folder": (lambda path: path.mkdir(), "this is a folder"),
+    "pipe": (lambda path: os.mkfifo(path), "this is a pipe"),
+    "link to nothing": (lambda path: path.symlink_to("nowhere"), "a link that leads nowhere"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "a link that leads nowhere"),
+    "device": (lambda path: path.symlink_to(os.devnull), "this is a pipe, a device"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("file", ["train.jsonl", "valid.csv", "test.jsonl.gz"])
+def test_what_has_the_name_of_a_split_and_is_no_file_is_an_error(
+    file: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train.json").write_text(json.dumps(TEXTS))
+    if file == "train.jsonl":
+        (tmp_path / "train.json").unlink()
+    make, message = ODD[name]
+    make(tmp_path / file)
+    report = judge(tmp_path, batch_size=1)
+    assert [(each.file, each.line, each.check) for each in report.errors] == [
+        (file, 1, "damaged-file")
+    ]
+    assert message in report.errors[0].message

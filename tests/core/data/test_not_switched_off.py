@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from tests.core.data.conftest import WriteData
-
 OFF: tuple[dict[str, str], ...] = (
     {"PANDERA_VALIDATION_ENABLED": "False", "PANDERA_BACKEND": "ibis"},
     {"PANDERA_VALIDATION_DEPTH": "SCHEMA_ONLY", "PANDERA_CACHE_DATAFRAME": "True"},
@@ -39,31 +37,39 @@ def validate(folder: Path, **environment: str) -> tuple[int, list[dict[str, Any]
     return done.returncode, json.loads(done.stdout)["findings"]
 
 
-@pytest.fixture
-def bad_data(write_data: WriteData) -> Path:
+@pytest.fixture(scope="module")
+def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train: list[Any] = [chat(f"Where is {place}?", f"In {place}land.") for place in "ABCD"]
-    train += [
-        train[0],
-        chat("a", ""),
-        b"{",
-        chat("Mail?", "jane.doe@firm.org"),
-        chat("b", "c" * 90),
-    ]
-    return write_data(train=train, test=[train[1]])
+    train += [train[0], chat("a", ""), chat("Mail?", "jane.doe@firm.org"), chat("b", "c" * 90)]
+    folder = tmp_path_factory.mktemp("bad")
+    for split, rows in (("train", train), ("test", train[1:2])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines + "{\n" * (split == "train"))
+    return folder
 
 
-def test_no_variable_of_pandera_changes_a_finding(bad_data: Path) -> None:
-    code, findings = validate(bad_data)
+@pytest.fixture(scope="module")
+def expected(bad_data: Path) -> tuple[int, list[dict[str, Any]]]:
+    return validate(bad_data)
+
+
+def test_the_data_is_bad_in_many_ways(expected: tuple[int, list[dict[str, Any]]]) -> None:
+    code, findings = expected
     assert code == 3
     found = {(finding["file"], finding["line"], finding["check"]) for finding in findings}
     assert found >= {
         ("train.jsonl", 5, "duplicate"),
         ("train.jsonl", 6, "blank-field"),
-        ("train.jsonl", 7, "bad-json"),
-        ("train.jsonl", 8, "personal-data"),
-        ("train.jsonl", 9, "truncated"),
+        ("train.jsonl", 7, "personal-data"),
+        ("train.jsonl", 8, "truncated"),
+        ("train.jsonl", 9, "bad-json"),
         ("valid.jsonl", None, "no-validation-set"),
         ("test.jsonl", 1, "leakage"),
     }
-    for environment in OFF:
-        assert validate(bad_data, **environment) == (code, findings), environment
+
+
+@pytest.mark.parametrize("environment", OFF, ids=lambda variables: next(iter(variables)))
+def test_no_variable_of_pandera_changes_a_finding(
+    environment: dict[str, str], bad_data: Path, expected: tuple[int, list[dict[str, Any]]]
+) -> None:
+    assert validate(bad_data, **environment) == expected

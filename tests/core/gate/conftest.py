@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
 import pytest
 
-from nested_core.adapters import load_arrays
-from nested_core.checkpoints import (
-    checkpoint_path,
-    publish_adapter,
-    read_checkpoint,
-    write_checkpoint,
-)
 from nested_core.config import FineTuneConfig
 from nested_core.run_directory import RunDirectory
+from tests.core.gate.rewriting import rewrite_run
 from tests.example import DATA, train_example
 
 STEPS = 8
@@ -50,29 +42,6 @@ def config(finished: tuple[FineTuneConfig, RunDirectory]) -> FineTuneConfig:
 
 
 @pytest.fixture
-def rewrite(run: RunDirectory) -> Rewrite:
+def rewrite(run: RunDirectory, config: FineTuneConfig) -> Rewrite:
     """Put a sound checkpoint that says something else in the last one's place, and offer it."""
-
-    def apply(
-        change_state: Callable[[dict[str, Any]], None] = lambda state: None,
-        change_adapter: Callable[[dict[str, mx.array]], None] = lambda tensors: None,
-        change_moments: Callable[[dict[str, mx.array]], None] = lambda moments: None,
-    ) -> RunDirectory:
-        path = checkpoint_path(run.checkpoints, STEPS)
-        state = dict(read_checkpoint(path).state)
-        tensors = load_arrays(path / "adapters.safetensors")
-        moments = load_arrays(path / "optimizer.safetensors")
-        change_state(state)
-        change_adapter(tensors)
-        change_moments(moments)
-        write_checkpoint(
-            run.checkpoints,
-            adapter=tensors,
-            adapter_config=json.loads((path / "adapter_config.json").read_bytes()),
-            optimizer_state=moments,
-            state=state,
-        )
-        publish_adapter(path, run.adapter)
-        return run
-
-    return apply
+    return partial(rewrite_run, config, run)

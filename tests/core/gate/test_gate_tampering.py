@@ -55,7 +55,7 @@ TAMPERED: list[tuple[Callable[[RunDirectory], None], str]] = [
     (swapped_tiers, "tiers.json has changed since training began"),
     (changed_frequencies, "tiers.json has changed since training began"),
     (edited_state, "state.json has changed since it was written"),
-    (truncated_adapter, "is not a sound safetensors file"),
+    (truncated_adapter, "it has changed since"),
 ]
 
 

@@ -1,0 +1,47 @@
+"""Run as a program of its own: what any user's program sees of a base model and an adapter.
+
+It reads a request and writes its answer, as JSON; all it knows of models is mlx_lm.load. Nothing of
+this project is imported here.
+"""
+
+import json
+import sys
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm import load
+
+
+def answer(request: dict[str, Any], adapter: str) -> dict[str, Any]:
+    """The factors that the model has now, and its logits: a row a prompt, at the columns asked."""
+    model = load(
+        request["model"],
+        tokenizer_config={"trust_remote_code": request["trust_remote_code"]},
+        adapter_path=adapter,
+        trust_remote_code=request["trust_remote_code"],
+    )[0]
+    if request["dtype"] is not None:
+        model.set_dtype(getattr(mx, request["dtype"]))
+    rows = []
+    for prompt in request["prompts"]:
+        output = model(mx.array([prompt]))
+        last = (output[0] if isinstance(output, tuple) else output)[0, -1].astype(mx.float32)
+        columns = request["columns"] or range(0, last.size, max(1, last.size // 256))
+        rows.append(last[mx.array(list(columns))].tolist())
+    names = [str(leaf[0]) for leaf in tree_flatten(model.parameters())]
+    factors = [name for name in names if name.endswith((".lora_a", ".lora_b"))]
+    return {"factors": factors, "logits": rows}
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Answer one request for each of its adapters, one after the other."""
+    with open(request_path, encoding="utf-8") as file:
+        request = json.load(file)
+    answers = [answer(request, adapter) for adapter in request["adapters"]]
+    with open(answer_path, "w", encoding="utf-8") as file:
+        json.dump(answers, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,90 @@
+"""A finished run made to say something else, as a trainer with a fault would have left it.
+
+Every digest agrees: what is wrong is found by judging, not by hashing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from nested_core.adapters import load_arrays, read_adapter_config
+from nested_core.checkpoints import (
+    checkpoint_path,
+    publish_adapter,
+    read_checkpoint,
+    write_checkpoint,
+)
+from nested_core.config import FineTuneConfig
+from nested_core.gate import describe_evidence
+from nested_core.gate.held import HeldBase
+from nested_core.run_directory import RunDirectory
+from nested_core.slots import adapter_slots
+from nested_core.training.evaluation import Evaluator
+from nested_core.training.metrics import finite_or_none
+
+Arrays = dict[str, mx.array]
+
+
+def nothing(value: Any) -> None:
+    """Leave it as it is."""
+
+
+def rewrite_run(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    *,
+    change_state: Callable[[dict[str, Any]], None] = nothing,
+    change_adapter: Callable[[Arrays], None] = nothing,
+    change_moments: Callable[[Arrays], None] = nothing,
+    change_config: Callable[[dict[str, Any]], None] = nothing,
+    keeps_logits: bool = False,
+) -> RunDirectory:
+    """Put a sound checkpoint that says something else in the offered one's place, and offer it.
+
+    `keeps_logits`: the trainer's model was what it was, only the files came out otherwise.
+    """
+    path = checkpoint_path(run.checkpoints, json.loads(run.result.read_bytes())["adapter_step"])
+    state = dict(read_checkpoint(path).state)
+    tensors = load_arrays(path / "adapters.safetensors")
+    moments = load_arrays(path / "optimizer.safetensors")
+    meaning = read_adapter_config(path / "adapter_config.json")
+    change_adapter(tensors)
+    change_moments(moments)
+    change_config(meaning)
+    if not keeps_logits and change_adapter is not nothing:
+        state["logits"] = trainers_logits(config, state["logits"]["prompts"], tensors)
+    change_state(state)
+    write_checkpoint(
+        run.checkpoints,
+        adapter=tensors,
+        adapter_config=meaning,
+        optimizer_state=moments,
+        state=state,
+    )
+    publish_adapter(path, run.adapter)
+    vouch(run, path)
+    return run
+
+
+def trainers_logits(
+    config: FineTuneConfig, prompts: list[list[int]], tensors: Arrays
+) -> dict[str, Any]:
+    """What a trainer would have recorded that had these tensors in its model."""
+    model = HeldBase.load(config).model
+    slots = adapter_slots(model)
+    fitting = {name: value for name, value in tensors.items() if name in slots}
+    evaluator = Evaluator(model, slots, prompts=prompts)
+    logits: dict[str, Any] = finite_or_none(evaluator.fixed_logits(fitting))
+    return logits
+
+
+def vouch(run: RunDirectory, offered: Path) -> None:
+    """Let result.json hold the digests of what now stands in the folder, as training does."""
+    result = json.loads(run.result.read_bytes())
+    result["evidence"] = describe_evidence(run, offered)
+    run.result.write_text(json.dumps(result))

@@ -1,0 +1,65 @@
+"""The gate before every run of the table: no wrong verdict, with the reasons that belong to it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nested_core import pipeline
+from nested_core.config import FineTuneConfig
+from nested_core.errors import DamagedError, GateRejected
+from nested_core.gate import judge_run
+from nested_core.run_directory import RunDirectory
+from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene
+from tests.core.gate.pairs import codes
+from tests.example import train_example
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, list[RunDirectory]]:
+    """Two runs that differ by their seed, with checkpoints at steps 4 and 8."""
+    folder = tmp_path_factory.mktemp("adversaries")
+    done = [
+        train_example(folder / str(seed), seed=seed, save_every=4, steps_per_report=1)
+        for seed in (0, 1)
+    ]
+    return done[0].config, [each.run for each in done]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_verdict_is_the_one_of_the_table(
+    runs: tuple[FineTuneConfig, list[RunDirectory]], tmp_path: Path, case: Case
+) -> None:
+    config, (original, other) = runs
+    run = RunDirectory(Path(shutil.copytree(original.path, tmp_path / "run")))
+    bounds = case.build(Scene(config, run, other)) or config
+    if case.expected == (DAMAGED,):
+        with pytest.raises(DamagedError) as damage:
+            pipeline.judge(bounds, run)
+        assert damage.value.exit_code == 6
+        assert not run.gate.exists()
+        return
+    verdict = judge_run(bounds, run)
+    assert tuple(codes(verdict)) == case.expected
+    assert verdict.has_passed is (not case.expected)
+    assert verdict.to_json()["thresholds"] == bounds.gate.model_dump()
+
+
+def test_a_rejected_run_ends_with_the_reason_in_the_message(
+    runs: tuple[FineTuneConfig, list[RunDirectory]], tmp_path: Path
+) -> None:
+    config, (original, other) = runs
+    run = RunDirectory(Path(shutil.copytree(original.path, tmp_path / "run")))
+    next(case for case in CASES if case.expected == ("unchanged",)).build(Scene(config, run, other))
+    with pytest.raises(GateRejected, match=r"rejected: unchanged \(all 84 tensors equal") as error:
+        pipeline.judge(config, run)
+    assert error.value.exit_code == 4
+
+
+def test_the_table_is_long_and_a_part_of_it_is_honest() -> None:
+    honest = [case for case in CASES if not case.expected]
+    assert len(CASES) >= 60
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert len(honest) >= 5

@@ -1,0 +1,175 @@
+"""gate.general_data bounds forgetting, gate.check_fused what fusing leaves; nothing overrides."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm import convert
+
+from nested_core.config import FineTuneConfig
+from nested_core.config_file import parse_config
+from nested_core.config_gate import GateSection
+from nested_core.errors import ConfigError, DatasetError
+from nested_core.gate import judge_run
+from nested_core.run_directory import RunDirectory
+from tests.core.gate.pairs import codes
+from tests.example import MODEL, example_settings, train_example
+
+GENERAL = [
+    "The capital of France is Paris.",
+    "Japan lies in Asia. People there pay with yen.",
+    "In Brazil people speak Portuguese.",
+]
+
+
+@pytest.fixture
+def general(tmp_path: Path) -> Path:
+    """Text that the base knows well and the fine-tune has nothing to do with."""
+    path = tmp_path / "general.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in GENERAL))
+    return path
+
+
+def bounded(config: FineTuneConfig, path: Path, increase: float) -> FineTuneConfig:
+    section = GateSection(general_data=str(path), max_general_loss_increase=increase)
+    return config.model_copy(update={"gate": section})
+
+
+def test_a_loss_on_general_text_that_rose_beyond_its_bound_is_forgetting(
+    config: FineTuneConfig, run: RunDirectory, general: Path
+) -> None:
+    verdict = judge_run(bounded(config, general, 0.0), run)
+    assert codes(verdict) == ["forgetting"]
+    measured = verdict.general
+    assert measured is not None
+    before, after = measured.loss_before, measured.loss_after
+    assert before is not None
+    assert after is not None
+    assert after > before > 0
+    assert f"{before} -> {after}; gate.max_general_loss_increase is 0" in verdict.reasons[0].message
+    assert measured.sha256 == sha256(general.read_bytes()).hexdigest()
+    rise = after / before - 1
+    assert judge_run(bounded(config, general, rise * 1.01), run).has_passed
+    assert codes(judge_run(bounded(config, general, rise * 0.99), run)) == ["forgetting"]
+    assert verdict.to_json()["thresholds"]["max_general_loss_increase"] == 0.0
+
+
+def test_general_data_that_cannot_be_read_is_an_error_and_no_verdict(
+    config: FineTuneConfig, run: RunDirectory, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"gate.general_data: .*missing.jsonl is not a file"):
+        judge_run(bounded(config, tmp_path / "missing.jsonl", 0.1), run)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "one"}\n{"text": \n')
+    with pytest.raises(DatasetError, match=r"broken.jsonl holds no sound text(.|\n)*line 2"):
+        judge_run(bounded(config, broken, 0.1), run)
+    broken.write_text("")
+    with pytest.raises(DatasetError, match="holds no sound text"):
+        judge_run(bounded(config, broken, 0.1), run)
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's base in 4 bits."""
+    folder = tmp_path_factory.mktemp("quantised") / "model"
+    convert(str(MODEL), str(folder), quantize=True, q_group_size=32, q_bits=4)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rate", "kind", "expected"),
+    [(1e-4, "lora", ["no_effect"]), (2e-3, "lora", []), (1e-4, "dora", ["no_effect"])],
+)
+def test_a_change_that_fusing_into_a_quantised_base_erases_is_no_effect(
+    quantised: Path, tmp_path: Path, rate: float, kind: str, expected: list[str]
+) -> None:
+    changes: dict[str, Any] = {"model": str(quantised), "learning_rate": rate}
+    changes |= {"fine_tune_type": kind, "gate": {"check_fused": True}}
+    done = train_example(tmp_path / "run", **changes)
+    verdict = judge_run(done.config, done.run)
+    assert codes(verdict) == expected
+    assert verdict.fused is not None
+    assert verdict.fused["modules"] == 42
+    assert (verdict.fused["carried_share"] > 0.5) is (not expected)
+    if expected:
+        assert "fused into the base" in verdict.reasons[0].message
+        lost = verdict.fused["erased_modules"]
+        assert {name.rpartition(".")[0] for name in verdict.reasons[0].tensors} == set(lost)
+    unfused = done.config.model_copy(update={"gate": GateSection()})
+    assert judge_run(unfused, done.run).has_passed
+
+
+def test_the_same_change_survives_in_a_base_that_is_not_quantised(
+    config: FineTuneConfig, run: RunDirectory
+) -> None:
+    section = GateSection(check_fused=True)
+    verdict = judge_run(config.model_copy(update={"gate": section}), run)
+    assert verdict.has_passed
+    assert verdict.fused is not None
+    assert verdict.fused["carried_share"] == pytest.approx(1, abs=0.01)
+    assert verdict.fused["erased_modules"] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"general_data": "a.jsonl"}, "general_data and max_general_loss_increase, or neither"),
+        ({"max_general_loss_increase": 0.1}, "general_data and max_general_loss_increase"),
+        ({"max_general_loss_increase": -1}, "max_general_loss_increase: Input should be greater"),
+        ({"check_fused": "maybe"}, "gate.check_fused: Input should be a valid boolean"),
+    ],
+)
+def test_a_gate_section_that_does_not_agree_with_itself_is_refused(
+    section: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(example_settings(gate=section), source="test.yaml")
+
+
+def test_a_full_fine_tune_has_nothing_to_fuse() -> None:
+    settings = example_settings(fine_tune_type="full", gate={"check_fused": True})
+    with pytest.raises(ConfigError, match="a full fine-tune has no adapter to fuse"):
+        parse_config(settings, source="test.yaml")
+
+
+OVERRIDES = ["skip", "enabled", "force", "override", "allow_unchanged", "ignore", "signed_off_by"]
+
+
+@pytest.mark.parametrize("key", OVERRIDES)
+def test_no_key_of_the_gate_lets_an_adapter_past_it(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"gate.{key}: unknown key"):
+        parse_config(example_settings(gate={key: True}), source="test.yaml")
+    with pytest.raises(ConfigError, match=f"{key}: unknown key"):
+        parse_config(example_settings(**{key: True}), source="test.yaml")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (False, "gate: true and false mean nothing here"),
+        ("off", "gate: Input should be"),
+        ([], "gate: Input should be"),
+    ],
+)
+def test_the_gate_cannot_be_something_other_than_its_bounds(value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(example_settings() | {"gate": value}, source="test.yaml")
+
+
+def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> None:
+    assert set(GateSection.model_fields) == {
+        "max_val_loss_increase",
+        "min_relative_change",
+        "max_skipped_share",
+        "general_data",
+        "max_general_loss_increase",
+        "check_fused",
+    }
+    assert [n for n, f in GateSection.model_fields.items() if f.annotation is bool] == [
+        "check_fused"
+    ]
+    assert GateSection().check_fused is False

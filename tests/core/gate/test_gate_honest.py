@@ -1,0 +1,151 @@
+"""What must pass: honest runs of every kind; and the original trainer's failed runs, rebuilt."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from mlx_lm import convert
+
+from nested_core import pipeline
+from nested_core.adapters import WEIGHTS_NAME
+from nested_core.errors import GateRejected, SilentUpdateWarning, TrainingStopped
+from nested_core.gate import judge_run, verify_adapters
+from nested_core.pytree import apply_flat_updates_to_nested, flatten
+from nested_core.training import trainer
+from tests.core.gate.pairs import codes
+from tests.example import (
+    MODEL,
+    Finished,
+    example_config,
+    prepare,
+    stop_after,
+    train,
+    train_example,
+)
+
+ATTENTION = {"rank": 4, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
+RULES = [{"match": "self_attn", "tier": 0}, {"match": "mlp", "tier": 1}]
+ONE_TIER = {"frequencies": [1]}
+REFERENCE = {"training": {"reference": "mlx_lm", "max_grad_norm": 0}, "nested": ONE_TIER}
+TOO_HIGH_AFTER_10 = {"name": "step_decay", "arguments": [2e-3, 1000, 10]}
+HONEST: dict[str, dict[str, Any]] = {
+    "one tier": {"nested": ONE_TIER},
+    "a rate of 1e-6": {"learning_rate": 1e-6},
+    "rank 1": {"lora_parameters": {"rank": 1}},
+    "two kinds of modules": {"lora_parameters": ATTENTION},
+    "the last two layers": {"num_layers": 2, "nested": {"frequencies": [1, 2]}},
+    "tiers by hand": {
+        "nested": {"frequencies": [1, 3], "strategy": "manual", "assignments": RULES}
+    },
+    "gathered gradients and a flush": {"iters": 7, "nested": {"slow_gradients": "accumulate"}},
+    "dropout": {"lora_parameters": {"dropout": 0.2}},
+    "AdamW": {"optimizer": "adamw"},
+    "SGD": {"optimizer": "sgd", "learning_rate": 0.05, "nested": ONE_TIER},
+    "as mlx_lm.lora does it": REFERENCE,
+    "full": {"fine_tune_type": "full", "learning_rate": 1e-4},
+    "DoRA": {"fine_tune_type": "dora"},
+    "an earlier step that was the best": {
+        "iters": 14,
+        "lr_schedule": TOO_HIGH_AFTER_10,
+        "steps_per_eval": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_honest_run_passes(tmp_path: Path, name: str) -> None:
+    done = train_example(tmp_path / "run", **HONEST[name])
+    verdict = judge_run(done.config, done.run)
+    assert codes(verdict) == []
+    assert verdict.has_passed
+    assert verdict.proof is not None
+    assert (verdict.adapter_step == done.result.step) is ("earlier" not in name)
+
+
+def test_a_run_that_was_stopped_and_resumed_passes(tmp_path: Path) -> None:
+    config = example_config()
+    run = prepare(config, tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        train(config, run, on_start=stop_after(3))
+    pipeline.begin(config, run, resume=True)
+    train(config, run)
+    assert judge_run(config, run).has_passed
+
+
+def test_a_run_that_goes_on_from_a_trained_adapter_passes(tmp_path: Path) -> None:
+    first = train_example(tmp_path / "first")
+    source = str(first.run.adapter / WEIGHTS_NAME)
+    second = train_example(tmp_path / "second", resume_adapter_file=source, seed=1)
+    assert judge_run(second.config, second.run).has_passed
+    assert verify_adapters(first.run.adapter, second.run.adapter).has_passed
+    assert codes(verify_adapters(first.run.adapter, second.run.initial)) == ["unchanged"]
+
+
+def test_a_run_on_a_quantised_base_passes(tmp_path: Path) -> None:
+    convert(str(MODEL), str(tmp_path / "base"), quantize=True, q_group_size=32, q_bits=4)
+    done = train_example(tmp_path / "run", model=str(tmp_path / "base"))
+    assert judge_run(done.config, done.run).has_passed
+
+
+Apply = Callable[[Any, dict[str, Any]], None]
+
+
+def joined_path(model: Any, updates: dict[str, Any]) -> None:
+    """Names with a dot between all characters, which match nothing: the original's fault."""
+    known = dict(flatten(model.trainable_parameters()))
+    model.update({name: known[name] for name in known if ".".join(name) in updates})
+
+
+def on_a_copy(model: Any, updates: dict[str, Any]) -> None:
+    """The original's repair: a deep copy of the parameters is changed, and thrown away."""
+    parameters = copy.deepcopy(dict(flatten(model.trainable_parameters())))
+    parameters.update(updates)
+
+
+def run_losing(tmp_path: Path, apply: Apply, **changes: Any) -> Finished:
+    """A run whose updates are computed and then written by a function of the original's kind."""
+    config = example_config(**changes)
+    run = prepare(config, tmp_path / "run")
+    with (
+        patch.object(trainer, "apply_flat_updates_to_nested", apply),
+        pytest.warns(SilentUpdateWarning),
+    ):
+        return train(config, run)
+
+
+@pytest.mark.parametrize("apply", [joined_path, on_a_copy], ids=["joined_path", "on_a_copy"])
+def test_a_run_that_reports_a_loss_at_every_step_and_never_changes_is_rejected(
+    tmp_path: Path, apply: Apply
+) -> None:
+    done = run_losing(tmp_path, apply, iters=100, steps_per_report=1, steps_per_eval=1)
+    records = done.metrics()
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    assert len(losses) == 100
+    assert len(set(losses)) > 10  # the batches differ, so the loss seems to move
+    assert len([r for r in records if "val_loss" in r]) == 101
+    assert len({r["val_loss"] for r in records if "val_loss" in r}) == 1
+    with pytest.raises(GateRejected, match=r"rejected: unchanged \(all 84 tensors equal"):
+        pipeline.judge(done.config, done.run)
+    verdict = json.loads(done.run.gate.read_bytes())
+    assert verdict["adapter_step"] == 4  # the first that every tier had an update by
+    assert [tier["applied_updates"] for tier in verdict["tiers"]] == [4, 2, 1]
+    assert [tier["changed"] for tier in verdict["tiers"]] == [0, 0, 0]
+
+
+def test_a_run_that_loses_the_updates_of_one_tier_is_rejected_for_that_tier(
+    tmp_path: Path,
+) -> None:
+    def shallow_only(model: Any, updates: dict[str, Any]) -> None:
+        kept = {n: v for n, v in updates.items() if ".layers.0." in n or ".layers.1." in n}
+        apply_flat_updates_to_nested(model, kept)
+
+    done = run_losing(tmp_path, shallow_only)
+    verdict = judge_run(done.config, done.run)
+    assert set(codes(verdict)) == {"no_effect", "tier_unchanged"}
+    assert [tier.changed for tier in verdict.tiers] == [28, 0, 0]
