@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -204,13 +205,9 @@ def test_the_disk_is_full_when_a_checkpoint_is_written(
     training.run = RunDirectory(small_disk / "run")
     training.until(10)
     filler = small_disk / "filler"
-    with filler.open("wb") as file:
-        try:
-            while True:
-                file.write(b"0" * 4096)
-                file.flush()
-        except OSError:
-            pass
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
     began = time.monotonic()
     state, seconds = training.final_state(began)
     assert state == "Failed"
