@@ -51,7 +51,7 @@ example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py
 
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu \
-	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet
+	--generate-hashes --no-emit-index-url --no-strip-extras --custom-compile-command "make lock" --quiet
 lock: $(VENV)/project.stamp ## pin the dependencies again; UPGRADE=--upgrade takes the newest
 	$(INSTALL) "uv>=0.13"
 	$(COMPILE) $(UPGRADE) --group build -o requirements/run.lock
