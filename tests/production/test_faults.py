@@ -188,10 +188,10 @@ def test_the_database_is_restarted_while_it_trains(stack: Stack, faults: FaultTa
 
 @pytest.fixture
 def small_disk(stack: Stack) -> Iterator[Path]:
-    """A file system of 3 MB below home."""
+    """A file system of 24 MB below home."""
     folder = stack.home / "runs" / "small"
     folder.mkdir(parents=True)
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mounting, check=False).returncode != 0:
         pytest.skip("a small file system cannot be mounted: needs root")
     yield folder
