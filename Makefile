@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 # Wheels only, each with its hash; modules are compiled when first imported, which saves half the time.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --no-compile
-LOCKED := $(INSTALL) --only-binary :all: --require-hashes
+# The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
+LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
 .PHONY: help demo test check format bench production-test reliability example-model lock clean
 
@@ -51,7 +52,7 @@ example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py
 
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu \
-	--generate-hashes --no-emit-index-url --no-strip-extras --custom-compile-command "make lock" --quiet
+	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet
 lock: $(VENV)/project.stamp ## pin the dependencies again; UPGRADE=--upgrade takes the newest
 	$(INSTALL) "uv>=0.13"
 	$(COMPILE) $(UPGRADE) --group build -o requirements/run.lock
