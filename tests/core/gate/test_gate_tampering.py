@@ -16,6 +16,7 @@ from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
+from tests.example import prepare, train
 
 
 def overwritten_initial(run: RunDirectory) -> None:
@@ -74,18 +75,14 @@ def test_a_run_that_was_tampered_with_is_damage(
     assert not run.gate.exists()
 
 
-def test_a_test_set_is_judged_on_where_there_is_one(
-    config: FineTuneConfig, run: RunDirectory
-) -> None:
-    test_file = Path(config.data) / "test.jsonl"
+def test_a_test_set_is_judged_on_where_there_is_one(config: FineTuneConfig, tmp_path: Path) -> None:
+    data = shutil.copytree(config.data, tmp_path / "data")
     asked = {"role": "user", "content": "I want to see France. Where to?"}
     answered = {"role": "assistant", "content": "Go to Paris, the capital of France!"}
-    test_file.write_text(json.dumps({"messages": [asked, answered]}) + "\n")
-    try:
-        pipeline.validate(config, run)
-        verdict = judge_run(config, run)
-    finally:
-        test_file.unlink()
+    (data / "test.jsonl").write_text(json.dumps({"messages": [asked, answered]}) + "\n")
+    with_test_set = config.model_copy(update={"data": str(data)})
+    done = train(with_test_set, prepare(with_test_set, tmp_path / "run"))
+    verdict = judge_run(with_test_set, done.run)
     assert verdict.validation is not None
     assert verdict.validation.selected_on_same_data is False
 
