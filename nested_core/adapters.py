@@ -8,7 +8,6 @@ code or that nothing checks (.pt, .bin, .npz, .pkl) are refused by name.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from safetensors import TensorSpec, serialize_file
 from nested_core.durable import canonical_json, write_json
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.headers import read_header
+from nested_core.kinds import kind_of
 from nested_core.regular_files import open_regular, read_json, read_start, regular_sha256
 
 WEIGHTS_NAME = "adapters.safetensors"
@@ -128,13 +128,13 @@ def read_adapter(path: Path) -> Adapter:
     Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
     well-formed adapter.
     """
-    if not os.path.isdir(path):  # unlike Path.is_dir, False for a name that is too long
+    if kind_of(path, follow_links=True) != "directory":
         refuse_unsafe_format(path)
         raise ConfigError(
             f"{str(path):.300} is not a directory. Expected an adapter directory with "
             f"{WEIGHTS_NAME} and {CONFIG_NAME}, as mlx_lm.lora or nested-tune writes it."
         )
-    if not (path / WEIGHTS_NAME).exists():
+    if kind_of(path / WEIGHTS_NAME, follow_links=True) == "missing":
         for other in sorted(path.iterdir()):
             refuse_unsafe_format(other)
     return Adapter(path, read_adapter_config(path / CONFIG_NAME), read_tensors(path / WEIGHTS_NAME))
@@ -149,7 +149,7 @@ def files_sha256(folder: Path) -> str:
 def refuse_unsafe_format(path: Path) -> None:
     """Raise DamagedError, with the reason, for a file whose suffix says that it is not safe."""
     reason = UNSAFE.get(path.suffix.lower())
-    if reason is not None and not os.path.isdir(path):
+    if reason is not None and kind_of(path, follow_links=True) != "directory":
         raise DamagedError(
             f"{path} is not read: {reason}. Expected safetensors ({WEIGHTS_NAME}); convert it with "
             f"the program that wrote it."

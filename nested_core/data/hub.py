@@ -75,7 +75,7 @@ def _load(path: str, key: str, arguments: dict[str, Any], *, trust_remote_code: 
     except Exception as error:  # whatever the library and the format of the data set may raise
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        where = f"{path!r} is no folder here, and " if key == "data" else ""
+        where = f"{path!r} is not a folder here, and " if key == "data" else ""
         raise ConfigError(
             f"{key}: {where}the data set {path!r} could not be loaded from the hub with "
             f"{arguments or 'no arguments'}: {type(error).__name__}: {shorten(error, 300)}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nested_core.durable import TEMPORARY_PREFIX
 from nested_core.errors import NestedTuneError
-from nested_core.registry.kinds import kind_of
+from nested_core.kinds import kind_of
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.locking import shared
 from nested_core.registry.names import VERSIONS, locate

@@ -13,7 +13,7 @@ from pathlib import Path
 from nested_core.adapter_names import shorten, why_no_name
 from nested_core.durable import sync_path
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry.kinds import kind_of
+from nested_core.kinds import kind_of
 from nested_core.registry.locking import exclusive
 
 VERSIONS = "versions"

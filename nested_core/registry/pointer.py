@@ -15,7 +15,7 @@ from typing import Any
 
 from nested_core.durable import sync_path, write_json
 from nested_core.errors import DamagedError
-from nested_core.registry.kinds import kind_of
+from nested_core.kinds import kind_of
 from nested_core.registry.ledger import Entry
 from nested_core.registry.names import VERSIONS
 

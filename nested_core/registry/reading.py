@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.registry.kinds import kind_of
+from nested_core.kinds import kind_of
 from nested_core.registry.ledger import Entry, read_ledger
 from nested_core.registry.locking import shared
 from nested_core.registry.names import VERSIONS, locate

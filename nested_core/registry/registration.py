@@ -13,8 +13,8 @@ from typing import Any
 from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.durable import new_directory, write_json
 from nested_core.errors import DamagedError
+from nested_core.kinds import kind_of
 from nested_core.manifest import write_manifest
-from nested_core.registry.kinds import kind_of
 from nested_core.registry.locking import exclusive
 from nested_core.registry.names import VERSIONS, check_name, create
 from nested_core.registry.settling import settle

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.registry.kinds import kind_of
+from nested_core.kinds import kind_of
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024

@@ -16,8 +16,8 @@ from typing import Any
 from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.durable import file_sha256
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.kinds import kind_of
 from nested_core.manifest import MANIFEST_NAME, read_manifest
-from nested_core.registry.kinds import kind_of
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.names import VERSIONS
 from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed

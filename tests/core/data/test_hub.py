@@ -170,9 +170,8 @@ def test_no_network_is_asked_for_when_offline(monkeypatch: pytest.MonkeyPatch) -
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
-    assert (
-        "ConfigError: data: 'org/no-such-name' is no folder here, and the data set" in done.stderr
-    )
+    refusal = "ConfigError: data: 'org/no-such-name' is not a folder here, and the data set"
+    assert refusal in done.stderr
     assert "a connection was tried" not in done.stderr
 
 
