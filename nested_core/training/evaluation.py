@@ -9,10 +9,10 @@ import mlx.nn as nn
 
 from nested_core.data.batches import batch_arrays, evaluation_batches
 from nested_core.data.tokens import TokenizedSplit
+from nested_core.gradients import Flat
 from nested_core.scalars import to_float
 from nested_core.slots import Slots, borrowed, put
-from nested_core.training.losses import SUPERVISED, LossRule
-from nested_core.training.step import Flat, MicroBatch
+from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
 
 
 class Evaluator:
@@ -28,17 +28,17 @@ class Evaluator:
         self._model.eval()
         total, count = mx.array(0.0), mx.array(0)
         with borrowed(self._slots):
-            for tokens, mask in batches:
-                loss, supervised = self._compiled(params, mx.array(tokens), mx.array(mask))
+            for batch in batches:
+                loss, supervised = self._compiled(params, *self._rule.arrange(batch))
                 total = total + self._rule.weighted(loss, supervised)
                 count = count + supervised
                 mx.eval(total, count)
         self._model.train(was_training)
         return to_float(total / count)
 
-    def _sums(self, params: Flat, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    def _sums(self, params: Flat, tokens: mx.array, learnt: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, params)
-        return self._rule.function(self._model, tokens, mask)
+        return self._rule.value(self._model, tokens, learnt)
 
 
 def fixed_batches(

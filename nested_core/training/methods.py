@@ -16,8 +16,7 @@ from nested_core.config import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.training.evaluation import fixed_batches
-from nested_core.training.losses import SUPERVISED, LossRule
-from nested_core.training.step import MicroBatch
+from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
 
 
 class Method(Protocol):
@@ -103,3 +102,12 @@ def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchPlan:
     return BatchPlan(
         split.lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
     )
+
+
+def make_method(config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> Method:
+    """Our way of drawing batches and evaluating, or, under `training.reference`, mlx-lm's."""
+    if config.training.reference is None:
+        return OwnMethod(config, splits)
+    from nested_core.training.reference import ReferenceMethod
+
+    return ReferenceMethod(config, splits)

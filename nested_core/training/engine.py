@@ -1,0 +1,72 @@
+"""What the loop drives: parameters and optimizer state as a step keeps them, and their way back.
+
+Between two looks at the model (a report, an evaluation, a checkpoint) only the packed arrays move;
+the model and the optimizer hold by name what was last written into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from nested_core.config import FineTuneConfig
+from nested_core.gradients import Flat
+from nested_core.single_clock import TieredOptimizer
+from nested_core.slots import Slots, read_slots
+from nested_core.tiers import TierMap
+from nested_core.training.losses import LossRule, MicroBatch
+from nested_core.training.packing import packing_for
+from nested_core.training.step import Sums, TrainStep
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """A step: its first micro-batch, the tiers due, and the due arrays before and after."""
+
+    first_iteration: int
+    due: tuple[int, ...]
+    before: Flat
+    updates: Flat
+
+
+class Engine:
+    """Takes steps from what model and optimizer hold now; `values` are the parameters since."""
+
+    def __init__(
+        self,
+        config: FineTuneConfig,
+        model: nn.Module,
+        slots: Slots,
+        optimizer: TieredOptimizer,
+        tiers: TierMap,
+        rule: LossRule,
+    ) -> None:
+        held = read_slots(slots)
+        self._optimizer = optimizer
+        is_small = config.fine_tune_type != "full"
+        self.packing = packing_for(held, tiers, optimizer, small=is_small)
+        self._params = self.packing.pack(held)
+        self._twin = self.packing.pack_optimizer(optimizer, held)
+        mx.eval(self._params, self._twin.state)
+        draws = config.lora_parameters.dropout > 0
+        self._step = TrainStep(model, slots, self._twin, self.packing, rule, draws=draws)
+
+    def take(
+        self, batches: Sequence[MicroBatch], due: tuple[int, ...], first: int, *, complete: bool
+    ) -> tuple[StepTaken, list[Sums]]:
+        """Take one optimizer step, without waiting for the device, and count it."""
+        result = self._step.run(self._params, batches, due, complete=complete)
+        mx.async_eval(result.updates, self._twin.state, result.micro)
+        before = {key: self._params[key] for key in result.updates}
+        self._params = self._params | result.updates
+        self.packing.share_clock(self._twin, self._optimizer)
+        return StepTaken(first, due, before, result.updates), result.micro
+
+    def values(self) -> Flat:
+        """The parameters by name; the optimizer is given its state by name along with them."""
+        values = self.packing.unpack(self._params)
+        self.packing.unpack_optimizer(self._twin, self._optimizer, values)
+        return values
