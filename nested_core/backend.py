@@ -11,7 +11,10 @@ import os
 import shutil
 import sys
 from functools import cache
+from importlib import metadata
 
+CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12")
+GRAPH_VARIABLE, OPERATIONS_A_GRAPH = "MLX_MAX_OPS_PER_BUFFER", "25"
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
 
@@ -20,10 +23,16 @@ DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
 def prepare() -> str | None:
     """Open OpenBLAS for the whole process and return its name, or None where there is none.
 
+    Where MLX is the build for CUDA, its graphs are kept small, to save memory.
+
     It does nothing on macOS, where MLX uses Metal and Accelerate, nor when the environment
     variable NESTED_TUNE_NO_OPENBLAS is set (the benchmarks compare with and without).
     """
-    if sys.platform != "linux" or os.environ.get(DISABLE_VARIABLE):
+    if sys.platform != "linux":
+        return None
+    if any(map(_is_installed, CUDA_PACKAGES)):
+        _keep_graphs_small()
+    if os.environ.get(DISABLE_VARIABLE):
         return None
     for name in OPENBLAS_NAMES:
         try:
@@ -32,6 +41,30 @@ def prepare() -> str | None:
             continue
         return name
     return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _keep_graphs_small() -> None:
+    """Have MLX start a CUDA graph after fewer operations than its 100, if nobody has chosen.
+
+    Memory is not used again before a graph has run: with 25, a step of a 7B model takes 35 GiB in
+    place of 37 and one of 1.7B 16 in place of 20, in the same time (H200, mlx 0.32.4).
+    """
+    os.environ.setdefault(GRAPH_VARIABLE, OPERATIONS_A_GRAPH)
+
+
+def has_cuda() -> bool:
+    """Whether MLX computes on a CUDA device."""
+    import mlx.core as mx
+
+    return device() == "gpu" and mx.cuda.is_available()
 
 
 def device() -> str:

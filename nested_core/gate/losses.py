@@ -14,10 +14,19 @@ from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.errors import DatasetError
 from nested_core.gate.verdict import Validation
-from nested_core.model import attach_adapter, load_base, load_leaves, tokenizer_source
+from nested_core.model import (
+    adapter_dtype,
+    attach_adapter,
+    load_base,
+    load_leaves,
+    tokenizer_source,
+)
 from nested_core.run_directory import RunDirectory
 from nested_core.slots import adapter_slots, read_slots
+from nested_core.training.compute import prepared
 from nested_core.training.evaluation import Evaluator, fixed_batches
+from nested_core.training.losses import SUPERVISED
+from nested_core.training.positions import rule_for
 
 
 def measure_losses(config: FineTuneConfig, run: RunDirectory) -> Validation | None:
@@ -71,12 +80,13 @@ def _losses(
     if name is None:
         return None
     attach_adapter(model, config)
-    slots = adapter_slots(model)
-    evaluator = Evaluator(model, slots)
+    slots = adapter_slots(model, dtype=adapter_dtype(config, model))
+    evaluator = Evaluator(model, slots, rule_for(model, slots, SUPERVISED))
     losses = []
-    for folder in adapters:
-        load_leaves(model, load_arrays(folder / WEIGHTS_NAME))
-        sizes = config.batch_size, max_batches, config.max_seq_length
-        batches = fixed_batches(found[name], *sizes)
-        losses.append(evaluator.loss(read_slots(slots), batches))
+    with prepared(config, model):
+        for folder in adapters:
+            load_leaves(model, load_arrays(folder / WEIGHTS_NAME))
+            sizes = config.batch_size, max_batches, config.max_seq_length
+            batches = fixed_batches(found[name], *sizes)
+            losses.append(evaluator.loss(read_slots(slots), batches))
     return name, losses

@@ -16,6 +16,7 @@ from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingDiverged, TrainingStopped
 from nested_core.gradients import Flat
+from nested_core.model import adapter_dtype
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
@@ -24,12 +25,12 @@ from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.compute import prepared
 from nested_core.training.engine import Engine, StepTaken
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.methods import make_method
 from nested_core.training.packing import nested
 from nested_core.training.positions import rule_for
-from nested_core.training.recompute import recomputed
 from nested_core.training.recorder import Recorder, restore_random_key
 from nested_core.training.red_flags import flag_updates, idle_names
 from nested_core.training.state import TrainingState
@@ -64,7 +65,9 @@ class Trainer:
         self.tiers, self.optimizer = tiers, optimizer
         self.state = TrainingState()
         self.stop_requested = False
-        self._slots = adapter_slots(model, masters=config.has_masters)
+        self._slots = adapter_slots(
+            model, masters=config.has_masters, dtype=adapter_dtype(config, model)
+        )
         self.method = make_method(config, splits)
         self._rule = rule_for(model, self._slots, self.method.rule)
         evaluator = Evaluator(model, self._slots, self._rule)
@@ -115,11 +118,11 @@ class Trainer:
         Raises TrainingDiverged after `max_nonfinite_steps` non-finite steps in a row.
         """
         self.model.train()
-        self._recorder.begin(self.state)
-        with recomputed(self.model.layers if self.config.grad_checkpoint else []):
+        with prepared(self.config, self.model):
+            self._recorder.begin(self.state)
             self._take_steps()
-        if not self.state.ended:
-            self._finish()
+            if not self.state.ended:
+                self._finish()
         return self.state
 
     def _take_steps(self) -> None:

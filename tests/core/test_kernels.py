@@ -1,0 +1,90 @@
+"""Our kernels' formulas against MLX's own gradients, and what becomes of one that is wrong."""
+
+from __future__ import annotations
+
+import importlib
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models import llama
+
+from nested_core import backend
+from nested_core.kernels import swiglu
+from nested_core.training.losses import SUPERVISED
+from tests.architectures import batch, build, largest_difference, outcome
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_formula_of_the_swiglu_kernel_gives_mlxs_gradients(dtype: mx.Dtype) -> None:
+    mx.random.seed(0)
+    gate, x, g = (3 * mx.random.normal((64, 48)).astype(dtype) for _ in range(3))
+    exact = [each.astype(mx.float32) for each in (gate, x, g)]
+    _, expected = mx.vjp(lambda a, b: swiglu.plain_swiglu(a, b), exact[:2], exact[2:])
+    for ours, theirs in zip(swiglu.backward(gate, x, g), expected, strict=True):
+        bound = 2e-6 if dtype == mx.float32 else 2**-8  # half a unit in the last place
+        assert ours.dtype == dtype
+        assert mx.abs(ours - theirs).max().item() <= bound * mx.abs(theirs).max().item()  # type: ignore[operator]
+
+
+def test_the_check_accepts_the_formula() -> None:
+    assert swiglu.disagreement(swiglu.backward) is None
+
+
+def test_the_check_finds_a_wrong_gradient() -> None:
+    def wrong(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
+        d_gate, d_x = swiglu.backward(gate, x, g)
+        return 1.05 * d_gate, d_x
+
+    assert "it differs by" in str(swiglu.disagreement(wrong))
+
+
+def test_the_check_finds_a_gradient_that_is_not_a_number() -> None:
+    def broken(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
+        return g * float("nan"), x
+
+    assert "it differs by nan" in str(swiglu.disagreement(broken))
+
+
+def test_the_check_tells_of_a_kernel_that_does_not_run() -> None:
+    def failing(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
+        raise RuntimeError("nvrtc: no such\n  compiler")
+
+    assert swiglu.disagreement(failing) == "it failed: nvrtc: no such compiler"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma2"])
+def test_a_model_whose_code_names_swiglu_gives_the_same_gradients_with_ours(name: str) -> None:
+    model = build(name)
+    model.set_dtype(mx.bfloat16)
+    expected = outcome(model, SUPERVISED, batch())
+    with swiglu.in_code_of(model, swiglu.swiglu_with(swiglu.backward)):
+        used = importlib.import_module(type(model).__module__).__dict__.get("swiglu")
+        assert used is not swiglu.plain_swiglu or name == "gemma2"
+        found = outcome(model, SUPERVISED, batch())
+    assert found.loss == expected.loss
+    assert largest_difference(found.gradients, expected.gradients) < 0.05
+    assert llama.swiglu is swiglu.plain_swiglu
+
+
+def test_arrays_that_the_kernel_does_not_take_go_to_mlx() -> None:
+    def unwanted(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
+        raise AssertionError("the kernel was asked")
+
+    ours = swiglu.swiglu_with(unwanted)
+    for shape, dtype in (((3, 5), mx.bfloat16), ((4, 8), mx.float32)):
+        gate = mx.ones(shape, dtype)
+        mx.eval(mx.grad(lambda a: ours(a, a).sum())(gate))
+    with pytest.raises(AssertionError, match="was asked"):
+        mx.grad(lambda a: ours(a, a).sum())(mx.ones((4, 8), mx.bfloat16))
+
+
+@pytest.mark.skipif(backend.has_cuda(), reason="there the kernel is used")
+def test_without_cuda_the_models_code_is_left_alone() -> None:
+    model = build("llama")
+    with swiglu.fused_swiglu(model):
+        assert llama.swiglu is swiglu.plain_swiglu
+
+
+@pytest.mark.skipif(not backend.has_cuda(), reason="needs a CUDA device")
+def test_on_cuda_the_kernel_agrees_with_mlx() -> None:
+    assert swiglu.disagreement(swiglu.backward_on_cuda) is None
