@@ -7,17 +7,19 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core import backend
-from nested_core.config import FineTuneConfig
 from nested_core.durable import canonical_json
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.tokenizer import TokenizerSource
+
+if TYPE_CHECKING:
+    from nested_core.config import FineTuneConfig
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"

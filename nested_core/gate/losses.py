@@ -83,7 +83,7 @@ def _losses(
     slots = adapter_slots(model, dtype=adapter_dtype(config, model))
     evaluator = Evaluator(model, slots, rule_for(model, slots, SUPERVISED))
     losses = []
-    with prepared(config, model):
+    with prepared(model, as_mlx_lm=config.training.reference is not None):
         for folder in adapters:
             load_leaves(model, load_arrays(folder / WEIGHTS_NAME))
             sizes = config.batch_size, max_batches, config.max_seq_length

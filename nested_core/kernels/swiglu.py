@@ -1,7 +1,8 @@
-"""silu(gate) * x with a backward pass in one kernel on CUDA; elsewhere mlx-lm's own is left alone.
+"""silu(gate) * x with a backward pass of its own: on CUDA in one kernel, on a CPU without an exp.
 
-MLX's compiled backward keeps and passes over more arrays than the two gradients that are wanted. A
-kernel that does not agree with MLX on this machine is not used, and a warning says so.
+MLX's compiled backward keeps and passes over more arrays than the two gradients that are wanted,
+and an exponential is what a CPU spends its time on. A kernel that does not agree with MLX on this
+machine is not used, and a warning says so. On Metal mlx-lm's own is left alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -106,13 +107,37 @@ def swiglu_with(backward: Backward) -> Callable[[mx.array, mx.array], mx.array]:
     return chosen
 
 
+def swiglu_on_cpu(gate: mx.array, x: mx.array) -> mx.array:
+    """mlx-lm's swiglu within rounding; in float32 the sigmoid is kept for the backward pass."""
+    if not gate.dtype == x.dtype == mx.float32:
+        result: mx.array = plain_swiglu(gate, x)
+        return result
+    outputs: Any = _keeping_sigmoid(gate, x)
+    output: mx.array = outputs[0]
+    return output
+
+
+@mx.custom_function
+def _keeping_sigmoid(gate: mx.array, x: mx.array) -> Any:
+    s = 1 / (1 + mx.exp(-gate))
+    return gate * s * x, s
+
+
+@_keeping_sigmoid.vjp
+def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+    (gate, x), through = primals, cotangents[0] * outputs[1]
+    return through * x * (1 + gate * (1 - outputs[1])), through * gate
+
+
 @contextmanager
 def fused_swiglu(model: nn.Module) -> Iterator[None]:
-    """Use the kernel in the code of a model's modules while the block runs, on CUDA alone."""
-    if not (backend.has_cuda() and _agrees_here()):
-        yield
-        return
-    with in_code_of(model, swiglu_with(backward_on_cuda)):
+    """Use what is fastest on this device in the code of a model's modules while the block runs."""
+    function: Callable[..., mx.array] | None = None
+    if backend.device() == "cpu":
+        function = swiglu_on_cpu
+    elif backend.has_cuda() and _agrees_here():
+        function = swiglu_with(backward_on_cuda)
+    with nullcontext() if function is None else in_code_of(model, function):
         yield
 
 

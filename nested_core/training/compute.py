@@ -7,17 +7,21 @@ from contextlib import contextmanager
 
 import mlx.nn as nn
 
-from nested_core.config import FineTuneConfig
 from nested_core.kernels.swiglu import fused_swiglu
 from nested_core.training.low_rank import low_rank, shared_inputs
 from nested_core.training.recompute import recomputed
 
 
 @contextmanager
-def prepared(config: FineTuneConfig, model: nn.Module) -> Iterator[None]:
-    """Have a model computed our way; under `training.reference`, as mlx_lm.lora computes it."""
-    with recomputed(model.layers if config.grad_checkpoint else []):
-        if config.training.reference is not None:
+def prepared(
+    model: nn.Module, *, recomputes: bool = False, as_mlx_lm: bool = False
+) -> Iterator[None]:
+    """Have a model computed our way while the block runs.
+
+    `recomputes` is gradient checkpointing; `as_mlx_lm` leaves everything else to mlx-lm.
+    """
+    with recomputed(model.layers if recomputes else []):
+        if as_mlx_lm:
             yield
             return
         with low_rank(model, shared_inputs(model)), fused_swiglu(model):

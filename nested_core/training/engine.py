@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.config import FineTuneConfig
 from nested_core.gradients import Flat
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, read_slots
@@ -33,25 +32,28 @@ class StepTaken:
 
 
 class Engine:
-    """Takes steps from what model and optimizer hold now; `values` are the parameters since."""
+    """Takes steps from what model and optimizer hold now; `values` are the parameters since.
+
+    `joins` is for small tensors, such as an adapter's; `draws` for a model that draws dropout.
+    """
 
     def __init__(
         self,
-        config: FineTuneConfig,
         model: nn.Module,
         slots: Slots,
         optimizer: TieredOptimizer,
         tiers: TierMap,
         rule: LossRule,
+        *,
+        joins: bool = True,
+        draws: bool = False,
     ) -> None:
         held = read_slots(slots)
         self._optimizer = optimizer
-        is_small = config.fine_tune_type != "full"
-        self.packing = packing_for(held, tiers, optimizer, small=is_small)
+        self.packing = packing_for(held, tiers, optimizer, small=joins)
         self._params = self.packing.pack(held)
         self._twin = self.packing.pack_optimizer(optimizer, held)
         mx.eval(self._params, self._twin.state)
-        draws = config.lora_parameters.dropout > 0
         self._step = TrainStep(model, slots, self._twin, self.packing, rule, draws=draws)
 
     def take(

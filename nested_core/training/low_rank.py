@@ -40,7 +40,7 @@ class LowRankLinear(LoRALinear):
 class SharedInput:
     """Layers that are given one input: x @ [A1 A2 ...] is one product, and so are its gradients.
 
-    The base layers stay apart, so that no output keeps another's memory alive.
+    They are of one rank. The base layers stay apart, so that no output keeps another's memory.
     """
 
     def __init__(self, layers: Sequence[LowRankLinear]) -> None:
@@ -92,11 +92,9 @@ class SharedInput:
         """Each lora_b with rows of zeros for the other layers' columns of lora_a."""
         if len(b) == 1:
             return list(b)
-        rank = self._ranges[-1][1]
-        return [
-            mx.pad(each, [(start, rank - end), (0, 0)])
-            for each, (start, end) in zip(b, self._ranges, strict=True)
-        ]
+        places = mx.eye(len(b), dtype=b[0].dtype)
+        wide = [place[:, None, None] * each for place, each in zip(places, b, strict=True)]
+        return [each.reshape(-1, each.shape[-1]) for each in wide]
 
     def _scales(self, dtype: mx.Dtype) -> mx.array | None:
         """The factor of each column of lora_a, or None where all are 1."""
@@ -153,7 +151,7 @@ def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> It
 
 
 def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
-    """The LoRALinear layers that are given one and the same array, found by watching a call.
+    """The LoRALinear layers of one rank that are given one and the same array, by watching a call.
 
     Layers that are called more than once, or alone, are in no group.
     """
@@ -178,8 +176,8 @@ def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
 
 def _grouped(calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
     times = [id(layer) for layer, _ in calls]
-    groups: dict[int, list[nn.Module]] = {}
+    groups: dict[tuple[int, int], list[nn.Module]] = {}
     for layer, x in calls:  # the inputs are alive here, so that their ids are their own
         if times.count(id(layer)) == 1:
-            groups.setdefault(id(x), []).append(layer)
+            groups.setdefault((id(x), layer.lora_b.shape[0]), []).append(layer)
     return [group for group in groups.values() if len(group) > 1]

@@ -112,11 +112,13 @@ class PositionsLoss:
         """Loss and gradient of some rows; whichever is not used is not computed."""
         given = self.head.logits(hidden)
         logits = given.astype(mx.float32)
-        total = mx.logsumexp(logits, axis=-1, keepdims=True)
+        largest = logits.max(axis=-1, keepdims=True)
+        powers = mx.exp(logits - largest)  # one exponential serves the loss and the gradient
+        total = powers.sum(axis=-1, keepdims=True)
         picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        loss = ((total - picked)[:, 0] * learnt).sum()
+        loss = ((mx.log(total) + (largest - picked))[:, 0] * learnt).sum()
         is_target = mx.arange(logits.shape[-1])[None] == targets[:, None]
-        slope = ((mx.exp(logits - total) - is_target) * learnt[:, None]).astype(given.dtype)
+        slope = ((powers / total - is_target) * learnt[:, None]).astype(given.dtype)
         _, (gradient,) = mx.vjp(self.head.logits, [hidden], [slope])
         return loss, gradient
 

@@ -118,7 +118,8 @@ class Trainer:
         Raises TrainingDiverged after `max_nonfinite_steps` non-finite steps in a row.
         """
         self.model.train()
-        with prepared(self.config, self.model):
+        recomputes, reference = self.config.grad_checkpoint, self.config.training.reference
+        with prepared(self.model, recomputes=recomputes, as_mlx_lm=reference is not None):
             self._recorder.begin(self.state)
             self._take_steps()
             if not self.state.ended:
@@ -143,8 +144,15 @@ class Trainer:
                 self._observe(first, last)
 
     def _make_engine(self) -> Engine:
-        places = self.model, self._slots
-        return Engine(self.config, *places, self.optimizer, self.tiers, self._rule)
+        return Engine(
+            self.model,
+            self._slots,
+            self.optimizer,
+            self.tiers,
+            self._rule,
+            joins=self.config.fine_tune_type != "full",
+            draws=self.config.lora_parameters.dropout > 0,
+        )
 
     def _is_over(self) -> bool:
         patience = self.config.training.early_stop_patience

@@ -78,11 +78,22 @@ def test_arrays_that_the_kernel_does_not_take_go_to_mlx() -> None:
         mx.grad(lambda a: ours(a, a).sum())(mx.ones((4, 8), mx.bfloat16))
 
 
-@pytest.mark.skipif(backend.has_cuda(), reason="there the kernel is used")
-def test_without_cuda_the_models_code_is_left_alone() -> None:
+def test_on_a_cpu_the_sigmoid_is_kept_and_the_gradients_are_mlxs() -> None:
+    mx.random.seed(0)
+    gate, x, g = (3 * mx.random.normal((64, 48)) for _ in range(3))
+    gate[0, :2] = mx.array([-200.0, 200.0])
+    outputs, gradients = mx.vjp(swiglu.swiglu_on_cpu, [gate, x], [g])
+    expected = mx.vjp(lambda a, b: swiglu.plain_swiglu(a, b), [gate, x], [g])
+    for ours, theirs in zip(outputs + gradients, expected[0] + expected[1], strict=True):
+        assert mx.abs(ours - theirs).max().item() <= 1e-6 * mx.abs(theirs).max().item()  # type: ignore[operator]
+
+
+@pytest.mark.skipif(backend.device() != "cpu", reason="about a CPU")
+def test_the_models_code_has_our_swiglu_while_the_block_runs() -> None:
     model = build("llama")
     with swiglu.fused_swiglu(model):
-        assert llama.swiglu is swiglu.plain_swiglu
+        assert llama.swiglu is swiglu.swiglu_on_cpu
+    assert llama.swiglu is swiglu.plain_swiglu
 
 
 @pytest.mark.skipif(not backend.has_cuda(), reason="needs a CUDA device")
