@@ -65,9 +65,8 @@ class Trainer:
         self.tiers, self.optimizer = tiers, optimizer
         self.state = TrainingState()
         self.stop_requested = False
-        self._slots = adapter_slots(
-            model, masters=config.has_masters, dtype=adapter_dtype(config, model)
-        )
+        dtype = adapter_dtype(config, model)
+        self._slots = adapter_slots(model, masters=config.has_masters, dtype=dtype)
         self.method = make_method(config, splits)
         self._rule = rule_for(model, self._slots, self.method.rule)
         evaluator = Evaluator(model, self._slots, self._rule)
@@ -144,15 +143,10 @@ class Trainer:
                 self._observe(first, last)
 
     def _make_engine(self) -> Engine:
-        return Engine(
-            self.model,
-            self._slots,
-            self.optimizer,
-            self.tiers,
-            self._rule,
-            joins=self.config.fine_tune_type != "full",
-            draws=self.config.lora_parameters.dropout > 0,
-        )
+        is_adapter = self.config.fine_tune_type != "full"
+        draws = self.config.lora_parameters.dropout > 0
+        parts = self.model, self._slots, self.optimizer, self.tiers, self._rule
+        return Engine(*parts, joins=is_adapter, draws=draws)
 
     def _is_over(self) -> bool:
         patience = self.config.training.early_stop_patience
