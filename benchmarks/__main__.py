@@ -1,6 +1,7 @@
 """`make bench`: every measurement, one after the other."""
 
-from benchmarks import finetune, padding
+from benchmarks import finetune, padding, reading
 
 padding.main()
+reading.main()
 finetune.main()

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from flows.commands import demo, doctor, judging, registry, training
+from flows.commands import demo, doctor, interop, judging, registry, training
+from flows.stopping import INTERRUPTED
 from flows.terminal import say
 from nested_core.errors import ConfigError, NestedTuneError
 
-COMMANDS = (demo, training, judging, registry, doctor)
-INTERRUPTED = 130
+COMMANDS = (demo, training, judging, registry, interop, doctor)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -13,12 +13,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from nested_core.clocks import TierStats
 
 SECONDS_BETWEEN_LINES = 2.0
 POLL_SECONDS = 0.25
@@ -173,6 +176,15 @@ def print_tiers(verdict: dict[str, Any]) -> None:
         rows.append((tier["tier"], f"every {tier['frequency']}", changed, *counts, change))
     columns = ("tier", "updated", "tensors changed", "expected", "applied", "skipped", "change")
     print_table(columns, rows, title="Tiers up to the judged step (change: mean relative)")
+
+
+def describe_tiers(stats: Sequence[TierStats]) -> str:
+    """What each tier holds and how often it is updated, on one line."""
+    return "; ".join(
+        f"tier {s.tier} (every {'step' if s.frequency == 1 else f'{s.frequency} steps'}): "
+        f"{s.tensors} tensors, {s.parameters:,} parameters"
+        for s in stats
+    )
 
 
 def print_json(document: Any) -> None:

@@ -39,15 +39,24 @@ class AdamRule:
                 f"gradient gives NaN. Keep trainable parameters in float32 or bfloat16."
             )
 
-    def moments(self, gradient: mx.array, m: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """The running means of the gradient and of its square (Kingma and Ba, algorithm 1)."""
+    def update(
+        self,
+        parameter: mx.array,
+        gradient: mx.array,
+        leaf: Mapping[str, mx.array],
+        rate: mx.array,
+        update: mx.array,
+    ) -> dict[str, mx.array]:
+        """`parameter`, `m` and `v` after this update; `update` counts the parameter's, from 1."""
         b1, b2 = self.betas
-        return b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * mx.square(gradient)
+        m = b1 * leaf["m"] + (1 - b1) * gradient
+        v = b2 * leaf["v"] + (1 - b2) * mx.square(gradient)
+        return {"parameter": self._moved(parameter, m, v, rate, update), "m": m, "v": v}
 
-    def step(
+    def _moved(
         self, parameter: mx.array, m: mx.array, v: mx.array, rate: mx.array, update: mx.array
     ) -> mx.array:
-        """The parameter after this update; `update` counts the parameter's updates, from 1."""
+        """Kingma and Ba, algorithm 1, with the bias corrections or without."""
         if not self.bias_correction:
             return parameter - rate * m / (mx.sqrt(v) + self.eps)
         b1, b2 = self.betas

@@ -167,8 +167,10 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
     return {name: tensor.to_mlx() for name, tensor in read_tensors(path).items()}
 
 
-def save_arrays(path: Path, arrays: Mapping[str, mx.array]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "mlx") -> None:
     """Write MLX arrays as a safetensors file; equal arrays give equal bytes.
+
+    `made_for` is the format in the file's metadata, which transformers and its kin look at.
 
     mx.save_safetensors lays tensors out in the order of a hash table; safetensors itself sorts.
     """
@@ -182,7 +184,7 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array]) -> None:
         )
         for name, values in stored.items()
     }
-    serialize_file(specs, str(path), metadata={"format": "mlx"})
+    serialize_file(specs, str(path), metadata={"format": made_for})
 
 
 def _viewed(array: mx.array) -> mx.array:

@@ -28,10 +28,16 @@ class Tier:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if self.frequency < 1 or self.frequency != int(self.frequency):
+        if not (self.frequency >= 1 and self.frequency % 1 == 0):
             raise ValueError(
                 f"A tier's frequency should be a whole number >= 1, got {self.frequency}."
             )
+        if isinstance(self.names, str):
+            raise ValueError(f"A tier's names should be a set of names, got {self.names!r} alone.")
+        for field in ("learning_rate_scale", "weight_decay"):
+            value = getattr(self, field)
+            if value is not None and not 0.0 <= value < math.inf:
+                raise ValueError(f"A tier's {field} should be >=0, {value} was provided instead")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ def check_tiers(
     tiers: Sequence[Tier], slow_gradients: str, accumulate: str, *, decays: bool
 ) -> None:
     """Raise ValueError for tiers and modes that an optimizer cannot carry out as they are given."""
+    strange = {type(tier).__name__ for tier in tiers} - {Tier.__name__}
+    if strange:
+        raise ValueError(f"tiers should be Tier(frequency=...) records, got {sorted(strange)}")
     if not tiers or sum(tier.names is None for tier in tiers) > 1:
         raise ValueError("Expected at least one tier, and at most one with names=None.")
     if slow_gradients not in ("skip", "accumulate"):
@@ -72,7 +81,7 @@ def find_owners(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
 
     Raises ValueError for a tier that names an unknown parameter and for a parameter in two tiers.
     A parameter that no tier names goes to the tier with names=None, else, with a warning, to the
-    last and slowest.
+    slowest.
     """
     known = list(names)
     owners = _named_owners(tiers)
@@ -85,7 +94,7 @@ def find_owners(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
     orphans = [name for name in known if name not in owners]
     rest = next((i for i, tier in enumerate(tiers) if tier.names is None), None)
     if rest is None and orphans:
-        rest = len(tiers) - 1
+        rest = max(range(len(tiers)), key=lambda i: (tiers[i].frequency, i))
         warnings.warn(f"No tier names {orphans[:8]}: updated in tier {rest}.", stacklevel=4)
     return owners | {name: rest for name in orphans if rest is not None}
 
@@ -128,8 +137,9 @@ def count_step(
     due: Mapping[int, mx.array],
     applied: Mapping[int, mx.array],
     finite: mx.array,
+    norm: mx.array,
 ) -> None:
-    """Count one step in place: what was applied, and what was due but skipped."""
+    """Count one step in place: what was applied, what was due but skipped, and the norm."""
     tiers = counters["updates"].size
     done = as_counts(applied, tiers)
     skipped = as_counts({i: mx.logical_not(finite) & is_due for i, is_due in due.items()}, tiers)
@@ -138,6 +148,7 @@ def count_step(
     counters["skipped"] = counters["skipped"] + skipped
     counters["gathered"] = mx.where(done > 0, mx.zeros_like(done), counters["gathered"])
     counters["nonfinite_in_a_row"] = mx.where(finite, mx.zeros_like(row), row + 1)
+    counters["grad_norm"] = norm
 
 
 def tier_stats(

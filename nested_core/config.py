@@ -8,40 +8,15 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
+from nested_core.config_data import HubDatasets
+from nested_core.config_lora import LoraParameters
+from nested_core.config_rules import agreement_problems, refuse, registry_problems, tier_problems
+from nested_core.config_section import Section
+
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-OPTIMIZER_ARGUMENTS = {
-    "adam": {"betas", "eps", "bias_correction"},
-    "adamw": {"betas", "eps", "bias_correction", "weight_decay"},
-    "muon": {"momentum", "weight_decay", "nesterov", "ns_steps"},
-    "sgd": {"momentum", "weight_decay", "dampening", "nesterov"},
-    "adafactor": {"eps", "clip_threshold", "decay_rate", "beta_1", "weight_decay"}
-    | {"scale_parameter", "relative_step", "warmup_init"},
-}
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
-    )
-
-
-class LoraParameters(Section):
-    """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
-
-    The attribute is not called `keys`, or dict() would take the section for a mapping.
-    """
-
-    rank: PositiveInt = 8
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scale: float = 20.0
-    modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        default=None, alias="keys"
-    )
 
 
 class LearningRateSchedule(Section):
@@ -83,27 +58,8 @@ class NestedSection(Section):
 
     @model_validator(mode="after")
     def _tiers_agree(self) -> Self:
-        if list(self.frequencies) != sorted(self.frequencies):
-            raise ValueError(f"frequencies must ascend, fastest first; got {self.frequencies}")
-        for name in ("learning_rate_scale", "weight_decay"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.frequencies):
-                raise ValueError(
-                    f"{name} needs one number a tier ({len(self.frequencies)}), got {len(values)}"
-                )
-        self._check_assignments()
+        refuse(tier_problems(self))
         return self
-
-    def _check_assignments(self) -> None:
-        if (self.strategy == "manual") != bool(self.assignments):
-            raise ValueError("strategy manual needs assignments, and only manual takes them")
-        for rule in self.assignments:
-            if rule.tier >= len(self.frequencies):
-                raise ValueError(
-                    f"the assignment {rule.match!r} names tier {rule.tier}; "
-                    f"{len(self.frequencies)} frequencies make tiers 0 to "
-                    f"{len(self.frequencies) - 1}"
-                )
 
 
 class TrainingSection(Section):
@@ -142,10 +98,7 @@ class RegistrySection(Section):
 
     @model_validator(mode="after")
     def _path_and_name_together(self) -> Self:
-        if (self.path is None) != (self.name is None):
-            raise ValueError("registry needs both path and name, or neither")
-        if self.promote != "never" and self.path is None:
-            raise ValueError(f"promote: {self.promote} needs a registry path and name")
+        refuse(registry_problems(self))
         return self
 
 
@@ -189,6 +142,7 @@ class FineTuneConfig(Section):
     completion_feature: str = "completion"
     text_feature: str = "text"
     chat_feature: str = "messages"
+    hf_dataset: HubDatasets = ()
     nested: NestedSection = NestedSection()
     training: TrainingSection = TrainingSection()
     gate: GateSection = GateSection()
@@ -196,48 +150,8 @@ class FineTuneConfig(Section):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
-        schedule = self.lr_schedule
-        if schedule is not None and schedule.warmup and self.training.warmup_steps:
-            raise ValueError("training.warmup_steps and lr_schedule.warmup: give only one of them")
-        strange = self.optimizer_config.keys() - OPTIMIZER_ARGUMENTS
-        if strange:
-            raise ValueError(
-                f"optimizer_config: {sorted(strange)} are no optimizers; there are "
-                f"{sorted(OPTIMIZER_ARGUMENTS)}"
-            )
-        allowed = OPTIMIZER_ARGUMENTS[self.optimizer]
-        unknown = self.optimizer_arguments.keys() - allowed
-        if unknown:
-            raise ValueError(
-                f"optimizer_config.{self.optimizer} does not take {sorted(unknown)}; "
-                f"it takes {sorted(allowed)}"
-            )
-        if self.nested.weight_decay is not None and self.optimizer != "adamw":
-            raise ValueError("nested.weight_decay needs optimizer: adamw")
-        has_one_clock = self.nested.frequencies == (1,) and self.nested.learning_rate_scale is None
-        if self.optimizer not in ("adam", "adamw") and not has_one_clock:
-            raise ValueError(f"optimizer {self.optimizer} has one clock: nested.frequencies [1]")
-        self._check_reference()
+        refuse(agreement_problems(self))
         return self
-
-    def _check_reference(self) -> None:
-        """A reference run does what mlx_lm.lora does, and nothing that it does not."""
-        if self.training.reference is None:
-            return
-        free = {"reference", "keep_checkpoints", "memory_limit_gb", "flat_loss_reports"}
-        free |= {"max_nonfinite_steps", "min_delta"}
-        defaults = TrainingSection()
-        changed = [
-            f"training.{name}"
-            for name in TrainingSection.model_fields
-            if name not in free and getattr(self.training, name) != getattr(defaults, name)
-        ]
-        if self.nested != NestedSection():
-            changed.append("nested")
-        if changed:
-            raise ValueError(
-                f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"
-            )
 
     @property
     def has_masters(self) -> bool:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from nested_core.config import FineTuneConfig
+from nested_core.config_rules import Disagreements
 from nested_core.errors import ConfigError
 
 MAX_YAML_BYTES = 64 * 1024
@@ -102,20 +103,24 @@ def parse_config(values: Mapping[str, Any], *, source: str) -> FineTuneConfig:
 
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
     """Turn a validation error into lines of "key: what is wrong", with suggestions."""
-    lines = [_explain_one(dict(problem), model) for problem in error.errors(include_url=False)]
+    problems = error.errors(include_url=False)
+    lines = [line for problem in problems for line in _explain_one(dict(problem), model)]
     shown = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
     return f"The configuration in {source} cannot be used:\n" + "\n".join(shown)
 
 
-def _explain_one(problem: dict[str, Any], model: type[BaseModel]) -> str:
+def _explain_one(problem: dict[str, Any], model: type[BaseModel]) -> list[str]:
     location = problem["loc"]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        return f"  {key}: unknown key{_suggestion(location, model)}"
-    message = problem["msg"].removeprefix("Value error, ")
+        return [f"  {key}: unknown key{_suggestion(location, model)}"]
     prefix = f"  {key}: " if key else "  "
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, Disagreements):
+        return [f"{prefix}{message}" for message in cause.problems]
+    message = problem["msg"].removeprefix("Value error, ")
     value = "" if problem["type"] == "value_error" else f"; found {problem['input']!r:.80}"
-    return f"{prefix}{message}{value}"
+    return [f"{prefix}{message}{value}"]
 
 
 def _suggestion(location: tuple[Any, ...], model: type[BaseModel]) -> str:

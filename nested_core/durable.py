@@ -96,10 +96,10 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def _publish(temporary: Path, target: Path, *, replace: bool) -> None:
     for path in (*temporary.rglob("*"), temporary):
         sync_path(path)
+    retired = target.with_name(RETIRED_PREFIX + target.name)
+    _bring_back(retired)
     if not replace and target.exists():
         raise FileExistsError(f"{target} exists already")
-    retired = target.with_name(RETIRED_PREFIX + target.name)
-    _remove(retired) if target.exists() else _bring_back(retired)
     if target.exists():
         target.rename(retired)
     try:

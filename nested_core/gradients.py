@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 Flat = dict[str, mx.array]
 Kind = tuple[tuple[int, ...], mx.Dtype]
+Flags = dict[int, mx.array]
 Leaves = dict[str, dict[str, mx.array]]
 
 
@@ -28,13 +29,22 @@ def check_bound(max_grad_norm: float) -> None:
 
 
 def flatten_gradients(gradients: Any) -> Flat:
-    """Gradients by dotted name; refuses the (gradients, norm) pair of mlx's clip_grad_norm."""
+    """Gradients by dotted name; refuses the (gradients, norm) pair of mlx's clip_grad_norm.
+
+    Raises ValueError, too, for what is in the tree and is no array.
+    """
     if isinstance(gradients, tuple):
         raise ValueError(
             "Expected a tree of gradients, got a tuple. clip_grad_norm returns the pair "
             "(gradients, norm): pass its first element."
         )
-    return dict(tree_flatten(gradients))
+    flat = dict(tree_flatten(gradients))
+    strange = [
+        f"{name} is a {type(g).__name__}" for name, g in flat.items() if not isinstance(g, mx.array)
+    ]
+    if strange:
+        raise ValueError(f"Gradients should be arrays: {', '.join(strange[:3])}.")
+    return flat
 
 
 def check_gradients(gradients: Flat, parameters: Flat, kinds: Mapping[str, Kind]) -> None:
@@ -67,6 +77,22 @@ def _misfit(gradient: mx.array, parameter: mx.array | None, kind: Kind | None) -
     return None
 
 
+def gathering_leaves(parameters: Flat, kinds: Mapping[str, Kind]) -> Any:
+    """The parameters of `kinds` as a tree; ValueError lists every one that is not of its kind."""
+    found = {name: (value.shape, value.dtype) for name, value in parameters.items()}
+    problems = [
+        f"  {name}: {found.get(name, 'missing')}, expected {kind}"
+        for name, kind in kinds.items()
+        if found.get(name) != kind
+    ]
+    if problems:
+        raise ValueError(
+            "flush needs every parameter whose gradients are gathered, as it was at init:\n"
+            + "\n".join(problems[:10])
+        )
+    return tree_unflatten([(name, parameters[name]) for name in kinds]) if kinds else {}
+
+
 def group_by_tier(
     gradients: Flat, owners: Mapping[str, int], *, every_tier: bool = False
 ) -> dict[int, Flat]:
@@ -87,11 +113,16 @@ def group_by_tier(
     return groups
 
 
+def all_finite(arrays: Iterable[mx.array]) -> mx.array:
+    """Whether every element of every array is finite, as one flag on the device."""
+    return mx.all(mx.stack([mx.array(True), *(mx.all(mx.isfinite(array)) for array in arrays)]))
+
+
 def finite_where_used(groups: Mapping[int, Flat], unused: Mapping[int, mx.array]) -> mx.array:
     """Whether every gradient is finite, but for those of the tiers whose `unused` flag is set."""
     checks = [mx.array(True)]
     for i, group in groups.items():
-        finite = mx.all(mx.stack([mx.all(mx.isfinite(g)) for g in group.values()]))
+        finite = all_finite(group.values())
         checks.append(mx.logical_or(finite, unused[i]) if i in unused else finite)
     return mx.all(mx.stack(checks))
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
-from mlx.utils import tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map_with_path
 
 from nested_core.adam import AdamRule, decayed, returning_arrays
 from nested_core.clocks import (
@@ -27,21 +27,22 @@ from nested_core.clocks import (
     tier_stats,
 )
 from nested_core.gradients import (
+    Flags,
     Flat,
     Kind,
     Leaves,
+    all_finite,
     check_bound,
     check_gradients,
     clip_factor,
     due_norm,
     finite_where_used,
     flatten_gradients,
+    gathering_leaves,
     group_by_tier,
     leaf_states,
 )
 from nested_core.pytree import flatten
-
-Flags = dict[int, mx.array]
 
 
 class NestedAdam(Optimizer):
@@ -49,7 +50,8 @@ class NestedAdam(Optimizer):
 
     A tier of frequency f is due at step n when n % f == 0. Where it is not due its parameters and
     moments stay as they are. Bias correction runs on the tier's own update count, a schedule on the
-    training step. A step with a non-finite gradient in use advances the clock and nothing else.
+    training step. A step with a non-finite gradient in use, or one that would make a sum of
+    gathered gradients so, advances the clock and nothing else.
 
     Args:
         learning_rate: a float, an mlx schedule, or any callable step -> rate (step from 0).
@@ -80,8 +82,8 @@ class NestedAdam(Optimizer):
         max_grad_norm: float = 0.0,
     ) -> None:
         super().__init__()
-        check_tiers(tiers, slow_gradients, accumulate, decays=isinstance(self, NestedAdamW))
         check_bound(max_grad_norm)
+        check_tiers(tiers, slow_gradients, accumulate, decays=isinstance(self, NestedAdamW))
         b1, b2 = betas
         self.rule = AdamRule((b1, b2), eps, bias_correction)
         self.tiers, self.max_grad_norm = tuple(tiers), max_grad_norm
@@ -142,21 +144,23 @@ class NestedAdam(Optimizer):
         self.state["step"] = self.step + 1
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
         unused = {i: mx.logical_not(is_due) for i, is_due in due.items() if not self._gathers(i)}
-        finite = finite_where_used(groups, unused)
-        self._gather(flat, leaves, finite)
+        finite = self._gather(flat, leaves, finite_where_used(groups, unused))
         ready = {name: self._ready(name, flat, leaf) for name, leaf in leaves.items()}
         updated = self._apply(ready, values, leaves, due, finite)
         return tree_map_with_path(lambda name, _: updated[name], gradients)
 
     def flush(self, parameters: Any) -> Any:
-        """Apply the chunks of gathered gradients that are still open; the clock stays."""
+        """Apply the chunks of gathered gradients that are still open; the clock stays.
+
+        `parameters` may hold more than those. Raises ValueError for one that is not as at `init`.
+        """
         if not self._initialized:
             self._init_state(parameters)
         values = flatten(parameters)
-        gathering = [(n, values[n]) for n, tier in self._tier_of.items() if self._gathers(tier)]
-        leaves = leaf_states(tree_unflatten(gathering), self.state) if gathering else {}
+        gathering = {n: self._kinds[n] for n, tier in self._tier_of.items() if self._gathers(tier)}
+        leaves = leaf_states(gathering_leaves(values, gathering), self.state)
         gathered = self._counters["gathered"]
-        open_chunks = {i: gathered[i] > 0 for i in sorted({self._tier_of[n] for n in leaves})}
+        open_chunks = {i: gathered[i] > 0 for i in {self._tier_of[name] for name in leaves}}
         ready = {name: self._ready(name, {}, leaf) for name, leaf in leaves.items()}
         updated = self._apply(ready, values, leaves, open_chunks, mx.array(True))
         return tree_map_with_path(lambda name, value: updated.get(name, value), parameters)
@@ -167,18 +171,20 @@ class NestedAdam(Optimizer):
 
     @property
     def _counters(self) -> Any:
-        return self.state[COUNTERS]
+        return self.state.get(COUNTERS) or new_counters(self.tiers, self.step)
 
     def _gathers(self, tier: int) -> bool:
         return self.gathers and self.tiers[tier].frequency > 1
 
-    def _gather(self, flat: Flat, leaves: Leaves, finite: mx.array) -> None:
-        gathering = {self._tier_of[name]: finite for name, leaf in leaves.items() if "sum" in leaf}
-        added = as_counts(gathering, len(self.tiers))
+    def _gather(self, flat: Flat, leaves: Leaves, finite: mx.array) -> mx.array:
+        """Add to the open chunks; return whether the gradients, and now the sums, are finite."""
+        sums = {name: leaf["sum"] + flat[name] for name, leaf in leaves.items() if "sum" in leaf}
+        finite = mx.logical_and(finite, all_finite(sums.values()))
+        added = as_counts({self._tier_of[name]: finite for name in sums}, len(self.tiers))
         self._counters["gathered"] = self._counters["gathered"] + added
-        for name, leaf in leaves.items():
-            if "sum" in leaf:
-                leaf["sum"] = mx.where(finite, leaf["sum"] + flat[name], leaf["sum"])
+        for name, total in sums.items():
+            leaves[name]["sum"] = mx.where(finite, total, leaves[name]["sum"])
+        return finite
 
     def _ready(self, name: str, flat: Flat, leaf: dict[str, mx.array]) -> mx.array:
         """The gradient that would be applied now."""
@@ -206,8 +212,7 @@ class NestedAdam(Optimizer):
             for key, value in leaf.items():
                 leaf[key] = mx.where(applied[tier], new[key], value)
             updated[name] = mx.where(applied[tier], new["parameter"], values[name])
-        count_step(self._counters, due, applied, finite)
-        self._counters["grad_norm"] = norm
+        count_step(self._counters, due, applied, finite, norm)
         return updated
 
     def _update(
@@ -217,11 +222,9 @@ class NestedAdam(Optimizer):
         scale = self.tiers[tier].learning_rate_scale
         rate = self.learning_rate.astype(gradient.dtype)
         rate = rate if scale == 1.0 else rate * scale
-        m, v = self.rule.moments(gradient, leaf["m"], leaf["v"])
         count = self._counters["updates"][tier] + 1
         start = decayed(parameter, rate, self._weight_decay(tier))
-        moved = self.rule.step(start, m, v, rate, count)
-        return {"parameter": moved, "m": m, "v": v, "sum": mx.zeros_like(m)}
+        return self.rule.update(start, gradient, leaf, rate, count) | {"sum": mx.zeros_like(start)}
 
     def _weight_decay(self, tier: int) -> float | None:
         return None

@@ -22,7 +22,7 @@ from nested_core.config_file import parse_config, read_yaml
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokenizing import OnProgress
+from nested_core.data.workers import OnProgress
 from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, judge_run
@@ -100,7 +100,7 @@ def validate(
 ) -> DatasetReport:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
     settings, tokenizer = DataSettings.from_config(config), tokenizer_source(config)
-    report, _ = load_dataset(settings, tokenizer, on_progress=on_progress)
+    report, _ = load_dataset(settings, tokenizer, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     return report
@@ -125,7 +125,14 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
 def _read_adapter_file(path: Path) -> dict[str, mx.array]:
     if not path.is_file():
         raise ConfigError(f"resume_adapter_file: {path} does not exist.")
-    return load_arrays(path)
+    arrays = load_arrays(path)
+    broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    if broken:
+        raise ConfigError(
+            f"resume_adapter_file: {len(broken)} tensors of {path} hold NaN or infinity, "
+            f"{broken[0]} among them. Nothing can be trained from there; give a sound adapter."
+        )
+    return arrays
 
 
 def _assign(config: FineTuneConfig, model: Any) -> TierMap:

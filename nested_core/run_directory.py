@@ -82,11 +82,18 @@ class RunDirectory:
         """Whether anything is in the directory yet."""
         return self.path.is_dir() and any(self.path.iterdir())
 
+    def is_marked(self) -> bool:
+        """Whether a run left its mark here; a config.yaml alone may be anybody's."""
+        return any(mark.is_file() for mark in (self.lock, self.dataset, self.tiers))
+
     def require_begun(self) -> None:
         """Raise ConfigError where this is no run directory."""
-        if not self.config.is_file():
+        if not self.config.is_file() or not self.is_marked():
+            lacks = (
+                "run.lock, dataset.json or tiers.json" if self.config.is_file() else "config.yaml"
+            )
             raise ConfigError(
-                f"{self.path} is not a run directory: it has no config.yaml. Give the folder that "
+                f"{self.path} is not a run directory: it has no {lacks}. Give the folder that "
                 f"`nested-tune train` or `run` printed."
             )
 
@@ -150,6 +157,12 @@ def open_run(path: Path, *, resume: bool) -> RunDirectory:
         )
     if resume and not run.is_begun():
         raise ConfigError(f"{path} holds nothing to resume. Leave --resume out to start it.")
+    if resume and path.is_dir() and not run.is_marked():
+        raise ConfigError(
+            f"{path} is not a run directory: it is not empty, and has no run.lock, dataset.json or "
+            f"tiers.json as a run leaves them. Nothing there is touched; give the --run-dir of the "
+            f"run that is to go on."
+        )
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file; a run needs a directory.")
     return run

@@ -82,8 +82,7 @@ class SingleClock(Optimizer):
             return mx.where(finite, new, old)
 
         chosen = tree_map_with_path(choose, updated, parameters, self.state)
-        count_step(self.state[COUNTERS], due, {0: finite}, finite)
-        self.state[COUNTERS]["grad_norm"] = norm
+        count_step(self.state[COUNTERS], due, {0: finite}, finite, norm)
         return chosen
 
     def get_tier_stats(self) -> list[TierStats]:

@@ -1,9 +1,9 @@
 """One measurement with MLX, in a process of its own: mlx_lm's training loop as shipped, or ours.
 
 An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep layers fast),
-`+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+ops=10`
-(MLX_MAX_OPS_PER_BUFFER), `+batch=16`, and what to leave out: `+noswap` (our LoRA layers and
-swiglu), `+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the factors).
+`+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+ops=10` and `+mb=200` (the size
+of CUDA graphs), `+batch=16`, and what to leave out: `+noswap` (our LoRA layers and swiglu),
+`+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the factors).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, WINDOW, Shape, measure, row
 
 FREQUENCIES = (1, 2, 4)
+VARIABLES = {"ops": "MLX_MAX_OPS_PER_BUFFER", "mb": "MLX_MAX_MB_PER_BUFFER"}
 
 
 def main(size: str, arm: str) -> None:
@@ -45,8 +46,9 @@ def main(size: str, arm: str) -> None:
 
 def choose_graphs(options: dict[str, str]) -> None:
     """Set the size of MLX's graphs before it is imported; the rival has MLX's own."""
-    if "ops" in options:
-        os.environ["MLX_MAX_OPS_PER_BUFFER"] = options["ops"]
+    for word, variable in VARIABLES.items():
+        if word in options:
+            os.environ[variable] = options[word]
 
 
 def build(shape: Shape, bits: int) -> Any:

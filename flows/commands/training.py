@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
-from flows.terminal import ProgressLine, print_json, print_table, print_tiers, say, watching
-from nested_core.errors import ConfigError, TrainingStopped
+from flows.stopping import Stopper
+from flows.terminal import (
+    ProgressLine,
+    describe_tiers,
+    print_json,
+    print_table,
+    print_tiers,
+    say,
+    watching,
+)
+from nested_core.errors import ConfigError
 from nested_core.run_directory import RunDirectory, new_run_name, open_run
 
 RUNS = Path("runs")
@@ -29,6 +35,9 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     add_config_flags(validate)
     validate.add_argument("--json", action="store_true", help="the report as one JSON document")
     validate.add_argument("--no-tokenize", action="store_true", help="judge the lines alone")
+    validate.add_argument(
+        "--show", type=int, metavar="N", help="print the first N examples of train token by token"
+    )
     validate.set_defaults(run=run_validate)
     train = commands.add_parser("train", parents=[shared], help="fine-tune, without Prefect")
     run = commands.add_parser("run", parents=[shared], help="fine-tune, as a Prefect flow")
@@ -41,25 +50,42 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge a data set and write nothing."""
+    from flows.token_view import print_examples
     from nested_core.data.dataset import load_dataset
     from nested_core.data.settings import DataSettings
+    from nested_core.data.showing import show_examples
     from nested_core.errors import DatasetError
     from nested_core.model import tokenizer_source
 
     config = config_from(arguments)
+    _refuse_showing(arguments)
     tokenizer = None if arguments.no_tokenize else tokenizer_source(config)
     settings = DataSettings.from_config(config)
-    report, _ = load_dataset(settings, tokenizer, on_progress=ProgressLine())
+    report, splits = load_dataset(settings, tokenizer, ProgressLine())
+    examples = []
+    if tokenizer is not None and "train" in splits:
+        file, count = report.splits["train"].file, arguments.show or 0
+        examples = show_examples(splits["train"], file, tokenizer.load(), count)
 
     def finish() -> int:
         if arguments.json:
-            print_json(report.to_json())
+            shown = {"examples": [asdict(example) for example in examples]}
+            print_json(report.to_json() | (shown if arguments.show else {}))
         else:
             rows = [(f.severity, f.file, f.line, f.check, f.message) for f in report.findings]
             print_table(("severity", "file", "line", "check", "message"), rows)
+            print_examples(examples)
         return DatasetError.exit_code if report.errors else 0
 
     return finish
+
+
+def _refuse_showing(arguments: argparse.Namespace) -> None:
+    if arguments.show is not None and (arguments.no_tokenize or arguments.show < 1):
+        raise ConfigError(
+            "validate --show N prints the tokens of the first N examples: N must be 1 or more, and "
+            "--no-tokenize leaves no tokens to print. Give one of the two flags."
+        )
 
 
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -69,14 +95,20 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 
     config = config_from(arguments)
     run = _open(arguments)
-    stopper = _Stopper()
+    stopper = Stopper()
+
+    def begin(trainer: Any) -> None:
+        stopper.watch(trainer)
+        say(describe_tiers(trainer.optimizer.get_tier_stats()))
+
     with run.locked(), stopper.installed():
         say(f"run directory: {run.path}")
         pipeline.begin(config, run, resume=arguments.resume)
         pipeline.validate(config, run, ProgressLine())
         pipeline.load(config, run)
         with watching(run.metrics):
-            result = pipeline.train(config, run, on_start=stopper.watch)
+            result = pipeline.train(config, run, on_start=begin)
+        stopper.release()
         verdict = pipeline.judge(config, run)
         test_loss = measure_test(config, run) if config.test else None
 
@@ -119,34 +151,3 @@ def _open(arguments: argparse.Namespace) -> RunDirectory:
     if arguments.run_dir is None and arguments.resume:
         raise ConfigError("--resume needs the --run-dir that it is to go on with.")
     return open_run(arguments.run_dir or RUNS / new_run_name(), resume=arguments.resume)
-
-
-class _Stopper:
-    """Turns SIGINT and SIGTERM into a graceful stop; a second SIGINT exits at once."""
-
-    def __init__(self) -> None:
-        self._trainer: Any = None
-        self._is_stopping = False
-
-    def watch(self, trainer: Any) -> None:
-        """Stop this trainer from now on."""
-        self._trainer = trainer
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle the signals while the block runs."""
-        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self._is_stopping and number == signal.SIGINT:
-            os._exit(130)
-        self._is_stopping = True
-        if self._trainer is None:
-            raise TrainingStopped("Stopped before training began; --resume starts it again.")
-        self._trainer.stop_training()
-        say("stopping: the step in hand is finished and a checkpoint written")

@@ -16,8 +16,7 @@ from nested_core.data.tokens import Int32, Int64
 MAX_WIDTHS = 96
 PADDING_TARGET = 0.0275  # below this share one more width costs more than it saves
 NEAR_THE_BEST = 1.05  # where the target is out of reach, as with few rows
-WIDTH_MULTIPLE = 4
-WIDTHS_PER_OCTAVE = 128
+WIDTHS_PER_OCTAVE = 64
 _NEVER = 2**62
 
 
@@ -66,10 +65,13 @@ def fill_buckets(
 
 
 def _round_up(needed: Int64) -> Int64:
-    """Widths of 4, 8, 12, ..., 512, and from there 128 an octave; no choice is made of more."""
+    """Every width up to 128, multiples of 2 up to 256, of 4 up to 512, and so on.
+
+    Long widths are multiples that kernels like, and no more than 64 an octave are chosen from.
+    """
     needed = np.maximum(needed, 1)
     octave = np.int64(1) << (np.frexp(needed - 0.5)[1].astype(np.int64) - 1).clip(0)
-    step = np.maximum(octave // WIDTHS_PER_OCTAVE, WIDTH_MULTIPLE)
+    step = np.maximum(octave // WIDTHS_PER_OCTAVE, 1)
     widths: Int64 = (needed + step - 1) // step * step
     return widths
 

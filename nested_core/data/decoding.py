@@ -6,7 +6,6 @@ Refuses what a lenient reader would let pass: repeated keys, halves of surrogate
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -35,7 +34,7 @@ def decode_object(raw: bytes) -> dict[str, Any]:
         row = _OBJECT.validate_json(raw)
     except ValidationError as error:
         raise _why_not_an_object(raw, error) from None
-    if repeats_a_key(raw, sum(1 for _ in strings(row))):
+    if repeats_a_key(raw, len(strings(row))):
         _refuse_repeated_key(raw)
     if b"\\u0000" in raw and any("\0" in text for text in strings(row)):
         raise LineProblem("nul-character", "a text holds a NUL character (\\u0000)")
@@ -54,17 +53,23 @@ def repeats_a_key(raw: bytes, found: int) -> bool:
     return unescaped.count(b'"') != 2 * found
 
 
-def strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> list[str]:
     """Every string of a JSON value, keys included."""
+    found: list[str] = []
+    _gather_strings(value, found)
+    return found
+
+
+def _gather_strings(value: Any, found: list[str]) -> None:
     if isinstance(value, str):
-        yield value
+        found.append(value)
     elif isinstance(value, dict):
-        yield from value
+        found.extend(value)
         for item in value.values():
-            yield from strings(item)
+            _gather_strings(item, found)
     elif isinstance(value, list):
         for item in value:
-            yield from strings(item)
+            _gather_strings(item, found)
 
 
 def _refuse_repeated_key(raw: bytes) -> None:

@@ -144,21 +144,27 @@ def check_types(row: dict[str, Any], kind: Format, features: Features) -> Exampl
         _TYPES[kind].validate_python(fields)
     except ValidationError as error:
         raise _describe(error, keys) from None
-    unknown = row.keys() - keys.values()
+    unknown = set(row.keys() - keys.values())
     if kind == "text":
         return Example(kind, [], text=fields["text"], unknown_keys=frozenset(unknown))
     if kind == "completion":
         messages = as_messages(fields["prompt"], fields["completion"])
     else:
         messages = fields["chat"]
-        unknown |= {f"{keys['chat']}[].{key}" for turn in messages for key in _unknown(turn)}
+    odd = [turn for turn in messages if turn.keys() != _PLAIN_KEYS]
+    unknown |= {f"{features.chat}[].{key}" for turn in odd for key in _unknown(turn)}
     tools = fields.get("tools")
-    is_plain = tools is None and all(turn.keys() == _PLAIN_KEYS for turn in messages)
+    is_plain = tools is None and all(_keys_in_use(turn) == _PLAIN_KEYS for turn in odd)
     return Example(kind, messages, tools, "", frozenset(unknown), is_plain)
 
 
 def _unknown(message: dict[str, Any]) -> set[str]:
-    return message.keys() - _KEYS_OF_ROLE.get(message["role"], _MESSAGE_KEYS)
+    return _keys_in_use(message) - _KEYS_OF_ROLE.get(message["role"], _MESSAGE_KEYS)
+
+
+def _keys_in_use(message: dict[str, Any]) -> set[str]:
+    """Its keys but for null ones: a table gives each turn the keys that any turn has."""
+    return {key for key, value in message.items() if value is not None}
 
 
 def _describe(error: ValidationError, keys: dict[str, str]) -> LineProblem:

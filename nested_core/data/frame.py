@@ -5,72 +5,38 @@ Describes, never judges: which line came first, how many share a habit, the form
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from hashlib import sha256
-from itertools import islice
-from typing import Any
+from itertools import accumulate
 
-import numpy as np
 import polars as pl
 import polars.selectors as cs
 
-from nested_core.data.reading import NO_DIGEST, Row
 
-_CHUNK_ROWS = 50_000
-_SCHEMA: dict[str, type[pl.DataType]] = {
-    "line": pl.Int32,
-    "format": pl.Categorical,
-    "roles": pl.String,
-    "content": pl.UInt64,
-    "prompt": pl.Int64,
-    "folded": pl.Int64,
-    "blank_field": pl.String,
-    "unknown_keys": pl.String,
-    "has_control": pl.Boolean,
-    "has_replacement": pl.Boolean,
-    "has_crlf": pl.Boolean,
-    "has_mark": pl.Boolean,
-    "is_blank": pl.Boolean,
-    "check": pl.String,
-    "message": pl.String,
-}
+def relate_rows(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
+    """The frames of train, valid and test, with file names, each row knowing the lines it repeats.
 
-
-def gather_rows(rows: Iterator[Row]) -> tuple[pl.DataFrame, str]:
-    """One file's rows as a frame of flat columns, and the SHA-256 over all examples in them.
-
-    `content` keeps the first 64 bits of each row's digest: what finds equal rows.
-    """
-    hasher = sha256()
-    chunks = [pl.DataFrame(schema=_SCHEMA)]
-    while chunk := list(islice(rows, _CHUNK_ROWS)):
-        columns: dict[str, Any] = dict(zip(Row._fields, zip(*chunk, strict=True), strict=True))
-        digests = columns["content"]
-        hasher.update(b"".join([digest for digest in digests if digest is not NO_DIGEST]))
-        columns["content"] = np.frombuffer(b"".join(digests), dtype="<u8")[::4].copy()
-        chunks.append(pl.DataFrame(columns, schema=_SCHEMA))
-    return pl.concat(chunks), hasher.hexdigest()
-
-
-def relate_rows(files: dict[str, pl.DataFrame]) -> pl.DataFrame:
-    """All files (train, valid, test: name -> frame) as one, each row knowing the lines it repeats.
-
-    Adds file, is_train, file_format, and the train lines `repeats` (equal content), `resembles`
-    (equal but for case and white space) and `answers_otherwise` (equal prompt, other content).
+    Adds file, train_file, is_train, file_format, and the train lines `repeats` (equal content),
+    `resembles` (equal but for case and white space) and `answers_otherwise` (equal prompt, other
+    content).
     """
     named = [
         frame.with_columns(
-            file=pl.lit(f"{split}.jsonl", pl.Categorical),
-            is_train=pl.lit(split == "train"),
+            file=pl.lit(file, pl.Categorical),
+            train_file=pl.lit(files[0][0], pl.Categorical),
+            is_train=pl.lit(index == 0),
             content=pl.when(pl.col("format").is_not_null()).then("content"),
         )
-        for split, frame in files.items()
+        for index, (file, frame) in enumerate(files)
     ]
     frame = _add_file_format(pl.concat(named))
     for key in ("content", "folded", "prompt"):
         frame = _add_first_in_train(frame, key)
     related = frame.with_columns(**_relations())
-    return _add_habits(related.drop("content", "folded", "prompt", cs.starts_with("first_")))
+    related = _add_habits(related.drop("content", "folded", "prompt", cs.starts_with("first_")))
+    starts = accumulate((frame.height for _, frame in files), initial=0)
+    return [
+        related.slice(start, frame.height)  # a view, not a copy
+        for start, (_, frame) in zip(starts, files, strict=False)
+    ]
 
 
 def _add_file_format(frame: pl.DataFrame) -> pl.DataFrame:

@@ -7,11 +7,12 @@ is an error here, never a pass.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pandera.polars as pa
 import polars as pl
-from pandera.config import ValidationDepth, config_context
+from pandera.config import CONFIG, ValidationDepth, config_context
 from pandera.errors import SchemaErrors
 
 from nested_core.data.report import Finding, Severity
@@ -39,7 +40,7 @@ def judge(
 
 
 def _failures(model: type[pa.DataFrameModel], frame: pl.DataFrame) -> pl.DataFrame:
-    with config_context(validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA):
+    with _whatever_the_environment_says():
         try:
             model.validate(frame, lazy=True)
         except SchemaErrors as error:
@@ -50,6 +51,19 @@ def _failures(model: type[pa.DataFrameModel], frame: pl.DataFrame) -> pl.DataFra
     if misfits.height:
         raise TypeError(f"{model.__name__} does not fit its frame: {misfits.to_dicts()[:3]}")
     return cases.select("check", "index")
+
+
+@contextmanager
+def _whatever_the_environment_says() -> Iterator[None]:
+    """Every check on, and over polars itself: PANDERA_* variables decide nothing here."""
+    narwhals, CONFIG.use_narwhals_backend = CONFIG.use_narwhals_backend, False
+    try:
+        with config_context(
+            validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA
+        ):
+            yield
+    finally:
+        CONFIG.use_narwhals_backend = narwhals
 
 
 def _descriptions(model: type[pa.DataFrameModel]) -> dict[str, str]:

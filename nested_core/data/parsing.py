@@ -26,41 +26,55 @@ _PLAIN_FIELDS = TypeAdapter(dict[str, str], config=ConfigDict(strict=True)).vali
 
 def parse_line(raw: bytes, features: Features) -> Example:
     """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
-    example = _parse_plain(raw, features)
-    if example is not None:
-        return example
+    return _parse_plain(raw, features) or parse_exactly(raw, features)
+
+
+def parse_exactly(raw: bytes, features: Features) -> Example:
+    """As `parse_line`, for a line that is known not to be plain."""
     row = decode_object(raw)
     return check_types(row, _choose_format(row, features), features)
 
 
 def _parse_plain(raw: bytes, features: Features) -> Example | None:
     """Most lines, in one pass: the known fields only, and nothing wrong. None for all others."""
-    if b"\\" in raw and b"\\u0000" in raw:
+    if b"\\u0000" in raw:
         return None
     try:
         if b'"role"' in raw:
-            return _plain_chat(raw, features)
-        return _plain_fields(raw, features)
+            messages = plain_chat(raw, features.chat)
+            return None if messages is None else Example("chat", messages)
+        fields = plain_fields(raw, features)
     except ValidationError:
         return None
-
-
-def _plain_chat(raw: bytes, features: Features) -> Example | None:
-    row: dict[str, Any] = _PLAIN_CHAT.validate_json(raw)
-    messages = row.get(features.chat)
-    if messages is None or len(row) != 1 or repeats_a_key(raw, 1 + 4 * len(messages)):
+    if fields is None:
         return None
-    return Example("chat", messages)
+    kind, _, texts = fields
+    if kind == "text":
+        return Example("text", [], text=texts[0])
+    return Example("completion", as_messages(*texts))
 
 
-def _plain_fields(raw: bytes, features: Features) -> Example | None:
+def plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:
+    """The turns of a chat without tools and extras, else None; ValidationError for the rest."""
+    row: dict[str, Any] = _PLAIN_CHAT.validate_json(raw)
+    messages: list[dict[str, Any]] | None = row.get(key)
+    if messages is None or len(row) != 1:
+        return None
+    strings = 1 + 4 * len(messages)
+    if raw.count(b'"') != 2 * strings and repeats_a_key(raw, strings):  # most need no call
+        return None
+    return messages
+
+
+def plain_fields(raw: bytes, features: Features) -> tuple[Format, str, list[str]] | None:
+    """Format, roles and texts of a completion or a text without extras; as `plain_chat`."""
     row = _PLAIN_FIELDS.validate_json(raw)
     if repeats_a_key(raw, 2 * len(row)):
         return None
     if len(row) == 2 and features.prompt in row and features.completion in row:
-        return Example("completion", as_messages(row[features.prompt], row[features.completion]))
+        return "completion", "ua", [row[features.prompt], row[features.completion]]
     if len(row) == 1 and features.text in row:
-        return Example("text", [], text=row[features.text])
+        return "text", "", [row[features.text]]
     return None
 
 

@@ -1,57 +1,77 @@
-"""A JSONL file -> one flat `Row` for each physical line, blank and bad ones included.
+"""A range of lines of a JSONL file -> a frame with one flat row for each physical line.
 
-Never raises on content: what is wrong with a line stands in its row. Keeps no line in memory.
+Blank and bad lines have a row too. Keeps no text; the work of one process among several.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from nested_core.data.decoding import LineProblem, strings
-from nested_core.data.fields import Example, Features, calls_tools
+import numpy as np
+import polars as pl
+
+from nested_core.data.decoding import LineProblem
+from nested_core.data.fields import Example, Features
 from nested_core.data.parsing import parse_line
+from nested_core.data.rows import BLANK_TURN, WHITE_SPACE, Row, line_body, plain_row, read_line
+from nested_core.data.sensitive import find_kinds
 from nested_core.data.workers import Span
 from nested_core.errors import DatasetError
 
-NO_DIGEST = bytes(32)
-_LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
-_CALL, _ORPHAN = "c", "o"
-_CONTROL = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-_RARE_ESCAPE = re.compile(rb"\\[ubf]")  # the only way to a control character, but for DEL
-_WHITE_SPACE = b" \t\n\r"
+SPAN_BYTES = 4 * 2**20
+SCHEMA: dict[str, type[pl.DataType]] = {
+    "format": pl.Categorical,
+    "roles": pl.Categorical,
+    "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
+    "prompt": pl.UInt64,  # equal for equal prompts
+    "folded": pl.UInt64,  # equal for contents that differ in case and white space only
+    "sensitive": pl.UInt32,  # what it may hold, see sensitive.KINDS
+    "has_control": pl.Boolean,
+    "has_replacement": pl.Boolean,
+    "has_crlf": pl.Boolean,
+    "has_mark": pl.Boolean,  # begins with a byte-order mark
+    "is_blank": pl.Boolean,
+    "blank_field": pl.Categorical,
+    "unknown_keys": pl.Categorical,
+    "check": pl.Categorical,
+    "message": pl.String,
+}
+_SLOW_COLUMNS = ("blank_field", "unknown_keys", "is_blank", "check", "message")
+_LOWER = bytes(range(256)).lower()
+_CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+_REPLACEMENT = "\ufffd"
 
 
-class Row(NamedTuple):
-    """What the rules need to know of one line; the text itself is not kept."""
+def read_span(path: Path, span: Span, features: Features) -> tuple[pl.DataFrame, bytes]:
+    """The rows of a range of lines, see SCHEMA, and the SHA-256 of each example in it, joined.
 
-    line: int  # from 1
-    format: str | None = None  # None: blank, or no example in it
-    roles: str | None = None  # a letter a turn: system, user, assistant, tool, c(all), o(rphan)
-    content: bytes = NO_DIGEST  # SHA-256 of all that is tokenised
-    prompt: int | None = None  # equal for equal prompts
-    folded: int | None = None  # equal for contents that differ in case and white space only
-    blank_field: str | None = None
-    unknown_keys: str | None = None
-    has_control: bool = False
-    has_replacement: bool = False
-    has_crlf: bool = False
-    has_mark: bool = False  # begins with a byte-order mark
-    is_blank: bool = False
-    check: str | None = None  # the failed check, where the line holds no example
-    message: str | None = None
-
-
-def read_rows(path: Path, features: Features) -> Iterator[Row]:
-    """Yield the row of each line of a JSONL file, in order; OSError is the only error."""
+    What it gives for a line does not depend on the range it is read in. Raises OSError, and
+    DatasetError where the file became shorter.
+    """
     with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            yield read_line(raw, line, features)
+        file.seek(span.start)
+        content = file.read(span.end - span.start)
+    if len(content) < span.end - span.start:
+        raise DatasetError(f"{path} became shorter while it was read. Start again.")
+    lines = content.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    may_be_plain = b"\\u0000" not in content
+    return _frame(lines, features, is_start=span.start == 0, may_be_plain=may_be_plain)
+
+
+def read_job(request: dict[str, Any]) -> dict[str, Any]:
+    """`read_span` as a job of a worker: writes OUT.rows and OUT.digests, answers how many lines."""
+    span, features = Span(*request["span"]), Features(**request["features"])
+    frame, digests = read_span(Path(request["path"]), span, features)
+    frame.write_ipc(f"{request['out']}.rows")
+    Path(f"{request['out']}.digests").write_bytes(digests)
+    return {"lines": frame.height}
 
 
 def read_examples(
@@ -68,7 +88,7 @@ def read_examples(
         for line, raw in enumerate(file, start=first_line):
             if left is not None and (left := left - len(raw)) < 0:
                 return
-            body = _body(raw, line)
+            body = line_body(raw, is_first=line == 1)
             if not body or line in skip:
                 continue
             try:
@@ -78,96 +98,111 @@ def read_examples(
                 raise DatasetError(reason) from None
 
 
-def read_line(raw: bytes, line: int, features: Features) -> Row:
-    """Flatten one line with its line end into a row; never raises."""
-    row = _row_of(_body(raw, line), line, features)
-    if raw.endswith(b"\r\n"):
-        row = row._replace(has_crlf=True)
-    if line == 1 and raw.startswith(codecs.BOM_UTF8):
-        row = row._replace(has_mark=True)
-    return row
+@dataclass(frozen=True)
+class _Columns:
+    """What was read of each line; of those that are not plain the whole row, by index."""
+
+    formats: list[str | None]
+    roles: list[str | None]
+    contents: list[str | None]
+    shown: list[str | None]
+    slow: dict[int, Row]
 
 
-def _row_of(body: bytes, line: int, features: Features) -> Row:
-    if not body:
-        return Row(line, is_blank=True)
-    try:
-        example = parse_line(body, features)
-    except LineProblem as problem:
-        return Row(line, check=problem.check, message=problem.message)
-    return _flatten(example, body, line, features)
+def _read_lines(
+    lines: list[bytes], features: Features, *, is_start: bool, may_be_plain: bool
+) -> _Columns:
+    plain = [plain_row(raw, features) if may_be_plain else None for raw in lines]
+    formats: list[str | None] = [row and row[0] for row in plain]
+    roles: list[str | None] = [row and row[1] for row in plain]
+    contents: list[str | None] = [row and row[2] for row in plain]
+    is_doubtful = pl.Series(contents, dtype=pl.String).str.contains(BLANK_TURN)
+    slow = {
+        index: read_line(lines[index], features, is_first=is_start and index == 0)
+        for index in is_doubtful.fill_null(value=True).arg_true().to_list()
+    }
+    shown = list(contents)
+    for index, row in slow.items():
+        formats[index], roles[index], contents[index] = row.format, row.roles, row.content
+        shown[index] = row.shown
+    return _Columns(formats, roles, contents, shown, slow)
 
 
-def _body(raw: bytes, line: int) -> bytes:
-    if line == 1:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-    return raw.strip(_WHITE_SPACE)
+def _frame(
+    lines: list[bytes], features: Features, *, is_start: bool, may_be_plain: bool
+) -> tuple[pl.DataFrame, bytes]:
+    read = _read_lines(lines, features, is_start=is_start, may_be_plain=may_be_plain)
+    digests, keys = _compare_by(read.contents, read.formats)
+    raw, text = pl.Series(lines, dtype=pl.Binary), pl.Series(read.shown, dtype=pl.String)
+    has_mark = np.zeros(len(lines), bool)
+    has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
+    columns: dict[str, Any] = {"format": read.formats, "roles": read.roles, **keys}
+    columns |= {
+        "sensitive": find_kinds(text),
+        "has_control": _hold_controls(raw, text),
+        "has_replacement": text.str.contains(_REPLACEMENT, literal=True).fill_null(value=False),
+        "has_crlf": raw.bin.ends_with(b"\r"),
+        "has_mark": has_mark,
+    }
+    for name in _SLOW_COLUMNS:
+        columns[name] = _spread(read.slow, name, len(lines))
+    return pl.DataFrame(columns, schema=SCHEMA), digests
 
 
-def _flatten(example: Example, body: bytes, line: int, features: Features) -> Row:
-    roles = role_letters(example)
-    content, prompt = _content(example, roles)
-    digest = sha256(content.encode()).digest()
-    folded = content.casefold().encode().translate(None, _WHITE_SPACE)
-    blank = _blank_field(example, features)
-    row = Row(line, example.format, roles, digest, _key(prompt), _key(folded), blank)
-    if example.unknown_keys:
-        row = row._replace(unknown_keys=", ".join(sorted(example.unknown_keys)))
-    if body.isascii() and not _RARE_ESCAPE.search(body) and b"\x7f" not in body:
-        return row
-    shown = content if example.is_plain else "\n".join(strings([example.messages, example.tools]))
-    has_control = _CONTROL.search(shown) is not None
-    return row._replace(has_control=has_control, has_replacement="\ufffd" in shown)
+def _compare_by(
+    contents: list[str | None], formats: list[str | None]
+) -> tuple[bytes, dict[str, pl.Series]]:
+    """The digests of the examples, joined, and the keys by which rows are compared."""
+    encoded = [None if content is None else content.encode() for content in contents]
+    digests = b"".join([sha256(content).digest() for content in encoded if content is not None])
+    prompts = [
+        content[: content.rfind(b"\0")] if content and kind != "text" else None
+        for content, kind in zip(encoded, formats, strict=True)
+    ]
+    is_example = pl.Series(encoded, dtype=pl.Binary).is_not_null()
+    content = np.zeros(len(contents), np.uint64)
+    content[is_example.to_numpy()] = np.frombuffer(digests, "<u8")[::4]
+    keys = {
+        "content": pl.Series(content),
+        "prompt": _keys(prompts),
+        "folded": _keys(_fold(encoded)),
+    }
+    return digests, keys
 
 
-def _key(value: str | bytes | None) -> int | None:
-    """A 64-bit key that tells values apart within this process, at a fifth of a digest's cost."""
-    return None if value is None else hash(value)
+def _fold(encoded: list[bytes | None]) -> list[bytes | None]:
+    """The contents in small letters and without white space."""
+    return [
+        None
+        if content is None
+        else (content if content.isascii() else _casefold(content)).translate(_LOWER, WHITE_SPACE)
+        for content in encoded
+    ]
 
 
-def role_letters(example: Example) -> str:
-    """One letter a turn; a tool's result whose id no call before it has is an orphan."""
-    if example.is_plain:
-        return "".join([_LETTERS[message["role"]] for message in example.messages])
-    letters, ids = "", set[str]()
-    for message in example.messages:
-        letter = _LETTERS[message["role"]]
-        if calls_tools(message):
-            letter, ids = _CALL, _ids(message["tool_calls"])
-        elif letter == "t" and ids and message.get("tool_call_id") not in ids | {None}:
-            letter = _ORPHAN
-        letters += letter
-    return letters
+def _casefold(content: bytes) -> bytes:
+    return content.decode().casefold().encode()
 
 
-def _ids(calls: list[dict[str, Any]]) -> set[str]:
-    return {str(call["id"]) for call in calls if call.get("id") is not None}
+def _keys(values: list[bytes | None]) -> pl.Series:
+    """A 64-bit key for each value, the same in every process; null for None."""
+    series = pl.Series(values, dtype=pl.Binary)
+    return pl.select(pl.when(series.is_not_null()).then(series.hash(seed=0))).to_series()
 
 
-def _content(example: Example, roles: str) -> tuple[str, str | None]:
-    """All that is tokenised as one text, and the part before the last turn; NUL is in neither.
-
-    Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
-    """
-    if example.format == "text":
-        return example.text, None
-    if example.is_plain:
-        content = "\0".join([roles, *[message["content"] for message in example.messages]])
-        return content, content.rpartition("\0")[0]
-    before = json.dumps([example.tools, example.messages[:-1]], ensure_ascii=False)
-    return f"{before}\0{json.dumps(example.messages[-1:], ensure_ascii=False)}", before
+def _hold_controls(raw: pl.Series, text: pl.Series) -> pl.Series:
+    """Whether a text holds a control character; most lines cannot, and are not searched."""
+    may = (text.str.len_bytes() != text.str.len_chars()) | raw.bin.contains(b"\x7f")
+    for escape in (b"\\u", b"\\b", b"\\f"):
+        may |= raw.bin.contains(escape)
+    has = np.zeros(len(raw), bool)
+    where = may.fill_null(value=False).arg_true()
+    has[where.to_numpy()] = text.gather(where).str.contains(_CONTROL).to_numpy()
+    return pl.Series(has)
 
 
-def _blank_field(example: Example, features: Features) -> str | None:
-    """The name of the first field without any text; a system's or a tool's turn may be empty."""
-    if example.format == "text":
-        return None if example.text.strip() else features.text
-    for index, message in enumerate(example.messages):
-        content = message.get("content")
-        if content and not content.isspace():
-            continue
-        if message["role"] in ("user", "assistant") and not calls_tools(message):
-            if example.format == "completion":
-                return (features.prompt, features.completion)[index]
-            return f"{features.chat}[{index}].content"
-    return None
+def _spread(slow: dict[int, Row], name: str, height: int) -> list[Any]:
+    values: list[Any] = [False if name == "is_blank" else None] * height
+    for index, row in slow.items():
+        values[index] = getattr(row, name)
+    return values

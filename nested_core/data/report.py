@@ -108,15 +108,15 @@ class DatasetReport:
         raise DatasetError("\n".join(lines))
 
 
-def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
-    """Errors, warnings, infos; in each train, valid, test; in each by line, else as they came."""
-    files = {f"{split}.jsonl": rank for rank, split in enumerate(("train", "valid", "test"))}
+def in_order(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
+    """Errors, warnings, infos; in each by file in this order, then by line."""
+    ranks = {file: rank for rank, file in enumerate(files)}
     return tuple(
         sorted(
             findings,
             key=lambda finding: (
                 _ORDER[finding.severity],
-                files.get(finding.file, len(files)),
+                ranks.get(finding.file, len(ranks)),
                 finding.line or 0,
             ),
         )

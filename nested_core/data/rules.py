@@ -24,7 +24,7 @@ def _holds(data: PolarsData, expression: pl.Expr) -> pl.LazyFrame:
 
 def _matches(data: PolarsData, pattern: str) -> pl.LazyFrame:
     """Whether the turns of a chat match; rows of other formats are null."""
-    chats = pl.when(pl.col("format") == "chat").then("roles")
+    chats = pl.when(pl.col("format") == "chat").then(pl.col("roles").cast(pl.String))
     return data.lazyframe.select(chats.str.contains(pattern))
 
 
@@ -35,10 +35,10 @@ def _is_null(data: PolarsData) -> pl.LazyFrame:
 class RowErrors(pa.DataFrameModel):
     """What makes one line unfit to train on."""
 
-    check: pl.String = pa.Field(nullable=True)
+    check: pl.Categorical = pa.Field(nullable=True)
     format: pl.Categorical = pa.Field(nullable=True)
-    blank_field: pl.String = pa.Field(nullable=True)
-    roles: pl.String = pa.Field(nullable=True)
+    blank_field: pl.Categorical = pa.Field(nullable=True)
+    roles: pl.Categorical = pa.Field(nullable=True)
     repeats: pl.Int32 = pa.Field(nullable=True)
 
     @pa.check("check", name=READABLE)
@@ -86,7 +86,7 @@ class RowErrors(pa.DataFrameModel):
     )
     @classmethod
     def _has_a_call_for_each_result(cls, data: PolarsData) -> pl.LazyFrame:
-        return _holds(data, ~pl.col("roles").str.contains(_ORPHAN))
+        return _holds(data, ~pl.col("roles").cast(pl.String).str.contains(_ORPHAN))
 
     @pa.check(
         "roles",
@@ -101,7 +101,7 @@ class RowErrors(pa.DataFrameModel):
     @pa.check(
         "repeats",
         name="leakage",
-        description="the same example is in train.jsonl:{repeats}; "
+        description="the same example is in {train_file}:{repeats}; "
         "a loss on it says nothing about new data",
     )
     @classmethod
@@ -129,7 +129,7 @@ class RowWarnings(pa.DataFrameModel):
     @pa.check(
         "resembles",
         name="near-duplicate",
-        description="like train.jsonl:{resembles} but for case and white space",
+        description="like {train_file}:{resembles} but for case and white space",
     )
     @classmethod
     def _resembles_none(cls, data: PolarsData) -> pl.LazyFrame:
@@ -138,7 +138,7 @@ class RowWarnings(pa.DataFrameModel):
     @pa.check(
         "answers_otherwise",
         name="same-prompt-other-answer",
-        description="train.jsonl:{answers_otherwise} answers this prompt otherwise",
+        description="{train_file}:{answers_otherwise} answers this prompt otherwise",
     )
     @classmethod
     def _agrees_with_train(cls, data: PolarsData) -> pl.LazyFrame:

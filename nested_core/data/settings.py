@@ -1,17 +1,13 @@
-"""The part of a configuration that decides what is read and how, and the files it points to.
-
-Only local folders; anything else is refused with the reason.
-"""
+"""The part of a configuration that decides what is read and how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
+from nested_core.config_data import HubDataset
 from nested_core.data.encoding import Targets
 from nested_core.data.fields import Features
-from nested_core.errors import ConfigError
 
 SPLITS = ("train", "valid", "test")
 
@@ -29,6 +25,8 @@ class DataSettings:
     completion_feature: str = "completion"
     text_feature: str = "text"
     chat_feature: str = "messages"
+    hf_dataset: tuple[HubDataset, ...] = ()
+    trust_remote_code: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> DataSettings:
@@ -46,19 +44,19 @@ class DataSettings:
 
     @property
     def features(self) -> Features:
-        """The JSON keys to read."""
+        """The JSON keys to read; those of hub's data sets are renamed to the default ones."""
+        if self.hf_dataset:
+            return Features()
         return Features(
             self.prompt_feature, self.completion_feature, self.text_feature, self.chat_feature
         )
 
-    def paths(self) -> dict[str, Path]:
-        """The files that exist, by split; raises ConfigError where there is no folder."""
-        folder = Path(self.data).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(
-                f"data: {self.data!r} is not a folder here; expected one with train.jsonl, and "
-                "best valid.jsonl and test.jsonl beside it. Data sets on the Hugging Face hub are "
-                "not read yet: download the set first and give its folder."
-            )
-        paths = {split: folder / f"{split}.jsonl" for split in SPLITS}
-        return {split: path for split, path in paths.items() if path.is_file()}
+    @property
+    def json_keys(self) -> frozenset[str]:
+        """The columns of a table of texts whose cells hold JSON."""
+        return frozenset({self.chat_feature, "tools"})
+
+    @property
+    def place(self) -> str:
+        """Where the data comes from, for people."""
+        return ", ".join(entry.path for entry in self.hf_dataset) or self.data

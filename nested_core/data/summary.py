@@ -29,7 +29,7 @@ def count_split(file: str, frame: pl.DataFrame, rejected: int, digest: str) -> S
         blank=blank,
         rejected=rejected,
         rows=frame.height - blank - rejected,
-        roles=_count_roles(frame["roles"]),
+        roles=_count_roles(frame["roles"].cast(pl.String)),
         digest=digest,
     )
 

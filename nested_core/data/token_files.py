@@ -1,6 +1,6 @@
 """The tokens of a data set in a folder, written as they are made and read through memory maps.
 
-SPLIT.tokens, SPLIT.supervised and SPLIT.starts hold the arrays of a TokenizedSplit as raw little-
+SPLIT.tokens, .supervised, .starts and .lines hold the arrays of a TokenizedSplit as raw little-
 endian bytes; MANIFEST.json has their sizes and hashes. What differs from it is refused.
 """
 
@@ -19,8 +19,14 @@ from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import DamagedError
 from nested_core.manifest import read_manifest, verify_manifest, write_manifest
 
-TOKENS, SUPERVISED, STARTS = "tokens", "supervised", "starts"
-DTYPES = {TOKENS: np.dtype("<i4"), SUPERVISED: np.dtype(np.bool_), STARTS: np.dtype("<i8")}
+TOKENS, SUPERVISED, STARTS, LINES = "tokens", "supervised", "starts", "lines"
+Numbers = np.ndarray[Any, Any]
+DTYPES: dict[str, np.dtype[Any]] = {
+    TOKENS: np.dtype("<i4"),
+    SUPERVISED: np.dtype(np.bool_),
+    STARTS: np.dtype("<i8"),
+    LINES: np.dtype("<i4"),
+}
 _COPIED_BYTES = 2**20
 
 
@@ -52,8 +58,8 @@ class SplitWriter:
         self._total = 0
         self._files[STARTS].write(bytes(DTYPES[STARTS].itemsize))
 
-    def join(self, part: Path, lengths: np.ndarray[Any, Any]) -> None:
-        """Append the examples that an ExampleWriter wrote under `part`, of these lengths."""
+    def join(self, part: Path, lines: Numbers, lengths: Numbers) -> None:
+        """Append what an ExampleWriter wrote under `part`: examples of these lines and lengths."""
         for name in (TOKENS, SUPERVISED):
             path = _named(part, name)
             with path.open("rb") as file:
@@ -62,6 +68,7 @@ class SplitWriter:
             path.unlink()
         ends = self._total + np.cumsum(lengths, dtype=DTYPES[STARTS])
         self._files[STARTS].write(ends.tobytes())
+        self._files[LINES].write(lines.astype(DTYPES[LINES]).tobytes())
         self._total += int(lengths.sum())
 
     def __enter__(self) -> Self:
@@ -105,16 +112,16 @@ def _map_splits(folder: Path) -> dict[str, TokenizedSplit]:
 
 
 def _map_split(prefix: Path) -> TokenizedSplit:
-    arrays, maps = [], []
+    arrays: dict[str, Any] = {}
+    maps = []
     for name, dtype in DTYPES.items():
         with _named(prefix, name).open("rb") as file:
             if not file.seek(0, 2):  # what is empty cannot be mapped
-                arrays.append(np.zeros(0, dtype))
+                arrays[name] = np.zeros(0, dtype)
                 continue
             maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        arrays.append(np.frombuffer(maps[-1], dtype))
-    tokens, supervised, starts = arrays
-    return TokenizedSplit(tokens, supervised, starts, tuple(maps))
+        arrays[name] = np.frombuffer(maps[-1], dtype)
+    return TokenizedSplit(**arrays, maps=tuple(maps))
 
 
 def _named(prefix: Path, name: str) -> Path:

@@ -5,13 +5,19 @@ Sees lengths and counts only, never a token.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import numpy.typing as npt
 import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
 from nested_core.data.frame import count_once
 from nested_core.data.tokenizing import TokenFacts
+
+FEWEST_FOR_OUTLIERS = 20
+LEAST_RATIO = 4
 
 
 def token_frame(facts: TokenFacts, file: str, max_seq_length: int) -> pl.DataFrame:
@@ -24,13 +30,32 @@ def token_frame(facts: TokenFacts, file: str, max_seq_length: int) -> pl.DataFra
         max_seq_length=pl.lit(max_seq_length),
     )
     is_worst = (pl.col("lost") > 0) & (pl.int_range(pl.len()) == pl.col("lost").arg_max())
+    is_short = (pl.col("supervised") > 0) & (pl.col("shortest") < 2)
+    bound = outlier_bound(facts.examples["full_length"])
+    outliers = (pl.col("full_length") > bound).sum()
+    is_longest = pl.int_range(pl.len()) == pl.col("full_length").arg_max()
     is_whole = (pl.col("supervised") > 0) & (pl.col("lost") == 0)
     return frame.with_columns(
         truncated_lines=pl.when(is_worst).then((pl.col("lost") > 0).sum()),
         lost_in_all=pl.col("lost").sum(),
-        short_lines=count_once(pl.col("supervised") == 1),
+        short_lines=count_once(is_short),
+        outlier_lines=pl.when(is_longest & (outliers > 0)).then(outliers),
+        outlier_bound=pl.lit(bound),
         endless_lines=count_once(is_whole & ~pl.col("has_end")),
     )
+
+
+def outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
+    """The length above which an example is far longer than the rest of its file.
+
+    Tukey's outer fence over the logarithms of the lengths, third quartile + 3 * interquartile
+    range, but at least four times the third quartile; few examples have no outlier.
+    """
+    if len(lengths) < FEWEST_FOR_OUTLIERS:
+        return int(np.iinfo(np.int32).max)
+    first, third = np.percentile(lengths, (25, 75), method="inverted_cdf")
+    fence = int(third) * max((int(third) / max(int(first), 1)) ** 3, LEAST_RATIO)
+    return math.floor(min(fence, np.iinfo(np.int32).max))
 
 
 def problem_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
@@ -89,6 +114,7 @@ class TokenWarnings(pa.DataFrameModel):
 
     truncated_lines: pl.UInt32 = pa.Field(nullable=True)
     short_lines: pl.UInt32 = pa.Field(nullable=True)
+    outlier_lines: pl.UInt32 = pa.Field(nullable=True)
     endless_lines: pl.UInt32 = pa.Field(nullable=True)
 
     @pa.check(
@@ -104,11 +130,22 @@ class TokenWarnings(pa.DataFrameModel):
     @pa.check(
         "short_lines",
         name="short-answer",
-        description="examples with one supervised token only: {short_lines}, from this one on",
+        description="examples with an answer of less than two tokens before its end: "
+        "{short_lines}, from this one on",
     )
     @classmethod
     def _is_an_answer(cls, data: PolarsData) -> pl.LazyFrame:
         return data.lazyframe.select(pl.col("short_lines").is_null())
+
+    @pa.check(
+        "outlier_lines",
+        name="length-outlier",
+        description="examples far longer than the rest, of more than {outlier_bound} tokens: "
+        "{outlier_lines}; the longest is this one, of {full_length}",
+    )
+    @classmethod
+    def _is_like_the_rest(cls, data: PolarsData) -> pl.LazyFrame:
+        return data.lazyframe.select(pl.col("outlier_lines").is_null())
 
     @pa.check(
         "endless_lines",

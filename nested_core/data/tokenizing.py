@@ -18,20 +18,22 @@ import numpy.typing as npt
 
 from nested_core.data import workers
 from nested_core.data.decoding import shorten
-from nested_core.data.encoding import EncodedExample, Span, Targets, encode_example
+from nested_core.data.encoding import EncodedExample, Span, encode_example
 from nested_core.data.fields import Example, Features
 from nested_core.data.reading import read_examples
+from nested_core.data.settings import DataSettings
+from nested_core.data.sources import Source
 from nested_core.data.token_files import ExampleWriter, SplitWriter
+from nested_core.data.workers import OnProgress
 from nested_core.tokenizer import TokenizerSource
 
 JOB = "nested_core.data.tokenizing:tokenize_range"
 RANGE_BYTES = 2**20
 SMALL_BYTES = 4 * 2**20  # below this, starting processes takes longer than the work
 
-OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 EXAMPLE_FACTS = np.dtype(
     [("line", "<i4"), ("full_length", "<i4"), ("length", "<i4"), ("supervised", "<i4")]
-    + [("broken_turn", "<i4"), ("has_end", "?")]
+    + [("shortest", "<i4"), ("broken_turn", "<i4"), ("has_end", "?")]
 )
 
 
@@ -39,28 +41,32 @@ EXAMPLE_FACTS = np.dtype(
 class TokenFacts:
     """What the token rules need to know: a record of EXAMPLE_FACTS for each example of a split, and
     (line, what was raised) for each line that the chat template did not take.
+
+    shortest: tokens of the shortest learnt stretch, up to the last end-of-sequence token in it;
+    has_end: whether every learnt stretch has such a token.
     """
 
     examples: npt.NDArray[np.void]
     problems: list[tuple[int, str]]
 
 
-@dataclass(frozen=True)
-class SplitLines:
-    """The lines of one file that are to be tokenised: all but the blank and those to skip."""
+@dataclass(frozen=True, eq=False)
+class SoundLines:
+    """The lines of one split that are to be tokenised: all but the blank and those to skip.
 
-    path: Path
+    `skip` and the lines in TokenFacts are the numbers that a person knows a line by.
+    """
+
+    source: Source
     skip: frozenset[int]
 
 
 def tokenize_splits(
     folder: Path,
-    splits: Mapping[str, SplitLines],
-    features: Features,
+    splits: Mapping[str, SoundLines],
+    settings: DataSettings,
     tokenizer: TokenizerSource,
     *,
-    max_seq_length: int,
-    targets: Targets,
     processes: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, TokenFacts]:
@@ -72,9 +78,9 @@ def tokenize_splits(
     shared = {
         "job": JOB,
         "tokenizer": asdict(tokenizer),
-        "features": asdict(features),
-        "max_seq_length": max_seq_length,
-        "targets": targets,
+        "features": asdict(settings.features),
+        "max_seq_length": settings.max_seq_length,
+        "targets": settings.targets,
     }
     ranges = [
         (split, shared | request)
@@ -82,7 +88,7 @@ def tokenize_splits(
         for request in _cut_into_ranges(lines, folder / split)
     ]
     if processes is None:
-        size = sum(lines.path.stat().st_size for lines in splits.values())
+        size = sum(lines.source.path.stat().st_size for lines in splits.values())
         processes = 1 if size < SMALL_BYTES else workers.usable_cores()
     requests = [request for _, request in ranges]
     answers = workers.run_jobs(
@@ -91,22 +97,24 @@ def tokenize_splits(
     with ExitStack() as stack:
         stack.enter_context(closing(answers))  # type: ignore[type-var]
         joined = {split: stack.enter_context(SplitWriter(folder / split)) for split in splits}
-        return _join(joined, ranges, answers)
+        numbered = {split: lines.source for split, lines in splits.items()}
+        return _join(joined, numbered, ranges, answers)
 
 
 def _counted(on_progress: OnProgress | None, total: int) -> Callable[[int], None] | None:
     return None if on_progress is None else lambda done: on_progress("tokenising", done, total)
 
 
-def _cut_into_ranges(lines: SplitLines, prefix: Path) -> Iterator[dict[str, Any]]:
+def _cut_into_ranges(lines: SoundLines, prefix: Path) -> Iterator[dict[str, Any]]:
     """What each job on a file reads, skips and writes; the lines before it are counted."""
-    first_line, skip = 1, sorted(lines.skip)
-    with lines.path.open("rb") as file:
-        for number, span in enumerate(workers.line_spans(lines.path, RANGE_BYTES)):
+    path = lines.source.path
+    first_line, skip = 1, sorted(lines.source.lines_of(set(lines.skip)))
+    with path.open("rb") as file:
+        for number, span in enumerate(workers.line_spans(path, RANGE_BYTES)):
             next_line = first_line + file.read(span.end - span.start).count(b"\n")
             skipped = skip[bisect_left(skip, first_line) : bisect_left(skip, next_line + 1)]
             yield {
-                "path": str(lines.path),
+                "path": str(path),
                 "span": [span.start, span.end],
                 "first_line": first_line,
                 "skip": skipped,
@@ -117,6 +125,7 @@ def _cut_into_ranges(lines: SplitLines, prefix: Path) -> Iterator[dict[str, Any]
 
 def _join(
     joined: Mapping[str, SplitWriter],
+    numbered: Mapping[str, Source],
     ranges: Sequence[tuple[str, dict[str, Any]]],
     answers: Iterator[dict[str, Any]],
 ) -> dict[str, TokenFacts]:
@@ -127,9 +136,13 @@ def _join(
         part = Path(request["part"])
         found = np.fromfile(_facts_path(part), EXAMPLE_FACTS)
         _facts_path(part).unlink()
-        joined[split].join(part, found["length"])
+        raised = [(line, problem) for line, problem in answer["problems"]]
+        if (numbers := numbered[split].numbers) is not None:
+            found["line"] = numbers[found["line"] - 1]
+            raised = [(int(numbers[line - 1]), problem) for line, problem in raised]
+        joined[split].join(part, found["line"], found["length"])
         records[split].append(found)
-        problems[split] += [(line, problem) for line, problem in answer["problems"]]
+        problems[split] += raised
     empty = np.zeros(0, EXAMPLE_FACTS)
     return {
         split: TokenFacts(np.concatenate([empty, *records[split]]), problems[split])
@@ -192,8 +205,25 @@ def _end_tokens(tokenizer: Any) -> frozenset[int]:
 
 def _describe(
     encoded: EncodedExample, kept: list[int], spans: list[Span], ends: frozenset[int]
-) -> tuple[int, int, int, int, bool]:
+) -> tuple[int, int, int, int, int, bool]:
     """The fields of EXAMPLE_FACTS after the line."""
-    supervised = sum(end - begin for begin, end in spans)
-    has_end = any(not ends.isdisjoint(kept[begin:end]) for begin, end in spans)
-    return len(encoded.tokens), len(kept), supervised, encoded.broken_turn, has_end
+    learnt = [kept[begin:end] for begin, end in spans]
+    sizes = [_size_before_end(tokens, ends) for tokens in learnt]
+    if spans and spans[-1][1] == len(kept) < len(encoded.tokens):
+        sizes[-1] = len(learnt[-1]), sizes[-1][1]  # its end is cut off
+    return (
+        len(encoded.tokens),
+        len(kept),
+        sum(map(len, learnt)),
+        min((size for size, _ in sizes), default=0),
+        encoded.broken_turn,
+        bool(sizes) and all(has_end for _, has_end in sizes),
+    )
+
+
+def _size_before_end(tokens: list[int], ends: frozenset[int]) -> tuple[int, bool]:
+    """The tokens before the last end-of-sequence token, or all; and whether there is one."""
+    for place in range(len(tokens) - 1, -1, -1):
+        if tokens[place] in ends:
+            return place, True
+    return len(tokens), False

@@ -22,12 +22,14 @@ class TokenizedSplit:
 
     tokens: int32 [sum of lengths]; supervised: bool [sum of lengths], whether the token is learnt,
     never so at the first position of an example, which nothing predicts; starts: int64 [n + 1],
-    where each example begins and the last ends. `maps` are the files that hold the arrays, if any.
+    where each example begins and the last ends; lines: int32 [n], the number that a person knows
+    each example by in its file. `maps` are the files that hold the arrays, if any.
     """
 
     tokens: Int32
     supervised: Bool
     starts: Int64
+    lines: Int32
     maps: tuple[mmap.mmap, ...] = ()
 
     def __len__(self) -> int:

@@ -24,6 +24,7 @@ from nested_core.data.worker import run_job
 from nested_core.errors import NestedTuneError, WorkerFailed
 
 SMALL_BYTES = 16 * 2**20  # below this, starting processes takes longer than the work
+OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 _COMMAND = [sys.executable, "-P", "-m", "nested_core.data.worker"]
 _READ_BYTES = 2**16
 _SHOWN_ERROR_LINES = 9
@@ -45,8 +46,8 @@ def usable_cores() -> int:
 
 
 def processes_for(size: int) -> int:
-    """How many processes the work on `size` bytes is worth: one, or one a core."""
-    return 1 if size < SMALL_BYTES else usable_cores()
+    """How many processes the work on `size` bytes is worth: at most one a core."""
+    return max(1, min(usable_cores(), size // SMALL_BYTES))
 
 
 def line_spans(path: Path, size: int) -> list[Span]:
@@ -130,6 +131,7 @@ class _Worker:
             "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path),
             DISABLE_VARIABLE: "1",  # it multiplies nothing
             "TOKENIZERS_PARALLELISM": "false",  # each core has a process of its own already
+            "POLARS_MAX_THREADS": "1",
         }
         self.process = subprocess.Popen(
             _COMMAND,

@@ -49,12 +49,18 @@ class Engine:
         draws: bool = False,
     ) -> None:
         held = read_slots(slots)
-        self._optimizer = optimizer
+        self._optimizer, self._tiers = optimizer, tiers
         self.packing = packing_for(held, tiers, optimizer, small=joins)
         self._params = self.packing.pack(held)
         self._twin = self.packing.pack_optimizer(optimizer, held)
         mx.eval(self._params, self._twin.state)
         self._step = TrainStep(model, slots, self._twin, self.packing, rule, draws=draws)
+
+    def needed(self, step: int) -> tuple[int, ...]:
+        """The tiers that a step needs gradients of."""
+        if self._optimizer.gathers:
+            return tuple(range(len(self._tiers.frequencies)))
+        return self._tiers.due(step)
 
     def take(
         self, batches: Sequence[MicroBatch], due: tuple[int, ...], first: int, *, complete: bool

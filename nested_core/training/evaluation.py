@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,11 +15,24 @@ from nested_core.slots import Slots, borrowed, put
 from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
 
 
-class Evaluator:
-    """Evaluates adapter tensors in a model that is borrowed; `slots` are their places in it."""
+class EvaluationCut(Exception):  # noqa: N818  # no error: the trainer turns it into a stop
+    """A stop was asked for in the middle of an evaluation; nothing of it counts."""
 
-    def __init__(self, model: nn.Module, slots: Slots, rule: LossRule = SUPERVISED) -> None:
-        self._model, self._slots, self._rule = model, slots, rule
+
+class Evaluator:
+    """Evaluates adapter tensors in a model that is borrowed; `slots` are their places in it.
+
+    `is_cut` is asked before every batch; once it says so, `loss` raises EvaluationCut.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Slots,
+        rule: LossRule = SUPERVISED,
+        is_cut: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._model, self._slots, self._rule, self._is_cut = model, slots, rule, is_cut
         self._compiled = mx.compile(self._sums)
 
     def loss(self, params: Flat, batches: Iterable[MicroBatch]) -> float:
@@ -27,13 +40,17 @@ class Evaluator:
         was_training = self._model.training
         self._model.eval()
         total, count = mx.array(0.0), mx.array(0)
-        with borrowed(self._slots):
-            for batch in batches:
-                loss, supervised = self._compiled(params, *self._rule.arrange(batch))
-                total = total + self._rule.weighted(loss, supervised)
-                count = count + supervised
-                mx.eval(total, count)
-        self._model.train(was_training)
+        try:
+            with borrowed(self._slots):
+                for batch in batches:
+                    if self._is_cut():
+                        raise EvaluationCut
+                    loss, supervised = self._compiled(params, *self._rule.arrange(batch))
+                    total = total + self._rule.weighted(loss, supervised)
+                    count = count + supervised
+                    mx.eval(total, count)
+        finally:
+            self._model.train(was_training)
         return to_float(total / count)
 
     def _sums(self, params: Flat, tokens: mx.array, learnt: mx.array) -> tuple[mx.array, mx.array]:

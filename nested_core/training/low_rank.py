@@ -92,9 +92,12 @@ class SharedInput:
         """Each lora_b with rows of zeros for the other layers' columns of lora_a."""
         if len(b) == 1:
             return list(b)
-        places = mx.eye(len(b), dtype=b[0].dtype)
-        wide = [place[:, None, None] * each for place, each in zip(places, b, strict=True)]
-        return [each.reshape(-1, each.shape[-1]) for each in wide]
+        wide = []
+        for index, each in enumerate(b):
+            place = [1.0 if other == index else 0.0 for other in range(len(b))]
+            blocks = mx.array(place, each.dtype)[:, None, None] * each
+            wide.append(blocks.reshape(-1, each.shape[-1]))
+        return wide
 
     def _scales(self, dtype: mx.Dtype) -> mx.array | None:
         """The factor of each column of lora_a, or None where all are 1."""

@@ -30,10 +30,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_back(path: Path, step: int | None) -> None:
-    """Keep the records up to an optimizer step; None removes them all."""
-    kept = [r for r in read_metrics(path) if step is not None and r["step"] <= step]
+def cut_back(path: Path, step: int, count: int) -> int:
+    """Keep the first `count` records, but none of a later step; return how many there are."""
+    kept = [record for record in read_metrics(path)[:count] if record["step"] <= step]
     write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    return len(kept)
 
 
 def finite_or_none(value: Any) -> Any:

@@ -22,7 +22,7 @@ from nested_core.training.evaluation import Evaluator
 from nested_core.training.export import export_snapshot
 from nested_core.training.methods import Method
 from nested_core.training.metrics import append_metrics, cut_back, read_metrics
-from nested_core.training.red_flags import flag_flat_loss
+from nested_core.training.red_flags import flag_flat_loss, flag_unchanged_checkpoint
 from nested_core.training.state import TrainingState
 from nested_core.training.step import Sums
 from nested_core.training.window import Window, optimizer_record, train_info
@@ -54,14 +54,13 @@ class Recorder:
     def begin(self, state: TrainingState) -> None:
         """Open metrics.jsonl: at the state's step on resume, else with step 0, before training."""
         is_resumed = state.step > 0
-        cut_back(self.run.metrics, state.step if is_resumed else None)
+        state.reported = cut_back(self.run.metrics, state.step, state.reported)
         records = read_metrics(self.run.metrics)
         self._losses = [r["loss"] for r in records if r.get("loss") is not None]
         if state.open_report:
             self.window.reopen(state.open_report)
         if not is_resumed:
-            record = {"step": 0, "iteration": 0} | self._evaluate(state, 0)
-            append_metrics(self.run.metrics, record)
+            self._append(state, {"iteration": 0} | self._evaluate(state, 0))
         self.window.restart_clock()
 
     def add(self, state: TrainingState, first: int, micro: Sequence[Sums]) -> None:
@@ -82,16 +81,25 @@ class Recorder:
         evaluate: bool = False,
         save: bool = False,
     ) -> None:
-        """What is due now: one line of metrics, a checkpoint of this step or of the best."""
+        """What is due now: one line of metrics, a checkpoint of this step or of the best.
+
+        Raises EvaluationCut where a stop was asked for in the evaluation; nothing has changed then.
+        """
         done = state.iteration if iteration is None else iteration
         with self.window.paused():
-            record = self._report(state, done) if report else {}
-            record |= self._evaluate(state, done) if evaluate else {}
+            evaluation = self._evaluate(state, done) if evaluate else {}
+        with self.window.paused():
+            state.observed = True
+            record = (self._report(state, done) if report else {}) | evaluation
             if record:
-                append_metrics(self.run.metrics, {"step": state.step, "iteration": done} | record)
+                self._append(state, {"iteration": done} | record)
             is_best = evaluate and self._method.offers_best and state.best_step == state.step
             if save or is_best:
                 self.save(state)
+
+    def _append(self, state: TrainingState, record: dict[str, Any]) -> None:
+        append_metrics(self.run.metrics, {"step": state.step} | record)
+        state.reported += 1
 
     def _report(self, state: TrainingState, iteration: int) -> dict[str, Any]:
         record = self.window.close() | optimizer_record(self._optimizer)
@@ -138,6 +146,8 @@ class Recorder:
             optimizer_state=self._optimizer.state,
             state=state.to_json() | wanted,
         )
+        if state.step >= max(2, *(tier.frequency for tier in self._optimizer.tiers)):
+            flag_unchanged_checkpoint(state, path, self.run.initial)
         if self.config.adapter_path is not None:
             export_snapshot(path, Path(self.config.adapter_path), state.iteration)
         checkpoints.prune_checkpoints(

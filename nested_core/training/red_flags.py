@@ -5,11 +5,14 @@ They are warnings, kept in the run's state; whether the run is worth anything th
 
 from __future__ import annotations
 
+import filecmp
 import math
 import statistics
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
+from nested_core.adapters import WEIGHTS_NAME
 from nested_core.clocks import COUNTERS, has_moment
 from nested_core.errors import SilentUpdateWarning
 from nested_core.optimizers import NestedAdam
@@ -64,6 +67,21 @@ def idle_names(
         return list(names)
     state, due = flatten(optimizer.state), tiers.due(step)
     return [n for n in names if tiers.tensors[n] not in due or not has_moment(state, n)]
+
+
+def flag_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: Path) -> None:
+    """Flag a checkpoint whose adapter file is that of the initial adapter, byte for byte.
+
+    Both are written by `adapters.save_arrays`, which gives equal arrays equal bytes. Not asked of
+    a step before every tier was due, or of the first, whose rate a warm-up may have at 0.
+    """
+    if filecmp.cmp(checkpoint / WEIGHTS_NAME, initial / WEIGHTS_NAME, shallow=False):
+        raise_flag(
+            state,
+            "checkpoint_unchanged",
+            f"the checkpoint of step {state.step} equals the initial adapter, byte for byte: "
+            f"nothing has been trained yet.",
+        )
 
 
 def flag_flat_loss(state: TrainingState, losses: Sequence[float], window: int) -> None:

@@ -14,6 +14,7 @@ from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
+from nested_core.errors import ConfigError
 from nested_core.training.losses import LossRule, MicroBatch
 
 PAD_MULTIPLE = 32
@@ -33,8 +34,8 @@ class ReferenceMethod:
         self._config, self._train, self._valid = config, splits["train"], splits.get("valid")
         self.iterations = config.iters
         self.steps = config.iters // config.grad_accumulation_steps
-        self._train_batches = _batches_by_key_count(config, "train")
-        self._valid_batches = _batches_by_key_count(config, "valid")
+        self._train_batches = _batches_by_key_count(config, "train", splits)
+        self._valid_batches = _batches_by_key_count(config, "valid", splits)
         self._random = np.random.RandomState(config.seed)
         self._drawn = 0
         self._train_orders: list[np.ndarray] = []
@@ -100,16 +101,23 @@ class ReferenceMethod:
         return tokens, bounds
 
 
-def _batches_by_key_count(config: FineTuneConfig, split: str) -> list[list[int]]:
+def _batches_by_key_count(
+    config: FineTuneConfig, split: str, splits: Mapping[str, TokenizedSplit]
+) -> list[list[int]]:
     """Rows cut into whole batches in mlx-lm's order.
 
     Its sort by length runs before the rows are tokenised and sees the number of their keys.
     """
-    path = Path(config.data) / f"{split}.jsonl"
-    if not path.exists():
+    path = Path(config.data).expanduser() / f"{split}.jsonl"
+    if split not in splits:
         return []
-    lines = (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    key_counts = [len(json.loads(line)) for line in lines]
+    if config.hf_dataset or not path.exists():
+        raise ConfigError(
+            "training.reference: mlx_lm's batch order is only followed on a local folder of "
+            f".jsonl files; there is no {path}. Convert the data, or leave reference out."
+        )
+    with path.open(encoding="utf-8") as lines:
+        key_counts = [len(json.loads(line)) for line in lines if line.strip()]
     rows = sorted(range(len(key_counts)), key=key_counts.__getitem__)
     starts = range(0, len(rows) - config.batch_size + 1, config.batch_size)
     return [rows[start : start + config.batch_size] for start in starts]

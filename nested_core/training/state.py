@@ -14,7 +14,9 @@ class TrainingState:
 
     `step` counts optimizer steps, `iteration` micro-batches; the next batch is number `iteration`.
     The random state of step n is a function of the seed and n, but for a reference run, whose
-    draws follow each other: `random_key` is the key of the next one.
+    draws follow each other: `random_key` is the key of the next one. `reported` counts the records
+    in metrics.jsonl. A step that is not `observed` was stopped in its evaluation, which is made up
+    for on resume.
     """
 
     step: int = 0
@@ -30,6 +32,8 @@ class TrainingState:
     val_loss: float | None = None
     train_loss: float | None = None
     evaluated_step: int | None = None
+    observed: bool = True
+    reported: int = 0
     open_report: dict[str, float] = field(default_factory=dict)
     random_key: list[int] | None = None
     verified_steps: list[int] = field(default_factory=list)

@@ -1,33 +1,32 @@
 """The training loop: step after step, until done or asked to stop.
 
-After each step the updates are written into the model by name; whether they are in it is read back.
+Before anything looks at the model, what the steps computed is written into it and read back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.checkpoints import Checkpoint
 from nested_core.clocks import COUNTERS
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.errors import TrainingDiverged, TrainingStopped
+from nested_core.errors import TrainingStopped
 from nested_core.gradients import Flat
 from nested_core.model import adapter_dtype
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
-from nested_core.scalars import to_int
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.compute import prepared
+from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine, StepTaken
-from nested_core.training.evaluation import Evaluator
+from nested_core.training.evaluation import EvaluationCut, Evaluator
 from nested_core.training.methods import make_method
 from nested_core.training.packing import nested
 from nested_core.training.positions import rule_for
@@ -69,12 +68,12 @@ class Trainer:
         self._slots = adapter_slots(model, masters=config.has_masters, dtype=dtype)
         self.method = make_method(config, splits)
         self._rule = rule_for(model, self._slots, self.method.rule)
-        evaluator = Evaluator(model, self._slots, self._rule)
+        evaluator = Evaluator(model, self._slots, self._rule, self._is_asked_to_stop)
         self._recorder = Recorder(
             config, run, self._slots, optimizer, self.method, evaluator, found, callback
         )
         self._seen_due: set[tuple[int, ...]] = set()
-        self._in_flight: list[mx.array] = []
+        self._divergence = DivergenceWatch(config.training.max_nonfinite_steps)
 
     @property
     def current_step(self) -> int:
@@ -118,29 +117,46 @@ class Trainer:
         """
         self.model.train()
         recomputes, reference = self.config.grad_checkpoint, self.config.training.reference
-        with prepared(self.model, recomputes=recomputes, as_mlx_lm=reference is not None):
-            self._recorder.begin(self.state)
-            self._take_steps()
-            if not self.state.ended:
-                self._finish()
+        try:
+            with prepared(self.model, recomputes=recomputes, as_mlx_lm=reference is not None):
+                self._recorder.begin(self.state)
+                self._take_steps()
+                if not self.state.ended:
+                    self._finish()
+        except EvaluationCut:
+            self.state.ended = False
+            self._stop()
         return self.state
 
     def _take_steps(self) -> None:
         engine, stopping = self._make_engine(), self._is_asked_to_stop()
+        if not self.state.observed and not self._is_over():
+            each = self.config.grad_accumulation_steps
+            self._observe((self.state.iteration - 1) // each * each, self.state.iteration)
         while not self._is_over():
             if stopping:
                 self._stop()
             first = self.state.iteration
             last = min(first + self.config.grad_accumulation_steps, self.method.iterations)
-            for done in self.method.evaluations_within(first, last):
-                self._write(engine)
-                self._recorder.observe(self.state, iteration=done, evaluate=True)
+            self._evaluate_within(engine, first, last)
             taken = self._advance(engine, first, last)
             stopping = self._is_asked_to_stop()
-            self._refuse_divergence()
+            self._divergence.add(self.state.step, self.optimizer.state[COUNTERS])
             self._verify(engine, taken, must=stopping or self._is_over())
             if not self._is_over():
                 self._observe(first, last)
+        self._divergence.settle()
+
+    def _evaluate_within(self, engine: Engine, first: int, last: int) -> None:
+        """The evaluations before a step; cut in one of them, all are made again on resume."""
+        reported = self.state.reported
+        try:
+            for done in self.method.evaluations_within(first, last):
+                self._write(engine)
+                self._recorder.observe(self.state, iteration=done, evaluate=True)
+        except EvaluationCut:
+            self.state.reported = reported
+            raise
 
     def _make_engine(self) -> Engine:
         is_adapter = self.config.fine_tune_type != "full"
@@ -159,10 +175,10 @@ class Trainer:
         batches = [self.method.micro_batch(index) for index in range(first, last)]
         complete = self.method.completes(first, last)
         self.method.begin_step(step)
-        taken, micro = engine.take(batches, self._needed_tiers(step), first, complete=complete)
+        taken, micro = engine.take(batches, engine.needed(step), first, complete=complete)
         if not engine.packing.joins:  # large tensors are not to be held twice
             self._write(engine)
-        state.step, state.iteration = state.step + complete, last
+        state.step, state.iteration, state.observed = state.step + complete, last, False
         self._recorder.add(state, first, micro)
         return taken
 
@@ -171,25 +187,6 @@ class Trainer:
         values = engine.values()
         apply_flat_updates_to_nested(self.model, values)
         return values
-
-    def _needed_tiers(self, step: int) -> tuple[int, ...]:
-        """The tiers that a step needs gradients of."""
-        if self.optimizer.gathers:
-            return tuple(range(len(self.tiers.frequencies)))
-        return self.tiers.due(step)
-
-    def _refuse_divergence(self) -> None:
-        """Wait for the step before: one step is in flight, no more, and reading it is free."""
-        self._in_flight.append(self.optimizer.state[COUNTERS]["nonfinite_in_a_row"])
-        if len(self._in_flight) < 2:
-            return
-        row = to_int(self._in_flight.pop(0))
-        if row >= self.config.training.max_nonfinite_steps:
-            raise TrainingDiverged(
-                f"The gradients were not finite for {row} steps in a row, up to step "
-                f"{self.state.step - 1}: training has diverged. Lower learning_rate, set "
-                f"training.max_grad_norm, or look at the data of these steps."
-            )
 
     def _crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
@@ -231,7 +228,8 @@ class Trainer:
 
     def _flush(self) -> None:
         is_open = any(self.state.step % f for f in self.tiers.frequencies)
-        if is_open and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
+        is_due = is_open and not self.state.flushed  # it is, where the last evaluation was cut
+        if is_due and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
             before = read_slots(self._slots)
             updates = flatten(self.optimizer.flush(nested(before)))
             apply_flat_updates_to_nested(self.model, updates)

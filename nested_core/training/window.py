@@ -25,6 +25,7 @@ class Window:
 
     def _restart(self) -> None:
         self.sums = {"loss": mx.array(0.0), "weight": mx.array(0), "tokens": mx.array(0)}
+        self._tokens_before = 0
         self.is_open = False
         self._iterations = 0
         self.restart_clock()
@@ -36,7 +37,8 @@ class Window:
             "weight": mx.array(int(sums["weight"])),
             "tokens": mx.array(int(sums["tokens"])),
         }
-        self.is_open = sums["tokens"] > 0
+        self._tokens_before = int(sums["tokens"])  # of another process, whose time is not known
+        self.is_open = self._tokens_before > 0
 
     def restart_clock(self) -> None:
         """Count time from now."""
@@ -65,7 +67,7 @@ class Window:
         seconds = time.perf_counter() - self._began - self._paused
         loss, tokens = self._mean_loss(), to_int(self.sums["tokens"])
         rates = {
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": (tokens - self._tokens_before) / seconds,
             "iterations_per_second": self._iterations / seconds,
         }
         self._restart()

@@ -118,6 +118,32 @@ class TestAllProblemsAtOnce:
             "itres",
         ]
 
+    def test_every_disagreement_of_a_section_has_its_line(self) -> None:
+        nested = {"frequencies": [4, 2], "learning_rate_scale": [1.0], "strategy": "manual"}
+        assert problems(nested=nested, registry={"path": "there", "promote": "better"}) == [
+            "nested: frequencies must ascend, fastest first; got (4, 2)",
+            "nested: learning_rate_scale needs one number a tier (2), got 1",
+            "nested: strategy manual needs assignments, and only manual takes them",
+            "registry: registry needs both path and name, or neither",
+        ]
+
+    def test_every_disagreement_between_sections_has_its_line(self) -> None:
+        found = problems(
+            optimizer="sgd",
+            optimizer_config={"sgd": {"betas": [0.9, 0.99]}, "adamm": {}},
+            lr_schedule=SCHEDULE | {"warmup": 3},
+            nested={"frequencies": [1, 2], "weight_decay": [0.1, 0.1]},
+            training={"warmup_steps": 3, "reference": "mlx_lm"},
+        )
+        assert [line.split(" ")[0] for line in found] == [
+            "training.warmup_steps",
+            "optimizer_config:",
+            "optimizer_config.sgd",
+            "nested.weight_decay",
+            "optimizer",
+            "training.reference:",
+        ]
+
     def test_a_line_says_what_was_expected_and_what_was_found(self) -> None:
         assert problems(batch_size=0) == ["batch_size: Input should be greater than 0; found 0"]
 
@@ -202,6 +228,29 @@ class TestPartsThatHaveToAgree:
         assert problems(nested={"weight_decay": [0.1]}) == [
             "nested.weight_decay needs optimizer: adamw"
         ]
+
+    @pytest.mark.parametrize(
+        ("values", "name"),
+        [
+            ({"iters": True}, "iters"),
+            ({"learning_rate": True}, "learning_rate"),
+            ({"seed": False}, "seed"),
+            ({"lora_parameters": {"rank": True}}, "lora_parameters.rank"),
+            ({"nested": {"frequencies": [True, 2]}}, "nested.frequencies"),
+            ({"training": {"keep_checkpoints": True}}, "training.keep_checkpoints"),
+            ({"lr_schedule": SCHEDULE | {"warmup": False}}, "lr_schedule.warmup"),
+        ],
+    )
+    def test_true_and_false_are_no_numbers(self, values: dict[str, Any], name: str) -> None:
+        (line,) = problems(**values)
+        assert line.startswith(f"{name}: true and false mean nothing here; found ")
+
+    def test_true_and_false_stay_what_they_are_where_they_are_meant(self) -> None:
+        arguments = {"adamw": {"bias_correction": True}}
+        values = {"mask_prompt": True, "optimizer": "adamw", "optimizer_config": arguments}
+        config = parse_config(values, source="")
+        assert config.mask_prompt is True
+        assert config.optimizer_arguments == {"bias_correction": True}
 
     @pytest.mark.parametrize("rate", [0, -1e-5, float("nan"), float("inf"), "fast"])
     def test_a_learning_rate_is_a_finite_number_above_0(self, rate: Any) -> None:

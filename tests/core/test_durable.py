@@ -21,7 +21,16 @@ from nested_core.durable import (
     write_bytes,
     write_json,
 )
-from tests.core.registry.faults import Action, copies, failed_at, injected, kill_self, killed_at
+from tests.core.registry.faults import (
+    Action,
+    InjectedError,
+    copies,
+    failed_at,
+    injected,
+    kill_self,
+    killed_at,
+    raise_io_error,
+)
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -46,6 +55,11 @@ def make_directory(folder: Path) -> None:
     with new_directory(folder / "made") as temporary:
         (temporary / "a").write_bytes(NEW)
         (temporary / "b").write_bytes(NEW)
+
+
+def replace_directory(folder: Path) -> None:
+    with new_directory(folder / "made", replace=True) as temporary:
+        (temporary / "c").write_bytes(OLD)
 
 
 class TestWriteBytes:
@@ -117,10 +131,49 @@ class TestNewDirectory:
 
     def test_replace_leaves_nothing_of_the_old_directory(self, tmp_path: Path) -> None:
         make_directory(tmp_path)
-        with new_directory(tmp_path / "made", replace=True) as temporary:
-            (temporary / "c").write_bytes(OLD)
+        replace_directory(tmp_path)
         assert names(tmp_path) == ["made"]
         assert contents(tmp_path / "made") == {"c": OLD}
+
+    def test_killed_at_any_call_a_replacement_is_the_old_or_the_new_after_mending(
+        self, tmp_path: Path
+    ) -> None:
+        template = tmp_path / "template"
+        make_directory(template)
+        old, new, seen, was_without_a_name = {"a": NEW, "b": NEW}, {"c": OLD}, [], False
+        for number, folder in copies(template):
+            if not killed_at(number, replace_directory, folder):
+                break
+            was_without_a_name |= not (folder / "made").exists()
+            mend_leftovers(folder)
+            assert names(folder) == ["made"]
+            seen.append(contents(folder / "made"))
+        assert number > 8
+        assert (seen[0], seen[-1]) == (old, new)
+        assert all(found in (old, new) for found in seen)
+        assert was_without_a_name  # between its two renames
+
+    def test_an_error_between_the_two_renames_brings_the_old_directory_back_at_once(
+        self, tmp_path: Path
+    ) -> None:
+        make_directory(tmp_path / "dry-run")
+        with injected(0, kill_self) as dry:
+            replace_directory(tmp_path / "dry-run")
+        second = [i for i, call in enumerate(dry.seen, start=1) if call == "rename"][1]
+        folder = tmp_path / "run"
+        make_directory(folder)
+        with injected(second, raise_io_error), pytest.raises(InjectedError):
+            replace_directory(folder)
+        assert names(folder) == ["made"]
+        assert contents(folder / "made") == {"a": NEW, "b": NEW}
+
+    def test_what_was_retired_comes_back_when_the_next_one_is_written(self, tmp_path: Path) -> None:
+        make_directory(tmp_path)
+        (tmp_path / "made").rename(tmp_path / ".old-made")
+        with pytest.raises(OSError, match="exists already"):
+            make_directory(tmp_path)
+        assert names(tmp_path) == ["made"]
+        assert contents(tmp_path / "made") == {"a": NEW, "b": NEW}
 
     def test_without_replace_a_directory_with_files_is_an_error(self, tmp_path: Path) -> None:
         make_directory(tmp_path)

@@ -66,25 +66,33 @@ def test_a_line_that_was_cut_anywhere_is_passed_over(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "kept"), [(None, []), (0, [0]), (2, [0, 1, 2]), (9, [0, 1, 2, 3, 4])]
+    ("step", "count", "kept"),
+    [
+        (0, 0, []),
+        (0, 9, [0]),
+        (2, 9, [0, 1, 2]),
+        (9, 9, [0, 1, 2, 3, 4]),
+        (9, 2, [0, 1]),
+        (2, 2, [0, 1]),
+    ],
 )
-def test_cut_back_keeps_the_reports_up_to_a_step(
-    path: Path, step: int | None, kept: list[int]
+def test_cut_back_keeps_so_many_reports_up_to_a_step(
+    path: Path, step: int, count: int, kept: list[int]
 ) -> None:
     before: list[dict[str, Any]] = read_metrics(path)
-    cut_back(path, step)
+    assert cut_back(path, step, count) == len(kept)
     assert read_metrics(path) == before[: len(kept)]
     assert steps(path) == kept
 
 
 def test_after_a_cut_a_half_written_line_is_gone_and_reports_go_on(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
-    cut_back(path, 3)
+    cut_back(path, 3, 9)
     append_metrics(path, {"step": 4})
     assert steps(path) == [0, 1, 2, 3, 4]
     assert [path.name for path in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
 def test_cutting_back_what_is_not_there_makes_an_empty_file(tmp_path: Path) -> None:
-    cut_back(tmp_path / "metrics.jsonl", 3)
+    assert cut_back(tmp_path / "metrics.jsonl", 3, 9) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""

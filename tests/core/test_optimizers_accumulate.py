@@ -138,6 +138,30 @@ def test_flush_under_skip_changes_nothing() -> None:
     assert [tier.updates for tier in optimizer.get_tier_stats()] == [1, 0]
 
 
+def test_flush_takes_a_tree_that_holds_more_and_leaves_the_rest_alone() -> None:
+    optimizer = accumulating(4)
+    weights = train(optimizer, 2) | {"frozen": mx.ones((2,))}
+    flushed = optimizer.flush(weights)
+    assert bits({"slow": flushed["slow"]}) == reference([chunk(range(1, 3), "mean")])[0]
+    assert flushed["frozen"] is weights["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, r"slow: missing, expected \(\(2, 4\), mlx\.core\.float32\)"),
+        ({"slow": mx.ones((8,))}, r"slow: \(\(8,\), mlx\.core\.float32\), expected \(\(2, 4\)"),
+        ({"slow": mx.ones((2, 4), mx.bfloat16)}, r"slow: \(\(2, 4\), mlx\.core\.bfloat16\), expec"),
+    ],
+)
+def test_flush_refuses_a_parameter_that_is_not_as_it_was(change: Any, message: str) -> None:
+    optimizer = accumulating(4)
+    weights = train(optimizer, 2)
+    with pytest.raises(ValueError, match=message):
+        optimizer.flush({"fast": weights["fast"]} | change)
+    assert optimizer.state["nested"]["gathered"].tolist() == [0, 2]
+
+
 def test_training_goes_on_after_a_flush_on_the_same_clock() -> None:
     optimizer = accumulating(4)
     weights = optimizer.flush(train(optimizer, 2))
@@ -158,6 +182,20 @@ def test_a_non_finite_gradient_is_left_out_of_the_chunk() -> None:
     assert bits({"slow": weights["slow"]}) == reference([mean])[0]
     stats = optimizer.get_tier_stats()
     assert [(tier.updates, tier.skipped) for tier in stats] == [(2, 1), (1, 0)]
+
+
+@by_combination
+def test_a_sum_that_would_overflow_skips_the_step_and_keeps_the_chunk(combination: Any) -> None:
+    optimizer = accumulating(3, accumulate=combination)
+    weights = train(optimizer, 1)
+    huge = values(2) | {"slow": mx.full((2, 4), 3.4e38)}
+    first = optimizer.apply_gradients(huge, weights)
+    second = optimizer.apply_gradients(huge, first)  # finite by itself, not on top of the first
+    assert bits(second) == bits(first)
+    assert optimizer.state["nested"]["gathered"].tolist() == [0, 2]
+    assert mx.isfinite(optimizer.state["slow"]["sum"]).all().item()
+    stats = optimizer.get_tier_stats()
+    assert [(tier.updates, tier.skipped) for tier in stats] == [(2, 1), (0, 1)]
 
 
 def test_a_chunk_whose_due_step_is_not_finite_stays_open_until_the_next() -> None:

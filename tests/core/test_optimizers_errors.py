@@ -96,6 +96,23 @@ def test_a_shape_that_changed_between_steps(make: Make) -> None:
         optimizer.apply_gradients(gradients() | longer, parameters() | longer)
 
 
+@both
+def test_a_dtype_that_changed_between_steps(make: Make) -> None:
+    optimizer = ready(make)
+    optimizer.apply_gradients(gradients(), parameters())
+    half = {"a": mx.ones((2,), mx.bfloat16)}
+    with refused(
+        "a: dtype mlx.core.bfloat16 now, mlx.core.float32 when the optimizer was initialised"
+    ):
+        optimizer.apply_gradients(gradients() | half, parameters() | half)
+
+
+@both
+def test_a_hole_where_a_gradient_should_be(make: Make) -> None:
+    with refused("Gradients should be arrays: a is a NoneType."):
+        make(1e-3).apply_gradients(gradients() | {"a": None}, parameters())
+
+
 def test_all_misfits_are_in_one_message() -> None:
     wrong = {"a": mx.ones((3,)), "b": mx.ones(1), "layers": [{"w": mx.ones((3, 2), mx.bfloat16)}]}
     with pytest.raises(ValueError, match="Gradients do not fit") as error:
@@ -179,7 +196,51 @@ def test_eps_below_zero(make: Make) -> None:
         make(1e-3, eps=-1e-8)
 
 
-@pytest.mark.parametrize("frequency", [0, -1])
-def test_a_frequency_below_one(frequency: int) -> None:
+@pytest.mark.parametrize("frequency", [0, -1, 1.5, float("nan"), float("inf")])
+def test_a_frequency_that_is_no_whole_number_above_0(frequency: int) -> None:
     with refused(f"A tier's frequency should be a whole number >= 1, got {frequency}."):
         Tier(frequency)
+
+
+@both
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"slow_gradients": "acumulate"},
+            'slow_gradients should be "skip" or "accumulate", got \'acumulate\'',
+        ),
+        ({"accumulate": "avg"}, 'accumulate should be "mean" or "sum", got \'avg\''),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm should be >=0, nan was provided instead"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm should be >=0, inf was provided instead"),
+        ({"max_grad_norm": -1}, "max_grad_norm should be >=0, -1 was provided instead"),
+        ({"tiers": [1, 2, 4]}, "tiers should be Tier(frequency=...) records, got ['int']"),
+    ],
+)
+def test_an_option_that_means_nothing(make: Make, options: dict[str, Any], message: str) -> None:
+    with refused(message):
+        make(1e-3, **options)
+
+
+@pytest.mark.parametrize("field", ["learning_rate_scale", "weight_decay"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5])
+def test_a_tiers_number_that_means_nothing(field: str, value: float) -> None:
+    with refused(f"A tier's {field} should be >=0, {value} was provided instead"):
+        Tier(**{field: value})  # type: ignore[arg-type]
+
+
+def test_one_name_where_a_set_of_names_is_due() -> None:
+    with refused("A tier's names should be a set of names, got 'layers.0.w' alone."):
+        Tier(2, "layers.0.w")  # type: ignore[arg-type]
+
+
+def test_weight_decay_a_tier_without_decay() -> None:
+    with refused("A tier's weight_decay needs NestedAdamW; NestedAdam has no decay."):
+        NestedAdam(1e-3, tiers=[Tier(1, frozenset({"a"})), Tier(2, weight_decay=0.1)])
+
+
+def test_parameters_that_no_tier_names_go_to_the_slowest_wherever_it_stands() -> None:
+    clocks = [Tier(4, frozenset({"layers.0.w"})), Tier(1, frozenset({"a"}))]
+    with pytest.warns(UserWarning, match=r"No tier names \['layers\.1\.w'\]: updated in tier 0\."):
+        optimizer = ready(tiers=clocks)
+    assert [tier.tensors for tier in optimizer.get_tier_stats()] == [2, 1]

@@ -137,3 +137,18 @@ def test_gradients_below_the_bound_are_left_as_they_are() -> None:
     bounded, free = two_tiers(max_grad_norm=100.0), two_tiers()
     found = bounded.apply_gradients(values(1), values(0))
     assert bits(found) == bits(free.apply_gradients(values(1), values(0)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_norm_that_overflows_skips_the_step_where_it_would_clip(compiled: bool) -> None:
+    optimizer = two_tiers(max_grad_norm=1.0)
+    step = optimizer.apply_gradients
+    if compiled:
+        step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+    before = step(values(1), values(0))
+    after = step(values(2, fast=mx.full((6,), 1e20)), before)
+    assert bits(after) == bits(before)
+    assert counts(optimizer) == [(1, 1), (0, 1)]
+    again = step(values(3), after)
+    assert bits(again["fast"]) != bits(after["fast"])
+    assert optimizer.state["nested"]["nonfinite_in_a_row"].item() == 0

@@ -11,7 +11,7 @@ import pytest
 from mlx import nn, optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from nested_core import NestedAdam, NestedAdamW, Tier
+from nested_core import NestedAdam, NestedAdamW, Tier, TierStats
 
 MODES = ["skip", "accumulate"]
 
@@ -49,7 +49,7 @@ def make(mode: Any) -> NestedAdamW:
     return NestedAdamW(schedule, bias_correction=True, tiers=clocks, slow_gradients=mode)
 
 
-def train(optimizer: NestedAdam, weights: Any, steps: range) -> Any:
+def train(optimizer: optimizers.Optimizer, weights: Any, steps: range) -> Any:
     for n in steps:
         weights = optimizer.apply_gradients(gradients(n), weights)
     return weights
@@ -95,6 +95,44 @@ def test_the_state_of_a_drop_in_is_mlx_own_until_its_first_step(ours: Any, their
     for optimizer in (found, expected):
         optimizer.init(parameters())
     assert bits(found.state) == bits(expected.state)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(NestedAdam, optimizers.Adam), (NestedAdamW, optimizers.AdamW)]
+)
+def test_training_that_mlx_began_goes_on_bit_for_bit(
+    ours: Any, theirs: Any, bias_correction: bool
+) -> None:
+    straight = theirs(1e-2, bias_correction=bias_correction)
+    begun = train(straight, parameters(), range(1, 8))
+    resumed = ours(1e-2, bias_correction=bias_correction)
+    resumed.state = tree_map(mx.array, straight.state)
+    resumed.init(parameters())
+    assert [tier.updates for tier in resumed.get_tier_stats()] == [7]
+    expected = train(straight, begun, range(8, 12))
+    assert bits(train(resumed, begun, range(8, 12))) == bits(expected)
+    moments = {name: leaf for name, leaf in resumed.state.items() if name != "nested"}
+    assert bits(moments) == bits(straight.state)
+    assert [tier.updates for tier in resumed.get_tier_stats()] == [11]
+
+
+def test_tiers_count_on_from_the_steps_that_mlx_did() -> None:
+    straight = optimizers.AdamW(1e-2)
+    begun = train(straight, parameters(), range(1, 8))
+    resumed = make("skip")
+    resumed.state = tree_map(mx.array, straight.state)
+    resumed.init(parameters())
+    assert [tier.updates for tier in resumed.get_tier_stats()] == [7, 2]
+    train(resumed, begun, range(8, 10))
+    assert [tier.updates for tier in resumed.get_tier_stats()] == [9, 3]
+
+
+def test_tier_stats_are_there_before_the_first_step() -> None:
+    optimizer = NestedAdamW(1e-2)
+    assert optimizer.get_tier_stats() == [TierStats(0, 1, 0, 0, 0, 0)]
+    optimizer.init(parameters())
+    assert optimizer.get_tier_stats() == [TierStats(0, 1, 4, 17, 0, 0)]
 
 
 @pytest.mark.parametrize("mode", MODES)

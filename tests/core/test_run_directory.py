@@ -45,6 +45,7 @@ def other_process(run: RunDirectory) -> Iterator[subprocess.Popen[str]]:
 def begin(run: RunDirectory) -> None:
     run.path.mkdir(parents=True)
     run.config.write_text("iters: 3\n")
+    run.lock.touch()
 
 
 def test_every_file_has_the_name_that_others_look_for(run: RunDirectory) -> None:
@@ -119,6 +120,28 @@ class TestOpening:
         run.path.mkdir()
         run.lock.touch()
         assert open_run(run.path, resume=True) == run
+
+    def test_a_folder_with_a_configuration_of_its_own_is_no_run(self, run: RunDirectory) -> None:
+        run.path.mkdir()
+        run.config.write_text("model: mine")
+        (run.path / "checkpoints").mkdir()
+        with pytest.raises(ConfigError) as error:
+            open_run(run.path, resume=True)
+        assert str(error.value) == (
+            f"{run.path} is not a run directory: it is not empty, and has no run.lock, "
+            "dataset.json or tiers.json as a run leaves them. Nothing there is touched; give the "
+            "--run-dir of the run that is to go on."
+        )
+        with pytest.raises(ConfigError, match=r"it has no run\.lock, dataset\.json or tiers\.json"):
+            run.require_begun()
+
+    @pytest.mark.parametrize("mark", ["run.lock", "dataset.json", "tiers.json"])
+    def test_a_run_is_known_by_each_of_its_marks(self, run: RunDirectory, mark: str) -> None:
+        run.path.mkdir()
+        (run.path / mark).touch()
+        run.config.touch()
+        assert open_run(run.path, resume=True) == run
+        run.require_begun()
 
     def test_nothing_cannot_be_resumed(self, run: RunDirectory) -> None:
         for make in (lambda: None, run.path.mkdir):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,6 +32,18 @@ def test_progress_goes_to_standard_error(command_run: CommandRun) -> None:
     assert lines[0] == "run directory: run"
     assert any(line.startswith("step 8: ") and "validation loss" in line for line in lines)
     assert "Traceback" not in command_run.ended.stderr
+
+
+def test_what_each_tier_holds_is_said_before_training(command_run: CommandRun) -> None:
+    tier_of = json.loads((command_run.run_dir / "tiers.json").read_bytes())["tensors"]
+    tensors = read_adapter(command_run.run_dir / "adapter").tensors
+    sizes = [math.prod(tensors[name].shape) for name, tier in tier_of.items() if tier == 0]
+    assert (len(sizes), sum(sizes)) == (28, 20480)
+    expected = (
+        "tier 0 (every step): 28 tensors, 20,480 parameters; tier 1 (every 2 steps): 28 tensors, "
+        "20,480 parameters; tier 2 (every 4 steps): 28 tensors, 20,480 parameters"
+    )
+    assert expected in command_run.ended.stderr
 
 
 def test_the_run_directory_holds_the_whole_truth(command_run: CommandRun) -> None:

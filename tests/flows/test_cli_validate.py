@@ -85,6 +85,7 @@ def test_sound_data_are_counted_and_accepted(validated: Validated) -> None:
     assert done.code == 0
     assert done.document["counts"]["error"] == 0
     assert done.document["splits"]["train"]["rows"] == 40
+    assert "examples" not in done.document
     assert done.document["splits"]["train"]["tokens"]["supervised"] > 40
 
 

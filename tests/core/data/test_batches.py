@@ -35,7 +35,8 @@ def split_of(lengths: list[int], learnt: list[bool] | None = None) -> TokenizedS
     tokens = np.arange(1, starts[-1] + 1, dtype=np.int32)
     supervised = np.resize([True] if learnt is None else learnt, len(tokens))
     supervised[starts[:-1]] = False
-    return TokenizedSplit(tokens, supervised, starts)
+    lines = np.arange(1, len(lengths) + 1, dtype=np.int32)
+    return TokenizedSplit(tokens, supervised, starts, lines)
 
 
 @given(lengths_lists, batch_sizes, seeds, st.integers(0, 5))
@@ -116,14 +117,14 @@ def test_a_bucket_holds_whole_batches_and_every_row_fits_into_its_width(
     assert buckets.padding_share == 1 - (sum(lengths) - len(lengths)) / positions
 
 
-def test_widths_are_few_multiples_of_four_and_no_wider_than_allowed() -> None:
+def test_widths_are_few_round_where_long_and_no_wider_than_allowed() -> None:
     every = np.repeat(np.arange(1, 2049), 10)
     buckets = fill_buckets(every, 8, 2048)
     assert len(buckets.widths) <= MAX_WIDTHS
-    assert (buckets.widths % 4 == 0).all()
-    assert fill_buckets([2048, 100], 1, 2048).widths.tolist() == [2048, 100]
-    assert fill_buckets([100], 1, 99).widths.tolist() == [99]
-    assert fill_buckets([20] * 64, 4).widths.tolist() == [20]
+    assert (buckets.widths[buckets.widths > 1024] % 16 == 0).all()
+    assert fill_buckets([2048, 1030, 300, 100], 1, 2048).widths.tolist() == [2048, 1040, 300, 99]
+    assert fill_buckets([2048], 1, 2040).widths.tolist() == [2040]
+    assert fill_buckets([20] * 64, 4).widths.tolist() == [19]
 
 
 @pytest.mark.parametrize(("rows", "theirs"), [(2_000, 0.6), (20_000, 0.6)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
-import os
 import random
 from pathlib import Path
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,10 +17,12 @@ from nested_core.data.dataset import load_dataset
 from nested_core.data.decoding import LineProblem
 from nested_core.data.fields import Features
 from nested_core.data.parsing import parse_line
-from nested_core.data.reading import read_line, read_rows
+from nested_core.data.reading import read_span
+from nested_core.data.rows import read_line
 from nested_core.data.settings import DataSettings
+from nested_core.data.workers import Span
 
-MUTATIONS = int(os.environ.get("NESTED_TUNE_MUTATIONS", "2000"))
+MUTATIONS = 2000
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 GOOD = [
     {"messages": [{"role": "user", "content": "Où?"}, {"role": "assistant", "content": "Là."}]},
@@ -84,28 +88,60 @@ def test_mutated_files_never_raise_and_never_lose_a_line(tmp_path: Path) -> None
     for _ in range(MUTATIONS):
         content = mutate(SEED_FILE, dice)
         path.write_bytes(content)
-        rows = list(read_rows(path, Features()))
+        frame, digests = read_span(path, Span(0, len(content)), Features())
         expected = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
-        assert [row.line for row in rows] == list(range(1, expected + 1))
-        for row in rows:
-            assert row.is_blank + (row.check is not None) + (row.format is not None) == 1
+        assert frame.height == expected
+        for row in frame.iter_rows(named=True):
+            assert row["is_blank"] + (row["check"] is not None) + (row["format"] is not None) == 1
+        assert len(digests) == 32 * frame["format"].count()
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_mutated_data_sets_are_judged_line_by_line(seed: int, tmp_path: Path) -> None:
-    dice = random.Random(seed)
-    for _ in range(MUTATIONS // 80):
-        for split in ("train", "valid"):
-            (tmp_path / f"{split}.jsonl").write_bytes(mutate(SEED_FILE * 3, dice))
-        report, _ = load_dataset(DataSettings(str(tmp_path)), None)
+def good_files() -> dict[str, bytes]:
+    """The same kind of examples in each format."""
+    table = pl.DataFrame([{"text": f"Où? {n}", "n": n} for n in range(12)])
+    parquet = io.BytesIO()
+    table.write_parquet(parquet)
+    return {
+        "jsonl": SEED_FILE * 3,
+        "jsonl.gz": gzip.compress(SEED_FILE * 3),
+        "json": json.dumps(GOOD * 3, indent=1).encode(),
+        "csv": b'prompt,completion\r\n"Where, is\nit?","In ""A"" it is."\r\na,b\r\n\r\nc,d\r\n' * 3,
+        "parquet": parquet.getvalue(),
+    }
+
+
+def judge_mutations(suffix: str, count: int, folder: Path, seed: int) -> None:
+    """Damage three files at a time; nothing may be raised, and each line must be accounted for."""
+    dice, good = random.Random(seed), good_files()[suffix]
+    for _ in range(count // 3):
+        written = {split: mutate(good, dice) for split in ("train", "valid", "test")}
+        for split, content in written.items():
+            (folder / f"{split}.{suffix}").write_bytes(content)
+        report, _ = load_dataset(DataSettings(str(folder)), None)
+        assert set(report.splits) == set(written)
         for split, counted in report.splits.items():
-            bad = {f.line for f in report.errors if f.file == f"{split}.jsonl" and f.line}
-            assert counted.rows + len(bad) + counted.blank == counted.lines
+            bad = {f.line for f in report.errors if f.file == counted.file and f.line}
+            assert counted.rows + len(bad) + counted.blank == counted.lines, written[split]
+            if suffix == "jsonl":
+                content = written[split]
+                assert counted.lines == content.count(b"\n") + (content[-1:] not in (b"", b"\n"))
+
+
+@pytest.mark.parametrize("suffix", good_files())
+def test_mutated_data_sets_account_for_every_line(suffix: str, tmp_path: Path) -> None:
+    judge_mutations(suffix, 60, tmp_path, seed=1)
+
+
+@pytest.mark.reliability
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("suffix", good_files())
+def test_2000_mutations_of_each_format_account_for_every_line(suffix: str, tmp_path: Path) -> None:
+    judge_mutations(suffix, 2001, tmp_path, seed=2)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_make_a_row(raw: bytes) -> None:
-    row = read_line(raw, 2, Features())
+    row = read_line(raw, Features())
     assert row.is_blank or row.check or row.format
 
 
@@ -135,7 +171,7 @@ def problem_of(raw: bytes) -> LineProblem | None:
 def test_any_json_is_an_example_or_a_problem(value: object) -> None:
     raw = json.dumps(value).encode()
     problem = problem_of(raw)
-    row = read_line(raw, 2, Features())
+    row = read_line(raw, Features())
     assert row.check == (problem and problem.check)
     assert (row.format is None) == (problem is not None)
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from nested_core.data.dataset import load_dataset
-from nested_core.data.fields import Features
 from nested_core.data.settings import DataSettings
+from nested_core.data.sources import Source
 from nested_core.data.token_files import open_tokens
-from nested_core.data.tokenizing import SplitLines, tokenize_splits
-from nested_core.errors import DamagedError
+from nested_core.data.tokenizing import SoundLines, tokenize_splits
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
@@ -45,7 +45,7 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
     folder = write_data(train=chats(ROWS), valid=chats(150), test=[])
     skip = {"train": {1, 5, ROWS // 2, ROWS - 1}, "valid": {2}, "test": set[int]()}
     splits = {
-        split: SplitLines(folder / f"{split}.jsonl", frozenset(lines))
+        split: SoundLines(Source(f"{split}.jsonl", folder / f"{split}.jsonl"), frozenset(lines))
         for split, lines in skip.items()
     }
     found = []
@@ -56,10 +56,8 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
         facts = tokenize_splits(
             out,
             splits,
-            Features(),
+            DataSettings(str(folder), max_seq_length=64, supervise="all"),
             tokenizer,
-            max_seq_length=64,
-            targets="all",
             processes=processes,
             on_progress=lambda *args, seen=progress: seen.append(args),
         )
@@ -73,8 +71,49 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
         left_out = skip["train"] | {n for n in range(1, ROWS + 1) if n % 97 == 0 or n % 101 == 0}
         assert lines == [n for n in range(1, ROWS + 1) if n not in left_out]
     assert found[0] == found[1]
-    names = {f"{split}.{kind}" for split in splits for kind in ("tokens", "supervised", "starts")}
+    names = {
+        f"{split}.{kind}"
+        for split in splits
+        for kind in ("tokens", "supervised", "starts", "lines")
+    }
     assert set(found[0][0]) == names
+
+
+OWN_CODE = """
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast):
+    def encode(self, text, **more):
+        return super().encode(text.upper(), **more)
+"""
+
+
+def write_own_tokenizer() -> str:
+    """A tokenizer whose folder brings code of its own, which writes everything large."""
+    folder = Path(build_tokenizer(TEMPLATE).folder)
+    config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    own = {"auto_map": {"AutoTokenizer": [None, "own.Own"]}, "tokenizer_class": "Own"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(OWN_CODE)
+    return str(folder)
+
+
+def test_a_tokenizers_own_code_runs_in_workers_where_it_is_trusted_and_nowhere_else(
+    write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nested_core.data.tokenizing.RANGE_BYTES", 2**7)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # the workers' alone
+    folder = write_data(train=[{"text": f"number {n}"} for n in range(20)])
+    sound = {"train": SoundLines(Source("train.jsonl", folder / "train.jsonl"), frozenset())}
+    settings, own = DataSettings(str(folder)), write_own_tokenizer()
+    out = tmp_path / "out"
+    out.mkdir()
+    trusted = TokenizerSource(own, trust_remote_code=True)
+    tokenize_splits(out, sound, settings, trusted, processes=2)
+    tokens = np.fromfile(out / "train.tokens", "<i4").tolist()
+    plain = build_tokenizer(TEMPLATE).load()
+    assert plain.decode(tokens).startswith("NUMBER 0<|end|>NUMBER 1<|end|>")
+    with pytest.raises(ConfigError, match="contains custom code which must be executed"):
+        TokenizerSource(own).load()
 
 
 @pytest.fixture
@@ -94,7 +133,7 @@ def test_what_was_written_is_read_again_from_the_folder(
     fresh = load_dataset(DataSettings(str(write_data())), tokenizer)[1]
     assert list(again) == ["train", "valid"]
     for split in again:
-        for name in ("tokens", "supervised", "starts"):
+        for name in ("tokens", "supervised", "starts", "lines"):
             mine, other = getattr(again[split], name), getattr(fresh[split], name)
             assert mine.dtype == other.dtype
             assert mine.tolist() == other.tolist()
@@ -181,5 +220,5 @@ def write_arrays(folder: Path, lengths: Any) -> None:
         for length in lengths:
             writer.add(range(length), bytes(length))
     with SplitWriter(folder / "train") as joined:
-        joined.join(folder / "part", lengths)
+        joined.join(folder / "part", np.arange(len(lengths)), lengths)
     seal_tokens(folder)

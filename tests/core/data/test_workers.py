@@ -203,5 +203,5 @@ def test_spans_end_at_lines(tmp_path: Path) -> None:
 
 
 def test_small_work_is_worth_one_process() -> None:
-    assert processes_for(1000) == 1
+    assert processes_for(1000) == processes_for(20 * 2**20) == 1
     assert processes_for(10**9) == usable_cores()

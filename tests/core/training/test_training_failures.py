@@ -114,6 +114,18 @@ def test_skipped_steps_above_the_gates_share_are_rejected(skipping: Finished) ->
     assert (tier.expected_updates, tier.applied_updates, tier.skipped_updates) == (20, 19, 1)
 
 
+def test_training_that_ends_right_after_the_limit_is_given_up_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Any] = {"iters": 4, "learning_rate": 1e30, "val_batches": 0}
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row, up to step 4"):
+        train_example(tmp_path / "run", training={"max_nonfinite_steps": 3}, **changes)
+    assert caplog.messages == [
+        f"step {step} was skipped: its gradients are not finite ({row} in a row)"
+        for step, row in ((2, 1), (3, 2), (4, 3))
+    ]
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_training_that_stays_non_finite_is_given_up_after_the_limit(
     tmp_path: Path, limit: int
@@ -157,10 +169,13 @@ def test_updates_that_never_reach_the_model_raise_a_red_flag_and_the_gate_reject
     with (
         patch.object(trainer, "apply_flat_updates_to_nested", lose),
         pytest.warns(SilentUpdateWarning, match="at step 1 14 of 28 computed updates are not in"),
+        pytest.warns(SilentUpdateWarning, match="checkpoint of step 8 equals the initial adapter"),
     ):
         done = train(config, run)
-    (flag,) = done.result.red_flags
-    assert flag.startswith("updates_not_applied: at step 1")
+    assert [flag.split(" ")[0] for flag in done.result.red_flags] == [
+        "updates_not_applied:",
+        "checkpoint_unchanged:",
+    ]
     with pytest.raises(GateRejected, match="unchanged"):
         pipeline.judge(config, run)
     assert json.loads(run.gate.read_bytes())["reasons"][0]["code"] == "unchanged"
@@ -173,6 +188,36 @@ def test_a_learning_rate_too_small_to_move_a_weight_raises_a_red_flag(tmp_path: 
             tmp_path / "run", learning_rate=1e-12, val_batches=0, nested={"frequencies": [1]}
         )
     assert [flag.split(":")[0] for flag in done.result.red_flags] == ["parameters_unchanged"]
+
+
+def test_a_checkpoint_that_equals_the_initial_adapter_raises_a_red_flag(tmp_path: Path) -> None:
+    no_rate = {"name": "linear_schedule", "arguments": [0.0, 0.0, 10]}
+    with pytest.warns(SilentUpdateWarning) as caught:
+        done = train_example(
+            tmp_path / "run", lr_schedule=no_rate, val_batches=0, save_every=2, iters=6
+        )
+    assert [str(warning.message) for warning in caught] == [
+        "checkpoint_unchanged: the checkpoint of step 4 equals the initial adapter, byte for byte: "
+        "nothing has been trained yet."
+    ]
+    assert list(done.result.red_flags) == [str(caught[0].message)]
+
+
+def test_a_loss_that_does_not_move_raises_a_red_flag(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "lr_schedule": {"name": "linear_schedule", "arguments": [0.0, 0.0, 10]},
+        "batch_size": 40,
+        "iters": 5,
+        "val_batches": 0,
+        "steps_per_report": 1,
+        "training": {"flat_loss_reports": 4},
+    }
+    with pytest.warns(SilentUpdateWarning) as caught:
+        done = train_example(tmp_path / "run", **changes)
+    flat, unchanged = (str(warning.message) for warning in caught)
+    assert flat.startswith("loss_flat: the training loss has not moved beyond noise over 4 reports")
+    assert unchanged.startswith("checkpoint_unchanged: the checkpoint of step 5")
+    assert done.result.red_flags == (flat, unchanged)
 
 
 def test_slow_tiers_that_gather_raise_no_red_flag_between_their_updates(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from nested_core import pipeline
 from nested_core.adapters import read_adapter
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.model import attach_adapter, is_adapter_parameter, load_base, trainable
 from nested_core.pytree import flatten
 from tests.example import MODEL, Finished, example_config, prepare, train_example
@@ -168,6 +168,27 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(
     existing = every_step.run.adapter / "adapters.safetensors"
     config = example_config(resume_adapter_file=str(existing), lora_parameters={"rank": 4})
     with pytest.raises(ConfigError, match=r"shape \(192, 8\), expected \(192, 4\)"):
+        prepare(config, tmp_path / "run")
+
+
+def test_an_adapter_that_is_not_finite_is_refused_by_name(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    tensors = read_adapter(every_step.run.adapter).tensors
+    arrays = {name: tensor.to_numpy().copy() for name, tensor in tensors.items()}
+    name = sorted(arrays)[3]
+    arrays[name][0, 0] = float("nan")
+    save_file(arrays, tmp_path / "nan.safetensors")
+    config = example_config(resume_adapter_file=str(tmp_path / "nan.safetensors"))
+    with pytest.raises(ConfigError, match=rf"1 tensors of .* hold NaN or infinity, {name} among"):
+        prepare(config, tmp_path / "run")
+
+
+def test_an_adapter_file_that_is_cut_short_is_damage(every_step: Finished, tmp_path: Path) -> None:
+    whole = (every_step.run.adapter / "adapters.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-7])
+    config = example_config(resume_adapter_file=str(tmp_path / "cut.safetensors"))
+    with pytest.raises(DamagedError, match=r"cut\.safetensors is not a sound safetensors file"):
         prepare(config, tmp_path / "run")
 
 

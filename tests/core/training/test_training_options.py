@@ -68,6 +68,13 @@ def test_importance_puts_whole_layers_into_tiers_the_most_important_fastest(
     )
 
 
+def test_the_probe_of_a_run_does_not_change_what_it_starts_from(tmp_path: Path) -> None:
+    probed = prepare(example_config(nested=IMPORTANCE), tmp_path / "probed")
+    plain = prepare(example_config(), tmp_path / "plain")
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        assert (probed.initial / name).read_bytes() == (plain.initial / name).read_bytes()
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return train_example(tmp_path_factory.mktemp("plain") / "run", **LOSSES)

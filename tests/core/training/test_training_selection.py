@@ -101,3 +101,17 @@ def test_the_adapter_of_an_early_stop_has_the_loss_that_is_recorded_for_it(
     verdict = pipeline.judge(lenient, done.run)
     assert verdict.validation is not None
     assert verdict.validation.loss_after == pytest.approx(done.result.best_val_loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("slow_gradients", ["skip", "accumulate"])
+def test_a_last_evaluation_comes_after_the_last_update(tmp_path: Path, slow_gradients: str) -> None:
+    nested = {"frequencies": [1, 2, 4], "slow_gradients": slow_gradients}
+    done = train_example(tmp_path / "run", iters=7, steps_per_eval=4, nested=nested)
+    losses = evaluations(done)
+    assert list(losses) == [0, 4, 7]
+    state = json.loads((checkpoint_path(done.run.checkpoints, 7) / STATE_NAME).read_bytes())
+    assert state["flushed"] is (slow_gradients == "accumulate")
+    assert done.result.adapter_step == 7
+    verdict = pipeline.judge(done.config, done.run)
+    assert verdict.validation is not None
+    assert verdict.validation.loss_after == pytest.approx(losses[7], rel=1e-4)

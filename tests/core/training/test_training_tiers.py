@@ -119,3 +119,33 @@ def test_a_tier_that_is_never_due_is_refused_before_training(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"every 4 optimizer steps, but the run has only 3"):
         train(config, run)
     assert not run.metrics.exists()
+
+
+def test_a_tier_a_layer_with_a_frequency_each(tmp_path: Path) -> None:
+    frequencies = [1, 2, 3, 4, 5, 6]
+    done = train_example(tmp_path / "run", iters=6, nested={"frequencies": frequencies})
+    assert done.metrics()[-1]["updates"] == [6, 3, 2, 1, 1, 1]
+    verdict = pipeline.judge(done.config, done.run)
+    assert [t.applied_updates for t in verdict.tiers] == [6 // every for every in frequencies]
+    stats = done.trainer.optimizer.get_tier_stats()
+    assert [(s.tier, s.frequency, s.tensors, s.updates) for s in stats] == [
+        (i, every, 14, 6 // every) for i, every in enumerate(frequencies)
+    ]
+    assert sum(s.parameters for s in stats) == sum(
+        tensor.to_numpy().size for tensor in done.at(6).tensors.values()
+    )
+
+
+@pytest.mark.parametrize(("fast", "layers"), [("shallow", (0, 5)), ("deep", (5, 0))])
+def test_the_end_that_is_to_be_fast_updates_at_every_step(
+    tmp_path: Path, fast: str, layers: tuple[int, int]
+) -> None:
+    nested = {"frequencies": [1, 2, 4], "fast": fast}
+    done = train_example(tmp_path / "run", iters=5, nested=nested, save_every=1)
+    moved = [
+        {int(name.split(".")[2]) for names in moved_tiers(done, step).values() for name in names}
+        for step in range(1, 6)
+    ]
+    assert [layers[0] in each for each in moved] == [True] * 5
+    assert [layers[1] in each for each in moved] == [False, False, False, True, False]
+    assert pipeline.judge(done.config, done.run).has_passed

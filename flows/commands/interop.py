@@ -1,0 +1,77 @@
+"""import-peft and export-peft: adapters from and for PEFT."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.terminal import print_json, say
+from nested_core.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from nested_core.interop import Conversion
+
+
+def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the commands of this module."""
+    imports = commands.add_parser(
+        "import-peft", parents=[shared], help="a PEFT adapter, for mlx-lm and for here"
+    )
+    imports.add_argument("folder", type=Path, metavar="PEFT_DIR")
+    imports.add_argument(
+        "--model", required=True, metavar="BASE", help="the base: a folder or a hub repository"
+    )
+    imports.set_defaults(run=run_import)
+    exports = commands.add_parser(
+        "export-peft", parents=[shared], help="an adapter, for PEFT and what reads its format"
+    )
+    exports.add_argument(
+        "folder",
+        type=Path,
+        metavar="ADAPTER_DIR",
+        help="an adapter, a run directory or REGISTRY/NAME/champion",
+    )
+    exports.add_argument(
+        "--model", metavar="BASE", help="base_model_name_or_path; default: as the adapter says"
+    )
+    exports.set_defaults(run=run_export)
+    for parser in (imports, exports):
+        parser.add_argument(
+            "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder"
+        )
+        parser.add_argument("--json", action="store_true", help="the result as one JSON document")
+
+
+def run_import(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Convert a PEFT adapter to an mlx-lm adapter directory."""
+    from nested_core.interop import import_peft
+
+    done = import_peft(arguments.folder, arguments.out, arguments.model)
+    parameters = done.config["lora_parameters"]
+    return _finish(done, arguments, f"rank {parameters['rank']}, scale {parameters['scale']:g}")
+
+
+def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Convert an mlx-lm adapter directory to a PEFT adapter."""
+    from nested_core.interop import export_peft
+
+    run = RunDirectory(arguments.folder)
+    folder = run.adapter if run.config.is_file() else arguments.folder
+    done = export_peft(folder, arguments.out, arguments.model)
+    return _finish(done, arguments, f"r {done.config['r']}, alpha {done.config['lora_alpha']:g}")
+
+
+def _finish(done: Conversion, arguments: argparse.Namespace, strength: str) -> Callable[[], int]:
+    for note in done.notes:
+        say(f"note: {note}")
+
+    def finish() -> int:
+        if arguments.json:
+            print_json(done.to_json())
+        else:
+            print(f"{done.out}: {done.tensors} tensors of {done.modules} modules, {strength}")
+        return 0
+
+    return finish

@@ -1,0 +1,82 @@
+"""SIGINT and SIGTERM as a graceful stop; a second SIGINT exits at once, within a step too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flows.terminal import say
+from nested_core.errors import TrainingStopped
+
+INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _StopNow(BaseException):
+    """A signal outside of training; no `except Exception` on its way takes it for an error."""
+
+
+class Stopper:
+    """Asks the trainer to stop at a signal; where none trains, the block ends there.
+
+    A handler in Python waits for the computation in hand. Whether there is a second SIGINT a thread
+    watches, which hears of signals as they come.
+    """
+
+    def __init__(self) -> None:
+        self._trainer: Any = None
+        self._is_stopping = False
+
+    def watch(self, trainer: Any) -> None:
+        """Stop this trainer from now on."""
+        self._trainer = trainer
+
+    def release(self) -> None:
+        """Training is over: what a signal asked for in its last moments is done now."""
+        self._trainer = None
+        if self._is_stopping:
+            raise _StopNow
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals while the block runs; TrainingStopped where one came."""
+        receive, send = os.pipe()
+        os.set_blocking(send, False)
+        threading.Thread(target=_exit_at_the_second, args=(receive,), daemon=True).start()
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        fd_before = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+        try:
+            yield
+        except _StopNow:
+            raise TrainingStopped(
+                "Stopped outside of training: what was done so far is on disk. Go on with the same "
+                "command, the same --run-dir and --resume."
+            ) from None
+        finally:
+            signal.set_wakeup_fd(fd_before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(send)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        if self._trainer is None:
+            raise _StopNow
+        self._trainer.stop_training()
+        say("stopping: the step in hand is finished and a checkpoint written")
+
+
+def _exit_at_the_second(receive: int) -> None:
+    """Read signal numbers as they come, until the other end is closed."""
+    has_come = False
+    with open(receive, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if has_come and number[0] == signal.SIGINT:
+                os._exit(INTERRUPTED)
+            has_come = has_come or number[0] in SIGNALS

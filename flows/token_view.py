@@ -1,0 +1,57 @@
+"""Tokenised examples on standard output, several tokens a line: which are learnt, id and text.
+
+Texts are quoted and escaped: no control character of a data set reaches the terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from nested_core.data.showing import ShownExample, ShownToken
+
+WIDTH, CELL = 100, 20
+LONGEST_TEXT = 60
+LEARNT, LEARNT_STYLE = "*", "bold green"
+
+
+def print_examples(examples: Iterable[ShownExample]) -> None:
+    """Print each example below a line that says where it is from and how much of it is learnt."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    for example in examples:
+        learnt = sum(token.supervised for token in example.tokens)
+        place = f"{example.file}:{example.line}"
+        console.print(f"\n{place}: {len(example.tokens)} tokens, {learnt} learnt ({LEARNT})")
+        for line in lay_out(example.tokens, min(WIDTH, console.width)):
+            console.print(line, soft_wrap=True)
+
+
+def lay_out(tokens: Sequence[ShownToken], width: int) -> Iterator[Text]:
+    """Lines of at most `width` columns; a token takes one cell, or as many as its text needs."""
+    digits = max((len(str(token.id)) for token in tokens), default=1)
+    line = Text()
+    for token in tokens:
+        mark = LEARNT if token.supervised else " "
+        content = f"{mark}{token.id:>{digits}} {_quote(token.text)}"
+        cells = -(-(cell_len(content) + 1) // CELL)
+        if line and cell_len(line.plain) + cells * CELL > width:
+            yield _trimmed(line)
+            line = Text()
+        padding = " " * (cells * CELL - cell_len(content))
+        line.append(content, LEARNT_STYLE if token.supervised else "").append(padding)
+    if line:
+        yield _trimmed(line)
+
+
+def _trimmed(line: Text) -> Text:
+    line.rstrip()
+    return line
+
+
+def _quote(text: str) -> str:
+    quoted = repr(text)
+    return quoted if len(quoted) <= LONGEST_TEXT else f"{quoted[:LONGEST_TEXT]}..."

@@ -1,0 +1,59 @@
+"""The configuration of the low-rank matrices, in mlx-lm's words or with PEFT's alpha."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from nested_core.config_section import Section
+
+RANK = 8
+
+
+def _add_alpha(schema: dict[str, Any]) -> None:
+    """Forms that are made from the schema (Prefect's) take alpha too."""
+    schema["properties"]["alpha"] = {"title": "Alpha", "type": "number"}
+
+
+class LoraParameters(Section):
+    """The low-rank matrices: their rank, the factor on their product, where they go (`keys`).
+
+    `alpha` may be given in place of `scale`, and is kept as the scale that it means: alpha / rank
+    (peft/tuners/lora/layer.py). The attribute is not called `keys`, or dict() would take the
+    section for a mapping.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_add_alpha)
+
+    rank: PositiveInt = RANK
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    scale: PositiveFloat = 20.0
+    modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, alias="keys"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_a_scale(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "alpha" not in values:
+            return values
+        others = {key: value for key, value in values.items() if key != "alpha"}
+        alpha, rank = values["alpha"], others.get("rank", RANK)
+        if alpha is None:
+            return others
+        if others.get("scale") is not None:
+            raise ValueError(
+                f"alpha and scale say the same thing (scale = alpha / rank); found alpha {alpha!r} "
+                f"and scale {others['scale']!r}: give one of them"
+            )
+        if not _is_number(alpha) or not 0 < alpha <= sys.float_info.max:
+            raise ValueError(f"alpha should be a finite number above 0; found {alpha!r:.80}")
+        if not _is_number(rank) or not rank >= 1:
+            raise ValueError(f"rank should be a whole number above 0; found {rank!r:.80}")
+        return others | {"scale": alpha / rank}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,197 @@
+"""Files that are not JSONL -> records: a number that a person can find it by, and a line of JSON.
+
+Reads to the first damage and says where that is; whether a record is an example is judged later.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from nested_core.data.decoding import shorten
+
+# Number, one line of JSON (empty: none), and the check that it failed before it was one.
+Record = tuple[int, bytes, tuple[str, str] | None]
+MAX_EXPANSION = 200  # text of real data sets packs to a tenth, hardly ever to a hundredth
+_FREE_BYTES = 64 * 2**20  # so much may come out of any archive
+MAX_LINE_BYTES = 64 * 2**20
+_PARQUET_ROWS = 10_000  # converted at a time
+_NO_SPACE = re.compile(r"[^ \t\n\r]")
+_WITHOUT_LINE_ENDS = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
+
+
+class Damaged(Exception):
+    """A file that cannot be read any further: at which record, and why."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+        self.message = message
+
+
+def read_gzip(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
+    """Yield the lines of a .jsonl.gz as they are; it may not grow beyond all measure."""
+    limit = _FREE_BYTES + MAX_EXPANSION * path.stat().st_size
+    size = line = 0
+    with gzip.open(path) as file:
+        while True:
+            line += 1
+            try:
+                raw = file.readline(MAX_LINE_BYTES + 1)
+            except EOFError:
+                raise Damaged(line, "the gzip file is cut off in this line") from None
+            except (gzip.BadGzipFile, zlib.error) as error:
+                raise Damaged(line, f"the gzip file is damaged: {shorten(error, 80)}") from None
+            if not raw:
+                return
+            size += len(raw)
+            if len(raw) > MAX_LINE_BYTES:
+                raise Damaged(line, f"the line is longer than {MAX_LINE_BYTES:,} bytes")
+            if size > limit:
+                reason = f"it unpacks to more than {MAX_EXPANSION} times its size"
+                raise Damaged(line, f"{reason}; if that is meant, unpack it yourself")
+            yield line, raw.removesuffix(b"\n"), None
+
+
+def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
+    """Yield the elements of a .json file, which is one array; all of it is held in memory."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = f"byte 0x{raw[error.start]:02x} in line {line}"
+        raise Damaged(1, f"{byte} is not UTF-8; save the file as UTF-8") from None
+    del raw
+    position = _skip_space(text, 0)
+    if not text.startswith("[", position):
+        found = repr(text[position]) if position < len(text) else "nothing"
+        reason = f"expected an array of objects, [{{...}}, ...], found {found}"
+        raise Damaged(1, f"{reason}; name a file with an object a line .jsonl")
+    decoder, number = json.JSONDecoder(), 0
+    position = _skip_space(text, position + 1)
+    while number or not text.startswith("]", position):
+        number += 1
+        start, position = position, _element_end(decoder, text, position, number)
+        yield number, text[start:position].translate(_WITHOUT_LINE_ENDS).encode(), None
+        position = _skip_space(text, position)
+        if text.startswith("]", position):
+            break
+        if not text.startswith(",", position):
+            raise Damaged(number + 1, f"expected a comma or ] at {_place(text, position)}")
+        position = _skip_space(text, position + 1)
+    position = _skip_space(text, position + 1)
+    if position < len(text):
+        raise Damaged(number + 1, f"text after the array at {_place(text, position)}")
+
+
+def _skip_space(text: str, position: int) -> int:
+    found = _NO_SPACE.search(text, position)
+    return found.start() if found else len(text)
+
+
+def _element_end(decoder: json.JSONDecoder, text: str, start: int, number: int) -> int:
+    try:
+        return decoder.raw_decode(text, start)[1]
+    except json.JSONDecodeError as error:
+        if text.startswith("]", start):
+            message = f"a comma before the closing ] at {_place(text, start)}"
+            raise Damaged(number, message) from None
+        where = _place(text, min(error.pos, len(text)))
+        raise Damaged(number, f"not valid JSON at {where}: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        where = _place(text, start)
+        reason = "nested too deep" if isinstance(error, RecursionError) else "a number too long"
+        raise Damaged(number, f"the value at {where} is {reason}") from None
+
+
+def _place(text: str, position: int) -> str:
+    line = text.count("\n", 0, position) + 1
+    return f"line {line} column {position - text.rfind(chr(10), 0, position)}"
+
+
+def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[Record]:
+    """Yield the records of a .csv; its first names the columns, and quotes must be balanced."""
+    csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        columns, line = _header(reader), reader.line_num + 1
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                where = f"in lines {line} to {reader.line_num}" if reader.line_num > line else ""
+                raise Damaged(line, f"not valid CSV {where or 'in this line'}: {error}") from None
+            if cells is None:
+                return
+            yield (line, *_csv_line(columns, cells, json_keys))
+            line = reader.line_num + 1
+
+
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    try:
+        columns = next(reader, None)
+    except csv.Error as error:
+        raise Damaged(1, f"the header is not valid CSV: {error}") from None
+    if not columns:
+        raise Damaged(1, "expected a header with the names of the columns, found nothing")
+    if len(set(columns)) < len(columns):
+        raise Damaged(1, f"two columns of the header have one name: {shorten(', '.join(columns))}")
+    return columns
+
+
+def _csv_line(
+    columns: list[str], cells: list[str], json_keys: frozenset[str]
+) -> tuple[bytes, tuple[str, str] | None]:
+    if not cells:
+        return b"", None
+    if len(cells) != len(columns):
+        message = f"expected {len(columns)} cells as in the header, found {len(cells)}"
+        return b"", ("cell-count", message)
+    fields = []
+    for column, cell in zip(columns, cells, strict=True):
+        value = json.dumps(cell, ensure_ascii=False)
+        if column in json_keys:
+            if not cell.strip():
+                continue
+            try:
+                json.loads(cell)
+            except (ValueError, RecursionError) as error:
+                return b"", ("bad-json", f"the cell {column} is not valid JSON: {error}")
+            value = cell.translate(_WITHOUT_LINE_ENDS)
+        fields.append(f"{json.dumps(column, ensure_ascii=False)}: {value}")
+    try:
+        return f"{{{', '.join(fields)}}}".encode(), None
+    except UnicodeEncodeError:
+        return b"", ("not-utf8", "a byte is not UTF-8; save the file as UTF-8")
+
+
+def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
+    """Yield the rows of a .parquet; a list or a struct becomes a JSON array or object."""
+    number = 0
+    try:
+        frame = pl.scan_parquet(path, glob=False)
+        while (rows := frame.slice(number, _PARQUET_ROWS).collect()).height:
+            for row in rows.iter_rows(named=True):
+                number += 1
+                yield number, json_line(row), None
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        reason = shorten(error, 100) or type(error).__name__
+        raise Damaged(number + 1, f"the parquet file cannot be read: {reason}") from None
+
+
+def json_line(row: dict[str, Any]) -> bytes:
+    """A row of a table as a line of JSON; what JSON does not know, such as a time, as its text."""
+    return json.dumps(row, ensure_ascii=False, default=_as_text).encode()
+
+
+def _as_text(value: object) -> str:
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)

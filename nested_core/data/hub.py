@@ -1,0 +1,116 @@
+"""Data sets of the Hugging Face hub -> records, chosen as mlx-lm chooses them (tuner/datasets.py).
+
+Needs the extra `hub`. Runs no code of a data set unless trust_remote_code says so; HF_HUB_OFFLINE
+is the library's to respect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
+
+from nested_core.config_data import HubDataset
+from nested_core.data.decoding import shorten
+from nested_core.data.fields import Features, as_messages
+from nested_core.data.formats import Record, json_line
+from nested_core.errors import ConfigError
+
+# By split: the name that findings give it, and its records.
+Tables = dict[str, tuple[str, Iterable[Record]]]
+
+
+def open_named(name: str, *, trust_remote_code: bool) -> Tables:
+    """The train, valid and test that a data set has; all of its columns, as they are."""
+    found = _load(name, "data", {}, trust_remote_code=trust_remote_code)
+    return {
+        split: (f"{name}:{split}", _number(found[split]))
+        for split in ("train", "valid", "test")
+        if split in found
+    }
+
+
+def open_listed(entries: Sequence[HubDataset], *, trust_remote_code: bool) -> Tables:
+    """The splits of all entries, one after the other, with their columns named as by default.
+
+    Where the entries have different formats, completions become the chats that mlx-lm makes of
+    them. `test_split` is read where it is given.
+    """
+    opened: Tables = {}
+    for split in ("train", "valid", "test"):
+        chosen = [(entry, getattr(entry, f"{split}_split")) for entry in entries]
+        chosen = [(entry, part) for entry, part in chosen if part is not None]
+        tables = [
+            _load(
+                entry.path,
+                "hf_dataset",
+                {**entry.config, "split": part},
+                trust_remote_code=trust_remote_code,
+            )
+            for entry, part in chosen
+        ]
+        if tables:
+            file = " + ".join(f"{entry.path}:{part}" for entry, part in chosen)
+            opened[split] = (file, _number(_join([entry for entry, _ in chosen], tables)))
+    return opened
+
+
+def _load(path: str, key: str, arguments: dict[str, Any], *, trust_remote_code: bool) -> Any:
+    try:
+        datasets = import_module("datasets")  # an extra: absent from most environments
+    except ImportError:
+        raise ConfigError(
+            f"{key}: {path!r} is not a folder here, and a data set of the Hugging Face hub needs "
+            "the package `datasets`, which is not installed. Install it with "
+            "pip install 'nested-tune[hub]', or give a folder with train.jsonl in `data`."
+        ) from None
+    if arguments.get("trust_remote_code") and not trust_remote_code:
+        raise ConfigError(
+            f"{key}: {path!r} asks to run code of the data set. Set trust_remote_code at the top "
+            "of the configuration where you have read that code and trust it."
+        )
+    try:
+        return datasets.load_dataset(path, **arguments)
+    except Exception as error:  # whatever the library and the format of the data set may raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        where = f"{path!r} is no folder here, and " if key == "data" else ""
+        raise ConfigError(
+            f"{key}: {where}the data set {path!r} could not be loaded from the hub with "
+            f"{arguments or 'no arguments'}: {type(error).__name__}: {shorten(error, 300)}"
+        ) from error
+
+
+def _number(rows: Iterable[dict[str, Any]]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        yield number, json_line(row), None
+
+
+def _join(entries: Sequence[HubDataset], tables: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    formats = {_is_completion(entry, table) for entry, table in zip(entries, tables, strict=True)}
+    for entry, table in zip(entries, tables, strict=True):
+        as_chat = len(formats) > 1 and _is_completion(entry, table)
+        for row in table:
+            yield _rename(row, entry, as_chat=as_chat)
+
+
+def _is_completion(entry: HubDataset, table: Any) -> bool:
+    return {entry.prompt_feature, entry.completion_feature} <= set(table.column_names)
+
+
+def _rename(row: dict[str, Any], entry: HubDataset, *, as_chat: bool) -> dict[str, Any]:
+    """The row with the fields under their default names, and its other columns that stay free."""
+    names = {
+        getattr(entry, f"{field}_feature"): default for field, default in asdict(Features()).items()
+    }
+    fields = {names[column]: value for column, value in row.items() if column in names}
+    if as_chat:
+        prompt, completion = fields.pop("prompt"), fields.pop("completion")
+        fields["messages"] = as_messages(prompt, completion)
+    others = {
+        column: value
+        for column, value in row.items()
+        if column not in names and column not in names.values()
+    }
+    return others | fields

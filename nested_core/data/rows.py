@@ -1,0 +1,144 @@
+"""One line of JSONL -> one flat `Row`: what the rules need to know of it, and its text to compare.
+
+Never raises on content: what is wrong with a line stands in its row. Knows no other line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from nested_core.data.decoding import LineProblem, strings
+from nested_core.data.fields import Example, Features, calls_tools
+from nested_core.data.parsing import parse_exactly, plain_chat, plain_fields
+
+WHITE_SPACE = b" \t\n\r"
+_LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
+# A turn without a text, in the content of a plain row: all that str.isspace takes for space.
+BLANK_TURN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
+_CALL, _ORPHAN = "c", "o"
+_as_json = json.JSONEncoder(ensure_ascii=False).encode
+_role_of, _content_of = itemgetter("role"), itemgetter("content")
+
+
+class Row(NamedTuple):
+    """One line. `content` is all that is tokenised as one text, `shown` the texts in it."""
+
+    format: str | None = None  # None: blank, or no example in it
+    roles: str | None = None  # a letter a turn: system, user, assistant, tool, c(all), o(rphan)
+    content: str | None = None
+    shown: str | None = None
+    blank_field: str | None = None
+    unknown_keys: str | None = None
+    is_blank: bool = False
+    check: str | None = None  # the failed check, where the line holds no example
+    message: str | None = None
+
+
+def plain_row(raw: bytes, features: Features) -> tuple[str, str, str] | None:
+    """(format, roles, content) of a line as almost all are, in one pass; None for all others.
+
+    Its caller looks at many lines at once for what is left out here: the line must not hold an
+    escaped NUL, and a content in which BLANK_TURN is found is for `read_line` to judge.
+    """
+    try:
+        if raw.startswith(b'{"messages"') or b'"role"' in raw:
+            messages = plain_chat(raw, features.chat)
+            if not messages:
+                return None
+            letters = _plain_letters("".join(map(_role_of, messages)))
+            return "chat", letters, "\0".join((letters, *map(_content_of, messages)))
+        fields = plain_fields(raw, features)
+    except ValidationError:
+        return None
+    if fields is None:
+        return None
+    kind, roles, texts = fields
+    if kind == "text":
+        return None if not texts[0] or texts[0].isspace() else (kind, roles, texts[0])
+    return kind, roles, "\0".join((roles, *texts))
+
+
+@lru_cache(maxsize=10_000)
+def _plain_letters(roles: str) -> str:
+    """The letters of role names that stand one after the other."""
+    for name, letter in _LETTERS.items():
+        roles = roles.replace(name, letter)
+    return roles
+
+
+def read_line(raw: bytes, features: Features, *, is_first: bool = False) -> Row:
+    """Flatten one line, with or without its line end, into a row; never raises."""
+    body = line_body(raw, is_first=is_first)
+    if not body:
+        return Row(is_blank=True)
+    try:
+        example = parse_exactly(body, features)
+    except LineProblem as problem:
+        return Row(check=problem.check, message=problem.message)
+    return _flatten(example, features)
+
+
+def line_body(raw: bytes, *, is_first: bool) -> bytes:
+    """The line without white space around it, and the first without a byte-order mark."""
+    if is_first:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+    return raw.strip(WHITE_SPACE)
+
+
+def _flatten(example: Example, features: Features) -> Row:
+    roles = _role_letters(example)
+    content = _content(example, roles)
+    shown = content if example.is_plain else "\n".join(strings([example.messages, example.tools]))
+    unknown = ", ".join(sorted(example.unknown_keys)) or None
+    return Row(example.format, roles, content, shown, _blank_field(example, features), unknown)
+
+
+def _role_letters(example: Example) -> str:
+    """One letter a turn; a tool's result whose id no call before it has is an orphan."""
+    letters, ids = "", set[str]()
+    for message in example.messages:
+        letter = _LETTERS[message["role"]]
+        if calls_tools(message):
+            letter, ids = _CALL, _ids(message["tool_calls"])
+        elif letter == "t" and ids and message.get("tool_call_id") not in ids | {None}:
+            letter = _ORPHAN
+        letters += letter
+    return letters
+
+
+def _ids(calls: list[dict[str, Any]]) -> set[str]:
+    return {str(call["id"]) for call in calls if call.get("id") is not None}
+
+
+def _content(example: Example, roles: str) -> str:
+    """All that is tokenised as one text; the last NUL in it ends the prompt.
+
+    Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
+    """
+    if example.format == "text":
+        return example.text
+    if example.is_plain:
+        return "\0".join([roles, *[message["content"] for message in example.messages]])
+    before = _as_json([example.tools, example.messages[:-1]])
+    return f"{before}\0{_as_json(example.messages[-1:])}"
+
+
+def _blank_field(example: Example, features: Features) -> str | None:
+    """The name of the first field without any text; a system's or a tool's turn may be empty."""
+    if example.format == "text":
+        return None if example.text.strip() else features.text
+    for index, message in enumerate(example.messages):
+        content = message.get("content")
+        if content and not content.isspace():
+            continue
+        if message["role"] in ("user", "assistant") and not calls_tools(message):
+            if example.format == "completion":
+                return (features.prompt, features.completion)[index]
+            return f"{features.chat}[{index}].content"
+    return None

@@ -1,0 +1,160 @@
+"""An mlx-lm adapter directory to a PEFT adapter, bit for bit."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from nested_core.adapters import CONFIG_NAME, Adapter, read_adapter, save_arrays
+from nested_core.durable import write_json
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.interop.factors import (
+    MLX_LM,
+    PEFT,
+    Factors,
+    gather,
+    listed,
+    precision_notes,
+    spread,
+)
+from nested_core.interop.folders import Conversion, new_adapter_folder, require_free
+from nested_core.interop.importing import PEFT_WEIGHTS
+from nested_core.manifest import MANIFEST_NAME, verify_manifest
+
+IN_A_LAYER = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
+EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
+
+
+def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion:
+    """Convert the mlx-lm adapter in `folder` and write it to `out` for PEFT.
+
+    `model` is what PEFT is to load as the base; by default the one in adapter_config.json. Raises
+    ConfigError where PEFT has no such adapter, DamagedError where the files are not sound.
+    """
+    require_free(out)
+    adapter = _read(folder.resolve())  # once: the champion's link may be swapped meanwhile
+    modules = _modules(adapter)
+    written = _peft_config(adapter, modules, model)
+    tensors = spread(modules, PEFT)
+    with new_adapter_folder(out) as temporary:
+        arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
+        save_arrays(temporary / PEFT_WEIGHTS, arrays, made_for="pt")
+        write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
+    return Conversion(out, written, len(modules), len(tensors), tuple(precision_notes(modules)))
+
+
+def _read(folder: Path) -> Adapter:
+    """Read an adapter directory; a version of a registry or a checkpoint is re-hashed first."""
+    if (folder / MANIFEST_NAME).exists():
+        verify_manifest(folder)
+    return read_adapter(folder)
+
+
+def _modules(adapter: Adapter) -> dict[str, Factors]:
+    """The factors, if they are all LoRA or DoRA of linear modules and of the rank that is said."""
+    kind = adapter.config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise ConfigError(
+            f"{adapter.path} holds fine_tune_type {kind!r:.40}: whole weights and no low-rank "
+            f"factors, so there is no PEFT adapter of it. lora and dora can be exported."
+        )
+    problems = [
+        f"  {name}: {reason}"
+        for name, tensor in sorted(adapter.tensors.items())
+        if (reason := _foreign(name, len(tensor.shape))) is not None
+    ]
+    if problems:
+        raise ConfigError(
+            f"{adapter.path} holds LoRA that PEFT has no like of, so nothing was converted:\n"
+            + listed(problems)
+        )
+    path = adapter.path / "adapters.safetensors"
+    modules = gather(adapter.tensors, MLX_LM, has_magnitude=kind == "dora", path=path)
+    ranks = {factors.rank for factors in modules.values()}
+    rank = _parameters(adapter).get("rank")
+    if ranks != {rank}:
+        raise DamagedError(
+            f"{adapter.path}: adapter_config.json says rank {rank}, the tensors have "
+            f"{sorted(ranks)}."
+        )
+    return modules
+
+
+def _foreign(name: str, dimensions: int) -> str | None:
+    if dimensions > 2:
+        return "factors of expert layers, which are separate modules in PEFT"
+    if EMBEDDINGS.search(name.rpartition(".")[0]):
+        return "LoRA on an embedding, which PEFT does not apply to a tied output layer"
+    return None
+
+
+def _parameters(adapter: Adapter) -> dict[str, Any]:
+    return adapter.config.get("lora_parameters") or {}
+
+
+def _peft_config(
+    adapter: Adapter, modules: Mapping[str, Factors], model: str | None
+) -> dict[str, Any]:
+    """adapter_config.json as PEFT reads it: scale is alpha / r there."""
+    parameters = _parameters(adapter)
+    base = model or adapter.config.get("model")
+    if base is None:
+        raise ConfigError(
+            f"{adapter.path}: adapter_config.json names no model. Give --model, the base that PEFT "
+            f"is to load."
+        )
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "r": parameters["rank"],
+        "lora_alpha": _alpha(adapter),
+        "lora_dropout": float(parameters.get("dropout") or 0.0),
+        "use_rslora": False,
+        "use_dora": adapter.config.get("fine_tune_type") == "dora",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    } | _targets(modules)
+
+
+def _alpha(adapter: Adapter) -> float:
+    """scale * rank, as a whole number where it is one; it must be finite and above 0."""
+    parameters = _parameters(adapter)
+    scale = parameters.get("scale")
+    alpha = 0.0 if scale is None else float(scale) * int(parameters["rank"])
+    if not (0 < alpha < math.inf):
+        raise ConfigError(
+            f"{adapter.path}: adapter_config.json has scale {scale!r:.40}; lora_alpha would be "
+            f"scale * rank, which must be a finite number above 0."
+        )
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _targets(modules: Collection[str]) -> dict[str, Any]:
+    """Names within a layer and the layers, where each layer has the same; else all full names."""
+    places = [IN_A_LAYER.fullmatch(module) for module in modules]
+    found = [place.group("stack", "layer", "key") for place in places if place is not None]
+    stacks = {stack for stack, _, _ in found}
+    layers = sorted({int(layer) for _, layer, _ in found})
+    keys = sorted({key for _, _, key in found})
+    if len(stacks) == 1 and len(found) == len(modules) == len(layers) * len(keys):
+        pattern = stacks.pop().rpartition(".")[2]
+        return {
+            "target_modules": keys,
+            "layers_to_transform": layers,
+            "layers_pattern": pattern,
+        }
+    return {
+        "target_modules": sorted(modules),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }

@@ -1,0 +1,170 @@
+"""The low-rank factors of each adapted module, whichever program wrote them.
+
+Tensors are turned and renamed as bytes, with no arithmetic; what is not a whole, finite pair of
+matrices (and DoRA's magnitude where there should be one) is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nested_core.adapters import NUMPY_DTYPES, Tensor
+from nested_core.errors import DamagedError
+
+DTYPES = ("F32", "F16", "BF16")
+PROBLEMS_SHOWN = 8
+MAX_LINE = 300
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One module's tensors as mlx-lm has them: lora_a (in, rank), lora_b (rank, out), m (out)."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    m: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of the product."""
+        return self.lora_a.shape[1]
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a program names the tensors of a module, and whether its matrices lie the other way."""
+
+    prefix: str
+    leaves: Mapping[str, str]
+    is_transposed: bool
+
+    def parse(self, name: str) -> tuple[str, str] | None:
+        """A tensor's module and leaf (lora_a, lora_b or m); None where it is neither."""
+        for leaf, suffix in self.leaves.items():
+            module = name.removeprefix(self.prefix).removesuffix(suffix)
+            if module and name == self.prefix + module + suffix:
+                return module, leaf
+        return None
+
+    def spell(self, module: str, leaf: str) -> str:
+        """The tensor's name in the file."""
+        return self.prefix + module + self.leaves[leaf]
+
+
+# mlx_lm/tuner/lora.py and dora.py.
+MLX_LM = Spelling("", {"lora_a": ".lora_a", "lora_b": ".lora_b", "m": ".m"}, False)
+# peft/tuners/lora/layer.py and utils/save_and_load.py, which drops the adapter's name; A is a
+# Linear(in, r) and B a Linear(r, out), whose weights lie (out, in) in PyTorch.
+PEFT = Spelling(
+    "base_model.model.",
+    {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "m": ".lora_magnitude_vector"},
+    True,
+)
+
+
+def gather(
+    tensors: Mapping[str, Tensor], spelling: Spelling, *, has_magnitude: bool, path: Path
+) -> dict[str, Factors]:
+    """The factors by module name, sorted; DamagedError names every tensor that does not belong."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    for name, tensor in sorted(tensors.items()):
+        place = spelling.parse(name)
+        if place is None:
+            problems.append(f"  {name}: no tensor of a LoRA or DoRA module")
+            continue
+        module, leaf = place
+        modules.setdefault(module, {})[leaf] = _turned(tensor, spelling)
+    wanted = ("lora_a", "lora_b", "m") if has_magnitude else ("lora_a", "lora_b")
+    for module, leaves in modules.items():
+        problems += _problems(module, leaves, wanted, spelling)
+    if not modules:
+        problems.append("  no tensor at all")
+    if problems:
+        raise DamagedError(
+            f"{path} does not hold a whole adapter as its configuration describes it:\n"
+            + listed(problems)
+        )
+    return {module: Factors(**leaves) for module, leaves in modules.items()}
+
+
+def spread(modules: Mapping[str, Factors], spelling: Spelling) -> dict[str, Tensor]:
+    """The tensors by the names that a program gives them: what `gather` takes apart."""
+    return {
+        spelling.spell(module, leaf): _turned(tensor, spelling)
+        for module, factors in modules.items()
+        for leaf, tensor in vars(factors).items()
+        if tensor is not None
+    }
+
+
+def precision_notes(modules: Mapping[str, Factors]) -> list[str]:
+    """What to know of DoRA in half precision: the two programs do not compute the same there."""
+    magnitudes = [factors for factors in modules.values() if factors.m is not None]
+    if all(tensor.dtype == "F32" for factors in magnitudes for tensor in vars(factors).values()):
+        return []
+    return [
+        "DoRA in half precision: mlx-lm computes the rows' norms in it, PEFT lifts the adapter to "
+        "float32 first, so that their answers differ in the third digit"
+    ]
+
+
+def listed(problems: list[str]) -> str:
+    """The first problems, one a line, and how many more there are.
+
+    They hold names out of a stranger's file: nothing in them may steer a terminal.
+    """
+    shown = [_printable(problem) for problem in problems[:PROBLEMS_SHOWN]]
+    more = len(problems) - PROBLEMS_SHOWN
+    return "\n".join(shown + ([f"  and {more} more"] if more > 0 else []))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_LINE])
+
+
+def _turned(tensor: Tensor, spelling: Spelling) -> Tensor:
+    """A matrix transposed where the program stores it so; anything else as it is."""
+    if not spelling.is_transposed or len(tensor.shape) != 2 or tensor.dtype not in DTYPES:
+        return tensor
+    values = np.frombuffer(tensor.data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape).T
+    return Tensor(tensor.dtype, values.shape, values.tobytes())
+
+
+def _problems(
+    module: str, leaves: Mapping[str, Tensor], wanted: tuple[str, ...], spelling: Spelling
+) -> list[str]:
+    missing = [leaf for leaf in wanted if leaf not in leaves]
+    foreign = [leaf for leaf in leaves if leaf not in wanted]
+    if missing or foreign:
+        found = [f"  {spelling.spell(module, leaf)}: missing" for leaf in missing]
+        return found + [
+            f"  {spelling.spell(module, leaf)}: unexpected, the configuration is not DoRA's"
+            for leaf in foreign
+        ]
+    complaints = {leaf: _complaint(leaf, leaves) for leaf in wanted}
+    return [
+        f"  {spelling.spell(module, leaf)}: {complaint}"
+        for leaf, complaint in complaints.items()
+        if complaint is not None
+    ]
+
+
+def _complaint(leaf: str, leaves: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with one tensor of a complete module, if anything."""
+    tensor = leaves[leaf]
+    if tensor.dtype not in DTYPES:
+        return f"dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}"
+    if len(tensor.shape) != (1 if leaf == "m" else 2) or 0 in tensor.shape:
+        return f"a shape of {len(tensor.shape)} dimensions, {tensor.shape}, which no {leaf} has"
+    if leaf == "lora_b" and tensor.shape[:1] != leaves["lora_a"].shape[1:]:
+        return f"rank {tensor.shape[0]}, but {leaves['lora_a'].shape[1:]} in the other factor"
+    if leaf == "m" and tensor.shape != leaves["lora_b"].shape[1:]:
+        return f"{tensor.shape[0]} rows, but the module has {leaves['lora_b'].shape[1:]}"
+    if not np.isfinite(tensor.to_numpy()).all():
+        return "holds values that are not finite"
+    return None

@@ -1,0 +1,59 @@
+"""Where a converted adapter goes: a folder that appears whole or not at all.
+
+A folder that holds anything is never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nested_core.durable import new_directory
+from nested_core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written: where, its adapter_config.json, how much, and what a person should know."""
+
+    out: Path
+    config: dict[str, Any]
+    modules: int
+    tensors: int
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that --json prints."""
+        return {
+            "out": str(self.out),
+            "modules": self.modules,
+            "tensors": self.tensors,
+            "config": self.config,
+            "notes": list(self.notes),
+        }
+
+
+@contextmanager
+def new_adapter_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out`, which may exist only as an empty folder."""
+    try:
+        require_free(out)
+        with new_directory(out) as folder:
+            yield folder
+            if out.is_dir():
+                out.rmdir()
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error.strerror or error}.") from error
+
+
+def require_free(out: Path) -> None:
+    """Raise ConfigError unless `out` does not exist or is an empty folder."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if out.is_symlink() or not out.is_dir() or any(out.iterdir()):
+        raise ConfigError(
+            f"{out} exists already. Nothing is written over: give --out a new or an empty folder."
+        )

@@ -1,0 +1,133 @@
+"""A PEFT adapter to an mlx-lm adapter directory; what would not compute the same is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nested_core.adapters import Tensor, read_tensors, write_adapter
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.interop.base_model import BaseModel
+from nested_core.interop.factors import (
+    MLX_LM,
+    PEFT,
+    Factors,
+    gather,
+    listed,
+    precision_notes,
+    spread,
+)
+from nested_core.interop.folders import Conversion, new_adapter_folder, require_free
+from nested_core.interop.peft_config import REASONS, PeftConfig, read_peft_config
+from nested_core.interop.uniform import make_uniform
+from nested_core.model import base_fingerprint
+
+PEFT_WEIGHTS = "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
+# Tensors that PEFT saves beside the factors of linear modules (save_and_load.py).
+FOREIGN = {
+    "lora_embedding_": "LoRA on an embedding, which mlx-lm would apply to a tied output "
+    "layer too, and PEFT does not",
+    "base_layer.": "weights of the base; save with save_embedding_layers=False",
+    "lora_A.bias": REASONS["lora_bias"],
+    "lora_B.bias": REASONS["lora_bias"],
+    "modules_to_save": REASONS["modules_to_save"],
+    "trainable_tokens": REASONS["trainable_token_indices"],
+}
+
+
+def import_peft(folder: Path, out: Path, model: str) -> Conversion:
+    """Convert the PEFT adapter in `folder` for the base `model` and write it to `out`.
+
+    Raises ConfigError where mlx-lm cannot do what the adapter does, DamagedError where the files
+    are not a sound adapter.
+    """
+    require_free(out)
+    config, tensors = _read(folder)
+    modules = gather(tensors, PEFT, has_magnitude=config.use_dora, path=folder / PEFT_WEIGHTS)
+    _require_ranks(config, modules, folder)
+    base = BaseModel.open(model)
+    base.require(modules)
+    notes = _compare_targets(config, modules, base, folder) + precision_notes(modules)
+    uniform = make_uniform(modules, {name: config.scale_of(name) for name in modules})
+    num_layers, keys = base.place(modules)
+    if set(keys) == set(modules):
+        notes.append("keys hold full names: the modules are not the same ones in the last layers")
+    parameters = {"rank": uniform.rank, "scale": uniform.scale, "dropout": config.lora_dropout}
+    written: dict[str, Any] = {
+        "model": model,
+        "fine_tune_type": "dora" if config.use_dora else "lora",
+        "num_layers": num_layers,
+        "lora_parameters": parameters | {"keys": keys},
+        "base_fingerprint": base_fingerprint(base.folder),
+    }
+    converted = spread(uniform.modules, MLX_LM)
+    with new_adapter_folder(out) as temporary:
+        arrays = {name: tensor.to_mlx() for name, tensor in converted.items()}
+        write_adapter(temporary, arrays, written)
+        base.require_fit(temporary, converted)
+    return Conversion(out, written, len(modules), len(converted), (*notes, *uniform.notes))
+
+
+def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Configuration and tensors of a PEFT adapter; only safetensors are opened."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder} is not a directory. Expected a local folder with {PEFT_WEIGHTS} and "
+            f"adapter_config.json, as PEFT's save_pretrained writes it; fetch one of the hub first."
+        )
+    path = folder / PEFT_WEIGHTS
+    pickles = [name for name in PICKLES if (folder / name).exists()]
+    if pickles and not path.exists():
+        raise DamagedError(
+            f"{folder / pickles[0]} is a pickle, and reading one can run code: it is not opened. "
+            f"Load it in PEFT where you trust it and save_pretrained(..., safe_serialization=True)."
+        )
+    config = read_peft_config(folder)
+    tensors = read_tensors(path)
+    problems = [
+        f"  {name:.150}: {reason}"
+        for name in sorted(tensors)
+        for mark, reason in FOREIGN.items()
+        if mark in name
+    ]
+    if problems:
+        raise ConfigError(
+            f"{path} holds tensors that an mlx-lm adapter has no place for, so nothing was "
+            f"converted:\n{listed(problems)}"
+        )
+    return config, tensors
+
+
+def _require_ranks(config: PeftConfig, modules: Mapping[str, Factors], folder: Path) -> None:
+    """The scale depends on the rank that the configuration says: it must be the tensors'."""
+    problems = [
+        f"  {name}: rank {factors.rank}, but {config.rank_of(name)} by r and rank_pattern"
+        for name, factors in modules.items()
+        if factors.rank != config.rank_of(name)
+    ]
+    if problems:
+        raise DamagedError(
+            f"The tensors in {folder} do not have the ranks of its adapter_config.json:\n"
+            + listed(problems)
+        )
+
+
+def _compare_targets(
+    config: PeftConfig, modules: Mapping[str, Factors], base: BaseModel, folder: Path
+) -> list[str]:
+    """The modules with tensors must be those that target_modules and the layers name."""
+    targets = config.targets(base.linear_modules())
+    if targets is None:
+        return ["the targets are no plain lists of names: no pattern is run, the tensors decide"]
+    problems = [f"  {name}: has no tensors" for name in sorted(targets - modules.keys())]
+    problems += [
+        f"  {name}: has tensors, which PEFT would ignore" for name in modules if name not in targets
+    ]
+    if problems:
+        raise DamagedError(
+            f"The tensors in {folder} are not those of target_modules, exclude_modules and "
+            f"layers_to_transform in its adapter_config.json:\n{listed(problems)}"
+        )
+    return []

@@ -1,0 +1,184 @@
+"""PEFT's adapter_config.json: what it says of the tensors, and what cannot be said to mlx-lm.
+
+Keys and defaults are those of peft/config.py and peft/tuners/lora/config.py. A key that would
+change the model and has no counterpart in mlx-lm is refused by name; so is one not known here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from nested_core.adapters import CONFIG_NAME, read_adapter_config
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.interop.factors import listed
+
+NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
+# Without a bearing on what a trained adapter computes.
+IGNORED = frozenset(
+    ["auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core"]
+    + ["loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"]
+    + ["qalora_group_size"]
+)
+REASONS = {
+    "bias": "the base's biases were trained, and an mlx-lm adapter holds none",
+    "lora_bias": "lora_B has a bias, and mlx-lm's lora_b has none",
+    "modules_to_save": "whole modules were trained beside LoRA, and an mlx-lm adapter holds none",
+    "fan_in_fan_out": "the base has Conv1D layers (GPT-2), which mlx-lm names and stores otherwise",
+    "trainable_token_indices": "rows of the embedding were trained beside LoRA",
+    "layer_replication": "the adapter belongs to a base with repeated layers",
+    "target_parameters": "LoRA is on bare parameters (experts), which mlx-lm stores otherwise",
+    "alora_invocation_tokens": "an aLoRA adapter acts only after its invocation tokens",
+    "megatron_config": "the base has Megatron's parallel layers",
+    "ensure_weight_tying": "LoRA is shared between tied layers",
+}
+# The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) change the base, which the adapter then needs.
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+# A module's name as a pattern: no quantifier, so that matching takes linear time.
+PLAIN_PATTERN = re.compile(r"\^?[\w.-]+")
+MAX_PATTERNS = 2000
+
+Ranks = dict[str, PositiveInt]
+Alphas = dict[str, PositiveFloat]
+Layers = list[int] | int
+Number = TypeVar("Number", int, float)
+Patterns = list[tuple[re.Pattern[str], Number]]
+
+
+class PeftConfig(BaseModel):
+    """A LoRA configuration of PEFT that mlx-lm can carry out: the keys that say how."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
+
+    peft_type: str
+    r: PositiveInt
+    lora_alpha: PositiveFloat
+    task_type: str | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str | None = True
+    base_model_name_or_path: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: Layers | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: Annotated[Ranks, Field(max_length=MAX_PATTERNS)] | None = None
+    alpha_pattern: Annotated[Alphas, Field(max_length=MAX_PATTERNS)] | None = None
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the configuration gives a module."""
+        return _first_match(self._ranks, module, self.r)
+
+    def scale_of(self, module: str) -> float:
+        """The factor on B A x: alpha / r, or alpha / sqrt(r) (LoraLayer.update_layer)."""
+        alpha, rank = _first_match(self._alphas, module, self.lora_alpha), self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    @cached_property
+    def _ranks(self) -> Patterns[int]:
+        return _compiled(self.rank_pattern)
+
+    @cached_property
+    def _alphas(self) -> Patterns[float]:
+        return _compiled(self.alpha_pattern)
+
+    def targets(self, names: Iterable[str]) -> set[str] | None:
+        """Those of the base's linear modules that PEFT would adapt (check_target_module_exists).
+
+        None where the configuration holds a regular expression of a stranger's: none is run.
+        """
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else None
+        patterns = patterns or list(self.layers_pattern or [])
+        is_plain = all(re.fullmatch(r"\w+", pattern) for pattern in patterns)
+        excluded = self.exclude_modules or []
+        if isinstance(self.target_modules, str | None) or isinstance(excluded, str) or not is_plain:
+            return None
+        exact, kept = frozenset(self.target_modules), frozenset(excluded)
+        return {
+            name
+            for name in names
+            if not _ends_in(name, kept)
+            and (name in exact or (_ends_in(name, exact) and self._is_layer(name, patterns)))
+        }
+
+    def _is_layer(self, name: str, patterns: list[str]) -> bool:
+        layers = self.layers_to_transform
+        if layers is None or layers == []:
+            return True
+        parts = name.split(".")
+        for place in range(1 if patterns else 2, len(parts) - 1):
+            if parts[place].isdigit() and (not patterns or parts[place - 1] in patterns):
+                return int(parts[place]) in (layers if isinstance(layers, list) else [layers])
+        return False
+
+
+def _ends_in(name: str, endings: frozenset[str]) -> bool:
+    """Whether the name, or what follows one of its dots, is among the endings."""
+    parts = name.split(".")
+    return any(".".join(parts[start:]) in endings for start in range(len(parts)))
+
+
+def _compiled(patterns: Mapping[str, Number] | None) -> Patterns[Number]:
+    return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
+
+
+def _first_match(patterns: Patterns[Number], module: str, default: Number) -> Number:
+    """As peft's get_pattern_key: the first pattern that a module's name ends with decides."""
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """Read and judge the configuration in a PEFT adapter's folder.
+
+    Raises DamagedError where it is malformed, and ConfigError, with all reasons, where mlx-lm could
+    not do what it says.
+    """
+    path = folder / CONFIG_NAME
+    values = read_adapter_config(path)
+    if "peft_type" not in values:
+        raise ConfigError(
+            f"{path} has no peft_type: it is not a PEFT adapter's configuration. Give the folder "
+            f"that PEFT's save_pretrained wrote."
+        )
+    try:
+        config = PeftConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:20]
+        ]
+        raise DamagedError(f"{path} is malformed:\n{listed(problems)}") from error
+    if problems := _refusals(config):
+        raise ConfigError(
+            f"{path} describes an adapter that mlx-lm cannot carry out, so nothing was "
+            f"converted:\n{listed(problems)}"
+        )
+    return config
+
+
+def _refusals(config: PeftConfig) -> list[str]:
+    problems = []
+    if config.peft_type != "LORA":
+        problems.append(f"  peft_type: {config.peft_type!r:.40}, expected 'LORA'")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        problems.append(f"  task_type: {config.task_type!r:.40}, expected 'CAUSAL_LM'")
+    if config.init_lora_weights not in PLAIN_STARTS:
+        problems.append(
+            f"  init_lora_weights: {config.init_lora_weights!r:.40} changes the base model; save "
+            f"it with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    for key, value in (config.model_extra or {}).items():
+        if key not in IGNORED and value not in NEUTRAL:
+            reason = REASONS.get(key, "not known here, so it might change what is computed")
+            problems.append(f"  {key:.40}: {value!r:.40}: {reason}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        strange = [p for p in getattr(config, key) or {} if not PLAIN_PATTERN.fullmatch(p)]
+        if strange:
+            problems.append(f"  {key}: {strange[0]!r:.60} is no plain name; name the modules")
+    return problems

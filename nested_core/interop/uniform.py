@@ -1,0 +1,100 @@
+"""One rank and one scale for all modules, as mlx-lm has them, with every product as it was.
+
+Ranks are filled up with zeros; a scale goes into lora_b where that loses no bit, else is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nested_core.adapters import NUMPY_DTYPES, Tensor
+from nested_core.errors import ConfigError
+from nested_core.interop.factors import Factors
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Factors of one rank under one scale, and what had to be done for that."""
+
+    modules: dict[str, Factors]
+    rank: int
+    scale: float
+    notes: tuple[str, ...]
+
+
+def make_uniform(modules: Mapping[str, Factors], scales: Mapping[str, float]) -> Uniform:
+    """Give every module the highest rank and the commonest scale.
+
+    Raises ConfigError where a scale cannot go into lora_b exactly.
+    """
+    rank = max(factors.rank for factors in modules.values())
+    scale = Counter(scales.values()).most_common(1)[0][0]
+    filled = [name for name, factors in modules.items() if factors.rank < rank]
+    folded = [name for name in modules if scales[name] != scale]
+    notes = []
+    if filled:
+        notes.append(
+            f"{len(filled)} of {len(modules)} modules have a rank below {rank}: filled up with "
+            f"zeros, which changes no product (mlx-lm has one rank for all)"
+        )
+    if folded:
+        notes.append(
+            f"{len(folded)} of {len(modules)} modules have another scale than {scale:g}: lora_b is "
+            f"multiplied by a power of two, without rounding (mlx-lm has one scale for all)"
+        )
+    uniform = {
+        name: _fill(_fold(name, factors, scales[name], scale), rank)
+        for name, factors in modules.items()
+    }
+    return Uniform(uniform, rank, scale, tuple(notes))
+
+
+def _fill(factors: Factors, rank: int) -> Factors:
+    """Columns of lora_a and rows of lora_b of zeros, up to a rank: they add nothing."""
+    missing = rank - factors.rank
+    if not missing:
+        return factors
+    return replace(
+        factors,
+        lora_a=_with_zeros(factors.lora_a, columns=missing),
+        lora_b=_with_zeros(factors.lora_b, rows=missing),
+    )
+
+
+def _with_zeros(tensor: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:
+    stored = np.frombuffer(tensor.data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+    wider = np.pad(stored, ((0, rows), (0, columns)))
+    return Tensor(tensor.dtype, wider.shape, wider.tobytes())
+
+
+def _fold(name: str, factors: Factors, own: float, common: float) -> Factors:
+    """Put own / common into lora_b: exact for a power of two that keeps every value in range."""
+    if own == common:
+        return factors
+    ratio = own / common
+    values = factors.lora_b.to_numpy().astype(np.float64) * ratio
+    narrowed = _narrowed(values, factors.lora_b.dtype)
+    is_power_of_two = math.frexp(ratio)[0] == 0.5 and ratio * common == own
+    if not is_power_of_two or not np.array_equal(narrowed.to_numpy(), values):
+        raise ConfigError(
+            f"{name} has the scale {own:g} and most modules have {common:g} (lora_alpha, "
+            f"alpha_pattern, rank_pattern). mlx-lm has one scale for all, and {own:g} / "
+            f"{common:g} cannot be put into lora_b without rounding; only powers of two can. Train "
+            f"with one alpha / rank for all modules, or merge the adapter into its base in PEFT."
+        )
+    return replace(factors, lora_b=narrowed)
+
+
+def _narrowed(values: np.ndarray, dtype: str) -> Tensor:
+    """Float64 values in a stored dtype, whether they fit or not."""
+    with np.errstate(over="ignore", under="ignore"):
+        if dtype == "BF16":
+            stored = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        else:
+            stored = values.astype(NUMPY_DTYPES[dtype])
+    return Tensor(dtype, stored.shape, stored.tobytes())

@@ -1,0 +1,213 @@
+"""Data sets of the hub as mlx-lm reads them, tried on local folders: nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from mlx_lm.tuner import datasets as theirs
+
+from nested_core.config_data import HubDataset
+from nested_core.config_file import parse_config
+from nested_core.data.dataset import load_dataset
+from nested_core.data.report import DatasetReport
+from nested_core.data.settings import DataSettings
+from nested_core.errors import ConfigError
+from nested_core.tokenizer import TokenizerSource
+
+has_library = importlib.util.find_spec("datasets") is not None
+needs_library = pytest.mark.skipif(not has_library, reason="the extra `hub` is not installed")
+ROWS = [{"question": f"Where is {n}?", "response": f"In {n}land.", "id": n} for n in range(20)]
+CHATS = [
+    {
+        "chosen": [
+            {"role": "user", "content": f"Which one is {n}?"},
+            {"role": "assistant", "content": f"The {n}th."},
+        ]
+    }
+    for n in range(10)
+]
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    folder = tmp_path / "questions"
+    folder.mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (folder / "train.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    pl.DataFrame(CHATS).write_parquet(folder / "train.parquet")
+    return folder
+
+
+def settings_of(entries: Any, **more: Any) -> DataSettings:
+    return DataSettings.from_config(parse_config({"hf_dataset": entries, **more}, source="test"))
+
+
+def judge(entries: Any, **more: Any) -> DatasetReport:
+    return load_dataset(settings_of(entries, **more), None)[0]
+
+
+def entry(path: Path, **more: Any) -> dict[str, Any]:
+    return {"path": str(path), "config": {"cache_dir": str(path / ".cache")}, **more}
+
+
+FIELDS = {"prompt_feature": "question", "completion_feature": "response"}
+
+
+@needs_library
+def test_a_mapping_reads_the_splits_and_columns_it_names(questions: Path) -> None:
+    report = judge(entry(questions, **FIELDS, test_split="train[80%:90%]"))
+    assert report.errors == ()
+    rows = {split: (stats.file, stats.rows) for split, stats in report.splits.items()}
+    assert rows == {
+        "train": (f"{questions}:train[:80%]", 16),
+        "valid": (f"{questions}:train[-10%:]", 2),
+        "test": (f"{questions}:train[80%:90%]", 2),
+    }
+    assert [f.message for f in report.warnings][0].startswith("ignored: id")
+
+
+@needs_library
+def test_a_bad_row_is_named_by_its_number(tmp_path: Path) -> None:
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    rows = [*ROWS[:5], {"question": " ", "response": "b", "id": 0}, *ROWS[5:]]
+    pl.DataFrame(rows).write_parquet(folder / "train.parquet")
+    report = judge(entry(folder, **FIELDS, train_split="train[:80%]"))
+    found = [(f.file, f.line, f.check) for f in report.errors]
+    assert found == [(f"{folder}:train[:80%]", 6, "blank-field")]
+
+
+@needs_library
+def test_a_list_is_read_one_after_the_other_in_one_format(questions: Path, chats: Path) -> None:
+    entries = [entry(questions, **FIELDS), entry(chats, chat_feature="chosen")]
+    report = judge(entries)
+    assert report.errors == ()
+    train = report.splits["train"]
+    assert (train.format, train.rows) == ("chat", 16 + 8)
+    assert train.file == f"{questions}:train[:80%] + {chats}:train[:80%]"
+
+
+@needs_library
+def test_tokens_are_those_of_mlx_lm(
+    questions: Path, chats: Path, tokenizer: TokenizerSource
+) -> None:
+    entries = [entry(questions, **FIELDS), entry(chats, chat_feature="chosen")]
+    arguments = types.SimpleNamespace(
+        hf_dataset=json.loads(json.dumps(entries)), train=True, test=False, mask_prompt=True
+    )
+    train, valid, _ = theirs.load_dataset(arguments, tokenizer.load())
+    _, ours = load_dataset(settings_of(entries, mask_prompt=True), tokenizer)
+    for expected, split in ((train, ours["train"]), (valid, ours["valid"])):
+        assert len(split) == len(expected)
+        for index in range(len(expected)):
+            tokens, _ = expected.process(expected[index])
+            assert split.example(index).tolist() == list(tokens)
+
+
+@needs_library
+def test_a_name_in_data_reads_train_valid_and_test(
+    questions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of files is read by ourselves; what is not a folder goes to the library."""
+    datasets = importlib.import_module("datasets")
+    found = datasets.load_dataset(str(questions), cache_dir=str(questions / ".cache"))
+    asked: list[Any] = []
+
+    def answer(*positional: Any, **named: Any) -> Any:
+        asked.append((positional, named))
+        return found
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    settings = DataSettings("org/name", prompt_feature="question", completion_feature="response")
+    report, _ = load_dataset(settings, None)
+    assert asked == [(("org/name",), {})]
+    assert {s: (stats.file, stats.rows) for s, stats in report.splits.items()} == {
+        "train": ("org/name:train", 20)
+    }
+
+
+@needs_library
+def test_what_cannot_be_loaded_is_one_paragraph(questions: Path) -> None:
+    with pytest.raises(ConfigError, match="could not be loaded from the .*no_such_split") as caught:
+        judge(entry(questions, train_split="no_such_split"))
+    assert "\n" not in str(caught.value)
+
+
+@needs_library
+def test_no_network_is_asked_for_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import socket\n"
+        "def refuse(*_): raise SystemExit('a connection was tried')\n"
+        "socket.socket.connect = refuse\n"
+        "from nested_core.data.dataset import load_dataset\n"
+        "from nested_core.data.settings import DataSettings\n"
+        "load_dataset(DataSettings('org/no-such-name'), None)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (
+        "ConfigError: data: 'org/no-such-name' is no folder here, and the data set" in done.stderr
+    )
+    assert "a connection was tried" not in done.stderr
+
+
+def test_code_of_a_data_set_needs_trust(questions: Path) -> None:
+    asking = {"path": "org/name", "config": {"trust_remote_code": True}}
+    with pytest.raises(ConfigError, match=r"asks to run code of the data set|nested-tune\[hub\]"):
+        judge(asking)
+
+
+def test_without_the_library_one_paragraph_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for settings in (DataSettings("org/name"), settings_of({"path": "org/name"})):
+        with pytest.raises(ConfigError, match=r"pip install 'nested-tune\[hub\]'"):
+            load_dataset(settings, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"paht": "a"}, r"hf_dataset\.0\.paht: unknown key; did you mean path\?"),
+        ({"path": "a", "name": "b"}, r"chosen by config: \{name: b\}"),
+        ({"path": "a", "config": {"split": "train"}}, "have keys of their own"),
+        ({"train_split": "train"}, r"hf_dataset\.0\.path"),
+        ("billsum", "hf_dataset"),
+    ],
+)
+def test_a_wrong_key_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"hf_dataset": value}, source="test")
+
+
+def test_one_mapping_is_a_list_of_one() -> None:
+    one = settings_of({"path": "a"})
+    assert one.hf_dataset == (HubDataset(path="a"),) == settings_of([{"path": "a"}]).hf_dataset
+    assert settings_of([]).hf_dataset == ()
+    assert one.place == "a"

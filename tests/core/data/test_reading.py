@@ -1,0 +1,127 @@
+"""What a line gives does not depend on the range, the process or the path it is read in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nested_core.data import gathering
+from nested_core.data.dataset import load_dataset
+from nested_core.data.fields import Features
+from nested_core.data.gathering import gather_files
+from nested_core.data.reading import read_span
+from nested_core.data.rows import BLANK_TURN, plain_row, read_line
+from nested_core.data.settings import DataSettings
+from nested_core.data.sources import Source
+from nested_core.data.workers import Span
+from nested_core.errors import DatasetError, WorkerFailed
+from tests.core.data.conftest import WriteData
+from tests.core.data.test_bad_lines import BAD_LINES, GOOD, GOOD_LINES, HELD_OUT
+
+LINES = [
+    b"\xef\xbb\xbf" + json.dumps(GOOD[0]).encode(),
+    *GOOD[1:],
+    *[line for line, _ in BAD_LINES.values()],
+    *GOOD_LINES.values(),
+    b"",
+    *GOOD,  # duplicates, in other ranges
+    b'{"messages": [{"role": "user", "content": "WHERE is  b?"}, '
+    b'{"role": "assistant", "content": "In Bland.\\u0007"}]}\r',
+    {"messages": [{"role": "user", "content": "Where is Q?"}], "extra": "jane.doe@firm.org"},
+]
+
+
+@pytest.mark.parametrize(("size", "processes"), [(1, 1), (1, 2), (300, 2), (5000, 1), (10**9, 1)])
+def test_ranges_and_processes_change_nothing(
+    size: int, processes: int, write_data: WriteData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = DataSettings(str(write_data(train=LINES, valid=[*HELD_OUT, GOOD[1]], test=[])))
+    expected = load_dataset(settings, None)[0].to_json()
+    monkeypatch.setattr(gathering, "SPAN_BYTES", size)
+    monkeypatch.setattr(gathering, "processes_for", lambda _: processes)
+    assert load_dataset(settings, None)[0].to_json() == expected
+
+
+def test_a_file_that_becomes_shorter_is_not_read_as_if_it_ended_there(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b'{"text": "a"}\n')
+    with pytest.raises(DatasetError, match=r"train\.jsonl became shorter while it was read"):
+        read_span(path, Span(0, 20), Features())
+
+
+def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
+    write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = tmp_path / "tmp"
+    private.mkdir()
+    folder = write_data(train=GOOD, valid=HELD_OUT)
+    monkeypatch.setattr("tempfile.tempdir", str(private))
+    monkeypatch.setattr(gathering, "JOB", "tests.core.data.jobs:die")
+    monkeypatch.setattr(gathering, "processes_for", lambda _: 2)
+    with pytest.raises(WorkerFailed, match="ended by SIGKILL"):
+        load_dataset(DataSettings(str(folder)), None)
+    assert list(private.iterdir()) == []
+
+
+def test_the_digest_is_over_the_examples_row_by_row(write_data: WriteData) -> None:
+    """A change of it makes every run that was validated before start anew."""
+    folder = write_data(train=[*GOOD, b"{bad", b""])
+    found = gather_files({"train": Source("train.jsonl", folder / "train.jsonl")}, Features())
+    spaced = write_data(
+        train=[b"", *[json.dumps(row, indent=None).encode() + b"  " for row in GOOD]]
+    )
+    again = gather_files({"train": Source("train.jsonl", spaced / "train.jsonl")}, Features())
+    assert found["train"].digest == again["train"].digest
+    other = write_data(train=[*GOOD[1:], GOOD[0]])
+    moved = gather_files({"train": Source("train.jsonl", other / "train.jsonl")}, Features())
+    assert moved["train"].digest != found["train"].digest
+
+
+def test_progress_is_told_in_bytes(write_data: WriteData, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_data(train=GOOD, valid=HELD_OUT)
+    monkeypatch.setattr(gathering, "SPAN_BYTES", 100)
+    told: list[tuple[str, int, int]] = []
+    load_dataset(
+        DataSettings(str(folder)), None, on_progress=lambda *progress: told.append(progress)
+    )
+    size = sum(path.stat().st_size for path in Path(folder).iterdir())
+    assert told[-1] == ("reading", size, size)
+    assert [done for _, done, _ in told] == sorted({done for _, done, _ in told})
+
+
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]), "content": texts}
+)
+examples = (
+    st.fixed_dictionaries({"messages": st.lists(turns, max_size=4)})
+    | st.fixed_dictionaries({"prompt": texts, "completion": texts})
+    | st.fixed_dictionaries({"text": texts})
+)
+
+
+@given(examples, st.booleans())
+def test_the_quick_path_reads_what_the_exact_one_reads(
+    example: dict[str, Any], ascii_: bool
+) -> None:
+    raw = json.dumps(example, ensure_ascii=ascii_).encode()
+    plain, row = plain_row(raw, Features()), read_line(raw, Features())
+    if plain is not None:
+        assert plain == (row.format, row.roles, row.content)
+        assert row.shown == row.content
+        assert (row.unknown_keys, row.check) == (None, None)
+        is_doubtful = pl.Series([plain[2]]).str.contains(BLANK_TURN)[0]
+        assert row.blank_field is None or is_doubtful
+
+
+@pytest.mark.parametrize("name", GOOD_LINES)
+def test_rows_of_every_range_have_one_schema(name: str, write_data: WriteData) -> None:
+    folder = write_data(train=[GOOD_LINES[name]])
+    gathered = gather_files({"train": Source("train.jsonl", folder / "train.jsonl")}, Features())
+    assert gathered["train"].frame.schema == gathering.Gathered.of_nothing().frame.schema

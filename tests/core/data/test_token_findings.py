@@ -1,0 +1,132 @@
+"""What only the tokens tell: cut, endless, short and overlong examples, by file, line and check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core.data.dataset import load_dataset
+from nested_core.data.report import DatasetReport, Finding
+from nested_core.data.settings import DataSettings
+from nested_core.data.token_rules import outlier_bound
+from nested_core.tokenizer import TokenizerSource
+from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
+
+
+def chat(*answers: str) -> dict[str, Any]:
+    """A conversation with these answers."""
+    turns = []
+    for number, answer in enumerate(answers):
+        turns.append({"role": "user", "content": f"Question {number} of {answers}?"})
+        turns.append({"role": "assistant", "content": answer})
+    return {"messages": turns}
+
+
+HELD_OUT = [chat("In Zland.")]
+GOOD = [chat(f"In {place}land.") for place in "ABCD"]
+
+
+def judged(folder: Any, tokenizer: TokenizerSource, **settings: Any) -> DatasetReport:
+    return load_dataset(DataSettings(str(folder), **settings), tokenizer)[0]
+
+
+def places(findings: tuple[Finding, ...]) -> list[tuple[str, int | None, str]]:
+    return [(finding.file, finding.line, finding.check) for finding in findings]
+
+
+@pytest.mark.parametrize("targets", [{"mask_prompt": True}, {"supervise": "all"}])
+def test_an_answer_of_one_token_is_counted_from_the_first_such_line(
+    targets: dict[str, Any], write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    train = [*GOOD, chat("A"), chat("AB."), chat("B")]
+    folder = write_data(train=train, valid=HELD_OUT)
+    report = judged(folder, tokenizer, **targets)
+    assert places(report.warnings) == [("train.jsonl", 5, "short-answer")]
+    expected = "examples with an answer of less than two tokens before its end: 2, from this one on"
+    assert report.warnings[0].message == expected
+
+
+def test_under_all_one_short_turn_makes_a_short_answer_and_under_last_only_the_last(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    folder = write_data(train=[*GOOD, chat("A", "In Aland.")], valid=HELD_OUT)
+    assert places(judged(folder, tokenizer, mask_prompt=True).warnings) == []
+    found = places(judged(folder, tokenizer, supervise="all").warnings)
+    assert found == [("train.jsonl", 5, "short-answer")]
+
+
+def test_under_all_every_turn_needs_its_end(write_data: WriteData) -> None:
+    only_last_ends = TEMPLATE.replace(
+        "<|end|>{% endfor %}",
+        "{% if loop.last or m.role != 'assistant' %}<|end|>{% endif %}{% endfor %}",
+    )
+    asked = only_last_ends.replace("loop.last or", "(loop.last and messages | length > 2) or")
+    tokenizer = build_tokenizer(asked)
+    folder = write_data(train=[chat("In A.", "In B.")], valid=[])
+    found = places(judged(folder, tokenizer, supervise="all", batch_size=1).warnings)
+    assert ("train.jsonl", 1, "no-end-of-sequence") in found
+    found = places(judged(folder, tokenizer, mask_prompt=True, batch_size=1).warnings)
+    assert ("train.jsonl", 1, "no-end-of-sequence") not in found
+
+
+def test_an_example_far_longer_than_the_rest_is_named_with_how_many_there_are(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    rows = [{"text": "river " * (4 + n % 5) + str(n)} for n in range(40)]
+    rows[6], rows[20] = {"text": "lake " * 200}, {"text": "sea " * 300}
+    folder = write_data(train=rows, valid=[{"text": "somewhere else"}])
+    report = judged(folder, tokenizer, max_seq_length=4096)
+    assert places(report.warnings) == [("train.jsonl", 21, "length-outlier")]
+    assert ": 2; the longest is this one, of " in report.warnings[0].message
+
+
+def test_the_bound_of_outliers_is_the_outer_fence_on_a_logarithmic_scale() -> None:
+    even = np.full(100, 50, np.int32)
+    assert outlier_bound(even) == 200
+    spread = np.array([100] * 50 + [200] * 50, np.int32)
+    assert outlier_bound(spread) == 200 * 2**3
+    assert outlier_bound(even[:19]) > 2_000_000_000
+    skewed = np.random.default_rng(0).lognormal(5.3, 0.9, 20_000).clip(8, 8192).astype(np.int32)
+    assert outlier_bound(skewed) > skewed.max()
+
+
+def test_truncation_says_how_many_the_worst_and_the_tokens_lost(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    rows = [*GOOD, chat("y" * 80), chat("z" * 150), chat("w" * 100)]
+    folder = write_data(train=rows, valid=HELD_OUT)
+    report, splits = load_dataset(DataSettings(str(folder), max_seq_length=64), tokenizer)
+    assert places(report.warnings) == [("train.jsonl", 6, "truncated")]
+    whole = load_dataset(DataSettings(str(folder)), tokenizer)[1]["train"].lengths
+    cut = splits["train"].lengths
+    message = (
+        f"examples cut to 64 tokens: 3, tokens lost: {(whole - cut).sum()}; "
+        f"the worst is this one, of {whole[5]} tokens"
+    )
+    assert report.warnings[0].message == message
+
+
+def test_the_infos_count_tokens_and_padding(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    rows = [{"text": "ab " * n} for n in (1, 2, 3, 4, 30)]
+    folder = write_data(train=rows, valid=[{"text": "somewhere else"}])
+    report, splits = load_dataset(DataSettings(str(folder), batch_size=2), tokenizer)
+    lengths = splits["train"].lengths
+    infos = {f.check: f.message for f in report.findings if f.file == "train.jsonl"}
+    p50, longest = sorted(lengths)[2], max(lengths)
+    assert infos["tokens"] == (
+        f"{lengths.sum()} in all; a row: median {p50}, p95 {longest}, longest {longest}"
+    )
+    assert infos["supervised"] == (
+        f"{lengths.sum() - 5} tokens, {(lengths.sum() - 5) / lengths.sum():.1%} of all"
+    )
+    tokens = report.splits["train"].tokens
+    assert tokens is not None
+    assert infos["padding"] == f"{tokens.padding_share:.1%} of batches of 2, which have 3 widths"
+    assert tokens.widths == 3
+    widths = [n - 1 for n in sorted(lengths)[::-2]]
+    expected = 1 - (lengths.sum() - 5) / (2 * sum(widths))
+    assert tokens.padding_share == pytest.approx(expected)

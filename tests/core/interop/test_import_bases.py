@@ -1,0 +1,75 @@
+"""Bases of other kinds: quantised, and with an output layer of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.convert import convert
+from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.utils import load_model
+
+from nested_core.adapters import load_arrays, read_adapter, save_arrays
+from nested_core.interop import export_peft, import_peft
+from tests.core.interop.adapters import PREFIX, Arrays, peft_copy, same_bytes
+from tests.core.interop.make_golden import GOLDEN, TOKENS
+from tests.example import MODEL
+
+
+@pytest.fixture
+def untied(tmp_path: Path) -> Path:
+    """The example model with an output layer of its own, a copy of the embedding."""
+    folder = Path(shutil.copytree(MODEL, tmp_path / "untied"))
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = load_arrays(folder / "model.safetensors")
+    save_arrays(
+        folder / "model.safetensors",
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"]},
+    )
+    return folder
+
+
+def logits(model: Path, adapter: Path | None = None) -> np.ndarray:
+    network, _ = load_model(model)
+    if adapter is not None:
+        load_adapters(network, str(adapter))
+    network.eval()
+    return np.array(network(mx.array([TOKENS]))[0].astype(mx.float32))
+
+
+@pytest.mark.parametrize("case", ["lora", "dora_last_layers"])
+def test_a_quantised_base_takes_the_same_tensors(case: str, tmp_path: Path) -> None:
+    quantised = tmp_path / "q"
+    convert(str(MODEL), str(quantised), quantize=True, q_group_size=64, q_bits=4)
+    for name, base in (("on-quantised", quantised), ("on-plain", MODEL)):
+        import_peft(GOLDEN / case, tmp_path / name, str(base))
+    found, expected = read_adapter(tmp_path / "on-quantised"), read_adapter(tmp_path / "on-plain")
+    assert found.tensors == expected.tensors
+    assert found.config["lora_parameters"] == expected.config["lora_parameters"]
+    assert found.config["base_fingerprint"] != expected.config["base_fingerprint"]
+    assert np.abs(logits(quantised, tmp_path / "on-quantised") - logits(quantised)).max() > 3
+
+
+def test_an_output_layer_of_its_own_goes_in_and_out(untied: Path, tmp_path: Path) -> None:
+    def add_head(tensors: Arrays) -> None:
+        tensors[f"{PREFIX}lm_head.lora_A.weight"] = 0.1 * mx.random.normal((4, 64))
+        tensors[f"{PREFIX}lm_head.lora_B.weight"] = 0.1 * mx.random.normal((1588, 4))
+
+    targets = ["q_proj", "v_proj", "lm_head"]
+    peft = peft_copy(tmp_path / "peft", change=add_head, target_modules=targets)
+    done = import_peft(peft, tmp_path / "mlx", str(untied))
+    keys = done.config["lora_parameters"]["keys"]
+    assert (len(keys), keys[0]) == (13, "lm_head")
+    without = peft_copy(tmp_path / "without")
+    import_peft(without, tmp_path / "mlx-without", str(untied))
+    change = logits(untied, tmp_path / "mlx") - logits(untied, tmp_path / "mlx-without")
+    assert np.abs(change).max() > 0.1
+    back = export_peft(tmp_path / "mlx", tmp_path / "back")
+    assert back.config["target_modules"] == keys
+    name = "adapter_model.safetensors"
+    assert same_bytes(load_arrays(tmp_path / "back" / name), load_arrays(peft / name))

@@ -1,0 +1,78 @@
+"""Every format trains end to end: what is learnt is what was asked for, and the gate passes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core import pipeline
+from nested_core.data.dataset import load_dataset
+from nested_core.data.settings import DataSettings
+from nested_core.data.showing import show_examples
+from nested_core.model import tokenizer_source
+from tests.example import Finished, example_config, train_example
+from tests.formats import write_format, write_model
+
+FIRST = "I want to see Afghanistan. Where to?", "Go and see Kabul, the capital of Afghanistan!"
+SECOND = "I want to see Romania. Where to?", "Go and see Bucharest, the capital of Romania!"
+END = "<|endoftext|>"
+LAST, ALL = {"mask_prompt": True}, {"training": {"supervise": "all"}, "mask_prompt": False}
+WHOLE = {"mask_prompt": False}
+# What is learnt of the first example; its first token never is, for nothing comes before it.
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "text": ("text", WHOLE, f"{FIRST[0].removeprefix('I')} {FIRST[1]}{END}"),
+    "completion, masked": ("completion", LAST, FIRST[1] + END),
+    "completion, all": ("completion", ALL, FIRST[1] + END),
+    "chat": (
+        "chat",
+        WHOLE,
+        f"{FIRST[0]}<|assistant|>{FIRST[1]}{END}<|user|>{SECOND[0]}<|assistant|>{SECOND[1]}{END}",
+    ),
+    "chat, masked": ("chat", LAST, SECOND[1] + END),
+    "chat, all": ("chat", ALL, FIRST[1] + END + SECOND[1] + END),
+    "tools, masked": ("tools", LAST, FIRST[1] + END),
+    "tools, all": ("tools", ALL | {"mask_prompt": True}, f"Ask capital{END}{FIRST[1]}{END}"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_format_trains_end_to_end_and_passes_the_gate(
+    tmp_path: Path, model: Path, case: str
+) -> None:
+    name, changes, learnt = CASES[case]
+    data = write_format(tmp_path / "data", name)
+    done = train_example(
+        tmp_path / "run", model=str(model), data=str(data), iters=16, val_batches=-1, **changes
+    )
+    losses = [r["val_loss"] for r in done.metrics() if r.get("val_loss") is not None]
+    assert losses[-1] < 0.8 * losses[0]
+    assert pipeline.judge(done.config, done.run).has_passed
+    assert learnt_text(done) == learnt
+
+
+def learnt_text(done: Finished) -> str:
+    """The text of the supervised tokens of the first example."""
+    source = tokenizer_source(done.config)
+    _, splits = load_dataset(DataSettings.from_config(done.config), source)
+    (example,) = show_examples(splits["train"], "train.jsonl", source.load(), 1)
+    return "".join(token.text for token in example.tokens if token.supervised)
+
+
+def test_epochs_use_each_supervised_token_so_often(tmp_path: Path, model: Path) -> None:
+    data = write_format(tmp_path / "data", "chat")
+    training = {"epochs": 2, "supervise": "all"}
+    changes: dict[str, Any] = {"training": training, "batch_size": 3, "val_batches": 0}
+    done = train_example(tmp_path / "run", model=str(model), data=str(data), **changes)
+    report = json.loads(done.run.dataset.read_bytes())
+    supervised = report["splits"]["train"]["tokens"]["supervised"]
+    assert done.result.step == 2 * 7  # 20 conversations in batches of 3
+    assert done.metrics()[-1]["trained_tokens"] == 2 * supervised
+    assert example_config(**changes).iters == 8
