@@ -81,11 +81,11 @@ def make_data(folder: Path) -> None:
     """Rows that are longer than a step is wide; both commands cut them."""
     lines = (EXAMPLE.parent / "geography" / "train.jsonl").read_text().splitlines()
     words = " ".join(m["content"] for line in lines for m in json.loads(line)["messages"]).split()
-    rows = [" ".join(words[at:] + words[:at]) for at in range(ROWS)]
+    rows = [" ".join(words[at:] + words[:at]) for at in range(ROWS + BATCH)]
+    lines = [json.dumps({"text": row}) + "\n" for row in rows]
     folder.mkdir()
-    text = "".join(json.dumps({"text": row}) + "\n" for row in rows)
-    (folder / "train.jsonl").write_text(text)
-    (folder / "valid.jsonl").write_text(text[: text.index("\n") + 1] * BATCH)
+    (folder / "train.jsonl").write_text("".join(lines[BATCH:]))
+    (folder / "valid.jsonl").write_text("".join(lines[:BATCH]))
 
 
 def settings(folder: Path, iterations: int) -> dict[str, Any]:
@@ -139,17 +139,18 @@ def execute(command: list[str], environment: dict[str, str]) -> str:
 
 
 def stock(values: dict[str, Any]) -> None:
-    """`mlx_lm.lora` itself, with a callback that prints its own rates."""
+    """`mlx_lm.lora` itself, with a callback in the place of its services that prints its rates."""
     from types import SimpleNamespace
 
-    from mlx_lm.lora import CONFIG_DEFAULTS, run
+    from mlx_lm import lora
     from mlx_lm.tuner.trainer import TrainingCallback
 
     class Rates(TrainingCallback):
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
             print("\n" + json.dumps({"rate": train_info["iterations_per_second"]}), flush=True)
 
-    run(SimpleNamespace(**(CONFIG_DEFAULTS | values)), Rates())
+    lora.get_reporting_callbacks = lambda *args, **kwargs: Rates()
+    lora.run(SimpleNamespace(**(lora.CONFIG_DEFAULTS | values)))
 
 
 def report(rates: dict[str, list[float]]) -> None:

@@ -7,7 +7,6 @@ machine is not used, and a warning says so. On Metal mlx-lm's own is left alone.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from nested_core import backend
+from nested_core.kernels.replacing import in_code_of
 from nested_core.scalars import to_float
 
 WIDTH = 8  # elements a thread: 16 bytes of bfloat16
@@ -137,23 +137,8 @@ def fused_swiglu(model: nn.Module) -> Iterator[None]:
         function = swiglu_on_cpu
     elif backend.has_cuda() and _agrees_here():
         function = swiglu_with(backward_on_cuda)
-    with nullcontext() if function is None else in_code_of(model, function):
+    with nullcontext() if function is None else in_code_of(model, "swiglu", plain_swiglu, function):
         yield
-
-
-@contextmanager
-def in_code_of(model: nn.Module, function: Callable[..., mx.array]) -> Iterator[None]:
-    """Put a function in the place of mlx-lm's swiglu wherever the model's code names it."""
-    names = {type(module).__module__ for _, module in model.named_modules()}
-    homes = [sys.modules[name] for name in sorted(names)]
-    users: list[Any] = [h for h in homes if getattr(h, "swiglu", None) is plain_swiglu]
-    try:
-        for home in users:
-            home.swiglu = function
-        yield
-    finally:
-        for home in users:
-            home.swiglu = plain_swiglu
 
 
 @cache

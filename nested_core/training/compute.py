@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import mlx.nn as nn
 
+from nested_core.kernels.attention import blocked_attention
 from nested_core.kernels.swiglu import fused_swiglu
 from nested_core.training.low_rank import low_rank, shared_inputs
 from nested_core.training.recompute import recomputed
@@ -24,5 +25,6 @@ def prepared(
         if as_mlx_lm:
             yield
             return
-        with low_rank(model, shared_inputs(model)), fused_swiglu(model):
+        groups = shared_inputs(model)
+        with low_rank(model, groups), fused_swiglu(model), blocked_attention(model):
             yield
