@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from nested_core import backend
+from nested_core.kernels.exponential import exponential
 from nested_core.kernels.replacing import in_code_of
 from nested_core.scalars import to_float
 
@@ -119,7 +120,7 @@ def swiglu_on_cpu(gate: mx.array, x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _keeping_sigmoid(gate: mx.array, x: mx.array) -> Any:
-    s = 1 / (1 + mx.exp(-gate))
+    s = 1 / (1 + exponential(-gate))
     return gate * s * x, s
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.models import llama
 
 from nested_core import backend
 from nested_core.kernels import attention, swiglu
+from nested_core.kernels.exponential import exponential
 from nested_core.kernels.replacing import in_code_of
 from nested_core.training.compute import prepared
 from nested_core.training.losses import SUPERVISED
@@ -150,3 +153,11 @@ def test_a_prepared_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
     assert largest_difference(found.gradients, plain.gradients) == 0
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert llama.scaled_dot_product_attention is attention.plain_attention
+
+
+def test_the_exponential_is_right_within_the_rounding_of_its_argument() -> None:
+    x = mx.concatenate([mx.linspace(-80, 80, 10_001), mx.array([-math.inf, 0.0, math.inf])])
+    exact, found = np.exp(np.array(x).astype(np.float64)), np.array(exponential(x))
+    assert found[-3:].tolist() == [0.0, 1.0, math.inf]
+    units = np.abs(found[:-3] / exact[:-3] - 1) / np.finfo(np.float32).eps
+    assert (units <= np.abs(np.array(x[:-3])) + 1).all()
