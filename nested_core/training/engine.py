@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.gradients import Flat
+from nested_core.gradients import Flat, leaf_states
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.losses import LossRule, MicroBatch
-from nested_core.training.packing import packing_for
+from nested_core.training.packing import nested, packing_for
 from nested_core.training.step import Sums, TrainStep
 
 
@@ -53,6 +53,7 @@ class Engine:
         self.packing = packing_for(held, tiers, optimizer, small=joins)
         self._params = self.packing.pack(held)
         self._twin = self.packing.pack_optimizer(optimizer, held)
+        self._moments = leaf_states(nested(held), optimizer.state)
         mx.eval(self._params, self._twin.state)
         self._step = TrainStep(model, slots, self._twin, self.packing, rule, draws=draws)
 
@@ -75,6 +76,5 @@ class Engine:
 
     def values(self) -> Flat:
         """The parameters by name; the optimizer is given its state by name along with them."""
-        values = self.packing.unpack(self._params)
-        self.packing.unpack_optimizer(self._twin, self._optimizer, values)
-        return values
+        self.packing.unpack_optimizer(self._twin, self._moments)
+        return self.packing.unpack(self._params)

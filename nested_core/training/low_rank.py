@@ -167,11 +167,14 @@ def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
             output: mx.array = super().__call__(x)
             return output
 
+    was_training = model.training
+    model.eval()  # no dropout: nothing is drawn
     try:
         for layer in layers:
             layer.__class__ = Watched
         model(mx.zeros((1, 2), mx.int32))
     finally:
+        model.train(was_training)
         for layer in layers:
             layer.__class__ = LoRALinear
     return _grouped(calls)

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from nested_core.clocks import RESERVED_NAMES
-from nested_core.gradients import Flat, leaf_states
+from nested_core.gradients import Flat, Leaves, leaf_states
 from nested_core.optimizers import NestedAdam
 from nested_core.single_clock import TieredOptimizer
 from nested_core.tiers import TierMap
@@ -115,13 +115,10 @@ class Packing:
             if key in twin.state:
                 optimizer.state[key] = twin.state[key]
 
-    def unpack_optimizer(
-        self, twin: TieredOptimizer, optimizer: TieredOptimizer, values: Flat
-    ) -> None:
-        """Give the optimizer, by name, the moments that its twin has reached."""
+    def unpack_optimizer(self, twin: TieredOptimizer, states: Leaves) -> None:
+        """Put the moments that a twin has reached into an optimizer's `leaf_states`, by name."""
         if not self.joins:
             return
-        states = leaf_states(nested(values), optimizer.state)
         for key, leaf, parts in self._parts(states):
             for part in parts:
                 for name, view in leaf.cut(twin.state[key][part]).items():

@@ -93,10 +93,14 @@ def test_compiled_equals_uncompiled_to_the_bit() -> None:
 def test_layers_with_one_input_are_found_by_watching_not_by_name(
     name: str, expected: list[list[str]]
 ) -> None:
-    model = build(name)
+    model = build(name, dropout=0.1)
+    model.train()
+    before = mx.random.state[0].tolist()  # type: ignore[index]
     found = names_of(model, shared_inputs(model))
+    assert mx.random.state[0].tolist() == before  # type: ignore[index]
     wanted = [[f"{layer}.{key}" for key in group] for layer in (0, 1) for group in expected]
     assert found == sorted(wanted)
+    assert model.training is True
     assert not any(isinstance(m, LowRankLinear) for _, m in model.named_modules())
 
 
