@@ -1,7 +1,8 @@
-"""The MLX backend made ready: OpenBLAS put in front on Linux CPUs, before mlx is first imported.
+"""The MLX backend made ready before mlx is first imported: OpenBLAS, memory, CUDA graphs.
 
 The mlx wheel for Linux CPUs links the reference BLAS. A library opened with RTLD_GLOBAL before the
-first `import mlx.core` answers in its place, some thirty times faster in float32.
+first `import mlx.core` answers in its place, some thirty times faster in float32. MLX gives freed
+arrays back to the C library, and that to the system: glibc is asked to keep more of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import os
 import shutil
 import sys
 from functools import cache
+from importlib import metadata
 
+CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12")
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
+LARGEST_THRESHOLD, KEPT_BYTES = 32 * 2**20, 2**30
+GRAPH_VARIABLE, OPERATIONS_A_GRAPH = "MLX_MAX_OPS_PER_BUFFER", "25"
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
 
@@ -20,10 +26,19 @@ DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
 def prepare() -> str | None:
     """Open OpenBLAS for the whole process and return its name, or None where there is none.
 
+    Where MLX is the build for CUDA, its graphs are kept small, to save memory; where it is the one
+    for CPUs, memory that is free again stays with the process, up to 1 GiB.
+
     It does nothing on macOS, where MLX uses Metal and Accelerate, nor when the environment
     variable NESTED_TUNE_NO_OPENBLAS is set (the benchmarks compare with and without).
     """
-    if sys.platform != "linux" or os.environ.get(DISABLE_VARIABLE):
+    if sys.platform != "linux":
+        return None
+    if any(map(_is_installed, CUDA_PACKAGES)):
+        _keep_graphs_small()
+    else:
+        _keep_freed_memory()
+    if os.environ.get(DISABLE_VARIABLE):
         return None
     for name in OPENBLAS_NAMES:
         try:
@@ -32,6 +47,38 @@ def prepare() -> str | None:
             continue
         return name
     return None
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc use freed memory again (mallopt(3)); another C library goes its own way."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def _keep_graphs_small() -> None:
+    """Have MLX start a CUDA graph after fewer operations than its 100, if nobody has chosen.
+
+    Memory is not used again before a graph has run: with 25, a step of a 7B model takes 35 GiB in
+    place of 37 and one of 1.7B 16 in place of 20, in the same time (H200, mlx 0.32.4).
+    """
+    os.environ.setdefault(GRAPH_VARIABLE, OPERATIONS_A_GRAPH)
+
+
+def has_cuda() -> bool:
+    """Whether MLX computes on a CUDA device."""
+    import mlx.core as mx
+
+    return device() == "gpu" and mx.cuda.is_available()
 
 
 def device() -> str:

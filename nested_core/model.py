@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core import backend
-from nested_core.config import FineTuneConfig
 from nested_core.durable import canonical_json
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.tokenizer import TokenizerSource
+
+if TYPE_CHECKING:
+    from nested_core.config import FineTuneConfig
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"
@@ -84,6 +87,25 @@ def compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
     if config.training.precision == "auto":
         return mx.float32 if backend.device() == "cpu" else None
     return mx.float32 if config.training.precision == "float32" else mx.bfloat16
+
+
+def adapter_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
+    """The dtype that the LoRA factors compute in; None is their own, float32.
+
+    It is bfloat16 where the model's is: a float32 factor lifts every activation beside it. Not
+    float16, whose range is too small for gradients, and not for DoRA, whose magnitudes are near 1.
+    """
+    if config.training.reference is not None or config.fine_tune_type != "lora":
+        return None
+    trained = trainable(model).keys()
+    every: Any = tree_flatten(model.parameters())
+    dtypes = Counter(
+        value.dtype
+        for name, value in every
+        if name not in trained and mx.issubdtype(value.dtype, mx.floating)
+    )
+    is_bfloat16 = dtypes.most_common(1)[0][0] == mx.bfloat16
+    return mx.bfloat16 if is_bfloat16 else None
 
 
 def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.array]:

@@ -23,16 +23,19 @@ class Slot(NamedTuple):
 Slots = dict[str, Slot]
 
 
-def adapter_slots(model: nn.Module, *, masters: bool = False) -> Slots:
+def adapter_slots(
+    model: nn.Module, *, masters: bool = False, dtype: mx.Dtype | None = None
+) -> Slots:
     """The places of the trainable leaves, by dotted name.
 
-    With `masters` the leaves themselves become float32, and compute in the dtype they had.
+    The leaves compute in `dtype`, or else in their own; what the model holds is their master. With
+    `masters` the leaves themselves become float32 first, and compute in the dtype they had.
     """
     modules = dict(model.named_modules())
     slots = {}
     for name, value in trainable(model).items():
         parent, _, key = name.rpartition(".")
-        slots[name] = Slot(modules[parent], key, value.dtype)
+        slots[name] = Slot(modules[parent], key, dtype or value.dtype)
         if masters:
             modules[parent][key] = value.astype(mx.float32)
     return slots

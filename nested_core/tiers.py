@@ -9,10 +9,12 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from nested_core.config import Assignment, NestedSection
 from nested_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nested_core.config import Assignment, NestedSection
 
 LAYER_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 

@@ -11,9 +11,19 @@ import mlx.nn as nn
 from nested_core.adapters import WEIGHTS_NAME, load_arrays
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.model import attach_adapter, base_fingerprint, find_model, load_base, load_leaves
+from nested_core.model import (
+    adapter_dtype,
+    attach_adapter,
+    base_fingerprint,
+    find_model,
+    load_base,
+    load_leaves,
+)
 from nested_core.slots import adapter_slots, read_slots
+from nested_core.training.compute import prepared
 from nested_core.training.evaluation import Evaluator, fixed_batches
+from nested_core.training.losses import SUPERVISED
+from nested_core.training.positions import rule_for
 
 
 @dataclass(frozen=True)
@@ -36,11 +46,12 @@ class HeldBase:
         self, folders: tuple[Path, ...], split: TokenizedSplit, max_batches: int = -1
     ) -> list[float]:
         """The mean loss a supervised token with each adapter, on the same batches."""
-        slots = adapter_slots(self.model)
-        evaluator = Evaluator(self.model, slots)
+        slots = adapter_slots(self.model, dtype=adapter_dtype(self.config, self.model))
+        evaluator = Evaluator(self.model, slots, rule_for(self.model, slots, SUPERVISED))
         sizes = self.config.batch_size, max_batches, self.config.max_seq_length
         found = []
-        for folder in folders:
-            load_leaves(self.model, load_arrays(folder / WEIGHTS_NAME))
-            found.append(evaluator.loss(read_slots(slots), fixed_batches(split, *sizes)))
+        with prepared(self.model, as_mlx_lm=self.config.training.reference is not None):
+            for folder in folders:
+                load_leaves(self.model, load_arrays(folder / WEIGHTS_NAME))
+                found.append(evaluator.loss(read_slots(slots), fixed_batches(split, *sizes)))
         return found

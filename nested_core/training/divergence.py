@@ -6,6 +6,7 @@ One step is in flight while the counter of the one before is read, so that readi
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import mlx.core as mx
 
@@ -22,9 +23,9 @@ class DivergenceWatch:
         self._limit = limit
         self._in_flight: list[tuple[int, mx.array]] = []
 
-    def add(self, step: int, in_a_row: mx.array) -> None:
-        """Note a step's counter of skipped steps in a row; look at those of the steps before."""
-        self._in_flight.append((step, in_a_row))
+    def add(self, step: int, counters: Mapping[str, mx.array]) -> None:
+        """Note how many steps in a row were skipped; look at what the steps before noted."""
+        self._in_flight.append((step, counters["nonfinite_in_a_row"]))
         self._look(keep=1)
 
     def settle(self) -> None:

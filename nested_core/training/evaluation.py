@@ -11,10 +11,10 @@ import numpy as np
 
 from nested_core.data.batches import batch_arrays, evaluation_batches
 from nested_core.data.tokens import TokenizedSplit
+from nested_core.gradients import Flat
 from nested_core.scalars import to_float
 from nested_core.slots import Slots, borrowed, put
-from nested_core.training.losses import SUPERVISED, LossRule
-from nested_core.training.step import Flat, MicroBatch
+from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch, first_of
 
 Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_COLUMNS = 4, 16, 256
@@ -49,10 +49,10 @@ class Evaluator:
         total, count = mx.array(0.0), mx.array(0)
         try:
             with borrowed(self._slots):
-                for tokens, mask in batches:
+                for batch in batches:
                     if self._is_cut():
                         raise EvaluationCut
-                    loss, supervised = self._compiled(params, mx.array(tokens), mx.array(mask))
+                    loss, supervised = self._compiled(params, *self._rule.arrange(batch))
                     total = total + self._rule.weighted(loss, supervised)
                     count = count + supervised
                     mx.eval(total, count)
@@ -78,14 +78,13 @@ class Evaluator:
         prompts = [list(map(int, prompt)) for prompt in self._prompts]
         return {"prompts": prompts, "columns": columns, "values": values}
 
-    def _sums(self, params: Flat, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    def _sums(self, params: Flat, tokens: mx.array, learnt: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, params)
-        return self._rule.function(self._model, tokens, mask)
+        return self._rule.value(self._model, tokens, learnt)
 
 
 def _last_logits(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    logits = output[0] if isinstance(output, tuple) else output
-    return np.array(logits[0, -1].astype(mx.float32))
+    return np.array(first_of(output)[0, -1].astype(mx.float32))
 
 
 def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:

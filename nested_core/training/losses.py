@@ -8,8 +8,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-Loss = Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array]]
+MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens; what is learnt of them
+Arrays = tuple[mx.array, mx.array]
+Loss = Callable[[Any, mx.array, mx.array], Arrays]
+
+
+def as_given(batch: MicroBatch) -> Arrays:
+    """Both parts of a batch on the device."""
+    return mx.array(batch[0]), mx.array(batch[1])
 
 
 @dataclass(frozen=True)
@@ -17,11 +25,19 @@ class LossRule:
     """A loss, and whether it is a mean over a batch's tokens or their sum.
 
     Sums are divided by the tokens of all micro-batches, so that every token weighs the same however
-    the batch was cut; means are averaged, so that every micro-batch weighs the same.
+    the batch was cut; means are averaged, so that every micro-batch weighs the same. `arrange`
+    makes of a batch what the loss takes; `value` is the loss where no gradient is wanted.
     """
 
     function: Loss
     is_mean: bool
+    arrange: Callable[[MicroBatch], Arrays] = as_given
+    value_only: Loss | None = None
+
+    @property
+    def value(self) -> Loss:
+        """The loss for an evaluation, the same to the bit."""
+        return self.function if self.value_only is None else self.value_only
 
     def weight(self, tokens: mx.array) -> mx.array:
         """What a micro-batch with so many supervised tokens weighs, int32."""
@@ -46,10 +62,15 @@ def supervised_loss(
     Returns:
         Both as scalars: float32 sum in nats, int32 count.
     """
-    outputs = model(tokens[:, :-1])
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    logits = first_of(model(tokens[:, :-1]))
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
     return (losses * supervised).sum(), supervised.sum()
+
+
+def first_of(outputs: Any) -> mx.array:
+    """The logits of a model that may return more than them."""
+    logits: mx.array = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits
 
 
 SUPERVISED = LossRule(supervised_loss, is_mean=False)

@@ -16,8 +16,7 @@ from nested_core.config import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.training.evaluation import fixed_batches
-from nested_core.training.losses import SUPERVISED, LossRule
-from nested_core.training.step import MicroBatch
+from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
 
 
 class Method(Protocol):

@@ -15,8 +15,7 @@ from mlx_lm.tuner.trainer import default_loss
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError
-from nested_core.training.losses import LossRule
-from nested_core.training.step import MicroBatch
+from nested_core.training.losses import LossRule, MicroBatch
 
 PAD_MULTIPLE = 32
 

@@ -12,17 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_unflatten
 
+from nested_core.gradients import Flat
 from nested_core.pytree import flatten
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, borrowed, put
-from nested_core.tiers import TierMap
-from nested_core.training.losses import LossRule
+from nested_core.training.losses import LossRule, MicroBatch
+from nested_core.training.packing import Packing, nested
 
-Flat = dict[str, mx.array]
-MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens; what the loss masks by
 Sums = dict[str, mx.array]
 
 
@@ -31,7 +28,7 @@ class StepResult:
     """What a step computed, not yet evaluated.
 
     `micro` holds `loss`, `weight` and `tokens` of each micro-batch; `updates` the new value of each
-    due parameter, by name, and nothing where the step was left incomplete.
+    due array, as the packing keeps them, and nothing where the step was left incomplete.
     """
 
     micro: list[Sums]
@@ -39,20 +36,23 @@ class StepResult:
 
 
 class TrainStep:
-    """Runs optimizer steps; each is one or more micro-batches and one call of the optimizer."""
+    """Runs optimizer steps; each is one or more micro-batches and one call of the optimizer.
+
+    `packing` says how the parameters come; `optimizer` holds the state for them as they come.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         slots: Slots,
         optimizer: TieredOptimizer,
-        tiers: TierMap,
+        packing: Packing,
         rule: LossRule,
         *,
         draws: bool,
     ) -> None:
         self._model, self._slots, self._optimizer = model, slots, optimizer
-        self._tiers, self._rule = tiers, rule
+        self._packing, self._rule = packing, rule
         self._captured = [optimizer.state, mx.random.state] if draws else [optimizer.state]
         self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
 
@@ -66,22 +66,25 @@ class TrainStep:
         micro: list[Sums] = []
         carried, updates = None, {}
         with borrowed(self._slots):
-            for index, (tokens, mask) in enumerate(batches):
+            for index, batch in enumerate(batches):
                 is_last = complete and index == len(batches) - 1
-                batch = mx.array(tokens), mx.array(mask)
-                sums, carried, updates = step(params, carried, *batch, is_last)
+                arrays = self._rule.arrange(batch)
+                sums, carried, updates = step(params, carried, *arrays, is_last)
                 micro.append(sums)
         return StepResult(micro, updates)
 
     def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
-        names = frozenset[str]().union(*(self._tiers.names(tier) for tier in due))
+        keys = self._packing.of_tiers(due)
 
         def step(
-            params: Flat, carried: Any, tokens: mx.array, mask: mx.array, is_last: bool
+            params: Flat, carried: Any, tokens: mx.array, learnt: mx.array, is_last: bool
         ) -> tuple[Sums, Any, Flat]:
-            wanted = {name: value for name, value in params.items() if name in names}
-            put(self._slots, params)
-            (loss, count), gradients = mx.value_and_grad(self._loss)(wanted, tokens, mask)
+            wanted = {key: value for key, value in params.items() if key in keys}
+            tensors = self._tensors(params)
+            put(self._slots, tensors)
+            of_due = {name: tensors[name] for key in wanted for name in self._packing.names(key)}
+            (loss, count), found = mx.value_and_grad(self._loss)(of_due, tokens, learnt)
+            gradients = self._gradients(found, wanted)
             weight = self._rule.weight(count)
             micro = {"loss": loss, "weight": weight, "tokens": count}
             if carried is not None:
@@ -93,15 +96,23 @@ class TrainStep:
 
         return mx.compile(step, inputs=self._captured, outputs=self._captured)
 
-    def _loss(self, wanted: Flat, tokens: mx.array, mask: mx.array) -> tuple[mx.array, mx.array]:
+    def _tensors(self, params: Flat) -> Flat:
+        """The parameters by name, in the dtype they compute in: one cast for a whole vector."""
+        low = {key: value.astype(self._dtype_of(key)) for key, value in params.items()}
+        return self._packing.unpack(low)
+
+    def _dtype_of(self, key: str) -> mx.Dtype:
+        return self._slots[next(iter(self._packing.names(key)))].dtype
+
+    def _loss(self, wanted: Flat, tokens: mx.array, learnt: mx.array) -> tuple[mx.array, mx.array]:
         put(self._slots, wanted)
-        return self._rule.function(self._model, tokens, mask)
+        return self._rule.function(self._model, tokens, learnt)
+
+    def _gradients(self, found: Flat, wanted: Flat) -> Flat:
+        """The gradients packed as the parameters are, and in their dtype."""
+        joined = {key: self._packing.leaves[key].join(found) for key in wanted}
+        return {key: joined[key].astype(value.dtype) for key, value in wanted.items()}
 
     def _apply(self, gradients: Flat, weight: mx.array, wanted: Flat) -> Flat:
         mean = {name: g / weight.astype(g.dtype) for name, g in gradients.items()}
         return flatten(self._optimizer.apply_gradients(nested(mean), nested(wanted)))
-
-
-def nested(flat: Flat) -> Any:
-    """A flat dictionary of dotted names as the tree that the optimizer's state mirrors."""
-    return tree_unflatten(list(flat.items())) if flat else {}

@@ -1,14 +1,12 @@
 """The training loop: step after step, until done or asked to stop.
 
-After each step the updates are written into the model by name; whether they are in it is read back.
+Before anything looks at the model, what the steps computed is written into it and read back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.checkpoints import Checkpoint
@@ -16,6 +14,8 @@ from nested_core.clocks import COUNTERS
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingStopped
+from nested_core.gradients import Flat
+from nested_core.model import adapter_dtype
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
@@ -23,24 +23,16 @@ from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.compute import prepared
 from nested_core.training.divergence import DivergenceWatch
+from nested_core.training.engine import Engine, StepTaken
 from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts
 from nested_core.training.methods import make_method
-from nested_core.training.recompute import recomputed
+from nested_core.training.packing import nested
+from nested_core.training.positions import rule_for
 from nested_core.training.recorder import Recorder, restore_random_key
 from nested_core.training.red_flags import flag_updates, idle_names
 from nested_core.training.state import TrainingState
-from nested_core.training.step import Flat, TrainStep, nested
-
-
-@dataclass(frozen=True)
-class StepTaken:
-    """A step: its first micro-batch, the tiers due, and the due parameters before and after."""
-
-    first_iteration: int
-    due: tuple[int, ...]
-    before: Flat
-    updates: Flat
 
 
 class Trainer:
@@ -72,10 +64,12 @@ class Trainer:
         self.tiers, self.optimizer = tiers, optimizer
         self.state = TrainingState()
         self.stop_requested = False
-        self._slots = adapter_slots(model, masters=config.has_masters)
+        dtype = adapter_dtype(config, model)
+        self._slots = adapter_slots(model, masters=config.has_masters, dtype=dtype)
         self.method = make_method(config, splits)
+        self._rule = rule_for(model, self._slots, self.method.rule)
         cut, prompts = self._is_asked_to_stop, choose_prompts(splits)
-        evaluator = Evaluator(model, self._slots, self.method.rule, cut, prompts)
+        evaluator = Evaluator(model, self._slots, self._rule, cut, prompts)
         self._recorder = Recorder(
             config, run, self._slots, optimizer, self.method, evaluator, found, callback
         )
@@ -123,19 +117,20 @@ class Trainer:
         Raises TrainingDiverged after `max_nonfinite_steps` non-finite steps in a row.
         """
         self.model.train()
+        recomputes, reference = self.config.grad_checkpoint, self.config.training.reference
         try:
-            self._recorder.begin(self.state)
-            with recomputed(self.model.layers if self.config.grad_checkpoint else []):
+            with prepared(self.model, recomputes=recomputes, as_mlx_lm=reference is not None):
+                self._recorder.begin(self.state)
                 self._take_steps()
-            if not self.state.ended:
-                self._finish()
+                if not self.state.ended:
+                    self._finish()
         except EvaluationCut:
             self.state.ended = False
             self._stop()
         return self.state
 
     def _take_steps(self) -> None:
-        steps, stopping = self._make_steps(), self._is_asked_to_stop()
+        engine, stopping = self._make_engine(), self._is_asked_to_stop()
         if not self.state.observed and not self._is_over():
             each = self.config.grad_accumulation_steps
             self._observe((self.state.iteration - 1) // each * each, self.state.iteration)
@@ -144,56 +139,55 @@ class Trainer:
                 self._stop()
             first = self.state.iteration
             last = min(first + self.config.grad_accumulation_steps, self.method.iterations)
-            self._evaluate_within(first, last)
-            taken = self._advance(steps, first, last)
+            self._evaluate_within(engine, first, last)
+            taken = self._advance(engine, first, last)
             stopping = self._is_asked_to_stop()
-            self._divergence.add(self.state.step, self._skipped_in_a_row())
-            self._verify(taken, must=stopping or self._is_over())
+            self._divergence.add(self.state.step, self.optimizer.state[COUNTERS])
+            self._verify(engine, taken, must=stopping or self._is_over())
             if not self._is_over():
                 self._observe(first, last)
         self._divergence.settle()
 
-    def _skipped_in_a_row(self) -> mx.array:
-        counter: mx.array = self.optimizer.state[COUNTERS]["nonfinite_in_a_row"]
-        return counter
-
-    def _evaluate_within(self, first: int, last: int) -> None:
+    def _evaluate_within(self, engine: Engine, first: int, last: int) -> None:
         """The evaluations before a step; cut in one of them, all are made again on resume."""
         reported = self.state.reported
         try:
             for done in self.method.evaluations_within(first, last):
+                self._write(engine)
                 self._recorder.observe(self.state, iteration=done, evaluate=True)
         except EvaluationCut:
             self.state.reported = reported
             raise
 
-    def _make_steps(self) -> TrainStep:
-        draws, rule = self.config.lora_parameters.dropout > 0, self.method.rule
-        return TrainStep(self.model, self._slots, self.optimizer, self.tiers, rule, draws=draws)
+    def _make_engine(self) -> Engine:
+        is_adapter = self.config.fine_tune_type != "full"
+        draws = self.config.lora_parameters.dropout > 0
+        parts = self.model, self._slots, self.optimizer, self.tiers, self._rule
+        return Engine(*parts, joins=is_adapter, draws=draws)
 
     def _is_over(self) -> bool:
         patience = self.config.training.early_stop_patience
         is_stale = patience and self.state.evaluations_without_improvement >= patience
         return self.state.iteration >= self.method.iterations or bool(is_stale)
 
-    def _advance(self, steps: TrainStep, first: int, last: int) -> StepTaken:
-        """Take one optimizer step over micro-batches and write its updates into the model."""
+    def _advance(self, engine: Engine, first: int, last: int) -> StepTaken:
+        """Take one optimizer step over micro-batches."""
         state, step = self.state, self.state.step + 1
         batches = [self.method.micro_batch(index) for index in range(first, last)]
         complete = self.method.completes(first, last)
-        due, before = self._needed_tiers(step), read_slots(self._slots)
         self.method.begin_step(step)
-        result = steps.run(before, batches, due, complete=complete)
-        apply_flat_updates_to_nested(self.model, result.updates)
-        mx.async_eval(result.updates, self.optimizer.state, result.micro)
+        taken, micro = engine.take(batches, engine.needed(step), first, complete=complete)
+        if not engine.packing.joins:  # large tensors are not to be held twice
+            self._write(engine)
         state.step, state.iteration, state.observed = state.step + complete, last, False
-        self._recorder.add(state, first, result.micro)
-        return StepTaken(first, due, before, result.updates)
+        self._recorder.add(state, first, micro)
+        return taken
 
-    def _needed_tiers(self, step: int) -> tuple[int, ...]:
-        """The tiers that a step needs gradients of."""
-        every = tuple(range(len(self.tiers.frequencies)))
-        return every if self.optimizer.gathers else self.tiers.due(step)
+    def _write(self, engine: Engine) -> Flat:
+        """Write into the model, by name, what the steps so far have computed; return all of it."""
+        values = engine.values()
+        apply_flat_updates_to_nested(self.model, values)
+        return values
 
     def _crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
@@ -208,15 +202,18 @@ class Trainer:
             save=self._crossed(first, self.config.save_every),
         )
 
-    def _verify(self, taken: StepTaken, *, must: bool) -> None:
-        """Read back from the model, when it is time, what the step was to have put there."""
+    def _verify(self, engine: Engine, taken: StepTaken, *, must: bool) -> None:
+        """Before the model is looked at, write what is new into it and read that back."""
         every = (self.config.steps_per_report, self.config.steps_per_eval, self.config.save_every)
         is_time = must or any(self._crossed(taken.first_iteration, n) for n in every)
-        if not taken.updates or (taken.due in self._seen_due and not is_time):
+        if taken.due in self._seen_due and not is_time:
+            return
+        written = self._write(engine)
+        if not taken.updates:
             return
         self._seen_due.add(taken.due)
-        before = {name: taken.before[name] for name in taken.updates}
-        report = verify_updates(before, taken.updates, self.model)
+        before = engine.packing.unpack(taken.before)
+        report = verify_updates(before, {name: written[name] for name in before}, self.model)
         idle = idle_names(self.optimizer, self.tiers, self.state.step, report.unmoved)
         flag_updates(self.state, report, idle)
         self.state.verified_steps.append(self.state.step)

@@ -1,0 +1,92 @@
+"""`python -m benchmarks.gpu ROWS.jsonl`: what is not in the file yet is measured and appended.
+
+Each arm runs in a process of its own; a call ends within `--seconds`, and the next one goes on.
+Needs mlx, mlx-lm and numpy; torch, transformers and peft for the rival. Nothing else of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SIZES = ("0.5B", "1.7B", "7B", "135M")
+ARMS = ("mlx_lm", "ours", "ours+ops=10", "ours+deep", "peft-compile", "peft-eager")
+SLOW = {"peft-compile": 120.0, "peft-eager": 60.0}  # seconds that an arm may need
+MARGIN = 45.0
+
+
+def main() -> None:
+    """Measure what is missing, then print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--seconds", type=float, default=520)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--again", action="store_true", help="measure what is in the file too")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    done = (
+        set()
+        if options.again
+        else {(r["size"], r["arm"]) for r in read(options.rows) if "error" not in r}
+    )
+    for size in options.sizes:
+        for arm in options.arms:
+            left = end - time.monotonic()
+            if (size, arm) not in done and left > SLOW.get(arm, MARGIN):
+                measure(options.rows, size, arm, left)
+    report(read(options.rows))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows measured so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measure(path: Path, size: str, arm: str, seconds: float) -> None:
+    """Run one arm and append its row, or the end of what it said."""
+    module = "peft_arms" if arm.startswith("peft") else "mlx_arms"
+    command = [sys.executable, "-m", f"benchmarks.gpu.{module}", size, arm]
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=seconds, env=os.environ
+        )
+    except subprocess.TimeoutExpired:
+        return
+    took = round(time.perf_counter() - began, 1)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0 and lines:
+        result = json.loads(lines[-1]) | {"took": took}
+    else:
+        result = {"size": size, "arm": arm, "error": done.stderr[-1500:], "took": took}
+    with path.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+    shown = {k: v for k, v in result.items() if k not in ("shape", "windows")}
+    print(json.dumps(shown), flush=True)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """One line a row: tokens/s and peak, and their ratios to each rival at that size."""
+    latest = {(row["size"], row["arm"]): row for row in rows if "error" not in row}
+    for (size, arm), row in latest.items():
+        parts = [
+            f"{size:5} {arm:22} {row['tokens_per_second']:8,} tokens/s {row['peak_gib']:6.2f} GiB"
+        ]
+        for rival in ("mlx_lm", "peft-compile"):
+            other = latest.get((size, rival))
+            if other is not None and arm != rival:
+                speed = row["tokens_per_second"] / other["tokens_per_second"]
+                memory = row["peak_gib"] / other["peak_gib"]
+                parts.append(f"{speed:.2f} x {rival} (memory {memory:.2f})")
+        print("  ".join(parts), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""One measurement with MLX, in a process of its own: mlx_lm's training loop as shipped, or ours.
+
+An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep layers fast),
+`+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+ops=10` and `+mb=200` (the size
+of CUDA graphs), `+batch=16`, and what to leave out: `+noswap` (our LoRA layers and swiglu),
+`+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the factors).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, WINDOW, Shape, measure, row
+
+FREQUENCIES = (1, 2, 4)
+VARIABLES = {"ops": "MLX_MAX_OPS_PER_BUFFER", "mb": "MLX_MAX_MB_PER_BUFFER"}
+
+
+def main(size: str, arm: str) -> None:
+    """Measure one arm at one size and print its row."""
+    name, *words = arm.split("+")
+    options = dict(word.split("=") if "=" in word else (word, "1") for word in words)
+    choose_graphs(options)
+    shape = SHAPES[size]
+    if "batch" in options:
+        shape = replace(shape, batch=int(options["batch"]))
+    if name == "ours":
+        import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
+    import mlx.core as mx
+
+    if "limit" in options:
+        mx.set_memory_limit(int(float(options["limit"]) * 2**30))
+    model = build(shape, int(options.get("bits", "16")))
+    mx.reset_peak_memory()
+    found = mlx_lm_loop(model, shape) if name == "mlx_lm" else our_loop(model, shape, options)
+    print(row(size, arm, shape, found, mx.get_peak_memory()), flush=True)
+
+
+def choose_graphs(options: dict[str, str]) -> None:
+    """Set the size of MLX's graphs before it is imported; the rival has MLX's own."""
+    for word, variable in VARIABLES.items():
+        if word in options:
+            os.environ[variable] = options[word]
+
+
+def build(shape: Shape, bits: int) -> Any:
+    """A Llama of random bfloat16 weights, or quantised, with LoRA on every linear layer."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.models.llama import Model, ModelArgs
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    mx.random.seed(0)
+    model = Model(
+        ModelArgs(
+            model_type="llama",
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            intermediate_size=shape.intermediate,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            rms_norm_eps=1e-5,
+            vocab_size=shape.vocabulary,
+            tie_word_embeddings=True,
+            rope_theta=10000.0,
+        )
+    )
+    model.set_dtype(mx.bfloat16)
+    if bits < 16:
+        nn.quantize(model, group_size=64, bits=bits)
+    mx.eval(model.parameters())
+    model.freeze()
+    settings = {"rank": RANK, "dropout": 0.0, "scale": SCALE, "keys": KEYS}
+    linear_to_lora_layers(model, shape.layers, settings)
+    mx.eval(model.parameters())
+    return model
+
+
+def mlx_lm_loop(model: Any, shape: Shape) -> dict[str, Any]:
+    """mlx_lm.tuner.trainer.train; each of its reports is a window."""
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
+
+    from benchmarks.gpu.shapes import WARM, WINDOWS
+
+    rates: list[float] = []
+
+    class Reports(TrainingCallback):
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            rates.append(train_info["iterations_per_second"])
+
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, shape.vocabulary, (16 * shape.batch, shape.length))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArgs(
+            batch_size=shape.batch,
+            iters=WINDOW * (WARM + WINDOWS),
+            steps_per_report=WINDOW,
+            steps_per_save=10**6,
+            adapter_file=str(Path(folder) / "adapters.safetensors"),
+        )
+        data = [(each.tolist(), 0) for each in rows]
+        train(model, optim.Adam(RATE), data, None, arguments, training_callback=Reports())
+    seconds = [1 / rate for rate in rates]
+    return {"seconds": seconds[WARM:], "warm_up": round(WINDOW * sum(seconds[:WARM]), 2)}
+
+
+def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
+    """The engine as the trainer drives it: one step in flight, a report at the end of a window."""
+    import mlx.core as mx
+
+    from nested_core.slots import adapter_slots
+    from nested_core.training.engine import Engine
+    from nested_core.training.losses import SUPERVISED
+    from nested_core.training.positions import rule_for
+
+    slots = adapter_slots(model, dtype=None if "float32" in options else mx.bfloat16)
+    optimizer, tiers = make_tiers(slots, shape, deep="deep" in options or "due" in options)
+    rule = SUPERVISED if "nohead" in options else rule_for(model, slots, SUPERVISED)
+    generator = np.random.default_rng(0)
+    size = (16, shape.batch, shape.length + 1)
+    batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)
+    learnt = np.ones((shape.batch, shape.length), np.bool_)
+    with ExitStack() as stack:
+        enter(stack, model, options)
+        engine = Engine(model, slots, optimizer, tiers, rule, joins="nopack" not in options)
+        step, in_flight = 0, [mx.array(0)]
+
+        def window() -> None:
+            nonlocal step
+            total = mx.array(0.0)
+            for _ in range(WINDOW):
+                step += 1
+                due = tiers.due(step)
+                if "due" in options:
+                    due = tuple(range(int(options["due"])))
+                batch = batches[step % len(batches)], learnt
+                _, micro = engine.take([batch], due, step, complete=True)
+                total = total + micro[0]["loss"]
+                in_flight.append(optimizer.state["nested"]["nonfinite_in_a_row"])
+                in_flight.pop(0).item()
+            if not np.isfinite(total.item()):
+                raise SystemExit(f"the loss is {total.item()}")
+
+        return measure(window)
+
+
+def enter(stack: ExitStack, model: Any, options: dict[str, str]) -> None:
+    """Swap what the options leave in."""
+    from nested_core.kernels.swiglu import fused_swiglu
+    from nested_core.training.compute import prepared
+    from nested_core.training.low_rank import low_rank, shared_inputs
+
+    model.train()
+    if not options.keys() & {"noswap", "nogroup", "nokernel"}:
+        stack.enter_context(prepared(model))
+        return
+    if "noswap" not in options:
+        groups = [] if "nogroup" in options else shared_inputs(model)
+        stack.enter_context(low_rank(model, groups))
+        if "nokernel" not in options:
+            stack.enter_context(fused_swiglu(model))
+
+
+def make_tiers(slots: Any, shape: Shape, *, deep: bool) -> Any:
+    """NestedAdam with one clock, or with tiers [1, 2, 4] over thirds of the layers, deep fast."""
+    from nested_core.clocks import Tier
+    from nested_core.optimizers import NestedAdam
+    from nested_core.slots import read_slots
+    from nested_core.tiers import TierMap
+    from nested_core.training.packing import nested
+
+    if deep:
+        depth = {n: int(n.split("layers.")[1].split(".")[0]) for n in slots}
+        tensors = {n: 2 - min(2, 3 * at // shape.layers) for n, at in depth.items()}
+        tiers = TierMap(FREQUENCIES, tensors)
+    else:
+        tiers = TierMap((1,), dict.fromkeys(slots, 0))
+    clocks = [Tier(f, tiers.names(i)) for i, f in enumerate(tiers.frequencies)]
+    optimizer = NestedAdam(RATE, tiers=clocks)
+    optimizer.init(nested(read_slots(slots)))
+    return optimizer, tiers
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

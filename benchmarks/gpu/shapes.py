@@ -1,0 +1,73 @@
+"""The models that are measured, by their shapes, and how a measurement is taken; no framework."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+RANK, SCALE, RATE = 8, 20.0, 1e-5
+KEYS = [f"self_attn.{name}_proj" for name in "qkvo"]
+KEYS += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+WINDOW, WARM, WINDOWS = 4, 3, 7  # steps a window, windows not counted, windows counted
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's sizes, and the batch it is trained on."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    batch: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.batch * self.length
+
+
+SHAPES = {
+    "tiny": Shape(64, 3, 192, 4, 2, 512, 2, 32),
+    "135M": Shape(576, 30, 1536, 9, 3, 49152, 4, 512),
+    "0.5B": Shape(1024, 24, 2816, 16, 16, 32000, 4, 512),
+    "1.7B": Shape(2048, 24, 8192, 32, 32, 49152, 4, 1024),
+    "7B": Shape(4096, 32, 11008, 32, 32, 32000, 4, 1024),
+}
+
+
+def measure(window: Callable[[], None]) -> dict[str, Any]:
+    """Seconds of windows of WINDOW steps, each of which ends when its loss has been read."""
+    began = time.perf_counter()
+    for _ in range(WARM):
+        window()
+    warm, seconds = time.perf_counter() - began, []
+    for _ in range(WINDOWS):
+        start = time.perf_counter()
+        window()
+        seconds.append((time.perf_counter() - start) / WINDOW)
+    return {"seconds": seconds, "warm_up": round(warm, 2)}
+
+
+def row(size: str, arm: str, shape: Shape, found: dict[str, Any], peak: float) -> str:
+    """One line of the result file: the median, every window, and the whole run's peak in GiB."""
+    seconds = found["seconds"]
+    median = statistics.median(seconds)
+    line = {
+        "size": size,
+        "arm": arm,
+        "tokens_per_second": round(shape.tokens / median),
+        "milliseconds": round(1000 * median, 2),
+        "windows": [round(1000 * each, 2) for each in seconds],
+        "peak_gib": round(peak / 2**30, 4),
+        "warm_up": found["warm_up"],
+        "shape": asdict(shape),
+    }
+    return json.dumps(line)

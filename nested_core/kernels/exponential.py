@@ -1,0 +1,25 @@
+"""exp(x) as it is fastest: MLX's own, but on x86 CPUs the C library's power of two.
+
+MLX's exp calls a function for each fused multiply-add there, and takes twice as long. Not to be
+differentiated through: whoever uses it knows the derivative.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from functools import cache
+
+import mlx.core as mx
+
+from nested_core import backend
+
+
+def exponential(x: mx.array) -> mx.array:
+    """exp(x), float32; 2 ** (x log2 e) is right within |x| + 1 units in the last place."""
+    return mx.power(2.0, x * math.log2(math.e)) if _has_slow_exp() else mx.exp(x)
+
+
+@cache
+def _has_slow_exp() -> bool:
+    return backend.device() == "cpu" and platform.machine() in ("x86_64", "AMD64")

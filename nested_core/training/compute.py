@@ -1,0 +1,30 @@
+"""How a model is computed while it trains or is evaluated: everything that is swapped, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.nn as nn
+
+from nested_core.kernels.attention import blocked_attention
+from nested_core.kernels.swiglu import fused_swiglu
+from nested_core.training.low_rank import low_rank, shared_inputs
+from nested_core.training.recompute import recomputed
+
+
+@contextmanager
+def prepared(
+    model: nn.Module, *, recomputes: bool = False, as_mlx_lm: bool = False
+) -> Iterator[None]:
+    """Have a model computed our way while the block runs.
+
+    `recomputes` is gradient checkpointing; `as_mlx_lm` leaves everything else to mlx-lm.
+    """
+    with recomputed(model.layers if recomputes else []):
+        if as_mlx_lm:
+            yield
+            return
+        groups = shared_inputs(model)
+        with low_rank(model, groups), fused_swiglu(model), blocked_attention(model):
+            yield

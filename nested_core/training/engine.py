@@ -1,0 +1,80 @@
+"""What the loop drives: parameters and optimizer state as a step keeps them, and their way back.
+
+Between two looks at the model (a report, an evaluation, a checkpoint) only the packed arrays move;
+the model and the optimizer hold by name what was last written into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from nested_core.gradients import Flat, leaf_states
+from nested_core.single_clock import TieredOptimizer
+from nested_core.slots import Slots, read_slots
+from nested_core.tiers import TierMap
+from nested_core.training.losses import LossRule, MicroBatch
+from nested_core.training.packing import nested, packing_for
+from nested_core.training.step import Sums, TrainStep
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """A step: its first micro-batch, the tiers due, and the due arrays before and after."""
+
+    first_iteration: int
+    due: tuple[int, ...]
+    before: Flat
+    updates: Flat
+
+
+class Engine:
+    """Takes steps from what model and optimizer hold now; `values` are the parameters since.
+
+    `joins` is for small tensors, such as an adapter's; `draws` for a model that draws dropout.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Slots,
+        optimizer: TieredOptimizer,
+        tiers: TierMap,
+        rule: LossRule,
+        *,
+        joins: bool = True,
+        draws: bool = False,
+    ) -> None:
+        held = read_slots(slots)
+        self._optimizer, self._tiers = optimizer, tiers
+        self.packing = packing_for(held, tiers, optimizer, small=joins)
+        self._params = self.packing.pack(held)
+        self._twin = self.packing.pack_optimizer(optimizer, held)
+        self._moments = leaf_states(nested(held), optimizer.state)
+        mx.eval(self._params, self._twin.state)
+        self._step = TrainStep(model, slots, self._twin, self.packing, rule, draws=draws)
+
+    def needed(self, step: int) -> tuple[int, ...]:
+        """The tiers that a step needs gradients of."""
+        if self._optimizer.gathers:
+            return tuple(range(len(self._tiers.frequencies)))
+        return self._tiers.due(step)
+
+    def take(
+        self, batches: Sequence[MicroBatch], due: tuple[int, ...], first: int, *, complete: bool
+    ) -> tuple[StepTaken, list[Sums]]:
+        """Take one optimizer step, without waiting for the device, and count it."""
+        result = self._step.run(self._params, batches, due, complete=complete)
+        mx.async_eval(result.updates, self._twin.state, result.micro)
+        before = {key: self._params[key] for key in result.updates}
+        self._params = self._params | result.updates
+        self.packing.share_clock(self._twin, self._optimizer)
+        return StepTaken(first, due, before, result.updates), result.micro
+
+    def values(self) -> Flat:
+        """The parameters by name; the optimizer is given its state by name along with them."""
+        self.packing.unpack_optimizer(self._twin, self._moments)
+        return self.packing.unpack(self._params)

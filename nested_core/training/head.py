@@ -1,0 +1,145 @@
+"""A model's output layer on its own: logits for the positions that are asked for, and no others.
+
+It is found by watching a call, not by names, and used only where its logits are seen to be the
+model's own; whatever the model does after its body (scaling, soft-capping) is in it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from nested_core.scalars import to_float
+from nested_core.slots import Slots, borrowed, put, read_slots
+from nested_core.training.losses import first_of
+
+DEPTH = 3  # a body lies at most so deep: "model", "language_model.model", "model.norm"
+PROBE = [[1, 2, 3, 4], [4, 3, 1, 2]]
+ROWS = [6, 1, 3]  # of the probe's eight positions, out of order
+ROUNDING = 16  # in units of the dtype's epsilon, of the largest logit
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def standing_in(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Have a call of this one module answered by `call` while the block runs."""
+    kind = type(module)
+    answer = {"__call__": lambda self, *args, **kwargs: call(*args, **kwargs)}
+    module.__class__ = type(kind.__name__, (kind,), answer)
+    try:
+        yield
+    finally:
+        module.__class__ = kind
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """A model in two parts: the body, whose output is `hidden`, and all that comes after it."""
+
+    model: nn.Module
+    body: nn.Module
+
+    def hidden(self, inputs: mx.array) -> mx.array:
+        """The body's output (batch, length, width); the logits are never evaluated."""
+        caught: list[mx.array] = []
+        own = type(self.body).__call__
+
+        def catch(*args: Any, **kwargs: Any) -> mx.array:
+            caught.append(own(self.body, *args, **kwargs))
+            return caught[-1]
+
+        with standing_in(self.body, catch):
+            self.model(inputs)
+        return caught[-1]
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits (rows, vocabulary) of any rows (rows, width) of the body's output."""
+        with standing_in(self.body, lambda *args, **kwargs: hidden[None]):
+            return first_of(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))[0]
+
+
+def find_head(model: nn.Module, slots: Slots) -> OutputHead | None:
+    """The frozen output layer of a model, or None, with a line in the log that says why."""
+    was_training = model.training
+    model.eval()
+    try:
+        return _find_head(model, slots)
+    finally:
+        model.train(was_training)
+
+
+def _find_head(model: nn.Module, slots: Slots) -> OutputHead | None:
+    tokens = mx.array(PROBE)
+    logits, seen = _watch(model, tokens)
+    for module, hidden in reversed(seen):
+        if hidden.shape[-1] == logits.shape[-1]:
+            continue
+        head = OutputHead(model, module)
+        rows = hidden.reshape(-1, hidden.shape[-1])[mx.array(ROWS)]
+        expected = logits.reshape(-1, logits.shape[-1])[mx.array(ROWS)]
+        if not _agrees(head, rows, expected):
+            continue
+        if _is_trained(head, rows, slots):
+            logger.info("The output layer is trained: logits are computed at every position.")
+            return None
+        return head
+    logger.info(
+        "The output layer of %s could not be told apart: logits are computed at every position.",
+        type(model).__module__,
+    )
+    return None
+
+
+def _watch(model: nn.Module, tokens: mx.array) -> tuple[mx.array, list[tuple[nn.Module, mx.array]]]:
+    """The model's logits, and what its outer modules gave for the whole batch, in that order."""
+    seen: list[tuple[nn.Module, mx.array]] = []
+
+    def noting(module: nn.Module) -> Callable[..., Any]:
+        own = type(module).__call__
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = own(module, *args, **kwargs)
+            if isinstance(output, mx.array) and output.shape[:-1] == tokens.shape:
+                seen.append((module, output))
+            return output
+
+        return call
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name and name.count(".") < DEPTH:
+                stack.enter_context(standing_in(module, noting(module)))
+        logits = first_of(model(tokens))
+    return logits, seen
+
+
+def _agrees(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
+    """Whether the head gives the model's own logits for these rows alone, within rounding."""
+    try:
+        found = head.logits(rows)
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return False  # what comes after this module needs more than its output
+    if found.shape != expected.shape:
+        return False
+    bound = ROUNDING * float(mx.finfo(expected.dtype).eps) * to_float(mx.abs(expected).max())
+    return to_float(mx.abs(found - expected).max()) <= bound
+
+
+def _is_trained(head: OutputHead, rows: mx.array, slots: Slots) -> bool:
+    """Whether the logits of given rows depend on a tensor that is trained."""
+
+    def total(values: dict[str, mx.array]) -> mx.array:
+        put(slots, values)
+        return mx.square(head.logits(rows).astype(mx.float32)).sum()
+
+    with borrowed(slots):
+        gradients = mx.grad(total)(read_slots(slots))
+    largest = [mx.abs(gradients.pop(name)).max() for name in list(gradients)]  # none is kept
+    return to_float(mx.stack(largest).max()) > 0

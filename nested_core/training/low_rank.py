@@ -1,0 +1,189 @@
+"""LoRA linear layers with a backward pass of their own, in place of mlx-lm's while a block runs.
+
+The base's output and the low-rank product meet in one matmul, the factor is put on the narrow
+activations, and layers that are given the same input share the products with it. Modules keep their
+identity, their parameters' names and their place; only their class changes, and is given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear
+
+GROUP = "_shared_input"
+
+
+class LowRankLinear(LoRALinear):
+    """mlx_lm.tuner.lora.LoRALinear with the same parameters and, within rounding, the same output.
+
+    A layer computes as mlx-lm does where its factors' dtype is not its input's.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Base output plus scale * dropout(x) @ lora_a @ lora_b."""
+        if not x.dtype == self.lora_a.dtype == self.lora_b.dtype:
+            output: mx.array = super().__call__(x)
+            return output
+        group: SharedInput | None = vars(self).get(GROUP)
+        dropped = self.dropout(x)
+        if dropped is not x:
+            return _dropped_out(self, x, dropped)
+        return SharedInput([self]).output(self, x) if group is None else group.output(self, x)
+
+
+class SharedInput:
+    """Layers that are given one input: x @ [A1 A2 ...] is one product, and so are its gradients.
+
+    They are of one rank. The base layers stay apart, so that no output keeps another's memory.
+    """
+
+    def __init__(self, layers: Sequence[LowRankLinear]) -> None:
+        self._layers = layers
+        ranks = [layer.lora_b.shape[0] for layer in layers]
+        self._ranges = list(pairwise([0, *accumulate(ranks)]))
+        self._input: mx.array | None = None
+        self._outputs: dict[int, mx.array] = {}
+
+    def output(self, layer: LowRankLinear, x: mx.array) -> mx.array:
+        """The layer's output; the first layer asked computes those of all, the last lets go."""
+        if self._input is not x or id(layer) not in self._outputs:
+            self._input = x
+            self._outputs = dict(zip(map(id, self._layers), self._compute(x), strict=True))
+        found = self._outputs.pop(id(layer))
+        if not self._outputs:
+            self._input = None
+        return found
+
+    def _compute(self, x: mx.array) -> list[mx.array]:
+        layers, rows = self._layers, x.reshape(-1, x.shape[-1])
+        a = _joined([layer.lora_a for layer in layers], axis=1)
+        b = [layer.lora_b for layer in layers]
+        scales = self._scales(x.dtype)
+        count = len(layers)
+
+        @mx.custom_function
+        def project(x: mx.array, a: mx.array, *b: mx.array) -> list[mx.array]:
+            z, wide = _scaled(x @ a, scales), self._padded(b)
+            outputs = [mx.addmm(layer.linear(x), z, wide[i]) for i, layer in enumerate(layers)]
+            return [*outputs, z, *wide]
+
+        @project.vjp
+        def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+            x, a, g = primals[0], primals[1], cotangents[:count]
+            z, wide = outputs[count], outputs[count + 1 :]
+            dz, dx = g[0] @ wide[0].T, _base_gradient(layers[0], x, g[0], None)
+            for i in range(1, count):
+                dz = mx.addmm(dz, g[i], wide[i].T)
+                dx = _base_gradient(layers[i], x, g[i], dx)
+            dz = _scaled(dz, scales)
+            db = [(z.T @ g[i])[slice(*self._ranges[i])] for i in range(count)]
+            return mx.addmm(dx, dz, a.T), x.T @ dz, *db
+
+        outputs: Any = project(rows, a, *b)
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs[:count]]
+
+    def _padded(self, b: Sequence[mx.array]) -> list[mx.array]:
+        """Each lora_b with rows of zeros for the other layers' columns of lora_a."""
+        if len(b) == 1:
+            return list(b)
+        wide = []
+        for index, each in enumerate(b):
+            place = [1.0 if other == index else 0.0 for other in range(len(b))]
+            blocks = mx.array(place, each.dtype)[:, None, None] * each
+            wide.append(blocks.reshape(-1, each.shape[-1]))
+        return wide
+
+    def _scales(self, dtype: mx.Dtype) -> mx.array | None:
+        """The factor of each column of lora_a, or None where all are 1."""
+        factors = [
+            layer.scale
+            for layer, (start, end) in zip(self._layers, self._ranges, strict=True)
+            for _ in range(start, end)
+        ]
+        return None if set(factors) == {1.0} else mx.array(factors, dtype)
+
+
+def _joined(matrices: Sequence[mx.array], axis: int) -> mx.array:
+    return matrices[0] if len(matrices) == 1 else mx.concatenate(list(matrices), axis=axis)
+
+
+def _scaled(narrow: mx.array, scales: mx.array | None) -> mx.array:
+    return narrow if scales is None else narrow * scales
+
+
+def _base_gradient(
+    layer: LowRankLinear, x: mx.array, g: mx.array, added: mx.array | None
+) -> mx.array:
+    """The gradient through the frozen base layer, whatever it is made of, plus `added`."""
+    if type(layer.linear) is nn.Linear:
+        weight = layer.linear.weight
+        return g @ weight if added is None else mx.addmm(added, g, weight)
+    (gradient,) = mx.vjp(layer.linear, [x], [g])[1]
+    return gradient if added is None else added + gradient
+
+
+def _dropped_out(layer: LowRankLinear, x: mx.array, dropped: mx.array) -> mx.array:
+    """The output where the low-rank path alone sees dropout, as in mlx-lm."""
+    z = (dropped @ layer.lora_a) * layer.scale
+    output: mx.array = mx.addmm(layer.linear(x), z, layer.lora_b)
+    return output
+
+
+@contextmanager
+def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> Iterator[None]:
+    """Have every LoRALinear of a model computed here; `groups` are given one input each."""
+    layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
+    try:
+        for layer in layers:
+            layer.__class__ = LowRankLinear
+        for group in groups:
+            shared = SharedInput([layer for layer in group if isinstance(layer, LowRankLinear)])
+            for layer in group:
+                object.__setattr__(layer, GROUP, shared)
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop(GROUP, None)
+            layer.__class__ = LoRALinear
+
+
+def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
+    """The LoRALinear layers of one rank that are given one and the same array, by watching a call.
+
+    Layers that are called more than once, or alone, are in no group.
+    """
+    calls: list[tuple[nn.Module, Any]] = []
+    layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
+
+    class Watched(LoRALinear):
+        def __call__(self, x: mx.array) -> mx.array:
+            calls.append((self, x))
+            output: mx.array = super().__call__(x)
+            return output
+
+    was_training = model.training
+    model.eval()  # no dropout: nothing is drawn
+    try:
+        for layer in layers:
+            layer.__class__ = Watched
+        model(mx.zeros((1, 2), mx.int32))
+    finally:
+        model.train(was_training)
+        for layer in layers:
+            layer.__class__ = LoRALinear
+    return _grouped(calls)
+
+
+def _grouped(calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
+    times = [id(layer) for layer, _ in calls]
+    groups: dict[tuple[int, int], list[nn.Module]] = {}
+    for layer, x in calls:  # the inputs are alive here, so that their ids are their own
+        if times.count(id(layer)) == 1:
+            groups.setdefault((id(x), layer.lora_b.shape[0]), []).append(layer)
+    return [group for group in groups.values() if len(group) > 1]

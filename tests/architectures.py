@@ -1,0 +1,133 @@
+"""Tiny random models of several of mlx-lm's architectures, with adapters that do something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from nested_core.gradients import Flat
+from nested_core.scalars import to_float, to_int
+from nested_core.slots import Slots, adapter_slots, borrowed, put, read_slots
+from nested_core.training.losses import LossRule, MicroBatch
+
+VOCABULARY = 96
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": VOCABULARY,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},  # biases
+    "qwen3": {
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    },
+    "gemma2": {"head_dim": 16},  # scaled embeddings, soft-capped logits
+    "gemma3_text": {"head_dim": 16, "sliding_window_pattern": 2},
+    "phi3": {},  # one projection for q, k and v
+    "granite": {  # scaled logits
+        "logits_scaling": 8.0,
+        "attention_multiplier": 0.1,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "max_position_embeddings": 512,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": 1e4,
+        "tie_word_embeddings": True,
+    },
+    "cohere": {},  # attention and MLP share their input
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def build(
+    name: str,
+    *,
+    dropout: float = 0.0,
+    quantized: bool = False,
+    keys: list[str] | None = None,
+    **sizes: Any,
+) -> nn.Module:
+    """A model of an architecture, frozen, with LoRA on every layer and no factor at zero."""
+    module = import_module(f"mlx_lm.models.{name}")
+    sizes = SIZES | ARCHITECTURES[name] | sizes
+    arguments = module.ModelArgs.from_dict({"model_type": name} | sizes)
+    mx.random.seed(0)
+    model: nn.Module = module.Model(arguments)
+    if quantized:
+        nn.quantize(model, group_size=32, bits=4)
+    model.freeze()
+    lora: dict[str, Any] = {"rank": 4, "dropout": dropout, "scale": 2.0}
+    linear_to_lora_layers(model, 2, lora | ({} if keys is None else {"keys": keys}))
+    for _, each in model.named_modules():
+        if "lora_b" in each:
+            each.lora_b = 0.1 * mx.random.normal(each.lora_b.shape)
+    mx.eval(model.parameters())
+    return model
+
+
+def batch(rows: int = 4, width: int = 40, share: float = 0.3) -> MicroBatch:
+    """Random tokens, some of them supervised."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, VOCABULARY, (rows, width + 1)).astype(np.int32)
+    return tokens, generator.random((rows, width)) < share
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rule makes of a batch."""
+
+    loss: float
+    count: int
+    value: float  # the loss as an evaluation computes it
+    gradients: Flat
+
+
+def outcome(
+    model: nn.Module,
+    rule: LossRule,
+    batch: MicroBatch,
+    *,
+    slots: Slots | None = None,
+    compiled: Callable[..., Any] = mx.compile,
+) -> Outcome:
+    """Loss and gradients with respect to the adapter."""
+    slots = adapter_slots(model) if slots is None else slots
+    params = read_slots(slots)
+
+    def loss(params: Flat, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+        put(slots, params)
+        return rule.function(model, *arrays)
+
+    with borrowed(slots):
+        arrays = rule.arrange(batch)
+        (total, count), gradients = compiled(mx.value_and_grad(loss))(params, *arrays)
+        put(slots, params)
+        value, _ = rule.value(model, *arrays)
+        mx.eval(total, count, gradients, value)
+    return Outcome(to_float(total), to_int(count), to_float(value), gradients)
+
+
+def largest_difference(found: Flat, expected: Flat) -> float:
+    """Over all tensors, the largest difference relative to the tensor's largest value."""
+    assert found.keys() == expected.keys()
+    differences = []
+    for name, value in expected.items():
+        difference = to_float(mx.abs(found[name] - value).max())
+        differences.append(difference / to_float(mx.abs(value).max()))
+    return max(differences)

@@ -1,0 +1,174 @@
+"""LoRA layers with their own backward pass: mlx-lm's outputs and gradients, on its own modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.tuner.lora import LoRALinear
+
+from nested_core.training.losses import SUPERVISED
+from nested_core.training.low_rank import LowRankLinear, low_rank, shared_inputs
+from nested_core.training.recompute import recomputed
+from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
+
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+MLP = ["mlp.gate_proj", "mlp.up_proj"]
+
+
+def names_of(model: nn.Module, groups: list[list[nn.Module]]) -> list[list[str]]:
+    known = {id(module): name for name, module in model.named_modules()}
+    return sorted([known[id(layer)].partition("layers.")[2] for layer in g] for g in groups)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> None:
+    model = build(name)
+    expected = outcome(model, SUPERVISED, batch())
+    with low_rank(model, shared_inputs(model) if grouped else ()):
+        found = outcome(model, SUPERVISED, batch())
+    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_quantised_base_gives_what_mlx_lm_gives(grouped: bool) -> None:
+    model = build("qwen2", quantized=True)
+    expected = outcome(model, SUPERVISED, batch())
+    with low_rank(model, shared_inputs(model) if grouped else ()):
+        found = outcome(model, SUPERVISED, batch())
+    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+
+
+def test_dropout_draws_what_mlx_lm_draws() -> None:
+    model = build("llama", dropout=0.4)
+    model.train()
+    mx.random.seed(7)
+    expected = outcome(model, SUPERVISED, batch(), compiled=run)
+    with low_rank(model, shared_inputs(model)):
+        mx.random.seed(7)
+        found = outcome(model, SUPERVISED, batch(), compiled=run)
+    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+    assert found.value != found.loss  # a second pass draws anew
+
+
+def run(function: Any) -> Any:
+    return function
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    model = build("llama")
+    expected = outcome(model, SUPERVISED, batch())
+    with recomputed(model.layers), low_rank(model, shared_inputs(model)):
+        found = outcome(model, SUPERVISED, batch())
+    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+
+
+def test_compiled_equals_uncompiled_to_the_bit() -> None:
+    model = build("llama")
+    with low_rank(model, shared_inputs(model)):
+        plain = outcome(model, SUPERVISED, batch(), compiled=run)
+        compiled = outcome(model, SUPERVISED, batch())
+    assert compiled.loss == plain.loss
+    for name, gradient in plain.gradients.items():
+        assert np.array(gradient).tobytes() == np.array(compiled.gradients[name]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", [ATTENTION, MLP]),
+        ("phi3", []),
+        ("cohere", [ATTENTION + MLP]),
+        ("olmoe", [ATTENTION]),
+    ],
+)
+def test_layers_with_one_input_are_found_by_watching_not_by_name(
+    name: str, expected: list[list[str]]
+) -> None:
+    model = build(name, dropout=0.1)
+    model.train()
+    before = mx.random.state[0].tolist()  # type: ignore[index]
+    found = names_of(model, shared_inputs(model))
+    assert mx.random.state[0].tolist() == before  # type: ignore[index]
+    wanted = [[f"{layer}.{key}" for key in group] for layer in (0, 1) for group in expected]
+    assert found == sorted(wanted)
+    assert model.training is True
+    assert not any(isinstance(m, LowRankLinear) for _, m in model.named_modules())
+
+
+class CalledTwice(nn.Module):
+    """One layer called twice, beside one that has its input once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = LoRALinear(8, 8, r=2)
+        self.once = LoRALinear(8, 8, r=2)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = mx.ones((*tokens.shape, 8))
+        output: mx.array = self.twice(x) + self.once(x) + self.twice(2 * x)
+        return output
+
+
+def test_a_layer_called_twice_is_in_no_group_and_computes_each_time() -> None:
+    model = CalledTwice()
+    tokens = mx.zeros((1, 3), mx.int32)
+    assert shared_inputs(model) == []
+    expected = model(tokens)
+    with low_rank(model, shared_inputs(model)):
+        assert mx.allclose(model(tokens), expected).item()
+
+
+def test_a_group_that_is_given_several_inputs_after_all_computes_each_on_its_own() -> None:
+    model = build("llama")
+    attention = model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj]
+    mx.random.seed(1)
+    x, y = mx.random.normal((1, 3, 64)), mx.random.normal((1, 3, 64))
+    calls = [(0, x), (0, x), (1, y), (1, x), (0, x), (1, x)]
+    expected = [layers[i](given) for i, given in calls]
+    with low_rank(model, [layers]):
+        found = [layers[i](given) for i, given in calls]
+    assert all(mx.allclose(a, b, atol=1e-5).item() for a, b in zip(found, expected, strict=True))
+
+
+def test_factors_in_another_dtype_than_the_input_are_computed_as_mlx_lm_does() -> None:
+    layer = LoRALinear(16, 8, r=2)
+    layer.lora_b = mx.random.normal((2, 8))
+    x = mx.random.normal((3, 16)).astype(mx.bfloat16)
+    layer.linear.set_dtype(mx.bfloat16)
+    expected = layer(x)
+    model = nn.Sequential(layer)
+    with low_rank(model):
+        assert type(layer) is LowRankLinear
+        found = model(x)
+    assert found.dtype == mx.bfloat16
+    assert np.array(found.view(mx.uint16)).tobytes() == np.array(expected.view(mx.uint16)).tobytes()
+
+
+def test_modules_parameters_and_names_are_given_back_after_an_error(tmp_path: Path) -> None:
+    model = build("llama")
+    before = {name: (module, type(module)) for name, module in model.named_modules()}
+
+    def fail_inside() -> None:
+        with low_rank(model, shared_inputs(model)):
+            assert any(isinstance(m, LowRankLinear) for _, m in model.named_modules())
+            assert dict(model.named_modules()).keys() == before.keys()
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
+    after = {name: (module, type(module)) for name, module in model.named_modules()}
+    assert after.keys() == before.keys()
+    for name, (module, kind) in after.items():
+        assert module is before[name][0]
+        assert kind is before[name][1]
+        assert "_shared_input" not in vars(module)

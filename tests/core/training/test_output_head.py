@@ -1,0 +1,151 @@
+"""The output layer computed apart: the same loss from the supervised positions alone, in chunks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_lm.tuner.trainer import default_loss
+
+from nested_core.slots import adapter_slots
+from nested_core.training.head import find_head
+from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
+from nested_core.training.positions import positions, positions_rule, rule_for
+from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
+
+
+def rule_of(model: nn.Module, chunk: int | None = None) -> LossRule:
+    head = find_head(model, adapter_slots(model))
+    assert head is not None
+    return positions_rule(head, chunk)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_loss_at_supervised_positions_is_that_of_full_logits(name: str) -> None:
+    model = build(name)
+    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED, rule_of(model, 16)))
+    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+    assert found.count == expected.count == 44
+    assert largest_difference(found.gradients, expected.gradients) < 2e-5
+
+
+def test_a_quantised_base_and_head_give_the_loss_of_full_logits() -> None:
+    model = build("llama", quantized=True)
+    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED, rule_of(model)))
+    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+    assert largest_difference(found.gradients, expected.gradients) < 2e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 63, 64, 1000])
+def test_the_loss_depends_on_the_chunks_within_rounding_only(chunk: int) -> None:
+    model = build("llama")
+    whole, found = (outcome(model, rule_of(model, rows), batch()) for rows in (None, chunk))
+    assert found.loss == pytest.approx(whole.loss, rel=2e-6)
+    assert largest_difference(found.gradients, whole.gradients) < 2e-5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_any_share_of_supervised_positions_gives_the_loss_of_full_logits(share: float) -> None:
+    model = build("llama")
+    given = batch(share=share)
+    expected, found = (outcome(model, r, given) for r in (SUPERVISED, rule_of(model)))
+    assert found.count == expected.count == int(given[1].sum())
+    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+    if share > 0:
+        assert largest_difference(found.gradients, expected.gradients) < 2e-5
+    else:
+        assert not any(g.any().item() for g in found.gradients.values())
+
+
+def test_an_evaluation_gives_the_training_loss_to_the_bit() -> None:
+    model = build("qwen2")
+    found = outcome(model, rule_of(model, 16), batch())
+    assert found.value == found.loss
+
+
+def test_the_loss_is_the_same_compiled_or_not_to_the_bit() -> None:
+    model = build("llama")
+    rule = rule_of(model, 16)
+    compiled, plain = outcome(model, rule, batch()), outcome(model, rule, batch(), compiled=run)
+    assert compiled.loss == plain.loss
+    for name, gradient in plain.gradients.items():
+        assert np.array(gradient).tobytes() == np.array(compiled.gradients[name]).tobytes()
+
+
+def run(function: Any) -> Any:
+    return function
+
+
+@pytest.mark.parametrize(
+    ("supervised", "expected"),
+    [(0, 64), (1, 64), (64, 64), (65, 128), (129, 256), (257, 300), (300, 300)],
+)
+def test_positions_come_in_powers_of_two_or_all_of_them(supervised: int, expected: int) -> None:
+    mask = np.zeros(300, np.bool_)
+    mask[np.random.default_rng(0).permutation(300)[:supervised]] = True
+    _, rows = positions((np.zeros((3, 101), np.int32), mask.reshape(3, 100)))
+    assert rows.shape == (expected,)
+    assert [row for row in rows.tolist() if row >= 0] == np.flatnonzero(mask).tolist()  # type: ignore[union-attr,operator]
+
+
+def test_a_trained_output_layer_keeps_full_logits_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build("qwen3", keys=["self_attn.q_proj", "lm_head"])
+    with caplog.at_level(logging.INFO):
+        assert rule_for(model, adapter_slots(model), SUPERVISED) is SUPERVISED
+    assert "The output layer is trained" in caplog.text
+
+
+class MixedAfterwards(nn.Module):
+    """Logits that depend on the other positions even after the body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("llama")
+
+    def __call__(self, inputs: mx.array) -> mx.array:
+        logits: mx.array = self.inner(inputs)
+        return logits + mx.cumsum(logits, axis=1)
+
+
+def test_an_output_layer_that_mixes_positions_is_not_taken_for_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = MixedAfterwards()
+    with caplog.at_level(logging.INFO):
+        assert find_head(model, adapter_slots(model)) is None
+    assert "could not be told apart" in caplog.text
+
+
+def test_finding_the_head_leaves_the_model_as_it_was() -> None:
+    model = build("gemma2", dropout=0.5)
+    model.train()
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    before = mx.random.state[0].tolist()  # type: ignore[index]
+    assert find_head(model, adapter_slots(model)) is not None
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
+    assert model.training is True
+    assert mx.random.state[0].tolist() == before  # type: ignore[index]
+
+
+def peak_memory(rule: LossRule, model: nn.Module, given: MicroBatch) -> float:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    outcome(model, rule, given)
+    return float(mx.get_peak_memory() - before)
+
+
+def test_128_supervised_of_2048_tokens_take_a_third_of_the_memory_of_mlx_lms_loss() -> None:
+    model = build("llama", vocab_size=20_000)
+    tokens, supervised = np.ones((4, 513), np.int32), np.zeros((4, 512), np.bool_)
+    supervised[:, -32:] = True
+    bounds = np.array([[481, 512]] * 4, np.int32)
+    full = peak_memory(LossRule(default_loss, is_mean=True), model, (tokens, bounds))
+    ours = peak_memory(rule_of(model), model, (tokens, supervised))
+    assert ours < full / 3

@@ -1,0 +1,120 @@
+"""A tier's tensors in one vector: the same values and moments, by name, as tensor by tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.optimizers import SGD
+
+from nested_core.clocks import COUNTERS, Tier
+from nested_core.gradients import Flat, leaf_states
+from nested_core.optimizers import NestedAdamW
+from nested_core.pytree import flatten
+from nested_core.single_clock import SingleClock
+from nested_core.tiers import TierMap
+from nested_core.training.packing import Packing, nested, packing_for
+
+SHAPES = {
+    "layers.0.a": (8, 3),
+    "layers.0.b": (3, 5),
+    "layers.1.a": (8, 3),
+    "layers.1.b": (2, 3, 4),
+    "layers.2.a": (7,),
+}
+TIERS = TierMap(
+    (1, 2, 3),
+    {"layers.0.a": 0, "layers.0.b": 0, "layers.1.a": 1, "layers.1.b": 1, "layers.2.a": 2},
+)
+
+
+def random_values(seed: int) -> Flat:
+    mx.random.seed(seed)
+    return {name: mx.random.normal(shape) for name, shape in SHAPES.items()}
+
+
+def make(slow_gradients: str, values: Flat) -> NestedAdamW:
+    optimizer = NestedAdamW(
+        lambda step: 1e-2 / (step + 1),
+        tiers=[
+            Tier(f, TIERS.names(i), 1.0 + i, weight_decay=0.1 * i)
+            for i, f in enumerate(TIERS.frequencies)
+        ],
+        slow_gradients=slow_gradients,
+        bias_correction=True,
+    )
+    optimizer.init(nested(values))
+    return optimizer
+
+
+def bits(tree: Any) -> dict[str, bytes]:
+    return {name: np.array(value).tobytes() for name, value in flatten(tree).items()}
+
+
+def apply(optimizer: Any, gradients: Flat, values: Flat) -> Flat:
+    return flatten(optimizer.apply_gradients(nested(gradients), nested(values)))
+
+
+@pytest.mark.parametrize("slow_gradients", ["skip", "accumulate"])
+def test_packed_steps_give_every_weight_and_moment_of_steps_tensor_by_tensor(
+    slow_gradients: str,
+) -> None:
+    plain_values = values = random_values(0)
+    plain, optimizer = make(slow_gradients, values), make(slow_gradients, values)
+    packing = Packing(values, TIERS, joins=True)
+    assert list(packing.leaves) == ["tier0", "tier1", "tier2"]
+    packed, twin = packing.pack(values), packing.pack_optimizer(optimizer, values)
+    for step in range(1, 8):
+        gradients = random_values(step)
+        plain_values = apply(plain, gradients, plain_values)
+        packed = apply(twin, packing.pack(gradients), packed)
+        packing.share_clock(twin, optimizer)
+        values = packing.unpack(packed)
+        packing.unpack_optimizer(twin, leaf_states(nested(values), optimizer.state))
+        assert bits(values) == bits(plain_values)
+        ours, theirs = bits(optimizer.state), bits(plain.state)
+        del ours[f"{COUNTERS}.grad_norm"], theirs[f"{COUNTERS}.grad_norm"]  # a sum's own order
+        assert ours == theirs
+
+
+def test_an_optimizer_packed_in_the_middle_goes_on_as_it_would_have() -> None:
+    values = random_values(0)
+    straight, stopped = make("skip", values), make("skip", values)
+    for step in range(1, 4):
+        gradients = random_values(step)
+        apply(straight, gradients, values)
+        apply(stopped, gradients, values)
+    packing = Packing(values, TIERS, joins=True)
+    twin = packing.pack_optimizer(stopped, values)
+    gradients = random_values(4)
+    expected = apply(straight, gradients, values)
+    assert bits(packing.unpack(apply(twin, packing.pack(gradients), packing.pack(values)))) == bits(
+        expected
+    )
+
+
+def test_a_tier_left_out_of_an_update_keeps_its_array() -> None:
+    values = random_values(0)
+    packing = Packing(values, TIERS, joins=True)
+    twin = packing.pack_optimizer(make("skip", values), values)
+    given = {key: packing.pack(values)[key] for key in packing.of_tiers((0,))}
+    assert apply(twin, given, packing.pack(values)).keys() == {"tier0"}
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_only_an_elementwise_optimizer_of_small_tensors_is_packed(small: bool) -> None:
+    values = random_values(0)
+    assert packing_for(values, TIERS, make("skip", values), small=small).joins is small
+    other = SingleClock(SGD(0.1))
+    assert packing_for(values, TIERS, other, small=small).joins is False
+
+
+def test_unpacked_tensors_stay_the_arrays_they_are() -> None:
+    values = random_values(0)
+    packing = Packing(values, TIERS, joins=False)
+    optimizer = make("skip", values)
+    assert packing.pack_optimizer(optimizer, values) is optimizer
+    assert all(packing.unpack(packing.pack(values))[name] is values[name] for name in values)
+    assert packing.of_tiers((1, 2)) == {"layers.1.a", "layers.1.b", "layers.2.a"}

@@ -1,0 +1,70 @@
+"""bfloat16 factors under float32 masters: what is cast, what is not, how near the loss stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from nested_core.adapters import read_adapter
+from nested_core.config import FineTuneConfig
+from nested_core.model import adapter_dtype, attach_adapter, load_base
+from nested_core.slots import adapter_slots, read_slots
+from nested_core.training.losses import SUPERVISED
+from tests.architectures import batch, build, outcome
+from tests.example import example_config, train_example
+
+
+def dtype_of(**changes: Any) -> mx.Dtype | None:
+    config: FineTuneConfig = example_config(**changes)
+    model, _ = load_base(config)
+    attach_adapter(model, config)
+    return adapter_dtype(config, model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"training": {"precision": "bfloat16"}}, mx.bfloat16),
+        ({"training": {"precision": "float32"}}, None),
+        ({"training": {"precision": "bfloat16"}, "fine_tune_type": "dora"}, None),
+        ({"training": {"precision": "bfloat16"}, "fine_tune_type": "full"}, None),
+    ],
+)
+def test_the_factors_are_cast_where_the_model_computes_in_bfloat16(
+    changes: dict[str, Any], expected: mx.Dtype | None
+) -> None:
+    assert dtype_of(**changes) == expected
+
+
+def test_a_reference_run_casts_nothing() -> None:
+    reference = {"reference": "mlx_lm", "max_grad_norm": 0}
+    assert dtype_of(training=reference, nested={"frequencies": [1]}) is None
+
+
+def test_gradients_of_cast_factors_arrive_in_the_masters_float32() -> None:
+    model = build("llama")
+    model.set_dtype(mx.bfloat16)
+    for _, module in model.named_modules():
+        if "lora_a" in module:
+            module.lora_a = module.lora_a.astype(mx.float32)
+            module.lora_b = module.lora_b.astype(mx.float32)
+    slots = adapter_slots(model, dtype=mx.bfloat16)
+    found = outcome(model, SUPERVISED, batch(), slots=slots)
+    assert {gradient.dtype for gradient in found.gradients.values()} == {mx.float32}
+    assert {value.dtype for value in read_slots(slots).values()} == {mx.float32}
+
+
+def test_a_bfloat16_run_stays_near_the_float32_run_and_keeps_float32_tensors(
+    tmp_path: Path,
+) -> None:
+    runs = {}
+    for precision in ("float32", "bfloat16"):
+        changes = {"training": {"precision": precision}, "iters": 12, "steps_per_report": 12}
+        done = train_example(tmp_path / precision, **changes)
+        runs[precision] = done.metrics()[-1]["loss"]
+        tensors = read_adapter(done.run.adapter).tensors
+        assert {tensor.dtype for tensor in tensors.values()} == {"F32"}
+    assert runs["bfloat16"] == pytest.approx(runs["float32"], rel=0.02)
