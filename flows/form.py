@@ -108,6 +108,8 @@ DESCRIPTIONS: dict[str, str] = {
     "TrainingSection.memory_limit_gb": "of the device's memory",
     "TrainingSection.max_nonfinite_steps": "in a row, until it ends as diverged",
     "TrainingSection.flat_loss_reports": "warn where the loss has not moved for so many",
+    "TrainingSection.processes": "ranks that share each batch, on this machine; 1 is none",
+    "TrainingSection.hostfile": "in place of processes: mlx.launch's list of machines",
     "TrainingSection.reference": "mlx_lm: do what mlx_lm.lora does, bit for bit",
 }
 

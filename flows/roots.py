@@ -47,6 +47,8 @@ def confine_configuration(config: FineTuneConfig) -> None:
     for key in READ_OR_WRITTEN:
         if (value := getattr(config, key)) is not None:
             confined(value, key)
+    if config.training.hostfile is not None:
+        confined(config.training.hostfile, "training.hostfile")
     if config.gate.general_data is not None:
         confined(config.gate.general_data, "gate.general_data")
     if config.registry.path is not None:

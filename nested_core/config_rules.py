@@ -24,6 +24,7 @@ OPTIMIZER_ARGUMENTS = {
 FREE_IN_A_REFERENCE = frozenset(
     {"reference", "keep_checkpoints", "memory_limit_gb", "flat_loss_reports"}
     | {"max_nonfinite_steps", "min_delta"}
+    | {"processes", "hostfile"}  # refused by themselves
 )
 
 
@@ -90,8 +91,23 @@ def agreement_problems(config: FineTuneConfig) -> Iterator[str]:
         yield f"optimizer {config.optimizer} has one clock: nested.frequencies [1]"
     if config.gate.check_fused and config.fine_tune_type == "full":
         yield "gate.check_fused: a full fine-tune has no adapter to fuse"
+    yield from _rank_problems(config)
     yield from _reference_problems(config)
     yield from _continual_problems(config)
+
+
+def _rank_problems(config: FineTuneConfig) -> Iterator[str]:
+    """Ranks share a batch; whether the hosts of a hostfile can is seen when it is read."""
+    training, batch_size = config.training, config.batch_size
+    if training.hostfile is not None and training.processes != 1:
+        yield "training.processes and training.hostfile: give only one; each host is a rank"
+    if batch_size % training.processes:
+        yield (
+            f"batch_size {batch_size} is the batch of all ranks together: training.processes "
+            f"{training.processes} does not divide it"
+        )
+    if training.reference is not None and (training.processes, training.hostfile) != (1, None):
+        yield "training.reference: one process; leave training.processes and hostfile out"
 
 
 def _continual_problems(config: FineTuneConfig) -> Iterator[str]:

@@ -54,5 +54,13 @@ class TrainingDiverged(NestedTuneError):
     """Gradients that stayed non-finite for more steps in a row than the configuration allows."""
 
 
+class RanksDiffer(NestedTuneError):
+    """Processes that train one adapter together and no longer hold the same numbers."""
+
+
+class RankLost(NestedTuneError):
+    """A process among those that train together that ended before training was done."""
+
+
 class SilentUpdateWarning(UserWarning):
     """A red flag raised while training runs: something that should have moved did not."""

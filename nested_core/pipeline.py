@@ -35,21 +35,19 @@ from nested_core.model import (
     load_leaves,
     trainable,
 )
+from nested_core.resuming import refuse_differences
 from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
 from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.export import export_adapter
+from nested_core.training.hosts import count_ranks
+from nested_core.training.launching import train_in_ranks
 from nested_core.training.metrics import finite_or_none
 from nested_core.training.probe import parameter_importance
+from nested_core.training.ranks import ALONE, World
 from nested_core.training.trainer import Trainer
-
-# Keys that may differ between a run and its resumption: they do not change what is computed.
-FREE_ON_RESUME = frozenset(
-    {"iters", "steps_per_report", "save_every", "test", "test_batches", "adapter_path", "gate"}
-    | {"registry", "report_to", "project_name", "clear_cache_threshold", "train"}
-)
 
 
 @dataclass(frozen=True)
@@ -69,11 +67,12 @@ class TrainResult:
 
 def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     """Write the resolved configuration, or on resume see that it is the same in what matters."""
+    count_ranks(config)  # a hostfile that cannot be used is found before anything is done
     mend_leftovers(run.path)
     mend_leftovers(run.checkpoints)
     run.stop_request.unlink(missing_ok=True)  # of a run that ended before it was read
     if run.config.exists() and resume:
-        _refuse_differences(read_run_config(run), config, run)
+        refuse_differences(read_run_config(run), config, run.path)
     content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     write_bytes(run.config, content.encode())
 
@@ -83,16 +82,6 @@ def read_run_config(run: RunDirectory) -> FineTuneConfig:
     run.require_begun()
     values = {key: value for key, value in read_yaml(run.config).items() if value is not None}
     return parse_config(values, source=str(run.config))
-
-
-def _refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run: RunDirectory) -> None:
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    differing = [k for k in before if k not in FREE_ON_RESUME and before[k] != after[k]]
-    if differing:
-        lines = [f"  {key}: {before[key]} in the run, {after[key]} now" for key in differing[:10]]
-        raise ConfigError(
-            f"{run.path} cannot be resumed with a configuration that differs:\n" + "\n".join(lines)
-        )
 
 
 def validate(
@@ -152,27 +141,56 @@ def train(
     config: FineTuneConfig,
     run: RunDirectory,
     callback: TrainingCallback | None = None,
-    on_start: Callable[[Trainer], None] | None = None,
+    on_start: Callable[[Any], None] | None = None,
 ) -> TrainResult:
     """Train from the initial adapter, or from the last sound checkpoint, to the end.
 
-    `on_start` is handed the trainer before its first step, so that a signal can stop it.
+    `on_start` is handed the trainer before its first step, so that a signal can stop it; where the
+    configuration asks for several processes, their `RankGroup`, which answers as a trainer does.
     """
     if run.result.exists() and _is_complete(config, run):
         return read_result(run)
+    ranks = count_ranks(config)
+    if ranks > 1:
+        train_in_ranks(config, run, ranks, callback, on_start)
+        return read_result(run)
+    return _publish(run, _train(config, run, ALONE, callback, on_start))
+
+
+def train_as_rank(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    world: World,
+    callback: TrainingCallback,
+    on_start: Callable[[Trainer], None],
+) -> None:
+    """`train` as one rank among others; the one that leads reports, and writes the result."""
+    trainer = _train(config, run, world, callback, on_start)
+    if world.leads:
+        _publish(run, trainer)
+
+
+def _train(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    world: World,
+    callback: TrainingCallback | None,
+    on_start: Callable[[Any], None] | None,
+) -> Trainer:
     model, _ = load_base(config)
     report, splits = load_run_data(config)
     refuse_other_data(run, report)
     attach_adapter(model, config)
     load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))
-    callbacks = with_reporting(config, run.path, callback)
-    trainer = build_trainer(config, run, model, splits, callbacks)
-    for earlier in (run.gate, run.result):  # of a run that is now made longer
-        earlier.unlink(missing_ok=True)
+    callbacks = with_reporting(config, run.path, callback) if world.leads else None
+    trainer = build_trainer(config, run, model, splits, callbacks, world)
+    if world.leads:
+        for earlier in (run.gate, run.result):  # of a run that is now made longer
+            earlier.unlink(missing_ok=True)
     if on_start is not None:
         on_start(trainer)
     trainer.train()
-    return _publish(run, trainer)
+    return trainer
 
 
 def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:

@@ -70,7 +70,7 @@ class PrefectProgress:
             while not is_last:
                 is_last = self._done.wait(SECONDS_BETWEEN_LOOKS)
                 self._log(trainer)
-                self._update(artifact, 100.0 * trainer.current_step / trainer.method.steps)
+                self._update(artifact, 100.0 * trainer.current_step / trainer.steps)
         except Exception as error:  # of the server or the way to it; training goes on
             self._logger.warning("The progress of training cannot be shown: %s", error)
 
@@ -79,7 +79,7 @@ class PrefectProgress:
         if loss is None or time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
             return
         self._logged_at = time.monotonic()
-        steps = f"step {trainer.current_step} of {trainer.method.steps}"
+        steps = f"step {trainer.current_step} of {trainer.steps}"
         self._logger.info("%s: train loss %.4f", steps, loss)
 
     def _update(self, artifact: UUID, percent: float) -> None:

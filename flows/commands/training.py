@@ -101,7 +101,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def begin(trainer: Any) -> None:
         stopper.watch(trainer)
-        say(describe_tiers(trainer.optimizer.get_tier_stats()))
+        say(describe_tiers(trainer.tier_stats()))
 
     with run.locked(), stopper.installed():
         say(f"run directory: {run.path}")

@@ -23,6 +23,7 @@ from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import SingleClock, TieredOptimizer
 from nested_core.tiers import TierMap, refuse_tiers_never_due
 from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.ranks import ALONE, World
 from nested_core.training.schedules import build_learning_rate
 from nested_core.training.trainer import Trainer
 
@@ -37,6 +38,7 @@ def build_trainer(
     model: nn.Module,
     splits: dict[str, TokenizedSplit],
     callback: TrainingCallback | None = None,
+    world: World = ALONE,
 ) -> Trainer:
     """A trainer at the run's last sound checkpoint, or at its start where there is none.
 
@@ -50,7 +52,7 @@ def build_trainer(
     optimizer = build_optimizer(config, tiers)
     optimizer.init(model.trainable_parameters())
     found = find_beginnings(config, run)
-    trainer = Trainer(config, run, model, splits, tiers, optimizer, found, callback)
+    trainer = Trainer(config, run, model, splits, tiers, optimizer, found, callback, world)
     refuse_tiers_never_due(tiers.frequencies, trainer.method.steps)
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint is not None:

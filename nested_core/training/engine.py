@@ -13,22 +13,29 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.gradients import Flat, leaf_states
+from nested_core.pytree import flatten
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.losses import LossRule, MicroBatch
 from nested_core.training.packing import nested, packing_for
-from nested_core.training.step import Sums, TrainStep
+from nested_core.training.ranks import ALONE, Sums, World
+from nested_core.training.step import TrainStep
 
 
 @dataclass(frozen=True)
 class StepTaken:
-    """A step: its first micro-batch, the tiers due, and the due arrays before and after."""
+    """A step: its first micro-batch, the tiers due, and the due arrays before and after.
+
+    Among ranks: how many of them ask to stop, and the bytes of gradients that this one sent.
+    """
 
     first_iteration: int
     due: tuple[int, ...]
     before: Flat
     updates: Flat
+    votes: mx.array | None = None
+    bytes_sent: int = 0
 
 
 class Engine:
@@ -47,6 +54,7 @@ class Engine:
         *,
         joins: bool = True,
         draws: bool = False,
+        world: World = ALONE,
     ) -> None:
         held = read_slots(slots)
         self._optimizer, self._tiers = optimizer, tiers
@@ -55,7 +63,9 @@ class Engine:
         self._twin = self.packing.pack_optimizer(optimizer, held)
         self._moments = leaf_states(nested(held), optimizer.state)
         mx.eval(self._params, self._twin.state)
-        self._step = TrainStep(model, slots, self._twin, self.packing, rule, draws=draws)
+        self._step = TrainStep(
+            model, slots, self._twin, self.packing, rule, draws=draws, world=world
+        )
 
     def needed(self, step: int) -> tuple[int, ...]:
         """The tiers that a step needs gradients of."""
@@ -64,15 +74,29 @@ class Engine:
         return self._tiers.due(step)
 
     def take(
-        self, batches: Sequence[MicroBatch], due: tuple[int, ...], first: int, *, complete: bool
+        self,
+        batches: Sequence[MicroBatch],
+        due: tuple[int, ...],
+        first: int,
+        *,
+        complete: bool,
+        asks: bool = False,
     ) -> tuple[StepTaken, list[Sums]]:
-        """Take one optimizer step, without waiting for the device, and count it."""
-        result = self._step.run(self._params, batches, due, complete=complete)
-        mx.async_eval(result.updates, self._twin.state, result.micro)
+        """Take one optimizer step, without waiting for the device, and count it.
+
+        Among ranks `asks` is this one's wish to stop.
+        """
+        result = self._step.run(self._params, batches, due, complete=complete, asks=asks)
+        mx.async_eval(result.updates, self._twin.state, result.micro, result.votes)
         before = {key: self._params[key] for key in result.updates}
         self._params = self._params | result.updates
         self.packing.share_clock(self._twin, self._optimizer)
-        return StepTaken(first, due, before, result.updates), result.micro
+        sent = self._step.bytes_sent.get(due, 0)
+        return StepTaken(first, due, before, result.updates, result.votes, sent), result.micro
+
+    def held(self) -> Flat:
+        """Every array that the next step starts from, which all ranks have to agree on."""
+        return self._params | flatten(self._twin.state)
 
     def values(self) -> Flat:
         """The parameters by name; the optimizer is given its state by name along with them."""

@@ -15,6 +15,7 @@ from nested_core.gradients import Flat
 from nested_core.scalars import to_float
 from nested_core.slots import Slots, borrowed, put
 from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch, first_of
+from nested_core.training.ranks import ALONE, World
 
 Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_COLUMNS = 4, 16, 256
@@ -27,7 +28,8 @@ class EvaluationCut(Exception):  # noqa: N818  # no error: the trainer turns it 
 class Evaluator:
     """Evaluates adapter tensors in a model that is borrowed; `slots` are their places in it.
 
-    `is_cut` is asked before every batch; once it says so, `loss` raises EvaluationCut.
+    `is_cut` is asked before every batch; once it says so, `loss` raises EvaluationCut. Among ranks
+    each looks at its own rows of every batch, and all get the same loss.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class Evaluator:
         rule: LossRule = SUPERVISED,
         is_cut: Callable[[], bool] = lambda: False,
         prompts: Prompts = (),
+        world: World = ALONE,
     ) -> None:
         self._model, self._slots, self._rule = model, slots, rule
-        self._is_cut, self._prompts = is_cut, prompts
+        self._is_cut, self._prompts, self._world = is_cut, prompts, world
         self._compiled = mx.compile(self._sums)
 
     def loss(self, params: Flat, batches: Iterable[MicroBatch]) -> float:
@@ -58,7 +61,8 @@ class Evaluator:
                     mx.eval(total, count)
         finally:
             self._model.train(was_training)
-        return to_float(total / count)
+        sums = self._world.total({"loss": total, "count": count})
+        return to_float(sums["loss"] / sums["count"])
 
     def fixed_logits(self, params: Flat) -> dict[str, Any]:
         """What the model says next after each prompt, at up to 256 places of its vocabulary.

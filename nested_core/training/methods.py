@@ -17,6 +17,7 @@ from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.training.evaluation import fixed_batches
 from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
+from nested_core.training.ranks import ALONE, World
 
 
 class Method(Protocol):
@@ -51,7 +52,8 @@ class Method(Protocol):
 class OwnMethod:
     """Length-bucketed batches, each example once an epoch; remainders are used.
 
-    Evaluations come after the update they are due with, on the same batches every time.
+    Evaluations come after the update they are due with, on the same batches every time. Ranks draw
+    the same batches, and each takes its rows of every one.
     """
 
     rule = SUPERVISED
@@ -59,8 +61,11 @@ class OwnMethod:
     evaluates_after = True
     draws_in_sequence = False
 
-    def __init__(self, config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> None:
-        self._config, self._train, self._valid = config, splits["train"], splits.get("valid")
+    def __init__(
+        self, config: FineTuneConfig, splits: Mapping[str, TokenizedSplit], world: World = ALONE
+    ) -> None:
+        self._config, self._world = config, world
+        self._train, self._valid = splits["train"], splits.get("valid")
         self._plan = plan_batches(config, self._train)
         epochs = config.training.epochs
         whole = None if epochs is None else math.ceil(epochs * self._plan.batches_per_epoch)
@@ -69,7 +74,7 @@ class OwnMethod:
 
     def micro_batch(self, index: int) -> MicroBatch:
         """A batch of examples of about one length."""
-        return self._plan.arrays(self._train, index)
+        return self._world.own_rows(self._plan.arrays(self._train, index))
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """`val_batches` of the validation set, the same ones every time."""
@@ -77,11 +82,11 @@ class OwnMethod:
         if self._valid is None or len(self._valid) == 0 or config.val_batches == 0:
             return None
         sizes = config.batch_size, config.val_batches, config.max_seq_length
-        return fixed_batches(self._valid, *sizes)
+        return map(self._world.own_rows, fixed_batches(self._valid, *sizes))
 
     def begin_step(self, step: int) -> None:
         """Seed from the run's seed and the step, so that nothing is to be restored on resume."""
-        mx.random.seed(self._config.seed * 2**32 + step)
+        mx.random.seed(self._world.seed(self._config.seed, step))
 
     def completes(self, first: int, last: int) -> bool:
         """A partial accumulation at the end is a step too."""
@@ -104,10 +109,12 @@ def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchPlan:
     )
 
 
-def make_method(config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> Method:
+def make_method(
+    config: FineTuneConfig, splits: Mapping[str, TokenizedSplit], world: World = ALONE
+) -> Method:
     """Our way of drawing batches and evaluating, or, under `training.reference`, mlx-lm's."""
     if config.training.reference is None:
-        return OwnMethod(config, splits)
+        return OwnMethod(config, splits, world)
     from nested_core.training.reference import ReferenceMethod
 
     return ReferenceMethod(config, splits)

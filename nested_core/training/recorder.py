@@ -22,14 +22,17 @@ from nested_core.training.evaluation import Evaluator
 from nested_core.training.export import export_snapshot
 from nested_core.training.methods import Method
 from nested_core.training.metrics import append_metrics, cut_back, finite_or_none, read_metrics
+from nested_core.training.ranks import ALONE, Sums, World
 from nested_core.training.red_flags import flag_flat_loss, flag_unchanged_checkpoint
 from nested_core.training.state import TrainingState
-from nested_core.training.step import Sums
 from nested_core.training.window import Window, optimizer_record, train_info
 
 
 class Recorder:
-    """Reports, evaluates and saves; it reads the model and the optimizer and changes neither."""
+    """Reports, evaluates and saves; it reads the model and the optimizer and changes neither.
+
+    Among ranks all of them go through it, for they add up what is reported; one writes.
+    """
 
     def __init__(
         self,
@@ -41,9 +44,10 @@ class Recorder:
         evaluator: Evaluator,
         found: Mapping[str, str],
         callback: TrainingCallback | None,
+        world: World = ALONE,
     ) -> None:
         self.config, self.run, self.callback = config, run, callback
-        self.window = Window(of_means=method.rule.is_mean)
+        self.window, self._world = Window(of_means=method.rule.is_mean, world=world), world
         self._slots, self._optimizer = slots, optimizer
         self._method, self._evaluator = method, evaluator
         self._found = dict(found)
@@ -54,17 +58,22 @@ class Recorder:
     def begin(self, state: TrainingState) -> None:
         """Open metrics.jsonl: at the state's step on resume, else with step 0, before training."""
         is_resumed = state.step > 0
-        state.reported = cut_back(self.run.metrics, state.step, state.reported)
-        records = read_metrics(self.run.metrics)
-        self._losses = [r["loss"] for r in records if r.get("loss") is not None]
+        if self._world.leads:
+            state.reported = cut_back(self.run.metrics, state.step, state.reported)
+            records = read_metrics(self.run.metrics)
+            self._losses = [r["loss"] for r in records if r.get("loss") is not None]
         if state.open_report:
             self.window.reopen(state.open_report)
         if not is_resumed:
             self._append(state, {"iteration": 0} | self._evaluate(state, 0))
         self.window.restart_clock()
 
-    def add(self, state: TrainingState, first: int, micro: Sequence[Sums]) -> None:
-        """Add a step's micro-batches, with the reports that fall between them."""
+    def add(self, state: TrainingState, first: int, micro: Sequence[Sums], sent: int = 0) -> None:
+        """Add a step's micro-batches, with the reports that fall between them.
+
+        `sent` is the bytes of gradients that the step sent to the other ranks.
+        """
+        self.window.count_bytes(sent)
         last = first + len(micro)
         within = set(self._method.reports_within(first, last)) - {last}
         for index, sums in enumerate(micro):
@@ -98,7 +107,8 @@ class Recorder:
                 self.save(state)
 
     def _append(self, state: TrainingState, record: dict[str, Any]) -> None:
-        append_metrics(self.run.metrics, {"step": state.step} | record)
+        if self._world.leads:
+            append_metrics(self.run.metrics, {"step": state.step} | record)
         state.reported += 1
 
     def _report(self, state: TrainingState, iteration: int) -> dict[str, Any]:
@@ -132,6 +142,8 @@ class Recorder:
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint and remove those that are no longer to be kept."""
         state.open_report = self.window.open_sums()
+        if not self._world.leads:
+            return
         state.random_key = random_key() if self._method.draws_in_sequence else None
         tiers = [asdict(stats) for stats in self._optimizer.get_tier_stats()]
         wanted = {"wanted_iterations": self.config.iters, "found": self._found, "tiers": tiers}

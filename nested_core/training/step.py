@@ -19,8 +19,7 @@ from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, borrowed, put
 from nested_core.training.losses import LossRule, MicroBatch
 from nested_core.training.packing import Packing, nested
-
-Sums = dict[str, mx.array]
+from nested_core.training.ranks import ALONE, Sums, World, pack_sums, unpack_sums
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,21 @@ class StepResult:
     """What a step computed, not yet evaluated.
 
     `micro` holds `loss`, `weight` and `tokens` of each micro-batch; `updates` the new value of each
-    due array, as the packing keeps them, and nothing where the step was left incomplete.
+    due array, as the packing keeps them, and nothing where the step was left incomplete. `votes`
+    is how many ranks ask to stop; None where there is one rank.
     """
 
     micro: list[Sums]
     updates: Flat
+    votes: mx.array | None
 
 
 class TrainStep:
     """Runs optimizer steps; each is one or more micro-batches and one call of the optimizer.
 
     `packing` says how the parameters come; `optimizer` holds the state for them as they come.
+    Among ranks, gradients are summed once a step; `bytes_sent` is the size of that vector for each
+    set of due tiers.
     """
 
     def __init__(
@@ -50,35 +53,47 @@ class TrainStep:
         rule: LossRule,
         *,
         draws: bool,
+        world: World = ALONE,
     ) -> None:
+        self._world, self.bytes_sent = world, dict[tuple[int, ...], int]()
         self._model, self._slots, self._optimizer = model, slots, optimizer
         self._packing, self._rule = packing, rule
         self._captured = [optimizer.state, mx.random.state] if draws else [optimizer.state]
         self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
 
     def run(
-        self, params: Flat, batches: Sequence[MicroBatch], due: tuple[int, ...], *, complete: bool
+        self,
+        params: Flat,
+        batches: Sequence[MicroBatch],
+        due: tuple[int, ...],
+        *,
+        complete: bool,
+        asks: bool = False,
     ) -> StepResult:
-        """Take the gradients of the due tiers over all micro-batches; if `complete`, apply them."""
+        """Take the gradients of the due tiers over all micro-batches; if `complete`, apply them.
+
+        `asks` is this rank's wish to stop, which the others hear of.
+        """
         if due not in self._compiled:
             self._compiled[due] = self._compile(due)
         step = self._compiled[due]
         micro: list[Sums] = []
-        carried, updates = None, {}
+        carried, updates, votes = None, {}, None
+        wish = None if self._world.is_alone else mx.array(asks)
         with borrowed(self._slots):
             for index, batch in enumerate(batches):
                 is_last = complete and index == len(batches) - 1
                 arrays = self._rule.arrange(batch)
-                sums, carried, updates = step(params, carried, *arrays, is_last)
+                sums, carried, updates, votes = step(params, carried, wish, *arrays, is_last)
                 micro.append(sums)
-        return StepResult(micro, updates)
+        return StepResult(micro, updates, votes)
 
     def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
         keys = self._packing.of_tiers(due)
 
         def step(
-            params: Flat, carried: Any, tokens: mx.array, learnt: mx.array, is_last: bool
-        ) -> tuple[Sums, Any, Flat]:
+            params: Flat, carried: Any, wish: Any, tokens: mx.array, learnt: mx.array, is_last: bool
+        ) -> tuple[Sums, Any, Flat, Any]:
             wanted = {key: value for key, value in params.items() if key in keys}
             tensors = self._tensors(params)
             put(self._slots, tensors)
@@ -91,8 +106,13 @@ class TrainStep:
                 gradients = {n: g + carried["gradients"][n] for n, g in gradients.items()}
                 weight = carried["weight"] + weight
             if not is_last:
-                return micro, {"gradients": gradients, "weight": weight}, {}
-            return micro, None, self._apply(gradients, weight, wanted)
+                return micro, {"gradients": gradients, "weight": weight}, {}, None
+            votes = None
+            if wish is not None:
+                packed = pack_sums(gradients, weight, wish)
+                self.bytes_sent[due] = packed.nbytes
+                gradients, weight, votes = unpack_sums(self._world.sum_packed(packed), gradients)
+            return micro, None, self._apply(gradients, weight, wanted), votes
 
         return mx.compile(step, inputs=self._captured, outputs=self._captured)
 

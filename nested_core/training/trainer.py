@@ -10,11 +10,10 @@ from collections.abc import Mapping
 import mlx.nn as nn
 
 from nested_core.checkpoints import Checkpoint
-from nested_core.clocks import COUNTERS
+from nested_core.clocks import COUNTERS, TierStats
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingStopped
-from nested_core.gradients import Flat
 from nested_core.model import adapter_dtype
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
@@ -30,9 +29,11 @@ from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_pro
 from nested_core.training.methods import make_method
 from nested_core.training.packing import nested
 from nested_core.training.positions import rule_for
+from nested_core.training.ranks import ALONE, StopVote, World
 from nested_core.training.recorder import Recorder, restore_random_key
-from nested_core.training.red_flags import flag_updates, idle_names
+from nested_core.training.red_flags import flag_updates
 from nested_core.training.state import TrainingState
+from nested_core.training.verification import UpdateCheck
 
 
 class Trainer:
@@ -47,6 +48,7 @@ class Trainer:
         optimizer: initialised with the model's trainable parameters.
         found: digests of what training begins from; every checkpoint carries them to the gate.
         callback: mlx-lm's callback protocol.
+        world: the ranks that train together; the one that leads writes to the run directory.
     """
 
     def __init__(
@@ -59,21 +61,21 @@ class Trainer:
         optimizer: TieredOptimizer,
         found: Mapping[str, str],
         callback: TrainingCallback | None = None,
+        world: World = ALONE,
     ) -> None:
         self.config, self.run, self.model = config, run, model
         self.tiers, self.optimizer = tiers, optimizer
-        self.state = TrainingState()
+        self.state, self.world = TrainingState(), world
         self.stop_requested = False
         dtype = adapter_dtype(config, model)
         self._slots = adapter_slots(model, masters=config.has_masters, dtype=dtype)
-        self.method = make_method(config, splits)
+        self.method = make_method(config, splits, world)
         self._rule = rule_for(model, self._slots, self.method.rule)
-        cut, prompts = self._is_asked_to_stop, choose_prompts(splits)
-        evaluator = Evaluator(model, self._slots, self._rule, cut, prompts)
-        self._recorder = Recorder(
-            config, run, self._slots, optimizer, self.method, evaluator, found, callback
-        )
-        self._seen_due: set[tuple[int, ...]] = set()
+        self._votes, prompts = StopVote(world, self._is_asked_to_stop), choose_prompts(splits)
+        evaluator = Evaluator(model, self._slots, self._rule, self._votes.now, prompts, world)
+        parts = self._slots, optimizer, self.method, evaluator
+        self._recorder = Recorder(config, run, *parts, found, callback, world)
+        self._check = UpdateCheck(model, optimizer, tiers, world)
         self._divergence = DivergenceWatch(config.training.max_nonfinite_steps)
 
     @property
@@ -90,6 +92,15 @@ class Trainer:
     def current_val_loss(self) -> float | None:
         """The validation loss of the last evaluation."""
         return self.state.val_loss
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps to do in all."""
+        return self.method.steps
+
+    def tier_stats(self) -> list[TierStats]:
+        """What each tier holds, and its updates so far."""
+        return self.optimizer.get_tier_stats()
 
     def stop_training(self) -> None:
         """Ask for a graceful stop: the step ends, a checkpoint is written, train() raises."""
@@ -120,6 +131,7 @@ class Trainer:
         recomputes, reference = self.config.grad_checkpoint, self.config.training.reference
         try:
             with prepared(self.model, recomputes=recomputes, as_mlx_lm=reference is not None):
+                self.world.require_equal(read_slots(self._slots), self.state.step)
                 self._recorder.begin(self.state)
                 self._take_steps()
                 if not self.state.ended:
@@ -130,7 +142,7 @@ class Trainer:
         return self.state
 
     def _take_steps(self) -> None:
-        engine, stopping = self._make_engine(), self._is_asked_to_stop()
+        engine, stopping = self._make_engine(), self._votes.now()
         if not self.state.observed and not self._is_over():
             each = self.config.grad_accumulation_steps
             self._observe((self.state.iteration - 1) // each * each, self.state.iteration)
@@ -141,7 +153,7 @@ class Trainer:
             last = min(first + self.config.grad_accumulation_steps, self.method.iterations)
             self._evaluate_within(engine, first, last)
             taken = self._advance(engine, first, last)
-            stopping = self._is_asked_to_stop()
+            stopping = self._votes.after(taken.votes)
             self._divergence.add(self.state.step, self.optimizer.state[COUNTERS])
             self._verify(engine, taken, must=stopping or self._is_over())
             if not self._is_over():
@@ -153,7 +165,7 @@ class Trainer:
         reported = self.state.reported
         try:
             for done in self.method.evaluations_within(first, last):
-                self._write(engine)
+                self._check.write(engine)
                 self._recorder.observe(self.state, iteration=done, evaluate=True)
         except EvaluationCut:
             self.state.reported = reported
@@ -163,7 +175,7 @@ class Trainer:
         is_adapter = self.config.fine_tune_type != "full"
         draws = self.config.lora_parameters.dropout > 0
         parts = self.model, self._slots, self.optimizer, self.tiers, self._rule
-        return Engine(*parts, joins=is_adapter, draws=draws)
+        return Engine(*parts, joins=is_adapter, draws=draws, world=self.world)
 
     def _is_over(self) -> bool:
         patience = self.config.training.early_stop_patience
@@ -176,18 +188,13 @@ class Trainer:
         batches = [self.method.micro_batch(index) for index in range(first, last)]
         complete = self.method.completes(first, last)
         self.method.begin_step(step)
-        taken, micro = engine.take(batches, engine.needed(step), first, complete=complete)
+        due, asks = engine.needed(step), self._votes.wish()
+        taken, micro = engine.take(batches, due, first, complete=complete, asks=asks)
         if not engine.packing.joins:  # large tensors are not to be held twice
-            self._write(engine)
+            self._check.write(engine)
         state.step, state.iteration, state.observed = state.step + complete, last, False
-        self._recorder.add(state, first, micro)
+        self._recorder.add(state, first, micro, taken.bytes_sent)
         return taken
-
-    def _write(self, engine: Engine) -> Flat:
-        """Write into the model, by name, what the steps so far have computed; return all of it."""
-        values = engine.values()
-        apply_flat_updates_to_nested(self.model, values)
-        return values
 
     def _crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
@@ -203,20 +210,9 @@ class Trainer:
         )
 
     def _verify(self, engine: Engine, taken: StepTaken, *, must: bool) -> None:
-        """Before the model is looked at, write what is new into it and read that back."""
         every = (self.config.steps_per_report, self.config.steps_per_eval, self.config.save_every)
         is_time = must or any(self._crossed(taken.first_iteration, n) for n in every)
-        if taken.due in self._seen_due and not is_time:
-            return
-        written = self._write(engine)
-        if not taken.updates:
-            return
-        self._seen_due.add(taken.due)
-        before = engine.packing.unpack(taken.before)
-        report = verify_updates(before, {name: written[name] for name in before}, self.model)
-        idle = idle_names(self.optimizer, self.tiers, self.state.step, report.unmoved)
-        flag_updates(self.state, report, idle)
-        self.state.verified_steps.append(self.state.step)
+        self._check.look(engine, taken, self.state, must=is_time)
 
     def _finish(self) -> None:
         """Apply what is still gathered, evaluate what there is then, and keep it."""

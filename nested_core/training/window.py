@@ -14,20 +14,24 @@ from nested_core.clocks import COUNTERS
 from nested_core.gradients import clip_factor
 from nested_core.scalars import to_float, to_int
 from nested_core.single_clock import TieredOptimizer
+from nested_core.training.ranks import ALONE, Sums, World
 
 
 class Window:
-    """Sums since the last report; nothing is read from the device before the report."""
+    """Sums since the last report; nothing is read from the device before the report.
 
-    def __init__(self, *, of_means: bool = False) -> None:
-        self._of_means = of_means
+    Ranks add up what is their own; where it is read it becomes one sum, which the leading rank has.
+    """
+
+    def __init__(self, *, of_means: bool = False, world: World = ALONE) -> None:
+        self._of_means, self._world = of_means, world
         self._restart()
 
     def _restart(self) -> None:
-        self.sums = {"loss": mx.array(0.0), "weight": mx.array(0), "tokens": mx.array(0)}
+        self.sums = no_sums()
         self._tokens_before = 0
         self.is_open = False
-        self._iterations = 0
+        self._iterations = self._bytes_sent = 0
         self.restart_clock()
 
     def reopen(self, sums: Mapping[str, Any]) -> None:
@@ -39,6 +43,7 @@ class Window:
         }
         self._tokens_before = int(sums["tokens"])  # of another process, whose time is not known
         self.is_open = self._tokens_before > 0
+        self._leave_to_leader()
 
     def restart_clock(self) -> None:
         """Count time from now."""
@@ -51,6 +56,10 @@ class Window:
         yield
         self._paused += time.perf_counter() - began
 
+    def count_bytes(self, sent: int) -> None:
+        """Add the bytes of gradients that a step sent to the other ranks."""
+        self._bytes_sent += sent
+
     def add(self, micro: Mapping[str, mx.array]) -> None:
         """Add one micro-batch's loss, weight and tokens, not yet evaluated."""
         self.sums = {name: total + micro[name] for name, total in self.sums.items()}
@@ -59,10 +68,14 @@ class Window:
 
     def open_sums(self) -> dict[str, float]:
         """The sums so far, as a checkpoint keeps them: exactly."""
-        return {name: to_float(total) for name, total in self.sums.items()}
+        self._gather()
+        sums = {name: to_float(total) for name, total in self.sums.items()}
+        self._leave_to_leader()
+        return sums
 
     def close(self) -> dict[str, Any]:
         """The report of this window; a new one begins."""
+        self._gather()
         mx.eval(self.sums)
         seconds = time.perf_counter() - self._began - self._paused
         loss, tokens = self._mean_loss(), to_int(self.sums["tokens"])
@@ -70,14 +83,28 @@ class Window:
             "tokens_per_second": (tokens - self._tokens_before) / seconds,
             "iterations_per_second": self._iterations / seconds,
         }
+        sent = {} if self._world.is_alone else {"gradient_bytes": self._bytes_sent}
         self._restart()
-        return {"loss": loss, "tokens": tokens} | rates
+        return {"loss": loss, "tokens": tokens} | rates | sent
+
+    def _gather(self) -> None:
+        self.sums = self._world.total(self.sums)
+
+    def _leave_to_leader(self) -> None:
+        """What has been summed over the ranks is one rank's to go on with."""
+        if not self._world.leads:
+            self.sums = no_sums()
 
     def _mean_loss(self) -> float:
         """Float32, but for means, which mlx-lm divides as a Python float."""
         if self._of_means:
             return to_float(self.sums["loss"]) / to_int(self.sums["weight"])
         return to_float(self.sums["loss"] / self.sums["weight"])
+
+
+def no_sums() -> Sums:
+    """Nothing summed yet."""
+    return {"loss": mx.array(0.0), "weight": mx.array(0), "tokens": mx.array(0)}
 
 
 def optimizer_record(optimizer: TieredOptimizer) -> dict[str, Any]:

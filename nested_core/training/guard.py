@@ -1,0 +1,31 @@
+"""Runs a command, and ends its process group when standard input ends, as it does with a parent.
+
+Started by path, as a script of its own, in a session of its own; it imports nothing of ours. What
+comes on standard input goes on to the command.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+
+def main(command: list[str]) -> None:
+    """Run the command to its end, or to that of whoever started this."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE)
+    threading.Thread(target=_end_with, args=(process,), daemon=True).start()
+    assert process.stdin is not None  # noqa: S101 -- it was asked for
+    while words := os.read(0, 4096):
+        os.write(process.stdin.fileno(), words)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _end_with(process: subprocess.Popen[bytes]) -> None:
+    os._exit(abs(process.wait()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,52 @@
+"""Whether what steps computed is in the model, and, among ranks, in each of them alike."""
+
+from __future__ import annotations
+
+import mlx.nn as nn
+
+from nested_core.gradients import Flat
+from nested_core.pytree import apply_flat_updates_to_nested, verify_updates
+from nested_core.single_clock import TieredOptimizer
+from nested_core.tiers import TierMap
+from nested_core.training.engine import Engine, StepTaken
+from nested_core.training.ranks import World
+from nested_core.training.red_flags import flag_updates, idle_names
+from nested_core.training.state import TrainingState
+
+
+class UpdateCheck:
+    """Writes what an engine holds into the model, reads it back, and flags what did not arrive.
+
+    The first step of each set of due tiers is looked at, and every step that a person will see.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: TieredOptimizer, tiers: TierMap, world: World
+    ) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._tiers, self._world = tiers, world
+        self._seen_due: set[tuple[int, ...]] = set()
+
+    def write(self, engine: Engine) -> Flat:
+        """Write into the model, by name, what the steps so far have computed; return all of it."""
+        values = engine.values()
+        apply_flat_updates_to_nested(self._model, values)
+        return values
+
+    def look(self, engine: Engine, taken: StepTaken, state: TrainingState, *, must: bool) -> None:
+        """Before the model is looked at, write what is new into it and read that back.
+
+        Raises RanksDiffer where the ranks are no longer equal.
+        """
+        if taken.due in self._seen_due and not must:
+            return
+        written = self.write(engine)
+        self._world.require_equal(engine.held(), state.step)
+        if not taken.updates:
+            return
+        self._seen_due.add(taken.due)
+        before = engine.packing.unpack(taken.before)
+        report = verify_updates(before, {name: written[name] for name in before}, self._model)
+        idle = idle_names(self._optimizer, self._tiers, state.step, report.unmoved)
+        flag_updates(state, report, idle)
+        state.verified_steps.append(state.step)
