@@ -76,7 +76,7 @@ class TrainingSection(Section):
     memory_limit_gb: PositiveFloat | None = None
     max_nonfinite_steps: PositiveInt = 5
     flat_loss_reports: Annotated[int, Field(ge=2)] = 10
-    processes: PositiveInt = 1
+    processes: Annotated[PositiveInt, Field(le=64)] = 1
     hostfile: str | None = None
     reference: Literal["mlx_lm"] | None = None
 

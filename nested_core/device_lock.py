@@ -13,9 +13,10 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from nested_core import backend
 from nested_core.errors import ConfigError
 
 VARIABLE = (
@@ -27,15 +28,20 @@ OnWait = Callable[[str], None]
 
 
 @contextmanager
-def exclusive_device(on_wait: OnWait | None = None) -> Iterator[None]:
-    """Hold this process's device while the block runs; waits for whoever holds it.
+def exclusive_device(on_wait: OnWait | None = None, ranks: int = 1) -> Iterator[None]:
+    """Hold this process's device, or one for each rank, while the block runs.
 
-    `on_wait` is called once, with a line that names the holder, where it has to wait.
+    It waits for whoever holds one; `on_wait` is called then, once a device, with a line that names
+    the holder. Several are taken in one order, so that nobody waits in a circle.
     """
-    device = device_name()
-    if device is None:
+    with ExitStack() as stack:
+        for device in sorted(device_names(ranks)):
+            stack.enter_context(_held(device, on_wait))
         yield
-        return
+
+
+@contextmanager
+def _held(device: str, on_wait: OnWait | None) -> Iterator[None]:
     path = lock_path(device)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
@@ -47,16 +53,19 @@ def exclusive_device(on_wait: OnWait | None = None) -> Iterator[None]:
         os.close(descriptor)
 
 
-def device_name() -> str | None:
-    """What names this process's device on this machine, or None where it is a CPU."""
+def device_names(ranks: int = 1) -> tuple[str, ...]:
+    """What names the devices of so many ranks on this machine; none where they are CPUs.
+
+    On CUDA each has its own, the first of CUDA_VISIBLE_DEVICES; a Mac has one for all.
+    """
     given = os.environ.get(VARIABLE)
     if given is not None:
-        return None if given == "off" else given
-    import mlx.core as mx
-
-    if mx.default_device() == mx.cpu:
-        return None
-    return f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"
+        return () if given == "off" else (given,)
+    if backend.device() == "cpu":
+        return ()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if backend.has_cuda() else "0"
+    listed = visible.split(",") if visible else map(str, range(ranks))
+    return tuple(f"gpu-{number.strip()}" for number in listed)[:ranks]
 
 
 def lock_path(device: str) -> Path:

@@ -112,7 +112,7 @@ def train(
             watch(trainer)
 
     try:
-        with exclusive_device(get_run_logger().info):
+        with exclusive_device(get_run_logger().info, config.training.processes):
             result = pipeline.train(config, run, progress, begin)
     finally:
         progress.finish()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,24 +53,37 @@ def read(path: Path) -> list[dict[str, Any]]:
 def measure(path: Path, size: str, arm: str, seconds: float) -> None:
     """Run one arm and append its row, or the end of what it said."""
     module = "peft_arms" if arm.startswith("peft") else "mlx_arms"
-    command = [sys.executable, "-m", f"benchmarks.gpu.{module}", size, arm]
+    command = [*launcher(arm), sys.executable, "-m", f"benchmarks.gpu.{module}", size, arm]
     began = time.perf_counter()
+    receive, send = os.pipe()  # mlx.launch looks at its input all the time where that has ended
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, stdin=receive, start_new_session=True, **pipes)
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=seconds, env=os.environ
-        )
+        output, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with every rank
+        process.communicate()
         return
+    finally:
+        os.close(receive)
+        os.close(send)
     took = round(time.perf_counter() - began, 1)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode == 0 and lines:
+    lines = [line for line in output.splitlines() if line.startswith("{")]
+    if process.returncode == 0 and lines:
         result = json.loads(lines[-1]) | {"took": took}
     else:
-        result = {"size": size, "arm": arm, "error": done.stderr[-1500:], "took": took}
+        result = {"size": size, "arm": arm, "error": errors[-1500:], "took": took}
     with path.open("a") as file:
         file.write(json.dumps(result) + "\n")
     shown = {k: v for k, v in result.items() if k not in ("shape", "windows")}
     print(json.dumps(shown), flush=True)
+
+
+def launcher(arm: str) -> list[str]:
+    """What starts an arm's ranks, each on a GPU of its own; nothing where it has one."""
+    ranks = [word.removeprefix("ranks=") for word in arm.split("+") if word.startswith("ranks=")]
+    start = "from mlx._distributed_utils.launch import main; main()"
+    return [sys.executable, "-c", start, "-n", ranks[0], "--"] if ranks else []
 
 
 def report(rows: list[dict[str, Any]]) -> None:
@@ -85,6 +99,10 @@ def report(rows: list[dict[str, Any]]) -> None:
                 speed = row["tokens_per_second"] / other["tokens_per_second"]
                 memory = row["peak_gib"] / other["peak_gib"]
                 parts.append(f"{speed:.2f} x {rival} (memory {memory:.2f})")
+        alone = "+".join(word for word in arm.split("+") if not word.startswith("ranks="))
+        if alone != arm and (size, alone) in latest:
+            speed = row["tokens_per_second"] / latest[size, alone]["tokens_per_second"]
+            parts.append(f"{speed:.2f} x one GPU; bytes a step {row['bytes_sent_by_due_tiers']}")
         print("  ".join(parts), flush=True)
 
 

@@ -3,7 +3,8 @@
 An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep layers fast),
 `+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+ops=10` and `+mb=200` (the size
 of CUDA graphs), `+batch=16`, and what to leave out: `+noswap` (our LoRA layers and swiglu),
-`+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the factors).
+`+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the factors). With `+ranks=2`, under
+`mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts the tokens of all.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def main(size: str, arm: str) -> None:
     model = build(shape, int(options.get("bits", "16")))
     mx.reset_peak_memory()
     found = mlx_lm_loop(model, shape) if name == "mlx_lm" else our_loop(model, shape, options)
-    print(row(size, arm, shape, found, mx.get_peak_memory()), flush=True)
+    if found.pop("leads", True):
+        shape = replace(shape, batch=shape.batch * int(options.get("ranks", "1")))
+        print(row(size, arm, shape, found, mx.get_peak_memory()), flush=True)
 
 
 def choose_graphs(options: dict[str, str]) -> None:
@@ -114,25 +117,31 @@ def mlx_lm_loop(model: Any, shape: Shape) -> dict[str, Any]:
 
 
 def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
-    """The engine as the trainer drives it: one step in flight, a report at the end of a window."""
+    """The engine as the trainer drives it: one step in flight, a report at the end of a window.
+
+    Ranks are compared bit by bit at the end.
+    """
     import mlx.core as mx
 
     from nested_core.slots import adapter_slots
     from nested_core.training.engine import Engine
     from nested_core.training.losses import SUPERVISED
     from nested_core.training.positions import rule_for
+    from nested_core.training.ranks import ALONE, join
 
+    world = join(int(options["ranks"])) if "ranks" in options else ALONE
     slots = adapter_slots(model, dtype=None if "float32" in options else mx.bfloat16)
     optimizer, tiers = make_tiers(slots, shape, deep="deep" in options or "due" in options)
     rule = SUPERVISED if "nohead" in options else rule_for(model, slots, SUPERVISED)
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(world.rank)
     size = (16, shape.batch, shape.length + 1)
     batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     learnt = np.ones((shape.batch, shape.length), np.bool_)
     with ExitStack() as stack:
         enter(stack, model, options)
-        engine = Engine(model, slots, optimizer, tiers, rule, joins="nopack" not in options)
-        step, in_flight = 0, [mx.array(0)]
+        parts = model, slots, optimizer, tiers, rule
+        engine = Engine(*parts, joins="nopack" not in options, world=world)
+        step, in_flight, sent = 0, [mx.array(0)], dict[str, int]()
 
         def window() -> None:
             nonlocal step
@@ -143,14 +152,19 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
                 if "due" in options:
                     due = tuple(range(int(options["due"])))
                 batch = batches[step % len(batches)], learnt
-                _, micro = engine.take([batch], due, step, complete=True)
+                taken, micro = engine.take([batch], due, step, complete=True)
+                sent[",".join(map(str, due))] = taken.bytes_sent
                 total = total + micro[0]["loss"]
                 in_flight.append(optimizer.state["nested"]["nonfinite_in_a_row"])
                 in_flight.pop(0).item()
             if not np.isfinite(total.item()):
                 raise SystemExit(f"the loss is {total.item()}")
 
-        return measure(window)
+        found = measure(window)
+        if world.is_alone:
+            return found
+        world.require_equal(engine.held(), step)
+        return found | {"leads": world.leads, "equal": True, "bytes_sent_by_due_tiers": sent}
 
 
 def enter(stack: ExitStack, model: Any, options: dict[str, str]) -> None:

@@ -67,7 +67,7 @@ def row(size: str, arm: str, shape: Shape, found: dict[str, Any], peak: float) -
         "milliseconds": round(1000 * median, 2),
         "windows": [round(1000 * each, 2) for each in seconds],
         "peak_gib": round(peak / 2**30, 4),
-        "warm_up": found["warm_up"],
         "shape": asdict(shape),
     }
+    line |= {name: value for name, value in found.items() if name != "seconds"}
     return json.dumps(line)

@@ -113,7 +113,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         pipeline.load(config, run)
         if note := describe_start(config, run):
             say(note)
-        with exclusive_device(say), watching(run.metrics):
+        with exclusive_device(say, config.training.processes), watching(run.metrics):
             result = pipeline.train(config, run, on_start=begin)
         stopper.release()
         verdict = pipeline.judge(config, run)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import socket
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +20,10 @@ from nested_core.errors import ConfigError
 PROGRAM = ("-m", "nested_core.training.rank")
 DEVICES = "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")  # never an option of ssh
+FORM = (
+    'It should list two hosts or more, as mlx.launch reads them: [{"ssh": "host1", "ips": '
+    '["10.0.0.1"]}, ...].'
+)
 PORT_TRIES = 50
 
 
@@ -31,8 +37,7 @@ def count_ranks(config: FineTuneConfig) -> int:
     if strange or len(hosts) < 2:
         raise ConfigError(
             f"training.hostfile: {path} names {f'{strange[0]!r}, no host' if strange else hosts}. "
-            f'It should list two hosts or more, as mlx.launch reads them: [{{"ssh": "host1", '
-            f'"ips": ["10.0.0.1"]}}, ...].'
+            f"{FORM}"
         )
     if config.batch_size % len(hosts):
         raise ConfigError(
@@ -43,13 +48,16 @@ def count_ranks(config: FineTuneConfig) -> int:
 
 
 def _read_hosts(path: Path) -> list[str]:
-    """The names that mlx.launch would give to ssh."""
-    from mlx._distributed_utils.common import Hostfile
-
+    """The names that mlx.launch would give to ssh (mlx/_distributed_utils/common.py, Hostfile)."""
     try:
-        return [str(host.ssh_hostname) for host in Hostfile.from_file(path).hosts]
-    except ValueError as error:
-        raise ConfigError(f"training.hostfile: {error}.") from error
+        content = json.loads(path.read_bytes())
+        hosts = content["hosts"] if isinstance(content, dict) else content
+        return [str(host["ssh"]) for host in hosts]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"training.hostfile: {path} cannot be read as a list of hosts: "
+            f"{type(error).__name__} {error}. {FORM}"
+        ) from error
 
 
 def launch_command(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[str]:
@@ -98,6 +106,24 @@ def rank_environment(ranks: int) -> dict[str, str]:
             f"{visible!r}."
         )
     return os.environ | {DEVICES: visible}
+
+
+def own_temporary_folder(rank: int) -> Path:
+    """Where a rank that does not lead keeps the kernels that MLX compiles for it, from run to run.
+
+    MLX writes them in place below $TMPDIR/mlx; two ranks that start together would read what the
+    other has half written. ConfigError where the folder is another user's.
+    """
+    shared = Path(tempfile.gettempdir()) / f"nested-tune-{os.getuid()}"
+    shared.mkdir(mode=0o700, exist_ok=True)
+    if shared.is_symlink() or shared.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"{shared} belongs to another user: the kernels of rank {rank} cannot be kept there. "
+            f"Set TMPDIR to a folder of your own."
+        )
+    folder = shared / f"rank-{rank}"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def own_device(environment: Mapping[str, str], rank: int) -> str | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import NestedTuneError, TrainingStopped
-from nested_core.training.hosts import own_device
+from nested_core.training.hosts import own_device, own_temporary_folder
 from nested_core.training.launching import MARK
 
 
@@ -33,9 +33,10 @@ def main(run_dir: str, ranks: str) -> int:
     device = own_device(os.environ, rank)
     if device is not None:  # before CUDA is first used
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    if rank:
-        _be_quiet()
     try:
+        if rank:
+            _be_quiet()
+            os.environ["TMPDIR"] = str(own_temporary_folder(rank))
         with contextlib.redirect_stdout(sys.stderr):
             _train(Path(run_dir), int(ranks))
     except TrainingStopped as error:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.device_lock import VARIABLE, device_name, exclusive_device, lock_path
+from nested_core import backend
+from nested_core.device_lock import VARIABLE, device_names, exclusive_device, lock_path
 
 HOLD = (
     "import sys, time\n"
@@ -61,6 +62,21 @@ def test_a_cpu_is_shared_and_off_locks_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(VARIABLE, "off")
-    assert device_name() is None
+    assert device_names(2) == ()
     with exclusive_device(pytest.fail), exclusive_device(pytest.fail):
         assert list(tmp_path.iterdir()) == []
+
+
+def test_each_rank_on_cuda_has_a_device_of_its_own_and_one_process_takes_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(backend, "device", lambda: "gpu")
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device_names(2) == ("gpu-0", "gpu-1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4,5")
+    assert device_names(2) == ("gpu-6", "gpu-4")
+    assert device_names() == ("gpu-6",)
+    with exclusive_device(pytest.fail, 2):
+        assert lock_path("gpu-6").read_text() == lock_path("gpu-4").read_text() == str(os.getpid())

@@ -1,0 +1,167 @@
+"""Ranks, without processes: rows, sums, checksums, what a configuration may ask for."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from nested_core import pipeline
+from nested_core.errors import ConfigError
+from nested_core.resuming import refuse_differences
+from nested_core.run_directory import RunDirectory
+from nested_core.training.hosts import (
+    count_ranks,
+    free_ports,
+    launch_command,
+    own_device,
+    own_temporary_folder,
+)
+from nested_core.training.ranks import ALONE, World, checksum, pack_sums, unpack_sums
+from tests.example import example_config
+
+
+def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
+    tokens = np.arange(24).reshape(6, 4)
+    batch = (tokens, tokens[:, 1:] % 2 == 0)
+    parts = [World(3, rank).own_rows(batch) for rank in range(3)]
+    assert all(part[0].shape == (2, 4) and part[1].shape == (2, 3) for part in parts)
+    rows = sorted(int(row[0]) for part in parts for row in part[0])
+    assert rows == tokens[:, 0].tolist()
+    assert ALONE.own_rows(batch)[0].tolist() == tokens.tolist()
+
+
+def test_dropout_differs_from_rank_to_rank_and_the_first_rank_draws_as_one_process() -> None:
+    seeds = [World(4, rank).seed(7, 3) for rank in range(4)]
+    assert seeds[0] == 7 * 2**32 + 3 == ALONE.seed(7, 3)
+    assert len(set(seeds)) == 4
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_a_packed_step_comes_back_as_it_was() -> None:
+    gradients = {"a": mx.arange(6.0).reshape(2, 3), "b": mx.array([7.0, 8.0], mx.bfloat16)}
+    packed = pack_sums(gradients, mx.array(12), mx.array(True))
+    assert (packed.dtype, packed.nbytes) == (mx.float32, 4 * (6 + 2 + 2))
+    found, weight, votes = unpack_sums(packed, gradients)
+    assert {n: (g.tolist(), g.dtype) for n, g in found.items()} == {
+        n: (g.tolist(), g.dtype) for n, g in gradients.items()
+    }
+    assert (weight.item(), votes.item()) == (12.0, 1.0)
+
+
+@given(st.integers(0, 6), st.integers(0, 31), st.sampled_from([mx.float32, mx.bfloat16, mx.uint64]))
+def test_a_bit_anywhere_changes_the_checksum(place: int, bit: int, dtype: mx.Dtype) -> None:
+    array = mx.arange(7).astype(dtype)
+    bits = np.array(array.view(mx.uint8)).copy()
+    bits[place * dtype.size + bit % (8 * dtype.size) // 8] ^= 1 << (bit % 8)
+    other = mx.array(bits).view(dtype)
+    assert checksum(array).item() != checksum(other).item()
+    assert checksum(array).item() == checksum(mx.array(array)).item()
+
+
+def test_two_elements_that_changed_places_change_the_checksum() -> None:
+    assert checksum(mx.array([1.0, 2.0])).item() != checksum(mx.array([2.0, 1.0])).item()
+    assert checksum(mx.array(3)).dtype == mx.uint32  # of a scalar too
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"processes": 0}, "greater than 0"),
+        ({"processes": 3}, "training.processes 3 does not divide it"),
+        ({"processes": 2, "hostfile": "hosts.json"}, "give only one"),
+    ],
+)
+def test_a_number_of_ranks_that_cannot_work_is_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        example_config(batch_size=4, training=changes)
+
+
+def test_a_reference_run_is_one_process() -> None:
+    training = {"reference": "mlx_lm", "max_grad_norm": 0.0, "processes": 2}
+    with pytest.raises(ValidationError, match="training.reference: one process"):
+        example_config(training=training, nested={"frequencies": [1]})
+
+
+def test_a_resumed_run_keeps_its_ranks(tmp_path: Path) -> None:
+    old, new = example_config(), example_config(training={"processes": 2})
+    with pytest.raises(ConfigError, match=r"training\.processes: 1 in the run, 2 now"):
+        refuse_differences(old, new, tmp_path)
+
+
+HOSTS = [{"ssh": name, "ips": [f"10.0.0.{i}"]} for i, name in enumerate(["a.example", "b@b"])]
+
+
+def test_a_hostfile_counts_and_is_handed_to_mlx_launch(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.json"
+    path.write_text(json.dumps(HOSTS))
+    config = example_config(training={"hostfile": str(path)})
+    assert count_ranks(config) == 2
+    command = launch_command(config, 2, tmp_path)
+    assert Path(command[0]).name == "mlx.launch"
+    assert command[1:3] == ["--hostfile", str(path)]
+    assert command[-2:] == [str(tmp_path.resolve()), "2"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "message"),
+    [
+        (None, "cannot be read .*No such file"),
+        ("{", "cannot be read as a list of hosts: JSONDecodeError"),
+        (json.dumps(HOSTS[:1]), "two hosts or more"),
+        (json.dumps([HOSTS[0], {"ssh": "-oProxyCommand=touch /tmp/x"}]), "'-oProxyCommand.*no ho"),
+        (json.dumps(HOSTS + [{"ssh": "c"}]), "do not divide batch_size 2. Give a multiple of 3"),
+    ],
+)
+def test_a_hostfile_that_cannot_be_used_is_refused_before_anything_is_written(
+    tmp_path: Path, hosts: str | None, message: str
+) -> None:
+    path = tmp_path / "hosts.json"
+    if hosts is not None:
+        path.write_text(hosts)
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        pipeline.begin(example_config(training={"hostfile": str(path)}), run, resume=False)
+    assert not run.path.exists()
+
+
+def test_ranks_on_this_machine_listen_where_nobody_does() -> None:
+    command = launch_command(example_config(training={"processes": 2}), 2, Path("run"))
+    port = int(command[command.index("--starting-port") + 1])
+    assert 1024 < port < 2**16
+    assert command[1:5] == ["-n", "2", "--backend", "ring"]
+    assert free_ports(2) + 1 < 2**16
+
+
+def test_a_rank_takes_its_device_of_those_that_its_parent_was_given() -> None:
+    assert [own_device({"NESTED_TUNE_DEVICES": "6,4"}, rank) for rank in (0, 1)] == ["6", "4"]
+    assert own_device({}, 1) is None
+
+
+def test_ranks_do_not_compile_kernels_into_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folders = [own_temporary_folder(rank) for rank in (1, 2)]
+    assert folders[0] != folders[1]
+    assert folders[0] == own_temporary_folder(1)
+    assert folders[0].parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_kernels_are_not_kept_where_a_link_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"nested-tune-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="Set TMPDIR"):
+        own_temporary_folder(1)

@@ -1,0 +1,128 @@
+"""Two processes train what one trains on the same batches, send what is due, and stay equal."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core import pipeline
+from nested_core.adapters import load_arrays
+from nested_core.checkpoints import checkpoint_path
+from nested_core.config import FineTuneConfig
+from nested_core.errors import RanksDiffer
+from nested_core.run_directory import RunDirectory
+from nested_core.training import hosts
+from nested_core.training.launching import RankGroup
+from nested_core.training.metrics import read_metrics
+from tests.example import example_config, prepare
+
+pytestmark = pytest.mark.timeout(300)  # processes that import everything
+
+STEPS = 10
+TIER_BYTES = 4 * 20_480  # parameters of each tier, float32
+ENDS = 8  # the weight and the wish to stop
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same run by one process and by two."""
+
+    one: RunDirectory
+    two: RunDirectory
+    config: FineTuneConfig
+    groups: list[Any]
+
+
+def settings(slow_gradients: str, processes: int) -> dict[str, Any]:
+    return {
+        "iters": 2 * STEPS - 1,  # the last step has one micro-batch
+        "batch_size": 4,
+        "grad_accumulation_steps": 2,
+        "val_batches": 2,
+        "steps_per_report": 2,
+        "steps_per_eval": 10,
+        "nested": {"frequencies": [1, 2, 4], "slow_gradients": slow_gradients},
+        "training": {"processes": processes},
+    }
+
+
+@pytest.fixture(scope="module", params=["skip", "accumulate"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder, groups = tmp_path_factory.mktemp("ranks"), list[Any]()
+    runs = list[RunDirectory]()
+    for processes in (1, 2):
+        config = example_config(**settings(request.param, processes))
+        runs.append(prepare(config, folder / str(processes)))
+        pipeline.train(config, runs[-1], on_start=groups.append)
+    return Pair(runs[0], runs[1], config, groups)
+
+
+def of_checkpoint(run: RunDirectory, name: str) -> dict[str, np.ndarray]:
+    path = checkpoint_path(run.checkpoints, STEPS) / name
+    return {n: np.array(array, np.float64) for n, array in load_arrays(path).items()}
+
+
+def test_the_weights_are_those_of_one_process_within_rounding(pair: Pair) -> None:
+    one, two = (of_checkpoint(run, "adapters.safetensors") for run in (pair.one, pair.two))
+    start = load_arrays(pair.one.initial / "adapters.safetensors")
+    moved = sum(np.square(one[n] - np.array(start[n])).sum() for n in one)
+    apart = sum(np.square(one[n] - two[n]).sum() for n in one)
+    assert moved > 1.0
+    assert (apart / moved) ** 0.5 < 2e-5  # Adam divides by moments near zero: more than 2**-24
+    assert max(np.abs(one[n] - two[n]).max() for n in one) < 2e-4  # a tenth of one update
+
+
+def test_losses_norms_and_tokens_are_those_of_one_process(pair: Pair) -> None:
+    one, two = read_metrics(pair.one.metrics), read_metrics(pair.two.metrics)
+    assert len(one) == len(two) == STEPS + 1
+    for ours, theirs in zip(one, two, strict=True):
+        for key in ("step", "iteration", "updates", "skipped", "trained_tokens"):
+            assert ours.get(key) == theirs.get(key)
+        for key in ("loss", "val_loss", "grad_norm"):
+            assert (ours.get(key) or 0) == pytest.approx(theirs.get(key) or 0, rel=2e-4)
+
+
+def test_only_the_gradients_of_the_due_tiers_are_sent(pair: Pair) -> None:
+    sent = [r["gradient_bytes"] for r in read_metrics(pair.two.metrics) if "loss" in r]
+    due = [sum(step % f == 0 for f in (1, 2, 4)) for step in range(1, STEPS + 1)]
+    if pair.config.nested.slow_gradients == "accumulate":
+        due = [3] * STEPS  # every gradient is in use at every step
+    assert sent == [tiers * TIER_BYTES + ENDS for tiers in due]
+    assert all("gradient_bytes" not in record for record in read_metrics(pair.one.metrics))
+
+
+def test_the_run_directory_is_that_of_one_process_and_passes_the_gate(pair: Pair) -> None:
+    names = [{p.name for p in run.path.rglob("*")} for run in (pair.one, pair.two)]
+    assert names[0] == names[1]
+    verdict = pipeline.judge(pair.config, pair.two)
+    assert verdict.has_passed
+    group = pair.groups[1]
+    assert isinstance(group, RankGroup)
+    assert (group.steps, group.current_step) == (STEPS, STEPS)
+    assert [tier.parameters * 4 for tier in group.tier_stats()] == [TIER_BYTES] * 3
+
+
+def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 1 changes one element of its parameters after step 3, by the smallest amount."""
+    astray = Path(__file__).with_name("astray.py")
+    monkeypatch.setattr(hosts, "PROGRAM", (str(astray),))
+    config = example_config(
+        batch_size=4, save_every=2, steps_per_report=2, val_batches=0, training={"processes": 2}
+    )
+    run = prepare(config, tmp_path / "run")
+    with pytest.raises(RanksDiffer, match=r"At step 4 rank 1 of 2 holds other numbers") as caught:
+        pipeline.train(config, run)
+    assert "tier0 among them" in str(caught.value)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-0000002"]
+    assert not run.result.exists()
+    caplog.set_level(logging.INFO)
+    monkeypatch.undo()
+    pipeline.begin(config, run, resume=True)
+    assert pipeline.train(config, run).step == 8
