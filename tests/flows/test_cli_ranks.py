@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,9 @@ def ranks_of(folder: Path) -> dict[int, int]:
             environment = (entry / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if PROGRAM.encode() in words and str(folder / "run").encode() in words:
-            rank = next(e for e in environment if e.startswith(b"MLX_RANK=")).split(b"=")[1]
-            if words[0].endswith(b"python") or b"python" in words[0]:
-                found[int(rank)] = int(entry.name)
+        rank = next((e for e in environment if e.startswith(b"MLX_RANK=")), None)
+        if rank is not None and PROGRAM.encode() in words and str(folder / "run").encode() in words:
+            found[int(rank.split(b"=")[1])] = int(entry.name)
     return found
 
 
@@ -55,8 +55,18 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-def begin(folder: Path, step: int, *extra: object) -> subprocess.Popen[str]:
-    """A run of two ranks that has checkpoints, and has reported this step or a later one."""
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Runs that a test starts; what is left of them when it fails is ended."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def begin(folder: Path, step: int, started: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
+    """A run of two ranks that has reported this step or a later one, and has checkpoints."""
     write_config(
         folder / "config.yaml",
         iters=400,
@@ -66,8 +76,9 @@ def begin(folder: Path, step: int, *extra: object) -> subprocess.Popen[str]:
         save_every=2,
         training={"processes": 2, "max_grad_norm": 1.0},
     )
-    process = start(*TRAIN, *extra, cwd=folder)
-    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
+    process = start(*TRAIN, cwd=folder)
+    started.append(process)
+    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 240
     while step_of(metrics) < step:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -111,9 +122,9 @@ def next_even(folder: Path) -> int:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_ends_all_within_15_seconds_and_the_run_resumes(
-    tmp_path: Path, rank: int
+    tmp_path: Path, rank: int, started: list[subprocess.Popen[str]]
 ) -> None:
-    process = begin(tmp_path, 6)
+    process = begin(tmp_path, 6, started)
     ranks = ranks_of(tmp_path)
     assert sorted(ranks) == [0, 1]
     os.kill(ranks[rank], signal.SIGKILL)
@@ -127,8 +138,10 @@ def test_a_rank_killed_ends_all_within_15_seconds_and_the_run_resumes(
     finish(tmp_path, next_even(tmp_path))
 
 
-def test_sigterm_ends_both_ranks_at_one_step_with_a_checkpoint_and_exit_5(tmp_path: Path) -> None:
-    process = begin(tmp_path, 6)
+def test_sigterm_ends_both_ranks_at_one_step_with_a_checkpoint_and_exit_5(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    process = begin(tmp_path, 6, started)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     stopped = ended(process, SECONDS_TO_END)
@@ -142,9 +155,9 @@ def test_sigterm_ends_both_ranks_at_one_step_with_a_checkpoint_and_exit_5(tmp_pa
 
 
 def test_nested_tune_stop_stops_the_ranks_and_a_second_run_there_is_refused(
-    tmp_path: Path,
+    tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
-    process = begin(tmp_path, 2)
+    process = begin(tmp_path, 2, started)
     refused = ended(start(*TRAIN, "--resume", cwd=tmp_path))
     assert refused.code == 2
     assert f"in use by process {process.pid}" in refused.stderr
@@ -153,8 +166,10 @@ def test_nested_tune_stop_stops_the_ranks_and_a_second_run_there_is_refused(
     assert none_left(tmp_path, 2)
 
 
-def test_no_rank_outlives_the_process_that_started_it(tmp_path: Path) -> None:
-    process = begin(tmp_path, 2)
+def test_no_rank_outlives_the_process_that_started_it(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    process = begin(tmp_path, 2, started)
     process.kill()
     assert none_left(tmp_path, 3), processes_of(tmp_path)
     process.communicate()
