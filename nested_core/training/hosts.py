@@ -95,12 +95,12 @@ def _is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def rank_environment(ranks: int) -> dict[str, str]:
+def rank_environment(config: FineTuneConfig) -> dict[str, str]:
     """This process's environment, for ranks on this machine; each is to see a device of its own."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
+    visible, ranks = os.environ.get("CUDA_VISIBLE_DEVICES"), config.training.processes
+    if visible is None or config.training.hostfile is not None or not has_cuda():
         return dict(os.environ)
-    if len(visible.split(",")) < ranks and has_cuda():
+    if len(visible.split(",")) < ranks:
         raise ConfigError(
             f"training.processes: {ranks} ranks need a GPU each, and CUDA_VISIBLE_DEVICES is "
             f"{visible!r}."

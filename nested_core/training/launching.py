@@ -19,10 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import mlx.core as mx
+
 from nested_core import errors
 from nested_core.clocks import TierStats
 from nested_core.config import FineTuneConfig
-from nested_core.errors import NestedTuneError, RankLost
+from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
 from nested_core.run_directory import RunDirectory
 from nested_core.training import guard
 from nested_core.training.callbacks import TrainingCallback
@@ -40,11 +42,12 @@ class RankGroup:
 
     def __init__(self, ranks: int, callback: TrainingCallback | None = None) -> None:
         self.ranks, self.steps = ranks, 1
-        self.current_step, self.current_train_loss = 0, None
+        self.current_step, self.current_train_loss, self.gradient_bytes = 0, None, 0
         self._callback = callback
         self._tiers: list[TierStats] = []
         self._ends: dict[int, dict[str, Any]] = {}
         self._lost: str | None = None
+        self._words: int | None = None
         self._last_lines: deque[str] = deque(maxlen=LINES_KEPT)
 
     def tier_stats(self) -> list[TierStats]:
@@ -54,7 +57,8 @@ class RankGroup:
     def stop_training(self) -> None:
         """Ask for a graceful stop: every rank ends the same step, and one writes a checkpoint."""
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._words, b"stop\n")
+            if self._words is not None:
+                os.write(self._words, b"stop\n")
 
     def run(
         self,
@@ -83,6 +87,7 @@ class RankGroup:
                 self._hear(line, on_start)
             others.join(SECONDS_TO_END)
         finally:
+            self._words = None
             self._killer.cancel()
             _kill(process)
             with process:
@@ -103,7 +108,8 @@ class RankGroup:
                 on_start(self)
         elif kind == "end":
             self._ends[said["rank"]] = said
-            if said["error"] or len(self._ends) == self.ranks:
+            is_done = said["error"] in (None, TrainingStopped.__name__)  # the others may yet write
+            if not is_done or len(self._ends) == self.ranks:
                 self._end_soon()
         else:
             self._report(kind, said["info"])
@@ -111,6 +117,7 @@ class RankGroup:
     def _report(self, kind: str, info: dict[str, Any]) -> None:
         self.current_step = info.get("step", self.current_step)
         self.current_train_loss = info.get("train_loss", self.current_train_loss)
+        self.gradient_bytes += info.get("gradient_bytes", 0)
         if self._callback is None:
             return
         if kind == "train":
@@ -186,5 +193,11 @@ def train_in_ranks(
     ended before its time, and else what a trainer raises.
     """
     group = RankGroup(ranks, callback)
-    group.run(launch_command(config, ranks, run.path), rank_environment(ranks), on_start)
+    mx.clear_cache()  # what loading left on the device is the ranks' to use
+    group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
     group.raise_if_unfinished(run.path)
+    print(
+        f"{ranks} ranks, equal to the bit; each gave {group.gradient_bytes:,} bytes of gradients, "
+        f"those of the due tiers, to be summed",
+        file=sys.stderr,
+    )

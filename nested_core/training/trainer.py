@@ -14,6 +14,7 @@ from nested_core.clocks import COUNTERS, TierStats
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingStopped
+from nested_core.gradients import Flat
 from nested_core.model import adapter_dtype
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
@@ -75,7 +76,7 @@ class Trainer:
         evaluator = Evaluator(model, self._slots, self._rule, self._votes.now, prompts, world)
         parts = self._slots, optimizer, self.method, evaluator
         self._recorder = Recorder(config, run, *parts, found, callback, world)
-        self._check = UpdateCheck(model, optimizer, tiers, world)
+        self._check = UpdateCheck(model, optimizer, tiers, world, self._write)
         self._divergence = DivergenceWatch(config.training.max_nonfinite_steps)
 
     @property
@@ -165,7 +166,7 @@ class Trainer:
         reported = self.state.reported
         try:
             for done in self.method.evaluations_within(first, last):
-                self._check.write(engine)
+                self._write(engine)
                 self._recorder.observe(self.state, iteration=done, evaluate=True)
         except EvaluationCut:
             self.state.reported = reported
@@ -191,10 +192,16 @@ class Trainer:
         due, asks = engine.needed(step), self._votes.wish()
         taken, micro = engine.take(batches, due, first, complete=complete, asks=asks)
         if not engine.packing.joins:  # large tensors are not to be held twice
-            self._check.write(engine)
+            self._write(engine)
         state.step, state.iteration, state.observed = state.step + complete, last, False
         self._recorder.add(state, first, micro, taken.bytes_sent)
         return taken
+
+    def _write(self, engine: Engine) -> Flat:
+        """Write into the model, by name, what the steps so far have computed; return all of it."""
+        values = engine.values()
+        apply_flat_updates_to_nested(self.model, values)
+        return values
 
     def _crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""

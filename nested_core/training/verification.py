@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.nn as nn
 
 from nested_core.gradients import Flat
-from nested_core.pytree import apply_flat_updates_to_nested, verify_updates
+from nested_core.pytree import verify_updates
 from nested_core.single_clock import TieredOptimizer
 from nested_core.tiers import TierMap
 from nested_core.training.engine import Engine, StepTaken
@@ -15,23 +17,23 @@ from nested_core.training.state import TrainingState
 
 
 class UpdateCheck:
-    """Writes what an engine holds into the model, reads it back, and flags what did not arrive.
+    """Has what an engine holds written into the model, reads it back, and flags what is not there.
 
     The first step of each set of due tiers is looked at, and every step that a person will see.
+    `write` writes what the steps so far have computed, by name, and returns all of it.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: TieredOptimizer, tiers: TierMap, world: World
+        self,
+        model: nn.Module,
+        optimizer: TieredOptimizer,
+        tiers: TierMap,
+        world: World,
+        write: Callable[[Engine], Flat],
     ) -> None:
         self._model, self._optimizer = model, optimizer
-        self._tiers, self._world = tiers, world
+        self._tiers, self._world, self._write = tiers, world, write
         self._seen_due: set[tuple[int, ...]] = set()
-
-    def write(self, engine: Engine) -> Flat:
-        """Write into the model, by name, what the steps so far have computed; return all of it."""
-        values = engine.values()
-        apply_flat_updates_to_nested(self._model, values)
-        return values
 
     def look(self, engine: Engine, taken: StepTaken, state: TrainingState, *, must: bool) -> None:
         """Before the model is looked at, write what is new into it and read that back.
@@ -40,7 +42,7 @@ class UpdateCheck:
         """
         if taken.due in self._seen_due and not must:
             return
-        written = self.write(engine)
+        written = self._write(engine)
         self._world.require_equal(engine.held(), state.step)
         if not taken.updates:
             return

@@ -124,7 +124,8 @@ def optimizer_record(optimizer: TieredOptimizer) -> dict[str, Any]:
 
 def train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
     """A report as mlx-lm's on_train_loss_report gets it, with our step beside it."""
-    return {
+    of_ranks = {key: record[key] for key in ("gradient_bytes",) if key in record}
+    return of_ranks | {
         "iteration": iteration,
         "step": step,
         "train_loss": record["loss"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,22 +106,36 @@ def test_the_run_directory_is_that_of_one_process_and_passes_the_gate(pair: Pair
     assert [tier.parameters * 4 for tier in group.tier_stats()] == [TIER_BYTES] * 3
 
 
-def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Rank 1 changes one element of its parameters after step 3, by the smallest amount."""
-    astray = Path(__file__).with_name("astray.py")
-    monkeypatch.setattr(hosts, "PROGRAM", (str(astray),))
-    config = example_config(
-        batch_size=4, save_every=2, steps_per_report=2, val_batches=0, training={"processes": 2}
+def go_astray(monkeypatch: pytest.MonkeyPatch, how: str) -> FineTuneConfig:
+    """Have rank 1 do at step 3 what astray.py describes."""
+    monkeypatch.setattr(hosts, "PROGRAM", (str(Path(__file__).with_name("astray.py")),))
+    monkeypatch.setenv("ASTRAY", how)
+    training = {"processes": 2, "max_grad_norm": 1.0}
+    return example_config(
+        batch_size=4, save_every=2, steps_per_report=2, val_batches=0, training=training
     )
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = go_astray(monkeypatch, "nan")
+    run = prepare(config, tmp_path / "run")
+    assert pipeline.train(config, run).step == 8  # and the ranks were equal to the end
+    last = read_metrics(run.metrics)[-1]
+    assert (last["updates"], last["skipped"]) == ([7, 4, 2], [1, 0, 0])
+
+
+def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = go_astray(monkeypatch, "bit")
     run = prepare(config, tmp_path / "run")
     with pytest.raises(RanksDiffer, match=r"At step 4 rank 1 of 2 holds other numbers") as caught:
         pipeline.train(config, run)
     assert "tier0 among them" in str(caught.value)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-0000002"]
     assert not run.result.exists()
-    caplog.set_level(logging.INFO)
     monkeypatch.undo()
     pipeline.begin(config, run, resume=True)
     assert pipeline.train(config, run).step == 8
