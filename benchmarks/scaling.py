@@ -91,7 +91,7 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
 
 
 def tiers_of(slots: Any, due_layers: int) -> Any:
-    """Tiers and their optimizer: the deepest layers in tier 0, the others in one never asked for."""
+    """Tiers and their optimizer: the deepest layers in tier 0, the others in one not asked for."""
     from nested_core.clocks import Tier
     from nested_core.optimizers import NestedAdam
     from nested_core.slots import read_slots
