@@ -37,11 +37,11 @@ from nested_core.model import (
 )
 from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
+from nested_core.strict_json import finite_or_none
 from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.export import export_adapter
-from nested_core.training.metrics import finite_or_none
 from nested_core.training.probe import parameter_importance
 from nested_core.training.trainer import Trainer
 
