@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
@@ -22,9 +21,7 @@ from flows.terminal import (
     watching,
 )
 from nested_core.errors import ConfigError, TrainingStopped
-from nested_core.run_directory import RunDirectory, new_run_name, open_run
-
-RUNS = Path("runs")
+from nested_core.run_directory import RUNS, RunDirectory, new_run_name, open_run
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
