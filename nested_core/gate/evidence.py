@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.adapters import Adapter, files_sha256, read_adapter
-from nested_core.checkpoints import Checkpoint, checkpoint_path, read_checkpoint
+from nested_core.checkpoints import STATE_NAME, Checkpoint, checkpoint_path, read_checkpoint
 from nested_core.errors import DamagedError
 from nested_core.manifest import read_manifest
 from nested_core.regular_files import read_json, regular_sha256
@@ -80,7 +80,7 @@ def collect_evidence(run: RunDirectory) -> Evidence:
     result = _checked(Result, read_json(run.result, MAX_RESULT_BYTES), run.result)
     path = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(path)
-    record = _checked(Record, checkpoint.state, path / "state.json")
+    record = _checked(Record, checkpoint.state, path / STATE_NAME)
     if describe_evidence(run, path) != result.evidence:
         raise DamagedError(
             f"{path} or {run.metrics} is not what training wrote: result.json holds other digests. "
