@@ -52,6 +52,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     rows, right = _ask(config, champion, questions)
 
     def finish() -> int:
+        """Print how the run went, and the answers before and after."""
         _print_run(run)
         print_table(("question", "before", "after"), rows, title="Held-out countries")
         print(f"right answers: {right[0]} of {len(rows)} before, {right[1]} of {len(rows)} after")
