@@ -1,8 +1,10 @@
-"""`make bench`: every measurement, one after the other."""
+"""`make bench`: every measurement that needs no GPU, one after the other."""
 
-from benchmarks import finetune, gate, padding, reading
+from benchmarks import cpu_training, finetune, gate, memory, padding, reading
 
 padding.main()
 reading.main()
+memory.main()
 finetune.main()
+cpu_training.main()
 gate.main()

@@ -6,7 +6,7 @@ Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,47 +52,38 @@ def load_dataset(
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         sources = open_sources(settings, Path(spool))
         if tokenizer is None:
-            return _judge(_Judgement(settings, None, on_progress), sources, None), {}
-        judgement = _Judgement(settings, tokenizer, on_progress)
+            return _judge(settings, sources, on_progress), {}
         if cache is None:
             with TemporaryDirectory(prefix="nested-tune-") as private:
-                return _judge(judgement, sources, Path(private)), seal_tokens(Path(private))
+                folder = Path(private)
+                report = _judge(settings, sources, on_progress, into=(tokenizer, folder))
+                return report, seal_tokens(folder)
         entry = cache.entry(settings, sources, tokenizer)
         if (found := entry.read()) is not None:
             return found
         with entry.made() as folder:
-            report = _judge(judgement, sources, folder)
+            report = _judge(settings, sources, on_progress, into=(tokenizer, folder))
             write_report(folder, report)
             return report, seal_tokens(folder)
 
 
-@dataclass(frozen=True)
-class _Judgement:
-    """What a data set is judged by."""
-
-    settings: DataSettings
-    tokenizer: TokenizerSource | None
-    on_progress: OnProgress | None
-
-
 def _judge(
-    judgement: _Judgement, sources: Mapping[str, Source], folder: Path | None
+    settings: DataSettings,
+    sources: Mapping[str, Source],
+    on_progress: OnProgress | None,
+    into: tuple[TokenizerSource, Path] | None = None,
 ) -> DatasetReport:
-    """Read and judge every line, and write the tokens of what is sound into the folder, if any."""
-    settings, tokenizer, on_progress = (
-        judgement.settings,
-        judgement.tokenizer,
-        judgement.on_progress,
-    )
+    """Read and judge every line; with a tokenizer, write what is sound as tokens into a folder."""
     splits = read_lines(sources, settings, on_progress)
-    has_template = tokenizer is None or has_chat_template(tokenizer.load())
+    has_template = into is None or has_chat_template(into[0].load())
     findings = [
         *judge_lines(splits),
         *judge_files(splits, settings, lacks_template=not has_template),
     ]
     dropped = _dropped_lines(splits, findings)
     facts: dict[str, TokenFacts] = {}
-    if tokenizer is not None and folder is not None:
+    if into is not None:
+        tokenizer, folder = into
         sound = _sound_lines(splits, findings, dropped, has_template=has_template)
         facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, found in facts.items():
