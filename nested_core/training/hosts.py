@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
@@ -24,6 +25,7 @@ FORM = (
     'It should list two hosts or more, as mlx.launch reads them: [{"ssh": "host1", "ips": '
     '["10.0.0.1"]}, ...].'
 )
+PORTS = range(20000, 32000)  # below those that Linux and macOS give to whoever asks for any
 PORT_TRIES = 50
 
 
@@ -80,19 +82,24 @@ def launch_command(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[st
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on now, on this machine."""
+    """The first of so many ports in a row that nobody has now, on this machine.
+
+    It takes seconds until the ranks listen there: ports that the system hands out are left alone.
+    """
     for _ in range(PORT_TRIES):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = int(probe.getsockname()[1])
-        if first + count <= 2**16 and all(map(_is_free, range(first, first + count))):
+        first = secrets.choice(PORTS)
+        if all(map(_is_free, range(first, first + count))):
             return first
     raise OSError(f"no {count} free ports in a row on 127.0.0.1 in {PORT_TRIES} tries")
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def rank_environment(config: FineTuneConfig) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from nested_core import pipeline
 from nested_core.errors import ConfigError
 from nested_core.resuming import refuse_differences
 from nested_core.run_directory import RunDirectory
+from nested_core.training import hosts
 from nested_core.training.hosts import (
     count_ranks,
     free_ports,
@@ -113,7 +115,7 @@ def test_a_hostfile_counts_and_is_handed_to_mlx_launch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "message"),
+    ("content", "message"),
     [
         (None, "cannot be read .*No such file"),
         ("{", "cannot be read as a list of hosts: JSONDecodeError"),
@@ -123,11 +125,11 @@ def test_a_hostfile_counts_and_is_handed_to_mlx_launch(tmp_path: Path) -> None:
     ],
 )
 def test_a_hostfile_that_cannot_be_used_is_refused_before_anything_is_written(
-    tmp_path: Path, hosts: str | None, message: str
+    tmp_path: Path, content: str | None, message: str
 ) -> None:
     path = tmp_path / "hosts.json"
-    if hosts is not None:
-        path.write_text(hosts)
+    if content is not None:
+        path.write_text(content)
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
         pipeline.begin(example_config(training={"hostfile": str(path)}), run, resume=False)
@@ -137,9 +139,18 @@ def test_a_hostfile_that_cannot_be_used_is_refused_before_anything_is_written(
 def test_ranks_on_this_machine_listen_where_nobody_does() -> None:
     command = launch_command(example_config(training={"processes": 2}), 2, Path("run"))
     port = int(command[command.index("--starting-port") + 1])
-    assert 1024 < port < 2**16
+    assert 20000 <= port < 32000
     assert command[1:5] == ["-n", "2", "--backend", "ring"]
-    assert free_ports(2) + 1 < 2**16
+
+
+def test_a_port_that_somebody_has_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = free_ports(2)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", free + 1))
+        monkeypatch.setattr(hosts, "PORTS", [free])
+        with pytest.raises(OSError, match="no 2 free ports"):
+            free_ports(2)
+        assert free_ports(1) == free
 
 
 def test_a_rank_takes_its_device_of_those_that_its_parent_was_given() -> None:
