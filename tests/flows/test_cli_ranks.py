@@ -169,7 +169,7 @@ def test_nested_tune_stop_stops_the_ranks_and_a_second_run_there_is_refused(
 def test_no_rank_outlives_the_process_that_started_it(
     tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
-    process = begin(tmp_path, 2, started)
+    process = begin(tmp_path, 4, started)  # that of step 2 has been kept by then
     process.kill()
     assert none_left(tmp_path, 3), processes_of(tmp_path)
     process.communicate()
