@@ -101,18 +101,22 @@ class Stack:
         os.killpg(self.server.pid, signal.SIGKILL)
         self.server.wait()
 
-    def start_worker(self, pool: str) -> None:
-        command = [
-            *PREFECT,
-            "worker",
-            "start",
-            "--pool",
-            pool,
-            "--name",
-            f"{pool}-{time.time():.0f}",
-        ]
-        log = self.folder / f"worker-{pool}.log"
-        self.workers[pool] = start_logged(command, log, self.home, self.environment)
+    def start_worker(self, pool: str, name: str | None = None, **environment: str) -> None:
+        """Start a worker of a pool, known here by its name, which is the pool's if none is given."""
+        name = name or pool
+        known_as = f"{name}-{time.time():.0f}"
+        command = [*PREFECT, "worker", "start", "--pool", pool, "--name", known_as]
+        log = self.folder / f"worker-{name}.log"
+        self.workers[name] = start_logged(command, log, self.home, self.environment | environment)
+
+    def start(self) -> None:
+        """Database and server, with everything deployed; no worker yet."""
+        self.prepare_home()
+        self.database.create()
+        self.database.start()
+        self.start_server()
+        deployed = self.nested_tune("deploy", "-c", "small.yaml")
+        assert deployed.returncode == 0, deployed.stderr + self.logs()
 
     def prepare_home(self) -> None:
         """The example's model and data, copied: a link would lead out of the allowed roots."""
