@@ -5,34 +5,21 @@ Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from nested_core.data.cache import DatasetCache, write_report
-from nested_core.data.encoding import has_chat_template
-from nested_core.data.judging import judge
-from nested_core.data.lines import Lines, judge_counts, judge_files, judge_lines, read_lines
-from nested_core.data.policy import Dropped, tell_dropped
-from nested_core.data.report import DatasetReport, Finding, SplitStats, in_order
+from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source, open_sources
-from nested_core.data.summary import count_split, count_tokens, describe_split
 from nested_core.data.token_files import seal_tokens
-from nested_core.data.token_rules import (
-    TemplateErrors,
-    TokenErrors,
-    TokenWarnings,
-    problem_frame,
-    token_frame,
-)
-from nested_core.data.tokenizing import SoundLines, TokenFacts, tokenize_splits
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.data.workers import OnProgress
-from nested_core.durable import canonical_json
 from nested_core.tokenizer import TokenizerSource
+
+if TYPE_CHECKING:
+    from nested_core.data.workers import OnProgress
 
 
 def load_dataset(
@@ -52,124 +39,28 @@ def load_dataset(
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         sources = open_sources(settings, Path(spool))
         if tokenizer is None:
-            return _judge(_Judgement(settings, None, on_progress), sources, None), {}
-        judgement = _Judgement(settings, tokenizer, on_progress)
+            return _judge(settings, None, on_progress, sources, None), {}
         if cache is None:
             with TemporaryDirectory(prefix="nested-tune-") as private:
-                return _judge(judgement, sources, Path(private)), seal_tokens(Path(private))
+                report = _judge(settings, tokenizer, on_progress, sources, Path(private))
+                return report, seal_tokens(Path(private))
         entry = cache.entry(settings, sources, tokenizer)
         if (found := entry.read()) is not None:
             return found
         with entry.made() as folder:
-            report = _judge(judgement, sources, folder)
+            report = _judge(settings, tokenizer, on_progress, sources, folder)
             write_report(folder, report)
             return report, seal_tokens(folder)
 
 
-@dataclass(frozen=True)
-class _Judgement:
-    """What a data set is judged by."""
-
-    settings: DataSettings
-    tokenizer: TokenizerSource | None
-    on_progress: OnProgress | None
-
-
 def _judge(
-    judgement: _Judgement, sources: Mapping[str, Source], folder: Path | None
-) -> DatasetReport:
-    """Read and judge every line, and write the tokens of what is sound into the folder, if any."""
-    settings, tokenizer, on_progress = (
-        judgement.settings,
-        judgement.tokenizer,
-        judgement.on_progress,
-    )
-    splits = read_lines(sources, settings, on_progress)
-    has_template = tokenizer is None or has_chat_template(tokenizer.load())
-    findings = [
-        *judge_lines(splits),
-        *judge_files(splits, settings, lacks_template=not has_template),
-    ]
-    dropped = _dropped_lines(splits, findings)
-    facts: dict[str, TokenFacts] = {}
-    if tokenizer is not None and folder is not None:
-        sound = _sound_lines(splits, findings, dropped, has_template=has_template)
-        facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
-    for split, found in facts.items():
-        findings += _judge_tokens(found, splits[split].file, settings)
-        if found.overlong:
-            dropped[split] = {**dropped[split], "overlong": found.overlong}
-    findings += judge_counts(splits, settings, dropped)
-    for split, lines in splits.items():
-        findings += tell_dropped(lines.file, dropped[split])
-    return _make_report(settings, splits, findings, facts, dropped)
-
-
-def _dropped_lines(splits: Mapping[str, Lines], findings: list[Finding]) -> dict[str, Dropped]:
-    """What data_policy drops for its content; a line with an error is rejected, not dropped."""
-    return {
-        split: {
-            reason: numbers - _bad_lines(findings, lines.file)
-            for reason, numbers in lines.dropped.items()
-        }
-        for split, lines in splits.items()
-    }
-
-
-def _sound_lines(
-    splits: Mapping[str, Lines],
-    findings: list[Finding],
-    dropped: Mapping[str, Dropped],
-    *,
-    has_template: bool,
-) -> dict[str, SoundLines]:
-    """What is tokenised: lines that are sound and stay, of splits that there is a way for."""
-    return {
-        split: SoundLines(
-            lines.source,
-            frozenset(_bad_lines(findings, lines.file)).union(*dropped[split].values()),
-        )
-        for split, lines in splits.items()
-        if lines.source is not None and (lines.format == "text" or has_template)
-    }
-
-
-def _judge_tokens(facts: TokenFacts, file: str, settings: DataSettings) -> Iterator[Finding]:
-    frame = token_frame(facts, file, settings)
-    yield from judge(TemplateErrors, problem_frame(facts, file), "error")
-    yield from judge(TokenErrors, frame, "error")
-    yield from judge(TokenWarnings, frame, "warning")
-
-
-def _bad_lines(findings: list[Finding], file: str) -> set[int]:
-    return {
-        finding.line
-        for finding in findings
-        if finding.severity == "error" and finding.file == file and finding.line is not None
-    }
-
-
-def _make_report(
     settings: DataSettings,
-    splits: Mapping[str, Lines],
-    findings: list[Finding],
-    facts: Mapping[str, TokenFacts],
-    dropped: Mapping[str, Dropped],
+    tokenizer: TokenizerSource | None,
+    on_progress: OnProgress | None,
+    sources: Mapping[str, Source],
+    folder: Path | None,
 ) -> DatasetReport:
-    counted: dict[str, SplitStats] = {}
-    for split, lines in splits.items():
-        if lines.source is not None:
-            rejected = len(_bad_lines(findings, lines.file))
-            counted[split] = count_split(
-                lines.file, lines.frame, rejected, lines.digest, dropped[split]
-            )
-            if split in facts:
-                tokens = count_tokens(facts[split], settings)
-                counted[split] = replace(counted[split], tokens=tokens)
-    infos = [
-        info for stats in counted.values() for info in describe_split(stats, settings.batch_size)
-    ]
-    files = [lines.file for lines in splits.values()]
-    digests = {split: stats.digest for split, stats in counted.items()}
-    digest = sha256(canonical_json(digests)).hexdigest()
-    return DatasetReport(settings.place, digest, counted, in_order(findings + infos, files))
+    """Judge by the rules, whose libraries take a second to import: not when the cache has it."""
+    from nested_core.data.judgement import Judgement, judge_dataset
+
+    return judge_dataset(Judgement(settings, tokenizer, on_progress), sources, folder)

@@ -101,11 +101,13 @@ class Stack:
         os.killpg(self.server.pid, signal.SIGKILL)
         self.server.wait()
 
-    def start_worker(self, pool: str, name: str | None = None, **environment: str) -> None:
+    def start_worker(
+        self, pool: str, *flags: str, name: str | None = None, **environment: str
+    ) -> None:
         """Start a worker of a pool, known here by its name, which is the pool's if none is given."""
         name = name or pool
         known_as = f"{name}-{time.time():.0f}"
-        command = [*PREFECT, "worker", "start", "--pool", pool, "--name", known_as]
+        command = [*PREFECT, "worker", "start", "--pool", pool, "--name", known_as, *flags]
         log = self.folder / f"worker-{name}.log"
         self.workers[name] = start_logged(command, log, self.home, self.environment | environment)
 
