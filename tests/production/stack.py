@@ -104,7 +104,7 @@ class Stack:
     def start_worker(
         self, pool: str, *flags: str, name: str | None = None, **environment: str
     ) -> None:
-        """Start a worker of a pool, known here by its name, which is the pool's if none is given."""
+        """Start a worker of a pool, known here by its name, else by the pool's."""
         name = name or pool
         known_as = f"{name}-{time.time():.0f}"
         command = [*PREFECT, "worker", "start", "--pool", pool, "--name", known_as, *flags]

@@ -69,7 +69,7 @@ def schedule_all(stack: Stack) -> list[UUID]:
 
 
 def start_workers(stack: Stack) -> None:
-    """One for each device, and so one run at a time in each; both share the cores of this machine."""
+    """One for each device, and so one run at a time in each; both share this machine's cores."""
     for name in WORKERS:
         device = {"NESTED_TUNE_DEVICE_LOCK": f"{stack.folder.name}-{name}"}
         one_core = {"OPENBLAS_NUM_THREADS": "1"}
@@ -93,7 +93,7 @@ def flow_runs(stack: Stack, deployment: str) -> list[FlowRun]:
 
 
 def wait_for_all(stack: Stack, deployment: str, count: int) -> list[FlowRun]:
-    """The runs of a deployment once `count` of them have ended, saying now and then how far it is."""
+    """The runs of a deployment once `count` of them have ended, saying now and then how far."""
     began = told = time.monotonic()
     deadline = began + SECONDS_A_RUN * RUNS + 120
     while True:
@@ -144,7 +144,7 @@ def report(stack: Stack, seconds: float) -> None:
 
 
 def check_registry(stack: Stack, trainings: list[FlowRun], promotions: list[FlowRun]) -> None:
-    """Each verified adapter is there once, and each promotion that was said stands in the history."""
+    """Each verified adapter is there once, and each promotion stands in the history."""
     said = [str(run.state.message) for run in [*trainings, *promotions] if run.state is not None]
     verified = {words.split()[1].rstrip(":") for words in said if words.startswith("verified ")}
     versions = core.list_versions(stack.registry, NAME)
