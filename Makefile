@@ -27,7 +27,7 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 	$(BIN)/nested-tune demo
 
 test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
-	$(BIN)/pytest -m "not reliability and not production and not soak" -n auto --dist loadfile
+	$(BIN)/pytest -m "not reliability and not production" -n auto --dist loadfile
 
 check: $(VENV)/dev.stamp ## format, lint, types, import directions and lengths
 	$(BIN)/ruff format --check .
@@ -43,7 +43,7 @@ bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks
 
 production-test: $(VENV)/dev.stamp ## PostgreSQL, a server with auth, workers, and what runs on them; takes minutes
-	$(BIN)/pytest -m production
+	$(BIN)/pytest -m "production and not soak"
 
 RUNS ?= 500
 soak: $(VENV)/dev.stamp ## RUNS=500 tiny trainings through the queue, with two workers; takes most of an hour

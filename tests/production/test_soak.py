@@ -32,7 +32,11 @@ LINES_EVERY = 60.0
 TINY: dict[str, Any] = {"iters": 4, "steps_per_report": 4, "steps_per_eval": 4, "save_every": 4}
 PAGE = 200
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(600 + SECONDS_A_RUN * RUNS)]
+pytestmark = [
+    pytest.mark.production,
+    pytest.mark.soak,
+    pytest.mark.timeout(600 + SECONDS_A_RUN * RUNS),
+]
 
 
 @pytest.fixture
