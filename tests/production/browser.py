@@ -1,4 +1,4 @@
-"""Headless Chromium, driven by its DevTools protocol: open a page, read its words, take a picture."""
+"""Headless Chromium by its DevTools protocol: open a page, read its words, take a picture."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ class Browser:
 
     def choose_tab(self, title: str) -> None:
         """Press the tab of this title."""
-        tab = f"[...document.querySelectorAll('*')].find(e => !e.children.length && e.innerText == '{title}')"
+        is_it = f"element => !element.children.length && element.innerText == '{title}'"
+        tab = f"[...document.querySelectorAll('*')].find({is_it})"
         wait_for(lambda: self.run(f"(tab => tab && (tab.click(), true))({tab})"), SECONDS_TO_SHOW)
 
     def picture(self, selector: str | None = None) -> bytes:

@@ -18,7 +18,11 @@ from uuid import UUID
 import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterId,
+)
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -175,6 +179,13 @@ class Stack:
             wanted = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[there]))
             found: list[FlowRun] = client.read_flow_runs(flow_run_filter=wanted)
         return found
+
+    def is_running(self, run_id: UUID, task: str) -> bool:
+        """Whether a task of this name, which others follow in its run's name, is under way."""
+        with self.connected() as client:
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
+            found = client.read_task_runs(flow_run_filter=wanted)
+        return any(r.name.split()[0] == task and r.state_name == "Running" for r in found)
 
     def processes_of(self, run_id: UUID) -> list[int]:
         """Every process that a worker started for a run."""
