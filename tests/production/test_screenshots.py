@@ -102,7 +102,7 @@ def test_the_page_of_a_run_has_its_graph_its_result_and_its_artifacts(
     assert version is not None
     keys = ("gate-verdict", "tier-table", "loss-curve", "dataset-report", "training-progress")
     browser.wait_for_words([*keys, "run-directory"])
-    browser.resize(900)
+    browser.resize(850)
     wait_for(lambda: len(browser.picture("canvas")) > CANVAS_WITHOUT_A_GRAPH)
     (pictures / "flow-run.png").write_bytes(browser.picture())
     browser.choose_tab("Details")
