@@ -17,11 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from nested_core.errors import NestedTuneError
 
 HOST = "127.0.0.1"
 SECONDS_TO_START, SECONDS_TO_END, SECONDS_BETWEEN_LOOKS = 90.0, 5.0, 0.05
+IMPORTED_BY_THE_FIRST_RUN = ("prefect.flow_engine", "prefect.task_engine")
 
 
 @contextmanager
@@ -46,7 +48,14 @@ def prefect_server() -> Iterator[Callable[[], None]]:
     atexit.register(server.stop)
     here = {PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
     with temporary_settings(updates=here):
-        yield server.wait
+        yield lambda: _import_and_wait(server)
+
+
+def _import_and_wait(server: EmbeddedServer) -> None:
+    """Import what Prefect would at the first run: the server takes longer to start."""
+    for module in IMPORTED_BY_THE_FIRST_RUN:
+        import_module(module)
+    server.wait()
 
 
 class EmbeddedServer:
