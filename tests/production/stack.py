@@ -220,10 +220,12 @@ class Stack:
         return "\n".join(f"{p.name}: {p.read_text()[-1500:]}" for p in self.folder.glob("*.log"))
 
     def stop(self) -> None:
-        """End everything that was started, in the order that a person would."""
-        for process in [*self.workers.values(), self.server]:
-            if process is not None and process.poll() is None:
-                end(process)
+        """End everything that was started: workers as their unit does, with SIGKILL."""
+        for worker in self.workers.values():
+            worker.kill()
+            worker.wait()
+        if self.server is not None and self.server.poll() is None:
+            end(self.server)
         for orphan in processes_with(f"NESTED_TUNE_HOME={self.home}"):
             os.kill(orphan, signal.SIGKILL)
         self.database.remove()

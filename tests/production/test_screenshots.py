@@ -87,7 +87,7 @@ def test_without_the_password_the_page_asks_for_it(
         pytest.skip("Chromium is not installed: apt-get install chromium")
     with Browser(program, tmp_path / "stranger") as stranger:
         stranger.open(page(stack, f"runs/flow-run/{finished}"))
-        stranger.wait_for_words(["Login"])
+        stranger.wait_for_words(["Authentication failed."])
         assert PICTURED not in stranger.words()
 
 
