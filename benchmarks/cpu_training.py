@@ -33,7 +33,7 @@ SIZES = {
     "eos_token_id": 0,
 }
 BATCH, WIDTH, ROWS = 4, 128, 64
-REPEATS, REPORT = 3, 4
+REPEATS, REPORT = 5, 4
 WITHOUT = {"NESTED_TUNE_NO_OPENBLAS": "1"}
 
 

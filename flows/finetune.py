@@ -18,7 +18,7 @@ from nested_core import pipeline
 from nested_core.config import FineTuneConfig
 from nested_core.continual import champion_or_none, unchanged_since
 from nested_core.errors import GateRejected, TrainingStopped
-from nested_core.run_directory import RunDirectory, new_run_name, open_run
+from nested_core.run_directory import RUNS, RunDirectory, new_run_name, open_run
 from tasks.events import emit
 from tasks.gate import gate
 from tasks.load import load
@@ -27,8 +27,6 @@ from tasks.register import register
 from tasks.run_page import link_run
 from tasks.train import train
 from tasks.validate import validate
-
-RUNS = Path("runs")
 
 
 class FinetuneParameters(FineTuneConfig):

@@ -101,6 +101,11 @@ def parse_config(values: Mapping[str, Any], *, source: str) -> FineTuneConfig:
         raise ConfigError(explain(error, FineTuneConfig, source)) from error
 
 
+def render_config(config: FineTuneConfig) -> bytes:
+    """The bytes of config.yaml: every key with the value that it came to."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+
+
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
     """Turn a validation error into lines of "key: what is wrong", with suggestions."""
     problems = error.errors(include_url=False)

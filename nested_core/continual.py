@@ -17,6 +17,7 @@ from nested_core.errors import ConfigError
 from nested_core.model import base_fingerprint, find_model
 from nested_core.policy import target
 from nested_core.registry import list_versions, read_champion, verify
+from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.run_directory import RunDirectory
 
 # What does not change the adapter that comes out; data and base model are compared by content.
@@ -43,7 +44,7 @@ def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> 
         return None
     registry, name = target(config.registry)
     verify(registry, name, champion)
-    adapter = read_adapter(registry / name / "versions" / champion)
+    adapter = read_adapter(version_folder(registry, name, champion))
     found, wanted = adapter.meaning(), Adapter(adapter.path, adapter_config, {}).meaning()
     differing = [f"  {k}: {found[k]}, now {wanted[k]}" for k in found if found[k] != wanted[k]]
     if differing:
@@ -60,14 +61,13 @@ def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """The champion that was trained already on this run's data with these settings, or None.
 
     None too where the run is not to be skipped: `skip_unchanged` is off, or it has begun to train.
+    Raises DamagedError where the champion's provenance cannot be read.
     """
     champion = _champion(config)
     if champion is None or not config.continual.skip_unchanged or run.initial.exists():
         return None
     registry, name = target(config.registry)
-    provenance = json.loads(
-        (registry / name / "versions" / champion / "provenance.json").read_bytes()
-    )
+    provenance = read_provenance(version_folder(registry, name, champion))
     dataset = json.loads(run.dataset.read_bytes())
     base = base_fingerprint(find_model(config.model))
     now = dataset["splits"]["train"]["digest"], settings_digest(config, base)

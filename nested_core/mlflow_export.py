@@ -6,7 +6,6 @@ One way only: MLflow is never read to decide anything. Needs the extra `mlflow`,
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.registry import list_versions, read_champion, verify
+from nested_core.registry.verdict import GATE_NAME, read_gate
+from nested_core.registry.versions import read_provenance, version_folder
 
 ALIAS = "champion"
 TAG = "nested_tune.version"
@@ -44,7 +45,7 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
     added = tuple(version for version in versions if version not in numbers)
     for version in added:
         verify(registry, name, version)
-        numbers[version] = _add(client, name, version, registry / name / "versions" / version)
+        numbers[version] = _add(client, name, version, version_folder(registry, name, version))
     _point_alias(client, name, numbers.get(champion) if champion else None)
     return Export(name, champion, numbers, added)
 
@@ -79,8 +80,7 @@ def _known(client: Any, name: str) -> dict[str, str]:
 
 def _add(client: Any, name: str, version: str, folder: Path) -> str:
     """Record a version as a run with its losses and files, and as a version of the model."""
-    gate = json.loads((folder / "gate.json").read_bytes())
-    provenance = json.loads((folder / "provenance.json").read_bytes())
+    gate, provenance = read_gate(folder / GATE_NAME), read_provenance(folder)
     tags = {f"nested_tune.{key}": str(provenance[key]) for key in TAGGED if provenance.get(key)}
     tags[TAG] = version
     run = client.create_run(_experiment(client, name), run_name=version[:12], tags=tags)

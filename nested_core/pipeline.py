@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import yaml
 
 from nested_core.adapters import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.checkpoints import checkpoint_path, latest_checkpoint, publish_adapter
 from nested_core.config import FineTuneConfig
-from nested_core.config_file import parse_config, read_yaml
+from nested_core.config_file import parse_config, read_yaml, render_config
 from nested_core.continual import starting_adapter
 from nested_core.data.report import DatasetReport
 from nested_core.data.workers import OnProgress
@@ -37,11 +36,11 @@ from nested_core.model import (
 )
 from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
+from nested_core.strict_json import finite_or_none
 from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.export import export_adapter
-from nested_core.training.metrics import finite_or_none
 from nested_core.training.probe import parameter_importance
 from nested_core.training.trainer import Trainer
 
@@ -74,8 +73,7 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     run.stop_request.unlink(missing_ok=True)  # of a run that ended before it was read
     if run.config.exists() and resume:
         _refuse_differences(read_run_config(run), config, run)
-    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    write_bytes(run.config, content.encode())
+    write_bytes(run.config, render_config(config))
 
 
 def read_run_config(run: RunDirectory) -> FineTuneConfig:

@@ -22,6 +22,8 @@ from nested_core.registry import (
     read_changes,
     verify,
 )
+from nested_core.registry.verdict import GATE_NAME
+from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 
 DAMAGED = "damaged"
 
@@ -50,12 +52,12 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
     ConfigError for an unknown version, DamagedError where they are not what is written there, and
     OSError, which may pass.
     """
-    folder = registry / name / "versions" / version
+    folder = version_folder(registry, name, version)
     if version not in list_versions(registry, name):
         raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
+    provenance = read_provenance(folder)
     try:
-        provenance = json.loads((folder / "provenance.json").read_bytes())
-        gate = json.loads((folder / "gate.json").read_bytes())
+        gate = json.loads((folder / GATE_NAME).read_bytes())
         validation = gate.get("validation") or {}
         fields = {
             "version": version,
@@ -109,7 +111,7 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
     try:
         section = RegistrySection.model_validate(candidate.policy | target_of_event)
     except ValidationError as error:
-        where = registry / name / "versions" / version / "provenance.json"
+        where = version_folder(registry, name, version) / PROVENANCE_NAME
         raise DamagedError(f"{where} records no policy: {error.errors()[0]['msg']}.") from error
     return promote_by_policy(section, version, candidate.champion_at_gate)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError
 
+RUNS = Path("runs")  # where a run is kept that is given no folder of its own
 LOCK_ATTEMPTS, LOCK_PAUSE_SECONDS = 10, 0.02
 
 

@@ -1,6 +1,7 @@
 """JSON that means one thing: each key once, finite numbers, nothing nested without end.
 
-Refuses with ValueError what json.loads takes: duplicate keys, NaN, infinity, numbers that overflow.
+Refuses with ValueError what json.loads takes: duplicate keys, NaN, infinity, numbers that overflow;
+`finite_or_none` makes a value ready to be written so.
 """
 
 from __future__ import annotations
@@ -41,3 +42,12 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text:.20} is beyond any float")
     return number
+
+
+def finite_or_none(value: Any) -> Any:
+    """The value, with None for every float in it that is not finite: JSON has no word for those."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

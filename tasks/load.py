@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
 from nested_core.continual import describe_start
 from nested_core.run_directory import RunDirectory
-from tasks.retrying import retry_on_passing_error
+from tasks.retrying import RUN_DELAYS, retried
 
 
-@task(
-    name="load",
-    task_run_name="load {config.model}",
-    retries=2,
-    retry_delay_seconds=[2, 10],
-    retry_condition_fn=retry_on_passing_error,
-    cache_policy=NO_CACHE,
-)
+@retried("load", "load {config.model}", RUN_DELAYS)
 def load(config: FineTuneConfig, run_dir: Path) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)

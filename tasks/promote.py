@@ -4,51 +4,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
 from nested_core import policy, registry
 from nested_core.config_publishing import RegistrySection
 from nested_core.registry import Promotion
 from tasks.events import emit
-from tasks.retrying import retry_on_passing_error
+from tasks.retrying import REGISTRY_DELAYS, retried
 
 
-@task(
-    name="promote",
-    task_run_name="promote {section.name} {version:.12}",
-    retries=3,
-    retry_delay_seconds=[2, 5, 15],
-    retry_condition_fn=retry_on_passing_error,
-    cache_policy=NO_CACHE,
-)
+@retried("promote", "promote {section.name} {version:.12}", REGISTRY_DELAYS)
 def promote(section: RegistrySection, version: str, expected_champion: str | None) -> str:
     """Promote by policy; return the outcome, or why nothing was promoted."""
     done = policy.promote_by_policy(section, version, expected_champion)
     return _tell(str(section.name), version, done)
 
 
-@task(
-    name="promote-recorded",
-    task_run_name="promote-recorded {name} {version:.12}",
-    retries=3,
-    retry_delay_seconds=[2, 5, 15],
-    retry_condition_fn=retry_on_passing_error,
-    cache_policy=NO_CACHE,
-)
+@retried("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_DELAYS)
 def promote_recorded(path: Path, name: str, version: str) -> str:
     """Promote by the policy that was recorded with the version."""
     return _tell(name, version, policy.promote_as_recorded(path, name, version))
 
 
-@task(
-    name="promote-approved",
-    task_run_name="promote-approved {name} {version:.12}",
-    retries=3,
-    retry_delay_seconds=[2, 5, 15],
-    retry_condition_fn=retry_on_passing_error,
-    cache_policy=NO_CACHE,
-)
+@retried("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_DELAYS)
 def promote_approved(
     path: Path, name: str, version: str, by: str, expected_champion: str | None
 ) -> str:
@@ -57,27 +35,13 @@ def promote_approved(
     return _tell(name, version, done)
 
 
-@task(
-    name="roll-back",
-    task_run_name="roll-back {name}",
-    retries=3,
-    retry_delay_seconds=[2, 5, 15],
-    retry_condition_fn=retry_on_passing_error,
-    cache_policy=NO_CACHE,
-)
+@retried("roll-back", "roll-back {name}", REGISTRY_DELAYS)
 def roll_back(path: Path, name: str, to: str | None, by: str) -> str:
     """Make `to`, or what the last change replaced, the champion again."""
     return _tell(name, to or "the version before", registry.rollback(path, name, to=to, by=by))
 
 
-@task(
-    name="reconcile",
-    task_run_name="reconcile {name}",
-    retries=3,
-    retry_delay_seconds=[2, 5, 15],
-    retry_condition_fn=retry_on_passing_error,
-    cache_policy=NO_CACHE,
-)
+@retried("reconcile", "reconcile {name}", REGISTRY_DELAYS)
 def reconcile(path: Path, name: str) -> dict[str, str]:
     """Promote what an event got lost for; the outcome of each version that never was champion."""
     before = registry.read_champion(path, name)

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import get_run_logger, task
-from prefect.cache_policies import NO_CACHE
+from prefect import get_run_logger
 
 from nested_core.config import FineTuneConfig
 from nested_core.publishing import register_run
 from nested_core.run_directory import RunDirectory
-from tasks.retrying import retry_on_passing_error
+from tasks.retrying import REGISTRY_DELAYS, retried
 
 
-@task(
-    name="register",
-    task_run_name="register {config.registry.name}",
-    retries=3,
-    retry_delay_seconds=[2, 5, 15],
-    retry_condition_fn=retry_on_passing_error,
-    cache_policy=NO_CACHE,
-)
+@retried("register", "register {config.registry.name}", REGISTRY_DELAYS)
 def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> str:
     """Register the run's adapter; return its version. Doing it twice changes nothing.
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
+P = ParamSpec("P")
+R = TypeVar("R")
+Condition: TypeAlias = Callable[[Task[..., Any], TaskRun, State[Any]], bool]
+
+RUN_DELAYS = (2, 10)  # seconds before each new try of a step on a run directory
+REGISTRY_DELAYS = (2, 5, 15)  # and of one on the registry, which others write too
 LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT})
 
 
@@ -25,6 +34,20 @@ def retry_training(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> boo
     """As above, and on an allocation error that Python sees: training goes on where it was."""
     error = _exception_of(state)
     return is_passing(error) or isinstance(error, MemoryError)
+
+
+def retried(
+    name: str, run_name: str, delays: Sequence[float], condition: Condition = retry_on_passing_error
+) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Make a function a task that is tried again after each of the delays, and never cached."""
+    return task(
+        name=name,
+        task_run_name=run_name,
+        retries=len(delays),
+        retry_delay_seconds=list(delays),
+        retry_condition_fn=condition,
+        cache_policy=NO_CACHE,
+    )
 
 
 def _exception_of(state: State[Any]) -> BaseException:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.cache_policies import NO_CACHE
 
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
@@ -21,7 +20,7 @@ from nested_core.pipeline import TrainResult
 from nested_core.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 from nested_core.training.trainer import Trainer
-from tasks.retrying import retry_training
+from tasks.retrying import retried, retry_training
 from tasks.run_page import show_losses
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -89,13 +88,11 @@ class PrefectProgress:
             update_progress_artifact(artifact_id=artifact, progress=percent)
 
 
-@task(
-    name="train",
-    task_run_name="train {config.iters} iterations, tiers {config.nested.frequencies}",
-    retries=2,
-    retry_delay_seconds=[5, 30],
-    retry_condition_fn=retry_training,
-    cache_policy=NO_CACHE,
+@retried(
+    "train",
+    "train {config.iters} iterations, tiers {config.nested.frequencies}",
+    delays=(5, 30),
+    condition=retry_training,
 )
 def train(
     config: FineTuneConfig, run_dir: Path, watch: Callable[[Trainer], None] | None = None

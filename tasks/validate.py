@@ -5,26 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from prefect import get_run_logger, task
+from prefect import get_run_logger
 from prefect.artifacts import create_table_artifact
-from prefect.cache_policies import NO_CACHE
 
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
 from nested_core.run_directory import RunDirectory
-from tasks.retrying import retry_on_passing_error
+from tasks.retrying import RUN_DELAYS, retried
 
 SHOWN_FINDINGS = 50
 
 
-@task(
-    name="validate",
-    task_run_name="validate {config.data}",
-    retries=2,
-    retry_delay_seconds=[2, 10],
-    retry_condition_fn=retry_on_passing_error,
-    cache_policy=NO_CACHE,
-)
+@retried("validate", "validate {config.data}", RUN_DELAYS)
 def validate(config: FineTuneConfig, run_dir: Path) -> Path:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
     run = RunDirectory(run_dir)

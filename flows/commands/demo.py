@@ -36,6 +36,8 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the flow on the example, then ask the model what it could not answer before."""
+    from nested_core.registry.pointer import LINK_NAME
+
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
     run = RunDirectory(out / "runs" / new_run_name())
     config = example_config(out / "registry")
@@ -44,12 +46,13 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     breaking = _broken_updates() if arguments.break_training else contextlib.nullcontext()
     with breaking, watching(run.metrics):
         _run_flow(config, run)
-    champion = out / "registry" / ADAPTER_NAME / "champion"
+    champion = out / "registry" / ADAPTER_NAME / LINK_NAME
     questions = _read_questions(shipped("examples") / "geography" / "held_out.jsonl")
     say("Asking about countries that were never trained on, before and after.")
     rows, right = _ask(config, champion, questions)
 
     def finish() -> int:
+        """Print how the run went, and the answers before and after."""
         _print_run(run)
         print_table(("question", "before", "after"), rows, title="Held-out countries")
         print(f"right answers: {right[0]} of {len(rows)} before, {right[1]} of {len(rows)} after")

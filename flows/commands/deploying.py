@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.terminal import print_json, say
+from flows.commands.answer import answer
+from flows.terminal import say
 from nested_core.errors import NestedTuneError
 
 
@@ -45,14 +46,8 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
             "with. `nested-tune doctor` looks at both."
         ) from error
 
-    def finish() -> int:
-        if arguments.json:
-            print_json({"done": done})
-        else:
-            print(f"deployed: {len(done)} things are in place")
-        return 0
-
-    return finish
+    text = f"deployed: {len(done)} things are in place"
+    return answer(arguments, lambda: {"done": done}, lambda: print(text))
 
 
 def _given(path: Path | None) -> dict[str, Any] | None:

@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from flows.checks import Check
-from flows.terminal import print_json, print_table
+from flows.commands.answer import answer
+from flows.terminal import print_table
 
 PACKAGES = (
     *("nested-tune", "mlx", "mlx-lm", "prefect", "fastapi", "sqlalchemy", "pandera"),
@@ -37,15 +38,15 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
 
         checks += check_server()
 
-    def finish() -> int:
-        if arguments.json:
-            print_json({"ok": all(c.ok for c in checks), "checks": [asdict(c) for c in checks]})
-        else:
-            rows = [(c.name, "ok" if c.ok else "LOOK", c.seen, c.mend) for c in checks]
-            print_table(("check", "", "seen", "what to do"), rows)
-        return 0 if all(check.ok for check in checks) else 1
+    is_fine = all(check.ok for check in checks)
+    document = {"ok": is_fine, "checks": [asdict(check) for check in checks]}
+    rows = [(c.name, "ok" if c.ok else "LOOK", c.seen, c.mend) for c in checks]
 
-    return finish
+    def show() -> None:
+        """The checks as a table."""
+        print_table(("check", "", "seen", "what to do"), rows)
+
+    return answer(arguments, lambda: document, show, code=0 if is_fine else 1)
 
 
 def _python() -> Check:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.terminal import print_json, say
+from flows.commands.answer import answer
+from flows.terminal import say
 from nested_core.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -64,14 +65,9 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _finish(done: Conversion, arguments: argparse.Namespace, strength: str) -> Callable[[], int]:
+    """Say what is to be known of a conversion, and in the end what was written."""
     for note in done.notes:
         say(f"note: {note}")
 
-    def finish() -> int:
-        if arguments.json:
-            print_json(done.to_json())
-        else:
-            print(f"{done.out}: {done.tensors} tensors of {done.modules} modules, {strength}")
-        return 0
-
-    return finish
+    text = f"{done.out}: {done.tensors} tensors of {done.modules} modules, {strength}"
+    return answer(arguments, done.to_json, lambda: print(text))

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.terminal import print_json, print_table
+from flows.commands.answer import answer, tell
+from flows.terminal import print_table
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.run_directory import RunDirectory
 
@@ -35,30 +36,20 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
 
     verdict = verify_adapters(arguments.initial, arguments.trained)
 
-    def finish() -> int:
-        if arguments.json:
-            print_json(verdict.to_json())
-        else:
-            rows = [(t.name, t.changed, t.relative_delta, t.finite) for t in verdict.tensors]
-            print_table(("tensor", "changed", "relative change", "finite"), rows)
-            print(verdict.summary())
-        return 0 if verdict.has_passed else GateRejected.exit_code
+    def show() -> None:
+        """The change of each tensor, and the verdict in a line."""
+        rows = [(t.name, t.changed, t.relative_delta, t.finite) for t in verdict.tensors]
+        print_table(("tensor", "changed", "relative change", "finite"), rows)
+        print(verdict.summary())
 
-    return finish
+    code = 0 if verdict.has_passed else GateRejected.exit_code
+    return answer(arguments, verdict.to_json, show, code)
 
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     """Say where a run stands, from its folder."""
     status = read_status(RunDirectory(arguments.run_dir))
-
-    def finish() -> int:
-        if arguments.json:
-            print_json(status)
-        else:
-            print_table(("", ""), list(status.items()))
-        return 0
-
-    return finish
+    return answer(arguments, lambda: status, lambda: print_table(("", ""), list(status.items())))
 
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
@@ -106,9 +97,4 @@ def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:
     if holder is None:
         raise ConfigError(f"{run.path} is not being trained by any process: nothing to stop.")
     run.stop_request.touch()
-
-    def finish() -> int:
-        print(f"asked process {holder} to stop after its current step")
-        return 0
-
-    return finish
+    return tell(f"asked process {holder} to stop after its current step")

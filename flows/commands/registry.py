@@ -7,11 +7,15 @@ import getpass
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flows.terminal import print_json, print_table
+from flows.commands.answer import answer, tell
+from flows.terminal import print_table
 from nested_core.errors import DamagedError
 from nested_core.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from nested_core.registry import Promotion
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -71,12 +75,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         by=getpass.getuser(),
         expected_champion=expected,
     )
-
-    def finish() -> int:
-        print(f"{done.outcome}: {done.version} (before: {done.previous or 'none'})")
-        return 0
-
-    return finish
+    return _tell_change(done)
 
 
 def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -84,12 +83,12 @@ def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.registry import rollback
 
     done = rollback(arguments.registry, arguments.name, to=arguments.to, by=getpass.getuser())
+    return _tell_change(done)
 
-    def finish() -> int:
-        print(f"{done.outcome}: {done.version} (before: {done.previous or 'none'})")
-        return 0
 
-    return finish
+def _tell_change(done: Promotion) -> Callable[[], int]:
+    """The champion after a change, and the one before it."""
+    return tell(f"{done.outcome}: {done.version} (before: {done.previous or 'none'})")
 
 
 def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -99,16 +98,14 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
     entries = history(arguments.registry, arguments.name)
     champion = read_champion(arguments.registry, arguments.name)
 
-    def finish() -> int:
-        if arguments.json:
-            print_json({"name": arguments.name, "champion": champion, "history": entries})
-        else:
-            columns = ("time", "action", "version", "previous", "by")
-            rows = [[_short(entry.get(column)) for column in columns] for entry in entries]
-            print_table(columns, rows, title=f"{arguments.name}: champion {_short(champion)}")
-        return 0
+    def show() -> None:
+        """A line for each change, with versions shortened."""
+        columns = ("time", "action", "version", "previous", "by")
+        rows = [[_short(entry.get(column)) for column in columns] for entry in entries]
+        print_table(columns, rows, title=f"{arguments.name}: champion {_short(champion)}")
 
-    return finish
+    document = {"name": arguments.name, "champion": champion, "history": entries}
+    return answer(arguments, lambda: document, show)
 
 
 def _short(value: Any) -> Any:
@@ -122,14 +119,12 @@ def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
     report = audit(arguments.registry, arguments.name)
 
-    def finish() -> int:
-        if arguments.json:
-            print_json(asdict(report))
-        else:
-            print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
-        return DamagedError.exit_code if report.findings else 0
+    def show() -> None:
+        """Each finding with its file."""
+        print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
 
-    return finish
+    code = DamagedError.exit_code if report.findings else 0
+    return answer(arguments, lambda: asdict(report), show, code)
 
 
 def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -144,18 +139,15 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
         dry_run=arguments.dry_run,
     )
 
-    def finish() -> int:
-        if arguments.json:
-            print_json(asdict(done))
-        else:
-            what = "would remove" if done.is_dry_run else "removed"
-            for version in done.collected:
-                print(f"{what} {version}")
-            print(f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB)", end=", ")
-            print(f"kept {len(done.kept)}; {len(done.leftovers)} leftovers of killed processes")
-        return 0
+    def show() -> None:
+        """Each version that was removed, and how much that is."""
+        what = "would remove" if done.is_dry_run else "removed"
+        for version in done.collected:
+            print(f"{what} {version}")
+        print(f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB)", end=", ")
+        print(f"kept {len(done.kept)}; {len(done.leftovers)} leftovers of killed processes")
 
-    return finish
+    return answer(arguments, lambda: asdict(done), show)
 
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -163,11 +155,8 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.mlflow_export import export_to_mlflow
 
     done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)
-
-    def finish() -> int:
-        number = done.numbers.get(done.champion) if done.champion else None
-        print(f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}", end="; ")
-        print(f"champion: version {number}" if number else "no champion")
-        return 0
-
-    return finish
+    number = done.numbers.get(done.champion) if done.champion else None
+    champion = f"champion: version {number}" if number else "no champion"
+    return tell(
+        f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}; {champion}"
+    )

@@ -7,24 +7,21 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from flows.commands.answer import answer, tell
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
 from flows.stopping import Stopper
 from flows.terminal import (
     ProgressLine,
     describe_tiers,
-    print_json,
     print_table,
     print_tiers,
     say,
     watching,
 )
 from nested_core.errors import ConfigError, TrainingStopped
-from nested_core.run_directory import RunDirectory, new_run_name, open_run
-
-RUNS = Path("runs")
+from nested_core.run_directory import RUNS, RunDirectory, new_run_name, open_run
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -67,17 +64,18 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         file, count = report.splits["train"].file, arguments.show or 0
         examples = show_examples(splits["train"], file, tokenizer.load(), count)
 
-    def finish() -> int:
-        if arguments.json:
-            shown = {"examples": [asdict(example) for example in examples]}
-            print_json(report.to_json() | (shown if arguments.show else {}))
-        else:
-            rows = [(f.severity, f.file, f.line, f.check, f.message) for f in report.findings]
-            print_table(("severity", "file", "line", "check", "message"), rows)
-            print_examples(examples)
-        return DatasetError.exit_code if report.errors else 0
+    def document() -> dict[str, Any]:
+        """The report, with the examples that --show asks for."""
+        shown = {"examples": [asdict(example) for example in examples]}
+        return report.to_json() | (shown if arguments.show else {})
 
-    return finish
+    def show() -> None:
+        """The findings as a table, then the examples."""
+        rows = [(f.severity, f.file, f.line, f.check, f.message) for f in report.findings]
+        print_table(("severity", "file", "line", "check", "message"), rows)
+        print_examples(examples)
+
+    return answer(arguments, document, show, DatasetError.exit_code if report.errors else 0)
 
 
 def _refuse_showing(arguments: argparse.Namespace) -> None:
@@ -119,32 +117,22 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         verdict = pipeline.judge(config, run)
         test_loss = measure_test(config, run) if config.test else None
 
-    def finish() -> int:
-        document = asdict(result) | {"verdict": "passed", "summary": verdict.summary()}
-        document["test_loss"] = test_loss
-        if arguments.json:
-            print_json(document)
-        else:
-            print_tiers(verdict.to_json())
-            print(f"{verdict.summary()}\nadapter: {run.adapter}")
-            if test_loss is not None:
-                print(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
-        return 0
+    def show() -> None:
+        """The tiers, the verdict in a line, and where the adapter is."""
+        print_tiers(verdict.to_json())
+        print(f"{verdict.summary()}\nadapter: {run.adapter}")
+        if test_loss is not None:
+            print(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
 
-    return finish
+    judged = {"verdict": "passed", "summary": verdict.summary(), "test_loss": test_loss}
+    return answer(arguments, lambda: asdict(result) | judged, show)
 
 
 def _skipped(arguments: argparse.Namespace, run: RunDirectory, champion: str) -> Callable[[], int]:
     """A run that has nothing to add to the champion is a success."""
-
-    def finish() -> int:
-        if arguments.json:
-            print_json({"run_dir": str(run.path), "skipped": True, "unchanged_since": champion})
-        else:
-            print(f"skipped: data unchanged since {champion}")
-        return 0
-
-    return finish
+    document = {"run_dir": str(run.path), "skipped": True, "unchanged_since": champion}
+    text = f"skipped: data unchanged since {champion}"
+    return answer(arguments, lambda: document, lambda: print(text))
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -167,13 +155,8 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
         raise TrainingStopped(f"The flow run was cancelled, {state.message}")
     state.result()  # raises what made it fail
     say(str(state.message))
-
-    def finish() -> int:
-        adapter = RunDirectory(path).adapter
-        print(f"adapter: {adapter}" if adapter.exists() else state.message)
-        return 0
-
-    return finish
+    adapter = RunDirectory(path).adapter
+    return tell(f"adapter: {adapter}" if adapter.exists() else str(state.message))
 
 
 def _open(arguments: argparse.Namespace) -> RunDirectory:

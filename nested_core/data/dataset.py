@@ -39,28 +39,28 @@ def load_dataset(
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         sources = open_sources(settings, Path(spool))
         if tokenizer is None:
-            return _judge(settings, None, on_progress, sources, None), {}
+            return _judge(settings, sources, on_progress), {}
         if cache is None:
             with TemporaryDirectory(prefix="nested-tune-") as private:
-                report = _judge(settings, tokenizer, on_progress, sources, Path(private))
-                return report, seal_tokens(Path(private))
+                folder = Path(private)
+                report = _judge(settings, sources, on_progress, into=(tokenizer, folder))
+                return report, seal_tokens(folder)
         entry = cache.entry(settings, sources, tokenizer)
         if (found := entry.read()) is not None:
             return found
         with entry.made() as folder:
-            report = _judge(settings, tokenizer, on_progress, sources, folder)
+            report = _judge(settings, sources, on_progress, into=(tokenizer, folder))
             write_report(folder, report)
             return report, seal_tokens(folder)
 
 
 def _judge(
     settings: DataSettings,
-    tokenizer: TokenizerSource | None,
-    on_progress: OnProgress | None,
     sources: Mapping[str, Source],
-    folder: Path | None,
+    on_progress: OnProgress | None,
+    into: tuple[TokenizerSource, Path] | None = None,
 ) -> DatasetReport:
     """Judge by the rules, whose libraries take a second to import: not when the cache has it."""
-    from nested_core.data.judgement import Judgement, judge_dataset
+    from nested_core.data.judgement import judge_dataset
 
-    return judge_dataset(Judgement(settings, tokenizer, on_progress), sources, folder)
+    return judge_dataset(settings, sources, on_progress, into)

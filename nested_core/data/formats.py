@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.data.decoding import shorten
+from nested_core.strict_json import finite_or_none
 
 # Number, one line of JSON (empty: none), and the check that it failed before it was one.
 Record = tuple[int, bytes, tuple[str, str] | None]
@@ -198,7 +198,7 @@ def json_line(row: dict[str, Any]) -> bytes:
     try:
         return _as_json(row).encode()
     except ValueError:
-        return _as_json(_without_no_numbers(row)).encode()
+        return _as_json(finite_or_none(row)).encode()
 
 
 def _describe(value: object) -> object:
@@ -206,11 +206,3 @@ def _describe(value: object) -> object:
 
 
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_describe).encode
-
-
-def _without_no_numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_no_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_no_numbers(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

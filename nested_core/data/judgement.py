@@ -7,7 +7,7 @@ nothing by itself: the report says what is wrong.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -32,33 +32,23 @@ from nested_core.durable import canonical_json
 from nested_core.tokenizer import TokenizerSource
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """What a data set is judged by."""
-
-    settings: DataSettings
-    tokenizer: TokenizerSource | None
-    on_progress: OnProgress | None
-
-
 def judge_dataset(
-    judgement: Judgement, sources: Mapping[str, Source], folder: Path | None
+    settings: DataSettings,
+    sources: Mapping[str, Source],
+    on_progress: OnProgress | None,
+    into: tuple[TokenizerSource, Path] | None = None,
 ) -> DatasetReport:
-    """Read and judge every line, and write the tokens of what is sound into the folder, if any."""
-    settings, tokenizer, on_progress = (
-        judgement.settings,
-        judgement.tokenizer,
-        judgement.on_progress,
-    )
+    """Read and judge every line; with a tokenizer, write what is sound as tokens into a folder."""
     splits = read_lines(sources, settings, on_progress)
-    has_template = tokenizer is None or has_chat_template(tokenizer.load())
+    has_template = into is None or has_chat_template(into[0].load())
     findings = [
         *judge_lines(splits),
         *judge_files(splits, settings, lacks_template=not has_template),
     ]
     dropped = _dropped_lines(splits, findings)
     facts: dict[str, TokenFacts] = {}
-    if tokenizer is not None and folder is not None:
+    if into is not None:
+        tokenizer, folder = into
         sound = _sound_lines(splits, findings, dropped, has_template=has_template)
         facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, found in facts.items():

@@ -14,10 +14,16 @@ import pandera.polars as pa
 import polars as pl
 from pandera.config import CONFIG, ValidationDepth, config_context
 from pandera.errors import SchemaErrors
+from pandera.polars import PolarsData
 
 from nested_core.data.report import Finding, Severity
 
 READABLE = "readable"
+
+
+def is_null(data: PolarsData) -> pl.LazyFrame:
+    """The check of a column that says what is wrong with a row: null is good."""
+    return data.lazyframe.select(pl.col(data.key).is_null())
 
 
 def judge(

@@ -9,6 +9,7 @@ import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
+from nested_core.data.judging import is_null
 from nested_core.data.sensitive import KINDS
 
 _SHOWN_LINES = 5
@@ -28,7 +29,7 @@ class KindWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _holds_no_secret(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("secret").is_null())
+        return is_null(data)
 
     @pa.check(
         "personal",
@@ -37,7 +38,7 @@ class KindWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _holds_nothing_personal(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("personal").is_null())
+        return is_null(data)
 
 
 def kind_frame(lines: pl.DataFrame, file: str) -> pl.DataFrame:

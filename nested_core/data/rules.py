@@ -9,7 +9,7 @@ import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
-from nested_core.data.judging import READABLE
+from nested_core.data.judging import READABLE, is_null
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.
 # An orphan result (o) counts as one here, for it has a check of its own.
@@ -28,10 +28,6 @@ def _matches(data: PolarsData, pattern: str) -> pl.LazyFrame:
     return data.lazyframe.select(chats.str.contains(pattern))
 
 
-def _is_null(data: PolarsData) -> pl.LazyFrame:
-    return data.lazyframe.select(pl.col(data.key).is_null())
-
-
 class RowErrors(pa.DataFrameModel):
     """What makes one line unfit to train on."""
 
@@ -44,7 +40,7 @@ class RowErrors(pa.DataFrameModel):
     @pa.check("check", name=READABLE)
     @classmethod
     def _is_readable(cls, data: PolarsData) -> pl.LazyFrame:
-        return _is_null(data)
+        return is_null(data)
 
     @pa.check(
         "format",
@@ -59,7 +55,7 @@ class RowErrors(pa.DataFrameModel):
     @pa.check("blank_field", name="blank-field", description="{blank_field} has no text in it")
     @classmethod
     def _has_text(cls, data: PolarsData) -> pl.LazyFrame:
-        return _is_null(data)
+        return is_null(data)
 
     @pa.check(
         "roles",
@@ -133,7 +129,7 @@ class RowWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _resembles_none(cls, data: PolarsData) -> pl.LazyFrame:
-        return _is_null(data)
+        return is_null(data)
 
     @pa.check(
         "answers_otherwise",
@@ -142,7 +138,7 @@ class RowWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _agrees_with_train(cls, data: PolarsData) -> pl.LazyFrame:
-        return _is_null(data)
+        return is_null(data)
 
     @pa.check(
         "unknown_lines",
@@ -151,7 +147,7 @@ class RowWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _has_known_keys(cls, data: PolarsData) -> pl.LazyFrame:
-        return _is_null(data)
+        return is_null(data)
 
     @pa.check(
         "mark_lines",
@@ -160,7 +156,7 @@ class RowWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _has_no_mark(cls, data: PolarsData) -> pl.LazyFrame:
-        return _is_null(data)
+        return is_null(data)
 
     @pa.check(
         "crlf_lines",
@@ -169,7 +165,7 @@ class RowWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _ends_in_line_feed(cls, data: PolarsData) -> pl.LazyFrame:
-        return _is_null(data)
+        return is_null(data)
 
     @pa.check("has_control", name="control-character", description="a text holds one")
     @classmethod

@@ -14,6 +14,7 @@ import polars as pl
 from pandera.polars import PolarsData
 
 from nested_core.data.frame import count_once
+from nested_core.data.judging import is_null
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokenizing import TokenFacts
 
@@ -80,7 +81,7 @@ class TemplateErrors(pa.DataFrameModel):
     )
     @classmethod
     def _is_taken(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("problem").is_null())
+        return is_null(data)
 
 
 class TokenErrors(pa.DataFrameModel):
@@ -139,7 +140,7 @@ class TokenWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _is_whole(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("truncated_lines").is_null())
+        return is_null(data)
 
     @pa.check(
         "short_lines",
@@ -149,7 +150,7 @@ class TokenWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _is_an_answer(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("short_lines").is_null())
+        return is_null(data)
 
     @pa.check(
         "outlier_lines",
@@ -159,7 +160,7 @@ class TokenWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _is_like_the_rest(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("outlier_lines").is_null())
+        return is_null(data)
 
     @pa.check(
         "endless_lines",
@@ -169,4 +170,4 @@ class TokenWarnings(pa.DataFrameModel):
     )
     @classmethod
     def _ends(cls, data: PolarsData) -> pl.LazyFrame:
-        return data.lazyframe.select(pl.col("endless_lines").is_null())
+        return is_null(data)

@@ -5,6 +5,7 @@ The offered checkpoint says what training began from; result.json says which che
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.adapters import Adapter, files_sha256, read_adapter
-from nested_core.checkpoints import Checkpoint, checkpoint_path, read_checkpoint
+from nested_core.checkpoints import STATE_NAME, Checkpoint, checkpoint_path, read_checkpoint
+from nested_core.config import FineTuneConfig
+from nested_core.config_file import render_config
 from nested_core.errors import DamagedError
 from nested_core.manifest import read_manifest
 from nested_core.regular_files import read_json, regular_sha256
@@ -75,12 +78,30 @@ def describe_evidence(run: RunDirectory, offered: Path) -> dict[str, str]:
     }
 
 
+def describe_judged(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
+    """What gate.json keeps of the run: SHA-256 of the files that the verdict rests on, by name.
+
+    Of config.yaml it is that of the configuration that is judged under, whatever the file says by
+    now. result.json holds the digests of all that is not listed.
+    """
+    judged_under = hashlib.sha256(render_config(config)).hexdigest()
+    others = {path.name: regular_sha256(path) for path in (run.dataset, run.result)}
+    return {run.config.name: judged_under} | others
+
+
+def changed_since_judged(run: RunDirectory, recorded: Any) -> list[str]:
+    """The files that are not, or not any more, those that gate.json recorded."""
+    held = recorded if isinstance(recorded, dict) else {}
+    paths = (run.config, run.dataset, run.result)
+    return [path.name for path in paths if held.get(path.name) != regular_sha256(path)]
+
+
 def collect_evidence(run: RunDirectory) -> Evidence:
     """Read a finished run; DamagedError where anything is not as training left it."""
     result = _checked(Result, read_json(run.result, MAX_RESULT_BYTES), run.result)
     path = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(path)
-    record = _checked(Record, checkpoint.state, path / "state.json")
+    record = _checked(Record, checkpoint.state, path / STATE_NAME)
     if describe_evidence(run, path) != result.evidence:
         raise DamagedError(
             f"{path} or {run.metrics} is not what training wrote: result.json holds other digests. "

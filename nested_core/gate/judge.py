@@ -18,7 +18,12 @@ from nested_core.config_gate import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.changes import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.effects import effect_reasons, require_factors
-from nested_core.gate.evidence import Evidence, collect_evidence
+from nested_core.gate.evidence import (
+    Evidence,
+    changed_since_judged,
+    collect_evidence,
+    describe_judged,
+)
 from nested_core.gate.fit import base_reasons, declared_reasons
 from nested_core.gate.fusing import judge_fused
 from nested_core.gate.held import HeldBase
@@ -56,6 +61,7 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     Raises DamagedError where the folder is not as training left it.
     """
     verdict, found = _judged_by_files(config, run)
+    verdict = replace(verdict, evidence=describe_judged(config, run))
     reasons = list(verdict.reasons)
     if _is_whole(reasons) and not any(reason.code == "base_mismatch" for reason in reasons):
         verdict = _judged_in_the_model(verdict, config, run, found)
@@ -85,6 +91,12 @@ def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str
         raise DamagedError(
             f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong + digests)} "
             f"differ. Judge the run again with --resume."
+        )
+    if changed := changed_since_judged(run, recorded.get("evidence")):
+        raise DamagedError(
+            f"{run.gate} was not given on the {' and '.join(changed)} that {run.path} holds: it "
+            f"has other digests of them. Bring back what was there, or judge the run again with "
+            f"--resume."
         )
 
 

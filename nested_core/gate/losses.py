@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from nested_core.model import tokenizer_source
 from nested_core.regular_files import regular_sha256
 from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
+from nested_core.strict_json import finite_or_none
 
 LISTED_PROBLEMS = 3
 
@@ -35,7 +35,7 @@ def measure_losses(held: HeldBase, run: RunDirectory) -> Validation | None:
     name, split = _held_out(held.config, run, ("test", "valid"))
     if split is None:
         return None
-    before, after = map(_finite, held.losses((run.initial, run.adapter), split))
+    before, after = map(finite_or_none, held.losses((run.initial, run.adapter), split))
     return Validation(before, after, selected_on_same_data=name == "valid")
 
 
@@ -59,7 +59,7 @@ def measure_general(held: HeldBase, run: RunDirectory) -> GeneralLoss | None:
         return None
     path = Path(held.config.gate.general_data).expanduser()
     split = _read_general(held.config, path)
-    before, after = map(_finite, held.losses((run.initial, run.adapter), split))
+    before, after = map(finite_or_none, held.losses((run.initial, run.adapter), split))
     return GeneralLoss(before, after, str(path), regular_sha256(path))
 
 
@@ -107,7 +107,3 @@ def _read_general(config: FineTuneConfig, path: Path) -> TokenizedSplit:
         listed = "\n".join(f"  {problem}" for problem in problems[:LISTED_PROBLEMS])
         raise DatasetError(f"gate.general_data: {path} holds no sound text to judge by.\n{listed}")
     return splits["test"]
-
-
-def _finite(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None

@@ -23,6 +23,7 @@ from nested_core import backend
 from nested_core.adapters import WEIGHTS_NAME, read_tensors
 from nested_core.errors import NestedTuneError
 from nested_core.gate.verdict import Reason
+from nested_core.strict_json import finite_or_none
 
 PROGRAM = Path(__file__).with_name("plain_load.py")
 # Relative to the centred norm of the trainer's logits. Where the trainer computes in float32 the
@@ -72,7 +73,7 @@ def prove(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
         return evidence, [Reason("tensor_missing", message, tuple(empty))]
     initial, trained = answers.initial, answers.trained
     moved = largest_difference(trained, initial)
-    evidence |= {"max_abs_difference_from_initial": _finite(moved)}
+    evidence |= {"max_abs_difference_from_initial": finite_or_none(moved)}
     if moved == 0:
         message = "in a new process, the logits on every prompt are those of the initial adapter"
         return evidence, [Reason("no_effect", message)]
@@ -81,7 +82,7 @@ def prove(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
     expected = np.array(request.expected, np.float64)  # None becomes NaN
     tolerance = TOLERANCE_FLOAT32 if request.is_float32 else TOLERANCE_NARROW
     distance = relative_distance(trained, expected)
-    evidence |= {"relative_distance_from_trainer": _finite(distance), "tolerance": tolerance}
+    evidence |= {"relative_distance_from_trainer": finite_or_none(distance), "tolerance": tolerance}
     if distance <= tolerance:
         return evidence, []
     message = (
@@ -115,10 +116,6 @@ def _finite_alike(one: Rows, other: Rows) -> bool:
 
 def _names(adapter: Path) -> set[str]:
     return set(read_tensors(adapter / WEIGHTS_NAME))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _ask(request: ProofRequest) -> Answers | str:

@@ -90,7 +90,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What gate.json says."""
+    """What gate.json says; `evidence` is the SHA-256 of files of the run that was judged."""
 
     reasons: tuple[Reason, ...]
     adapter_step: int | None
@@ -103,6 +103,7 @@ class Verdict:
     general: GeneralLoss | None = None
     fused: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
+    evidence: dict[str, str] | None = None
 
     @property
     def has_passed(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nested_core.adapters import CONFIG_NAME, Adapter, read_adapter, save_arrays
+from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter, save_arrays
 from nested_core.durable import write_json
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.interop.factors import (
@@ -71,7 +71,7 @@ def _modules(adapter: Adapter) -> dict[str, Factors]:
             f"{adapter.path} holds LoRA that PEFT has no like of, so nothing was converted:\n"
             + listed(problems)
         )
-    path = adapter.path / "adapters.safetensors"
+    path = adapter.path / WEIGHTS_NAME
     modules = gather(adapter.tensors, MLX_LM, has_magnitude=kind == "dora", path=path)
     ranks = {factors.rank for factors in modules.values()}
     rank = _parameters(adapter).get("rank")

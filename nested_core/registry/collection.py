@@ -6,7 +6,6 @@ rollback has barred stays barred, because the history is never shortened.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +17,13 @@ from nested_core.durable import (
     sync_path,
     temporary_beside,
 )
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry.ledger import Ledger, append, new_entry, read_ledger
 from nested_core.registry.locking import exclusive, shared
 from nested_core.registry.names import VERSIONS, locate
 from nested_core.registry.pointer import read_link, read_prepared
 from nested_core.registry.settling import settle
-from nested_core.registry.versions import PROVENANCE_NAME, REGISTERED_AT, registered_versions
+from nested_core.registry.versions import REGISTERED_AT, read_provenance, registered_versions
 
 DEFAULT_KEEP = 10
 
@@ -101,10 +100,9 @@ def _last_use(folder: Path, version: str, ledger: Ledger) -> str:
 
 def _registered_at(place: Path) -> str:
     try:
-        provenance = json.loads((place / PROVENANCE_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return ""  # damaged: audit says so; here it counts as the oldest
-    moment = provenance.get(REGISTERED_AT) if isinstance(provenance, dict) else None
+        moment = read_provenance(place).get(REGISTERED_AT)
+    except (DamagedError, OSError):
+        return ""  # audit says so; here it counts as the oldest
     return moment if isinstance(moment, str) else ""
 
 

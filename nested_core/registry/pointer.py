@@ -84,11 +84,20 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def write_record(folder: Path, record: dict[str, Any] | None) -> None:
-    """Replace champion.json, or remove it where there is no champion."""
+    """Replace champion.json, or remove it where there is no champion.
+
+    Raises DamagedError for a directory in its place, which nobody can replace in one step.
+    """
+    path = folder / RECORD_NAME
+    if kind_of(path) == "directory":
+        raise DamagedError(
+            f"{path} is a directory. Expected the file that says who made the champion, and when. "
+            "Remove it: the history says the same, and the file is written anew from there."
+        )
     if record is not None:
-        write_json(folder / RECORD_NAME, record)
+        write_json(path, record)
     else:
-        (folder / RECORD_NAME).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _read_target(path: Path) -> str | None:

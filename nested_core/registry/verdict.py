@@ -5,12 +5,12 @@ Refuses a verdict that is not "passed" and one that was given on another adapter
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.kinds import kind_of
+from nested_core.regular_files import read_json
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024
@@ -19,19 +19,12 @@ LISTED_REASONS = 5
 
 def read_gate(path: Path) -> dict[str, Any]:
     """Read gate.json. ConfigError where there is none, DamagedError where it is no verdict."""
-    try:
-        if kind_of(path, follow_links=True) in ("directory", "other"):
-            raise DamagedError(f"{path} is no regular file, and so no verdict.")
-        if path.stat().st_size > MAX_GATE_BYTES:
-            raise DamagedError(f"{path} is larger than {MAX_GATE_BYTES} bytes.")
-        gate = json.loads(path.read_bytes(), object_pairs_hook=_object_without_duplicates)
-    except (FileNotFoundError, NotADirectoryError):
+    if kind_of(path, follow_links=True) == "missing":
         raise ConfigError(
             f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
             "finished run; let the run end, or resume it with --resume."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is not valid JSON: {error}.") from error
+        )
+    gate = read_json(path, MAX_GATE_BYTES)
     if not isinstance(gate, dict) or gate.get("verdict") not in ("passed", "failed"):
         raise DamagedError(f'{path} holds no verdict. Expected "verdict": "passed" or "failed".')
     return gate
@@ -64,10 +57,3 @@ def require_digest(gate: dict[str, Any], digest: str, path: Path) -> None:
             f"{path} is a verdict on another adapter: it judged {judged!r:.80}, and the adapter "
             f"beside it has the digest {digest}. One of them has changed since; run the gate again."
         )
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key appears twice")
-    return fields

@@ -21,9 +21,11 @@ from nested_core.manifest import MANIFEST_NAME, read_manifest
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.names import VERSIONS
 from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
+from nested_core.regular_files import read_json
 
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT = "registered_at"
+MAX_PROVENANCE_BYTES = 64 * 1024 * 1024
 CONTENT = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
 FILES = (*CONTENT, MANIFEST_NAME)
 VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")
@@ -46,6 +48,30 @@ class Finding:
 def version_facts(version: str) -> dict[str, Any]:
     """What a version's manifest says beside the hashes of its files."""
     return {"kind": "adapter version", "version": version}
+
+
+def version_folder(registry: Path, name: str, version: str) -> Path:
+    """Where a version of `name` stands; whether it is there is not looked at."""
+    return registry / name / VERSIONS / version
+
+
+def read_provenance(place: Path) -> dict[str, Any]:
+    """What the version in `place` says of where it comes from; DamagedError where it says nothing.
+
+    Whether that is still what was registered is for `verify_version`.
+    """
+    path = place / PROVENANCE_NAME
+    try:
+        provenance = read_json(path, MAX_PROVENANCE_BYTES)
+    except DamagedError as error:
+        raise DamagedError(f"{error} {_how_to_mend(place)}") from error
+    if not isinstance(provenance, dict):
+        raise DamagedError(f"{path} holds no JSON object. {_how_to_mend(place)}")
+    return provenance
+
+
+def _how_to_mend(place: Path) -> str:
+    return f"Restore {place} from a backup, or remove it and register its run again."
 
 
 def registered_versions(folder: Path) -> list[str]:
@@ -82,8 +108,8 @@ def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
         listed = "; ".join(str(finding) for finding in findings[:LISTED_FINDINGS])
         more = f"; and {len(findings) - LISTED_FINDINGS} more" * (len(findings) > LISTED_FINDINGS)
         raise DamagedError(
-            f"Version {version[:12]} is not what was registered. {listed}{more}. Restore {folder} "
-            "from a backup, or remove it and register its run again."
+            f"Version {version[:12]} is not what was registered. {listed}{more}. "
+            f"{_how_to_mend(folder)}"
         )
     require_passed(read_gate(folder / GATE_NAME), folder / GATE_NAME)
     return str(read_manifest(folder)["digest"])

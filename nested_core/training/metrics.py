@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from nested_core.durable import write_bytes
+from nested_core.strict_json import finite_or_none
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
@@ -35,12 +35,3 @@ def cut_back(path: Path, step: int, count: int) -> int:
     kept = [record for record in read_metrics(path)[:count] if record["step"] <= step]
     write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return len(kept)
-
-
-def finite_or_none(value: Any) -> Any:
-    """The value, with None for every float in it that is not finite: JSON has no word for those."""
-    if isinstance(value, dict):
-        return {key: finite_or_none(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [finite_or_none(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,11 +17,12 @@ from nested_core.config import FineTuneConfig
 from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, read_slots
+from nested_core.strict_json import finite_or_none
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.export import export_snapshot
 from nested_core.training.methods import Method
-from nested_core.training.metrics import append_metrics, cut_back, finite_or_none, read_metrics
+from nested_core.training.metrics import append_metrics, cut_back, read_metrics
 from nested_core.training.red_flags import flag_flat_loss, flag_unchanged_checkpoint
 from nested_core.training.state import TrainingState
 from nested_core.training.step import Sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nested_core.training.metrics import finite_or_none
+from nested_core.strict_json import finite_or_none
 
 
 @dataclass

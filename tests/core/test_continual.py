@@ -190,6 +190,23 @@ def test_a_champion_that_was_changed_on_disk_is_not_started_from(
         path.write_bytes(sound)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"parent": NaN}', "[" * 100_000, None])
+def test_a_champion_whose_provenance_is_damaged_is_no_reason_to_skip_or_to_train(
+    folder: Path, tuesday: tuple[RunDirectory, str], tmp_path: Path, content: str | None
+) -> None:
+    path = folder / "registry" / NAME / "versions" / tuesday[1] / "provenance.json"
+    sound = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    try:
+        with pytest.raises(DamagedError, match=r"provenance\.json .*Restore ") as caught:
+            unchanged(folder, tmp_path / "run", "tuesday")
+    finally:
+        path.write_bytes(sound)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

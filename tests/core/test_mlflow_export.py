@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,13 +101,14 @@ class TestExport:
         assert alias() == numbers[versions[0]]
         assert len(client(store).search_model_versions(f"name = '{NAME}'")) == 2
 
+    @pytest.mark.parametrize("name", ["gate.json", "provenance.json"])
     def test_a_damaged_version_is_not_exported(
-        self, versions: list[str], tmp_path: Path, store: str
+        self, versions: list[str], tmp_path: Path, store: str, name: str
     ) -> None:
-        path = tmp_path / "registry" / NAME / "versions" / versions[1] / "gate.json"
+        path = tmp_path / "registry" / NAME / "versions" / versions[1] / name
         path.chmod(0o644)
         path.write_text(path.read_text() + " ")
-        with pytest.raises(DamagedError, match=r"gate\.json"):
+        with pytest.raises(DamagedError, match=re.escape(name)):
             export(tmp_path, store)
         found = client(store).search_model_versions(f"name = '{NAME}'")
         assert versions[1] not in {version.tags["nested_tune.version"] for version in found}

@@ -163,6 +163,18 @@ def test_a_version_whose_record_has_other_types_is_damage(
         late(registry, version)
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": 1, "a": 2}', "[" * 100_000])
+def test_a_version_whose_provenance_cannot_be_read_is_damage(
+    add: Add, registry: Path, content: str
+) -> None:
+    version = add(1)
+    path = registry / NAME / "versions" / version / "provenance.json"
+    path.chmod(0o644)
+    path.write_text(content)
+    with pytest.raises(DamagedError, match=r"provenance\.json .*Restore "):
+        late(registry, version)
+
+
 def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Path) -> None:
     sound, unreadable, changed = add(1), add(2), add(3)
     for version, content in ((unreadable, "{"), (changed, None)):

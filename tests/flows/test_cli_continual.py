@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,15 @@ def test_as_json_it_names_the_champion(story: tuple[Path, dict[str, Ended]]) -> 
         "skipped": True,
         "unchanged_since": champion,
     }
+
+
+def test_a_champion_whose_provenance_is_damaged_ends_with_6(
+    story: tuple[Path, dict[str, Ended]], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(story[0], tmp_path / "copy", symlinks=True)
+    path = folder / "registry" / NAME / "champion" / "provenance.json"
+    path.chmod(0o644)
+    path.write_text("{")
+    refused = ended(start("train", "-c", "config.yaml", "--run-dir", "fifth", cwd=folder))
+    assert refused.code == 6
+    assert "provenance.json is not valid JSON" in refused.message()

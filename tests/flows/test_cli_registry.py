@@ -135,6 +135,31 @@ def test_a_version_that_was_changed_is_damage_for_every_command(
         assert "Traceback" not in done.stderr
 
 
+def test_a_configuration_that_was_edited_after_the_run_is_damage(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folder / "first", tmp_path / "run")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("learning_rate: 0.002", "learning_rate: 0.001"))
+    target = ("--registry", tmp_path / "registry", "--name", NAME)
+    done = ended(start("promote", copy, *target, cwd=tmp_path))
+    assert done.code == 6
+    assert "gate.json was not given on the config.yaml that" in done.message()
+    assert not (tmp_path / "registry").exists()
+
+
+def test_a_directory_in_place_of_champion_json_is_damage(folder: Path, tmp_path: Path) -> None:
+    registry = shutil.copytree(folder / "registry", tmp_path / "registry", symlinks=True)
+    path = registry / NAME / "champion.json"
+    path.unlink()
+    path.mkdir()
+    back = ended(start("rollback", NAME, "--registry", registry, cwd=tmp_path))
+    assert (back.code, len(back.message().splitlines())) == (6, 1)
+    audited = ended(start("audit", NAME, "--registry", registry, "--json", cwd=tmp_path))
+    assert audited.code == 6
+    assert [finding["file"] for finding in audited.document["findings"]] == [str(path)]
+
+
 def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -16,6 +16,12 @@ OFF: tuple[dict[str, str], ...] = (
     {"PANDERA_VALIDATION_DEPTH": "SCHEMA_ONLY", "PANDERA_CACHE_DATAFRAME": "True"},
     {"PANDERA_USE_NARWHALS_BACKEND": "True"},
 )
+GARBAGE = {"PANDERA_VALIDATION_DEPTH": "garbage", "PANDERA_VALIDATION_ENABLED": "perhaps"}
+COMMAND = ("-m", "flows.cli")
+AFTER_PANDERA = (
+    "-c",
+    "import pandera.polars; from flows.cli import main; raise SystemExit(main())",
+)
 ROOT = Path(__file__).parents[3]
 
 
@@ -24,8 +30,10 @@ def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": turns}
 
 
-def validate(folder: Path, **environment: str) -> tuple[int, list[dict[str, Any]]]:
-    command = [sys.executable, "-m", "flows.cli", "validate", "-c", "examples/geography.yaml"]
+def validate(
+    folder: Path, environment: dict[str, str], program: tuple[str, ...] = COMMAND
+) -> tuple[int, list[dict[str, Any]]]:
+    command = [sys.executable, *program, "validate", "-c", "examples/geography.yaml"]
     done = subprocess.run(
         [*command, "--data", str(folder), "--max-seq-length", "40", "--json"],
         cwd=ROOT,
@@ -50,7 +58,7 @@ def bad_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(bad_data: Path) -> tuple[int, list[dict[str, Any]]]:
-    return validate(bad_data)
+    return validate(bad_data, {})
 
 
 def test_the_data_is_bad_in_many_ways(expected: tuple[int, list[dict[str, Any]]]) -> None:
@@ -68,8 +76,15 @@ def test_the_data_is_bad_in_many_ways(expected: tuple[int, list[dict[str, Any]]]
     }
 
 
-@pytest.mark.parametrize("environment", OFF, ids=lambda variables: next(iter(variables)))
+@pytest.mark.parametrize("environment", [*OFF, GARBAGE], ids=lambda variables: "-".join(variables))
 def test_no_variable_of_pandera_changes_a_finding(
     environment: dict[str, str], bad_data: Path, expected: tuple[int, list[dict[str, Any]]]
 ) -> None:
-    assert validate(bad_data, **environment) == expected
+    assert validate(bad_data, environment) == expected
+
+
+@pytest.mark.parametrize("environment", OFF, ids=lambda variables: next(iter(variables)))
+def test_nor_where_another_has_imported_pandera_under_it_before(
+    environment: dict[str, str], bad_data: Path, expected: tuple[int, list[dict[str, Any]]]
+) -> None:
+    assert validate(bad_data, environment, AFTER_PANDERA) == expected

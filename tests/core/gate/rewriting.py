@@ -24,8 +24,8 @@ from nested_core.gate import describe_evidence
 from nested_core.gate.held import HeldBase
 from nested_core.run_directory import RunDirectory
 from nested_core.slots import adapter_slots
+from nested_core.strict_json import finite_or_none
 from nested_core.training.evaluation import Evaluator
-from nested_core.training.metrics import finite_or_none
 
 Arrays = dict[str, mx.array]
 

@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nested_core import pipeline
 from nested_core.config import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.publishing import confirm_verdict
 from nested_core.run_directory import RunDirectory
+from tests.core.gate.conftest import STEPS
+
+CHECKPOINT = f"checkpoints/step-{STEPS:07d}"
+ADAPTER = ("adapters.safetensors", "adapter_config.json")
+FILES = (
+    *("config.yaml", "dataset.json", "tiers.json", "metrics.jsonl", "result.json"),
+    *(f"{folder}/{name}" for folder in ("initial", "adapter", CHECKPOINT) for name in ADAPTER),
+    *(f"{CHECKPOINT}/{name}" for name in ("optimizer.safetensors", "state.json", "MANIFEST.json")),
+)
+
+
+@pytest.fixture(scope="module")
+def passed(
+    finished: tuple[FineTuneConfig, RunDirectory], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The finished run with its verdict."""
+    config, done = finished
+    path = tmp_path_factory.mktemp("judged") / "run"
+    shutil.copytree(done.path, path)
+    pipeline.judge(config, RunDirectory(path))
+    return path
 
 
 @pytest.fixture
-def judged(run: RunDirectory, config: FineTuneConfig) -> RunDirectory:
-    pipeline.judge(config, run)
-    return run
+def judged(passed: Path, tmp_path: Path) -> RunDirectory:
+    """A copy of it that a test may tamper with."""
+    return RunDirectory(Path(shutil.copytree(passed, tmp_path / "judged")))
 
 
 def edit(path: Path, **values: Any) -> None:
@@ -83,3 +107,82 @@ def test_a_report_on_other_data_is_damage_and_a_pipe_keeps_nobody_waiting(
             confirm_verdict(config, judged)
         path.unlink()
         shutil.copyfile(judged.result, path)  # any JSON: gate.json is read first
+
+
+@pytest.mark.parametrize("change", [lambda content: content + b" ", None], ids=["space", "gone"])
+@pytest.mark.parametrize("name", FILES)
+def test_any_file_that_is_not_as_it_was_judged_is_damage(
+    judged: RunDirectory, config: FineTuneConfig, name: str, change: Callable[[bytes], bytes] | None
+) -> None:
+    path = judged.path / name
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DamagedError, match=re.escape(name.split("/")[0])) as caught:
+        confirm_verdict(config, judged)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learning_rate": 1.0},
+        {"seed": 9},
+        {"data": "elsewhere"},
+        {"gate": {"max_val_loss_increase": 9.0}},
+        {"registry": {"promote": "always", "path": "registry", "name": "capitals"}},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+def test_a_configuration_that_was_edited_after_the_verdict_is_damage(
+    judged: RunDirectory, values: dict[str, Any]
+) -> None:
+    edit_config(judged, values)
+    with pytest.raises(DamagedError, match=r"gate\.json was not given on the config\.yaml that "):
+        confirm_verdict(pipeline.read_run_config(judged), judged)
+
+
+def edit_config(run: RunDirectory, values: dict[str, Any]) -> None:
+    run.config.write_text(yaml.safe_dump(yaml.safe_load(run.config.read_bytes()) | values))
+
+
+def test_so_is_one_that_was_edited_between_training_and_the_verdict(
+    run: RunDirectory, config: FineTuneConfig
+) -> None:
+    edit_config(run, {"learning_rate": 1.0})
+    pipeline.judge(config, run)
+    with pytest.raises(DamagedError, match=r"config\.yaml"):
+        confirm_verdict(pipeline.read_run_config(run), run)
+
+
+def test_a_digest_of_other_data_in_the_report_is_damage(
+    judged: RunDirectory, config: FineTuneConfig
+) -> None:
+    splits = json.loads(judged.dataset.read_bytes())["splits"]
+    splits["valid"]["digest"] = "0" * 64
+    edit(judged.dataset, splits=splits)
+    with pytest.raises(DamagedError, match=r"was not given on the dataset\.json that "):
+        confirm_verdict(config, judged)
+
+
+def test_a_verdict_without_digests_of_what_it_judged_is_damage(
+    judged: RunDirectory, config: FineTuneConfig
+) -> None:
+    edit(judged.gate, evidence=None)
+    with pytest.raises(DamagedError, match=r"config\.yaml and dataset\.json and result\.json"):
+        confirm_verdict(config, judged)
+
+
+def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_none(
+    judged: RunDirectory, config: FineTuneConfig
+) -> None:
+    pipeline.begin(config, judged, resume=True)
+    confirm_verdict(pipeline.read_run_config(judged), judged)
+    bounds = config.gate.model_copy(update={"max_val_loss_increase": 0.5})
+    other = config.model_copy(update={"gate": bounds})
+    pipeline.begin(other, judged, resume=True)
+    with pytest.raises(DamagedError, match=r"config\.yaml.* judge the run again with --resume"):
+        confirm_verdict(pipeline.read_run_config(judged), judged)
+    pipeline.judge(other, judged)
+    confirm_verdict(pipeline.read_run_config(judged), judged)

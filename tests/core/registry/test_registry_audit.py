@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError
-from nested_core.registry import audit, history, promote, read_champion, rollback
+from nested_core.registry import (
+    audit,
+    collect,
+    history,
+    promote,
+    read_champion,
+    register,
+    rollback,
+)
 
 NAME = "capitals"
 
@@ -169,6 +177,39 @@ def test_champion_json_that_says_something_else_is_found_and_mended(three, regis
     assert found_files(registry) == {"champion.json"}
     promote(registry, NAME, three[1], by="ann")
     assert audit(registry, NAME).is_sound
+
+
+def test_directory_in_place_of_champion_json_is_damage_until_it_is_removed(
+    three, make_run, registry
+):
+    path = registry / NAME / "champion.json"
+    sound, entries = path.read_bytes(), actions(registry)
+    path.unlink()
+    path.mkdir()
+    for call in (
+        lambda: promote(registry, NAME, three[2], by="ann"),
+        lambda: rollback(registry, NAME, by="ann"),
+        lambda: collect(registry, NAME, by="ann"),
+        lambda: register(make_run(9), registry, NAME, {}),
+    ):
+        with pytest.raises(DamagedError, match=r"champion\.json is a directory.* Remove it") as e:
+            call()
+        assert "\n" not in str(e.value)
+    assert found_files(registry) == {"champion.json"}
+    assert (read_champion(registry, NAME), actions(registry)) == (three[1], entries)
+    path.rmdir()
+    rollback(registry, NAME, to=three[1], by="ann")
+    assert path.read_bytes() == sound
+    assert audit(registry, NAME).is_sound
+
+
+def test_directory_in_place_of_champion_json_before_any_champion_is_damage(add, registry):
+    version = add(1)
+    path = registry / NAME / "champion.json"
+    path.mkdir()
+    with pytest.raises(DamagedError, match=r"champion\.json is a directory"):
+        promote(registry, NAME, version, by="ann")
+    assert found_files(registry) == {"champion.json"}
 
 
 def test_link_in_place_of_champion_json_is_replaced_and_its_target_left_alone(

@@ -1,0 +1,172 @@
+"""How a step's time grows with due layers and with tokens, and whether it stays over 10,000 steps.
+
+A Llama of 12 layers of 256 and a vocabulary of 4,096 on this machine's CPU; straight lines are
+fitted by least squares. The steps of one long run are those of the shipped example.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
+from benchmarks.gpu.mlx_arms import build
+from benchmarks.gpu.shapes import RATE, Shape
+
+RESULTS = Path(__file__).parent / "results"
+SHAPE = Shape(256, 12, 704, 8, 8, 4096, 4, 128)
+WIDTHS = (32, 64, 96, 128, 192, 256)
+ROUNDS, WIDTH_OF_CHART = 7, 50
+LONG_RUN, REPORT = 10_000, 250
+SILENT: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def main() -> None:
+    """Print two charts with their fits and the drift of one long run; keep all as JSON."""
+    found = measure_fits()
+    for name, fit in found.items():
+        show(name, fit)
+    drift = measure_drift()
+    share = drift["last_of_first"]
+    print(f"scaling: {LONG_RUN:,} steps: the last tenth takes {share:.3f} of the first")
+    RESULTS.mkdir(exist_ok=True)
+    document = {"name": "scaling", "fits": found, "drift": drift}
+    (RESULTS / "scaling.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def measure_fits() -> dict[str, dict[str, Any]]:
+    """The lines over due layers, at the width of SHAPE, and over tokens, with all layers due."""
+    import mlx.core as mx
+
+    from nested_core.training.compute import prepared
+
+    model = build(SHAPE, bits=16)
+    model.set_dtype(mx.float32)
+    model.train()
+    with prepared(model):
+        steps = make_steps(model)
+        return {
+            "due layers": line(time_in_rounds({k: steps(k, SHAPE.length) for k in range(1, 13)})),
+            "tokens": line(time_in_rounds({SHAPE.batch * w: steps(12, w) for w in WIDTHS})),
+        }
+
+
+def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
+    """For so many due layers, the deepest, and so many tokens a row: one step, waited for."""
+    import mlx.core as mx
+
+    from nested_core.slots import adapter_slots
+    from nested_core.training.engine import Engine
+    from nested_core.training.losses import SUPERVISED
+    from nested_core.training.positions import rule_for
+
+    slots = adapter_slots(model)
+    rule = rule_for(model, slots, SUPERVISED)
+    generator = np.random.default_rng(0)
+
+    def make(due_layers: int, width: int) -> Callable[[], None]:
+        optimizer, tiers = tiers_of(slots, due_layers)
+        size = (SHAPE.batch, width + 1)
+        tokens = generator.integers(0, SHAPE.vocabulary, size).astype(np.int32)
+        batch = tokens, np.ones((SHAPE.batch, width), np.bool_)
+        engine = Engine(model, slots, optimizer, tiers, rule)
+
+        def step() -> None:
+            taken, _ = engine.take([batch], (0,), 0, complete=True)
+            mx.eval(taken.updates)
+
+        return step
+
+    return make
+
+
+def tiers_of(slots: Any, due_layers: int) -> Any:
+    """Tiers and their optimizer: the deepest layers in tier 0, the others in one not asked for."""
+    from nested_core.clocks import Tier
+    from nested_core.optimizers import NestedAdam
+    from nested_core.slots import read_slots
+    from nested_core.tiers import TierMap
+    from nested_core.training.packing import nested
+
+    depth = {name: int(name.split("layers.")[1].split(".")[0]) for name in slots}
+    tensors = {name: int(at < SHAPE.layers - due_layers) for name, at in depth.items()}
+    tiers = TierMap((1, 2)[: 1 + max(tensors.values())], tensors)
+    clocks = [Tier(every, tiers.names(i)) for i, every in enumerate(tiers.frequencies)]
+    optimizer = NestedAdam(RATE, tiers=clocks)
+    optimizer.init(nested(read_slots(slots)))
+    return optimizer, tiers
+
+
+def time_in_rounds(steps: Mapping[int, Callable[[], None]]) -> dict[int, float]:
+    """Median seconds of each step, all taken in turn, after one of each that compiles."""
+    seconds: dict[int, list[float]] = {size: [] for size in steps}
+    for number in range(ROUNDS + 1):
+        for size, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if number > 0:
+                seconds[size].append(time.perf_counter() - began)
+    return {size: statistics.median(each) for size, each in seconds.items()}
+
+
+def line(seconds: Mapping[int, float]) -> dict[str, Any]:
+    """The least-squares line through the points, and how near they lie to it."""
+    x, y = np.array(list(seconds)), np.array(list(seconds.values()))
+    slope, start = np.polyfit(x, y, 1)
+    off = y - (start + slope * x)
+    return {
+        "milliseconds": {size: round(1000 * each, 3) for size, each in seconds.items()},
+        "start_ms": 1000 * start,
+        "each_ms": 1000 * slope,
+        "r_squared": 1 - float(off @ off / ((y - y.mean()) @ (y - y.mean()))),
+        "largest_residual": float(np.abs(off / y).max()),
+    }
+
+
+def show(name: str, fit: Mapping[str, Any]) -> None:
+    """A bar for every point, `|` where the line has it, and the line in words."""
+    most = max(fit["milliseconds"].values())
+    for size, milliseconds in fit["milliseconds"].items():
+        bar = list("#" * round(WIDTH_OF_CHART * milliseconds / most)) + [" "] * WIDTH_OF_CHART
+        fitted = (fit["start_ms"] + fit["each_ms"] * size) / most
+        bar[min(round(WIDTH_OF_CHART * fitted), len(bar) - 1)] = "|"
+        print(f"{size:>6} {name:<10} {milliseconds:8.2f} ms {''.join(bar).rstrip()}")
+    print(
+        f"scaling: {fit['start_ms']:.2f} ms and {fit['each_ms']:.4f} ms for each of {name}: "
+        f"R^2 {fit['r_squared']:.4f}, no point further off than {fit['largest_residual']:.1%}",
+        flush=True,
+    )
+
+
+def measure_drift() -> dict[str, Any]:
+    """Step rates of one long run of the example; the first report, which compiles, is left out."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = Path("examples/geography.yaml").read_text(encoding="utf-8")
+        values = yaml.safe_load(text) | {"iters": LONG_RUN, "steps_per_report": REPORT}
+        values |= {"steps_per_eval": LONG_RUN, "save_every": LONG_RUN, "learning_rate": 1e-6}
+        (folder / "long.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        program = str(Path(sys.executable).with_name("nested-tune"))
+        command = [program, "train", "-c", str(folder / "long.yaml"), "--run-dir"]
+        subprocess.run([*command, str(folder / "run")], **SILENT, check=False)
+        records = map(json.loads, (folder / "run" / "metrics.jsonl").open(encoding="utf-8"))
+        rates = [each["iterations_per_second"] for each in records if each.get("loss")]
+    if len(rates) != LONG_RUN // REPORT:
+        raise SystemExit(f"the run of {LONG_RUN} steps made {len(rates)} reports")
+    tenth = len(rates) // 10
+    first, last = statistics.median(rates[1 : tenth + 1]), statistics.median(rates[-tenth:])
+    return {"iterations_per_second": rates, "last_of_first": first / last}
+
+
+if __name__ == "__main__":
+    main()

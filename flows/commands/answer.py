@@ -1,0 +1,42 @@
+"""How a command ends: its result on standard output, as one JSON document or to be read.
+
+Nothing is printed while the command works: then standard output is not its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from flows.terminal import print_json
+
+
+def answer(
+    arguments: argparse.Namespace,
+    document: Callable[[], Any],
+    show: Callable[[], object],
+    code: int = 0,
+) -> Callable[[], int]:
+    """What prints the document where --json asks for it, else calls `show`; it returns `code`."""
+
+    def finish() -> int:
+        """Print the result."""
+        if arguments.json:
+            print_json(document())
+        else:
+            show()
+        return code
+
+    return finish
+
+
+def tell(text: str) -> Callable[[], int]:
+    """What prints the text of a command that has no --json, and returns 0."""
+
+    def finish() -> int:
+        """Print the result."""
+        print(text)
+        return 0
+
+    return finish
