@@ -24,11 +24,11 @@ from tests.production.test_production import add, announce, champion
 pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
 
 LARGE = "examples/large"
-TRAIN_LINES, VALID_LINES = 60_000, 4_000
+TRAIN_LINES, VALID_LINES = 40_000, 2_000
 # What each task works on, so that it takes long; the registry is held by somebody else.
 SLOW: dict[str, dict[str, Any]] = {
     "validate": {"data": LARGE},
-    "load": {"nested": {"strategy": "parameter_importance", "probe_batches": 1500}},
+    "load": {"nested": {"strategy": "parameter_importance", "probe_batches": 400}},
     "gate": {"data": LARGE},
     "register": {},
 }
