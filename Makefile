@@ -18,7 +18,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help demo test check format bench production-test reliability example-model lock clean
+.PHONY: help demo test check format bench production-test soak reliability example-model lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -43,7 +43,11 @@ bench: $(VENV)/project.stamp ## side-by-side measurements, each printing a ratio
 	$(BIN)/python -m benchmarks
 
 production-test: $(VENV)/dev.stamp ## PostgreSQL, a server with auth, workers, and what runs on them; takes minutes
-	$(BIN)/pytest -m production
+	$(BIN)/pytest -m "production and not soak"
+
+RUNS ?= 500
+soak: $(VENV)/dev.stamp ## RUNS=500 tiny trainings through the queue, with two workers; takes most of an hour
+	SOAK_RUNS=$(RUNS) $(BIN)/pytest -m soak -s
 
 reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minutes
 	$(BIN)/pytest -m reliability -n auto --dist loadfile

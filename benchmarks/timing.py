@@ -33,13 +33,14 @@ def time_in_turn(arms: Sequence[Arm], repeats: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
     for run in range(repeats + 1):
         for arm in arms:
-            took = _run(arm, run)
+            took = run_once(arm, run)
             if run > 0:
                 seconds[arm.name].append(took)
     return seconds
 
 
-def _run(arm: Arm, run: int) -> float:
+def run_once(arm: Arm, run: int) -> float:
+    """Wall seconds of one run of a command, which must succeed."""
     command = [part.replace("{n}", str(run)) for part in arm.command]
     began = time.perf_counter()
     done = subprocess.run(

@@ -7,6 +7,7 @@ that was switched on or off, an automation that was paused.
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from prefect.workers.process import ProcessWorker
 from flows.shipped import shipped
 from nested_core.errors import ConfigError, NestedTuneError
 
-HOME = "NESTED_TUNE_HOME"
+HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 ENTRYPOINT_OF_TRAINING = "flows.finetune.finetune"
 SHOWN_OUTPUT_LINES = 8
 
@@ -99,13 +100,14 @@ def full_name(deployment: dict[str, Any]) -> str:
 def _run_prefect_deploy(project: dict[str, Any]) -> None:
     """Hand the project to Prefect's own command: its file format is Prefect's to read."""
     home = os.environ.get(HOME) or str(Path.cwd())
+    interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
         file = Path(folder) / "prefect.yaml"
         file.write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
         command = ["--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *command],
-            env=os.environ | {HOME: home},
+            env=os.environ | {HOME: home, INTERPRETER: interpreter},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -15,55 +15,82 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 from nested_core.errors import NestedTuneError
 
 HOST = "127.0.0.1"
-SECONDS_TO_START, SECONDS_TO_END = 90.0, 5.0
+SECONDS_TO_START, SECONDS_TO_END, SECONDS_BETWEEN_LOOKS = 90.0, 5.0, 0.05
+IMPORTED_BY_THE_FIRST_RUN = ("prefect.flow_engine", "prefect.task_engine")
 
 
 @contextmanager
-def prefect_server() -> Iterator[None]:
+def prefect_server() -> Iterator[Callable[[], None]]:
     """Use the server that Prefect's settings name, or one that is started here.
 
-    The one started here ends at exit, after Prefect's own threads have sent it what they hold.
+    The block is handed what waits until the server answers: there is time for imports before. The
+    one started here ends at exit, after Prefect's own threads have sent it what they hold, and
+    hears no heartbeats, for nobody there would miss them.
     """
-    from prefect.settings import PREFECT_API_URL, get_current_settings, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        get_current_settings,
+        temporary_settings,
+    )
 
     if get_current_settings().api.url is not None:
-        yield
+        yield lambda: None
         return
-    with temporary_settings(updates={PREFECT_API_URL: _start()}):
-        yield
+    server = EmbeddedServer()
+    atexit.register(server.stop)
+    here = {PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(updates=here):
+        yield lambda: _import_and_wait(server)
 
 
-def _start() -> str:
-    port = _free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(port)], stdin=subprocess.PIPE, start_new_session=True
-    )
-    atexit.register(_stop, server)
-    deadline = time.monotonic() + SECONDS_TO_START
-    while not _is_healthy(port):
-        if server.poll() is not None or time.monotonic() > deadline:
-            server.kill()
-            raise NestedTuneError(
-                "Prefect's embedded server did not start; what it said stands above. "
-                "`nested-tune doctor` looks for the cause, and `nested-tune train` needs no server."
-            )
-        time.sleep(0.1)
-    return f"http://{HOST}:{port}/api"
+def _import_and_wait(server: EmbeddedServer) -> None:
+    """Import what Prefect would at the first run: the server takes longer to start."""
+    for module in IMPORTED_BY_THE_FIRST_RUN:
+        import_module(module)
+    server.wait()
 
 
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
-    try:
-        server.wait(SECONDS_TO_END)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
+class EmbeddedServer:
+    """A server in a process of its own, on a free port of this machine."""
+
+    def __init__(self) -> None:
+        self._port = _free_port()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self._port)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        self.url = f"http://{HOST}:{self._port}/api"
+
+    def wait(self) -> None:
+        """Wait until it answers; NestedTuneError where it ends or takes too long."""
+        deadline = time.monotonic() + SECONDS_TO_START
+        while not _is_healthy(self._port):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self._process.kill()
+                raise NestedTuneError(
+                    "Prefect's embedded server did not start; what it said stands above. "
+                    "`nested-tune doctor` looks for the cause, and `nested-tune train` needs no "
+                    "server."
+                )
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def stop(self) -> None:
+        """End it, so that it keeps what it holds; kill it where that takes too long."""
+        self._process.terminate()
+        try:
+            self._process.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def _free_port() -> int:

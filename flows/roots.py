@@ -7,16 +7,24 @@ go wherever that person may.
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from prefect import runtime
 
 from nested_core.config import FineTuneConfig
+from nested_core.config_data import HubDataset
 from nested_core.errors import ConfigError
 
 VARIABLE = "NESTED_TUNE_ROOTS"
-READ_OR_WRITTEN = ("model", "data", "resume_adapter_file", "adapter_path")
+OF_A_HUB, PATHS = ("model", "data"), ("resume_adapter_file", "adapter_path")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+FOLDERS_OF_DATASETS = ("data_dir", "cache_dir")  # arguments of datasets.load_dataset
+REMOTE = re.compile(r"(https?|hf)://(?!.*::)")  # anything else with :// or :: may be a local file
 
 
 def allowed_roots() -> tuple[Path, ...]:
@@ -44,12 +52,62 @@ def confined(path: str, what: str) -> Path:
 
 def confine_configuration(config: FineTuneConfig) -> None:
     """Check every path of a configuration; a model or data set of the hub is no path."""
-    for key in READ_OR_WRITTEN:
+    if runtime.deployment.id is None:
+        return
+    for key in OF_A_HUB:
+        _confine_unless_on_hub(getattr(config, key), key)
+    for key in PATHS:
         if (value := getattr(config, key)) is not None:
             confined(value, key)
     if config.training.hostfile is not None:
         confined(config.training.hostfile, "training.hostfile")
+    for index, entry in enumerate(config.hf_dataset or ()):
+        _confine_dataset(entry, f"hf_dataset[{index}]")
     if config.gate.general_data is not None:
         confined(config.gate.general_data, "gate.general_data")
     if config.registry.path is not None:
         confined(config.registry.path, "registry.path")
+
+
+def _confine_unless_on_hub(value: str, what: str) -> None:
+    """OWNER/NAME is the hub's where nothing lies here under that name."""
+    if not HUB_NAME.fullmatch(value) or os.path.lexists(value):
+        confined(value, what)
+
+
+def _confine_dataset(entry: HubDataset, what: str) -> None:
+    """`datasets` reads what `path` and `config` name, from here where it exists here."""
+    _confine_unless_on_hub(entry.path, f"{what}.path")
+    folders = [Path(), Path(entry.path)]  # a relative name starts at either
+    for key in FOLDERS_OF_DATASETS:
+        for value in _texts(entry.config.get(key)):
+            _confine_below(folders, value, f"{what}.config.{key}")
+    folders += [base / text for base in folders for text in _texts(entry.config.get("data_dir"))]
+    for value in _texts(entry.config.get("data_files")):
+        if not REMOTE.match(value):
+            _confine_below(folders, value, f"{what}.config.data_files")
+
+
+def _confine_below(folders: list[Path], value: str, what: str) -> None:
+    """A path or pattern, wherever it may start; what a pattern matches now is followed too."""
+    if "://" in value or "::" in value or "~" in value:
+        raise ConfigError(
+            f"{what}: {value!r} is neither a path nor an https:// or hf:// address. Give one of "
+            f"them: other addresses can name files that this worker may not read."
+        )
+    for folder in folders:
+        confined(str(folder / value), what)
+        for found in glob.iglob(str(folder / value), recursive=True):
+            confined(found, what)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in an argument that may be one, a list of them, or a mapping to either."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _texts(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)

@@ -35,10 +35,33 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
 
 def _show(verdict: dict[str, Any]) -> None:
     """The verdict as a markdown artifact, the tiers as a table."""
-    lines = [f"# {verdict['verdict']}", "", f"Adapter of step {verdict['adapter_step']}."]
-    lines += [f"- `{reason['code']}`: {reason['message']}" for reason in verdict["reasons"]]
-    if verdict["validation"]:
-        losses = verdict["validation"]
-        lines += ["", f"Loss {losses['loss_before']} before, {losses['loss_after']} after."]
-    create_markdown_artifact(key="gate-verdict", markdown="\n".join(lines))
+    create_markdown_artifact(key="gate-verdict", markdown=describe_verdict(verdict))
     create_table_artifact(key="tier-table", table=verdict["tiers"])
+
+
+def describe_verdict(verdict: dict[str, Any]) -> str:
+    """A page of markdown: the verdict, why, the losses, and what became of each tier."""
+    tensors = verdict["tensors"]
+    changed = sum(tensor["changed"] for tensor in tensors)
+    lines = [f"# {verdict['verdict']}", ""]
+    lines += [f"- `{reason['code']}`: {reason['message']}" for reason in verdict["reasons"]]
+    step = f"Adapter of step {verdict['adapter_step']}"
+    lines += ["", f"{step}: {changed} of {len(tensors)} tensors changed."]
+    if verdict["validation"]:
+        before, after = (verdict["validation"][key] for key in ("loss_before", "loss_after"))
+        lines += ["", f"Loss {_rounded(before)} before, {_rounded(after)} after."]
+    lines += ["", *_TIER_HEADER]
+    for tier in verdict["tiers"]:
+        lines.append("| " + " | ".join(str(tier[key]) for key in _TIER_KEYS) + " |")
+    return "\n".join(lines)
+
+
+_TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
+_TIER_HEADER = [
+    "| tier | updated every | tensors | changed | expected updates | applied |",
+    "|---|---|---|---|---|---|",
+]
+
+
+def _rounded(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.4g}"

@@ -76,11 +76,13 @@ def example_config(registry: Path) -> FineTuneConfig:
 
 def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
     from flows.embedded import prefect_server
-    from flows.finetune import FinetuneParameters, finetune
-    from flows.logs import quieten
 
-    quieten(logging.CRITICAL)  # what a person needs to know of an error is said once, at the end
-    with prefect_server():
+    with prefect_server() as wait_for_server:
+        from flows.finetune import FinetuneParameters, finetune  # while the server starts
+        from flows.logs import quieten
+
+        quieten(logging.CRITICAL)  # what a person needs to know of an error is said at the end
+        wait_for_server()
         finetune(FinetuneParameters(**config.model_dump(), run_dir=str(run.path)))
 
 

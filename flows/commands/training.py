@@ -138,16 +138,19 @@ def _skipped(arguments: argparse.Namespace, run: RunDirectory, champion: str) ->
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
     from flows.embedded import prefect_server
-    from flows.finetune import FinetuneParameters, finetune
-    from flows.logs import quieten
 
-    quieten(logging.NOTSET)
     config = config_from(arguments)
     path = _open(arguments).path
     parameters = config.model_dump() | {"run_dir": str(path), "resume": arguments.resume}
     say(f"run directory: {path}")
-    with Stopper().installed(), prefect_server(), watching(RunDirectory(path).metrics):
-        state = finetune(FinetuneParameters(**parameters), return_state=True)
+    with Stopper().installed(), prefect_server() as wait_for_server:
+        from flows.finetune import FinetuneParameters, finetune  # while the server starts
+        from flows.logs import quieten
+
+        quieten(logging.NOTSET)
+        wait_for_server()
+        with watching(RunDirectory(path).metrics):
+            state = finetune(FinetuneParameters(**parameters), return_state=True)
     if state.is_cancelled():
         raise TrainingStopped(f"The flow run was cancelled, {state.message}")
     state.result()  # raises what made it fail

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from nested_core.data.decoding import shorten
 from nested_core.strict_json import finite_or_none
 
@@ -177,6 +175,8 @@ def _csv_line(
 
 def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
     """Yield the rows of a .parquet; a list or a struct becomes a JSON array or object."""
+    import polars as pl  # takes half a second; no other format needs it
+
     number = 0
     try:
         frame = pl.scan_parquet(path, glob=False)

@@ -14,19 +14,20 @@ from tests.production.stack import Stack
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Database, server and workers, started fresh, with everything deployed; all stopped after."""
-    binaries = find_binaries()
-    if binaries is None:
+def binaries() -> Path:
+    """Where PostgreSQL's programs are."""
+    found = find_binaries()
+    if found is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    return found
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory, binaries: Path) -> Iterator[Stack]:
+    """Database, server and workers, started fresh, with everything deployed; all stopped after."""
     made = Stack(tmp_path_factory.mktemp("production"), Cluster(binaries))
     try:
-        made.prepare_home()
-        made.database.create()
-        made.database.start()
-        made.start_server()
-        deployed = made.nested_tune("deploy", "-c", "small.yaml")
-        assert deployed.returncode == 0, deployed.stderr + made.logs()
+        made.start()
         for pool in ("mlx-gpu", "cpu"):
             made.start_worker(pool)
         yield made

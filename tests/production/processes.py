@@ -61,3 +61,9 @@ def processes_with(text: str) -> list[int]:
         except OSError:  # it has ended, or is another user's
             continue
     return sorted(found)
+
+
+def seconds_of_children(process: int) -> float:
+    """CPU seconds of the children that a process has waited for, and of theirs (proc(5))."""
+    fields = (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[13:15])) / os.sysconf("SC_CLK_TCK")

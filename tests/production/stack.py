@@ -18,7 +18,11 @@ from uuid import UUID
 import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterId,
+)
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -101,18 +105,24 @@ class Stack:
         os.killpg(self.server.pid, signal.SIGKILL)
         self.server.wait()
 
-    def start_worker(self, pool: str) -> None:
-        command = [
-            *PREFECT,
-            "worker",
-            "start",
-            "--pool",
-            pool,
-            "--name",
-            f"{pool}-{time.time():.0f}",
-        ]
-        log = self.folder / f"worker-{pool}.log"
-        self.workers[pool] = start_logged(command, log, self.home, self.environment)
+    def start_worker(
+        self, pool: str, *flags: str, name: str | None = None, **environment: str
+    ) -> None:
+        """Start a worker of a pool, known here by its name, else by the pool's."""
+        name = name or pool
+        known_as = f"{name}-{time.time():.0f}"
+        command = [*PREFECT, "worker", "start", "--pool", pool, "--name", known_as, *flags]
+        log = self.folder / f"worker-{name}.log"
+        self.workers[name] = start_logged(command, log, self.home, self.environment | environment)
+
+    def start(self) -> None:
+        """Database and server, with everything deployed; no worker yet."""
+        self.prepare_home()
+        self.database.create()
+        self.database.start()
+        self.start_server()
+        deployed = self.nested_tune("deploy", "-c", "small.yaml")
+        assert deployed.returncode == 0, deployed.stderr + self.logs()
 
     def prepare_home(self) -> None:
         """The example's model and data, copied: a link would lead out of the allowed roots."""
@@ -170,6 +180,13 @@ class Stack:
             found: list[FlowRun] = client.read_flow_runs(flow_run_filter=wanted)
         return found
 
+    def is_running(self, run_id: UUID, task: str) -> bool:
+        """Whether a task of this name, which others follow in its run's name, is under way."""
+        with self.connected() as client:
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
+            found = client.read_task_runs(flow_run_filter=wanted)
+        return any(r.name.split()[0] == task and r.state_name == "Running" for r in found)
+
     def processes_of(self, run_id: UUID) -> list[int]:
         """Every process that a worker started for a run."""
         return processes_with(f"PREFECT__FLOW_RUN_ID={run_id}")
@@ -203,10 +220,12 @@ class Stack:
         return "\n".join(f"{p.name}: {p.read_text()[-1500:]}" for p in self.folder.glob("*.log"))
 
     def stop(self) -> None:
-        """End everything that was started, in the order that a person would."""
-        for process in [*self.workers.values(), self.server]:
-            if process is not None and process.poll() is None:
-                end(process)
+        """End everything that was started: workers as their unit does, with SIGKILL."""
+        for worker in self.workers.values():
+            worker.kill()
+            worker.wait()
+        if self.server is not None and self.server.poll() is None:
+            end(self.server)
         for orphan in processes_with(f"NESTED_TUNE_HOME={self.home}"):
             os.kill(orphan, signal.SIGKILL)
         self.database.remove()

@@ -103,10 +103,8 @@ def test_a_verified_event_promotes_within_10_seconds_with_nobody_there(stack: St
     announce(stack, version)
     wait_for(lambda: champion(stack) == version)
     seconds = time.monotonic() - began
-    # Two processes have to start for it: on a machine that is busy with more, they share the cores.
-    share = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    print(f"\nverified event to promotion: {seconds:.1f} s, {share:.1f} runnable a core")
-    assert seconds < SECONDS_TO_PROMOTE * share
+    print(f"\nverified event to promotion: {seconds:.1f} s, load {os.getloadavg()[0]:.1f}")
+    assert seconds < SECONDS_TO_PROMOTE
 
 
 def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(

@@ -1,0 +1,132 @@
+"""The files that run server, worker and database as services: what would read them takes them."""
+
+from __future__ import annotations
+
+import plistlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.shipped import shipped
+
+FOLDER = shipped("deployments")
+UNITS = ("nested-tune-server.service", "nested-tune-worker@.service")
+AGENTS = sorted((FOLDER / "launchd").glob("*.plist"))
+# launchd.plist(5): the keys that ours use, and what each of them takes.
+LAUNCHD = {"Label": str, "ProgramArguments": list, "WorkingDirectory": str, "RunAtLoad": bool}
+LAUNCHD |= {"EnvironmentVariables": dict, "KeepAlive": bool, "StandardOutPath": str}
+LAUNCHD |= {"StandardErrorPath": str, "Umask": int, "AbandonProcessGroup": bool}
+# The Compose Specification: what a service of ours may hold.
+SERVICE = {"image", "restart", "environment", "volumes", "healthcheck", "depends_on", "command"}
+SERVICE |= {"env_file", "ports"}
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not on this machine"
+)
+
+
+def verify(unit: str, content: str, folder: Path) -> str:
+    """What systemd says of a unit whose program is where it is on this machine."""
+    installed = "/opt/nested-tune/.venv/bin/prefect"
+    assert installed in content
+    path = folder / unit.replace("@.", "@mlx-gpu.")
+    path.write_text(content.replace(installed, str(Path(sys.executable).with_name("prefect"))))
+    command = ["systemd-analyze", "verify", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return done.stderr
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS)
+def test_systemd_has_nothing_to_say_against_a_unit(unit: str, tmp_path: Path) -> None:
+    assert verify(unit, (FOLDER / "systemd" / unit).read_text(), tmp_path) == ""
+
+
+@needs_systemd
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_misspelt_key_of_a_unit_would_be_found(unit: str, tmp_path: Path) -> None:
+    content = (FOLDER / "systemd" / unit).read_text().replace("Restart=", "Restarts=")
+    assert "'Restarts' in section" in verify(unit, content, tmp_path)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_unit_runs_as_its_own_user_and_reads_settings_and_secrets(unit: str) -> None:
+    lines = (FOLDER / "systemd" / unit).read_text().splitlines()
+    assert "User=nested-tune" in lines
+    assert "UMask=0077" in lines
+    assert [line for line in lines if line.startswith("EnvironmentFile=")] == [
+        "EnvironmentFile=/etc/nested-tune/settings.env",
+        "EnvironmentFile=/etc/nested-tune/secrets.env",
+    ]
+
+
+@pytest.mark.parametrize("agent", AGENTS, ids=lambda path: path.stem)
+def test_an_agent_has_keys_that_launchd_knows_with_values_of_their_kind(agent: Path) -> None:
+    values = plistlib.loads(agent.read_bytes())
+    assert values["Label"] == agent.stem
+    assert {key for key in values if key not in LAUNCHD} == set()
+    assert {key for key, value in values.items() if type(value) is not LAUNCHD[key]} == set()
+    assert values["Umask"] == 0o077
+    shell, flag, script, *_ = values["ProgramArguments"]
+    assert (shell, flag) == ("/bin/sh", "-c")
+    subprocess.run([shell, "-n", "-c", script], check=True)
+
+
+def test_the_agents_are_those_of_server_and_worker() -> None:
+    assert [agent.stem for agent in AGENTS] == [
+        "org.nested-tune.server",
+        "org.nested-tune.worker",
+    ]
+
+
+def compose() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((FOLDER / "postgresql" / "compose.yaml").read_text())
+    return content
+
+
+def test_the_containers_name_only_what_is_there() -> None:
+    content = compose()
+    assert set(content) == {"services", "volumes"}
+    services = content["services"]
+    for service in services.values():
+        assert set(service) <= SERVICE
+        for name, wanted in service.get("depends_on", {}).items():
+            assert wanted == {"condition": "service_healthy"}
+            assert "healthcheck" in services[name]
+        for volume in service.get("volumes", ()):
+            assert volume.partition(":")[0] in content["volumes"]
+        if file := service.get("env_file"):
+            assert (FOLDER / "postgresql" / file).resolve() == (FOLDER / "settings.env").resolve()
+
+
+def test_every_secret_of_the_containers_must_be_given() -> None:
+    text = (FOLDER / "postgresql" / "compose.yaml").read_text()
+    named = set(re.findall(r"\$\{(\w+)", text))
+    assert named == set(re.findall(r"\$\{(\w+):\?", text)) == {"POSTGRES_PASSWORD", "PREFECT_AUTH"}
+
+
+def test_docker_takes_the_containers_file() -> None:
+    command = ["docker", "compose"]
+    has_compose = (
+        shutil.which("docker") is not None
+        and subprocess.run([*command, "version"], capture_output=True, check=False).returncode == 0
+    )
+    if not has_compose:
+        pytest.skip("docker compose is not on this machine")
+    secrets = {"POSTGRES_PASSWORD": "x", "PREFECT_AUTH": "a:b", "PATH": "/usr/local/bin:/usr/bin"}
+    file = str(FOLDER / "postgresql" / "compose.yaml")
+    subprocess.run([*command, "-f", file, "config", "--quiet"], env=secrets, check=True, timeout=60)
+
+
+def test_the_script_for_debian_is_sound_and_keeps_its_secrets_closed() -> None:
+    script = FOLDER / "postgresql" / "debian.sh"
+    subprocess.run(["sh", "-n", str(script)], check=True)
+    lines = script.read_text().splitlines()
+    assert "set -eu" in lines
+    assert lines.index("umask 077") < lines.index("cat >/etc/nested-tune/secrets.env <<SECRETS")

@@ -1,0 +1,113 @@
+"""A cancel in each of the other tasks: Cancelled, nothing left behind, and a retry ends promoted.
+
+Each task is made to take long by what it works on, and the cancel comes while it is under way.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from nested_core import registry as core
+from nested_core.registry.locking import exclusive
+from tests.production.faults import FaultTable
+from tests.production.processes import command_of
+from tests.production.stack import Stack, wait_for
+from tests.production.test_faults import SLOT_IS_FREE_WITHIN, Training
+from tests.production.test_production import add, announce, champion
+
+pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
+
+LARGE = "examples/large"
+TRAIN_LINES, VALID_LINES = 40_000, 2_000
+# What each task works on, so that it takes long; the registry is held by somebody else.
+SLOW: dict[str, dict[str, Any]] = {
+    "validate": {"data": LARGE},
+    "load": {"nested": {"strategy": "parameter_importance", "probe_batches": 400}},
+    "gate": {"data": LARGE},
+    "register": {},
+}
+SHORT = {"iters": 12, "save_every": 4, "steps_per_eval": 12}
+
+
+@pytest.fixture(scope="module")
+def large_data(stack: Stack) -> None:
+    """So many examples, each of its own, that judging them takes seconds, and the gate too."""
+    folder = stack.home / LARGE
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(map(example, range(TRAIN_LINES))))
+    held_out = range(TRAIN_LINES, TRAIN_LINES + VALID_LINES)
+    (folder / "valid.jsonl").write_text("".join(map(example, held_out)))
+
+
+def example(number: int) -> str:
+    question = {"role": "user", "content": f"I want to see town {number}. Where to?"}
+    answer = {"role": "assistant", "content": "Go and see Kabul, the capital of Afghanistan!"}
+    return json.dumps({"messages": [question, answer]}) + "\n"
+
+
+@contextmanager
+def registry_held_after_the_gate(stack: Stack, training: Training) -> Iterator[None]:
+    """Hold the adapter's registry from the gate's proof on, as a slow promotion elsewhere would."""
+    add(stack, 41, "never", training.name)
+
+    def is_proving() -> bool:
+        return any("plain_load" in command_of(p) for p in stack.processes_of(training.id))
+
+    wait_for(is_proving, 180)
+    with exclusive(stack.registry / training.name):
+        yield
+
+
+@contextmanager
+def nothing_held(stack: Stack, training: Training) -> Iterator[None]:
+    yield
+
+
+@pytest.mark.usefixtures("large_data")
+@pytest.mark.parametrize("task", SLOW)
+def test_cancelled_in_a_task_before_or_after_training(
+    stack: Stack, faults: FaultTable, task: str
+) -> None:
+    training = Training(stack, f"cancelled-{task}", **SHORT | SLOW[task])
+    holding = registry_held_after_the_gate if task == "register" else nothing_held
+    with holding(stack, training):
+        wait_for(lambda: stack.is_running(training.id, task), 180)
+        began = time.monotonic()
+        stack.prefect("flow-run", "cancel", str(training.id))
+        state, seconds = training.final_state(began)
+        wait_for(lambda: not stack.processes_of(training.id), 60)
+    assert state == "Cancelled"
+    assert seconds < SLOT_IS_FREE_WITHIN
+    assert training.is_unpromoted()
+    step = training.step()
+    assert step == (SHORT["iters"] if task in ("gate", "register") else 0)
+    training.go_on(has_begun=step > 0)
+    held = f"checkpoint of step {step}" if step else "nothing trained yet"
+    faults.add(f"cancel in {task}", state, held, seconds, "a retry does the rest, promoted once")
+
+
+def test_cancelled_in_promote(stack: Stack, faults: FaultTable) -> None:
+    name = "cancelled-promote"
+    version = add(stack, 42, name=name)
+    with exclusive(stack.registry / name):
+        section = {"registry": str(stack.registry), "name": name, "version": version}
+        run_id = stack.submit("promote/auto", **section)
+        wait_for(lambda: stack.is_running(run_id, "promote-recorded"), 90)
+        began = time.monotonic()
+        stack.prefect("flow-run", "cancel", str(run_id))
+        ended = stack.wait(run_id)
+        seconds = time.monotonic() - began
+        wait_for(lambda: not stack.processes_of(run_id), 60)
+    assert ended.state_name == "Cancelled"
+    assert seconds < SLOT_IS_FREE_WITHIN
+    assert champion(stack, name) is None
+    announce(stack, version, name)
+    wait_for(lambda: champion(stack, name) == version)
+    assert len(core.history(stack.registry, name)) == 1
+    faults.add("cancel in promote", "Cancelled", "registered", seconds, "the event again promotes")

@@ -1,0 +1,173 @@
+"""Hundreds of tiny runs through the queue in one go: each one accounted for, none stuck.
+
+SOAK_RUNS says how many (`make soak RUNS=10` for a quick look); the figures are printed (`-s`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Scheduled
+
+from nested_core import registry as core
+from tests.production.postgresql import Cluster
+from tests.production.processes import processes_with, seconds_of_children
+from tests.production.stack import NAME, Stack
+
+RUNS = int(os.environ.get("SOAK_RUNS", "500"))
+REJECTED_ONE_IN = 25  # the gate is given a bound that no training meets
+WORKERS = ("device-0", "device-1")
+SECONDS_A_RUN = 60
+SECONDS_BETWEEN_LOOKS = 5.0
+LINES_EVERY = 60.0
+# Four steps: each of the tiers [1, 2, 4] is updated at the last of them.
+TINY: dict[str, Any] = {"iters": 4, "steps_per_report": 4, "steps_per_eval": 4, "save_every": 4}
+PAGE = 200
+
+pytestmark = [
+    pytest.mark.production,
+    pytest.mark.soak,
+    pytest.mark.timeout(600 + SECONDS_A_RUN * RUNS),
+]
+
+
+@pytest.fixture
+def stack(tmp_path: Path, binaries: Path) -> Iterator[Stack]:
+    """A stack of two devices, each with a worker and a lock of its own; no worker is started."""
+    made = Stack(tmp_path, Cluster(binaries))
+    try:
+        made.start()
+        made.prefect("work-pool", "set-concurrency-limit", "mlx-gpu", str(len(WORKERS)))
+        yield made
+    finally:
+        made.stop()
+
+
+def is_to_be_rejected(index: int) -> bool:
+    return index % REJECTED_ONE_IN == REJECTED_ONE_IN - 1
+
+
+def schedule_all(stack: Stack) -> list[UUID]:
+    """Every run, scheduled for now; each has a seed of its own, and so an adapter of its own."""
+    with stack.connected() as client:
+        there = client.read_deployment_by_name("finetune/manual")
+        client.update_deployment(there.id, _limit(len(WORKERS)))
+        found = []
+        for index in range(RUNS):
+            config = there.parameters["config"] | TINY | {"seed": index}
+            if is_to_be_rejected(index):
+                config |= {"gate": {"min_relative_change": 1e6}}
+            run = client.create_flow_run_from_deployment(
+                there.id, parameters={"config": config}, state=Scheduled(), name=f"soak {index:03d}"
+            )
+            found.append(run.id)
+    return found
+
+
+def start_workers(stack: Stack) -> None:
+    """One for each device, and so one run at a time in each; both share this machine's cores."""
+    for name in WORKERS:
+        device = {"NESTED_TUNE_DEVICE_LOCK": f"{stack.folder.name}-{name}"}
+        one_core = {"OPENBLAS_NUM_THREADS": "1"}
+        stack.start_worker("mlx-gpu", "--limit", "1", name=name, **device, **one_core)
+    stack.start_worker("cpu")
+
+
+def flow_runs(stack: Stack, deployment: str) -> list[FlowRun]:
+    """Every run of a deployment, page by page."""
+    with stack.connected() as client:
+        there = client.read_deployment_by_name(deployment).id
+        wanted = {"deployments": {"id": {"any_": [str(there)]}}, "limit": PAGE, "sort": "ID_DESC"}
+        found: list[FlowRun] = []
+        while len(found) % PAGE == 0:
+            page = client.request("POST", "/flow_runs/filter", json=wanted | {"offset": len(found)})
+            runs = [FlowRun.model_validate(each) for each in page.json()]
+            found += runs
+            if not runs:
+                break
+    return found
+
+
+def wait_for_all(stack: Stack, deployment: str, count: int) -> list[FlowRun]:
+    """The runs of a deployment once `count` of them have ended, saying now and then how far."""
+    began = told = time.monotonic()
+    deadline = began + SECONDS_A_RUN * RUNS + 120
+    while True:
+        runs = flow_runs(stack, deployment)
+        ended = [run for run in runs if run.state is not None and run.state.is_final()]
+        if len(ended) >= count:
+            return runs
+        now = time.monotonic()
+        assert now < deadline, f"{Counter(run.state_name for run in runs)}\n{stack.logs()}"
+        if now - told > LINES_EVERY:
+            told = now
+            print(f"{deployment}: {len(ended)} of {count} in {now - began:.0f} s", flush=True)
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def test_every_scheduled_run_ends_and_the_registry_agrees(stack: Stack) -> None:
+    ids = schedule_all(stack)
+    began = time.monotonic()
+    start_workers(stack)
+    trainings = wait_for_all(stack, "finetune/manual", RUNS)
+    seconds = time.monotonic() - began
+    rejected = sum(map(is_to_be_rejected, range(RUNS)))
+    promotions = wait_for_all(stack, "promote/auto", RUNS - rejected)
+    report(stack, seconds)
+
+    assert {run.id for run in trainings} == set(ids)
+    states = Counter(run.state_name for run in trainings)
+    assert states == Counter(Completed=RUNS - rejected) + Counter(Failed=rejected)
+    assert Counter(run.state_name for run in promotions) == {"Completed": RUNS - rejected}
+    assert {run.run_count for run in trainings} == {1}
+    assert sorted(run.name for run in trainings if run.state_name == "Failed") == [
+        f"soak {index:03d}" for index in range(RUNS) if is_to_be_rejected(index)
+    ]
+    check_registry(stack, trainings, promotions)
+    assert processes_with("PREFECT__FLOW_RUN_ID=") == []
+    assert errors_in(stack.folder / "server.log") == []
+    assert errors_in(stack.database.folder / "log") == []
+
+
+def report(stack: Stack, seconds: float) -> None:
+    """How long a run took, and how much of that the processes of runs computed."""
+    spent = {name: seconds_of_children(worker.pid) for name, worker in stack.workers.items()}
+    training = sum(spent[name] for name in WORKERS) / RUNS
+    print(
+        f"\n{RUNS} runs in {seconds:.0f} s, {seconds / RUNS:.1f} s a run on {os.cpu_count()} cores"
+    )
+    print(f"CPU seconds a run: {training:.1f} to train, {spent['cpu'] / RUNS:.1f} to promote")
+
+
+def check_registry(stack: Stack, trainings: list[FlowRun], promotions: list[FlowRun]) -> None:
+    """Each verified adapter is there once, and each promotion stands in the history."""
+    said = [str(run.state.message) for run in [*trainings, *promotions] if run.state is not None]
+    verified = {words.split()[1].rstrip(":") for words in said if words.startswith("verified ")}
+    versions = core.list_versions(stack.registry, NAME)
+    assert {version[:6] for version in versions} == verified
+    history = core.history(stack.registry, NAME)
+    assert len(history) == sum(words.endswith("promoted") for words in said)
+    assert core.read_champion(stack.registry, NAME) == history[-1]["version"]
+    assert len({entry["version"] for entry in history}) == len(history)
+    audited = stack.nested_tune("audit", NAME, "--registry", str(stack.registry))
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+
+
+def errors_in(log: Path) -> list[str]:
+    """The lines of a log that tell of an error."""
+    words = ("ERROR", "CRITICAL", "FATAL", "PANIC", "Traceback")
+    return [line for line in log.read_text().splitlines() if any(word in line for word in words)]
+
+
+def _limit(runs: int) -> Any:
+    from prefect.client.schemas.actions import DeploymentUpdate
+
+    return DeploymentUpdate(concurrency_limit=runs)
