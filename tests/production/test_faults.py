@@ -19,7 +19,6 @@ from nested_core.checkpoints import latest_checkpoint
 from nested_core.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 from tests.production.faults import FaultTable
-from tests.production.processes import end
 from tests.production.stack import Stack, wait_for
 from tests.production.test_production import add, announce, champion
 
@@ -29,6 +28,7 @@ NAME = "events"  # the adapter that events are about
 STEPS = 240
 LONG: dict[str, Any] = {"iters": STEPS, "save_every": 10, "val_batches": 1, "steps_per_eval": 120}
 SLOT_IS_FREE_WITHIN = 120
+SECONDS_UNTIL_LAUNCHD_KILLS = 20  # launchd.plist(5), ExitTimeOut
 # A worker reports the end of a run's process a second time, some seconds after the run has its
 # state: a retry before that would be taken for the run that ended.
 SECONDS_UNTIL_THE_WORKER_IS_DONE = 25
@@ -148,15 +148,23 @@ def test_kill_9_of_worker_and_flow_process(stack: Stack, faults: FaultTable) -> 
 def test_sigterm_to_the_worker(stack: Stack, faults: FaultTable) -> None:
     training = Training(stack, "worker-stopped").until(20)
     began = time.monotonic()
-    end(stack.workers["mlx-gpu"], seconds=180)
+    worker = stack.workers["mlx-gpu"]
+    worker.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        worker.wait(SECONDS_UNTIL_LAUNCHD_KILLS)
+    worker.kill()
+    worker.wait()
     stack.start_worker("mlx-gpu")
     state, seconds = training.final_state(began)
-    assert state in ("Crashed", "Cancelled")
     assert seconds < SLOT_IS_FREE_WITHIN
-    assert training.is_unpromoted()
     held = f"checkpoint of step {training.step()}"
-    training.go_on()
-    then = "Prefect ends the run's process too; a retry resumes, promoted once"
+    then = "the training went on and was promoted once"
+    if state != "Completed":
+        assert state in ("Crashed", "Cancelled")
+        assert training.is_unpromoted()
+        training.go_on()
+        then = "Prefect ended the run's process too; a retry resumes, promoted once"
+    assert len(core.history(stack.registry, training.name)) == 1
     faults.add("SIGTERM to the worker", state, held, seconds, then)
 
 
