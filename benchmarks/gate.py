@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +35,44 @@ Tensors = dict[str, np.ndarray[Any, np.dtype[np.float32]]]
 def main() -> None:
     """Run the comparison; about 160 MB of files are written to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        seconds = _time(_write_pair(Path(folder)))
+        pair = _write_pair(Path(folder))
+        seconds, resident = _time_in_turn(pair)
     report("gate_files", seconds, RIVAL)
     speed = statistics.median(
         read / own for read, own in zip(seconds[RIVAL], seconds[GATE], strict=True)
     )
-    unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-    print(f"gate_files: {speed:.2f} of the speed of {RIVAL}, {resident:.0f} MB resident at most")
+    print(f"gate_files: {speed:.2f} of the speed of {RIVAL}, {resident / 1e6:.0f} MB resident")
 
 
-def _time(pair: list[Path]) -> dict[str, list[float]]:
-    """Wall seconds of each, A B A B ..., after a warm-up of each that is not counted."""
-    works: dict[str, Callable[[], Any]] = {
-        RIVAL: lambda: [(path / "adapters.safetensors").read_bytes() for path in pair],
-        GATE: lambda: _require(verify_adapters(*pair).has_passed),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in works}
+def _time_in_turn(pair: list[Path]) -> tuple[dict[str, list[float]], int]:
+    """Wall seconds of each, A B A B ..., and the most bytes resident; the first pair is left out.
+
+    Each time in a new process, as a gate runs: what an earlier call has left of memory is no help.
+    """
+    seconds: dict[str, list[float]] = {RIVAL: [], GATE: []}
+    most = 0
     for repeat in range(REPEATS + 1):
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
+        for name, times in seconds.items():
+            command = [sys.executable, "-m", "benchmarks.gate", name, *map(str, pair)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            took, resident = json.loads(done.stdout)
+            most = max(most, resident)
             if repeat:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+                times.append(took)
+    return seconds, most
+
+
+def measure(name: str, pair: list[Path]) -> None:
+    """Do one of the two once; print its wall seconds and the bytes resident at most."""
+    began = time.perf_counter()
+    if name == RIVAL:
+        held = [(path / "adapters.safetensors").read_bytes() for path in pair]
+        _require(len(held) == len(pair))
+    else:
+        _require(verify_adapters(*pair).has_passed)
+    took = time.perf_counter() - began
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit]))
 
 
 def _require(is_right: bool) -> None:
@@ -89,4 +103,4 @@ def _write(folder: Path, tensors: Tensors) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    measure(sys.argv[1], [Path(each) for each in sys.argv[2:]]) if len(sys.argv) > 1 else main()

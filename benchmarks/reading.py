@@ -17,7 +17,7 @@ from benchmarks.chats import write_chats
 from benchmarks.timing import Arm, report, time_in_turn
 
 ROWS, VALID_ROWS = 1_000_000, 1_000
-REPEATS = 3
+REPEATS = 5
 SECONDS_BETWEEN_LOOKS = 0.1
 RIVAL = "json.loads loop"
 LOOP = "import json, sys\nfor line in open(sys.argv[1], 'rb'):\n    json.loads(line)"

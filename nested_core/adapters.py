@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,6 +95,8 @@ class Adapter:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    # Not functools.cached_property: in Python 3.11 it has one lock for all, and two are hashed.
+    _digests: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def meaning(self) -> dict[str, Any]:
         """What the tensors stand for: the part of the configuration that changes the model."""
@@ -110,11 +111,12 @@ class Adapter:
         }
 
     def digest(self) -> str:
-        """SHA-256 over the meaning, then names, dtypes, shapes and bytes in name order."""
-        return self._digest
+        """SHA-256 over the meaning, then names, dtypes, shapes and bytes in name order; kept."""
+        if not self._digests:
+            self._digests.append(self._hashed())
+        return self._digests[0]
 
-    @cached_property
-    def _digest(self) -> str:
+    def _hashed(self) -> str:
         digest = hashlib.sha256(canonical_json(self.meaning()))
         for name, tensor in sorted(self.tensors.items()):
             digest.update(canonical_json([name, tensor.dtype, list(tensor.shape)]))

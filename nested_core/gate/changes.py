@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -18,12 +16,8 @@ def compare_tensors(
 ) -> list[TensorChange]:
     """Compare every tensor that both hold, in name order, by bytes and by value."""
     both = sorted(initial.tensors.keys() & trained.tensors.keys())
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy lets go of the interpreter's lock
-        return list(
-            pool.map(
-                lambda n: _compare(n, tiers.get(n), initial.tensors[n], trained.tensors[n]), both
-            )
-        )
+    # In one thread: pieces are so short that more would wait for the interpreter's lock.
+    return [_compare(n, tiers.get(n), initial.tensors[n], trained.tensors[n]) for n in both]
 
 
 def _compare(name: str, tier: int | None, before: Tensor, after: Tensor) -> TensorChange:
