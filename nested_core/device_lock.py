@@ -10,14 +10,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nested_core import backend
-from nested_core.errors import ConfigError
+from nested_core.user_folder import user_folder
 
 VARIABLE = (
     "NESTED_TUNE_DEVICE_LOCK"  # a name of a device to lock in place of the one found, or "off"
@@ -70,16 +69,11 @@ def device_names(ranks: int = 1) -> tuple[str, ...]:
 
 def lock_path(device: str) -> Path:
     """The lock's file, in this user's runtime folder, named after the device."""
-    folder = Path(
-        os.environ.get("XDG_RUNTIME_DIR")
-        or Path(tempfile.gettempdir()) / f"nested-tune-{os.getuid()}"
+    folder = user_folder(
+        f"the lock of device {device}",
+        f"Set XDG_RUNTIME_DIR to a folder of your own, or {VARIABLE}=off to train unlocked.",
+        given=os.environ.get("XDG_RUNTIME_DIR"),
     )
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise ConfigError(
-            f"{folder} belongs to another user: the lock of device {device} cannot be kept there. "
-            f"Set XDG_RUNTIME_DIR to a folder of your own, or {VARIABLE}=off to train unlocked."
-        )
     return folder / f"device-{hashlib.sha256(device.encode()).hexdigest()[:16]}.lock"
 
 

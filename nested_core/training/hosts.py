@@ -10,13 +10,13 @@ import shutil
 import socket
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from nested_core.backend import has_cuda
 from nested_core.config import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.user_folder import user_folder
 
 PROGRAM = ("-m", "nested_core.training.rank")
 DEVICES = "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
@@ -121,13 +121,7 @@ def own_temporary_folder(rank: int) -> Path:
     MLX writes them in place below $TMPDIR/mlx; two ranks that start together would read what the
     other has half written. ConfigError where the folder is another user's.
     """
-    shared = Path(tempfile.gettempdir()) / f"nested-tune-{os.getuid()}"
-    shared.mkdir(mode=0o700, exist_ok=True)
-    if shared.is_symlink() or shared.stat().st_uid != os.getuid():
-        raise ConfigError(
-            f"{shared} belongs to another user: the kernels of rank {rank} cannot be kept there. "
-            f"Set TMPDIR to a folder of your own."
-        )
+    shared = user_folder(f"the kernels of rank {rank}", "Set TMPDIR to a folder of your own.")
     folder = shared / f"rank-{rank}"
     folder.mkdir(exist_ok=True)
     return folder

@@ -13,6 +13,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.device_lock import VARIABLE, device_names, exclusive_device, lock_path
+from nested_core.errors import ConfigError
 
 HOLD = (
     "import sys, time\n"
@@ -80,3 +81,14 @@ def test_each_rank_on_cuda_has_a_device_of_its_own_and_one_process_takes_the_fir
     assert device_names() == ("gpu-6",)
     with exclusive_device(pytest.fail, 2):
         assert lock_path("gpu-6").read_text() == lock_path("gpu-4").read_text() == str(os.getpid())
+
+
+def test_a_lock_is_not_kept_where_a_link_below_the_temporary_folder_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / f"nested-tune-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="Set XDG_RUNTIME_DIR"):
+        lock_path("test-device")
