@@ -174,7 +174,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     refuse_unsafe_format(path)
     with open_regular(path) as (file, size):
         places = read_header(file, size, path)
-        content = read_start(file, size, path)
+        content = memoryview(read_start(file, size, path))  # its parts are views, not copies
     return {
         name: Tensor(place.dtype, place.shape, content[place.begin : place.end])
         for name, place in places.items()

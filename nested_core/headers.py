@@ -44,14 +44,14 @@ def read_header(file: Any, size: int, path: Path) -> dict[str, Place]:
         length = _header_length(read_start(file, min(8, size), path), size)
         _ask_the_reference_reader(path)
         header = read_start(file, 8 + length, path)[8:]
-        places = _places(parse_json(header.tobytes()), 8 + length)
+        places = _places(parse_json(header), 8 + length)
         _require_no_gap(places, 8 + length, size)
     except (ValueError, SafetensorError) as error:
         raise DamagedError(f"{path} is not a sound safetensors file: {error!s:.300}.") from error
     return places
 
 
-def _header_length(start: memoryview, size: int) -> int:
+def _header_length(start: bytes, size: int) -> int:
     if size < 8:
         raise ValueError(f"it has {size} bytes, too few for a header")
     length: int = struct.unpack("<Q", start)[0]

@@ -54,7 +54,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"{path} is missing: the folder was never finished.")
     if path.is_symlink():
         raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
-    content = read_regular(path, MAX_MANIFEST_BYTES).tobytes()
+    content = read_regular(path, MAX_MANIFEST_BYTES)
     try:
         manifest = parse_json(content)
         body = {"facts": dict(manifest["facts"]), "files": dict(manifest["files"])}

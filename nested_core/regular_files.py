@@ -51,19 +51,19 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def read_start(file: Any, size: int, path: Path) -> memoryview:
+def read_start(file: Any, size: int, path: Path) -> bytes:
     """The first `size` bytes of an open file; DamagedError where it has become shorter."""
     file.seek(0)
-    content = file.read(size)
+    content: bytes = file.read(size)
     while len(content) < size:  # one call reads at most 2 GiB on Linux
         more = file.read(size - len(content))
         if not more:
             raise DamagedError(f"{path} became shorter while it was read.")
         content += more
-    return memoryview(content)
+    return content
 
 
-def read_regular(path: Path, limit: int | None = None) -> memoryview:
+def read_regular(path: Path, limit: int | None = None) -> bytes:
     """All bytes of a regular file, of at most `limit`; DamagedError where it is not one."""
     with open_regular(path, limit) as (file, size):
         return read_start(file, size, path)
@@ -72,7 +72,7 @@ def read_regular(path: Path, limit: int | None = None) -> memoryview:
 def read_json(path: Path, limit: int) -> Any:
     """The value of a JSON file; DamagedError where it is missing, too large or no strict JSON."""
     try:
-        return parse_json(read_regular(path, limit).tobytes())
+        return parse_json(read_regular(path, limit))
     except ValueError as error:
         raise DamagedError(f"{path} is not valid JSON: {error}.") from error
 
