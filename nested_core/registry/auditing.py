@@ -51,8 +51,9 @@ class AuditReport:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Pointer and history read under one lock, with what was wrong in reading them."""
+    """Pointer, history and versions read under one lock, with what was wrong in reading them."""
 
+    versions: tuple[str, ...]
     champion: str | None
     prepared: str | None
     record: dict[str, object] | None
@@ -65,17 +66,16 @@ def audit(registry: Path, name: str) -> AuditReport:
     folder = locate(registry, name)
     with shared(folder):
         snapshot = _take_snapshot(folder)
-    versions = registered_versions(folder)
     findings = [
-        *(finding for version in versions for finding in _audit_version(folder, version, snapshot)),
-        *_audit_listing(folder, versions, snapshot),
+        *(f for version in snapshot.versions for f in _audit_version(folder, version, snapshot)),
+        *_audit_listing(folder, snapshot),
         *snapshot.findings,
     ]
     if not snapshot.findings:
         findings += [*_audit_order(folder, snapshot.ledger), *_audit_pointer(folder, snapshot)]
     is_open = snapshot.prepared is not None and snapshot.prepared != snapshot.champion
     unfinished = snapshot.prepared if is_open else None
-    return AuditReport(name, snapshot.champion, tuple(versions), tuple(findings), unfinished)
+    return AuditReport(name, snapshot.champion, snapshot.versions, tuple(findings), unfinished)
 
 
 def _take_snapshot(folder: Path) -> Snapshot:
@@ -88,28 +88,40 @@ def _take_snapshot(folder: Path) -> Snapshot:
         ledger = read_ledger(folder)
     except (NestedTuneError, OSError) as error:
         findings.append(Finding(folder / LEDGER_NAME, str(error)))
-    record = read_record(folder)
-    return Snapshot(champion, read_prepared(folder), record, ledger, tuple(findings))
+    return Snapshot(
+        versions=tuple(registered_versions(folder)),
+        champion=champion,
+        prepared=read_prepared(folder),
+        record=read_record(folder),
+        ledger=ledger,
+        findings=tuple(findings),
+    )
 
 
 def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[Finding]:
-    findings = _version_findings(folder, version, snapshot)
-    was_collected = kind_of(folder / VERSIONS / version) == "missing" and _is_collected(
-        folder, version
-    )
-    return [] if was_collected else findings
+    """What is wrong with a version, read without the lock: hashing all of them may take long.
+
+    Meanwhile a gc may have removed it, and a registration may have brought it back with another
+    manifest. So what looks wrong is looked at again under the lock, where nothing changes.
+    """
+    if not _version_findings(folder, version, snapshot.ledger):
+        return []
+    with shared(folder):
+        ledger = _take_snapshot(folder).ledger
+        if kind_of(folder / VERSIONS / version) == "missing" and _is_collected(version, ledger):
+            return []
+        return _version_findings(folder, version, ledger)
 
 
-def _is_collected(folder: Path, version: str) -> bool:
-    """Whether a gc removed it while the audit was reading."""
-    lines = [entry for entry in read_ledger(folder).entries if entry.version == version]
+def _is_collected(version: str, ledger: Ledger) -> bool:
+    lines = [entry for entry in ledger.entries if entry.version == version]
     return bool(lines) and lines[-1].action == "collected"
 
 
-def _version_findings(folder: Path, version: str, snapshot: Snapshot) -> list[Finding]:
+def _version_findings(folder: Path, version: str, ledger: Ledger) -> list[Finding]:
     place = folder / VERSIONS / version
     try:
-        findings = version_findings(place, version, snapshot.ledger.manifests(version))
+        findings = version_findings(place, version, ledger.manifests(version))
         if not findings:
             require_passed(read_gate(place / GATE_NAME), place / GATE_NAME)
     except (NestedTuneError, OSError) as error:
@@ -117,12 +129,12 @@ def _version_findings(folder: Path, version: str, snapshot: Snapshot) -> list[Fi
     return findings
 
 
-def _audit_listing(folder: Path, versions: list[str], snapshot: Snapshot) -> Iterator[Finding]:
+def _audit_listing(folder: Path, snapshot: Snapshot) -> Iterator[Finding]:
     for entry in sorted(os.listdir(folder / VERSIONS)):
         if not VERSION_PATTERN.fullmatch(entry) and not entry.startswith(TEMPORARY_PREFIX):
             yield Finding(folder / VERSIONS / entry, "is not a version")
     mentioned = snapshot.ledger.versions() | ({snapshot.champion} if snapshot.champion else set())
-    for version in sorted(mentioned - set(versions)):
+    for version in sorted(mentioned - set(snapshot.versions)):
         yield Finding(folder / VERSIONS / version, "was champion, and its folder is gone")
 
 

@@ -23,12 +23,20 @@ def read_champion(registry: Path, name: str) -> str | None:
     """
     folder = locate(registry, name)
     champion = read_link(folder)
-    if champion is not None and kind_of(folder / VERSIONS / champion) != "directory":
-        raise DamagedError(
-            f"{folder / LINK_NAME} points to {champion[:12]}, whose folder is gone. Roll back to a "
-            "version that is there, or restore the folder from a backup."
-        )
-    return champion
+    if champion is None or _is_there(folder, champion):
+        return champion
+    with shared(folder):  # a gc may have removed it just now, after it ceased to be the champion
+        champion = read_link(folder)
+        if champion is None or _is_there(folder, champion):
+            return champion
+    raise DamagedError(
+        f"{folder / LINK_NAME} points to {champion[:12]}, whose folder is gone. Roll back "
+        "to a version that is there, or restore the folder from a backup."
+    )
+
+
+def _is_there(folder: Path, version: str) -> bool:
+    return kind_of(folder / VERSIONS / version) == "directory"
 
 
 def list_versions(registry: Path, name: str) -> list[str]:
@@ -48,7 +56,7 @@ def verify(registry: Path, name: str, version: str) -> None:
     folder = locate(registry, name)
     with shared(folder):
         recorded = read_ledger(folder).manifests(version)
-    verify_version(folder / VERSIONS / version, version, recorded)
+        verify_version(folder / VERSIONS / version, version, recorded)
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import io
 import os
 import shutil
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -136,6 +137,8 @@ def in_processes(count: int, work: Callable[[int], None]) -> None:
                 os.read(start[0], 1)  # returns when the parent closes its end
                 work(index)
                 status = 0
+            except BaseException:
+                traceback.print_exc()  # else nobody learns why it ended with 1
             finally:
                 os._exit(status)
         children.append(child)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,14 +12,18 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Promotion,
     audit,
+    auditing,
     collect,
     history,
     list_versions,
+    pointer,
     promote,
     read_champion,
+    reading,
     register,
     rollback,
 )
+from nested_core.registry.versions import Finding, version_findings
 from tests.core.registry.states import NAME, assert_settled
 
 
@@ -155,3 +160,48 @@ def test_gc_before_the_first_promotion_keeps_the_newest(add, registry):
     versions = [add(seed) for seed in range(3)]
     assert collected(registry, 1) == set(versions[:2])
     assert read_champion(registry, NAME) is None
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_audit_meanwhile_takes_a_collected_version_for_no_damage(
+    five, registry, tmp_path, monkeypatch, comes_back
+):
+    """A version that came back has another manifest than the one the history knew before."""
+
+    def between(*arguments: Any) -> list[Finding]:
+        monkeypatch.undo()
+        assert five[0] in collected(registry, 0)
+        if comes_back:
+            assert register(tmp_path / "run-1", registry, NAME, {}) == five[0]
+        return version_findings(*arguments)
+
+    monkeypatch.setattr(auditing, "version_findings", between)
+    assert audit(registry, NAME).findings == ()
+    assert (five[0] in list_versions(registry, NAME)) == comes_back
+
+
+def test_audit_meanwhile_takes_a_version_removed_by_hand_for_damage(five, registry, monkeypatch):
+    place = registry / NAME / "versions" / five[0]
+
+    def between(*arguments: Any) -> list[Finding]:
+        monkeypatch.undo()
+        place.rename(registry / "elsewhere")
+        return version_findings(*arguments)
+
+    monkeypatch.setattr(auditing, "version_findings", between)
+    assert [finding.file for finding in audit(registry, NAME).findings] == [place]
+
+
+def test_reader_meanwhile_is_given_the_new_champion(five, registry, monkeypatch):
+    """The link was read, then the champion moved on twice and a gc took what the link had said."""
+
+    def between(folder: Path) -> str | None:
+        monkeypatch.undo()
+        old = pointer.read_link(folder)
+        for version in five[3:]:
+            promote(registry, NAME, version, by="ann")
+        assert old in collected(registry, 0)
+        return old
+
+    monkeypatch.setattr(reading, "read_link", between)
+    assert read_champion(registry, NAME) == five[4]
