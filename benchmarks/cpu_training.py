@@ -17,7 +17,8 @@ from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.timing import keep
+
 EXAMPLE = Path("examples/geography-base")
 SIZES = {
     "model_type": "llama",
@@ -162,9 +163,7 @@ def report(rates: dict[str, list[float]]) -> None:
             rows[arm][f"of {rival}"] = statistics.median(ratios)
             spread = f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} turns"
             print(f"cpu_training: {arm} is {statistics.median(ratios):.2f} x {rival} ({spread})")
-    RESULTS.mkdir(exist_ok=True)
-    document = {"name": "cpu_training", "cores": os.cpu_count(), "arms": rows}
-    (RESULTS / "cpu_training.json").write_text(json.dumps(document, indent=2) + "\n")
+    keep("cpu_training", {"arms": rows})
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ step of mlx_lm.tuner.trainer.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.timing import keep
+
 VOCABULARY, TOKENS, LEARNT, LAYERS, HIDDEN = 152_000, 2048, 128, 2, 64
 
 
@@ -25,9 +24,7 @@ def main() -> None:
     for arm, found in peaks.items():
         print(f"memory: {arm}: {found / 2**20:,.0f} MiB at the peak of a step")
     print(f"memory: nested-tune takes {share:.2f} of mlx_lm.lora")
-    RESULTS.mkdir(exist_ok=True)
-    document = {"name": "memory", "peak_bytes": peaks, "share": share}
-    (RESULTS / "memory.json").write_text(json.dumps(document, indent=2) + "\n")
+    keep("memory", {"peak_bytes": peaks, "share": share})
 
 
 def peak(arm: str) -> int:

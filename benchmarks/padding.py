@@ -6,19 +6,17 @@ tokens, one in twenty above 880, cut at 2,048. Both draw the same examples in ba
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 
+from benchmarks.timing import keep
 from nested_core.data.batches import BatchPlan
 
-RESULTS = Path(__file__).parent / "results"
 ROWS = (2_000, 20_000)
 BATCH_SIZE, MAX_SEQ_LENGTH, SEED = 8, 2048, 0
 MEDIAN, SPREAD = 200, 0.9
@@ -79,7 +77,7 @@ def _share(tokens: int, widths: list[int]) -> Padding:
 
 def main() -> None:
     """Print the shares and keep them as JSON."""
-    document: dict[str, Any] = {"name": "padding", "batch_size": BATCH_SIZE, "rows": {}}
+    found: dict[int, dict[str, Any]] = {}
     for rows in ROWS:
         lengths = skewed_lengths(rows)
         sorted_by_length = [([1] * int(length), 0) for length in lengths]
@@ -90,9 +88,8 @@ def main() -> None:
         }
         for name, padding in arms.items():
             print(f"{rows:,} rows: {name}: {padding.share:.2%} padding, {padding.shapes} shapes")
-        document["rows"][rows] = {name: vars(padding) for name, padding in arms.items()}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "padding.json").write_text(json.dumps(document, indent=2) + "\n")
+        found[rows] = {name: vars(padding) for name, padding in arms.items()}
+    keep("padding", {"batch_size": BATCH_SIZE, "rows": found})
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import numpy as np
 import yaml
 
 import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
-from benchmarks.gpu.mlx_arms import build
-from benchmarks.gpu.shapes import RATE, Shape
+from benchmarks.gpu.mlx_arms import build, optimizer_for
+from benchmarks.gpu.shapes import Shape
+from benchmarks.timing import keep
 
-RESULTS = Path(__file__).parent / "results"
 SHAPE = Shape(256, 12, 704, 8, 8, 4096, 4, 128)
 WIDTHS = (32, 64, 96, 128, 192, 256)
 ROUNDS, WIDTH_OF_CHART = 7, 50
@@ -39,9 +39,7 @@ def main() -> None:
     drift = measure_drift()
     share = drift["last_of_first"]
     print(f"scaling: {LONG_RUN:,} steps: the last tenth takes {share:.3f} of the first")
-    RESULTS.mkdir(exist_ok=True)
-    document = {"name": "scaling", "fits": found, "drift": drift}
-    (RESULTS / "scaling.json").write_text(json.dumps(document, indent=2) + "\n")
+    keep("scaling", {"fits": found, "drift": drift})
 
 
 def measure_fits() -> dict[str, dict[str, Any]]:
@@ -92,19 +90,12 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
 
 def tiers_of(slots: Any, due_layers: int) -> Any:
     """Tiers and their optimizer: the deepest layers in tier 0, the others in one not asked for."""
-    from nested_core.clocks import Tier
-    from nested_core.optimizers import NestedAdam
-    from nested_core.slots import read_slots
     from nested_core.tiers import TierMap
-    from nested_core.training.packing import nested
 
     depth = {name: int(name.split("layers.")[1].split(".")[0]) for name in slots}
     tensors = {name: int(at < SHAPE.layers - due_layers) for name, at in depth.items()}
     tiers = TierMap((1, 2)[: 1 + max(tensors.values())], tensors)
-    clocks = [Tier(every, tiers.names(i)) for i, every in enumerate(tiers.frequencies)]
-    optimizer = NestedAdam(RATE, tiers=clocks)
-    optimizer.init(nested(read_slots(slots)))
-    return optimizer, tiers
+    return optimizer_for(tiers, slots), tiers
 
 
 def time_in_rounds(steps: Mapping[int, Callable[[], None]]) -> dict[int, float]:

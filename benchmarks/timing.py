@@ -60,7 +60,12 @@ def report(name: str, seconds: Mapping[str, Sequence[float]], rival: str) -> Non
         rows[arm] = {"ratio": statistics.median(ratios), "of": rival, "seconds": list(times)}
         spread = f"{min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} pairs"
         print(f"{name}: {arm} takes {rows[arm]['ratio']:.2f} of {rival} ({spread})", flush=True)
+    keep(name, {"arms": rows})
+
+
+def keep(name: str, figures: Mapping[str, Any]) -> None:
+    """Write a measurement's figures, with the machine they are of, as results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     machine = {"platform": platform.platform(), "cores": os.cpu_count()}
-    document = {"name": name, "machine": machine, "arms": rows}
+    document = {"name": name, "machine": machine} | dict(figures)
     (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=2) + "\n")

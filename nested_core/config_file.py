@@ -25,6 +25,7 @@ class _PlainLoader(yaml.SafeLoader):
     """YAML as a configuration needs it: plain values, each key once, nothing by reference."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The node, where it has neither an anchor, nor an alias, nor a tag."""
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
             raise _refusal("an anchor or alias (& or *)", event.start_mark)
@@ -33,6 +34,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping, once it is seen that no key stands there twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:

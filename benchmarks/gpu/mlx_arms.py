@@ -186,11 +186,7 @@ def enter(stack: ExitStack, model: Any, options: dict[str, str]) -> None:
 
 def make_tiers(slots: Any, shape: Shape, *, deep: bool) -> Any:
     """NestedAdam with one clock, or with tiers [1, 2, 4] over thirds of the layers, deep fast."""
-    from nested_core.clocks import Tier
-    from nested_core.optimizers import NestedAdam
-    from nested_core.slots import read_slots
     from nested_core.tiers import TierMap
-    from nested_core.training.packing import nested
 
     if deep:
         depth = {n: int(n.split("layers.")[1].split(".")[0]) for n in slots}
@@ -198,10 +194,20 @@ def make_tiers(slots: Any, shape: Shape, *, deep: bool) -> Any:
         tiers = TierMap(FREQUENCIES, tensors)
     else:
         tiers = TierMap((1,), dict.fromkeys(slots, 0))
-    clocks = [Tier(f, tiers.names(i)) for i, f in enumerate(tiers.frequencies)]
+    return optimizer_for(tiers, slots), tiers
+
+
+def optimizer_for(tiers: Any, slots: Any) -> Any:
+    """NestedAdam over the tiers, its moments made for the adapter in `slots`."""
+    from nested_core.clocks import Tier
+    from nested_core.optimizers import NestedAdam
+    from nested_core.slots import read_slots
+    from nested_core.training.packing import nested
+
+    clocks = [Tier(every, tiers.names(i)) for i, every in enumerate(tiers.frequencies)]
     optimizer = NestedAdam(RATE, tiers=clocks)
     optimizer.init(nested(read_slots(slots)))
-    return optimizer, tiers
+    return optimizer
 
 
 if __name__ == "__main__":

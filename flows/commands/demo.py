@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,12 +60,17 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         print(f"right answers: {right[0]} of {len(rows)} before, {right[1]} of {len(rows)} after")
         print(f"champion: {champion} -> {os.readlink(champion)}")
         print(
-            f"talk to it:\n  mlx_lm.generate --model {config.model} --adapter-path {champion} "
-            f'--prompt "{questions[0]["prompt"]}"'
+            f"talk to it:\n  {_installed('mlx_lm.generate')} --model {config.model} "
+            f'--adapter-path {champion} --prompt "{questions[0]["prompt"]}"'
         )
         return 0
 
     return finish
+
+
+def _installed(program: str) -> str:
+    """How to call a program that came with us: by its path where the shell would not find it."""
+    return program if shutil.which(program) else str(Path(sys.executable).with_name(program))
 
 
 def example_config(registry: Path) -> FineTuneConfig:

@@ -79,6 +79,7 @@ def _gather_strings(value: Any, found: list[str]) -> None:
 
 def _refuse_repeated_key(raw: bytes) -> None:
     def refuse(pairs: list[tuple[str, Any]]) -> None:
+        """See that no key of one object stands there twice."""
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:

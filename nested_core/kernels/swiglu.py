@@ -99,6 +99,7 @@ def swiglu_with(backward: Backward) -> Callable[[mx.array, mx.array], mx.array]:
     fused: Any = swiglu
 
     def chosen(gate: mx.array, x: mx.array) -> mx.array:
+        """The fused function for arrays that its kernel takes, else mlx-lm's."""
         fits = gate.dtype == x.dtype and gate.shape == x.shape and gate.size % WIDTH == 0
         result: mx.array = (
             fused(gate, x) if fits and gate.dtype in HALF_TYPES else plain_swiglu(gate, x)

@@ -102,6 +102,7 @@ def _watch(model: nn.Module, tokens: mx.array) -> tuple[mx.array, list[tuple[nn.
     seen: list[tuple[nn.Module, mx.array]] = []
 
     def noting(module: nn.Module) -> Callable[..., Any]:
+        """The module's own call, which also notes its output where that is of the whole batch."""
         own = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:

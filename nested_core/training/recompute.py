@@ -29,6 +29,8 @@ def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
 
 def _checkpointed(call: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The layer's call, of which the inputs alone are kept for the backward pass."""
+
         def inner(params: Any, *args: Any, **kwargs: Any) -> Any:
             layer.update(params)
             return call(layer, *args, **kwargs)

@@ -94,6 +94,7 @@ class TrainStep:
         def step(
             params: Flat, carried: Any, wish: Any, tokens: mx.array, learnt: mx.array, is_last: bool
         ) -> tuple[Sums, Any, Flat, Any]:
+            """Of one micro-batch: sums, what is carried on, and at the last updates and votes."""
             wanted = {key: value for key, value in params.items() if key in keys}
             tensors = self._tensors(params)
             put(self._slots, tensors)
