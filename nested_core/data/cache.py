@@ -26,7 +26,7 @@ from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source
 from nested_core.data.token_files import open_tokens
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.durable import canonical_json, file_sha256, new_directory, write_json
+from nested_core.durable import canonical_json, file_sha256, temporary_beside, write_json
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.tokenizer import TokenizerSource
 
@@ -71,25 +71,49 @@ class CacheEntry:
     folder: Path
 
     def read(self) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
-        """What is there, or None; what is damaged is removed, with a warning."""
-        if not self.folder.exists():
-            return None
+        """What is there, or None; what is damaged is taken away, with a warning."""
         try:
             splits = open_tokens(self.folder)
-        except DamagedError as error:
-            _log.warning("The cached data set is damaged and is made again: %s", error)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            report = DatasetReport.from_json(json.loads((self.folder / REPORT_NAME).read_bytes()))
+            os.utime(self.folder)
+        except (DamagedError, FileNotFoundError) as error:
+            if self.folder.exists():  # else there was none, or another process took it away
+                _log.warning("The cached data set is damaged and is made again: %s", error)
+                self._take_away()
             return None
-        report = DatasetReport.from_json(json.loads((self.folder / REPORT_NAME).read_bytes()))
-        os.utime(self.folder)
         return report, splits
+
+    def _take_away(self) -> None:
+        """Rename before removing: nobody finds half an entry in its place."""
+        aside = temporary_beside(self.folder)
+        with suppress(FileNotFoundError):  # another process was faster
+            self.folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     @contextmanager
     def made(self) -> Iterator[Path]:
-        """A folder to write in that becomes the entry; entries long unused are removed first."""
+        """A folder to write in that becomes the entry; entries long unused are removed first.
+
+        Several processes may make the same one at once. The first to end stays, and the folders of
+        the others go: what they hold is the same, and their maps of it stay good. Nothing is
+        synced, because an entry that a power failure cut short is found damaged and made again.
+        """
         _remove_unused(self.folder.parent)
-        with new_directory(self.folder, replace=True) as folder:
-            yield folder
+        unpublished = temporary_beside(self.folder)
+        unpublished.mkdir()
+        try:
+            yield unpublished
+            _publish(unpublished, self.folder)
+        finally:
+            shutil.rmtree(unpublished, ignore_errors=True)
+
+
+def _publish(unpublished: Path, target: Path) -> None:
+    try:
+        unpublished.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
 
 
 def default_cache() -> DatasetCache:

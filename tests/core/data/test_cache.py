@@ -6,18 +6,23 @@ import logging
 import os
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from nested_core.config_data import DataPolicy
 from nested_core.data import cache as caching
-from nested_core.data import token_files
+from nested_core.data import dataset, token_files
 from nested_core.data.cache import KEPT_SECONDS, DatasetCache, default_cache
 from nested_core.data.dataset import load_dataset
+from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
+from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import WriteData
@@ -145,6 +150,85 @@ def test_a_folder_that_cannot_be_made_is_told_with_the_way_out(
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be made.*Set NESTED_TUNE_CACHE"):
         load_dataset(settings, tokenizer, cache=DatasetCache(tmp_path / "file" / "cache"))
+
+
+def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_their_tokens(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = dataset._judge
+    found: list[tuple[DatasetReport, dict[str, TokenizedSplit]]] = []
+    places: list[int] = []
+
+    def meanwhile(*arguments: Any, **options: Any) -> DatasetReport:
+        monkeypatch.undo()
+        found.append(load_dataset(settings, tokenizer, cache=cache))
+        places.extend(path.stat().st_ino for path in entries(cache) if path.name[0] != ".")
+        return judge(*arguments, **options)
+
+    monkeypatch.setattr(dataset, "_judge", meanwhile)
+    report, tokens = load_dataset(settings, tokenizer, cache=cache)
+    assert report == found[0][0]
+    assert tokens["train"].tokens.tolist() == found[0][1]["train"].tokens.tolist()
+    assert [path.stat().st_ino for path in entries(cache)] == places
+
+
+def test_an_entry_that_goes_while_it_is_read_is_made_again_without_a_warning(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another process has found it damaged, or unused for a month."""
+    first, _ = load_dataset(settings, tokenizer, cache=cache)
+
+    def taken_away(folder: Path) -> Any:
+        monkeypatch.undo()
+        shutil.rmtree(folder)
+        return token_files.open_tokens(folder)
+
+    monkeypatch.setattr(caching, "open_tokens", taken_away)
+    with caplog.at_level(logging.WARNING):
+        assert load_dataset(settings, tokenizer, cache=cache)[0] == first
+    assert len(entries(cache)) == 1
+    assert caplog.text == ""
+
+
+def test_a_maker_that_fails_leaves_nothing(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dataset, "write_report", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        load_dataset(settings, tokenizer, cache=cache)
+    assert entries(cache) == []
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_processes_that_load_one_data_set_at_once_all_get_it(
+    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache, damaged: bool
+) -> None:
+    expected = load_dataset(settings, tokenizer, cache=cache)[0].to_json()
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        for _ in range(5):
+            (entry,) = entries(cache)
+            if damaged:
+                (entry / "train.tokens").write_bytes(b"")
+            else:
+                shutil.rmtree(entry)
+            loads = [pool.submit(report_of, settings, tokenizer, cache) for _ in range(8)]
+            assert [load.result() for load in loads] == [expected] * 8
+
+
+def report_of(settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache) -> Any:
+    report, tokens = load_dataset(settings, tokenizer, cache=cache)
+    assert len(tokens["train"]) == 10
+    return report.to_json()
 
 
 def test_entries_that_nobody_used_for_a_month_are_removed(
