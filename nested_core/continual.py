@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from nested_core.durable import canonical_json
 from nested_core.errors import ConfigError
 from nested_core.model import base_fingerprint, find_model
 from nested_core.policy import target
-from nested_core.registry import list_versions, read_champion, verify
+from nested_core.registry import holding_champion, list_versions, read_champion, verify
+from nested_core.registry.names import is_made
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.run_directory import RunDirectory
 
@@ -30,7 +33,7 @@ IMMATERIAL = frozenset(
 
 def champion_or_none(registry: Path, name: str) -> str | None:
     """The champion's version; None too where registry or name do not exist yet."""
-    return read_champion(registry, name) if (registry / name).is_dir() else None
+    return read_champion(registry, name) if is_made(registry, name) else None
 
 
 def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> Adapter | None:
@@ -39,12 +42,12 @@ def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> 
     Raises ConfigError where it does not mean what `adapter_config` says, DamagedError where it is
     not what was registered.
     """
-    champion = _champion(config)
-    if champion is None:
-        return None
-    registry, name = target(config.registry)
-    verify(registry, name, champion)
-    adapter = read_adapter(version_folder(registry, name, champion))
+    with _champion(config) as champion:
+        if champion is None:
+            return None
+        registry, name = target(config.registry)
+        verify(registry, name, champion)
+        adapter = read_adapter(version_folder(registry, name, champion))
     found, wanted = adapter.meaning(), Adapter(adapter.path, adapter_config, {}).meaning()
     differing = [f"  {k}: {found[k]}, now {wanted[k]}" for k in found if found[k] != wanted[k]]
     if differing:
@@ -63,11 +66,10 @@ def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
     None too where the run is not to be skipped: `skip_unchanged` is off, or it has begun to train.
     Raises DamagedError where the champion's provenance cannot be read.
     """
-    champion = _champion(config)
-    if champion is None or not config.continual.skip_unchanged or run.initial.exists():
-        return None
-    registry, name = target(config.registry)
-    provenance = read_provenance(version_folder(registry, name, champion))
+    with _champion(config) as champion:
+        if champion is None or not config.continual.skip_unchanged or run.initial.exists():
+            return None
+        provenance = read_provenance(version_folder(*target(config.registry), champion))
     dataset = json.loads(run.dataset.read_bytes())
     base = base_fingerprint(find_model(config.model))
     now = dataset["splits"]["train"]["digest"], settings_digest(config, base)
@@ -84,7 +86,7 @@ def settings_digest(config: FineTuneConfig, base: str | None) -> str:
 def parent_of(config: FineTuneConfig, initial_digest: str) -> str | None:
     """The registered version that a run was trained from; None where it started fresh."""
     registry, name = target(config.registry)
-    if config.continual.start is None or not (registry / name).is_dir():
+    if config.continual.start is None or not is_made(registry, name):
         return None
     return initial_digest if initial_digest in list_versions(registry, name) else None
 
@@ -100,7 +102,11 @@ def describe_start(config: FineTuneConfig, run: RunDirectory) -> str | None:
     return f"starting from version {parent[:12]} of {name}"
 
 
-def _champion(config: FineTuneConfig) -> str | None:
-    if config.continual.start is None:
-        return None
-    return champion_or_none(*target(config.registry))
+@contextmanager
+def _champion(config: FineTuneConfig) -> Iterator[str | None]:
+    """The champion to go on from; no gc removes it while the block runs."""
+    if config.continual.start is None or not is_made(*target(config.registry)):
+        yield None
+        return
+    with holding_champion(*target(config.registry)) as champion:
+        yield champion

@@ -6,8 +6,9 @@ which re-hashes them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -21,11 +22,14 @@ from nested_core.registry import (
     read_changes,
     verify,
 )
+from nested_core.registry.locking import shared
+from nested_core.registry.names import locate
 from nested_core.registry.verdict import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 from nested_core.regular_files import read_json
 
-DAMAGED = "damaged"
+DAMAGED, COLLECTED = "damaged", "collected meanwhile"
+T = TypeVar("T")
 
 
 class Candidate(BaseModel):
@@ -53,10 +57,11 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
     OSError, which may pass.
     """
     folder = version_folder(registry, name, version)
-    if version not in list_versions(registry, name):
-        raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
-    provenance = read_provenance(folder)
-    gate = read_json(folder / GATE_NAME, MAX_GATE_BYTES)
+    with shared(locate(registry, name)):  # a gc would leave half of it, which looks like damage
+        if version not in list_versions(registry, name):
+            raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
+        provenance = read_provenance(folder)
+        gate = read_json(folder / GATE_NAME, MAX_GATE_BYTES)
     try:
         validation = gate.get("validation") or {}
         fields = {
@@ -84,7 +89,14 @@ def promote_by_policy(
     now, the promotion is superseded.
     """
     registry, name = target(section)
-    reason = _refusal(section, read_candidate(registry, name, version), expected_champion)
+    candidate = read_candidate(registry, name, version)
+    try:
+        reason = _refusal(section, candidate, expected_champion)
+    except (ConfigError, DamagedError):
+        champion = read_champion(registry, name)
+        if champion == expected_champion:
+            raise
+        return Promotion("superseded", version, champion)  # and what it was may be collected
     if reason is not None:
         return reason
     return promote(
@@ -120,27 +132,34 @@ def reconcile(registry: Path, name: str) -> dict[str, str]:
     """Promote what an event got lost for, newest first; doing it again changes nothing.
 
     Returns what became of each version that never was champion. One that is damaged is left as it
-    is, and keeps no other from being promoted: its outcome begins with DAMAGED.
+    is, and keeps no other from being promoted: its outcome begins with DAMAGED. Nor does one that a
+    gc removes meanwhile.
     """
     was_champion = {change.version for change in read_changes(registry, name)}
     fresh = [v for v in list_versions(registry, name) if v not in was_champion]
     outcomes, registered = {}, {}
     for version in fresh:
-        try:
-            registered[version] = read_candidate(registry, name, version).registered_at
-        except DamagedError as error:
-            outcomes[version] = f"{DAMAGED}: {error}"
+        candidate = _tried(read_candidate, registry, name, version)
+        if isinstance(candidate, str):
+            outcomes[version] = candidate
+        else:
+            registered[version] = candidate.registered_at
     for version in sorted(registered, key=lambda v: registered[v], reverse=True):
-        outcomes[version] = _outcome_of(registry, name, version)
+        done = _tried(promote_as_recorded, registry, name, version)
+        outcomes[version] = done if isinstance(done, str) else done.outcome
     return outcomes
 
 
-def _outcome_of(registry: Path, name: str, version: str) -> str:
+def _tried(act: Callable[[Path, str, str], T], registry: Path, name: str, version: str) -> T | str:
+    """What comes of a version, or why nothing does."""
     try:
-        done = promote_as_recorded(registry, name, version)
+        return act(registry, name, version)
     except (DamagedError, GateRejected) as error:
         return f"{DAMAGED}: {error}"
-    return done if isinstance(done, str) else done.outcome
+    except ConfigError:
+        if version in list_versions(registry, name):
+            raise
+        return COLLECTED
 
 
 def target(section: RegistrySection) -> tuple[Path, str]:

@@ -7,7 +7,14 @@ from nested_core.registry.auditing import AuditReport, audit
 from nested_core.registry.collection import Collection, collect
 from nested_core.registry.names import list_names
 from nested_core.registry.promotion import UNSET, Promotion, Unset, promote, rollback
-from nested_core.registry.reading import history, list_versions, read_champion, read_changes, verify
+from nested_core.registry.reading import (
+    history,
+    holding_champion,
+    list_versions,
+    read_champion,
+    read_changes,
+    verify,
+)
 from nested_core.registry.registration import register
 from nested_core.registry.versions import Finding
 
@@ -21,6 +28,7 @@ __all__ = [
     "audit",
     "collect",
     "history",
+    "holding_champion",
     "list_names",
     "list_versions",
     "promote",

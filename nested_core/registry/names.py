@@ -59,6 +59,15 @@ def list_names(registry: Path) -> list[str]:
     return sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
 
 
+def is_made(registry: Path, name: str) -> bool:
+    """Whether anything was ever kept under `name`.
+
+    A folder with nothing in it is about to be made by `create`, or a kill has cut that short.
+    """
+    folder = registry / name
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def create(registry: Path, name: str) -> Path:
     """The folder of `name`, made with the registry itself where they are not there yet."""
     check_name(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,22 @@ def read_champion(registry: Path, name: str) -> str | None:
     champion = read_link(folder)
     if champion is None or _is_there(folder, champion):
         return champion
-    with shared(folder):  # a gc may have removed it just now, after it ceased to be the champion
+    with holding_champion(registry, name) as now:  # a gc may have removed what it was just now
+        return now
+
+
+@contextmanager
+def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
+    """The champion as `read_champion` gives it; no gc removes it while the block runs."""
+    folder = locate(registry, name)
+    with shared(folder):
         champion = read_link(folder)
-        if champion is None or _is_there(folder, champion):
-            return champion
-    raise DamagedError(
-        f"{folder / LINK_NAME} points to {champion[:12]}, whose folder is gone. Roll back "
-        "to a version that is there, or restore the folder from a backup."
-    )
+        if champion is not None and not _is_there(folder, champion):
+            raise DamagedError(
+                f"{folder / LINK_NAME} points to {champion[:12]}, whose folder is gone. Roll back "
+                "to a version that is there, or restore the folder from a backup."
+            )
+        yield champion
 
 
 def _is_there(folder: Path, version: str) -> bool:

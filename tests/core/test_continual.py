@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nested_core import pipeline
+from nested_core import continual, pipeline
 from nested_core.adapters import read_adapter
 from nested_core.config import FineTuneConfig
 from nested_core.config_file import parse_config
@@ -17,10 +19,13 @@ from nested_core.continual import champion_or_none, describe_start, unchanged_si
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.policy import promote_by_policy
 from nested_core.publishing import register_run
+from nested_core.registry import collect, list_versions, promote, read_champion, register
 from nested_core.run_directory import RunDirectory
+from tests.core.registry.conftest import write_run
 from tests.example import DATA, example_config, prepare, train
 
 NAME = "capitals"
+SECONDS_FOR_A_CHANGE = 1.0  # it takes some milliseconds, and all of this where it has to wait
 Configure = Callable[..., FineTuneConfig]
 
 
@@ -205,6 +210,48 @@ def test_a_champion_whose_provenance_is_damaged_is_no_reason_to_skip_or_to_train
     finally:
         path.write_bytes(sound)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("step", ["verify", "read_adapter", "read_provenance"])
+def test_a_champion_is_not_collected_while_a_run_reads_it(
+    folder: Path,
+    tuesday: tuple[RunDirectory, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+) -> None:
+    registry = tmp_path / "registry"
+    shutil.copytree(folder / "registry", registry, symlinks=True)
+    others = [register(write_run(tmp_path / str(n), n), registry, NAME, {}) for n in range(2)]
+    config = configure(folder, "tuesday", registry={"path": str(registry), "name": NAME})
+    taken = getattr(continual, step)
+
+    def change() -> None:
+        for version in others:
+            promote(registry, NAME, version, by="ann")
+        collect(registry, NAME, by="gc", keep=0)
+
+    other_process = threading.Thread(target=change)
+
+    def after(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        other_process.start()
+        other_process.join(SECONDS_FOR_A_CHANGE)
+        return taken(*arguments)
+
+    monkeypatch.setattr(continual, step, after)
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    pipeline.begin(config, run, resume=False)
+    pipeline.validate(config, run)
+    if step == "read_provenance":
+        assert unchanged_since(config, run) == tuesday[1]
+    else:
+        pipeline.load(config, run)
+        assert read_adapter(run.initial).digest() == tuesday[1]
+    other_process.join()
+    assert sorted(list_versions(registry, NAME)) == sorted(others)
+    assert read_champion(registry, NAME) == others[1]
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nested_core import policy
+from nested_core.config_publishing import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.policy import promote_as_recorded, reconcile
-from nested_core.registry import Promotion, history, promote, read_champion, register, rollback
+from nested_core.policy import promote_as_recorded, promote_by_policy, read_candidate, reconcile
+from nested_core.registry import (
+    Promotion,
+    collect,
+    history,
+    list_versions,
+    promote,
+    read_champion,
+    register,
+    rollback,
+)
 from tests.core.registry.conftest import write_run
 
 NAME = "capitals"
+SECONDS_FOR_A_GC = 1.0  # it takes some milliseconds, and all of this where it has to wait
 Add = Callable[..., str]
 
 
@@ -187,3 +200,57 @@ def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Pat
     assert outcomes[changed].startswith("damaged: ")
     assert "provenance.json" in outcomes[changed]
     assert read_champion(registry, NAME) == sound
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], object]) -> None:
+    """Another process acts just before the policy takes a step for the first time."""
+    taken = getattr(policy, step)
+
+    def after(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        act()
+        return taken(*arguments)
+
+    monkeypatch.setattr(policy, step, after)
+
+
+@pytest.mark.parametrize("step", ["read_candidate", "promote_as_recorded"])
+def test_a_version_that_a_gc_takes_meanwhile_keeps_reconcile_from_no_other(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    old, new = add(1), add(2)
+
+    def act() -> None:
+        assert collect(registry, NAME, by="gc", keep=1).collected == (old,)
+
+    meanwhile(monkeypatch, step, act)
+    assert reconcile(registry, NAME) == {old: "collected meanwhile", new: "promoted"}
+
+
+def test_a_version_is_not_collected_while_it_is_read(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = add(1)
+    gc = threading.Thread(target=collect, args=(registry, NAME), kwargs={"by": "gc", "keep": 0})
+
+    def act() -> None:
+        gc.start()
+        gc.join(SECONDS_FOR_A_GC)
+
+    meanwhile(monkeypatch, "read_provenance", act)
+    assert read_candidate(registry, NAME, version).version == version
+    gc.join()
+    assert list_versions(registry, NAME) == []
+
+
+def test_a_champion_that_was_replaced_and_collected_meanwhile_supersedes_and_is_no_damage(
+    add: Add, registry: Path
+) -> None:
+    judged_against, *others = (add(seed) for seed in range(3))
+    for each in (judged_against, *others):
+        promote(registry, NAME, each, by="ann")
+    version = add(3, judged_against)
+    assert collect(registry, NAME, by="gc", keep=1).collected == (judged_against,)
+    section = RegistrySection(path=str(registry), name=NAME, promote="better")
+    done = promote_by_policy(section, version, judged_against)
+    assert done == Promotion("superseded", version, others[-1])

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from nested_core.adapters import read_adapter
+from nested_core.continual import champion_or_none
 from nested_core.registry import (
     audit,
     history,
@@ -114,6 +115,22 @@ def test_crash_at_any_call_of_register_leaves_no_version_or_a_whole_one(
         assert register(run, copy, NAME, {}) == digest
         assert promote(copy, NAME, digest, by="bob").outcome == "promoted"
         assert_settled(copy)
+    assert number > 15
+
+
+@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
+def test_crash_at_any_call_of_the_very_first_register_keeps_no_later_run_from_the_name(
+    registry, make_run, interrupted
+):
+    """A run asks for the champion before it registers: half a name must not be an unknown one."""
+    run = make_run(1)
+    registry.mkdir()
+    for number, copy in copies(registry):
+        if not interrupted(number, lambda place: register(run, place, NAME, {}), copy):
+            break
+        assert champion_or_none(copy, NAME) is None
+        register(run, copy, NAME, {})
+        assert audit(copy, NAME).is_sound
     assert number > 15
 
 
