@@ -59,8 +59,9 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     settings = config.configuration()
     confine_configuration(settings)
     run = _open(config)
+    is_begun = run.is_begun()
     with run.locked():
-        pipeline.begin(settings, run, resume=run.config.exists())
+        pipeline.begin(settings, run, resume=is_begun)
         link_run(run.path)
         validate(settings, run.path)
         champion = unchanged_since(settings, run)

@@ -65,12 +65,19 @@ class TrainResult:
 
 
 def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
-    """Write the resolved configuration, or on resume see that it is the same in what matters."""
+    """Write the resolved configuration, or on resume see that it is the same in what matters.
+
+    Call only under the run's lock, and once: what is there by then without `resume` is another's.
+    """
     count_ranks(config)  # a hostfile that cannot be used is found before anything is done
     mend_leftovers(run.path)
     mend_leftovers(run.checkpoints)
-    run.stop_request.unlink(missing_ok=True)  # of a run that ended before it was read
-    if run.config.exists() and resume:
+    if run.config.exists():
+        if not resume:
+            raise ConfigError(
+                f"{run.path}: another process has begun a run here meanwhile. A run is never "
+                f"written over: give a --run-dir of its own."
+            )
         refuse_differences(read_run_config(run), config, run.path)
     write_bytes(run.config, render_config(config))
 

@@ -107,6 +107,7 @@ class RunDirectory:
         descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._acquire(descriptor)
+            self.stop_request.unlink(missing_ok=True)  # meant for whoever held it before
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
             yield
@@ -127,13 +128,13 @@ class RunDirectory:
         )
 
     def holder(self) -> int | None:
-        """The process that holds the lock now, or None."""
+        """The process that holds the lock now, or None; several may look at once."""
         try:
-            descriptor = os.open(self.lock, os.O_RDWR)
+            descriptor = os.open(self.lock, os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return int(self.lock.read_text() or 0)
         finally:

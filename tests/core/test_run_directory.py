@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -101,6 +102,21 @@ class TestLock:
         assert run.holder() is None
         with run.locked():
             assert run.lock.read_text() == str(os.getpid())
+
+    def test_two_that_look_at_once_do_not_take_each_other_for_a_holder(
+        self, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with run.locked():
+            pass
+        flock, found = fcntl.flock, []
+
+        def meanwhile(descriptor: int, operation: int) -> None:
+            flock(descriptor, operation)
+            monkeypatch.undo()
+            found.append(run.holder())
+
+        monkeypatch.setattr(fcntl, "flock", meanwhile)
+        assert (run.holder(), found) == (None, [None])
 
 
 class TestOpening:

@@ -21,7 +21,7 @@ from nested_core.errors import (
     GateRejected,
     TrainingStopped,
 )
-from nested_core.run_directory import RunDirectory
+from nested_core.run_directory import RunDirectory, open_run
 from tests.example import (
     MODEL,
     SPEEDS,
@@ -165,7 +165,29 @@ def test_a_stop_request_from_another_process_stops_and_is_taken_away(tmp_path: P
 def test_a_stop_request_that_came_too_late_does_not_stop_the_next_run(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", val_batches=0)
     done.run.stop_request.touch()
-    assert go_on(example_config(val_batches=0, iters=12), done.run).result.step == 12
+    with done.run.locked():
+        assert go_on(example_config(val_batches=0, iters=12), done.run).result.step == 12
+
+
+def test_a_stop_request_that_comes_before_the_run_has_begun_is_kept(tmp_path: Path) -> None:
+    """`nested-tune stop` asks whoever holds the lock, which is taken before anything else."""
+    config, run = example_config(val_batches=0), RunDirectory(tmp_path / "run")
+    with run.locked():
+        run.stop_request.touch()
+        prepare(config, run.path)
+        with pytest.raises(TrainingStopped, match="step 0 of 8"):
+            train(config, run)
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path: Path) -> None:
+    """Both found the directory empty; the other has ended by the time that this one is let in."""
+    run = open_run(tmp_path / "run", resume=False)
+    prepare(example_config(), run.path)
+    written = run.config.read_bytes()
+    with run.locked(), pytest.raises(ConfigError, match="begun a run here meanwhile") as caught:
+        pipeline.begin(example_config(learning_rate=1e-4), run, resume=False)
+    assert str(run.path) in str(caught.value)
+    assert run.config.read_bytes() == written
 
 
 def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(tmp_path: Path) -> None:
