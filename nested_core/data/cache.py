@@ -6,6 +6,7 @@ run directories' owner may not read, and a folder that others may write to is re
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -79,11 +80,11 @@ class CacheEntry:
         except (DamagedError, FileNotFoundError) as error:
             if self.folder.exists():  # else there was none, or another process took it away
                 _log.warning("The cached data set is damaged and is made again: %s", error)
-                self._take_away()
+                self.take_away()
             return None
         return report, splits
 
-    def _take_away(self) -> None:
+    def take_away(self) -> None:
         """Rename before removing: nobody finds half an entry in its place."""
         aside = temporary_beside(self.folder)
         with suppress(FileNotFoundError):  # another process was faster
@@ -111,8 +112,8 @@ class CacheEntry:
 def _publish(unpublished: Path, target: Path) -> None:
     try:
         unpublished.rename(target)
-    except OSError:
-        if not target.exists():
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
 
 
@@ -141,7 +142,7 @@ def _remove_unused(folder: Path) -> None:
     for entry in os.scandir(folder):
         with suppress(FileNotFoundError):  # another process was faster
             if entry.stat().st_mtime < oldest:
-                shutil.rmtree(entry.path, ignore_errors=True)
+                CacheEntry(Path(entry.path)).take_away()
 
 
 def _key(settings: DataSettings, sources: Mapping[str, Source], tokenizer: TokenizerSource) -> str:

@@ -16,6 +16,7 @@ from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source, open_sources
 from nested_core.data.token_files import seal_tokens
 from nested_core.data.tokens import TokenizedSplit
+from nested_core.errors import DatasetError
 from nested_core.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def load_dataset(
 
     The splits returned hold each sound line of each split that exists, in the order of the file,
     but for those that data_policy drops. They are mapped from the cache, or from files that go when
-    the splits go. Raises ConfigError where there is no such folder, OSError, WorkerFailed; content
-    never raises.
+    the splits go. Raises ConfigError where there is no such folder, OSError, WorkerFailed, and
+    DatasetError where a file changed meanwhile; content never raises.
     """
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         sources = open_sources(settings, Path(spool))
@@ -51,6 +52,8 @@ def load_dataset(
         with entry.made() as folder:
             report = _judge(settings, sources, on_progress, into=(tokenizer, folder))
             write_report(folder, report)
+            if cache.entry(settings, sources, tokenizer) != entry:  # else it is kept as another's
+                raise DatasetError(f"{settings.data} changed while it was judged. Start again.")
             return report, seal_tokens(folder)
 
 

@@ -7,7 +7,8 @@ endian bytes; MANIFEST.json has their sizes and hashes. What differs from it is 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -82,7 +83,7 @@ class SplitWriter:
 def seal_tokens(folder: Path) -> dict[str, TokenizedSplit]:
     """Write the manifest over a folder whose splits are written, and map them."""
     write_manifest(folder, {"kind": "tokens"})
-    return _map_splits(folder)
+    return _map_splits(folder, os.listdir(folder))
 
 
 def open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
@@ -97,7 +98,7 @@ def open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
             raise DamagedError(f"{path} is not the file of {expected['bytes']} bytes it was.")
     _verify_once(folder.resolve(), manifest["digest"])
-    return _map_splits(folder)
+    return _map_splits(folder, manifest["files"])
 
 
 @lru_cache(maxsize=64)
@@ -106,8 +107,9 @@ def _verify_once(folder: Path, digest: str) -> None:
     verify_manifest(folder)
 
 
-def _map_splits(folder: Path) -> dict[str, TokenizedSplit]:
-    found = [split for split in SPLITS if _named(folder / split, STARTS).exists()]
+def _map_splits(folder: Path, files: Collection[str]) -> dict[str, TokenizedSplit]:
+    """The splits that are among the files; FileNotFoundError where one has gone meanwhile."""
+    found = [split for split in SPLITS if _named(Path(split), STARTS).name in files]
     return {split: _map_split(folder / split) for split in found}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -23,7 +24,7 @@ from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DatasetError
 from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import WriteData
 
@@ -241,6 +242,80 @@ def test_entries_that_nobody_used_for_a_month_are_removed(
     load_dataset(replace(settings, batch_size=2), tokenizer, cache=cache)
     assert old not in entries(cache)
     assert len(entries(cache)) == 1
+
+
+def test_an_entry_is_out_of_sight_before_it_is_removed(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load_dataset(settings, tokenizer, cache=cache)
+    (old,) = entries(cache)
+    os.utime(old, (1, 1))
+    remove, in_its_place = shutil.rmtree, []
+
+    def watched(path: Any, **options: Any) -> None:
+        in_its_place.append(old.exists())
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    load_dataset(replace(settings, batch_size=2), tokenizer, cache=cache)
+    assert set(in_its_place) == {False}
+
+
+def test_an_entry_of_which_half_is_removed_while_it_is_mapped_is_made_again_whole(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, _ = load_dataset(settings, tokenizer, cache=cache)
+
+    def half_removed(folder: Path, *arguments: Any) -> Any:
+        monkeypatch.undo()
+        for path in folder.glob("train.*"):
+            path.unlink()
+        return token_files._map_splits(folder, *arguments)
+
+    monkeypatch.setattr(token_files, "_map_splits", half_removed)
+    again, splits = load_dataset(settings, tokenizer, cache=cache)
+    assert again == first
+    assert {split: len(tokens) for split, tokens in splits.items()} == {"train": 10, "valid": 1}
+
+
+def test_an_entry_that_came_and_went_while_another_was_made_is_no_error(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = Mock(side_effect=OSError(errno.ENOTEMPTY, "Directory not empty"))
+    monkeypatch.setattr(Path, "rename", there)
+    _, splits = load_dataset(settings, tokenizer, cache=cache)
+    assert len(splits["train"]) == 10
+    assert entries(cache) == []
+
+
+def test_data_that_changes_while_it_is_judged_is_not_kept_as_what_it_was(
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge, path = dataset._judge, Path(settings.data, "train.jsonl")
+    before = path.read_bytes()
+
+    def changed(*arguments: Any, **options: Any) -> DatasetReport:
+        path.write_bytes(before + b'{"text": "more of it"}\n')
+        return judge(*arguments, **options)
+
+    monkeypatch.setattr(dataset, "_judge", changed)
+    with pytest.raises(DatasetError, match="changed while it was judged"):
+        load_dataset(settings, tokenizer, cache=cache)
+    monkeypatch.undo()
+    path.write_bytes(before)
+    assert len(load_dataset(settings, tokenizer, cache=cache)[1]["train"]) == 10
 
 
 def test_an_entry_in_use_stays(
