@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -76,7 +77,7 @@ class _Watcher(threading.Thread):
         super().__init__(daemon=True)
         self._metrics = metrics
         self._records: list[dict[str, Any]] = []
-        self._offset = 0
+        self._inode, self._offset = -1, 0
         self._done = threading.Event()
         self._printed_at = 0.0
         self._has_news = False
@@ -103,12 +104,17 @@ class _Watcher(threading.Thread):
                 show()
 
     def _read(self) -> None:
-        """Take in the whole lines that were appended; a file cut back is read from its start."""
-        if not self._metrics.exists():
+        """Take in the whole lines that were appended; a file cut back is read from its start.
+
+        It is another file then, which may have grown beyond the old one since it was looked at.
+        """
+        try:
+            with self._metrics.open("rb") as file:
+                inode, content = os.fstat(file.fileno()).st_ino, file.read()
+        except FileNotFoundError:
             return
-        content = self._metrics.read_bytes()
-        if len(content) < self._offset:
-            self._offset, self._records = 0, []
+        if inode != self._inode or len(content) < self._offset:
+            self._inode, self._offset, self._records, self._has_news = inode, 0, [], False
         whole = content[self._offset : content.rfind(b"\n") + 1]
         self._offset += len(whole)
         new = [json.loads(line) for line in whole.splitlines()]

@@ -60,8 +60,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     config = read_run_config(run)
     records = read_metrics(run.metrics)
     last = records[-1] if records else {"step": 0, "iteration": 0}
-    verdict = json.loads(run.gate.read_bytes())["verdict"] if run.gate.exists() else None
-    holder = run.holder()
+    verdict, holder = _verdict(run), run.holder()
     return {
         "run_dir": str(run.path),
         "state": _state(run, holder, verdict),
@@ -75,6 +74,15 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "updates": _last(records, "updates"),
         "verdict": verdict,
     }
+
+
+def _verdict(run: RunDirectory) -> str | None:
+    """What the gate said; a run that is made longer takes that away, perhaps just now."""
+    try:
+        verdict: str = json.loads(run.gate.read_bytes())["verdict"]
+    except FileNotFoundError:
+        return None
+    return verdict
 
 
 def _state(run: RunDirectory, holder: int | None, verdict: str | None) -> str:

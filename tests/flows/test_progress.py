@@ -1,10 +1,13 @@
-"""Progress of work in known amounts: on standard error, and only where the work takes long."""
+"""Progress: of work in known amounts, where it takes long, and of training, as it is on disk."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from flows.terminal import ProgressLine
+from flows.terminal import ProgressLine, _Watcher
+from nested_core.training.metrics import append_metrics, cut_back, read_metrics
 
 
 @pytest.fixture
@@ -38,3 +41,19 @@ def test_long_work_is_a_line_now_and_then(
         "tokenising: 87%, 1 s left",
         "tokenising: 100%",
     ]
+
+
+def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_start(
+    tmp_path: Path,
+) -> None:
+    """A resumed run of a tiny model writes more between two looks than was cut."""
+    path = tmp_path / "metrics.jsonl"
+    for step in range(5):
+        append_metrics(path, {"step": step, "loss": 1.0})
+    watcher = _Watcher(path)
+    watcher._read()
+    cut_back(path, 1, 9)
+    for step in range(2, 20):
+        append_metrics(path, {"step": step, "loss": step / 3})
+    watcher._read()
+    assert watcher._records == read_metrics(path)

@@ -53,6 +53,23 @@ def test_each_stage_of_a_run_has_its_state(states: tuple[dict[str, str], Finishe
     }
 
 
+def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(example_config(), tmp_path / "run")
+    run.gate.write_text('{"verdict": "passed"}')
+    read = Path.read_bytes
+
+    def after(path: Path) -> bytes:
+        if path == run.gate:
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", after)
+    status = read_status(run)
+    assert (status["verdict"], status["state"]) == (None, "resumable")
+
+
 def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(
     states: tuple[dict[str, str], Finished], tmp_path: Path
 ) -> None:
