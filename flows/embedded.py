@@ -68,14 +68,24 @@ def _import_and_wait(server: EmbeddedServer) -> None:
 
 
 class EmbeddedServer:
-    """A server in a process of its own, on a free port of this machine, until this one ends."""
+    """A server in a process of its own, on a port of its own, until this one ends.
+
+    It is handed the bound socket: it takes seconds to listen there, and a port that was only chosen
+    may be another run's by then, whose server would be taken for this one.
+    """
 
     def __init__(self) -> None:
-        self._port = _free_port()
         heard, self._voice = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._port)], stdin=heard, start_new_session=True
-        )
+        with socket.socket() as bound:
+            bound.bind((HOST, 0))
+            self._port: int = bound.getsockname()[1]
+            place = bound.fileno()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(place)],
+                stdin=heard,
+                pass_fds=[place],
+                start_new_session=True,
+            )
         os.close(heard)
         self.url = f"http://{HOST}:{self._port}/api"
         atexit.register(self.stop)
@@ -108,13 +118,6 @@ class EmbeddedServer:
             self._process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def _is_healthy(port: int) -> bool:
     connection = http.client.HTTPConnection(HOST, port, timeout=5)
     try:
@@ -126,8 +129,11 @@ def _is_healthy(port: int) -> bool:
         connection.close()
 
 
-def main(port: int) -> None:
-    """Serve, once asked to, until a signal comes or who started this process is gone."""
+def main(place: int) -> None:
+    """Serve on a bound socket, given by its descriptor, once asked to.
+
+    It ends at a signal, and where who started this process is gone.
+    """
     is_asked = threading.Event()
     threading.Thread(target=_obey_parent, args=(is_asked,), daemon=True).start()
     import uvicorn
@@ -135,7 +141,8 @@ def main(port: int) -> None:
 
     is_asked.wait()
     app = create_app(ephemeral=True, final=True)
-    uvicorn.run(app, host=HOST, port=port, log_level="error", lifespan="on")
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+    server.run(sockets=[socket.socket(fileno=place)])
 
 
 def _obey_parent(is_asked: threading.Event) -> None:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from flows.embedded import HOST, EmbeddedServer
 
 SHOW = """
 from flows.embedded import EmbeddedServer, prefect_server
@@ -40,6 +46,16 @@ def test_without_a_name_for_another_it_serves(tmp_path: Path) -> None:
     assert url.startswith("http://127.0.0.1:")
     assert ended == ["[False]"]
     assert (tmp_path / "home" / "prefect.db").exists()
+
+
+def test_its_port_is_its_own_before_it_serves() -> None:
+    """Else another run's server could have it by then, and would be taken for this one."""
+    server = EmbeddedServer()
+    try:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind((HOST, urlsplit(server.url).port))
+    finally:
+        server.stop()
 
 
 def test_a_server_named_in_the_environment_is_used_and_none_begun(tmp_path: Path) -> None:
