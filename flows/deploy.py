@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
@@ -76,7 +77,8 @@ def _make_work_pools(client: SyncPrefectClient) -> Iterator[str]:
             yield f"work pool {pool.name}: there already, limit {pool.concurrency_limit}"
         except ObjectNotFound:
             template = ProcessWorker.get_default_base_job_template()
-            client.create_work_pool(WorkPoolCreate(**wanted, base_job_template=template))
+            with suppress(ObjectAlreadyExists):  # by another deploy, just now
+                client.create_work_pool(WorkPoolCreate(**wanted, base_job_template=template))
             yield f"work pool {wanted['name']}: made, limit {wanted['concurrency_limit']}"
 
 

@@ -1,9 +1,15 @@
-"""`deploy` where there is nothing to deploy to."""
+"""`deploy` where there is nothing to deploy to, and where another one is under way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.workers.process import ProcessWorker
+
+from flows.deploy import _make_work_pools
 from tests.flows.conftest import Ended
 
 
@@ -22,3 +28,21 @@ def test_a_server_that_does_not_answer_is_said_in_a_paragraph(
     failed = nested_tune("deploy", **nowhere)
     assert failed.code == 1
     assert "Expected a Prefect server at PREFECT_API_URL" in failed.message()
+
+
+def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
+    prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines that start together may deploy together."""
+    template = ProcessWorker.get_default_base_job_template
+    with get_client(sync_client=True) as client:
+
+        def meanwhile() -> Any:
+            monkeypatch.undo()
+            list(_make_work_pools(client))
+            return template()
+
+        monkeypatch.setattr(ProcessWorker, "get_default_base_job_template", meanwhile)
+        first, again = list(_make_work_pools(client)), list(_make_work_pools(client))
+    assert "made, limit" in first[0]
+    assert all("there already" in line for line in [*first[1:], *again])
