@@ -21,12 +21,16 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its batch, the share of its tokens that is learnt, and the layers recomputed."""
+    """A model and its batch, the share of its tokens that is learnt, and the layers recomputed.
+
+    `tiered` is three tiers over thirds of the layers, shallow ones fast, all due.
+    """
 
     name: str
     shape: Shape
     share: float = 1.0
     recomputed: int = 0
+    tiered: bool = False
 
 
 BASE = Shape(256, 8, 704, 4, 4, 4096, 4, 128)
@@ -48,6 +52,7 @@ CASES = (
     Case("16 x 128, all recomputed", replace(BASE, batch=16), recomputed=8),
     Case("16 x 128, 4 of 8 recomputed", replace(BASE, batch=16), recomputed=4),
     Case("vocabulary 512, all recomputed", replace(BASE, vocabulary=512), recomputed=8),
+    Case("the same, tiers", replace(BASE, vocabulary=512), recomputed=8, tiered=True),
 )
 
 
@@ -74,7 +79,7 @@ def main() -> None:
 def measure(case: Case) -> None:
     """Three steps of one case; prints what was forecast before them and the peak of the last."""
     import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
-    from benchmarks.gpu.mlx_arms import build, make_tiers
+    from benchmarks.gpu.mlx_arms import build, make_tiers, optimizer_for
 
     shape = case.shape
     model = build(shape, bits=16)
@@ -83,6 +88,7 @@ def measure(case: Case) -> None:
     from nested_core import backend
     from nested_core.config import FineTuneConfig
     from nested_core.slots import adapter_slots
+    from nested_core.tiers import TierMap
     from nested_core.training.compute import prepared
     from nested_core.training.engine import Engine
     from nested_core.training.forecast import BatchShape, peak_bytes
@@ -96,6 +102,11 @@ def measure(case: Case) -> None:
         dtype = mx.float32
     slots = adapter_slots(model, dtype=dtype)
     optimizer, tiers = make_tiers(slots, shape, deep=False)
+    if case.tiered:
+        depth = {name: int(name.split("layers.")[1].split(".")[0]) for name in slots}
+        tensors = {name: min(2, 3 * at // shape.layers) for name, at in depth.items()}
+        tiers = TierMap((1, 2, 4), tensors)
+        optimizer = optimizer_for(tiers, slots)
     generator = np.random.default_rng(0)
     size = (shape.batch, shape.length + 1)
     tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)
@@ -103,13 +114,14 @@ def measure(case: Case) -> None:
     learnt[:, : round(case.share * shape.length)] = True
     with prepared(model, model.layers[: case.recomputed]):
         rule = rule_for(model, slots, SUPERVISED)
-        load = read_load(config, model, optimizer, rule)
+        load = read_load(config, model, slots, optimizer, rule)
         batch = BatchShape(shape.batch, shape.length, int(learnt.sum()))
         expected = peak_bytes(load, batch, device_of(config), case.recomputed)
         engine = Engine(model, slots, optimizer, tiers, rule)
         for step in range(STEPS):
             mx.reset_peak_memory()
-            taken, _ = engine.take([(tokens, learnt)], (0,), step, complete=True)
+            due = tuple(range(len(tiers.frequencies)))
+            taken, _ = engine.take([(tokens, learnt)], due, step, complete=True)
             mx.eval(taken.updates)
     print(json.dumps({"forecast_bytes": expected, "measured_bytes": mx.get_peak_memory()}))
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from nested_core.pytree import flatten
+from nested_core.slots import Slots
 from nested_core.training.forecast import Layer
 
-SWITCHED = (SwitchLinear, QuantizedSwitchLinear)
-LINEAR = (nn.Linear, nn.QuantizedLinear, *SWITCHED)
+SWITCHED = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx_lm.models.switch_layers
+LINEAR = ("Linear", "QuantizedLinear", *SWITCHED)
 OUT = ("o_proj", "out_proj", "dense", "wo")  # read what attention made of its inputs
 DOWN = ("down_proj", "w2", "fc2", "dense_4h_to_h")  # read what the MLP made of its inputs
 HEADS = ("n_heads", "num_heads", "num_attention_heads")
@@ -26,20 +26,39 @@ CHOSEN = ("top_k", "num_experts_per_tok")
 Modules = Mapping[str, Any]
 
 
-def item_bytes(values: Iterable[mx.array]) -> int:
-    """Bytes of an activation: of the dtype that most floating-point arrays have."""
-    usual = Counter(value.dtype for value in values if mx.issubdtype(value.dtype, mx.floating))
-    return usual.most_common(1)[0][0].size
+def item_bytes(modules: Iterable[nn.Module], slots: Slots) -> int:
+    """Bytes of an activation: of the dtype that most frozen arrays have, else the trained ones."""
+    own = {(id(slot.module), slot.key) for slot in slots.values()}
+    frozen = [v for m in modules for key, v in arrays(m).items() if (id(m), key) not in own]
+    usual = Counter(v.dtype for v in frozen if mx.issubdtype(v.dtype, mx.floating))
+    return next((dtype.size for dtype, _ in usual.most_common(1)), _trained_bytes(slots))
 
 
-def read_layers(model: nn.Module, *, draws: bool = False, copies: int = 1) -> tuple[Layer, ...]:
-    """The layers of a model in their order.
+def arrays(module: nn.Module) -> dict[str, mx.array]:
+    """The arrays that a module holds itself."""
+    return {key: value for key, value in module.items() if isinstance(value, mx.array)}
+
+
+def _trained_bytes(slots: Slots) -> int:
+    return max((slot.dtype.size for slot in slots.values()), default=4)
+
+
+def read_layers(
+    model: nn.Module, modules: Modules, *, draws: bool = False, copies: int = 1
+) -> tuple[Layer, ...]:
+    """The layers of a model, in their order; `modules` are all of its modules by name.
 
     `draws` is for an adapter with dropout, which keeps each input and what it is multiplied by;
     `copies` is how often an input is kept: as often as the factors' dtype is wider than its own.
     """
-    times = copies + draws
-    return tuple(_read_layer(dict(layer.named_modules()), draws, times) for layer in model.layers)
+    names = {id(module): name for name, module in modules.items()}
+    own: dict[str, dict[str, Any]] = {names.get(id(layer), ""): {} for layer in model.layers}
+    depth = next(iter(own), "").count(".") + 1
+    for name, module in modules.items():
+        parts = name.split(".", depth)
+        if len(parts) > depth and (layer := ".".join(parts[:depth])) in own:
+            own[layer][parts[depth]] = module
+    return tuple(_read_layer(each, draws, copies + draws) for each in own.values())
 
 
 def _read_layer(modules: Modules, draws: bool, copies: int) -> Layer:
@@ -70,9 +89,10 @@ def _widths(modules: Modules, name: str) -> tuple[int, int] | None:
     if parent is not None and "lora_a" in parent:
         return None  # the base of an adapter's layer, which stands for both
     base = module.get("linear", module) if "lora_a" in module else module
-    if not isinstance(base, LINEAR):
+    kind = type(base).__name__
+    if kind not in LINEAR:
         return None
-    times = _attribute(modules, CHOSEN, 1) if isinstance(base, SWITCHED) else 1
+    times = _attribute(modules, CHOSEN, 1) if kind in SWITCHED else 1
     output, width = base.weight.shape[-2:]
     width = width * 32 // base.bits if "scales" in base else width
     return times * width, times * output
@@ -103,7 +123,7 @@ def _attribute(modules: Modules, names: tuple[str, ...], default: int) -> int:
     """The first attribute of one of these names that a module has."""
     for module in modules.values():
         for name in names:
-            value = getattr(module, name, None)
+            value = vars(module).get(name)
             if isinstance(value, int):
                 return value
     return default

@@ -18,10 +18,11 @@ width d, attention width a, key-value width k and MLP width m, with LoRA of rank
 is 4 d + 2 a + 2 k + 3 m + 7 r. `in_flight` are arrays that are done with and not free again, for
 MLX runs ahead of the device: in layers, the largest of them, at most all there are.
 
-What is fitted, with MLX 0.32.4: `in_flight` and REFILLED on a CPU to 25 models of benchmarks/
-forecast.py's kind, in_flight on CUDA to the three rows of benchmarks/README.md (7B, 1.7B, 0.5B on
-an H200, MLX_MAX_OPS_PER_BUFFER 25, and in proportion to it). Recomputation on a GPU, and all of
-Metal, follow the same arithmetic and were not measured.
+Five numbers are fitted, to MLX 0.32.4. On a CPU, to some 30 Llamas such as benchmarks/forecast.py
+has: the four arrays beside the logits and five chunks of them at once, in_flight and REFILLED. On
+CUDA, in_flight: to three rows of benchmarks/README.md (an H200, 25 operations a graph); its rows
+with 10, which the fit did not see, come out within 3 %. Recomputation on a GPU, dtypes other than
+bfloat16 there, and all of Metal follow the same arithmetic and were not measured.
 """
 
 from __future__ import annotations

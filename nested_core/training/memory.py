@@ -14,11 +14,11 @@ import mlx.nn as nn
 
 from nested_core import backend
 from nested_core.config import FineTuneConfig
-from nested_core.model import adapter_dtype, trainable
 from nested_core.pytree import flatten
 from nested_core.single_clock import TieredOptimizer
+from nested_core.slots import Slots, read_slots
 from nested_core.training import forecast
-from nested_core.training.footprint import item_bytes, read_layers
+from nested_core.training.footprint import arrays, item_bytes, read_layers
 from nested_core.training.forecast import BatchShape, Device, Load, fewest_recomputed, peak_bytes
 from nested_core.training.losses import LossRule
 from nested_core.training.methods import Method
@@ -78,6 +78,7 @@ def _gb(size: float) -> str:
 def plan_memory(
     config: FineTuneConfig,
     model: nn.Module,
+    slots: Slots,
     optimizer: TieredOptimizer,
     rule: LossRule,
     method: Method,
@@ -88,7 +89,7 @@ def plan_memory(
     Layers are recomputed where `grad_checkpoint` asks for it: all of them, or under a
     `memory_limit_gb` only as many as the forecast needs to fit.
     """
-    load = read_load(config, model, optimizer, rule)
+    load = read_load(config, model, slots, optimizer, rule)
     limit = config.training.memory_limit_gb
     room = backend.memory_bytes() if limit is None else int(limit * 1e9)
     return plan(config, load, method.largest_batch(), device_of(config), room, world.size)
@@ -136,24 +137,32 @@ def _shorter(batch: BatchShape) -> Iterator[BatchShape]:
 
 
 def read_load(
-    config: FineTuneConfig, model: nn.Module, optimizer: TieredOptimizer, rule: LossRule
+    config: FineTuneConfig,
+    model: nn.Module,
+    slots: Slots,
+    optimizer: TieredOptimizer,
+    rule: LossRule,
 ) -> Load:
     """What a model, its adapter and its optimizer hold, and what a step of them keeps."""
-    values = flatten(model.parameters())
-    own = trainable(model)
-    item = item_bytes([v for name, v in values.items() if name not in own] or own.values())
-    factors = adapter_dtype(config, model) or next(iter(own.values())).dtype
-    copies = 1 if config.has_masters else max(1, factors.size // item)
-    vocabulary = max(m.weight.shape[0] for _, m in model.named_modules() if _is_embedding(m))
-    is_apart = rule.value_only is not None
+    modules = dict(model.named_modules())
+    own = read_slots(slots).values()
+    item = item_bytes(modules.values(), slots)
+    factors = max(slot.dtype.size for slot in slots.values())
+    words = [m.weight.shape[0] for m in modules.values() if _is_embedding(m)]
+    vocabulary = max(words, default=0)
     return Load(
-        weights=sum(value.nbytes for value in values.values()),
-        trained=MASTER_BYTES * sum(value.size for value in own.values()),
+        weights=sum(value.nbytes for m in modules.values() for value in arrays(m).values()),
+        trained=MASTER_BYTES * sum(value.size for value in own),
         moments=sum(value.nbytes for value in flatten(optimizer.state).values()),
         item=item,
-        layers=read_layers(model, draws=config.lora_parameters.dropout > 0, copies=copies),
+        layers=read_layers(
+            model,
+            modules,
+            draws=config.lora_parameters.dropout > 0,
+            copies=max(1, factors // item),
+        ),
         vocabulary=vocabulary,
-        chunk=rows_at_once(vocabulary) if is_apart else None,
+        chunk=None if rule.value_only is None else rows_at_once(vocabulary),
         joins=config.fine_tune_type != "full",
     )
 

@@ -15,12 +15,11 @@ from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingStopped
 from nested_core.gradients import Flat
-from nested_core.model import adapter_dtype
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import TieredOptimizer
-from nested_core.slots import adapter_slots, read_slots
+from nested_core.slots import configured_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.compute import prepared
@@ -68,11 +67,11 @@ class Trainer:
         self.config, self.run, self.model = config, run, model
         self.tiers, self.optimizer, self.stop_requested = tiers, optimizer, False
         self.state, self.world = TrainingState(), world
-        dtype = adapter_dtype(config, model)
-        self._slots = adapter_slots(model, masters=config.has_masters, dtype=dtype)
+        self._slots = configured_slots(config, model)
         self.method = make_method(config, splits, world)
         self._rule = rule_for(model, self._slots, self.method.rule)
-        self.memory = plan_memory(config, model, optimizer, self._rule, self.method, world)
+        held = model, self._slots, optimizer, self._rule
+        self.memory = plan_memory(config, *held, self.method, world)
         self._votes, prompts = StopVote(world, self._is_asked_to_stop), choose_prompts(splits)
         evaluator = Evaluator(model, self._slots, self._rule, self._votes.now, prompts, world)
         parts = self._slots, optimizer, self.method, evaluator

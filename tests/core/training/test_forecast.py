@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import pytest
 
+from benchmarks.gpu.shapes import RANK, SHAPES
 from nested_core.config import FineTuneConfig
 from nested_core.training.footprint import read_layers
 from nested_core.training.forecast import (
@@ -25,6 +27,7 @@ from nested_core.training.forecast import (
     peak_bytes,
 )
 from nested_core.training.memory import MemoryPlan, plan
+from nested_core.training.positions import rows_at_once
 from tests.architectures import ARCHITECTURES, build
 from tests.example import example_settings
 
@@ -113,16 +116,53 @@ def test_each_layer_that_is_recomputed_needs_less() -> None:
     assert peaks[12] < 0.5 * peaks[0]
 
 
+H200 = {  # benchmarks/README.md: GiB at the peak, by operations a CUDA graph
+    ("0.5B", 25): 3.96,
+    ("0.5B", 10): 3.58,
+    ("1.7B", 25): 16.7,
+    ("1.7B", 10): 15.1,
+    ("7B", 25): 35.6,
+    ("7B", 10): 33.1,
+}
+
+
+@pytest.mark.parametrize(("size", "operations"), H200)
+def test_the_forecast_for_cuda_is_within_a_twentieth_of_what_an_h200_took(
+    size: str, operations: int
+) -> None:
+    shape = SHAPES[size]
+    d, m, r = shape.hidden, shape.intermediate, RANK
+    frozen = shape.layers * (4 * d * d + 3 * d * m + 2 * d) + (shape.vocabulary + 1) * d
+    trained = 4 * shape.layers * r * (8 * d + 3 * (d + m))
+    layer = Layer(d, 8 * d + 3 * m + 7 * r, m, shape.heads, is_trained=True)
+    load = Load(
+        2 * frozen + trained,
+        trained,
+        2 * trained,
+        item=2,
+        layers=(layer,) * shape.layers,
+        vocabulary=shape.vocabulary,
+        chunk=rows_at_once(shape.vocabulary),
+    )
+    batch = BatchShape(shape.batch, shape.length, shape.tokens)
+    found = peak_bytes(load, batch, cuda(operations)) / 2**30
+    assert found == pytest.approx(H200[size, operations], rel=0.05)
+
+
+def layers_of(model: nn.Module, **settings: Any) -> tuple[Layer, ...]:
+    return read_layers(model, dict(model.named_modules()), **settings)
+
+
 def test_a_llamas_layer_is_read_as_the_docstring_says() -> None:
     d, a, k, m, r = 64, 64, 32, 128, 4
     expected = Layer(d, 4 * d + 2 * a + 2 * k + 3 * m + 7 * r, m, 4, is_trained=True)
-    assert read_layers(build("llama")) == (expected, expected)
-    assert read_layers(build("llama", quantized=True)) == (expected, expected)
+    assert layers_of(build("llama")) == (expected, expected)
+    assert layers_of(build("llama", quantized=True)) == (expected, expected)
 
 
 def test_inputs_of_layers_that_are_not_trained_are_not_kept() -> None:
     (all_of_it, _), (some, _) = (
-        read_layers(build("llama", keys=keys))
+        layers_of(build("llama", keys=keys))
         for keys in (None, ["self_attn.q_proj", "self_attn.v_proj"])
     )
     inputs_and_factors = 64 + 64 + 128 + 5 * 4  # of o, gate and up, down, and five more factors
@@ -133,12 +173,12 @@ def test_dropout_gives_each_trained_layer_an_input_of_its_own() -> None:
     model = build("llama")
     once = 64 + 64 + 64 + 128  # of q, k and v; o; gate and up; down
     each = 3 * 64 + 64 + 2 * 64 + 128
-    assert read_layers(model, draws=True)[0].kept == read_layers(model)[0].kept - once + 2 * each
+    assert layers_of(model, draws=True)[0].kept == layers_of(model)[0].kept - once + 2 * each
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_read(name: str) -> None:
-    for layer in read_layers(build(name)):
+    for layer in layers_of(build(name)):
         assert (layer.width, layer.heads, layer.is_trained) == (64, 4, True)
         assert 600 < layer.kept < 2000
         assert layer.gated in (128, 2 * 128)  # of two chosen experts: olmoe
