@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from nested_core.training.positions import room_for
 
-REFILLED = 1.6  # layers: one that is computed again, and its gradients
+REFILLED = 2.1  # layers: one that is computed again, and its gradients
 LOGIT_BYTES = 16  # beside the logits as they are given, of those that are made in chunks
 ALL_LOGIT_BYTES = 12  # where every position has its own
 IN_FLIGHT_AN_OPERATION = 9 / 25  # layers on CUDA, for each operation of a graph
