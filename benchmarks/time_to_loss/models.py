@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.time_to_loss.corpus import SEED, VOCABULARY, Corpus, Tokens
 
 RANK, SCALE = 8, 20.0
-PEAK_RATE, WARM_UP, DECAY = 1e-3, 100, 0.01
+WARM_UP, DECAY = 100, 0.01
 SAVE_SECONDS, REPORT = 60.0, 250
 SHARD_BYTES = 15 * 2**20  # small enough to be carried between machines file by file
 
@@ -34,6 +34,7 @@ class Size:
     heads: int
     pretraining: int
     rows: int = 32  # a pretraining step
+    peak_rate: float = 1e-3
     text_tokens: int = 3_000_000
     batch: int = 8
     steps: int = 320
@@ -41,7 +42,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(32, 3, 64, 2, 20, rows=4, text_tokens=20_000, steps=48),
-    "3M": Size(192, 6, 512, 6, 2000),
+    "2M": Size(160, 6, 448, 5, 2500, rows=16, peak_rate=2e-3),
     "10M": Size(256, 12, 704, 8, 3000),
     "22M": Size(384, 12, 1024, 6, 3000),
 }
@@ -86,14 +87,9 @@ def pretrain(folder: Path, size: Size, save_seconds: float = SAVE_SECONDS) -> No
     mx.random.seed(SEED)
     model = Model(ModelArgs.from_dict(config_of(size)))
     warm = min(WARM_UP, size.pretraining // 2)
-    rate = optim.join_schedules(
-        [
-            optim.linear_schedule(0.0, PEAK_RATE, warm),
-            optim.cosine_decay(PEAK_RATE, size.pretraining - warm, PEAK_RATE / 20),
-        ],
-        [warm],
-    )
-    optimizer = optim.AdamW(rate, weight_decay=DECAY)
+    rise = optim.linear_schedule(0.0, size.peak_rate, warm)
+    fall = optim.cosine_decay(size.peak_rate, size.pretraining - warm, size.peak_rate / 20)
+    optimizer = optim.AdamW(optim.join_schedules([rise, fall], [warm]), weight_decay=DECAY)
     optimizer.init(model.trainable_parameters())
     text, begun = Corpus().text(size.text_tokens), _restore(folder, model, optimizer)
     state = [model.state, optimizer.state]

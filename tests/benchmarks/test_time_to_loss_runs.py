@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.time_to_loss.models import SIZES, is_made, pretrain
 
-ARMS = ["mlx_lm", "ours", "ours+1-2-4+deep"]
+ARMS = ["mlx_lm", "ours"]
 ONLY_THESE = """
 import builtins, runpy, sys
 allowed = set(sys.stdlib_module_names) | {"mlx", "mlx_lm", "numpy", "nested_core", "benchmarks"}
@@ -45,7 +45,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def call(rows: Path) -> str:
     """One call of the study; what it printed."""
-    options = ["--sizes", "tiny", "--seeds", "1", "--rates", "1e-3", "--arms", *ARMS]
+    options = ["--sizes", "tiny", "--seeds", "1", "--rates", "1e-4", "--arms", *ARMS]
     return run("benchmarks.time_to_loss", str(rows), *options)
 
 
@@ -63,11 +63,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def test_a_second_call_goes_on_with_what_is_missing(study: Path, tmp_path: Path):
     copy = tmp_path / "ROWS.jsonl"
-    kept = study.read_text().splitlines()[:4]
+    kept = study.read_text().splitlines()[:3]
     copy.write_text("".join(f"{line}\n" for line in kept))
     (tmp_path / "models").symlink_to(study.parent / "models")
     assert "nothing is missing" in call(copy)
-    assert copy.read_text().splitlines()[:4] == kept
+    assert copy.read_text().splitlines()[:3] == kept
     names = [(each["arm"], each["seed"]) for each in rows_of(copy)]
     assert names == [(arm, seed) for seed in (0, 1) for arm in ARMS]
     before = copy.read_text()
@@ -80,15 +80,15 @@ def test_uniform_updates_give_mlx_lm_s_losses_from_the_same_start_on_the_same_ba
     for seed in (0, 1):
         rival, ours = of["mlx_lm", seed], of["ours", seed]
         assert rival["losses"][0] == ours["losses"][0]
-        assert ours["losses"][: len(rival["losses"])] == pytest.approx(rival["losses"], abs=2e-4)
+        assert ours["losses"][: len(rival["losses"])] == pytest.approx(rival["losses"], abs=5e-5)
         assert rival["losses"][-1] < rival["losses"][0] - 0.3
     assert of["mlx_lm", 0]["losses"][1] != of["mlx_lm", 1]["losses"][1]
 
 
 def test_ours_are_measured_beyond_the_rival_s_last_step_but_tuned_at_it(study: Path):
     last = {(each["arm"], each["seed"]): each["steps"][-1] for each in rows_of(study)}
-    assert [last[arm, 0] for arm in ARMS] == [48, 48, 48]
-    assert [last[arm, 1] for arm in ARMS] == [48, 64, 64]
+    assert [last[arm, 0] for arm in ARMS] == [48, 48]
+    assert [last[arm, 1] for arm in ARMS] == [48, 64]
 
 
 @pytest.mark.parametrize("arm", ["mlx_lm", "ours+1-2-4+accumulate+scaled", "ours+frozen+deep"])
