@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, Corpus, value_positions
-from benchmarks.time_to_loss.models import load_with_lora
+from benchmarks.time_to_loss.models import digest_of, load_with_lora
 
 ROWS = 16  # examples at once
 
@@ -24,6 +24,7 @@ class Judge:
     """Looks at adapters of one base model on the validation tables."""
 
     def __init__(self, folder: Path) -> None:
+        self.base = digest_of(folder)
         self._model = load_with_lora(folder, seed=0)
         flat: Any = tree_flatten(self._model.trainable_parameters())
         self._start = dict(flat)  # lora_b is 0: tensors that are not given change nothing

@@ -5,6 +5,7 @@ A pretraining that was cut off goes on from where it last saved. No tokenizer: s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -51,6 +52,14 @@ SIZES = {
 def is_made(folder: Path) -> bool:
     """Whether the model is there whole: its config.json is written last."""
     return (folder / "config.json").exists()
+
+
+def digest_of(folder: Path) -> str:
+    """What tells a model's weights from those of another pretraining."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("model*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def config_of(size: Size) -> dict[str, Any]:

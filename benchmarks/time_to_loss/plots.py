@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEGEND = 1180, 640, 300
+WIDTH, HEIGHT, LEGEND = 1180, 640, 330
 LEFT, TOP, BOTTOM = 76, 48, 60
 RIGHT, FLOOR = WIDTH - LEGEND, HEIGHT - BOTTOM
 DASHES = {"": "none", "accumulate": "9 4", "scaled": "2 4", "accumulate+scaled": "9 4 2 4"}
@@ -138,7 +138,7 @@ def target(chart: Chart, frame: Frame) -> list[str]:
     """The loss that is to be reached."""
     y = frame.y(chart.target)
     words = f"{chart.target_name}, {chart.target:.3f}"
-    return [stroke(LEFT, y, RIGHT, y, "#000", "3 3"), text(RIGHT - 4, y - 6, words, anchor="end")]
+    return [stroke(LEFT, y, RIGHT, y, "#000", "3 3"), text(LEFT + 10, y - 6, words)]
 
 
 def legend(series: Sequence[Series]) -> list[str]:

@@ -75,7 +75,8 @@ def table(size: str, rows: Sequence[Row], study: Study, runs: Runs) -> str:
             "",
             *(f"| {each} |" for each in (*head, *body)),
             "",
-            f"Rates of the grid {', '.join(grid)}; * is at its edge.",
+            f"Rates of the grid {', '.join(grid)}; * is at its edge. Not reached: not within "
+            f"{max(row['steps'][-1] for own in runs.values() for row in own.values())} steps.",
         ]
     )
 

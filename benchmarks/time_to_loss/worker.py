@@ -72,6 +72,7 @@ def take(run: Run, folder: Path, judge: Any) -> dict[str, Any]:
 
         train_ours(model, arm_of(run.arm), **settings)
     return vars(run) | {
+        "base": judge.base,
         "steps": list(range(0, steps + 1, WINDOW)),
         "losses": [round(loss, 6) if math.isfinite(loss) else None for loss, _ in looks],
         "right": [round(share, 4) for _, share in looks],

@@ -43,15 +43,18 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rows
 
 
+def command_of(rows: Path) -> list[str]:
+    options = ["--sizes", "tiny", "--seeds", "1", "--rates", "1e-4", "--arms", *ARMS]
+    return [sys.executable, "-m", "benchmarks.time_to_loss", str(rows), *options]
+
+
 def call(rows: Path) -> str:
     """One call of the study; what it printed."""
-    options = ["--sizes", "tiny", "--seeds", "1", "--rates", "1e-4", "--arms", *ARMS]
-    return run("benchmarks.time_to_loss", str(rows), *options)
+    return run(command_of(rows))
 
 
-def run(module: str, *arguments: str, start: Sequence[str] = ("-m",)) -> str:
-    """Run a module in a process of its own, which must succeed."""
-    command = [sys.executable, *start, module, *arguments]
+def run(command: Sequence[str]) -> str:
+    """Run a command, which must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -75,6 +78,16 @@ def test_a_second_call_goes_on_with_what_is_missing(study: Path, tmp_path: Path)
     assert copy.read_text() == before
 
 
+def test_rows_of_another_base_model_are_refused(study: Path, tmp_path: Path):
+    rows = tmp_path / "ROWS.jsonl"
+    rows.write_text(json.dumps(rows_of(study)[0] | {"base": "0" * 16}) + "\n")
+    (tmp_path / "models").symlink_to(study.parent / "models")
+    done = subprocess.run(command_of(rows), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "has runs of another model of tiny than" in done.stderr
+    assert len(rows_of(rows)) == 1
+
+
 def test_uniform_updates_give_mlx_lm_s_losses_from_the_same_start_on_the_same_batches(study: Path):
     of = {(each["arm"], each["seed"]): each for each in rows_of(study)}
     for seed in (0, 1):
@@ -96,7 +109,7 @@ def test_it_runs_with_mlx_mlx_lm_and_numpy_alone(study: Path, tmp_path: Path, ar
     rows = tmp_path / "ROWS.jsonl"
     job = json.dumps(["tiny", arm, 0, 1e-3])
     worker = "benchmarks.time_to_loss.worker", str(study.parent / "models"), "tiny", str(rows), job
-    run(*worker, start=("-c", ONLY_THESE))
+    run([sys.executable, "-c", ONLY_THESE, *worker])
     (row,) = rows_of(rows)
     assert row["losses"][-1] < row["losses"][0]
     assert len(row["losses"]) == len(row["windows"]) + 1 == 4
