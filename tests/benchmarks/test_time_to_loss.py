@@ -15,6 +15,7 @@ from mlx_lm.tuner.trainer import iterate_batches
 
 from benchmarks.time_to_loss.arms import ARMS, Arm, arm_of
 from benchmarks.time_to_loss.corpus import (
+    ENTITIES,
     NEW_WORDS,
     PROMPT_LENGTH,
     TOKEN,
@@ -96,7 +97,7 @@ def test_our_order_of_batches_is_the_one_that_mlx_lm_draws_under_the_seed():
 def test_the_validation_asks_for_entities_that_no_training_table_has():
     corpus = Corpus()
     train, valid = corpus.tables("train"), corpus.tables("valid")
-    names = {TOKEN[f"entity-{i}"] for i in range(256)}
+    names = {TOKEN[f"entity-{i}"] for i in range(ENTITIES)}
     assert train.shape[1] == valid.shape[1] == WIDTH
     assert not (names & set(train.ravel().tolist())) & set(valid.ravel().tolist())
     assert (train[:, PROMPT_LENGTH - 1] == TOKEN["=>"]).all()
