@@ -63,7 +63,8 @@ def table(size: str, rows: Sequence[Row], study: Study, runs: Runs) -> str:
     """A size's table in markdown, the quickest arm first."""
     end = study.steps[size]
     rates = {arm: chosen_rate(rows, study, size, arm) or math.nan for arm in runs}
-    lines = [line_of(arm, rates[arm], own, runs[RIVAL], end) for arm, own in runs.items() if own]
+    paired = {arm: own for arm, own in runs.items() if own.keys() & runs[RIVAL].keys()}
+    lines = [line_of(arm, rates[arm], own, runs[RIVAL], end) for arm, own in paired.items()]
     lines.sort(key=lambda line: (middle(line.ratios), statistics.fmean(line.losses)))
     before = losses_of(next(iter(runs[RIVAL].values())))[0]
     edges, grid = (min(study.rates), max(study.rates)), (f"{rate:g}" for rate in study.rates)

@@ -21,9 +21,7 @@ from benchmarks.time_to_loss.models import SIZES, load_with_lora, pretrain
 from benchmarks.time_to_loss.rows import TUNING_SEED, Run
 
 WINDOW = 16  # steps between two looks: every set of due tiers of [1, 4, 16] is in it
-LONGER = (
-    1.5  # ours are measured beyond the rival's last step, for a cheap step may buy more of them
-)
+LONGER = 1.5  # ours are measured beyond the rival's last step: cheap steps may buy more of them
 
 
 def main(models: str, size: str, rows: str, *runs: str) -> None:
