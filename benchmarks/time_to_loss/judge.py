@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, Corpus, value_positions
 from benchmarks.time_to_loss.models import digest_of, load_with_lora
 
-ROWS = 16  # examples at once
+ROWS = 48  # examples at once
 
 
 class Judge:

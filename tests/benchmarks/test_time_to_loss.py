@@ -16,7 +16,6 @@ from mlx_lm.tuner.trainer import iterate_batches
 from benchmarks.time_to_loss.arms import ARMS, Arm, arm_of
 from benchmarks.time_to_loss.corpus import (
     ENTITIES,
-    NEW_WORDS,
     PROMPT_LENGTH,
     TOKEN,
     VALUES,
@@ -106,9 +105,18 @@ def test_the_validation_asks_for_entities_that_no_training_table_has():
     assert max(TOKEN.values()) < VOCABULARY
 
 
-def test_pretraining_text_has_no_word_of_the_tables_and_every_row_once_an_epoch():
+def test_pretraining_text_knows_every_word_of_the_tables_but_no_table():
+    text, tables = Corpus().text(100_000), Corpus().tables("train")
+    assert set(tables.ravel().tolist()) <= set(text.ravel().tolist())
+    names = {TOKEN[f"entity-{i}"] for i in range(ENTITIES)}
+    after = [set(each[:, 1:][each[:, :-1] == TOKEN["=>"]].tolist()) for each in (text, tables)]
+    assert after[0]
+    assert not after[0] & names
+    assert after[1] <= names
+
+
+def test_every_row_of_the_text_comes_once_an_epoch():
     text = Corpus().text(20_000)
-    assert not {TOKEN[word] for word in NEW_WORDS} & set(text.ravel().tolist())
     batches = [text_batch(text, 3, step) for step in range(len(text) // 3)]
     seen = {tuple(each) for each in np.concatenate(batches).tolist()}
     assert seen <= {tuple(each) for each in text.tolist()}
