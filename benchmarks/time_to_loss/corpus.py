@@ -100,7 +100,7 @@ class Corpus:
         rows = [self._table(entities, generator) for _ in range(count)]
         return np.array(rows, np.int32)
 
-    def _table(self, entities: Tokens, generator: np.random.Generator) -> list[int]:
+    def _table(self, entities: Any, generator: np.random.Generator) -> list[int]:
         entity = int(generator.choice(entities))
         relations = generator.permutation(list(RELATIONS)).tolist()
         keys, name = [TOKEN[relation] for relation in relations], TOKEN[f"entity-{entity}"]

@@ -42,7 +42,8 @@ def crossing(places: Sequence[float], losses: Sequence[float], target: float) ->
 
 def loss_at(row: Row, step: int) -> float:
     """The validation loss after a step at which there was a look."""
-    return losses_of(row)[row["steps"].index(step)]
+    steps: list[int] = row["steps"]
+    return losses_of(row)[steps.index(step)]
 
 
 def to_target(row: Row, target: float) -> tuple[float, float]:

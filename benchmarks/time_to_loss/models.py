@@ -106,10 +106,11 @@ def pretrain(folder: Path, size: Size, save_seconds: float = SAVE_SECONDS) -> No
 
     def loss(tokens: mx.array) -> mx.array:
         logits = model(tokens[:, :-1])
-        return nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
+        mean: mx.array = nn.losses.cross_entropy(logits, tokens[:, 1:], reduction="mean")
+        return mean
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def take(tokens: mx.array) -> mx.array:
+    def take(tokens: mx.array) -> Any:
         value, gradients = nn.value_and_grad(model, loss)(tokens)
         optimizer.update(model, gradients)
         return value
@@ -139,21 +140,17 @@ def _restore(folder: Path, model: Any, optimizer: Any) -> int:
         return 0
     held: Any = mx.load(str(_state_file(folder)))
     mx.eval(held)
-    parts: dict[str, list[Any]] = {"model": [], "optimizer": []}
-    for name, value in held.items():
-        part, _, rest = name.partition(".")
-        parts[part].append((rest, value))
-    model.update(tree_unflatten(parts["model"]))
-    optimizer.state = tree_unflatten(parts["optimizer"])
+    parts: Any = tree_unflatten(list(held.items()))
+    model.update(parts["model"])
+    optimizer.state = parts["optimizer"]
     return int(optimizer.step.item())
 
 
 def _save_state(folder: Path, model: Any, optimizer: Any) -> None:
     from mlx.utils import tree_flatten
 
-    parts = {"model": model.parameters(), "optimizer": optimizer.state}
-    flat: Any = {f"{p}.{n}": v for p, tree in parts.items() for n, v in tree_flatten(tree)}
-    _replace(_state_file(folder), flat)
+    held: Any = tree_flatten({"model": model.parameters(), "optimizer": optimizer.state})
+    _replace(_state_file(folder), dict(held))
 
 
 def _save_model(folder: Path, model: Any, size: Size) -> None:

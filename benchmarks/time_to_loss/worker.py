@@ -8,6 +8,7 @@ MLX's backend.
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import json
 import math
 import sys
@@ -77,7 +78,7 @@ def take(run: Run, folder: Path, judge: Any) -> dict[str, Any]:
         "windows": windows,
         "took": round(time.perf_counter() - began, 2),
         "device": mx.device_info().get("device_name", str(mx.default_device())),
-        "mlx": mx.__version__,
+        "mlx": importlib.metadata.version("mlx"),
     }
 
 

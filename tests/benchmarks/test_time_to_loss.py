@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ STUDY = Study(["3M"], ["mlx_lm", "ours"], 2, [1e-3, 2e-3], {"3M": 32})
 
 
 def row(
-    arm: str, seed: int, rate: float, losses: list[float | None], second: float
+    arm: str, seed: int, rate: float, losses: Sequence[float | None], second: float
 ) -> dict[str, Any]:
     """A run of windows of 16 steps that take a number of seconds each, the first ten times it."""
     windows = [10 * second, *[second] * (len(losses) - 2)]
