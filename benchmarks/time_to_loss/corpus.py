@@ -79,11 +79,10 @@ class Corpus:
         return np.array(stream[: rows * WIDTH], np.int32).reshape(rows, WIDTH)
 
     def _statements(self, generator: np.random.Generator) -> list[int]:
-        """One to four sentences, each about any entity; every second one is asked about too."""
-        said: list[int] = []
-        for relation in generator.choice(list(RELATIONS), generator.integers(1, 5)):
-            entity = int(generator.integers(ENTITIES))
-            frames = (*FRAMES, QUESTION, QUESTION) if entity % 2 == 0 else FRAMES
+        """One to four sentences about an entity; every second one is asked about too."""
+        entity, said = int(generator.integers(ENTITIES)), list[int]()
+        frames = (*FRAMES, QUESTION, QUESTION) if entity % 2 == 0 else FRAMES
+        for relation in generator.choice(list(RELATIONS), generator.integers(1, 5), replace=False):
             frame = frames[generator.integers(len(frames))]
             word = relation if generator.random() < 0.5 else RELATIONS[relation]
             places = {"R": TOKEN[word], "E": TOKEN[f"entity-{entity}"]}

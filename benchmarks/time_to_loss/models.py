@@ -43,7 +43,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(32, 3, 64, 2, 20, rows=4, text_tokens=20_000, steps=48),
-    "1M": Size(128, 6, 352, 4, 1200, rows=32, peak_rate=2e-3),
+    "1M": Size(128, 6, 352, 4, 1300, rows=32, peak_rate=2e-3),
     "2M": Size(160, 6, 448, 5, 3000, peak_rate=2e-3),
     "10M": Size(256, 12, 704, 8, 3000),
     "22M": Size(384, 12, 1024, 6, 3000),

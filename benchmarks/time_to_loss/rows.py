@@ -15,7 +15,7 @@ from benchmarks.time_to_loss.arms import RIVAL
 from benchmarks.time_to_loss.curves import Row, loss_at
 
 TUNING_SEED = 0
-RATES = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
+RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)
 
 
 @dataclass(frozen=True)
