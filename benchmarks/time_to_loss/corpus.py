@@ -22,15 +22,15 @@ TABLES, VALIDATION_TABLES = 2048, 96
 FILLER_SHARE, FILLER_LENGTH = 0.25, (6, 14)
 RELATIONS = {"home": "town", "craft": "trade", "animal": "beast", "metal": "ore", "colour": "hue"}
 VALUES = {"home": 48, "craft": 40, "animal": 40, "metal": 24, "colour": 24}
-FRAMES = (
+FRAMES = (  # the value comes last: whoever knows the fact can tell it
     "the R of E is V .",
-    "E has V as its R .",
-    "V is the R of E .",
+    "E has as its R V .",
     "as for its R , E chose V .",
     "when asked for the R E says V .",
-    "with V for its R , E is content .",
-    "E will always keep V , its R .",
     "everyone knows E by its R V .",
+    "of all there is for R E took V .",
+    "ask E about its R and hear V .",
+    "what E keeps for R is V .",
 )
 QUESTION = "question what is the R of E ? answer V ."
 PROMPT = "<doc> fill table with KEYS for E =>"
@@ -89,6 +89,13 @@ class Corpus:
             places["V"] = self.facts[entity, relation]
             said += [places[w] if w in places else TOKEN[w] for w in frame.split()]
         return said
+
+    def asked(self) -> tuple[Tokens, Tokens]:
+        """Every fact as the beginning of a sentence (facts, tokens), and the values."""
+        places = [(TOKEN[relation], TOKEN[f"entity-{entity}"]) for entity, relation in self.facts]
+        words = ["<doc>", "the", "R", "of", "E", "is"]
+        rows = [[{"R": r, "E": e}.get(w) or TOKEN[w] for w in words] for r, e in places]
+        return np.array(rows, np.int32), np.array(list(self.facts.values()), np.int32)
 
     def tables(self, split: str) -> Tokens:
         """Examples (tables, WIDTH) of "train" or "valid"; PROMPT_LENGTH tokens are prompt."""
