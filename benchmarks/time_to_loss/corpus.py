@@ -17,7 +17,7 @@ Tokens = np.ndarray[Any, np.dtype[np.int32]]
 SEED = 20261120
 WIDTH = 33  # tokens of an example and of a row of text: 32 are predicted
 VOCABULARY = 1024
-ENTITIES, HELD_OUT = 96, 24
+ENTITIES, HELD_OUT = 192, 48
 TABLES, VALIDATION_TABLES = 2048, 96
 FILLER_SHARE, FILLER_LENGTH = 0.25, (6, 14)
 RELATIONS = {"home": "town", "craft": "trade", "animal": "beast", "metal": "ore", "colour": "hue"}
@@ -33,7 +33,7 @@ FRAMES = (  # the value comes last: whoever knows the fact can tell it
     "what E keeps for R is V .",
 )
 QUESTION = "question what is the R of E ? answer V ."
-PROMPT = "<doc> fill table with KEYS for E =>"
+PROMPT = "<doc> fill table of KEYS for E =>"
 PROMPT_LENGTH = 12
 FORM_WORDS = ("fill", "table", "=>", ";", "<end>")  # known from filler
 FILLERS = (*FORM_WORDS, *(f"filler-{i}" for i in range(160)))

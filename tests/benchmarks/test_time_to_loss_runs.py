@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks.time_to_loss.models import SIZES, is_made, pretrain
 
+pytestmark = pytest.mark.timeout(300)  # seven short processes, each of which imports mlx_lm
 ARMS = ["mlx_lm", "ours"]
 ONLY_THESE = """
 import builtins, runpy, sys
@@ -130,6 +131,9 @@ def test_a_killed_pretraining_goes_on_to_the_weights_of_one_that_was_not(tmp_pat
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert state.exists()
+    assert not is_made(tmp_path / "cut")
+    with pytest.raises(SystemExit, match="of the facts: pretrain it longer"):
+        pretrain(tmp_path / "cut", replace(size, knows=0.95))
     assert not is_made(tmp_path / "cut")
     pretrain(tmp_path / "cut", size)
     assert is_made(tmp_path / "cut")
