@@ -1,11 +1,23 @@
 """`make bench`: every measurement that needs no GPU, one after the other."""
 
-from benchmarks import cpu_training, finetune, flow_overhead, gate, memory, padding, reading
+from benchmarks import (
+    cpu_training,
+    finetune,
+    flow_overhead,
+    gate,
+    memory,
+    padding,
+    reading,
+    scaling,
+    startup,
+)
 
 padding.main()
 reading.main()
 memory.main()
+startup.main()
 finetune.main()
 flow_overhead.main()
 cpu_training.main()
+scaling.main()
 gate.main()

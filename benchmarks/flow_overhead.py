@@ -88,6 +88,7 @@ def _start_server(repeat: int) -> float:
 
     began = time.perf_counter()
     server = EmbeddedServer()
+    server.serve()
     server.wait()
     took = time.perf_counter() - began
     server.stop()

@@ -16,14 +16,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 
 from nested_core.errors import NestedTuneError
 
 HOST = "127.0.0.1"
 SECONDS_TO_START, SECONDS_TO_END, SECONDS_BETWEEN_LOOKS = 90.0, 5.0, 0.05
-IMPORTED_BY_THE_FIRST_RUN = ("prefect.flow_engine", "prefect.task_engine")
+API_URL = "PREFECT_API_URL"
+IMPORTED_BY_THE_FIRST_RUN = (
+    "prefect.flow_engine",
+    "prefect.task_engine",
+    "prefect.utilities.visualization",
+    "fastapi.encoders",
+)
 
 
 @contextmanager
@@ -32,8 +38,10 @@ def prefect_server() -> Iterator[Callable[[], None]]:
 
     The block is handed what waits until the server answers: there is time for imports before. The
     one started here ends at exit, after Prefect's own threads have sent it what they hold, and
-    hears no heartbeats, for nobody there would miss them.
+    hears no heartbeats, for nobody there would miss them. Its process is begun before the settings
+    are known, because both take seconds to import; it serves once they name no other.
     """
+    server = None if os.environ.get(API_URL) else EmbeddedServer()
     from prefect.settings import (
         PREFECT_API_URL,
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
@@ -41,11 +49,12 @@ def prefect_server() -> Iterator[Callable[[], None]]:
         temporary_settings,
     )
 
-    if get_current_settings().api.url is not None:
+    if server is None or get_current_settings().api.url is not None:
+        if server is not None:
+            server.stop()
         yield lambda: None
         return
-    server = EmbeddedServer()
-    atexit.register(server.stop)
+    server.serve()
     here = {PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
     with temporary_settings(updates=here):
         yield lambda: _import_and_wait(server)
@@ -59,16 +68,22 @@ def _import_and_wait(server: EmbeddedServer) -> None:
 
 
 class EmbeddedServer:
-    """A server in a process of its own, on a free port of this machine."""
+    """A server in a process of its own, on a free port of this machine, until this one ends."""
 
     def __init__(self) -> None:
         self._port = _free_port()
+        heard, self._voice = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._port)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
+            [sys.executable, "-m", __name__, str(self._port)], stdin=heard, start_new_session=True
         )
+        os.close(heard)
         self.url = f"http://{HOST}:{self._port}/api"
+        atexit.register(self.stop)
+
+    def serve(self) -> None:
+        """Let it serve: until now it imports, and touches no database."""
+        with suppress(BrokenPipeError):  # it has ended, and `wait` says so
+            os.write(self._voice, b"\n")
 
     def wait(self) -> None:
         """Wait until it answers; NestedTuneError where it ends or takes too long."""
@@ -111,23 +126,26 @@ def _is_healthy(port: int) -> bool:
         connection.close()
 
 
-def serve(port: int) -> None:
-    """Serve until a signal comes, or the process at the other end of standard input is gone."""
+def main(port: int) -> None:
+    """Serve, once asked to, until a signal comes or who started this process is gone."""
+    is_asked = threading.Event()
+    threading.Thread(target=_obey_parent, args=(is_asked,), daemon=True).start()
     import uvicorn
     from prefect.server.api.server import create_app
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    is_asked.wait()
     app = create_app(ephemeral=True, final=True)
     uvicorn.run(app, host=HOST, port=port, log_level="error", lifespan="on")
 
 
-def _end_with_parent() -> None:
+def _obey_parent(is_asked: threading.Event) -> None:
+    """A byte from standard input asks to serve; the end of it, to end."""
     while os.read(sys.stdin.fileno(), 1):
-        pass
+        is_asked.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SECONDS_TO_END)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    main(int(sys.argv[1]))

@@ -6,7 +6,6 @@ which re-hashes them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from nested_core.registry import (
     read_changes,
     verify,
 )
-from nested_core.registry.verdict import GATE_NAME
+from nested_core.registry.verdict import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
+from nested_core.regular_files import read_json
 
 DAMAGED = "damaged"
 
@@ -56,8 +56,8 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
     if version not in list_versions(registry, name):
         raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
     provenance = read_provenance(folder)
+    gate = read_json(folder / GATE_NAME, MAX_GATE_BYTES)
     try:
-        gate = json.loads((folder / GATE_NAME).read_bytes())
         validation = gate.get("validation") or {}
         fields = {
             "version": version,
@@ -70,7 +70,7 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
             "loss_after": validation.get("loss_after"),
         }
         return Candidate.model_validate(fields)
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DamagedError(f"{folder}: provenance or verdict cannot be read: {reason}.") from error
 

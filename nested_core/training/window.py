@@ -124,8 +124,7 @@ def optimizer_record(optimizer: TieredOptimizer) -> dict[str, Any]:
 
 def train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
     """A report as mlx-lm's on_train_loss_report gets it, with our step beside it."""
-    of_ranks = {key: record[key] for key in ("gradient_bytes",) if key in record}
-    return of_ranks | {
+    info = {
         "iteration": iteration,
         "step": step,
         "train_loss": record["loss"],
@@ -135,3 +134,6 @@ def train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[str, A
         "trained_tokens": record["trained_tokens"],
         "peak_memory": record["peak_memory_gb"],
     }
+    if "gradient_bytes" in record:  # there are ranks
+        info["gradient_bytes"] = record["gradient_bytes"]
+    return info

@@ -68,7 +68,8 @@ class Training:
         wait_for(lambda: not self.stack.processes_of(self.id))
         time.sleep(SECONDS_UNTIL_THE_WORKER_IS_DONE)
         self.stack.retry(self.id)
-        wait_for(lambda: self.stack.flow_run(self.id).state_name not in ("Crashed", "Cancelled"))
+        ends = ("Crashed", "Cancelled", "Failed")
+        wait_for(lambda: self.stack.flow_run(self.id).state_name not in ends)
         ended = self.stack.wait(self.id)
         assert ended.state is not None
         assert ended.state_name == "Completed", ended.state.message

@@ -1,0 +1,58 @@
+"""The server of a run at the command line: begun early, it serves only where it is asked to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SHOW = """
+from flows.embedded import EmbeddedServer, prefect_server
+begun = []
+start = EmbeddedServer.__init__
+EmbeddedServer.__init__ = lambda self: (start(self), begun.append(self))[0]
+with prefect_server() as wait:
+    wait()
+    from prefect.settings import get_current_settings
+    url = get_current_settings().api.url
+print(url, [server._process.poll() is not None for server in begun])
+"""
+
+
+def show(folder: Path, **environment: str) -> list[str]:
+    home = {"PREFECT_HOME": str(folder / "home")}
+    given = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        env=given | home | environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    return done.stdout.split()
+
+
+def test_without_a_name_for_another_it_serves(tmp_path: Path) -> None:
+    url, *ended = show(tmp_path)
+    assert url.startswith("http://127.0.0.1:")
+    assert ended == ["[False]"]
+    assert (tmp_path / "home" / "prefect.db").exists()
+
+
+def test_a_server_named_in_the_environment_is_used_and_none_begun(tmp_path: Path) -> None:
+    assert show(tmp_path, PREFECT_API_URL="http://other:1/api") == ["http://other:1/api", "[]"]
+
+
+def test_a_server_named_in_a_profile_is_used_and_the_one_begun_ends_without_a_database(
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "profiles.toml").write_text(
+        'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://other:1/api"\n'
+    )
+    assert show(tmp_path) == ["http://other:1/api", "[True]"]
+    assert not (home / "prefect.db").exists()
