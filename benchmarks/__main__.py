@@ -4,6 +4,7 @@ from benchmarks import (
     cpu_training,
     finetune,
     flow_overhead,
+    forecast,
     gate,
     memory,
     padding,
@@ -15,6 +16,7 @@ from benchmarks import (
 padding.main()
 reading.main()
 memory.main()
+forecast.main()
 startup.main()
 finetune.main()
 flow_overhead.main()

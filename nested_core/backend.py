@@ -13,12 +13,14 @@ import shutil
 import sys
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 
 CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12")
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
 LARGEST_THRESHOLD, KEPT_BYTES = 32 * 2**20, 2**30
 GRAPH_VARIABLE, OPERATIONS_A_GRAPH = "MLX_MAX_OPS_PER_BUFFER", "25"
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
 
 
@@ -86,6 +88,22 @@ def device() -> str:
     import mlx.core as mx
 
     return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
+
+
+def memory_bytes() -> int:
+    """What the default device can hold: what Metal recommends, CUDA's total, a CPU's main memory.
+
+    A container's own limit counts as main memory (cgroup v2, memory.max).
+    """
+    import mlx.core as mx
+
+    if device() == "gpu":
+        info = mx.device_info()
+        keys = ("max_recommended_working_set_size", "total_memory", "memory_size")
+        return int(next(info[key] for key in keys if key in info))
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    allowed = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else ""
+    return min(installed, int(allowed)) if allowed.isdigit() else installed
 
 
 def compiles_kernels() -> bool:

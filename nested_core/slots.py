@@ -9,7 +9,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.model import trainable
+from nested_core.config import FineTuneConfig
+from nested_core.model import adapter_dtype, trainable
 
 
 class Slot(NamedTuple):
@@ -39,6 +40,12 @@ def adapter_slots(
         if masters:
             modules[parent][key] = value.astype(mx.float32)
     return slots
+
+
+def configured_slots(config: FineTuneConfig, model: nn.Module) -> Slots:
+    """The places as a configuration has them computed: their dtype, and masters under `full`."""
+    dtype = adapter_dtype(config, model)
+    return adapter_slots(model, masters=config.has_masters, dtype=dtype)
 
 
 def read_slots(slots: Slots) -> dict[str, mx.array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -104,6 +105,8 @@ def train(
     progress, run = PrefectProgress(), RunDirectory(run_dir)
 
     def begin(trainer: Trainer) -> None:
+        level = logging.INFO if trainer.memory.fits else logging.WARNING
+        get_run_logger().log(level, trainer.memory.describe())
         progress.start(trainer)
         if watch is not None:
             watch(trainer)

@@ -100,6 +100,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     def begin(trainer: Any) -> None:
         stopper.watch(trainer)
         say(describe_tiers(trainer.tier_stats()))
+        say(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
 
     with run.locked(), stopper.installed():
         say(f"run directory: {run.path}")

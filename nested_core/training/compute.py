@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import mlx.nn as nn
@@ -15,13 +15,14 @@ from nested_core.training.recompute import recomputed
 
 @contextmanager
 def prepared(
-    model: nn.Module, *, recomputes: bool = False, as_mlx_lm: bool = False
+    model: nn.Module, recomputes: Sequence[nn.Module] = (), *, as_mlx_lm: bool = False
 ) -> Iterator[None]:
     """Have a model computed our way while the block runs.
 
-    `recomputes` is gradient checkpointing; `as_mlx_lm` leaves everything else to mlx-lm.
+    `recomputes` are the layers under gradient checkpointing; `as_mlx_lm` leaves everything else to
+    mlx-lm.
     """
-    with recomputed(model.layers if recomputes else []):
+    with recomputed(recomputes):
         if as_mlx_lm:
             yield
             return

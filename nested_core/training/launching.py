@@ -29,6 +29,7 @@ from nested_core.run_directory import RunDirectory
 from nested_core.training import guard
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.hosts import launch_command, rank_environment
+from nested_core.training.memory import MemoryPlan
 
 MARK = "@nested-tune "  # before what a rank says, among all else that is printed
 LOST = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")
@@ -45,6 +46,7 @@ class RankGroup:
         self.current_step, self.current_train_loss, self.gradient_bytes = 0, None, 0
         self._callback = callback
         self._tiers: list[TierStats] = []
+        self.memory: MemoryPlan  # known when on_start is called
         self._ends: dict[int, dict[str, Any]] = {}
         self._lost: str | None = None
         self._words: int | None = None
@@ -104,6 +106,7 @@ class RankGroup:
         if kind == "begun":
             self.steps, self.current_step = said["steps"], said["step"]
             self._tiers = [TierStats(**tier) for tier in said["tiers"]]
+            self.memory = MemoryPlan(**said["memory"])
             if on_start is not None:
                 on_start(self)
         elif kind == "end":

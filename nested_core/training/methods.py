@@ -16,8 +16,11 @@ from nested_core.config import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.training.evaluation import fixed_batches
+from nested_core.training.forecast import BatchShape
 from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
 from nested_core.training.ranks import ALONE, World
+
+SAMPLED_ROWS = 256
 
 
 class Method(Protocol):
@@ -29,6 +32,9 @@ class Method(Protocol):
     offers_best: bool
     evaluates_after: bool
     draws_in_sequence: bool
+
+    def largest_batch(self) -> BatchShape:
+        """The shape of the micro-batches that take most memory."""
 
     def micro_batch(self, index: int) -> MicroBatch:
         """The micro-batch of an iteration."""
@@ -71,6 +77,18 @@ class OwnMethod:
         whole = None if epochs is None else math.ceil(epochs * self._plan.batches_per_epoch)
         self.iterations = config.iters if whole is None else whole
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
+
+    def largest_batch(self) -> BatchShape:
+        """This rank's share of the widest batch, as much of it learnt as its rows ask for at most.
+
+        Of many rows that are as wide, a sample of the longest is looked at.
+        """
+        buckets, each = self._plan.buckets, self._config.batch_size
+        rows = buckets.rows[: min(int(buckets.starts[1]), max(SAMPLED_ROWS, each))]
+        learnt = sorted(int(self._train.supervision(row).sum()) for row in rows)
+        self._train.give_back()
+        size = self._world.size
+        return BatchShape(each // size, buckets.width_at(0), sum(learnt[-each:]) // size)
 
     def micro_batch(self, index: int) -> MicroBatch:
         """A batch of examples of about one length."""

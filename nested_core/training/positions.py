@@ -48,13 +48,23 @@ def positions(batch: MicroBatch) -> Arrays:
     tokens, supervised = batch
     flat = supervised.reshape(-1)
     found = np.flatnonzero(flat)
-    room = max(LEAST_POSITIONS, 1 << max(len(found) - 1, 0).bit_length())
-    if room >= flat.size:
+    room = room_for(len(found), flat.size)
+    if room == flat.size:
         rows = np.where(flat, np.arange(flat.size), -1)
     else:
         rows = np.full(room, -1)
         rows[: len(found)] = found
     return mx.array(tokens), mx.array(rows.astype(np.int32))
+
+
+def room_for(found: int, size: int) -> int:
+    """How many positions are computed where `found` of `size` are supervised."""
+    return min(size, max(LEAST_POSITIONS, 1 << max(found - 1, 0).bit_length()))
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """The rows of one chunk of logits."""
+    return max(LEAST_CHUNK, 1 << (CHUNK_LOGITS // vocabulary).bit_length() - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +106,7 @@ class PositionsLoss:
         self, hidden: mx.array, targets: mx.array, learnt: mx.array, *, wants_gradient: bool = False
     ) -> Arrays:
         """The summed loss, and, where it is wanted, its gradient (rows, width)."""
-        rows = self.chunk or self._rows_at_once(hidden)
+        rows = self.chunk or rows_at_once(self.head.logits(hidden[:1]).shape[-1])
         total, gradients, before = mx.array(0.0), [], None
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]
@@ -122,10 +132,6 @@ class PositionsLoss:
         slope = ((powers / total - is_target) * learnt[:, None]).astype(given.dtype)
         _, (gradient,) = mx.vjp(self.head.logits, [hidden], [slope])
         return loss, gradient
-
-    def _rows_at_once(self, hidden: mx.array) -> int:
-        vocabulary = self.head.logits(hidden[:1]).shape[-1]
-        return max(LEAST_CHUNK, 1 << (CHUNK_LOGITS // vocabulary).bit_length() - 1)
 
 
 def _take(values: mx.array, rows: mx.array) -> mx.array:

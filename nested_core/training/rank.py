@@ -105,7 +105,8 @@ class Listener(threading.Thread):
             trainer.stop_training()
         if trainer.world.leads:
             tiers = [asdict(stats) for stats in trainer.tier_stats()]
-            tell("begun", step=trainer.current_step, steps=trainer.steps, tiers=tiers)
+            memory, step = asdict(trainer.memory), trainer.current_step
+            tell("begun", step=step, steps=trainer.steps, tiers=tiers, memory=memory)
 
     def run(self) -> None:
         """Listen until the other end is closed."""

@@ -15,6 +15,7 @@ from mlx_lm.tuner.trainer import default_loss
 from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError
+from nested_core.training.forecast import BatchShape
 from nested_core.training.losses import LossRule, MicroBatch
 
 PAD_MULTIPLE = 32
@@ -40,6 +41,11 @@ class ReferenceMethod:
         self._drawn = 0
         self._train_orders: list[np.ndarray] = []
         self._valid_orders: dict[int, np.ndarray] = {}
+
+    def largest_batch(self) -> BatchShape:
+        """A whole batch of the longest example; every position has its logits."""
+        width = self._width_of(int(self._train.lengths.max())) - 1
+        return BatchShape(self._config.batch_size, width, self._config.batch_size * width)
 
     def micro_batch(self, index: int) -> MicroBatch:
         """A batch of this epoch's order."""
@@ -91,14 +97,17 @@ class ReferenceMethod:
         """One more than a multiple of 32 tokens wide, at most max_seq_length; in place of a mask,
         mlx-lm's (offset, length) of each row, both inclusive: what it learns is one stretch."""
         examples = [split.example(row) for row in rows]
-        longest = max(map(len, examples))
-        width = 1 + PAD_MULTIPLE * ((longest + PAD_MULTIPLE - 1) // PAD_MULTIPLE)
-        tokens = np.zeros((len(rows), min(width, self._config.max_seq_length)), np.int32)
+        width = self._width_of(max(map(len, examples)))
+        tokens = np.zeros((len(rows), width), np.int32)
         for place, example in enumerate(examples):
             tokens[place, : len(example)] = example
         offsets = [int(split.supervision(row).argmax()) for row in rows]
         bounds = np.array(list(zip(offsets, map(len, examples), strict=True)), np.int32)
         return tokens, bounds
+
+    def _width_of(self, longest: int) -> int:
+        width = 1 + PAD_MULTIPLE * ((longest + PAD_MULTIPLE - 1) // PAD_MULTIPLE)
+        return min(width, self._config.max_seq_length)
 
 
 def _batches_by_key_count(

@@ -58,6 +58,7 @@ class TrainStep:
         self._world, self.bytes_sent = world, dict[tuple[int, ...], int]()
         self._model, self._slots, self._optimizer = model, slots, optimizer
         self._packing, self._rule = packing, rule
+        self._places = {name: place for place, name in enumerate(slots)}
         self._captured = [optimizer.state, mx.random.state] if draws else [optimizer.state]
         self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
 
@@ -130,9 +131,19 @@ class TrainStep:
         return self._rule.function(self._model, tokens, learnt)
 
     def _gradients(self, found: Flat, wanted: Flat) -> Flat:
-        """The gradients packed as the parameters are, and in their dtype."""
-        joined = {key: self._packing.leaves[key].join(found) for key in wanted}
-        return {key: joined[key].astype(value.dtype) for key, value in wanted.items()}
+        """The gradients packed as the parameters are, and in their dtype.
+
+        All are asked for together, the deepest layers' first: the backward pass comes to them in
+        that order, and where one waited for another, the activations it is made of would stay.
+        """
+        keys = sorted(wanted, key=self._depth, reverse=True)
+        joined = [self._packing.leaves[key].join(found) for key in keys]
+        ordered = dict(zip(keys, mx.depends(joined, joined) if joined else [], strict=True))
+        return {key: ordered[key].astype(value.dtype) for key, value in wanted.items()}
+
+    def _depth(self, key: str) -> int:
+        """How far up in the model the last of an array's tensors is."""
+        return max(self._places[name] for name in self._packing.names(key))
 
     def _apply(self, gradients: Flat, weight: mx.array, wanted: Flat) -> Flat:
         mean = {name: g / weight.astype(g.dtype) for name, g in gradients.items()}

@@ -15,18 +15,18 @@ from nested_core.config import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingStopped
 from nested_core.gradients import Flat
-from nested_core.model import adapter_dtype
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import TieredOptimizer
-from nested_core.slots import adapter_slots, read_slots
+from nested_core.slots import configured_slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.compute import prepared
 from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine, StepTaken
 from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts
+from nested_core.training.memory import plan_memory
 from nested_core.training.methods import make_method
 from nested_core.training.packing import nested
 from nested_core.training.positions import rule_for
@@ -65,13 +65,13 @@ class Trainer:
         world: World = ALONE,
     ) -> None:
         self.config, self.run, self.model = config, run, model
-        self.tiers, self.optimizer = tiers, optimizer
+        self.tiers, self.optimizer, self.stop_requested = tiers, optimizer, False
         self.state, self.world = TrainingState(), world
-        self.stop_requested = False
-        dtype = adapter_dtype(config, model)
-        self._slots = adapter_slots(model, masters=config.has_masters, dtype=dtype)
+        self._slots = configured_slots(config, model)
         self.method = make_method(config, splits, world)
         self._rule = rule_for(model, self._slots, self.method.rule)
+        held = model, self._slots, optimizer, self._rule
+        self.memory = plan_memory(config, *held, self.method, world)
         self._votes, prompts = StopVote(world, self._is_asked_to_stop), choose_prompts(splits)
         evaluator = Evaluator(model, self._slots, self._rule, self._votes.now, prompts, world)
         parts = self._slots, optimizer, self.method, evaluator
@@ -129,9 +129,9 @@ class Trainer:
         Raises TrainingDiverged after `max_nonfinite_steps` non-finite steps in a row.
         """
         self.model.train()
-        recomputes, reference = self.config.grad_checkpoint, self.config.training.reference
+        layers, reference = self.memory.chosen(self.model), self.config.training.reference
         try:
-            with prepared(self.model, recomputes=recomputes, as_mlx_lm=reference is not None):
+            with prepared(self.model, layers, as_mlx_lm=reference is not None):
                 self.world.require_equal(read_slots(self._slots), self.state.step)
                 self._recorder.begin(self.state)
                 self._take_steps()
@@ -173,10 +173,9 @@ class Trainer:
             raise
 
     def _make_engine(self) -> Engine:
-        is_adapter = self.config.fine_tune_type != "full"
-        draws = self.config.lora_parameters.dropout > 0
+        joins, draws = self.config.fine_tune_type != "full", self.config.lora_parameters.dropout > 0
         parts = self.model, self._slots, self.optimizer, self.tiers, self._rule
-        return Engine(*parts, joins=is_adapter, draws=draws, world=self.world)
+        return Engine(*parts, joins=joins, draws=draws, world=self.world)
 
     def _is_over(self) -> bool:
         patience = self.config.training.early_stop_patience

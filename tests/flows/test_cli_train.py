@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,6 +45,13 @@ def test_what_each_tier_holds_is_said_before_training(command_run: CommandRun) -
         "20,480 parameters; tier 2 (every 4 steps): 28 tensors, 20,480 parameters"
     )
     assert expected in command_run.ended.stderr
+
+
+def test_what_memory_is_needed_is_said_once_before_training(command_run: CommandRun) -> None:
+    lines = command_run.ended.stderr.splitlines()
+    (said,) = [line for line in lines if "needs about" in line]
+    assert re.fullmatch(r"memory: needs about 0\.0\d+ GB of \d+\.\d GB", said)
+    assert lines.index(said) < next(i for i, line in enumerate(lines) if line.startswith("step "))
 
 
 def test_the_run_directory_holds_the_whole_truth(command_run: CommandRun) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm import load
@@ -18,7 +20,16 @@ from nested_core.model import attach_adapter, load_base, tokenizer_source
 from nested_core.pytree import flatten
 from nested_core.training.probe import parameter_importance
 from nested_core.training.recompute import recomputed
-from tests.example import MODEL, Finished, example_config, prepare, train_example
+from nested_core.training.trainer import Trainer
+from tests.example import (
+    MODEL,
+    SPEEDS,
+    Finished,
+    example_config,
+    prepare,
+    train,
+    train_example,
+)
 
 IMPORTANCE = {"strategy": "parameter_importance", "probe_batches": 2}
 
@@ -94,6 +105,42 @@ def test_gradient_checkpointing_gives_the_same_losses_and_leaves_the_classes_alo
         assert [record[key] for record in done.metrics()[1:]] == pytest.approx(expected, rel=1e-4)
     assert {type(layer) for layer in done.trainer.model.layers} == kinds
     assert all(kind.__call__ is call for kind, call in calls.items())
+
+
+@pytest.mark.parametrize("recomputed", [1, 4, 6])
+def test_recomputing_any_number_of_layers_gives_the_same_bits(
+    plain: Finished, tmp_path: Path, recomputed: int
+) -> None:
+    def choose(trainer: Trainer) -> None:
+        assert (trainer.memory.recomputed, trainer.memory.layers) == (6, 6)
+        trainer.memory = replace(trainer.memory, recomputed=recomputed)
+        assert len(trainer.memory.chosen(trainer.model)) == recomputed
+
+    config = example_config(grad_checkpoint=True, **LOSSES)
+    done = train(config, prepare(config, tmp_path / "run"), on_start=choose)
+    speeds = {"without": SPEEDS}
+    assert done.metrics(**speeds) == plain.metrics(**speeds)
+    assert weights_of(done.trainer.model) == weights_of(plain.trainer.model)
+
+
+def test_only_the_given_layers_are_computed_again(plain: Finished) -> None:
+    model = plain.trainer.model
+    (kind,) = {type(layer) for layer in model.layers}
+    place = {id(layer): index for index, layer in enumerate(model.layers)}
+    times, call = [0] * len(model.layers), kind.__call__
+
+    def counted(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        times[place[id(layer)]] += 1
+        return call(layer, *args, **kwargs)
+
+    kind.__call__ = counted
+    try:
+        with recomputed(model.layers[1:3]):
+            gradients = nn.value_and_grad(model, lambda tokens: model(tokens).sum())
+            mx.eval(gradients(mx.array([[1, 2, 3]])))
+    finally:
+        kind.__call__ = call
+    assert times == [1, 2, 2, 1, 1, 1]
 
 
 def test_the_classes_are_given_back_after_an_error(plain: Finished) -> None:

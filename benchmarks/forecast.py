@@ -1,0 +1,130 @@
+"""The peak memory that is forecast for a step, and the one that is measured, model after model.
+
+Llamas of random weights with LoRA on every linear layer on this machine's device, each in a process
+of its own; the peak of the last of three steps, weights included.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from benchmarks.gpu.shapes import Shape
+from benchmarks.timing import keep
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its batch, the share of its tokens that is learnt, and the layers recomputed.
+
+    `tiered` is three tiers over thirds of the layers, shallow ones fast, all due.
+    """
+
+    name: str
+    shape: Shape
+    share: float = 1.0
+    recomputed: int = 0
+    tiered: bool = False
+
+
+BASE = Shape(256, 8, 704, 4, 4, 4096, 4, 128)
+CASES = (
+    Case("8 layers of 256, 4 x 128", BASE),
+    Case("2 layers", replace(BASE, layers=2)),
+    Case("16 layers", replace(BASE, layers=16)),
+    Case("width 128", replace(BASE, hidden=128, intermediate=352)),
+    Case("width 512, 2 of 8 heads for keys", replace(BASE, hidden=512, heads=8, kv_heads=2)),
+    Case("1 x 128", replace(BASE, batch=1)),
+    Case("16 x 128", replace(BASE, batch=16)),
+    Case("4 x 32", replace(BASE, length=32)),
+    Case("2 x 1,024", replace(BASE, batch=2, length=1024)),
+    Case("vocabulary 512", replace(BASE, vocabulary=512)),
+    Case("vocabulary 50,000", replace(BASE, vocabulary=50_000)),
+    Case("vocabulary 50,000, a tenth learnt", replace(BASE, vocabulary=50_000), share=0.1),
+    Case("vocabulary 50,000, 8 x 256", replace(BASE, vocabulary=50_000, batch=8, length=256)),
+    Case("all 8 layers recomputed", BASE, recomputed=8),
+    Case("16 x 128, all recomputed", replace(BASE, batch=16), recomputed=8),
+    Case("16 x 128, 4 of 8 recomputed", replace(BASE, batch=16), recomputed=4),
+    Case("vocabulary 512, all recomputed", replace(BASE, vocabulary=512), recomputed=8),
+    Case("the same, tiers", replace(BASE, vocabulary=512), recomputed=8, tiered=True),
+)
+
+
+def main() -> None:
+    """Print both figures of every case and how far they are apart, and keep them as JSON."""
+    rows = []
+    for number, case in enumerate(CASES):
+        command = [sys.executable, "-m", "benchmarks.forecast", str(number)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        off = found["forecast_bytes"] / found["measured_bytes"] - 1
+        rows.append({"case": case.name, **found, "off": round(off, 4)})
+        forecast, measured = found["forecast_bytes"] / 2**20, found["measured_bytes"] / 2**20
+        print(
+            f"forecast: {case.name:<36} {forecast:8,.0f} MiB forecast, {measured:8,.0f} measured: "
+            f"{off:+.1%}",
+            flush=True,
+        )
+    offs = [row["off"] for row in rows]
+    print(f"forecast: {min(offs):+.1%} to {max(offs):+.1%} over {len(offs)} cases")
+    keep("forecast", {"cases": rows})
+
+
+def measure(case: Case) -> None:
+    """Three steps of one case; prints what was forecast before them and the peak of the last."""
+    import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
+    from benchmarks.gpu.mlx_arms import build, make_tiers, optimizer_for
+
+    shape = case.shape
+    model = build(shape, bits=16)
+    import mlx.core as mx
+
+    from nested_core import backend
+    from nested_core.config import FineTuneConfig
+    from nested_core.slots import adapter_slots
+    from nested_core.tiers import TierMap
+    from nested_core.training.compute import prepared
+    from nested_core.training.engine import Engine
+    from nested_core.training.forecast import BatchShape, peak_bytes
+    from nested_core.training.losses import SUPERVISED
+    from nested_core.training.memory import device_of, read_load
+    from nested_core.training.positions import rule_for
+
+    config, dtype = FineTuneConfig(), mx.bfloat16
+    if backend.device() == "cpu":
+        model.set_dtype(mx.float32)
+        dtype = mx.float32
+    slots = adapter_slots(model, dtype=dtype)
+    optimizer, tiers = make_tiers(slots, shape, deep=False)
+    if case.tiered:
+        depth = {name: int(name.split("layers.")[1].split(".")[0]) for name in slots}
+        tensors = {name: min(2, 3 * at // shape.layers) for name, at in depth.items()}
+        tiers = TierMap((1, 2, 4), tensors)
+        optimizer = optimizer_for(tiers, slots)
+    generator = np.random.default_rng(0)
+    size = (shape.batch, shape.length + 1)
+    tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)
+    learnt = np.zeros((shape.batch, shape.length), np.bool_)
+    learnt[:, : round(case.share * shape.length)] = True
+    with prepared(model, model.layers[: case.recomputed]):
+        rule = rule_for(model, slots, SUPERVISED)
+        load = read_load(config, model, slots, optimizer, rule)
+        batch = BatchShape(shape.batch, shape.length, int(learnt.sum()))
+        expected = peak_bytes(load, batch, device_of(config), case.recomputed)
+        engine = Engine(model, slots, optimizer, tiers, rule)
+        for step in range(STEPS):
+            mx.reset_peak_memory()
+            due = tuple(range(len(tiers.frequencies)))
+            taken, _ = engine.take([(tokens, learnt)], due, step, complete=True)
+            mx.eval(taken.updates)
+    print(json.dumps({"forecast_bytes": expected, "measured_bytes": mx.get_peak_memory()}))
+
+
+if __name__ == "__main__":
+    measure(CASES[int(sys.argv[1])]) if len(sys.argv) > 1 else main()

@@ -1,0 +1,89 @@
+"""Our engine, driven as the trainer drives it: one step in flight, looked at between windows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.time_to_loss.arms import Arm
+from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, training_order
+from nested_core.clocks import COUNTERS, Tier
+from nested_core.optimizers import NestedAdam
+from nested_core.slots import Slots, adapter_slots, read_slots
+from nested_core.tiers import TierMap, assign_tiers
+from nested_core.training.compute import prepared
+from nested_core.training.divergence import DivergenceWatch
+from nested_core.training.engine import Engine
+from nested_core.training.losses import SUPERVISED, MicroBatch
+from nested_core.training.packing import nested
+from nested_core.training.positions import rule_for
+
+Look = Callable[[float, Mapping[str, mx.array]], None]
+THIRDS = Arm((1, 2, 4))
+NEVER = 10**9  # steps in a row without a finite gradient before a run is given up
+
+
+def train_ours(
+    model: Any, arm: Arm, *, seed: int, rate: float, steps: int, batch: int, window: int, look: Look
+) -> None:
+    """Train; after every window `look` is given its seconds and the LoRA.
+
+    The clock runs from the first batch of a window until the device has done its last step.
+    """
+    if arm.frozen:
+        freeze_slow(model, arm)
+    computed_in = mx.bfloat16 if model.model.norm.weight.dtype == mx.bfloat16 else None
+    slots = adapter_slots(model, dtype=computed_in)
+    tiers = tiers_of(slots, arm)
+    optimizer = optimizer_of(slots, tiers, arm, rate)
+    batches = training_batches(seed, batch)
+    model.train()
+    with prepared(model):
+        rule = rule_for(model, slots, SUPERVISED)
+        engine = Engine(model, slots, optimizer, tiers, rule)
+        watch = DivergenceWatch(NEVER)
+        for first in range(1, steps + 1, window):
+            began = time.perf_counter()
+            for step in range(first, first + window):
+                engine.take([next(batches)], engine.needed(step), step - 1, complete=True)
+                watch.add(step, optimizer.state[COUNTERS])
+            watch.settle()
+            mx.eval(engine.held())
+            look(time.perf_counter() - began, engine.values())
+
+
+def training_batches(seed: int, batch: int) -> Iterator[MicroBatch]:
+    """The batches that mlx_lm draws under that seed; prompts are not learnt."""
+    tables = Corpus().tables("train")
+    learnt = np.zeros((batch, WIDTH - 1), np.bool_)
+    learnt[:, PROMPT_LENGTH - 1 :] = True
+    return ((tables[rows], learnt) for rows in training_order(seed, len(tables), batch))
+
+
+def freeze_slow(model: Any, arm: Arm) -> None:
+    """Leave the fast third of the layers trainable, as under tiers of three, and nothing else."""
+    thirds = tiers_of(adapter_slots(model), Arm(THIRDS.frequencies, arm.fast))
+    modules = dict(model.named_modules())
+    for name, tier in thirds.tensors.items():
+        if tier > 0:
+            place, _, key = name.rpartition(".")
+            modules[place].freeze(keys=[key], recurse=False)
+
+
+def tiers_of(slots: Slots, arm: Arm) -> TierMap:
+    """The tier of every tensor, as a configuration with these settings gives it."""
+    settings: Any = arm
+    return assign_tiers(slots, settings)
+
+
+def optimizer_of(slots: Slots, tiers: TierMap, arm: Arm, rate: float) -> NestedAdam:
+    """The optimizer that a configuration with these settings builds (training/build.py)."""
+    scales = arm.learning_rate_scale or (1.0,) * len(tiers.frequencies)
+    clocks = [Tier(f, tiers.names(i), scales[i]) for i, f in enumerate(tiers.frequencies)]
+    optimizer = NestedAdam(rate, tiers=clocks, slow_gradients=arm.slow_gradients)
+    optimizer.init(nested(read_slots(slots)))
+    return optimizer
