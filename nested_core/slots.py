@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.config import FineTuneConfig
 from nested_core.model import adapter_dtype, trainable
+
+if TYPE_CHECKING:
+    from nested_core.config import FineTuneConfig
 
 
 class Slot(NamedTuple):
