@@ -18,7 +18,7 @@ from benchmarks.timing import Arm, report, run_once
 
 REPEATS = 5
 CONFIG = "examples/geography.yaml"
-SMALL, LARGE = 120, 1200
+SMALL, LARGE = 120, 480
 BAR_SECONDS, BAR_SHARE = 1.0, 0.01
 SERVER = "the embedded server's start"
 
