@@ -216,7 +216,7 @@ def test_processes_that_load_one_data_set_at_once_all_get_it(
 ) -> None:
     expected = load_dataset(settings, tokenizer, cache=cache)[0].to_json()
     with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
-        for _ in range(5):
+        for _ in range(3):
             (entry,) = entries(cache)
             if damaged:
                 (entry / "train.tokens").write_bytes(b"")
