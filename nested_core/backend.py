@@ -91,16 +91,18 @@ def device() -> str:
 
 
 def memory_bytes() -> int:
-    """What the default device can hold: what Metal recommends, CUDA's total, a CPU's main memory.
-
-    A container's own limit counts as main memory (cgroup v2, memory.max).
-    """
+    """What the default device can hold: what Metal recommends, CUDA's total, or main memory."""
     import mlx.core as mx
 
     if device() == "gpu":
         info = mx.device_info()
         keys = ("max_recommended_working_set_size", "total_memory", "memory_size")
         return int(next(info[key] for key in keys if key in info))
+    return main_memory_bytes()
+
+
+def main_memory_bytes() -> int:
+    """Main memory; a container's own limit counts as that (cgroup v2, memory.max)."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     allowed = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else ""
     return min(installed, int(allowed)) if allowed.isdigit() else installed

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nested_core.backend import main_memory_bytes
 from nested_core.errors import DamagedError
 from nested_core.strict_json import parse_json
 
@@ -38,17 +39,13 @@ def open_regular(path: Path, limit: int | None = None) -> Iterator[tuple[Any, in
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise DamagedError(f"{path} is not a file.")
-        most = _memory_bytes() if limit is None else limit
+        most = main_memory_bytes() if limit is None else limit
         if found.st_size > most:
             raise DamagedError(f"{path} is larger than {most} bytes.")
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
             yield file, found.st_size
     finally:
         os.close(descriptor)
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def read_start(file: Any, size: int, path: Path) -> bytes:

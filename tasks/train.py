@@ -105,6 +105,7 @@ def train(
     progress, run = PrefectProgress(), RunDirectory(run_dir)
 
     def begin(trainer: Trainer) -> None:
+        """Say what it will need, and hand the trainer on."""
         level = logging.INFO if trainer.memory.fits else logging.WARNING
         get_run_logger().log(level, trainer.memory.describe())
         progress.start(trainer)

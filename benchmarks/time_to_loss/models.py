@@ -45,9 +45,9 @@ class Size:
 SIZES = {
     "tiny": Size(32, 3, 64, 2, 20, rows=4, text_tokens=20_000, steps=48, knows=0.0),
     "1M": Size(128, 6, 352, 4, 1200, rows=32, peak_rate=2e-3),
-    "2M": Size(160, 6, 448, 5, 4000, peak_rate=2e-3),
-    "10M": Size(256, 12, 704, 8, 4000),
-    "22M": Size(384, 12, 1024, 6, 4000),
+    "2M": Size(160, 6, 448, 5, 1500, peak_rate=2e-3),
+    "10M": Size(256, 12, 704, 8, 1500),
+    "22M": Size(384, 12, 1024, 6, 1500),
 }
 
 

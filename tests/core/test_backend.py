@@ -61,9 +61,11 @@ import mlx.core as mx
 a = mx.random.normal((1024, 1024))
 def step(): mx.eval([a + i for i in range(20)])
 step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5): step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5): step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(min(faults() for _ in range(3)))  # the system may take idle pages back meanwhile
 """
 
 

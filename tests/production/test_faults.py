@@ -101,19 +101,23 @@ def test_kill_9_of_the_flow_process(stack: Stack, faults: FaultTable) -> None:
 
 
 def test_cancelled_while_it_trains(stack: Stack, faults: FaultTable) -> None:
-    training = Training(stack, "cancelled").until(20)
+    cancel_and_retry(Training(stack, "cancelled").until(20), faults, "cancel while training")
+
+
+def cancel_and_retry(training: Training, faults: FaultTable, row: str) -> None:
+    """Cancel a training: it writes a checkpoint first, and goes on from there when retried."""
     began = time.monotonic()
-    stack.prefect("flow-run", "cancel", str(training.id))
+    training.stack.prefect("flow-run", "cancel", str(training.id))
     state, seconds = training.final_state(began)
     assert state == "Cancelled"
     assert seconds < 30  # then it would have been killed
-    wait_for(lambda: not stack.processes_of(training.id), 30)
+    wait_for(lambda: not training.stack.processes_of(training.id), 30)
     assert training.is_unpromoted()
     last = read_metrics(training.run.metrics)[-1]["step"]
     assert training.step() >= last  # written at the cancel, and not only every ten steps
     held = f"checkpoint of step {training.step()}, written at the cancel"
     training.go_on()
-    faults.add("cancel while training", state, held, seconds, "a retry resumes, promoted once")
+    faults.add(row, state, held, seconds, "a retry resumes, promoted once")
 
 
 def test_kill_9_of_the_worker_alone(stack: Stack, faults: FaultTable) -> None:

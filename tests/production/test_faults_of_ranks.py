@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from nested_core.training.metrics import read_metrics
 from tests.production.faults import FaultTable
 from tests.production.processes import processes_with
-from tests.production.stack import Stack, wait_for
-from tests.production.test_faults import Training
+from tests.production.stack import Stack
+from tests.production.test_faults import Training, cancel_and_retry
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
 
@@ -38,16 +37,4 @@ def test_kill_9_of_a_rank(stack: Stack, faults: FaultTable) -> None:
 
 def test_cancelled_while_two_ranks_train(stack: Stack, faults: FaultTable) -> None:
     training = Training(stack, "cancelled-ranks", **TWO_RANKS).until(20)
-    began = time.monotonic()
-    stack.prefect("flow-run", "cancel", str(training.id))
-    state, seconds = training.final_state(began)
-    assert state == "Cancelled"
-    assert seconds < 30  # then it would have been killed
-    wait_for(lambda: not stack.processes_of(training.id), 30)
-    assert training.is_unpromoted()
-    assert training.step() >= read_metrics(training.run.metrics)[-1]["step"]
-    held = f"checkpoint of step {training.step()}, written at the cancel"
-    training.go_on()
-    faults.add(
-        "cancel while two ranks train", state, held, seconds, "a retry resumes, promoted once"
-    )
+    cancel_and_retry(training, faults, "cancel while two ranks train")
