@@ -20,7 +20,7 @@ MLX runs ahead of the device: in layers, the largest of them, at most all there 
 
 Five numbers are fitted, to MLX 0.32.4. On a CPU, to some 30 Llamas such as benchmarks/forecast.py
 has: the four arrays beside the logits and five chunks of them at once, in_flight and REFILLED. On
-CUDA, in_flight: to three rows of benchmarks/README.md (an H200, 25 operations a graph); its rows
+CUDA, in_flight: to three rows of benchmarks/README.md (an H200, 25 operations a commit); its rows
 with 10, which the fit did not see, come out within 3 %. Recomputation on a GPU, dtypes other than
 bfloat16 there, and all of Metal follow the same arithmetic and were not measured.
 """
@@ -34,7 +34,7 @@ from nested_core.training.positions import room_for
 REFILLED = 2.1  # layers: one that is computed again, and its gradients
 LOGIT_BYTES = 16  # beside the logits as they are given, of those that are made in chunks
 ALL_LOGIT_BYTES = 12  # where every position has its own
-IN_FLIGHT_AN_OPERATION = 9 / 25  # layers on CUDA, for each operation of a graph
+IN_FLIGHT_AN_OPERATION = 9 / 25  # layers on CUDA, for each operation of a commit
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ METAL = Device(scores=1, gates=2, in_flight=2, chunks=5)
 
 
 def cuda(operations: int) -> Device:
-    """A CUDA device whose graphs are of so many operations."""
+    """A CUDA device to which MLX commits so many operations at once."""
     return Device(scores=0, gates=0, in_flight=IN_FLIGHT_AN_OPERATION * operations, chunks=5)
 
 

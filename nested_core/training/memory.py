@@ -174,7 +174,7 @@ def _is_embedding(module: nn.Module) -> bool:
 def device_of(config: FineTuneConfig) -> Device:
     """How the default device computes this configuration."""
     if backend.has_cuda():
-        return forecast.cuda(int(os.environ.get(backend.GRAPH_VARIABLE, "100")))
+        return forecast.cuda(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
     device = forecast.CPU if backend.device() == "cpu" else forecast.METAL
     is_plain = config.training.reference is not None
     return replace(device, scores=1, gates=2) if is_plain else device

@@ -18,7 +18,8 @@ LINUX = sys.platform == "linux"
 
 def run(code: str, **environment: str) -> str:
     """Standard output of a Python process that starts without our variables."""
-    clean = {k: v for k, v in os.environ.items() if k != backend.GRAPH_VARIABLE}
+    ours = (backend.GRAPHS_VARIABLE, backend.COMMIT_VARIABLE)
+    clean = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=clean | {"PYTHONPATH": str(ROOT)} | environment,
@@ -37,21 +38,27 @@ def with_cuda_package(tmp_path: Path) -> str:
     return f"{ROOT}:{tmp_path}"
 
 
-ASK = "import nested_core, os; print(os.environ.get('MLX_MAX_OPS_PER_BUFFER'))"
+ASK = """
+import nested_core, os
+print(*(os.environ.get(name) for name in ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER")))
+"""
 
 
 @pytest.mark.skipif(not LINUX, reason="CUDA is on Linux")
-def test_with_mlx_for_cuda_graphs_are_kept_small_unless_somebody_chose(tmp_path: Path) -> None:
+def test_with_mlx_for_cuda_kernels_are_started_without_graphs_unless_somebody_chose(
+    tmp_path: Path,
+) -> None:
     path = with_cuda_package(tmp_path)
-    assert run(ASK, PYTHONPATH=path) == "25"
-    assert run(ASK, PYTHONPATH=path, MLX_MAX_OPS_PER_BUFFER="77") == "77"
+    assert run(ASK, PYTHONPATH=path) == "0 25"
+    chosen = {"MLX_USE_CUDA_GRAPHS": "1", "MLX_MAX_OPS_PER_BUFFER": "77"}
+    assert run(ASK, PYTHONPATH=path, **chosen) == "1 77"
 
 
 @pytest.mark.skipif(
     any(d.name.startswith("mlx-cuda") for d in metadata.distributions()), reason="mlx is for CUDA"
 )
-def test_without_mlx_for_cuda_its_graphs_are_left_alone() -> None:
-    assert run(ASK) == "None"
+def test_without_mlx_for_cuda_its_settings_are_left_alone() -> None:
+    assert run(ASK) == "None None"
 
 
 FAULTS = """

@@ -117,7 +117,7 @@ def test_each_layer_that_is_recomputed_needs_less() -> None:
     assert peaks[12] < 0.5 * peaks[0]
 
 
-H200 = {  # benchmarks/README.md: GiB at the peak, by operations a CUDA graph
+H200 = {  # benchmarks/README.md: GiB at the peak, by operations a commit
     ("0.5B", 25): 3.96,
     ("0.5B", 10): 3.58,
     ("1.7B", 25): 16.7,
