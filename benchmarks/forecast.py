@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.gpu.shapes import Shape
+from benchmarks.gpu.shapes import RATE, Shape
 from benchmarks.timing import keep
 
 STEPS = 3
@@ -79,7 +79,8 @@ def main() -> None:
 def measure(case: Case) -> None:
     """Three steps of one case; prints what was forecast before them and the peak of the last."""
     import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
-    from benchmarks.gpu.mlx_arms import build, make_tiers, optimizer_for
+    from benchmarks.gpu.mlx_arms import build
+    from benchmarks.tiers import one_tier, optimizer_for, thirds
 
     shape = case.shape
     model = build(shape, bits=16)
@@ -88,7 +89,6 @@ def measure(case: Case) -> None:
     from nested_core import backend
     from nested_core.config import FineTuneConfig
     from nested_core.slots import adapter_slots
-    from nested_core.tiers import TierMap
     from nested_core.training.compute import prepared
     from nested_core.training.engine import Engine
     from nested_core.training.forecast import BatchShape, peak_bytes
@@ -101,12 +101,8 @@ def measure(case: Case) -> None:
         model.set_dtype(mx.float32)
         dtype = mx.float32
     slots = adapter_slots(model, dtype=dtype)
-    optimizer, tiers = make_tiers(slots, shape, deep=False)
-    if case.tiered:
-        depth = {name: int(name.split("layers.")[1].split(".")[0]) for name in slots}
-        tensors = {name: min(2, 3 * at // shape.layers) for name, at in depth.items()}
-        tiers = TierMap((1, 2, 4), tensors)
-        optimizer = optimizer_for(tiers, slots)
+    tiers = thirds(slots, shape.layers, deep=False) if case.tiered else one_tier(slots)
+    optimizer = optimizer_for(tiers, slots, RATE)
     generator = np.random.default_rng(0)
     size = (shape.batch, shape.length + 1)
     tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)

@@ -37,8 +37,8 @@ def peak(arm: str) -> int:
 def measure(arm: str) -> None:
     """Two steps of one side; prints the peak in bytes, weights included."""
     import nested_core  # noqa: F401 -- OpenBLAS for both
-    from benchmarks.gpu.mlx_arms import build, make_tiers
-    from benchmarks.gpu.shapes import Shape
+    from benchmarks.gpu.mlx_arms import build
+    from benchmarks.gpu.shapes import RATE, Shape
 
     shape = Shape(HIDDEN, LAYERS, 3 * HIDDEN, 4, 4, VOCABULARY, 1, TOKENS)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, TOKENS + 1)).astype(np.int32)
@@ -66,6 +66,7 @@ def measure(arm: str) -> None:
         for _ in range(2):
             mx.eval(compiled(mx.array(tokens), lengths), state)
     else:
+        from benchmarks.tiers import one_tier, optimizer_for
         from nested_core.slots import adapter_slots
         from nested_core.training.compute import prepared
         from nested_core.training.engine import Engine
@@ -73,7 +74,8 @@ def measure(arm: str) -> None:
         from nested_core.training.positions import rule_for
 
         slots = adapter_slots(model)
-        optimizer, tiers = make_tiers(slots, shape, deep=False)
+        tiers = one_tier(slots)
+        optimizer = optimizer_for(tiers, slots, RATE)
         learnt = np.zeros((1, TOKENS), np.bool_)
         learnt[0, -LEARNT:] = True
         with prepared(model):

@@ -20,8 +20,9 @@ import numpy as np
 import yaml
 
 import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
-from benchmarks.gpu.mlx_arms import build, optimizer_for
-from benchmarks.gpu.shapes import Shape
+from benchmarks.gpu.mlx_arms import build
+from benchmarks.gpu.shapes import RATE, Shape
+from benchmarks.tiers import depths, optimizer_for
 from benchmarks.timing import keep
 
 SHAPE = Shape(256, 12, 704, 8, 8, 4096, 4, 128)
@@ -92,10 +93,9 @@ def tiers_of(slots: Any, due_layers: int) -> Any:
     """Tiers and their optimizer: the deepest layers in tier 0, the others in one not asked for."""
     from nested_core.tiers import TierMap
 
-    depth = {name: int(name.split("layers.")[1].split(".")[0]) for name in slots}
-    tensors = {name: int(at < SHAPE.layers - due_layers) for name, at in depth.items()}
+    tensors = {n: int(at < SHAPE.layers - due_layers) for n, at in depths(slots).items()}
     tiers = TierMap((1, 2)[: 1 + max(tensors.values())], tensors)
-    return optimizer_for(tiers, slots), tiers
+    return optimizer_for(tiers, slots, RATE), tiers
 
 
 def time_in_rounds(steps: Mapping[int, Callable[[], None]]) -> dict[int, float]:

@@ -21,7 +21,6 @@ import numpy as np
 
 from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, WINDOW, Shape, measure, row
 
-FREQUENCIES = (1, 2, 4)
 VARIABLES = {"ops": "MLX_MAX_OPS_PER_BUFFER", "mb": "MLX_MAX_MB_PER_BUFFER"}
 
 
@@ -123,6 +122,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     """
     import mlx.core as mx
 
+    from benchmarks.tiers import one_tier, optimizer_for, thirds
     from nested_core.slots import adapter_slots
     from nested_core.training.engine import Engine
     from nested_core.training.losses import SUPERVISED
@@ -131,7 +131,9 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
 
     world = join(int(options["ranks"])) if "ranks" in options else ALONE
     slots = adapter_slots(model, dtype=None if "float32" in options else mx.bfloat16)
-    optimizer, tiers = make_tiers(slots, shape, deep="deep" in options or "due" in options)
+    is_tiered = "deep" in options or "due" in options
+    tiers = thirds(slots, shape.layers, deep=True) if is_tiered else one_tier(slots)
+    optimizer = optimizer_for(tiers, slots, RATE)
     rule = SUPERVISED if "nohead" in options else rule_for(model, slots, SUPERVISED)
     generator = np.random.default_rng(world.rank)
     size = (16, shape.batch, shape.length + 1)
@@ -182,32 +184,6 @@ def enter(stack: ExitStack, model: Any, options: dict[str, str]) -> None:
         stack.enter_context(low_rank(model, groups))
         if "nokernel" not in options:
             stack.enter_context(fused_swiglu(model))
-
-
-def make_tiers(slots: Any, shape: Shape, *, deep: bool) -> Any:
-    """NestedAdam with one clock, or with tiers [1, 2, 4] over thirds of the layers, deep fast."""
-    from nested_core.tiers import TierMap
-
-    if deep:
-        depth = {n: int(n.split("layers.")[1].split(".")[0]) for n in slots}
-        tensors = {n: 2 - min(2, 3 * at // shape.layers) for n, at in depth.items()}
-        tiers = TierMap(FREQUENCIES, tensors)
-    else:
-        tiers = TierMap((1,), dict.fromkeys(slots, 0))
-    return optimizer_for(tiers, slots), tiers
-
-
-def optimizer_for(tiers: Any, slots: Any) -> Any:
-    """NestedAdam over the tiers, its moments made for the adapter in `slots`."""
-    from nested_core.clocks import Tier
-    from nested_core.optimizers import NestedAdam
-    from nested_core.slots import read_slots
-    from nested_core.training.packing import nested
-
-    clocks = [Tier(every, tiers.names(i)) for i, every in enumerate(tiers.frequencies)]
-    optimizer = NestedAdam(RATE, tiers=clocks)
-    optimizer.init(nested(read_slots(slots)))
-    return optimizer
 
 
 if __name__ == "__main__":

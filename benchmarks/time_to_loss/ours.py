@@ -9,17 +9,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from benchmarks.tiers import optimizer_for
 from benchmarks.time_to_loss.arms import Arm
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, training_order
-from nested_core.clocks import COUNTERS, Tier
-from nested_core.optimizers import NestedAdam
-from nested_core.slots import Slots, adapter_slots, read_slots
+from nested_core.clocks import COUNTERS
+from nested_core.slots import Slots, adapter_slots
 from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.compute import prepared
 from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine
 from nested_core.training.losses import SUPERVISED, MicroBatch
-from nested_core.training.packing import nested
 from nested_core.training.positions import rule_for
 
 Look = Callable[[float, Mapping[str, mx.array]], None]
@@ -39,7 +38,7 @@ def train_ours(
     computed_in = mx.bfloat16 if model.model.norm.weight.dtype == mx.bfloat16 else None
     slots = adapter_slots(model, dtype=computed_in)
     tiers = tiers_of(slots, arm)
-    optimizer = optimizer_of(slots, tiers, arm, rate)
+    optimizer = optimizer_for(tiers, slots, rate, arm.learning_rate_scale, arm.slow_gradients)
     batches = training_batches(seed, batch)
     model.train()
     with prepared(model):
@@ -78,12 +77,3 @@ def tiers_of(slots: Slots, arm: Arm) -> TierMap:
     """The tier of every tensor, as a configuration with these settings gives it."""
     settings: Any = arm
     return assign_tiers(slots, settings)
-
-
-def optimizer_of(slots: Slots, tiers: TierMap, arm: Arm, rate: float) -> NestedAdam:
-    """The optimizer that a configuration with these settings builds (training/build.py)."""
-    scales = arm.learning_rate_scale or (1.0,) * len(tiers.frequencies)
-    clocks = [Tier(f, tiers.names(i), scales[i]) for i, f in enumerate(tiers.frequencies)]
-    optimizer = NestedAdam(rate, tiers=clocks, slow_gradients=arm.slow_gradients)
-    optimizer.init(nested(read_slots(slots)))
-    return optimizer

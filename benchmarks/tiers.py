@@ -1,0 +1,45 @@
+"""Tiers and optimizers of the benchmarks without a configuration; nested_core and mlx alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from nested_core.clocks import Tier
+from nested_core.optimizers import NestedAdam
+from nested_core.slots import Slots, read_slots
+from nested_core.tiers import TierMap
+from nested_core.training.packing import nested
+
+FREQUENCIES = (1, 2, 4)
+
+
+def optimizer_for(
+    tiers: TierMap,
+    slots: Slots,
+    rate: float,
+    scales: Sequence[float] | None = None,
+    slow_gradients: Literal["skip", "accumulate"] = "skip",
+) -> NestedAdam:
+    """The NestedAdam that a configuration with these settings builds (training/build.py)."""
+    each = scales or (1.0,) * len(tiers.frequencies)
+    clocks = [Tier(f, tiers.names(i), each[i]) for i, f in enumerate(tiers.frequencies)]
+    optimizer = NestedAdam(rate, tiers=clocks, slow_gradients=slow_gradients)
+    optimizer.init(nested(read_slots(slots)))
+    return optimizer
+
+
+def one_tier(slots: Slots) -> TierMap:
+    """Everything at every step."""
+    return TierMap((1,), dict.fromkeys(slots, 0))
+
+
+def thirds(slots: Slots, layers: int, *, deep: bool) -> TierMap:
+    """[1, 2, 4] over thirds of a model's layers; `deep` is for the deepest as the fast ones."""
+    third = {name: min(2, 3 * at // layers) for name, at in depths(slots).items()}
+    return TierMap(FREQUENCIES, {name: 2 - at if deep else at for name, at in third.items()})
+
+
+def depths(slots: Slots) -> Mapping[str, int]:
+    """The number of the layer that each tensor is in."""
+    return {name: int(name.split("layers.")[1].split(".")[0]) for name in slots}
