@@ -1,10 +1,11 @@
 """One measurement with MLX, in a process of its own: mlx_lm's training loop as shipped, or ours.
 
 An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep layers fast),
-`+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+ops=10` and `+mb=200` (the size
-of CUDA graphs), `+batch=16`, and what to leave out: `+noswap` (our LoRA layers and swiglu),
-`+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the factors). With `+ranks=2`, under
-`mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts the tokens of all.
+`+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+graphs=1` (CUDA graphs),
+`+ops=10` and `+mb=200` (what is committed at once), `+batch=16`, and what to leave out: `+noswap`
+(our LoRA layers and swiglu), `+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the
+factors). With `+ranks=2`, under `mlx.launch`, each rank has the whole batch on a GPU of its own;
+the row counts the tokens of all.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ import numpy as np
 
 from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, WINDOW, Shape, measure, row
 
-VARIABLES = {"ops": "MLX_MAX_OPS_PER_BUFFER", "mb": "MLX_MAX_MB_PER_BUFFER"}
+VARIABLES = {
+    "graphs": "MLX_USE_CUDA_GRAPHS",
+    "ops": "MLX_MAX_OPS_PER_BUFFER",
+    "mb": "MLX_MAX_MB_PER_BUFFER",
+}
 
 
 def main(size: str, arm: str) -> None:
     """Measure one arm at one size and print its row."""
     name, *words = arm.split("+")
     options = dict(word.split("=") if "=" in word else (word, "1") for word in words)
-    choose_graphs(options)
+    choose_commits(options)
     shape = SHAPES[size]
     if "batch" in options:
         shape = replace(shape, batch=int(options["batch"]))
@@ -46,8 +51,8 @@ def main(size: str, arm: str) -> None:
         print(row(size, arm, shape, found, mx.get_peak_memory()), flush=True)
 
 
-def choose_graphs(options: dict[str, str]) -> None:
-    """Set the size of MLX's graphs before it is imported; the rival has MLX's own."""
+def choose_commits(options: dict[str, str]) -> None:
+    """Set how MLX starts kernels before it is imported; the rival has MLX's own."""
     for word, variable in VARIABLES.items():
         if word in options:
             os.environ[variable] = options[word]
