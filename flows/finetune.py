@@ -11,6 +11,7 @@ from pydantic import Field, GetJsonSchemaHandler
 from pydantic_core import CoreSchema
 
 from flows.form import describe_fields
+from flows.logs import outlive_the_worker
 from flows.outcome import describe_loss, describe_rejection, short
 from flows.roots import confine_configuration, confined
 from flows.stopping import Stopper
@@ -56,6 +57,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     `prefect flow-run retry`) finds its run directory by its id and goes on from the last
     checkpoint; the flow never retries by itself, for that would train again.
     """
+    outlive_the_worker()
     settings = config.configuration()
     confine_configuration(settings)
     run = _open(config)

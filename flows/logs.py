@@ -1,13 +1,17 @@
-"""What Prefect's logs show on this terminal; what it sends to its server stays as it is."""
+"""What Prefect's logs show here, or no longer; what it sends to its server stays as it is."""
 
 from __future__ import annotations
 
 import logging
+import os
 
+from prefect import runtime
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
 
 from nested_core.errors import NestedTuneError
+
+OUTPUTS = (1, 2)
 
 
 class _ForTerminal(logging.Filter):
@@ -29,3 +33,24 @@ def quieten(level: int) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, PrefectConsoleHandler):
             handler.addFilter(_ForTerminal(level))
+
+
+def outlive_the_worker() -> None:
+    """Have a deployment's run go on where nobody reads its output any more.
+
+    It prints into a pipe that its worker reads. A worker that is killed leaves its runs alone, but
+    at the next line rich would end the program (rich/console.py, on_broken_pipe).
+    """
+    if runtime.deployment.id is None:
+        return
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.console.on_broken_pipe = _drop_output  # type: ignore[method-assign]
+
+
+def _drop_output() -> None:
+    """Send what is printed from now on, by child processes too, nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in OUTPUTS:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)

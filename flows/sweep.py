@@ -16,6 +16,7 @@ from pydantic import Field, GetJsonSchemaHandler, JsonValue
 from pydantic_core import CoreSchema
 
 from flows.form import describe_fields
+from flows.logs import outlive_the_worker
 from flows.outcome import short
 from flows.roots import confine_configuration
 from nested_core.config import FineTuneConfig
@@ -54,6 +55,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     The runs register what the gate verified and promote nothing; the best by validation loss is
     promoted by the base's own policy, against the champion that stood when the sweep began.
     """
+    outlive_the_worker()
     confine_configuration(config.base)
     target = config.base.registry
     if target.path is None or target.name is None:
