@@ -7,6 +7,7 @@ arrays back to the C library, and that to the system: glibc is asked to keep mor
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import shutil
@@ -22,6 +23,7 @@ GRAPHS_VARIABLE, NO_GRAPHS = "MLX_USE_CUDA_GRAPHS", "0"
 COMMIT_VARIABLE, OPERATIONS_A_COMMIT = "MLX_MAX_OPS_PER_BUFFER", "25"
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+COMPILED = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
 DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
 
 
@@ -35,6 +37,7 @@ def prepare() -> str | None:
     It does nothing on macOS, where MLX uses Metal and Accelerate, nor when the environment
     variable NESTED_TUNE_NO_OPENBLAS is set (the benchmarks compare with and without).
     """
+    atexit.register(_drop_compiled_functions)
     if sys.platform != "linux":
         return None
     if any(map(_is_installed, CUDA_PACKAGES)):
@@ -78,6 +81,21 @@ def _start_kernels_directly() -> None:
     """
     os.environ.setdefault(GRAPHS_VARIABLE, NO_GRAPHS)
     os.environ.setdefault(COMMIT_VARIABLE, OPERATIONS_A_COMMIT)
+
+
+def _drop_compiled_functions() -> None:
+    """Let go of what modules hold compiled, such as mlx.nn's activations.
+
+    A thread's cache of traces is destroyed with the thread, the main one's after Python has ended;
+    a function that has not gone by then, since a thread still waits somewhere with a way to it,
+    leaves Python objects there and the process dies of SIGSEGV (mlx 0.32.4: CompileCache, and
+    PyCompiledFun in python/src/transforms.cpp). Prefect's threads do that in a worker's runs.
+    """
+    for module in list(sys.modules.values()):
+        names = getattr(module, "__dict__", {})
+        for name, value in list(names.items()):
+            if (type(value).__module__, type(value).__name__) == COMPILED:
+                names[name] = None
 
 
 def has_cuda() -> bool:

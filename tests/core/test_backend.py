@@ -80,3 +80,23 @@ print(min(faults() for _ in range(3)))  # the system may take idle pages back me
 def test_arrays_take_memory_that_is_free_again_and_not_new_pages() -> None:
     pages_of_an_array = 1024 * 1024 * 4 // 4096
     assert int(run(FAULTS)) < pages_of_an_array  # of 100 arrays together
+
+
+AT_THE_END = """
+import atexit, sys
+
+def held():
+    '''How many compiled functions modules hold.'''
+    everything = [v for m in list(sys.modules.values()) for v in vars(m).values()]
+    return sum(type(value).__name__ == "_gc_func" for value in everything)
+
+atexit.register(lambda: print(held()))  # registered first, it runs last
+import nested_core, mlx.core as mx, mlx.nn as nn
+mx.eval(nn.silu(mx.ones(3)))
+assert type(nn.silu) is type(mx.compile(held))
+print(held() > 0)
+"""
+
+
+def test_at_the_end_of_a_process_no_module_holds_a_compiled_function() -> None:
+    assert run(AT_THE_END).split() == ["True", "0"]

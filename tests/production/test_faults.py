@@ -112,6 +112,8 @@ def cancel_and_retry(training: Training, faults: FaultTable, row: str) -> None:
     assert state == "Cancelled"
     assert seconds < 30  # then it would have been killed
     wait_for(lambda: not training.stack.processes_of(training.id), 30)
+    worker = (training.stack.folder / "worker-mlx-gpu.log").read_text()
+    assert "status code: -11" not in worker  # a process that is cancelled ends in order
     assert training.is_unpromoted()
     last = read_metrics(training.run.metrics)[-1]["step"]
     assert training.step() >= last  # written at the cancel, and not only every ten steps
