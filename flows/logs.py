@@ -30,9 +30,8 @@ class _ForTerminal(logging.Filter):
 def quieten(level: int) -> None:
     """Show Prefect's records from `level` on; an error that a person can cause is one paragraph."""
     setup_logging()  # later calls of it leave the handlers as they are
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, PrefectConsoleHandler):
-            handler.addFilter(_ForTerminal(level))
+    for handler in _console_handlers():
+        handler.addFilter(_ForTerminal(level))
 
 
 def outlive_the_worker() -> None:
@@ -43,9 +42,13 @@ def outlive_the_worker() -> None:
     """
     if runtime.deployment.id is None:
         return
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, PrefectConsoleHandler):
-            handler.console.on_broken_pipe = _drop_output  # type: ignore[method-assign]
+    for handler in _console_handlers():
+        handler.console.on_broken_pipe = _drop_output  # type: ignore[method-assign]
+
+
+def _console_handlers() -> list[PrefectConsoleHandler]:
+    handlers = logging.getLogger().handlers
+    return [each for each in handlers if isinstance(each, PrefectConsoleHandler)]
 
 
 def _drop_output() -> None:

@@ -34,8 +34,9 @@ def prepare() -> str | None:
     Where MLX is the build for CUDA, kernels are started without graphs, and memory is used again
     soon; where it is the one for CPUs, freed memory stays with the process, up to 1 GiB.
 
-    It does nothing on macOS, where MLX uses Metal and Accelerate, nor when the environment
-    variable NESTED_TUNE_NO_OPENBLAS is set (the benchmarks compare with and without).
+    No OpenBLAS is opened on macOS, where MLX uses Metal and Accelerate, nor when the environment
+    variable NESTED_TUNE_NO_OPENBLAS is set (the benchmarks compare with and without). On every
+    platform the process ends in order: see `_drop_compiled_functions`.
     """
     atexit.register(_drop_compiled_functions)
     if sys.platform != "linux":
@@ -123,6 +124,7 @@ def memory_bytes() -> int:
     return main_memory_bytes()
 
 
+@cache
 def main_memory_bytes() -> int:
     """Main memory; a container's own limit counts as that (cgroup v2, memory.max)."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
