@@ -47,7 +47,8 @@ def main() -> None:
         rates: dict[str, list[float]] = {}
         for turn in range(REPEATS):
             for arm, iterations, environment in arms():
-                rate = measure(arm, folder, f"{turn}-{len(rates)}", iterations, environment)
+                run = f"{turn}-{arm.replace(' ', '-')}"
+                rate = measure(arm, folder, run, iterations, environment)
                 rates.setdefault(arm, []).append(rate)
     report(rates)
 
@@ -113,7 +114,7 @@ def measure(
     """Iterations a second of one command."""
     values = settings(folder, iterations)
     if arm.startswith("mlx_lm"):
-        values["adapter_path"] = str(folder / f"stock-{run}")
+        values["adapter_path"] = str(folder / run)
         command = [sys.executable, "-m", "benchmarks.cpu_training", json.dumps(values)]
         lines = execute(command, environment).splitlines()
         rates = [json.loads(line)["rate"] for line in lines if line.startswith('{"rate"')]

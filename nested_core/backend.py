@@ -20,7 +20,8 @@ CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12")
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
 LARGEST_THRESHOLD, KEPT_BYTES = 32 * 2**20, 2**30
 GRAPHS_VARIABLE, NO_GRAPHS = "MLX_USE_CUDA_GRAPHS", "0"
-COMMIT_VARIABLE, OPERATIONS_A_COMMIT = "MLX_MAX_OPS_PER_BUFFER", "25"
+COMMIT_VARIABLE = "MLX_MAX_OPS_PER_BUFFER"
+SMALL_MODEL, OPERATIONS_IF_SMALL, OPERATIONS_IF_LARGE = 10**9, "100", "25"
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 COMPILED = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
@@ -31,8 +32,9 @@ DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
 def prepare() -> str | None:
     """Open OpenBLAS for the whole process and return its name, or None where there is none.
 
-    Where MLX is the build for CUDA, kernels are started without graphs, and memory is used again
-    soon; where it is the one for CPUs, freed memory stays with the process, up to 1 GiB.
+    Where MLX is the build for CUDA, kernels are started without graphs, unless somebody has chosen
+    (`choose_commits` says why); where it is the one for CPUs, freed memory stays with the process,
+    up to 1 GiB.
 
     No OpenBLAS is opened on macOS, where MLX uses Metal and Accelerate, nor when the environment
     variable NESTED_TUNE_NO_OPENBLAS is set (the benchmarks compare with and without). On every
@@ -41,8 +43,8 @@ def prepare() -> str | None:
     atexit.register(_drop_compiled_functions)
     if sys.platform != "linux":
         return None
-    if any(map(_is_installed, CUDA_PACKAGES)):
-        _start_kernels_directly()
+    if _is_for_cuda():
+        os.environ.setdefault(GRAPHS_VARIABLE, NO_GRAPHS)
     else:
         _keep_freed_memory()
     if os.environ.get(DISABLE_VARIABLE):
@@ -54,6 +56,25 @@ def prepare() -> str | None:
             continue
         return name
     return None
+
+
+def choose_commits(weights: int) -> None:
+    """Say how many operations MLX commits to a CUDA device at once, for a model of so many weights.
+
+    MLX looks when a process first computes an array; whoever has set the variable decides. Where
+    kernels are short, starting them is what takes the time, and each commit and each graph costs
+    (0.5B, 4 x 512, H200 with slow CPU cores, mlx 0.32.4: 54 ms a step with graphs of 25 operations,
+    48 without graphs, 34 with 100 operations a commit). Memory is used again once what was
+    committed has run: with 50 operations a step of 7B takes 41 GiB, with 25 it takes 36, in the
+    same time.
+    """
+    if _is_for_cuda():
+        operations = OPERATIONS_IF_SMALL if weights < SMALL_MODEL else OPERATIONS_IF_LARGE
+        os.environ.setdefault(COMMIT_VARIABLE, operations)
+
+
+def _is_for_cuda() -> bool:
+    return any(map(_is_installed, CUDA_PACKAGES))
 
 
 def _is_installed(package: str) -> bool:
@@ -70,18 +91,6 @@ def _keep_freed_memory() -> None:
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
         library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def _start_kernels_directly() -> None:
-    """Have MLX build no CUDA graphs, and commit after 25 operations in place of 100.
-
-    Neither where somebody has chosen. Where kernels are short, a graph takes longer to build than
-    to run (0.5B, 4 x 512, H200 with slow CPU cores, mlx 0.32.4: 54 ms a step with graphs, 48
-    without). Memory is used again once what was committed has run: with 50 operations a step of
-    7B takes 41 GiB, with 25 it takes 36, in the same time; a small model is faster with 100.
-    """
-    os.environ.setdefault(GRAPHS_VARIABLE, NO_GRAPHS)
-    os.environ.setdefault(COMMIT_VARIABLE, OPERATIONS_A_COMMIT)
 
 
 def _drop_compiled_functions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -51,11 +52,18 @@ def find_model(model: str) -> Path:
         ) from error
 
 
+def find_base(config: FineTuneConfig) -> Path:
+    """The folder of the base model that this process computes with; the backend is set for it."""
+    folder = find_model(config.model)
+    backend.choose_commits(weights_in(folder))
+    return folder
+
+
 def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Module, Any]:
     """Load model and tokenizer as mlx_lm.load does, at the configured precision or as stored."""
     from mlx_lm import load
 
-    folder = find_model(config.model)
+    folder = find_base(config)
     try:
         model, tokenizer = load(
             str(folder),
@@ -70,6 +78,17 @@ def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Mo
         model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model, tokenizer
+
+
+def weights_in(folder: Path) -> int:
+    """About how many weights a model's folder holds, as 16-bit numbers or as config.json has it."""
+    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        bits = int(config["quantization"]["bits"]) or 16
+    except (OSError, ValueError, KeyError, TypeError):
+        bits = 16  # what is wrong with the folder, its loader says
+    return held * 8 // bits
 
 
 def tokenizer_source(config: FineTuneConfig) -> TokenizerSource:

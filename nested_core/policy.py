@@ -6,7 +6,6 @@ which re-hashes them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +24,9 @@ from nested_core.registry import (
 )
 from nested_core.registry.locking import shared
 from nested_core.registry.names import locate
-from nested_core.registry.verdict import GATE_NAME
+from nested_core.registry.verdict import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
+from nested_core.regular_files import read_json
 
 DAMAGED, COLLECTED = "damaged", "collected meanwhile"
 T = TypeVar("T")
@@ -61,12 +61,8 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
         if version not in list_versions(registry, name):
             raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
         provenance = read_provenance(folder)
-        try:
-            text = (folder / GATE_NAME).read_bytes()
-        except FileNotFoundError as error:
-            raise DamagedError(f"{folder / GATE_NAME} is missing.") from error
+        gate = read_json(folder / GATE_NAME, MAX_GATE_BYTES)
     try:
-        gate = json.loads(text)
         validation = gate.get("validation") or {}
         fields = {
             "version": version,

@@ -16,8 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.parts import NAME as PARTS
+from benchmarks.gpu.parts import predicted_gain
+
 SIZES = ("0.5B", "1.7B", "7B", "135M")
-ARMS = ("mlx_lm", "ours", "ours+ops=10", "ours+deep", "peft-compile", "peft-eager")
+TIERED = "ours", "ours+deep"
+ARMS = ("mlx_lm", *TIERED, PARTS, "ours+ops=10", "peft-compile", "peft-eager")
 SLOW = {"peft-compile": 120.0, "peft-eager": 60.0}  # seconds that an arm may need
 MARGIN = 45.0
 
@@ -103,6 +107,12 @@ def report(rows: list[dict[str, Any]]) -> None:
         if alone != arm and (size, alone) in latest:
             speed = row["tokens_per_second"] / latest[size, alone]["tokens_per_second"]
             parts.append(f"{speed:.2f} x one GPU; bytes a step {row['bytes_sent_by_due_tiers']}")
+        if arm == PARTS:
+            parts.append(f"[1, 2, 4], deep fast, could gain {predicted_gain(row):.3f}")
+            if {(size, each) for each in TIERED} <= latest.keys():
+                speeds = [latest[size, each]["tokens_per_second"] for each in TIERED]
+                gain = speeds[1] / speeds[0]
+                parts.append(f"gains {gain:.3f}, {gain / predicted_gain(row):.3f} of that")
         print("  ".join(parts), flush=True)
 
 

@@ -4,8 +4,8 @@ An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep l
 `+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+graphs=1` (CUDA graphs),
 `+ops=10` and `+mb=200` (what is committed at once), `+batch=16`, and what to leave out: `+noswap`
 (our LoRA layers and swiglu), `+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the
-factors). With `+ranks=2`, under `mlx.launch`, each rank has the whole batch on a GPU of its own;
-the row counts the tokens of all.
+factors). `ours+parts` takes the gradients alone, third by third. With `+ranks=2`, under
+`mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts the tokens of all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.parts import parts_of
 from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, WINDOW, Shape, measure, row
 
 VARIABLES = {
@@ -33,25 +34,30 @@ def main(size: str, arm: str) -> None:
     """Measure one arm at one size and print its row."""
     name, *words = arm.split("+")
     options = dict(word.split("=") if "=" in word else (word, "1") for word in words)
-    choose_commits(options)
+    set_variables(options)
     shape = SHAPES[size]
     if "batch" in options:
         shape = replace(shape, batch=int(options["batch"]))
     if name == "ours":
-        import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
+        from nested_core.backend import choose_commits  # and the backend is ready before mlx
+
+        choose_commits(shape.weights)
     import mlx.core as mx
 
     if "limit" in options:
         mx.set_memory_limit(int(float(options["limit"]) * 2**30))
     model = build(shape, int(options.get("bits", "16")))
     mx.reset_peak_memory()
-    found = mlx_lm_loop(model, shape) if name == "mlx_lm" else our_loop(model, shape, options)
+    if "parts" in options:
+        found = parts_of(model, shape)
+    else:
+        found = mlx_lm_loop(model, shape) if name == "mlx_lm" else our_loop(model, shape, options)
     if found.pop("leads", True):
         shape = replace(shape, batch=shape.batch * int(options.get("ranks", "1")))
         print(row(size, arm, shape, found, mx.get_peak_memory()), flush=True)
 
 
-def choose_commits(options: dict[str, str]) -> None:
+def set_variables(options: dict[str, str]) -> None:
     """Set how MLX starts kernels before it is imported; the rival has MLX's own."""
     for word, variable in VARIABLES.items():
         if word in options:

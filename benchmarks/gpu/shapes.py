@@ -33,6 +33,13 @@ class Shape:
         """Tokens a step."""
         return self.batch * self.length
 
+    @property
+    def weights(self) -> int:
+        """Weights of all linear layers and of the embedding, which is the output layer too."""
+        heads = 2 + 2 * self.kv_heads / self.heads  # queries and outputs, keys and values
+        layer = int(heads * self.hidden**2) + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.vocabulary * self.hidden
+
 
 SHAPES = {
     "tiny": Shape(64, 3, 192, 4, 2, 512, 2, 32),
@@ -56,15 +63,19 @@ def measure(window: Callable[[], None]) -> dict[str, Any]:
     return {"seconds": seconds, "warm_up": round(warm, 2)}
 
 
+def median_ms(seconds: list[float]) -> float:
+    """The median in milliseconds."""
+    return 1000 * statistics.median(seconds)
+
+
 def row(size: str, arm: str, shape: Shape, found: dict[str, Any], peak: float) -> str:
     """One line of the result file: the median, every window, and the whole run's peak in GiB."""
     seconds = found["seconds"]
-    median = statistics.median(seconds)
     line = {
         "size": size,
         "arm": arm,
-        "tokens_per_second": round(shape.tokens / median),
-        "milliseconds": round(1000 * median, 2),
+        "tokens_per_second": round(1000 * shape.tokens / median_ms(seconds)),
+        "milliseconds": round(median_ms(seconds), 2),
         "windows": [round(1000 * each, 2) for each in seconds],
         "peak_gib": round(peak / 2**30, 4),
         "shape": asdict(shape),

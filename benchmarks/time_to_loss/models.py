@@ -41,13 +41,19 @@ class Size:
     steps: int = 320
     knows: float = 0.95  # of the facts, after pretraining: else there is nothing to fine-tune
 
+    @property
+    def weights(self) -> int:
+        """Weights of the linear layers."""
+        return self.layers * self.hidden * (4 * self.hidden + 3 * self.intermediate)
+
 
 SIZES = {
     "tiny": Size(32, 3, 64, 2, 20, rows=4, text_tokens=20_000, steps=48, knows=0.0),
     "1M": Size(128, 6, 352, 4, 1200, rows=32, peak_rate=2e-3),
     "2M": Size(160, 6, 448, 5, 1500, peak_rate=2e-3),
     "10M": Size(256, 12, 704, 8, 1500),
-    "22M": Size(384, 12, 1024, 6, 1500),
+    "22M": Size(384, 12, 1024, 6, 1500, batch=64, steps=160),
+    "85M": Size(768, 12, 2048, 12, 1500, peak_rate=6e-4, batch=64, steps=160),
 }
 
 

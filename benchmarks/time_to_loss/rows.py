@@ -73,7 +73,7 @@ def measured(rows: Sequence[Row], study: Study, size: str, arm: str) -> dict[int
 def missing(rows: Sequence[Row], study: Study, size: str) -> list[Run]:
     """The next runs of a size, for one process: of the rival, or of all of our arms.
 
-    First every arm's grid, then seed after seed, so that what is compared ran within minutes.
+    First every arm's grid, then all seeds of the rival, then ours seed after seed.
     """
     done = {run_of(row) for row in rows}
     sides = ([a for a in study.arms if a == RIVAL], [a for a in study.arms if a != RIVAL])
@@ -82,9 +82,9 @@ def missing(rows: Sequence[Row], study: Study, size: str) -> list[Run]:
         if wanted := [run for run in grid if run not in done]:
             return wanted
     rates = {arm: chosen_rate(rows, study, size, arm) for arm in study.arms}
-    for seed in range(TUNING_SEED + 1, TUNING_SEED + 1 + study.seeds):
-        for arms in sides:
-            runs = [Run(size, arm, seed, rates[arm] or 0.0) for arm in arms]
-            if wanted := [run for run in runs if run not in done]:
-                return wanted
+    seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + study.seeds)
+    for arms in sides:
+        runs = [Run(size, arm, seed, rates[arm] or 0.0) for seed in seeds for arm in arms]
+        if wanted := [run for run in runs if run not in done]:
+            return wanted
     return []

@@ -29,7 +29,9 @@ def main(models: str, size: str, rows: str, *runs: str) -> None:
     """Do what the arguments say."""
     folder, todo = Path(models) / size, [Run(*json.loads(run)) for run in runs]
     if all(run.arm != RIVAL for run in todo):
-        import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
+        from nested_core.backend import choose_commits  # and the backend is ready before mlx
+
+        choose_commits(SIZES[size].weights)
     if not todo:
         pretrain(folder, SIZES[size])
         return

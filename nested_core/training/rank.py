@@ -50,13 +50,16 @@ def main(run_dir: str, ranks: str) -> int:
 
 def _train(run_dir: Path, ranks: int) -> None:
     from nested_core import pipeline
+    from nested_core.model import find_base
     from nested_core.run_directory import RunDirectory
     from nested_core.training.ranks import join
 
     listener = Listener()
     listener.start()
     run = RunDirectory(run_dir)
-    world, config = join(ranks), pipeline.read_run_config(run)
+    config = pipeline.read_run_config(run)
+    find_base(config)  # before anything is computed
+    world = join(ranks)
     pipeline.train_as_rank(config, run, world, Reports(), listener.watch)
 
 

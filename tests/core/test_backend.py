@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 
 from nested_core import backend
+from nested_core.model import weights_in
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = sys.platform == "linux"
 
 
-def run(code: str, **environment: str) -> str:
+def run(code: str, *arguments: str, **environment: str) -> str:
     """Standard output of a Python process that starts without our variables."""
     ours = (backend.GRAPHS_VARIABLE, backend.COMMIT_VARIABLE)
     clean = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env=clean | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         text=True,
@@ -39,26 +40,29 @@ def with_cuda_package(tmp_path: Path) -> str:
 
 
 ASK = """
-import nested_core, os
+import sys, nested_core, os
+from nested_core.backend import choose_commits
+choose_commits(int(sys.argv[1]))
 print(*(os.environ.get(name) for name in ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER")))
 """
 
 
 @pytest.mark.skipif(not LINUX, reason="CUDA is on Linux")
-def test_with_mlx_for_cuda_kernels_are_started_without_graphs_unless_somebody_chose(
+def test_with_mlx_for_cuda_a_model_chooses_how_kernels_are_started_unless_somebody_did(
     tmp_path: Path,
 ) -> None:
     path = with_cuda_package(tmp_path)
-    assert run(ASK, PYTHONPATH=path) == "0 25"
+    assert run(ASK, "999999999", PYTHONPATH=path) == "0 100"
+    assert run(ASK, "1000000000", PYTHONPATH=path) == "0 25"
     chosen = {"MLX_USE_CUDA_GRAPHS": "1", "MLX_MAX_OPS_PER_BUFFER": "77"}
-    assert run(ASK, PYTHONPATH=path, **chosen) == "1 77"
+    assert run(ASK, "1000000000", PYTHONPATH=path, **chosen) == "1 77"
 
 
 @pytest.mark.skipif(
     any(d.name.startswith("mlx-cuda") for d in metadata.distributions()), reason="mlx is for CUDA"
 )
 def test_without_mlx_for_cuda_its_settings_are_left_alone() -> None:
-    assert run(ASK) == "None None"
+    assert run(ASK, "1000") == "None None"
 
 
 FAULTS = """
@@ -100,3 +104,29 @@ print(held() > 0)
 
 def test_at_the_end_of_a_process_no_module_holds_a_compiled_function() -> None:
     assert run(AT_THE_END).split() == ["True", "0"]
+
+
+def test_the_weights_of_a_folder_are_counted_by_their_bits(tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        (tmp_path / name).write_bytes(b"0" * 1000)
+    for config, weights in (('{"quantization": {"bits": 4}}', 4000), ("{}", 1000), ("[", 1000)):
+        (tmp_path / "config.json").write_text(config)
+        assert weights_in(tmp_path) == weights
+
+
+LOADED = """
+import os, sys
+from pathlib import Path
+from nested_core import pipeline
+from nested_core.run_directory import RunDirectory
+from tests.example import example_config
+config, run = example_config(), RunDirectory(Path(sys.argv[1]))
+pipeline.load(config, run)
+print(os.environ["MLX_MAX_OPS_PER_BUFFER"])
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="CUDA is on Linux")
+def test_a_run_chooses_by_its_base_model(tmp_path: Path) -> None:
+    path = with_cuda_package(tmp_path)
+    assert run(LOADED, str(tmp_path / "run"), PYTHONPATH=path) == "100"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,19 @@ def test_a_version_whose_provenance_cannot_be_read_is_damage(
     path.write_text(content)
     with pytest.raises(DamagedError, match=r"provenance\.json .*Restore "):
         late(registry, version)
+
+
+@pytest.mark.timeout(20)  # nobody ever writes into the pipe
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_a_verdict_that_is_no_file_is_damage_and_not_waited_for(
+    add: Add, registry: Path, make: Callable[[Path], None]
+) -> None:
+    version = add(1)
+    path = registry / NAME / "versions" / version / "gate.json"
+    path.unlink()
+    make(path)
+    with pytest.raises(DamagedError, match=r"gate\.json"):
+        read_candidate(registry, NAME, version)
 
 
 def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Path) -> None:

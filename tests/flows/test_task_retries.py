@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import State
 from nested_core import pipeline
 from nested_core import registry as core
 from nested_core.config_publishing import RegistrySection
+from nested_core.registry.pointer import PREPARED_NAME
 from nested_core.run_directory import RunDirectory
 from tasks.gate import gate
 from tasks.load import load
@@ -87,8 +88,9 @@ def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
     tmp_path: Path, task: Any
 ) -> None:
     registry = tmp_path / "registry"
-    version = core.register(write_run(tmp_path / "run", 1), registry, "capitals", {})
-    directory_in_place_of(registry / "capitals" / "versions" / version / "gate.json")
+    policy = {"config": {"registry": {"path": "r", "name": "capitals", "promote": "always"}}}
+    version = core.register(write_run(tmp_path / "run", 1), registry, "capitals", policy)
+    (registry / "capitals" / PREPARED_NAME).mkdir()  # where the next pointer is written first
     section = RegistrySection(path=str(registry), name="capitals", promote="always")
     given = (section, version, None) if task is promote else (registry, "capitals", version)
     state, count = tries(task, *given)

@@ -1,0 +1,71 @@
+"""What a step is made of, by itself: the forward pass, and the backward pass of each third.
+
+From these times follows what [1, 2, 4] could gain where nothing but due gradients cost anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.gpu.shapes import WINDOW, Shape, measure, median_ms
+
+NAME = "ours+parts"
+
+
+def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
+    """Milliseconds of the forward pass, and of what each third adds, from the deepest on.
+
+    The model is computed as the trainer does; gradients of the LoRA factors are asked for and
+    dropped, one step in flight, and nothing is updated.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    from benchmarks.tiers import thirds
+    from nested_core.slots import adapter_slots, borrowed, put, read_slots
+    from nested_core.training.compute import prepared
+    from nested_core.training.losses import SUPERVISED
+    from nested_core.training.positions import rule_for
+
+    model.train()
+    slots = adapter_slots(model, dtype=mx.bfloat16)
+    tiers, rule = thirds(slots, shape.layers, deep=True), rule_for(model, slots, SUPERVISED)
+    factors = {name: value.astype(mx.bfloat16) for name, value in read_slots(slots).items()}
+    generator = np.random.default_rng(0)
+    size = shape.batch, shape.length
+    tokens = generator.integers(0, shape.vocabulary, (size[0], size[1] + 1)).astype(np.int32)
+    arrays = rule.arrange((tokens, np.ones(size, np.bool_)))
+
+    def loss(wanted: Any, tokens: mx.array, learnt: mx.array) -> Any:
+        put(slots, factors | wanted)
+        return rule.function(model, tokens, learnt)
+
+    def seconds_of(due: int) -> list[float]:
+        wanted = {name: factors[name] for name in factors if tiers.tensors[name] < due}
+        function: Any = mx.value_and_grad(loss) if due else loss
+        step = mx.compile(function)
+
+        def window() -> None:
+            last = step(wanted, *arrays)
+            for _ in range(WINDOW - 1):
+                mx.async_eval(last)
+                before, last = last, step(wanted, *arrays)
+                mx.eval(before)
+            mx.eval(last)
+
+        found: list[float] = measure(window)["seconds"]
+        return found
+
+    with borrowed(slots), prepared(model):
+        seconds = [seconds_of(due) for due in range(4)]
+    ends = [median_ms(each) for each in seconds]
+    thirds_ms = [round(b - a, 3) for a, b in zip(ends, ends[1:], strict=False)]
+    return {"seconds": seconds[-1], "forward_ms": ends[0], "backward_ms": thirds_ms}
+
+
+def predicted_gain(row: Mapping[str, Any]) -> float:
+    """Uniform updates of [1, 2, 4] with deep layers fast: a third counts as often as it is due."""
+    deep, middle, shallow = row["backward_ms"]
+    uniform = row["forward_ms"] + deep + middle + shallow
+    return float(uniform / (row["forward_ms"] + deep + middle / 2 + shallow / 4))
