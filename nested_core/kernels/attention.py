@@ -1,13 +1,16 @@
 """Causal attention on a CPU in blocks of queries, each with the keys up to its end and no more.
 
-MLX computes every score there and masks half of them, at the price of an exponential each. Other
-masks, caches and devices are left to mlx-lm.
+MLX computes every score there and masks half of them, at the price of an exponential each, and adds
+up the gradients of each slice over all keys. Other masks, dtypes, caches and devices are left to
+mlx-lm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm.models import base
 
 from nested_core import backend
+from nested_core.kernels.exponential import exponential
 from nested_core.kernels.replacing import in_code_of
 
 NAME = "scaled_dot_product_attention"
@@ -36,21 +40,72 @@ def causal_attention(
     """mlx-lm's scaled_dot_product_attention, within rounding; arguments as there."""
     length = queries.shape[2]
     is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
-    if not is_causal or length < LEAST_LENGTH or keys.shape[2] != length:
+    is_float32 = queries.dtype == keys.dtype == values.dtype == mx.float32
+    if not (is_causal and is_float32) or length < LEAST_LENGTH or keys.shape[2] != length:
         result: mx.array = plain_attention(queries, keys, values, cache, scale, mask, sinks)
         return result
-    ends = [length * (block + 1) // BLOCKS for block in range(BLOCKS)]
-    blocks = [
-        mx.fast.scaled_dot_product_attention(
-            queries[:, :, start:end],
-            keys[:, :, :end],
-            values[:, :, :end],
-            scale=scale,
-            mask="causal",  # aligned at the end of the keys
+    shared_by = queries.shape[1] // keys.shape[1]
+    grouped = queries.reshape(queries.shape[0], keys.shape[1], shared_by, *queries.shape[2:])
+    values = mx.contiguous(values)  # else each matmul would copy its part
+    output: Any = _in_blocks(scale)(grouped, keys[:, :, None], values[:, :, None])
+    whole: mx.array = output[0].reshape(*queries.shape[:3], values.shape[-1])
+    return whole
+
+
+def _in_blocks(scale: float) -> Callable[[mx.array, mx.array, mx.array], Any]:
+    """Attention of queries (batch, key heads, heads of each, length, width); keys, values of 1.
+
+    The outputs are the attention's and each block's probabilities, which the backward pass needs.
+    With P those, O the output and g its gradient, the scores' is P (g V^T - rowsum(g O)): Dao et
+    al. 2022, FlashAttention, appendix B.2.
+    """
+
+    @mx.custom_function
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> Any:
+        outputs, kept = [], []
+        for start, end in _ranges(queries.shape[3]):
+            scores = (queries[..., start:end, :] * scale) @ keys[..., :end, :].swapaxes(-1, -2)
+            visible = mx.arange(start, end)[:, None] >= mx.arange(end)
+            scores = mx.where(visible, scores, -math.inf)
+            powers = exponential(scores - scores.max(axis=-1, keepdims=True))
+            kept.append(powers / powers.sum(axis=-1, keepdims=True))
+            outputs.append(kept[-1] @ values[..., :end, :])
+        return [mx.concatenate(outputs, axis=3), *kept]
+
+    @attend.vjp
+    def _(primals: Any, cotangents: Any, found: Any) -> Any:
+        (queries, keys, values), (output, *kept) = primals, found
+        ranges, gradient = _ranges(queries.shape[3]), mx.contiguous(cotangents[0])
+        dq, dk, dv = [], [], []
+        for (start, end), chances in zip(ranges, kept, strict=True):
+            g = gradient[..., start:end, :]
+            through = g @ values[..., :end, :].swapaxes(-1, -2)
+            mean = (g * output[..., start:end, :]).sum(axis=-1, keepdims=True)
+            slope = chances * (through - mean)
+            dq.append((slope @ keys[..., :end, :]) * scale)
+            dk.append(slope.swapaxes(-1, -2) @ (queries[..., start:end, :] * scale))
+            dv.append(chances.swapaxes(-1, -2) @ g)
+        return mx.concatenate(dq, axis=3), _summed(dk, ranges), _summed(dv, ranges)
+
+    function: Callable[[mx.array, mx.array, mx.array], Any] = attend
+    return function
+
+
+def _ranges(length: int) -> list[tuple[int, int]]:
+    """The first query of each block, and the first of the next, where its keys end too."""
+    return list(pairwise(length * block // BLOCKS for block in range(BLOCKS + 1)))
+
+
+def _summed(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
+    """The sum of arrays that begin together and end with their block, over heads that share."""
+    columns = []
+    for index, (start, end) in enumerate(ranges):
+        column = sum(
+            (part[..., start:end, :] for part in parts[index + 1 :]),
+            parts[index][..., start:end, :],
         )
-        for start, end in zip([0, *ends], ends, strict=False)
-    ]
-    return mx.concatenate(blocks, axis=2)
+        columns.append(column.sum(axis=2, keepdims=True) if column.shape[2] > 1 else column)
+    return mx.concatenate(columns, axis=3)
 
 
 @contextmanager

@@ -62,7 +62,8 @@ class OutputHead:
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (rows, vocabulary) of any rows (rows, width) of the body's output."""
         with standing_in(self.body, lambda *args, **kwargs: hidden[None]):
-            return first_of(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))[0]
+            logits = first_of(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
+            return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
 
 
 def find_head(model: nn.Module, slots: Slots) -> OutputHead | None:
