@@ -26,7 +26,7 @@ from benchmarks.tiers import depths, optimizer_for
 from benchmarks.timing import keep
 
 SHAPE = Shape(256, 12, 704, 8, 8, 4096, 4, 128)
-WIDTHS = (32, 64, 96, 128, 192, 256)
+ROWS = (1, 2, 3, 4, 6, 8)
 ROUNDS, WIDTH_OF_CHART = 7, 50
 LONG_RUN, REPORT = 10_000, 250
 SILENT: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure_fits() -> dict[str, dict[str, Any]]:
-    """The lines over due layers, at the width of SHAPE, and over tokens, with all layers due."""
+    """The lines over due layers, with the rows of SHAPE, and over tokens, with all layers due."""
     import mlx.core as mx
 
     from nested_core.training.compute import prepared
@@ -55,13 +55,13 @@ def measure_fits() -> dict[str, dict[str, Any]]:
     with prepared(model):
         steps = make_steps(model)
         return {
-            "due layers": line(time_in_rounds({k: steps(k, SHAPE.length) for k in range(1, 13)})),
-            "tokens": line(time_in_rounds({SHAPE.batch * w: steps(12, w) for w in WIDTHS})),
+            "due layers": line(time_in_rounds({k: steps(k, SHAPE.batch) for k in range(1, 13)})),
+            "tokens": line(time_in_rounds({SHAPE.length * n: steps(12, n) for n in ROWS})),
         }
 
 
 def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
-    """For so many due layers, the deepest, and so many tokens a row: one step, waited for."""
+    """For so many due layers, the deepest, and so many rows: one step, waited for."""
     import mlx.core as mx
 
     from nested_core.slots import adapter_slots
@@ -73,11 +73,11 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     rule = rule_for(model, slots, SUPERVISED)
     generator = np.random.default_rng(0)
 
-    def make(due_layers: int, width: int) -> Callable[[], None]:
+    def make(due_layers: int, rows: int) -> Callable[[], None]:
         optimizer, tiers = tiers_of(slots, due_layers)
-        size = (SHAPE.batch, width + 1)
+        size = (rows, SHAPE.length + 1)
         tokens = generator.integers(0, SHAPE.vocabulary, size).astype(np.int32)
-        batch = tokens, np.ones((SHAPE.batch, width), np.bool_)
+        batch = tokens, np.ones((rows, SHAPE.length), np.bool_)
         engine = Engine(model, slots, optimizer, tiers, rule)
 
         def step() -> None:
