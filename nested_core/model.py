@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +15,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core import backend
 from nested_core.durable import canonical_json
-from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.regular_files import read_json
 from nested_core.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
 PAGE_BYTES = 4096
 PAGE_STRIDE = 1024 * 1024
 
@@ -82,13 +83,15 @@ def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Mo
 
 def weights_in(folder: Path) -> int:
     """About how many weights a model's folder holds, as 16-bit numbers or as config.json has it."""
-    held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files = [path for path in folder.glob("*.safetensors") if path.is_file()]
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        bits = int(config["quantization"]["bits"]) or 16
-    except (OSError, ValueError, KeyError, TypeError):
-        bits = 16  # what is wrong with the folder, its loader says
-    return held * 8 // bits
+        config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
+    except (DamagedError, OSError):
+        config = None  # what is wrong with the folder, its loader says
+    quantization = config.get("quantization") if isinstance(config, dict) else None
+    bits = quantization.get("bits") if isinstance(quantization, dict) else None
+    is_stated = isinstance(bits, int) and bits > 0
+    return sum(path.stat().st_size for path in files) * 8 // (bits if is_stated else 16)
 
 
 def tokenizer_source(config: FineTuneConfig) -> TokenizerSource:

@@ -99,7 +99,7 @@ def report(rows: list[dict[str, Any]]) -> None:
         ]
         for rival in ("mlx_lm", "peft-compile"):
             other = latest.get((size, rival))
-            if other is not None and arm != rival:
+            if other is not None and arm not in (rival, PARTS):
                 speed = row["tokens_per_second"] / other["tokens_per_second"]
                 memory = row["peak_gib"] / other["peak_gib"]
                 parts.append(f"{speed:.2f} x {rival} (memory {memory:.2f})")

@@ -106,12 +106,29 @@ def test_at_the_end_of_a_process_no_module_holds_a_compiled_function() -> None:
     assert run(AT_THE_END).split() == ["True", "0"]
 
 
-def test_the_weights_of_a_folder_are_counted_by_their_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        ('{"quantization": {"bits": 4}}', 4000),
+        ("{}", 1000),
+        ('{"quantization": {"bits": 0}}', 1000),
+        ('{"quantization": {"bits": "4"}}', 1000),
+        ('{"quantization": []}', 1000),
+        ("[" * 100_000, 1000),
+        (None, 1000),
+    ],
+)
+def test_the_weights_of_a_folder_are_counted_by_their_bits(
+    tmp_path: Path, config: str | None, weights: int
+) -> None:
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
         (tmp_path / name).write_bytes(b"0" * 1000)
-    for config, weights in (('{"quantization": {"bits": 4}}', 4000), ("{}", 1000), ("[", 1000)):
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    if config is None:
+        os.mkfifo(tmp_path / "config.json")  # nobody ever writes into it
+    else:
         (tmp_path / "config.json").write_text(config)
-        assert weights_in(tmp_path) == weights
+    assert weights_in(tmp_path) == weights
 
 
 LOADED = """
