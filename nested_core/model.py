@@ -90,8 +90,8 @@ def weights_in(folder: Path) -> int:
         config = None  # what is wrong with the folder, its loader says
     quantization = config.get("quantization") if isinstance(config, dict) else None
     bits = quantization.get("bits") if isinstance(quantization, dict) else None
-    is_stated = isinstance(bits, int) and bits > 0
-    return sum(path.stat().st_size for path in files) * 8 // (bits if is_stated else 16)
+    stated = bits if isinstance(bits, int) and bits > 0 else 16
+    return sum(path.stat().st_size for path in files) * 8 // stated
 
 
 def tokenizer_source(config: FineTuneConfig) -> TokenizerSource:
