@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.parts import NAME as PARTS
-from benchmarks.gpu.parts import predicted_gain
+from benchmarks.gpu.parts import describe_gain
 
 SIZES = ("0.5B", "1.7B", "7B", "135M")
 TIERED = "ours", "ours+deep"
@@ -108,11 +108,8 @@ def report(rows: list[dict[str, Any]]) -> None:
             speed = row["tokens_per_second"] / latest[size, alone]["tokens_per_second"]
             parts.append(f"{speed:.2f} x one GPU; bytes a step {row['bytes_sent_by_due_tiers']}")
         if arm == PARTS:
-            parts.append(f"[1, 2, 4], deep fast, could gain {predicted_gain(row):.3f}")
-            if {(size, each) for each in TIERED} <= latest.keys():
-                speeds = [latest[size, each]["tokens_per_second"] for each in TIERED]
-                gain = speeds[1] / speeds[0]
-                parts.append(f"gains {gain:.3f}, {gain / predicted_gain(row):.3f} of that")
+            pair = [latest[size, each] for each in TIERED if (size, each) in latest]
+            parts.append(describe_gain(row, [each["tokens_per_second"] for each in pair]))
         print("  ".join(parts), flush=True)
 
 

@@ -5,7 +5,8 @@ From these times follows what [1, 2, 4] could gain where nothing but due gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from benchmarks.gpu.shapes import WINDOW, Shape, measure, median_ms
@@ -60,8 +61,18 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
     with borrowed(slots), prepared(model):
         seconds = [seconds_of(due) for due in range(4)]
     ends = [median_ms(each) for each in seconds]
-    thirds_ms = [round(b - a, 3) for a, b in zip(ends, ends[1:], strict=False)]
+    thirds_ms = [round(more - less, 3) for less, more in pairwise(ends)]
     return {"seconds": seconds[-1], "forward_ms": ends[0], "backward_ms": thirds_ms}
+
+
+def describe_gain(row: Mapping[str, Any], speeds: Sequence[float]) -> str:
+    """The gain that a row predicts, beside that of `speeds`, uniform and tiered, where both are."""
+    predicted = predicted_gain(row)
+    line = f"[1, 2, 4], deep fast, could gain {predicted:.3f}"
+    if len(speeds) < 2:
+        return line
+    gain = speeds[1] / speeds[0]
+    return f"{line}  gains {gain:.3f}, {gain / predicted:.3f} of that"
 
 
 def predicted_gain(row: Mapping[str, Any]) -> float:

@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, help="beside ROWS.jsonl unless given")
     parser.add_argument("--models-only", action="store_true", help="pretrain, and run nothing")
     parser.add_argument("--seconds", type=float, default=520)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["2M", "10M", "22M"])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["2M", "22M", "85M"])
     parser.add_argument(
         "--arms", nargs="+", default=list(ARMS), help="mlx_lm, ours, ours+1-2-4+deep ..."
     )

@@ -41,11 +41,6 @@ class Size:
     steps: int = 320
     knows: float = 0.95  # of the facts, after pretraining: else there is nothing to fine-tune
 
-    @property
-    def weights(self) -> int:
-        """Weights of the linear layers."""
-        return self.layers * self.hidden * (4 * self.hidden + 3 * self.intermediate)
-
 
 SIZES = {
     "tiny": Size(32, 3, 64, 2, 20, rows=4, text_tokens=20_000, steps=48, knows=0.0),

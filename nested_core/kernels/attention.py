@@ -8,7 +8,7 @@ mlx-lm.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -45,50 +45,49 @@ def causal_attention(
         result: mx.array = plain_attention(queries, keys, values, cache, scale, mask, sinks)
         return result
     shared_by = queries.shape[1] // keys.shape[1]
-    grouped = queries.reshape(queries.shape[0], keys.shape[1], shared_by, *queries.shape[2:])
+    scaled = (queries * scale).reshape(-1, keys.shape[1], shared_by, *queries.shape[2:])
     values = mx.contiguous(values)  # else each matmul would copy its part
-    output: Any = _in_blocks(scale)(grouped, keys[:, :, None], values[:, :, None])
-    whole: mx.array = output[0].reshape(*queries.shape[:3], values.shape[-1])
-    return whole
+    outputs: Any = _in_blocks(scaled, keys[:, :, None], values[:, :, None])
+    output: mx.array = outputs[0].reshape(*queries.shape[:3], values.shape[-1])
+    return output
 
 
-def _in_blocks(scale: float) -> Callable[[mx.array, mx.array, mx.array], Any]:
-    """Attention of queries (batch, key heads, heads of each, length, width); keys, values of 1.
+@mx.custom_function
+def _in_blocks(queries: mx.array, keys: mx.array, values: mx.array) -> Any:
+    """The attention's output, and each block's probabilities, which the backward pass needs.
 
-    The outputs are the attention's and each block's probabilities, which the backward pass needs.
-    With P those, O the output and g its gradient, the scores' is P (g V^T - rowsum(g O)): Dao et
-    al. 2022, FlashAttention, appendix B.2.
+    Queries are scaled, (batch, key heads, heads that share each, length, width); keys and values
+    have 1 in the third place.
     """
+    outputs, kept = [], []
+    for start, end in _ranges(queries.shape[3]):
+        scores = queries[..., start:end, :] @ keys[..., :end, :].swapaxes(-1, -2)
+        visible = mx.arange(start, end)[:, None] >= mx.arange(end)
+        scores = mx.where(visible, scores, -math.inf)
+        powers = exponential(scores - scores.max(axis=-1, keepdims=True))
+        kept.append(powers / powers.sum(axis=-1, keepdims=True))
+        outputs.append(kept[-1] @ values[..., :end, :])
+    return [mx.concatenate(outputs, axis=3), *kept]
 
-    @mx.custom_function
-    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> Any:
-        outputs, kept = [], []
-        for start, end in _ranges(queries.shape[3]):
-            scores = (queries[..., start:end, :] * scale) @ keys[..., :end, :].swapaxes(-1, -2)
-            visible = mx.arange(start, end)[:, None] >= mx.arange(end)
-            scores = mx.where(visible, scores, -math.inf)
-            powers = exponential(scores - scores.max(axis=-1, keepdims=True))
-            kept.append(powers / powers.sum(axis=-1, keepdims=True))
-            outputs.append(kept[-1] @ values[..., :end, :])
-        return [mx.concatenate(outputs, axis=3), *kept]
 
-    @attend.vjp
-    def _(primals: Any, cotangents: Any, found: Any) -> Any:
-        (queries, keys, values), (output, *kept) = primals, found
-        ranges, gradient = _ranges(queries.shape[3]), mx.contiguous(cotangents[0])
-        dq, dk, dv = [], [], []
-        for (start, end), chances in zip(ranges, kept, strict=True):
-            g = gradient[..., start:end, :]
-            through = g @ values[..., :end, :].swapaxes(-1, -2)
-            mean = (g * output[..., start:end, :]).sum(axis=-1, keepdims=True)
-            slope = chances * (through - mean)
-            dq.append((slope @ keys[..., :end, :]) * scale)
-            dk.append(slope.swapaxes(-1, -2) @ (queries[..., start:end, :] * scale))
-            dv.append(chances.swapaxes(-1, -2) @ g)
-        return mx.concatenate(dq, axis=3), _summed(dk, ranges), _summed(dv, ranges)
+@_in_blocks.vjp
+def _(primals: Any, cotangents: Any, found: Any) -> Any:
+    """With P the probabilities, O the output, g its gradient: scores' is P (g V^T - rowsum(g O)).
 
-    function: Callable[[mx.array, mx.array, mx.array], Any] = attend
-    return function
+    Dao et al. 2022, FlashAttention, appendix B.2.
+    """
+    (queries, keys, values), (output, *kept) = primals, found
+    ranges, gradient = _ranges(queries.shape[3]), mx.contiguous(cotangents[0])
+    dq, dk, dv = [], [], []
+    for (start, end), chances in zip(ranges, kept, strict=True):
+        g = gradient[..., start:end, :]
+        through = g @ values[..., :end, :].swapaxes(-1, -2)
+        mean = (g * output[..., start:end, :]).sum(axis=-1, keepdims=True)
+        slope = chances * (through - mean)
+        dq.append(slope @ keys[..., :end, :])
+        dk.append(slope.swapaxes(-1, -2) @ queries[..., start:end, :])
+        dv.append(chances.swapaxes(-1, -2) @ g)
+    return mx.concatenate(dq, axis=3), _summed(dk, ranges), _summed(dv, ranges)
 
 
 def _ranges(length: int) -> list[tuple[int, int]]:
@@ -100,10 +99,8 @@ def _summed(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
     """The sum of arrays that begin together and end with their block, over heads that share."""
     columns = []
     for index, (start, end) in enumerate(ranges):
-        column = sum(
-            (part[..., start:end, :] for part in parts[index + 1 :]),
-            parts[index][..., start:end, :],
-        )
+        first, *later = (part[..., start:end, :] for part in parts[index:])
+        column = sum(later, first)
         columns.append(column.sum(axis=2, keepdims=True) if column.shape[2] > 1 else column)
     return mx.concatenate(columns, axis=3)
 
