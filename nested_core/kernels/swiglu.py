@@ -1,13 +1,12 @@
-"""silu(gate) * x with a backward pass of its own: on CUDA in one kernel, on a CPU without an exp.
+"""silu(gate) * x with passes of its own: on CUDA a kernel each, on a CPU backwards without an exp.
 
 MLX's compiled backward keeps and passes over more arrays than the two gradients that are wanted,
-and an exponential is what a CPU spends its time on. A kernel that does not agree with MLX on this
-machine is not used, and a warning says so. On Metal mlx-lm's own is left alone.
+and an exponential is what a CPU spends its time on. Kernels that do not agree with MLX on this
+machine are not used, and a warning says so. On Metal mlx-lm's own is left alone.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -18,24 +17,36 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from nested_core import backend
+from nested_core.kernels.checking import disagreement, is_sound
 from nested_core.kernels.exponential import exponential
 from nested_core.kernels.replacing import in_code_of
-from nested_core.scalars import to_float
 
 WIDTH = 8  # elements a thread: 16 bytes of bfloat16
 THREADS = 256
 HALF_TYPES = (mx.bfloat16, mx.float16)
-TOLERANCE = 0.02  # of the largest gradient: three roundings of a bfloat16
 
-# One thread takes WIDTH neighbours; n is a multiple of it. With s = sigmoid(gate):
-# d gate = g x s (1 + gate (1 - s)), d x = g gate s, in float32.
-SOURCE = f"""
+# One thread takes WIDTH neighbours; n is a multiple of it. With s = sigmoid(gate), in float32:
+# out = gate s x, d gate = g x s (1 + gate (1 - s)), d x = g gate s.
+BEGINNING = f"""
     unsigned int n = gate_shape[0];
     unsigned int i = (blockIdx.x * blockDim.x + threadIdx.x) * {WIDTH};
     if (i >= n) return;
     struct alignas(16) Pack {{ T value[{WIDTH}]; }};
     Pack gates = *reinterpret_cast<const Pack*>(gate + i);
     Pack others = *reinterpret_cast<const Pack*>(x + i);
+"""
+
+FORWARD = f"""{BEGINNING}
+    #pragma unroll
+    for (int k = 0; k < {WIDTH}; ++k) {{
+        float a = static_cast<float>(gates.value[k]);
+        float b = static_cast<float>(others.value[k]);
+        gates.value[k] = static_cast<T>(a / (1.f + __expf(-a)) * b);
+    }}
+    *reinterpret_cast<Pack*>(out + i) = gates;
+"""
+
+BACKWARD = f"""{BEGINNING}
     Pack given = *reinterpret_cast<const Pack*>(g + i);
     Pack to_gate, to_x;
     #pragma unroll
@@ -51,46 +62,60 @@ SOURCE = f"""
     *reinterpret_cast<Pack*>(d_x + i) = to_x;
 """
 
+Forward = Callable[[mx.array, mx.array], mx.array]
 Backward = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
 plain_swiglu: Any = activations.swiglu
 
 
-def backward(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
+def plain_backward(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
     """The kernel's formula in MLX's operations: gradients with respect to gate and x."""
     a, b, c = (each.astype(mx.float32) for each in (gate, x, g))
     s = mx.sigmoid(a)
     return (c * b * (s + a * s * (1 - s))).astype(gate.dtype), (c * a * s).astype(x.dtype)
 
 
-@cache
-def _kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        name="swiglu_backward",
-        input_names=["gate", "x", "g"],
-        output_names=["d_gate", "d_x"],
-        source=SOURCE,
-    )
+def forward_on_cuda(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) * x in one kernel, for half-precision arrays of a multiple of WIDTH elements."""
+    (found,) = _elementwise("swiglu_forward", ("gate", "x"), ("out",), FORWARD, gate, x)
+    return found
 
 
 def backward_on_cuda(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
-    """The same in one kernel, for half-precision arrays of a multiple of WIDTH elements."""
-    d_gate, d_x = _kernel()(
-        inputs=[each.reshape(-1) for each in (gate, x, g)],
+    """The gradients with respect to gate and x in one kernel, for such arrays."""
+    names = ("gate", "x", "g"), ("d_gate", "d_x")
+    d_gate, d_x = _elementwise("swiglu_backward", *names, BACKWARD, gate, x, g)
+    return d_gate, d_x
+
+
+def _elementwise(
+    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, *arrays: mx.array
+) -> list[mx.array]:
+    """The outputs of a kernel that takes arrays of one shape and gives such."""
+    gate = arrays[0]
+    found = _kernel(name, inputs, outputs, source)(
+        inputs=[each.reshape(-1) for each in arrays],
         template=[("T", gate.dtype)],
         grid=(gate.size // WIDTH, 1, 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[(gate.size,)] * 2,
-        output_dtypes=[gate.dtype] * 2,
+        output_shapes=[(gate.size,)] * len(outputs),
+        output_dtypes=[gate.dtype] * len(outputs),
     )
-    return d_gate.reshape(gate.shape), d_x.reshape(x.shape)
+    return [each.reshape(gate.shape) for each in found]
 
 
-def swiglu_with(backward: Backward) -> Callable[[mx.array, mx.array], mx.array]:
-    """mlx-lm's swiglu with another backward pass, where its kernel takes the arrays."""
+@cache
+def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Any:
+    return mx.fast.cuda_kernel(
+        name=name, input_names=list(inputs), output_names=list(outputs), source=source
+    )
+
+
+def swiglu_with(forward: Forward, backward: Backward) -> Callable[[mx.array, mx.array], mx.array]:
+    """mlx-lm's swiglu with other passes, where their kernels take the arrays."""
 
     @mx.custom_function
     def swiglu(gate: mx.array, x: mx.array) -> Any:
-        return plain_swiglu(gate, x)
+        return forward(gate, x)
 
     @swiglu.vjp
     def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
@@ -99,7 +124,7 @@ def swiglu_with(backward: Backward) -> Callable[[mx.array, mx.array], mx.array]:
     fused: Any = swiglu
 
     def chosen(gate: mx.array, x: mx.array) -> mx.array:
-        """The fused function for arrays that its kernel takes, else mlx-lm's."""
+        """The fused function for arrays that its kernels take, else mlx-lm's."""
         fits = gate.dtype == x.dtype and gate.shape == x.shape and gate.size % WIDTH == 0
         result: mx.array = (
             fused(gate, x) if fits and gate.dtype in HALF_TYPES else plain_swiglu(gate, x)
@@ -138,37 +163,20 @@ def fused_swiglu(model: nn.Module) -> Iterator[None]:
     if backend.device() == "cpu":
         function = swiglu_on_cpu
     elif backend.has_cuda() and _agrees_here():
-        function = swiglu_with(backward_on_cuda)
+        function = swiglu_with(forward_on_cuda, backward_on_cuda)
     with nullcontext() if function is None else in_code_of(model, "swiglu", plain_swiglu, function):
         yield
 
 
 @cache
 def _agrees_here() -> bool:
-    """Whether the kernel gives MLX's own gradients on this machine; a warning where it does not."""
-    trouble = disagreement(backward_on_cuda)
-    if trouble is not None:
-        warnings.warn(
-            f"Our CUDA kernel for swiglu's backward pass is not used: {trouble}. MLX's own is.",
-            stacklevel=2,
-        )
-    return trouble is None
+    return is_sound("swiglu", trouble_with(forward_on_cuda, backward_on_cuda))
 
 
-def disagreement(backward: Backward) -> str | None:
-    """What is wrong with a backward pass against MLX's own, or None."""
+def trouble_with(forward: Forward, backward: Backward) -> str | None:
+    """What is wrong with such passes against MLX's own, or None."""
     keys = mx.random.split(mx.random.key(0), 3)
     gate, x, g = (mx.random.normal((37, 72), key=key).astype(mx.bfloat16) for key in keys)
-    _, expected = mx.vjp(lambda a, b: plain_swiglu(a, b), [4 * gate, x], [g])
-    try:
-        found = backward(4 * gate, x, g)
-        mx.eval(found)
-    except RuntimeError as error:
-        return f"it failed: {' '.join(str(error).split())[:200]}"
-    for ours, theirs in zip(found, expected, strict=True):
-        ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
-        largest = to_float(mx.abs(theirs).max())
-        difference = to_float(mx.abs(ours - theirs).max())
-        if not difference <= TOLERANCE * largest:
-            return f"it differs by {difference:.3g} where gradients are up to {largest:.3g}"
-    return None
+    gate = 4 * gate
+    output, gradients = mx.vjp(lambda a, b: plain_swiglu(a, b), [gate, x], [g])
+    return disagreement(lambda: [forward(gate, x), *backward(gate, x, g)], [*output, *gradients])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import mlx.nn as nn
 
 from nested_core.kernels.attention import blocked_attention
+from nested_core.kernels.norm import frozen_norms
+from nested_core.kernels.rope import tabled_rope
 from nested_core.kernels.swiglu import fused_swiglu
 from nested_core.training.low_rank import low_rank, shared_inputs
 from nested_core.training.recompute import recomputed
@@ -27,5 +29,8 @@ def prepared(
             yield
             return
         groups = shared_inputs(model)
-        with low_rank(model, groups), fused_swiglu(model), blocked_attention(model):
+        with ExitStack() as stack:
+            for swapped in (fused_swiglu, blocked_attention, tabled_rope, frozen_norms):
+                stack.enter_context(swapped(model))
+            stack.enter_context(low_rank(model, groups))
             yield

@@ -7,14 +7,15 @@ model's own; whatever the model does after its body (scaling, soft-capping) is i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from nested_core.kernels.replacing import standing_in
 from nested_core.scalars import to_float
 from nested_core.slots import Slots, borrowed, put, read_slots
 from nested_core.training.losses import first_of
@@ -25,18 +26,6 @@ ROWS = [6, 1, 3]  # of the probe's eight positions, out of order
 ROUNDING = 16  # in units of the dtype's epsilon, of the largest logit
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def standing_in(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Have a call of this one module answered by `call` while the block runs."""
-    kind = type(module)
-    answer = {"__call__": lambda self, *args, **kwargs: call(*args, **kwargs)}
-    module.__class__ = type(kind.__name__, (kind,), answer)
-    try:
-        yield
-    finally:
-        module.__class__ = kind
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels.joining import joined, kernel_agrees
+from nested_core.kernels.low_rank import kernels_agree, narrow, outer
+
 GROUP = "_shared_input"
 
 
@@ -40,7 +43,9 @@ class LowRankLinear(LoRALinear):
 class SharedInput:
     """Layers that are given one input: x @ [A1 A2 ...] is one product, and so are its gradients.
 
-    They are of one rank. The base layers stay apart, so that no output keeps another's memory.
+    With z = scale (x @ A)^T, narrow and wide as A^T is, an output is x W + z^T B; with g its
+    gradient, dz = scale (g B^T)^T, and the gradients are dz x, z g and g W^T + dz^T A^T. The base
+    layers stay apart, so that no output keeps another's memory.
     """
 
     def __init__(self, layers: Sequence[LowRankLinear]) -> None:
@@ -61,71 +66,49 @@ class SharedInput:
         return found
 
     def _compute(self, x: mx.array) -> list[mx.array]:
-        layers, rows = self._layers, x.reshape(-1, x.shape[-1])
-        a = _joined([layer.lora_a for layer in layers], axis=1)
-        b = [layer.lora_b for layer in layers]
-        scales = self._scales(x.dtype)
-        count = len(layers)
+        layers, ranges, count = self._layers, self._ranges, len(self._layers)
+        scales = [layer.scale for layer in layers for _ in range(layer.lora_b.shape[0])]
 
         @mx.custom_function
-        def project(x: mx.array, a: mx.array, *b: mx.array) -> list[mx.array]:
-            z, wide = _scaled(x @ a, scales), self._padded(b)
-            outputs = [mx.addmm(layer.linear(x), z, wide[i]) for i, layer in enumerate(layers)]
-            return [*outputs, z, *wide]
+        def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
+            a = joined([each.T for each in factors[:count]]).reshape(-1, x.shape[-1])
+            z = narrow([(a, x)], scales)
+            parts = zip(layers, ranges, factors[count:], strict=True)
+            added = ((layer, z[start:end].T @ b) for layer, (start, end), b in parts)
+            return [*(_onto_base(layer, x, low) for layer, low in added), a, z]
 
         @project.vjp
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
-            x, a, g = primals[0], primals[1], cotangents[:count]
-            z, wide = outputs[count], outputs[count + 1 :]
-            dz, dx = g[0] @ wide[0].T, _base_gradient(layers[0], x, g[0], None)
-            for i in range(1, count):
-                dz = mx.addmm(dz, g[i], wide[i].T)
-                dx = _base_gradient(layers[i], x, g[i], dx)
-            dz = _scaled(dz, scales)
-            db = [(z.T @ g[i])[slice(*self._ranges[i])] for i in range(count)]
-            return mx.addmm(dx, dz, a.T), x.T @ dz, *db
+            x, b, g = primals[0], primals[1 + count :], cotangents[:count]
+            a, z = outputs[count:]
+            dz = narrow(list(zip(b, g, strict=True)), scales)
+            dx = dz.T @ a
+            for layer, each in zip(layers, g, strict=True):
+                dx = _through_base(layer, x, each, dx)
+            parts = [z[start:end] for start, end in ranges]
+            da, *db = outer([(dz, x), *zip(parts, g, strict=True)])
+            return dx, *(da[start:end].T for start, end in ranges), *db
 
-        outputs: Any = project(rows, a, *b)
+        factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
+        outputs: Any = project(x.reshape(-1, x.shape[-1]), *factors)
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs[:count]]
 
-    def _padded(self, b: Sequence[mx.array]) -> list[mx.array]:
-        """Each lora_b with rows of zeros for the other layers' columns of lora_a."""
-        if len(b) == 1:
-            return list(b)
-        wide = []
-        for index, each in enumerate(b):
-            place = [1.0 if other == index else 0.0 for other in range(len(b))]
-            blocks = mx.array(place, each.dtype)[:, None, None] * each
-            wide.append(blocks.reshape(-1, each.shape[-1]))
-        return wide
 
-    def _scales(self, dtype: mx.Dtype) -> mx.array | None:
-        """The factor of each column of lora_a, or None where all are 1."""
-        factors = [
-            layer.scale
-            for layer, (start, end) in zip(self._layers, self._ranges, strict=True)
-            for _ in range(start, end)
-        ]
-        return None if set(factors) == {1.0} else mx.array(factors, dtype)
+def _onto_base(layer: LowRankLinear, x: mx.array, added: mx.array) -> mx.array:
+    """The base layer's output plus `added`: MLX's matmul takes it along at no cost."""
+    base = layer.linear
+    if type(base) is nn.Linear and "bias" not in base:
+        return mx.addmm(added, x, base.weight.T)
+    output: mx.array = base(x) + added
+    return output
 
 
-def _joined(matrices: Sequence[mx.array], axis: int) -> mx.array:
-    return matrices[0] if len(matrices) == 1 else mx.concatenate(list(matrices), axis=axis)
-
-
-def _scaled(narrow: mx.array, scales: mx.array | None) -> mx.array:
-    return narrow if scales is None else narrow * scales
-
-
-def _base_gradient(
-    layer: LowRankLinear, x: mx.array, g: mx.array, added: mx.array | None
-) -> mx.array:
+def _through_base(layer: LowRankLinear, x: mx.array, g: mx.array, added: mx.array) -> mx.array:
     """The gradient through the frozen base layer, whatever it is made of, plus `added`."""
     if type(layer.linear) is nn.Linear:
-        weight = layer.linear.weight
-        return g @ weight if added is None else mx.addmm(added, g, weight)
+        return mx.addmm(added, g, layer.linear.weight)
     (gradient,) = mx.vjp(layer.linear, [x], [g])[1]
-    return gradient if added is None else added + gradient
+    return added + gradient
 
 
 def _dropped_out(layer: LowRankLinear, x: mx.array, dropped: mx.array) -> mx.array:
@@ -139,6 +122,7 @@ def _dropped_out(layer: LowRankLinear, x: mx.array, dropped: mx.array) -> mx.arr
 def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> Iterator[None]:
     """Have every LoRALinear of a model computed here; `groups` are given one input each."""
     layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
+    kernels_agree(), kernel_agrees()  # asked now, for the answers are computed
     try:
         for layer in layers:
             layer.__class__ = LowRankLinear

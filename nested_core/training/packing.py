@@ -18,6 +18,7 @@ from mlx.utils import tree_unflatten
 
 from nested_core.clocks import RESERVED_NAMES
 from nested_core.gradients import Flat, Leaves, leaf_states
+from nested_core.kernels.joining import joined
 from nested_core.optimizers import NestedAdam
 from nested_core.single_clock import TieredOptimizer
 from nested_core.tiers import TierMap
@@ -30,7 +31,10 @@ def nested(flat: Flat) -> Any:
 
 @dataclass(frozen=True)
 class Leaf:
-    """Tensors of one tier that are kept as one array: a vector, or the one tensor as it is."""
+    """Tensors of one tier that are kept as one array: a vector, or the one tensor as it is.
+
+    A matrix lies in the vector with its short side first, as products with a lora_a want it.
+    """
 
     tier: int
     shapes: Mapping[str, tuple[int, ...]]
@@ -39,7 +43,7 @@ class Leaf:
         """The tensors in one array."""
         if len(self.shapes) == 1:
             return values[next(iter(self.shapes))]
-        return mx.concatenate([values[name].reshape(-1) for name in self.shapes])
+        return joined([_folded(values[name]) for name in self.shapes])
 
     def cut(self, array: mx.array) -> Flat:
         """The tensors by name, as views."""
@@ -48,9 +52,21 @@ class Leaf:
         ends = list(accumulate(math.prod(shape) for shape in self.shapes.values()))
         ranges = pairwise([0, *ends])
         return {
-            name: array[start:end].reshape(shape)
+            name: _unfolded(array[start:end], shape)
             for (name, shape), (start, end) in zip(self.shapes.items(), ranges, strict=True)
         }
+
+
+def _is_tall(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[0] > shape[1]
+
+
+def _folded(array: mx.array) -> mx.array:
+    return array.T if _is_tall(array.shape) else array
+
+
+def _unfolded(vector: mx.array, shape: tuple[int, ...]) -> mx.array:
+    return vector.reshape(shape[::-1]).T if _is_tall(shape) else vector.reshape(shape)
 
 
 class Packing:

@@ -1,0 +1,176 @@
+"""Rotary embeddings on CUDA with their angles read from a table, in place of MLX's own.
+
+MLX computes a power, a sine and a cosine for every pair of every few heads, forwards and backwards.
+The table is what the module itself makes of ones and zeros, so that any of mlx-lm's rotations that
+pair an element with the one half a head further is had, with whatever factors are in it (Su et al.
+2021, RoFormer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
+
+from nested_core import backend
+from nested_core.kernels.checking import disagreement, is_sound
+from nested_core.kernels.replacing import standing_in
+from nested_core.scalars import to_float
+
+WIDTH = 8  # elements a thread takes from each half of a head: 16 bytes of bfloat16
+HEADS = 4  # heads that a thread turns by the angles it has read
+THREADS = 256
+ROTATIONS = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
+HALF_TYPES = (mx.bfloat16, mx.float16)
+PROBE = 7  # positions
+
+# x is (batch, length, heads, width), table (length, width): cosines, then sines.
+SOURCE = f"""
+    constexpr int W = {WIDTH};
+    int half = x_shape[3] / 2, length = x_shape[1], groups = x_shape[2] / {HEADS};
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    int column = i % (half / W) * W, rest = i / (half / W);
+    long token = rest / groups;
+    if (token >= x_shape[0] * length) return;
+    struct alignas(16) Pack {{ T value[W]; }};
+    const float* angle = table + token % length * 2 * half + column;
+    float c[W], s[W];
+    #pragma unroll
+    for (int k = 0; k < W; k += 4) {{
+        *reinterpret_cast<float4*>(c + k) = *reinterpret_cast<const float4*>(angle + k);
+        *reinterpret_cast<float4*>(s + k) = *reinterpret_cast<const float4*>(angle + half + k);
+    }}
+    #pragma unroll
+    for (int k = 0; k < W; ++k) s[k] = BACK ? -s[k] : s[k];
+    long at = (token * x_shape[2] + rest % groups * {HEADS}) * 2 * half + column;
+    #pragma unroll
+    for (int h = 0; h < {HEADS}; ++h, at += 2 * half) {{
+        Pack low = *reinterpret_cast<const Pack*>(x + at);
+        Pack high = *reinterpret_cast<const Pack*>(x + at + half);
+        #pragma unroll
+        for (int k = 0; k < W; ++k) {{
+            float a = static_cast<float>(low.value[k]), b = static_cast<float>(high.value[k]);
+            low.value[k] = static_cast<T>(a * c[k] - b * s[k]);
+            high.value[k] = static_cast<T>(a * s[k] + b * c[k]);
+        }}
+        *reinterpret_cast<Pack*>(out + at) = low;
+        *reinterpret_cast<Pack*>(out + at + half) = high;
+    }}
+"""
+
+Turn = Callable[[mx.array, mx.array, bool], mx.array]
+
+
+def plain_turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
+    """Heads (batch, length, heads, width) turned by the table's angles, or back, in float32."""
+    low, high = mx.split(x.astype(mx.float32), 2, axis=-1)
+    c, s = (each[:, None] for each in mx.split(table, 2, axis=-1))
+    s = -s if back else s
+    return mx.concatenate([low * c - high * s, low * s + high * c], axis=-1).astype(x.dtype)
+
+
+def turn_on_cuda(x: mx.array, table: mx.array, back: bool) -> mx.array:
+    """The same in one kernel, for half precision; 4 divides the heads and 16 their width."""
+    (found,) = _kernel()(
+        inputs=[x, table],
+        template=[("T", x.dtype), ("BACK", back)],
+        grid=(x.size // (2 * WIDTH * HEADS), 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[x.shape],
+        output_dtypes=[x.dtype],
+    )
+    result: mx.array = found
+    return result
+
+
+@cache
+def _kernel() -> Any:
+    return mx.fast.cuda_kernel(
+        name="turn_heads", input_names=["x", "table"], output_names=["out"], source=SOURCE
+    )
+
+
+def table_of(rope: Callable[[mx.array], mx.array], length: int, width: int) -> mx.array:
+    """What a rotation makes of ones and zeros: cosines and sines (length, width), float32."""
+    halves = [mx.ones((1, 1, length, width // 2)), mx.zeros((1, 1, length, width // 2))]
+    table = rope(mx.concatenate(halves, axis=-1))[0, 0]
+    mx.eval(table)
+    return table
+
+
+def turned_by(module: nn.Module, turn: Turn) -> Callable[..., mx.array]:
+    """A call in the place of a rotation's own: (batch, heads, length, width), from position 0."""
+    own = type(module).__call__
+    tables: dict[tuple[int, int], mx.array] = {}
+
+    def table(length: int, width: int) -> mx.array:
+        if (length, width) not in tables:
+            tables[length, width] = table_of(lambda x: own(module, x), length, width)
+        return tables[length, width]
+
+    @mx.custom_function
+    def rotate(x: mx.array) -> Any:
+        return turn(x, table(x.shape[1], x.shape[3]), False)
+
+    @rotate.vjp
+    def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
+        return turn(cotangent, table(x.shape[1], x.shape[3]), True)
+
+    def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        fits = x.ndim == 4 and x.shape[1] % HEADS == 0 and x.shape[3] == width_of(module)
+        if args or kwargs or not fits or x.dtype not in HALF_TYPES:
+            result: mx.array = own(module, x, *args, **kwargs)
+            return result
+        function: Any = rotate
+        heads: mx.array = function(x.swapaxes(1, 2))  # as the projections gave them: no copy
+        return heads.swapaxes(1, 2)
+
+    return call
+
+
+def width_of(module: Any) -> int:
+    """The width of the heads that a rotation is made for, or 0."""
+    return int(getattr(module, "dims", 0) or getattr(module, "dim", 0))
+
+
+def is_halves(module: nn.Module) -> bool:
+    """Whether a module is a rotation of pairs half a head apart, as the kernel computes it."""
+    width = width_of(module)
+    if not isinstance(module, ROTATIONS) or width % (2 * WIDTH):
+        return False
+    call: Any = module
+    x = mx.random.normal((1, 3, PROBE, width), key=mx.random.key(0))
+    expected, table = call(x), table_of(call, PROBE, width)
+    found = plain_turn(x.swapaxes(1, 2), table, False).swapaxes(1, 2)
+    return to_float(mx.abs(found - expected).max()) <= 1e-4 * to_float(mx.abs(expected).max())
+
+
+@contextmanager
+def tabled_rope(model: nn.Module) -> Iterator[None]:
+    """Have a model's rotations computed by the kernel while the block runs."""
+    with ExitStack() as stack:
+        if backend.has_cuda() and _agrees_here():
+            for _, module in model.named_modules():
+                if is_halves(module):
+                    stack.enter_context(standing_in(module, turned_by(module, turn_on_cuda)))
+        yield
+
+
+@cache
+def _agrees_here() -> bool:
+    return is_sound("rotary embeddings", trouble_with(turn_on_cuda))
+
+
+def trouble_with(turn: Turn) -> str | None:
+    """What is wrong with such a function, or None."""
+    x = mx.random.normal((2, 5, 8, 48), key=mx.random.key(0)).astype(mx.bfloat16)
+    table = table_of(nn.RoPE(48), 5, 48)
+    ways = False, True
+    return disagreement(
+        lambda: [turn(x, table, back) for back in ways], [plain_turn(x, table, b) for b in ways]
+    )
