@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import accumulate
-from typing import Any
 
 import mlx.core as mx
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.constants import constant
+from nested_core.kernels.launch import launch
 
 WIDTH = 16  # bytes of a load
-MOST = 128  # arrays a launch: their addresses are arguments, of which there are 4 KB
+MOST = 32  # arrays a launch: their addresses are arguments
 BLOCKS = 4  # for each array
 THREADS = 256
 
@@ -46,34 +45,16 @@ def _in_groups(arrays: Sequence[mx.array], join: Join) -> mx.array:
 
 def join_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
     """`joined` in one kernel, for at most MOST arrays of a multiple of WIDTH bytes."""
-    ends = tuple(accumulate(array.nbytes // WIDTH for array in arrays))
-    (found,) = _kernel(len(arrays))(
-        inputs=[*arrays, constant(ends)],
-        grid=(BLOCKS * THREADS, len(arrays), 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[(sum(array.size for array in arrays),)],
-        output_dtypes=[arrays[0].dtype],
-    )
-    result: mx.array = found
-    return result
-
-
-@cache
-def _kernel(count: int) -> Any:
-    names = [f"a{i}" for i in range(count)]
-    cases = " ".join(f"case {i}: from = a{i}; break;" for i in range(count))
-    source = f"""
-    const void* from = nullptr;
-    switch (blockIdx.y) {{ {cases} }}
-    int start = blockIdx.y ? ends[blockIdx.y - 1] : 0, end = ends[blockIdx.y];
-    const uint4* source = reinterpret_cast<const uint4*>(from);
-    uint4* target = reinterpret_cast<uint4*>(out) + start;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < end - start;
-         i += gridDim.x * blockDim.x) target[i] = source[i];
-    """
-    return mx.fast.cuda_kernel(
-        name=f"join_{count}", input_names=[*names, "ends"], output_names=["out"], source=source
-    )
+    ends = list(accumulate(array.nbytes // WIDTH for array in arrays))
+    missing = MOST - len(arrays)
+    return launch(
+        "join",
+        [*arrays, *[arrays[-1]] * missing],
+        [((sum(array.size for array in arrays),), arrays[0].dtype)],
+        [*ends, *[ends[-1]] * missing],
+        blocks=(BLOCKS, len(arrays)),
+        threads=THREADS,
+    )[0]
 
 
 @cache

@@ -1,7 +1,8 @@
 """The products of low-rank layers with arrays that are wide: into a few rows, and out of them.
 
 MLX's operations on every device; on CUDA kernels of our own for arrays that they take, where they
-agree with MLX on this machine.
+agree with MLX on this machine. Each reads its wide array once and keeps what is narrow in
+registers: cuBLAS takes a product, a sum over splits and a clearing of memory for every layer.
 """
 
 from __future__ import annotations
@@ -12,41 +13,42 @@ from functools import cache
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.kernels import low_rank_cuda
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.low_rank_cuda import COLUMNS, DEPTH, TILE, Pairs
+from nested_core.kernels.launch import TYPES, launch
 
-MOST_RANKS = 64  # that a kernel keeps in registers
-HALF_TYPES = (mx.bfloat16, mx.float16)
+THREADS = 256
+TILE = 8  # rows of a factor in one fragment
+TILES = 1, 2, 3, 4, 6, 8  # that a kernel was made for
+AT_ONCE = 4  # pairs a launch
+ROWS, DEPTH, COLUMNS = 16, 32, 64  # of a wide array: rows a block, a warp's reach, columns a block
+BLOCKS = 264  # at least: two for each multiprocessor of an H200
 
-Narrow = Callable[[Pairs, Sequence[float]], mx.array]
+Pairs = Sequence[tuple[mx.array, mx.array]]
+Narrow = Callable[[Pairs, float], mx.array]
 Outer = Callable[[Pairs], Sequence[mx.array]]
 
 
-def narrow(pairs: Pairs, scales: Sequence[float]) -> mx.array:
-    """Each pair's m @ x.T, one above the other, times scales: (all ranks, rows).
+def narrow(pairs: Pairs, scale: float) -> mx.array:
+    """Each pair's scale * m @ x.T, one above the other: (all ranks, rows).
 
-    m is (rank, width of its own), x (rows, width); one scale for each rank.
+    m is (rank, width of its own), x (rows, width).
     """
-    if _fits(pairs, DEPTH) and kernels_agree():
-        return low_rank_cuda.narrow(pairs, scales)
-    return plain_narrow(pairs, scales)
+    chosen = narrow_on_cuda if _fits(pairs, DEPTH) and kernels_agree() else plain_narrow
+    parts = [chosen(pairs[i : i + AT_ONCE], scale) for i in range(0, len(pairs), AT_ONCE)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
 def outer(pairs: Pairs) -> Sequence[mx.array]:
     """Each pair's z @ x, where z is (rank, rows) and x (rows, width of its own)."""
-    if _fits(pairs, COLUMNS) and kernels_agree():
-        return low_rank_cuda.outer(pairs)
-    return plain_outer(pairs)
+    chosen = outer_on_cuda if _fits(pairs, COLUMNS) and kernels_agree() else plain_outer
+    starts = range(0, len(pairs), AT_ONCE)
+    return [found for i in starts for found in chosen(pairs[i : i + AT_ONCE])]
 
 
-def plain_narrow(pairs: Pairs, scales: Sequence[float]) -> mx.array:
+def plain_narrow(pairs: Pairs, scale: float) -> mx.array:
     """`narrow` in MLX's operations."""
     products = [m @ x.T for m, x in pairs]
-    whole = products[0] if len(products) == 1 else mx.concatenate(products)
-    if len(set(scales)) == 1:
-        return whole * scales[0]
-    return whole * mx.array(list(scales), whole.dtype)[:, None]
+    return scale * (products[0] if len(products) == 1 else mx.concatenate(products))
 
 
 def plain_outer(pairs: Pairs) -> Sequence[mx.array]:
@@ -54,14 +56,74 @@ def plain_outer(pairs: Pairs) -> Sequence[mx.array]:
     return [z @ x for z, x in pairs]
 
 
+def narrow_on_cuda(pairs: Pairs, scale: float) -> mx.array:
+    """`narrow` in one kernel, for at most AT_ONCE pairs that fit."""
+    rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
+    arrays, sizes, most = _arguments(pairs)
+    ranks = sum(m.shape[0] for m, _ in pairs)
+    return launch(
+        "narrow",
+        arrays,
+        [((ranks, rows), dtype)],
+        [rows, *sizes, float(scale)],
+        blocks=(-(-rows // ROWS), len(pairs)),
+        threads=THREADS,
+        dtype=dtype,
+        MOST=most,
+    )[0]
+
+
+def outer_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
+    """`outer` in one kernel and a sum, for at most AT_ONCE pairs that fit."""
+    rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
+    arrays, sizes, most = _arguments(pairs)
+    shapes = [(z.shape[0], x.shape[1]) for z, x in pairs]
+    total = sum(rank * width for rank, width in shapes)
+    blocks = sum(width for _, width in shapes) // COLUMNS
+    splits = max(1, min(-(-BLOCKS // blocks), rows // (ROWS * THREADS // 32)))
+    (parts,) = launch(
+        "outer",
+        arrays,
+        [((splits, total), mx.float32)],
+        [rows, *sizes],
+        blocks=(blocks, splits),
+        threads=THREADS,
+        dtype=dtype,
+        MOST=most,
+    )
+    (whole,) = launch(
+        "sum_of_splits",
+        [parts],
+        [((total,), dtype)],
+        [splits, total],
+        blocks=(-(-total // (4 * THREADS)), 1),
+        threads=THREADS,
+        dtype=dtype,
+    )
+    found, start = [], 0
+    for rank, width in shapes:
+        found.append(whole[start : start + rank * width].reshape(rank, width))
+        start += rank * width
+    return found
+
+
+def _arguments(pairs: Pairs) -> tuple[list[mx.array], list[int], int]:
+    """AT_ONCE pairs, some of no height, each one's tiles and width, and tiles to be made for."""
+    missing = AT_ONCE - len(pairs)
+    arrays = [each for pair in [*pairs, *[pairs[0]] * missing] for each in pair]
+    tiles = [narrow.shape[0] // TILE for narrow, _ in pairs]
+    sizes = [size for n, (_, x) in zip(tiles, pairs, strict=True) for size in (n, x.shape[1])]
+    return arrays, sizes + [0, 0] * missing, min(each for each in TILES if each >= max(tiles))
+
+
 def _fits(pairs: Pairs, multiple: int) -> bool:
     """Whether the kernels take these arrays: half precision, whole tiles, and ranks that fit."""
-    ranks = [each.shape[0] for each, _ in pairs]
+    ranks, dtype = [each.shape[0] for each, _ in pairs], pairs[0][0].dtype
     return (
-        all(each.dtype == pairs[0][0].dtype for pair in pairs for each in pair)
-        and pairs[0][0].dtype in HALF_TYPES
+        dtype in TYPES
+        and all(each.dtype == dtype for pair in pairs for each in pair)
         and all(rank % TILE == 0 for rank in ranks)
-        and max(ranks) <= MOST_RANKS
+        and max(ranks) <= TILE * TILES[-1]
         and all(x.shape[1] % multiple == 0 for _, x in pairs)
     )
 
@@ -70,25 +132,19 @@ def _fits(pairs: Pairs, multiple: int) -> bool:
 def kernels_agree() -> bool:
     """Whether the kernels give what MLX does on this machine; a warning where they do not."""
     return backend.has_cuda() and is_sound(
-        "low-rank layers", trouble_with(low_rank_cuda.narrow, low_rank_cuda.outer)
+        "low-rank layers", trouble_with(narrow_on_cuda, outer_on_cuda)
     )
 
 
 def trouble_with(narrow: Narrow, outer: Outer) -> str | None:
     """What is wrong with two such functions, or None; rows and ranks are of several tiles."""
+    shapes = (53, 128), (53, 192), (24, 128), (8, 192)
     keys = mx.random.split(mx.random.key(0), 4)
-    x, y = (
-        mx.random.normal((53, n), key=k).astype(mx.bfloat16)
-        for n, k in zip((128, 192), keys, strict=False)
+    x, y, a, b = (
+        mx.random.normal(shape, key=key).astype(mx.bfloat16)
+        for shape, key in zip(shapes, keys, strict=True)
     )
-    a, b = (
-        mx.random.normal((r, n), key=k).astype(mx.bfloat16)
-        for r, n, k in zip((24, 8), (128, 192), keys[2:], strict=True)
-    )
-    scales = [1.0 + i / 8 for i in range(32)]
     pairs = [(a, x), (b, y)]
-    z = plain_narrow(pairs, scales)
+    z = plain_narrow(pairs, 1.5)
     products = [(z[:24], x), (z[24:], y)]
-    return disagreement(
-        lambda: [narrow(pairs, scales), *outer(products)], [z, *plain_outer(products)]
-    )
+    return disagreement(lambda: [narrow(pairs, 1.5), *outer(products)], [z, *plain_outer(products)])

@@ -15,72 +15,13 @@ import mlx.nn as nn
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.constants import constant
+from nested_core.kernels.launch import TYPES, launch
 from nested_core.kernels.replacing import standing_in
 
 WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 MOST_THREADS = 128
-LONGEST = 16 * WIDTH * MOST_THREADS  # a row that a block keeps in registers
-HALF_TYPES = (mx.bfloat16, mx.float16)
-
-# A block takes a row. With i = 1 / sqrt(mean(x^2) + eps): dx = w g i - x i^3 mean(w g x).
-SOURCE = f"""
-    constexpr int W = {WIDTH};
-    struct alignas(16) Pack {{ T value[W]; }};
-    __shared__ float sums[2][32];
-    int n = x_shape[1], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    long row = (long)blockIdx.x * n;
-    Pack given[PACKS], scaled[PACKS];
-    float square = 0, along = 0;
-    #pragma unroll
-    for (int p = 0; p < PACKS; ++p) {{
-        int at = (p * blockDim.x + threadIdx.x) * W;
-        if (at < n) {{
-            given[p] = *reinterpret_cast<const Pack*>(x + row + at);
-            scaled[p] = *reinterpret_cast<const Pack*>(g + row + at);
-        }}
-    }}
-    #pragma unroll
-    for (int p = 0; p < PACKS; ++p) {{
-        int at = (p * blockDim.x + threadIdx.x) * W;
-        if (at < n) {{
-            Pack weight = *reinterpret_cast<const Pack*>(w + at);
-            #pragma unroll
-            for (int k = 0; k < W; ++k) {{
-                float a = static_cast<float>(given[p].value[k]);
-                float b = static_cast<float>(scaled[p].value[k]);
-                square += a * a;
-                along += a * b * static_cast<float>(weight.value[k]);
-            }}
-        }}
-    }}
-    #pragma unroll
-    for (int o = 16; o > 0; o /= 2) {{
-        square += __shfl_xor_sync(0xffffffff, square, o);
-        along += __shfl_xor_sync(0xffffffff, along, o);
-    }}
-    if (lane == 0) {{ sums[0][warp] = square; sums[1][warp] = along; }}
-    __syncthreads();
-    square = along = 0;
-    for (int i = 0; i < blockDim.x / 32; ++i) {{ square += sums[0][i]; along += sums[1][i]; }}
-    float inverse = rsqrtf(square / n + eps[0]);
-    float factor = along / n * inverse * inverse * inverse;
-    #pragma unroll
-    for (int p = 0; p < PACKS; ++p) {{
-        int at = (p * blockDim.x + threadIdx.x) * W;
-        if (at < n) {{
-            Pack weight = *reinterpret_cast<const Pack*>(w + at);
-            #pragma unroll
-            for (int k = 0; k < W; ++k) {{
-                float b = static_cast<float>(scaled[p].value[k]);
-                given[p].value[k] = static_cast<T>(
-                    b * static_cast<float>(weight.value[k]) * inverse
-                    - static_cast<float>(given[p].value[k]) * factor);
-            }}
-            *reinterpret_cast<Pack*>(dx + row + at) = given[p];
-        }}
-    }}
-"""
+PACKS = 1, 2, 4, 8, 16  # loads of a thread, for which there are kernels
+LONGEST = PACKS[-1] * WIDTH * MOST_THREADS  # a row that a block keeps in registers
 
 Backward = Callable[[mx.array, mx.array, float, mx.array], mx.array]
 
@@ -94,26 +35,17 @@ def backward_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> 
     """The same in one kernel, for half precision and rows of a multiple of WIDTH elements."""
     n = x.shape[-1]
     threads = min(MOST_THREADS, -(-n // (32 * WIDTH)) * 32)
-    (found,) = _kernel()(
-        inputs=[x.reshape(-1, n), weight, constant((eps,)), g.reshape(-1, n)],
-        template=[("T", x.dtype), ("PACKS", -(-n // (WIDTH * threads)))],
-        grid=(x.size // n * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(x.size // n, n)],
-        output_dtypes=[x.dtype],
-    )
-    result: mx.array = found.reshape(x.shape)
-    return result
-
-
-@cache
-def _kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        name="rms_norm_backward",
-        input_names=["x", "w", "eps", "g"],
-        output_names=["dx"],
-        source=SOURCE,
-    )
+    packs = min(each for each in PACKS if each * WIDTH * threads >= n)
+    return launch(
+        "norm_back",
+        [x, weight, g],
+        [(x.shape, x.dtype)],
+        [n, eps],
+        blocks=(x.size // n, 1),
+        threads=threads,
+        dtype=x.dtype,
+        PACKS=packs,
+    )[0]
 
 
 def normed_by(module: nn.RMSNorm, backward: Backward) -> Callable[[mx.array], mx.array]:
@@ -129,7 +61,7 @@ def normed_by(module: nn.RMSNorm, backward: Backward) -> Callable[[mx.array], mx
 
     def call(x: mx.array) -> mx.array:
         fits = x.shape[-1] % WIDTH == 0 and x.shape[-1] <= LONGEST
-        if not fits or x.dtype not in HALF_TYPES or x.dtype != module.weight.dtype:
+        if not fits or x.dtype not in TYPES or x.dtype != module.weight.dtype:
             return mx.fast.rms_norm(x, module.weight, module.eps)
         function: Any = norm
         result: mx.array = function(x)

@@ -19,6 +19,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
+from nested_core.kernels.launch import TYPES, launch
 from nested_core.kernels.replacing import standing_in
 from nested_core.scalars import to_float
 
@@ -26,42 +27,7 @@ WIDTH = 8  # elements a thread takes from each half of a head: 16 bytes of bfloa
 HEADS = 4  # heads that a thread turns by the angles it has read
 THREADS = 256
 ROTATIONS = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
-HALF_TYPES = (mx.bfloat16, mx.float16)
 PROBE = 7  # positions
-
-# x is (batch, length, heads, width), table (length, width): cosines, then sines.
-SOURCE = f"""
-    constexpr int W = {WIDTH};
-    int half = x_shape[3] / 2, length = x_shape[1], groups = x_shape[2] / {HEADS};
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    int column = i % (half / W) * W, rest = i / (half / W);
-    long token = rest / groups;
-    if (token >= x_shape[0] * length) return;
-    struct alignas(16) Pack {{ T value[W]; }};
-    const float* angle = table + token % length * 2 * half + column;
-    float c[W], s[W];
-    #pragma unroll
-    for (int k = 0; k < W; k += 4) {{
-        *reinterpret_cast<float4*>(c + k) = *reinterpret_cast<const float4*>(angle + k);
-        *reinterpret_cast<float4*>(s + k) = *reinterpret_cast<const float4*>(angle + half + k);
-    }}
-    #pragma unroll
-    for (int k = 0; k < W; ++k) s[k] = BACK ? -s[k] : s[k];
-    long at = (token * x_shape[2] + rest % groups * {HEADS}) * 2 * half + column;
-    #pragma unroll
-    for (int h = 0; h < {HEADS}; ++h, at += 2 * half) {{
-        Pack low = *reinterpret_cast<const Pack*>(x + at);
-        Pack high = *reinterpret_cast<const Pack*>(x + at + half);
-        #pragma unroll
-        for (int k = 0; k < W; ++k) {{
-            float a = static_cast<float>(low.value[k]), b = static_cast<float>(high.value[k]);
-            low.value[k] = static_cast<T>(a * c[k] - b * s[k]);
-            high.value[k] = static_cast<T>(a * s[k] + b * c[k]);
-        }}
-        *reinterpret_cast<Pack*>(out + at) = low;
-        *reinterpret_cast<Pack*>(out + at + half) = high;
-    }}
-"""
 
 Turn = Callable[[mx.array, mx.array, bool], mx.array]
 
@@ -76,23 +42,16 @@ def plain_turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
 
 def turn_on_cuda(x: mx.array, table: mx.array, back: bool) -> mx.array:
     """The same in one kernel, for half precision; 4 divides the heads and 16 their width."""
-    (found,) = _kernel()(
-        inputs=[x, table],
-        template=[("T", x.dtype), ("BACK", back)],
-        grid=(x.size // (2 * WIDTH * HEADS), 1, 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[x.shape],
-        output_dtypes=[x.dtype],
-    )
-    result: mx.array = found
-    return result
-
-
-@cache
-def _kernel() -> Any:
-    return mx.fast.cuda_kernel(
-        name="turn_heads", input_names=["x", "table"], output_names=["out"], source=SOURCE
-    )
+    batch, length, heads, width = x.shape
+    return launch(
+        "turn",
+        [x, table],
+        [(x.shape, x.dtype)],
+        [batch * length, length, heads, width // 2, -1.0 if back else 1.0],
+        blocks=(-(-x.size // (2 * WIDTH * HEADS * THREADS)), 1),
+        threads=THREADS,
+        dtype=x.dtype,
+    )[0]
 
 
 def table_of(rope: Callable[[mx.array], mx.array], length: int, width: int) -> mx.array:
@@ -123,7 +82,7 @@ def turned_by(module: nn.Module, turn: Turn) -> Callable[..., mx.array]:
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         fits = x.ndim == 4 and x.shape[1] % HEADS == 0 and x.shape[3] == width_of(module)
-        if args or kwargs or not fits or x.dtype not in HALF_TYPES:
+        if args or kwargs or not fits or x.dtype not in TYPES:
             result: mx.array = own(module, x, *args, **kwargs)
             return result
         function: Any = rotate

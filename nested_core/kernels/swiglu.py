@@ -19,48 +19,11 @@ from mlx_lm.models import activations
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
 from nested_core.kernels.exponential import exponential
+from nested_core.kernels.launch import TYPES, launch
 from nested_core.kernels.replacing import in_code_of
 
 WIDTH = 8  # elements a thread: 16 bytes of bfloat16
 THREADS = 256
-HALF_TYPES = (mx.bfloat16, mx.float16)
-
-# One thread takes WIDTH neighbours; n is a multiple of it. With s = sigmoid(gate), in float32:
-# out = gate s x, d gate = g x s (1 + gate (1 - s)), d x = g gate s.
-BEGINNING = f"""
-    unsigned int n = gate_shape[0];
-    unsigned int i = (blockIdx.x * blockDim.x + threadIdx.x) * {WIDTH};
-    if (i >= n) return;
-    struct alignas(16) Pack {{ T value[{WIDTH}]; }};
-    Pack gates = *reinterpret_cast<const Pack*>(gate + i);
-    Pack others = *reinterpret_cast<const Pack*>(x + i);
-"""
-
-FORWARD = f"""{BEGINNING}
-    #pragma unroll
-    for (int k = 0; k < {WIDTH}; ++k) {{
-        float a = static_cast<float>(gates.value[k]);
-        float b = static_cast<float>(others.value[k]);
-        gates.value[k] = static_cast<T>(a / (1.f + __expf(-a)) * b);
-    }}
-    *reinterpret_cast<Pack*>(out + i) = gates;
-"""
-
-BACKWARD = f"""{BEGINNING}
-    Pack given = *reinterpret_cast<const Pack*>(g + i);
-    Pack to_gate, to_x;
-    #pragma unroll
-    for (int k = 0; k < {WIDTH}; ++k) {{
-        float a = static_cast<float>(gates.value[k]);
-        float b = static_cast<float>(others.value[k]);
-        float c = static_cast<float>(given.value[k]);
-        float s = 1.f / (1.f + __expf(-a));
-        to_gate.value[k] = static_cast<T>(c * b * (s + a * s * (1.f - s)));
-        to_x.value[k] = static_cast<T>(c * a * s);
-    }}
-    *reinterpret_cast<Pack*>(d_gate + i) = to_gate;
-    *reinterpret_cast<Pack*>(d_x + i) = to_x;
-"""
 
 Forward = Callable[[mx.array, mx.array], mx.array]
 Backward = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -76,37 +39,26 @@ def plain_backward(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, 
 
 def forward_on_cuda(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x in one kernel, for half-precision arrays of a multiple of WIDTH elements."""
-    (found,) = _elementwise("swiglu_forward", ("gate", "x"), ("out",), FORWARD, gate, x)
-    return found
+    return _elementwise("swiglu", [gate, x], 1)[0]
 
 
 def backward_on_cuda(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
     """The gradients with respect to gate and x in one kernel, for such arrays."""
-    names = ("gate", "x", "g"), ("d_gate", "d_x")
-    d_gate, d_x = _elementwise("swiglu_backward", *names, BACKWARD, gate, x, g)
+    d_gate, d_x = _elementwise("swiglu_back", [gate, x, g], 2)
     return d_gate, d_x
 
 
-def _elementwise(
-    name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str, *arrays: mx.array
-) -> list[mx.array]:
-    """The outputs of a kernel that takes arrays of one shape and gives such."""
-    gate = arrays[0]
-    found = _kernel(name, inputs, outputs, source)(
-        inputs=[each.reshape(-1) for each in arrays],
-        template=[("T", gate.dtype)],
-        grid=(gate.size // WIDTH, 1, 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[(gate.size,)] * len(outputs),
-        output_dtypes=[gate.dtype] * len(outputs),
-    )
-    return [each.reshape(gate.shape) for each in found]
-
-
-@cache
-def _kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], source: str) -> Any:
-    return mx.fast.cuda_kernel(
-        name=name, input_names=list(inputs), output_names=list(outputs), source=source
+def _elementwise(name: str, arrays: list[mx.array], outputs: int) -> list[mx.array]:
+    """What a kernel gives that takes arrays of one shape and fills such."""
+    shape, dtype, packs = arrays[0].shape, arrays[0].dtype, arrays[0].size // WIDTH
+    return launch(
+        name,
+        arrays,
+        [(shape, dtype)] * outputs,
+        [packs],
+        blocks=(-(-packs // THREADS), 1),
+        threads=THREADS,
+        dtype=dtype,
     )
 
 
@@ -126,9 +78,7 @@ def swiglu_with(forward: Forward, backward: Backward) -> Callable[[mx.array, mx.
     def chosen(gate: mx.array, x: mx.array) -> mx.array:
         """The fused function for arrays that its kernels take, else mlx-lm's."""
         fits = gate.dtype == x.dtype and gate.shape == x.shape and gate.size % WIDTH == 0
-        result: mx.array = (
-            fused(gate, x) if fits and gate.dtype in HALF_TYPES else plain_swiglu(gate, x)
-        )
+        result: mx.array = fused(gate, x) if fits and gate.dtype in TYPES else plain_swiglu(gate, x)
         return result
 
     return chosen

@@ -67,12 +67,12 @@ class SharedInput:
 
     def _compute(self, x: mx.array) -> list[mx.array]:
         layers, ranges, count = self._layers, self._ranges, len(self._layers)
-        scales = [layer.scale for layer in layers for _ in range(layer.lora_b.shape[0])]
+        scale = layers[0].scale
 
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
             a = joined([each.T for each in factors[:count]]).reshape(-1, x.shape[-1])
-            z = narrow([(a, x)], scales)
+            z = narrow([(a, x)], scale)
             parts = zip(layers, ranges, factors[count:], strict=True)
             added = ((layer, z[start:end].T @ b) for layer, (start, end), b in parts)
             return [*(_onto_base(layer, x, low) for layer, low in added), a, z]
@@ -81,7 +81,7 @@ class SharedInput:
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
             x, b, g = primals[0], primals[1 + count :], cotangents[:count]
             a, z = outputs[count:]
-            dz = narrow(list(zip(b, g, strict=True)), scales)
+            dz = narrow(list(zip(b, g, strict=True)), scale)
             dx = dz.T @ a
             for layer, each in zip(layers, g, strict=True):
                 dx = _through_base(layer, x, each, dx)
@@ -138,7 +138,7 @@ def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> It
 
 
 def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
-    """The LoRALinear layers of one rank that are given one and the same array, by watching a call.
+    """LoRALinear layers of one rank and scale that are given one array, found by watching a call.
 
     Layers that are called more than once, or alone, are in no group.
     """
@@ -166,8 +166,8 @@ def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
 
 def _grouped(calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
     times = [id(layer) for layer, _ in calls]
-    groups: dict[tuple[int, int], list[nn.Module]] = {}
+    groups: dict[tuple[int, int, float], list[nn.Module]] = {}
     for layer, x in calls:  # the inputs are alive here, so that their ids are their own
         if times.count(id(layer)) == 1:
-            groups.setdefault((id(x), layer.lora_b.shape[0]), []).append(layer)
+            groups.setdefault((id(x), layer.lora_b.shape[0], layer.scale), []).append(layer)
     return [group for group in groups.values() if len(group) > 1]

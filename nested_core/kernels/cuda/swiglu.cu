@@ -1,0 +1,13 @@
+// silu(gate) x.
+KERNEL swiglu(const T* gate, const T* x, T* out, int packs) {
+  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= packs) return;
+  i *= W;
+  Pack a = load(gate + i), b = load(x + i);
+  #pragma unroll
+  for (int k = 0; k < W; ++k) {
+    float v = wide(a.value[k]);
+    a.value[k] = narrowed<T>(v / (1.f + __expf(-v)) * wide(b.value[k]));
+  }
+  store(out + i, a);
+}

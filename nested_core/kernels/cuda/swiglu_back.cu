@@ -1,0 +1,17 @@
+// With s = sigmoid(gate): d gate = g x s (1 + gate (1 - s)), d x = g gate s.
+KERNEL swiglu_back(
+    const T* gate, const T* x, const T* g, T* d_gate, T* d_x, int packs) {
+  long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= packs) return;
+  i *= W;
+  Pack a = load(gate + i), b = load(x + i), c = load(g + i);
+  #pragma unroll
+  for (int k = 0; k < W; ++k) {
+    float v = wide(a.value[k]), u = wide(b.value[k]), given = wide(c.value[k]);
+    float s = 1.f / (1.f + __expf(-v));
+    a.value[k] = narrowed<T>(given * u * (s + v * s * (1.f - s)));
+    b.value[k] = narrowed<T>(given * v * s);
+  }
+  store(d_gate + i, a);
+  store(d_x + i, b);
+}

@@ -1,0 +1,75 @@
+"""Our CUDA kernels, in `cuda/`: compiled once a machine, and started by MLX among its own.
+
+MLX can compile a kernel itself, which takes a second for each of them in every process, for its own
+headers are read each time; ours need none, and what they become is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+
+import mlx.core as mx
+import numpy as np
+
+TYPES = {mx.bfloat16: "bf16", mx.float16: "f16"}
+
+Shaped = tuple[tuple[int, ...], mx.Dtype]
+
+
+def launch(
+    name: str,
+    inputs: Sequence[mx.array],
+    outputs: Sequence[Shaped],
+    numbers: Sequence[int | float],
+    *,
+    blocks: tuple[int, int],
+    threads: int,
+    dtype: mx.Dtype = mx.bfloat16,
+    **macros: int,
+) -> list[mx.array]:
+    """What the kernel of `cuda/<name>.cu` gives, compiled for arrays of `dtype` and with `macros`.
+
+    Inputs come to it row by row, whatever their strides. Raises RuntimeError where it cannot be
+    compiled; MLX does where it cannot be loaded, when the arrays are computed.
+    """
+    return mx.fast.precompiled_cuda_kernel(
+        name=name,  # MLX tells programs of one name apart by what is in them
+        compiled_source=compiled(name, KIND=TYPES[dtype], **macros),
+        inputs=inputs,
+        output_shapes=[shape for shape, _ in outputs],
+        output_dtypes=[each for _, each in outputs],
+        scalars=[each if isinstance(each, int) else in_float32(each) for each in numbers],
+        grid=(blocks[0] * threads, blocks[1], 1),
+        threadgroup=(threads, 1, 1),
+        ensure_row_contiguous=True,
+    )
+
+
+def in_float32(number: float) -> float:
+    """The nearest number that is a float32: MLX refuses others."""
+    return float(np.float32(number))
+
+
+@cache
+def compiled(name: str, **macros: int | str) -> bytes:
+    """The program of a source file for this machine's GPU; RuntimeError says what is missing."""
+    try:
+        from cuda.core import Device, Program, ProgramOptions
+        from cuda.core.utils import FileStreamProgramCache
+
+        defined = [(macro, str(value)) for macro, value in macros.items()]
+        options = ProgramOptions(arch=f"sm_{Device().arch}", define_macro=defined)
+        program = Program(text_of(name), "c++", options)
+        return bytes(program.compile("cubin", cache=FileStreamProgramCache()).code)
+    except ImportError as error:
+        raise RuntimeError(f"{error}: install nested-tune[cuda]") from error
+    except Exception as error:  # cuda.core's errors have no common base that is public
+        raise RuntimeError(str(error)) from error
+
+
+def text_of(name: str) -> str:
+    """A source file, after what all of them share."""
+    folder = files("nested_core.kernels") / "cuda"
+    return "\n".join((folder / each).read_text() for each in ("common.cuh", f"{name}.cu"))
