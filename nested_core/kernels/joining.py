@@ -64,7 +64,11 @@ def kernel_agrees() -> bool:
 
 
 def trouble_with(join: Join) -> str | None:
-    """What is wrong with such a function, or None."""
+    """What is wrong with such a function, or None; all arrays' elements are of one size."""
     sizes = 8, 4096, 24
-    arrays = [mx.arange(size, dtype=mx.float32).astype(mx.bfloat16) for size in sizes]
+    keys = mx.random.split(mx.random.key(0), len(sizes))
+    arrays = [
+        mx.random.normal((size,), key=key).astype(mx.bfloat16)
+        for size, key in zip(sizes, keys, strict=True)
+    ]
     return disagreement(lambda: [join(arrays)], [plain_join(arrays)])
