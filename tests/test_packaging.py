@@ -100,6 +100,14 @@ def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: Path) -
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 
 
+def test_every_source_of_a_cuda_kernel_is_in_the_wheel(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    folder = ROOT / "nested_core" / "kernels" / "cuda"
+    sources = {path.relative_to(ROOT).as_posix() for path in folder.iterdir()}
+    assert {Path(name).suffix for name in sources} == {".cu", ".cuh"}
+    assert sources - set(names) == set()
+
+
 @pytest.mark.parametrize("folder", ["examples", "deployments"])
 def test_every_tracked_file_of_a_shipped_folder_is_in_the_wheel(wheel: Path, folder: str) -> None:
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if "/_shipped/" in name}

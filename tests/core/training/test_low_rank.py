@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.pytree import flatten
 from nested_core.training.losses import SUPERVISED
 from nested_core.training.low_rank import LowRankLinear, low_rank, shared_inputs
 from nested_core.training.recompute import recomputed
@@ -125,6 +126,49 @@ def test_a_layer_called_twice_is_in_no_group_and_computes_each_time() -> None:
     expected = model(tokens)
     with low_rank(model, shared_inputs(model)):
         assert mx.allclose(model(tokens), expected).item()
+
+
+class Sharing(nn.Module):
+    """Layers that are given one input, each with a scale and a rank of its own."""
+
+    def __init__(self, *kinds: tuple[float, int]) -> None:
+        super().__init__()
+        mx.random.seed(0)
+        self.layers = [LoRALinear(16, 24, r=rank, scale=scale) for scale, rank in kinds]
+        for layer in self.layers:
+            layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape)
+            layer.linear.freeze()
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = mx.random.normal((*tokens.shape, 16), key=mx.random.key(1))
+        output: mx.array = mx.stack([layer(x) for layer in self.layers]).square().sum()
+        return output
+
+
+@pytest.mark.parametrize(
+    ("kinds", "together"),
+    [
+        ([(2.0, 4), (3.0, 4)], []),
+        ([(2.0, 4), (2.0, 8)], []),
+        ([(2.0, 4), (3.0, 4), (2.0, 4)], [[0, 2]]),
+        ([(2.0, 4), (2.0, 4), (3.0, 8), (3.0, 8)], [[0, 1], [2, 3]]),
+        ([(2.0, 4)] * 6, [[0, 1, 2, 3, 4, 5]]),
+    ],
+)
+def test_only_layers_of_one_scale_and_rank_share_their_products(
+    kinds: list[tuple[float, int]], together: list[list[int]]
+) -> None:
+    model, tokens = Sharing(*kinds), mx.zeros((2, 5), mx.int32)
+    groups = shared_inputs(model)
+    places = {id(layer): place for place, layer in enumerate(model.layers)}
+    assert [[places[id(layer)] for layer in group] for group in groups] == together
+    gradient = nn.value_and_grad(model, lambda tokens: model(tokens))
+    expected_value, expected = gradient(tokens)
+    with low_rank(model, groups):
+        value, found = gradient(tokens)
+    assert value.item() == pytest.approx(expected_value.item(), rel=2e-6)
+    assert len(flatten(expected)) == 2 * len(kinds)
+    assert largest_difference(flatten(found), flatten(expected)) < 3e-5
 
 
 def test_a_group_that_is_given_several_inputs_after_all_computes_each_on_its_own() -> None:

@@ -15,7 +15,7 @@ from nested_core.optimizers import NestedAdamW
 from nested_core.pytree import flatten
 from nested_core.single_clock import SingleClock
 from nested_core.tiers import TierMap
-from nested_core.training.packing import Packing, nested, packing_for
+from nested_core.training.packing import Leaf, Packing, nested, packing_for
 
 SHAPES = {
     "layers.0.a": (8, 3),
@@ -93,6 +93,48 @@ def test_an_optimizer_packed_in_the_middle_goes_on_as_it_would_have() -> None:
     assert bits(packing.unpack(apply(twin, packing.pack(gradients), packing.pack(values)))) == bits(
         expected
     )
+
+
+SIDES = {"tall": (48, 8), "wide": (8, 40), "square": (8, 8), "vector": (24,), "deep": (9, 3, 4)}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("names", [list(SIDES), list(SIDES)[::-1], ["tall"], ["wide", "tall"]])
+def test_what_is_cut_is_what_was_joined_to_the_bit(names: list[str], dtype: mx.Dtype) -> None:
+    mx.random.seed(0)
+    values = {name: mx.random.normal(SIDES[name]).astype(dtype) for name in names}
+    leaf = Leaf(0, {name: SIDES[name] for name in names})
+    joined = leaf.join({name: values[name] for name in SIDES if name in values})
+    found = leaf.cut(joined)
+    assert list(found) == names
+    assert joined.size == sum(value.size for value in values.values())
+    for name, value in values.items():
+        assert found[name].shape == value.shape
+        assert found[name].dtype == joined.dtype == dtype
+        assert np.array_equal(bits_of(found[name]), bits_of(value))
+
+
+def bits_of(array: mx.array) -> Any:
+    kind = mx.uint32 if array.dtype == mx.float32 else mx.uint16
+    return np.array(mx.contiguous(array).view(kind))
+
+
+def test_a_tall_matrix_lies_in_the_vector_with_its_short_side_first() -> None:
+    values = random_values(0)
+    leaf = Leaf(0, {name: SHAPES[name] for name in ("layers.0.a", "layers.0.b")})
+    vector = np.array(leaf.join(values))
+    lora_a, lora_b = np.array(values["layers.0.a"]), np.array(values["layers.0.b"])
+    assert vector[:24].tolist() == lora_a.T.reshape(-1).tolist()
+    assert vector[24:].tolist() == lora_b.reshape(-1).tolist()
+    transposed = np.array(leaf.cut(mx.array(vector))["layers.0.a"].T, copy=False)
+    assert transposed.shape == (3, 8)
+    assert transposed.flags["C_CONTIGUOUS"]
+
+
+def test_a_tensor_that_is_kept_alone_stays_as_it_is() -> None:
+    leaf, value = Leaf(0, {"a": (8, 3)}), mx.ones((8, 3))
+    assert leaf.join({"a": value}) is value
+    assert leaf.cut(value)["a"] is value
 
 
 def test_a_tier_left_out_of_an_update_keeps_its_array() -> None:

@@ -1,0 +1,142 @@
+"""Our CUDA sources and their launches: names, arguments and macros that agree, and what is said.
+
+The kernels themselves need a GPU; that a launch gives what its source takes can be read.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nested_core.kernels import joining, launch, low_rank, norm, rope, swiglu
+
+FOLDER = Path(launch.__file__).parent
+SOURCES = {path.stem: path.read_text() for path in sorted((FOLDER / "cuda").glob("*.cu"))}
+LAUNCHES = re.compile(r'\b(?:launch|_elementwise)\(\s*"(\w+)"')
+KERNEL = re.compile(r"^KERNEL (\w+)\((.*?)\) \{", re.MULTILINE | re.DOTALL)
+TYPE = mx.bfloat16
+
+
+def of(*shape: int, dtype: mx.Dtype = TYPE) -> mx.array:
+    return mx.ones(shape, dtype)
+
+
+def parameters(name: str) -> list[str]:
+    """The types of a kernel's parameters: array, out, int or float."""
+    (found,) = KERNEL.findall(SOURCES[name])
+    text = re.sub(r"EACH\(ARRAY\)", "const uint4* a, " * 31, found[1])
+    text = re.sub(r"EACH\(END\)", "int end, " * 31, text)
+    kinds = []
+    for each in text.split(","):
+        pointer = "array" if "const" in each else "out"
+        kinds.append(pointer if "*" in each else each.split()[0])
+    return kinds
+
+
+def test_each_kernel_that_is_launched_has_a_file_and_each_file_is_launched() -> None:
+    launched = {n for path in FOLDER.glob("*.py") for n in LAUNCHES.findall(path.read_text())}
+    assert launched == SOURCES.keys()
+    assert len(launched) == 8
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_files_one_kernel_has_its_name_and_its_text_comes_after_what_all_share(name: str) -> None:
+    assert [found for found, _ in KERNEL.findall(SOURCES[name])] == [name]
+    assert SOURCES[name].count("KERNEL") == 1
+    shared = (FOLDER / "cuda" / "common.cuh").read_text()
+    assert launch.text_of(name) == f"{shared}\n{SOURCES[name]}"
+    assert "#include" not in launch.text_of(name)
+
+
+def test_widths_and_counts_are_those_of_the_sources() -> None:
+    common = (FOLDER / "cuda" / "common.cuh").read_text()
+    assert f"constexpr int W = {swiglu.WIDTH};" in common
+    assert swiglu.WIDTH == norm.WIDTH == rope.WIDTH
+    assert low_rank.THREADS == rope.THREADS == swiglu.THREADS == joining.THREADS == 32 * 8
+    assert "constexpr int WARPS = 8;" in common
+    assert f"constexpr int HEADS = {rope.HEADS};" in SOURCES["turn"]
+    assert set(launch.TYPES.values()) == set(re.findall(r"^struct (\w+) ", common, re.MULTILINE))
+
+
+PAIRS = [(of(8, 64), of(40, 64)), (of(24, 128), of(40, 128))]
+PRODUCTS = [(of(8, 300), of(300, 64)), (of(24, 300), of(300, 128))]
+CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
+    "join": (joining, lambda: joining.join_on_cuda([of(8), of(16), of(8)])),
+    "narrow": (low_rank, lambda: low_rank.narrow_on_cuda(PAIRS, 2)),
+    "outer": (low_rank, lambda: low_rank.outer_on_cuda(PRODUCTS)),
+    "sum_of_splits": (low_rank, lambda: low_rank.outer_on_cuda(PRODUCTS)),
+    "norm_back": (norm, lambda: norm.backward_on_cuda(of(3, 40), of(40), 1e-5, of(3, 40))),
+    "turn": (rope, lambda: rope.turn_on_cuda(of(2, 5, 4, 48), of(5, 48, dtype=mx.float32), True)),
+    "swiglu": (swiglu, lambda: swiglu.forward_on_cuda(of(4, 8), of(4, 8))),
+    "swiglu_back": (swiglu, lambda: swiglu.backward_on_cuda(of(4, 8), of(4, 8), of(4, 8))),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, call = CALLS[name]
+    given: dict[str, tuple[list[str], set[str]]] = {}
+
+    def note(
+        kernel: str,
+        inputs: Sequence[mx.array],
+        outputs: Sequence[launch.Shaped],
+        numbers: Sequence[int | float],
+        *,
+        blocks: tuple[int, int],
+        threads: int,
+        dtype: mx.Dtype = mx.bfloat16,
+        **macros: int,
+    ) -> list[mx.array]:
+        assert min(blocks) > 0
+        assert threads % 32 == 0
+        assert threads <= 256
+        assert dtype in launch.TYPES
+        kinds = ["array"] * len(inputs) + ["out"] * len(outputs)
+        given[kernel] = kinds + [type(each).__name__ for each in numbers], set(macros)
+        return [mx.zeros(shape, kind) for shape, kind in outputs]
+
+    monkeypatch.setattr(module, "launch", note)
+    call()
+    kinds, macros = given[name]
+    assert kinds == parameters(name)
+    assert macros == set(re.findall(r"\b(?:MOST|PACKS)\b", SOURCES[name]))
+
+
+@pytest.mark.parametrize("number", [1e-5, 1e-6, 2.0, 1 / 3, -1.0])
+def test_a_number_is_given_as_the_float32_that_is_nearest(number: float) -> None:
+    found = launch.in_float32(number)
+    assert type(found) is float
+    assert float(np.float32(found)) == found
+    assert found == pytest.approx(number, rel=2**-24)
+
+
+def test_without_cuda_core_a_person_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(RuntimeError, match=r": install nested-tune\[cuda\]$"):
+        launch.compiled("join", KIND="none")
+
+
+def test_a_kernel_without_cuda_core_is_found_to_fail_not_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    monkeypatch.setattr(launch, "compiled", launch.compiled.__wrapped__)
+    for trouble in (
+        low_rank.trouble_with(low_rank.narrow_on_cuda, low_rank.outer_on_cuda),
+        swiglu.trouble_with(swiglu.forward_on_cuda, swiglu.backward_on_cuda),
+        rope.trouble_with(rope.turn_on_cuda),
+        norm.trouble_with(norm.backward_on_cuda),
+        joining.trouble_with(joining.join_on_cuda),
+    ):
+        assert str(trouble).startswith("it failed: ")
+        assert str(trouble).endswith(": install nested-tune[cuda]")

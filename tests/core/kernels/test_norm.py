@@ -1,0 +1,166 @@
+"""RMS norms with a backward pass for x alone: its gradient, and which norms are left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from nested_core import backend
+from nested_core.kernels import norm
+from nested_core.scalars import to_float
+from nested_core.training.losses import SUPERVISED
+from tests.architectures import batch, build, largest_difference, outcome
+
+WIDTH = 40
+
+
+@pytest.fixture
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with CUDA whose kernel agrees with MLX, and MLX's operations in its place."""
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(norm, "_agrees_here", lambda: True)
+    monkeypatch.setattr(norm, "backward_on_cuda", norm.plain_backward)
+
+
+def make(width: int = WIDTH, dtype: mx.Dtype = mx.bfloat16) -> nn.RMSNorm:
+    module = nn.RMSNorm(width, eps=1e-3)
+    module.weight = mx.random.normal((width,), key=mx.random.key(5)).astype(dtype)
+    module.freeze()
+    return module
+
+
+def normal(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def forbidden(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
+    raise AssertionError("the kernel was asked")
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_norm_with_the_plain_backward_pass_is_mlxs_to_the_bit(dtype: mx.Dtype) -> None:
+    module = make(dtype=dtype)
+    x, g = normal(3, 5, WIDTH, dtype=dtype), normal(3, 5, WIDTH, dtype=dtype, seed=1)
+    found = mx.vjp(norm.normed_by(module, norm.plain_backward), [x], [g])
+    expected = mx.vjp(lambda x: module(x), [x], [g])
+    for ours, theirs in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
+        assert ours.dtype == dtype
+        assert mx.array_equal(ours, theirs).item()
+
+
+def test_the_plain_backward_pass_is_the_formulas() -> None:
+    x, w, g = normal(5, 2600), normal(2600, seed=1), normal(5, 2600, seed=2)
+    a, b, c = (each.astype(mx.float32) for each in (x, w, g))
+    i = mx.rsqrt((a * a).mean(-1, keepdims=True) + 1e-5)
+    expected = b * c * i - a * i**3 * (b * c * a).mean(-1, keepdims=True)
+    found = norm.plain_backward(x, w, 1e-5, g)
+    assert to_float(mx.abs(found - expected).max()) <= 2**-8 * to_float(mx.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "of_weight"),
+    [
+        (36, mx.bfloat16, mx.bfloat16),
+        (norm.LONGEST + 8, mx.bfloat16, mx.bfloat16),
+        (WIDTH, mx.float32, mx.float32),
+        (WIDTH, mx.bfloat16, mx.float32),
+        (WIDTH, mx.float16, mx.bfloat16),
+    ],
+)
+def test_arrays_that_the_kernel_does_not_take_go_to_mlx(
+    width: int, dtype: mx.Dtype, of_weight: mx.Dtype
+) -> None:
+    module = make(width, of_weight)
+    call = norm.normed_by(module, forbidden)
+    x = normal(2, width, dtype=dtype)
+    ours, theirs = (mx.grad(lambda x, f=f: f(x).sum())(x) for f in (call, module))
+    assert mx.array_equal(call(x), module(x)).item()
+    assert mx.array_equal(ours, theirs).item()
+
+
+@pytest.mark.parametrize("width", [WIDTH, norm.LONGEST])
+def test_arrays_that_the_kernel_takes_go_to_it(width: int) -> None:
+    call = norm.normed_by(make(width), forbidden)
+    with pytest.raises(AssertionError, match="was asked"):
+        mx.grad(lambda x: call(x).sum())(normal(2, width))
+
+
+class SomeNorm(nn.RMSNorm):
+    """A norm of its own making, such as Gemma's."""
+
+
+def several() -> Any:
+    model = nn.Module()
+    model.frozen, model.trained, model.other = make(), make(), SomeNorm(WIDTH)
+    model.other.freeze()
+    model.trained.unfreeze()
+    model.layers = [nn.LayerNorm(WIDTH), make()]
+    model.layers[0].freeze()
+    return model
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_only_frozen_rms_norms_are_replaced_and_given_back() -> None:
+    model = several()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with norm.frozen_norms(model):
+        inside = {name: type(module) for name, module in model.named_modules()}
+    assert {n for n, kind in inside.items() if kind is not before[n]} == {"frozen", "layers.1"}
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_norms_are_given_back_after_an_error() -> None:
+    model = several()
+
+    def fail_inside() -> None:
+        with norm.frozen_norms(model):
+            assert type(model.frozen) is not nn.RMSNorm
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
+    assert type(model.frozen) is nn.RMSNorm
+
+
+@pytest.mark.usefixtures("on_cuda")
+def test_a_trained_weight_keeps_its_gradient() -> None:
+    model, x = several(), normal(3, WIDTH)
+
+    def loss(weight: mx.array) -> mx.array:
+        model.trained.weight = weight
+        total: mx.array = (model.trained(model.frozen(x)) * x).sum()
+        return total
+
+    expected = mx.grad(loss)(mx.ones(WIDTH, mx.bfloat16))
+    with norm.frozen_norms(model):
+        found = mx.grad(loss)(mx.ones(WIDTH, mx.bfloat16))
+    assert mx.array_equal(found, expected).item()
+    assert to_float(mx.abs(found).max()) > 0
+
+
+def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = several()
+    for has_cuda, agrees in ((False, True), (True, False)):
+        monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: has)
+        monkeypatch.setattr(norm, "_agrees_here", lambda agrees=agrees: agrees)
+        with norm.frozen_norms(model):
+            assert type(model.frozen) is nn.RMSNorm
+
+
+@pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_a_model_with_its_frozen_norms_replaced_gives_the_same_gradients(name: str) -> None:
+    model = build(name)
+    model.set_dtype(mx.bfloat16)
+    expected = outcome(model, SUPERVISED, batch())
+    with norm.frozen_norms(model):
+        assert type(model.layers[0].input_layernorm) is not nn.RMSNorm
+        found = outcome(model, SUPERVISED, batch())
+    assert found.loss == expected.loss
+    assert largest_difference(found.gradients, expected.gradients) < 0.02

@@ -1,0 +1,124 @@
+"""Products of low-rank layers: the formulas, and which arrays the kernels are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import pytest
+
+from nested_core.kernels import low_rank
+
+SIZES = ((8, 64), (16, 128), (8, 192), (64, 64), (24, 128), (8, 64))  # rank and width
+
+
+def normal(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def narrow_pairs(
+    *sizes: tuple[int, int], rows: int = 5, dtype: mx.Dtype = mx.bfloat16
+) -> list[tuple[mx.array, mx.array]]:
+    return [
+        (normal(r, w, dtype=dtype, seed=i), normal(rows, w, dtype=dtype, seed=9 + i))
+        for i, (r, w) in enumerate(sizes)
+    ]
+
+
+def outer_pairs(
+    *sizes: tuple[int, int], rows: int = 5, dtype: mx.Dtype = mx.bfloat16
+) -> list[tuple[mx.array, mx.array]]:
+    return [
+        (normal(r, rows, dtype=dtype, seed=i), normal(rows, w, dtype=dtype, seed=9 + i))
+        for i, (r, w) in enumerate(sizes)
+    ]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """A machine whose kernels agree, MLX in their place; which was given how many pairs."""
+    calls: list[tuple[str, int]] = []
+
+    def narrow(pairs: low_rank.Pairs, scale: float) -> mx.array:
+        calls.append(("narrow", len(pairs)))
+        return low_rank.plain_narrow(pairs, scale)
+
+    def outer(pairs: low_rank.Pairs) -> Sequence[mx.array]:
+        calls.append(("outer", len(pairs)))
+        return low_rank.plain_outer(pairs)
+
+    monkeypatch.setattr(low_rank, "kernels_agree", lambda: True)
+    monkeypatch.setattr(low_rank, "narrow_on_cuda", narrow)
+    monkeypatch.setattr(low_rank, "outer_on_cuda", outer)
+    return calls
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6])
+def test_products_are_the_formulas_for_any_number_of_pairs(count: int) -> None:
+    pairs = narrow_pairs(*SIZES[:count], dtype=mx.float32)
+    found = low_rank.narrow(pairs, 1.5)
+    expected = mx.concatenate([1.5 * (m @ x.T) for m, x in pairs])
+    assert found.shape == (sum(rank for rank, _ in SIZES[:count]), 5)
+    assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5).item()
+    pairs = outer_pairs(*SIZES[:count], dtype=mx.float32)
+    for product, (z, x) in zip(low_rank.outer(pairs), pairs, strict=True):
+        assert mx.array_equal(product, z @ x).item()
+
+
+@pytest.mark.parametrize(("count", "each"), [(1, [1]), (4, [4]), (5, [4, 1]), (6, [4, 2])])
+def test_arrays_that_fit_go_to_the_kernels_at_most_four_pairs_at_once(
+    count: int, each: list[int], asked: list[tuple[str, int]]
+) -> None:
+    ours, pairs = SIZES[:count], narrow_pairs(*SIZES[:count])
+    expected = mx.concatenate([1.5 * (m @ x.T) for m, x in pairs])
+    assert mx.array_equal(low_rank.narrow(pairs, 1.5), expected).item()
+    found = low_rank.outer(outer_pairs(*ours))
+    assert [product.shape for product in found] == list(ours)
+    assert asked == [("narrow", n) for n in each] + [("outer", n) for n in each]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        ((8, 64), mx.float32),
+        ((12, 64), mx.bfloat16),
+        ((72, 64), mx.bfloat16),
+        ((8, 40), mx.bfloat16),
+    ],
+)
+def test_arrays_that_do_not_fit_go_to_mlx_with_all_that_come_with_them(
+    size: tuple[int, int], dtype: mx.Dtype, asked: list[tuple[str, int]]
+) -> None:
+    for sizes in ([size], [(8, 64), size], [size, (8, 64)]):
+        low_rank.narrow(narrow_pairs(*sizes, dtype=dtype), 2.0)
+        low_rank.outer(outer_pairs(*sizes, dtype=dtype))
+    assert asked == []
+
+
+def test_pairs_of_several_dtypes_go_to_mlx(asked: list[tuple[str, int]]) -> None:
+    (m, x), other = narrow_pairs((8, 64))[0], narrow_pairs((8, 64), dtype=mx.float16)
+    low_rank.narrow([(m, x.astype(mx.float16))], 1.0)
+    low_rank.narrow([(m, x), *other], 1.0)
+    assert asked == []
+
+
+def test_a_width_of_half_a_block_of_columns_fits_only_where_columns_are_summed(
+    asked: list[tuple[str, int]],
+) -> None:
+    low_rank.narrow(narrow_pairs((8, 96)), 1.0)
+    low_rank.outer(outer_pairs((8, 96)))
+    assert asked == [("narrow", 1)]
+
+
+def test_a_launch_has_four_pairs_of_which_some_are_of_no_height() -> None:
+    pairs = narrow_pairs((24, 128), (8, 192))
+    arrays, sizes, most = low_rank._arguments(pairs)
+    (a, x), (b, y) = pairs
+    assert [id(each) for each in arrays] == list(map(id, [a, x, b, y, a, x, a, x]))
+    assert sizes == [3, 128, 1, 192, 0, 0, 0, 0]
+    assert most == 3
+
+
+@pytest.mark.parametrize(("rank", "most"), [(8, 1), (32, 4), (40, 6), (48, 6), (56, 8), (64, 8)])
+def test_a_kernel_is_made_for_the_next_number_of_tiles(rank: int, most: int) -> None:
+    assert low_rank._arguments(narrow_pairs((8, 64), (rank, 64)))[2] == most

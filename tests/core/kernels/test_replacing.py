@@ -1,0 +1,60 @@
+"""The call of one module, or a name in a model's code, replaced and given back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models import llama
+
+from nested_core.kernels.replacing import in_code_of, standing_in
+from nested_core.kernels.swiglu import plain_swiglu
+from tests.architectures import build
+
+
+def test_one_module_answers_otherwise_and_the_others_of_its_class_as_before() -> None:
+    module: Any = nn.Linear(2, 2)
+    other = nn.Linear(2, 2)
+    x = mx.ones((1, 2))
+    before, weight = module(x), module.weight
+    with standing_in(module, lambda given, factor=1: given * factor):
+        assert issubclass(type(module), nn.Linear)
+        assert type(module).__name__ == "Linear"
+        assert module(x) is not x
+        assert mx.array_equal(module(x, factor=3), 3 * x).item()
+        assert type(other) is nn.Linear
+        assert module.weight is weight
+    assert type(module) is nn.Linear
+    assert mx.array_equal(module(x), before).item()
+
+
+def test_a_module_is_given_back_after_an_error_and_from_within_another_block() -> None:
+    module = nn.Linear(2, 2)
+    x = mx.ones((1, 2))
+
+    def fail_inside() -> None:
+        with standing_in(module, lambda x: 2 * x):
+            with standing_in(module, lambda x: 3 * x):
+                assert module(x).tolist() == [[3.0, 3.0]]
+            assert module(x).tolist() == [[2.0, 2.0]]
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
+    assert type(module) is nn.Linear
+
+
+def test_a_name_in_the_models_code_is_given_back_after_an_error() -> None:
+    def ours(gate: mx.array, x: mx.array) -> mx.array:
+        return gate
+
+    def fail_inside() -> None:
+        with in_code_of(build("llama"), "swiglu", plain_swiglu, ours):
+            assert llama.swiglu is ours
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
+    assert llama.swiglu is plain_swiglu

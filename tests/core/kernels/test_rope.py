@@ -1,0 +1,169 @@
+"""Rotations from a table: mlx-lm's outputs and gradients, and which are left to mlx-lm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
+
+from nested_core import backend
+from nested_core.kernels import rope
+from nested_core.scalars import to_float
+from nested_core.training.losses import SUPERVISED
+from tests.architectures import batch, build, largest_difference, outcome
+
+WIDTH = 48
+ROTATIONS: dict[str, Callable[[], Any]] = {
+    "rope": lambda: nn.RoPE(WIDTH),
+    "scaled rope": lambda: nn.RoPE(WIDTH, base=5e5, scale=0.25),
+    "llama 3": lambda: Llama3RoPE(
+        WIDTH, base=5e5, scaling_config={"factor": 8.0, "original_max_position_embeddings": 16}
+    ),
+    "su": lambda: SuScaledRoPE(
+        WIDTH, original_max_position_embeddings=4096, long_factor=[1.5] * (WIDTH // 2)
+    ),
+    "yarn": lambda: YarnRoPE(WIDTH, scaling_factor=4.0, original_max_position_embeddings=32),
+}
+
+
+def heads(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def forbidden(x: mx.array, table: mx.array, back: bool) -> mx.array:
+    raise AssertionError("the kernel was asked")
+
+
+def is_near(found: mx.array, expected: mx.array, share: float) -> bool:
+    difference = to_float(mx.abs(found.astype(mx.float32) - expected).max())
+    return difference <= share * to_float(mx.abs(expected).max())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_a_rotation_from_its_table_gives_its_output_and_gradient(
+    name: str, dtype: mx.Dtype, compiled: bool
+) -> None:
+    module = ROTATIONS[name]()
+    x, g = heads(2, 4, 37, WIDTH, dtype=dtype), heads(2, 4, 37, WIDTH, dtype=dtype, seed=1)
+    exact, slope = x.astype(mx.float32), g.astype(mx.float32)
+    (expected,), (gradient,) = mx.vjp(lambda x: module(x), [exact], [slope])
+    turned = rope.turned_by(module, rope.plain_turn)
+
+    def both(x: mx.array, g: mx.array) -> Any:
+        outputs, gradients = mx.vjp(turned, [x], [g])
+        return outputs + gradients
+
+    found, back = (mx.compile(both) if compiled else both)(x, g)
+    assert found.dtype == back.dtype == dtype
+    rounding = 2**-8 if dtype == mx.bfloat16 else 2**-10
+    assert is_near(found, expected, rounding)
+    assert is_near(back, gradient, rounding)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_module(
+    name: str,
+) -> None:
+    module = ROTATIONS[name]()
+    call = rope.turned_by(module, forbidden)
+    x = heads(1, 4, 5, WIDTH)
+    with pytest.raises(AssertionError, match="was asked"):
+        call(x)
+    assert mx.array_equal(call(x, offset=3), module(x, offset=3)).item()
+    assert mx.array_equal(call(x, 3), module(x, 3)).item()
+    others = [x.astype(mx.float32), x[0], x[:, :3], heads(1, 4, 5, WIDTH + 16)]
+    for other in others:
+        assert mx.array_equal(call(other), module(other)).item()
+
+
+def test_a_table_is_made_once_for_each_length() -> None:
+    module, seen = nn.RoPE(WIDTH), []
+
+    def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
+        seen.append(table)
+        return rope.plain_turn(x, table, back)
+
+    call = rope.turned_by(module, turn)
+    for length in (5, 9, 5):
+        mx.eval(call(heads(1, 4, length, WIDTH)))
+    assert [table.shape for table in seen] == [(5, WIDTH), (9, WIDTH), (5, WIDTH)]
+    assert seen[0] is seen[2]
+    assert seen[0].dtype == mx.float32
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_mlx_lms_rotations_pair_elements_half_a_head_apart(name: str) -> None:
+    assert rope.is_halves(ROTATIONS[name]()) is True
+
+
+class PartialRoPE(nn.RoPE):
+    """Rotates half of what it says."""
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        half = self.dims // 2
+        return mx.concatenate([nn.RoPE(half)(x[..., :half]), x[..., half:]], axis=-1)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.RoPE(WIDTH, traditional=True),
+        Llama3RoPE(WIDTH, traditional=True, scaling_config={"factor": 8.0}),
+        YarnRoPE(WIDTH, traditional=True),
+        PartialRoPE(WIDTH),
+        nn.RoPE(24),
+        nn.RoPE(40),
+        nn.SinusoidalPositionalEncoding(WIDTH),
+        nn.Linear(WIDTH, WIDTH),
+    ],
+    ids=str,
+)
+def test_neighbours_parts_odd_widths_and_other_modules_are_no_such_rotation(module: Any) -> None:
+    assert rope.is_halves(module) is False
+
+
+def test_a_rotation_of_a_part_of_each_head_goes_to_the_module() -> None:
+    module = nn.RoPE(16)
+    x = heads(1, 4, 5, WIDTH)
+    assert mx.array_equal(rope.turned_by(module, forbidden)(x), module(x)).item()
+
+
+def test_without_cuda_a_models_rotations_stay_what_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    model = build("llama")
+    with rope.tabled_rope(model):
+        assert type(model.layers[0].self_attn.rope) is nn.RoPE
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma2"])
+def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
+        asked.append(back)
+        return rope.plain_turn(x, table, back)
+
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(rope, "_agrees_here", lambda: True)
+    monkeypatch.setattr(rope, "turn_on_cuda", turn)
+    model = build(name)
+    model.set_dtype(mx.bfloat16)
+    expected = outcome(model, SUPERVISED, batch())
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    with rope.tabled_rope(model):
+        assert type(model.layers[0].self_attn.rope) is not nn.RoPE
+        found = outcome(model, SUPERVISED, batch())
+    assert {True, False} == set(asked)
+    assert found.loss == pytest.approx(expected.loss, rel=2e-3)
+    assert largest_difference(found.gradients, expected.gradients) < 0.08
+    assert {name: type(module) for name, module in model.named_modules()} == kinds
