@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -117,6 +118,26 @@ def test_a_launch_has_four_pairs_of_which_some_are_of_no_height() -> None:
     assert [id(each) for each in arrays] == list(map(id, [a, x, b, y, a, x, a, x]))
     assert sizes == [3, 128, 1, 192, 0, 0, 0, 0]
     assert most == 3
+
+
+def test_the_check_has_rows_in_several_splits_and_widths_beyond_what_the_warps_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def note(name: str, inputs: Sequence[mx.array], outputs: Any, *_: Any, **__: Any) -> Any:
+        shapes[name] = [array.shape for array in inputs] + [shape for shape, _ in outputs]
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+    monkeypatch.setattr(low_rank, "launch", note)
+    found = low_rank.trouble_with(low_rank.narrow_on_cuda, low_rank.outer_on_cuda)
+    assert str(found).startswith("it differs by")
+    warps = low_rank.THREADS // 32
+    assert min(width for _, width in shapes["narrow"][:-1]) > low_rank.DEPTH * warps
+    rows, splits = shapes["outer"][1][0], shapes["outer"][-1][0]
+    assert splits > 1
+    assert rows > splits * low_rank.ROWS * warps
+    assert rows % low_rank.ROWS != 0
 
 
 @pytest.mark.parametrize(("rank", "most"), [(8, 1), (32, 4), (40, 6), (48, 6), (56, 8), (64, 8)])
