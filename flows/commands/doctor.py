@@ -31,7 +31,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     """Look at this machine, and at the server of PREFECT_API_URL where that names one."""
-    looks = (_python, _packages, _mlx, _blas, _compiler, _prefect, _scheduler, _disk)
+    looks = (_python, _packages, _mlx, _blas, _compiler, _kernels, _prefect, _scheduler, _disk)
     checks = [check() for check in looks]
     if os.environ.get("PREFECT_API_URL"):
         from flows.server_checks import check_server
@@ -95,6 +95,19 @@ def _compiler() -> Check:
     if backend.compiles_kernels():
         return Check("compiler", True, "mx.compile fuses kernels")
     return Check("compiler", True, "none: mx.compile runs uncompiled", "optional: install g++")
+
+
+def _kernels() -> Check:
+    """What compiles our own kernels; the same is computed without it, more slowly."""
+    from nested_core import backend
+
+    if not backend.is_for_cuda():
+        return Check("kernels", True, "MLX's")
+    try:
+        return Check("kernels", True, f"our own for CUDA, by cuda-core {version('cuda-core')}")
+    except PackageNotFoundError:
+        mend = 'optional, a step up to a third shorter: pip install "nested-tune[cuda]"'
+        return Check("kernels", True, "MLX's alone: cuda-core is not installed", mend)
 
 
 def _prefect() -> Check:

@@ -20,10 +20,9 @@ MLX runs ahead of the device: in layers, the largest of them, at most all there 
 
 Five numbers are fitted, to MLX 0.32.4. On a CPU, to some 30 Llamas such as benchmarks/forecast.py
 has: the two arrays beside the logits and five chunks of them at once, in_flight and REFILLED. On
-CUDA, in_flight: to three rows of an H200 with 25 operations a commit; seven rows with 5, 10 or 25
-that the fit did not see are in benchmarks/README.md. With 100 the host is what is slow, less is in
-flight, and the forecast is a fifth too high. Recomputation on a GPU, dtypes other than bfloat16
-there, and all of Metal follow the same arithmetic and were not measured.
+CUDA, in_flight: to ten rows of an H200 at 1.7B and 7B, with 5 to 25 operations a commit; others are
+in benchmarks/README.md. Recomputation on a GPU, dtypes other than bfloat16 there, and all of Metal
+follow the same arithmetic and were not measured.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from nested_core.training.positions import room_for
 REFILLED = 1.8  # layers: one that is computed again, and its gradients
 LOGIT_BYTES = 8  # beside the logits as they are given, of those that are made in chunks
 ALL_LOGIT_BYTES = 12  # where every position has its own
-IN_FLIGHT_AN_OPERATION = 9 / 25  # layers on CUDA, for each operation of a commit
+IN_FLIGHT_AN_OPERATION = 0.8  # layers on CUDA, for each operation of a commit
 
 
 @dataclass(frozen=True)
