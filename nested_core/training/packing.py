@@ -23,6 +23,8 @@ from nested_core.optimizers import NestedAdam
 from nested_core.single_clock import TieredOptimizer
 from nested_core.tiers import TierMap
 
+ALIGNED = 8  # elements: 16 bytes of a bfloat16
+
 
 def nested(flat: Flat) -> Any:
     """A flat dictionary of dotted names as the tree that the optimizer's state mirrors."""
@@ -33,7 +35,9 @@ def nested(flat: Flat) -> Any:
 class Leaf:
     """Tensors of one tier that are kept as one array: a vector, or the one tensor as it is.
 
-    A matrix lies in the vector with its short side first, as products with a lora_a want it.
+    A matrix lies in the vector with its short side first, as products with a lora_a want it. Where
+    a size is no multiple of ALIGNED, what is cut out of the vector is copied: kernels load 16 bytes
+    at a time, from an address that has to be a multiple of that.
     """
 
     tier: int
@@ -51,8 +55,9 @@ class Leaf:
             return {next(iter(self.shapes)): array}
         ends = list(accumulate(math.prod(shape) for shape in self.shapes.values()))
         ranges = pairwise([0, *ends])
+        is_aligned = all(end % ALIGNED == 0 for end in ends)
         return {
-            name: _unfolded(array[start:end], shape)
+            name: _unfolded(array[start:end] if is_aligned else 1 * array[start:end], shape)
             for (name, shape), (start, end) in zip(self.shapes.items(), ranges, strict=True)
         }
 
