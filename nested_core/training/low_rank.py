@@ -122,7 +122,8 @@ def _dropped_out(layer: LowRankLinear, x: mx.array, dropped: mx.array) -> mx.arr
 def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> Iterator[None]:
     """Have every LoRALinear of a model computed here; `groups` are given one input each."""
     layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
-    kernels_agree(), kernel_agrees()  # asked now, for the answers are computed
+    for is_usable in (kernels_agree, kernel_agrees):
+        is_usable()  # computed now, and not while a step is traced
     try:
         for layer in layers:
             layer.__class__ = LowRankLinear

@@ -1,10 +1,12 @@
+// Two neighbours in a row of z, with zeros from `end` on.
 __device__ inline unsigned two(const T* z, int row, int end) {
   unsigned low = row < end ? z[row].bits : 0, high = row + 1 < end ? z[row + 1].bits : 0;
   return low | high << 16;
 }
 
-// out[r, column] = sum of z[r, row] x[row, column] over rows from begin to end, for 8 n <= 8
-// MOST rows of z and 64 columns a block. A warp takes every WARPS-th 16 rows; sums are added in their order.
+// out[r, column] = sum of z[r, row] x[row, column] over rows from begin to end, for 8 n <= 8 MOST
+// rows of z and 64 columns a block. A warp takes every WARPS-th 16 rows; the warps' sums are added
+// in their order.
 __device__ inline void product(
     const T* z, const T* x, float* out, int rows, int n, int width, int tile, int begin,
     int end) {
