@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core import backend
@@ -62,26 +63,43 @@ def table_of(rope: Callable[[mx.array], mx.array], length: int, width: int) -> m
     return table
 
 
-def turned_by(module: nn.Module, turn: Turn) -> Callable[..., mx.array]:
-    """A call in the place of a rotation's own: (batch, heads, length, width), from position 0."""
-    own = type(module).__call__
-    tables: dict[tuple[int, int], mx.array] = {}
+class Angles:
+    """The table of one rotation for as many positions as were asked for, a power of two of them."""
 
-    def table(length: int, width: int) -> mx.array:
-        if (length, width) not in tables:
-            tables[length, width] = table_of(lambda x: own(module, x), length, width)
-        return tables[length, width]
+    def __init__(self, rope: Callable[[mx.array], mx.array], width: int) -> None:
+        self._rope, self._width = rope, width
+        self._table = table_of(rope, PROBE, width)
+
+    def key(self) -> bytes:
+        """The same for rotations that turn alike, as those of a model's layers do."""
+        return np.array(self._table[:PROBE]).tobytes()
+
+    def upto(self, length: int) -> mx.array:
+        """Cosines and sines (length, width)."""
+        if length > len(self._table):
+            self._table = table_of(self._rope, 2 ** (length - 1).bit_length(), self._width)
+        return self._table[:length]
+
+
+def turned_by(module: nn.Module, turn: Turn, known: dict[bytes, Angles]) -> Callable[..., mx.array]:
+    """A call in the place of a rotation's own: (batch, heads, length, width), from position 0.
+
+    `known` are the tables of rotations so far, which are shared.
+    """
+    own, width = type(module).__call__, width_of(module)
+    angles = Angles(lambda x: own(module, x), width)
+    angles = known.setdefault(angles.key(), angles)
 
     @mx.custom_function
     def rotate(x: mx.array) -> Any:
-        return turn(x, table(x.shape[1], x.shape[3]), False)
+        return turn(x, angles.upto(x.shape[1]), False)
 
     @rotate.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
-        return turn(cotangent, table(x.shape[1], x.shape[3]), True)
+        return turn(cotangent, angles.upto(x.shape[1]), True)
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        fits = x.ndim == 4 and x.shape[1] % HEADS == 0 and x.shape[3] == width_of(module)
+        fits = x.ndim == 4 and x.shape[1] % HEADS == 0 and x.shape[3] == width
         if args or kwargs or not fits or x.dtype not in TYPES:
             result: mx.array = own(module, x, *args, **kwargs)
             return result
@@ -114,9 +132,11 @@ def tabled_rope(model: nn.Module) -> Iterator[None]:
     """Have a model's rotations computed by the kernel while the block runs."""
     with ExitStack() as stack:
         if backend.has_cuda() and _agrees_here():
+            known: dict[bytes, Angles] = {}
             for _, module in model.named_modules():
                 if is_halves(module):
-                    stack.enter_context(standing_in(module, turned_by(module, turn_on_cuda)))
+                    call = turned_by(module, turn_on_cuda, known)
+                    stack.enter_context(standing_in(module, call))
         yield
 
 

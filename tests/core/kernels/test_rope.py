@@ -53,7 +53,7 @@ def test_a_rotation_from_its_table_gives_its_output_and_gradient(
     x, g = heads(2, 4, 37, WIDTH, dtype=dtype), heads(2, 4, 37, WIDTH, dtype=dtype, seed=1)
     exact, slope = x.astype(mx.float32), g.astype(mx.float32)
     (expected,), (gradient,) = mx.vjp(lambda x: module(x), [exact], [slope])
-    turned = rope.turned_by(module, rope.plain_turn)
+    turned = rope.turned_by(module, rope.plain_turn, {})
 
     def both(x: mx.array, g: mx.array) -> Any:
         outputs, gradients = mx.vjp(turned, [x], [g])
@@ -71,7 +71,7 @@ def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_modu
     name: str,
 ) -> None:
     module = ROTATIONS[name]()
-    call = rope.turned_by(module, forbidden)
+    call = rope.turned_by(module, forbidden, {})
     x = heads(1, 4, 5, WIDTH)
     with pytest.raises(AssertionError, match="was asked"):
         call(x)
@@ -82,19 +82,24 @@ def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_modu
         assert mx.array_equal(call(other), module(other)).item()
 
 
-def test_a_table_is_made_once_for_each_length() -> None:
-    module, seen = nn.RoPE(WIDTH), []
+def test_a_table_is_made_again_only_for_more_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen, table_of = [], [], rope.table_of
+
+    def noting(turning: Any, length: int, width: int) -> mx.array:
+        made.append(length)
+        return table_of(turning, length, width)
 
     def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
         seen.append(table)
         return rope.plain_turn(x, table, back)
 
-    call = rope.turned_by(module, turn)
-    for length in (5, 9, 5):
+    monkeypatch.setattr(rope, "table_of", noting)
+    call = rope.turned_by(nn.RoPE(WIDTH), turn, {})
+    for length in (5, 9, 5, 16):
         mx.eval(call(heads(1, 4, length, WIDTH)))
-    assert [table.shape for table in seen] == [(5, WIDTH), (9, WIDTH), (5, WIDTH)]
-    assert seen[0] is seen[2]
-    assert seen[0].dtype == mx.float32
+    assert made == [rope.PROBE, 16]
+    assert [table.shape for table in seen] == [(n, WIDTH) for n in (5, 9, 5, 16)]
+    assert {table.dtype for table in seen} == {mx.float32}
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
@@ -131,7 +136,7 @@ def test_neighbours_parts_odd_widths_and_other_modules_are_no_such_rotation(modu
 def test_a_rotation_of_a_part_of_each_head_goes_to_the_module() -> None:
     module = nn.RoPE(16)
     x = heads(1, 4, 5, WIDTH)
-    assert mx.array_equal(rope.turned_by(module, forbidden)(x), module(x)).item()
+    assert mx.array_equal(rope.turned_by(module, forbidden, {})(x), module(x)).item()
 
 
 def test_without_cuda_a_models_rotations_stay_what_they_are(
@@ -167,3 +172,16 @@ def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
     assert found.loss == pytest.approx(expected.loss, rel=2e-3)
     assert largest_difference(found.gradients, expected.gradients) < 0.08
     assert {name: type(module) for name, module in model.named_modules()} == kinds
+
+
+def test_rotations_that_turn_alike_share_a_table_of_the_longest_length_so_far() -> None:
+    known: dict[bytes, rope.Angles] = {}
+    alike = nn.RoPE(32), nn.RoPE(32)
+    other = nn.RoPE(32, base=500.0)
+    for module in (*alike, other):
+        rope.turned_by(module, rope.plain_turn, known)
+    assert len(known) == 2
+    angles = next(iter(known.values()))
+    for length in (3, 40, 7):
+        expected = rope.table_of(alike[0], length, 32)
+        assert mx.array_equal(angles.upto(length), expected).item()
