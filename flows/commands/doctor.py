@@ -104,9 +104,10 @@ def _kernels() -> Check:
     if not backend.is_for_cuda():
         return Check("kernels", True, "MLX's")
     try:
-        return Check("kernels", True, f"our own for CUDA, by cuda-core {version('cuda-core')}")
+        seen = f"our own where they agree with MLX's, by cuda-core {version('cuda-core')}"
+        return Check("kernels", True, seen)
     except PackageNotFoundError:
-        mend = 'optional, a step up to a third shorter: pip install "nested-tune[cuda]"'
+        mend = 'optional, shorter steps: pip install "nested-tune[cuda]"'
         return Check("kernels", True, "MLX's alone: cuda-core is not installed", mend)
 
 

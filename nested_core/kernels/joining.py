@@ -25,7 +25,8 @@ Join = Callable[[Sequence[mx.array]], mx.array]
 
 def joined(arrays: Sequence[mx.array]) -> mx.array:
     """The elements of all arrays in their order; they are of one dtype."""
-    if len(arrays) > 1 and all(a.nbytes % WIDTH == 0 for a in arrays) and kernel_agrees():
+    is_even = all(a.nbytes % WIDTH == 0 and a.dtype == arrays[0].dtype for a in arrays)
+    if len(arrays) > 1 and is_even and backend.has_cuda() and join_agrees():
         return _in_groups(arrays, join_on_cuda)
     return plain_join(arrays)
 
@@ -58,9 +59,9 @@ def join_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
 
 
 @cache
-def kernel_agrees() -> bool:
+def join_agrees() -> bool:
     """Whether the kernel gives what MLX does on this machine; a warning where it does not."""
-    return backend.has_cuda() and is_sound("joining arrays", trouble_with(join_on_cuda))
+    return is_sound("joining arrays", trouble_with(join_on_cuda))
 
 
 def trouble_with(join: Join) -> str | None:

@@ -13,7 +13,7 @@ from importlib.resources import files
 import mlx.core as mx
 import numpy as np
 
-TYPES = {mx.bfloat16: "bf16", mx.float16: "f16"}
+DTYPE = mx.bfloat16  # of the arrays that kernels compute with
 
 Shaped = tuple[tuple[int, ...], mx.Dtype]
 
@@ -26,17 +26,16 @@ def launch(
     *,
     blocks: tuple[int, int],
     threads: int,
-    dtype: mx.Dtype = mx.bfloat16,
     **macros: int,
 ) -> list[mx.array]:
-    """What the kernel of `cuda/<name>.cu` gives, compiled for arrays of `dtype` and with `macros`.
+    """What the kernel of `cuda/<name>.cu` gives, compiled with `macros`.
 
     Inputs come to it row by row, whatever their strides. Raises RuntimeError where it cannot be
     compiled; MLX does where it cannot be loaded, when the arrays are computed.
     """
     return mx.fast.precompiled_cuda_kernel(
         name=name,  # MLX tells programs of one name apart by what is in them
-        compiled_source=compiled(name, KIND=TYPES[dtype], **macros),
+        compiled_source=compiled(name, **macros),
         inputs=inputs,
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[each for _, each in outputs],
@@ -53,14 +52,14 @@ def in_float32(number: float) -> float:
 
 
 @cache
-def compiled(name: str, **macros: int | str) -> bytes:
+def compiled(name: str, **macros: int) -> bytes:
     """The program of a source file for this machine's GPU; RuntimeError says what is missing."""
     try:
         from cuda.core import Device, Program, ProgramOptions
         from cuda.core.utils import FileStreamProgramCache
 
         defined = [(macro, str(value)) for macro, value in macros.items()]
-        options = ProgramOptions(arch=f"sm_{Device().arch}", define_macro=defined)
+        options = ProgramOptions(arch=f"sm_{Device().arch}", define_macro=defined or None)
         program = Program(text_of(name), "c++", options)
         try:
             return bytes(program.compile("cubin", cache=FileStreamProgramCache()).code)

@@ -7,14 +7,14 @@ registers: cuBLAS takes a product, a sum over splits and a clearing of memory fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import mlx.core as mx
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import TYPES, launch
+from nested_core.kernels.launch import DTYPE, launch
 
 THREADS = 256
 TILE = 8  # rows of a factor in one fragment
@@ -33,14 +33,14 @@ def narrow(pairs: Pairs, scale: float) -> mx.array:
 
     m is (rank, width of its own), x (rows, width).
     """
-    chosen = narrow_on_cuda if _fits(pairs, DEPTH) and kernels_agree() else plain_narrow
+    chosen = narrow_on_cuda if _is_taken(pairs, DEPTH) else plain_narrow
     parts = [chosen(pairs[i : i + AT_ONCE], scale) for i in range(0, len(pairs), AT_ONCE)]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
 def outer(pairs: Pairs) -> Sequence[mx.array]:
     """Each pair's z @ x, where z is (rank, rows) and x (rows, width of its own)."""
-    chosen = outer_on_cuda if _fits(pairs, COLUMNS) and kernels_agree() else plain_outer
+    chosen = outer_on_cuda if _is_taken(pairs, COLUMNS) else plain_outer
     starts = range(0, len(pairs), AT_ONCE)
     return [found for i in starts for found in chosen(pairs[i : i + AT_ONCE])]
 
@@ -68,7 +68,6 @@ def narrow_on_cuda(pairs: Pairs, scale: float) -> mx.array:
         [rows, *sizes, float(scale)],
         blocks=(-(-rows // ROWS), len(pairs)),
         threads=THREADS,
-        dtype=dtype,
         MOST=most,
     )[0]
 
@@ -88,7 +87,6 @@ def outer_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
         [rows, *sizes],
         blocks=(blocks, splits),
         threads=THREADS,
-        dtype=dtype,
         MOST=most,
     )
     (whole,) = launch(
@@ -98,7 +96,6 @@ def outer_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
         [splits, total],
         blocks=(-(-total // (4 * THREADS)), 1),
         threads=THREADS,
-        dtype=dtype,
     )
     found, start = [], 0
     for rank, width in shapes:
@@ -113,32 +110,44 @@ def _arguments(pairs: Pairs) -> tuple[list[mx.array], list[int], int]:
     arrays = [each for pair in [*pairs, *[pairs[0]] * missing] for each in pair]
     tiles = [narrow.shape[0] // TILE for narrow, _ in pairs]
     sizes = [size for n, (_, x) in zip(tiles, pairs, strict=True) for size in (n, x.shape[1])]
-    return arrays, sizes + [0, 0] * missing, min(each for each in TILES if each >= max(tiles))
+    return arrays, sizes + [0, 0] * missing, _made_for(TILE * max(tiles))
 
 
-def _fits(pairs: Pairs, multiple: int) -> bool:
-    """Whether the kernels take these arrays: half precision, whole tiles, and ranks that fit."""
-    ranks, dtype = [each.shape[0] for each, _ in pairs], pairs[0][0].dtype
+def _is_taken(pairs: Pairs, multiple: int) -> bool:
+    """Whether the kernels take these arrays: bfloat16, whole tiles, ranks that fit."""
+    ranks = [each.shape[0] for each, _ in pairs]
     return (
-        dtype in TYPES
-        and all(each.dtype == dtype for pair in pairs for each in pair)
+        all(each.dtype == DTYPE for pair in pairs for each in pair)
         and all(rank % TILE == 0 for rank in ranks)
         and max(ranks) <= TILE * TILES[-1]
         and all(x.shape[1] % multiple == 0 for _, x in pairs)
+        and backend.has_cuda()
+        and kernels_agree(_made_for(max(ranks)))
     )
+
+
+def _made_for(rank: int) -> int:
+    """The tiles of the kernel that takes factors up to this rank."""
+    return min(each for each in TILES if TILE * each >= rank)
+
+
+def check_kernels(ranks: Iterable[int]) -> None:
+    """Compile and check the kernels for these ranks now, and not while a step is traced."""
+    fitting = {_made_for(rank) for rank in ranks if rank <= TILE * TILES[-1]}
+    for most in sorted(fitting) if backend.has_cuda() else ():
+        kernels_agree(most)
 
 
 @cache
-def kernels_agree() -> bool:
-    """Whether the kernels give what MLX does on this machine; a warning where they do not."""
-    return backend.has_cuda() and is_sound(
-        "low-rank layers", trouble_with(narrow_on_cuda, outer_on_cuda)
-    )
+def kernels_agree(most: int) -> bool:
+    """Whether the kernels for so many tiles give what MLX does; a warning where they do not."""
+    return is_sound("low-rank layers", trouble_with(narrow_on_cuda, outer_on_cuda, most))
 
 
-def trouble_with(narrow: Narrow, outer: Outer) -> str | None:
+def trouble_with(narrow: Narrow, outer: Outer, most: int = 3) -> str | None:
     """What is wrong with two such functions, or None; all loops of the kernels go round twice."""
-    shapes = (309, 320), (309, 448), (24, 320), (8, 448)
+    rank = TILE * most
+    shapes = (309, 320), (309, 448), (rank, 320), (8, 448)
     keys = mx.random.split(mx.random.key(0), 4)
     x, y, a, b = (
         mx.random.normal(shape, key=key).astype(mx.bfloat16)
@@ -146,5 +155,5 @@ def trouble_with(narrow: Narrow, outer: Outer) -> str | None:
     )
     pairs = [(a, x), (b, y)]
     z = plain_narrow(pairs, 1.5)
-    products = [(z[:24], x), (z[24:], y)]
+    products = [(z[:rank], x), (z[rank:], y)]
     return disagreement(lambda: [narrow(pairs, 1.5), *outer(products)], [z, *plain_outer(products)])

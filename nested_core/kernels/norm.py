@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import TYPES, launch
+from nested_core.kernels.launch import DTYPE, launch
 from nested_core.kernels.replacing import standing_in
 
 WIDTH = 8  # elements of a load: 16 bytes of bfloat16
@@ -32,7 +32,7 @@ def plain_backward(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx
 
 
 def backward_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
-    """The same in one kernel, for half precision and rows of a multiple of WIDTH elements."""
+    """The same in one kernel, for bfloat16 and rows of a multiple of WIDTH elements."""
     n = x.shape[-1]
     threads = min(MOST_THREADS, -(-n // (32 * WIDTH)) * 32)
     packs = min(each for each in PACKS if each * WIDTH * threads >= n)
@@ -43,7 +43,6 @@ def backward_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> 
         [n, eps],
         blocks=(x.size // n, 1),
         threads=threads,
-        dtype=x.dtype,
         PACKS=packs,
     )[0]
 
@@ -61,7 +60,7 @@ def normed_by(module: nn.RMSNorm, backward: Backward) -> Callable[[mx.array], mx
 
     def call(x: mx.array) -> mx.array:
         fits = x.shape[-1] % WIDTH == 0 and x.shape[-1] <= LONGEST
-        if not fits or x.dtype not in TYPES or x.dtype != module.weight.dtype:
+        if not fits or not x.dtype == module.weight.dtype == DTYPE:
             return mx.fast.rms_norm(x, module.weight, module.eps)
         function: Any = norm
         result: mx.array = function(x)
@@ -74,23 +73,25 @@ def normed_by(module: nn.RMSNorm, backward: Backward) -> Callable[[mx.array], mx
 def frozen_norms(model: nn.Module) -> Iterator[None]:
     """Have the backward pass of a model's frozen norms in one kernel while the block runs."""
     with ExitStack() as stack:
-        if backend.has_cuda() and _agrees_here():
-            for _, module in model.named_modules():
-                if type(module) is nn.RMSNorm and not module.trainable_parameters():
-                    call = normed_by(module, backward_on_cuda)
-                    stack.enter_context(standing_in(module, call))
+        for _, module in model.named_modules() if backend.has_cuda() else ():
+            is_frozen = type(module) is nn.RMSNorm and not module.trainable_parameters()
+            if is_frozen and _agrees_here(module.weight.size):
+                call = normed_by(module, backward_on_cuda)
+                stack.enter_context(standing_in(module, call))
         yield
 
 
 @cache
-def _agrees_here() -> bool:
-    return is_sound("norms", trouble_with(backward_on_cuda))
+def _agrees_here(width: int) -> bool:
+    if width % WIDTH or width > LONGEST:
+        return False
+    return is_sound("norms", trouble_with(backward_on_cuda, width))
 
 
-def trouble_with(backward: Backward) -> str | None:
-    """What is wrong with such a function, or None; rows are of several loads a thread."""
+def trouble_with(backward: Backward, width: int = 2600) -> str | None:
+    """What is wrong with such a function for rows of this width, or None."""
     keys = mx.random.split(mx.random.key(0), 3)
-    shapes = (5, 2600), (2600,), (5, 2600)
+    shapes = (5, width), (width,), (5, width)
     parts = (
         mx.random.normal(s, key=k).astype(mx.bfloat16) for s, k in zip(shapes, keys, strict=True)
     )

@@ -20,7 +20,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import TYPES, launch
+from nested_core.kernels.launch import DTYPE, launch
 from nested_core.kernels.replacing import standing_in
 from nested_core.scalars import to_float
 
@@ -42,7 +42,7 @@ def plain_turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
 
 
 def turn_on_cuda(x: mx.array, table: mx.array, back: bool) -> mx.array:
-    """The same in one kernel, for half precision; 4 divides the heads and 16 their width."""
+    """The same in one kernel, for bfloat16; 4 divides the heads and 16 their width."""
     batch, length, heads, width = x.shape
     return launch(
         "turn",
@@ -51,7 +51,6 @@ def turn_on_cuda(x: mx.array, table: mx.array, back: bool) -> mx.array:
         [batch * length, length, heads, width // 2, -1.0 if back else 1.0],
         blocks=(-(-x.size // (2 * WIDTH * HEADS * THREADS)), 1),
         threads=THREADS,
-        dtype=x.dtype,
     )[0]
 
 
@@ -100,7 +99,7 @@ def turned_by(module: nn.Module, turn: Turn, known: dict[bytes, Angles]) -> Call
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         fits = x.ndim == 4 and x.shape[1] % HEADS == 0 and x.shape[3] == width
-        if args or kwargs or not fits or x.dtype not in TYPES:
+        if args or kwargs or not fits or x.dtype != DTYPE:
             result: mx.array = own(module, x, *args, **kwargs)
             return result
         function: Any = rotate

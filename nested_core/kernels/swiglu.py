@@ -19,7 +19,7 @@ from mlx_lm.models import activations
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
 from nested_core.kernels.exponential import exponential
-from nested_core.kernels.launch import TYPES, launch
+from nested_core.kernels.launch import DTYPE, launch
 from nested_core.kernels.replacing import in_code_of
 
 WIDTH = 8  # elements a thread: 16 bytes of bfloat16
@@ -38,7 +38,7 @@ def plain_backward(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, 
 
 
 def forward_on_cuda(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) * x in one kernel, for half-precision arrays of a multiple of WIDTH elements."""
+    """silu(gate) * x in one kernel, for bfloat16 arrays of a multiple of WIDTH elements."""
     return _elementwise("swiglu", [gate, x], 1)[0]
 
 
@@ -58,7 +58,6 @@ def _elementwise(name: str, arrays: list[mx.array], outputs: int) -> list[mx.arr
         [packs],
         blocks=(-(-packs // THREADS), 1),
         threads=THREADS,
-        dtype=dtype,
     )
 
 
@@ -78,7 +77,7 @@ def swiglu_with(forward: Forward, backward: Backward) -> Callable[[mx.array, mx.
     def chosen(gate: mx.array, x: mx.array) -> mx.array:
         """The fused function for arrays that its kernels take, else mlx-lm's."""
         fits = gate.dtype == x.dtype and gate.shape == x.shape and gate.size % WIDTH == 0
-        result: mx.array = fused(gate, x) if fits and gate.dtype in TYPES else plain_swiglu(gate, x)
+        result: mx.array = fused(gate, x) if fits and gate.dtype == DTYPE else plain_swiglu(gate, x)
         return result
 
     return chosen

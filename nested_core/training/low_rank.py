@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.joining import joined, kernel_agrees
-from nested_core.kernels.low_rank import kernels_agree, narrow, outer
+from nested_core.kernels.joining import joined
+from nested_core.kernels.low_rank import check_kernels, narrow, outer
 
 GROUP = "_shared_input"
 
@@ -122,8 +122,9 @@ def _dropped_out(layer: LowRankLinear, x: mx.array, dropped: mx.array) -> mx.arr
 def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> Iterator[None]:
     """Have every LoRALinear of a model computed here; `groups` are given one input each."""
     layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
-    for is_usable in (kernels_agree, kernel_agrees):
-        is_usable()  # computed now, and not while a step is traced
+    ranks = {id(layer): layer.lora_b.shape[0] for layer in layers}
+    together = (sum(ranks.get(id(layer), 0) for layer in group) for group in groups)
+    check_kernels([*ranks.values(), *together])
     try:
         for layer in layers:
             layer.__class__ = LowRankLinear
@@ -139,9 +140,10 @@ def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> It
 
 
 def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
-    """LoRALinear layers of one rank and scale that are given one array, found by watching a call.
+    """LoRALinear layers that are given one array, by watching a call; alike in all but their width.
 
-    Layers that are called more than once, or alone, are in no group.
+    They are of one rank, scale and dtype. Layers that are called more than once, or alone, are in
+    no group.
     """
     calls: list[tuple[nn.Module, Any]] = []
     layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
@@ -167,8 +169,9 @@ def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
 
 def _grouped(calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
     times = [id(layer) for layer, _ in calls]
-    groups: dict[tuple[int, int, float], list[nn.Module]] = {}
+    groups: dict[tuple[Any, ...], list[nn.Module]] = {}
     for layer, x in calls:  # the inputs are alive here, so that their ids are their own
         if times.count(id(layer)) == 1:
-            groups.setdefault((id(x), layer.lora_b.shape[0], layer.scale), []).append(layer)
+            kind = layer.lora_b.shape[0], layer.scale, layer.lora_a.dtype, layer.lora_b.dtype
+            groups.setdefault((id(x), *kind), []).append(layer)
     return [group for group in groups.values() if len(group) > 1]

@@ -57,7 +57,7 @@ class Leaf:
         ranges = pairwise([0, *ends])
         is_aligned = all(end % ALIGNED == 0 for end in ends)
         return {
-            name: _unfolded(array[start:end] if is_aligned else 1 * array[start:end], shape)
+            name: _unfolded(array[start:end] if is_aligned else array[mx.arange(start, end)], shape)
             for (name, shape), (start, end) in zip(self.shapes.items(), ranges, strict=True)
         }
 

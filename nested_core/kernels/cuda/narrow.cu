@@ -38,7 +38,7 @@ __device__ inline void product(
     int row = place % 16, column = place / 16;
     float sum = 0;
     for (int w = 0; w < WARPS; ++w) sum += shared[(w * 8 * MOST + column) * 17 + row];
-    if (first + row < rows) out[(long)column * rows + first + row] = narrowed<T>(sum * scale);
+    if (first + row < rows) out[(long)column * rows + first + row] = narrowed(sum * scale);
   }
 }
 

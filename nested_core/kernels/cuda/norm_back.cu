@@ -44,7 +44,7 @@ KERNEL norm_back(
     Pack weight = load(w + at);
     #pragma unroll
     for (int k = 0; k < W; ++k) {
-      given[p].value[k] = narrowed<T>(wide(above[p].value[k]) * wide(weight.value[k]) * inverse
+      given[p].value[k] = narrowed(wide(above[p].value[k]) * wide(weight.value[k]) * inverse
                                       - wide(given[p].value[k]) * factor);
     }
     store(dx + row + at, given[p]);

@@ -8,6 +8,6 @@ KERNEL sum_of_splits(const float* parts, T* out, int splits, int total) {
     sum.x += next.x, sum.y += next.y, sum.z += next.z, sum.w += next.w;
   }
   struct alignas(8) Four { T value[4]; };
-  *reinterpret_cast<Four*>(out + i) = {{narrowed<T>(sum.x), narrowed<T>(sum.y),
-                                        narrowed<T>(sum.z), narrowed<T>(sum.w)}};
+  *reinterpret_cast<Four*>(out + i) = {{narrowed(sum.x), narrowed(sum.y),
+                                        narrowed(sum.z), narrowed(sum.w)}};
 }

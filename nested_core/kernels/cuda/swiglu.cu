@@ -7,7 +7,7 @@ KERNEL swiglu(const T* gate, const T* x, T* out, int packs) {
   #pragma unroll
   for (int k = 0; k < W; ++k) {
     float v = wide(a.value[k]);
-    a.value[k] = narrowed<T>(v / (1.f + __expf(-v)) * wide(b.value[k]));
+    a.value[k] = narrowed(v / (1.f + __expf(-v)) * wide(b.value[k]));
   }
   store(out + i, a);
 }

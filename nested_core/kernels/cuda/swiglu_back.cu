@@ -9,8 +9,8 @@ KERNEL swiglu_back(
   for (int k = 0; k < W; ++k) {
     float v = wide(a.value[k]), u = wide(b.value[k]), given = wide(c.value[k]);
     float s = 1.f / (1.f + __expf(-v));
-    a.value[k] = narrowed<T>(given * u * (s + v * s * (1.f - s)));
-    b.value[k] = narrowed<T>(given * v * s);
+    a.value[k] = narrowed(given * u * (s + v * s * (1.f - s)));
+    b.value[k] = narrowed(given * v * s);
   }
   store(d_gate + i, a);
   store(d_x + i, b);

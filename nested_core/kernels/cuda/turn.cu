@@ -21,8 +21,8 @@ KERNEL turn(
     #pragma unroll
     for (int k = 0; k < W; ++k) {
       float a = wide(low.value[k]), b = wide(high.value[k]);
-      low.value[k] = narrowed<T>(a * c[k] - b * s[k]);
-      high.value[k] = narrowed<T>(a * s[k] + b * c[k]);
+      low.value[k] = narrowed(a * c[k] - b * s[k]);
+      high.value[k] = narrowed(a * s[k] + b * c[k]);
     }
     store(out + at, low);
     store(out + at + half, high);

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from nested_core import backend
 from nested_core.kernels import joining
 
 
@@ -33,7 +34,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(arrays))
         return joining.plain_join(arrays)
 
-    monkeypatch.setattr(joining, "kernel_agrees", lambda: True)
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(joining, "join_agrees", lambda: True)
     monkeypatch.setattr(joining, "join_on_cuda", join)
     return counts
 

@@ -21,7 +21,7 @@ WIDTH = 40
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with CUDA whose kernel agrees with MLX, and MLX's operations in its place."""
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(norm, "_agrees_here", lambda: True)
+    monkeypatch.setattr(norm, "_agrees_here", lambda *_: True)
     monkeypatch.setattr(norm, "backward_on_cuda", norm.plain_backward)
 
 
@@ -148,7 +148,7 @@ def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
     model = several()
     for has_cuda, agrees in ((False, True), (True, False)):
         monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: has)
-        monkeypatch.setattr(norm, "_agrees_here", lambda agrees=agrees: agrees)
+        monkeypatch.setattr(norm, "_agrees_here", lambda _, agrees=agrees: agrees)
         with norm.frozen_norms(model):
             assert type(model.frozen) is nn.RMSNorm
 

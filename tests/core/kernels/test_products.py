@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from nested_core import backend
 from nested_core.kernels import low_rank
 
 SIZES = ((8, 64), (16, 128), (8, 192), (64, 64), (24, 128), (8, 64))  # rank and width
@@ -48,7 +49,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         calls.append(("outer", len(pairs)))
         return low_rank.plain_outer(pairs)
 
-    monkeypatch.setattr(low_rank, "kernels_agree", lambda: True)
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(low_rank, "kernels_agree", lambda most: True)
     monkeypatch.setattr(low_rank, "narrow_on_cuda", narrow)
     monkeypatch.setattr(low_rank, "outer_on_cuda", outer)
     return calls
