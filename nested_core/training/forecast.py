@@ -20,9 +20,10 @@ MLX runs ahead of the device: in layers, the largest of them, at most all there 
 
 Five numbers are fitted, to MLX 0.32.4. On a CPU, to some 30 Llamas such as benchmarks/forecast.py
 has: the two arrays beside the logits and five chunks of them at once, in_flight and REFILLED. On
-CUDA, in_flight: to eight rows of H200s at 1.7B and 7B, with 5 to 25 operations a commit; others are
-in benchmarks/README.md, and with 40 the forecast is an eighth too low. Recomputation on a GPU, dtypes other than bfloat16 there, and all of Metal
-follow the same arithmetic and were not measured.
+CUDA, in_flight: to eight rows of H200s at 1.7B and 7B, with 5 to 25 operations a commit. Others are
+in benchmarks/README.md; with 40 operations the forecast is an eighth too low. Recomputation on a
+GPU, dtypes other than bfloat16 there, and all of Metal follow the same arithmetic and were not
+measured.
 """
 
 from __future__ import annotations
