@@ -13,12 +13,11 @@ import mlx.core as mx
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import launch
+from nested_core.kernels.launch import THREADS, launch
 
 WIDTH = 16  # bytes of a load
 MOST = 32  # arrays a launch: their addresses are arguments
 BLOCKS = 4  # for each array
-THREADS = 256
 
 Join = Callable[[Sequence[mx.array]], mx.array]
 

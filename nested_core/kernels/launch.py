@@ -14,6 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 DTYPE = mx.bfloat16  # of the arrays that kernels compute with
+THREADS = 256  # of a block, at most
+WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 
 Shaped = tuple[tuple[int, ...], mx.Dtype]
 

@@ -14,9 +14,8 @@ import mlx.core as mx
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, launch
+from nested_core.kernels.launch import DTYPE, THREADS, launch
 
-THREADS = 256
 TILE = 8  # rows of a factor in one fragment
 TILES = 1, 2, 3, 4, 6, 8  # that a kernel was made for
 AT_ONCE = 4  # pairs a launch
@@ -118,12 +117,16 @@ def _is_taken(pairs: Pairs, multiple: int) -> bool:
     ranks = [each.shape[0] for each, _ in pairs]
     return (
         all(each.dtype == DTYPE for pair in pairs for each in pair)
-        and all(rank % TILE == 0 for rank in ranks)
-        and max(ranks) <= TILE * TILES[-1]
+        and all(map(_is_in_tiles, ranks))
         and all(x.shape[1] % multiple == 0 for _, x in pairs)
         and backend.has_cuda()
         and kernels_agree(_made_for(max(ranks)))
     )
+
+
+def _is_in_tiles(rank: int) -> bool:
+    """Whether a factor of this rank is of whole tiles, and no more than a kernel was made for."""
+    return 0 < rank <= TILE * TILES[-1] and rank % TILE == 0
 
 
 def _made_for(rank: int) -> int:
@@ -133,9 +136,9 @@ def _made_for(rank: int) -> int:
 
 def check_kernels(ranks: Iterable[int]) -> None:
     """Compile and check the kernels for these ranks now, and not while a step is traced."""
-    fitting = {_made_for(rank) for rank in ranks if rank <= TILE * TILES[-1]}
-    for most in sorted(fitting) if backend.has_cuda() else ():
-        kernels_agree(most)
+    for most in sorted({_made_for(rank) for rank in ranks if _is_in_tiles(rank)}):
+        if backend.has_cuda():
+            kernels_agree(most)
 
 
 @cache

@@ -15,10 +15,9 @@ import mlx.nn as nn
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, launch
+from nested_core.kernels.launch import DTYPE, WIDTH, launch
 from nested_core.kernels.replacing import standing_in
 
-WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 MOST_THREADS = 128
 PACKS = 1, 2, 4, 8, 16  # loads of a thread, for which there are kernels
 LONGEST = PACKS[-1] * WIDTH * MOST_THREADS  # a row that a block keeps in registers

@@ -20,13 +20,11 @@ from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, launch
+from nested_core.kernels.launch import DTYPE, THREADS, WIDTH, launch
 from nested_core.kernels.replacing import standing_in
 from nested_core.scalars import to_float
 
-WIDTH = 8  # elements a thread takes from each half of a head: 16 bytes of bfloat16
 HEADS = 4  # heads that a thread turns by the angles it has read
-THREADS = 256
 ROTATIONS = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
 PROBE = 7  # positions
 

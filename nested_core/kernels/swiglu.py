@@ -19,11 +19,8 @@ from mlx_lm.models import activations
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
 from nested_core.kernels.exponential import exponential
-from nested_core.kernels.launch import DTYPE, launch
+from nested_core.kernels.launch import DTYPE, THREADS, WIDTH, launch
 from nested_core.kernels.replacing import in_code_of
-
-WIDTH = 8  # elements a thread: 16 bytes of bfloat16
-THREADS = 256
 
 Forward = Callable[[mx.array, mx.array], mx.array]
 Backward = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]

@@ -10,6 +10,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels import low_rank
+from nested_core.kernels.launch import THREADS
 
 SIZES = ((8, 64), (16, 128), (8, 192), (64, 64), (24, 128), (8, 64))  # rank and width
 
@@ -134,7 +135,7 @@ def test_the_check_has_rows_in_several_splits_and_widths_beyond_what_the_warps_r
     monkeypatch.setattr(low_rank, "launch", note)
     found = low_rank.trouble_with(low_rank.narrow_on_cuda, low_rank.outer_on_cuda)
     assert str(found).startswith("it differs by")
-    warps = low_rank.THREADS // 32
+    warps = THREADS // 32
     assert min(width for _, width in shapes["narrow"][:-1]) > low_rank.DEPTH * warps
     rows, splits = shapes["outer"][1][0], shapes["outer"][-1][0]
     assert splits > 1
@@ -145,3 +146,13 @@ def test_the_check_has_rows_in_several_splits_and_widths_beyond_what_the_warps_r
 @pytest.mark.parametrize(("rank", "most"), [(8, 1), (32, 4), (40, 6), (48, 6), (56, 8), (64, 8)])
 def test_a_kernel_is_made_for_the_next_number_of_tiles(rank: int, most: int) -> None:
     assert low_rank._arguments(narrow_pairs((8, 64), (rank, 64)))[2] == most
+
+
+def test_no_kernel_is_checked_for_a_rank_that_none_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(low_rank, "kernels_agree", checked.append)
+    low_rank.check_kernels([0, 4, 12, 72])
+    assert checked == []
+    low_rank.check_kernels([24, 8, 40, 24])
+    assert checked == [1, 3, 6]
