@@ -58,6 +58,7 @@ def normed_by(module: nn.RMSNorm, backward: Backward) -> Callable[[mx.array], mx
         return backward(x, module.weight, module.eps, cotangent)
 
     def call(x: mx.array) -> mx.array:
+        """The norm with our backward pass for arrays that its kernel takes, else MLX's own."""
         fits = x.shape[-1] % WIDTH == 0 and x.shape[-1] <= LONGEST
         if not fits or not x.dtype == module.weight.dtype == DTYPE:
             return mx.fast.rms_norm(x, module.weight, module.eps)

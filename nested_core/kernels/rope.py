@@ -96,6 +96,7 @@ def turned_by(module: nn.Module, turn: Turn, known: dict[bytes, Angles]) -> Call
         return turn(cotangent, angles.upto(x.shape[1]), True)
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Heads turned by the table where the kernel takes them, else by the module itself."""
         fits = x.ndim == 4 and x.shape[1] % HEADS == 0 and x.shape[3] == width
         if args or kwargs or not fits or x.dtype != DTYPE:
             result: mx.array = own(module, x, *args, **kwargs)

@@ -71,6 +71,7 @@ class SharedInput:
 
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
+            """Each layer's output, and what the backward pass needs: all lora_a^T, and z."""
             a = joined([each.T for each in factors[:count]]).reshape(-1, x.shape[-1])
             z = narrow([(a, x)], scale)
             parts = zip(layers, ranges, factors[count:], strict=True)
