@@ -184,7 +184,8 @@ def enter(stack: ExitStack, model: Any, options: dict[str, str]) -> None:
     """Swap what the options leave in."""
     from nested_core.kernels.swiglu import fused_swiglu
     from nested_core.training.compute import prepared
-    from nested_core.training.low_rank import low_rank, shared_inputs
+    from nested_core.training.low_rank import low_rank
+    from nested_core.training.watching import shared_inputs
 
     model.train()
     if not options.keys() & {"noswap", "nogroup", "nokernel"}:

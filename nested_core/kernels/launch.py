@@ -15,6 +15,7 @@ import numpy as np
 
 DTYPE = mx.bfloat16  # of the arrays that kernels compute with
 THREADS = 256  # of a block, at most
+SHARED = "common.cuh", "expand.cuh"
 WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 
 Shaped = tuple[tuple[int, ...], mx.Dtype]
@@ -26,15 +27,16 @@ def launch(
     outputs: Sequence[Shaped],
     numbers: Sequence[int | float],
     *,
-    blocks: tuple[int, int],
+    blocks: Sequence[int],
     threads: int,
     **macros: int,
 ) -> list[mx.array]:
-    """What the kernel of `cuda/<name>.cu` gives, compiled with `macros`.
+    """What the kernel of `cuda/<name>.cu` gives, compiled with `macros`, in a grid of `blocks`.
 
     Inputs come to it row by row, whatever their strides. Raises RuntimeError where it cannot be
     compiled; MLX does where it cannot be loaded, when the arrays are computed.
     """
+    across, down, *planes = blocks
     return mx.fast.precompiled_cuda_kernel(
         name=name,  # MLX tells programs of one name apart by what is in them
         compiled_source=compiled(name, **macros),
@@ -42,7 +44,7 @@ def launch(
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[each for _, each in outputs],
         scalars=[each if isinstance(each, int) else in_float32(each) for each in numbers],
-        grid=(blocks[0] * threads, blocks[1], 1),
+        grid=(across * threads, down, planes[0] if planes else 1),
         threadgroup=(threads, 1, 1),
         ensure_row_contiguous=True,
     )
@@ -76,4 +78,4 @@ def compiled(name: str, **macros: int) -> bytes:
 def text_of(name: str) -> str:
     """A source file, after what all of them share."""
     folder = files("nested_core.kernels") / "cuda"
-    return "\n".join((folder / each).read_text() for each in ("common.cuh", f"{name}.cu"))
+    return "\n".join((folder / each).read_text() for each in (*SHARED, f"{name}.cu"))

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from itertools import groupby
 
 import mlx.core as mx
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
 from nested_core.kernels.launch import DTYPE, THREADS, launch
+from nested_core.kernels.tiles import TILE, is_in_tiles, made_for
 
-TILE = 8  # rows of a factor in one fragment
-TILES = 1, 2, 3, 4, 6, 8  # that a kernel was made for
 AT_ONCE = 4  # pairs a launch
 ROWS, DEPTH, COLUMNS = 16, 32, 64  # of a wide array: rows a block, a warp's reach, columns a block
-BLOCKS = 264  # at least: two for each multiprocessor of an H200
+RESIDENT, MULTIPROCESSORS = 3, 132  # blocks that an H200 computes at once, where they are small
 
 Pairs = Sequence[tuple[mx.array, mx.array]]
 Narrow = Callable[[Pairs, float], mx.array]
@@ -40,8 +40,12 @@ def narrow(pairs: Pairs, scale: float) -> mx.array:
 def outer(pairs: Pairs) -> Sequence[mx.array]:
     """Each pair's z @ x, where z is (rank, rows) and x (rows, width of its own)."""
     chosen = outer_on_cuda if _is_taken(pairs, COLUMNS) else plain_outer
-    starts = range(0, len(pairs), AT_ONCE)
-    return [found for i in starts for found in chosen(pairs[i : i + AT_ONCE])]
+    found: list[mx.array] = []
+    for _, alike in groupby(pairs, key=lambda pair: pair[0].shape[0]):  # one kernel suits them all
+        group = list(alike)
+        for i in range(0, len(group), AT_ONCE):
+            found += chosen(group[i : i + AT_ONCE])
+    return found
 
 
 def plain_narrow(pairs: Pairs, scale: float) -> mx.array:
@@ -78,7 +82,8 @@ def outer_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
     shapes = [(z.shape[0], x.shape[1]) for z, x in pairs]
     total = sum(rank * width for rank, width in shapes)
     blocks = sum(width for _, width in shapes) // COLUMNS
-    splits = max(1, min(-(-BLOCKS // blocks), rows // (ROWS * THREADS // 32)))
+    resident = RESIDENT if most == 1 else RESIDENT - 1
+    splits = max(1, min(resident * MULTIPROCESSORS // blocks, rows // (ROWS * THREADS // 32)))
     (parts,) = launch(
         "outer",
         arrays,
@@ -109,34 +114,25 @@ def _arguments(pairs: Pairs) -> tuple[list[mx.array], list[int], int]:
     arrays = [each for pair in [*pairs, *[pairs[0]] * missing] for each in pair]
     tiles = [narrow.shape[0] // TILE for narrow, _ in pairs]
     sizes = [size for n, (_, x) in zip(tiles, pairs, strict=True) for size in (n, x.shape[1])]
-    return arrays, sizes + [0, 0] * missing, _made_for(TILE * max(tiles))
+    return arrays, sizes + [0, 0] * missing, made_for(TILE * max(tiles))
 
 
 def _is_taken(pairs: Pairs, multiple: int) -> bool:
-    """Whether the kernels take these arrays: bfloat16, whole tiles, ranks that fit."""
+    """Whether the kernels take these arrays: bfloat16, even rows, whole tiles, ranks that fit."""
     ranks = [each.shape[0] for each, _ in pairs]
     return (
         all(each.dtype == DTYPE for pair in pairs for each in pair)
-        and all(map(_is_in_tiles, ranks))
+        and pairs[0][1].shape[0] % 2 == 0
+        and all(map(is_in_tiles, ranks))
         and all(x.shape[1] % multiple == 0 for _, x in pairs)
         and backend.has_cuda()
-        and kernels_agree(_made_for(max(ranks)))
+        and kernels_agree(made_for(max(ranks)))
     )
-
-
-def _is_in_tiles(rank: int) -> bool:
-    """Whether a factor of this rank is of whole tiles, and no more than a kernel was made for."""
-    return 0 < rank <= TILE * TILES[-1] and rank % TILE == 0
-
-
-def _made_for(rank: int) -> int:
-    """The tiles of the kernel that takes factors up to this rank."""
-    return min(each for each in TILES if TILE * each >= rank)
 
 
 def check_kernels(ranks: Iterable[int]) -> None:
     """Compile and check the kernels for these ranks now, and not while a step is traced."""
-    for most in sorted({_made_for(rank) for rank in ranks if _is_in_tiles(rank)}):
+    for most in sorted({made_for(rank) for rank in ranks if is_in_tiles(rank)}):
         if backend.has_cuda():
             kernels_agree(most)
 
@@ -150,7 +146,7 @@ def kernels_agree(most: int) -> bool:
 def trouble_with(narrow: Narrow, outer: Outer, most: int = 3) -> str | None:
     """What is wrong with two such functions, or None; all loops of the kernels go round twice."""
     rank = TILE * most
-    shapes = (309, 320), (309, 448), (rank, 320), (8, 448)
+    shapes = (310, 320), (310, 448), (rank, 320), (8, 448)
     keys = mx.random.split(mx.random.key(0), 4)
     x, y, a, b = (
         mx.random.normal(shape, key=key).astype(mx.bfloat16)

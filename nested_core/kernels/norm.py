@@ -20,6 +20,7 @@ from nested_core.kernels.replacing import standing_in
 
 MOST_THREADS = 128
 PACKS = 1, 2, 4, 8, 16  # loads of a thread, for which there are kernels
+BLOCKS = 1056  # at most: each takes row after row
 LONGEST = PACKS[-1] * WIDTH * MOST_THREADS  # a row that a block keeps in registers
 
 Backward = Callable[[mx.array, mx.array, float, mx.array], mx.array]
@@ -39,8 +40,8 @@ def backward_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> 
         "norm_back",
         [x, weight, g],
         [(x.shape, x.dtype)],
-        [n, eps],
-        blocks=(x.size // n, 1),
+        [x.size // n, n, eps],
+        blocks=(min(x.size // n, BLOCKS), 1),
         threads=threads,
         PACKS=packs,
     )[0]

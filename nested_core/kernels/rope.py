@@ -24,7 +24,6 @@ from nested_core.kernels.launch import DTYPE, THREADS, WIDTH, launch
 from nested_core.kernels.replacing import standing_in
 from nested_core.scalars import to_float
 
-HEADS = 4  # heads that a thread turns by the angles it has read
 ROTATIONS = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
 PROBE = 7  # positions
 
@@ -40,14 +39,14 @@ def plain_turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
 
 
 def turn_on_cuda(x: mx.array, table: mx.array, back: bool) -> mx.array:
-    """The same in one kernel, for bfloat16; 4 divides the heads and 16 their width."""
+    """The same in one kernel, for bfloat16 and heads of a multiple of 16."""
     batch, length, heads, width = x.shape
     return launch(
         "turn",
         [x, table],
         [(x.shape, x.dtype)],
         [batch * length, length, heads, width // 2, -1.0 if back else 1.0],
-        blocks=(-(-x.size // (2 * WIDTH * HEADS * THREADS)), 1),
+        blocks=(-(-x.size // (2 * WIDTH * THREADS)), 1),
         threads=THREADS,
     )[0]
 
@@ -97,7 +96,7 @@ def turned_by(module: nn.Module, turn: Turn, known: dict[bytes, Angles]) -> Call
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Heads turned by the table where the kernel takes them, else by the module itself."""
-        fits = x.ndim == 4 and x.shape[1] % HEADS == 0 and x.shape[3] == width
+        fits = x.ndim == 4 and x.shape[3] == width
         if args or kwargs or not fits or x.dtype != DTYPE:
             result: mx.array = own(module, x, *args, **kwargs)
             return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 
 import mlx.nn as nn
 
@@ -11,8 +12,10 @@ from nested_core.kernels.attention import blocked_attention
 from nested_core.kernels.norm import frozen_norms
 from nested_core.kernels.rope import tabled_rope
 from nested_core.kernels.swiglu import fused_swiglu
-from nested_core.training.low_rank import low_rank, shared_inputs
+from nested_core.training.gated_mlp import fusable_mlps, fused_mlps
+from nested_core.training.low_rank import low_rank
 from nested_core.training.recompute import recomputed
+from nested_core.training.watching import shared_inputs
 
 
 @contextmanager
@@ -28,9 +31,11 @@ def prepared(
         if as_mlx_lm:
             yield
             return
-        groups = shared_inputs(model)
+        mlps = fusable_mlps(model)
+        groups = shared_inputs(model, apart=chain(*(mlp.layers for mlp in mlps)))
         with ExitStack() as stack:
             for swapped in (fused_swiglu, blocked_attention, tabled_rope, frozen_norms):
                 stack.enter_context(swapped(model))
             stack.enter_context(low_rank(model, groups))
+            stack.enter_context(fused_mlps(mlps))
             yield

@@ -7,7 +7,7 @@ identity, their parameters' names and their place; only their class changes, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any
@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels.expand import LowRankSum, check_kernel, expand, is_for_kernels
 from nested_core.kernels.joining import joined
 from nested_core.kernels.low_rank import check_kernels, narrow, outer
 
@@ -74,18 +75,15 @@ class SharedInput:
             """Each layer's output, and what the backward pass needs: all lora_a^T, and z."""
             a = joined([each.T for each in factors[:count]]).reshape(-1, x.shape[-1])
             z = narrow([(a, x)], scale)
-            parts = zip(layers, ranges, factors[count:], strict=True)
-            added = ((layer, z[start:end].T @ b) for layer, (start, end), b in parts)
-            return [*(_onto_base(layer, x, low) for layer, low in added), a, z]
+            parts = [z[start:end] for start, end in ranges]
+            return [*with_low_rank(layers, x, parts, factors[count:]), a, z]
 
         @project.vjp
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
             x, b, g = primals[0], primals[1 + count :], cotangents[:count]
             a, z = outputs[count:]
             dz = narrow(list(zip(b, g, strict=True)), scale)
-            dx = dz.T @ a
-            for layer, each in zip(layers, g, strict=True):
-                dx = _through_base(layer, x, each, dx)
+            dx = through(layers, x, g, dz, a)
             parts = [z[start:end] for start, end in ranges]
             da, *db = outer([(dz, x), *zip(parts, g, strict=True)])
             return dx, *(da[start:end].T for start, end in ranges), *db
@@ -95,8 +93,44 @@ class SharedInput:
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs[:count]]
 
 
-def _onto_base(layer: LowRankLinear, x: mx.array, added: mx.array) -> mx.array:
-    """The base layer's output plus `added`: MLX's matmul takes it along at no cost."""
+def with_low_rank(
+    layers: Sequence[LoRALinear], x: mx.array, z: Sequence[mx.array], factors: Sequence[mx.array]
+) -> Sequence[mx.array]:
+    """Each base layer's output plus its z^T @ factor, of (rank, rows) and (rank, width)."""
+    if is_for_kernels(x, factors):
+        bases = [layer.linear(x) for layer in layers]
+        return expand(list(map(LowRankSum, bases, z, factors)))
+    products = [each.T @ b for each, b in zip(z, factors, strict=True)]
+    return [_onto_base(layer, x, low) for layer, low in zip(layers, products, strict=True)]
+
+
+def through(
+    layers: Sequence[LoRALinear], x: mx.array, g: Sequence[mx.array], dz: mx.array, a: mx.array
+) -> mx.array:
+    """The gradient with respect to an input that layers share: through their bases, plus dz^T @ a.
+
+    dz is (ranks, rows) and a (ranks, width). What is in x does not matter, for bases are linear.
+    """
+    if is_for_kernels(x, [a]):
+        return expand([LowRankSum(through_bases(layers, x, g), dz, a)])[0]
+    return through_bases(layers, x, g, dz.T @ a)
+
+
+def through_bases(
+    layers: Sequence[LoRALinear],
+    x: mx.array,
+    g: Sequence[mx.array],
+    added: mx.array | None = None,
+) -> mx.array:
+    """The sum of the gradients through the base layers, and what is `added`."""
+    total = _through_base(layers[0], x, g[0], added)
+    for layer, each in zip(layers[1:], g[1:], strict=True):
+        total = _through_base(layer, x, each, total)
+    return total
+
+
+def _onto_base(layer: LoRALinear, x: mx.array, added: mx.array) -> mx.array:
+    """The base layer's output plus `added`, which MLX's matmul takes along."""
     base = layer.linear
     if type(base) is nn.Linear and "bias" not in base:
         return mx.addmm(added, x, base.weight.T)
@@ -104,12 +138,14 @@ def _onto_base(layer: LowRankLinear, x: mx.array, added: mx.array) -> mx.array:
     return output
 
 
-def _through_base(layer: LowRankLinear, x: mx.array, g: mx.array, added: mx.array) -> mx.array:
-    """The gradient through the frozen base layer, whatever it is made of, plus `added`."""
+def _through_base(layer: LoRALinear, x: mx.array, g: mx.array, added: mx.array | None) -> mx.array:
+    """The gradient through the frozen base layer, whatever it is made of, plus what is there."""
     if type(layer.linear) is nn.Linear:
-        return mx.addmm(added, g, layer.linear.weight)
+        weight = layer.linear.weight
+        return g @ weight if added is None else mx.addmm(added, g, weight)
+    gradient: mx.array
     (gradient,) = mx.vjp(layer.linear, [x], [g])[1]
-    return added + gradient
+    return gradient if added is None else added + gradient
 
 
 def _dropped_out(layer: LowRankLinear, x: mx.array, dropped: mx.array) -> mx.array:
@@ -119,13 +155,19 @@ def _dropped_out(layer: LowRankLinear, x: mx.array, dropped: mx.array) -> mx.arr
     return output
 
 
+def check_low_rank(ranks: Collection[int]) -> None:
+    """Compile and check all kernels for layers of these ranks, and for what they share."""
+    check_kernels(ranks)
+    check_kernel(ranks)
+
+
 @contextmanager
 def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> Iterator[None]:
     """Have every LoRALinear of a model computed here; `groups` are given one input each."""
     layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
     ranks = {id(layer): layer.lora_b.shape[0] for layer in layers}
     together = (sum(ranks.get(id(layer), 0) for layer in group) for group in groups)
-    check_kernels([*ranks.values(), *together])
+    check_low_rank([*ranks.values(), *together])
     try:
         for layer in layers:
             layer.__class__ = LowRankLinear
@@ -138,41 +180,3 @@ def low_rank(model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()) -> It
         for layer in layers:
             vars(layer).pop(GROUP, None)
             layer.__class__ = LoRALinear
-
-
-def shared_inputs(model: nn.Module) -> list[list[nn.Module]]:
-    """LoRALinear layers that are given one array, by watching a call; alike in all but their width.
-
-    They are of one rank, scale and dtype. Layers that are called more than once, or alone, are in
-    no group.
-    """
-    calls: list[tuple[nn.Module, Any]] = []
-    layers: list[Any] = [m for _, m in model.named_modules() if type(m) is LoRALinear]
-
-    class Watched(LoRALinear):
-        def __call__(self, x: mx.array) -> mx.array:
-            calls.append((self, x))
-            output: mx.array = super().__call__(x)
-            return output
-
-    was_training = model.training
-    model.eval()  # no dropout: nothing is drawn
-    try:
-        for layer in layers:
-            layer.__class__ = Watched
-        model(mx.zeros((1, 2), mx.int32))
-    finally:
-        model.train(was_training)
-        for layer in layers:
-            layer.__class__ = LoRALinear
-    return _grouped(calls)
-
-
-def _grouped(calls: Sequence[tuple[nn.Module, Any]]) -> list[list[nn.Module]]:
-    times = [id(layer) for layer, _ in calls]
-    groups: dict[tuple[Any, ...], list[nn.Module]] = {}
-    for layer, x in calls:  # the inputs are alive here, so that their ids are their own
-        if times.count(id(layer)) == 1:
-            kind = layer.lora_b.shape[0], layer.scale, layer.lora_a.dtype, layer.lora_b.dtype
-            groups.setdefault((id(x), *kind), []).append(layer)
-    return [group for group in groups.values() if len(group) > 1]

@@ -15,7 +15,27 @@ __device__ inline T narrowed(float f) {
 constexpr int W = 8;  // elements of a load
 struct alignas(16) Pack { T value[W]; };
 
-__device__ inline Pack load(const T* from) { return *reinterpret_cast<const Pack*>(from); }
+// What a kernel is given does not change while it runs, so a load may be moved over a store.
+__device__ inline unsigned load_two(const T* from) {
+  unsigned v;
+  asm("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+__device__ inline uint2 load_four(const T* from) {
+  uint2 v;
+  asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+  return v;
+}
+__device__ inline uint4 load_eight(const T* from) {
+  uint4 v;
+  asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+__device__ inline Pack load(const T* from) {
+  uint4 v = load_eight(from);
+  return *reinterpret_cast<Pack*>(&v);
+}
 __device__ inline void store(T* to, const Pack& pack) { *reinterpret_cast<Pack*>(to) = pack; }
 
 // Tiles are those of mma.sync m16n8k16 (PTX ISA, "Matrix Fragments for mma.m16n8k16"). Which of the
@@ -26,10 +46,18 @@ constexpr int WARPS = 8;
 
 __device__ inline void multiply_add(
     float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+__device__ inline void multiply_add(float (&c)[4], unsigned a0, unsigned a1, unsigned b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+
 #define KERNEL extern "C" __global__ __launch_bounds__(32 * WARPS) void
+// The same with at least so many blocks on a multiprocessor: fewer registers, more loads at once.
+#define KERNEL_BESIDE(BLOCKS) extern "C" __global__ __launch_bounds__(32 * WARPS, BLOCKS) void

@@ -1,3 +1,5 @@
+constexpr int AHEAD = MOST < 4 ? 4 : 2;  // chunks that are loaded at once
+
 // out[i, row] = scale sum_k m[i, k] x[row, k], for 8 n <= 8 MOST rows of m and 16 rows of x a block.
 // A warp takes every WARPS-th 32 of k; the warps' sums are added in their order.
 __device__ inline void product(
@@ -5,23 +7,27 @@ __device__ inline void product(
   __shared__ float shared[WARPS * 8 * MOST * 17];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = blockIdx.x * 16;
-  const uint4* upper = reinterpret_cast<const uint4*>(x + (long)min(first + g, rows - 1) * k) + t;
-  const uint4* lower =
-      reinterpret_cast<const uint4*>(x + (long)min(first + 8 + g, rows - 1) * k) + t;
-  const uint4* factor = reinterpret_cast<const uint4*>(m + (long)g * k) + t;
+  const T* upper = x + (long)min(first + g, rows - 1) * k + W * t;
+  const T* lower = x + (long)min(first + 8 + g, rows - 1) * k + W * t;
+  const T* factor = m + (long)g * k + W * t;
   float c[MOST][4] = {};
-  #pragma unroll 2
-  for (int chunk = warp; chunk < k / 32; chunk += WARPS) {
-    uint4 u = upper[4 * chunk], l = lower[4 * chunk], b[MOST];
+  for (int chunk = warp; chunk < k / 32; chunk += AHEAD * WARPS) {
+    uint4 u[AHEAD], l[AHEAD], b[AHEAD][MOST];
     #pragma unroll
-    for (int i = 0; i < MOST; ++i) {
-      if (i < n) b[i] = factor[(long)i * k + 4 * chunk];
+    for (int a = 0; a < AHEAD; ++a) {
+      const int at = 32 * min(chunk + a * WARPS, k / 32 - 1);
+      u[a] = load_eight(upper + at), l[a] = load_eight(lower + at);
+      #pragma unroll
+      for (int i = 0; i < MOST; ++i) b[a][i] = load_eight(factor + 8l * min(i, n - 1) * k + at);
     }
     #pragma unroll
-    for (int i = 0; i < MOST; ++i) {
-      if (i < n) {
-        multiply_add(c[i], u.x, l.x, u.y, l.y, b[i].x, b[i].y);
-        multiply_add(c[i], u.z, l.z, u.w, l.w, b[i].z, b[i].w);
+    for (int a = 0; a < AHEAD; ++a) {
+      if (chunk + a * WARPS >= k / 32) break;
+      #pragma unroll
+      for (int i = 0; i < MOST; ++i) {
+        if (i >= n) break;
+        multiply_add(c[i], u[a].x, l[a].x, u[a].y, l[a].y, b[a][i].x, b[a][i].y);
+        multiply_add(c[i], u[a].z, l[a].z, u[a].w, l[a].w, b[a][i].z, b[a][i].w);
       }
     }
   }

@@ -1,7 +1,6 @@
-// Two neighbours in a row of z, with zeros from `end` on.
+// Two neighbours in a row of z, with zeros from `end` on; rows are even.
 __device__ inline unsigned two(const T* z, int row, int end) {
-  unsigned low = row < end ? z[row].bits : 0, high = row + 1 < end ? z[row + 1].bits : 0;
-  return low | high << 16;
+  return row < end ? load_two(z + row) : 0;
 }
 
 // out[r, column] = sum of z[r, row] x[row, column] over rows from begin to end, for 8 n <= 8 MOST
@@ -21,7 +20,7 @@ __device__ inline void product(
     for (int q = 0; q < 4; ++q) {
       int row = first + 2 * t + q % 2 + 8 * (q / 2);
       uint4 v = make_uint4(0, 0, 0, 0);
-      if (row < end) v = *reinterpret_cast<const uint4*>(from + (long)row * width);
+      if (row < end) v = load_eight(from + (long)row * width);
       w[q][0] = v.x, w[q][1] = v.y, w[q][2] = v.z, w[q][3] = v.w;
     }
     #pragma unroll

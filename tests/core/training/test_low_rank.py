@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.pytree import flatten
 from nested_core.training.losses import SUPERVISED
-from nested_core.training.low_rank import LowRankLinear, low_rank, shared_inputs
+from nested_core.training.low_rank import LowRankLinear, low_rank
 from nested_core.training.recompute import recomputed
+from nested_core.training.watching import shared_inputs
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 MLP = ["mlp.gate_proj", "mlp.up_proj"]
 
 
-def names_of(model: nn.Module, groups: list[list[nn.Module]]) -> list[list[str]]:
+def names_of(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> list[list[str]]:
     known = {id(module): name for name, module in model.named_modules()}
     return sorted([known[id(layer)].partition("layers.")[2] for layer in g] for g in groups)
 
