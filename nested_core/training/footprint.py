@@ -20,6 +20,7 @@ SWITCHED = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx_lm.models.switch_lay
 LINEAR = ("Linear", "QuantizedLinear", *SWITCHED)
 OUT = ("o_proj", "out_proj", "dense", "wo")  # read what attention made of its inputs
 DOWN = ("down_proj", "w2", "fc2", "dense_4h_to_h")  # read what the MLP made of its inputs
+GATED = ("gate_proj", "up_proj")  # whose product down_proj reads
 HEADS = ("n_heads", "num_heads", "num_attention_heads")
 CHOSEN = ("top_k", "num_experts_per_tok")
 
@@ -75,7 +76,15 @@ def _read_layer(modules: Modules, draws: bool, copies: int) -> Layer:
         gated=sum(n_in for name, (n_in, _) in linears.items() if name.rpartition(".")[2] in DOWN),
         heads=_attribute(modules, HEADS, 0),
         is_trained=bool(trained),
+        remade=0 if draws else sum(linears[n][0] for n in trained if _is_fused(modules, n)),
     )
+
+
+def _is_fused(modules: Modules, name: str) -> bool:
+    """Whether a layer is the last of a gated MLP that is all LoRA: see training/gated_mlp.py."""
+    parent, _, leaf = name.rpartition(".")
+    beside = (modules.get(f"{parent}.{each}", {}) for each in GATED)
+    return leaf == "down_proj" and "lora_a" in modules[name] and all("lora_a" in m for m in beside)
 
 
 def _input_of(name: str, linears: Any, inner: Any, draws: bool) -> tuple[Any, ...]:

@@ -15,15 +15,16 @@ trained one up, for those below keep nothing:
 `layer.kept` is what derivatives read again, in elements a token: the outputs of the linear layers
 in attention and MLP, the inputs of trained ones, each once, and the inputs of norms. For a Llama of
 width d, attention width a, key-value width k and MLP width m, with LoRA of rank r on all seven, it
-is 4 d + 2 a + 2 k + 3 m + 7 r. `in_flight` are arrays that are done with and not free again, for
-MLX runs ahead of the device: in layers, the largest of them, at most all there are.
+is 4 d + 2 a + 2 k + 3 m + 7 r; on CUDA an m less, for the MLP's product is made again. `in_flight`
+are arrays that are done with and not free again, for MLX runs ahead of the device: in layers, the
+largest of them.
 
-Five numbers are fitted, to MLX 0.32.4. On a CPU, to some 30 Llamas such as benchmarks/forecast.py
-has: the two arrays beside the logits and five chunks of them at once, in_flight and REFILLED. On
-CUDA, in_flight: to eight rows of H200s at 1.7B and 7B, with 5 to 25 operations a commit. Others are
-in benchmarks/README.md; with 40 operations the forecast is an eighth too low. Recomputation on a
-GPU, dtypes other than bfloat16 there, and all of Metal follow the same arithmetic and were not
-measured.
+Numbers are fitted, to MLX 0.32.4. On a CPU, to some 30 Llamas such as benchmarks/forecast.py has:
+the two arrays beside the logits and five chunks of them at once, in_flight and REFILLED. On CUDA,
+in_flight, its bound and two chunks: to 14 rows of H200s from 135M to 7B, with 8 to 100 operations a
+commit, which are in benchmarks/README.md. Recomputation on a GPU, adapters there that leave the MLP
+or parts of it out, dtypes other than bfloat16, and all of Metal follow the same arithmetic and were
+not measured.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from nested_core.training.positions import room_for
 REFILLED = 1.8  # layers: one that is computed again, and its gradients
 LOGIT_BYTES = 8  # beside the logits as they are given, of those that are made in chunks
 ALL_LOGIT_BYTES = 12  # where every position has its own
-IN_FLIGHT_AN_OPERATION = 0.8  # layers on CUDA, for each operation of a commit
+IN_FLIGHT, IN_FLIGHT_AN_OPERATION = 5, 0.95  # layers on CUDA: always, and for each of a commit
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,17 @@ class Device:
     """How a device computes, as far as memory goes.
 
     scores: share of a head's length^2 probabilities kept (0: fused attention); gates: arrays of the
-    MLP's inner width kept beside gate, up and product; in_flight: layers; chunks: of logits that
-    exist at once.
+    MLP's inner width kept beside gate, up and product; in_flight: layers, at most so many times
+    all there are; chunks: of logits that exist at once; remakes: whether the product of an MLP of
+    LoRA layers is made again.
     """
 
     scores: float
     gates: float
     in_flight: float
     chunks: int
+    most: float = 1
+    remakes: bool = False
 
 
 CPU = Device(scores=5 / 8, gates=1, in_flight=1.5, chunks=5)
@@ -59,18 +63,23 @@ METAL = Device(scores=1, gates=2, in_flight=2, chunks=5)
 
 def cuda(operations: int) -> Device:
     """A CUDA device to which MLX commits so many operations at once."""
-    return Device(scores=0, gates=0, in_flight=IN_FLIGHT_AN_OPERATION * operations, chunks=5)
+    in_flight = IN_FLIGHT + IN_FLIGHT_AN_OPERATION * operations
+    return Device(scores=0, gates=0, in_flight=in_flight, most=1.3, chunks=2, remakes=True)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer in elements a token: its input, what it keeps, and the inner width of its MLP."""
+    """One layer in elements a token: its input, what it keeps, and the inner width of its MLP.
+
+    `remade` is the part of what it keeps that a device which remakes products does not.
+    """
 
     width: int
     kept: int
     gated: int
     heads: int
     is_trained: bool
+    remade: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,8 @@ def kept_bytes(load: Load, layer: Layer, batch: BatchShape, device: Device) -> f
     """What one layer keeps for the backward pass where it is not recomputed."""
     tokens = batch.rows * batch.length
     scores = device.scores * batch.rows * layer.heads * batch.length**2
-    return load.item * (tokens * (layer.kept + device.gates * layer.gated) + scores)
+    kept = layer.kept - device.remakes * layer.remade + device.gates * layer.gated
+    return load.item * (tokens * kept + scores)
 
 
 def loss_bytes(load: Load, batch: BatchShape, device: Device) -> int:
@@ -130,7 +140,7 @@ def peak_bytes(load: Load, batch: BatchShape, device: Device, recomputed: int = 
     inputs = load.item * tokens * sum(e.width for e in load.trained_layers[:recomputed])
     largest, layers = max(kept, default=0.0), len(kept)
     held = load.weights + load.moments + (load.trained + load.moments if load.joins else 0)
-    in_flight = min(device.in_flight, layers) * largest
+    in_flight = min(device.in_flight, device.most * layers) * largest
     forward = sum(kept[recomputed:]) + inputs + loss_bytes(load, batch, device) + in_flight
     backward = inputs + in_flight + REFILLED * largest if recomputed else 0.0
     update = 3 * load.trained + load.moments
