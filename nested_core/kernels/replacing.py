@@ -29,10 +29,12 @@ def in_code_of(
 
 
 @contextmanager
-def standing_in(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Have a call of this one module answered by `call` while the block runs."""
+def standing_in(
+    module: nn.Module, call: Callable[..., Any], name: str = "__call__"
+) -> Iterator[None]:
+    """Have a call of this one module, or of its method, answered by `call` while the block runs."""
     kind = type(module)
-    answer = {"__call__": lambda self, *args, **kwargs: call(*args, **kwargs)}
+    answer = {name: lambda self, *args, **kwargs: call(*args, **kwargs)}
     module.__class__ = type(kind.__name__, (kind,), answer)
     try:
         yield

@@ -10,12 +10,15 @@ import mlx.nn as nn
 
 from nested_core.kernels.attention import blocked_attention
 from nested_core.kernels.norm import frozen_norms
+from nested_core.kernels.quantized import whole_weights
 from nested_core.kernels.rope import tabled_rope
 from nested_core.kernels.swiglu import fused_swiglu
 from nested_core.training.gated_mlp import fusable_mlps, fused_mlps
 from nested_core.training.low_rank import low_rank
 from nested_core.training.recompute import recomputed
 from nested_core.training.watching import shared_inputs
+
+SWAPPED = fused_swiglu, blocked_attention, tabled_rope, frozen_norms, whole_weights
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def prepared(
         mlps = fusable_mlps(model)
         groups = shared_inputs(model, apart=chain(*(mlp.layers for mlp in mlps)))
         with ExitStack() as stack:
-            for swapped in (fused_swiglu, blocked_attention, tabled_rope, frozen_norms):
+            for swapped in SWAPPED:
                 stack.enter_context(swapped(model))
             stack.enter_context(low_rank(model, groups))
             stack.enter_context(fused_mlps(mlps))
