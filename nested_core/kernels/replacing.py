@@ -32,8 +32,11 @@ def in_code_of(
 def standing_in(module: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
     """Have a call of this one module answered by `call` while the block runs."""
     kind = type(module)
-    answer = {"__call__": lambda self, *args, **kwargs: call(*args, **kwargs)}
-    module.__class__ = type(kind.__name__, (kind,), answer)
+    members = {
+        "__call__": lambda self, *args, **kwargs: call(*args, **kwargs),
+        "__module__": kind.__module__,  # where the model's code is looked for
+    }
+    module.__class__ = type(kind.__name__, (kind,), members)
     try:
         yield
     finally:
