@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def build(
     name: str,
     *,
+    rank: int = 4,
     dropout: float = 0.0,
     quantized: bool = False,
     keys: list[str] | None = None,
@@ -72,7 +73,7 @@ def build(
     if quantized:
         nn.quantize(model, group_size=32, bits=4)
     model.freeze()
-    lora: dict[str, Any] = {"rank": 4, "dropout": dropout, "scale": 2.0}
+    lora: dict[str, Any] = {"rank": rank, "dropout": dropout, "scale": 2.0}
     linear_to_lora_layers(model, 2, lora | ({} if keys is None else {"keys": keys}))
     for _, each in model.named_modules():
         if "lora_b" in each:

@@ -50,7 +50,7 @@ def is_for_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
         and x.size // x.shape[-1] % 2 == 0
         and all(is_in_tiles(b.shape[0]) and b.shape[1] % COLUMNS == 0 for b in factors)
         and backend.has_cuda()
-        and kernel_agrees(made_for(max(b.shape[0] for b in factors)))
+        and all(map(kernel_agrees, {made_for(b.shape[0]) for b in factors}))
     )
 
 

@@ -126,7 +126,7 @@ def _is_taken(pairs: Pairs, multiple: int) -> bool:
         and all(map(is_in_tiles, ranks))
         and all(x.shape[1] % multiple == 0 for _, x in pairs)
         and backend.has_cuda()
-        and kernels_agree(made_for(max(ranks)))
+        and all(map(kernels_agree, {made_for(rank) for rank in ranks}))
     )
 
 

@@ -39,11 +39,11 @@ def product_with(module: Any, name: str) -> Callable[[mx.array], mx.array]:
 
     @mx.custom_function
     def multiply(x: mx.array) -> Any:
-        return x @ weight_of(module).T
+        return x @ weight_of(module, x).T
 
     @multiply.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
-        return cotangent @ weight_of(module)  # made again: it is not kept
+        return cotangent @ weight_of(module, cotangent)
 
     def call(x: mx.array) -> mx.array:
         """x @ weight.T, and the bias where there is one."""
@@ -57,10 +57,14 @@ def product_with(module: Any, name: str) -> Callable[[mx.array], mx.array]:
     return call
 
 
-def weight_of(module: Any) -> mx.array:
-    """A layer's weight (outputs, inputs) in the dtype of its scales."""
+def weight_of(module: Any, wanted_by: mx.array) -> mx.array:
+    """A layer's weight (outputs, inputs) in the dtype of its scales, made once an array is there.
+
+    Without what it depends on, mx.compile would make it once for both passes, and keep it.
+    """
+    (weight,) = mx.depends([module.weight], [wanted_by])
     return mx.dequantize(
-        module.weight,
+        weight,
         module.scales,
         module.get("biases"),
         group_size=module.group_size,

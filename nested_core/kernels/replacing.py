@@ -34,8 +34,11 @@ def standing_in(
 ) -> Iterator[None]:
     """Have a call of this one module, or of its method, answered by `call` while the block runs."""
     kind = type(module)
-    answer = {name: lambda self, *args, **kwargs: call(*args, **kwargs)}
-    module.__class__ = type(kind.__name__, (kind,), answer)
+    members = {
+        name: lambda self, *args, **kwargs: call(*args, **kwargs),
+        "__module__": kind.__module__,  # where the model's code is looked for
+    }
+    module.__class__ = type(kind.__name__, (kind,), members)
     try:
         yield
     finally:

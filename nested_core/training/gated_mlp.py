@@ -42,7 +42,8 @@ def _has_kernels(mlp: GatedMLP) -> bool:
     if not all(map(is_in_tiles, ranks)):
         return False
     check_low_rank([*ranks, ranks[0] + ranks[1]])
-    return kernels_agree(made_for(max(ranks)))
+    forwards, backwards = max(ranks[:2]), max(ranks)  # what each is compiled for
+    return all(map(kernels_agree, {made_for(forwards), made_for(backwards)}))
 
 
 @contextmanager

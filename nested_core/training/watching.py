@@ -87,20 +87,27 @@ def gated_mlps(model: nn.Module) -> list[GatedMLP]:
         if gate is None or up is None or down is None or gate.x is not up.x:
             continue
         owner = owners.get((id(gate.x), id(down.output)))
-        if owner is not None and gate.module.scale == up.module.scale:
-            found.append(GatedMLP(owner, (gate.module, up.module, down.module)))
+        three = gate.module, up.module, down.module
+        if owner is not None and gate.module.scale == up.module.scale and _is_all(owner, three):
+            found.append(GatedMLP(owner, three))
     return found
+
+
+def _is_all(owner: nn.Module, layers: Iterable[LoRALinear]) -> bool:
+    """Whether a module has no other parts: a dropout, say, is not seen while it is watched."""
+    return set(map(id, owner.children().values())) == set(map(id, layers))
 
 
 def watched(model: nn.Module) -> Calls:
     """What a call of a model calls; no dropout is drawn."""
-    calls, was_training = Calls(), model.training
+    calls, modes = Calls(), [(module, module.training) for _, module in model.named_modules()]
     model.eval()
     try:
         with _noting(model, calls):
             model(mx.zeros((1, 2), mx.int32))
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module._set_training_mode(was_training)
     return calls
 
 

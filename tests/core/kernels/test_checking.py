@@ -10,9 +10,17 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import checking, joining, low_rank, norm, rope, swiglu
+from nested_core.kernels import checking, expand, joining, low_rank, mlp, norm, rope, swiglu, tiles
 
 Spoil = Callable[[mx.array], mx.array]
+
+
+@pytest.fixture
+def narrower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of fewer columns: only a kernel needs so many, and MLX takes seconds for them."""
+    example = expand.example
+    for module in (expand, mlp):
+        monkeypatch.setattr(module, "example", lambda rank, width: example(rank, min(width, 160)))
 
 
 def of_low_rank(z: Spoil, first: Spoil, second: Spoil) -> str | None:
@@ -21,6 +29,22 @@ def of_low_rank(z: Spoil, first: Spoil, second: Spoil) -> str | None:
         return [first(one), second(two)]
 
     return low_rank.trouble_with(lambda pairs, s: z(low_rank.plain_narrow(pairs, s)), outer)
+
+
+def of_expand(first: Spoil, second: Spoil) -> str | None:
+    def ours(sums: expand.Sums) -> list[mx.array]:
+        one, two = expand.plain_expand(sums)
+        return [first(one), second(two)]
+
+    return expand.trouble_with(ours)
+
+
+def of_mlp(output: Spoil, d_gate: Spoil, d_up: Spoil, again: Spoil) -> str | None:
+    def backward(*sums: expand.LowRankSum) -> mlp.Three:
+        one, two, three = mlp.plain_backward(*sums)
+        return d_gate(one), d_up(two), again(three)
+
+    return mlp.trouble_with(lambda gate, up: output(mlp.plain_forward(gate, up)), backward)
 
 
 def of_swiglu(output: Spoil, d_gate: Spoil, d_x: Spoil) -> str | None:
@@ -47,6 +71,8 @@ def of_joining(vector: Spoil) -> str | None:
 
 CHECKS: dict[str, tuple[Callable[..., str | None], int]] = {
     "low_rank": (of_low_rank, 3),
+    "expand": (of_expand, 2),
+    "mlp": (of_mlp, 4),
     "swiglu": (of_swiglu, 3),
     "rope": (of_rope, 2),
     "norm": (of_norm, 1),
@@ -73,12 +99,14 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
 }
 
 
+@pytest.mark.usefixtures("narrower")
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_check_accepts_mlxs_own_operations(name: str) -> None:
     check, count = CHECKS[name]
     assert check(*[as_it_is] * count) is None
 
 
+@pytest.mark.usefixtures("narrower")
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(("name", "place"), OUTPUTS)
 def test_the_check_finds_a_fault_in_each_output(name: str, place: int, fault: str) -> None:
@@ -88,7 +116,8 @@ def test_the_check_finds_a_fault_in_each_output(name: str, place: int, fault: st
     assert str(check(*spoils)).startswith(says)
 
 
-@pytest.mark.parametrize("name", ["low_rank", "swiglu", "rope", "norm"])
+@pytest.mark.usefixtures("narrower")
+@pytest.mark.parametrize("name", ["low_rank", "expand", "mlp", "swiglu", "rope", "norm"])
 def test_the_check_finds_a_result_that_is_transposed(name: str) -> None:
     check, count = CHECKS[name]
     assert "it gives the shape (" in str(check(lambda a: a.T, *[as_it_is] * (count - 1)))
@@ -105,6 +134,29 @@ def test_the_checks_find_an_argument_that_is_not_looked_at() -> None:
         joining.trouble_with(lambda arrays: joining.plain_join(arrays[::-1])),
     ]
     assert ["it differs by" in str(each) for each in found] == [True] * 4
+
+
+@pytest.mark.usefixtures("narrower")
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part: int) -> None:
+    def without(sums: expand.Sums) -> list[expand.LowRankSum]:
+        lost = sums[place]._replace(
+            **{expand.LowRankSum._fields[part]: mx.zeros_like(sums[place][part])}
+        )
+        return [lost if i == place else each for i, each in enumerate(sums)]
+
+    def forward(*sums: expand.LowRankSum) -> mx.array:
+        return mlp.plain_forward(*without(sums))
+
+    def backward(*sums: expand.LowRankSum) -> mlp.Three:
+        return mlp.plain_backward(*without(sums))
+
+    found = [mlp.trouble_with(mlp.plain_forward, backward)]
+    if place < 2:
+        found.append(mlp.trouble_with(forward, mlp.plain_backward))
+        found.append(expand.trouble_with(lambda sums: expand.plain_expand(without(sums))))
+    assert all("it differs by" in str(each) for each in found)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -154,6 +206,9 @@ def test_a_sound_kernel_is_used_without_a_word() -> None:
 @pytest.mark.skipif(not backend.has_cuda(), reason="needs a CUDA device")
 def test_on_cuda_the_kernels_agree_with_mlx() -> None:
     assert low_rank.trouble_with(low_rank.narrow_on_cuda, low_rank.outer_on_cuda) is None
+    for most in tiles.TILES:
+        assert expand.trouble_with(expand.expand_on_cuda, most) is None
+        assert mlp.trouble_with(mlp.forward_on_cuda, mlp.backward_on_cuda, most) is None
     assert swiglu.trouble_with(swiglu.forward_on_cuda, swiglu.backward_on_cuda) is None
     assert rope.trouble_with(rope.turn_on_cuda) is None
     assert norm.trouble_with(norm.backward_on_cuda) is None

@@ -15,12 +15,23 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.kernels import joining, launch, low_rank, norm, rope, swiglu
+from nested_core.kernels import (
+    expand,
+    joining,
+    launch,
+    low_rank,
+    mlp,
+    norm,
+    rope,
+    swiglu,
+    tiles,
+)
 
 FOLDER = Path(launch.__file__).parent
 SOURCES = {path.stem: path.read_text() for path in sorted((FOLDER / "cuda").glob("*.cu"))}
-LAUNCHES = re.compile(r'\b(?:launch|_elementwise)\(\s*"(\w+)"')
-KERNEL = re.compile(r"^KERNEL (\w+)\((.*?)\) \{", re.MULTILINE | re.DOTALL)
+COMMON, EXPAND = ((FOLDER / "cuda" / name).read_text() for name in ("common.cuh", "expand.cuh"))
+LAUNCHES = re.compile(r'\b(?:_?launch|_elementwise)\(\s*"(\w+)"')
+KERNEL = re.compile(r"^KERNEL(?:_BESIDE\([^)]*\))? (\w+)\((.*?)\) \{", re.MULTILINE | re.DOTALL)
 TYPE = mx.bfloat16
 
 
@@ -43,32 +54,53 @@ def parameters(name: str) -> list[str]:
 def test_each_kernel_that_is_launched_has_a_file_and_each_file_is_launched() -> None:
     launched = {n for path in FOLDER.glob("*.py") for n in LAUNCHES.findall(path.read_text())}
     assert launched == SOURCES.keys()
-    assert len(launched) == 8
+    assert len(launched) == 11
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_files_one_kernel_has_its_name_and_its_text_comes_after_what_all_share(name: str) -> None:
     assert [found for found, _ in KERNEL.findall(SOURCES[name])] == [name]
     assert SOURCES[name].count("KERNEL") == 1
-    shared = (FOLDER / "cuda" / "common.cuh").read_text()
-    assert launch.text_of(name) == f"{shared}\n{SOURCES[name]}"
+    assert launch.text_of(name) == f"{COMMON}\n{EXPAND}\n{SOURCES[name]}"
     assert "#include" not in launch.text_of(name)
 
 
 def test_widths_and_counts_are_those_of_the_sources() -> None:
-    common = (FOLDER / "cuda" / "common.cuh").read_text()
-    assert f"constexpr int W = {launch.WIDTH};" in common
+    assert f"constexpr int W = {launch.WIDTH};" in COMMON
     assert launch.THREADS == 32 * 8
-    assert "constexpr int WARPS = 8;" in common
-    assert f"constexpr int HEADS = {rope.HEADS};" in SOURCES["turn"]
+    assert "constexpr int WARPS = 8;" in COMMON
     assert mx.bfloat16 == launch.DTYPE
-    assert "cvt.rn.bf16.f32" in common
-    assert ".bf16.bf16.f32" in common
+    assert "cvt.rn.bf16.f32" in COMMON
+    assert ".bf16.bf16.f32" in COMMON
+    assert f"threadIdx.x / 32) * {expand.COLUMNS};" in EXPAND
+    assert f"({tiles.TILE} * min(i, n - 1)" in EXPAND
+    for name in ("expand", "mlp", "mlp_back"):
+        assert f"first = blockIdx.y * steps * {expand.ROWS};" in SOURCES[name]
+        assert f"first + steps * {expand.ROWS}); row += {expand.ROWS})" in SOURCES[name]
+
+
+def macros_of(name: str) -> set[str]:
+    """What has to be defined for a kernel: expand.cuh is compiled where its types are used."""
+    own = SOURCES[name]
+    uses = any(re.search(rf"\b{kind}\b", own) for kind in re.findall(r"struct (\w+)", EXPAND))
+    return set(re.findall(r"\b(?:MOST|PACKS)\b", own + EXPAND * uses))
+
+
+def test_what_low_rank_layers_add_is_compiled_only_where_its_macro_is_given() -> None:
+    directives = re.findall(r"^ *#(?!pragma)(.*?)(?: +//.*)?$", EXPAND, re.MULTILINE)
+    assert directives == ["ifdef MOST", "endif"]
+    assert EXPAND.rstrip().endswith("#endif")
+    takes = {name for name in SOURCES if macros_of(name) == {"MOST"}}
+    assert takes == {"expand", "mlp", "mlp_back", "narrow", "outer"}
 
 
 PAIRS = [(of(8, 64), of(40, 64)), (of(24, 128), of(40, 128))]
 PRODUCTS = [(of(8, 300), of(300, 64)), (of(24, 300), of(300, 128))]
+SUMS = [expand.LowRankSum(of(40, 64), of(8, 40), of(8, 64))] * 3
 CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
+    "expand": (expand, lambda: expand.expand_on_cuda(SUMS)),
+    "mlp": (mlp, lambda: mlp.forward_on_cuda(SUMS[0], SUMS[1])),
+    "mlp_back": (mlp, lambda: mlp.backward_on_cuda(SUMS[0], SUMS[1], SUMS[2])),
     "join": (joining, lambda: joining.join_on_cuda([of(8), of(16), of(8)])),
     "narrow": (low_rank, lambda: low_rank.narrow_on_cuda(PAIRS, 2)),
     "outer": (low_rank, lambda: low_rank.outer_on_cuda(PRODUCTS)),
@@ -91,11 +123,12 @@ def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.Mon
         outputs: Sequence[launch.Shaped],
         numbers: Sequence[int | float],
         *,
-        blocks: tuple[int, int],
+        blocks: Sequence[int],
         threads: int,
         **macros: int,
     ) -> list[mx.array]:
         assert min(blocks) > 0
+        assert len(blocks) in (2, 3)
         assert threads % 32 == 0
         assert threads <= 256
         kinds = ["array"] * len(inputs) + ["out"] * len(outputs)
@@ -106,7 +139,31 @@ def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.Mon
     call()
     kinds, macros = given[name]
     assert kinds == parameters(name)
-    assert macros == set(re.findall(r"\b(?:MOST|PACKS)\b", SOURCES[name]))
+    assert macros == macros_of(name)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "grid"), [((3, 5), (3 * 256, 5, 1)), ((3, 5, 4), (3 * 256, 5, 4))]
+)
+def test_a_grid_is_of_threads_across_and_of_blocks_down_and_deep(
+    blocks: tuple[int, ...], grid: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def note(**arguments: Any) -> list[mx.array]:
+        given.update(arguments)
+        return []
+
+    monkeypatch.setattr(launch, "compiled", lambda name, **macros: (name, macros))
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", note)
+    launch.launch("expand", [], [((2, 3), TYPE)], [7, 0.1], blocks=blocks, threads=256, MOST=2)
+    assert given["grid"] == grid
+    assert given["threadgroup"] == (256, 1, 1)
+    assert given["compiled_source"] == ("expand", {"MOST": 2})
+    assert given["output_shapes"] == [(2, 3)]
+    assert given["output_dtypes"] == [TYPE]
+    assert given["scalars"] == [7, launch.in_float32(0.1)]
+    assert given["ensure_row_contiguous"] is True
 
 
 @pytest.mark.parametrize("number", [1e-5, 1e-6, 2.0, 1 / 3, -1.0])
@@ -132,6 +189,8 @@ def test_a_kernel_without_cuda_core_is_found_to_fail_not_raised(
     monkeypatch.setattr(launch, "compiled", launch.compiled.__wrapped__)
     for trouble in (
         low_rank.trouble_with(low_rank.narrow_on_cuda, low_rank.outer_on_cuda),
+        expand.trouble_with(expand.expand_on_cuda),
+        mlp.trouble_with(mlp.forward_on_cuda, mlp.backward_on_cuda),
         swiglu.trouble_with(swiglu.forward_on_cuda, swiglu.backward_on_cuda),
         rope.trouble_with(rope.turn_on_cuda),
         norm.trouble_with(norm.backward_on_cuda),

@@ -88,6 +88,43 @@ def test_arrays_that_the_kernel_takes_go_to_it(width: int) -> None:
         mx.grad(lambda x: call(x).sum())(normal(2, width))
 
 
+@pytest.mark.parametrize(("rows", "blocks"), [(3, 3), (1056, 1056), (1057, 1056), (5000, 1056)])
+def test_a_launch_has_a_block_a_row_up_to_a_number_from_which_each_takes_several(
+    rows: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def note(name: str, inputs: Any, outputs: Any, numbers: Any, **grid: Any) -> list[mx.array]:
+        given.update(grid, numbers=numbers)
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+    monkeypatch.setattr(norm, "launch", note)
+    shape = (rows, 1, WIDTH)
+    found = norm.backward_on_cuda(mx.zeros(shape), mx.zeros(WIDTH), 1e-5, mx.zeros(shape))
+    assert found.shape == shape
+    assert given["blocks"] == (blocks, 1)
+    assert given["numbers"] == [rows, WIDTH, 1e-5]
+
+
+@pytest.mark.parametrize(
+    ("width", "threads", "packs"),
+    [(8, 32, 1), (264, 64, 1), (1024, 128, 1), (1032, 128, 2), (5000, 128, 8)],
+)
+def test_a_blocks_threads_take_a_whole_row(
+    width: int, threads: int, packs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def note(name: str, inputs: Any, outputs: Any, numbers: Any, **grid: Any) -> list[mx.array]:
+        given.update(grid)
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+    monkeypatch.setattr(norm, "launch", note)
+    norm.backward_on_cuda(mx.zeros((2, width)), mx.zeros(width), 1e-5, mx.zeros((2, width)))
+    assert (given["threads"], given["PACKS"]) == (threads, packs)
+    assert threads * packs * 8 >= width
+
+
 class SomeNorm(nn.RMSNorm):
     """A norm of its own making, such as Gemma's."""
 

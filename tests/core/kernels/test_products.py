@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import pytest
 from nested_core import backend
 from nested_core.kernels import low_rank
 from nested_core.kernels.launch import THREADS
+from nested_core.kernels.tiles import TILES, is_in_tiles, made_for
 
 SIZES = ((8, 64), (16, 128), (8, 192), (64, 64), (24, 128), (8, 64))  # rank and width
 
@@ -20,7 +22,7 @@ def normal(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.arra
 
 
 def narrow_pairs(
-    *sizes: tuple[int, int], rows: int = 5, dtype: mx.Dtype = mx.bfloat16
+    *sizes: tuple[int, int], rows: int = 6, dtype: mx.Dtype = mx.bfloat16
 ) -> list[tuple[mx.array, mx.array]]:
     return [
         (normal(r, w, dtype=dtype, seed=i), normal(rows, w, dtype=dtype, seed=9 + i))
@@ -29,7 +31,7 @@ def narrow_pairs(
 
 
 def outer_pairs(
-    *sizes: tuple[int, int], rows: int = 5, dtype: mx.Dtype = mx.bfloat16
+    *sizes: tuple[int, int], rows: int = 6, dtype: mx.Dtype = mx.bfloat16
 ) -> list[tuple[mx.array, mx.array]]:
     return [
         (normal(r, rows, dtype=dtype, seed=i), normal(rows, w, dtype=dtype, seed=9 + i))
@@ -62,7 +64,7 @@ def test_products_are_the_formulas_for_any_number_of_pairs(count: int) -> None:
     pairs = narrow_pairs(*SIZES[:count], dtype=mx.float32)
     found = low_rank.narrow(pairs, 1.5)
     expected = mx.concatenate([1.5 * (m @ x.T) for m, x in pairs])
-    assert found.shape == (sum(rank for rank, _ in SIZES[:count]), 5)
+    assert found.shape == (sum(rank for rank, _ in SIZES[:count]), 6)
     assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5).item()
     pairs = outer_pairs(*SIZES[:count], dtype=mx.float32)
     for product, (z, x) in zip(low_rank.outer(pairs), pairs, strict=True):
@@ -73,12 +75,52 @@ def test_products_are_the_formulas_for_any_number_of_pairs(count: int) -> None:
 def test_arrays_that_fit_go_to_the_kernels_at_most_four_pairs_at_once(
     count: int, each: list[int], asked: list[tuple[str, int]]
 ) -> None:
-    ours, pairs = SIZES[:count], narrow_pairs(*SIZES[:count])
+    pairs = narrow_pairs(*SIZES[:count])
     expected = mx.concatenate([1.5 * (m @ x.T) for m, x in pairs])
     assert mx.array_equal(low_rank.narrow(pairs, 1.5), expected).item()
-    found = low_rank.outer(outer_pairs(*ours))
-    assert [product.shape for product in found] == list(ours)
+    alike = [(8, width) for _, width in SIZES[:count]]
+    products = outer_pairs(*alike)
+    found = low_rank.outer(products)
+    assert [product.shape for product in found] == alike
+    for product, (z, x) in zip(found, products, strict=True):
+        assert mx.array_equal(product, z @ x).item()
     assert asked == [("narrow", n) for n in each] + [("outer", n) for n in each]
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [[16, 8, 8, 8, 8], [16, 8, 8, 16], [8] * 6 + [64], [24, 24, 8, 8, 8, 8, 8, 40]],
+    ids=str,
+)
+def test_neighbours_of_one_rank_go_to_a_kernel_together_and_come_back_in_their_order(
+    ranks: list[int], asked: list[tuple[str, int]]
+) -> None:
+    pairs = outer_pairs(*[(rank, 64 + 64 * (i % 3)) for i, rank in enumerate(ranks)])
+    found = low_rank.outer(pairs)
+    for product, (z, x) in zip(found, pairs, strict=True):
+        assert mx.array_equal(product, z @ x).item()
+    runs = [len(list(run)) for _, run in groupby(ranks)]
+    assert asked == [("outer", min(4, n - i)) for n in runs for i in range(0, n, 4)]
+
+
+@pytest.mark.parametrize("bad", TILES)
+def test_no_kernel_is_used_that_disagrees_whatever_it_comes_with(
+    bad: int, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(low_rank, "kernels_agree", lambda most: most != bad)
+    for other in (8, 64):
+        low_rank.outer(outer_pairs((other, 64), (8 * bad, 64)))
+        low_rank.outer(outer_pairs((8 * bad, 64), (other, 64)))
+    assert asked == []
+
+
+def test_an_odd_number_of_rows_goes_to_mlx(asked: list[tuple[str, int]]) -> None:
+    low_rank.narrow(narrow_pairs((8, 64), rows=5), 1.0)
+    low_rank.outer(outer_pairs((8, 64), rows=5))
+    assert asked == []
+    low_rank.narrow(narrow_pairs((8, 64), rows=2), 1.0)
+    low_rank.outer(outer_pairs((8, 64), rows=2))
+    assert asked == [("narrow", 1), ("outer", 1)]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +188,13 @@ def test_the_check_has_rows_in_several_splits_and_widths_beyond_what_the_warps_r
 @pytest.mark.parametrize(("rank", "most"), [(8, 1), (32, 4), (40, 6), (48, 6), (56, 8), (64, 8)])
 def test_a_kernel_is_made_for_the_next_number_of_tiles(rank: int, most: int) -> None:
     assert low_rank._arguments(narrow_pairs((8, 64), (rank, 64)))[2] == most
+
+
+def test_ranks_of_whole_tiles_up_to_the_largest_have_a_kernel_with_as_many_tiles() -> None:
+    ranks = [rank for rank in range(-8, 200) if is_in_tiles(rank)]
+    assert ranks == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert [made_for(rank) for rank in ranks] == [1, 2, 3, 4, 6, 6, 8, 8]
+    assert made_for(1) == 1
 
 
 def test_no_kernel_is_checked_for_a_rank_that_none_takes(monkeypatch: pytest.MonkeyPatch) -> None:

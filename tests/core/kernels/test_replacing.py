@@ -22,6 +22,7 @@ def test_one_module_answers_otherwise_and_the_others_of_its_class_as_before() ->
     with standing_in(module, lambda given, factor=1: given * factor):
         assert issubclass(type(module), nn.Linear)
         assert type(module).__name__ == "Linear"
+        assert type(module).__module__ == nn.Linear.__module__
         assert module(x) is not x
         assert mx.array_equal(module(x, factor=3), 3 * x).item()
         assert type(other) is nn.Linear

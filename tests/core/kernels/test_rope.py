@@ -73,11 +73,12 @@ def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_modu
     module = ROTATIONS[name]()
     call = rope.turned_by(module, forbidden, {})
     x = heads(1, 4, 5, WIDTH)
-    with pytest.raises(AssertionError, match="was asked"):
-        call(x)
+    for count in (1, 3, 4):
+        with pytest.raises(AssertionError, match="was asked"):
+            call(x[:, :count])
     assert mx.array_equal(call(x, offset=3), module(x, offset=3)).item()
     assert mx.array_equal(call(x, 3), module(x, 3)).item()
-    others = [x.astype(mx.float32), x[0], x[:, :3], heads(1, 4, 5, WIDTH + 16)]
+    others = [x.astype(mx.float32), x[0], heads(1, 4, 5, WIDTH + 16)]
     for other in others:
         assert mx.array_equal(call(other), module(other)).item()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,6 @@ from nested_core.training.low_rank import LowRankLinear, low_rank
 from nested_core.training.recompute import recomputed
 from nested_core.training.watching import shared_inputs
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
-
-ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-MLP = ["mlp.gate_proj", "mlp.up_proj"]
-
-
-def names_of(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> list[list[str]]:
-    known = {id(module): name for name, module in model.named_modules()}
-    return sorted([known[id(layer)].partition("layers.")[2] for layer in g] for g in groups)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -82,29 +73,6 @@ def test_compiled_equals_uncompiled_to_the_bit() -> None:
     assert compiled.loss == plain.loss
     for name, gradient in plain.gradients.items():
         assert np.array(gradient).tobytes() == np.array(compiled.gradients[name]).tobytes()
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("llama", [ATTENTION, MLP]),
-        ("phi3", []),
-        ("cohere", [ATTENTION + MLP]),
-        ("olmoe", [ATTENTION]),
-    ],
-)
-def test_layers_with_one_input_are_found_by_watching_not_by_name(
-    name: str, expected: list[list[str]]
-) -> None:
-    model = build(name, dropout=0.1)
-    model.train()
-    before = mx.random.state[0].tolist()  # type: ignore[index]
-    found = names_of(model, shared_inputs(model))
-    assert mx.random.state[0].tolist() == before  # type: ignore[index]
-    wanted = [[f"{layer}.{key}" for key in group] for layer in (0, 1) for group in expected]
-    assert found == sorted(wanted)
-    assert model.training is True
-    assert not any(isinstance(m, LowRankLinear) for _, m in model.named_modules())
 
 
 class CalledTwice(nn.Module):

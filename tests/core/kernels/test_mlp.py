@@ -1,0 +1,158 @@
+"""The gated MLP's formulas against MLX's own gradients, and what its kernels are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.activations import swiglu
+
+from nested_core.kernels import expand, mlp
+from nested_core.kernels.expand import LowRankSum
+from nested_core.kernels.launch import THREADS
+from nested_core.scalars import to_float
+
+ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
+RANKS = 8, 24, 16  # of gate, of up, and of the gradient
+
+
+def sum_of(rank: int, rows: int, width: int, dtype: mx.Dtype, size: float = 1) -> LowRankSum:
+    keys = mx.random.split(mx.random.key(rank), 3)
+    shapes = (rows, width), (rank, rows), (rank, width)
+    base, z, factor = (
+        mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True)
+    )
+    parts = size * base, size * z / rank**0.5, factor
+    return LowRankSum(*(each.astype(dtype) for each in parts))
+
+
+def three(dtype: mx.Dtype = mx.bfloat16, size: float = 1) -> list[LowRankSum]:
+    return [sum_of(rank, 20, 96, dtype, size) for rank in RANKS]
+
+
+def is_near(found: mx.array, expected: mx.array, share: float) -> bool:
+    difference = to_float(mx.abs(found.astype(mx.float32) - expected).max())
+    return difference <= share * to_float(mx.abs(expected).max())
+
+
+@pytest.mark.parametrize("size", [0.1, 1, 4])
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(
+    dtype: mx.Dtype, size: float
+) -> None:
+    sums = three(dtype, size)
+    gate, up, g = (each.plain() for each in sums)
+    (output,), (d_gate, d_up) = mx.vjp(lambda a, b: swiglu(a, b), [gate, up], [g])
+    found = [mlp.plain_forward(*sums[:2]), *mlp.plain_backward(*sums)]
+    for ours, theirs in zip(found, (output, d_gate, d_up, output), strict=True):
+        assert ours.dtype == dtype
+        assert is_near(ours, theirs, ROUNDING[dtype])
+
+
+def test_gates_far_from_zero_give_numbers() -> None:
+    gate, up, g = three(mx.float32)
+    gate = gate._replace(base=gate.base.at[0, :2].add(mx.array([-300.0, 300.0])))
+    for each in (mlp.plain_forward(gate, up), *mlp.plain_backward(gate, up, g)):
+        assert mx.isfinite(each).all().item()
+
+
+def test_a_low_rank_products_gradient_is_that_of_gate_or_up() -> None:
+    """z @ d and factor @ d.T: what the caller makes of the gradients, against autodiff."""
+    gate, up, g = three(mx.float32)
+
+    def output(*parts: mx.array) -> mx.array:
+        one, two = LowRankSum(*parts[:3]), LowRankSum(*parts[3:])
+        result: mx.array = swiglu(one.plain(), two.plain())
+        return result
+
+    expected = mx.vjp(output, [*gate, *up], [g.plain()])[1]
+    d_gate, d_up, _ = mlp.plain_backward(gate, up, g)
+    found = [d_gate, gate.factor @ d_gate.T, gate.z @ d_gate]
+    found += [d_up, up.factor @ d_up.T, up.z @ d_up]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert is_near(ours, theirs, 1e-5)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which kernels were asked for; MLX is in their place."""
+    calls: list[str] = []
+
+    def forward(*sums: LowRankSum) -> mx.array:
+        calls.append("forward")
+        return mlp.plain_forward(*sums)
+
+    def backward(*sums: LowRankSum) -> mlp.Three:
+        calls.append("backward")
+        return mlp.plain_backward(*sums)
+
+    monkeypatch.setattr(mlp, "forward_on_cuda", forward)
+    monkeypatch.setattr(mlp, "backward_on_cuda", backward)
+    return calls
+
+
+def test_bases_of_bfloat16_go_to_the_kernels(asked: list[str]) -> None:
+    sums = three()
+    assert mx.array_equal(mlp.gated(*sums[:2]), mlp.plain_forward(*sums[:2])).item()
+    found, expected = mlp.gated_back(*sums), mlp.plain_backward(*sums)
+    assert all(mx.array_equal(a, b).item() for a, b in zip(found, expected, strict=True))
+    assert asked == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("other", [mx.float32, mx.float16])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_base_of_another_dtype_goes_to_mlx(place: int, other: mx.Dtype, asked: list[str]) -> None:
+    sums = three()
+    sums[place] = sums[place]._replace(base=sums[place].base.astype(other))
+    wanted = other if place == 0 else mx.bfloat16
+    assert mlp.gated(*sums[:2]).dtype == wanted
+    assert {each.dtype for each in mlp.gated_back(*sums)} == {wanted}
+    assert asked == ([] if place < 2 else ["forward"])
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each launch was given; it gives zeros."""
+    launches: list[dict[str, Any]] = []
+
+    def note(
+        name: str, inputs: Sequence[mx.array], outputs: Any, numbers: Sequence[int], **grid: Any
+    ) -> list[mx.array]:
+        launches.append(
+            {"name": name, "inputs": inputs, "outputs": outputs, "numbers": numbers} | grid
+        )
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+    monkeypatch.setattr(mlp, "launch", note)
+    return launches
+
+
+def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
+    launched: list[dict[str, Any]],
+) -> None:
+    sums = three()
+    assert mlp.forward_on_cuda(*sums[:2]).shape == (20, 96)
+    assert [each.shape for each in mlp.backward_on_cuda(*sums)] == [(20, 96)] * 3
+    for given, taken, outputs in zip(launched, (sums[:2], sums), (1, 3), strict=True):
+        arrays = [array for each in taken for array in each]
+        assert list(map(id, given["inputs"])) == list(map(id, arrays))
+        assert given["outputs"] == [((20, 96), mx.bfloat16)] * outputs
+        assert given["numbers"] == [20, 1, 96, *(rank // 8 for rank in RANKS[: len(taken)])]
+        assert given["blocks"] == (1, 2)
+        assert (given["threads"], given["MOST"]) == (THREADS, 3)
+    assert [each["name"] for each in launched] == ["mlp", "mlp_back"]
+
+
+def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
+    launched: list[dict[str, Any]],
+) -> None:
+    assert str(mlp.trouble_with(mlp.forward_on_cuda, mlp.backward_on_cuda, 4)).startswith("it dif")
+    for given in launched:
+        rows, steps, width, *tiles = given["numbers"]
+        assert steps > 1
+        assert rows % expand.ROWS != 0
+        assert width % (expand.COLUMNS * THREADS // 32) != 0
+        assert tiles == [4, 1, 1][: len(tiles)]
+        assert given["MOST"] == 4

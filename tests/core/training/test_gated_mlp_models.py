@@ -1,0 +1,200 @@
+"""Models whose gated MLPs are one function: how they are prepared, and given back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from nested_core import backend
+from nested_core.kernels import expand, norm, rope, swiglu
+from nested_core.slots import adapter_slots
+from nested_core.training import gated_mlp
+from nested_core.training.compute import prepared
+from nested_core.training.gated_mlp import fusable_mlps, fused_mlps
+from nested_core.training.losses import SUPERVISED
+from nested_core.training.low_rank import GROUP, LowRankLinear
+from nested_core.training.recompute import recomputed
+from nested_core.training.watching import gated_mlps
+from tests.architectures import batch, build, largest_difference, outcome
+
+PROJECTIONS = "gate_proj", "up_proj", "down_proj"
+
+
+def in_bfloat16(name: str, **arguments: Any) -> Any:
+    model = build(name, **{"rank": 8} | arguments)
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+def run(function: Any) -> Any:
+    return function
+
+
+def kinds_of(model: nn.Module) -> dict[str, tuple[int, type]]:
+    return {name: (id(module), type(module)) for name, module in model.named_modules()}
+
+
+@pytest.fixture
+def without_norms_and_ropes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's other kernels disagree, and MLX's own operations are used."""
+    monkeypatch.setattr(norm, "_agrees_here", lambda width: False)
+    monkeypatch.setattr(rope, "_agrees_here", lambda: False)
+    monkeypatch.setattr(swiglu, "_agrees_here", lambda: False)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(asked: list[str]) -> None:
+    model = in_bfloat16("llama")
+    with fused_mlps(fusable_mlps(model)):
+        expected = outcome(model, SUPERVISED, batch())
+        kept = asked.count("forward")
+        asked.clear()
+        with recomputed(model.layers):
+            found = outcome(model, SUPERVISED, batch())
+    assert found.loss == expected.loss
+    assert largest_difference(found.gradients, expected.gradients) == 0
+    assert asked.count("forward") == kept + 2  # each of two layers once more
+
+
+def test_checkpointed_layers_have_their_gated_mlps_found(asked: list[str]) -> None:
+    model = in_bfloat16("llama")
+    with recomputed(model.layers):
+        assert len(fusable_mlps(model)) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere"])
+def test_compiled_equals_uncompiled_to_the_bit(name: str, asked: list[str]) -> None:
+    model = in_bfloat16(name)
+    with fused_mlps(fusable_mlps(model)):
+        plain = outcome(model, SUPERVISED, batch(), compiled=run)
+        compiled = outcome(model, SUPERVISED, batch())
+    assert "backward" in asked
+    assert compiled.loss == plain.loss
+    assert compiled.value == plain.value
+    for key, gradient in plain.gradients.items():
+        again = compiled.gradients[key]
+        assert (
+            np.array(gradient.view(mx.uint16)).tobytes()
+            == np.array(again.view(mx.uint16)).tobytes()
+        )
+
+
+@pytest.mark.parametrize("chosen", [*PROJECTIONS, "layers.1.", "self_attn", "gate_proj.lora_b"])
+def test_gradients_of_some_factors_alone_are_those_among_all(
+    chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gated_mlp, "is_for_kernels", lambda x, factors: True)
+    model = build("llama")
+    everything = adapter_slots(model)
+    slots = {name: slot for name, slot in everything.items() if chosen in name}
+    assert 0 < len(slots) < len(everything)
+    expected = outcome(model, SUPERVISED, batch(), slots=slots)
+    with fused_mlps(gated_mlps(model)):
+        found = outcome(model, SUPERVISED, batch(), slots=slots)
+    assert found.gradients.keys() == slots.keys()
+    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+
+
+def test_an_adapter_on_mlps_alone_is_taken(asked: list[str]) -> None:
+    model = in_bfloat16("llama", keys=[f"mlp.{key}" for key in PROJECTIONS])
+    expected = outcome(model, SUPERVISED, batch())
+    with fused_mlps(fusable_mlps(model)):
+        found = outcome(model, SUPERVISED, batch())
+    assert asked.count("backward") == 2
+    assert largest_difference(found.gradients, expected.gradients) < 0.05
+
+
+@pytest.mark.usefixtures("without_norms_and_ropes")
+def test_modules_are_given_back_after_an_error(asked: list[str]) -> None:
+    model = in_bfloat16("llama")
+    before = kinds_of(model)
+
+    def fail_inside() -> None:
+        with prepared(model):
+            assert kinds_of(model).keys() == before.keys()
+            assert type(model.layers[0].mlp) is not before["model.layers.0.mlp"][1]
+            assert type(model.layers[0].mlp.gate_proj) is LowRankLinear
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
+    assert kinds_of(model) == before
+    assert asked == []
+
+
+@pytest.mark.usefixtures("asked", "without_norms_and_ropes")
+@pytest.mark.parametrize(("name", "together"), [("llama", 3), ("qwen2", 3), ("cohere", 3)])
+def test_a_fused_mlps_layers_are_in_no_group_of_a_prepared_model(name: str, together: int) -> None:
+    model = in_bfloat16(name)
+    with prepared(model):
+        for layer in model.layers:
+            assert [GROUP in vars(layer.mlp[key]) for key in PROJECTIONS] == [False] * 3
+            shared = vars(layer.self_attn.q_proj)[GROUP]
+            assert len(shared._layers) == together
+    assert not any(GROUP in vars(module) for _, module in model.named_modules())
+
+
+@pytest.mark.usefixtures("asked", "without_norms_and_ropes")
+def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = in_bfloat16("llama")
+    before = kinds_of(model)
+    monkeypatch.setattr(gated_mlp, "kernels_agree", lambda most: False)
+    with prepared(model):
+        inside = kinds_of(model)
+        assert GROUP in vars(model.layers[0].mlp.gate_proj)
+    assert inside["model.layers.0.mlp"] == before["model.layers.0.mlp"]
+
+
+@pytest.mark.usefixtures("without_norms_and_ropes")
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "granite", "cohere"])
+def test_a_prepared_model_gives_mlx_lms_gradients(
+    name: str, recomputes: bool, asked: list[str]
+) -> None:
+    model = in_bfloat16(name)
+    expected = outcome(model, SUPERVISED, batch())
+    with prepared(model, model.layers if recomputes else ()):
+        found = outcome(model, SUPERVISED, batch())
+    assert set(asked) == {"expand", "forward", "backward", "narrow", "outer", "join"}
+    assert found.loss == pytest.approx(expected.loss, rel=2e-3)
+    assert largest_difference(found.gradients, expected.gradients) < 0.08
+
+
+@pytest.mark.parametrize("rank", [4, 12, 72])
+def test_mlps_of_ranks_that_no_kernel_takes_are_not_fused(rank: int, asked: list[str]) -> None:
+    assert fusable_mlps(build("llama", rank=rank)) == []
+    assert asked == []
+
+
+def test_without_cuda_no_mlp_is_fused(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama", rank=8)
+    assert len(fusable_mlps(model)) == 2
+    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    assert fusable_mlps(model) == []
+
+
+def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards the ranks of gate and up choose a kernel, backwards that of down too."""
+    model = build("llama", rank=8, keys=[f"mlp.{key}" for key in PROJECTIONS])
+    for layer in model.layers:
+        layer.mlp.down_proj.lora_a = mx.zeros((128, 40))
+        layer.mlp.down_proj.lora_b = mx.zeros((40, 64))
+    for bad, count in ((1, 0), (6, 0), (2, 2), (8, 2)):
+        monkeypatch.setattr(gated_mlp, "kernels_agree", lambda most, bad=bad: most != bad)
+        assert len(fusable_mlps(model)) == count
+
+
+def test_kernels_are_compiled_for_the_ranks_of_layers_and_for_gates_and_ups_together(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int] = []
+    monkeypatch.setattr(expand, "kernel_agrees", checked.append)
+    fusable_mlps(build("llama", rank=16))
+    assert set(checked) == {2, 4}
