@@ -1,0 +1,139 @@
+"""Quantised layers with whole weights: MLX's outputs and gradients, and what is left to MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from nested_core import backend
+from nested_core.kernels import quantized
+from nested_core.kernels.quantized import LEAST_ROWS, whole_weights
+from nested_core.scalars import to_float
+from nested_core.training.losses import SUPERVISED
+from tests.architectures import batch, build, largest_difference, outcome
+
+KINDS: list[dict[str, Any]] = [
+    {"group_size": 32, "bits": 4},
+    {"group_size": 64, "bits": 8},
+    {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+]
+
+
+def normal(*shape: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def linear(bias: bool = True, **kind: Any) -> nn.QuantizedLinear:
+    mx.random.seed(0)
+    layer = nn.QuantizedLinear(128, 96, bias=bias, **kind)
+    if bias:
+        layer.bias = normal(96)
+    return layer
+
+
+def both(function: Callable[[mx.array], mx.array], x: mx.array, width: int) -> list[mx.array]:
+    outputs, gradients = mx.vjp(function, [x], [normal(*x.shape[:-1], width, seed=3)])
+    return [*outputs, *gradients]
+
+
+@pytest.fixture
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole weights that nobody may ask for."""
+
+    def ask(module: Any, wanted_by: mx.array) -> mx.array:
+        raise AssertionError("a whole weight was made")
+
+    monkeypatch.setattr(quantized, "weight_of", ask)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_gives_mlxs_output_and_gradient(kind: dict[str, Any], bias: bool) -> None:
+    layer = linear(bias, **kind)
+    x = normal(3, LEAST_ROWS, 128)
+    layer.scales = layer.scales if kind.get("mode") else layer.scales.astype(mx.float32)
+    expected = both(layer, x, 96)
+    with whole_weights(layer):
+        found = both(layer, x, 96)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert ours.dtype == theirs.dtype
+        assert to_float(mx.abs(ours - theirs).max()) <= 1e-5 * to_float(mx.abs(theirs).max())
+
+
+def test_an_output_layer_tied_to_a_quantised_embedding_does_too() -> None:
+    mx.random.seed(0)
+    embedding = nn.QuantizedEmbedding(96, 128, 32, 4)
+    x, tokens = normal(2, LEAST_ROWS, 128), mx.array([3, 5])
+    expected, words = both(embedding.as_linear, x, 96), embedding(tokens)
+    with whole_weights(embedding):
+        found = both(lambda x: embedding.as_linear(x), x, 96)
+        assert mx.array_equal(embedding(tokens), words).item()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert to_float(mx.abs(ours - theirs).max()) <= 1e-5 * to_float(mx.abs(theirs).max())
+
+
+@pytest.mark.usefixtures("forbidden")
+def test_a_whole_weight_is_made_for_many_rows_of_the_scales_dtype_and_for_no_others() -> None:
+    layer = linear()
+    few, other = normal(LEAST_ROWS - 1, 128), normal(LEAST_ROWS, 128, dtype=mx.bfloat16)
+    expected = layer(few), layer(other)
+    with whole_weights(layer):
+        assert mx.array_equal(layer(few), expected[0]).item()
+        assert mx.array_equal(layer(other), expected[1]).item()
+        with pytest.raises(AssertionError, match="was made"):
+            layer(normal(LEAST_ROWS, 128))
+
+
+@pytest.mark.usefixtures("forbidden")
+def test_on_metal_mlxs_own_product_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = linear()
+    monkeypatch.setattr(backend, "device", lambda: "gpu")
+    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    with whole_weights(layer):
+        mx.eval(layer(normal(LEAST_ROWS, 128)))
+
+
+def test_layers_are_given_back_after_an_error() -> None:
+    layers = [linear(), nn.QuantizedEmbedding(96, 128, 32, 4), nn.Linear(4, 4)]
+    model = nn.Sequential(*layers)
+    before = [type(layer) for layer in layers]
+
+    def fail_inside() -> None:
+        with whole_weights(model):
+            now = [type(layer) is kind for layer, kind in zip(layers, before, strict=True)]
+            assert now == [False, False, True]
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_inside()
+    assert [type(layer) for layer in layers] == before
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_quantised_model_gives_the_loss_and_gradients_of_mlx(name: str) -> None:
+    model = build(name, quantized=True)
+    expected = outcome(model, SUPERVISED, batch())
+    with whole_weights(model):
+        found = outcome(model, SUPERVISED, batch())
+    assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+    assert largest_difference(found.gradients, expected.gradients) < 3e-5
+
+
+def test_whole_weights_are_not_kept_for_the_backward_pass() -> None:
+    mx.random.seed(0)
+    model = nn.Sequential(*[nn.QuantizedLinear(1024, 1024, bias=False) for _ in range(32)])
+    x = normal(LEAST_ROWS, 1024)
+    mx.eval(model.parameters(), x)
+    with whole_weights(model):
+        step = mx.compile(mx.grad(lambda x: model(x).square().sum()))
+        mx.eval(step(x))
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(step(x))
+        peak = mx.get_peak_memory() - held
+    assert peak < 16 * 1024 * 1024 * 4  # half of the whole weights; some are in flight
