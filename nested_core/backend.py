@@ -65,8 +65,8 @@ def choose_commits(weights: int) -> None:
     kernels are short, starting them is what takes the time, and each commit and each graph costs
     (0.5B, 4 x 512, H200 with slow CPU cores, mlx 0.32.4: 54 ms a step with graphs of 25 operations,
     48 without graphs, 34 with 100 operations a commit). Memory is used again once what was
-    committed has run: a step of 7B takes 40.5 GiB with 25 operations, and 33.3 with 8, in 1.01
-    times the time on that host (1.7B: 18.7 and 14.4 GiB, 1.03 times on two).
+    committed has run: a step of 7B takes 37.4 GiB with 20 operations, and 32.6 with 8, in 1.01
+    times the time on that host (1.7B: 15.0 GiB with 16, 13.1 with 8, in the same time).
     """
     if is_for_cuda():
         operations = OPERATIONS_IF_SMALL if weights < SMALL_MODEL else OPERATIONS_IF_LARGE
