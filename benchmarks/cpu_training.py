@@ -180,4 +180,4 @@ def report(rates: dict[str, list[float]], name: str) -> None:
 
 
 if __name__ == "__main__":
-    stock(json.loads(sys.argv[1])) if sys.argv[1:2] and sys.argv[1][0] == "{" else main()
+    stock(json.loads(sys.argv[1])) if sys.argv[-1].startswith("{") else main()

@@ -90,9 +90,10 @@ def _agrees_here(width: int) -> bool:
 
 
 def trouble_with(backward: Backward, width: int = 2600) -> str | None:
-    """What is wrong with such a function for rows of this width, or None."""
+    """What is wrong with such a function for rows of this width, or None; blocks take several."""
     keys = mx.random.split(mx.random.key(0), 3)
-    shapes = (5, width), (width,), (5, width)
+    rows = 2 * BLOCKS + 5
+    shapes = (rows, width), (width,), (rows, width)
     parts = (
         mx.random.normal(s, key=k).astype(mx.bfloat16) for s, k in zip(shapes, keys, strict=True)
     )

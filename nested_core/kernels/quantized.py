@@ -1,8 +1,10 @@
 """Quantised layers whose weights are made whole for each product, and thrown away again.
 
 MLX's own product with quantised weights is made for a few rows, as in generation. With as many as a
-batch has, making the weight whole in the dtype of its scales and multiplying by that is faster, on
-CUDA and far more on a CPU. Where few rows come, and on Metal, MLX's own is left alone.
+batch has, making the weight whole in the dtype of its scales and multiplying by that is faster: on
+CUDA, and far more on a CPU with OpenBLAS (without it there is little in it). Where few rows come,
+where scales are no floats (mxfp4 and its like), where they are trained, and on Metal, MLX's own is
+left alone.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from nested_core import backend
 from nested_core.kernels.replacing import standing_in
 
 LEAST_ROWS = 16
+OWN = {"weight", "scales", "biases"}  # no gradient is taken of these here
 CALLS: dict[type, str] = {nn.QuantizedLinear: "__call__", nn.QuantizedEmbedding: "as_linear"}
 
 
@@ -28,7 +31,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for _, module in model.named_modules() if is_slower else ():
             name = CALLS.get(type(module))
-            if name is not None:
+            if name is not None and not module.trainable_parameters().keys() & OWN:
                 stack.enter_context(standing_in(module, product_with(module, name), name))
         yield
 

@@ -38,8 +38,10 @@ def standing_in(
         name: lambda self, *args, **kwargs: call(*args, **kwargs),
         "__module__": kind.__module__,  # where the model's code is looked for
     }
-    module.__class__ = type(kind.__name__, (kind,), members)
+    stand_in = type(kind.__name__, (kind,), members)
+    module.__class__ = stand_in
     try:
         yield
     finally:
         module.__class__ = kind
+        delattr(stand_in, name)  # a class lives until garbage is collected, with what `call` holds

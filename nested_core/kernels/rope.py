@@ -39,7 +39,7 @@ def plain_turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
 
 
 def turn_on_cuda(x: mx.array, table: mx.array, back: bool) -> mx.array:
-    """The same in one kernel, for bfloat16 and heads of a multiple of 16."""
+    """The same in one kernel, for bfloat16 and heads whose width is a multiple of 16."""
     batch, length, heads, width = x.shape
     return launch(
         "turn",

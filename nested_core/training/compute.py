@@ -36,6 +36,7 @@ def prepared(
             return
         mlps = fusable_mlps(model)
         groups = shared_inputs(model, apart=chain(*(mlp.layers for mlp in mlps)))
+        groups += [list(mlp.layers[:2]) for mlp in mlps if mlp.is_even()]  # for what does not fit
         with ExitStack() as stack:
             for swapped in SWAPPED:
                 stack.enter_context(swapped(model))

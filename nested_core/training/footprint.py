@@ -5,13 +5,16 @@ Nothing is computed. Modules are known by mlx-lm's names; what others keep is no
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels.tiles import is_in_tiles
 from nested_core.pytree import flatten
 from nested_core.slots import Slots
 from nested_core.training.forecast import Layer
@@ -76,15 +79,22 @@ def _read_layer(modules: Modules, draws: bool, copies: int) -> Layer:
         gated=sum(n_in for name, (n_in, _) in linears.items() if name.rpartition(".")[2] in DOWN),
         heads=_attribute(modules, HEADS, 0),
         is_trained=bool(trained),
-        remade=0 if draws else sum(linears[n][0] for n in trained if _is_fused(modules, n)),
+        remade=0 if copies > 1 else sum(linears[n][0] for n in trained if _is_fused(modules, n)),
     )
 
 
 def _is_fused(modules: Modules, name: str) -> bool:
     """Whether a layer is the last of a gated MLP that is all LoRA: see training/gated_mlp.py."""
     parent, _, leaf = name.rpartition(".")
-    beside = (modules.get(f"{parent}.{each}", {}) for each in GATED)
-    return leaf == "down_proj" and "lora_a" in modules[name] and all("lora_a" in m for m in beside)
+    home = type(modules.get(parent)).__module__
+    layers = [modules.get(f"{parent}.{each}") for each in (*GATED, leaf)]
+    return (
+        leaf == "down_proj" and "swiglu" in vars(sys.modules[home]) and all(map(_is_tiled, layers))
+    )
+
+
+def _is_tiled(module: Any) -> bool:
+    return isinstance(module, LoRALinear) and is_in_tiles(module.lora_b.shape[0])
 
 
 def _input_of(name: str, linears: Any, inner: Any, draws: bool) -> tuple[Any, ...]:

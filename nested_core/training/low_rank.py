@@ -1,8 +1,9 @@
 """LoRA linear layers with a backward pass of their own, in place of mlx-lm's while a block runs.
 
-The base's output and the low-rank product meet in one matmul, the factor is put on the narrow
-activations, and layers that are given the same input share the products with it. Modules keep their
-identity, their parameters' names and their place; only their class changes, and is given back.
+The base's output and the low-rank product meet in one matmul, or on CUDA in a pass of our own, the
+factor is put on the narrow activations, and layers that are given the same input share the products
+with it. Modules keep their identity, their parameters' names and their place; only their class
+changes, and is given back.
 """
 
 from __future__ import annotations

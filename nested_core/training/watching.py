@@ -41,6 +41,11 @@ class GatedMLP(NamedTuple):
     module: nn.Module
     layers: tuple[LoRALinear, LoRALinear, LoRALinear]  # gate, up, down
 
+    def is_even(self) -> bool:
+        """Whether gate and up are of one rank and dtype, as layers that share products are."""
+        kinds = {(each.lora_b.shape[0], each.lora_b.dtype) for each in self.layers[:2]}
+        return len(kinds) == 1
+
 
 @dataclass
 class Calls:

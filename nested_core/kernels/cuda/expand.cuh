@@ -83,7 +83,7 @@ __device__ inline void store(T* to, const Sum& sum, int rows, int width, int row
   store(first + width, narrowed(sum.lower));
 }
 
-// The first column of a warp, and whether there is one.
+// The first column of a warp, which may lie beyond the last.
 __device__ inline int column_of_warp() {
   return (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 32;
 }

@@ -98,6 +98,23 @@ def test_on_metal_mlxs_own_product_is_left_alone(monkeypatch: pytest.MonkeyPatch
         mx.eval(layer(normal(LEAST_ROWS, 128)))
 
 
+@pytest.mark.parametrize("key", ["scales", "biases"])
+def test_a_layer_whose_own_parameters_are_trained_keeps_their_gradients(key: str) -> None:
+    layer, x = linear(False, **KINDS[0]), normal(LEAST_ROWS, 128)
+    layer.unfreeze(keys=key)
+
+    def total(value: mx.array) -> mx.array:
+        layer[key] = value
+        result: mx.array = layer(x).square().sum()
+        return result
+
+    expected = mx.grad(total)(layer[key])
+    with whole_weights(layer):
+        found = mx.grad(total)(layer[key])
+    assert mx.array_equal(found, expected).item()
+    assert to_float(mx.abs(found).max()) > 0
+
+
 def test_layers_are_given_back_after_an_error() -> None:
     layers = [linear(), nn.QuantizedEmbedding(96, 128, 32, 4), nn.Linear(4, 4)]
     model = nn.Sequential(*layers)

@@ -164,19 +164,21 @@ def layers_of(model: nn.Module, **settings: Any) -> tuple[Layer, ...]:
 
 
 def test_a_llamas_layer_is_read_as_the_docstring_says() -> None:
-    d, a, k, m, r = 64, 64, 32, 128, 4
+    d, a, k, m, r = 64, 64, 32, 128, 8
     expected = Layer(d, 4 * d + 2 * a + 2 * k + 3 * m + 7 * r, m, 4, is_trained=True, remade=m)
-    assert layers_of(build("llama")) == (expected, expected)
-    assert layers_of(build("llama", quantized=True)) == (expected, expected)
+    assert layers_of(build("llama", rank=8)) == (expected, expected)
+    assert layers_of(build("llama", rank=8, quantized=True)) == (expected, expected)
 
 
 def test_the_product_of_an_mlp_is_made_again_where_all_of_it_is_lora_without_dropout() -> None:
-    model = build("llama")
+    model = build("llama", rank=8)
     assert [layer.remade for layer in layers_of(model)] == [128, 128]
     assert [layer.remade for layer in layers_of(model, draws=True)] == [0, 0]
-    some = build("llama", keys=["mlp.up_proj", "mlp.down_proj"])
-    assert [layer.remade for layer in layers_of(some)] == [0, 0]
-    assert [layer.remade for layer in layers_of(build("phi3"))] == [0, 0]
+    assert [layer.remade for layer in layers_of(model, copies=2)] == [0, 0]
+    some = build("llama", rank=8, keys=["mlp.up_proj", "mlp.down_proj"])
+    others = some, build("llama", rank=4), build("phi3", rank=8), build("gemma2", rank=8)
+    for other in others:
+        assert [layer.remade for layer in layers_of(other)] == [0, 0]
 
 
 def test_a_device_that_remakes_products_keeps_less_and_one_that_runs_ahead_more() -> None:

@@ -127,11 +127,17 @@ def test_modules_are_given_back_after_an_error(asked: list[str]) -> None:
 
 @pytest.mark.usefixtures("asked", "without_norms_and_ropes")
 @pytest.mark.parametrize(("name", "together"), [("llama", 3), ("qwen2", 3), ("cohere", 3)])
-def test_a_fused_mlps_layers_are_in_no_group_of_a_prepared_model(name: str, together: int) -> None:
+def test_a_fused_mlps_layers_share_with_no_others_in_a_prepared_model(
+    name: str, together: int
+) -> None:
     model = in_bfloat16(name)
     with prepared(model):
         for layer in model.layers:
-            assert [GROUP in vars(layer.mlp[key]) for key in PROJECTIONS] == [False] * 3
+            groups = [vars(layer.mlp[key]).get(GROUP) for key in PROJECTIONS]
+            gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
+            assert groups[0] is groups[1]
+            assert groups[0]._layers == [gate, up]
+            assert groups[2] is None
             shared = vars(layer.self_attn.q_proj)[GROUP]
             assert len(shared._layers) == together
     assert not any(GROUP in vars(module) for _, module in model.named_modules())
