@@ -7,7 +7,7 @@ made in registers beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -100,13 +100,6 @@ def tiles_of(sums: Sums) -> tuple[list[int], int]:
     """Each factor's rank in tiles, and the tiles of the kernel that takes them all."""
     ranks = [each.factor.shape[0] for each in sums]
     return [rank // TILE for rank in ranks], made_for(max(ranks))
-
-
-def check_kernel(ranks: Iterable[int]) -> None:
-    """Compile and check the kernel for these ranks now, and not while a step is traced."""
-    for most in sorted({made_for(rank) for rank in ranks if is_in_tiles(rank)}):
-        if backend.has_cuda():
-            kernel_agrees(most)
 
 
 @cache

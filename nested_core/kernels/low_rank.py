@@ -7,7 +7,7 @@ registers: cuBLAS takes a product, a sum over splits and a clearing of memory fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import groupby
 
@@ -128,13 +128,6 @@ def _is_taken(pairs: Pairs, multiple: int) -> bool:
         and backend.has_cuda()
         and all(map(kernels_agree, {made_for(rank) for rank in ranks}))
     )
-
-
-def check_kernels(ranks: Iterable[int]) -> None:
-    """Compile and check the kernels for these ranks now, and not while a step is traced."""
-    for most in sorted({made_for(rank) for rank in ranks if is_in_tiles(rank)}):
-        if backend.has_cuda():
-            kernels_agree(most)
 
 
 @cache

@@ -61,6 +61,7 @@ def computed(mlp: GatedMLP) -> Callable[[mx.array], mx.array]:
     function: Any = _function(mlp)
 
     def call(x: mx.array) -> mx.array:
+        """The MLP's output, (..., width), as one function where it can be."""
         factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
         rows = [each.T for each in factors[:3]] + factors[3:]
         if any(map(draws, layers)) or not is_for_kernels(x, rows):
@@ -87,6 +88,7 @@ def _function(mlp: GatedMLP) -> Any:
 
     @mx.custom_function
     def compute(x: mx.array, *factors: mx.array) -> list[mx.array]:
+        """The output, both bases', all lora_a^T of gate and up, and z of both and of down."""
         (*a_in, a_down), (*b_in, b_down) = factors[:3], factors[3:]
         a = joined([each.T for each in a_in]).reshape(-1, x.shape[-1])
         z = narrow([(a, x)], gate.scale)

@@ -17,9 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.expand import LowRankSum, check_kernel, expand, is_for_kernels
+from nested_core.kernels.expand import LowRankSum, expand, is_for_kernels, kernel_agrees
 from nested_core.kernels.joining import joined
-from nested_core.kernels.low_rank import check_kernels, narrow, outer
+from nested_core.kernels.low_rank import kernels_agree, narrow, outer
+from nested_core.kernels.tiles import check_kernels
 
 GROUP = "_shared_input"
 
@@ -158,8 +159,8 @@ def _dropped_out(layer: LowRankLinear, x: mx.array, dropped: mx.array) -> mx.arr
 
 def check_low_rank(ranks: Collection[int]) -> None:
     """Compile and check all kernels for layers of these ranks, and for what they share."""
-    check_kernels(ranks)
-    check_kernel(ranks)
+    check_kernels(ranks, kernels_agree)
+    check_kernels(ranks, kernel_agrees)
 
 
 @contextmanager

@@ -119,6 +119,7 @@ def watched(model: nn.Module) -> Calls:
 @contextmanager
 def _noting(model: nn.Module, calls: Calls) -> Iterator[None]:
     def noting(module: nn.Module, into: list[Call]) -> Callable[..., Any]:
+        """The module's own call, which is noted where it has one argument."""
         own = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:

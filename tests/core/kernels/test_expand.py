@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import expand
+from nested_core.kernels import expand, tiles
 from nested_core.kernels.expand import LowRankSum
 from nested_core.kernels.launch import THREADS
 from nested_core.kernels.tiles import TILES
@@ -218,9 +218,9 @@ def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
 
 
 def test_no_kernel_is_checked_for_a_rank_that_none_takes(on_cuda: list[int]) -> None:
-    expand.check_kernel([0, 4, 12, 72])
+    tiles.check_kernels([0, 4, 12, 72], expand.kernel_agrees)
     assert on_cuda == []
-    expand.check_kernel([24, 8, 40, 24])
+    tiles.check_kernels([24, 8, 40, 24], expand.kernel_agrees)
     assert on_cuda == [1, 3, 6]
 
 
@@ -228,5 +228,5 @@ def test_nothing_is_checked_without_cuda(
     on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
-    expand.check_kernel([8, 16])
+    tiles.check_kernels([8, 16], expand.kernel_agrees)
     assert on_cuda == []

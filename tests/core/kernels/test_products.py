@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import low_rank
+from nested_core.kernels import low_rank, tiles
 from nested_core.kernels.launch import THREADS
 from nested_core.kernels.tiles import TILES, is_in_tiles, made_for
 
@@ -201,7 +201,7 @@ def test_no_kernel_is_checked_for_a_rank_that_none_takes(monkeypatch: pytest.Mon
     checked: list[int] = []
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     monkeypatch.setattr(low_rank, "kernels_agree", checked.append)
-    low_rank.check_kernels([0, 4, 12, 72])
+    tiles.check_kernels([0, 4, 12, 72], low_rank.kernels_agree)
     assert checked == []
-    low_rank.check_kernels([24, 8, 40, 24])
+    tiles.check_kernels([24, 8, 40, 24], low_rank.kernels_agree)
     assert checked == [1, 3, 6]

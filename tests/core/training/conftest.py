@@ -10,6 +10,7 @@ import pytest
 from nested_core import backend
 from nested_core.kernels import expand, joining, low_rank, mlp
 from nested_core.training import gated_mlp
+from nested_core.training import low_rank as layers
 from tests.example import Finished, train_example
 
 EVERY_STEP = {"save_every": 1, "steps_per_report": 1, "training": {"keep_checkpoints": 99}}
@@ -56,6 +57,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module, name in (
         (expand, "kernel_agrees"),
         (low_rank, "kernels_agree"),
+        (layers, "kernel_agrees"),
+        (layers, "kernels_agree"),
         (gated_mlp, "kernels_agree"),
     ):
         monkeypatch.setattr(module, name, lambda most: True)

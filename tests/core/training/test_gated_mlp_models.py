@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import expand, norm, rope, swiglu
+from nested_core.kernels import norm, rope, swiglu
 from nested_core.slots import adapter_slots
-from nested_core.training import gated_mlp
+from nested_core.training import gated_mlp, low_rank
 from nested_core.training.compute import prepared
 from nested_core.training.gated_mlp import fusable_mlps, fused_mlps
 from nested_core.training.losses import SUPERVISED
@@ -201,6 +201,6 @@ def test_kernels_are_compiled_for_the_ranks_of_layers_and_for_gates_and_ups_toge
     asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[int] = []
-    monkeypatch.setattr(expand, "kernel_agrees", checked.append)
+    monkeypatch.setattr(low_rank, "kernel_agrees", checked.append)
     fusable_mlps(build("llama", rank=16))
     assert set(checked) == {2, 4}
