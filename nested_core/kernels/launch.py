@@ -6,6 +6,7 @@ headers are read each time; ours need none, and what they become is kept in the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -15,7 +16,7 @@ import numpy as np
 
 DTYPE = mx.bfloat16  # of the arrays that kernels compute with
 THREADS = 256  # of a block, at most
-SHARED = "common.cuh", "expand.cuh"
+INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 
 Shaped = tuple[tuple[int, ...], mx.Dtype]
@@ -64,7 +65,7 @@ def compiled(name: str, **macros: int) -> bytes:
 
         defined = [(macro, str(value)) for macro, value in macros.items()]
         options = ProgramOptions(arch=f"sm_{Device().arch}", define_macro=defined or None)
-        program = Program(text_of(name), "c++", options)
+        program = Program(text_of(f"{name}.cu"), "c++", options)
         try:
             return bytes(program.compile("cubin", cache=FileStreamProgramCache()).code)
         except OSError:  # nothing can be kept where the home is read-only
@@ -75,7 +76,7 @@ def compiled(name: str, **macros: int) -> bytes:
         raise RuntimeError(str(error)) from error
 
 
-def text_of(name: str) -> str:
-    """A source file, after what all of them share."""
-    folder = files("nested_core.kernels") / "cuda"
-    return "\n".join((folder / each).read_text() for each in (*SHARED, f"{name}.cu"))
+def text_of(file: str) -> str:
+    """A source file with what it includes in its place, for the compiler sees no folder."""
+    text = (files("nested_core.kernels") / "cuda" / file).read_text()
+    return INCLUDE.sub(lambda found: text_of(found[1]), text)

@@ -12,6 +12,10 @@ __device__ inline T narrowed(float f) {
   return v;
 }
 
+// silu(v) = v s, where s = sigmoid(v); its derivative is s (1 + v (1 - s)).
+__device__ inline float sigmoid(float v) { return __fdividef(1.f, 1.f + __expf(-v)); }
+__device__ inline float slope_of_silu(float v, float s) { return s + v * s * (1.f - s); }
+
 constexpr int W = 8;  // elements of a load
 struct alignas(16) Pack { T value[W]; };
 

@@ -1,3 +1,5 @@
+#include "expand.cuh"
+
 // Up to four sums, one in each plane of the grid; a block takes `steps` times 16 rows.
 KERNEL expand(
     const T* x0, const T* z0, const T* b0, const T* x1, const T* z1, const T* b1, const T* x2,

@@ -1,9 +1,9 @@
+#include "common.cuh"
+
 // What low-rank layers add: x + z^T b, where x is (rows, width), z (8 n, rows) and b (8 n, width).
 //
 // A warp takes 32 columns and 16 rows after 16 rows, a thread eight neighbours in two rows. Rows are
-// even, and widths multiples of 32.
-
-#ifdef MOST  // tiles that a kernel is made for: n <= MOST
+// even, and widths multiples of 32. MOST tiles are what a kernel is made for: n <= MOST.
 
 // Four columns of a factor's rows 2t and 2t + 1, in each tile.
 struct Factor { uint2 even[MOST], odd[MOST]; };
@@ -87,5 +87,3 @@ __device__ inline void store(T* to, const Sum& sum, int rows, int width, int row
 __device__ inline int column_of_warp() {
   return (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * 32;
 }
-
-#endif

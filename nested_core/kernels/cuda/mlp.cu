@@ -1,7 +1,9 @@
+#include "expand.cuh"
+
 // silu(gate) up, where both are sums; a block takes `steps` times 16 rows.
 __device__ inline void gated(float (&gate)[W], const float (&up)[W]) {
   #pragma unroll
-  for (int k = 0; k < W; ++k) gate[k] = __fdividef(gate[k], 1.f + __expf(-gate[k])) * up[k];
+  for (int k = 0; k < W; ++k) gate[k] *= sigmoid(gate[k]) * up[k];
 }
 
 KERNEL_BESIDE(MOST == 1 ? 4 : 1) mlp(

@@ -1,10 +1,12 @@
+#include "expand.cuh"
+
 // What `mlp` gives, again, and the gradients with respect to gate and up; its own gradient is a sum
-// too. With s = sigmoid(gate): d gate = g up s (1 + gate (1 - s)), d up = g gate s.
+// too.
 __device__ inline void through(float (&gate)[W], float (&up)[W], float (&g)[W]) {
   #pragma unroll
   for (int k = 0; k < W; ++k) {
-    float v = gate[k], u = up[k], given = g[k], s = __fdividef(1.f, 1.f + __expf(-v));
-    gate[k] = given * u * (s + v * s * (1.f - s));
+    float v = gate[k], u = up[k], given = g[k], s = sigmoid(v);
+    gate[k] = given * u * slope_of_silu(v, s);
     up[k] = given * v * s;
     g[k] = v * s * u;
   }

@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 constexpr int AHEAD = MOST < 4 ? 4 : 2;  // chunks that are loaded at once
 
 // out[i, row] = scale sum_k m[i, k] x[row, k], for 8 n <= 8 MOST rows of m and 16 rows of x a block.

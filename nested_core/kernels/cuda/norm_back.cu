@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // RMS normalisation, backwards.
 //
 // A block takes row after row of n, a thread up to PACKS loads of it; the weight stays in registers.

@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // Two neighbours in a row of z, with zeros from `end` on; rows are even.
 __device__ inline unsigned two(const T* z, int row, int end) {
   return row < end ? load_two(z + row) : 0;

@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // out[i] = sum of parts[s, i] over splits; a thread takes four neighbours.
 KERNEL sum_of_splits(const float* parts, T* out, int splits, int total) {
   int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;

@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // silu(gate) x.
 KERNEL swiglu(const T* gate, const T* x, T* out, int packs) {
   long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -7,7 +9,7 @@ KERNEL swiglu(const T* gate, const T* x, T* out, int packs) {
   #pragma unroll
   for (int k = 0; k < W; ++k) {
     float v = wide(a.value[k]);
-    a.value[k] = narrowed(v / (1.f + __expf(-v)) * wide(b.value[k]));
+    a.value[k] = narrowed(v * sigmoid(v) * wide(b.value[k]));
   }
   store(out + i, a);
 }

@@ -1,4 +1,6 @@
-// With s = sigmoid(gate): d gate = g x s (1 + gate (1 - s)), d x = g gate s.
+#include "common.cuh"
+
+// The gradients with respect to gate and x.
 KERNEL swiglu_back(
     const T* gate, const T* x, const T* g, T* d_gate, T* d_x, int packs) {
   long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -8,8 +10,8 @@ KERNEL swiglu_back(
   #pragma unroll
   for (int k = 0; k < W; ++k) {
     float v = wide(a.value[k]), u = wide(b.value[k]), given = wide(c.value[k]);
-    float s = 1.f / (1.f + __expf(-v));
-    a.value[k] = narrowed(given * u * (s + v * s * (1.f - s)));
+    float s = sigmoid(v);
+    a.value[k] = narrowed(given * u * slope_of_silu(v, s));
     b.value[k] = narrowed(given * v * s);
   }
   store(d_gate + i, a);

@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // x and out are (tokens, heads, 2 half), table (length, 2 half): cosines, then sines; sign is -1 for
 // the way back. A thread has eight pairs of a head.
 KERNEL turn(

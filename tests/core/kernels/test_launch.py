@@ -58,11 +58,18 @@ def test_each_kernel_that_is_launched_has_a_file_and_each_file_is_launched() -> 
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_files_one_kernel_has_its_name_and_its_text_comes_after_what_all_share(name: str) -> None:
+def test_a_files_one_kernel_has_its_name(name: str) -> None:
     assert [found for found, _ in KERNEL.findall(SOURCES[name])] == [name]
     assert SOURCES[name].count("KERNEL") == 1
-    assert launch.text_of(name) == f"{COMMON}\n{EXPAND}\n{SOURCES[name]}"
-    assert "#include" not in launch.text_of(name)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_is_compiled_with_what_it_includes_before_it_once(name: str) -> None:
+    first, own = SOURCES[name].split("\n", 1)
+    sums = EXPAND.removeprefix('#include "common.cuh"\n')
+    shared = {'#include "common.cuh"': COMMON, '#include "expand.cuh"': COMMON + sums}
+    assert launch.text_of(f"{name}.cu") == shared[first] + own
+    assert "#include" not in launch.text_of(f"{name}.cu")
 
 
 def test_widths_and_counts_are_those_of_the_sources() -> None:
@@ -80,18 +87,8 @@ def test_widths_and_counts_are_those_of_the_sources() -> None:
 
 
 def macros_of(name: str) -> set[str]:
-    """What has to be defined for a kernel: expand.cuh is compiled where its types are used."""
-    own = SOURCES[name]
-    uses = any(re.search(rf"\b{kind}\b", own) for kind in re.findall(r"struct (\w+)", EXPAND))
-    return set(re.findall(r"\b(?:MOST|PACKS)\b", own + EXPAND * uses))
-
-
-def test_what_low_rank_layers_add_is_compiled_only_where_its_macro_is_given() -> None:
-    directives = re.findall(r"^ *#(?!pragma)(.*?)(?: +//.*)?$", EXPAND, re.MULTILINE)
-    assert directives == ["ifdef MOST", "endif"]
-    assert EXPAND.rstrip().endswith("#endif")
-    takes = {name for name in SOURCES if macros_of(name) == {"MOST"}}
-    assert takes == {"expand", "mlp", "mlp_back", "narrow", "outer"}
+    """What has to be defined for a kernel."""
+    return set(re.findall(r"\b(?:MOST|PACKS)\b", launch.text_of(f"{name}.cu")))
 
 
 PAIRS = [(of(8, 64), of(40, 64)), (of(24, 128), of(40, 128))]
