@@ -97,6 +97,9 @@ def report(rows: list[dict[str, Any]]) -> None:
         parts = [
             f"{size:5} {arm:22} {row['tokens_per_second']:8,} tokens/s {row['peak_gib']:6.2f} GiB"
         ]
+        if row.get("joules"):
+            tokens = row["shape"]["batch"] * row["shape"]["length"]
+            parts.append(f"{1000 * row['joules'] / tokens:.1f} J per 1,000 tokens")
         for rival in ("mlx_lm", "peft-compile"):
             other = latest.get((size, rival))
             if other is not None and arm not in (rival, PARTS):

@@ -6,6 +6,7 @@ An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep l
 (our LoRA layers and swiglu), `+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the
 factors). `ours+parts` takes the gradients alone, third by third. With `+ranks=2`, under
 `mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts the tokens of all.
+`floor` is no training, but the products and the attention that each must do.
 """
 
 from __future__ import annotations
@@ -13,15 +14,33 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu.floor import NAME as FLOOR
+from benchmarks.gpu.floor import floor_of
 from benchmarks.gpu.parts import parts_of
-from benchmarks.gpu.shapes import KEYS, RANK, RATE, SCALE, SHAPES, WINDOW, Shape, measure, row
+from benchmarks.gpu.shapes import (
+    KEYS,
+    RANK,
+    RATE,
+    SCALE,
+    SHAPES,
+    WARM,
+    WINDOW,
+    WINDOWS,
+    Shape,
+    energy,
+    measure,
+    per_step,
+    row,
+)
 
 VARIABLES = {
     "graphs": "MLX_USE_CUDA_GRAPHS",
@@ -38,7 +57,7 @@ def main(size: str, arm: str) -> None:
     shape = SHAPES[size]
     if "batch" in options:
         shape = replace(shape, batch=int(options["batch"]))
-    if name == "ours":
+    if name in ("ours", FLOOR):
         from nested_core.backend import choose_commits  # and the backend is ready before mlx
 
         choose_commits(shape.weights)
@@ -46,15 +65,22 @@ def main(size: str, arm: str) -> None:
 
     if "limit" in options:
         mx.set_memory_limit(int(float(options["limit"]) * 2**30))
-    model = build(shape, int(options.get("bits", "16")))
-    mx.reset_peak_memory()
-    if "parts" in options:
-        found = parts_of(model, shape)
+    if name == FLOOR:
+        found = floor_of(shape)
     else:
-        found = mlx_lm_loop(model, shape) if name == "mlx_lm" else our_loop(model, shape, options)
+        model = build(shape, int(options.get("bits", "16")))
+        mx.reset_peak_memory()
+        found = loop_of(name, options)(model, shape)
     if found.pop("leads", True):
         shape = replace(shape, batch=shape.batch * int(options.get("ranks", "1")))
         print(row(size, arm, shape, found, mx.get_peak_memory()), flush=True)
+
+
+def loop_of(name: str, options: dict[str, str]) -> Callable[[Any, Shape], dict[str, Any]]:
+    """What measures a model."""
+    if "parts" in options:
+        return parts_of
+    return mlx_lm_loop if name == "mlx_lm" else partial(our_loop, options=options)
 
 
 def set_variables(options: dict[str, str]) -> None:
@@ -102,13 +128,13 @@ def mlx_lm_loop(model: Any, shape: Shape) -> dict[str, Any]:
     import mlx.optimizers as optim
     from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 
-    from benchmarks.gpu.shapes import WARM, WINDOWS
-
     rates: list[float] = []
+    energies: list[float | None] = []
 
     class Reports(TrainingCallback):
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
             rates.append(train_info["iterations_per_second"])
+            energies.append(energy())
 
     generator = np.random.default_rng(0)
     rows = generator.integers(0, shape.vocabulary, (16 * shape.batch, shape.length))
@@ -123,7 +149,11 @@ def mlx_lm_loop(model: Any, shape: Shape) -> dict[str, Any]:
         data = [(each.tolist(), 0) for each in rows]
         train(model, optim.Adam(RATE), data, None, arguments, training_callback=Reports())
     seconds = [1 / rate for rate in rates]
-    return {"seconds": seconds[WARM:], "warm_up": round(WINDOW * sum(seconds[:WARM]), 2)}
+    return {
+        "seconds": seconds[WARM:],
+        "warm_up": round(WINDOW * sum(seconds[:WARM]), 2),
+        "joules": per_step(energies[WARM - 1], energies[-1]),
+    }
 
 
 def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
@@ -177,7 +207,8 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
         if world.is_alone:
             return found
         world.require_equal(engine.held(), step)
-        return found | {"leads": world.leads, "equal": True, "bytes_sent_by_due_tiers": sent}
+        found |= {"leads": world.leads, "equal": True, "bytes_sent_by_due_tiers": sent}
+        return found | {"joules": None}  # the counter is of one GPU
 
 
 def enter(stack: ExitStack, model: Any, options: dict[str, str]) -> None:

@@ -51,16 +51,40 @@ SHAPES = {
 
 
 def measure(window: Callable[[], None]) -> dict[str, Any]:
-    """Seconds of windows of WINDOW steps, each of which ends when its loss has been read."""
+    """Seconds of windows of WINDOW steps, each of which ends when its loss has been read.
+
+    With the energy of a step, in joules, where NVML tells it; the windows follow one another, so
+    that a GPU comes to the power that it may take.
+    """
     began = time.perf_counter()
     for _ in range(WARM):
         window()
     warm, seconds = time.perf_counter() - began, []
+    before = energy()
     for _ in range(WINDOWS):
         start = time.perf_counter()
         window()
         seconds.append((time.perf_counter() - start) / WINDOW)
-    return {"seconds": seconds, "warm_up": round(warm, 2)}
+    joules = per_step(before, energy())
+    return {"seconds": seconds, "warm_up": round(warm, 2), "joules": joules}
+
+
+def per_step(before: float | None, after: float | None) -> float | None:
+    """Joules a step between two readings of `energy`, with WINDOWS windows between them."""
+    if before is None or after is None:
+        return None
+    return round((after - before) / (WINDOWS * WINDOW), 2)
+
+
+def energy() -> float | None:
+    """Joules that the first GPU has taken since its driver was loaded; None without NVML."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    pynvml.nvmlInit()
+    device = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(device)) / 1000
 
 
 def median_ms(seconds: list[float]) -> float:
