@@ -14,8 +14,12 @@ from benchmarks.gpu.shapes import WINDOW, Shape, measure
 NAME = "floor"
 
 
-def floor_of(shape: Shape) -> dict[str, Any]:
-    """Seconds of steps of nothing but products forwards, and attention and products backwards."""
+def floor_of(shape: Shape, *, deep: bool = False) -> dict[str, Any]:
+    """Seconds of steps of nothing but products forwards, and attention and products backwards.
+
+    With `deep`, backwards as far as [1, 2, 4] goes where deep layers are fast. The lowest layer
+    that is due needs no gradient of what q, k and v are given.
+    """
     import mlx.core as mx
 
     rows, head = shape.tokens, shape.hidden // shape.heads
@@ -38,24 +42,32 @@ def floor_of(shape: Shape) -> dict[str, Any]:
     def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=head**-0.5, mask="causal")
 
-    def step() -> Any:
+    def step(lowest: int) -> Any:
+        found: Any = None
         for weights in layers:
             mx.async_eval([wide[w.shape[1]] @ w.T for w in weights])
+        for _ in layers[:lowest]:
+            mx.async_eval(attend(q, k, v))
         mx.async_eval(wide[shape.hidden] @ output.T)
         mx.async_eval(wide[shape.vocabulary] @ output)
-        found: Any = None
-        for weights in reversed(layers):
-            through = [wide[w.shape[0]] @ w for w in weights]
-            found = mx.vjp(attend, [q, k, v], [g]), through
+        for place in reversed(range(lowest, shape.layers)):
+            weights = layers[place][3:] if place == lowest else layers[place]
+            found = mx.vjp(attend, [q, k, v], [g]), [wide[w.shape[0]] @ w for w in weights]
             mx.async_eval(found)
         return found
 
     def window() -> None:
-        for _ in range(WINDOW - 1):
-            step()
-        mx.eval(step())
+        for lowest in lowest_layers(shape.layers, deep):
+            last = step(lowest)
+        mx.eval(last)
 
     return measure(window)
+
+
+def lowest_layers(layers: int, deep: bool) -> list[int]:
+    """The lowest layer that is due at each step of a window."""
+    due = (1, 2, 1, 3) if deep else (3,) * WINDOW  # thirds, from the deepest on
+    return [-(-layers * (3 - thirds) // 3) for thirds in due]  # as benchmarks.tiers.thirds has them
 
 
 def weights_of(shape: Shape) -> list[tuple[int, int]]:

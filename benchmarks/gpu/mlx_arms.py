@@ -6,7 +6,7 @@ An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep l
 (our LoRA layers and swiglu), `+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the
 factors). `ours+parts` takes the gradients alone, third by third. With `+ranks=2`, under
 `mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts the tokens of all.
-`floor` is no training, but the products and the attention that each must do.
+`floor`, and `floor+deep`, is no training, but the products and the attention that each must do.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(size: str, arm: str) -> None:
     if "limit" in options:
         mx.set_memory_limit(int(float(options["limit"]) * 2**30))
     if name == FLOOR:
-        found = floor_of(shape)
+        found = floor_of(shape, deep="deep" in options)
     else:
         model = build(shape, int(options.get("bits", "16")))
         mx.reset_peak_memory()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import floor, shapes
+from benchmarks.tiers import depths, thirds
 
 
 @pytest.mark.parametrize("size", shapes.SHAPES)
@@ -17,8 +18,19 @@ def test_the_floor_has_every_weight_of_the_model_it_bounds(size: str) -> None:
     assert shape.layers * layer + shape.vocabulary * shape.hidden == shape.weights
 
 
-def test_the_floor_is_measured_in_as_many_windows_as_a_training() -> None:
-    found = floor.floor_of(shapes.SHAPES["tiny"])
+@pytest.mark.parametrize("layers", [shape.layers for shape in shapes.SHAPES.values()])
+def test_the_floor_goes_back_as_far_as_the_thirds_that_are_due(layers: int) -> None:
+    slots: Any = {f"model.layers.{place}.a": None for place in range(layers)}
+    tiers = thirds(slots, layers, deep=True)
+    for step, lowest in enumerate(floor.lowest_layers(layers, deep=True), 1):
+        due = [at for name, at in depths(slots).items() if tiers.tensors[name] in tiers.due(step)]
+        assert min(due) == lowest
+    assert floor.lowest_layers(layers, deep=False) == [0] * shapes.WINDOW
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_the_floor_is_measured_in_as_many_windows_as_a_training(deep: bool) -> None:
+    found = floor.floor_of(shapes.SHAPES["tiny"], deep=deep)
     assert len(found["seconds"]) == shapes.WINDOWS
     assert min(found["seconds"]) > 0
 
