@@ -15,9 +15,12 @@ import mlx.nn as nn
 def in_code_of(
     model: nn.Module, name: str, original: Any, function: Callable[..., mx.array]
 ) -> Iterator[None]:
-    """Have `name` mean `function` wherever the model's code has mlx-lm's `original` under it."""
+    """Have `name` mean `function` wherever the model's code has mlx-lm's `original` under it.
+
+    Code that a model brings along (`model_file`) is in no imported module, and keeps the original.
+    """
     homes = {type(module).__module__ for _, module in model.named_modules()}
-    users: list[Any] = [sys.modules[home] for home in sorted(homes)]
+    users: list[Any] = [sys.modules[home] for home in sorted(homes & sys.modules.keys())]
     users = [user for user in users if getattr(user, name, None) is original]
     try:
         for user in users:

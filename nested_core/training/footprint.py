@@ -86,11 +86,9 @@ def _read_layer(modules: Modules, draws: bool, copies: int) -> Layer:
 def _is_fused(modules: Modules, name: str) -> bool:
     """Whether a layer is the last of a gated MLP that is all LoRA: see training/gated_mlp.py."""
     parent, _, leaf = name.rpartition(".")
-    home = type(modules.get(parent)).__module__
+    home = sys.modules.get(type(modules.get(parent)).__module__)  # None: code of the model's own
     layers = [modules.get(f"{parent}.{each}") for each in (*GATED, leaf)]
-    return (
-        leaf == "down_proj" and "swiglu" in vars(sys.modules[home]) and all(map(_is_tiled, layers))
-    )
+    return leaf == "down_proj" and hasattr(home, "swiglu") and all(map(_is_tiled, layers))
 
 
 def _is_tiled(module: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -58,4 +59,17 @@ def test_a_name_in_the_models_code_is_given_back_after_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="on purpose"):
         fail_inside()
+    assert llama.swiglu is plain_swiglu
+
+
+def test_code_that_a_model_brings_along_keeps_its_names_and_mlx_lms_is_changed() -> None:
+    """mlx-lm runs a folder's own `model_file` without making it a module that can be imported."""
+    own = ModuleType("own_code")
+    source = "from mlx_lm.models.llama import MLP\nclass OwnMLP(MLP):\n    pass\nswiglu = None\n"
+    exec(source, vars(own))  # noqa: S102 -- as mlx_lm.utils.load_model does
+    model: Any = build("llama")
+    model.layers[0].mlp.__class__ = own.OwnMLP
+    with in_code_of(model, "swiglu", plain_swiglu, lambda gate, x: gate):
+        assert llama.swiglu is not plain_swiglu
+        assert own.swiglu is None
     assert llama.swiglu is plain_swiglu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from mlx_lm import load
 
+from nested_core import pipeline
 from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
@@ -32,6 +34,23 @@ from tests.example import (
 )
 
 IMPORTANCE = {"strategy": "parameter_importance", "probe_batches": 2}
+
+
+OWN_CODE = """
+from mlx_lm.models import llama
+from mlx_lm.models.activations import swiglu
+from mlx_lm.models.llama import ModelArgs
+
+class MLP(llama.MLP):
+    def __call__(self, x):
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+class Model(llama.Model):
+    def __init__(self, args):
+        super().__init__(args)
+        for layer in self.layers:
+            layer.mlp = MLP(args)
+"""
 
 
 def weights_of(model: Any) -> dict[str, bytes]:
@@ -204,3 +223,15 @@ def test_an_exported_configuration_says_what_mlx_lm_needs(exported: tuple[Finish
     assert config["num_layers"] == -1
     assert config["lora_parameters"] == {"rank": 8, "scale": 2.0, "dropout": 0.0}
     assert len(config["base_fingerprint"]) == 64
+
+
+def test_a_base_model_with_code_of_its_own_trains_to_the_loss_of_mlx_lms(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(MODEL, folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(known | {"model_file": "own.py"}))
+    own = train_example(tmp_path / "own", model=str(folder), trust_remote_code=True, iters=4)
+    expected = train_example(tmp_path / "run", iters=4)
+    assert own.trainer.state.train_loss == pytest.approx(expected.trainer.state.train_loss)
+    assert pipeline.judge(own.config, own.run).has_passed
