@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -58,13 +59,18 @@ class TrainingState:
             self.best_step = self.best_val_loss = None
 
     def record_evaluation(self, val_loss: float, *, is_candidate: bool, min_delta: float) -> bool:
-        """Take note of a validation loss; return whether it is the best among the candidates."""
+        """Take note of a validation loss; return whether it is the best among the candidates.
+
+        One that is not finite is no improvement, and never the best.
+        """
         self.val_loss, self.evaluated_step = val_loss, self.step
-        if self.lowest_val_loss is None or val_loss < self.lowest_val_loss - min_delta:
+        lowest = math.inf if self.lowest_val_loss is None else self.lowest_val_loss
+        best = math.inf if self.best_val_loss is None else self.best_val_loss
+        if val_loss < lowest - min_delta:
             self.lowest_val_loss, self.evaluations_without_improvement = val_loss, 0
         else:
             self.evaluations_without_improvement += 1
-        is_best = is_candidate and (self.best_val_loss is None or val_loss < self.best_val_loss)
+        is_best = is_candidate and val_loss < best
         if is_best:
             self.best_step, self.best_val_loss = self.step, val_loss
         return is_best

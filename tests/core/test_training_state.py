@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,6 +52,18 @@ def test_patience_counts_evaluations_that_are_not_better_by_min_delta() -> None:
 def test_steps_too_small_for_min_delta_add_up() -> None:
     state = evaluated([4.0, 3.96, 3.92, 3.88], min_delta=0.1)
     assert (state.lowest_val_loss, state.evaluations_without_improvement) == (3.88, 0)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_no_best_and_nothing_is_measured_against_it(
+    broken: float,
+) -> None:
+    state = evaluated([broken, broken, 3.0, broken, 2.0])
+    assert (state.best_step, state.best_val_loss, state.lowest_val_loss) == (4, 2.0, 2.0)
+    assert state.evaluations_without_improvement == 0
+    state = evaluated([4.0, broken, broken])
+    assert (state.best_step, state.lowest_val_loss) == (None, 4.0)
+    assert state.evaluations_without_improvement == 2
 
 
 @given(
