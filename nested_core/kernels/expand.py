@@ -15,11 +15,12 @@ import mlx.core as mx
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, THREADS, launch
+from nested_core.kernels.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
 from nested_core.kernels.tiles import TILE, is_in_tiles, made_for
 
 COLUMNS, ROWS = 32, 16  # that a warp takes: widths are multiples
-STEPS, BLOCKS = 2, 1056  # times that many rows, at most, and as few as leave so many blocks
+STEPS = 2  # times that many rows, at most
+BLOCKS = 8 * MULTIPROCESSORS  # that are left at least where a warp takes more than ROWS
 AT_ONCE = 4  # arrays a launch
 
 

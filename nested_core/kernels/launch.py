@@ -18,6 +18,7 @@ import numpy as np
 
 DTYPE = mx.bfloat16  # of the arrays that kernels compute with
 THREADS = 256  # of a block, at most
+MULTIPROCESSORS = 132  # of an H200, which grids are made for
 INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 

@@ -15,12 +15,12 @@ import mlx.core as mx
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, THREADS, launch
+from nested_core.kernels.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
 from nested_core.kernels.tiles import TILE, is_in_tiles, made_for
 
 AT_ONCE = 4  # pairs a launch
 ROWS, DEPTH, COLUMNS = 16, 32, 64  # of a wide array: rows a block, a warp's reach, columns a block
-RESIDENT, MULTIPROCESSORS = 3, 132  # blocks that an H200 computes at once, where they are small
+RESIDENT = 3  # blocks that a multiprocessor computes at once, where they are small
 
 Pairs = Sequence[tuple[mx.array, mx.array]]
 Narrow = Callable[[Pairs, float], mx.array]

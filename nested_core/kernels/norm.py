@@ -15,12 +15,12 @@ import mlx.nn as nn
 
 from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, WIDTH, launch
+from nested_core.kernels.launch import DTYPE, MULTIPROCESSORS, WIDTH, launch
 from nested_core.kernels.replacing import standing_in
 
 MOST_THREADS = 128
 PACKS = 1, 2, 4, 8, 16  # loads of a thread, for which there are kernels
-BLOCKS = 1056  # at most: each takes row after row
+BLOCKS = 8 * MULTIPROCESSORS  # at most: each takes row after row
 LONGEST = PACKS[-1] * WIDTH * MOST_THREADS  # a row that a block keeps in registers
 
 Backward = Callable[[mx.array, mx.array, float, mx.array], mx.array]
