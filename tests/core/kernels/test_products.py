@@ -114,13 +114,15 @@ def test_no_kernel_is_used_that_disagrees_whatever_it_comes_with(
     assert asked == []
 
 
-def test_an_odd_number_of_rows_goes_to_mlx(asked: list[tuple[str, int]]) -> None:
-    low_rank.narrow(narrow_pairs((8, 64), rows=5), 1.0)
-    low_rank.outer(outer_pairs((8, 64), rows=5))
-    assert asked == []
-    low_rank.narrow(narrow_pairs((8, 64), rows=2), 1.0)
-    low_rank.outer(outer_pairs((8, 64), rows=2))
-    assert asked == [("narrow", 1), ("outer", 1)]
+@pytest.mark.parametrize(
+    ("rows", "takers"), [(1, ["narrow"]), (5, ["narrow"]), (2, ["narrow", "outer"])]
+)
+def test_an_odd_number_of_rows_goes_to_mlx_only_where_rows_are_summed(
+    rows: int, takers: list[str], asked: list[tuple[str, int]]
+) -> None:
+    low_rank.narrow(narrow_pairs((8, 64), rows=rows), 1.0)
+    low_rank.outer(outer_pairs((8, 64), rows=rows))
+    assert [name for name, _ in asked] == takers
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_a_launch_has_four_pairs_of_which_some_are_of_no_height() -> None:
     assert most == 3
 
 
-def test_the_check_has_rows_in_several_splits_and_widths_beyond_what_the_warps_reach(
+def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_the_warps_reach(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shapes: dict[str, list[tuple[int, ...]]] = {}
@@ -179,6 +181,7 @@ def test_the_check_has_rows_in_several_splits_and_widths_beyond_what_the_warps_r
     assert str(found).startswith("it differs by")
     warps = THREADS // 32
     assert min(width for _, width in shapes["narrow"][:-1]) > low_rank.DEPTH * warps
+    assert shapes["narrow"][1][0] % 2 == 1
     rows, splits = shapes["outer"][1][0], shapes["outer"][-1][0]
     assert splits > 1
     assert rows > splits * low_rank.ROWS * warps
