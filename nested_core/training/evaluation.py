@@ -15,6 +15,7 @@ from nested_core.gradients import Flat
 from nested_core.scalars import to_float
 from nested_core.slots import Slots, borrowed, put
 from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch, first_of
+from nested_core.training.modes import evaluating
 from nested_core.training.ranks import ALONE, World
 
 Prompts = Sequence[Sequence[int]]
@@ -47,20 +48,15 @@ class Evaluator:
 
     def loss(self, params: Flat, batches: Iterable[MicroBatch]) -> float:
         """Mean cross-entropy a supervised token, in nats, with dropout off."""
-        was_training = self._model.training
-        self._model.eval()
         total, count = mx.array(0.0), mx.array(0)
-        try:
-            with borrowed(self._slots):
-                for batch in batches:
-                    if self._is_cut():
-                        raise EvaluationCut
-                    loss, supervised = self._compiled(params, *self._rule.arrange(batch))
-                    total = total + self._rule.weighted(loss, supervised)
-                    count = count + supervised
-                    mx.eval(total, count)
-        finally:
-            self._model.train(was_training)
+        with evaluating(self._model), borrowed(self._slots):
+            for batch in batches:
+                if self._is_cut():
+                    raise EvaluationCut
+                loss, supervised = self._compiled(params, *self._rule.arrange(batch))
+                total = total + self._rule.weighted(loss, supervised)
+                count = count + supervised
+                mx.eval(total, count)
         sums = self._world.total({"loss": total, "count": count})
         return to_float(sums["loss"] / sums["count"])
 
@@ -70,12 +66,9 @@ class Evaluator:
         `prompts`, `columns` and `values` (a row a prompt, float32): what a fresh process that loads
         the published adapter must compute again.
         """
-        was_training = self._model.training
-        self._model.eval()
-        with borrowed(self._slots):
+        with evaluating(self._model), borrowed(self._slots):
             put(self._slots, params)
             rows = [_last_logits(self._model(mx.array([prompt]))) for prompt in self._prompts]
-        self._model.train(was_training)
         size = len(rows[0]) if rows else 0
         columns = np.linspace(0, size - 1, min(size, MAX_COLUMNS)).astype(int).tolist()
         values = [row[columns].tolist() for row in rows]

@@ -19,6 +19,7 @@ from nested_core.kernels.replacing import standing_in
 from nested_core.scalars import to_float
 from nested_core.slots import Slots, borrowed, put, read_slots
 from nested_core.training.losses import first_of
+from nested_core.training.modes import evaluating
 
 DEPTH = 3  # a body lies at most so deep: "model", "language_model.model", "model.norm"
 PROBE = [[1, 2, 3, 4], [4, 3, 1, 2]]
@@ -57,12 +58,8 @@ class OutputHead:
 
 def find_head(model: nn.Module, slots: Slots) -> OutputHead | None:
     """The frozen output layer of a model, or None, with a line in the log that says why."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return _find_head(model, slots)
-    finally:
-        model.train(was_training)
 
 
 def _find_head(model: nn.Module, slots: Slots) -> OutputHead | None:

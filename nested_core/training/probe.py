@@ -15,6 +15,7 @@ from nested_core.scalars import to_float
 from nested_core.slots import adapter_slots, borrowed, put, read_slots
 from nested_core.training.losses import supervised_loss
 from nested_core.training.methods import plan_batches
+from nested_core.training.modes import evaluating
 
 
 def parameter_importance(
@@ -31,13 +32,10 @@ def parameter_importance(
         return loss / count
 
     totals = {name: 0.0 for name in params}
-    was_training = model.training
-    model.eval()
-    with borrowed(slots):
+    with evaluating(model), borrowed(slots):
         for index in range(config.nested.probe_batches):
             tokens, mask = plan.arrays(split, index)
             gradients = mx.grad(mean_loss)(params, mx.array(tokens), mx.array(mask))
             for name, gradient in gradients.items():
                 totals[name] += to_float(mx.square(gradient).sum())
-    model.train(was_training)
     return {name: total / config.nested.probe_batches for name, total in totals.items()}

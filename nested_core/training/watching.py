@@ -17,6 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.replacing import in_code_of, standing_in
 from nested_core.kernels.swiglu import plain_swiglu
+from nested_core.training.modes import evaluating
 
 
 class Call(NamedTuple):
@@ -105,14 +106,9 @@ def _is_all(owner: nn.Module, layers: Iterable[LoRALinear]) -> bool:
 
 def watched(model: nn.Module) -> Calls:
     """What a call of a model calls; no dropout is drawn."""
-    calls, modes = Calls(), [(module, module.training) for _, module in model.named_modules()]
-    model.eval()
-    try:
-        with _noting(model, calls):
-            model(mx.zeros((1, 2), mx.int32))
-    finally:
-        for module, was_training in modes:
-            module._set_training_mode(was_training)
+    calls = Calls()
+    with evaluating(model), _noting(model, calls):
+        model(mx.zeros((1, 2), mx.int32))
     return calls
 
 

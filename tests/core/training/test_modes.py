@@ -1,0 +1,83 @@
+"""Models in training or evaluation mode, or of both: whoever evaluates gives each its own back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from nested_core.config import FineTuneConfig
+from nested_core.data.tokens import TokenizedSplit
+from nested_core.slots import adapter_slots, read_slots
+from nested_core.training.evaluation import Evaluator
+from nested_core.training.head import find_head
+from nested_core.training.probe import parameter_importance
+from nested_core.training.watching import watched
+from tests.architectures import batch, build
+
+
+def evaluated(model: nn.Module) -> None:
+    slots = adapter_slots(model)
+    Evaluator(model, slots).loss(read_slots(slots), [batch()])
+
+
+def asked(model: nn.Module) -> None:
+    slots = adapter_slots(model)
+    Evaluator(model, slots, prompts=[[1, 2, 3]]).fixed_logits(read_slots(slots))
+
+
+def probed(model: nn.Module) -> None:
+    starts, lines = np.arange(0, 45, 9), np.arange(1, 5, dtype=np.int32)
+    tokens, learnt = np.arange(36, dtype=np.int32), np.arange(36) % 9 > 0
+    config = FineTuneConfig.model_validate({"nested": {"probe_batches": 1}})
+    parameter_importance(config, model, TokenizedSplit(tokens, learnt, starts, lines))
+
+
+USES: dict[str, Callable[[nn.Module], Any]] = {
+    "watching": watched,
+    "head": lambda model: find_head(model, adapter_slots(model)),
+    "loss": evaluated,
+    "logits": asked,
+    "probe": probed,
+}
+
+
+def modes_of(model: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.fixture
+def mixed() -> Any:
+    """A model that trains, one of its layers in evaluation mode."""
+    model = build("llama", dropout=0.3)
+    model.train()
+    model.layers[1].eval()
+    return model
+
+
+@pytest.mark.parametrize("use", USES)
+def test_whoever_evaluates_a_model_gives_each_module_its_own_mode_back(
+    use: str, mixed: Any
+) -> None:
+    before = modes_of(mixed)
+    assert set(before.values()) == {False, True}
+    USES[use](mixed)
+    assert modes_of(mixed) == before
+
+
+@pytest.mark.parametrize("use", USES)
+def test_they_do_after_an_error_too(use: str, mixed: Any) -> None:
+    class Failing(nn.Module):
+        def __call__(self, x: mx.array) -> mx.array:
+            assert not self.training
+            raise RuntimeError("on purpose")
+
+    mixed.layers[1].mlp = Failing()
+    before = modes_of(mixed)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        USES[use](mixed)
+    assert modes_of(mixed) == before
