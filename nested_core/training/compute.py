@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import chain
 
 import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.attention import blocked_attention
 from nested_core.kernels.norm import frozen_norms
@@ -16,7 +17,7 @@ from nested_core.kernels.swiglu import fused_swiglu
 from nested_core.training.gated_mlp import fusable_mlps, fused_mlps
 from nested_core.training.low_rank import low_rank
 from nested_core.training.recompute import recomputed
-from nested_core.training.watching import shared_inputs
+from nested_core.training.watching import GatedMLP, shared_inputs, watched
 
 SWAPPED = fused_swiglu, blocked_attention, tabled_rope, frozen_norms, whole_weights
 
@@ -34,12 +35,22 @@ def prepared(
         if as_mlx_lm:
             yield
             return
-        mlps = fusable_mlps(model)
-        groups = shared_inputs(model, apart=chain(*(mlp.layers for mlp in mlps)))
-        groups += [list(mlp.layers[:2]) for mlp in mlps if mlp.is_even()]  # for what does not fit
+        mlps, groups = _found_in(model)
         with ExitStack() as stack:
             for swapped in SWAPPED:
                 stack.enter_context(swapped(model))
             stack.enter_context(low_rank(model, groups))
             stack.enter_context(fused_mlps(mlps))
             yield
+
+
+def _found_in(model: nn.Module) -> tuple[list[GatedMLP], list[list[LoRALinear]]]:
+    """The MLPs that are one function each, and the layers that share an input.
+
+    Nothing of what was watched is kept: it holds on to the arrays that the model has now.
+    """
+    calls = watched(model)
+    mlps = fusable_mlps(calls)
+    groups = shared_inputs(calls, apart=chain(*(mlp.layers for mlp in mlps)))
+    groups += [list(mlp.layers[:2]) for mlp in mlps if mlp.is_even()]  # for what does not fit
+    return mlps, groups

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core import backend
@@ -27,14 +26,14 @@ from nested_core.training.low_rank import (
     through_bases,
     with_low_rank,
 )
-from nested_core.training.watching import GatedMLP, gated_mlps
+from nested_core.training.watching import Calls, GatedMLP, gated_mlps
 
 
-def fusable_mlps(model: nn.Module) -> list[GatedMLP]:
-    """The MLPs of a model that are computed here: those of LoRA layers, where kernels are sound."""
+def fusable_mlps(calls: Calls) -> list[GatedMLP]:
+    """The MLPs that are computed here: those of LoRA layers, where kernels are sound."""
     if not backend.has_cuda():
         return []
-    return [mlp for mlp in gated_mlps(model) if _has_kernels(mlp)]
+    return [mlp for mlp in gated_mlps(calls) if _has_kernels(mlp)]
 
 
 def _has_kernels(mlp: GatedMLP) -> bool:

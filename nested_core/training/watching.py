@@ -37,7 +37,10 @@ class Product(NamedTuple):
 
 
 class GatedMLP(NamedTuple):
-    """A module that computes down(swiglu(gate(x), up(x))) of LoRA layers, and nothing else."""
+    """A module that computes down(swiglu(gate(x), up(x))) of three LoRA layers, and nothing else.
+
+    It is seen in evaluation mode; none of mlx-lm's such modules computes otherwise in training.
+    """
 
     module: nn.Module
     layers: tuple[LoRALinear, LoRALinear, LoRALinear]  # gate, up, down
@@ -62,14 +65,13 @@ class Calls:
         return [call for call in self.layers if times.count(id(call.module)) == 1]
 
 
-def shared_inputs(model: nn.Module, apart: Iterable[LoRALinear] = ()) -> list[list[LoRALinear]]:
+def shared_inputs(calls: Calls, apart: Iterable[LoRALinear] = ()) -> list[list[LoRALinear]]:
     """LoRALinear layers that are given one array, alike in all but their width.
 
     They are of one rank, scale and dtype. Layers that are called more than once, or alone, or are
     to stay `apart`, are in no group.
     """
     groups: dict[tuple[Any, ...], list[LoRALinear]] = {}
-    calls = watched(model)  # its arrays stay alive below, and their ids their own
     others = set(map(id, apart))
     for layer, x, _ in calls.layers_once():
         if id(layer) in others:
@@ -79,9 +81,8 @@ def shared_inputs(model: nn.Module, apart: Iterable[LoRALinear] = ()) -> list[li
     return [group for group in groups.values() if len(group) > 1]
 
 
-def gated_mlps(model: nn.Module) -> list[GatedMLP]:
-    """The modules of a model that are gated MLPs of LoRA layers, each of which is called once."""
-    calls = watched(model)
+def gated_mlps(calls: Calls) -> list[GatedMLP]:
+    """The modules that are gated MLPs of LoRA layers, each of which is called once."""
     layers = calls.layers_once()
     by_output = {id(call.output): call for call in layers}
     by_input = {id(call.x): call for call in layers}
@@ -90,7 +91,7 @@ def gated_mlps(model: nn.Module) -> list[GatedMLP]:
     for product in calls.products:
         gate, up = by_output.get(id(product.gate)), by_output.get(id(product.up))
         down = by_input.get(id(product.output))
-        if gate is None or up is None or down is None or gate.x is not up.x:
+        if gate is None or up is None or gate is up or down is None or gate.x is not up.x:
             continue
         owner = owners.get((id(gate.x), id(down.output)))
         three = gate.module, up.module, down.module

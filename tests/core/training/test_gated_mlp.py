@@ -16,7 +16,7 @@ from nested_core.gradients import Flat
 from nested_core.training import gated_mlp
 from nested_core.training.gated_mlp import computed, fusable_mlps, fused_mlps
 from nested_core.training.losses import SUPERVISED
-from nested_core.training.watching import GatedMLP, gated_mlps
+from nested_core.training.watching import GatedMLP, gated_mlps, watched
 from tests.architectures import Outcome, batch, build, largest_difference, outcome
 
 MODELS = [("llama", False), ("qwen2", False), ("granite", False), ("cohere", False)]
@@ -42,7 +42,7 @@ def test_loss_and_gradients_are_no_further_from_float32_than_mlx_lms(
     model.set_dtype(mx.bfloat16)
     theirs = outcome(model, SUPERVISED, batch())
     assert asked == []
-    with fused_mlps(fusable_mlps(model)):
+    with fused_mlps(fusable_mlps(watched(model))):
         ours = outcome(model, SUPERVISED, batch())
     assert {"forward", "backward"} <= set(asked)
     model.set_dtype(mx.float32)
@@ -141,7 +141,7 @@ def test_a_whole_model_in_float32_is_mlx_lms(monkeypatch: pytest.MonkeyPatch) ->
     for name, quantized in MODELS:
         model = build(name, quantized=quantized)
         expected = outcome(model, SUPERVISED, batch())
-        with fused_mlps(gated_mlps(model)):
+        with fused_mlps(gated_mlps(watched(model))):
             found = outcome(model, SUPERVISED, batch())
         assert found.loss == pytest.approx(expected.loss, rel=2e-6)
         assert largest_difference(found.gradients, expected.gradients) < 3e-5

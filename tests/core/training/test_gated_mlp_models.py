@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels import norm, rope, swiglu
+from nested_core.kernels.replacing import standing_in
 from nested_core.slots import adapter_slots
 from nested_core.training import gated_mlp, low_rank
 from nested_core.training.compute import prepared
@@ -18,7 +20,7 @@ from nested_core.training.gated_mlp import fusable_mlps, fused_mlps
 from nested_core.training.losses import SUPERVISED
 from nested_core.training.low_rank import GROUP, LowRankLinear
 from nested_core.training.recompute import recomputed
-from nested_core.training.watching import gated_mlps
+from nested_core.training.watching import Calls, gated_mlps, watched
 from tests.architectures import batch, build, largest_difference, outcome
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
@@ -48,7 +50,7 @@ def without_norms_and_ropes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_gradient_checkpointing_gives_the_same_gradients(asked: list[str]) -> None:
     model = in_bfloat16("llama")
-    with fused_mlps(fusable_mlps(model)):
+    with fused_mlps(fusable_mlps(watched(model))):
         expected = outcome(model, SUPERVISED, batch())
         kept = asked.count("forward")
         asked.clear()
@@ -62,13 +64,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(asked: list[str]) -> No
 def test_checkpointed_layers_have_their_gated_mlps_found(asked: list[str]) -> None:
     model = in_bfloat16("llama")
     with recomputed(model.layers):
-        assert len(fusable_mlps(model)) == 2
+        assert len(fusable_mlps(watched(model))) == 2
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere"])
 def test_compiled_equals_uncompiled_to_the_bit(name: str, asked: list[str]) -> None:
     model = in_bfloat16(name)
-    with fused_mlps(fusable_mlps(model)):
+    with fused_mlps(fusable_mlps(watched(model))):
         plain = outcome(model, SUPERVISED, batch(), compiled=run)
         compiled = outcome(model, SUPERVISED, batch())
     assert "backward" in asked
@@ -92,7 +94,7 @@ def test_gradients_of_some_factors_alone_are_those_among_all(
     slots = {name: slot for name, slot in everything.items() if chosen in name}
     assert 0 < len(slots) < len(everything)
     expected = outcome(model, SUPERVISED, batch(), slots=slots)
-    with fused_mlps(gated_mlps(model)):
+    with fused_mlps(gated_mlps(watched(model))):
         found = outcome(model, SUPERVISED, batch(), slots=slots)
     assert found.gradients.keys() == slots.keys()
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -101,7 +103,7 @@ def test_gradients_of_some_factors_alone_are_those_among_all(
 def test_an_adapter_on_mlps_alone_is_taken(asked: list[str]) -> None:
     model = in_bfloat16("llama", keys=[f"mlp.{key}" for key in PROJECTIONS])
     expected = outcome(model, SUPERVISED, batch())
-    with fused_mlps(fusable_mlps(model)):
+    with fused_mlps(fusable_mlps(watched(model))):
         found = outcome(model, SUPERVISED, batch())
     assert asked.count("backward") == 2
     assert largest_difference(found.gradients, expected.gradients) < 0.05
@@ -123,6 +125,21 @@ def test_modules_are_given_back_after_an_error(asked: list[str]) -> None:
         fail_inside()
     assert kinds_of(model) == before
     assert asked == []
+
+
+@pytest.mark.usefixtures("asked", "without_norms_and_ropes")
+def test_a_model_is_watched_once_and_nothing_of_it_is_kept_while_it_is_prepared() -> None:
+    model = in_bfloat16("llama")
+    calls: list[Any] = []
+    own = type(model).__call__
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return own(model, *args)
+
+    with standing_in(model, counted), prepared(model):
+        assert len(calls) == 1
+        assert not any(isinstance(each, Calls) for each in gc.get_objects())
 
 
 @pytest.mark.usefixtures("asked", "without_norms_and_ropes")
@@ -173,15 +190,15 @@ def test_a_prepared_model_gives_mlx_lms_gradients(
 
 @pytest.mark.parametrize("rank", [4, 12, 72])
 def test_mlps_of_ranks_that_no_kernel_takes_are_not_fused(rank: int, asked: list[str]) -> None:
-    assert fusable_mlps(build("llama", rank=rank)) == []
+    assert fusable_mlps(watched(build("llama", rank=rank))) == []
     assert asked == []
 
 
 def test_without_cuda_no_mlp_is_fused(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", rank=8)
-    assert len(fusable_mlps(model)) == 2
+    assert len(fusable_mlps(watched(model))) == 2
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
-    assert fusable_mlps(model) == []
+    assert fusable_mlps(watched(model)) == []
 
 
 def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
@@ -194,7 +211,7 @@ def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
         layer.mlp.down_proj.lora_b = mx.zeros((40, 64))
     for bad, count in ((1, 0), (6, 0), (2, 2), (8, 2)):
         monkeypatch.setattr(gated_mlp, "kernels_agree", lambda most, bad=bad: most != bad)
-        assert len(fusable_mlps(model)) == count
+        assert len(fusable_mlps(watched(model))) == count
 
 
 def test_kernels_are_compiled_for_the_ranks_of_layers_and_for_gates_and_ups_together(
@@ -202,5 +219,5 @@ def test_kernels_are_compiled_for_the_ranks_of_layers_and_for_gates_and_ups_toge
 ) -> None:
     checked: list[int] = []
     monkeypatch.setattr(low_rank, "kernel_agrees", checked.append)
-    fusable_mlps(build("llama", rank=16))
+    fusable_mlps(watched(build("llama", rank=16)))
     assert set(checked) == {2, 4}

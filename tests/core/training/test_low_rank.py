@@ -15,7 +15,7 @@ from nested_core.pytree import flatten
 from nested_core.training.losses import SUPERVISED
 from nested_core.training.low_rank import LowRankLinear, low_rank
 from nested_core.training.recompute import recomputed
-from nested_core.training.watching import shared_inputs
+from nested_core.training.watching import shared_inputs, watched
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 
@@ -24,7 +24,7 @@ from tests.architectures import ARCHITECTURES, batch, build, largest_difference,
 def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> None:
     model = build(name)
     expected = outcome(model, SUPERVISED, batch())
-    with low_rank(model, shared_inputs(model) if grouped else ()):
+    with low_rank(model, shared_inputs(watched(model)) if grouped else ()):
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -34,7 +34,7 @@ def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> Non
 def test_a_quantised_base_gives_what_mlx_lm_gives(grouped: bool) -> None:
     model = build("qwen2", quantized=True)
     expected = outcome(model, SUPERVISED, batch())
-    with low_rank(model, shared_inputs(model) if grouped else ()):
+    with low_rank(model, shared_inputs(watched(model)) if grouped else ()):
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -45,7 +45,7 @@ def test_dropout_draws_what_mlx_lm_draws() -> None:
     model.train()
     mx.random.seed(7)
     expected = outcome(model, SUPERVISED, batch(), compiled=run)
-    with low_rank(model, shared_inputs(model)):
+    with low_rank(model, shared_inputs(watched(model))):
         mx.random.seed(7)
         found = outcome(model, SUPERVISED, batch(), compiled=run)
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
@@ -60,14 +60,14 @@ def run(function: Any) -> Any:
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model = build("llama")
     expected = outcome(model, SUPERVISED, batch())
-    with recomputed(model.layers), low_rank(model, shared_inputs(model)):
+    with recomputed(model.layers), low_rank(model, shared_inputs(watched(model))):
         found = outcome(model, SUPERVISED, batch())
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
 
 def test_compiled_equals_uncompiled_to_the_bit() -> None:
     model = build("llama")
-    with low_rank(model, shared_inputs(model)):
+    with low_rank(model, shared_inputs(watched(model))):
         plain = outcome(model, SUPERVISED, batch(), compiled=run)
         compiled = outcome(model, SUPERVISED, batch())
     assert compiled.loss == plain.loss
@@ -92,9 +92,9 @@ class CalledTwice(nn.Module):
 def test_a_layer_called_twice_is_in_no_group_and_computes_each_time() -> None:
     model = CalledTwice()
     tokens = mx.zeros((1, 3), mx.int32)
-    assert shared_inputs(model) == []
+    assert shared_inputs(watched(model)) == []
     expected = model(tokens)
-    with low_rank(model, shared_inputs(model)):
+    with low_rank(model, shared_inputs(watched(model))):
         assert mx.allclose(model(tokens), expected).item()
 
 
@@ -129,7 +129,7 @@ def test_only_layers_of_one_scale_and_rank_share_their_products(
     kinds: list[tuple[float, int]], together: list[list[int]]
 ) -> None:
     model, tokens = Sharing(*kinds), mx.zeros((2, 5), mx.int32)
-    groups = shared_inputs(model)
+    groups = shared_inputs(watched(model))
     places = {id(layer): place for place, layer in enumerate(model.layers)}
     assert [[places[id(layer)] for layer in group] for group in groups] == together
     gradient = nn.value_and_grad(model, lambda tokens: model(tokens))
@@ -173,7 +173,7 @@ def test_modules_parameters_and_names_are_given_back_after_an_error(tmp_path: Pa
     before = {name: (module, type(module)) for name, module in model.named_modules()}
 
     def fail_inside() -> None:
-        with low_rank(model, shared_inputs(model)):
+        with low_rank(model, shared_inputs(watched(model))):
             assert any(isinstance(m, LowRankLinear) for _, m in model.named_modules())
             assert dict(model.named_modules()).keys() == before.keys()
             raise RuntimeError("on purpose")
