@@ -2,11 +2,10 @@
 
 An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep layers fast),
 `+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+graphs=1` (CUDA graphs),
-`+ops=10` and `+mb=200` (what is committed at once), `+batch=16`, and what to leave out: `+noswap`
-(our LoRA layers and swiglu), `+nogroup`, `+nokernel`, `+nohead`, `+nopack`, `+float32` (the
-factors). `ours+parts` takes the gradients alone, third by third. With `+ranks=2`, under
-`mlx.launch`, each rank has the whole batch on a GPU of its own; the row counts the tokens of all.
-`floor`, and `floor+deep`, is no training, but the products and the attention that each must do.
+`+ops=10` and `+mb=200` (what is committed at once), `+batch=16`. `ours+parts` takes the gradients
+alone, third by third. With `+ranks=2`, under `mlx.launch`, each rank has the whole batch on a GPU
+of its own; the row counts the tokens of all. `floor`, and `floor+deep`, is no training, but the
+products and the attention that each must do.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,12 +45,18 @@ VARIABLES = {
     "ops": "MLX_MAX_OPS_PER_BUFFER",
     "mb": "MLX_MAX_MB_PER_BUFFER",
 }
+NAMES = "mlx_lm", "ours", FLOOR
+OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "limit", "parts", "ranks"}
 
 
 def main(size: str, arm: str) -> None:
     """Measure one arm at one size and print its row."""
     name, *words = arm.split("+")
     options = dict(word.split("=") if "=" in word else (word, "1") for word in words)
+    if name not in NAMES or options.keys() - OPTIONS:
+        raise SystemExit(
+            f"There is no arm {arm}: {', '.join(NAMES)}, with any of {sorted(OPTIONS)}."
+        )
     set_variables(options)
     shape = SHAPES[size]
     if "batch" in options:
@@ -165,25 +169,25 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
 
     from benchmarks.tiers import one_tier, optimizer_for, thirds
     from nested_core.slots import adapter_slots
+    from nested_core.training.compute import prepared
     from nested_core.training.engine import Engine
     from nested_core.training.losses import SUPERVISED
     from nested_core.training.positions import rule_for
     from nested_core.training.ranks import ALONE, join
 
     world = join(int(options["ranks"])) if "ranks" in options else ALONE
-    slots = adapter_slots(model, dtype=None if "float32" in options else mx.bfloat16)
+    model.train()
+    slots = adapter_slots(model, dtype=mx.bfloat16)
     is_tiered = "deep" in options or "due" in options
     tiers = thirds(slots, shape.layers, deep=True) if is_tiered else one_tier(slots)
     optimizer = optimizer_for(tiers, slots, RATE)
-    rule = SUPERVISED if "nohead" in options else rule_for(model, slots, SUPERVISED)
+    rule = rule_for(model, slots, SUPERVISED)
     generator = np.random.default_rng(world.rank)
     size = (16, shape.batch, shape.length + 1)
     batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     learnt = np.ones((shape.batch, shape.length), np.bool_)
-    with ExitStack() as stack:
-        enter(stack, model, options)
-        parts = model, slots, optimizer, tiers, rule
-        engine = Engine(*parts, joins="nopack" not in options, world=world)
+    with prepared(model):
+        engine = Engine(model, slots, optimizer, tiers, rule, world=world)
         step, in_flight, sent = 0, [mx.array(0)], dict[str, int]()
 
         def window() -> None:
@@ -209,24 +213,6 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
         world.require_equal(engine.held(), step)
         found |= {"leads": world.leads, "equal": True, "bytes_sent_by_due_tiers": sent}
         return found | {"joules": None}  # the counter is of one GPU
-
-
-def enter(stack: ExitStack, model: Any, options: dict[str, str]) -> None:
-    """Swap what the options leave in."""
-    from nested_core.kernels.swiglu import fused_swiglu
-    from nested_core.training.compute import prepared
-    from nested_core.training.low_rank import low_rank
-    from nested_core.training.watching import shared_inputs
-
-    model.train()
-    if not options.keys() & {"noswap", "nogroup", "nokernel"}:
-        stack.enter_context(prepared(model))
-        return
-    if "noswap" not in options:
-        groups = [] if "nogroup" in options else shared_inputs(model)
-        stack.enter_context(low_rank(model, groups))
-        if "nokernel" not in options:
-            stack.enter_context(fused_swiglu(model))
 
 
 if __name__ == "__main__":
