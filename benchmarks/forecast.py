@@ -23,6 +23,7 @@ STEPS = 3
 class Case:
     """A model and its batch, the share of its tokens that is learnt, and the layers recomputed.
 
+    Weights are quantised where `bits` are fewer than 16.
     `tiered` is three tiers over thirds of the layers, shallow ones fast, all due.
     """
 
@@ -31,6 +32,7 @@ class Case:
     share: float = 1.0
     recomputed: int = 0
     tiered: bool = False
+    bits: int = 16
 
 
 BASE = Shape(256, 8, 704, 4, 4, 4096, 4, 128)
@@ -53,6 +55,16 @@ CASES = (
     Case("16 x 128, 4 of 8 recomputed", replace(BASE, batch=16), recomputed=4),
     Case("vocabulary 512, all recomputed", replace(BASE, vocabulary=512), recomputed=8),
     Case("the same, tiers", replace(BASE, vocabulary=512), recomputed=8, tiered=True),
+    Case("4 bits", BASE, bits=4),
+    Case("4 bits, 2 layers", replace(BASE, layers=2), bits=4),
+    Case("4 bits, width 512", replace(BASE, hidden=512, heads=8, kv_heads=2), bits=4),
+    Case("4 bits, 1 x 128", replace(BASE, batch=1), bits=4),
+    Case("4 bits, 16 x 128", replace(BASE, batch=16), bits=4),
+    Case("4 bits, 2 x 1,024", replace(BASE, batch=2, length=1024), bits=4),
+    Case("4 bits, vocabulary 512", replace(BASE, vocabulary=512), bits=4),
+    Case("4 bits, vocabulary 50,000", replace(BASE, vocabulary=50_000), bits=4),
+    Case("4 bits, a tenth learnt", replace(BASE, vocabulary=50_000), share=0.1, bits=4),
+    Case("4 bits, all recomputed", BASE, recomputed=8, bits=4),
 )
 
 
@@ -83,7 +95,7 @@ def measure(case: Case) -> None:
     from benchmarks.tiers import one_tier, optimizer_for, thirds
 
     shape = case.shape
-    model = build(shape, bits=16)
+    model = build(shape, case.bits)
     import mlx.core as mx
 
     from nested_core import backend

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels.quantized import CALLS
 from nested_core.kernels.tiles import is_in_tiles
 from nested_core.pytree import flatten
 from nested_core.slots import Slots
@@ -41,6 +42,16 @@ def item_bytes(modules: Iterable[nn.Module], slots: Slots) -> int:
 def arrays(module: nn.Module) -> dict[str, mx.array]:
     """The arrays that a module holds itself."""
     return {key: value for key, value in module.items() if isinstance(value, mx.array)}
+
+
+def whole_bytes(module: Any) -> int:
+    """Bytes of a quantised weight that is made whole for its products; 0 of any other module's."""
+    is_quantized = isinstance(module, tuple(CALLS))
+    if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):
+        return 0
+    output, packed = module.weight.shape
+    size: int = output * packed * 32 // module.bits * module.scales.dtype.size
+    return size
 
 
 def _trained_bytes(slots: Slots) -> int:

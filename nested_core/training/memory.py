@@ -18,7 +18,7 @@ from nested_core.pytree import flatten
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, read_slots
 from nested_core.training import forecast
-from nested_core.training.footprint import arrays, item_bytes, read_layers
+from nested_core.training.footprint import arrays, item_bytes, read_layers, whole_bytes
 from nested_core.training.forecast import BatchShape, Device, Load, fewest_recomputed, peak_bytes
 from nested_core.training.losses import LossRule
 from nested_core.training.methods import Method
@@ -164,6 +164,7 @@ def read_load(
         vocabulary=vocabulary,
         chunk=None if rule.value_only is None else rows_at_once(vocabulary),
         joins=config.fine_tune_type != "full",
+        whole=max(map(whole_bytes, modules.values()), default=0),
     )
 
 
@@ -173,8 +174,9 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def device_of(config: FineTuneConfig) -> Device:
     """How the default device computes this configuration."""
-    if backend.has_cuda():
-        return forecast.cuda(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
-    device = forecast.CPU if backend.device() == "cpu" else forecast.METAL
     is_plain = config.training.reference is not None
-    return replace(device, scores=1, gates=2) if is_plain else device
+    if backend.has_cuda():
+        device = forecast.cuda(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
+        return replace(device, remakes=False, wholes=0) if is_plain else device
+    device = forecast.CPU if backend.device() == "cpu" else forecast.METAL
+    return replace(device, scores=1, gates=2, wholes=0) if is_plain else device

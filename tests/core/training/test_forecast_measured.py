@@ -1,0 +1,112 @@
+"""How far the forecast of peak memory is off: on H200s by what was measured, and on this CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.forecast import CASES
+from benchmarks.gpu.shapes import RANK, SHAPES
+from nested_core import backend
+from nested_core.training.forecast import BatchShape, Layer, Load, cuda, peak_bytes
+from nested_core.training.positions import rows_at_once
+from tests.example import example_settings
+
+ROOT = Path(__file__).resolve().parents[3]
+
+H200 = {  # GiB at the peak, by rows of a batch and operations a commit
+    ("135M", 4, 100): 3.10,
+    ("0.5B", 4, 25): 4.02,
+    ("0.5B", 4, 100): 4.34,
+    ("0.5B", 8, 16): 6.41,
+    ("0.5B", 16, 16): 11.59,
+    ("0.5B", 16, 25): 13.54,
+    ("1.7B", 4, 8): 13.11,
+    ("1.7B", 4, 12): 14.14,
+    ("1.7B", 4, 16): 15.00,
+    ("1.7B", 16, 8): 41.80,
+    ("7B", 4, 8): 32.57,
+    ("7B", 4, 12): 34.15,
+    ("7B", 4, 20): 37.35,
+    ("7B", 4, 40): 45.46,
+}
+H200_4_BITS = {("135M", 100): 3.04, ("0.5B", 100): 4.15, ("1.7B", 8): 11.8, ("7B", 8): 24.0}
+
+
+def forecast_for_cuda(size: str, rows: int, operations: int, bits: float = 16) -> float:
+    """GiB; `bits` a weight, with what its group's scale and bias take."""
+    shape = replace(SHAPES[size], batch=rows)
+    d, m, r = shape.hidden, shape.intermediate, RANK
+    k = d * shape.kv_heads // shape.heads
+    trained = 4 * shape.layers * r * (2 * (d + d) + 2 * (d + k) + 3 * (d + m))
+    kept = 4 * d + 2 * d + 2 * k + 3 * m + 7 * r
+    layer = Layer(d, kept, m, shape.heads, is_trained=True, remade=m)
+    load = Load(
+        int(shape.weights * bits / 8) + trained,
+        trained,
+        2 * trained,
+        item=2,
+        layers=(layer,) * shape.layers,
+        vocabulary=shape.vocabulary,
+        chunk=rows_at_once(shape.vocabulary),
+        whole=2 * shape.vocabulary * d if bits < 16 else 0,
+    )
+    batch = BatchShape(shape.batch, shape.length, shape.tokens)
+    return peak_bytes(load, batch, cuda(operations)) / 2**30
+
+
+@pytest.mark.parametrize(("size", "rows", "operations"), H200)
+def test_the_forecast_for_cuda_is_within_a_twentieth_of_what_an_h200_took(
+    size: str, rows: int, operations: int
+) -> None:
+    found = forecast_for_cuda(size, rows, operations)
+    assert found == pytest.approx(H200[size, rows, operations], rel=0.05)
+
+
+@pytest.mark.parametrize(("size", "operations"), H200_4_BITS)
+def test_it_is_for_bases_of_4_bits_too(size: str, operations: int) -> None:
+    found = forecast_for_cuda(size, 4, operations, bits=4.5)
+    assert found == pytest.approx(H200_4_BITS[size, operations], rel=0.04)
+
+
+TRAIN = """
+import json, sys
+from pathlib import Path
+import nested_core
+import mlx.core as mx
+from tests.example import FineTuneConfig, prepare, train
+
+config = FineTuneConfig.model_validate(json.loads(sys.argv[2]))
+run = prepare(config, Path(sys.argv[1]))
+mx.reset_peak_memory()
+done = train(config, run)
+print(json.dumps([done.trainer.memory.needed, mx.get_peak_memory()]))
+"""
+
+
+@pytest.mark.skipif(backend.device() != "cpu", reason="measured on CPUs")
+def test_the_peak_of_a_quantised_model_of_many_words_is_what_was_forecast() -> None:
+    number = [case.name for case in CASES].index("4 bits, a tenth learnt")
+    command = [sys.executable, "-m", "benchmarks.forecast", str(number)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["forecast_bytes"] == pytest.approx(found["measured_bytes"], rel=0.1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_checkpoint": True}], ids=["plain", "recomputed"])
+def test_the_examples_peak_is_what_was_forecast(tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = example_settings(batch_size=40, iters=5, val_batches=1, **changes)
+    command = [sys.executable, "-c", TRAIN, str(tmp_path / "run"), json.dumps(settings)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    needed, measured = json.loads(done.stdout.splitlines()[-1])
+    assert 0.9 * measured < needed < 1.25 * measured
