@@ -89,15 +89,17 @@ def flag_flat_loss(state: TrainingState, losses: Sequence[float], window: int) -
 
     The later half's mean has to differ from the earlier half's by more than two standard errors,
     or lie that far below the first report: a run that has converged is not a run that is stuck.
+    Reports whose loss is not finite are passed over.
     """
-    recent = list(losses[-window:])
-    if len(recent) < window or not all(map(math.isfinite, recent)):
+    finite = list(filter(math.isfinite, losses))
+    recent = finite[-window:]
+    if len(recent) < window:
         return
     early, late = recent[: window // 2], recent[window // 2 :]
     spread = statistics.pstdev(recent)
     noise = 2 * spread * (1 / len(early) + 1 / len(late)) ** 0.5
     moving = abs(statistics.fmean(late) - statistics.fmean(early)) > noise
-    has_learned = losses[0] - statistics.fmean(late) > max(2 * spread, 1e-6)
+    has_learned = finite[0] - statistics.fmean(late) > max(2 * spread, 1e-6)
     if not moving and not has_learned:
         raise_flag(
             state,

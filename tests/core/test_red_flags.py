@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 
@@ -56,6 +57,12 @@ class TestFlatLoss:
     def test_a_run_that_has_learned_and_converged_is_not_stuck(self) -> None:
         falling = [4.0, 3.0, 2.0, 1.0, 0.5]
         assert not any(flagged(falling + noisy(30, 0.4, 0.0, 0.02, seed)) for seed in range(20))
+
+    def test_reports_without_a_loss_are_passed_over_as_they_are_on_resume(self) -> None:
+        falling = [math.nan, 4.0, 3.0, 2.0, 1.0, 0.5]
+        converged = noisy(10, 0.4, 0.0, 0.02, seed=0)
+        assert not flagged(falling + converged)
+        assert flagged([2.5] * 9 + [math.inf, 2.5])
 
     def test_only_the_last_reports_count(self) -> None:
         assert flagged([2.5, 2.4, 2.6, 2.5] + [2.5] * 10)
