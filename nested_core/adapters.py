@@ -8,6 +8,8 @@ code or that nothing checks (.pt, .bin, .npz, .pkl) are refused by name.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Annotated, Any, Literal
 import mlx.core as mx
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import TensorSpec, serialize_file
+from safetensors import SafetensorError, TensorSpec, serialize_file
 
 from nested_core.durable import canonical_json, write_json
 from nested_core.errors import ConfigError, DamagedError
@@ -195,7 +197,8 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "
 
     `made_for` is the format in the file's metadata, which transformers and its kin look at.
 
-    mx.save_safetensors lays tensors out in the order of a hash table; safetensors itself sorts.
+    mx.save_safetensors lays tensors out in the order of a hash table; safetensors itself sorts, but
+    gives its file to the owner alone, and tells of a full disk in words.
     """
     stored = {name: np.ascontiguousarray(_viewed(array)) for name, array in arrays.items()}
     specs = {
@@ -207,7 +210,16 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "
         )
         for name, values in stored.items()
     }
-    serialize_file(specs, str(path), metadata={"format": made_for})
+    path.touch()
+    mode = path.stat().st_mode  # that of any other file written here
+    try:
+        serialize_file(specs, str(path), metadata={"format": made_for})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)
 
 
 def _viewed(array: mx.array) -> mx.array:

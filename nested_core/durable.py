@@ -55,8 +55,10 @@ def write_bytes(target: Path, content: bytes) -> None:
             file.flush()
             sync_descriptor(file.fileno())
         temporary.replace(target)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(target)  # a write names no file, and the temporary one is gone
         raise
     sync_path(target.parent)
 

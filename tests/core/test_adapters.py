@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import struct
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 
 from nested_core import Adapter, ConfigError, DamagedError, read_adapter
 from nested_core.adapters import Tensor, load_arrays, read_tensors, write_adapter
+from tests.core.limits import largest_file
 
 CONFIG: dict[str, Any] = {
     "fine_tune_type": "lora",
@@ -53,6 +56,21 @@ class TestRoundTrip:
             ("b", dtype, (3, 2)),
         ]
         assert mx.array_equal(found["b"], tensors["b"])
+
+    def test_others_may_read_what_is_written_as_any_other_file_here(self, tmp_path: Path) -> None:
+        before = os.umask(0o027)
+        try:
+            write_adapter(tmp_path, {"a": mx.ones(2)}, CONFIG)
+        finally:
+            os.umask(before)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+        assert modes == {"adapters.safetensors": 0o640, "adapter_config.json": 0o640}
+
+    def test_a_write_that_fails_is_an_os_error_that_names_the_file(self, tmp_path: Path) -> None:
+        with largest_file(1000), pytest.raises(OSError, match="File too large") as caught:
+            write_adapter(tmp_path, {"a": mx.ones(1000)}, CONFIG)
+        assert caught.value.errno == errno.EFBIG
+        assert caught.value.filename == str(tmp_path / "adapters.safetensors")
 
     def test_equal_adapters_give_equal_files(self, tmp_path: Path) -> None:
         for name, order in (("one", 1), ("two", -1)):

@@ -21,6 +21,7 @@ from nested_core.durable import (
     write_bytes,
     write_json,
 )
+from tests.core.limits import largest_file
 from tests.core.registry.faults import (
     Action,
     InjectedError,
@@ -226,6 +227,14 @@ def test_canonical_json_does_not_depend_on_the_order_of_keys() -> None:
     value = {"b": [1, 2.5], "a": {"d": None, "c": "é"}}
     expected = rb'{"a":{"c":"\u00e9","d":null},"b":[1,2.5]}'
     assert canonical_json(value) == canonical_json(dict(reversed(value.items()))) == expected
+
+
+def test_a_write_that_fails_names_the_target_and_keeps_the_old_file(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "file", OLD)
+    with largest_file(len(OLD)), pytest.raises(OSError, match="File too large") as caught:
+        replace_file(tmp_path)
+    assert caught.value.filename == str(tmp_path / "file")
+    assert contents(tmp_path) == {"file": OLD}
 
 
 def test_file_sha256_is_that_of_its_bytes(tmp_path: Path) -> None:
