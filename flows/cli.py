@@ -13,6 +13,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from flows.commands import demo, deploying, doctor, interop, judging, registry, training
+from flows.os_errors import explain
 from flows.stopping import INTERRUPTED
 from flows.terminal import say
 from nested_core.errors import ConfigError, NestedTuneError
@@ -62,9 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        text, code = explain(error) or (_unexpected(error), 1)
+        return _fail(error, code, is_debugging, text)
     except Exception as error:  # the last line of defence: a person gets a paragraph
-        text = f"unexpected {type(error).__name__}: {error}. --debug shows where it came from."
-        return _fail(error, 1, is_debugging, text)
+        return _fail(error, 1, is_debugging, _unexpected(error))
+
+
+def _unexpected(error: Exception) -> str:
+    return f"unexpected {type(error).__name__}: {error}. --debug shows where it came from."
 
 
 def _fail(error: BaseException, code: int, is_debugging: bool, text: str | None = None) -> int:

@@ -9,26 +9,29 @@ from prefect import runtime
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
 
-from nested_core.errors import NestedTuneError
-
 OUTPUTS = (1, 2)
+FAILED = "Finished in state Failed"
+# An error that the state says too, and the command line at its end; events that are sent at exit.
+SAID_ELSEWHERE = ("Encountered exception during execution", "Still processing items")
 
 
 class _ForTerminal(logging.Filter):
-    """Lets records through from a level on, without the traceback of an error of ours."""
+    """Lets records through from a level on; of an error, which task failed and no more."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
         self._level = level
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], NestedTuneError):
-            record.exc_info = record.exc_text = None
-        return record.levelno >= self._level
+        message = record.getMessage()
+        if message.startswith(FAILED):
+            record.msg, record.args = FAILED, ()
+        record.exc_info = record.exc_text = None
+        return record.levelno >= self._level and not message.startswith(SAID_ELSEWHERE)
 
 
 def quieten(level: int) -> None:
-    """Show Prefect's records from `level` on; an error that a person can cause is one paragraph."""
+    """Show Prefect's records from `level` on; what failed, the command line says at its end."""
     setup_logging()  # later calls of it leave the handlers as they are
     for handler in _console_handlers():
         handler.addFilter(_ForTerminal(level))

@@ -101,8 +101,7 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run's lock; ConfigError names the process that holds it already."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file; a run needs a directory.")
+        _require_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -165,6 +164,12 @@ def open_run(path: Path, *, resume: bool) -> RunDirectory:
             f"tiers.json as a run leaves them. Nothing there is touched; give the --run-dir of the "
             f"run that is to go on."
         )
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{path} is a file; a run needs a directory.")
+    _require_folder(path)
     return run
+
+
+def _require_folder(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_dir():
+        is_astray = path.is_symlink() and not path.exists()
+        what = "a link that leads nowhere" if is_astray else "a file"
+        raise ConfigError(f"{path} is {what}; a run needs a directory: give another --run-dir.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,14 @@ def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs
         for name in ("sound", "bad")
     ]
     return Runs(folder, *map(ended, started))
+
+
+def test_what_failed_is_told_once_and_the_tasks_are_named(runs: Runs) -> None:
+    assert runs.bad_data.code == 3
+    assert runs.bad_data.stderr.count("wrong-type") == 1
+    assert re.search(
+        r"Task run 'validate data' - Finished in state Failed$", runs.bad_data.stderr, re.M
+    )
 
 
 def test_a_run_prints_its_adapter_and_registers_without_promoting(runs: Runs) -> None:
