@@ -126,11 +126,16 @@ class _Watcher(threading.Thread):
             return
         self._printed_at, self._has_news = time.monotonic(), False
         record = self._records[-1]
-        losses = [f"{label} {record[key]:.4f}" for key, label in _LABELS if _has(record, key)]
+        losses = [f"{label} {_shown(record[key])}" for key, label in _LABELS if key in record]
         errors.print(f"step {record['step']}: {', '.join(losses)}", soft_wrap=True)
 
 
 _LABELS = (("loss", "training loss"), ("val_loss", "validation loss"))
+
+
+def _shown(loss: float | None) -> str:
+    """JSON has no NaN: metrics.jsonl holds null in its place."""
+    return "not finite" if loss is None else f"{loss:.4f}"
 
 
 class ProgressLine:

@@ -41,8 +41,20 @@ class DivergenceWatch:
                     "step %d was skipped: its gradients are not finite (%d in a row)", step, row
                 )
             if row >= self._limit:
-                raise TrainingDiverged(
-                    f"The gradients were not finite for {row} steps in a row, up to step {step}: "
-                    f"training has diverged. Lower learning_rate, set training.max_grad_norm, or "
-                    f"look at the data of these steps."
-                )
+                raise TrainingDiverged(_describe(row, step))
+
+
+def _describe(row: int, step: int) -> str:
+    """What to look at: no update can be to blame where there has been none."""
+    if row == step:
+        return (
+            f"The gradients were not finite in any of the first {row} steps, so nothing was "
+            f"trained: what the base model computes is not finite. Look for NaN and infinity in "
+            f"its weights, or for a damaged download; training.precision: float32 rules out "
+            f"numbers that are too large for a narrower type."
+        )
+    return (
+        f"The gradients were not finite for {row} steps in a row, up to step {step}: training has "
+        f"diverged. Lower learning_rate, set training.max_grad_norm, or look at the data of these "
+        f"steps."
+    )

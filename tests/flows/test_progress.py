@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
-from flows.terminal import ProgressLine, _Watcher
+from flows.terminal import ProgressLine, _Watcher, watching
 from nested_core.training.metrics import append_metrics, cut_back, read_metrics
 
 
@@ -57,3 +58,12 @@ def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_sta
         append_metrics(path, {"step": step, "loss": step / 3})
     watcher._read()
     assert watcher._records == read_metrics(path)
+
+
+def test_a_loss_that_is_not_finite_is_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 0, "val_loss": math.nan})
+    with watching(tmp_path / "metrics.jsonl"):
+        pass
+    assert capsys.readouterr().err == "step 0: validation loss not finite\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,20 @@ def test_diverged_training_with_checkpoints_and_evaluations_says_that_it_diverge
         train_example(
             tmp_path / "run", save_every=2, steps_per_eval=2, steps_per_report=2, **changes
         )
+
+
+def test_a_base_that_computes_nan_is_not_taken_for_a_learning_rate_too_large(
+    tmp_path: Path,
+) -> None:
+    weights: dict[str, mx.array] = mx.load(str(MODEL / "model.safetensors"))  # type: ignore[assignment]
+    weights["model.norm.weight"][0] = float("nan")
+    shutil.copytree(MODEL, tmp_path / "base")
+    mx.save_safetensors(str(tmp_path / "base" / "model.safetensors"), weights)
+    with pytest.raises(TrainingDiverged) as caught:
+        train_example(tmp_path / "run", model=str(tmp_path / "base"), val_batches=0)
+    assert "in any of the first 5 steps" in str(caught.value)
+    assert "Look for NaN and infinity in its weights" in str(caught.value)
+    assert "learning_rate" not in str(caught.value)
 
 
 def lose(model: Any, updates: dict[str, Any]) -> None:
