@@ -105,7 +105,8 @@ def parse_config(values: Mapping[str, Any], *, source: str) -> FineTuneConfig:
 
 def render_config(config: FineTuneConfig) -> bytes:
     """The bytes of config.yaml: every key with the value that it came to."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode()
+    values = config.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
 
 
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:

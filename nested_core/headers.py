@@ -47,7 +47,10 @@ def read_header(file: Any, size: int, path: Path) -> dict[str, Place]:
         places = _places(parse_json(header), 8 + length)
         _require_no_gap(places, 8 + length, size)
     except (ValueError, SafetensorError) as error:
-        raise DamagedError(f"{path} is not a sound safetensors file: {error!s:.300}.") from error
+        raise DamagedError(
+            f"{path} is not a sound safetensors file: {error!s:.300}. It was cut short or changed "
+            f"after it was written: take it again from where it came."
+        ) from error
     return places
 
 

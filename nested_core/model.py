@@ -196,18 +196,18 @@ def load_leaves(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
     """
     leaves = trainable(model)
     problems = [f"  {name}: missing" for name in leaves.keys() - tensors.keys()]
-    problems += [
-        f"  {name}: not an adapter tensor of this model" for name in tensors.keys() - leaves
-    ]
+    problems += [f"  {name}: nothing that these settings train" for name in tensors.keys() - leaves]
     problems += [
         f"  {name}: shape {tensors[name].shape}, expected {leaf.shape}"
         for name, leaf in leaves.items()
         if name in tensors and tensors[name].shape != leaf.shape
     ]
     if problems:
+        more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise ConfigError(
             "The adapter's tensors do not fit the model and lora_parameters:\n"
-            + "\n".join(sorted(problems)[:10])
+            + "\n".join(sorted(problems)[:10] + more)
+            + "\nSet num_layers, lora_parameters and fine_tune_type to what it was made with."
         )
     cast = [(name, tensors[name].astype(leaf.dtype)) for name, leaf in leaves.items()]
     model.update(tree_unflatten(cast))

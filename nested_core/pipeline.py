@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from nested_core.adapters import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.checkpoints import checkpoint_path, latest_checkpoint, publish_adapter
 from nested_core.config import FineTuneConfig
@@ -25,6 +23,7 @@ from nested_core.durable import mend_leftovers, new_directory, write_bytes, writ
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.losses import refuse_other_data
+from nested_core.given_adapter import read_given_adapter
 from nested_core.model import (
     adapter_config,
     attach_adapter,
@@ -67,7 +66,8 @@ class TrainResult:
 def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     """Write the resolved configuration, or on resume see that it is the same in what matters.
 
-    Call only under the run's lock, and once: what is there by then without `resume` is another's.
+    Until an adapter was made from it there is nothing to contradict. Call only under the run's
+    lock, and once: what is there by then without `resume` is another's.
     """
     count_ranks(config)  # a hostfile that cannot be used is found before anything is done
     mend_leftovers(run.path)
@@ -78,7 +78,8 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
                 f"{run.path}: another process has begun a run here meanwhile. A run is never "
                 f"written over: give a --run-dir of its own."
             )
-        refuse_differences(read_run_config(run), config, run.path)
+        if run.tiers.exists():
+            refuse_differences(read_run_config(run), config, run.path)
     write_bytes(run.config, render_config(config))
 
 
@@ -108,9 +109,10 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
         return
     model, _ = load_base(config, as_stored=True)
     attach_adapter(model, config)
+    base = base_fingerprint(find_model(config.model))
     if config.resume_adapter_file is not None:
-        load_leaves(model, _read_adapter_file(Path(config.resume_adapter_file)))
-    described = adapter_config(config, base_fingerprint(find_model(config.model)))
+        load_leaves(model, read_given_adapter(Path(config.resume_adapter_file), base))
+    described = adapter_config(config, base)
     champion = starting_adapter(config, described)
     if champion is not None:
         load_leaves(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
@@ -119,19 +121,6 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
     tiers = _assign(config, model)
     build_optimizer(config, tiers)  # what it cannot be made from is found before training
     write_json(run.tiers, tiers.to_json())
-
-
-def _read_adapter_file(path: Path) -> dict[str, mx.array]:
-    if not path.is_file():
-        raise ConfigError(f"resume_adapter_file: {path} does not exist.")
-    arrays = load_arrays(path)
-    broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
-    if broken:
-        raise ConfigError(
-            f"resume_adapter_file: {len(broken)} tensors of {path} hold NaN or infinity, "
-            f"{broken[0]} among them. Nothing can be trained from there; give a sound adapter."
-        )
-    return arrays
 
 
 def _assign(config: FineTuneConfig, model: Any) -> TierMap:

@@ -23,9 +23,11 @@ def refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) 
     differing = [key for key in before if key not in FREE_ON_RESUME and before[key] != after[key]]
     lines = [line for key in differing for line in _differences(key, before[key], after[key])]
     if lines:
+        more = [f"  and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
         raise ConfigError(
             f"{run_dir} cannot be resumed with a configuration that differs:\n"
-            + "\n".join(lines[:MAX_SHOWN])
+            + "\n".join(lines[:MAX_SHOWN] + more)
+            + "\nGive what the run began with, or another --run-dir for a new run."
         )
 
 

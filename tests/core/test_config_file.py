@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core import ConfigError, FineTuneConfig, load_config
-from nested_core.config_file import MAX_YAML_BYTES, read_yaml
+from nested_core.config_file import MAX_YAML_BYTES, read_yaml, render_config
 
 Write = Callable[[str | bytes], Path]
 yaml_like = st.text("{}[]:,-?|>'\"#%&*!@<= \n\tab1e.~").map(str.encode)
@@ -198,3 +198,8 @@ adapter_path: "adapters"
     assert config.lr_schedule is not None
     assert config.lr_schedule.warmup_init == 1e-7
     assert (config.adapter_path, config.resume_adapter_file) == ("adapters", None)
+
+
+def test_what_a_run_keeps_of_a_configuration_is_readable_in_any_language() -> None:
+    config = load_config(None, {"model": "módel 模型", "data": "d"})
+    assert "model: módel 模型\n" in render_config(config).decode()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +160,7 @@ def test_an_adapter_that_does_not_fit_is_refused_with_every_problem_at_once(
     message = str(caught.value)
     assert "model.layers.0.mlp.down_proj.lora_a: missing" in message
     assert "model.layers.0.mlp.down_proj.lora_b: shape (64, 8), expected (8, 64)" in message
-    assert "model.layers.0.stray.lora_a: not an adapter tensor of this model" in message
+    assert "model.layers.0.stray.lora_a: nothing that these settings train" in message
     assert not (tmp_path / "run" / "initial").exists()
 
 
@@ -167,8 +169,12 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(
 ) -> None:
     existing = every_step.run.adapter / "adapters.safetensors"
     config = example_config(resume_adapter_file=str(existing), lora_parameters={"rank": 4})
-    with pytest.raises(ConfigError, match=r"shape \(192, 8\), expected \(192, 4\)"):
+    with pytest.raises(ConfigError, match=r"shape \(192, 8\), expected \(192, 4\)") as caught:
         prepare(config, tmp_path / "run")
+    assert str(caught.value).splitlines()[-2:] == [
+        "  and 74 more",
+        "Set num_layers, lora_parameters and fine_tune_type to what it was made with.",
+    ]
 
 
 def test_an_adapter_that_is_not_finite_is_refused_by_name(
@@ -188,7 +194,7 @@ def test_an_adapter_file_that_is_cut_short_is_damage(every_step: Finished, tmp_p
     whole = (every_step.run.adapter / "adapters.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-7])
     config = example_config(resume_adapter_file=str(tmp_path / "cut.safetensors"))
-    with pytest.raises(DamagedError, match=r"cut\.safetensors is not a sound safetensors file"):
+    with pytest.raises(DamagedError, match=r"cut\.safetensors is not a sound .*take it again"):
         prepare(config, tmp_path / "run")
 
 
@@ -197,4 +203,25 @@ def test_an_adapter_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"resume_adapter_file: .*none.safetensors does not exist"
     ):
+        prepare(config, tmp_path / "run")
+
+
+def test_a_folder_in_place_of_an_adapter_file_is_told_the_file(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    config = example_config(resume_adapter_file=str(every_step.run.adapter))
+    with pytest.raises(ConfigError, match=r"is a folder; give .*/adapter/adapters.safetensors"):
+        prepare(config, tmp_path / "run")
+
+
+def test_an_adapter_of_another_base_model_is_a_warning(
+    every_step: Finished, tmp_path: Path
+) -> None:
+    other = tmp_path / "adapter"
+    shutil.copytree(every_step.run.adapter, other)
+    described = json.loads((other / "adapter_config.json").read_bytes())
+    described["base_fingerprint"] = "0a" * 32
+    (other / "adapter_config.json").write_text(json.dumps(described))
+    config = example_config(resume_adapter_file=str(other / "adapters.safetensors"))
+    with pytest.warns(UserWarning, match="was made for another base model"):
         prepare(config, tmp_path / "run")

@@ -207,6 +207,18 @@ def test_a_configuration_that_differs_is_refused_with_both_values(
         pipeline.begin(changed, run, resume=True)
     assert "learning_rate: 0.002 in the run, 0.0001 now" in str(caught.value)
     assert "batch_size: 2 in the run, 4 now" in str(caught.value)
+    assert str(caught.value).endswith("or another --run-dir for a new run.")
+
+
+def test_a_run_that_made_no_adapter_yet_takes_the_corrected_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_layers"):
+        prepare(example_config(num_layers=7), tmp_path / "run")
+    corrected = example_config(num_layers=3, val_batches=0)
+    run = open_run(tmp_path / "run", resume=True)
+    pipeline.begin(corrected, run, resume=True)
+    pipeline.load(corrected, run)
+    assert pipeline.read_run_config(run) == corrected
+    assert train(corrected, run).result.step == 8
 
 
 def test_a_run_without_a_sound_checkpoint_is_refused(
