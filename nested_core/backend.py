@@ -21,7 +21,8 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
 LARGEST_THRESHOLD, KEPT_BYTES = 32 * 2**20, 2**30
 GRAPHS_VARIABLE, NO_GRAPHS = "MLX_USE_CUDA_GRAPHS", "0"
 COMMIT_VARIABLE = "MLX_MAX_OPS_PER_BUFFER"
-SMALL_MODEL, OPERATIONS_IF_SMALL, OPERATIONS_IF_LARGE = 10**9, "100", "8"
+OPERATIONS = {2 * 10**8: "100", 10**9: "25"}  # of a commit, for models of fewer weights than that
+OPERATIONS_IF_LARGER = "8"
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 COMPILED = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
@@ -64,13 +65,14 @@ def choose_commits(weights: int) -> None:
     MLX looks when a process first computes an array; whoever has set the variable decides. Where
     kernels are short, starting them is what takes the time, and each commit and each graph costs
     (0.5B, 4 x 512, H200 with slow CPU cores, mlx 0.32.4: 54 ms a step with graphs of 25 operations,
-    48 without graphs, 34 with 100 operations a commit). Memory is used again once what was
-    committed has run: a step of 7B takes 37.4 GiB with 20 operations, and 32.6 with 8, in 1.01
-    times the time on that host (1.7B: 15.0 GiB with 16, 13.1 with 8, in the same time).
+    48 without graphs, 34 with 100 operations a commit). But the host may be ten commits ahead, and
+    memory is used again once what was committed has run. 0.5B took 3.9 to 5.6 GiB with 100
+    operations, the more the faster the host, and 4.0 with 25, in 1.06 times the time; 7B takes 37.4
+    with 20 and 32.6 with 8, in 1.01 times (1.7B: 15.0 with 16, 13.1 with 8, in the same time).
     """
     if is_for_cuda():
-        operations = OPERATIONS_IF_SMALL if weights < SMALL_MODEL else OPERATIONS_IF_LARGE
-        os.environ.setdefault(COMMIT_VARIABLE, operations)
+        chosen = (each for most, each in OPERATIONS.items() if weights < most)
+        os.environ.setdefault(COMMIT_VARIABLE, next(chosen, OPERATIONS_IF_LARGER))
 
 
 def is_for_cuda() -> bool:

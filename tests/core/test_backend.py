@@ -52,7 +52,9 @@ def test_with_mlx_for_cuda_a_model_chooses_how_kernels_are_started_unless_somebo
     tmp_path: Path,
 ) -> None:
     path = with_cuda_package(tmp_path)
-    assert run(ASK, "999999999", PYTHONPATH=path) == "0 100"
+    assert run(ASK, "199999999", PYTHONPATH=path) == "0 100"
+    assert run(ASK, "200000000", PYTHONPATH=path) == "0 25"
+    assert run(ASK, "999999999", PYTHONPATH=path) == "0 25"
     assert run(ASK, "1000000000", PYTHONPATH=path) == "0 8"
     chosen = {"MLX_USE_CUDA_GRAPHS": "1", "MLX_MAX_OPS_PER_BUFFER": "77"}
     assert run(ASK, "1000000000", PYTHONPATH=path, **chosen) == "1 77"
