@@ -135,7 +135,7 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
 
     Under `full` there is nothing to inject: the last layers themselves are trained.
     The random state is seeded right before, so that a seed gives mlx_lm.lora's own initial weights.
-    Raises ConfigError where nothing, or something other than the adapter, would train.
+    Raises ConfigError where nothing, what is quantised, or anything beside the adapter would train.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -150,7 +150,14 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
     if config.fine_tune_type == "full":
         for layer in model.layers[-max(config.num_layers, 0) :]:
             layer.unfreeze()
-        return trainable(model)
+        leaves = trainable(model)
+        packed = [n for n, leaf in leaves.items() if not mx.issubdtype(leaf.dtype, mx.floating)]
+        if packed:
+            raise ConfigError(
+                f"fine_tune_type: full: {len(packed)} weights to be trained are quantised, "
+                f"{packed[0]} among them. Use lora or dora, or a base that is not quantised."
+            )
+        return leaves
     _warn_of_unmatched_keys(model, config)
     linear_to_lora_layers(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,23 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm import load
+from mlx_lm.utils import quantize_model, save
 
 from nested_core import pipeline
 from nested_core.adapters import load_arrays, read_tensors
 from nested_core.checkpoints import MASTERS, OPTIMIZER_NAME, checkpoint_path
-from nested_core.errors import TrainingStopped
+from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.pytree import flatten
-from tests.example import MODEL, SPEEDS, Finished, prepare, stop_after, train, train_example
+from tests.example import (
+    MODEL,
+    SPEEDS,
+    Finished,
+    example_config,
+    prepare,
+    stop_after,
+    train,
+    train_example,
+)
 
 FULL: dict[str, Any] = {
     "fine_tune_type": "full",
@@ -34,6 +45,19 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A run that nobody stops, in each mode; under accumulate with a chunk left open."""
     nested = {"frequencies": [1, 2, 3], "slow_gradients": request.param}
     return train_example(tmp_path_factory.mktemp("full") / "run", **FULL, nested=nested)
+
+
+def test_a_quantised_base_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model, tokenizer = load(str(MODEL))[:2]
+    known = json.loads((MODEL / "config.json").read_bytes())
+    model, config = quantize_model(model, known, group_size=32, bits=4)
+    save(tmp_path / "base", MODEL, model, tokenizer, config)
+    changes = FULL | {"model": str(tmp_path / "base")}
+    with pytest.raises(
+        ConfigError, match=r"full: 21 weights .*layers.3.self_attn.q_proj.weight .*lora"
+    ):
+        prepare(example_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "initial").exists()
 
 
 def last(done: Finished) -> Path:
