@@ -72,6 +72,12 @@ def test_the_kernel_takes_arrays_of_whole_loads(
     assert asked == ([3] if fits else [])
 
 
+def test_arrays_of_several_dtypes_go_to_mlx(asked: list[int]) -> None:
+    arrays = arrays_of((16,)) + arrays_of((8,), dtype=mx.float32)
+    found = joining.joined(arrays)
+    assert (found.dtype, found.shape, asked) == (mx.float32, (24,), [])
+
+
 @pytest.mark.parametrize(
     ("count", "launches"),
     [

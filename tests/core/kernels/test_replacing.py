@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +48,24 @@ def test_a_module_is_given_back_after_an_error_and_from_within_another_block() -
     with pytest.raises(RuntimeError, match="on purpose"):
         fail_inside()
     assert type(module) is nn.Linear
+
+
+def test_what_answered_is_let_go_of_with_the_block() -> None:
+    class Answer:
+        """A call that holds something."""
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return x
+
+    answer = Answer()
+    held = weakref.ref(answer)
+    gc.disable()
+    try:
+        with standing_in(nn.Linear(2, 2), answer):
+            del answer
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_name_in_the_models_code_is_given_back_after_an_error() -> None:

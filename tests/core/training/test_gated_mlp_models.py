@@ -161,6 +161,24 @@ def test_a_fused_mlps_layers_share_with_no_others_in_a_prepared_model(
 
 
 @pytest.mark.usefixtures("asked", "without_norms_and_ropes")
+@pytest.mark.parametrize("unlike", ["rank", "dtype"])
+def test_the_gate_and_up_of_a_fused_mlp_share_nothing_where_they_are_not_alike(unlike: str) -> None:
+    model = in_bfloat16("llama")
+    for layer in model.layers:
+        up = layer.mlp.up_proj
+        if unlike == "rank":
+            up.lora_a = mx.zeros((64, 16), mx.bfloat16)
+            up.lora_b = mx.zeros((16, 128), mx.bfloat16)
+        else:
+            up.lora_b = up.lora_b.astype(mx.float32)
+    before = kinds_of(model)
+    with prepared(model):
+        assert kinds_of(model)["model.layers.0.mlp"] != before["model.layers.0.mlp"]
+        for layer in model.layers:
+            assert not any(GROUP in vars(layer.mlp[key]) for key in PROJECTIONS)
+
+
+@pytest.mark.usefixtures("asked", "without_norms_and_ropes")
 def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,7 +13,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.pytree import flatten
 from nested_core.training.losses import SUPERVISED
-from nested_core.training.low_rank import LowRankLinear, low_rank
+from nested_core.training.low_rank import GROUP, LowRankLinear, low_rank
 from nested_core.training.recompute import recomputed
 from nested_core.training.watching import shared_inputs, watched
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
@@ -139,6 +139,25 @@ def test_only_layers_of_one_scale_and_rank_share_their_products(
     assert value.item() == pytest.approx(expected_value.item(), rel=2e-6)
     assert len(flatten(expected)) == 2 * len(kinds)
     assert largest_difference(flatten(found), flatten(expected)) < 3e-5
+
+
+def test_layers_whose_factors_are_of_other_dtypes_share_nothing() -> None:
+    model, tokens = Sharing(*[(2.0, 4)] * 4), mx.zeros((2, 5), mx.int32)
+    model.layers[1].lora_a = model.layers[1].lora_a.astype(mx.bfloat16)
+    model.layers[2].lora_b = model.layers[2].lora_b.astype(mx.bfloat16)
+    (group,) = shared_inputs(watched(model))
+    assert list(map(id, group)) == [id(model.layers[0]), id(model.layers[3])]
+    expected = model(tokens)
+    with low_rank(model, [group]):
+        assert model(tokens).item() == pytest.approx(expected.item(), rel=2e-6)
+
+
+def test_a_group_lets_go_of_its_input_when_its_last_layer_has_been_asked() -> None:
+    model = Sharing((2.0, 4), (2.0, 4))
+    with low_rank(model, [model.layers]):
+        mx.eval(model(mx.zeros((2, 5), mx.int32)))
+        (group,) = {vars(layer)[GROUP] for layer in model.layers}
+        assert (group._input, group._outputs) == (None, {})
 
 
 def test_a_group_that_is_given_several_inputs_after_all_computes_each_on_its_own() -> None:

@@ -131,6 +131,22 @@ def test_a_tall_matrix_lies_in_the_vector_with_its_short_side_first() -> None:
     assert transposed.flags["C_CONTIGUOUS"]
 
 
+@pytest.mark.parametrize(("odd", "views"), [(7, False), (16, True)])
+def test_what_is_cut_begins_where_16_bytes_can_be_loaded(odd: int, views: bool) -> None:
+    leaf = Leaf(0, {"first": (odd,), "second": (2, 8), "third": (24,)})
+    vector = mx.random.normal((odd + 40,)).astype(mx.float16)
+    mx.eval(vector)
+    start = address(vector)
+    starts = [address(each.reshape(-1)) for each in leaf.cut(vector).values()]
+    assert {place % 16 for place in starts} == {start % 16}
+    assert all(start <= place < start + vector.nbytes for place in starts) is views
+
+
+def address(array: mx.array) -> int:
+    place: int = np.array(array, copy=False).ctypes.data
+    return place
+
+
 def test_a_tensor_that_is_kept_alone_stays_as_it_is() -> None:
     leaf, value = Leaf(0, {"a": (8, 3)}), mx.ones((8, 3))
     assert leaf.join({"a": value}) is value
