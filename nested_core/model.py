@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -45,7 +46,7 @@ def find_model(model: str) -> Path:
     except NestedTuneError:  # a signal's handler may raise in the middle of a download
         raise
     except Exception as error:  # the hub client has many ways to say that there is no such model
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten(str(error), 160, placeholder=" ...")
         raise ConfigError(
             f"model: {model!r} is no local directory and could not be fetched as a Hugging Face "
             f"repository ({type(error).__name__}: {reason}). Give the path of an mlx model folder, "

@@ -40,7 +40,7 @@ from nested_core.strict_json import finite_or_none
 from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
-from nested_core.training.export import export_adapter
+from nested_core.training.export import export_adapter, require_writable
 from nested_core.training.hosts import count_ranks
 from nested_core.training.launching import train_in_ranks
 from nested_core.training.probe import parameter_importance
@@ -69,7 +69,9 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     Until an adapter was made from it there is nothing to contradict. Call only under the run's
     lock, and once: what is there by then without `resume` is another's.
     """
-    count_ranks(config)  # a hostfile that cannot be used is found before anything is done
+    count_ranks(config)  # what cannot be used is found before anything is done
+    if config.adapter_path is not None:
+        require_writable(Path(config.adapter_path))
     mend_leftovers(run.path)
     mend_leftovers(run.checkpoints)
     if run.config.exists():

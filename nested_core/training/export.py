@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME
 from nested_core.durable import write_bytes
+from nested_core.errors import ConfigError
+
+
+def require_writable(adapter_path: Path) -> None:
+    """Make the folder, so that what stands in its way is known before there is an adapter."""
+    if adapter_path.exists() and not adapter_path.is_dir():
+        raise ConfigError(f"adapter_path: {adapter_path} is a file; give a folder.")
+    adapter_path.mkdir(parents=True, exist_ok=True)
+    if not os.access(adapter_path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(adapter_path))
 
 
 def export_snapshot(source: Path, adapter_path: Path, iteration: int) -> None:

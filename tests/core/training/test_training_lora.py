@@ -225,3 +225,21 @@ def test_an_adapter_of_another_base_model_is_a_warning(
     config = example_config(resume_adapter_file=str(other / "adapters.safetensors"))
     with pytest.warns(UserWarning, match="was made for another base model"):
         prepare(config, tmp_path / "run")
+
+
+def test_a_file_in_place_of_adapter_path_is_refused_before_anything_is_done(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "adapters").touch()
+    config = example_config(adapter_path=str(tmp_path / "adapters"))
+    with pytest.raises(ConfigError, match="adapters is a file; give a folder"):
+        prepare(config, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_model_without_its_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="Expected the model's config.json, tok") as caught:
+        prepare(example_config(model=str(tmp_path / "base")), tmp_path / "run")
+    assert "\n" not in str(caught.value)
