@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from flows.commands import demo, deploying, doctor, interop, judging, registry, training
 from flows.os_errors import explain
 from flows.stopping import INTERRUPTED
 from flows.terminal import say
 from nested_core.errors import ConfigError, NestedTuneError
-
-COMMANDS = (demo, training, judging, registry, interop, deploying, doctor)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +26,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """The parser of all commands; importing them takes long enough for a person to press Ctrl-C."""
+    from flows.commands import demo, deploying, doctor, interop, judging, registry, training
+
     parser = _Parser(
         prog="nested-tune",
         description="Fine-tuning pipelines for MLX that cannot silently do nothing.",
@@ -40,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for module in COMMANDS:
+    for module in (demo, training, judging, registry, interop, deploying, doctor):
         module.add_commands(commands, shared)
     return parser
 
@@ -51,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_debugging = "--debug" in arguments
     warnings.showwarning = _show_warning
     try:
-        parsed = build_parser().parse_args(arguments)
+        parsed, unknown = build_parser().parse_known_args(arguments)
+        if unknown:
+            place = f"nested-tune {parsed.command} --help"
+            raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}. See: {place}")
         # Libraries print as they like; standard output is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             finish = parsed.run(parsed)

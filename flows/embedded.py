@@ -52,12 +52,26 @@ def prefect_server() -> Iterator[Callable[[], None]]:
     if server is None or get_current_settings().api.url is not None:
         if server is not None:
             server.stop()
-        yield lambda: None
+        yield _require_server
         return
     server.serve()
     here = {PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
     with temporary_settings(updates=here):
         yield lambda: _import_and_wait(server)
+
+
+def _require_server() -> None:
+    """NestedTuneError where the server that the settings name cannot be reached."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+        if error is not None:
+            raise NestedTuneError(
+                f"The Prefect server at {client.api_url} does not answer ({error!s:.200}). Start "
+                f"it, or unset {API_URL} to run with an embedded one; `nested-tune doctor` looks "
+                f"at it, and `nested-tune train` needs none."
+            )
 
 
 def _import_and_wait(server: EmbeddedServer) -> None:

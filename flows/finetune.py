@@ -94,7 +94,7 @@ def _open(config: FinetuneParameters) -> RunDirectory:
 def _train(settings: FineTuneConfig, run: RunDirectory) -> None:
     """Train; at SIGINT or SIGTERM, which Prefect sends to cancel, a checkpoint is written first."""
     stopper = Stopper()
-    with stopper.installed():
+    with stopper.installed(run):
         train(settings, run.path, stopper.watch)
         stopper.release()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from flows.terminal import say
 from nested_core.errors import TrainingStopped
+from nested_core.run_directory import RunDirectory
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -42,8 +43,8 @@ class Stopper:
             raise _StopNow
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Handle the signals while the block runs; TrainingStopped where one came.
+    def installed(self, run: RunDirectory) -> Iterator[None]:
+        """Handle the signals while the block works on a run; TrainingStopped where one came.
 
         Signals reach the main thread alone: in any other the block only runs.
         """
@@ -59,8 +60,10 @@ class Stopper:
             yield
         except _StopNow:
             raise TrainingStopped(
-                "Stopped outside of training: what was done so far is on disk. Go on with the same "
-                "command, the same --run-dir and --resume."
+                f"Stopped outside of training: what was done so far is on disk. Go on with the "
+                f"same command, --run-dir {run.path} --resume."
+                if run.is_begun()
+                else "Stopped before anything was done. Begin again with the same command."
             ) from None
         finally:
             signal.set_wakeup_fd(fd_before)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -171,10 +171,20 @@ class ProgressLine:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
     """A table on standard output; wide enough not to fold where there is no terminal."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    table = Table(*columns, title=title or None, title_justify="left")
+    headers = [Column(name, overflow="fold") for name in columns]
+    table = Table(*headers, title=title or None, title_justify="left")
     for row in rows:
-        table.add_row(*("-" if cell is None else str(cell) for cell in row))
+        table.add_row(*map(_cell, row))
     console.print(table)
+
+
+def _cell(value: Any) -> str:
+    """A value as a person reads it: four digits of a number, `-` for none."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
 
 
 def print_tiers(verdict: dict[str, Any]) -> None:

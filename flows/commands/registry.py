@@ -120,8 +120,11 @@ def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     report = audit(arguments.registry, arguments.name)
 
     def show() -> None:
-        """Each finding with its file."""
-        print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
+        """Each finding with its file, or that there is none."""
+        if report.findings:
+            print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
+        else:
+            print(f"{len(report.versions)} versions, the champion and the history are sound")
 
     code = DamagedError.exit_code if report.findings else 0
     return answer(arguments, lambda: asdict(report), show, code)

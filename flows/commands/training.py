@@ -102,10 +102,12 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         say(describe_tiers(trainer.tier_stats()))
         say(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
 
-    with run.locked(), stopper.installed():
+    with run.locked(), stopper.installed(run):
         say(f"run directory: {run.path}")
         pipeline.begin(config, run, resume=arguments.resume)
-        pipeline.validate(config, run, ProgressLine())
+        warnings = pipeline.validate(config, run, ProgressLine()).describe_warnings()
+        if warnings:
+            say(f"{warnings} (all: {run.dataset})")
         champion = unchanged_since(config, run)
         if champion is not None:
             return _skipped(arguments, run, champion)
@@ -141,23 +143,22 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.embedded import prefect_server
 
     config = config_from(arguments)
-    path = _open(arguments).path
-    parameters = config.model_dump() | {"run_dir": str(path), "resume": arguments.resume}
-    say(f"run directory: {path}")
-    with Stopper().installed(), prefect_server() as wait_for_server:
+    run = _open(arguments)
+    parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
+    say(f"run directory: {run.path}")
+    with Stopper().installed(run), prefect_server() as wait_for_server:
         from flows.finetune import FinetuneParameters, finetune  # while the server starts
         from flows.logs import quieten
 
         quieten(logging.NOTSET)
         wait_for_server()
-        with watching(RunDirectory(path).metrics):
+        with watching(run.metrics):
             state = finetune(FinetuneParameters(**parameters), return_state=True)
     if state.is_cancelled():
         raise TrainingStopped(f"The flow run was cancelled, {state.message}")
     state.result()  # raises what made it fail
     say(str(state.message))
-    adapter = RunDirectory(path).adapter
-    return tell(f"adapter: {adapter}" if adapter.exists() else str(state.message))
+    return tell(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
 
 
 def _open(arguments: argparse.Namespace) -> RunDirectory:

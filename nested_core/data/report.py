@@ -114,15 +114,20 @@ class DatasetReport:
         if not errors:
             return
         places = {(finding.file, finding.line) for finding in errors if finding.line is not None}
-        lines = [
-            f"The data set {self.folder} is rejected: {_count(len(errors), 'error')} "
-            f"in {_count(len(places), 'line')}."
-        ]
+        where = f" in {_count(len(places), 'line')}" if places else ""
+        lines = [f"The data set {self.folder} is rejected: {_count(len(errors), 'error')}{where}."]
         lines += [f"  {_cut(str(finding))}" for finding in errors[:_SHOWN_FINDINGS]]
         if len(errors) > _SHOWN_FINDINGS:
             lines.append(f"  and {_count(len(errors) - _SHOWN_FINDINGS, 'more error')}.")
-        lines.append("Correct these lines; `nested-tune validate --json` lists every finding.")
+        lines.append("Correct these; `nested-tune validate --json` lists every finding.")
         raise DatasetError("\n".join(lines))
+
+    def describe_warnings(self) -> str:
+        """How many there are, and the first, on one line; nothing where there is none."""
+        if not self.warnings:
+            return ""
+        first = _cut(str(self.warnings[0]))
+        return f"data: {_count(len(self.warnings), 'warning')}, the first: {first}"
 
 
 def in_order(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:

@@ -45,6 +45,7 @@ def story(folder: Path) -> dict[str, Ended]:
         "history": command("history", NAME, "--json"),
         "table": command("history", NAME),
         "audit": command("audit", NAME, "--json"),
+        "audited": command("audit", NAME),
         "gc": command("gc", NAME, "--keep", 0, "--json"),
         "export": command("export-mlflow", NAME),
         "gc again": command("gc", NAME, "--keep", 0, "--dry-run"),
@@ -105,6 +106,7 @@ def test_history_tells_every_change_oldest_first(
 def test_audit_of_a_sound_registry_finds_nothing(story: dict[str, Ended]) -> None:
     assert story["audit"].code == 0
     assert list(story["audit"].document["findings"]) == []
+    assert story["audited"].stdout == "2 versions, the champion and the history are sound\n"
 
 
 def test_gc_of_two_versions_in_use_removes_nothing(

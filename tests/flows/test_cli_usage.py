@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.example import write_config
+from tests.example import DATA, write_config
 from tests.flows.conftest import Ended, side_by_side
 
 Run = Callable[..., Ended]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_version_is_printed_on_standard_output(nested_tune: Run) -> None:
@@ -25,7 +28,10 @@ def test_version_is_printed_on_standard_output(nested_tune: Run) -> None:
 WRONG: dict[str, tuple[list[str], str]] = {
     "no command": ([], "required: COMMAND"),
     "unknown command": (["trane"], "invalid choice: 'trane'"),
-    "unknown flag": (["train", "--fast"], "unrecognized arguments: --fast"),
+    "unknown flag": (
+        ["train", "--fast"],
+        "unrecognized arguments: --fast. See: nested-tune train --help",
+    ),
     "no number": (["train", "--iters", "many"], "invalid int value: 'many'"),
     "missing config": (["train", "-c", "none.yaml"], "none.yaml: No such file"),
     "resume nothing": (["train", "-c", "config.yaml", "--resume"], "--resume needs the --run-dir"),
@@ -129,3 +135,31 @@ def test_a_traceback_is_shown_with_debug_alone(nested_tune: Run) -> None:
     assert done.code == 2
     assert "Traceback (most recent call last)" in done.stderr
     assert "nested-tune: none is not a directory" in done.stderr
+
+
+def test_what_takes_long_to_import_waits_until_ctrl_c_is_heard() -> None:
+    program = "import sys, flows.cli; sys.exit('pydantic' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_prefect_server_that_does_not_answer_is_one_paragraph(
+    nested_tune: Run, tmp_path: Path
+) -> None:
+    write_config(tmp_path / "config.yaml")
+    done = nested_tune("run", "-c", "config.yaml", PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert done.code == 1
+    assert "server at http://127.0.0.1:9/api/ does not answer" in done.message()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_warnings_about_a_data_set_are_said_before_training(
+    nested_tune: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    lines = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "data" / "train.jsonl").write_text("".join([*lines[:9], lines[0]]))
+    write_config(tmp_path / "config.yaml", data="data", num_layers=99)
+    done = nested_tune("train", "-c", "config.yaml", "--run-dir", "run")
+    assert done.code == 2
+    said = "data: 2 warnings, the first: train.jsonl:10: duplicate: the same example as line 1"
+    assert f"{said} (all: run/dataset.json)" in done.stderr.splitlines()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 
-from flows.terminal import ProgressLine, _Watcher, watching
+from flows.terminal import ProgressLine, _Watcher, print_table, watching
 from nested_core.training.metrics import append_metrics, cut_back, read_metrics
 
 
@@ -67,3 +68,16 @@ def test_a_loss_that_is_not_finite_is_said_to_be(
     with watching(tmp_path / "metrics.jsonl"):
         pass
     assert capsys.readouterr().err == "step 0: validation loss not finite\n"
+
+
+def test_a_table_has_four_digits_of_a_number_and_the_whole_of_a_path(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = "registry/capitals/versions/" + 4 * "0123456789abcdef" + "/adapters.safetensors"
+    print_table(("what", "changed", "by", "note"), [(path, True, 1.0778199771389183, None)] * 2)
+    shown = capsys.readouterr().out
+    assert all(value in shown for value in ("yes", "│ 1.078 │", "│ -    │"))
+    print_table(("what", "problem"), [(path, 120 * "x")])
+    shown = re.sub(r"[│\s]", "", capsys.readouterr().out)
+    assert "…" not in shown
+    assert shown.count("x") == 120
