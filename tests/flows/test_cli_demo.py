@@ -21,6 +21,7 @@ from tests.flows.conftest import Ended, ended, start
 pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
 
 NAME = "geography"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,15 @@ def test_the_broken_demo_is_stopped_by_the_gate_with_exit_4(demos: Demos) -> Non
     assert "updates_not_applied" in demos.broken.stderr
     verdict = json.loads((demos.run_dir("broken") / "gate.json").read_bytes())
     assert [reason["code"] for reason in verdict["reasons"]] == ["unchanged"]
+
+
+def test_the_readme_quotes_the_losses_of_the_broken_demo(demos: Demos) -> None:
+    line = r"step 120: training loss ([\d.]+), validation loss ([\d.]+)\nnested-tune: The gate"
+    quoted = re.findall(line, README.read_text(encoding="utf-8"))
+    said = re.findall(line, demos.broken.stderr)
+    assert [len(quoted), len(said)] == [1, 1]
+    losses = [float(loss) for loss in said[0]]
+    assert losses == pytest.approx([float(loss) for loss in quoted[0]], abs=0.05)
 
 
 def test_the_broken_demo_registers_nothing(demos: Demos) -> None:
