@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.adapters import Adapter, read_adapter
+from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.config import FineTuneConfig
 from nested_core.durable import canonical_json
 from nested_core.errors import ConfigError
-from nested_core.model import base_fingerprint, find_model
 from nested_core.policy import target
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.names import is_made

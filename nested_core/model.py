@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -15,9 +13,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core import backend
-from nested_core.durable import canonical_json
-from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.regular_files import read_json
+from nested_core.base_folder import find_model, weights_in
+from nested_core.errors import ConfigError
 from nested_core.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"
-MAX_CONFIG_BYTES = 16 * 1024 * 1024
-PAGE_BYTES = 4096
-PAGE_STRIDE = 1024 * 1024
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -35,23 +29,6 @@ def is_adapter_parameter(name: str) -> bool:
     lowered = name.lower()
     marked = any(mark in lowered for mark in ADAPTER_MARKS)
     return marked or lowered.rsplit(".", 1)[-1] == DORA_MAGNITUDE
-
-
-def find_model(model: str) -> Path:
-    """The local folder of a model: the path itself, or a hub repository's snapshot."""
-    from mlx_lm.utils import _download
-
-    try:
-        return Path(_download(model))
-    except NestedTuneError:  # a signal's handler may raise in the middle of a download
-        raise
-    except Exception as error:  # the hub client has many ways to say that there is no such model
-        reason = shorten(str(error), 160, placeholder=" ...")
-        raise ConfigError(
-            f"model: {model!r} is no local directory and could not be fetched as a Hugging Face "
-            f"repository ({type(error).__name__}: {reason}). Give the path of an mlx model folder, "
-            f"or a repository name that can be reached from here."
-        ) from error
 
 
 def find_base(config: FineTuneConfig) -> Path:
@@ -80,19 +57,6 @@ def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Mo
         model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model, tokenizer
-
-
-def weights_in(folder: Path) -> int:
-    """About how many weights a model's folder holds, as 16-bit numbers or as config.json has it."""
-    files = [path for path in folder.glob("*.safetensors") if path.is_file()]
-    try:
-        config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
-    except (DamagedError, OSError):
-        config = None  # what is wrong with the folder, its loader says
-    quantization = config.get("quantization") if isinstance(config, dict) else None
-    bits = quantization.get("bits") if isinstance(quantization, dict) else None
-    stated = bits if isinstance(bits, int) and bits > 0 else 16
-    return sum(path.stat().st_size for path in files) * 8 // stated
 
 
 def tokenizer_source(config: FineTuneConfig) -> TokenizerSource:
@@ -219,23 +183,6 @@ def load_leaves(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
         )
     cast = [(name, tensors[name].astype(leaf.dtype)) for name, leaf in leaves.items()]
     model.update(tree_unflatten(cast))
-
-
-def base_fingerprint(folder: Path) -> str:
-    """SHA-256 that tells one base model from another.
-
-    It covers config.json and, of every weights file, its name, size and a 4 KiB page a MiB (the
-    first page, which holds the header's start, included): fast at any size, and no other model
-    agrees on all of it.
-    """
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(canonical_json([path.name, path.stat().st_size]))
-        with path.open("rb") as file:
-            for offset in range(0, path.stat().st_size, PAGE_STRIDE):
-                file.seek(offset)
-                digest.update(file.read(PAGE_BYTES))
-    return digest.hexdigest()
 
 
 def adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:

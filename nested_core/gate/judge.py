@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from nested_core import backend
 from nested_core.adapters import Adapter, read_adapter
+from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.config import FineTuneConfig
 from nested_core.config_gate import GateSection
 from nested_core.errors import DamagedError
@@ -31,7 +32,7 @@ from nested_core.gate.losses import measure_general, measure_losses
 from nested_core.gate.proof import ProofRequest, prove
 from nested_core.gate.updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.verdict import GeneralLoss, Reason, Source, Validation, Verdict
-from nested_core.model import base_fingerprint, compute_dtype, find_model
+from nested_core.model import compute_dtype
 from nested_core.run_directory import RunDirectory
 
 
