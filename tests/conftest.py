@@ -23,6 +23,8 @@ os.environ.update(
 )
 for _name in ("PREFECT_API_URL", "PREFECT_PROFILE"):
     os.environ.pop(_name, None)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a worker a core: further threads only wait, spinning
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
