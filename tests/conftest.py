@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
+
 _PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))
 atexit.register(shutil.rmtree, _PREFECT_HOME, ignore_errors=True)
 
@@ -29,6 +31,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 import nested_core  # noqa: E402, F401 -- puts OpenBLAS in front before a test imports mlx
+from tests.kernels import read_header_once  # noqa: E402
 
 settings.register_profile(
     "default",
@@ -39,3 +42,9 @@ settings.register_profile(
 )
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make ready, before the workers start, what their kernels are compiled from."""
+    if config.getoption("numprocesses", None):
+        read_header_once(_PREFECT_HOME / "include")
