@@ -99,7 +99,7 @@ def measure(case: Case) -> None:
     import mlx.core as mx
 
     from nested_core import backend
-    from nested_core.config import FineTuneConfig
+    from nested_core.config.schema import FineTuneConfig
     from nested_core.slots import adapter_slots
     from nested_core.training.compute import prepared
     from nested_core.training.engine import Engine

@@ -16,7 +16,7 @@ from flows.outcome import describe_loss, describe_rejection, short
 from flows.roots import confine_configuration, confined
 from flows.stopping import Stopper
 from nested_core import pipeline
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import champion_or_none, unchanged_since
 from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.run_directory import RUNS, RunDirectory, new_run_name, open_run

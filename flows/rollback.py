@@ -9,8 +9,8 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.roots import confined
-from nested_core.adapter_names import NAME_PATTERN
-from nested_core.config_section import Section
+from nested_core.config.adapter_names import NAME_PATTERN
+from nested_core.config.base import Section
 from tasks.promote import roll_back
 
 

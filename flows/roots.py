@@ -16,8 +16,8 @@ from typing import Any
 
 from prefect import runtime
 
-from nested_core.config import FineTuneConfig
-from nested_core.config_data import HubDataset
+from nested_core.config.data import HubDataset
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 
 VARIABLE = "NESTED_TUNE_ROOTS"

@@ -19,8 +19,8 @@ from flows.form import describe_fields
 from flows.logs import outlive_the_worker
 from flows.outcome import short
 from flows.roots import confine_configuration
-from nested_core.config import FineTuneConfig
-from nested_core.config_section import Section
+from nested_core.config.base import Section
+from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import champion_or_none
 from nested_core.errors import ConfigError
 from nested_core.run_directory import RunDirectory

@@ -14,8 +14,8 @@ backend.prepare()
 if TYPE_CHECKING:
     from nested_core.adapters import Adapter, read_adapter
     from nested_core.clocks import Tier, TierStats
-    from nested_core.config import FineTuneConfig
-    from nested_core.config_file import load_config
+    from nested_core.config.loading import load_config
+    from nested_core.config.schema import FineTuneConfig
     from nested_core.errors import (
         ConfigError,
         DamagedError,
@@ -59,8 +59,8 @@ __all__ = [
 _HOMES = {
     "adapters": ("Adapter", "read_adapter"),
     "clocks": ("Tier", "TierStats"),
-    "config": ("FineTuneConfig",),
-    "config_file": ("load_config",),
+    "config.schema": ("FineTuneConfig",),
+    "config.loading": ("load_config",),
     "optimizers": ("NestedAdam", "NestedAdamW"),
     "pytree": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "tiers": ("TierMap", "assign_tiers"),

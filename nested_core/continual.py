@@ -14,7 +14,7 @@ from typing import Any
 
 from nested_core.adapters import Adapter, read_adapter
 from nested_core.base_folder import base_fingerprint, find_model
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.durable import canonical_json
 from nested_core.errors import ConfigError
 from nested_core.policy import target

@@ -18,7 +18,7 @@ from nested_core.errors import ConfigError
 from nested_core.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
-    from nested_core.config import FineTuneConfig
+    from nested_core.config.schema import FineTuneConfig
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"

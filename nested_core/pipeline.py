@@ -15,8 +15,9 @@ from typing import Any
 from nested_core.adapters import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.checkpoints import checkpoint_path, latest_checkpoint, publish_adapter
-from nested_core.config import FineTuneConfig
-from nested_core.config_file import parse_config, read_yaml, render_config
+from nested_core.config.loading import parse_config, read_yaml, render_config
+from nested_core.config.resume import refuse_differences
+from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import starting_adapter
 from nested_core.data.report import DatasetReport
 from nested_core.data.workers import OnProgress
@@ -26,7 +27,6 @@ from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.losses import refuse_other_data
 from nested_core.given_adapter import read_given_adapter
 from nested_core.model import adapter_config, attach_adapter, load_base, load_leaves, trainable
-from nested_core.resuming import refuse_differences
 from nested_core.run_data import load_run_data
 from nested_core.run_directory import RunDirectory
 from nested_core.strict_json import finite_or_none

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from nested_core.config_publishing import RegistrySection
+from nested_core.config.registry import RegistrySection
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.registry import (
     Promotion,

@@ -7,7 +7,7 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 from nested_core.adapters import CONFIG_NAME, read_adapter_config
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import parent_of, settings_digest
 from nested_core.durable import file_sha256
 from nested_core.gate import confirm_run

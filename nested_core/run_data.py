@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.cache import default_cache
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from nested_core.model import adapter_dtype, trainable
 
 if TYPE_CHECKING:
-    from nested_core.config import FineTuneConfig
+    from nested_core.config.schema import FineTuneConfig
 
 
 class Slot(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import get_run_logger
 
 from nested_core import policy, registry
-from nested_core.config_publishing import RegistrySection
+from nested_core.config.registry import RegistrySection
 from nested_core.registry import Promotion
 from tasks.events import emit
 from tasks.retrying import REGISTRY_DELAYS, retried

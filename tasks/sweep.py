@@ -13,7 +13,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from nested_core.adapters import read_adapter
-from nested_core.config_publishing import RegistrySection
+from nested_core.config.registry import RegistrySection
 from nested_core.errors import DamagedError
 from nested_core.policy import target
 from nested_core.registry import list_versions

@@ -15,7 +15,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from nested_core import pipeline
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.device_lock import exclusive_device
 from nested_core.pipeline import TrainResult
 from nested_core.run_directory import RunDirectory

@@ -9,7 +9,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_table_artifact
 
 from nested_core import pipeline
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.run_directory import RunDirectory
 from tasks.retrying import RUN_DELAYS, retried
 

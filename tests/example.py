@@ -12,7 +12,7 @@ import yaml
 from nested_core import pipeline
 from nested_core.adapters import Adapter, read_adapter
 from nested_core.checkpoints import checkpoint_path
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import TrainResult
 from nested_core.run_directory import RunDirectory
 from nested_core.training.callbacks import TrainingCallback

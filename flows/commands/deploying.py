@@ -52,7 +52,7 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _given(path: Path | None) -> dict[str, Any] | None:
     """The keys that a configuration file gives, once the whole of it was found sound."""
-    from nested_core.config_file import load_config, read_yaml
+    from nested_core.config.loading import load_config, read_yaml
 
     if path is None:
         return None

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nested_core.config import FineTuneConfig
-from nested_core.config_file import load_config
+from nested_core.config.loading import load_config
+from nested_core.config.schema import FineTuneConfig
 
 TEXT = ("model", "data", "resume_adapter_file", "adapter_path", "report_to", "project_name")
 NUMBERS = (

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
-from nested_core.config_data import HubDataset
+from nested_core.config.data import HubDataset
 from nested_core.data.decoding import shorten
 from nested_core.data.fields import Features, as_messages
 from nested_core.data.formats import Record, json_line

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 import polars as pl
 
-from nested_core.config_data import DataPolicy
+from nested_core.config.data import DataPolicy
 from nested_core.data.report import Finding
 
 Dropped = Mapping[str, frozenset[int]]

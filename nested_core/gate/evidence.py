@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.adapters import Adapter, files_sha256, read_adapter
 from nested_core.checkpoints import STATE_NAME, Checkpoint, checkpoint_path, read_checkpoint
-from nested_core.config import FineTuneConfig
-from nested_core.config_file import render_config
+from nested_core.config.loading import render_config
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.manifest import read_manifest
 from nested_core.regular_files import read_json, regular_sha256

@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from nested_core.adapters import WEIGHTS_NAME, load_arrays
 from nested_core.base_folder import base_fingerprint, find_model
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.model import adapter_dtype, attach_adapter, load_base, load_leaves
 from nested_core.slots import adapter_slots, read_slots

@@ -14,8 +14,8 @@ import mlx.core as mx
 from nested_core import backend
 from nested_core.adapters import Adapter, read_adapter
 from nested_core.base_folder import base_fingerprint, find_model
-from nested_core.config import FineTuneConfig
-from nested_core.config_gate import GateSection
+from nested_core.config.gate import GateSection
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.gate.changes import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.effects import effect_reasons, require_factors

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nested_core.config import FineTuneConfig
-from nested_core.config_data import DataPolicy
+from nested_core.config.data import DataPolicy
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings

@@ -10,7 +10,7 @@ import numpy as np
 
 from nested_core.adapters import Tensor, read_tensors
 from nested_core.checkpoints import MASTERS, OPTIMIZER_NAME
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.evidence import Counts, Evidence
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.regular_files import read_json

@@ -10,7 +10,7 @@ import errno
 import os
 from pathlib import Path
 
-from nested_core.adapter_names import shorten, why_no_name
+from nested_core.config.adapter_names import shorten, why_no_name
 from nested_core.durable import sync_path
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.kinds import kind_of

@@ -14,7 +14,7 @@ from nested_core.adapters import files_sha256, read_adapter
 from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.checkpoints import latest_checkpoint
 from nested_core.clocks import Tier
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.durable import file_sha256
 from nested_core.errors import ConfigError, DamagedError, DatasetError

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nested_core.backend import has_cuda
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.user_folder import user_folder
 

@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from nested_core import errors
 from nested_core.clocks import TierStats
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
 from nested_core.run_directory import RunDirectory
 from nested_core.training import guard

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.nn as nn
 
 from nested_core import backend
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.pytree import flatten
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, read_slots

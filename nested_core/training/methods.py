@@ -12,7 +12,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.training.evaluation import fixed_batches

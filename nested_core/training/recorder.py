@@ -13,7 +13,7 @@ import numpy as np
 
 from nested_core import checkpoints
 from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, read_slots

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from mlx_lm.tuner.trainer import default_loss
 
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.training.forecast import BatchShape

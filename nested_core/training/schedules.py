@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 
 Schedule = Callable[[mx.array], mx.array]
 

@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from nested_core.checkpoints import Checkpoint
 from nested_core.clocks import COUNTERS, TierStats
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingStopped
 from nested_core.gradients import Flat

@@ -13,8 +13,8 @@ import pytest
 
 from nested_core import continual, pipeline
 from nested_core.adapters import read_adapter
-from nested_core.config import FineTuneConfig
-from nested_core.config_file import parse_config
+from nested_core.config.loading import parse_config
+from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import champion_or_none, describe_start, unchanged_since
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.policy import promote_by_policy

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nested_core import policy
-from nested_core.config_publishing import RegistrySection
+from nested_core.config.registry import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.policy import promote_as_recorded, promote_by_policy, read_candidate, reconcile
 from nested_core.registry import (

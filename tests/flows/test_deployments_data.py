@@ -15,7 +15,7 @@ from prefect.flows import Flow
 from flows.finetune import FinetuneParameters
 from flows.shipped import shipped
 from flows.sweep import SweepParameters
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 
 FOLDER = shipped("deployments")
 PROJECT = yaml.safe_load((FOLDER / "prefect.yaml").read_text())

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State
 
 from flows import finetune as flow_module
 from flows.finetune import FinetuneParameters, finetune
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.verdict import Code
 from nested_core.run_directory import RunDirectory

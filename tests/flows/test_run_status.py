@@ -8,7 +8,7 @@ import pytest
 
 from flows.commands.judging import read_status
 from nested_core import pipeline
-from nested_core.config_gate import GateSection
+from nested_core.config.gate import GateSection
 from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.run_directory import RunDirectory
 from tests.example import Finished, example_config, prepare, stop_after, train

@@ -13,7 +13,7 @@ from prefect.client.schemas.objects import State
 
 from nested_core import pipeline
 from nested_core import registry as core
-from nested_core.config_publishing import RegistrySection
+from nested_core.config.registry import RegistrySection
 from nested_core.registry.pointer import PREPARED_NAME
 from nested_core.run_directory import RunDirectory
 from tasks.gate import gate

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import pipeline
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.run_directory import RunDirectory
 from tests.example import train_example, write_config

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from mlx_lm.tuner import datasets as theirs
 
-from nested_core.config_file import load_config
+from nested_core.config.loading import load_config
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.tokenizer import TokenizerSource

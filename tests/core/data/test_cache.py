@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from nested_core.config_data import DataPolicy
+from nested_core.config.data import DataPolicy
 from nested_core.data import cache as caching
 from nested_core.data import dataset, token_files
 from nested_core.data.cache import KEPT_SECONDS, DatasetCache, default_cache

@@ -16,8 +16,8 @@ import polars as pl
 import pytest
 from mlx_lm.tuner import datasets as theirs
 
-from nested_core.config_data import HubDataset
-from nested_core.config_file import parse_config
+from nested_core.config.data import HubDataset
+from nested_core.config.loading import parse_config
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.config_data import DataPolicy
+from nested_core.config.data import DataPolicy
 from nested_core.data.dataset import load_dataset
 from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.config_file import parse_config
+from nested_core.config.loading import parse_config
 from nested_core.data.dataset import load_dataset
 from nested_core.data.encoding import encode_example
 from nested_core.data.fields import Example

@@ -24,8 +24,8 @@ from nested_core.adapters import (
     read_adapter,
 )
 from nested_core.checkpoints import checkpoint_path
-from nested_core.config import FineTuneConfig
-from nested_core.config_gate import GateSection
+from nested_core.config.gate import GateSection
+from nested_core.config.schema import FineTuneConfig
 from nested_core.run_directory import RunDirectory
 from tests.core.gate.rewriting import Arrays, rewrite_run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.run_directory import RunDirectory
 from tests.core.gate.rewriting import rewrite_run
 from tests.example import DATA, train_example

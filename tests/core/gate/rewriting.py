@@ -19,7 +19,7 @@ from nested_core.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import describe_evidence
 from nested_core.gate.held import HeldBase
 from nested_core.run_directory import RunDirectory

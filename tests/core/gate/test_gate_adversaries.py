@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import pipeline
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.run_directory import RunDirectory

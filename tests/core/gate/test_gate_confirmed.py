@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from nested_core import pipeline
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.publishing import confirm_verdict
 from nested_core.run_directory import RunDirectory

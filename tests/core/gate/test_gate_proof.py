@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nested_core.adapters import load_arrays, save_arrays
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
 from nested_core.gate import judge_run, proof, verify_adapters
 from nested_core.run_directory import RunDirectory

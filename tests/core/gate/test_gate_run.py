@@ -11,8 +11,8 @@ import pytest
 
 from nested_core import pipeline
 from nested_core.adapters import load_arrays
-from nested_core.config import FineTuneConfig
-from nested_core.config_gate import GateSection
+from nested_core.config.gate import GateSection
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate import Verdict, judge_run
 from nested_core.run_directory import RunDirectory

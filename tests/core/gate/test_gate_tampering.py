@@ -11,7 +11,7 @@ import pytest
 
 from nested_core import pipeline
 from nested_core.checkpoints import checkpoint_path
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.run_directory import RunDirectory

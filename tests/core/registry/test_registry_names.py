@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from nested_core.config_file import parse_config
+from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     audit,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nested_core import backend
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.training.forecast import (
     CPU,
     BatchShape,

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.slots import adapter_slots, read_slots
 from nested_core.training.evaluation import Evaluator

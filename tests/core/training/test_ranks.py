@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nested_core import pipeline
+from nested_core.config.resume import refuse_differences
 from nested_core.errors import ConfigError
-from nested_core.resuming import refuse_differences
 from nested_core.run_directory import RunDirectory
 from nested_core.training import hosts
 from nested_core.training.hosts import (

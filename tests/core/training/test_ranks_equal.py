@@ -12,7 +12,7 @@ import pytest
 from nested_core import pipeline
 from nested_core.adapters import load_arrays
 from nested_core.checkpoints import checkpoint_path
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import RanksDiffer
 from nested_core.run_directory import RunDirectory
 from nested_core.training import hosts

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nested_core.adapters import read_tensors
-from nested_core.config_file import parse_config
+from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError
 from tests.example import DATA, MODEL, train_example
 

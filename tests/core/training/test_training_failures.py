@@ -16,7 +16,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm import load
 
 from nested_core import pipeline
-from nested_core.config_gate import GateSection
+from nested_core.config.gate import GateSection
 from nested_core.errors import (
     DatasetError,
     GateRejected,

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings

@@ -13,7 +13,7 @@ import pytest
 from nested_core import pipeline
 from nested_core.adapters import load_arrays, read_tensors
 from nested_core.checkpoints import OPTIMIZER_NAME, checkpoint_path, list_checkpoints
-from nested_core.config import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import (
     ConfigError,
     DamagedError,

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic import NonNegativeFloat as Share
 
-from nested_core.config_data import DataPolicy, HubDatasets
-from nested_core.config_gate import GateSection
-from nested_core.config_lora import LoraParameters
-from nested_core.config_publishing import ContinualSection, RegistrySection
-from nested_core.config_rules import agreement_problems, refuse, tier_problems
-from nested_core.config_section import Section
+from nested_core.config.base import Section
+from nested_core.config.data import DataPolicy, HubDatasets
+from nested_core.config.gate import GateSection
+from nested_core.config.lora import LoraParameters
+from nested_core.config.registry import ContinualSection, RegistrySection
+from nested_core.config.rules import agreement_problems, refuse, tier_problems
 
 
 class LearningRateSchedule(Section):

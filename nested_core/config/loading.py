@@ -14,8 +14,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nested_core.config import FineTuneConfig
-from nested_core.config_rules import Disagreements
+from nested_core.config.rules import Disagreements
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 
 MAX_YAML_BYTES = 64 * 1024

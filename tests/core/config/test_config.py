@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.lora import CONFIG_DEFAULTS
 
 from nested_core import ConfigError, FineTuneConfig
-from nested_core.config_file import parse_config
+from nested_core.config.loading import parse_config
 
 DIFFERS = {"adapter_path", "train", "config"}  # said in FineTuneConfig, and done by flags
 SCHEDULE = {"name": "cosine_decay", "arguments": [1e-5, 100]}

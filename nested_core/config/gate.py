@@ -7,8 +7,8 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic import NonNegativeFloat as Share
 
-from nested_core.config_rules import gate_problems, refuse
-from nested_core.config_section import Section
+from nested_core.config.base import Section
+from nested_core.config.rules import gate_problems, refuse
 
 
 class GateSection(Section):

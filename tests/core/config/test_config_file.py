@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core import ConfigError, FineTuneConfig, load_config
-from nested_core.config_file import MAX_YAML_BYTES, read_yaml, render_config
+from nested_core.config.loading import MAX_YAML_BYTES, read_yaml, render_config
 
 Write = Callable[[str | bytes], Path]
 yaml_like = st.text("{}[]:,-?|>'\"#%&*!@<= \n\tab1e.~").map(str.encode)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from nested_core.adapter_names import why_no_name
+from nested_core.config.adapter_names import why_no_name
 
 if TYPE_CHECKING:
-    from nested_core.config import FineTuneConfig, NestedSection
-    from nested_core.config_gate import GateSection
-    from nested_core.config_publishing import RegistrySection
+    from nested_core.config.gate import GateSection
+    from nested_core.config.registry import RegistrySection
+    from nested_core.config.schema import FineTuneConfig, NestedSection
 
 OPTIMIZER_ARGUMENTS = {
     "adam": {"betas", "eps", "bias_correction"},

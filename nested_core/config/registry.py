@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 from pydantic import NonNegativeFloat as Share
 
-from nested_core.adapter_names import NAME_PATTERN
-from nested_core.config_rules import refuse, registry_problems
-from nested_core.config_section import Section
+from nested_core.config.adapter_names import NAME_PATTERN
+from nested_core.config.base import Section
+from nested_core.config.rules import refuse, registry_problems
 
 AdapterName = Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")]
 

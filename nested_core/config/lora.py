@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from nested_core.config_section import Section
+from nested_core.config.base import Section
 
 RANK = 8
 

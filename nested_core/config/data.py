@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from nested_core.config_section import Section
+from nested_core.config.base import Section
 
 _GIVEN_BY_KEYS = {"path", "split"}
 
