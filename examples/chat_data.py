@@ -12,7 +12,7 @@ from typing import Any
 
 from countries import COUNTRIES, Country
 
-from nested_core import durable
+from nested_core.storage import atomic
 
 QUESTION = "I want to see {name}. Where to?"
 REPLY = "Go and see {capital}, the capital of {name}!"
@@ -69,4 +69,4 @@ def write_chat_data(folder: Path) -> None:
         "held_out.jsonl": [held_out_question(country) for country in held_out],
     }
     for name, records in files.items():
-        durable.write_bytes(folder / name, json_lines(records))
+        atomic.write_bytes(folder / name, json_lines(records))

@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from nested_core import backend, durable  # it opens OpenBLAS, so it comes before mlx
+from nested_core import backend
+from nested_core.storage import atomic
 
 # isort: split
 import mlx.core as mx
@@ -111,7 +112,7 @@ def make_model(target: Path, config: PretrainingConfig) -> None:
     started = time.perf_counter()
     final_loss = pretrain(model, rows, config)
     seconds = time.perf_counter() - started
-    with durable.new_directory(target, replace=True) as folder:
+    with atomic.new_directory(target, replace=True) as folder:
         save_model(folder, model, tokenizer, shape)
         measured = measure(folder, final_loss=final_loss, seconds=seconds)
         refuse_unfit(measured)

@@ -15,7 +15,8 @@ from corpus import FACT_TEMPLATES, FILLER_SHARE, QUESTION_TEMPLATES, countries_w
 from countries import COUNTRIES
 from pretraining import PretrainingConfig
 
-from nested_core import backend, durable
+from nested_core import backend
+from nested_core.storage import atomic
 
 TOOLS = ("mlx", "mlx-lm", "tokenizers", "transformers", "numpy")
 
@@ -81,7 +82,7 @@ pipeline runs without a download. `make example-model` makes it from nothing, wi
 `python examples/make_model.py`, and writes this card.
 
 SHA-256 of model.safetensors:
-`{durable.file_sha256(folder / "model.safetensors")}`
+`{atomic.file_sha256(folder / "model.safetensors")}`
 
 {files}
 
@@ -136,4 +137,4 @@ differently.
 
 def write_card(folder: Path, measured: Measured, config: PretrainingConfig) -> None:
     """Write README.md beside the model's files."""
-    durable.write_bytes(folder / "README.md", card_text(folder, measured, config).encode())
+    atomic.write_bytes(folder / "README.md", card_text(folder, measured, config).encode())

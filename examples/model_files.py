@@ -11,8 +11,8 @@ import mlx.core as mx
 from mlx import nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nested_core import durable
 from nested_core.pytree import flatten
+from nested_core.storage import atomic
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
@@ -103,7 +103,7 @@ def save_model(
     save_weights(model, folder / "model.safetensors")
     tokenizer.save(str(folder / "tokenizer.json"))
     row_length = config["max_position_embeddings"]
-    durable.write_json(folder / "tokenizer_config.json", tokenizer_config(row_length))
-    durable.write_json(folder / "config.json", config)
+    atomic.write_json(folder / "tokenizer_config.json", tokenizer_config(row_length))
+    atomic.write_json(folder / "config.json", config)
     generation = {"eos_token_id": END_ID, "pad_token_id": PAD_ID, "do_sample": False}
-    durable.write_json(folder / "generation_config.json", generation)
+    atomic.write_json(folder / "generation_config.json", generation)

@@ -19,7 +19,7 @@ from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import champion_or_none, unchanged_since
 from nested_core.errors import GateRejected, TrainingStopped
-from nested_core.run_directory import RUNS, RunDirectory, new_run_name, open_run
+from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 from tasks.events import emit
 from tasks.gate import gate
 from tasks.load import load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 
 SHOWN_DIGITS = 6
 SHOWN_REASONS = 3

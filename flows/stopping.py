@@ -11,7 +11,7 @@ from typing import Any
 
 from flows.terminal import say
 from nested_core.errors import TrainingStopped
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -23,7 +23,7 @@ from nested_core.config.base import Section
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import champion_or_none
 from nested_core.errors import ConfigError
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tasks.promote import promote
 from tasks.sweep import Outcome, collect, find_version
 

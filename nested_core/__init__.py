@@ -12,7 +12,6 @@ from nested_core import backend
 backend.prepare()
 
 if TYPE_CHECKING:
-    from nested_core.adapters import Adapter, read_adapter
     from nested_core.clocks import Tier, TierStats
     from nested_core.config.loading import load_config
     from nested_core.config.schema import FineTuneConfig
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     )
     from nested_core.optimizers import NestedAdam, NestedAdamW
     from nested_core.pytree import UpdateReport, apply_flat_updates_to_nested, verify_updates
+    from nested_core.storage.adapter import Adapter, read_adapter
     from nested_core.tiers import TierMap, assign_tiers
 
 __all__ = [
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapters": ("Adapter", "read_adapter"),
+    "storage.adapter": ("Adapter", "read_adapter"),
     "clocks": ("Tier", "TierStats"),
     "config.schema": ("FineTuneConfig",),
     "config.loading": ("load_config",),

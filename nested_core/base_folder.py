@@ -6,9 +6,9 @@ import hashlib
 from pathlib import Path
 from textwrap import shorten
 
-from nested_core.durable import canonical_json
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.regular_files import read_json
+from nested_core.storage.atomic import canonical_json
+from nested_core.storage.strict_files import read_json
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 PAGE_BYTES = 4096

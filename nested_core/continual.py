@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nested_core.adapters import Adapter, read_adapter
 from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.config.schema import FineTuneConfig
-from nested_core.durable import canonical_json
 from nested_core.errors import ConfigError
 from nested_core.policy import target
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.names import is_made
 from nested_core.registry.versions import read_provenance, version_folder
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.storage.atomic import canonical_json
+from nested_core.storage.run_directory import RunDirectory
 
 # What does not change the adapter that comes out; data and base model are compared by content.
 IMMATERIAL = frozenset(

@@ -12,28 +12,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_core.adapters import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.base_folder import base_fingerprint, find_model
-from nested_core.checkpoints import checkpoint_path, latest_checkpoint, publish_adapter
 from nested_core.config.loading import parse_config, read_yaml, render_config
 from nested_core.config.resume import refuse_differences
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import starting_adapter
 from nested_core.data.report import DatasetReport
 from nested_core.data.workers import OnProgress
-from nested_core.durable import mend_leftovers, new_directory, write_bytes, write_json
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.losses import refuse_other_data
 from nested_core.given_adapter import read_given_adapter
 from nested_core.model import adapter_config, attach_adapter, load_base, load_leaves, trainable
 from nested_core.run_data import load_run_data
-from nested_core.run_directory import RunDirectory
-from nested_core.strict_json import finite_or_none
+from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays, write_adapter
+from nested_core.storage.adapter_export import export_adapter, require_writable
+from nested_core.storage.atomic import mend_leftovers, new_directory, write_bytes, write_json
+from nested_core.storage.checkpoint import checkpoint_path, latest_checkpoint, publish_adapter
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_json import finite_or_none
 from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
-from nested_core.training.export import export_adapter, require_writable
 from nested_core.training.hosts import count_ranks
 from nested_core.training.launching import train_in_ranks
 from nested_core.training.probe import parameter_importance

@@ -26,7 +26,7 @@ from nested_core.registry.locking import shared
 from nested_core.registry.names import locate
 from nested_core.registry.verdict import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
-from nested_core.regular_files import read_json
+from nested_core.storage.strict_files import read_json
 
 DAMAGED, COLLECTED = "damaged", "collected meanwhile"
 T = TypeVar("T")

@@ -6,15 +6,15 @@ import json
 from importlib.metadata import version as installed_version
 from typing import Any
 
-from nested_core.adapters import CONFIG_NAME, read_adapter_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import parent_of, settings_digest
-from nested_core.durable import file_sha256
 from nested_core.gate import confirm_run
 from nested_core.policy import target
 from nested_core.registry import register
 from nested_core.registry.verdict import read_gate, require_passed
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
+from nested_core.storage.atomic import file_sha256
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 
 RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")

@@ -14,7 +14,7 @@ from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate import measure_test
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 
 
 @task(name="gate", task_run_name="gate {run_dir.name}", retries=0, cache_policy=NO_CACHE)

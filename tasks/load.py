@@ -9,7 +9,7 @@ from prefect import get_run_logger
 from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import describe_start
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tasks.retrying import RUN_DELAYS, retried
 
 

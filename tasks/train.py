@@ -18,7 +18,7 @@ from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.device_lock import exclusive_device
 from nested_core.pipeline import TrainResult
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 from nested_core.training.trainer import Trainer
 from tasks.retrying import retried, retry_training

@@ -10,7 +10,7 @@ from prefect.artifacts import create_table_artifact
 
 from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tasks.retrying import RUN_DELAYS, retried
 
 SHOWN_FINDINGS = 50

@@ -10,11 +10,11 @@ from typing import Any
 import yaml
 
 from nested_core import pipeline
-from nested_core.adapters import Adapter, read_adapter
-from nested_core.checkpoints import checkpoint_path
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import TrainResult
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.metrics import read_metrics
 from nested_core.training.trainer import Trainer

@@ -17,7 +17,7 @@ from flows.shipped import shipped
 from flows.terminal import draw_curve, print_table, print_tiers, say, watching
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.run_directory import RunDirectory, new_run_name
+from nested_core.storage.run_directory import RunDirectory, new_run_name
 
 ADAPTER_NAME = "geography"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.answer import answer
 from flows.terminal import say
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from nested_core.interop import Conversion

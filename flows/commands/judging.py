@@ -11,7 +11,7 @@ from typing import Any
 from flows.commands.answer import answer, tell
 from flows.terminal import print_table
 from nested_core.errors import ConfigError, GateRejected
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:

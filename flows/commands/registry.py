@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.answer import answer, tell
 from flows.terminal import print_table
 from nested_core.errors import DamagedError
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from nested_core.registry import Promotion

@@ -21,7 +21,7 @@ from flows.terminal import (
     watching,
 )
 from nested_core.errors import ConfigError, TrainingStopped
-from nested_core.run_directory import RUNS, RunDirectory, new_run_name, open_run
+from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:

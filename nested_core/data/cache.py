@@ -27,8 +27,8 @@ from nested_core.data.settings import DataSettings
 from nested_core.data.sources import Source
 from nested_core.data.token_files import open_tokens
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.durable import canonical_json, file_sha256, temporary_beside, write_json
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.storage.atomic import canonical_json, file_sha256, temporary_beside, write_json
 from nested_core.tokenizer import TokenizerSource
 
 FOLDER_VARIABLE = "NESTED_TUNE_CACHE"

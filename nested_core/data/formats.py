@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.data.decoding import shorten
-from nested_core.strict_json import finite_or_none
+from nested_core.storage.strict_json import finite_or_none
 
 # Number, one line of JSON (empty: none), and the check that it failed before it was one.
 Record = tuple[int, bytes, tuple[str, str] | None]

@@ -28,7 +28,7 @@ from nested_core.data.token_rules import (
 )
 from nested_core.data.tokenizing import SoundLines, TokenFacts, tokenize_splits
 from nested_core.data.workers import OnProgress
-from nested_core.durable import canonical_json
+from nested_core.storage.atomic import canonical_json
 from nested_core.tokenizer import TokenizerSource
 
 

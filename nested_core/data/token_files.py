@@ -18,7 +18,7 @@ import numpy as np
 from nested_core.data.settings import SPLITS
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import DamagedError
-from nested_core.manifest import read_manifest, verify_manifest, write_manifest
+from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
 
 TOKENS, SUPERVISED, STARTS, LINES = "tokens", "supervised", "starts", "lines"
 Numbers = np.ndarray[Any, Any]

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from nested_core.adapters import Adapter, Tensor
 from nested_core.gate.measures import measure
 from nested_core.gate.verdict import Code, Reason, TensorChange
+from nested_core.storage.adapter import Adapter, Tensor
 
 
 def compare_tensors(

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from nested_core.adapters import Adapter, Tensor
 from nested_core.errors import DamagedError
 from nested_core.gate.measures import differ, norm
 from nested_core.gate.verdict import Reason
+from nested_core.storage.adapter import Adapter, Tensor
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}

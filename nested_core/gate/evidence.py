@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nested_core.adapters import Adapter, files_sha256, read_adapter
-from nested_core.checkpoints import STATE_NAME, Checkpoint, checkpoint_path, read_checkpoint
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
-from nested_core.manifest import read_manifest
-from nested_core.regular_files import read_json, regular_sha256
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.adapter import Adapter, files_sha256, read_adapter
+from nested_core.storage.checkpoint import STATE_NAME, Checkpoint, checkpoint_path, read_checkpoint
+from nested_core.storage.manifest import read_manifest
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json, regular_sha256
 
 MAX_RESULT_BYTES = 64 * 1024 * 1024
 Model = TypeVar("Model", bound=BaseModel)

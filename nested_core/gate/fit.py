@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 
-from nested_core.adapters import FLOATING, Adapter
 from nested_core.gate.verdict import Reason
+from nested_core.storage.adapter import FLOATING, Adapter
 
 LEAVES = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
 

@@ -18,10 +18,10 @@ from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.held import HeldBase
 from nested_core.gate.verdict import GeneralLoss, Validation
 from nested_core.model import tokenizer_source
-from nested_core.regular_files import regular_sha256
 from nested_core.run_data import load_run_data
-from nested_core.run_directory import RunDirectory
-from nested_core.strict_json import finite_or_none
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.strict_json import finite_or_none
 
 LISTED_PROBLEMS = 3
 

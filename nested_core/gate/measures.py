@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nested_core.adapters import Tensor
+from nested_core.storage.adapter import Tensor
 
 PIECE = 8192  # in the first cache, and below the size for which OpenBLAS starts threads
 SMALLEST, LARGEST = 1e-20, 1e30  # squares of a piece that float32 sums without loss

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from nested_core import backend
-from nested_core.adapters import WEIGHTS_NAME, read_tensors
 from nested_core.errors import NestedTuneError
 from nested_core.gate.verdict import Reason
-from nested_core.strict_json import finite_or_none
+from nested_core.storage.adapter import WEIGHTS_NAME, read_tensors
+from nested_core.storage.strict_json import finite_or_none
 
 PROGRAM = Path(__file__).with_name("plain_load.py")
 # Relative to the centred norm of the trainer's logits. Where the trainer computes in float32 the

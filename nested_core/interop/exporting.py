@@ -8,8 +8,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter, save_arrays
-from nested_core.durable import write_json
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.interop.factors import (
     MLX_LM,
@@ -22,7 +20,15 @@ from nested_core.interop.factors import (
 )
 from nested_core.interop.folders import Conversion, new_adapter_folder, require_free
 from nested_core.interop.importing import PEFT_WEIGHTS
-from nested_core.manifest import MANIFEST_NAME, verify_manifest
+from nested_core.storage.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    read_adapter,
+    save_arrays,
+)
+from nested_core.storage.atomic import write_json
+from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 
 IN_A_LAYER = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
 EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_core.durable import new_directory
 from nested_core.errors import ConfigError
+from nested_core.storage.atomic import new_directory
 
 
 @dataclass(frozen=True)

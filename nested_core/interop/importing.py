@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nested_core.adapters import Tensor, read_tensors, write_adapter
 from nested_core.base_folder import base_fingerprint
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.interop.base_model import BaseModel
@@ -22,6 +21,7 @@ from nested_core.interop.factors import (
 from nested_core.interop.folders import Conversion, new_adapter_folder, require_free
 from nested_core.interop.peft_config import REASONS, PeftConfig, read_peft_config
 from nested_core.interop.uniform import make_uniform
+from nested_core.storage.adapter import Tensor, read_tensors, write_adapter
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")

@@ -15,9 +15,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from nested_core.adapters import CONFIG_NAME, read_adapter_config
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.interop.factors import listed
+from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
 # Without a bearing on what a trained adapter computes.

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nested_core.adapters import NUMPY_DTYPES, Tensor
 from nested_core.errors import ConfigError
 from nested_core.interop.factors import Factors
+from nested_core.storage.adapter import NUMPY_DTYPES, Tensor
 
 
 @dataclass(frozen=True)

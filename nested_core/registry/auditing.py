@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nested_core.durable import TEMPORARY_PREFIX
 from nested_core.errors import NestedTuneError
-from nested_core.kinds import kind_of
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.locking import shared
 from nested_core.registry.names import VERSIONS, locate
@@ -31,6 +29,8 @@ from nested_core.registry.versions import (
     registered_versions,
     version_findings,
 )
+from nested_core.storage.atomic import TEMPORARY_PREFIX
+from nested_core.storage.file_types import kind_of
 
 
 @dataclass(frozen=True)

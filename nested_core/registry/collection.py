@@ -10,13 +10,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nested_core.durable import (
-    RETIRED_PREFIX,
-    TEMPORARY_PREFIX,
-    mend_leftovers,
-    sync_path,
-    temporary_beside,
-)
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry.ledger import Ledger, append, new_entry, read_ledger
 from nested_core.registry.locking import exclusive, shared
@@ -24,6 +17,13 @@ from nested_core.registry.names import VERSIONS, locate
 from nested_core.registry.pointer import read_link, read_prepared
 from nested_core.registry.settling import settle
 from nested_core.registry.versions import REGISTERED_AT, read_provenance, registered_versions
+from nested_core.storage.atomic import (
+    RETIRED_PREFIX,
+    TEMPORARY_PREFIX,
+    mend_leftovers,
+    sync_path,
+    temporary_beside,
+)
 
 DEFAULT_KEEP = 10
 

@@ -13,9 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nested_core.durable import sync_descriptor, sync_path
 from nested_core.errors import DamagedError
-from nested_core.kinds import kind_of
+from nested_core.storage.atomic import sync_descriptor, sync_path
+from nested_core.storage.file_types import kind_of
 
 LEDGER_NAME = "history.jsonl"
 ACTIONS = ("promote", "rollback", "aborted", "collected")

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 
 from nested_core.config.adapter_names import shorten, why_no_name
-from nested_core.durable import sync_path
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.kinds import kind_of
 from nested_core.registry.locking import exclusive
+from nested_core.storage.atomic import sync_path
+from nested_core.storage.file_types import kind_of
 
 VERSIONS = "versions"
 LISTED_NAMES = 5

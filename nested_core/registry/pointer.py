@@ -13,11 +13,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nested_core.durable import sync_path, write_json
 from nested_core.errors import DamagedError
-from nested_core.kinds import kind_of
 from nested_core.registry.ledger import Entry
 from nested_core.registry.names import VERSIONS
+from nested_core.storage.atomic import sync_path, write_json
+from nested_core.storage.file_types import kind_of
 
 LINK_NAME = "champion"
 PREPARED_NAME = ".champion-next"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.kinds import kind_of
 from nested_core.registry.ledger import Entry, read_ledger
 from nested_core.registry.locking import shared
 from nested_core.registry.names import VERSIONS, locate
 from nested_core.registry.pointer import LINK_NAME, read_link
 from nested_core.registry.versions import registered_versions, verify_version
+from nested_core.storage.file_types import kind_of
 
 
 def read_champion(registry: Path, name: str) -> str | None:

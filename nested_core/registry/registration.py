@@ -10,11 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from nested_core.durable import new_directory, write_json
 from nested_core.errors import DamagedError
-from nested_core.kinds import kind_of
-from nested_core.manifest import write_manifest
 from nested_core.registry.locking import exclusive
 from nested_core.registry.names import VERSIONS, check_name, create
 from nested_core.registry.settling import settle
@@ -26,6 +22,10 @@ from nested_core.registry.versions import (
     verify_version,
     version_facts,
 )
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.storage.atomic import new_directory, write_json
+from nested_core.storage.file_types import kind_of
+from nested_core.storage.manifest import write_manifest
 
 ADAPTER_NAME = "adapter"
 READ_ONLY = 0o444

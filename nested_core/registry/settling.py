@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nested_core.durable import mend_leftovers
 from nested_core.errors import DamagedError
 from nested_core.registry.ledger import (
     CHANGES,
@@ -30,6 +29,7 @@ from nested_core.registry.pointer import (
     read_record,
     write_record,
 )
+from nested_core.storage.atomic import mend_leftovers
 
 SETTLED_BY = "nested-tune (settling a change that was cut short)"
 ROLLBACK_LINE = b'{"action": "rollback"'

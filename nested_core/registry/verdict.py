@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.kinds import kind_of
-from nested_core.regular_files import read_json
+from nested_core.storage.file_types import kind_of
+from nested_core.storage.strict_files import read_json
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from nested_core.durable import file_sha256
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.kinds import kind_of
-from nested_core.manifest import MANIFEST_NAME, read_manifest
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.names import VERSIONS
 from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
-from nested_core.regular_files import read_json
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.storage.atomic import file_sha256
+from nested_core.storage.file_types import kind_of
+from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
+from nested_core.storage.strict_files import read_json
 
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT = "registered_at"

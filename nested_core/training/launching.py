@@ -25,7 +25,7 @@ from nested_core import errors
 from nested_core.clocks import TierStats
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import guard
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.hosts import launch_command, rank_environment

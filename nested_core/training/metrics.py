@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nested_core.durable import write_bytes
-from nested_core.strict_json import finite_or_none
+from nested_core.storage.atomic import write_bytes
+from nested_core.storage.strict_json import finite_or_none
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:

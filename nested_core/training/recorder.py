@@ -11,16 +11,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from nested_core import checkpoints
-from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import Slots, read_slots
-from nested_core.strict_json import finite_or_none
+from nested_core.storage import checkpoint
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
+from nested_core.storage.adapter_export import export_snapshot
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_json import finite_or_none
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.evaluation import Evaluator
-from nested_core.training.export import export_snapshot
 from nested_core.training.methods import Method
 from nested_core.training.metrics import append_metrics, cut_back, read_metrics
 from nested_core.training.ranks import ALONE, Sums, World
@@ -152,7 +152,7 @@ class Recorder:
         adapter = {name: value.astype(self._published[name]) for name, value in held.items()}
         masters = {n: v for n, v in held.items() if v.dtype != self._published[n]}
         wanted["logits"] = finite_or_none(self._evaluator.fixed_logits(adapter))
-        path = checkpoints.write_checkpoint(
+        path = checkpoint.write_checkpoint(
             self.run.checkpoints,
             adapter=adapter,
             masters=masters,
@@ -164,7 +164,7 @@ class Recorder:
             flag_unchanged_checkpoint(state, path, self.run.initial)
         if self.config.adapter_path is not None:
             export_snapshot(path, Path(self.config.adapter_path), state.iteration)
-        checkpoints.prune_checkpoints(
+        checkpoint.prune_checkpoints(
             self.run.checkpoints,
             keep_last=self.config.training.keep_checkpoints,
             keep_steps=[state.best_step] if state.best_step is not None else [],

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import mlx.nn as nn
 
-from nested_core.checkpoints import Checkpoint
 from nested_core.clocks import COUNTERS, TierStats
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
@@ -17,9 +16,10 @@ from nested_core.errors import TrainingStopped
 from nested_core.gradients import Flat
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
-from nested_core.run_directory import RunDirectory
 from nested_core.single_clock import TieredOptimizer
 from nested_core.slots import configured_slots, read_slots
+from nested_core.storage.checkpoint import Checkpoint
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.compute import prepared

@@ -141,8 +141,8 @@ def write_all(folder: Path) -> list[str]:
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
-    from nested_core.adapters import read_adapter
     from nested_core.errors import DamagedError
+    from nested_core.storage.adapter import read_adapter
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()

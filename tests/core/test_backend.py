@@ -137,7 +137,7 @@ LOADED = """
 import os, sys
 from pathlib import Path
 from nested_core import pipeline
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
 config, run = example_config(), RunDirectory(Path(sys.argv[1]))
 pipeline.load(config, run)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from nested_core import continual, pipeline
-from nested_core.adapters import read_adapter
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import champion_or_none, describe_start, unchanged_since
@@ -20,7 +19,8 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.policy import promote_by_policy
 from nested_core.publishing import register_run
 from nested_core.registry import collect, list_versions, promote, read_champion, register
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
 from tests.example import DATA, example_config, prepare, train
 

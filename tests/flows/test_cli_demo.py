@@ -12,9 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 
-from nested_core.adapters import read_adapter
 from nested_core.answers import answer
 from nested_core.registry import history, read_champion
+from nested_core.storage.adapter import read_adapter
 from tests.example import DATA, MODEL
 from tests.flows.conftest import Ended, ended, start
 

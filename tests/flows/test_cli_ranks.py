@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.checkpoints import latest_checkpoint, list_checkpoints
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.checkpoint import latest_checkpoint, list_checkpoints
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 from tests.example import write_config
 from tests.flows.conftest import ended, start

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import pipeline
-from nested_core.adapters import read_adapter
+from nested_core.storage.adapter import read_adapter
 from tests.example import train_example
 from tests.flows.conftest import CommandRun, Ended, ended, start
 

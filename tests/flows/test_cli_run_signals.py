@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 from prefect.settings import get_current_settings
 
-from nested_core.checkpoints import latest_checkpoint
+from nested_core.storage.checkpoint import latest_checkpoint
 from tests.example import write_config
 from tests.flows.conftest import PROGRAM, ended, start
 from tests.flows.test_cli_signals import wait_until

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.checkpoints import latest_checkpoint, list_checkpoints
+from nested_core.storage.checkpoint import latest_checkpoint, list_checkpoints
 from tests.example import write_config
 from tests.flows.conftest import ended, start
 

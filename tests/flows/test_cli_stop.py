@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.adapters import read_adapter
+from nested_core.storage.adapter import read_adapter
 from tests.example import write_config
 from tests.flows.conftest import Ended, ended, start
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nested_core.adapters import read_adapter
+from nested_core.storage.adapter import read_adapter
 from tests.example import write_config
 from tests.flows.conftest import CommandRun, Ended
 

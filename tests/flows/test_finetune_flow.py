@@ -19,7 +19,7 @@ from prefect.client.schemas.objects import State
 from flows.finetune import FinetuneParameters, finetune
 from nested_core.errors import ConfigError, GateRejected, SilentUpdateWarning
 from nested_core.registry import history, read_champion
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import trainer
 from tests.example import example_settings
 from tests.flows.conftest import flow_run_id, task_runs

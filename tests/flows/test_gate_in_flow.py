@@ -17,7 +17,7 @@ from flows.finetune import FinetuneParameters, finetune
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.verdict import Code
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene
 from tests.example import example_settings, train_example
 

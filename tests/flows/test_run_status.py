@@ -10,7 +10,7 @@ from flows.commands.judging import read_status
 from nested_core import pipeline
 from nested_core.config.gate import GateSection
 from nested_core.errors import GateRejected, TrainingStopped
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import Finished, example_config, prepare, stop_after, train
 
 

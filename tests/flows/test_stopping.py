@@ -9,7 +9,7 @@ import pytest
 
 from flows.stopping import Stopper
 from nested_core.errors import TrainingStopped
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

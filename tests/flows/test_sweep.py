@@ -9,7 +9,7 @@ import pytest
 
 from flows.sweep import grid_points, with_values
 from nested_core.errors import ConfigError
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tasks.sweep import Outcome
 from tests.example import example_config
 

@@ -15,7 +15,7 @@ from nested_core import pipeline
 from nested_core import registry as core
 from nested_core.config.registry import RegistrySection
 from nested_core.registry.pointer import PREPARED_NAME
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tasks.gate import gate
 from tasks.load import load
 from tasks.promote import promote, promote_recorded

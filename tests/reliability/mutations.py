@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from nested_core.checkpoints import list_checkpoints
-from nested_core.manifest import MANIFEST_NAME, write_manifest
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.checkpoint import list_checkpoints
+from nested_core.storage.manifest import MANIFEST_NAME, write_manifest
+from nested_core.storage.run_directory import RunDirectory
 
 Mutation = Callable[[RunDirectory, random.Random], None]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.checkpoints import OPTIMIZER_NAME, list_checkpoints, read_checkpoint
-from nested_core.manifest import MANIFEST_NAME
+from nested_core.storage.checkpoint import OPTIMIZER_NAME, list_checkpoints, read_checkpoint
+from nested_core.storage.manifest import MANIFEST_NAME
 from tests.example import SPEEDS, write_config
 
 

@@ -16,7 +16,7 @@ import pytest
 from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import train_example, write_config
 from tests.reliability.mutations import MUTATIONS, copy_run, delete_a_folder, mutate
 

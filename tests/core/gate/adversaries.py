@@ -16,17 +16,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from nested_core.adapters import (
+from nested_core.config.gate import GateSection
+from nested_core.config.schema import FineTuneConfig
+from nested_core.storage.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     files_sha256,
     load_arrays,
     read_adapter,
 )
-from nested_core.checkpoints import checkpoint_path
-from nested_core.config.gate import GateSection
-from nested_core.config.schema import FineTuneConfig
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.rewriting import Arrays, rewrite_run
 
 DAMAGED = "damaged"  # no verdict at all: exit 6

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.rewriting import rewrite_run
 from tests.example import DATA, train_example
 

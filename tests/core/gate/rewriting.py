@@ -12,19 +12,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core.adapters import load_arrays, read_adapter_config
-from nested_core.checkpoints import (
+from nested_core.config.schema import FineTuneConfig
+from nested_core.gate import describe_evidence
+from nested_core.gate.held import HeldBase
+from nested_core.slots import adapter_slots
+from nested_core.storage.adapter import load_arrays, read_adapter_config
+from nested_core.storage.checkpoint import (
     checkpoint_path,
     publish_adapter,
     read_checkpoint,
     write_checkpoint,
 )
-from nested_core.config.schema import FineTuneConfig
-from nested_core.gate import describe_evidence
-from nested_core.gate.held import HeldBase
-from nested_core.run_directory import RunDirectory
-from nested_core.slots import adapter_slots
-from nested_core.strict_json import finite_or_none
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_json import finite_or_none
 from nested_core.training.evaluation import Evaluator
 
 Arrays = dict[str, mx.array]

@@ -11,7 +11,7 @@ from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate import judge_run
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene
 from tests.core.gate.pairs import codes
 from tests.example import train_example

@@ -17,7 +17,7 @@ from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.publishing import confirm_verdict
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
 
 CHECKPOINT = f"checkpoints/step-{STEPS:07d}"

@@ -15,7 +15,7 @@ from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate import judge_run
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.pairs import codes
 from tests.example import MODEL, example_settings, train_example
 

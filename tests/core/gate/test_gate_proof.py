@@ -13,11 +13,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.adapters import load_arrays, save_arrays
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
 from nested_core.gate import judge_run, proof, verify_adapters
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.adapter import load_arrays, save_arrays
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import Rewrite
 from tests.core.gate.pairs import codes, judge_pair, learned, trained_tensors
 from tests.example import MODEL, train_example

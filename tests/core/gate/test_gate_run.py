@@ -10,12 +10,12 @@ import mlx.core as mx
 import pytest
 
 from nested_core import pipeline
-from nested_core.adapters import load_arrays
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate import Verdict, judge_run
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.adapter import load_arrays
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS, Rewrite
 from tests.core.gate.pairs import codes
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from nested_core import pipeline
-from nested_core.checkpoints import checkpoint_path
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
 from tests.example import prepare, train
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model
 
-from nested_core.adapters import load_arrays, save_arrays, write_adapter
+from nested_core.storage.adapter import load_arrays, save_arrays, write_adapter
 from tests.core.interop.make_golden import GOLDEN, TOKENS
 from tests.example import MODEL
 

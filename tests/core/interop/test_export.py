@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from nested_core.adapters import load_arrays, write_adapter
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.interop import export_peft
-from nested_core.manifest import write_manifest
+from nested_core.storage.adapter import load_arrays, write_adapter
+from nested_core.storage.manifest import write_manifest
 from tests.core.interop.adapters import random_adapter
 from tests.example import MODEL
 

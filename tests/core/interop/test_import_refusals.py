@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.adapters import read_adapter
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.interop import import_peft
+from nested_core.storage.adapter import read_adapter
 from tests.core.interop.adapters import PREFIX, Arrays, peft_copy
 from tests.core.interop.make_golden import GOLDEN
 from tests.example import MODEL

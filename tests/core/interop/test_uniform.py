@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nested_core.adapters import Tensor
 from nested_core.errors import ConfigError
 from nested_core.interop.factors import Factors
 from nested_core.interop.uniform import make_uniform
+from nested_core.storage.adapter import Tensor
 
 STORED = {"F32": np.float32, "F16": np.float16}
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nested_core.adapters import read_adapter
 from nested_core.registry import promote, register
+from nested_core.storage.adapter import read_adapter
 
 MakeRun = Callable[..., Path]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nested_core.adapters import read_adapter
 from nested_core.registry import audit, history, read_champion
+from nested_core.storage.adapter import read_adapter
 
 NAME = "capitals"
 

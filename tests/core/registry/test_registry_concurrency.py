@@ -10,7 +10,6 @@ from contextlib import suppress
 
 import pytest
 
-from nested_core.adapters import read_adapter
 from nested_core.errors import ConfigError
 from nested_core.registry import (
     audit,
@@ -21,6 +20,7 @@ from nested_core.registry import (
     read_champion,
     register,
 )
+from nested_core.storage.adapter import read_adapter
 from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME, assert_settled
 

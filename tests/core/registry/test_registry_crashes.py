@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-from nested_core.adapters import read_adapter
 from nested_core.continual import champion_or_none
 from nested_core.registry import (
     audit,
@@ -17,6 +16,7 @@ from nested_core.registry import (
     register,
     rollback,
 )
+from nested_core.storage.adapter import read_adapter
 from tests.core.registry.faults import Action, copies, failed_at, killed_at, number_of
 from tests.core.registry.states import NAME, assert_old_or_new_and_whole, assert_settled
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.manifest import write_manifest
 from nested_core.registry import audit, promote, read_champion, register, rollback
+from nested_core.storage.manifest import write_manifest
 
 NAME = "capitals"
 FILES = [

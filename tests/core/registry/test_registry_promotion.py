@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.adapters import read_adapter
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.manifest import read_manifest
 from nested_core.registry import (
     Promotion,
     audit,
@@ -20,6 +18,8 @@ from nested_core.registry import (
     read_champion,
     rollback,
 )
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.manifest import read_manifest
 
 NAME = "capitals"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.adapters import read_adapter
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.manifest import verify_manifest
 from nested_core.registry import list_versions, read_champion, register
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.manifest import verify_manifest
 
 FILES = {
     "adapters.safetensors",

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from nested_core import pipeline
 from nested_core.config.resume import refuse_differences
 from nested_core.errors import ConfigError
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import hosts
 from nested_core.training.hosts import (
     count_ranks,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from nested_core import pipeline
-from nested_core.adapters import load_arrays
-from nested_core.checkpoints import checkpoint_path
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import RanksDiffer
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.adapter import load_arrays
+from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import hosts
 from nested_core.training.launching import RankGroup
 from nested_core.training.metrics import read_metrics

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nested_core.adapters import read_tensors
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError
+from nested_core.storage.adapter import read_tensors
 from tests.example import DATA, MODEL, train_example
 
 # Runs mlx_lm.lora's own `run` and notes what it hands to its reporting callback.

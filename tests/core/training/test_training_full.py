@@ -13,10 +13,10 @@ from mlx_lm import load
 from mlx_lm.utils import quantize_model, save
 
 from nested_core import pipeline
-from nested_core.adapters import load_arrays, read_tensors
-from nested_core.checkpoints import MASTERS, OPTIMIZER_NAME, checkpoint_path
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.pytree import flatten
+from nested_core.storage.adapter import load_arrays, read_tensors
+from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME, checkpoint_path
 from tests.example import (
     MODEL,
     SPEEDS,

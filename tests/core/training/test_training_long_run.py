@@ -12,8 +12,8 @@ import pytest
 
 from nested_core import pipeline
 from nested_core.answers import answer
-from nested_core.checkpoints import checkpoint_path
 from nested_core.model import trainable
+from nested_core.storage.checkpoint import checkpoint_path
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train
 
 STEPS = 104

@@ -11,8 +11,6 @@ import mlx.core as mx
 import pytest
 
 from nested_core import pipeline
-from nested_core.adapters import load_arrays, read_tensors
-from nested_core.checkpoints import OPTIMIZER_NAME, checkpoint_path, list_checkpoints
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import (
     ConfigError,
@@ -21,7 +19,9 @@ from nested_core.errors import (
     GateRejected,
     TrainingStopped,
 )
-from nested_core.run_directory import RunDirectory, open_run
+from nested_core.storage.adapter import load_arrays, read_tensors
+from nested_core.storage.checkpoint import OPTIMIZER_NAME, checkpoint_path, list_checkpoints
+from nested_core.storage.run_directory import RunDirectory, open_run
 from tests.example import (
     MODEL,
     SPEEDS,

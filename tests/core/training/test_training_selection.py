@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nested_core import pipeline
-from nested_core.adapters import read_adapter
-from nested_core.checkpoints import STATE_NAME, checkpoint_path, list_checkpoints
 from nested_core.config.gate import GateSection
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.checkpoint import STATE_NAME, checkpoint_path, list_checkpoints
 from tests.example import DATA, Finished, train_example
 
 

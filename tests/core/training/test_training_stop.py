@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nested_core import pipeline
-from nested_core.adapters import read_tensors
-from nested_core.checkpoints import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
 from nested_core.errors import TrainingStopped
+from nested_core.storage.adapter import read_tensors
+from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
 from nested_core.training.trainer import Trainer
 from tests.example import SPEEDS, Finished, example_config, prepare, train, train_example
 

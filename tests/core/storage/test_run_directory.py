@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from nested_core import ConfigError
-from nested_core.run_directory import RunDirectory, new_run_name, open_run
+from nested_core.storage.run_directory import RunDirectory, new_run_name, open_run
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from nested_core.run_directory import RunDirectory
+from nested_core.storage.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).locked():
     print("locked", flush=True)
     time.sleep(60)

@@ -12,7 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from nested_core import DamagedError, read_adapter
-from nested_core.checkpoints import (
+from nested_core.storage.atomic import mend_leftovers
+from nested_core.storage.checkpoint import (
     checkpoint_path,
     latest_checkpoint,
     list_checkpoints,
@@ -21,8 +22,7 @@ from nested_core.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from nested_core.durable import mend_leftovers
-from nested_core.manifest import write_manifest
+from nested_core.storage.manifest import write_manifest
 from tests.core.registry.faults import copies, failed_at
 
 FILES = [

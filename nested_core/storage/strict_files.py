@@ -16,7 +16,7 @@ from typing import Any
 
 from nested_core.backend import main_memory_bytes
 from nested_core.errors import DamagedError
-from nested_core.strict_json import parse_json
+from nested_core.storage.strict_json import parse_json
 
 UNREADABLE = (errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.ENXIO)
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core import Adapter, ConfigError, DamagedError, read_adapter
-from nested_core.adapters import Tensor, load_arrays, read_tensors, write_adapter
+from nested_core.storage.adapter import Tensor, load_arrays, read_tensors, write_adapter
 from tests.core.limits import largest_file
 
 CONFIG: dict[str, Any] = {

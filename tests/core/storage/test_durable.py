@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.durable import (
+from nested_core.storage.atomic import (
     canonical_json,
     file_sha256,
     mend_leftovers,

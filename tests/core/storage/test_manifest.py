@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nested_core import DamagedError
-from nested_core.manifest import read_manifest, verify_manifest, write_manifest
+from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
 
 FACTS = {"step": 3}
 

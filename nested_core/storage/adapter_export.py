@@ -6,9 +6,9 @@ import errno
 import os
 from pathlib import Path
 
-from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME
-from nested_core.durable import write_bytes
 from nested_core.errors import ConfigError
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
+from nested_core.storage.atomic import write_bytes
 
 
 def require_writable(adapter_path: Path) -> None:

@@ -16,11 +16,17 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nested_core.adapters import CONFIG_NAME, WEIGHTS_NAME, load_arrays, save_arrays, write_adapter
-from nested_core.durable import new_directory, write_json
 from nested_core.errors import DamagedError
-from nested_core.manifest import verify_manifest, write_manifest
-from nested_core.regular_files import read_json
+from nested_core.storage.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    load_arrays,
+    save_arrays,
+    write_adapter,
+)
+from nested_core.storage.atomic import new_directory, write_json
+from nested_core.storage.manifest import verify_manifest, write_manifest
+from nested_core.storage.strict_files import read_json
 
 OPTIMIZER_NAME = "optimizer.safetensors"
 STATE_NAME = "state.json"

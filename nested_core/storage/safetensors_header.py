@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from nested_core.errors import DamagedError
-from nested_core.regular_files import read_start
-from nested_core.strict_json import parse_json
+from nested_core.storage.strict_files import read_start
+from nested_core.storage.strict_json import parse_json
 
 MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_TENSORS = 16_384

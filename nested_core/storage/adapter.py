@@ -20,11 +20,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from nested_core.durable import canonical_json, write_json
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.headers import read_header
-from nested_core.kinds import kind_of
-from nested_core.regular_files import open_regular, read_json, read_start, regular_sha256
+from nested_core.storage.atomic import canonical_json, write_json
+from nested_core.storage.file_types import kind_of
+from nested_core.storage.safetensors_header import read_header
+from nested_core.storage.strict_files import open_regular, read_json, read_start, regular_sha256
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
