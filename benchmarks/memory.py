@@ -67,7 +67,7 @@ def measure(arm: str) -> None:
             mx.eval(compiled(mx.array(tokens), lengths), state)
     else:
         from benchmarks.tiers import one_tier, optimizer_for
-        from nested_core.slots import adapter_slots
+        from nested_core.models.parameters import adapter_slots
         from nested_core.training.compute import prepared
         from nested_core.training.engine import Engine
         from nested_core.training.losses import SUPERVISED

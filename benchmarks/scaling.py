@@ -64,7 +64,7 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     """For so many due layers, the deepest, and so many rows: one step, waited for."""
     import mlx.core as mx
 
-    from nested_core.slots import adapter_slots
+    from nested_core.models.parameters import adapter_slots
     from nested_core.training.engine import Engine
     from nested_core.training.losses import SUPERVISED
     from nested_core.training.positions import rule_for

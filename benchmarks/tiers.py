@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from nested_core.clocks import Tier
+from nested_core.models.parameters import Slots, read_slots
 from nested_core.optimizers import NestedAdam
-from nested_core.slots import Slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.packing import nested
 

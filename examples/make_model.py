@@ -27,8 +27,8 @@ from model_files import END_ID, architecture, save_model, train_tokenizer
 from pretraining import PretrainingConfig, build_model, pretrain
 from tokenizers import Tokenizer
 
+from nested_core.models.scalars import to_int
 from nested_core.pytree import flatten
-from nested_core.scalars import to_int
 
 EXAMPLES = Path(__file__).resolve().parent
 MODEL_FOLDER, DATA_FOLDER = "geography-base", "geography"

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.models.base import base_fingerprint, find_model
 from nested_core.policy import target
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.names import is_made

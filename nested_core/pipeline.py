@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.config.loading import parse_config, read_yaml, render_config
 from nested_core.config.resume import refuse_differences
 from nested_core.config.schema import FineTuneConfig
@@ -22,8 +21,15 @@ from nested_core.data.workers import OnProgress
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.losses import refuse_other_data
-from nested_core.given_adapter import read_given_adapter
-from nested_core.model import adapter_config, attach_adapter, load_base, load_leaves, trainable
+from nested_core.models.base import base_fingerprint, find_model
+from nested_core.models.given_adapter import read_given_adapter
+from nested_core.models.lora import (
+    adapter_config,
+    attach_adapter,
+    load_base,
+    load_leaves,
+    trainable,
+)
 from nested_core.run_data import load_run_data
 from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.storage.adapter_export import export_adapter, require_writable

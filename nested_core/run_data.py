@@ -9,7 +9,7 @@ from nested_core.data.report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.data.workers import OnProgress
-from nested_core.model import tokenizer_source
+from nested_core.models.lora import tokenizer_source
 
 
 def load_run_data(

@@ -13,7 +13,7 @@ from benchmarks.tiers import optimizer_for
 from benchmarks.time_to_loss.arms import Arm
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, training_order
 from nested_core.clocks import COUNTERS
-from nested_core.slots import Slots, adapter_slots
+from nested_core.models.parameters import Slots, adapter_slots
 from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.compute import prepared
 from nested_core.training.divergence import DivergenceWatch

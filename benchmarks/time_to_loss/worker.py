@@ -30,7 +30,7 @@ def main(models: str, size: str, rows: str, *runs: str) -> None:
     folder, todo = Path(models) / size, [Run(*json.loads(run)) for run in runs]
     if all(run.arm != RIVAL for run in todo):
         from nested_core.backend import choose_commits  # and the backend is ready before mlx
-        from nested_core.base_folder import weights_in
+        from nested_core.models.base import weights_in
 
         choose_commits(weights_in(folder))
     if not todo:

@@ -123,7 +123,7 @@ def _read_questions(path: Path) -> list[dict[str, str]]:
 def _ask(
     config: FineTuneConfig, champion: Path, questions: list[dict[str, str]]
 ) -> tuple[list[tuple[str, str, str]], tuple[int, int]]:
-    from nested_core.answers import answer
+    from nested_core.models.generate import answer
 
     prompts = [question["prompt"] for question in questions]
     before = answer(config.model, prompts)

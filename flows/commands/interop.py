@@ -12,7 +12,7 @@ from flows.terminal import say
 from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from nested_core.interop import Conversion
+    from nested_core.models.peft import Conversion
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_import(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert a PEFT adapter to an mlx-lm adapter directory."""
-    from nested_core.interop import import_peft
+    from nested_core.models.peft import import_peft
 
     done = import_peft(arguments.folder, arguments.out, arguments.model)
     parameters = done.config["lora_parameters"]
@@ -56,7 +56,7 @@ def run_import(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert an mlx-lm adapter directory to a PEFT adapter."""
-    from nested_core.interop import export_peft
+    from nested_core.models.peft import export_peft
 
     run = RunDirectory(arguments.folder)
     folder = run.adapter if run.config.is_file() else arguments.folder

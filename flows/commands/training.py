@@ -52,7 +52,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.settings import DataSettings
     from nested_core.data.showing import show_examples
     from nested_core.errors import DatasetError
-    from nested_core.model import tokenizer_source
+    from nested_core.models.lora import tokenizer_source
 
     config = config_from(arguments)
     _refuse_showing(arguments)

@@ -8,11 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.model import adapter_dtype, attach_adapter, load_base, load_leaves
-from nested_core.slots import adapter_slots, read_slots
+from nested_core.models.base import base_fingerprint, find_model
+from nested_core.models.lora import adapter_dtype, attach_adapter, load_base, load_leaves
+from nested_core.models.parameters import adapter_slots, read_slots
 from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays
 from nested_core.training.compute import prepared
 from nested_core.training.evaluation import Evaluator, fixed_batches

@@ -12,7 +12,6 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
@@ -31,7 +30,8 @@ from nested_core.gate.losses import measure_general, measure_losses
 from nested_core.gate.proof import ProofRequest, prove
 from nested_core.gate.updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.verdict import GeneralLoss, Reason, Source, Validation, Verdict
-from nested_core.model import compute_dtype
+from nested_core.models.base import base_fingerprint, find_model
+from nested_core.models.lora import compute_dtype
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 

@@ -17,7 +17,7 @@ from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.held import HeldBase
 from nested_core.gate.verdict import GeneralLoss, Validation
-from nested_core.model import tokenizer_source
+from nested_core.models.lora import tokenizer_source
 from nested_core.run_data import load_run_data
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import regular_sha256

@@ -11,7 +11,7 @@ import numpy as np
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.evidence import Counts, Evidence
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
-from nested_core.scalars import to_float
+from nested_core.models.scalars import to_float
 from nested_core.storage.adapter import Tensor, read_tensors
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory

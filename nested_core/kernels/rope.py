@@ -22,7 +22,7 @@ from nested_core import backend
 from nested_core.kernels.checking import disagreement, is_sound
 from nested_core.kernels.launch import DTYPE, THREADS, WIDTH, launch
 from nested_core.kernels.replacing import standing_in
-from nested_core.scalars import to_float
+from nested_core.models.scalars import to_float
 
 ROTATIONS = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
 PROBE = 7  # positions

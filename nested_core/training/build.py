@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import SGD, Adafactor, Muon
 
-from nested_core.base_folder import base_fingerprint, find_model
 from nested_core.clocks import Tier
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError, DamagedError, DatasetError
+from nested_core.models.base import base_fingerprint, find_model
 from nested_core.optimizers import NestedAdam, NestedAdamW
 from nested_core.single_clock import SingleClock, TieredOptimizer
 from nested_core.storage.adapter import files_sha256, read_adapter

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from nested_core.errors import TrainingDiverged
-from nested_core.scalars import to_int
+from nested_core.models.scalars import to_int
 
 logger = logging.getLogger(__name__)
 

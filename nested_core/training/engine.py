@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.gradients import Flat, leaf_states
+from nested_core.models.parameters import Slots, read_slots
 from nested_core.pytree import flatten
 from nested_core.single_clock import TieredOptimizer
-from nested_core.slots import Slots, read_slots
 from nested_core.tiers import TierMap
 from nested_core.training.losses import LossRule, MicroBatch
 from nested_core.training.packing import nested, packing_for

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.kernels.exponential import exponential
-from nested_core.slots import Slots
+from nested_core.models.parameters import Slots
 from nested_core.training.head import OutputHead, find_head
 from nested_core.training.losses import SUPERVISED, Arrays, LossRule, MicroBatch
 

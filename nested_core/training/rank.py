@@ -50,7 +50,7 @@ def main(run_dir: str, ranks: str) -> int:
 
 def _train(run_dir: Path, ranks: int) -> None:
     from nested_core import pipeline
-    from nested_core.model import find_base
+    from nested_core.models.lora import find_base
     from nested_core.storage.run_directory import RunDirectory
     from nested_core.training.ranks import join
 

@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.gradients import Flat
+from nested_core.models.parameters import Slots, borrowed, put
 from nested_core.pytree import flatten
 from nested_core.single_clock import TieredOptimizer
-from nested_core.slots import Slots, borrowed, put
 from nested_core.training.losses import LossRule, MicroBatch
 from nested_core.training.packing import Packing, nested
 from nested_core.training.ranks import ALONE, Sums, World, pack_sums, unpack_sums

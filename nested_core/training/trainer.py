@@ -14,10 +14,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingStopped
 from nested_core.gradients import Flat
+from nested_core.models.parameters import configured_slots, read_slots
 from nested_core.optimizers import NestedAdam
 from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.single_clock import TieredOptimizer
-from nested_core.slots import configured_slots, read_slots
 from nested_core.storage.checkpoint import Checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.tiers import TierMap

@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.replacing import in_code_of, standing_in
 from nested_core.kernels.swiglu import plain_swiglu
-from nested_core.training.modes import evaluating
+from nested_core.models.modes import evaluating
 
 
 class Call(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import backend
-from nested_core.base_folder import weights_in
+from nested_core.models.base import weights_in
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = sys.platform == "linux"

@@ -12,7 +12,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 
-from nested_core.answers import answer
+from nested_core.models.generate import answer
 from nested_core.registry import history, read_champion
 from nested_core.storage.adapter import read_adapter
 from tests.example import DATA, MODEL

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nested_core import pipeline
-from nested_core.answers import answer
+from nested_core.models.generate import answer
 from nested_core.registry import promote, register, rollback
 from tests.example import DATA, MODEL, train_example
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import describe_evidence
 from nested_core.gate.held import HeldBase
-from nested_core.slots import adapter_slots
+from nested_core.models.parameters import adapter_slots
 from nested_core.storage.adapter import load_arrays, read_adapter_config
 from nested_core.storage.checkpoint import (
     checkpoint_path,

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.interop import export_peft
+from nested_core.models.peft import export_peft
 from nested_core.storage.adapter import load_arrays, write_adapter
 from nested_core.storage.manifest import write_manifest
 from tests.core.interop.adapters import random_adapter

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nested_core.gate import verify_adapters
-from nested_core.interop import export_peft, import_peft
+from nested_core.models.peft import export_peft, import_peft
 from nested_core.storage.adapter import load_arrays, read_adapter
 from tests.core.interop.adapters import mlx_logits, random_adapter, same_bytes
 from tests.core.interop.make_golden import CASES, GOLDEN, TOKENS

@@ -13,7 +13,7 @@ from mlx_lm.convert import convert
 from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
-from nested_core.interop import export_peft, import_peft
+from nested_core.models.peft import export_peft, import_peft
 from nested_core.storage.adapter import load_arrays, read_adapter, save_arrays
 from tests.core.interop.adapters import PREFIX, Arrays, peft_copy, same_bytes
 from tests.core.interop.make_golden import GOLDEN, TOKENS

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.interop import import_peft
+from nested_core.models.peft import import_peft
 from nested_core.storage.adapter import read_adapter
 from tests.core.interop.adapters import PREFIX, Arrays, peft_copy
 from tests.core.interop.make_golden import GOLDEN

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.interop.peft_config import PeftConfig
+from nested_core.models.peft.peft_config import PeftConfig
 from tests.core.interop.make_golden import NAMES as GOLDEN_NAMES
 from tests.core.interop.make_golden import TARGET_CASES, TARGETS
 

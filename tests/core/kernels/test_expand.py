@@ -13,7 +13,7 @@ from nested_core.kernels import expand, tiles
 from nested_core.kernels.expand import LowRankSum
 from nested_core.kernels.launch import THREADS
 from nested_core.kernels.tiles import TILES
-from nested_core.scalars import to_float
+from nested_core.models.scalars import to_float
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 

@@ -12,7 +12,7 @@ from mlx_lm.models.activations import swiglu
 from nested_core.kernels import expand, mlp
 from nested_core.kernels.expand import LowRankSum
 from nested_core.kernels.launch import THREADS
-from nested_core.scalars import to_float
+from nested_core.models.scalars import to_float
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 RANKS = 8, 24, 16  # of gate, of up, and of the gradient

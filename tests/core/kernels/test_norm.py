@@ -10,7 +10,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels import norm
-from nested_core.scalars import to_float
+from nested_core.models.scalars import to_float
 from nested_core.training.losses import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 

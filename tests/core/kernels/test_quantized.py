@@ -12,7 +12,7 @@ import pytest
 from nested_core import backend
 from nested_core.kernels import quantized
 from nested_core.kernels.quantized import LEAST_ROWS, whole_weights
-from nested_core.scalars import to_float
+from nested_core.models.scalars import to_float
 from nested_core.training.losses import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 

@@ -13,7 +13,7 @@ import pytest
 from nested_core import backend
 from nested_core.kernels import norm, rope, swiglu
 from nested_core.kernels.replacing import standing_in
-from nested_core.slots import adapter_slots
+from nested_core.models.parameters import adapter_slots
 from nested_core.training import gated_mlp, low_rank
 from nested_core.training.compute import prepared
 from nested_core.training.gated_mlp import fusable_mlps, fused_mlps

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.trainer import default_loss
 
-from nested_core.slots import adapter_slots
+from nested_core.models.parameters import adapter_slots
 from nested_core.training.head import find_head
 from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
 from nested_core.training.positions import positions, positions_rule, rule_for

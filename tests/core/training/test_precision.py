@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.model import adapter_dtype, attach_adapter, load_base
-from nested_core.slots import adapter_slots, read_slots
+from nested_core.models.lora import adapter_dtype, attach_adapter, load_base
+from nested_core.models.parameters import adapter_slots, read_slots
 from nested_core.storage.adapter import read_adapter
 from nested_core.training.losses import SUPERVISED
 from tests.architectures import batch, build, outcome

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from nested_core import pipeline
-from nested_core.answers import answer
-from nested_core.model import trainable
+from nested_core.models.generate import answer
+from nested_core.models.lora import trainable
 from nested_core.storage.checkpoint import checkpoint_path
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train
 

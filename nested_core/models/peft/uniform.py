@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nested_core.errors import ConfigError
-from nested_core.interop.factors import Factors
+from nested_core.models.peft.factors import Factors
 from nested_core.storage.adapter import NUMPY_DTYPES, Tensor
 
 

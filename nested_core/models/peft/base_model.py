@@ -12,9 +12,9 @@ from pathlib import Path
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from nested_core.base_folder import find_model
 from nested_core.errors import ConfigError
-from nested_core.interop.factors import MLX_LM, listed
+from nested_core.models.base import find_model
+from nested_core.models.peft.factors import MLX_LM, listed
 
 
 @dataclass(frozen=True)

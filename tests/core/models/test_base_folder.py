@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.base_folder import PAGE_BYTES, PAGE_STRIDE, base_fingerprint
+from nested_core.models.base import PAGE_BYTES, PAGE_STRIDE, base_fingerprint
 
 FILES = {
     "config.json": b"{" + b" " * (3 * PAGE_BYTES) + b"}",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.interop.factors import (
+from nested_core.models.peft.factors import (
     MLX_LM,
     PEFT,
     Factors,
@@ -18,8 +18,8 @@ from nested_core.interop.factors import (
     precision_notes,
     spread,
 )
-from nested_core.interop.folders import Conversion, new_adapter_folder, require_free
-from nested_core.interop.importing import PEFT_WEIGHTS
+from nested_core.models.peft.folders import Conversion, new_adapter_folder, require_free
+from nested_core.models.peft.importing import PEFT_WEIGHTS
 from nested_core.storage.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,

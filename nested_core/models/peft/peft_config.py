@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.interop.factors import listed
+from nested_core.models.peft.factors import listed
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nested_core.base_folder import base_fingerprint
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.interop.base_model import BaseModel
-from nested_core.interop.factors import (
+from nested_core.models.base import base_fingerprint
+from nested_core.models.peft.base_model import BaseModel
+from nested_core.models.peft.factors import (
     MLX_LM,
     PEFT,
     Factors,
@@ -18,9 +18,9 @@ from nested_core.interop.factors import (
     precision_notes,
     spread,
 )
-from nested_core.interop.folders import Conversion, new_adapter_folder, require_free
-from nested_core.interop.peft_config import REASONS, PeftConfig, read_peft_config
-from nested_core.interop.uniform import make_uniform
+from nested_core.models.peft.folders import Conversion, new_adapter_folder, require_free
+from nested_core.models.peft.peft_config import REASONS, PeftConfig, read_peft_config
+from nested_core.models.peft.uniform import make_uniform
 from nested_core.storage.adapter import Tensor, read_tensors, write_adapter
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
