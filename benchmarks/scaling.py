@@ -91,7 +91,7 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
 
 def tiers_of(slots: Any, due_layers: int) -> Any:
     """Tiers and their optimizer: the deepest layers in tier 0, the others in one not asked for."""
-    from nested_core.tiers import TierMap
+    from nested_core.optim.tiers import TierMap
 
     tensors = {n: int(at < SHAPE.layers - due_layers) for n, at in depths(slots).items()}
     tiers = TierMap((1, 2)[: 1 + max(tensors.values())], tensors)

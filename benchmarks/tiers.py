@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from nested_core.clocks import Tier
 from nested_core.models.parameters import Slots, read_slots
-from nested_core.optimizers import NestedAdam
-from nested_core.tiers import TierMap
+from nested_core.optim.clock import Tier
+from nested_core.optim.nested_adam import NestedAdam
+from nested_core.optim.tiers import TierMap
 from nested_core.training.packing import nested
 
 FREQUENCIES = (1, 2, 4)

@@ -28,7 +28,7 @@ from pretraining import PretrainingConfig, build_model, pretrain
 from tokenizers import Tokenizer
 
 from nested_core.models.scalars import to_int
-from nested_core.pytree import flatten
+from nested_core.optim.pytree import flatten
 
 EXAMPLES = Path(__file__).resolve().parent
 MODEL_FOLDER, DATA_FOLDER = "geography-base", "geography"

@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from nested_core.clocks import TierStats
+    from nested_core.optim.clock import TierStats
 
 SECONDS_BETWEEN_LINES = 2.0
 POLL_SECONDS = 0.25

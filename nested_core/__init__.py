@@ -12,7 +12,6 @@ from nested_core import backend
 backend.prepare()
 
 if TYPE_CHECKING:
-    from nested_core.clocks import Tier, TierStats
     from nested_core.config.loading import load_config
     from nested_core.config.schema import FineTuneConfig
     from nested_core.errors import (
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
         TrainingStopped,
         UpdateNotApplied,
     )
-    from nested_core.optimizers import NestedAdam, NestedAdamW
-    from nested_core.pytree import UpdateReport, apply_flat_updates_to_nested, verify_updates
+    from nested_core.optim.clock import Tier, TierStats
+    from nested_core.optim.nested_adam import NestedAdam, NestedAdamW
+    from nested_core.optim.pytree import UpdateReport, apply_flat_updates_to_nested, verify_updates
+    from nested_core.optim.tiers import TierMap, assign_tiers
     from nested_core.storage.adapter import Adapter, read_adapter
-    from nested_core.tiers import TierMap, assign_tiers
 
 __all__ = [
     "Adapter",
@@ -58,12 +58,12 @@ __all__ = [
 
 _HOMES = {
     "storage.adapter": ("Adapter", "read_adapter"),
-    "clocks": ("Tier", "TierStats"),
+    "optim.clock": ("Tier", "TierStats"),
     "config.schema": ("FineTuneConfig",),
     "config.loading": ("load_config",),
-    "optimizers": ("NestedAdam", "NestedAdamW"),
-    "pytree": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
-    "tiers": ("TierMap", "assign_tiers"),
+    "optim.nested_adam": ("NestedAdam", "NestedAdamW"),
+    "optim.pytree": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
+    "optim.tiers": ("TierMap", "assign_tiers"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

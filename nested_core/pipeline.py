@@ -30,6 +30,7 @@ from nested_core.models.lora import (
     load_leaves,
     trainable,
 )
+from nested_core.optim.tiers import TierMap, assign_tiers
 from nested_core.run_data import load_run_data
 from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.storage.adapter_export import export_adapter, require_writable
@@ -37,7 +38,6 @@ from nested_core.storage.atomic import mend_leftovers, new_directory, write_byte
 from nested_core.storage.checkpoint import checkpoint_path, latest_checkpoint, publish_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_json import finite_or_none
-from nested_core.tiers import TierMap, assign_tiers
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.hosts import count_ranks

@@ -12,12 +12,12 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.evidence import Counts, Evidence
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.models.scalars import to_float
+from nested_core.optim.schedules import build_learning_rate
+from nested_core.optim.tiers import TierMap, expected_updates
 from nested_core.storage.adapter import Tensor, read_tensors
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json
-from nested_core.tiers import TierMap, expected_updates
-from nested_core.training.schedules import build_learning_rate
 
 MAX_TIERS_BYTES = 16 * 1024 * 1024
 

@@ -10,21 +10,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import SGD, Adafactor, Muon
 
-from nested_core.clocks import Tier
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.models.base import base_fingerprint, find_model
-from nested_core.optimizers import NestedAdam, NestedAdamW
-from nested_core.single_clock import SingleClock, TieredOptimizer
+from nested_core.optim.clock import Tier
+from nested_core.optim.nested_adam import NestedAdam, NestedAdamW
+from nested_core.optim.schedules import build_learning_rate
+from nested_core.optim.single_clock import SingleClock, TieredOptimizer
+from nested_core.optim.tiers import TierMap, refuse_tiers_never_due
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.atomic import file_sha256
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.tiers import TierMap, refuse_tiers_never_due
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.ranks import ALONE, World
-from nested_core.training.schedules import build_learning_rate
 from nested_core.training.trainer import Trainer
 
 BEGINNINGS = {"initial": "initial/", "initial_files": "its files", "tiers": "tiers.json"}

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.gradients import Flat, leaf_states
 from nested_core.models.parameters import Slots, read_slots
-from nested_core.pytree import flatten
-from nested_core.single_clock import TieredOptimizer
-from nested_core.tiers import TierMap
+from nested_core.optim.gradients import Flat, leaf_states
+from nested_core.optim.pytree import flatten
+from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiers import TierMap
 from nested_core.training.losses import LossRule, MicroBatch
 from nested_core.training.packing import nested, packing_for
 from nested_core.training.ranks import ALONE, Sums, World

@@ -11,10 +11,10 @@ import numpy as np
 
 from nested_core.data.batches import batch_arrays, evaluation_batches
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.gradients import Flat
 from nested_core.models.modes import evaluating
 from nested_core.models.parameters import Slots, borrowed, put
 from nested_core.models.scalars import to_float
+from nested_core.optim.gradients import Flat
 from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch, first_of
 from nested_core.training.ranks import ALONE, World
 

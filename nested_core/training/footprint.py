@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from nested_core.kernels.quantized import CALLS
 from nested_core.kernels.tiles import is_in_tiles
 from nested_core.models.parameters import Slots
-from nested_core.pytree import flatten
+from nested_core.optim.pytree import flatten
 from nested_core.training.forecast import Layer
 
 SWITCHED = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx_lm.models.switch_layers

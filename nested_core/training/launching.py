@@ -22,9 +22,9 @@ from typing import IO, Any
 import mlx.core as mx
 
 from nested_core import errors
-from nested_core.clocks import TierStats
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
+from nested_core.optim.clock import TierStats
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import guard
 from nested_core.training.callbacks import TrainingCallback

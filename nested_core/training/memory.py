@@ -15,8 +15,8 @@ import mlx.nn as nn
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.parameters import Slots, read_slots
-from nested_core.pytree import flatten
-from nested_core.single_clock import TieredOptimizer
+from nested_core.optim.pytree import flatten
+from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.training import forecast
 from nested_core.training.footprint import arrays, item_bytes, read_layers, whole_bytes
 from nested_core.training.forecast import BatchShape, Device, Load, fewest_recomputed, peak_bytes

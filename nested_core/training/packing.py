@@ -16,12 +16,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from nested_core.clocks import RESERVED_NAMES
-from nested_core.gradients import Flat, Leaves, leaf_states
 from nested_core.kernels.joining import joined
-from nested_core.optimizers import NestedAdam
-from nested_core.single_clock import TieredOptimizer
-from nested_core.tiers import TierMap
+from nested_core.optim.clock import RESERVED_NAMES
+from nested_core.optim.gradients import Flat, Leaves, leaf_states
+from nested_core.optim.nested_adam import NestedAdam
+from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiers import TierMap
 
 ALIGNED = 8  # elements: 16 bytes of a bfloat16
 

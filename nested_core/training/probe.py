@@ -10,10 +10,10 @@ import mlx.nn as nn
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
-from nested_core.gradients import Flat
 from nested_core.models.modes import evaluating
 from nested_core.models.parameters import adapter_slots, borrowed, put, read_slots
 from nested_core.models.scalars import to_float
+from nested_core.optim.gradients import Flat
 from nested_core.training.losses import supervised_loss
 from nested_core.training.methods import plan_batches
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.parameters import Slots, read_slots
-from nested_core.single_clock import TieredOptimizer
+from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.storage import checkpoint
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
 from nested_core.storage.adapter_export import export_snapshot

@@ -12,14 +12,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from nested_core.clocks import COUNTERS, has_moment
 from nested_core.errors import SilentUpdateWarning
 from nested_core.models.scalars import to_float, to_int
-from nested_core.optimizers import NestedAdam
-from nested_core.pytree import UpdateReport, flatten
-from nested_core.single_clock import TieredOptimizer
+from nested_core.optim.clock import COUNTERS, has_moment
+from nested_core.optim.nested_adam import NestedAdam
+from nested_core.optim.pytree import UpdateReport, flatten
+from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiers import TierMap
 from nested_core.storage.adapter import WEIGHTS_NAME
-from nested_core.tiers import TierMap
 from nested_core.training.state import TrainingState
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.gradients import Flat
 from nested_core.models.parameters import Slots, borrowed, put
-from nested_core.pytree import flatten
-from nested_core.single_clock import TieredOptimizer
+from nested_core.optim.gradients import Flat
+from nested_core.optim.pytree import flatten
+from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.training.losses import LossRule, MicroBatch
 from nested_core.training.packing import Packing, nested
 from nested_core.training.ranks import ALONE, Sums, World, pack_sums, unpack_sums

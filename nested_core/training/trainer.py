@@ -9,18 +9,18 @@ from collections.abc import Mapping
 
 import mlx.nn as nn
 
-from nested_core.clocks import COUNTERS, TierStats
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens import TokenizedSplit
 from nested_core.errors import TrainingStopped
-from nested_core.gradients import Flat
 from nested_core.models.parameters import configured_slots, read_slots
-from nested_core.optimizers import NestedAdam
-from nested_core.pytree import apply_flat_updates_to_nested, flatten, verify_updates
-from nested_core.single_clock import TieredOptimizer
+from nested_core.optim.clock import COUNTERS, TierStats
+from nested_core.optim.gradients import Flat
+from nested_core.optim.nested_adam import NestedAdam
+from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten, verify_updates
+from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiers import TierMap
 from nested_core.storage.checkpoint import Checkpoint
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.tiers import TierMap
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.compute import prepared
 from nested_core.training.divergence import DivergenceWatch

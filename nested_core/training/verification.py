@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import mlx.nn as nn
 
-from nested_core.gradients import Flat
-from nested_core.pytree import verify_updates
-from nested_core.single_clock import TieredOptimizer
-from nested_core.tiers import TierMap
+from nested_core.optim.gradients import Flat
+from nested_core.optim.pytree import verify_updates
+from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiers import TierMap
 from nested_core.training.engine import Engine, StepTaken
 from nested_core.training.ranks import World
 from nested_core.training.red_flags import flag_updates, idle_names

@@ -10,10 +10,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core.clocks import COUNTERS
-from nested_core.gradients import clip_factor
 from nested_core.models.scalars import to_float, to_int
-from nested_core.single_clock import TieredOptimizer
+from nested_core.optim.clock import COUNTERS
+from nested_core.optim.gradients import clip_factor
+from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.training.ranks import ALONE, Sums, World
 
 

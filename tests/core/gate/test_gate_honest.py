@@ -15,7 +15,7 @@ from mlx_lm import convert
 from nested_core import pipeline
 from nested_core.errors import GateRejected, SilentUpdateWarning, TrainingStopped
 from nested_core.gate import judge_run, verify_adapters
-from nested_core.pytree import apply_flat_updates_to_nested, flatten
+from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training import trainer
 from tests.core.gate.pairs import codes

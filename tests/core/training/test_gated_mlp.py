@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.gradients import Flat
+from nested_core.optim.gradients import Flat
 from nested_core.training import gated_mlp
 from nested_core.training.gated_mlp import computed, fusable_mlps, fused_mlps
 from nested_core.training.losses import SUPERVISED

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.pytree import flatten
+from nested_core.optim.pytree import flatten
 from nested_core.training.losses import SUPERVISED
 from nested_core.training.low_rank import GROUP, LowRankLinear, low_rank
 from nested_core.training.recompute import recomputed

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from mlx.optimizers import SGD
 
-from nested_core.clocks import COUNTERS, Tier
-from nested_core.gradients import Flat, leaf_states
-from nested_core.optimizers import NestedAdamW
-from nested_core.pytree import flatten
-from nested_core.single_clock import SingleClock
-from nested_core.tiers import TierMap
+from nested_core.optim.clock import COUNTERS, Tier
+from nested_core.optim.gradients import Flat, leaf_states
+from nested_core.optim.nested_adam import NestedAdamW
+from nested_core.optim.pytree import flatten
+from nested_core.optim.single_clock import SingleClock
+from nested_core.optim.tiers import TierMap
 from nested_core.training.packing import Leaf, Packing, nested, packing_for
 
 SHAPES = {

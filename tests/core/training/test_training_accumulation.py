@@ -14,7 +14,7 @@ import pytest
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
-from nested_core.pytree import flatten
+from nested_core.optim.pytree import flatten
 from nested_core.storage.adapter import read_tensors
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
 from tests.example import Finished, train_example

@@ -14,7 +14,7 @@ from mlx_lm.utils import quantize_model, save
 
 from nested_core import pipeline
 from nested_core.errors import ConfigError, TrainingStopped
-from nested_core.pytree import flatten
+from nested_core.optim.pytree import flatten
 from nested_core.storage.adapter import load_arrays, read_tensors
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME, checkpoint_path
 from tests.example import (

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from nested_core import pipeline
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.lora import attach_adapter, is_adapter_parameter, load_base, trainable
-from nested_core.pytree import flatten
+from nested_core.optim.pytree import flatten
 from nested_core.storage.adapter import read_adapter
 from tests.example import MODEL, Finished, example_config, prepare, train_example
 

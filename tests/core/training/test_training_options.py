@@ -18,7 +18,7 @@ from nested_core import pipeline
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
-from nested_core.pytree import flatten
+from nested_core.optim.pytree import flatten
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.training.probe import parameter_importance
 from nested_core.training.recompute import recomputed

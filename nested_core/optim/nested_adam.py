@@ -13,8 +13,8 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map_with_path
 
-from nested_core.adam import AdamRule, decayed, returning_arrays
-from nested_core.clocks import (
+from nested_core.optim.adam import AdamRule, decayed, returning_arrays
+from nested_core.optim.clock import (
     COUNTERS,
     Tier,
     TierStats,
@@ -26,7 +26,7 @@ from nested_core.clocks import (
     refuse_reserved,
     tier_stats,
 )
-from nested_core.gradients import (
+from nested_core.optim.gradients import (
     Flags,
     Flat,
     Kind,
@@ -42,7 +42,7 @@ from nested_core.gradients import (
     group_by_tier,
     leaf_states,
 )
-from nested_core.pytree import flatten
+from nested_core.optim.pytree import flatten
 
 
 class NestedAdam(Optimizer):

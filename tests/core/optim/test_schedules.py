@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
 
 from nested_core import FineTuneConfig, NestedAdam
-from nested_core.training.schedules import build_learning_rate, with_warmup
+from nested_core.optim.schedules import build_learning_rate, with_warmup
 
 SCHEDULES: list[dict[str, Any]] = [
     {"name": "linear_schedule", "arguments": [1e-2, 1e-4, 100]},

@@ -12,8 +12,8 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map_with_path
 
-from nested_core.clocks import COUNTERS, Tier, TierStats, count_step, new_counters, tier_stats
-from nested_core.gradients import (
+from nested_core.optim.clock import COUNTERS, Tier, TierStats, count_step, new_counters, tier_stats
+from nested_core.optim.gradients import (
     Kind,
     check_bound,
     check_gradients,
@@ -23,8 +23,8 @@ from nested_core.gradients import (
     flatten_gradients,
     group_by_tier,
 )
-from nested_core.optimizers import NestedAdam
-from nested_core.pytree import flatten
+from nested_core.optim.nested_adam import NestedAdam
+from nested_core.optim.pytree import flatten
 
 
 class SingleClock(Optimizer):

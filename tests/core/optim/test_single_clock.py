@@ -13,7 +13,7 @@ from mlx import optimizers
 from mlx.utils import tree_flatten
 
 from nested_core import TierStats
-from nested_core.single_clock import SingleClock
+from nested_core.optim.single_clock import SingleClock
 
 OPTIMIZERS = {
     "sgd": lambda: optimizers.SGD(1e-2, momentum=0.9),
