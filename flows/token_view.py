@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from nested_core.data.showing import ShownExample, ShownToken
+from nested_core.data.tokens.showing import ShownExample, ShownToken
 
 WIDTH, CELL = 100, 20
 LONGEST_TEXT = 60

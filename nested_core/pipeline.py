@@ -16,7 +16,8 @@ from nested_core.config.loading import parse_config, read_yaml, render_config
 from nested_core.config.resume import refuse_differences
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import starting_adapter
-from nested_core.data.report import DatasetReport
+from nested_core.data.rules.report import DatasetReport
+from nested_core.data.run_data import load_run_data
 from nested_core.data.workers import OnProgress
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
@@ -31,7 +32,6 @@ from nested_core.models.lora import (
     trainable,
 )
 from nested_core.optim.tiers import TierMap, assign_tiers
-from nested_core.run_data import load_run_data
 from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.storage.adapter_export import export_adapter, require_writable
 from nested_core.storage.atomic import mend_leftovers, new_directory, write_bytes, write_json

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nested_core.data.buckets import fill_buckets
-from nested_core.data.tokens import Bool, Int32, TokenizedSplit
+from nested_core.data.tokens.split import Bool, Int32, TokenizedSplit
 
 
 @dataclass(frozen=True, eq=False)

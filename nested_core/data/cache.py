@@ -22,14 +22,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nested_core.data.report import DatasetReport
+from nested_core.data.rules.report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources import Source
-from nested_core.data.token_files import open_tokens
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.sources.files import Source
+from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.token_files import open_tokens
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import canonical_json, file_sha256, temporary_beside, write_json
-from nested_core.tokenizer import TokenizerSource
 
 FOLDER_VARIABLE = "NESTED_TUNE_CACHE"
 REPORT_NAME = "report.json"

@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from nested_core.data.cache import DatasetCache, write_report
-from nested_core.data.report import DatasetReport
+from nested_core.data.rules.report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources import Source, open_sources
-from nested_core.data.token_files import seal_tokens
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.sources.files import Source, open_sources
+from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.token_files import seal_tokens
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.errors import DatasetError
-from nested_core.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
     from nested_core.data.workers import OnProgress

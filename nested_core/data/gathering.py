@@ -16,12 +16,12 @@ from typing import Any
 
 import polars as pl
 
-from nested_core.data.fields import Features
-from nested_core.data.reading import SCHEMA, SPAN_BYTES
-from nested_core.data.sources import Source
+from nested_core.data.lines.fields import Features
+from nested_core.data.lines.reading import SCHEMA, SPAN_BYTES
+from nested_core.data.sources.files import Source
 from nested_core.data.workers import OnProgress, line_spans, processes_for, run_jobs
 
-JOB = "nested_core.data.reading:read_job"
+JOB = "nested_core.data.lines.reading:read_job"
 
 
 @dataclass(frozen=True)

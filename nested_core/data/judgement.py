@@ -11,25 +11,25 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from nested_core.data.encoding import has_chat_template
-from nested_core.data.judging import judge
-from nested_core.data.lines import Lines, judge_counts, judge_files, judge_lines, read_lines
-from nested_core.data.policy import Dropped, tell_dropped
-from nested_core.data.report import DatasetReport, Finding, SplitStats, in_order
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources import Source
-from nested_core.data.summary import count_split, count_tokens, describe_split
-from nested_core.data.token_rules import (
+from nested_core.data.all_lines import Lines, judge_counts, judge_files, judge_lines, read_lines
+from nested_core.data.rules.checking import judge
+from nested_core.data.rules.policy import Dropped, tell_dropped
+from nested_core.data.rules.report import DatasetReport, Finding, SplitStats, in_order
+from nested_core.data.rules.summary import count_split, count_tokens, describe_split
+from nested_core.data.rules.token_rules import (
     TemplateErrors,
     TokenErrors,
     TokenWarnings,
     problem_frame,
     token_frame,
 )
-from nested_core.data.tokenizing import SoundLines, TokenFacts, tokenize_splits
+from nested_core.data.settings import DataSettings
+from nested_core.data.sources.files import Source
+from nested_core.data.tokens.encoding import has_chat_template
+from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenizing import SoundLines, TokenFacts, tokenize_splits
 from nested_core.data.workers import OnProgress
 from nested_core.storage.atomic import canonical_json
-from nested_core.tokenizer import TokenizerSource
 
 
 def judge_dataset(

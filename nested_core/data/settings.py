@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from nested_core.config.data import DataPolicy, HubDataset
-from nested_core.data.encoding import Targets
-from nested_core.data.fields import Features
+from nested_core.data.lines.fields import Features
+from nested_core.data.tokens.encoding import Targets
 
 SPLITS = ("train", "valid", "test")
 

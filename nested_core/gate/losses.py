@@ -11,14 +11,14 @@ from pathlib import Path
 from nested_core.config.data import DataPolicy
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset import load_dataset
-from nested_core.data.report import DatasetReport
+from nested_core.data.rules.report import DatasetReport
+from nested_core.data.run_data import load_run_data
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.held import HeldBase
 from nested_core.gate.verdict import GeneralLoss, Validation
 from nested_core.models.lora import tokenizer_source
-from nested_core.run_data import load_run_data
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import regular_sha256
 from nested_core.storage.strict_json import finite_or_none

@@ -13,9 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core import backend
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.models.base import find_model, weights_in
-from nested_core.tokenizer import TokenizerSource
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig

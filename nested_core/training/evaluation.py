@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.data.batches import batch_arrays, evaluation_batches
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.models.modes import evaluating
 from nested_core.models.parameters import Slots, borrowed, put
 from nested_core.models.scalars import to_float

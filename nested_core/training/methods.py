@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.training.evaluation import fixed_batches
 from nested_core.training.forecast import BatchShape
 from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch

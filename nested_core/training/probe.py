@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.models.modes import evaluating
 from nested_core.models.parameters import adapter_slots, borrowed, put, read_slots
 from nested_core.models.scalars import to_float

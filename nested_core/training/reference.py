@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.training.forecast import BatchShape
 from nested_core.training.losses import LossRule, MicroBatch

@@ -16,7 +16,7 @@ from mlx_lm.tuner import datasets as theirs
 from nested_core.config.loading import load_config
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from tests.core.data.conftest import WriteData
 
 TEXT = "This is an example for the model."

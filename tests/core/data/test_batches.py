@@ -22,7 +22,7 @@ from nested_core.data.batches import (
     evaluation_batches,
 )
 from nested_core.data.buckets import MAX_WIDTHS, choose_widths, fill_buckets
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 
 lengths_lists = st.lists(st.integers(1, 700), min_size=1, max_size=60)
 batch_sizes = st.integers(1, 9)

@@ -18,14 +18,15 @@ import pytest
 
 from nested_core.config.data import DataPolicy
 from nested_core.data import cache as caching
-from nested_core.data import dataset, token_files
+from nested_core.data import dataset
 from nested_core.data.cache import KEPT_SECONDS, DatasetCache, default_cache
 from nested_core.data.dataset import load_dataset
-from nested_core.data.report import DatasetReport
+from nested_core.data.rules.report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens import token_files
+from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import WriteData
 
 TRAIN = [{"text": f"{n} is the river of {n}land."} for n in range(9)]

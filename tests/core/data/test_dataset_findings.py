@@ -8,8 +8,8 @@ import pytest
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.errors import ConfigError
-from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 Found = tuple[str, int | None, str]

@@ -14,10 +14,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nested_core.data import formats
 from nested_core.data.dataset import load_dataset
-from nested_core.data.report import DatasetReport
+from nested_core.data.rules.report import DatasetReport
 from nested_core.data.settings import DataSettings
+from nested_core.data.sources import formats
 from nested_core.errors import ConfigError
 
 Found = tuple[str, int | None, str]

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core.data.dataset import load_dataset
-from nested_core.data.decoding import LineProblem
-from nested_core.data.fields import Features
-from nested_core.data.parsing import parse_line
-from nested_core.data.reading import read_span
-from nested_core.data.rows import read_line
+from nested_core.data.lines.decoding import LineProblem
+from nested_core.data.lines.fields import Features
+from nested_core.data.lines.parsing import parse_line
+from nested_core.data.lines.reading import read_span
+from nested_core.data.lines.rows import read_line
 from nested_core.data.settings import DataSettings
 from nested_core.data.workers import Span
 

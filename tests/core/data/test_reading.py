@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from nested_core.data import gathering
 from nested_core.data.dataset import load_dataset
-from nested_core.data.fields import Features
 from nested_core.data.gathering import gather_files
-from nested_core.data.reading import read_span
-from nested_core.data.rows import BLANK_TURN, plain_row, read_line
+from nested_core.data.lines.fields import Features
+from nested_core.data.lines.reading import read_span
+from nested_core.data.lines.rows import BLANK_TURN, plain_row, read_line
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources import Source
+from nested_core.data.sources.files import Source
 from nested_core.data.workers import Span
 from nested_core.errors import DatasetError, WorkerFailed
 from tests.core.data.conftest import WriteData

@@ -9,12 +9,12 @@ import pytest
 
 from nested_core.config.loading import parse_config
 from nested_core.data.dataset import load_dataset
-from nested_core.data.encoding import encode_example
-from nested_core.data.fields import Example
+from nested_core.data.lines.fields import Example
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.encoding import encode_example
+from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.errors import ConfigError
-from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}

@@ -14,11 +14,11 @@ import pytest
 from nested_core.data.cache import DatasetCache
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources import Source
-from nested_core.data.token_files import open_tokens
-from nested_core.data.tokenizing import SoundLines, tokenize_splits
+from nested_core.data.sources.files import Source
+from nested_core.data.tokens.token_files import open_tokens
+from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenizing import SoundLines, tokenize_splits
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 ROWS = 3_000
@@ -41,7 +41,7 @@ def chats(count: int) -> list[bytes]:
 def test_the_bytes_are_the_same_in_any_number_of_processes(
     write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nested_core.data.tokenizing.RANGE_BYTES", 2**15)
+    monkeypatch.setattr("nested_core.data.tokens.tokenizing.RANGE_BYTES", 2**15)
     tokenizer = build_tokenizer(REFUSING + TEMPLATE)
     folder = write_data(train=chats(ROWS), valid=chats(150), test=[])
     skip = {"train": {1, 5, ROWS // 2, ROWS - 1}, "valid": {2}, "test": set[int]()}
@@ -101,7 +101,7 @@ def write_own_tokenizer() -> str:
 def test_a_tokenizers_own_code_runs_in_workers_where_it_is_trusted_and_nowhere_else(
     write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nested_core.data.tokenizing.RANGE_BYTES", 2**7)
+    monkeypatch.setattr("nested_core.data.tokens.tokenizing.RANGE_BYTES", 2**7)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # the workers' alone
     folder = write_data(train=[{"text": f"number {n}"} for n in range(20)])
     sound = {"train": SoundLines(Source("train.jsonl", folder / "train.jsonl"), frozenset())}
@@ -187,7 +187,7 @@ USE = """
 import sys
 from pathlib import Path
 from nested_core.data.batches import BatchPlan
-from nested_core.data.token_files import open_tokens
+from nested_core.data.tokens.token_files import open_tokens
 split = open_tokens(Path(sys.argv[1]))["train"]
 plan = BatchPlan(split.lengths, 8, 0)
 for index in range(plan.batches_per_epoch):
@@ -215,7 +215,7 @@ def peak_megabytes(folder: Path, rows: int) -> float:
 
 def write_arrays(folder: Path, lengths: Any) -> None:
     """Token files of examples of these lengths, as tokenising leaves them."""
-    from nested_core.data.token_files import ExampleWriter, SplitWriter, seal_tokens
+    from nested_core.data.tokens.token_files import ExampleWriter, SplitWriter, seal_tokens
 
     folder.mkdir()
     with ExampleWriter(folder / "part") as writer:

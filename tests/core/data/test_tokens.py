@@ -13,12 +13,12 @@ from mlx_lm.tuner.trainer import iterate_batches
 
 from nested_core.data.batches import evaluation_batches
 from nested_core.data.dataset import load_dataset
-from nested_core.data.fields import Features
-from nested_core.data.reading import read_examples
+from nested_core.data.lines.fields import Features
+from nested_core.data.lines.reading import read_examples
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.errors import DatasetError
-from nested_core.tokenizer import TokenizerSource
 from tests.core.data.conftest import WriteData
 
 CALL = {"id": "1", "type": "function", "function": {"name": "river", "arguments": {"of": "A"}}}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.models.parameters import adapter_slots, read_slots
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.head import find_head

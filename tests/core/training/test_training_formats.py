@@ -11,7 +11,7 @@ import pytest
 from nested_core import pipeline
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.data.showing import show_examples
+from nested_core.data.tokens.showing import show_examples
 from nested_core.models.lora import tokenizer_source
 from tests.example import Finished, example_config, train_example
 from tests.formats import write_format, write_model

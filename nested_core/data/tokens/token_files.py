@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from nested_core.data.settings import SPLITS
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.errors import DamagedError
 from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.formats import (
+from nested_core.data.settings import SPLITS, DataSettings
+from nested_core.data.sources.formats import (
     Damaged,
     Record,
     read_array,
@@ -23,8 +24,7 @@ from nested_core.data.formats import (
     read_gzip,
     read_parquet,
 )
-from nested_core.data.hub import Tables, open_listed, open_named
-from nested_core.data.settings import SPLITS, DataSettings
+from nested_core.data.sources.hub import Tables, open_listed, open_named
 from nested_core.errors import ConfigError
 
 _READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[Record]]] = {

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 
 import polars as pl
 
-from nested_core.data.file_rules import CountErrors, FileErrors, FileWarnings
-from nested_core.data.frame import relate_rows
 from nested_core.data.gathering import Gathered, gather_files
-from nested_core.data.judging import judge
-from nested_core.data.kind_rules import KindWarnings, kind_frame
-from nested_core.data.policy import Dropped, choose_lines
-from nested_core.data.report import Finding
-from nested_core.data.rules import RowErrors, RowWarnings
+from nested_core.data.rules.checking import judge
+from nested_core.data.rules.file_rules import CountErrors, FileErrors, FileWarnings
+from nested_core.data.rules.frame import relate_rows
+from nested_core.data.rules.line_rules import RowErrors, RowWarnings
+from nested_core.data.rules.policy import Dropped, choose_lines
+from nested_core.data.rules.report import Finding
+from nested_core.data.rules.sensitive_rules import KindWarnings, kind_frame
 from nested_core.data.settings import SPLITS, DataSettings
-from nested_core.data.sources import Source
+from nested_core.data.sources.files import Source
 from nested_core.data.workers import OnProgress
 
 _EMPTY = Gathered.of_nothing()

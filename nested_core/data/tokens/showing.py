@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nested_core.data.tokens import TokenizedSplit
+from nested_core.data.tokens.split import TokenizedSplit
 
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space; decoding one token alone drops it
 

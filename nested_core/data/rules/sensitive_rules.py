@@ -9,8 +9,8 @@ import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
-from nested_core.data.judging import is_null
-from nested_core.data.sensitive import KINDS
+from nested_core.data.rules.checking import is_null
+from nested_core.data.rules.sensitive import KINDS
 
 _SHOWN_LINES = 5
 

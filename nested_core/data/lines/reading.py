@@ -15,11 +15,18 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nested_core.data.decoding import LineProblem
-from nested_core.data.fields import Example, Features
-from nested_core.data.parsing import parse_line
-from nested_core.data.rows import BLANK_TURN, WHITE_SPACE, Row, line_body, plain_row, read_line
-from nested_core.data.sensitive import find_kinds
+from nested_core.data.lines.decoding import LineProblem
+from nested_core.data.lines.fields import Example, Features
+from nested_core.data.lines.parsing import parse_line
+from nested_core.data.lines.rows import (
+    BLANK_TURN,
+    WHITE_SPACE,
+    Row,
+    line_body,
+    plain_row,
+    read_line,
+)
+from nested_core.data.rules.sensitive import find_kinds
 from nested_core.data.workers import Span
 from nested_core.errors import DatasetError
 

@@ -17,17 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from nested_core.data import workers
-from nested_core.data.decoding import shorten
-from nested_core.data.encoding import EncodedExample, Span, encode_example
-from nested_core.data.fields import Example, Features
-from nested_core.data.reading import read_examples
+from nested_core.data.lines.decoding import shorten
+from nested_core.data.lines.fields import Example, Features
+from nested_core.data.lines.reading import read_examples
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources import Source
-from nested_core.data.token_files import ExampleWriter, SplitWriter
+from nested_core.data.sources.files import Source
+from nested_core.data.tokens.encoding import EncodedExample, Span, encode_example
+from nested_core.data.tokens.token_files import ExampleWriter, SplitWriter
+from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.data.workers import OnProgress
-from nested_core.tokenizer import TokenizerSource
 
-JOB = "nested_core.data.tokenizing:tokenize_range"
+JOB = "nested_core.data.tokens.tokenizing:tokenize_range"
 RANGE_BYTES = 2**20
 SMALL_BYTES = 4 * 2**20  # below this, starting processes takes longer than the work
 

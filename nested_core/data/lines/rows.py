@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from nested_core.data.decoding import LineProblem, strings
-from nested_core.data.fields import Example, Features, calls_tools
-from nested_core.data.parsing import parse_exactly, plain_chat, plain_fields
+from nested_core.data.lines.decoding import LineProblem, strings
+from nested_core.data.lines.fields import Example, Features, calls_tools
+from nested_core.data.lines.parsing import parse_exactly, plain_chat, plain_fields
 
 WHITE_SPACE = b" \t\n\r"
 _LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from nested_core.data.decoding import LineProblem, decode_object, repeats_a_key, shorten
-from nested_core.data.fields import (
+from nested_core.data.lines.decoding import LineProblem, decode_object, repeats_a_key, shorten
+from nested_core.data.lines.fields import (
     Example,
     Features,
     Format,
