@@ -100,8 +100,8 @@ def measure(case: Case) -> None:
 
     from nested_core import backend
     from nested_core.config.schema import FineTuneConfig
+    from nested_core.kernels.apply import prepared
     from nested_core.models.parameters import adapter_slots
-    from nested_core.training.compute import prepared
     from nested_core.training.engine import Engine
     from nested_core.training.forecast import BatchShape, peak_bytes
     from nested_core.training.losses import SUPERVISED

@@ -67,8 +67,8 @@ def measure(arm: str) -> None:
             mx.eval(compiled(mx.array(tokens), lengths), state)
     else:
         from benchmarks.tiers import one_tier, optimizer_for
+        from nested_core.kernels.apply import prepared
         from nested_core.models.parameters import adapter_slots
-        from nested_core.training.compute import prepared
         from nested_core.training.engine import Engine
         from nested_core.training.losses import SUPERVISED
         from nested_core.training.positions import rule_for

@@ -47,7 +47,7 @@ def measure_fits() -> dict[str, dict[str, Any]]:
     """The lines over due layers, with the rows of SHAPE, and over tokens, with all layers due."""
     import mlx.core as mx
 
-    from nested_core.training.compute import prepared
+    from nested_core.kernels.apply import prepared
 
     model = build(SHAPE, bits=16)
     model.set_dtype(mx.float32)

@@ -168,8 +168,8 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     import mlx.core as mx
 
     from benchmarks.tiers import one_tier, optimizer_for, thirds
+    from nested_core.kernels.apply import prepared
     from nested_core.models.parameters import adapter_slots
-    from nested_core.training.compute import prepared
     from nested_core.training.engine import Engine
     from nested_core.training.losses import SUPERVISED
     from nested_core.training.positions import rule_for

@@ -24,8 +24,8 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
     import numpy as np
 
     from benchmarks.tiers import thirds
+    from nested_core.kernels.apply import prepared
     from nested_core.models.parameters import adapter_slots, borrowed, put, read_slots
-    from nested_core.training.compute import prepared
     from nested_core.training.losses import SUPERVISED
     from nested_core.training.positions import rule_for
 

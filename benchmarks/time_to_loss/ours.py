@@ -12,10 +12,10 @@ import numpy as np
 from benchmarks.tiers import optimizer_for
 from benchmarks.time_to_loss.arms import Arm
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, training_order
+from nested_core.kernels.apply import prepared
 from nested_core.models.parameters import Slots, adapter_slots
 from nested_core.optim.clock import COUNTERS
 from nested_core.optim.tiers import TierMap, assign_tiers
-from nested_core.training.compute import prepared
 from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine
 from nested_core.training.losses import SUPERVISED, MicroBatch

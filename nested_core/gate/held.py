@@ -10,11 +10,11 @@ import mlx.nn as nn
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.kernels.apply import prepared
 from nested_core.models.base import base_fingerprint, find_model
 from nested_core.models.lora import adapter_dtype, attach_adapter, load_base, load_leaves
 from nested_core.models.parameters import adapter_slots, read_slots
 from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays
-from nested_core.training.compute import prepared
 from nested_core.training.evaluation import Evaluator, fixed_batches
 from nested_core.training.losses import SUPERVISED
 from nested_core.training.positions import rule_for

@@ -19,7 +19,7 @@ from mlx_lm.models import base
 
 from nested_core import backend
 from nested_core.kernels.exponential import exponential
-from nested_core.kernels.replacing import in_code_of
+from nested_core.kernels.patching import in_code_of
 
 NAME = "scaled_dot_product_attention"
 BLOCKS = 4  # 5/8 of the scores; more blocks save less than they cost

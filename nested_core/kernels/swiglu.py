@@ -17,10 +17,10 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from nested_core import backend
-from nested_core.kernels.checking import disagreement, is_sound
+from nested_core.kernels.cuda.launch import DTYPE, THREADS, WIDTH, launch
+from nested_core.kernels.cuda.self_check import disagreement, is_sound
 from nested_core.kernels.exponential import exponential
-from nested_core.kernels.launch import DTYPE, THREADS, WIDTH, launch
-from nested_core.kernels.replacing import in_code_of
+from nested_core.kernels.patching import in_code_of
 
 Forward = Callable[[mx.array, mx.array], mx.array]
 Backward = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]

@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.quantized import CALLS
-from nested_core.kernels.tiles import is_in_tiles
+from nested_core.kernels.cuda.tiles import is_in_tiles
+from nested_core.kernels.quantized_linear import CALLS
 from nested_core.models.parameters import Slots
 from nested_core.optim.pytree import flatten
 from nested_core.training.forecast import Layer

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nested_core.kernels.launch import DTYPE
+from nested_core.kernels.cuda.launch import DTYPE
 from nested_core.training.positions import room_for
 
 REFILLED = 1.8  # layers: one that is computed again, and its gradients

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.kernels.replacing import standing_in
+from nested_core.kernels.patching import standing_in
 from nested_core.models.modes import evaluating
 from nested_core.models.parameters import Slots, borrowed, put, read_slots
 from nested_core.models.scalars import to_float

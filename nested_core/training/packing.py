@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from nested_core.kernels.joining import joined
+from nested_core.kernels.cuda.concatenate import joined
 from nested_core.optim.clock import RESERVED_NAMES
 from nested_core.optim.gradients import Flat, Leaves, leaf_states
 from nested_core.optim.nested_adam import NestedAdam

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.errors import TrainingStopped
+from nested_core.kernels.apply import prepared
 from nested_core.models.parameters import configured_slots, read_slots
 from nested_core.optim.clock import COUNTERS, TierStats
 from nested_core.optim.gradients import Flat
@@ -22,7 +23,6 @@ from nested_core.optim.tiers import TierMap
 from nested_core.storage.checkpoint import Checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.compute import prepared
 from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine, StepTaken
 from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts

@@ -10,7 +10,8 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import checking, expand, joining, low_rank, mlp, norm, rope, swiglu, tiles
+from nested_core.kernels import rms_norm, rope, swiglu
+from nested_core.kernels.cuda import concatenate, lora_add, lora_matmuls, mlp, self_check, tiles
 
 Spoil = Callable[[mx.array], mx.array]
 
@@ -18,29 +19,29 @@ Spoil = Callable[[mx.array], mx.array]
 @pytest.fixture
 def narrower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of fewer columns: only a kernel needs so many, and MLX takes seconds for them."""
-    example = expand.example
-    for module in (expand, mlp):
+    example = lora_add.example
+    for module in (lora_add, mlp):
         monkeypatch.setattr(module, "example", lambda rank, width: example(rank, min(width, 160)))
 
 
 def of_low_rank(z: Spoil, first: Spoil, second: Spoil) -> str | None:
-    def outer(pairs: low_rank.Pairs) -> list[mx.array]:
-        one, two = low_rank.plain_outer(pairs)
+    def outer(pairs: lora_matmuls.Pairs) -> list[mx.array]:
+        one, two = lora_matmuls.plain_outer(pairs)
         return [first(one), second(two)]
 
-    return low_rank.trouble_with(lambda pairs, s: z(low_rank.plain_narrow(pairs, s)), outer)
+    return lora_matmuls.trouble_with(lambda pairs, s: z(lora_matmuls.plain_narrow(pairs, s)), outer)
 
 
 def of_expand(first: Spoil, second: Spoil) -> str | None:
-    def ours(sums: expand.Sums) -> list[mx.array]:
-        one, two = expand.plain_expand(sums)
+    def ours(sums: lora_add.Sums) -> list[mx.array]:
+        one, two = lora_add.plain_expand(sums)
         return [first(one), second(two)]
 
-    return expand.trouble_with(ours)
+    return lora_add.trouble_with(ours)
 
 
 def of_mlp(output: Spoil, d_gate: Spoil, d_up: Spoil, again: Spoil) -> str | None:
-    def backward(*sums: expand.LowRankSum) -> mlp.Three:
+    def backward(*sums: lora_add.LowRankSum) -> mlp.Three:
         one, two, three = mlp.plain_backward(*sums)
         return d_gate(one), d_up(two), again(three)
 
@@ -62,11 +63,11 @@ def of_rope(there: Spoil, back: Spoil) -> str | None:
 
 
 def of_norm(dx: Spoil) -> str | None:
-    return norm.trouble_with(lambda *given: dx(norm.plain_backward(*given)))
+    return rms_norm.trouble_with(lambda *given: dx(rms_norm.plain_backward(*given)))
 
 
 def of_joining(vector: Spoil) -> str | None:
-    return joining.trouble_with(lambda arrays: vector(joining.plain_join(arrays)))
+    return concatenate.trouble_with(lambda arrays: vector(concatenate.plain_join(arrays)))
 
 
 CHECKS: dict[str, tuple[Callable[..., str | None], int]] = {
@@ -125,13 +126,15 @@ def test_the_check_finds_a_result_that_is_transposed(name: str) -> None:
 
 def test_the_checks_find_an_argument_that_is_not_looked_at() -> None:
     def of_norms(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
-        return norm.plain_backward(x, mx.ones_like(weight), eps, g)
+        return rms_norm.plain_backward(x, mx.ones_like(weight), eps, g)
 
     found = [
-        low_rank.trouble_with(lambda p, s: low_rank.plain_narrow(p, 1.0), low_rank.plain_outer),
+        lora_matmuls.trouble_with(
+            lambda p, s: lora_matmuls.plain_narrow(p, 1.0), lora_matmuls.plain_outer
+        ),
         rope.trouble_with(lambda x, table, back: rope.plain_turn(x, table, False)),
-        norm.trouble_with(of_norms),
-        joining.trouble_with(lambda arrays: joining.plain_join(arrays[::-1])),
+        rms_norm.trouble_with(of_norms),
+        concatenate.trouble_with(lambda arrays: concatenate.plain_join(arrays[::-1])),
     ]
     assert ["it differs by" in str(each) for each in found] == [True] * 4
 
@@ -140,22 +143,22 @@ def test_the_checks_find_an_argument_that_is_not_looked_at() -> None:
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part: int) -> None:
-    def without(sums: expand.Sums) -> list[expand.LowRankSum]:
+    def without(sums: lora_add.Sums) -> list[lora_add.LowRankSum]:
         lost = sums[place]._replace(
-            **{expand.LowRankSum._fields[part]: mx.zeros_like(sums[place][part])}
+            **{lora_add.LowRankSum._fields[part]: mx.zeros_like(sums[place][part])}
         )
         return [lost if i == place else each for i, each in enumerate(sums)]
 
-    def forward(*sums: expand.LowRankSum) -> mx.array:
+    def forward(*sums: lora_add.LowRankSum) -> mx.array:
         return mlp.plain_forward(*without(sums))
 
-    def backward(*sums: expand.LowRankSum) -> mlp.Three:
+    def backward(*sums: lora_add.LowRankSum) -> mlp.Three:
         return mlp.plain_backward(*without(sums))
 
     found = [mlp.trouble_with(mlp.plain_forward, backward)]
     if place < 2:
         found.append(mlp.trouble_with(forward, mlp.plain_backward))
-        found.append(expand.trouble_with(lambda sums: expand.plain_expand(without(sums))))
+        found.append(lora_add.trouble_with(lambda sums: lora_add.plain_expand(without(sums))))
     assert all("it differs by" in str(each) for each in found)
 
 
@@ -163,16 +166,16 @@ def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part:
 def test_the_check_of_joining_finds_each_array_that_is_lost(lost: int) -> None:
     def join(arrays: Any) -> mx.array:
         kept = [mx.zeros_like(a) if i == lost else a for i, a in enumerate(arrays)]
-        return joining.plain_join(kept)
+        return concatenate.plain_join(kept)
 
-    assert "it differs by" in str(joining.trouble_with(join))
+    assert "it differs by" in str(concatenate.trouble_with(join))
 
 
 def test_a_disagreement_is_measured_by_the_largest_element() -> None:
     expected = [mx.array([0.0, 100.0]), mx.array([[1.0]])]
 
     def found(*arrays: Any) -> str | None:
-        return checking.disagreement(lambda: [mx.array(each) for each in arrays], expected)
+        return self_check.disagreement(lambda: [mx.array(each) for each in arrays], expected)
 
     assert found([1.9, 98.1], [[1.01]]) is None
     assert found([2.5, 100.0], [[1.0]]) == "it differs by 2.5 where elements are up to 100"
@@ -185,7 +188,7 @@ def test_a_failure_is_told_in_one_line_of_at_most_200_characters() -> None:
     def fail() -> list[mx.array]:
         raise RuntimeError("line one\n\n   " + 300 * "x")
 
-    assert checking.disagreement(fail, []) == "it failed: line one " + 191 * "x"
+    assert self_check.disagreement(fail, []) == "it failed: line one " + 191 * "x"
 
 
 def test_a_kernel_that_is_not_sound_is_told_of_in_a_warning() -> None:
@@ -193,23 +196,25 @@ def test_a_kernel_that_is_not_sound_is_told_of_in_a_warning() -> None:
         "Our CUDA kernel for norms is not used: it failed: no compiler. MLX's own operations are."
     )
     with pytest.warns(UserWarning, match="^Our CUDA kernel") as caught:
-        assert checking.is_sound("norms", "it failed: no compiler") is False
+        assert self_check.is_sound("norms", "it failed: no compiler") is False
     assert [str(each.message) for each in caught] == [message]
 
 
 def test_a_sound_kernel_is_used_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert checking.is_sound("norms", None) is True
+        assert self_check.is_sound("norms", None) is True
 
 
 @pytest.mark.skipif(not backend.has_cuda(), reason="needs a CUDA device")
 def test_on_cuda_the_kernels_agree_with_mlx() -> None:
-    assert low_rank.trouble_with(low_rank.narrow_on_cuda, low_rank.outer_on_cuda) is None
+    assert (
+        lora_matmuls.trouble_with(lora_matmuls.narrow_on_cuda, lora_matmuls.outer_on_cuda) is None
+    )
     for most in tiles.TILES:
-        assert expand.trouble_with(expand.expand_on_cuda, most) is None
+        assert lora_add.trouble_with(lora_add.expand_on_cuda, most) is None
         assert mlp.trouble_with(mlp.forward_on_cuda, mlp.backward_on_cuda, most) is None
     assert swiglu.trouble_with(swiglu.forward_on_cuda, swiglu.backward_on_cuda) is None
     assert rope.trouble_with(rope.turn_on_cuda) is None
-    assert norm.trouble_with(norm.backward_on_cuda) is None
-    assert joining.trouble_with(joining.join_on_cuda) is None
+    assert rms_norm.trouble_with(rms_norm.backward_on_cuda) is None
+    assert concatenate.trouble_with(concatenate.join_on_cuda) is None

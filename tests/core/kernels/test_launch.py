@@ -15,17 +15,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.kernels import (
-    expand,
-    joining,
-    launch,
-    low_rank,
-    mlp,
-    norm,
-    rope,
-    swiglu,
-    tiles,
-)
+from nested_core.kernels import rms_norm, rope, swiglu
+from nested_core.kernels.cuda import concatenate, launch, lora_add, lora_matmuls, mlp, tiles
 
 FOLDER = Path(launch.__file__).parent
 SOURCES = {path.stem: path.read_text() for path in sorted((FOLDER / "cuda").glob("*.cu"))}
@@ -79,11 +70,11 @@ def test_widths_and_counts_are_those_of_the_sources() -> None:
     assert mx.bfloat16 == launch.DTYPE
     assert "cvt.rn.bf16.f32" in COMMON
     assert ".bf16.bf16.f32" in COMMON
-    assert f"threadIdx.x / 32) * {expand.COLUMNS};" in EXPAND
+    assert f"threadIdx.x / 32) * {lora_add.COLUMNS};" in EXPAND
     assert f"({tiles.TILE} * min(i, n - 1)" in EXPAND
     for name in ("expand", "mlp", "mlp_back"):
-        assert f"first = blockIdx.y * steps * {expand.ROWS};" in SOURCES[name]
-        assert f"first + steps * {expand.ROWS}); row += {expand.ROWS})" in SOURCES[name]
+        assert f"first = blockIdx.y * steps * {lora_add.ROWS};" in SOURCES[name]
+        assert f"first + steps * {lora_add.ROWS}); row += {lora_add.ROWS})" in SOURCES[name]
 
 
 def macros_of(name: str) -> set[str]:
@@ -93,16 +84,16 @@ def macros_of(name: str) -> set[str]:
 
 PAIRS = [(of(8, 64), of(40, 64)), (of(24, 128), of(40, 128))]
 PRODUCTS = [(of(8, 300), of(300, 64)), (of(24, 300), of(300, 128))]
-SUMS = [expand.LowRankSum(of(40, 64), of(8, 40), of(8, 64))] * 3
+SUMS = [lora_add.LowRankSum(of(40, 64), of(8, 40), of(8, 64))] * 3
 CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
-    "expand": (expand, lambda: expand.expand_on_cuda(SUMS)),
+    "expand": (lora_add, lambda: lora_add.expand_on_cuda(SUMS)),
     "mlp": (mlp, lambda: mlp.forward_on_cuda(SUMS[0], SUMS[1])),
     "mlp_back": (mlp, lambda: mlp.backward_on_cuda(SUMS[0], SUMS[1], SUMS[2])),
-    "join": (joining, lambda: joining.join_on_cuda([of(8), of(16), of(8)])),
-    "narrow": (low_rank, lambda: low_rank.narrow_on_cuda(PAIRS, 2)),
-    "outer": (low_rank, lambda: low_rank.outer_on_cuda(PRODUCTS)),
-    "sum_of_splits": (low_rank, lambda: low_rank.outer_on_cuda(PRODUCTS)),
-    "norm_back": (norm, lambda: norm.backward_on_cuda(of(3, 40), of(40), 1e-5, of(3, 40))),
+    "join": (concatenate, lambda: concatenate.join_on_cuda([of(8), of(16), of(8)])),
+    "narrow": (lora_matmuls, lambda: lora_matmuls.narrow_on_cuda(PAIRS, 2)),
+    "outer": (lora_matmuls, lambda: lora_matmuls.outer_on_cuda(PRODUCTS)),
+    "sum_of_splits": (lora_matmuls, lambda: lora_matmuls.outer_on_cuda(PRODUCTS)),
+    "norm_back": (rms_norm, lambda: rms_norm.backward_on_cuda(of(3, 40), of(40), 1e-5, of(3, 40))),
     "turn": (rope, lambda: rope.turn_on_cuda(of(2, 5, 4, 48), of(5, 48, dtype=mx.float32), True)),
     "swiglu": (swiglu, lambda: swiglu.forward_on_cuda(of(4, 8), of(4, 8))),
     "swiglu_back": (swiglu, lambda: swiglu.backward_on_cuda(of(4, 8), of(4, 8), of(4, 8))),
@@ -185,13 +176,13 @@ def test_a_kernel_without_cuda_core_is_found_to_fail_not_raised(
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     monkeypatch.setattr(launch, "compiled", launch.compiled.__wrapped__)
     for trouble in (
-        low_rank.trouble_with(low_rank.narrow_on_cuda, low_rank.outer_on_cuda),
-        expand.trouble_with(expand.expand_on_cuda),
+        lora_matmuls.trouble_with(lora_matmuls.narrow_on_cuda, lora_matmuls.outer_on_cuda),
+        lora_add.trouble_with(lora_add.expand_on_cuda),
         mlp.trouble_with(mlp.forward_on_cuda, mlp.backward_on_cuda),
         swiglu.trouble_with(swiglu.forward_on_cuda, swiglu.backward_on_cuda),
         rope.trouble_with(rope.turn_on_cuda),
-        norm.trouble_with(norm.backward_on_cuda),
-        joining.trouble_with(joining.join_on_cuda),
+        rms_norm.trouble_with(rms_norm.backward_on_cuda),
+        concatenate.trouble_with(concatenate.join_on_cuda),
     ):
         assert str(trouble).startswith("it failed: ")
         assert str(trouble).endswith(": install nested-tune[cuda]")

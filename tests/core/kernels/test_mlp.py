@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.activations import swiglu
 
-from nested_core.kernels import expand, mlp
-from nested_core.kernels.expand import LowRankSum
-from nested_core.kernels.launch import THREADS
+from nested_core.kernels.cuda import lora_add, mlp
+from nested_core.kernels.cuda.launch import THREADS
+from nested_core.kernels.cuda.lora_add import LowRankSum
 from nested_core.models.scalars import to_float
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
@@ -152,7 +152,7 @@ def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
     for given in launched:
         rows, steps, width, *tiles = given["numbers"]
         assert steps > 1
-        assert rows % expand.ROWS != 0
-        assert width % (expand.COLUMNS * THREADS // 32) != 0
+        assert rows % lora_add.ROWS != 0
+        assert width % (lora_add.COLUMNS * THREADS // 32) != 0
         assert tiles == [4, 1, 1][: len(tiles)]
         assert given["MOST"] == 4

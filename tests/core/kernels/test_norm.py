@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import norm
+from nested_core.kernels import rms_norm
 from nested_core.models.scalars import to_float
 from nested_core.training.losses import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
@@ -21,8 +21,8 @@ WIDTH = 40
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with CUDA whose kernel agrees with MLX, and MLX's operations in its place."""
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(norm, "_agrees_here", lambda *_: True)
-    monkeypatch.setattr(norm, "backward_on_cuda", norm.plain_backward)
+    monkeypatch.setattr(rms_norm, "_agrees_here", lambda *_: True)
+    monkeypatch.setattr(rms_norm, "backward_on_cuda", rms_norm.plain_backward)
 
 
 def make(width: int = WIDTH, dtype: mx.Dtype = mx.bfloat16) -> nn.RMSNorm:
@@ -44,7 +44,7 @@ def forbidden(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.arra
 def test_a_norm_with_the_plain_backward_pass_is_mlxs_to_the_bit(dtype: mx.Dtype) -> None:
     module = make(dtype=dtype)
     x, g = normal(3, 5, WIDTH, dtype=dtype), normal(3, 5, WIDTH, dtype=dtype, seed=1)
-    found = mx.vjp(norm.normed_by(module, norm.plain_backward), [x], [g])
+    found = mx.vjp(rms_norm.normed_by(module, rms_norm.plain_backward), [x], [g])
     expected = mx.vjp(lambda x: module(x), [x], [g])
     for ours, theirs in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         assert ours.dtype == dtype
@@ -56,7 +56,7 @@ def test_the_plain_backward_pass_is_the_formulas() -> None:
     a, b, c = (each.astype(mx.float32) for each in (x, w, g))
     i = mx.rsqrt((a * a).mean(-1, keepdims=True) + 1e-5)
     expected = b * c * i - a * i**3 * (b * c * a).mean(-1, keepdims=True)
-    found = norm.plain_backward(x, w, 1e-5, g)
+    found = rms_norm.plain_backward(x, w, 1e-5, g)
     assert to_float(mx.abs(found - expected).max()) <= 2**-8 * to_float(mx.abs(expected).max())
 
 
@@ -64,7 +64,7 @@ def test_the_plain_backward_pass_is_the_formulas() -> None:
     ("width", "dtype", "of_weight"),
     [
         (36, mx.bfloat16, mx.bfloat16),
-        (norm.LONGEST + 8, mx.bfloat16, mx.bfloat16),
+        (rms_norm.LONGEST + 8, mx.bfloat16, mx.bfloat16),
         (WIDTH, mx.float32, mx.float32),
         (WIDTH, mx.bfloat16, mx.float32),
         (WIDTH, mx.float16, mx.bfloat16),
@@ -74,16 +74,16 @@ def test_arrays_that_the_kernel_does_not_take_go_to_mlx(
     width: int, dtype: mx.Dtype, of_weight: mx.Dtype
 ) -> None:
     module = make(width, of_weight)
-    call = norm.normed_by(module, forbidden)
+    call = rms_norm.normed_by(module, forbidden)
     x = normal(2, width, dtype=dtype)
     ours, theirs = (mx.grad(lambda x, f=f: f(x).sum())(x) for f in (call, module))
     assert mx.array_equal(call(x), module(x)).item()
     assert mx.array_equal(ours, theirs).item()
 
 
-@pytest.mark.parametrize("width", [WIDTH, norm.LONGEST])
+@pytest.mark.parametrize("width", [WIDTH, rms_norm.LONGEST])
 def test_arrays_that_the_kernel_takes_go_to_it(width: int) -> None:
-    call = norm.normed_by(make(width), forbidden)
+    call = rms_norm.normed_by(make(width), forbidden)
     with pytest.raises(AssertionError, match="was asked"):
         mx.grad(lambda x: call(x).sum())(normal(2, width))
 
@@ -98,9 +98,9 @@ def test_a_launch_has_a_block_a_row_up_to_a_number_from_which_each_takes_several
         given.update(grid, numbers=numbers)
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
-    monkeypatch.setattr(norm, "launch", note)
+    monkeypatch.setattr(rms_norm, "launch", note)
     shape = (rows, 1, WIDTH)
-    found = norm.backward_on_cuda(mx.zeros(shape), mx.zeros(WIDTH), 1e-5, mx.zeros(shape))
+    found = rms_norm.backward_on_cuda(mx.zeros(shape), mx.zeros(WIDTH), 1e-5, mx.zeros(shape))
     assert found.shape == shape
     assert given["blocks"] == (blocks, 1)
     assert given["numbers"] == [rows, WIDTH, 1e-5]
@@ -119,8 +119,8 @@ def test_a_blocks_threads_take_a_whole_row(
         given.update(grid)
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
-    monkeypatch.setattr(norm, "launch", note)
-    norm.backward_on_cuda(mx.zeros((2, width)), mx.zeros(width), 1e-5, mx.zeros((2, width)))
+    monkeypatch.setattr(rms_norm, "launch", note)
+    rms_norm.backward_on_cuda(mx.zeros((2, width)), mx.zeros(width), 1e-5, mx.zeros((2, width)))
     assert (given["threads"], given["PACKS"]) == (threads, packs)
     assert threads * packs * 8 >= width
 
@@ -143,7 +143,7 @@ def several() -> Any:
 def test_only_frozen_rms_norms_are_replaced_and_given_back() -> None:
     model = several()
     before = {name: type(module) for name, module in model.named_modules()}
-    with norm.frozen_norms(model):
+    with rms_norm.frozen_norms(model):
         inside = {name: type(module) for name, module in model.named_modules()}
     assert {n for n, kind in inside.items() if kind is not before[n]} == {"frozen", "layers.1"}
     assert {name: type(module) for name, module in model.named_modules()} == before
@@ -154,7 +154,7 @@ def test_norms_are_given_back_after_an_error() -> None:
     model = several()
 
     def fail_inside() -> None:
-        with norm.frozen_norms(model):
+        with rms_norm.frozen_norms(model):
             assert type(model.frozen) is not nn.RMSNorm
             raise RuntimeError("on purpose")
 
@@ -173,7 +173,7 @@ def test_a_trained_weight_keeps_its_gradient() -> None:
         return total
 
     expected = mx.grad(loss)(mx.ones(WIDTH, mx.bfloat16))
-    with norm.frozen_norms(model):
+    with rms_norm.frozen_norms(model):
         found = mx.grad(loss)(mx.ones(WIDTH, mx.bfloat16))
     assert mx.array_equal(found, expected).item()
     assert to_float(mx.abs(found).max()) > 0
@@ -185,8 +185,8 @@ def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
     model = several()
     for has_cuda, agrees in ((False, True), (True, False)):
         monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: has)
-        monkeypatch.setattr(norm, "_agrees_here", lambda _, agrees=agrees: agrees)
-        with norm.frozen_norms(model):
+        monkeypatch.setattr(rms_norm, "_agrees_here", lambda _, agrees=agrees: agrees)
+        with rms_norm.frozen_norms(model):
             assert type(model.frozen) is nn.RMSNorm
 
 
@@ -196,7 +196,7 @@ def test_a_model_with_its_frozen_norms_replaced_gives_the_same_gradients(name: s
     model = build(name)
     model.set_dtype(mx.bfloat16)
     expected = outcome(model, SUPERVISED, batch())
-    with norm.frozen_norms(model):
+    with rms_norm.frozen_norms(model):
         assert type(model.layers[0].input_layernorm) is not nn.RMSNorm
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == expected.loss

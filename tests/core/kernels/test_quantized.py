@@ -10,8 +10,8 @@ import mlx.nn as nn
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import quantized
-from nested_core.kernels.quantized import LEAST_ROWS, whole_weights
+from nested_core.kernels import quantized_linear
+from nested_core.kernels.quantized_linear import LEAST_ROWS, whole_weights
 from nested_core.models.scalars import to_float
 from nested_core.training.losses import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
@@ -47,7 +47,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(module: Any, wanted_by: mx.array) -> mx.array:
         raise AssertionError("a whole weight was made")
 
-    monkeypatch.setattr(quantized, "weight_of", ask)
+    monkeypatch.setattr(quantized_linear, "weight_of", ask)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 
-from nested_core.kernels.replacing import in_code_of, standing_in
+from nested_core.kernels.patching import in_code_of, standing_in
 from nested_core.kernels.swiglu import plain_swiglu
 from tests.architectures import build
 

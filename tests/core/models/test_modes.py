@@ -12,11 +12,11 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.kernels.tracing import watched
 from nested_core.models.parameters import adapter_slots, read_slots
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.head import find_head
 from nested_core.training.probe import parameter_importance
-from nested_core.training.watching import watched
 from tests.architectures import batch, build
 
 

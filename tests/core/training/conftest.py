@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import expand, joining, low_rank, mlp
-from nested_core.training import gated_mlp
-from nested_core.training import low_rank as layers
+from nested_core.kernels import fused_mlp
+from nested_core.kernels import lora_linear as layers
+from nested_core.kernels.cuda import concatenate, lora_add, lora_matmuls, mlp
 from tests.example import Finished, train_example
 
 EVERY_STEP = {"save_every": 1, "steps_per_report": 1, "training": {"keep_checkpoints": 99}}
@@ -43,23 +43,23 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     plain: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-        "expand": (expand, "expand_on_cuda", expand.plain_expand),
+        "expand": (lora_add, "expand_on_cuda", lora_add.plain_expand),
         "forward": (mlp, "forward_on_cuda", mlp.plain_forward),
         "backward": (mlp, "backward_on_cuda", mlp.plain_backward),
-        "narrow": (low_rank, "narrow_on_cuda", low_rank.plain_narrow),
-        "outer": (low_rank, "outer_on_cuda", low_rank.plain_outer),
-        "join": (joining, "join_on_cuda", joining.plain_join),
+        "narrow": (lora_matmuls, "narrow_on_cuda", lora_matmuls.plain_narrow),
+        "outer": (lora_matmuls, "outer_on_cuda", lora_matmuls.plain_outer),
+        "join": (concatenate, "join_on_cuda", concatenate.plain_join),
     }
     for name, (module, replaced, function) in plain.items():
         monkeypatch.setattr(module, replaced, noting(name, function))
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(joining, "join_agrees", lambda: True)
+    monkeypatch.setattr(concatenate, "join_agrees", lambda: True)
     for module, name in (
-        (expand, "kernel_agrees"),
-        (low_rank, "kernels_agree"),
+        (lora_add, "kernel_agrees"),
+        (lora_matmuls, "kernels_agree"),
         (layers, "kernel_agrees"),
         (layers, "kernels_agree"),
-        (gated_mlp, "kernels_agree"),
+        (fused_mlp, "kernels_agree"),
     ):
         monkeypatch.setattr(module, name, lambda most: True)
     return calls

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from nested_core.kernels.quantized import whole_weights
+from nested_core.kernels.quantized_linear import whole_weights
 from nested_core.training.footprint import read_layers, whole_bytes
 from nested_core.training.forecast import Layer
 from tests.architectures import ARCHITECTURES, build

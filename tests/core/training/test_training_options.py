@@ -17,11 +17,11 @@ from mlx_lm import load
 from nested_core import pipeline
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
+from nested_core.kernels.activation_checkpointing import recomputed
 from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
 from nested_core.optim.pytree import flatten
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.training.probe import parameter_importance
-from nested_core.training.recompute import recomputed
 from nested_core.training.trainer import Trainer
 from tests.example import (
     MODEL,

@@ -9,15 +9,15 @@ from itertools import chain
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels.activation_checkpointing import recomputed
 from nested_core.kernels.attention import blocked_attention
-from nested_core.kernels.norm import frozen_norms
-from nested_core.kernels.quantized import whole_weights
+from nested_core.kernels.fused_mlp import fusable_mlps, fused_mlps
+from nested_core.kernels.lora_linear import low_rank
+from nested_core.kernels.quantized_linear import whole_weights
+from nested_core.kernels.rms_norm import frozen_norms
 from nested_core.kernels.rope import tabled_rope
 from nested_core.kernels.swiglu import fused_swiglu
-from nested_core.training.gated_mlp import fusable_mlps, fused_mlps
-from nested_core.training.low_rank import low_rank
-from nested_core.training.recompute import recomputed
-from nested_core.training.watching import GatedMLP, shared_inputs, watched
+from nested_core.kernels.tracing import GatedMLP, shared_inputs, watched
 
 SWAPPED = fused_swiglu, blocked_attention, tabled_rope, frozen_norms, whole_weights
 

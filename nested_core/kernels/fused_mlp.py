@@ -14,19 +14,19 @@ import mlx.core as mx
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core import backend
-from nested_core.kernels.expand import LowRankSum, is_for_kernels
-from nested_core.kernels.joining import joined
-from nested_core.kernels.low_rank import narrow, outer
-from nested_core.kernels.mlp import gated, gated_back, kernels_agree
-from nested_core.kernels.replacing import standing_in
-from nested_core.kernels.tiles import is_in_tiles, made_for
-from nested_core.training.low_rank import (
+from nested_core.kernels.cuda.concatenate import joined
+from nested_core.kernels.cuda.lora_add import LowRankSum, is_for_kernels
+from nested_core.kernels.cuda.lora_matmuls import narrow, outer
+from nested_core.kernels.cuda.mlp import gated, gated_back, kernels_agree
+from nested_core.kernels.cuda.tiles import is_in_tiles, made_for
+from nested_core.kernels.lora_linear import (
     check_low_rank,
     through,
     through_bases,
     with_low_rank,
 )
-from nested_core.training.watching import Calls, GatedMLP, gated_mlps
+from nested_core.kernels.patching import standing_in
+from nested_core.kernels.tracing import Calls, GatedMLP, gated_mlps
 
 
 def fusable_mlps(calls: Calls) -> list[GatedMLP]:

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.training.watching import gated_mlps, watched
+from nested_core.kernels.tracing import gated_mlps, watched
 
 
 class Gated(nn.Module):

@@ -11,10 +11,10 @@ from functools import cache
 
 import mlx.core as mx
 
-from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.expand import LowRankSum, example, grid_for, tiles_of
-from nested_core.kernels.launch import DTYPE, THREADS, launch
-from nested_core.kernels.tiles import TILE
+from nested_core.kernels.cuda.launch import DTYPE, THREADS, launch
+from nested_core.kernels.cuda.lora_add import LowRankSum, example, grid_for, tiles_of
+from nested_core.kernels.cuda.self_check import disagreement, is_sound
+from nested_core.kernels.cuda.tiles import TILE
 
 Three = tuple[mx.array, mx.array, mx.array]
 Forward = Callable[[LowRankSum, LowRankSum], mx.array]

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
-from nested_core.kernels.tiles import TILE, is_in_tiles, made_for
+from nested_core.kernels.cuda.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
+from nested_core.kernels.cuda.self_check import disagreement, is_sound
+from nested_core.kernels.cuda.tiles import TILE, is_in_tiles, made_for
 
 COLUMNS, ROWS = 32, 16  # that a warp takes: widths are multiples
 STEPS = 2  # times that many rows, at most

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core import backend
-from nested_core.kernels.replacing import standing_in
+from nested_core.kernels.patching import standing_in
 
 LEAST_ROWS = 16
 OWN = {"weight", "scales", "biases"}  # no gradient is taken of these here

@@ -17,10 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.expand import LowRankSum, expand, is_for_kernels, kernel_agrees
-from nested_core.kernels.joining import joined
-from nested_core.kernels.low_rank import kernels_agree, narrow, outer
-from nested_core.kernels.tiles import check_kernels
+from nested_core.kernels.cuda.concatenate import joined
+from nested_core.kernels.cuda.lora_add import LowRankSum, expand, is_for_kernels, kernel_agrees
+from nested_core.kernels.cuda.lora_matmuls import kernels_agree, narrow, outer
+from nested_core.kernels.cuda.tiles import check_kernels
 
 GROUP = "_shared_input"
 

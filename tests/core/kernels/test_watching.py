@@ -13,9 +13,9 @@ from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels.activation_checkpointing import recomputed
 from nested_core.kernels.swiglu import plain_swiglu
-from nested_core.training.recompute import recomputed
-from nested_core.training.watching import gated_mlps, shared_inputs, watched
+from nested_core.kernels.tracing import gated_mlps, shared_inputs, watched
 from tests.architectures import ARCHITECTURES, build
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]

@@ -14,9 +14,9 @@ from itertools import groupby
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
-from nested_core.kernels.tiles import TILE, is_in_tiles, made_for
+from nested_core.kernels.cuda.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
+from nested_core.kernels.cuda.self_check import disagreement, is_sound
+from nested_core.kernels.cuda.tiles import TILE, is_in_tiles, made_for
 
 AT_ONCE = 4  # pairs a launch
 ROWS, DEPTH, COLUMNS = 16, 32, 64  # of a wide array: rows a block, a warp's reach, columns a block

@@ -12,11 +12,11 @@ import pytest
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels import fused_mlp
+from nested_core.kernels.fused_mlp import computed, fusable_mlps, fused_mlps
+from nested_core.kernels.tracing import GatedMLP, gated_mlps, watched
 from nested_core.optim.gradients import Flat
-from nested_core.training import gated_mlp
-from nested_core.training.gated_mlp import computed, fusable_mlps, fused_mlps
 from nested_core.training.losses import SUPERVISED
-from nested_core.training.watching import GatedMLP, gated_mlps, watched
 from tests.architectures import Outcome, batch, build, largest_difference, outcome
 
 MODELS = [("llama", False), ("qwen2", False), ("granite", False), ("cohere", False)]
@@ -117,7 +117,7 @@ def test_the_function_gives_the_modules_output_and_gradients_in_float32(
     module, x = make(*ranks, bias=bias), normal(*shape)
     expected = gradients(module, module, x)
     own: list[Any] = []
-    monkeypatch.setattr(gated_mlp, "is_for_kernels", lambda x, factors: True)
+    monkeypatch.setattr(fused_mlp, "is_for_kernels", lambda x, factors: True)
     monkeypatch.setattr(Gated, "__call__", lambda *args: own.append(args))
     found = gradients(module, computed(of(module)), x)
     assert own == []
@@ -132,12 +132,12 @@ def test_a_quantised_base_gives_its_gradients_in_float32(monkeypatch: pytest.Mon
     nn.quantize(module, group_size=32, bits=4)
     assert isinstance(module.down.linear, nn.QuantizedLinear)
     expected = gradients(module, module, x)
-    monkeypatch.setattr(gated_mlp, "is_for_kernels", lambda x, factors: True)
+    monkeypatch.setattr(fused_mlp, "is_for_kernels", lambda x, factors: True)
     assert largest_difference(gradients(module, computed(of(module)), x), expected) < 3e-5
 
 
 def test_a_whole_model_in_float32_is_mlx_lms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_mlp, "is_for_kernels", lambda x, factors: True)
+    monkeypatch.setattr(fused_mlp, "is_for_kernels", lambda x, factors: True)
     for name, quantized in MODELS:
         model = build(name, quantized=quantized)
         expected = outcome(model, SUPERVISED, batch())

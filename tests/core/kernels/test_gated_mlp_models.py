@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import norm, rope, swiglu
-from nested_core.kernels.replacing import standing_in
+from nested_core.kernels import fused_mlp, lora_linear, rms_norm, rope, swiglu
+from nested_core.kernels.activation_checkpointing import recomputed
+from nested_core.kernels.apply import prepared
+from nested_core.kernels.fused_mlp import fusable_mlps, fused_mlps
+from nested_core.kernels.lora_linear import GROUP, LowRankLinear
+from nested_core.kernels.patching import standing_in
+from nested_core.kernels.tracing import Calls, gated_mlps, watched
 from nested_core.models.parameters import adapter_slots
-from nested_core.training import gated_mlp, low_rank
-from nested_core.training.compute import prepared
-from nested_core.training.gated_mlp import fusable_mlps, fused_mlps
 from nested_core.training.losses import SUPERVISED
-from nested_core.training.low_rank import GROUP, LowRankLinear
-from nested_core.training.recompute import recomputed
-from nested_core.training.watching import Calls, gated_mlps, watched
 from tests.architectures import batch, build, largest_difference, outcome
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
@@ -43,7 +42,7 @@ def kinds_of(model: nn.Module) -> dict[str, tuple[int, type]]:
 @pytest.fixture
 def without_norms_and_ropes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's other kernels disagree, and MLX's own operations are used."""
-    monkeypatch.setattr(norm, "_agrees_here", lambda width: False)
+    monkeypatch.setattr(rms_norm, "_agrees_here", lambda width: False)
     monkeypatch.setattr(rope, "_agrees_here", lambda: False)
     monkeypatch.setattr(swiglu, "_agrees_here", lambda: False)
 
@@ -88,7 +87,7 @@ def test_compiled_equals_uncompiled_to_the_bit(name: str, asked: list[str]) -> N
 def test_gradients_of_some_factors_alone_are_those_among_all(
     chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gated_mlp, "is_for_kernels", lambda x, factors: True)
+    monkeypatch.setattr(fused_mlp, "is_for_kernels", lambda x, factors: True)
     model = build("llama")
     everything = adapter_slots(model)
     slots = {name: slot for name, slot in everything.items() if chosen in name}
@@ -184,7 +183,7 @@ def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers
 ) -> None:
     model = in_bfloat16("llama")
     before = kinds_of(model)
-    monkeypatch.setattr(gated_mlp, "kernels_agree", lambda most: False)
+    monkeypatch.setattr(fused_mlp, "kernels_agree", lambda most: False)
     with prepared(model):
         inside = kinds_of(model)
         assert GROUP in vars(model.layers[0].mlp.gate_proj)
@@ -228,7 +227,7 @@ def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
         layer.mlp.down_proj.lora_a = mx.zeros((128, 40))
         layer.mlp.down_proj.lora_b = mx.zeros((40, 64))
     for bad, count in ((1, 0), (6, 0), (2, 2), (8, 2)):
-        monkeypatch.setattr(gated_mlp, "kernels_agree", lambda most, bad=bad: most != bad)
+        monkeypatch.setattr(fused_mlp, "kernels_agree", lambda most, bad=bad: most != bad)
         assert len(fusable_mlps(watched(model))) == count
 
 
@@ -236,6 +235,6 @@ def test_kernels_are_compiled_for_the_ranks_of_layers_and_for_gates_and_ups_toge
     asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[int] = []
-    monkeypatch.setattr(low_rank, "kernel_agrees", checked.append)
+    monkeypatch.setattr(lora_linear, "kernel_agrees", checked.append)
     fusable_mlps(watched(build("llama", rank=16)))
     assert set(checked) == {2, 4}

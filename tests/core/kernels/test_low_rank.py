@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.lora import LoRALinear
 
+from nested_core.kernels.activation_checkpointing import recomputed
+from nested_core.kernels.lora_linear import GROUP, LowRankLinear, low_rank
+from nested_core.kernels.tracing import shared_inputs, watched
 from nested_core.optim.pytree import flatten
 from nested_core.training.losses import SUPERVISED
-from nested_core.training.low_rank import GROUP, LowRankLinear, low_rank
-from nested_core.training.recompute import recomputed
-from nested_core.training.watching import shared_inputs, watched
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 

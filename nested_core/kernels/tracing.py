@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.replacing import in_code_of, standing_in
+from nested_core.kernels.patching import in_code_of, standing_in
 from nested_core.kernels.swiglu import plain_swiglu
 from nested_core.models.modes import evaluating
 

@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core import backend
-from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import DTYPE, MULTIPROCESSORS, WIDTH, launch
-from nested_core.kernels.replacing import standing_in
+from nested_core.kernels.cuda.launch import DTYPE, MULTIPROCESSORS, WIDTH, launch
+from nested_core.kernels.cuda.self_check import disagreement, is_sound
+from nested_core.kernels.patching import standing_in
 
 MOST_THREADS = 128
 PACKS = 1, 2, 4, 8, 16  # loads of a thread, for which there are kernels

@@ -12,8 +12,8 @@ from itertools import accumulate
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.kernels.checking import disagreement, is_sound
-from nested_core.kernels.launch import THREADS, launch
+from nested_core.kernels.cuda.launch import THREADS, launch
+from nested_core.kernels.cuda.self_check import disagreement, is_sound
 
 WIDTH = 16  # bytes of a load
 MOST = 32  # arrays a launch: their addresses are arguments
