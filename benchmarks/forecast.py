@@ -103,10 +103,10 @@ def measure(case: Case) -> None:
     from nested_core.kernels.apply import prepared
     from nested_core.models.parameters import adapter_slots
     from nested_core.training.engine import Engine
-    from nested_core.training.forecast import BatchShape, peak_bytes
-    from nested_core.training.losses import SUPERVISED
-    from nested_core.training.memory import device_of, read_load
-    from nested_core.training.positions import rule_for
+    from nested_core.training.loss.chunked import rule_for
+    from nested_core.training.loss.supervised import SUPERVISED
+    from nested_core.training.memory.estimate import BatchShape, peak_bytes
+    from nested_core.training.memory.plan import device_of, read_load
 
     config, dtype = FineTuneConfig(), mx.bfloat16
     if backend.device() == "cpu":

@@ -70,8 +70,8 @@ def measure(arm: str) -> None:
         from nested_core.kernels.apply import prepared
         from nested_core.models.parameters import adapter_slots
         from nested_core.training.engine import Engine
-        from nested_core.training.losses import SUPERVISED
-        from nested_core.training.positions import rule_for
+        from nested_core.training.loss.chunked import rule_for
+        from nested_core.training.loss.supervised import SUPERVISED
 
         slots = adapter_slots(model)
         tiers = one_tier(slots)

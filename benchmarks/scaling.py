@@ -66,8 +66,8 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
 
     from nested_core.models.parameters import adapter_slots
     from nested_core.training.engine import Engine
-    from nested_core.training.losses import SUPERVISED
-    from nested_core.training.positions import rule_for
+    from nested_core.training.loss.chunked import rule_for
+    from nested_core.training.loss.supervised import SUPERVISED
 
     slots = adapter_slots(model)
     rule = rule_for(model, slots, SUPERVISED)

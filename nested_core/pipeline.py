@@ -40,10 +40,10 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_json import finite_or_none
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
+from nested_core.training.distributed import ALONE, World
 from nested_core.training.hosts import count_ranks
+from nested_core.training.importance import parameter_importance
 from nested_core.training.launching import train_in_ranks
-from nested_core.training.probe import parameter_importance
-from nested_core.training.ranks import ALONE, World
 from nested_core.training.trainer import Trainer
 
 

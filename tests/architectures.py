@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from nested_core.models.parameters import Slots, adapter_slots, borrowed, put, read_slots
 from nested_core.models.scalars import to_float, to_int
 from nested_core.optim.gradients import Flat
-from nested_core.training.losses import LossRule, MicroBatch
+from nested_core.training.loss.supervised import LossRule, MicroBatch
 
 VOCABULARY = 96
 SIZES = {

@@ -170,10 +170,10 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     from benchmarks.tiers import one_tier, optimizer_for, thirds
     from nested_core.kernels.apply import prepared
     from nested_core.models.parameters import adapter_slots
+    from nested_core.training.distributed import ALONE, join
     from nested_core.training.engine import Engine
-    from nested_core.training.losses import SUPERVISED
-    from nested_core.training.positions import rule_for
-    from nested_core.training.ranks import ALONE, join
+    from nested_core.training.loss.chunked import rule_for
+    from nested_core.training.loss.supervised import SUPERVISED
 
     world = join(int(options["ranks"])) if "ranks" in options else ALONE
     model.train()

@@ -26,8 +26,8 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
     from benchmarks.tiers import thirds
     from nested_core.kernels.apply import prepared
     from nested_core.models.parameters import adapter_slots, borrowed, put, read_slots
-    from nested_core.training.losses import SUPERVISED
-    from nested_core.training.positions import rule_for
+    from nested_core.training.loss.chunked import rule_for
+    from nested_core.training.loss.supervised import SUPERVISED
 
     model.train()
     slots = adapter_slots(model, dtype=mx.bfloat16)

@@ -18,8 +18,8 @@ from nested_core.optim.clock import COUNTERS
 from nested_core.optim.tiers import TierMap, assign_tiers
 from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine
-from nested_core.training.losses import SUPERVISED, MicroBatch
-from nested_core.training.positions import rule_for
+from nested_core.training.loss.chunked import rule_for
+from nested_core.training.loss.supervised import SUPERVISED, MicroBatch
 
 Look = Callable[[float, Mapping[str, mx.array]], None]
 THIRDS = Arm((1, 2, 4))

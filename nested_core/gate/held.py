@@ -16,8 +16,8 @@ from nested_core.models.lora import adapter_dtype, attach_adapter, load_base, lo
 from nested_core.models.parameters import adapter_slots, read_slots
 from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays
 from nested_core.training.evaluation import Evaluator, fixed_batches
-from nested_core.training.losses import SUPERVISED
-from nested_core.training.positions import rule_for
+from nested_core.training.loss.chunked import rule_for
+from nested_core.training.loss.supervised import SUPERVISED
 
 
 @dataclass(frozen=True)

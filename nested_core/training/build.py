@@ -24,7 +24,7 @@ from nested_core.storage.atomic import file_sha256
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.ranks import ALONE, World
+from nested_core.training.distributed import ALONE, World
 from nested_core.training.trainer import Trainer
 
 BEGINNINGS = {"initial": "initial/", "initial_files": "its files", "tiers": "tiers.json"}

@@ -17,9 +17,9 @@ from nested_core.optim.gradients import Flat, leaf_states
 from nested_core.optim.pytree import flatten
 from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.optim.tiers import TierMap
-from nested_core.training.losses import LossRule, MicroBatch
+from nested_core.training.distributed import ALONE, Sums, World
+from nested_core.training.loss.supervised import LossRule, MicroBatch
 from nested_core.training.packing import nested, packing_for
-from nested_core.training.ranks import ALONE, Sums, World
 from nested_core.training.step import TrainStep
 
 

@@ -15,8 +15,8 @@ from nested_core.models.modes import evaluating
 from nested_core.models.parameters import Slots, borrowed, put
 from nested_core.models.scalars import to_float
 from nested_core.optim.gradients import Flat
-from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch, first_of
-from nested_core.training.ranks import ALONE, World
+from nested_core.training.distributed import ALONE, World
+from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch, first_of
 
 Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_COLUMNS = 4, 16, 256

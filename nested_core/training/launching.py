@@ -29,7 +29,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import guard
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.hosts import launch_command, rank_environment
-from nested_core.training.memory import MemoryPlan
+from nested_core.training.memory.plan import MemoryPlan
 
 MARK = "@nested-tune "  # before what a rank says, among all else that is printed
 LOST = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")

@@ -52,7 +52,7 @@ def _train(run_dir: Path, ranks: int) -> None:
     from nested_core import pipeline
     from nested_core.models.lora import find_base
     from nested_core.storage.run_directory import RunDirectory
-    from nested_core.training.ranks import join
+    from nested_core.training.distributed import join
 
     listener = Listener()
     listener.start()

@@ -19,11 +19,11 @@ from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, load_arrays, 
 from nested_core.storage.adapter_export import export_snapshot
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_json import finite_or_none
+from nested_core.training.batching import Method
 from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.distributed import ALONE, Sums, World
 from nested_core.training.evaluation import Evaluator
-from nested_core.training.methods import Method
 from nested_core.training.metrics import append_metrics, cut_back, read_metrics
-from nested_core.training.ranks import ALONE, Sums, World
 from nested_core.training.red_flags import flag_flat_loss, flag_unchanged_checkpoint
 from nested_core.training.state import TrainingState
 from nested_core.training.window import Window, optimizer_record, train_info

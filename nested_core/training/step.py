@@ -17,9 +17,9 @@ from nested_core.models.parameters import Slots, borrowed, put
 from nested_core.optim.gradients import Flat
 from nested_core.optim.pytree import flatten
 from nested_core.optim.single_clock import TieredOptimizer
-from nested_core.training.losses import LossRule, MicroBatch
+from nested_core.training.distributed import ALONE, Sums, World, pack_sums, unpack_sums
+from nested_core.training.loss.supervised import LossRule, MicroBatch
 from nested_core.training.packing import Packing, nested
-from nested_core.training.ranks import ALONE, Sums, World, pack_sums, unpack_sums
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.optim.tiers import TierMap
 from nested_core.storage.checkpoint import Checkpoint
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.batching import make_method
 from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.distributed import ALONE, StopVote, World
 from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine, StepTaken
 from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts
-from nested_core.training.memory import plan_memory
-from nested_core.training.methods import make_method
+from nested_core.training.loss.chunked import rule_for
+from nested_core.training.memory.plan import plan_memory
 from nested_core.training.packing import nested
-from nested_core.training.positions import rule_for
-from nested_core.training.ranks import ALONE, StopVote, World
 from nested_core.training.recorder import Recorder, restore_random_key
 from nested_core.training.red_flags import flag_updates
 from nested_core.training.state import TrainingState

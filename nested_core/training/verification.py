@@ -10,8 +10,8 @@ from nested_core.optim.gradients import Flat
 from nested_core.optim.pytree import verify_updates
 from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.optim.tiers import TierMap
+from nested_core.training.distributed import World
 from nested_core.training.engine import Engine, StepTaken
-from nested_core.training.ranks import World
 from nested_core.training.red_flags import flag_updates, idle_names
 from nested_core.training.state import TrainingState
 

@@ -14,7 +14,7 @@ from nested_core.models.scalars import to_float, to_int
 from nested_core.optim.clock import COUNTERS
 from nested_core.optim.gradients import clip_factor
 from nested_core.optim.single_clock import TieredOptimizer
-from nested_core.training.ranks import ALONE, Sums, World
+from nested_core.training.distributed import ALONE, Sums, World
 
 
 class Window:

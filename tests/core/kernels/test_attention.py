@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 from nested_core.kernels import attention
 from nested_core.kernels.apply import prepared
 from nested_core.kernels.exponential import exponential
-from nested_core.training.losses import SUPERVISED
+from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
 

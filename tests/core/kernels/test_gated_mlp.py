@@ -16,7 +16,7 @@ from nested_core.kernels import fused_mlp
 from nested_core.kernels.fused_mlp import computed, fusable_mlps, fused_mlps
 from nested_core.kernels.tracing import GatedMLP, gated_mlps, watched
 from nested_core.optim.gradients import Flat
-from nested_core.training.losses import SUPERVISED
+from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import Outcome, batch, build, largest_difference, outcome
 
 MODELS = [("llama", False), ("qwen2", False), ("granite", False), ("cohere", False)]

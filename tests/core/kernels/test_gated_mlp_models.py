@@ -19,7 +19,7 @@ from nested_core.kernels.lora_linear import GROUP, LowRankLinear
 from nested_core.kernels.patching import standing_in
 from nested_core.kernels.tracing import Calls, gated_mlps, watched
 from nested_core.models.parameters import adapter_slots
-from nested_core.training.losses import SUPERVISED
+from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"

@@ -15,7 +15,7 @@ from nested_core.kernels.activation_checkpointing import recomputed
 from nested_core.kernels.lora_linear import GROUP, LowRankLinear, low_rank
 from nested_core.kernels.tracing import shared_inputs, watched
 from nested_core.optim.pytree import flatten
-from nested_core.training.losses import SUPERVISED
+from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 

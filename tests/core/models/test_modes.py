@@ -15,8 +15,8 @@ from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.kernels.tracing import watched
 from nested_core.models.parameters import adapter_slots, read_slots
 from nested_core.training.evaluation import Evaluator
-from nested_core.training.head import find_head
-from nested_core.training.probe import parameter_importance
+from nested_core.training.importance import parameter_importance
+from nested_core.training.loss.output_head import find_head
 from tests.architectures import batch, build
 
 

@@ -9,8 +9,8 @@ import mlx.nn as nn
 import pytest
 
 from nested_core.kernels.quantized_linear import whole_weights
-from nested_core.training.footprint import read_layers, whole_bytes
-from nested_core.training.forecast import Layer
+from nested_core.training.memory.estimate import Layer
+from nested_core.training.memory.layers import read_layers, whole_bytes
 from tests.architectures import ARCHITECTURES, build
 
 

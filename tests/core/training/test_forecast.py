@@ -9,7 +9,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
-from nested_core.training.forecast import (
+from nested_core.training.memory.estimate import (
     CPU,
     BatchShape,
     Device,
@@ -19,7 +19,7 @@ from nested_core.training.forecast import (
     fewest_recomputed,
     peak_bytes,
 )
-from nested_core.training.memory import MemoryPlan, device_of, plan
+from nested_core.training.memory.plan import MemoryPlan, device_of, plan
 
 # T = 6 tokens. A layer keeps 4 * (6 * (10 + 1 * 3) + 0.5 * 2 * 2 * 3 * 3) = 384 bytes, its input
 # is 4 * 6 * 4 = 96, the loss takes (4 + 12) * 7 * 6 = 672.

@@ -15,8 +15,8 @@ import pytest
 from benchmarks.forecast import CASES
 from benchmarks.gpu.shapes import RANK, SHAPES
 from nested_core import backend
-from nested_core.training.forecast import BatchShape, Layer, Load, cuda, peak_bytes
-from nested_core.training.positions import rows_at_once
+from nested_core.training.loss.chunked import rows_at_once
+from nested_core.training.memory.estimate import BatchShape, Layer, Load, cuda, peak_bytes
 from tests.example import example_settings
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,9 +12,9 @@ import pytest
 from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.models.parameters import adapter_slots
-from nested_core.training.head import find_head
-from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
-from nested_core.training.positions import positions, positions_rule, rule_for
+from nested_core.training.loss.chunked import positions, positions_rule, rule_for
+from nested_core.training.loss.output_head import find_head
+from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 

@@ -12,7 +12,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.models.lora import adapter_dtype, attach_adapter, load_base
 from nested_core.models.parameters import adapter_slots, read_slots
 from nested_core.storage.adapter import read_adapter
-from nested_core.training.losses import SUPERVISED
+from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, outcome
 from tests.example import example_config, train_example
 

@@ -19,6 +19,7 @@ from nested_core.config.resume import refuse_differences
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import hosts
+from nested_core.training.distributed import ALONE, World, checksum, pack_sums, unpack_sums
 from nested_core.training.hosts import (
     count_ranks,
     free_ports,
@@ -26,7 +27,6 @@ from nested_core.training.hosts import (
     own_device,
     own_temporary_folder,
 )
-from nested_core.training.ranks import ALONE, World, checksum, pack_sums, unpack_sums
 from tests.example import example_config
 
 

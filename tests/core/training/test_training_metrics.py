@@ -18,7 +18,7 @@ from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
 from nested_core.optim.pytree import flatten
-from nested_core.training.losses import supervised_loss
+from nested_core.training.loss.supervised import supervised_loss
 from tests.example import Finished, example_config, train_example
 
 RATE = 2e-3

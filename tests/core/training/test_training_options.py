@@ -21,7 +21,7 @@ from nested_core.kernels.activation_checkpointing import recomputed
 from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
 from nested_core.optim.pytree import flatten
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from nested_core.training.probe import parameter_importance
+from nested_core.training.importance import parameter_importance
 from nested_core.training.trainer import Trainer
 from tests.example import (
     MODEL,

@@ -19,7 +19,7 @@ from nested_core.kernels.patching import standing_in
 from nested_core.models.modes import evaluating
 from nested_core.models.parameters import Slots, borrowed, put, read_slots
 from nested_core.models.scalars import to_float
-from nested_core.training.losses import first_of
+from nested_core.training.loss.supervised import first_of
 
 DEPTH = 3  # a body lies at most so deep: "model", "language_model.model", "model.norm"
 PROBE = [[1, 2, 3, 4], [4, 3, 1, 2]]

@@ -35,7 +35,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nested_core.kernels.cuda.launch import DTYPE
-from nested_core.training.positions import room_for
+from nested_core.training.loss.chunked import room_for
 
 REFILLED = 1.8  # layers: one that is computed again, and its gradients
 LOGIT_BYTES = 8  # beside the logits as they are given, of those that are made in chunks

@@ -18,7 +18,7 @@ from nested_core.kernels.cuda.tiles import is_in_tiles
 from nested_core.kernels.quantized_linear import CALLS
 from nested_core.models.parameters import Slots
 from nested_core.optim.pytree import flatten
-from nested_core.training.forecast import Layer
+from nested_core.training.memory.estimate import Layer
 
 SWITCHED = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx_lm.models.switch_layers
 LINEAR = ("Linear", "QuantizedLinear", *SWITCHED)

@@ -17,13 +17,19 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.models.parameters import Slots, read_slots
 from nested_core.optim.pytree import flatten
 from nested_core.optim.single_clock import TieredOptimizer
-from nested_core.training import forecast
-from nested_core.training.footprint import arrays, item_bytes, read_layers, whole_bytes
-from nested_core.training.forecast import BatchShape, Device, Load, fewest_recomputed, peak_bytes
-from nested_core.training.losses import LossRule
-from nested_core.training.methods import Method
-from nested_core.training.positions import rows_at_once
-from nested_core.training.ranks import World
+from nested_core.training.batching import Method
+from nested_core.training.distributed import World
+from nested_core.training.loss.chunked import rows_at_once
+from nested_core.training.loss.supervised import LossRule
+from nested_core.training.memory import estimate
+from nested_core.training.memory.estimate import (
+    BatchShape,
+    Device,
+    Load,
+    fewest_recomputed,
+    peak_bytes,
+)
+from nested_core.training.memory.layers import arrays, item_bytes, read_layers, whole_bytes
 
 LEAST_LENGTH = 32
 MASTER_BYTES = 4  # float32
@@ -176,7 +182,7 @@ def device_of(config: FineTuneConfig) -> Device:
     """How the default device computes this configuration."""
     is_plain = config.training.reference is not None
     if backend.has_cuda():
-        device = forecast.cuda(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
+        device = estimate.cuda(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
         return replace(device, remakes=False, wholes=0) if is_plain else device
-    device = forecast.CPU if backend.device() == "cpu" else forecast.METAL
+    device = estimate.CPU if backend.device() == "cpu" else estimate.METAL
     return replace(device, scores=1, gates=2, wholes=0) if is_plain else device

@@ -14,8 +14,8 @@ from nested_core.models.modes import evaluating
 from nested_core.models.parameters import adapter_slots, borrowed, put, read_slots
 from nested_core.models.scalars import to_float
 from nested_core.optim.gradients import Flat
-from nested_core.training.losses import supervised_loss
-from nested_core.training.methods import plan_batches
+from nested_core.training.batching import plan_batches
+from nested_core.training.loss.supervised import supervised_loss
 
 
 def parameter_importance(

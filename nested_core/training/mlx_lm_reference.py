@@ -15,8 +15,8 @@ from mlx_lm.tuner.trainer import default_loss
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.errors import ConfigError
-from nested_core.training.forecast import BatchShape
-from nested_core.training.losses import LossRule, MicroBatch
+from nested_core.training.loss.supervised import LossRule, MicroBatch
+from nested_core.training.memory.estimate import BatchShape
 
 PAD_MULTIPLE = 32
 

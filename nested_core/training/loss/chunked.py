@@ -15,8 +15,8 @@ import numpy as np
 
 from nested_core.kernels.exponential import exponential
 from nested_core.models.parameters import Slots
-from nested_core.training.head import OutputHead, find_head
-from nested_core.training.losses import SUPERVISED, Arrays, LossRule, MicroBatch
+from nested_core.training.loss.output_head import OutputHead, find_head
+from nested_core.training.loss.supervised import SUPERVISED, Arrays, LossRule, MicroBatch
 
 LEAST_POSITIONS = 64
 CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MiB in float32

@@ -14,7 +14,7 @@ import numpy as np
 
 from nested_core.errors import ConfigError, RanksDiffer
 from nested_core.optim.gradients import Flat
-from nested_core.training.losses import MicroBatch
+from nested_core.training.loss.supervised import MicroBatch
 
 Sums = dict[str, mx.array]
 SPREAD = 0x9E3779B9  # 2**32 over the golden ratio: far apart for ranks that are next to each other

@@ -15,10 +15,10 @@ import mlx.core as mx
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.training.distributed import ALONE, World
 from nested_core.training.evaluation import fixed_batches
-from nested_core.training.forecast import BatchShape
-from nested_core.training.losses import SUPERVISED, LossRule, MicroBatch
-from nested_core.training.ranks import ALONE, World
+from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch
+from nested_core.training.memory.estimate import BatchShape
 
 SAMPLED_ROWS = 256
 
@@ -133,6 +133,6 @@ def make_method(
     """Our way of drawing batches and evaluating, or, under `training.reference`, mlx-lm's."""
     if config.training.reference is None:
         return OwnMethod(config, splits, world)
-    from nested_core.training.reference import ReferenceMethod
+    from nested_core.training.mlx_lm_reference import ReferenceMethod
 
     return ReferenceMethod(config, splits)
