@@ -15,20 +15,20 @@ from nested_core import backend
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
-from nested_core.gate.changes import change_reasons, compare_tensors, structure_reasons
-from nested_core.gate.effects import effect_reasons, require_factors
+from nested_core.gate.base_fit import base_reasons, declared_reasons
 from nested_core.gate.evidence import (
     Evidence,
     changed_since_judged,
     collect_evidence,
     describe_judged,
 )
-from nested_core.gate.fit import base_reasons, declared_reasons
-from nested_core.gate.fusing import judge_fused
+from nested_core.gate.fused import judge_fused
 from nested_core.gate.held import HeldBase
+from nested_core.gate.lora_effect import effect_reasons, require_factors
 from nested_core.gate.losses import measure_general, measure_losses
 from nested_core.gate.proof import ProofRequest, prove
-from nested_core.gate.updates import TierEvidence, tier_changes, update_reasons
+from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
+from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.verdict import GeneralLoss, Reason, Source, Validation, Verdict
 from nested_core.models.base import base_fingerprint, find_model
 from nested_core.models.lora import compute_dtype
