@@ -14,8 +14,8 @@ from pydantic import Field
 from flows.roots import confined
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.base import Section
-from nested_core.policy import read_candidate
 from nested_core.registry import read_champion
+from nested_core.registry.promotion_policy import read_candidate
 from tasks.promote import promote_approved, promote_recorded
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from flows.roots import confined
 from nested_core.config.base import Section
-from nested_core.policy import DAMAGED
 from nested_core.registry import list_names
+from nested_core.registry.promotion_policy import DAMAGED
 from tasks.promote import reconcile as reconcile_name
 
 

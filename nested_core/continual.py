@@ -15,9 +15,9 @@ from typing import Any
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.models.base import base_fingerprint, find_model
-from nested_core.policy import target
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.names import is_made
+from nested_core.registry.promotion_policy import target
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json

@@ -9,8 +9,8 @@ from typing import Any
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import parent_of, settings_digest
 from nested_core.gate import confirm_run
-from nested_core.policy import target
 from nested_core.registry import register
+from nested_core.registry.promotion_policy import target
 from nested_core.registry.verdict import read_gate, require_passed
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.atomic import file_sha256

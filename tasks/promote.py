@@ -6,9 +6,9 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
-from nested_core import policy, registry
+from nested_core import registry
 from nested_core.config.registry import RegistrySection
-from nested_core.registry import Promotion
+from nested_core.registry import Promotion, promotion_policy
 from tasks.events import emit
 from tasks.retrying import REGISTRY_DELAYS, retried
 
@@ -16,14 +16,14 @@ from tasks.retrying import REGISTRY_DELAYS, retried
 @retried("promote", "promote {section.name} {version:.12}", REGISTRY_DELAYS)
 def promote(section: RegistrySection, version: str, expected_champion: str | None) -> str:
     """Promote by policy; return the outcome, or why nothing was promoted."""
-    done = policy.promote_by_policy(section, version, expected_champion)
+    done = promotion_policy.promote_by_policy(section, version, expected_champion)
     return _tell(str(section.name), version, done)
 
 
 @retried("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_DELAYS)
 def promote_recorded(path: Path, name: str, version: str) -> str:
     """Promote by the policy that was recorded with the version."""
-    return _tell(name, version, policy.promote_as_recorded(path, name, version))
+    return _tell(name, version, promotion_policy.promote_as_recorded(path, name, version))
 
 
 @retried("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_DELAYS)
@@ -45,7 +45,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str) -> str:
 def reconcile(path: Path, name: str) -> dict[str, str]:
     """Promote what an event got lost for; the outcome of each version that never was champion."""
     before = registry.read_champion(path, name)
-    outcomes = policy.reconcile(path, name)
+    outcomes = promotion_policy.reconcile(path, name)
     for version, outcome in outcomes.items():
         get_run_logger().info("%s %s: %s", name, version[:12], outcome)
         if outcome == "promoted":

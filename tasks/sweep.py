@@ -14,8 +14,8 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import DamagedError
-from nested_core.policy import target
 from nested_core.registry import list_versions
+from nested_core.registry.promotion_policy import target
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 

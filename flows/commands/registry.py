@@ -155,7 +155,7 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Copy what MLflow's registry lacks, and point its alias at the champion."""
-    from nested_core.mlflow_export import export_to_mlflow
+    from nested_core.registry.mlflow import export_to_mlflow
 
     done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)
     number = done.numbers.get(done.champion) if done.champion else None

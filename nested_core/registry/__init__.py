@@ -3,8 +3,8 @@
 Refuses what did not pass the gate and what has changed since; readers trust the `champion` link.
 """
 
-from nested_core.registry.auditing import AuditReport, audit
-from nested_core.registry.collection import Collection, collect
+from nested_core.registry.audit import AuditReport, audit
+from nested_core.registry.garbage_collection import Collection, collect
 from nested_core.registry.names import list_names
 from nested_core.registry.promotion import UNSET, Promotion, Unset, promote, rollback
 from nested_core.registry.reading import (

@@ -16,7 +16,7 @@ from nested_core.registry.ledger import Entry, append, new_entry
 from nested_core.registry.locking import exclusive
 from nested_core.registry.names import VERSIONS, locate
 from nested_core.registry.pointer import describe, prepare, swap, write_record
-from nested_core.registry.settling import State, settle
+from nested_core.registry.recovery import State, settle
 from nested_core.registry.versions import PREFIX_PATTERN, resolve_version, verify_version
 
 Outcome = Literal["promoted", "rolled_back", "already_champion", "superseded", "barred"]

@@ -13,7 +13,7 @@ from typing import Any
 from nested_core.errors import DamagedError
 from nested_core.registry.locking import exclusive
 from nested_core.registry.names import VERSIONS, check_name, create
-from nested_core.registry.settling import settle
+from nested_core.registry.recovery import settle
 from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
 from nested_core.registry.versions import (
     FILES,

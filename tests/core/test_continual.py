@@ -16,9 +16,9 @@ from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.continual import champion_or_none, describe_start, unchanged_since
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.policy import promote_by_policy
 from nested_core.publishing import register_run
 from nested_core.registry import collect, list_versions, promote, read_champion, register
+from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run

@@ -12,7 +12,6 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Promotion,
     audit,
-    auditing,
     collect,
     history,
     list_versions,
@@ -23,6 +22,7 @@ from nested_core.registry import (
     register,
     rollback,
 )
+from nested_core.registry import audit as auditing
 from nested_core.registry.versions import Finding, version_findings
 from tests.core.registry.states import NAME, assert_settled
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nested_core.errors import ConfigError
-from nested_core.policy import promote_as_recorded, reconcile
 from nested_core.registry import (
     audit,
     collect,
@@ -25,6 +24,7 @@ from nested_core.registry import (
     rollback,
 )
 from nested_core.registry.promotion import Promotion
+from nested_core.registry.promotion_policy import promote_as_recorded, reconcile
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME
 

@@ -11,19 +11,24 @@ from typing import Any
 
 import pytest
 
-from nested_core import policy
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.policy import promote_as_recorded, promote_by_policy, read_candidate, reconcile
 from nested_core.registry import (
     Promotion,
     collect,
     history,
     list_versions,
     promote,
+    promotion_policy,
     read_champion,
     register,
     rollback,
+)
+from nested_core.registry.promotion_policy import (
+    promote_as_recorded,
+    promote_by_policy,
+    read_candidate,
+    reconcile,
 )
 from tests.core.registry.conftest import write_run
 
@@ -43,9 +48,9 @@ def add(tmp_path: Path, registry: Path) -> Add:
 
     def add(seed: int, champion: str | None = None, policy: str | None = "always") -> str:
         run = write_run(tmp_path / f"run-{seed}", seed)
-        section = {"path": "elsewhere", "name": "other", "promote": policy}
+        section = {"path": "elsewhere", "name": "other", "promote": promotion_policy}
         provenance: dict[str, Any] = {"champion_at_gate": champion, "validation_digest": "d1"}
-        provenance |= {"config": {"registry": section}} if policy else {}
+        provenance |= {"config": {"registry": section}} if promotion_policy else {}
         return register(run, registry, NAME, provenance)
 
     return add
@@ -123,7 +128,10 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
 
 
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
-    versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
+    versions = {
+        promotion_policy: add(seed, None, promotion_policy)
+        for seed, promotion_policy in enumerate(("never", "approve"))
+    }
     unknown = add(9, None, None)
     outcomes = reconcile(registry, NAME)
     assert outcomes[versions["never"]] == "registry.promote is never"
@@ -218,14 +226,14 @@ def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Pat
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], object]) -> None:
     """Another process acts just before the policy takes a step for the first time."""
-    taken = getattr(policy, step)
+    taken = getattr(promotion_policy, step)
 
     def after(*arguments: Any) -> Any:
         monkeypatch.undo()
         act()
         return taken(*arguments)
 
-    monkeypatch.setattr(policy, step, after)
+    monkeypatch.setattr(promotion_policy, step, after)
 
 
 @pytest.mark.parametrize("step", ["read_candidate", "promote_as_recorded"])

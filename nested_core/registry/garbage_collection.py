@@ -15,7 +15,7 @@ from nested_core.registry.ledger import Ledger, append, new_entry, read_ledger
 from nested_core.registry.locking import exclusive, shared
 from nested_core.registry.names import VERSIONS, locate
 from nested_core.registry.pointer import read_link, read_prepared
-from nested_core.registry.settling import settle
+from nested_core.registry.recovery import settle
 from nested_core.registry.versions import REGISTERED_AT, read_provenance, registered_versions
 from nested_core.storage.atomic import (
     RETIRED_PREFIX,
