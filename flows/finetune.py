@@ -15,10 +15,10 @@ from flows.logs import outlive_the_worker
 from flows.outcome import describe_loss, describe_rejection, short
 from flows.roots import confine_configuration, confined
 from flows.stopping import Stopper
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
-from nested_core.continual import champion_or_none, unchanged_since
 from nested_core.errors import GateRejected, TrainingStopped
+from nested_core.pipeline import steps
+from nested_core.pipeline.continual import champion_or_none, unchanged_since
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 from tasks.events import emit
 from tasks.gate import gate
@@ -63,7 +63,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     run = _open(config)
     is_begun = run.is_begun()
     with run.locked():
-        pipeline.begin(settings, run, resume=is_begun)
+        steps.begin(settings, run, resume=is_begun)
         link_run(run.path)
         validate(settings, run.path)
         champion = unchanged_since(settings, run)

@@ -21,8 +21,8 @@ from flows.outcome import short
 from flows.roots import confine_configuration
 from nested_core.config.base import Section
 from nested_core.config.schema import FineTuneConfig
-from nested_core.continual import champion_or_none
 from nested_core.errors import ConfigError
+from nested_core.pipeline.continual import champion_or_none
 from nested_core.storage.run_directory import RunDirectory
 from tasks.promote import promote
 from tasks.sweep import Outcome, collect, find_version

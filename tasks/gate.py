@@ -10,10 +10,10 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate import measure_test
+from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 
 
@@ -22,7 +22,7 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
     """Judge adapter/ against initial/ and write gate.json; GateRejected where it did not pass."""
     run = RunDirectory(run_dir)
     try:
-        verdict = pipeline.judge(config, run)
+        verdict = steps.judge(config, run)
     except GateRejected:
         _show(json.loads(run.gate.read_bytes()))
         raise

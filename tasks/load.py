@@ -6,9 +6,9 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
-from nested_core.continual import describe_start
+from nested_core.pipeline import steps
+from nested_core.pipeline.continual import describe_start
 from nested_core.storage.run_directory import RunDirectory
 from tasks.retrying import RUN_DELAYS, retried
 
@@ -17,7 +17,7 @@ from tasks.retrying import RUN_DELAYS, retried
 def load(config: FineTuneConfig, run_dir: Path) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)
-    pipeline.load(config, run)
+    steps.load(config, run)
     get_run_logger().info("The initial adapter is in %s.", run.initial)
     if note := describe_start(config, run):
         get_run_logger().info("%s", note)

@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import get_run_logger
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.publishing import register_run
+from nested_core.pipeline.publishing import register_run
 from nested_core.storage.run_directory import RunDirectory
 from tasks.retrying import REGISTRY_DELAYS, retried
 

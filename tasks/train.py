@@ -14,10 +14,10 @@ from uuid import UUID
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
-from nested_core.device_lock import exclusive_device
-from nested_core.pipeline import TrainResult
+from nested_core.pipeline import steps as pipeline
+from nested_core.pipeline.device_lock import exclusive_device
+from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 from nested_core.training.trainer import Trainer

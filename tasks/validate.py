@@ -8,8 +8,8 @@ from pathlib import Path
 from prefect import get_run_logger
 from prefect.artifacts import create_table_artifact
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
+from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from tasks.retrying import RUN_DELAYS, retried
 
@@ -21,7 +21,7 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
     run = RunDirectory(run_dir)
     try:
-        report = pipeline.validate(config, run)
+        report = steps.validate(config, run)
     finally:
         _show_findings(run)
     get_run_logger().info("The data set passed with %d warnings.", len(report.warnings))

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
-from nested_core.pipeline import TrainResult
+from nested_core.pipeline import steps
+from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.checkpoint import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
@@ -63,9 +63,9 @@ def prepare(config: FineTuneConfig, path: Path) -> RunDirectory:
     """A run that has been validated and loaded, and is not trained yet."""
     run = RunDirectory(path)
     path.mkdir(parents=True, exist_ok=True)
-    pipeline.begin(config, run, resume=False)
-    pipeline.validate(config, run)
-    pipeline.load(config, run)
+    steps.begin(config, run, resume=False)
+    steps.validate(config, run)
+    steps.load(config, run)
     return run
 
 
@@ -103,7 +103,7 @@ def train(
         if on_start is not None:
             on_start(trainer)
 
-    result = pipeline.train(config, run, callback, begin)
+    result = steps.train(config, run, callback, begin)
     return Finished(config, run, result, trainers[0])
 
 

@@ -88,10 +88,10 @@ def _refuse_showing(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Validate, load, train and judge in this process."""
-    from nested_core import pipeline
-    from nested_core.continual import describe_start, unchanged_since
-    from nested_core.device_lock import exclusive_device
     from nested_core.gate import measure_test
+    from nested_core.pipeline import steps
+    from nested_core.pipeline.continual import describe_start, unchanged_since
+    from nested_core.pipeline.device_lock import exclusive_device
 
     config = config_from(arguments)
     run = _open(arguments)
@@ -104,20 +104,20 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 
     with run.locked(), stopper.installed(run):
         say(f"run directory: {run.path}")
-        pipeline.begin(config, run, resume=arguments.resume)
-        warnings = pipeline.validate(config, run, ProgressLine()).describe_warnings()
+        steps.begin(config, run, resume=arguments.resume)
+        warnings = steps.validate(config, run, ProgressLine()).describe_warnings()
         if warnings:
             say(f"{warnings} (all: {run.dataset})")
         champion = unchanged_since(config, run)
         if champion is not None:
             return _skipped(arguments, run, champion)
-        pipeline.load(config, run)
+        steps.load(config, run)
         if note := describe_start(config, run):
             say(note)
         with exclusive_device(say, config.training.processes), watching(run.metrics):
-            result = pipeline.train(config, run, on_start=begin)
+            result = steps.train(config, run, on_start=begin)
         stopper.release()
-        verdict = pipeline.judge(config, run)
+        verdict = steps.judge(config, run)
         test_loss = measure_test(config, run) if config.test else None
 
     def show() -> None:

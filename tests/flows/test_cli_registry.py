@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import pipeline
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from tests.example import train_example
 from tests.flows.conftest import CommandRun, Ended, ended, start
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, command_run: CommandRun) ->
     folder = tmp_path_factory.mktemp("registry")
     shutil.copytree(command_run.run_dir, folder / "first")
     other = train_example(folder / "second", iters=4, seed=5)
-    pipeline.judge(other.config, other.run)
+    steps.judge(other.config, other.run)
     return folder
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from flows.commands.judging import read_status
-from nested_core import pipeline
 from nested_core.config.gate import GateSection
 from nested_core.errors import GateRejected, TrainingStopped
+from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import Finished, example_config, prepare, stop_after, train
 
@@ -35,9 +35,9 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Fi
     look("trained")
     strict = config.model_copy(update={"gate": GateSection(min_relative_change=1e6)})
     with pytest.raises(GateRejected):
-        pipeline.judge(strict, run)
+        steps.judge(strict, run)
     look("rejected")
-    pipeline.judge(config, run)
+    steps.judge(config, run)
     look("verified")
     return seen, done
 
@@ -74,7 +74,7 @@ def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(
     states: tuple[dict[str, str], Finished], tmp_path: Path
 ) -> None:
     longer, run = example_config(val_batches=0, iters=16), states[1].run
-    pipeline.begin(longer, run, resume=True)
+    steps.begin(longer, run, resume=True)
     with pytest.raises(TrainingStopped):
         train(longer, run, on_start=stop_after(12))
     assert read_status(run)["state"] == "resumable"

@@ -11,9 +11,9 @@ import pytest
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from nested_core import pipeline
 from nested_core import registry as core
 from nested_core.config.registry import RegistrySection
+from nested_core.pipeline import steps
 from nested_core.registry.pointer import PREPARED_NAME
 from nested_core.storage.run_directory import RunDirectory
 from tasks.gate import gate
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     done = train_example(tmp_path_factory.mktemp("judged") / "run", iters=4, val_batches=0)
-    pipeline.judge(done.config, done.run)
+    steps.judge(done.config, done.run)
     return done
 
 

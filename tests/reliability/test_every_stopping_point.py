@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.errors import TrainingStopped
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_tensors
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, checkpoint_path
 from tests.example import SPEEDS, Finished, prepare, stop_after, train, train_example
@@ -49,7 +49,7 @@ def test_stopped_at_this_step_and_resumed_it_is_bit_identical(
     run = prepare(config, tmp_path / "run")
     with pytest.raises(TrainingStopped, match=f"at step {step} of {STEPS}"):
         train(config, run, on_start=stop_after(step))
-    pipeline.begin(config, run, resume=True)
+    steps.begin(config, run, resume=True)
     resumed = train(config, run)
     assert resumed.at(STEPS).tensors == whole.at(STEPS).tensors
     states = [

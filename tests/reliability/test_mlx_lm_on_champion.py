@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.models.generate import answer
+from nested_core.pipeline import steps
 from nested_core.registry import promote, register, rollback
 from tests.example import DATA, MODEL, train_example
 
@@ -37,7 +37,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     versions = []
     for data in (DATA, folder / "other"):
         finished = train_example(folder / f"run-{data.name}", iters=60, data=str(data))
-        pipeline.judge(finished.config, finished.run)
+        steps.judge(finished.config, finished.run)
         versions.append(register(finished.run.path, folder / "registry", NAME, {}))
     return folder / "registry", versions
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
+from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import train_example, write_config
 from tests.reliability.mutations import MUTATIONS, copy_run, delete_a_folder, mutate
@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, 
 def damage_found(config: FineTuneConfig, run: RunDirectory) -> DamagedError | None:
     """What the gate says of a folder before it judges; any other error is a crash."""
     try:
-        pipeline.judge(config, run)
+        steps.judge(config, run)
     except DamagedError as damage:
         return damage
     return None
@@ -60,7 +60,7 @@ def test_every_mutated_folder_is_detected_with_exit_code_6(
     assert sum(detected.values()) == count
     assert len(detected) == len(MUTATIONS)
     whole = copy_run(original.path, tmp_path / "whole")
-    assert pipeline.judge(config, whole).has_passed  # what nobody touched is no damage
+    assert steps.judge(config, whole).has_passed  # what nobody touched is no damage
 
 
 def judged_again(config: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate import judge_run
+from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene
 from tests.core.gate.pairs import codes
@@ -37,7 +37,7 @@ def test_the_verdict_is_the_one_of_the_table(
     bounds = case.build(Scene(config, run, other)) or config
     if case.expected == (DAMAGED,):
         with pytest.raises(DamagedError) as damage:
-            pipeline.judge(bounds, run)
+            steps.judge(bounds, run)
         assert damage.value.exit_code == 6
         assert not run.gate.exists()
         return
@@ -54,7 +54,7 @@ def test_a_rejected_run_ends_with_the_reason_in_the_message(
     run = RunDirectory(Path(shutil.copytree(original.path, tmp_path / "run")))
     next(case for case in CASES if case.expected == ("unchanged",)).build(Scene(config, run, other))
     with pytest.raises(GateRejected, match=r"rejected: unchanged \(all 84 tensors equal") as error:
-        pipeline.judge(config, run)
+        steps.judge(config, run)
     assert error.value.exit_code == 4
 
 

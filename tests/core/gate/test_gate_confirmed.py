@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.publishing import confirm_verdict
+from nested_core.pipeline import steps
+from nested_core.pipeline.publishing import confirm_verdict
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
 
@@ -37,7 +37,7 @@ def passed(
     config, done = finished
     path = tmp_path_factory.mktemp("judged") / "run"
     shutil.copytree(done.path, path)
-    pipeline.judge(config, RunDirectory(path))
+    steps.judge(config, RunDirectory(path))
     return path
 
 
@@ -74,7 +74,7 @@ def test_a_failed_run_is_not_saved_by_the_word_passed(
         update={"gate": config.gate.model_copy(update={"min_relative_change": 10.0})}
     )
     with pytest.raises(GateRejected):
-        pipeline.judge(bounds, judged)
+        steps.judge(bounds, judged)
     edit(judged.gate, verdict="passed")
     with pytest.raises(DamagedError, match="says passed and gives reasons against it"):
         confirm_verdict(bounds, judged)
@@ -140,7 +140,7 @@ def test_a_configuration_that_was_edited_after_the_verdict_is_damage(
 ) -> None:
     edit_config(judged, values)
     with pytest.raises(DamagedError, match=r"gate\.json was not given on the config\.yaml that "):
-        confirm_verdict(pipeline.read_run_config(judged), judged)
+        confirm_verdict(steps.read_run_config(judged), judged)
 
 
 def edit_config(run: RunDirectory, values: dict[str, Any]) -> None:
@@ -151,9 +151,9 @@ def test_so_is_one_that_was_edited_between_training_and_the_verdict(
     run: RunDirectory, config: FineTuneConfig
 ) -> None:
     edit_config(run, {"learning_rate": 1.0})
-    pipeline.judge(config, run)
+    steps.judge(config, run)
     with pytest.raises(DamagedError, match=r"config\.yaml"):
-        confirm_verdict(pipeline.read_run_config(run), run)
+        confirm_verdict(steps.read_run_config(run), run)
 
 
 def test_a_digest_of_other_data_in_the_report_is_damage(
@@ -177,12 +177,12 @@ def test_a_verdict_without_digests_of_what_it_judged_is_damage(
 def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_none(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
-    pipeline.begin(config, judged, resume=True)
-    confirm_verdict(pipeline.read_run_config(judged), judged)
+    steps.begin(config, judged, resume=True)
+    confirm_verdict(steps.read_run_config(judged), judged)
     bounds = config.gate.model_copy(update={"max_val_loss_increase": 0.5})
     other = config.model_copy(update={"gate": bounds})
-    pipeline.begin(other, judged, resume=True)
+    steps.begin(other, judged, resume=True)
     with pytest.raises(DamagedError, match=r"config\.yaml.* judge the run again with --resume"):
-        confirm_verdict(pipeline.read_run_config(judged), judged)
-    pipeline.judge(other, judged)
-    confirm_verdict(pipeline.read_run_config(judged), judged)
+        confirm_verdict(steps.read_run_config(judged), judged)
+    steps.judge(other, judged)
+    confirm_verdict(steps.read_run_config(judged), judged)

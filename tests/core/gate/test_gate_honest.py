@@ -12,10 +12,10 @@ from unittest.mock import patch
 import pytest
 from mlx_lm import convert
 
-from nested_core import pipeline
 from nested_core.errors import GateRejected, SilentUpdateWarning, TrainingStopped
 from nested_core.gate import judge_run, verify_adapters
 from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training import trainer
 from tests.core.gate.pairs import codes
@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_and_resumed_passes(tmp_path: Path) -> None:
     run = prepare(config, tmp_path / "run")
     with pytest.raises(TrainingStopped):
         train(config, run, on_start=stop_after(3))
-    pipeline.begin(config, run, resume=True)
+    steps.begin(config, run, resume=True)
     train(config, run)
     assert judge_run(config, run).has_passed
 
@@ -131,7 +131,7 @@ def test_a_run_that_reports_a_loss_at_every_step_and_never_changes_is_rejected(
     assert len([r for r in records if "val_loss" in r]) == 101
     assert len({r["val_loss"] for r in records if "val_loss" in r}) == 1
     with pytest.raises(GateRejected, match=r"rejected: unchanged \(all 84 tensors equal"):
-        pipeline.judge(done.config, done.run)
+        steps.judge(done.config, done.run)
     verdict = json.loads(done.run.gate.read_bytes())
     assert verdict["adapter_step"] == 4  # the first that every tier had an update by
     assert [tier["applied_updates"] for tier in verdict["tiers"]] == [4, 2, 1]

@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from nested_core import pipeline
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate import Verdict, judge_run
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import load_arrays
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS, Rewrite
@@ -35,7 +35,7 @@ def judge(config: FineTuneConfig, run: RunDirectory) -> Verdict:
 def test_an_honest_run_passes_with_every_number_in_place(
     config: FineTuneConfig, run: RunDirectory
 ) -> None:
-    verdict = pipeline.judge(config, run)
+    verdict = steps.judge(config, run)
     assert verdict.has_passed
     assert verdict.adapter_step == STEPS
     rows = [(t.tier, t.frequency, t.tensors, t.changed, t.skipped_updates) for t in verdict.tiers]
@@ -49,7 +49,7 @@ def test_an_honest_run_passes_with_every_number_in_place(
 
 
 def test_gate_json_has_the_keys_of_design(config: FineTuneConfig, run: RunDirectory) -> None:
-    pipeline.judge(config, run)
+    steps.judge(config, run)
     document = json.loads(run.gate.read_bytes())
     assert set(document) >= {"verdict", "reasons", "adapter_step", "initial", "trained", "tensors"}
     assert set(document) >= {"tiers", "validation"}
@@ -62,9 +62,9 @@ def test_gate_json_has_the_keys_of_design(config: FineTuneConfig, run: RunDirect
 
 
 def test_judging_twice_gives_the_same_file(config: FineTuneConfig, run: RunDirectory) -> None:
-    pipeline.judge(config, run)
+    steps.judge(config, run)
     first = run.gate.read_bytes()
-    pipeline.judge(config, run)
+    steps.judge(config, run)
     assert run.gate.read_bytes() == first
 
 
@@ -176,7 +176,7 @@ def test_a_loss_that_rose_is_rejected_with_both_numbers(
 ) -> None:
     rewrite(change_adapter=worse)
     with pytest.raises(GateRejected, match="loss_regressed"):
-        pipeline.judge(config, run)
+        steps.judge(config, run)
     document = json.loads(run.gate.read_bytes())
     (reason,) = document["reasons"]
     losses = document["validation"]
@@ -215,5 +215,5 @@ def test_a_weight_that_is_not_a_number_is_rejected_before_any_loss(
     name = tier_names(run, 0)[0]
     rewrite(change_adapter=lambda t: t.update({name: t[name] * float("nan")}))
     with pytest.raises(GateRejected, match="non_finite"):
-        pipeline.judge(config, run)
+        steps.judge(config, run)
     assert json.loads(run.gate.read_bytes())["validation"] is None

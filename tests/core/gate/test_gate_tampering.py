@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
+from nested_core.pipeline import steps
 from nested_core.storage.checkpoint import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
@@ -71,7 +71,7 @@ def test_a_run_that_was_tampered_with_is_damage(
 ) -> None:
     tamper(run)
     with pytest.raises(DamagedError, match=message):
-        pipeline.judge(config, run)
+        steps.judge(config, run)
     assert not run.gate.exists()
 
 
@@ -95,6 +95,6 @@ def test_the_data_that_are_judged_on_are_those_that_were_validated(
     valid.write_bytes(lines.splitlines(keepends=True)[0])
     try:
         with pytest.raises((DatasetError, DamagedError, GateRejected), match="data"):
-            pipeline.judge(config, run)
+            steps.judge(config, run)
     finally:
         valid.write_bytes(lines)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from nested_core.continual import champion_or_none
+from nested_core.pipeline.continual import champion_or_none
 from nested_core.registry import (
     audit,
     history,

@@ -14,19 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nested_core import pipeline
 from nested_core.config.resume import refuse_differences
 from nested_core.errors import ConfigError
-from nested_core.storage.run_directory import RunDirectory
-from nested_core.training import hosts
-from nested_core.training.distributed import ALONE, World, checksum, pack_sums, unpack_sums
-from nested_core.training.hosts import (
+from nested_core.pipeline import steps
+from nested_core.pipeline.launch import hosts
+from nested_core.pipeline.launch.hosts import (
     count_ranks,
     free_ports,
     launch_command,
     own_device,
     own_temporary_folder,
 )
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.distributed import ALONE, World, checksum, pack_sums, unpack_sums
 from tests.example import example_config
 
 
@@ -132,7 +132,7 @@ def test_a_hostfile_that_cannot_be_used_is_refused_before_anything_is_written(
         path.write_text(content)
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
-        pipeline.begin(example_config(training={"hostfile": str(path)}), run, resume=False)
+        steps.begin(example_config(training={"hostfile": str(path)}), run, resume=False)
     assert not run.path.exists()
 
 

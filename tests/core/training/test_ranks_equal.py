@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import RanksDiffer
+from nested_core.pipeline import steps
+from nested_core.pipeline.launch import hosts
+from nested_core.pipeline.launch.launcher import RankGroup
 from nested_core.storage.adapter import load_arrays
 from nested_core.storage.checkpoint import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training import hosts
-from nested_core.training.launching import RankGroup
 from nested_core.training.metrics import read_metrics
 from tests.example import example_config, prepare
 
@@ -58,7 +58,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for processes in (1, 2):
         config = example_config(**settings(request.param, processes))
         runs.append(prepare(config, folder / str(processes)))
-        pipeline.train(config, runs[-1], on_start=groups.append)
+        steps.train(config, runs[-1], on_start=groups.append)
     return Pair(runs[0], runs[1], config, groups)
 
 
@@ -99,7 +99,7 @@ def test_only_the_gradients_of_the_due_tiers_are_sent(pair: Pair) -> None:
 def test_the_run_directory_is_that_of_one_process_and_passes_the_gate(pair: Pair) -> None:
     names = [{p.name for p in run.path.rglob("*")} for run in (pair.one, pair.two)]
     assert names[0] == names[1]
-    verdict = pipeline.judge(pair.config, pair.two)
+    verdict = steps.judge(pair.config, pair.two)
     assert verdict.has_passed
     group = pair.groups[1]
     assert isinstance(group, RankGroup)
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
 ) -> None:
     config = go_astray(monkeypatch, "nan")
     run = prepare(config, tmp_path / "run")
-    assert pipeline.train(config, run).step == 8  # and the ranks were equal to the end
+    assert steps.train(config, run).step == 8  # and the ranks were equal to the end
     last = read_metrics(run.metrics)[-1]
     assert (last["updates"], last["skipped"]) == ([7, 4, 2], [1, 0, 0])
 
@@ -133,10 +133,10 @@ def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
     config = go_astray(monkeypatch, "bit")
     run = prepare(config, tmp_path / "run")
     with pytest.raises(RanksDiffer, match=r"At step 4 rank 1 of 2 holds other numbers") as caught:
-        pipeline.train(config, run)
+        steps.train(config, run)
     assert "tier0 among them" in str(caught.value)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-0000002"]
     assert not run.result.exists()
     monkeypatch.undo()
-    pipeline.begin(config, run, resume=True)
-    assert pipeline.train(config, run).step == 8
+    steps.begin(config, run, resume=True)
+    assert steps.train(config, run).step == 8

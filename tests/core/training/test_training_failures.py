@@ -15,7 +15,6 @@ import pytest
 from mlx.utils import tree_map_with_path
 from mlx_lm import load
 
-from nested_core import pipeline
 from nested_core.config.gate import GateSection
 from nested_core.errors import (
     DatasetError,
@@ -24,6 +23,7 @@ from nested_core.errors import (
     TrainingDiverged,
     TrainingStopped,
 )
+from nested_core.pipeline import steps
 from nested_core.training import trainer
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train, train_example
 
@@ -108,10 +108,10 @@ def test_a_checkpoint_can_be_written_in_a_report_that_holds_a_skipped_step(
 
 def test_skipped_steps_above_the_gates_share_are_rejected(skipping: Finished) -> None:
     with pytest.raises(GateRejected, match=r"updates_missing .*1 of 20 updates were skipped"):
-        pipeline.judge(skipping.config, skipping.run)
+        steps.judge(skipping.config, skipping.run)
     bounds = GateSection(max_skipped_share=0.05)
     lenient = skipping.config.model_copy(update={"gate": bounds})
-    (tier,) = pipeline.judge(lenient, skipping.run).tiers
+    (tier,) = steps.judge(lenient, skipping.run).tiers
     assert (tier.expected_updates, tier.applied_updates, tier.skipped_updates) == (20, 19, 1)
 
 
@@ -192,7 +192,7 @@ def test_updates_that_never_reach_the_model_raise_a_red_flag_and_the_gate_reject
         "checkpoint_unchanged:",
     ]
     with pytest.raises(GateRejected, match="unchanged"):
-        pipeline.judge(config, run)
+        steps.judge(config, run)
     assert json.loads(run.gate.read_bytes())["reasons"][0]["code"] == "unchanged"
     assert [r["val_loss"] for r in done.metrics() if "val_loss" in r][0] == done.result.val_loss
 

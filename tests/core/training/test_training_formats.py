@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.showing import show_examples
 from nested_core.models.lora import tokenizer_source
+from nested_core.pipeline import steps
 from tests.example import Finished, example_config, train_example
 from tests.formats import write_format, write_model
 
@@ -54,7 +54,7 @@ def test_a_format_trains_end_to_end_and_passes_the_gate(
     )
     losses = [r["val_loss"] for r in done.metrics() if r.get("val_loss") is not None]
     assert losses[-1] < 0.8 * losses[0]
-    assert pipeline.judge(done.config, done.run).has_passed
+    assert steps.judge(done.config, done.run).has_passed
     assert learnt_text(done) == learnt
 
 

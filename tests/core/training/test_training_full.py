@@ -12,9 +12,9 @@ import pytest
 from mlx_lm import load
 from mlx_lm.utils import quantize_model, save
 
-from nested_core import pipeline
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.optim.pytree import flatten
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import load_arrays, read_tensors
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME, checkpoint_path
 from tests.example import (
@@ -95,7 +95,7 @@ def test_a_stopped_and_resumed_run_is_bit_identical(
     run = prepare(whole.config, tmp_path / "run")
     with pytest.raises(TrainingStopped):
         train(whole.config, run, on_start=stop_after(step))
-    pipeline.begin(whole.config, run, resume=True)
+    steps.begin(whole.config, run, resume=True)
     done = train(whole.config, run)
     for name in ("adapters.safetensors", OPTIMIZER_NAME):
         assert read_tensors(last(done) / name) == read_tensors(last(whole) / name)
@@ -103,7 +103,7 @@ def test_a_stopped_and_resumed_run_is_bit_identical(
 
 
 def test_the_gate_passes_and_mlx_lm_loads_what_was_trained(whole: Finished) -> None:
-    assert pipeline.judge(whole.config, whole.run).has_passed
+    assert steps.judge(whole.config, whole.run).has_passed
     tokens = mx.array([[5, 6, 7, 8, 9]])
     model = load(str(MODEL), adapter_path=str(whole.run.adapter))[0]
     published = load_arrays(whole.run.adapter / "adapters.safetensors")

@@ -10,9 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core import pipeline
 from nested_core.models.generate import answer
 from nested_core.models.lora import trainable
+from nested_core.pipeline import steps
 from nested_core.storage.checkpoint import checkpoint_path
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train
 
@@ -75,7 +75,7 @@ def test_the_last_checkpoint_holds_what_the_model_holds(long_run: Finished) -> N
 def test_the_adapter_offered_is_the_best_checkpoints_and_passes_the_gate(
     long_run: Finished,
 ) -> None:
-    verdict = pipeline.judge(long_run.config, long_run.run)
+    verdict = steps.judge(long_run.config, long_run.run)
     best = checkpoint_path(long_run.run.checkpoints, long_run.result.adapter_step)
     for name in ("adapters.safetensors", "adapter_config.json"):
         assert (best / name).read_bytes() == (long_run.run.adapter / name).read_bytes()
@@ -100,5 +100,5 @@ def test_mlx_lm_answers_with_the_adapter_what_it_could_not_without(long_run: Fin
 
 def test_a_finished_run_is_not_trained_again(long_run: Finished) -> None:
     before = {path: path.stat().st_mtime_ns for path in Path(long_run.run.path).rglob("*")}
-    assert pipeline.train(long_run.config, long_run.run) == long_run.result
+    assert steps.train(long_run.config, long_run.run) == long_run.result
     assert {path: path.stat().st_mtime_ns for path in long_run.run.path.rglob("*")} == before

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nested_core import pipeline
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.lora import attach_adapter, is_adapter_parameter, load_base, trainable
 from nested_core.optim.pytree import flatten
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from tests.example import MODEL, Finished, example_config, prepare, train_example
 
@@ -89,7 +89,7 @@ def test_each_lora_configuration_trains_and_passes_the_gate(tmp_path: Path, case
     changes, tensors = LORA[case]
     settings = {"iters": 4, "val_batches": 2, "nested": {"frequencies": [1, 2]}} | changes
     done = train_example(tmp_path / "run", **settings)
-    verdict = pipeline.judge(done.config, done.run)
+    verdict = steps.judge(done.config, done.run)
     assert len(verdict.tensors) == tensors
     assert all(tensor.changed for tensor in verdict.tensors)
     rank = done.config.lora_parameters.rank

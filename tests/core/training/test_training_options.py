@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from mlx_lm import load
 
-from nested_core import pipeline
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.kernels.activation_checkpointing import recomputed
 from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
 from nested_core.optim.pytree import flatten
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.training.importance import parameter_importance
 from nested_core.training.trainer import Trainer
@@ -234,4 +234,4 @@ def test_a_base_model_with_code_of_its_own_trains_to_the_loss_of_mlx_lms(tmp_pat
     own = train_example(tmp_path / "own", model=str(folder), trust_remote_code=True, iters=4)
     expected = train_example(tmp_path / "run", iters=4)
     assert own.trainer.state.train_loss == pytest.approx(expected.trainer.state.train_loss)
-    assert pipeline.judge(own.config, own.run).has_passed
+    assert steps.judge(own.config, own.run).has_passed

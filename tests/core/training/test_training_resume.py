@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from nested_core import pipeline
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import (
     ConfigError,
@@ -19,6 +18,7 @@ from nested_core.errors import (
     GateRejected,
     TrainingStopped,
 )
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import load_arrays, read_tensors
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory, open_run
@@ -62,9 +62,9 @@ def stop(config: FineTuneConfig, run: RunDirectory, step: int) -> str:
 
 
 def go_on(config: FineTuneConfig, run: RunDirectory) -> Finished:
-    pipeline.begin(config, run, resume=True)
-    pipeline.validate(config, run)
-    pipeline.load(config, run)
+    steps.begin(config, run, resume=True)
+    steps.validate(config, run)
+    steps.load(config, run)
     return train(config, run)
 
 
@@ -92,7 +92,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_bit_identical(
     assert list_checkpoints(run.checkpoints)[-1] == checkpoint_path(run.checkpoints, step)
     done = go_on(whole.config, run)
     assert_same(done, whole)
-    pipeline.judge(done.config, run)
+    steps.judge(done.config, run)
 
 
 def test_a_run_stopped_twice_and_once_before_its_first_step_is_bit_identical(
@@ -124,7 +124,7 @@ def test_an_optimizer_of_mlx_goes_on_where_it_was(tmp_path: Path, optimizer: str
     stop(whole.config, run, 2)
     done = go_on(whole.config, run)
     assert done.at(4).tensors == whole.at(4).tensors != whole.at(0).tensors
-    assert pipeline.judge(done.config, run).has_passed
+    assert steps.judge(done.config, run).has_passed
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path
     prepare(example_config(), run.path)
     written = run.config.read_bytes()
     with run.locked(), pytest.raises(ConfigError, match="begun a run here meanwhile") as caught:
-        pipeline.begin(example_config(learning_rate=1e-4), run, resume=False)
+        steps.begin(example_config(learning_rate=1e-4), run, resume=False)
     assert str(run.path) in str(caught.value)
     assert run.config.read_bytes() == written
 
@@ -193,9 +193,9 @@ def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path
 def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", val_batches=0)
     longer = example_config(val_batches=0, iters=16)
-    pipeline.begin(longer, done.run, resume=True)
+    steps.begin(longer, done.run, resume=True)
     stop(longer, done.run, 12)
-    assert pipeline.train(longer, done.run).step == 16
+    assert steps.train(longer, done.run).step == 16
 
 
 def test_a_configuration_that_differs_is_refused_with_both_values(
@@ -204,7 +204,7 @@ def test_a_configuration_that_differs_is_refused_with_both_values(
     config, run = stopped
     changed = example_config(val_batches=2, learning_rate=1e-4, batch_size=4)
     with pytest.raises(ConfigError) as caught:
-        pipeline.begin(changed, run, resume=True)
+        steps.begin(changed, run, resume=True)
     assert "learning_rate: 0.002 in the run, 0.0001 now" in str(caught.value)
     assert "batch_size: 2 in the run, 4 now" in str(caught.value)
     assert str(caught.value).endswith("or another --run-dir for a new run.")
@@ -215,9 +215,9 @@ def test_a_run_that_made_no_adapter_yet_takes_the_corrected_configuration(tmp_pa
         prepare(example_config(num_layers=7), tmp_path / "run")
     corrected = example_config(num_layers=3, val_batches=0)
     run = open_run(tmp_path / "run", resume=True)
-    pipeline.begin(corrected, run, resume=True)
-    pipeline.load(corrected, run)
-    assert pipeline.read_run_config(run) == corrected
+    steps.begin(corrected, run, resume=True)
+    steps.load(corrected, run)
+    assert steps.read_run_config(run) == corrected
     assert train(corrected, run).result.step == 8
 
 
@@ -240,7 +240,7 @@ def test_an_initial_adapter_that_was_overwritten_while_stopped_is_not_accepted(
     weights = checkpoint_path(run.checkpoints, 3) / "adapters.safetensors"
     (run.initial / "adapters.safetensors").write_bytes(weights.read_bytes())
     with pytest.raises(DamagedError, match="initial"):
-        pipeline.judge(config, go_on(config, run).run)
+        steps.judge(config, go_on(config, run).run)
 
 
 def test_tiers_that_were_swapped_while_stopped_are_not_accepted(
@@ -251,7 +251,7 @@ def test_tiers_that_were_swapped_while_stopped_are_not_accepted(
     tiers["tensors"] = {name: 2 - tier for name, tier in tiers["tensors"].items()}
     run.tiers.write_text(json.dumps(tiers))
     with pytest.raises(DamagedError, match=r"tiers\.json"):
-        pipeline.judge(config, go_on(config, run).run)
+        steps.judge(config, go_on(config, run).run)
 
 
 def test_a_base_that_was_replaced_while_stopped_is_not_accepted(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_base_that_was_replaced_while_stopped_is_not_accepted(tmp_path: Path) 
     scaled = {name: weight * 0.5 for name, weight in weights.items()}
     mx.save_safetensors(str(base / "model.safetensors"), scaled)
     with pytest.raises((ConfigError, DamagedError, GateRejected), match="base"):
-        pipeline.judge(config, go_on(config, run).run)
+        steps.judge(config, go_on(config, run).run)
 
 
 def test_data_that_changed_while_stopped_are_refused(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.config.gate import GateSection
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.checkpoint import STATE_NAME, checkpoint_path, list_checkpoints
 from tests.example import DATA, Finished, train_example
@@ -68,7 +68,7 @@ def test_without_a_validation_set_the_last_adapter_is_offered(tmp_path: Path) ->
     assert evaluations(done) == {}
     assert (done.result.adapter_step, done.result.val_loss) == (8, None)
     assert read_adapter(done.run.adapter).tensors == done.at(8).tensors
-    assert pipeline.judge(done.config, done.run).validation is None
+    assert steps.judge(done.config, done.run).validation is None
 
 
 def test_training_stops_early_after_evaluations_without_enough_improvement(
@@ -80,7 +80,7 @@ def test_training_stops_early_after_evaluations_without_enough_improvement(
     assert done.result.step == 6
     state = json.loads((checkpoint_path(done.run.checkpoints, 6) / STATE_NAME).read_bytes())
     assert state["ended"] is True
-    assert pipeline.train(done.config, done.run) == done.result
+    assert steps.train(done.config, done.run) == done.result
 
 
 def test_the_adapter_of_an_early_stop_has_the_loss_that_is_recorded_for_it(
@@ -98,7 +98,7 @@ def test_the_adapter_of_an_early_stop_has_the_loss_that_is_recorded_for_it(
         },
     )
     lenient = done.config.model_copy(update={"gate": GateSection(max_val_loss_increase=1e6)})
-    verdict = pipeline.judge(lenient, done.run)
+    verdict = steps.judge(lenient, done.run)
     assert verdict.validation is not None
     assert verdict.validation.loss_after == pytest.approx(done.result.best_val_loss, rel=1e-4)
 
@@ -112,6 +112,6 @@ def test_a_last_evaluation_comes_after_the_last_update(tmp_path: Path, slow_grad
     state = json.loads((checkpoint_path(done.run.checkpoints, 7) / STATE_NAME).read_bytes())
     assert state["flushed"] is (slow_gradients == "accumulate")
     assert done.result.adapter_step == 7
-    verdict = pipeline.judge(done.config, done.run)
+    verdict = steps.judge(done.config, done.run)
     assert verdict.validation is not None
     assert verdict.validation.loss_after == pytest.approx(losses[7], rel=1e-4)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.errors import TrainingStopped
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_tensors
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
 from nested_core.training.trainer import Trainer
@@ -70,7 +70,7 @@ def test_an_evaluation_that_is_cut_is_made_up_for_bit_for_bit(
         state = json.loads((checkpoint_path(run.checkpoints, step) / STATE_NAME).read_bytes())
         assert (state["observed"], state["ended"]) == (False, False)
         assert state["flushed"] is (step == 7)
-    pipeline.begin(whole.config, run, resume=True)
+    steps.begin(whole.config, run, resume=True)
     done = train(whole.config, run)
     for name in ("adapters.safetensors", OPTIMIZER_NAME):
         found, expected = (
@@ -79,7 +79,7 @@ def test_an_evaluation_that_is_cut_is_made_up_for_bit_for_bit(
         assert read_tensors(found) == read_tensors(expected)
     assert done.metrics(without=SPEEDS) == whole.metrics(without=SPEEDS)
     assert done.result.adapter_step == whole.result.adapter_step
-    assert pipeline.judge(done.config, run).has_passed
+    assert steps.judge(done.config, run).has_passed
 
 
 def test_evaluations_of_a_reference_run_are_cut_and_made_again(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_evaluations_of_a_reference_run_are_cut_and_made_again(tmp_path: Path) -
     # Two batches at the start, two before each of iterations 2 and 3, one ask after step 1; then
     # two before iteration 4 and one before iteration 5.
     run, _ = stop_at(config, tmp_path / "run", 2 + 1 + 4 + 1 + 2 + 2)
-    pipeline.begin(config, run, resume=True)
+    steps.begin(config, run, resume=True)
     done = train(config, run)
     assert done.metrics(without=SPEEDS) == straight.metrics(without=SPEEDS)
     assert done.at(2).tensors == straight.at(2).tensors

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import pipeline
 from nested_core.errors import ConfigError
+from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_tensors
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
 from tests.example import Finished, example_config, prepare, train, train_example
@@ -35,7 +35,7 @@ def test_three_steps_of_frequencies_1_and_2_give_three_updates_and_one(tmp_path:
     state = json.loads((checkpoint_path(done.run.checkpoints, 3) / STATE_NAME).read_bytes())
     assert [tier["updates"] for tier in state["tiers"]] == [3, 1]
     assert done.metrics()[-1]["updates"] == [3, 1]
-    verdict = pipeline.judge(done.config, done.run)
+    verdict = steps.judge(done.config, done.run)
     assert [(t.expected_updates, t.applied_updates) for t in verdict.tiers] == [(3, 3), (1, 1)]
 
 
@@ -76,7 +76,7 @@ def test_a_flush_counts_as_an_update_and_is_recorded(accumulated: Finished) -> N
     state = json.loads((folder / STATE_NAME).read_bytes())
     assert state["flushed"] is True
     assert [tier["updates"] for tier in state["tiers"]] == [9, 5, 3]
-    verdict = pipeline.judge(accumulated.config, accumulated.run)
+    verdict = steps.judge(accumulated.config, accumulated.run)
     assert [t.expected_updates for t in verdict.tiers] == [9, 5, 3]
 
 
@@ -107,9 +107,9 @@ def test_a_flushed_run_that_is_given_more_iterations_still_passes_the_gate(
     nested = {"frequencies": [1, 4], "slow_gradients": "accumulate"}
     done = train_example(tmp_path / "run", iters=6, nested=nested)
     longer = example_config(iters=10, nested=nested)
-    pipeline.begin(longer, done.run, resume=True)
+    steps.begin(longer, done.run, resume=True)
     train(longer, done.run)
-    verdict = pipeline.judge(longer, done.run)
+    verdict = steps.judge(longer, done.run)
     assert verdict.tiers[1].applied_updates == 4  # at 4, flushed at 6, at 8, flushed at 10
 
 
@@ -125,7 +125,7 @@ def test_a_tier_a_layer_with_a_frequency_each(tmp_path: Path) -> None:
     frequencies = [1, 2, 3, 4, 5, 6]
     done = train_example(tmp_path / "run", iters=6, nested={"frequencies": frequencies})
     assert done.metrics()[-1]["updates"] == [6, 3, 2, 1, 1, 1]
-    verdict = pipeline.judge(done.config, done.run)
+    verdict = steps.judge(done.config, done.run)
     assert [t.applied_updates for t in verdict.tiers] == [6 // every for every in frequencies]
     stats = done.trainer.optimizer.get_tier_stats()
     assert [(s.tier, s.frequency, s.tensors, s.updates) for s in stats] == [
@@ -148,4 +148,4 @@ def test_the_end_that_is_to_be_fast_updates_at_every_step(
     ]
     assert [layers[0] in each for each in moved] == [True] * 5
     assert [layers[1] in each for each in moved] == [False, False, False, True, False]
-    assert pipeline.judge(done.config, done.run).has_passed
+    assert steps.judge(done.config, done.run).has_passed

@@ -18,7 +18,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.storage.user_folder import user_folder
 
-PROGRAM = ("-m", "nested_core.training.rank")
+PROGRAM = ("-m", "nested_core.pipeline.worker")
 DEVICES = "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
 HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")  # never an option of ssh
 FORM = (

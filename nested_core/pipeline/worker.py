@@ -1,4 +1,4 @@
-"""One rank: `python -m nested_core.training.rank RUN_DIR RANKS`, as mlx.launch starts it.
+"""One rank: `python -m nested_core.pipeline.worker RUN_DIR RANKS`, as mlx.launch starts it.
 
 It reads the configuration from the run directory, hears "stop" on standard input, and ends where
 that does. It locks nothing: whoever started the ranks holds the locks.
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import NestedTuneError, TrainingStopped
-from nested_core.training.hosts import own_device, own_temporary_folder
-from nested_core.training.launching import MARK
+from nested_core.pipeline.launch.hosts import own_device, own_temporary_folder
+from nested_core.pipeline.launch.launcher import MARK
 
 
 def main(run_dir: str, ranks: str) -> int:
@@ -49,18 +49,18 @@ def main(run_dir: str, ranks: str) -> int:
 
 
 def _train(run_dir: Path, ranks: int) -> None:
-    from nested_core import pipeline
     from nested_core.models.lora import find_base
+    from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
     from nested_core.training.distributed import join
 
     listener = Listener()
     listener.start()
     run = RunDirectory(run_dir)
-    config = pipeline.read_run_config(run)
+    config = steps.read_run_config(run)
     find_base(config)  # before anything is computed
     world = join(ranks)
-    pipeline.train_as_rank(config, run, world, Reports(), listener.watch)
+    steps.train_as_rank(config, run, world, Reports(), listener.watch)
 
 
 def _be_quiet() -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from nested_core import continual, pipeline
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.continual import champion_or_none, describe_start, unchanged_since
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.publishing import register_run
+from nested_core.pipeline import continual, steps
+from nested_core.pipeline.continual import champion_or_none, describe_start, unchanged_since
+from nested_core.pipeline.publishing import register_run
 from nested_core.registry import collect, list_versions, promote, read_champion, register
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter
@@ -58,7 +58,7 @@ def generation(folder: Path, data: str) -> tuple[RunDirectory, str]:
     config = configure(folder, data)
     finished = train(config, prepare(config, folder / f"run-{data}"))
     champion = champion_or_none(folder / "registry", NAME)
-    pipeline.judge(config, finished.run)
+    steps.judge(config, finished.run)
     version = register_run(config, finished.run, champion)
     promote_by_policy(config.registry, version, champion)
     return finished.run, version
@@ -109,8 +109,8 @@ def test_the_next_run_starts_from_the_champion_and_is_judged_against_it(
 def unchanged(folder: Path, path: Path, data: str, **changes: Any) -> str | None:
     config, run = configure(folder, data, **changes), RunDirectory(path)
     path.mkdir()
-    pipeline.begin(config, run, resume=False)
-    pipeline.validate(config, run)
+    steps.begin(config, run, resume=False)
+    steps.validate(config, run)
     return unchanged_since(config, run)
 
 
@@ -242,12 +242,12 @@ def test_a_champion_is_not_collected_while_a_run_reads_it(
     monkeypatch.setattr(continual, step, after)
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
-    pipeline.begin(config, run, resume=False)
-    pipeline.validate(config, run)
+    steps.begin(config, run, resume=False)
+    steps.validate(config, run)
     if step == "read_provenance":
         assert unchanged_since(config, run) == tuesday[1]
     else:
-        pipeline.load(config, run)
+        steps.load(config, run)
         assert read_adapter(run.initial).digest() == tuesday[1]
     other_process.join()
     assert sorted(list_versions(registry, NAME)) == sorted(others)

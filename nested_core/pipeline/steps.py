@@ -15,7 +15,6 @@ from typing import Any
 from nested_core.config.loading import parse_config, read_yaml, render_config
 from nested_core.config.resume import refuse_differences
 from nested_core.config.schema import FineTuneConfig
-from nested_core.continual import starting_adapter
 from nested_core.data.rules.report import DatasetReport
 from nested_core.data.run_data import load_run_data
 from nested_core.data.workers import OnProgress
@@ -32,6 +31,9 @@ from nested_core.models.lora import (
     trainable,
 )
 from nested_core.optim.tiers import TierMap, assign_tiers
+from nested_core.pipeline.continual import starting_adapter
+from nested_core.pipeline.launch.hosts import count_ranks
+from nested_core.pipeline.launch.launcher import train_in_ranks
 from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays, write_adapter
 from nested_core.storage.adapter_export import export_adapter, require_writable
 from nested_core.storage.atomic import mend_leftovers, new_directory, write_bytes, write_json
@@ -41,9 +43,7 @@ from nested_core.storage.strict_json import finite_or_none
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.distributed import ALONE, World
-from nested_core.training.hosts import count_ranks
 from nested_core.training.importance import parameter_importance
-from nested_core.training.launching import train_in_ranks
 from nested_core.training.trainer import Trainer
 
 

@@ -7,8 +7,8 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.continual import parent_of, settings_digest
 from nested_core.gate import confirm_run
+from nested_core.pipeline.continual import parent_of, settings_digest
 from nested_core.registry import register
 from nested_core.registry.promotion_policy import target
 from nested_core.registry.verdict import read_gate, require_passed

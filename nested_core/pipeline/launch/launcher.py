@@ -25,10 +25,10 @@ from nested_core import errors
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
 from nested_core.optim.clock import TierStats
+from nested_core.pipeline.launch import watchdog
+from nested_core.pipeline.launch.hosts import launch_command, rank_environment
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training import guard
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.hosts import launch_command, rank_environment
 from nested_core.training.memory.plan import MemoryPlan
 
 MARK = "@nested-tune "  # before what a rank says, among all else that is printed
@@ -70,7 +70,7 @@ class RankGroup:
     ) -> None:
         """Start the ranks and follow them to their end; none is left, however this ends."""
         process = subprocess.Popen(
-            [sys.executable, "-P", guard.__file__, *command],
+            [sys.executable, "-P", watchdog.__file__, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

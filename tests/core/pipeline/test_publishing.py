@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 from nested_core import ConfigError, DamagedError, FineTuneConfig, GateRejected, read_adapter
-from nested_core.continual import champion_or_none
-from nested_core.publishing import provenance, register_run
+from nested_core.pipeline.continual import champion_or_none
+from nested_core.pipeline.publishing import provenance, register_run
 from nested_core.registry import Promotion, promote, read_champion
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import write_adapter

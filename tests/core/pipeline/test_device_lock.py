@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from nested_core import backend
-from nested_core.device_lock import VARIABLE, device_names, exclusive_device, lock_path
 from nested_core.errors import ConfigError
+from nested_core.pipeline.device_lock import VARIABLE, device_names, exclusive_device, lock_path
 
 HOLD = (
     "import sys, time\n"
-    "from nested_core.device_lock import exclusive_device\n"
+    "from nested_core.pipeline.device_lock import exclusive_device\n"
     "with exclusive_device():\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"
