@@ -182,5 +182,7 @@ def _tokenizer_files(folder: Path) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _rules_version() -> str:
     """A hash of the code that reads, judges and tokenises: no edit of a rule can be forgotten."""
-    code = sorted(Path(__file__).parent.glob("*.py"))
-    return sha256(canonical_json({path.name: file_sha256(path) for path in code})).hexdigest()
+    folder = Path(__file__).parent
+    code = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    hashes = {name: file_sha256(path) for name, path in code.items()}
+    return sha256(canonical_json(hashes)).hexdigest()

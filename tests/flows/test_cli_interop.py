@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.storage.adapter import read_adapter
-from tests.core.interop.make_golden import GOLDEN
+from tests.core.models.peft.make_golden import GOLDEN
 from tests.example import MODEL
 from tests.flows.conftest import CommandRun, Ended
 

@@ -95,7 +95,7 @@ def _read_layer(modules: Modules, draws: bool, copies: int) -> Layer:
 
 
 def _is_fused(modules: Modules, name: str) -> bool:
-    """Whether a layer is the last of a gated MLP that is all LoRA: see training/gated_mlp.py."""
+    """Whether a layer is the last of a gated MLP that is all LoRA: see kernels/fused_mlp.py."""
     parent, _, leaf = name.rpartition(".")
     home = sys.modules.get(type(modules.get(parent)).__module__)  # None: code of the model's own
     layers = [modules.get(f"{parent}.{each}") for each in (*GATED, leaf)]

@@ -15,7 +15,7 @@ RULES = re.compile(r'name="([a-z-]+)"')
 
 
 def test_every_check_is_documented() -> None:
-    sources = {path.name: path.read_text(encoding="utf-8") for path in DATA.glob("*.py")}
+    sources = {str(path): path.read_text(encoding="utf-8") for path in DATA.rglob("*.py")}
     code = "".join(sources.values())
     rules = "".join(text for name, text in sources.items() if name.endswith("rules.py"))
     lines = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()

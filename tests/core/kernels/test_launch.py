@@ -19,8 +19,8 @@ from nested_core.kernels import rms_norm, rope, swiglu
 from nested_core.kernels.cuda import concatenate, launch, lora_add, lora_matmuls, mlp, tiles
 
 FOLDER = Path(launch.__file__).parent
-SOURCES = {path.stem: path.read_text() for path in sorted((FOLDER / "cuda").glob("*.cu"))}
-COMMON, EXPAND = ((FOLDER / "cuda" / name).read_text() for name in ("common.cuh", "expand.cuh"))
+SOURCES = {path.stem: path.read_text() for path in sorted((FOLDER).glob("*.cu"))}
+COMMON, EXPAND = ((FOLDER / name).read_text() for name in ("common.cuh", "expand.cuh"))
 LAUNCHES = re.compile(r'\b(?:_?launch|_elementwise)\(\s*"(\w+)"')
 KERNEL = re.compile(r"^KERNEL(?:_BESIDE\([^)]*\))? (\w+)\((.*?)\) \{", re.MULTILINE | re.DOTALL)
 TYPE = mx.bfloat16
@@ -43,7 +43,9 @@ def parameters(name: str) -> list[str]:
 
 
 def test_each_kernel_that_is_launched_has_a_file_and_each_file_is_launched() -> None:
-    launched = {n for path in FOLDER.glob("*.py") for n in LAUNCHES.findall(path.read_text())}
+    launched = {
+        n for path in FOLDER.parent.rglob("*.py") for n in LAUNCHES.findall(path.read_text())
+    }
     assert launched == SOURCES.keys()
     assert len(launched) == 11
 

@@ -18,7 +18,7 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 from nested_core.errors import UpdateNotApplied
 from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten, verify_updates
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "silent-updates.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "silent-updates.md"
 Updates = dict[str, mx.array]
 
 

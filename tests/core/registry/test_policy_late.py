@@ -48,9 +48,9 @@ def add(tmp_path: Path, registry: Path) -> Add:
 
     def add(seed: int, champion: str | None = None, policy: str | None = "always") -> str:
         run = write_run(tmp_path / f"run-{seed}", seed)
-        section = {"path": "elsewhere", "name": "other", "promote": promotion_policy}
+        section = {"path": "elsewhere", "name": "other", "promote": policy}
         provenance: dict[str, Any] = {"champion_at_gate": champion, "validation_digest": "d1"}
-        provenance |= {"config": {"registry": section}} if promotion_policy else {}
+        provenance |= {"config": {"registry": section}} if policy else {}
         return register(run, registry, NAME, provenance)
 
     return add
@@ -128,10 +128,7 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
 
 
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
-    versions = {
-        promotion_policy: add(seed, None, promotion_policy)
-        for seed, promotion_policy in enumerate(("never", "approve"))
-    }
+    versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
     unknown = add(9, None, None)
     outcomes = reconcile(registry, NAME)
     assert outcomes[versions["never"]] == "registry.promote is never"

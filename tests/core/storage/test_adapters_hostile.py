@@ -16,7 +16,7 @@ from nested_core.storage.adapter import read_adapter, read_tensors
 from tests.core import hostile
 from tests.core.gate.pairs import CONFIG, trained_tensors, write
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_hostile_headers_are_refused_within_a_second_and_100_mb_each(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What PEFT and PyTorch say: adapters that PEFT writes, and the logits that they give.
 
-`python tests/core/interop/make_golden.py make` writes golden/ again; `... logits PEFT_DIR OUT`
+`python tests/core/models/peft/make_golden.py make` writes golden/ again; `... logits PEFT_DIR OUT`
 loads any PEFT adapter onto the example model. Both need torch, transformers and peft, which the
 project itself does not: golden/ is there so that the comparison is made on every machine.
 Last made with torch 2.13.0 (CPU), transformers 5.23.0, peft 0.21.2, safetensors 0.8.0.
@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-MODEL = Path(__file__).resolve().parents[3] / "examples" / "geography-base"
+MODEL = Path(__file__).resolve().parents[4] / "examples" / "geography-base"
 GOLDEN = Path(__file__).parent / "golden"
 TOKENS = [17, 301, 902, 44, 1203, 77]
 SEED = 5

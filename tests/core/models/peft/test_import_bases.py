@@ -15,8 +15,8 @@ from mlx_lm.utils import load_model
 
 from nested_core.models.peft import export_peft, import_peft
 from nested_core.storage.adapter import load_arrays, read_adapter, save_arrays
-from tests.core.interop.adapters import PREFIX, Arrays, peft_copy, same_bytes
-from tests.core.interop.make_golden import GOLDEN, TOKENS
+from tests.core.models.peft.adapters import PREFIX, Arrays, peft_copy, same_bytes
+from tests.core.models.peft.make_golden import GOLDEN, TOKENS
 from tests.example import MODEL
 
 

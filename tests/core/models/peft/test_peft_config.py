@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nested_core.models.peft.peft_config import PeftConfig
-from tests.core.interop.make_golden import NAMES as GOLDEN_NAMES
-from tests.core.interop.make_golden import TARGET_CASES, TARGETS
+from tests.core.models.peft.make_golden import NAMES as GOLDEN_NAMES
+from tests.core.models.peft.make_golden import TARGET_CASES, TARGETS
 
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 NAMES = {f"model.layers.{layer}.{key}" for layer in range(12) for key in LINEARS} | {"lm_head"}

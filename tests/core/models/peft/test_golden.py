@@ -15,8 +15,8 @@ import pytest
 from nested_core.gate import verify_adapters
 from nested_core.models.peft import export_peft, import_peft
 from nested_core.storage.adapter import load_arrays, read_adapter
-from tests.core.interop.adapters import mlx_logits, random_adapter, same_bytes
-from tests.core.interop.make_golden import CASES, GOLDEN, TOKENS
+from tests.core.models.peft.adapters import mlx_logits, random_adapter, same_bytes
+from tests.core.models.peft.make_golden import CASES, GOLDEN, TOKENS
 from tests.example import MODEL
 
 SCRIPT = GOLDEN.with_name("make_golden.py")

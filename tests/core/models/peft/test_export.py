@@ -14,7 +14,7 @@ from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.models.peft import export_peft
 from nested_core.storage.adapter import load_arrays, write_adapter
 from nested_core.storage.manifest import write_manifest
-from tests.core.interop.adapters import random_adapter
+from tests.core.models.peft.adapters import random_adapter
 from tests.example import MODEL
 
 Q5 = "model.layers.5.self_attn.q_proj"

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.models.peft import import_peft
 from nested_core.storage.adapter import read_adapter
-from tests.core.interop.adapters import PREFIX, Arrays, peft_copy
-from tests.core.interop.make_golden import GOLDEN
+from tests.core.models.peft.adapters import PREFIX, Arrays, peft_copy
+from tests.core.models.peft.make_golden import GOLDEN
 from tests.example import MODEL
 
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"

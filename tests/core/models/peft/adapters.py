@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model
 
 from nested_core.storage.adapter import load_arrays, save_arrays, write_adapter
-from tests.core.interop.make_golden import GOLDEN, TOKENS
+from tests.core.models.peft.make_golden import GOLDEN, TOKENS
 from tests.example import MODEL
 
 Arrays = dict[str, mx.array]
