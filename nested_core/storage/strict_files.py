@@ -66,8 +66,11 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
         return read_start(file, size, path)
 
 
-def read_json(path: Path, limit: int) -> Any:
-    """The value of a JSON file; DamagedError where it is missing, too large or no strict JSON."""
+def read_json(path: Path, limit: int | None) -> Any:
+    """The value of a JSON file; DamagedError if it is missing, too large or not strict JSON.
+
+    `limit` is in bytes; without one, as for a file that we wrote, this machine's memory is it.
+    """
     try:
         return parse_json(read_regular(path, limit))
     except ValueError as error:
@@ -75,5 +78,6 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def regular_sha256(path: Path) -> str:
-    """SHA-256 of a regular file's bytes, in hexadecimal; DamagedError where it is not one."""
-    return hashlib.sha256(read_regular(path)).hexdigest()
+    """SHA-256 of a regular file's bytes, read in pieces; DamagedError if it is not one."""
+    with open_regular(path) as (file, _):
+        return hashlib.file_digest(file, "sha256").hexdigest()
