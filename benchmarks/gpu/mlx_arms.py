@@ -52,7 +52,8 @@ OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "limit", "parts", "ranks"
 def main(size: str, arm: str) -> None:
     """Measure one arm at one size and print its row."""
     name, *words = arm.split("+")
-    options = dict(word.split("=") if "=" in word else (word, "1") for word in words)
+    pairs = [word.partition("=") for word in words]
+    options = {key: value if equals else "1" for key, equals, value in pairs}
     if name not in NAMES or options.keys() - OPTIONS:
         raise SystemExit(
             f"There is no arm {arm}: {', '.join(NAMES)}, with any of {sorted(OPTIONS)}."
