@@ -101,7 +101,7 @@ def measure(case: Case) -> None:
     from nested_core import backend
     from nested_core.config.schema import FineTuneConfig
     from nested_core.kernels.apply import prepared
-    from nested_core.models.parameters import adapter_slots
+    from nested_core.models.parameters import trainable_refs
     from nested_core.training.engine import Engine
     from nested_core.training.loss.chunked import rule_for
     from nested_core.training.loss.supervised import SUPERVISED
@@ -112,20 +112,20 @@ def measure(case: Case) -> None:
     if backend.device() == "cpu":
         model.set_dtype(mx.float32)
         dtype = mx.float32
-    slots = adapter_slots(model, dtype=dtype)
-    tiers = thirds(slots, shape.layers, deep=False) if case.tiered else one_tier(slots)
-    optimizer = optimizer_for(tiers, slots, RATE)
+    refs = trainable_refs(model, dtype=dtype)
+    tiers = thirds(refs, shape.layers, deep=False) if case.tiered else one_tier(refs)
+    optimizer = optimizer_for(tiers, refs, RATE)
     generator = np.random.default_rng(0)
     size = (shape.batch, shape.length + 1)
     tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     learnt = np.zeros((shape.batch, shape.length), np.bool_)
     learnt[:, : round(case.share * shape.length)] = True
     with prepared(model, model.layers[: case.recomputed]):
-        rule = rule_for(model, slots, SUPERVISED)
-        load = read_load(config, model, slots, optimizer, rule)
+        rule = rule_for(model, refs, SUPERVISED)
+        load = read_load(config, model, refs, optimizer, rule)
         batch = BatchShape(shape.batch, shape.length, int(learnt.sum()))
         expected = peak_bytes(load, batch, device_of(config), case.recomputed)
-        engine = Engine(model, slots, optimizer, tiers, rule)
+        engine = Engine(model, refs, optimizer, tiers, rule)
         for step in range(STEPS):
             mx.reset_peak_memory()
             due = tuple(range(len(tiers.frequencies)))

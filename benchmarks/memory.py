@@ -68,18 +68,18 @@ def measure(arm: str) -> None:
     else:
         from benchmarks.tiers import one_tier, optimizer_for
         from nested_core.kernels.apply import prepared
-        from nested_core.models.parameters import adapter_slots
+        from nested_core.models.parameters import trainable_refs
         from nested_core.training.engine import Engine
         from nested_core.training.loss.chunked import rule_for
         from nested_core.training.loss.supervised import SUPERVISED
 
-        slots = adapter_slots(model)
-        tiers = one_tier(slots)
-        optimizer = optimizer_for(tiers, slots, RATE)
+        refs = trainable_refs(model)
+        tiers = one_tier(refs)
+        optimizer = optimizer_for(tiers, refs, RATE)
         learnt = np.zeros((1, TOKENS), np.bool_)
         learnt[0, -LEARNT:] = True
         with prepared(model):
-            engine = Engine(model, slots, optimizer, tiers, rule_for(model, slots, SUPERVISED))
+            engine = Engine(model, refs, optimizer, tiers, rule_for(model, refs, SUPERVISED))
             for step in range(2):
                 taken, _ = engine.take([(tokens, learnt)], (0,), step, complete=True)
                 mx.eval(taken.updates)

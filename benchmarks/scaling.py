@@ -64,21 +64,21 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     """For so many due layers, the deepest, and so many rows: one step, waited for."""
     import mlx.core as mx
 
-    from nested_core.models.parameters import adapter_slots
+    from nested_core.models.parameters import trainable_refs
     from nested_core.training.engine import Engine
     from nested_core.training.loss.chunked import rule_for
     from nested_core.training.loss.supervised import SUPERVISED
 
-    slots = adapter_slots(model)
-    rule = rule_for(model, slots, SUPERVISED)
+    refs = trainable_refs(model)
+    rule = rule_for(model, refs, SUPERVISED)
     generator = np.random.default_rng(0)
 
     def make(due_layers: int, rows: int) -> Callable[[], None]:
-        optimizer, tiers = tiers_of(slots, due_layers)
+        optimizer, tiers = tiers_of(refs, due_layers)
         size = (rows, SHAPE.length + 1)
         tokens = generator.integers(0, SHAPE.vocabulary, size).astype(np.int32)
         batch = tokens, np.ones((rows, SHAPE.length), np.bool_)
-        engine = Engine(model, slots, optimizer, tiers, rule)
+        engine = Engine(model, refs, optimizer, tiers, rule)
 
         def step() -> None:
             taken, _ = engine.take([batch], (0,), 0, complete=True)
@@ -89,13 +89,13 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     return make
 
 
-def tiers_of(slots: Any, due_layers: int) -> Any:
+def tiers_of(refs: Any, due_layers: int) -> Any:
     """Tiers and their optimizer: the deepest layers in tier 0, the others in one not asked for."""
     from nested_core.optim.tiers import TierMap
 
-    tensors = {n: int(at < SHAPE.layers - due_layers) for n, at in depths(slots).items()}
+    tensors = {n: int(at < SHAPE.layers - due_layers) for n, at in depths(refs).items()}
     tiers = TierMap((1, 2)[: 1 + max(tensors.values())], tensors)
-    return optimizer_for(tiers, slots, RATE), tiers
+    return optimizer_for(tiers, refs, RATE), tiers
 
 
 def time_in_rounds(steps: Mapping[int, Callable[[], None]]) -> dict[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from nested_core.models.parameters import Slots, read_slots
+from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.clock import Tier
 from nested_core.optim.nested_adam import NestedAdam
 from nested_core.optim.tiers import TierMap
@@ -16,7 +16,7 @@ FREQUENCIES = (1, 2, 4)
 
 def optimizer_for(
     tiers: TierMap,
-    slots: Slots,
+    refs: ParameterRefs,
     rate: float,
     scales: Sequence[float] | None = None,
     slow_gradients: Literal["skip", "accumulate"] = "skip",
@@ -25,21 +25,21 @@ def optimizer_for(
     each = scales or (1.0,) * len(tiers.frequencies)
     clocks = [Tier(f, tiers.names(i), each[i]) for i, f in enumerate(tiers.frequencies)]
     optimizer = NestedAdam(rate, tiers=clocks, slow_gradients=slow_gradients)
-    optimizer.init(nested(read_slots(slots)))
+    optimizer.init(nested(read_parameters(refs)))
     return optimizer
 
 
-def one_tier(slots: Slots) -> TierMap:
+def one_tier(refs: ParameterRefs) -> TierMap:
     """Everything at every step."""
-    return TierMap((1,), dict.fromkeys(slots, 0))
+    return TierMap((1,), dict.fromkeys(refs, 0))
 
 
-def thirds(slots: Slots, layers: int, *, deep: bool) -> TierMap:
+def thirds(refs: ParameterRefs, layers: int, *, deep: bool) -> TierMap:
     """[1, 2, 4] over thirds of a model's layers; `deep` is for the deepest as the fast ones."""
-    third = {name: min(2, 3 * at // layers) for name, at in depths(slots).items()}
+    third = {name: min(2, 3 * at // layers) for name, at in depths(refs).items()}
     return TierMap(FREQUENCIES, {name: 2 - at if deep else at for name, at in third.items()})
 
 
-def depths(slots: Slots) -> Mapping[str, int]:
+def depths(refs: ParameterRefs) -> Mapping[str, int]:
     """The number of the layer that each tensor is in."""
-    return {name: int(name.split("layers.")[1].split(".")[0]) for name in slots}
+    return {name: int(name.split("layers.")[1].split(".")[0]) for name in refs}

@@ -27,7 +27,7 @@ from model_files import END_ID, architecture, save_model, train_tokenizer
 from pretraining import PretrainingConfig, build_model, pretrain
 from tokenizers import Tokenizer
 
-from nested_core.models.scalars import to_int
+from nested_core.backend import to_int
 from nested_core.optim.pytree import flatten
 
 EXAMPLES = Path(__file__).resolve().parent

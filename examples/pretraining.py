@@ -20,7 +20,7 @@ import mlx.optimizers as optim
 from mlx import nn
 from mlx_lm.models.llama import Model, ModelArgs
 
-from nested_core.models.scalars import to_float
+from nested_core.backend import to_float
 
 STEPS_PER_REPORT = 100
 LOSS_WINDOW = 50

@@ -15,6 +15,10 @@ import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12")
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
@@ -147,3 +151,13 @@ def main_memory_bytes() -> int:
 def compiles_kernels() -> bool:
     """Whether `mx.compile` fuses kernels here; on a Linux CPU it calls g++ at the trace."""
     return device() == "gpu" or sys.platform == "darwin" or shutil.which("g++") is not None
+
+
+def to_float(value: mx.array) -> float:
+    """A scalar array as a Python float, exact up to float32; this waits for the device."""
+    return float(cast(float, value.item()))
+
+
+def to_int(value: mx.array) -> int:
+    """A scalar array as a Python int; this waits for the device."""
+    return int(cast(int, value.item()))

@@ -12,8 +12,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from nested_core.models.parameters import Slots, adapter_slots, borrowed, put, read_slots
-from nested_core.models.scalars import to_float, to_int
+from nested_core.backend import to_float, to_int
+from nested_core.models.parameters import (
+    ParameterRefs,
+    assign_parameters,
+    read_parameters,
+    restoring_parameters,
+    trainable_refs,
+)
 from nested_core.optim.gradients import Flat
 from nested_core.training.loss.supervised import LossRule, MicroBatch
 
@@ -104,21 +110,21 @@ def outcome(
     rule: LossRule,
     batch: MicroBatch,
     *,
-    slots: Slots | None = None,
+    refs: ParameterRefs | None = None,
     compiled: Callable[..., Any] = mx.compile,
 ) -> Outcome:
     """Loss and gradients with respect to the adapter."""
-    slots = adapter_slots(model) if slots is None else slots
-    params = read_slots(slots)
+    refs = trainable_refs(model) if refs is None else refs
+    params = read_parameters(refs)
 
     def loss(params: Flat, *arrays: mx.array) -> tuple[mx.array, mx.array]:
-        put(slots, params)
+        assign_parameters(refs, params)
         return rule.function(model, *arrays)
 
-    with borrowed(slots):
+    with restoring_parameters(refs):
         arrays = rule.arrange(batch)
         (total, count), gradients = compiled(mx.value_and_grad(loss))(params, *arrays)
-        put(slots, params)
+        assign_parameters(refs, params)
         value, _ = rule.value(model, *arrays)
         mx.eval(total, count, gradients, value)
     return Outcome(to_float(total), to_int(count), to_float(value), gradients)

@@ -76,7 +76,7 @@ def main(size: str, arm: str) -> None:
         model = build(shape, int(options.get("bits", "16")))
         mx.reset_peak_memory()
         found = loop_of(name, options)(model, shape)
-    if found.pop("leads", True):
+    if found.pop("is_main", True):
         shape = replace(shape, batch=shape.batch * int(options.get("ranks", "1")))
         print(row(size, arm, shape, found, mx.get_peak_memory()), flush=True)
 
@@ -170,25 +170,25 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
 
     from benchmarks.tiers import one_tier, optimizer_for, thirds
     from nested_core.kernels.apply import prepared
-    from nested_core.models.parameters import adapter_slots
-    from nested_core.training.distributed import ALONE, join
+    from nested_core.models.parameters import trainable_refs
+    from nested_core.training.distributed import SINGLE_PROCESS, join
     from nested_core.training.engine import Engine
     from nested_core.training.loss.chunked import rule_for
     from nested_core.training.loss.supervised import SUPERVISED
 
-    world = join(int(options["ranks"])) if "ranks" in options else ALONE
+    world = join(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS
     model.train()
-    slots = adapter_slots(model, dtype=mx.bfloat16)
+    refs = trainable_refs(model, dtype=mx.bfloat16)
     is_tiered = "deep" in options or "due" in options
-    tiers = thirds(slots, shape.layers, deep=True) if is_tiered else one_tier(slots)
-    optimizer = optimizer_for(tiers, slots, RATE)
-    rule = rule_for(model, slots, SUPERVISED)
+    tiers = thirds(refs, shape.layers, deep=True) if is_tiered else one_tier(refs)
+    optimizer = optimizer_for(tiers, refs, RATE)
+    rule = rule_for(model, refs, SUPERVISED)
     generator = np.random.default_rng(world.rank)
     size = (16, shape.batch, shape.length + 1)
     batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     learnt = np.ones((shape.batch, shape.length), np.bool_)
     with prepared(model):
-        engine = Engine(model, slots, optimizer, tiers, rule, world=world)
+        engine = Engine(model, refs, optimizer, tiers, rule, world=world)
         step, in_flight, sent = 0, [mx.array(0)], dict[str, int]()
 
         def window() -> None:
@@ -209,10 +209,10 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
                 raise SystemExit(f"the loss is {total.item()}")
 
         found = measure(window)
-        if world.is_alone:
+        if world.is_single_process:
             return found
         world.require_equal(engine.held(), step)
-        found |= {"leads": world.leads, "equal": True, "bytes_sent_by_due_tiers": sent}
+        found |= {"is_main": world.is_main, "equal": True, "bytes_sent_by_due_tiers": sent}
         return found | {"joules": None}  # the counter is of one GPU
 
 

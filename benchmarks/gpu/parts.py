@@ -25,21 +25,26 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
 
     from benchmarks.tiers import thirds
     from nested_core.kernels.apply import prepared
-    from nested_core.models.parameters import adapter_slots, borrowed, put, read_slots
+    from nested_core.models.parameters import (
+        assign_parameters,
+        read_parameters,
+        restoring_parameters,
+        trainable_refs,
+    )
     from nested_core.training.loss.chunked import rule_for
     from nested_core.training.loss.supervised import SUPERVISED
 
     model.train()
-    slots = adapter_slots(model, dtype=mx.bfloat16)
-    tiers, rule = thirds(slots, shape.layers, deep=True), rule_for(model, slots, SUPERVISED)
-    factors = {name: value.astype(mx.bfloat16) for name, value in read_slots(slots).items()}
+    refs = trainable_refs(model, dtype=mx.bfloat16)
+    tiers, rule = thirds(refs, shape.layers, deep=True), rule_for(model, refs, SUPERVISED)
+    factors = {name: value.astype(mx.bfloat16) for name, value in read_parameters(refs).items()}
     generator = np.random.default_rng(0)
     size = shape.batch, shape.length
     tokens = generator.integers(0, shape.vocabulary, (size[0], size[1] + 1)).astype(np.int32)
     arrays = rule.arrange((tokens, np.ones(size, np.bool_)))
 
     def loss(wanted: Any, tokens: mx.array, learnt: mx.array) -> Any:
-        put(slots, factors | wanted)
+        assign_parameters(refs, factors | wanted)
         return rule.function(model, tokens, learnt)
 
     def seconds_of(due: int) -> list[float]:
@@ -58,7 +63,7 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
         found: list[float] = measure(window)["seconds"]
         return found
 
-    with borrowed(slots), prepared(model):
+    with restoring_parameters(refs), prepared(model):
         seconds = [seconds_of(due) for due in range(4)]
     ends = [median_ms(each) for each in seconds]
     thirds_ms = [round(more - less, 3) for less, more in pairwise(ends)]

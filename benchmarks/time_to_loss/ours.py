@@ -13,7 +13,7 @@ from benchmarks.tiers import optimizer_for
 from benchmarks.time_to_loss.arms import Arm
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, training_order
 from nested_core.kernels.apply import prepared
-from nested_core.models.parameters import Slots, adapter_slots
+from nested_core.models.parameters import ParameterRefs, trainable_refs
 from nested_core.optim.clock import COUNTERS
 from nested_core.optim.tiers import TierMap, assign_tiers
 from nested_core.training.divergence import DivergenceWatch
@@ -36,14 +36,14 @@ def train_ours(
     if arm.frozen:
         freeze_slow(model, arm)
     computed_in = mx.bfloat16 if model.model.norm.weight.dtype == mx.bfloat16 else None
-    slots = adapter_slots(model, dtype=computed_in)
-    tiers = tiers_of(slots, arm)
-    optimizer = optimizer_for(tiers, slots, rate, arm.learning_rate_scale, arm.slow_gradients)
+    refs = trainable_refs(model, dtype=computed_in)
+    tiers = tiers_of(refs, arm)
+    optimizer = optimizer_for(tiers, refs, rate, arm.learning_rate_scale, arm.slow_gradients)
     batches = training_batches(seed, batch)
     model.train()
     with prepared(model):
-        rule = rule_for(model, slots, SUPERVISED)
-        engine = Engine(model, slots, optimizer, tiers, rule)
+        rule = rule_for(model, refs, SUPERVISED)
+        engine = Engine(model, refs, optimizer, tiers, rule)
         watch = DivergenceWatch(NEVER)
         for first in range(1, steps + 1, window):
             began = time.perf_counter()
@@ -65,7 +65,7 @@ def training_batches(seed: int, batch: int) -> Iterator[MicroBatch]:
 
 def freeze_slow(model: Any, arm: Arm) -> None:
     """Leave the fast third of the layers trainable, as under tiers of three, and nothing else."""
-    thirds = tiers_of(adapter_slots(model), Arm(THIRDS.frequencies, arm.fast))
+    thirds = tiers_of(trainable_refs(model), Arm(THIRDS.frequencies, arm.fast))
     modules = dict(model.named_modules())
     for name, tier in thirds.tensors.items():
         if tier > 0:
@@ -73,7 +73,7 @@ def freeze_slow(model: Any, arm: Arm) -> None:
             modules[place].freeze(keys=[key], recurse=False)
 
 
-def tiers_of(slots: Slots, arm: Arm) -> TierMap:
+def tiers_of(refs: ParameterRefs, arm: Arm) -> TierMap:
     """The tier of every tensor, as a configuration with these settings gives it."""
     settings: Any = arm
-    return assign_tiers(slots, settings)
+    return assign_tiers(refs, settings)

@@ -13,9 +13,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from nested_core.backend import to_float
 from nested_core.gate.verdict import Reason
 from nested_core.models.lora import load_leaves
-from nested_core.models.scalars import to_float
 
 MIN_CARRIED, MIN_CARRIED_BY_A_MODULE = 0.5, 0.1
 Leaves = Mapping[str, mx.array]

@@ -13,7 +13,7 @@ from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.kernels.apply import prepared
 from nested_core.models.base import base_fingerprint, find_model
 from nested_core.models.lora import adapter_dtype, attach_adapter, load_base, load_leaves
-from nested_core.models.parameters import adapter_slots, read_slots
+from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays
 from nested_core.training.evaluation import Evaluator, fixed_batches
 from nested_core.training.loss.chunked import rule_for
@@ -40,12 +40,12 @@ class HeldBase:
         self, folders: tuple[Path, ...], split: TokenizedSplit, max_batches: int = -1
     ) -> list[float]:
         """The mean loss a supervised token with each adapter, on the same batches."""
-        slots = adapter_slots(self.model, dtype=adapter_dtype(self.config, self.model))
-        evaluator = Evaluator(self.model, slots, rule_for(self.model, slots, SUPERVISED))
+        refs = trainable_refs(self.model, dtype=adapter_dtype(self.config, self.model))
+        evaluator = Evaluator(self.model, refs, rule_for(self.model, refs, SUPERVISED))
         sizes = self.config.batch_size, max_batches, self.config.max_seq_length
         found = []
         with prepared(self.model, as_mlx_lm=self.config.training.reference is not None):
             for folder in folders:
                 load_leaves(self.model, load_arrays(folder / WEIGHTS_NAME))
-                found.append(evaluator.loss(read_slots(slots), fixed_batches(split, *sizes)))
+                found.append(evaluator.loss(read_parameters(refs), fixed_batches(split, *sizes)))
         return found

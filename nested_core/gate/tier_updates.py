@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from nested_core.backend import to_float
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.evidence import Counts, Evidence
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
-from nested_core.models.scalars import to_float
 from nested_core.optim.schedules import build_learning_rate
 from nested_core.optim.tiers import TierMap, expected_updates
 from nested_core.storage.adapter import Tensor, read_tensors

@@ -19,10 +19,10 @@ import numpy as np
 from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core import backend
+from nested_core.backend import to_float
 from nested_core.kernels.cuda.launch import DTYPE, THREADS, WIDTH, launch
 from nested_core.kernels.cuda.self_check import disagreement, is_sound
 from nested_core.kernels.patching import standing_in
-from nested_core.models.scalars import to_float
 
 ROTATIONS = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
 PROBE = 7  # positions

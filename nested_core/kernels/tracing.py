@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.patching import in_code_of, standing_in
 from nested_core.kernels.swiglu import plain_swiglu
-from nested_core.models.modes import evaluating
+from nested_core.models.parameters import evaluation_mode
 
 
 class Call(NamedTuple):
@@ -108,7 +108,7 @@ def _is_all(owner: nn.Module, layers: Iterable[LoRALinear]) -> bool:
 def watched(model: nn.Module) -> Calls:
     """What a call of a model calls; no dropout is drawn."""
     calls = Calls()
-    with evaluating(model), _noting(model, calls):
+    with evaluation_mode(model), _noting(model, calls):
         model(mx.zeros((1, 2), mx.int32))
     return calls
 

@@ -1,4 +1,4 @@
-"""The places of trainable leaves in a model: read, filled, and given back as they were."""
+"""References to a model's trainable parameters: read, assign, or temporarily replace them."""
 
 from __future__ import annotations
 
@@ -15,59 +15,75 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 
-class Slot(NamedTuple):
-    """Where a trainable leaf lives, its module and its key there, and the dtype it computes in."""
+class ParameterRef(NamedTuple):
+    """One trainable array: the module that has it, its key there, and the dtype it computes in."""
 
     module: nn.Module
     key: str
     dtype: mx.Dtype
 
 
-Slots = dict[str, Slot]
+ParameterRefs = dict[str, ParameterRef]
+"""By dotted parameter name, in the model's order."""
 
 
-def adapter_slots(
+def trainable_refs(
     model: nn.Module, *, masters: bool = False, dtype: mx.Dtype | None = None
-) -> Slots:
-    """The places of the trainable leaves, by dotted name.
+) -> ParameterRefs:
+    """References to every trainable parameter of a model.
 
-    The leaves compute in `dtype`, or else in their own; what the model holds is their master. With
-    `masters` the leaves themselves become float32 first, and compute in the dtype they had.
+    Args:
+        model: the model with its adapter attached and everything else frozen.
+        masters: convert the parameters to float32 in the model; they compute in the dtype they had.
+        dtype: the dtype that the parameters compute in; None is each one's own.
     """
     modules = dict(model.named_modules())
-    slots = {}
+    refs = {}
     for name, value in trainable(model).items():
         parent, _, key = name.rpartition(".")
-        slots[name] = Slot(modules[parent], key, dtype or value.dtype)
+        refs[name] = ParameterRef(modules[parent], key, dtype or value.dtype)
         if masters:
             modules[parent][key] = value.astype(mx.float32)
-    return slots
+    return refs
 
 
-def configured_slots(config: FineTuneConfig, model: nn.Module) -> Slots:
-    """The places as a configuration has them computed: their dtype, and masters under `full`."""
+def configured_refs(config: FineTuneConfig, model: nn.Module) -> ParameterRefs:
+    """`trainable_refs` with the dtypes, and the float32 masters, that a configuration asks for."""
     dtype = adapter_dtype(config, model)
-    return adapter_slots(model, masters=config.has_masters, dtype=dtype)
+    return trainable_refs(model, masters=config.has_masters, dtype=dtype)
 
 
-def read_slots(slots: Slots) -> dict[str, mx.array]:
-    """The arrays that the model holds now, by dotted name."""
-    return {name: slot.module[slot.key] for name, slot in slots.items()}
+def read_parameters(refs: ParameterRefs) -> dict[str, mx.array]:
+    """The arrays that the model has now, by dotted name."""
+    return {name: ref.module[ref.key] for name, ref in refs.items()}
 
 
-def put(slots: Slots, values: Mapping[str, mx.array]) -> None:
-    """Place arrays, tracers included, in the model, in the dtype that it computes in."""
+def assign_parameters(refs: ParameterRefs, values: Mapping[str, mx.array]) -> None:
+    """Put arrays, which may be tracers, into the model, cast to the dtype they compute in."""
     for name, value in values.items():
-        module, key, dtype = slots[name]
+        module, key, dtype = refs[name]
         module[key] = value.astype(dtype)
 
 
 @contextmanager
-def borrowed(slots: Slots) -> Iterator[None]:
-    """Give the model its own leaves back, whatever the block puts in their place."""
-    held = read_slots(slots)
+def restoring_parameters(refs: ParameterRefs) -> Iterator[None]:
+    """When the block ends, give the model back the arrays that it had before."""
+    originals = read_parameters(refs)
     try:
         yield
     finally:
-        for name, value in held.items():
-            slots[name].module[slots[name].key] = value
+        for name, value in originals.items():
+            module, key, _ = refs[name]
+            module[key] = value
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Turn dropout off in the block; afterwards every module is in the mode it was in before."""
+    modes = [(module, module.training) for _, module in model.named_modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module._set_training_mode(was_training)

@@ -42,7 +42,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_json import finite_or_none
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
-from nested_core.training.distributed import ALONE, World
+from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.importance import parameter_importance
 from nested_core.training.trainer import Trainer
 
@@ -149,7 +149,7 @@ def train(
     if ranks > 1:
         train_in_ranks(config, run, ranks, callback, on_start)
         return read_result(run)
-    return _publish(run, _train(config, run, ALONE, callback, on_start))
+    return _publish(run, _train(config, run, SINGLE_PROCESS, callback, on_start))
 
 
 def train_as_rank(
@@ -161,7 +161,7 @@ def train_as_rank(
 ) -> None:
     """`train` as one rank among others; the one that leads reports, and writes the result."""
     trainer = _train(config, run, world, callback, on_start)
-    if world.leads:
+    if world.is_main:
         _publish(run, trainer)
 
 
@@ -177,9 +177,9 @@ def _train(
     refuse_other_data(run, report)
     attach_adapter(model, config)
     load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))
-    callbacks = with_reporting(config, run.path, callback) if world.leads else None
+    callbacks = with_reporting(config, run.path, callback) if world.is_main else None
     trainer = build_trainer(config, run, model, splits, callbacks, world)
-    if world.leads:
+    if world.is_main:
         for earlier in (run.gate, run.result):  # of a run that is now made longer
             earlier.unlink(missing_ok=True)
     if on_start is not None:

@@ -106,7 +106,7 @@ class Listener(threading.Thread):
         self._trainer = trainer
         if self._is_asked:
             trainer.stop_training()
-        if trainer.world.leads:
+        if trainer.world.is_main:
             tiers = [asdict(stats) for stats in trainer.tier_stats()]
             memory, step = asdict(trainer.memory), trainer.current_step
             tell("begun", step=step, steps=trainer.steps, tiers=tiers, memory=memory)

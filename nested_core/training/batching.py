@@ -15,7 +15,7 @@ import mlx.core as mx
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens.split import TokenizedSplit
-from nested_core.training.distributed import ALONE, World
+from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.evaluation import fixed_batches
 from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch
 from nested_core.training.memory.estimate import BatchShape
@@ -68,7 +68,10 @@ class OwnMethod:
     draws_in_sequence = False
 
     def __init__(
-        self, config: FineTuneConfig, splits: Mapping[str, TokenizedSplit], world: World = ALONE
+        self,
+        config: FineTuneConfig,
+        splits: Mapping[str, TokenizedSplit],
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self._config, self._world = config, world
         self._train, self._valid = splits["train"], splits.get("valid")
@@ -128,7 +131,7 @@ def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchPlan:
 
 
 def make_method(
-    config: FineTuneConfig, splits: Mapping[str, TokenizedSplit], world: World = ALONE
+    config: FineTuneConfig, splits: Mapping[str, TokenizedSplit], world: World = SINGLE_PROCESS
 ) -> Method:
     """Our way of drawing batches and evaluating, or, under `training.reference`, mlx-lm's."""
     if config.training.reference is None:

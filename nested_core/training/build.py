@@ -24,7 +24,7 @@ from nested_core.storage.atomic import file_sha256
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.distributed import ALONE, World
+from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.trainer import Trainer
 
 BEGINNINGS = {"initial": "initial/", "initial_files": "its files", "tiers": "tiers.json"}
@@ -38,7 +38,7 @@ def build_trainer(
     model: nn.Module,
     splits: dict[str, TokenizedSplit],
     callback: TrainingCallback | None = None,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
 ) -> Trainer:
     """A trainer at the run's last sound checkpoint, or at its start where there is none.
 

@@ -29,12 +29,12 @@ class World:
     group: mx.distributed.Group | None = None
 
     @property
-    def is_alone(self) -> bool:
+    def is_single_process(self) -> bool:
         """Whether there is no other rank."""
         return self.size == 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes to the run directory."""
         return self.rank == 0
 
@@ -53,7 +53,7 @@ class World:
 
     def total(self, sums: Sums) -> Sums:
         """Scalars summed over the ranks, now."""
-        if self.is_alone:
+        if self.is_single_process:
             return sums
         found = {name: mx.distributed.all_sum(v, group=self.group) for name, v in sums.items()}
         mx.eval(found)
@@ -61,13 +61,13 @@ class World:
 
     def any(self, asked: bool) -> bool:
         """Whether one rank or more says so; waits for all of them."""
-        if self.is_alone:
+        if self.is_single_process:
             return asked
         return bool(mx.distributed.all_sum(mx.array(int(asked)), group=self.group).item())
 
     def require_equal(self, held: Mapping[str, mx.array], step: int) -> None:
         """Raise RanksDiffer, naming ranks and arrays, where a bit differs from rank to rank."""
-        if self.is_alone:
+        if self.is_single_process:
             return
         own = mx.stack([checksum(array) for array in held.values()])
         rows = np.array(mx.distributed.all_gather(own[None], group=self.group))
@@ -84,7 +84,7 @@ class World:
             )
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 def _most_common(rows: np.ndarray) -> np.ndarray:
@@ -148,11 +148,11 @@ class StopVote:
 
     def wish(self) -> bool:
         """What this rank says in the step that comes."""
-        return not self._world.is_alone and self._is_asked()
+        return not self._world.is_single_process and self._is_asked()
 
     def after(self, votes: mx.array | None) -> bool:
         """What follows from a step that was taken, or, among ranks, from the one before it."""
-        if self._world.is_alone:
+        if self._world.is_single_process:
             return self._is_asked()
         before, self._in_flight = self._in_flight, votes
         return before is not None and bool(before.item())

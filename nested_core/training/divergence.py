@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from nested_core.backend import to_int
 from nested_core.errors import TrainingDiverged
-from nested_core.models.scalars import to_int
 
 logger = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.models.parameters import Slots, read_slots
+from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.gradients import Flat, leaf_states
 from nested_core.optim.pytree import flatten
 from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.optim.tiers import TierMap
-from nested_core.training.distributed import ALONE, Sums, World
+from nested_core.training.distributed import SINGLE_PROCESS, Sums, World
 from nested_core.training.loss.supervised import LossRule, MicroBatch
 from nested_core.training.packing import nested, packing_for
 from nested_core.training.step import TrainStep
@@ -47,16 +47,16 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        slots: Slots,
+        refs: ParameterRefs,
         optimizer: TieredOptimizer,
         tiers: TierMap,
         rule: LossRule,
         *,
         joins: bool = True,
         draws: bool = False,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
-        held = read_slots(slots)
+        held = read_parameters(refs)
         self._optimizer, self._tiers = optimizer, tiers
         self.packing = packing_for(held, tiers, optimizer, small=joins)
         self._params = self.packing.pack(held)
@@ -64,7 +64,7 @@ class Engine:
         self._moments = leaf_states(nested(held), optimizer.state)
         mx.eval(self._params, self._twin.state)
         self._step = TrainStep(
-            model, slots, self._twin, self.packing, rule, draws=draws, world=world
+            model, refs, self._twin, self.packing, rule, draws=draws, world=world
         )
 
     def needed(self, step: int) -> tuple[int, ...]:

@@ -9,13 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from nested_core.backend import to_float
 from nested_core.data.batches import batch_arrays, evaluation_batches
 from nested_core.data.tokens.split import TokenizedSplit
-from nested_core.models.modes import evaluating
-from nested_core.models.parameters import Slots, borrowed, put
-from nested_core.models.scalars import to_float
+from nested_core.models.parameters import (
+    ParameterRefs,
+    assign_parameters,
+    evaluation_mode,
+    restoring_parameters,
+)
 from nested_core.optim.gradients import Flat
-from nested_core.training.distributed import ALONE, World
+from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch, first_of
 
 Prompts = Sequence[Sequence[int]]
@@ -27,7 +31,7 @@ class EvaluationCut(Exception):  # noqa: N818  # no error: the trainer turns it 
 
 
 class Evaluator:
-    """Evaluates adapter tensors in a model that is borrowed; `slots` are their places in it.
+    """Evaluates adapter tensors in a model that is borrowed; `refs` are their places in it.
 
     `is_cut` is asked before every batch; once it says so, `loss` raises EvaluationCut. Among ranks
     each looks at its own rows of every batch, and all get the same loss.
@@ -36,20 +40,20 @@ class Evaluator:
     def __init__(
         self,
         model: nn.Module,
-        slots: Slots,
+        refs: ParameterRefs,
         rule: LossRule = SUPERVISED,
         is_cut: Callable[[], bool] = lambda: False,
         prompts: Prompts = (),
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
-        self._model, self._slots, self._rule = model, slots, rule
+        self._model, self._refs, self._rule = model, refs, rule
         self._is_cut, self._prompts, self._world = is_cut, prompts, world
         self._compiled = mx.compile(self._sums)
 
     def loss(self, params: Flat, batches: Iterable[MicroBatch]) -> float:
         """Mean cross-entropy a supervised token, in nats, with dropout off."""
         total, count = mx.array(0.0), mx.array(0)
-        with evaluating(self._model), borrowed(self._slots):
+        with evaluation_mode(self._model), restoring_parameters(self._refs):
             for batch in batches:
                 if self._is_cut():
                     raise EvaluationCut
@@ -66,8 +70,8 @@ class Evaluator:
         `prompts`, `columns` and `values` (a row a prompt, float32): what a fresh process that loads
         the published adapter must compute again.
         """
-        with evaluating(self._model), borrowed(self._slots):
-            put(self._slots, params)
+        with evaluation_mode(self._model), restoring_parameters(self._refs):
+            assign_parameters(self._refs, params)
             rows = [_last_logits(self._model(mx.array([prompt]))) for prompt in self._prompts]
         size = len(rows[0]) if rows else 0
         columns = np.linspace(0, size - 1, min(size, MAX_COLUMNS)).astype(int).tolist()
@@ -76,7 +80,7 @@ class Evaluator:
         return {"prompts": prompts, "columns": columns, "values": values}
 
     def _sums(self, params: Flat, tokens: mx.array, learnt: mx.array) -> tuple[mx.array, mx.array]:
-        put(self._slots, params)
+        assign_parameters(self._refs, params)
         return self._rule.value(self._model, tokens, learnt)
 
 

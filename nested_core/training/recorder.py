@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.models.parameters import Slots, read_slots
+from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.storage import checkpoint
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
@@ -21,7 +21,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_json import finite_or_none
 from nested_core.training.batching import Method
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.distributed import ALONE, Sums, World
+from nested_core.training.distributed import SINGLE_PROCESS, Sums, World
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.metrics import append_metrics, cut_back, read_metrics
 from nested_core.training.red_flags import flag_flat_loss, flag_unchanged_checkpoint
@@ -39,17 +39,17 @@ class Recorder:
         self,
         config: FineTuneConfig,
         run: RunDirectory,
-        slots: Slots,
+        refs: ParameterRefs,
         optimizer: TieredOptimizer,
         method: Method,
         evaluator: Evaluator,
         found: Mapping[str, str],
         callback: TrainingCallback | None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self.config, self.run, self.callback = config, run, callback
         self.window, self._world = Window(of_means=method.rule.is_mean, world=world), world
-        self._slots, self._optimizer = slots, optimizer
+        self._refs, self._optimizer = refs, optimizer
         self._method, self._evaluator = method, evaluator
         self._found = dict(found)
         initial = load_arrays(run.initial / WEIGHTS_NAME)
@@ -59,7 +59,7 @@ class Recorder:
     def begin(self, state: TrainingState) -> None:
         """Open metrics.jsonl: at the state's step on resume, else with step 0, before training."""
         is_resumed = state.step > 0
-        if self._world.leads:
+        if self._world.is_main:
             state.reported = cut_back(self.run.metrics, state.step, state.reported)
             records = read_metrics(self.run.metrics)
             self._losses = [r["loss"] for r in records if r.get("loss") is not None]
@@ -108,7 +108,7 @@ class Recorder:
                 self.save(state)
 
     def _append(self, state: TrainingState, record: dict[str, Any]) -> None:
-        if self._world.leads:
+        if self._world.is_main:
             append_metrics(self.run.metrics, {"step": state.step} | record)
         state.reported += 1
 
@@ -129,7 +129,7 @@ class Recorder:
         if batches is None:
             return {}
         began = time.perf_counter()
-        val_loss = self._evaluator.loss(read_slots(self._slots), batches)
+        val_loss = self._evaluator.loss(read_parameters(self._refs), batches)
         is_candidate = all(tier.updates > 0 for tier in self._optimizer.get_tier_stats())
         state.record_evaluation(
             val_loss, is_candidate=is_candidate, min_delta=self.config.training.min_delta
@@ -143,12 +143,12 @@ class Recorder:
     def save(self, state: TrainingState) -> None:
         """Write a checkpoint and remove those that are no longer to be kept."""
         state.open_report = self.window.open_sums()
-        if not self._world.leads:
+        if not self._world.is_main:
             return
         state.random_key = random_key() if self._method.draws_in_sequence else None
         tiers = [asdict(stats) for stats in self._optimizer.get_tier_stats()]
         wanted = {"wanted_iterations": self.config.iters, "found": self._found, "tiers": tiers}
-        held = read_slots(self._slots)
+        held = read_parameters(self._refs)
         adapter = {name: value.astype(self._published[name]) for name, value in held.items()}
         masters = {n: v for n, v in held.items() if v.dtype != self._published[n]}
         wanted["logits"] = finite_or_none(self._evaluator.fixed_logits(adapter))

@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from nested_core.backend import to_float, to_int
 from nested_core.errors import SilentUpdateWarning
-from nested_core.models.scalars import to_float, to_int
 from nested_core.optim.clock import COUNTERS, has_moment
 from nested_core.optim.nested_adam import NestedAdam
 from nested_core.optim.pytree import UpdateReport, flatten

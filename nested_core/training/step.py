@@ -13,11 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.models.parameters import Slots, borrowed, put
+from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
 from nested_core.optim.gradients import Flat
 from nested_core.optim.pytree import flatten
 from nested_core.optim.single_clock import TieredOptimizer
-from nested_core.training.distributed import ALONE, Sums, World, pack_sums, unpack_sums
+from nested_core.training.distributed import SINGLE_PROCESS, Sums, World, pack_sums, unpack_sums
 from nested_core.training.loss.supervised import LossRule, MicroBatch
 from nested_core.training.packing import Packing, nested
 
@@ -47,18 +47,18 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        slots: Slots,
+        refs: ParameterRefs,
         optimizer: TieredOptimizer,
         packing: Packing,
         rule: LossRule,
         *,
         draws: bool,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self._world, self.bytes_sent = world, dict[tuple[int, ...], int]()
-        self._model, self._slots, self._optimizer = model, slots, optimizer
+        self._model, self._refs, self._optimizer = model, refs, optimizer
         self._packing, self._rule = packing, rule
-        self._places = {name: place for place, name in enumerate(slots)}
+        self._places = {name: place for place, name in enumerate(refs)}
         self._captured = [optimizer.state, mx.random.state] if draws else [optimizer.state]
         self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
 
@@ -80,8 +80,8 @@ class TrainStep:
         step = self._compiled[due]
         micro: list[Sums] = []
         carried, updates, votes = None, {}, None
-        wish = None if self._world.is_alone else mx.array(asks)
-        with borrowed(self._slots):
+        wish = None if self._world.is_single_process else mx.array(asks)
+        with restoring_parameters(self._refs):
             for index, batch in enumerate(batches):
                 is_last = complete and index == len(batches) - 1
                 arrays = self._rule.arrange(batch)
@@ -98,7 +98,7 @@ class TrainStep:
             """Of one micro-batch: sums, what is carried on, and at the last updates and votes."""
             wanted = {key: value for key, value in params.items() if key in keys}
             tensors = self._tensors(params)
-            put(self._slots, tensors)
+            assign_parameters(self._refs, tensors)
             of_due = {name: tensors[name] for key in wanted for name in self._packing.names(key)}
             (loss, count), found = mx.value_and_grad(self._loss)(of_due, tokens, learnt)
             gradients = self._gradients(found, wanted)
@@ -124,10 +124,10 @@ class TrainStep:
         return self._packing.unpack(low)
 
     def _dtype_of(self, key: str) -> mx.Dtype:
-        return self._slots[next(iter(self._packing.names(key)))].dtype
+        return self._refs[next(iter(self._packing.names(key)))].dtype
 
     def _loss(self, wanted: Flat, tokens: mx.array, learnt: mx.array) -> tuple[mx.array, mx.array]:
-        put(self._slots, wanted)
+        assign_parameters(self._refs, wanted)
         return self._rule.function(self._model, tokens, learnt)
 
     def _gradients(self, found: Flat, wanted: Flat) -> Flat:

@@ -13,7 +13,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.errors import TrainingStopped
 from nested_core.kernels.apply import prepared
-from nested_core.models.parameters import configured_slots, read_slots
+from nested_core.models.parameters import configured_refs, read_parameters
 from nested_core.optim.clock import COUNTERS, TierStats
 from nested_core.optim.gradients import Flat
 from nested_core.optim.nested_adam import NestedAdam
@@ -24,7 +24,7 @@ from nested_core.storage.checkpoint import Checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.batching import make_method
 from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.distributed import ALONE, StopVote, World
+from nested_core.training.distributed import SINGLE_PROCESS, StopVote, World
 from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine, StepTaken
 from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts
@@ -62,19 +62,19 @@ class Trainer:
         optimizer: TieredOptimizer,
         found: Mapping[str, str],
         callback: TrainingCallback | None = None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
         self.config, self.run, self.model = config, run, model
         self.tiers, self.optimizer, self.stop_requested = tiers, optimizer, False
         self.state, self.world = TrainingState(), world
-        self._slots = configured_slots(config, model)
+        self._refs = configured_refs(config, model)
         self.method = make_method(config, splits, world)
-        self._rule = rule_for(model, self._slots, self.method.rule)
-        held = model, self._slots, optimizer, self._rule
+        self._rule = rule_for(model, self._refs, self.method.rule)
+        held = model, self._refs, optimizer, self._rule
         self.memory = plan_memory(config, *held, self.method, world)
         self._votes, prompts = StopVote(world, self._is_asked_to_stop), choose_prompts(splits)
-        evaluator = Evaluator(model, self._slots, self._rule, self._votes.now, prompts, world)
-        parts = self._slots, optimizer, self.method, evaluator
+        evaluator = Evaluator(model, self._refs, self._rule, self._votes.now, prompts, world)
+        parts = self._refs, optimizer, self.method, evaluator
         self._recorder = Recorder(config, run, *parts, found, callback, world)
         self._check = UpdateCheck(model, optimizer, tiers, world, self._write)
         self._divergence = DivergenceWatch(config.training.max_nonfinite_steps)
@@ -132,7 +132,7 @@ class Trainer:
         layers, reference = self.memory.chosen(self.model), self.config.training.reference
         try:
             with prepared(self.model, layers, as_mlx_lm=reference is not None):
-                self.world.require_equal(read_slots(self._slots), self.state.step)
+                self.world.require_equal(read_parameters(self._refs), self.state.step)
                 self._recorder.begin(self.state)
                 self._take_steps()
                 if not self.state.ended:
@@ -174,7 +174,7 @@ class Trainer:
 
     def _make_engine(self) -> Engine:
         joins, draws = self.config.fine_tune_type != "full", self.config.lora_parameters.dropout > 0
-        parts = self.model, self._slots, self.optimizer, self.tiers, self._rule
+        parts = self.model, self._refs, self.optimizer, self.tiers, self._rule
         return Engine(*parts, joins=joins, draws=draws, world=self.world)
 
     def _is_over(self) -> bool:
@@ -233,7 +233,7 @@ class Trainer:
         is_open = any(self.state.step % f for f in self.tiers.frequencies)
         is_due = is_open and not self.state.flushed  # it is, where the last evaluation was cut
         if is_due and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
-            before = read_slots(self._slots)
+            before = read_parameters(self._refs)
             updates = flatten(self.optimizer.flush(nested(before)))
             apply_flat_updates_to_nested(self.model, updates)
             flag_updates(self.state, verify_updates(before, updates, self.model), list(updates))

@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core.models.scalars import to_float, to_int
+from nested_core.backend import to_float, to_int
 from nested_core.optim.clock import COUNTERS
 from nested_core.optim.gradients import clip_factor
 from nested_core.optim.single_clock import TieredOptimizer
-from nested_core.training.distributed import ALONE, Sums, World
+from nested_core.training.distributed import SINGLE_PROCESS, Sums, World
 
 
 class Window:
@@ -23,7 +23,7 @@ class Window:
     Ranks add up what is their own; where it is read it becomes one sum, which the leading rank has.
     """
 
-    def __init__(self, *, of_means: bool = False, world: World = ALONE) -> None:
+    def __init__(self, *, of_means: bool = False, world: World = SINGLE_PROCESS) -> None:
         self._of_means, self._world = of_means, world
         self._restart()
 
@@ -83,7 +83,7 @@ class Window:
             "tokens_per_second": (tokens - self._tokens_before) / seconds,
             "iterations_per_second": self._iterations / seconds,
         }
-        sent = {} if self._world.is_alone else {"gradient_bytes": self._bytes_sent}
+        sent = {} if self._world.is_single_process else {"gradient_bytes": self._bytes_sent}
         self._restart()
         return {"loss": loss, "tokens": tokens} | rates | sent
 
@@ -92,7 +92,7 @@ class Window:
 
     def _leave_to_leader(self) -> None:
         """What has been summed over the ranks is one rank's to go on with."""
-        if not self._world.leads:
+        if not self._world.is_main:
             self.sums = no_sums()
 
     def _mean_loss(self) -> float:

@@ -20,10 +20,10 @@ def test_the_floor_has_every_weight_of_the_model_it_bounds(size: str) -> None:
 
 @pytest.mark.parametrize("layers", [shape.layers for shape in shapes.SHAPES.values()])
 def test_the_floor_goes_back_as_far_as_the_thirds_that_are_due(layers: int) -> None:
-    slots: Any = {f"model.layers.{place}.a": None for place in range(layers)}
-    tiers = thirds(slots, layers, deep=True)
+    refs: Any = {f"model.layers.{place}.a": None for place in range(layers)}
+    tiers = thirds(refs, layers, deep=True)
     for step, lowest in enumerate(floor.lowest_layers(layers, deep=True), 1):
-        due = [at for name, at in depths(slots).items() if tiers.tensors[name] in tiers.due(step)]
+        due = [at for name, at in depths(refs).items() if tiers.tensors[name] in tiers.due(step)]
         assert min(due) == lowest
     assert floor.lowest_layers(layers, deep=False) == [0] * shapes.WINDOW
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from nested_core.models.scalars import to_float
+from nested_core.backend import to_float
 
 TOLERANCE = 0.02  # of the largest element: a few roundings of a bfloat16
 

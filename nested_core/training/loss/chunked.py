@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.kernels.exponential import exponential
-from nested_core.models.parameters import Slots
+from nested_core.models.parameters import ParameterRefs
 from nested_core.training.loss.output_head import OutputHead, find_head
 from nested_core.training.loss.supervised import SUPERVISED, Arrays, LossRule, MicroBatch
 
@@ -23,11 +23,11 @@ CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MiB in float32
 LEAST_CHUNK = 128
 
 
-def rule_for(model: nn.Module, slots: Slots, rule: LossRule) -> LossRule:
+def rule_for(model: nn.Module, refs: ParameterRefs, rule: LossRule) -> LossRule:
     """Our own loss as it is cheapest to compute for this model; any other rule as it is."""
     if rule is not SUPERVISED:
         return rule
-    head = find_head(model, slots)
+    head = find_head(model, refs)
     return rule if head is None else positions_rule(head)
 
 

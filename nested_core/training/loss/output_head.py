@@ -15,10 +15,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from nested_core.backend import to_float
 from nested_core.kernels.patching import standing_in
-from nested_core.models.modes import evaluating
-from nested_core.models.parameters import Slots, borrowed, put, read_slots
-from nested_core.models.scalars import to_float
+from nested_core.models.parameters import (
+    ParameterRefs,
+    assign_parameters,
+    evaluation_mode,
+    read_parameters,
+    restoring_parameters,
+)
 from nested_core.training.loss.supervised import first_of
 
 DEPTH = 3  # a body lies at most so deep: "model", "language_model.model", "model.norm"
@@ -56,13 +61,13 @@ class OutputHead:
             return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
 
 
-def find_head(model: nn.Module, slots: Slots) -> OutputHead | None:
+def find_head(model: nn.Module, refs: ParameterRefs) -> OutputHead | None:
     """The frozen output layer of a model, or None, with a line in the log that says why."""
-    with evaluating(model):
-        return _find_head(model, slots)
+    with evaluation_mode(model):
+        return _find_head(model, refs)
 
 
-def _find_head(model: nn.Module, slots: Slots) -> OutputHead | None:
+def _find_head(model: nn.Module, refs: ParameterRefs) -> OutputHead | None:
     tokens = mx.array(PROBE)
     logits, seen = _watch(model, tokens)
     for module, hidden in reversed(seen):
@@ -73,7 +78,7 @@ def _find_head(model: nn.Module, slots: Slots) -> OutputHead | None:
         expected = logits.reshape(-1, logits.shape[-1])[mx.array(ROWS)]
         if not _agrees(head, rows, expected):
             continue
-        if _is_trained(head, rows, slots):
+        if _is_trained(head, rows, refs):
             logger.info("The output layer is trained: logits are computed at every position.")
             return None
         return head
@@ -120,14 +125,14 @@ def _agrees(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
     return to_float(mx.abs(found - expected).max()) <= bound
 
 
-def _is_trained(head: OutputHead, rows: mx.array, slots: Slots) -> bool:
+def _is_trained(head: OutputHead, rows: mx.array, refs: ParameterRefs) -> bool:
     """Whether the logits of given rows depend on a tensor that is trained."""
 
     def total(values: dict[str, mx.array]) -> mx.array:
-        put(slots, values)
+        assign_parameters(refs, values)
         return mx.square(head.logits(rows).astype(mx.float32)).sum()
 
-    with borrowed(slots):
-        gradients = mx.grad(total)(read_slots(slots))
+    with restoring_parameters(refs):
+        gradients = mx.grad(total)(read_parameters(refs))
     largest = [mx.abs(gradients.pop(name)).max() for name in list(gradients)]  # none is kept
     return to_float(mx.stack(largest).max()) > 0

@@ -16,7 +16,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.cuda.tiles import is_in_tiles
 from nested_core.kernels.quantized_linear import CALLS
-from nested_core.models.parameters import Slots
+from nested_core.models.parameters import ParameterRefs
 from nested_core.optim.pytree import flatten
 from nested_core.training.memory.estimate import Layer
 
@@ -31,12 +31,12 @@ CHOSEN = ("top_k", "num_experts_per_tok")
 Modules = Mapping[str, Any]
 
 
-def item_bytes(modules: Iterable[nn.Module], slots: Slots) -> int:
+def item_bytes(modules: Iterable[nn.Module], refs: ParameterRefs) -> int:
     """Bytes of an activation: of the dtype that most frozen arrays have, else the trained ones."""
-    own = {(id(slot.module), slot.key) for slot in slots.values()}
+    own = {(id(ref.module), ref.key) for ref in refs.values()}
     frozen = [v for m in modules for key, v in arrays(m).items() if (id(m), key) not in own]
     usual = Counter(v.dtype for v in frozen if mx.issubdtype(v.dtype, mx.floating))
-    return next((dtype.size for dtype, _ in usual.most_common(1)), _trained_bytes(slots))
+    return next((dtype.size for dtype, _ in usual.most_common(1)), _trained_bytes(refs))
 
 
 def arrays(module: nn.Module) -> dict[str, mx.array]:
@@ -54,8 +54,8 @@ def whole_bytes(module: Any) -> int:
     return size
 
 
-def _trained_bytes(slots: Slots) -> int:
-    return max((slot.dtype.size for slot in slots.values()), default=4)
+def _trained_bytes(refs: ParameterRefs) -> int:
+    return max((ref.dtype.size for ref in refs.values()), default=4)
 
 
 def read_layers(

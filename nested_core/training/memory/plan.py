@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
-from nested_core.models.parameters import Slots, read_slots
+from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.pytree import flatten
 from nested_core.optim.single_clock import TieredOptimizer
 from nested_core.training.batching import Method
@@ -84,7 +84,7 @@ def _gb(size: float) -> str:
 def plan_memory(
     config: FineTuneConfig,
     model: nn.Module,
-    slots: Slots,
+    refs: ParameterRefs,
     optimizer: TieredOptimizer,
     rule: LossRule,
     method: Method,
@@ -95,7 +95,7 @@ def plan_memory(
     Layers are recomputed where `grad_checkpoint` asks for it: all of them, or under a
     `memory_limit_gb` only as many as the forecast needs to fit.
     """
-    load = read_load(config, model, slots, optimizer, rule)
+    load = read_load(config, model, refs, optimizer, rule)
     limit = config.training.memory_limit_gb
     room = backend.memory_bytes() if limit is None else int(limit * 1e9)
     return plan(config, load, method.largest_batch(), device_of(config), room, world.size)
@@ -145,15 +145,15 @@ def _shorter(batch: BatchShape) -> Iterator[BatchShape]:
 def read_load(
     config: FineTuneConfig,
     model: nn.Module,
-    slots: Slots,
+    refs: ParameterRefs,
     optimizer: TieredOptimizer,
     rule: LossRule,
 ) -> Load:
     """What a model, its adapter and its optimizer hold, and what a step of them keeps."""
     modules = dict(model.named_modules())
-    own = read_slots(slots).values()
-    item = item_bytes(modules.values(), slots)
-    factors = max(slot.dtype.size for slot in slots.values())
+    own = read_parameters(refs).values()
+    item = item_bytes(modules.values(), refs)
+    factors = max(ref.dtype.size for ref in refs.values())
     words = [m.weight.shape[0] for m in modules.values() if _is_embedding(m)]
     vocabulary = max(words, default=0)
     return Load(

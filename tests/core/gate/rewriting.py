@@ -15,7 +15,7 @@ import mlx.core as mx
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import describe_evidence
 from nested_core.gate.held import HeldBase
-from nested_core.models.parameters import adapter_slots
+from nested_core.models.parameters import trainable_refs
 from nested_core.storage.adapter import load_arrays, read_adapter_config
 from nested_core.storage.checkpoint import (
     checkpoint_path,
@@ -76,9 +76,9 @@ def trainers_logits(
 ) -> dict[str, Any]:
     """What a trainer would have recorded that had these tensors in its model."""
     model = HeldBase.load(config).model
-    slots = adapter_slots(model)
-    fitting = {name: value for name, value in tensors.items() if name in slots}
-    evaluator = Evaluator(model, slots, prompts=prompts)
+    refs = trainable_refs(model)
+    fitting = {name: value for name, value in tensors.items() if name in refs}
+    evaluator = Evaluator(model, refs, prompts=prompts)
     logits: dict[str, Any] = finite_or_none(evaluator.fixed_logits(fitting))
     return logits
 

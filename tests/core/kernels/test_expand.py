@@ -9,11 +9,11 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
+from nested_core.backend import to_float
 from nested_core.kernels.cuda import lora_add, tiles
 from nested_core.kernels.cuda.launch import THREADS
 from nested_core.kernels.cuda.lora_add import LowRankSum
 from nested_core.kernels.cuda.tiles import TILES
-from nested_core.models.scalars import to_float
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 

@@ -18,7 +18,7 @@ from nested_core.kernels.fused_mlp import fusable_mlps, fused_mlps
 from nested_core.kernels.lora_linear import GROUP, LowRankLinear
 from nested_core.kernels.patching import standing_in
 from nested_core.kernels.tracing import Calls, gated_mlps, watched
-from nested_core.models.parameters import adapter_slots
+from nested_core.models.parameters import trainable_refs
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
@@ -89,13 +89,13 @@ def test_gradients_of_some_factors_alone_are_those_among_all(
 ) -> None:
     monkeypatch.setattr(fused_mlp, "is_for_kernels", lambda x, factors: True)
     model = build("llama")
-    everything = adapter_slots(model)
-    slots = {name: slot for name, slot in everything.items() if chosen in name}
-    assert 0 < len(slots) < len(everything)
-    expected = outcome(model, SUPERVISED, batch(), slots=slots)
+    everything = trainable_refs(model)
+    refs = {name: ref for name, ref in everything.items() if chosen in name}
+    assert 0 < len(refs) < len(everything)
+    expected = outcome(model, SUPERVISED, batch(), refs=refs)
     with fused_mlps(gated_mlps(watched(model))):
-        found = outcome(model, SUPERVISED, batch(), slots=slots)
-    assert found.gradients.keys() == slots.keys()
+        found = outcome(model, SUPERVISED, batch(), refs=refs)
+    assert found.gradients.keys() == refs.keys()
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
 

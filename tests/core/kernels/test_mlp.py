@@ -9,10 +9,10 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.activations import swiglu
 
+from nested_core.backend import to_float
 from nested_core.kernels.cuda import lora_add, mlp
 from nested_core.kernels.cuda.launch import THREADS
 from nested_core.kernels.cuda.lora_add import LowRankSum
-from nested_core.models.scalars import to_float
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 RANKS = 8, 24, 16  # of gate, of up, and of the gradient

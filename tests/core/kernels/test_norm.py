@@ -9,8 +9,8 @@ import mlx.nn as nn
 import pytest
 
 from nested_core import backend
+from nested_core.backend import to_float
 from nested_core.kernels import rms_norm
-from nested_core.models.scalars import to_float
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 

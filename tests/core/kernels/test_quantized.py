@@ -10,9 +10,9 @@ import mlx.nn as nn
 import pytest
 
 from nested_core import backend
+from nested_core.backend import to_float
 from nested_core.kernels import quantized_linear
 from nested_core.kernels.quantized_linear import LEAST_ROWS, whole_weights
-from nested_core.models.scalars import to_float
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 

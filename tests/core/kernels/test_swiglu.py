@@ -9,9 +9,9 @@ import pytest
 from mlx_lm.models import llama
 
 from nested_core import backend
+from nested_core.backend import to_float
 from nested_core.kernels import swiglu
 from nested_core.kernels.patching import in_code_of
-from nested_core.models.scalars import to_float
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 

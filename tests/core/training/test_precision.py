@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.lora import adapter_dtype, attach_adapter, load_base
-from nested_core.models.parameters import adapter_slots, read_slots
+from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.storage.adapter import read_adapter
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, outcome
@@ -51,10 +51,10 @@ def test_gradients_of_cast_factors_arrive_in_the_masters_float32() -> None:
         if "lora_a" in module:
             module.lora_a = module.lora_a.astype(mx.float32)
             module.lora_b = module.lora_b.astype(mx.float32)
-    slots = adapter_slots(model, dtype=mx.bfloat16)
-    found = outcome(model, SUPERVISED, batch(), slots=slots)
+    refs = trainable_refs(model, dtype=mx.bfloat16)
+    found = outcome(model, SUPERVISED, batch(), refs=refs)
     assert {gradient.dtype for gradient in found.gradients.values()} == {mx.float32}
-    assert {value.dtype for value in read_slots(slots).values()} == {mx.float32}
+    assert {value.dtype for value in read_parameters(refs).values()} == {mx.float32}
 
 
 def test_a_bfloat16_run_stays_near_the_float32_run_and_keeps_float32_tensors(

@@ -26,7 +26,7 @@ from nested_core.pipeline.launch.hosts import (
     own_temporary_folder,
 )
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.distributed import ALONE, World, checksum, pack_sums, unpack_sums
+from nested_core.training.distributed import SINGLE_PROCESS, World, checksum, pack_sums, unpack_sums
 from tests.example import example_config
 
 
@@ -37,12 +37,12 @@ def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
     assert all(part[0].shape == (2, 4) and part[1].shape == (2, 3) for part in parts)
     rows = sorted(int(row[0]) for part in parts for row in part[0])
     assert rows == tokens[:, 0].tolist()
-    assert ALONE.own_rows(batch)[0].tolist() == tokens.tolist()
+    assert SINGLE_PROCESS.own_rows(batch)[0].tolist() == tokens.tolist()
 
 
 def test_dropout_differs_from_rank_to_rank_and_the_first_rank_draws_as_one_process() -> None:
     seeds = [World(4, rank).seed(7, 3) for rank in range(4)]
-    assert seeds[0] == 7 * 2**32 + 3 == ALONE.seed(7, 3)
+    assert seeds[0] == 7 * 2**32 + 3 == SINGLE_PROCESS.seed(7, 3)
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**64 for seed in seeds)
 

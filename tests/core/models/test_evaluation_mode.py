@@ -13,7 +13,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.split import TokenizedSplit
 from nested_core.kernels.tracing import watched
-from nested_core.models.parameters import adapter_slots, read_slots
+from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.importance import parameter_importance
 from nested_core.training.loss.output_head import find_head
@@ -21,13 +21,13 @@ from tests.architectures import batch, build
 
 
 def evaluated(model: nn.Module) -> None:
-    slots = adapter_slots(model)
-    Evaluator(model, slots).loss(read_slots(slots), [batch()])
+    refs = trainable_refs(model)
+    Evaluator(model, refs).loss(read_parameters(refs), [batch()])
 
 
 def asked(model: nn.Module) -> None:
-    slots = adapter_slots(model)
-    Evaluator(model, slots, prompts=[[1, 2, 3]]).fixed_logits(read_slots(slots))
+    refs = trainable_refs(model)
+    Evaluator(model, refs, prompts=[[1, 2, 3]]).fixed_logits(read_parameters(refs))
 
 
 def probed(model: nn.Module) -> None:
@@ -39,7 +39,7 @@ def probed(model: nn.Module) -> None:
 
 USES: dict[str, Callable[[nn.Module], Any]] = {
     "watching": watched,
-    "head": lambda model: find_head(model, adapter_slots(model)),
+    "head": lambda model: find_head(model, trainable_refs(model)),
     "loss": evaluated,
     "logits": asked,
     "probe": probed,
