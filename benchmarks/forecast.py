@@ -90,7 +90,9 @@ def main() -> None:
 
 def measure(case: Case) -> None:
     """Three steps of one case; prints what was forecast before them and the peak of the last."""
-    import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
+    from nested_core import backend
+
+    backend.prepare()
     from benchmarks.gpu.mlx_arms import build
     from benchmarks.tiers import one_tier, optimizer_for, thirds
 
@@ -98,7 +100,6 @@ def measure(case: Case) -> None:
     model = build(shape, case.bits)
     import mlx.core as mx
 
-    from nested_core import backend
     from nested_core.config.schema import FineTuneConfig
     from nested_core.kernels.apply import prepared
     from nested_core.models.parameters import trainable_refs

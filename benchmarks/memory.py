@@ -36,7 +36,9 @@ def peak(arm: str) -> int:
 
 def measure(arm: str) -> None:
     """Two steps of one side; prints the peak in bytes, weights included."""
-    import nested_core  # noqa: F401 -- OpenBLAS for both
+    from nested_core import backend
+
+    backend.prepare()  # OpenBLAS for both sides
     from benchmarks.gpu.mlx_arms import build
     from benchmarks.gpu.shapes import RATE, Shape
 

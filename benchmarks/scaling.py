@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-import nested_core  # noqa: F401 -- makes the backend ready before mlx is imported
 from benchmarks.gpu.mlx_arms import build
 from benchmarks.gpu.shapes import RATE, Shape
 from benchmarks.tiers import depths, optimizer_for
 from benchmarks.timing import keep
+from nested_core import backend
 
 SHAPE = Shape(256, 12, 704, 8, 8, 4096, 4, 128)
 ROWS = (1, 2, 3, 4, 6, 8)
@@ -34,6 +34,7 @@ SILENT: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 def main() -> None:
     """Print two charts with their fits and the drift of one long run; keep all as JSON."""
+    backend.prepare()
     found = measure_fits()
     for name, fit in found.items():
         show(name, fit)

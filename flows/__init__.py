@@ -1,10 +1,12 @@
-"""What follows what: the flows, and the command line that runs them.
+"""The Prefect flows, and the command line that runs them.
 
-Prefect reads its settings when it is first imported, so ours are laid down here, before that; what
-the environment says already stays.
+Prefect reads its settings when it is first imported, and MLX binds its BLAS then, so both are made
+ready here. A variable that the environment has already stays as it is.
 """
 
 import os
+
+from nested_core import backend
 
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -14,3 +16,4 @@ _SETTINGS = {
 }
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
+backend.prepare()

@@ -1,17 +1,15 @@
 """Fine-tuning for MLX that cannot silently do nothing: the library behind the flows.
 
-Importing it makes the backend ready before mlx is first imported. The public names are loaded when
-they are first used, so that a process that only reads data does without mlx.
+Importing it changes nothing in the process. The public names are loaded when they are first used,
+so that a process that only reads data does without mlx. A script or a notebook that trains calls
+`prepare` first, before anything imports mlx.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nested_core import backend
-
-backend.prepare()
-
 if TYPE_CHECKING:
+    from nested_core.backend import prepare
     from nested_core.config.loading import load_config
     from nested_core.config.schema import FineTuneConfig
     from nested_core.errors import (
@@ -52,11 +50,13 @@ __all__ = [
     "apply_flat_updates_to_nested",
     "assign_tiers",
     "load_config",
+    "prepare",
     "read_adapter",
     "verify_updates",
 ]
 
 _HOMES = {
+    "backend": ("prepare",),
     "storage.adapter": ("Adapter", "read_adapter"),
     "optim.clock": ("Tier", "TierStats"),
     "config.schema": ("FineTuneConfig",),

@@ -1,8 +1,10 @@
-"""The MLX backend made ready before mlx is first imported: OpenBLAS, memory, CUDA.
+"""What MLX needs of a process before it is imported (`prepare`), and what it computes on.
 
 The mlx wheel for Linux CPUs links the reference BLAS. A library opened with RTLD_GLOBAL before the
-first `import mlx.core` answers in its place, some thirty times faster in float32. MLX gives freed
-arrays back to the C library, and that to the system: glibc is asked to keep more of them.
+first `import mlx.core` answers in its place, some thirty times faster in float32. MLX returns freed
+arrays to the C library, and that returns them to the system: glibc is asked to keep more of them.
+Nothing here happens on import: the command line, the flows, the tasks and every process that they
+start call `prepare`; a notebook may.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import ctypes
 import os
 import shutil
 import sys
+import warnings
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,39 +25,103 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12")
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # malloc.h
-LARGEST_THRESHOLD, KEPT_BYTES = 32 * 2**20, 2**30
-GRAPHS_VARIABLE, NO_GRAPHS = "MLX_USE_CUDA_GRAPHS", "0"
+
+# Options of glibc's mallopt(3), and the values that they are given.
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc allows no more
+KEPT_BYTES = 2**30
+
+# MLX's variables for CUDA, and how many operations a commit has, for models of fewer weights than
+# the key: how they were measured is in benchmarks/README.md, "Operations in a commit".
+GRAPHS_VARIABLE = "MLX_USE_CUDA_GRAPHS"
 COMMIT_VARIABLE = "MLX_MAX_OPS_PER_BUFFER"
-OPERATIONS = {2 * 10**8: "100", 10**9: "25"}  # of a commit, for models of fewer weights than that
-OPERATIONS_IF_LARGER = "8"
+OPERATIONS_PER_COMMIT = {2 * 10**8: "100", 10**9: "25"}
+OPERATIONS_FOR_LARGE_MODELS = "8"
+
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-COMPILED = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
 DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+COMPILED_FUNCTION_TYPE = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
 
 
-@cache
-def prepare() -> str | None:
-    """Open OpenBLAS for the whole process and return its name, or None where there is none.
+@dataclass(frozen=True)
+class Preparation:
+    """What `prepare` did for this process.
 
-    Where MLX is the build for CUDA, kernels are started without graphs, unless somebody has chosen
-    (`choose_commits` says why); where it is the one for CPUs, freed memory stays with the process,
-    up to 1 GiB.
-
-    No OpenBLAS is opened on macOS, where MLX uses Metal and Accelerate, nor when the environment
-    variable NESTED_TUNE_NO_OPENBLAS is set (the benchmarks compare with and without). On every
-    platform the process ends in order: see `_drop_compiled_functions`.
+    blas: the name of the OpenBLAS library that answers for MLX, or None.
+    came_too_late: whether mlx was imported before, and keeps the BLAS that it had then.
     """
-    atexit.register(_drop_compiled_functions)
-    if sys.platform != "linux":
-        return None
+
+    blas: str | None
+    came_too_late: bool
+
+
+_preparation: Preparation | None = None
+
+
+def prepare() -> Preparation:
+    """Make this process ready for MLX; call it before anything imports mlx. Later calls do nothing.
+
+    On Linux with the MLX build for CPUs it opens OpenBLAS for the whole process, if the system has
+    it, and lets freed memory up to 1 GiB stay with the process. With the build for CUDA kernels are
+    started without graphs, unless MLX_USE_CUDA_GRAPHS is set. On macOS, where MLX uses Metal and
+    Accelerate, none of this is needed. On every platform compiled functions are dropped when the
+    process ends (`_drop_compiled_functions`).
+
+    NESTED_TUNE_NO_OPENBLAS=1 leaves OpenBLAS out; the benchmarks compare with and without. Where
+    mlx was imported before, a RuntimeWarning says what can no longer be done.
+    """
+    global _preparation
+    if _preparation is None:
+        atexit.register(_drop_compiled_functions)
+        _preparation = _prepare_linux() if sys.platform == "linux" else Preparation(None, False)
+    return _preparation
+
+
+def preparation() -> Preparation | None:
+    """What `prepare` did for this process, or None if it was not called."""
+    return _preparation
+
+
+def warn_if_unprepared() -> None:
+    """Warn that training in this process is slow because `prepare` was not called."""
+    if _preparation is None and sys.platform == "linux" and not os.environ.get(DISABLE_VARIABLE):
+        warnings.warn(
+            "nested_core.backend.prepare() was not called in this process. Without OpenBLAS, MLX "
+            "on a Linux CPU trains up to thirty times slower; on CUDA each step starts its kernels "
+            "more slowly. Call it before anything imports mlx.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _prepare_linux() -> Preparation:
+    came_too_late = "mlx.core" in sys.modules
     if is_for_cuda():
-        os.environ.setdefault(GRAPHS_VARIABLE, NO_GRAPHS)
+        os.environ.setdefault(GRAPHS_VARIABLE, "0")
     else:
         _keep_freed_memory()
     if os.environ.get(DISABLE_VARIABLE):
-        return None
+        return Preparation(None, came_too_late)
+    if came_too_late:
+        lost = (
+            "kernels may be started through CUDA graphs"
+            if is_for_cuda()
+            else "it keeps the BLAS that it has, which may be thirty times slower than OpenBLAS"
+        )
+        warnings.warn(
+            f"nested_core.backend.prepare() was called after mlx was imported: {lost}. Call it "
+            f"before anything imports mlx.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return Preparation(None, came_too_late)
+    return Preparation(_open_openblas(), came_too_late)
+
+
+def _open_openblas() -> str | None:
+    """Open OpenBLAS with its symbols for the whole process; None if the system has none."""
     for name in OPENBLAS_NAMES:
         try:
             ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
@@ -63,20 +131,17 @@ def prepare() -> str | None:
     return None
 
 
-def choose_commits(weights: int) -> None:
-    """Say how many operations MLX commits to a CUDA device at once, for a model of so many weights.
+def choose_operations_per_commit(weights: int) -> None:
+    """Set how many operations MLX commits to a CUDA device at once, by a model's weights.
 
-    MLX looks when a process first computes an array; whoever has set the variable decides. Where
-    kernels are short, starting them is what takes the time, and each commit and each graph costs
-    (0.5B, 4 x 512, H200 with slow CPU cores, mlx 0.32.4: 54 ms a step with graphs of 25 operations,
-    48 without graphs, 34 with 100 operations a commit). But the host may be ten commits ahead, and
-    memory is used again once what was committed has run. 0.5B took 3.9 to 5.6 GiB with 100
-    operations, the more the faster the host, and 4.0 with 25, in 1.06 times the time; 7B takes 37.4
-    with 20 and 32.6 with 8, in 1.01 times (1.7B: 15.0 with 16, 13.1 with 8, in the same time).
+    Few operations cost time where kernels are short; many let the host run ahead of the device and
+    hold memory. MLX reads the variable when a process first computes an array. A variable that is
+    set already stays, and a process that was not prepared is left alone.
     """
-    if is_for_cuda():
-        chosen = (each for most, each in OPERATIONS.items() if weights < most)
-        os.environ.setdefault(COMMIT_VARIABLE, next(chosen, OPERATIONS_IF_LARGER))
+    if _preparation is not None and is_for_cuda():
+        limits = OPERATIONS_PER_COMMIT.items()
+        fitting = (operations for most, operations in limits if weights < most)
+        os.environ.setdefault(COMMIT_VARIABLE, next(fitting, OPERATIONS_FOR_LARGE_MODELS))
 
 
 def is_for_cuda() -> bool:
@@ -93,25 +158,26 @@ def _is_installed(package: str) -> bool:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc use freed memory again (mallopt(3)); another C library goes its own way."""
+    """Have glibc reuse freed memory, by mallopt(3); any other C library is left alone."""
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD)
+        library.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _drop_compiled_functions() -> None:
-    """Let go of what modules hold compiled, such as mlx.nn's activations.
+    """Remove compiled functions, such as mlx.nn's activations, from all modules at exit.
 
-    A thread's cache of traces is destroyed with the thread, the main one's after Python has ended;
-    a function that has not gone by then, since a thread still waits somewhere with a way to it,
-    leaves Python objects there and the process dies of SIGSEGV (mlx 0.32.4: CompileCache, and
-    PyCompiledFun in python/src/transforms.cpp). Prefect's threads do that in a worker's runs.
+    MLX keeps the traces of a compiled function in a cache of the thread, and the main thread's is
+    destroyed after Python has ended. A function that still exists then, because a thread that waits
+    can reach it, leaves Python objects in that cache, and the process dies of SIGSEGV (mlx 0.32.4:
+    CompileCache, and PyCompiledFun in python/src/transforms.cpp). Prefect's threads do that in the
+    runs of a worker.
     """
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})
         for name, value in list(names.items()):
-            if (type(value).__module__, type(value).__name__) == COMPILED:
+            if (type(value).__module__, type(value).__name__) == COMPILED_FUNCTION_TYPE:
                 names[name] = None
 
 
@@ -130,7 +196,7 @@ def device() -> str:
 
 
 def memory_bytes() -> int:
-    """What the default device can hold: what Metal recommends, CUDA's total, or main memory."""
+    """Bytes that the default device can hold: as Metal recommends, CUDA's total, or main memory."""
     import mlx.core as mx
 
     if device() == "gpu":

@@ -1,1 +1,5 @@
 """One retryable step each: a thin wrapper with a retry policy, log lines and an artifact."""
+
+from nested_core import backend
+
+backend.prepare()  # a worker may import a task before anything else of ours

@@ -30,7 +30,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-import nested_core  # noqa: E402, F401 -- puts OpenBLAS in front before a test imports mlx
+from nested_core import backend  # noqa: E402
+
+backend.prepare()  # before a test imports mlx
+
 from tests.kernels import read_header_once  # noqa: E402
 
 settings.register_profile(

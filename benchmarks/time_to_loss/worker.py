@@ -1,8 +1,7 @@
 """A process that makes one model, or takes runs of one side at one size and appends their rows.
 
 Arguments: the models' folder, a size, the file of rows, then runs as JSON lists; without a run the
-model is made. mlx_lm's runs have a process without anything of ours: importing nested_core prepares
-MLX's backend.
+model is made. mlx_lm's runs have a process in which nothing of ours prepares MLX's backend.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ def main(models: str, size: str, rows: str, *runs: str) -> None:
     """Do what the arguments say."""
     folder, todo = Path(models) / size, [Run(*json.loads(run)) for run in runs]
     if all(run.arm != RIVAL for run in todo):
-        from nested_core.backend import choose_commits  # and the backend is ready before mlx
+        from nested_core.backend import choose_operations_per_commit, prepare
         from nested_core.models.base import weights_in
 
-        choose_commits(weights_in(folder))
+        prepare()
+        choose_operations_per_commit(weights_in(folder))
     if not todo:
         pretrain(folder, SIZES[size])
         return

@@ -82,7 +82,7 @@ def _blas() -> Check:
 
     if sys.platform != "linux":
         return Check("BLAS", True, "the system's")
-    library = backend.prepare()
+    library = backend.prepare().blas
     if library is not None:
         return Check("BLAS", True, library)
     mend = "optional, some 10 times faster on a CPU: apt-get install libopenblas0-pthread"

@@ -158,6 +158,8 @@ def _run(arguments: Sequence[str]) -> str | None:
 
 
 def _environment() -> dict[str, str]:
-    """This process's own, with the BLAS that it computes with put in front there too."""
-    library = backend.prepare()
-    return os.environ | ({} if library is None else {"LD_PRELOAD": library})
+    """This process's own environment, with the OpenBLAS that it computes with preloaded."""
+    prepared = backend.preparation()
+    if prepared is None or prepared.blas is None:
+        return dict(os.environ)
+    return os.environ | {"LD_PRELOAD": prepared.blas}

@@ -34,7 +34,7 @@ def is_adapter_parameter(name: str) -> bool:
 def find_base(config: FineTuneConfig) -> Path:
     """The folder of the base model that this process computes with; the backend is set for it."""
     folder = find_model(config.model)
-    backend.choose_commits(weights_in(folder))
+    backend.choose_operations_per_commit(weights_in(folder))
     return folder
 
 

@@ -120,9 +120,11 @@ def test_a_killed_pretraining_goes_on_to_the_weights_of_one_that_was_not(tmp_pat
     size = replace(SIZES["tiny"], pretraining=150)
     pretrain(tmp_path / "whole", size)
     code = (
-        "from dataclasses import replace; from pathlib import Path; import nested_core;"
+        "from dataclasses import replace; from pathlib import Path;"
+        "from nested_core import backend; backend.prepare();"
         "from benchmarks.time_to_loss.models import SIZES, pretrain;"
-        f"pretrain(Path({str(tmp_path / 'cut')!r}), replace(SIZES['tiny'], pretraining=150), 0.0)"
+        f"pretrain(Path({str(tmp_path / 'cut')!r}), "
+        "replace(SIZES['tiny'], pretraining=150), 0.0)"
     )
     state = tmp_path / "cut" / "pretraining.safetensors"
     process = subprocess.Popen([sys.executable, "-c", code])

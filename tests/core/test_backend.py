@@ -40,9 +40,10 @@ def with_cuda_package(tmp_path: Path) -> str:
 
 
 ASK = """
-import sys, nested_core, os
-from nested_core.backend import choose_commits
-choose_commits(int(sys.argv[1]))
+import sys, os
+from nested_core.backend import choose_operations_per_commit, prepare
+prepare()
+choose_operations_per_commit(int(sys.argv[1]))
 print(*(os.environ.get(name) for name in ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER")))
 """
 
@@ -69,7 +70,8 @@ def test_without_mlx_for_cuda_its_settings_are_left_alone() -> None:
 
 FAULTS = """
 import os, resource
-import nested_core
+from nested_core import backend
+backend.prepare()
 import mlx.core as mx
 a = mx.random.normal((1024, 1024))
 def step(): mx.eval([a + i for i in range(20)])
@@ -97,7 +99,9 @@ def held():
     return sum(type(value).__name__ == "_gc_func" for value in everything)
 
 atexit.register(lambda: print(held()))  # registered first, it runs last
-import nested_core, mlx.core as mx, mlx.nn as nn
+from nested_core import backend
+backend.prepare()
+import mlx.core as mx, mlx.nn as nn
 mx.eval(nn.silu(mx.ones(3)))
 assert type(nn.silu) is type(mx.compile(held))
 print(held() > 0)
@@ -136,11 +140,13 @@ def test_the_weights_of_a_folder_are_counted_by_their_bits(
 LOADED = """
 import os, sys
 from pathlib import Path
-from nested_core import pipeline
+from nested_core import backend
+backend.prepare()
+from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
 config, run = example_config(), RunDirectory(Path(sys.argv[1]))
-pipeline.load(config, run)
+steps.load(config, run)
 print(os.environ["MLX_MAX_OPS_PER_BUFFER"])
 """
 

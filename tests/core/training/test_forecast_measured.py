@@ -79,7 +79,9 @@ def test_it_is_for_bases_of_4_bits_too(size: str, operations: int) -> None:
 TRAIN = """
 import json, sys
 from pathlib import Path
-import nested_core
+from nested_core import backend
+
+backend.prepare()
 import mlx.core as mx
 from tests.example import FineTuneConfig, prepare, train
 

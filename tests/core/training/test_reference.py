@@ -92,7 +92,7 @@ def test_fifty_steps_equal_mlx_lm_lora_in_every_loss_and_weight(tmp_path: Path, 
 
 def run_mlx_lm(settings: dict[str, Any]) -> list[Any]:
     """What mlx_lm.lora reported, in a process that has the BLAS that we have."""
-    program = "import nested_core\n" + REFERENCE
+    program = "from nested_core import backend\nbackend.prepare()\n" + REFERENCE
     command = [sys.executable, "-c", program, json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
