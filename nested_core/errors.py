@@ -5,6 +5,19 @@ A message is one paragraph: what is wrong, where, what was expected and what to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+
+def shorten(value: object, characters: int = 40) -> str:
+    """The value as text on one line of at most so many characters, for use in a message."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= characters else text[: characters - 3] + "..."
+
+
+def list_first(values: Sequence[object], count: int) -> str:
+    """The first `count` values separated by commas, then "..." if there are more."""
+    return ", ".join([*map(str, values[:count]), *(["..."] if len(values) > count else [])])
+
 
 class NestedTuneError(Exception):
     """Base of all errors of this project; `exit_code` is what the command line returns."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 
+from nested_core.errors import shorten
+
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEVICE_PATTERN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
@@ -16,8 +18,8 @@ def why_no_name(name: str) -> str | None:
     """What is wrong with a name, and what was expected; None where it is one."""
     if NAME_PATTERN.fullmatch(name) is None:
         return (
-            f"{shorten(name)} is not a name for an adapter. Expected 1 to 64 letters, digits, "
-            "'.', '_' or '-', of which the first is a letter or a digit, such as capitals-v2."
+            f"{shorten(repr(name), 80)} is not a name for an adapter. Expected 1 to 64 letters, "
+            "digits, '.', '_' or '-', of which the first is a letter or a digit, such as capitals-v2."
         )
     if name.endswith(".") or DEVICE_PATTERN.fullmatch(name):
         return (
@@ -25,8 +27,3 @@ def why_no_name(name: str) -> str | None:
             "a dot at the end, and takes con, nul, com1 and the like for devices. Use another name."
         )
     return None
-
-
-def shorten(text: str, limit: int = 80) -> str:
-    """The text as Python writes it, cut where it is long."""
-    return repr(text if len(text) <= limit else text[:limit] + "...")

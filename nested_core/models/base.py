@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from textwrap import shorten
 
-from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.strict_files import read_json
 
@@ -24,7 +23,7 @@ def find_model(model: str) -> Path:
     except NestedTuneError:  # a signal's handler may raise in the middle of a download
         raise
     except Exception as error:  # the hub client has many ways to say that there is no such model
-        reason = shorten(str(error), 160, placeholder=" ...")
+        reason = shorten(error, 160)
         raise ConfigError(
             f"model: {model!r} is no local directory and could not be fetched as a Hugging Face "
             f"repository ({type(error).__name__}: {reason}). Give the path of an mlx model folder, "

@@ -10,8 +10,8 @@ import errno
 import os
 from pathlib import Path
 
-from nested_core.config.adapter_names import shorten, why_no_name
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.config.adapter_names import why_no_name
+from nested_core.errors import ConfigError, DamagedError, list_first, shorten
 from nested_core.registry.locking import exclusive
 from nested_core.storage.atomic import sync_path
 from nested_core.storage.file_types import kind_of
@@ -87,8 +87,8 @@ def _make_usable(folder: Path) -> None:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"{shorten(str(folder))} cannot be made a directory ({reason}). Expected a path at "
-            "which you may create directories; check registry.path or --registry."
+            f"{shorten(repr(str(folder)), 80)} cannot be made a directory ({reason}). Expected a path "
+            "at which you may create directories; check registry.path or --registry."
         ) from error
 
 
@@ -121,8 +121,8 @@ def _refuse_links(folder: Path) -> None:
 
 def _unknown_name(registry: Path, name: str) -> str:
     known = list_names(registry)
-    listed = ", ".join(known[:LISTED_NAMES]) + (", ..." if len(known) > LISTED_NAMES else "")
+    listed = list_first(known, LISTED_NAMES) or "nothing"
     return (
-        f"The registry {registry} has no adapter named {name!r}. It holds: {listed or 'nothing'}. "
+        f"The registry {registry} has no adapter named {name!r}. It holds: {listed}. "
         "Check the name, or promote a run under it first."
     )

@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from nested_core.errors import shorten
+
 _NO_NUMBER = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(NaN|-?Infinity)')  # outside of the texts
 _OBJECT = TypeAdapter(dict[str, Any], config=ConfigDict(strict=True))
 
@@ -23,12 +25,6 @@ class LineProblem(Exception):
         super().__init__(message)
         self.check = check
         self.message = message
-
-
-def shorten(value: object, characters: int = 40) -> str:
-    """A value as it may stand in a message: on one line, and cut."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= characters else text[: characters - 3] + "..."
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from pydantic import (
 )
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.decoding import LineProblem, shorten
+from nested_core.data.lines.decoding import LineProblem
+from nested_core.errors import shorten
 
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal["chat", "completion", "text"]

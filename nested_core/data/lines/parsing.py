@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from nested_core.data.lines.decoding import LineProblem, decode_object, repeats_a_key, shorten
+from nested_core.data.lines.decoding import LineProblem, decode_object, repeats_a_key
 from nested_core.data.lines.fields import (
     Example,
     Features,
@@ -18,6 +18,7 @@ from nested_core.data.lines.fields import (
     as_messages,
     check_types,
 )
+from nested_core.errors import shorten
 
 # The validators inside the adapters: on this path an adapter's own call costs a tenth of the time.
 _PLAIN_CHAT = TypeAdapter(dict[str, list[PlainMessage]]).validator

@@ -26,7 +26,7 @@ from nested_core.data.lines.rows import (
     plain_row,
     read_line,
 )
-from nested_core.data.rules.sensitive import find_kinds
+from nested_core.data.lines.sensitive import find_kinds
 from nested_core.data.workers import Span
 from nested_core.errors import DatasetError
 

@@ -17,6 +17,7 @@ from pandera.errors import SchemaErrors
 from pandera.polars import PolarsData
 
 from nested_core.data.rules.report import Finding, Severity
+from nested_core.errors import list_first
 
 READABLE = "readable"
 
@@ -93,5 +94,5 @@ _SHOWN_TURNS = 12
 def _spelled_out(row: dict[str, Any]) -> dict[str, Any]:
     """The row with its turns in words, for messages."""
     letters = row.get("roles") or ""
-    turns = [_ROLES[letter] for letter in letters[:_SHOWN_TURNS]]
-    return row | {"turns": ", ".join(turns + ["..."] * (len(letters) > _SHOWN_TURNS)) or "none"}
+    turns = [_ROLES[letter] for letter in letters]
+    return row | {"turns": list_first(turns, _SHOWN_TURNS) or "none"}

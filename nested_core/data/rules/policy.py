@@ -12,6 +12,7 @@ import polars as pl
 
 from nested_core.config.data import DataPolicy
 from nested_core.data.rules.report import Finding
+from nested_core.errors import list_first
 
 Dropped = Mapping[str, frozenset[int]]
 _SHOWN_LINES = 20
@@ -51,10 +52,9 @@ def tell_dropped(file: str, dropped: Dropped) -> Iterator[Finding]:
     """One warning for each reason, at the first line, with the count and the first lines."""
     for reason, lines in dropped.items():
         if lines:
-            shown = sorted(lines)[:_SHOWN_LINES]
-            more = ", ..." if len(lines) > _SHOWN_LINES else ""
+            shown = sorted(lines)
             message = (
                 f"lines dropped because {_REASONS[reason]}: {len(lines):,} "
-                f"({', '.join(map(str, shown))}{more})"
+                f"({list_first(shown, _SHOWN_LINES)})"
             )
             yield Finding(file, shown[0], "warning", f"dropped-{reason}", message)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from nested_core.errors import DatasetError
+from nested_core.errors import DatasetError, shorten
 
 Severity = Literal["error", "warning", "info"]
 _ORDER: dict[str, int] = {"error": 0, "warning": 1, "info": 2}
@@ -116,7 +116,9 @@ class DatasetReport:
         places = {(finding.file, finding.line) for finding in errors if finding.line is not None}
         where = f" in {_count(len(places), 'line')}" if places else ""
         lines = [f"The data set {self.folder} is rejected: {_count(len(errors), 'error')}{where}."]
-        lines += [f"  {_cut(str(finding))}" for finding in errors[:_SHOWN_FINDINGS]]
+        lines += [
+            f"  {shorten(finding, _SHOWN_CHARACTERS)}" for finding in errors[:_SHOWN_FINDINGS]
+        ]
         if len(errors) > _SHOWN_FINDINGS:
             lines.append(f"  and {_count(len(errors) - _SHOWN_FINDINGS, 'more error')}.")
         lines.append("Correct these; `nested-tune validate --json` lists every finding.")
@@ -126,7 +128,7 @@ class DatasetReport:
         """How many there are, and the first, on one line; nothing where there is none."""
         if not self.warnings:
             return ""
-        first = _cut(str(self.warnings[0]))
+        first = shorten(self.warnings[0], _SHOWN_CHARACTERS)
         return f"data: {_count(len(self.warnings), 'warning')}, the first: {first}"
 
 
@@ -147,7 +149,3 @@ def in_order(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

@@ -9,8 +9,9 @@ import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
+from nested_core.data.lines.sensitive import KINDS
 from nested_core.data.rules.checking import is_null
-from nested_core.data.rules.sensitive import KINDS
+from nested_core.errors import list_first
 
 _SHOWN_LINES = 5
 
@@ -47,15 +48,13 @@ def kind_frame(lines: pl.DataFrame, file: str) -> pl.DataFrame:
     for bit, kind in enumerate(KINDS):
         holding = lines.filter(pl.col("sensitive") // 2**bit % 2 == 1)["line"]
         if len(holding):
-            places = ", ".join(str(line) for line in holding.head(_SHOWN_LINES))
-            more = ", ..." if len(holding) > _SHOWN_LINES else ""
             rows.append(
                 {
                     "file": file,
                     "line": holding[0],
                     kind.group: kind.name,
                     "count": len(holding),
-                    "places": places + more,
+                    "places": list_first(holding.to_list(), _SHOWN_LINES),
                 }
             )
     return pl.DataFrame(rows, schema=_SCHEMA)

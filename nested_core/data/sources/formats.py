@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nested_core.data.lines.decoding import shorten
+from nested_core.errors import shorten
 from nested_core.storage.strict_json import finite_or_none
 
 # Number, one line of JSON (empty: none), and the check that it failed before it was one.

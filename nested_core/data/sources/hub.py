@@ -12,10 +12,9 @@ from importlib import import_module
 from typing import Any
 
 from nested_core.config.data import HubDataset
-from nested_core.data.lines.decoding import shorten
 from nested_core.data.lines.fields import Features, as_messages
 from nested_core.data.sources.formats import Record, json_line
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, shorten
 
 # By split: the name that findings give it, and its records.
 Tables = dict[str, tuple[str, Iterable[Record]]]

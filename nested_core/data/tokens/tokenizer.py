@@ -8,10 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, shorten
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def _load(source: TokenizerSource) -> Any:
         extra = {"trust_remote_code": source.trust_remote_code}
         return load_tokenizer(folder, extra, eos_token_ids=ends)
     except (OSError, ValueError) as error:
-        reason = shorten(str(error), 300, placeholder=" ...")
+        reason = shorten(error, 300)
         raise ConfigError(
             f"model: no tokenizer could be loaded from {folder} ({reason}). Expected the model's "
             f"config.json, tokenizer.json and tokenizer_config.json there."

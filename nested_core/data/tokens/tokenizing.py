@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from nested_core.data import workers
-from nested_core.data.lines.decoding import shorten
 from nested_core.data.lines.fields import Example, Features
 from nested_core.data.lines.reading import read_examples
 from nested_core.data.settings import DataSettings
@@ -26,6 +25,7 @@ from nested_core.data.tokens.encoding import EncodedExample, Span, encode_exampl
 from nested_core.data.tokens.token_files import ExampleWriter, SplitWriter
 from nested_core.data.tokens.tokenizer import TokenizerSource
 from nested_core.data.workers import OnProgress
+from nested_core.errors import shorten
 
 JOB = "nested_core.data.tokens.tokenizing:tokenize_range"
 RANGE_BYTES = 2**20

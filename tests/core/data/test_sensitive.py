@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from nested_core.data.dataset import load_dataset
-from nested_core.data.rules.sensitive import KINDS, find_kinds
+from nested_core.data.lines.sensitive import KINDS, find_kinds
 from nested_core.data.settings import DataSettings
 from tests.core.data.conftest import WriteData
 
