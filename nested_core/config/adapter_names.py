@@ -19,7 +19,8 @@ def why_no_name(name: str) -> str | None:
     if NAME_PATTERN.fullmatch(name) is None:
         return (
             f"{shorten(repr(name), 80)} is not a name for an adapter. Expected 1 to 64 letters, "
-            "digits, '.', '_' or '-', of which the first is a letter or a digit, such as capitals-v2."
+            "digits, '.', '_' or '-', of which the first is a letter or a digit, "
+            "such as capitals-v2."
         )
     if name.endswith(".") or DEVICE_PATTERN.fullmatch(name):
         return (

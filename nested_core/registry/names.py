@@ -87,8 +87,8 @@ def _make_usable(folder: Path) -> None:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"{shorten(repr(str(folder)), 80)} cannot be made a directory ({reason}). Expected a path "
-            "at which you may create directories; check registry.path or --registry."
+            f"{shorten(repr(str(folder)), 80)} cannot be made a directory ({reason}). Expected a "
+            "path at which you may create directories; check registry.path or --registry."
         ) from error
 
 
