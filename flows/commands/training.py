@@ -50,7 +50,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.token_view import print_examples
     from nested_core.data.dataset import load_dataset
     from nested_core.data.settings import DataSettings
-    from nested_core.data.tokens.showing import show_examples
+    from nested_core.data.tokens.token_display import show_examples
     from nested_core.errors import DatasetError
     from nested_core.models.lora import tokenizer_source
 

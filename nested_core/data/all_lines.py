@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from nested_core.data.gathering import Gathered, gather_files
-from nested_core.data.rules.checking import judge
+from nested_core.data.rules.dataset_report import Finding
+from nested_core.data.rules.dropped_lines import Dropped, choose_lines
 from nested_core.data.rules.file_rules import CountErrors, FileErrors, FileWarnings
-from nested_core.data.rules.frame import relate_rows
 from nested_core.data.rules.line_rules import RowErrors, RowWarnings
-from nested_core.data.rules.policy import Dropped, choose_lines
-from nested_core.data.rules.report import Finding
+from nested_core.data.rules.repeated_lines import relate_rows
+from nested_core.data.rules.rule_table import judge
 from nested_core.data.rules.sensitive_rules import KindWarnings, kind_frame
 from nested_core.data.settings import SPLITS, DataSettings
 from nested_core.data.sources.files import Source

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nested_core.data.buckets import fill_buckets
-from nested_core.data.tokens.split import Bool, Int32, TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[
     for place, row in enumerate(batch.rows):
         example = split.example(row)
         tokens[place, : len(example)] = example
-        learnt = split.supervision(row)[1:]
+        learnt = split.example_mask(row)[1:]
         supervised[place, : len(learnt)] = learnt
     split.give_back()
     return tokens, supervised

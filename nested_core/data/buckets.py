@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.tokens.split import Int32, Int64
+from nested_core.data.tokens.tokenized_split import Int32, Int64
 
 MAX_WIDTHS = 96
 PADDING_TARGET = 0.0275  # below this share one more width costs more than it saves

@@ -22,12 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nested_core.data.rules.report import DatasetReport
+from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources.files import Source
-from nested_core.data.tokens.split import TokenizedSplit
-from nested_core.data.tokens.token_files import open_tokens
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenized_split import TokenizedSplit, open_tokens
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import canonical_json, file_sha256, temporary_beside, write_json
 

@@ -11,12 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from nested_core.data.cache import DatasetCache, write_report
-from nested_core.data.rules.report import DatasetReport
+from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources.files import Source, open_sources
-from nested_core.data.tokens.split import TokenizedSplit
-from nested_core.data.tokens.token_files import seal_tokens
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenized_split import TokenizedSplit, seal_tokens
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from nested_core.data.all_lines import Lines, judge_counts, judge_files, judge_lines, read_lines
-from nested_core.data.rules.checking import judge
-from nested_core.data.rules.policy import Dropped, tell_dropped
-from nested_core.data.rules.report import DatasetReport, Finding, SplitStats, in_order
-from nested_core.data.rules.summary import count_split, count_tokens, describe_split
+from nested_core.data.rules.dataset_report import DatasetReport, Finding, SplitStats, in_order
+from nested_core.data.rules.dropped_lines import Dropped, tell_dropped
+from nested_core.data.rules.rule_table import judge
+from nested_core.data.rules.split_statistics import count_split, count_tokens, describe_split
 from nested_core.data.rules.token_rules import (
     TemplateErrors,
     TokenErrors,
@@ -25,9 +25,9 @@ from nested_core.data.rules.token_rules import (
 )
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources.files import Source
-from nested_core.data.tokens.encoding import has_chat_template
-from nested_core.data.tokens.tokenizer import TokenizerSource
-from nested_core.data.tokens.tokenizing import SoundLines, TokenFacts, tokenize_splits
+from nested_core.data.tokens.example_encoding import has_chat_template
+from nested_core.data.tokens.parallel_tokenization import SoundLines, TokenFacts, tokenize_splits
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.data.workers import OnProgress
 from nested_core.storage.atomic import canonical_json
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.cache import default_cache
 from nested_core.data.dataset import load_dataset
-from nested_core.data.rules.report import DatasetReport
+from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.workers import OnProgress
 from nested_core.models.lora import tokenizer_source
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from nested_core.config.data import DataPolicy, HubDataset
 from nested_core.data.lines.fields import Features
-from nested_core.data.tokens.encoding import Targets
+from nested_core.data.tokens.example_encoding import Targets
 
 SPLITS = ("train", "valid", "test")
 

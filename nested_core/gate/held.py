@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.kernels.apply import prepared
 from nested_core.models.base import base_fingerprint, find_model
 from nested_core.models.lora import adapter_dtype, attach_adapter, load_base, load_leaves

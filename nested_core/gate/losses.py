@@ -11,10 +11,10 @@ from pathlib import Path
 from nested_core.config.data import DataPolicy
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset import load_dataset
-from nested_core.data.rules.report import DatasetReport
+from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.run_data import load_run_data
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.held import HeldBase
 from nested_core.gate.verdict import GeneralLoss, Validation

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core import backend
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.models.base import find_model, weights_in
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.evaluation import fixed_batches
 from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch
@@ -88,7 +88,7 @@ class OwnMethod:
         """
         buckets, each = self._plan.buckets, self._config.batch_size
         rows = buckets.rows[: min(int(buckets.starts[1]), max(SAMPLED_ROWS, each))]
-        learnt = sorted(int(self._train.supervision(row).sum()) for row in rows)
+        learnt = sorted(int(self._train.example_mask(row).sum()) for row in rows)
         self._train.give_back()
         size = self._world.size
         return BatchShape(each // size, buckets.width_at(0), sum(learnt[-each:]) // size)

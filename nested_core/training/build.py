@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx.optimizers import SGD, Adafactor, Muon
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.models.base import base_fingerprint, find_model
 from nested_core.optim.clock import Tier

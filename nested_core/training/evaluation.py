@@ -11,7 +11,7 @@ import numpy as np
 
 from nested_core.backend import to_float
 from nested_core.data.batches import batch_arrays, evaluation_batches
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.models.parameters import (
     ParameterRefs,
     assign_parameters,

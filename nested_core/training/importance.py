@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from nested_core.backend import to_float
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.models.parameters import (
     assign_parameters,
     evaluation_mode,

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.training.loss.supervised import LossRule, MicroBatch
 from nested_core.training.memory.estimate import BatchShape
@@ -101,7 +101,7 @@ class ReferenceMethod:
         tokens = np.zeros((len(rows), width), np.int32)
         for place, example in enumerate(examples):
             tokens[place, : len(example)] = example
-        offsets = [int(split.supervision(row).argmax()) for row in rows]
+        offsets = [int(split.example_mask(row).argmax()) for row in rows]
         bounds = np.array(list(zip(offsets, map(len, examples), strict=True)), np.int32)
         return tokens, bounds
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import mlx.nn as nn
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import TrainingStopped
 from nested_core.kernels.apply import prepared
 from nested_core.models.parameters import configured_refs, read_parameters

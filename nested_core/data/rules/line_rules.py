@@ -9,7 +9,7 @@ import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
-from nested_core.data.rules.checking import READABLE, is_null
+from nested_core.data.rules.rule_table import READABLE, is_null
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.
 # An orphan result (o) counts as one here, for it has a check of its own.

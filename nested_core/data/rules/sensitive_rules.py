@@ -10,7 +10,7 @@ import polars as pl
 from pandera.polars import PolarsData
 
 from nested_core.data.lines.sensitive import KINDS
-from nested_core.data.rules.checking import is_null
+from nested_core.data.rules.rule_table import is_null
 from nested_core.errors import list_first
 
 _SHOWN_LINES = 5

@@ -13,10 +13,10 @@ import pandera.polars as pa
 import polars as pl
 from pandera.polars import PolarsData
 
-from nested_core.data.rules.checking import is_null
-from nested_core.data.rules.frame import count_once
+from nested_core.data.rules.repeated_lines import count_once
+from nested_core.data.rules.rule_table import is_null
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.tokenizing import TokenFacts
+from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
 FEWEST_FOR_OUTLIERS = 20
 LEAST_RATIO = 4

@@ -16,7 +16,7 @@ from mlx_lm.tuner import datasets as theirs
 from nested_core.config.loading import load_config
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from tests.core.data.conftest import WriteData
 
 TEXT = "This is an example for the model."
@@ -115,7 +115,7 @@ def test_both_loaders_give_the_same_tokens_and_learn_the_same_of_them(
             tokens = tokens[: keys.get("max_seq_length", 2048)]
             assert ours[split].example(index).tolist() == tokens
             learnt = [position >= max(1, offset) for position in range(len(tokens))]
-            assert ours[split].supervision(index).tolist() == learnt
+            assert ours[split].example_mask(index).tolist() == learnt
 
 
 def test_the_inputs_of_mlx_lm_tests_repeat_train_in_valid_which_we_name(

@@ -22,7 +22,7 @@ from nested_core.data.batches import (
     evaluation_batches,
 )
 from nested_core.data.buckets import MAX_WIDTHS, choose_widths, fill_buckets
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 
 lengths_lists = st.lists(st.integers(1, 700), min_size=1, max_size=60)
 batch_sizes = st.integers(1, 9)
@@ -76,7 +76,7 @@ def test_the_mask_selects_the_supervised_targets_and_never_a_pad_token(
 ) -> None:
     split = split_of(lengths, learnt)
     plan = BatchPlan(split.lengths, batch_size, seed)
-    expected = split.tokens[split.supervised]
+    expected = split.tokens[split.target_mask]
     found = []
     for index in range(plan.batches_per_epoch):
         tokens, supervised = plan.arrays(split, index)

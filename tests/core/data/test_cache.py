@@ -21,11 +21,11 @@ from nested_core.data import cache as caching
 from nested_core.data import dataset
 from nested_core.data.cache import KEPT_SECONDS, DatasetCache, default_cache
 from nested_core.data.dataset import load_dataset
-from nested_core.data.rules.report import DatasetReport
+from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens import token_files
-from nested_core.data.tokens.split import TokenizedSplit
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from tests.core.data.conftest import WriteData
 

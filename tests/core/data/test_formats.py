@@ -15,7 +15,7 @@ import polars as pl
 import pytest
 
 from nested_core.data.dataset import load_dataset
-from nested_core.data.rules.report import DatasetReport
+from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources import formats
 from nested_core.errors import ConfigError

@@ -19,9 +19,9 @@ from mlx_lm.tuner import datasets as theirs
 from nested_core.config.data import HubDataset
 from nested_core.config.loading import parse_config
 from nested_core.data.dataset import load_dataset
-from nested_core.data.rules.report import DatasetReport
+from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 
 has_library = importlib.util.find_spec("datasets") is not None

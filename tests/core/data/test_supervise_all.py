@@ -11,9 +11,9 @@ from nested_core.config.loading import parse_config
 from nested_core.data.dataset import load_dataset
 from nested_core.data.lines.fields import Example
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.encoding import encode_example
-from nested_core.data.tokens.split import TokenizedSplit
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.example_encoding import encode_example
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
@@ -48,7 +48,7 @@ def load(folder: Any, tokenizer: TokenizerSource, **more: Any) -> Any:
 
 def learnt(split: TokenizedSplit, tokenizer: TokenizerSource, index: int = 0) -> list[str]:
     """The text of each stretch of supervised tokens."""
-    flags = split.supervision(index)
+    flags = split.example_mask(index)
     edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
     tokens = split.example(index)
     stretches = zip(edges[::2], edges[1::2], strict=True)
@@ -108,10 +108,10 @@ def test_turns_beyond_the_cut_are_not_learnt(
 ) -> None:
     folder = write_data(train=[{"messages": TURNS}])
     whole = load(folder, tokenizer)[1]["train"]
-    ends = np.flatnonzero(np.diff(whole.supervision(0), prepend=False, append=False))
+    ends = np.flatnonzero(np.diff(whole.example_mask(0), prepend=False, append=False))
     for length in (ends[0] + 1, ends[1], ends[2], ends[2] + 1):
         cut = load(folder, tokenizer, max_seq_length=int(length))[1]["train"]
-        assert cut.supervision(0).tolist() == whole.supervision(0)[:length].tolist()
+        assert cut.example_mask(0).tolist() == whole.example_mask(0)[:length].tolist()
 
 
 def test_a_template_that_rewrites_an_earlier_turn_is_an_error_that_names_it(

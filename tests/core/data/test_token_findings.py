@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from nested_core.data.dataset import load_dataset
-from nested_core.data.rules.report import DatasetReport, Finding
+from nested_core.data.rules.dataset_report import DatasetReport, Finding
 from nested_core.data.rules.token_rules import outlier_bound
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 

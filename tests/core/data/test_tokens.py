@@ -16,8 +16,8 @@ from nested_core.data.dataset import load_dataset
 from nested_core.data.lines.fields import Features
 from nested_core.data.lines.reading import read_examples
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.split import TokenizedSplit
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 from tests.core.data.conftest import WriteData
 
@@ -85,7 +85,7 @@ def test_tokens_and_mask_offsets_are_those_of_mlx_lm(
         tokens, offset = reference.process(row)
         assert split.example(index).tolist() == tokens
         learnt = np.arange(len(tokens)) >= max(1, offset)
-        assert split.supervision(index).tolist() == learnt.tolist()
+        assert split.example_mask(index).tolist() == learnt.tolist()
 
 
 @pytest.mark.parametrize(("kind", "mask_prompt"), CASES)
@@ -106,7 +106,7 @@ def test_what_is_supervised_is_what_mlx_lm_supervises_without_its_pad_token(
         mask = np.array((steps >= lengths[:, 0:1]) & (steps < lengths[:, 1:]))
         targets = np.array(batch)[:, 1:][mask]
         example = split.example(index)
-        assert example[split.supervision(index)].tolist() == targets.tolist()
+        assert example[split.example_mask(index)].tolist() == targets.tolist()
 
 
 def mlx_lm_dataset(rows: Any, tokenizer: Any, config: Any) -> Any:
@@ -125,9 +125,9 @@ def test_arrays_are_flat_with_the_documented_types(
     split = load(write_data, tokenizer, "chat", max_seq_length=48)
     assert split.tokens.dtype == np.int32
     assert split.starts.dtype == np.int64
-    assert split.supervised.dtype == np.bool_
-    assert len(split.supervised) == len(split.tokens)
-    assert not split.supervised[split.starts[:-1]].any()
+    assert split.target_mask.dtype == np.bool_
+    assert len(split.target_mask) == len(split.tokens)
+    assert not split.target_mask[split.starts[:-1]].any()
     assert split.starts.tolist() == np.concatenate([[0], np.cumsum(split.lengths)]).tolist()
     assert split.lengths.max() == 48
     assert len(split.tokens) == split.starts[-1]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.kernels.tracing import watched
 from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.training.evaluation import Evaluator

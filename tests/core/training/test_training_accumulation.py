@@ -90,7 +90,7 @@ def gradients_by_example(done: Finished) -> list[tuple[int, Moments]]:
 
     found = []
     for row in range(len(split)):
-        learnt = split.supervision(row)
+        learnt = split.example_mask(row)
         _, tree = nn.value_and_grad(model, loss)(mx.array(split.example(row)), mx.array(learnt))
         sums = {n: np.array(g) for n, g in flatten(tree).items() if n.endswith("lora_b")}
         found.append((int(learnt.sum()), sums))

@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.showing import show_examples
+from nested_core.data.tokens.token_display import show_examples
 from nested_core.models.lora import tokenizer_source
 from nested_core.pipeline import steps
 from tests.example import Finished, example_config, train_example
@@ -63,7 +63,7 @@ def learnt_text(done: Finished) -> str:
     source = tokenizer_source(done.config)
     _, splits = load_dataset(DataSettings.from_config(done.config), source)
     (example,) = show_examples(splits["train"], "train.jsonl", source.load(), 1)
-    return "".join(token.text for token in example.tokens if token.supervised)
+    return "".join(token.text for token in example.tokens if token.is_target)
 
 
 def test_epochs_use_each_supervised_token_so_often(tmp_path: Path, model: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from nested_core.data.dataset import load_dataset
-from nested_core.data.rules.report import DatasetReport
+from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 from tests.core.data.conftest import WriteData
 
@@ -147,7 +147,7 @@ def test_switching_pandera_off_from_outside_changes_nothing(write_data: WriteDat
 def test_naming_the_package_loads_no_pandera_no_polars_and_no_mlx() -> None:
     script = (
         "import sys; before = set(sys.modules); import nested_core.data; "
-        "import nested_core.data.rules.report, nested_core.data.lines.rows; "
+        "import nested_core.data.rules.dataset_report, nested_core.data.lines.rows; "
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} "
         "& {'pandera', 'polars', 'mlx_lm', 'transformers'}))"
     )

@@ -1,6 +1,6 @@
-"""Examples as a person can check them: each token with its text and whether it is learnt.
+"""Examples as a person can check them: each token with its text and whether the loss counts it.
 
-Reads what training reads; tokenises nothing again.
+Reads the arrays that training reads; tokenises nothing again.
 """
 
 from __future__ import annotations
@@ -8,18 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from nested_core.data.tokens.split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
 
 _SPACE_MARK = "\u2581"  # what SentencePiece writes for a space; decoding one token alone drops it
 
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One token; `text` is what it stands for, or its name where it is a part of a character."""
+    """One token; `text` is its decoded text, or its name if it is a part of a character."""
 
     id: int
     text: str
-    supervised: bool
+    is_target: bool
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,18 @@ def show_examples(
     split: TokenizedSplit, file: str, tokenizer: Any, count: int
 ) -> list[ShownExample]:
     """The first examples of a split, at most `count`; `tokenizer` is the one it was made with."""
-    return [
-        ShownExample(
-            file,
-            int(split.lines[index]),
-            tuple(
-                ShownToken(token, _text_of(token, tokenizer), is_learnt)
-                for token, is_learnt in zip(
-                    split.example(index).tolist(), split.supervision(index).tolist(), strict=True
-                )
-            ),
+    shown = []
+    for index in range(min(count, len(split))):
+        mask = split.example_mask(index).tolist()
+        tokens = tuple(
+            ShownToken(token, _decode(token, tokenizer), is_target)
+            for token, is_target in zip(split.example(index).tolist(), mask, strict=True)
         )
-        for index in range(min(count, len(split)))
-    ]
+        shown.append(ShownExample(file, int(split.lines[index]), tokens))
+    return shown
 
 
-def _text_of(token: int, tokenizer: Any) -> str:
+def _decode(token: int, tokenizer: Any) -> str:
     name = str(tokenizer.convert_ids_to_tokens(token))
     if _SPACE_MARK in name:
         return name.replace(_SPACE_MARK, " ")

@@ -16,7 +16,7 @@ from pandera.config import CONFIG, ValidationDepth, config_context
 from pandera.errors import SchemaErrors
 from pandera.polars import PolarsData
 
-from nested_core.data.rules.report import Finding, Severity
+from nested_core.data.rules.dataset_report import Finding, Severity
 from nested_core.errors import list_first
 
 READABLE = "readable"

@@ -11,10 +11,10 @@ import numpy as np
 import polars as pl
 
 from nested_core.data.buckets import fill_buckets
-from nested_core.data.rules.policy import Dropped
-from nested_core.data.rules.report import Finding, SplitStats, TokenStats
+from nested_core.data.rules.dataset_report import Finding, SplitStats, TokenStats
+from nested_core.data.rules.dropped_lines import Dropped
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.tokenizing import TokenFacts
+from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
 _ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]"}
 

@@ -15,9 +15,9 @@ from nested_core.data.cache import DatasetCache
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources.files import Source
-from nested_core.data.tokens.token_files import open_tokens
-from nested_core.data.tokens.tokenizer import TokenizerSource
-from nested_core.data.tokens.tokenizing import SoundLines, tokenize_splits
+from nested_core.data.tokens.parallel_tokenization import SoundLines, tokenize_splits
+from nested_core.data.tokens.tokenized_split import open_tokens
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
@@ -41,7 +41,7 @@ def chats(count: int) -> list[bytes]:
 def test_the_bytes_are_the_same_in_any_number_of_processes(
     write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nested_core.data.tokens.tokenizing.RANGE_BYTES", 2**15)
+    monkeypatch.setattr("nested_core.data.tokens.parallel_tokenization.RANGE_BYTES", 2**15)
     tokenizer = build_tokenizer(REFUSING + TEMPLATE)
     folder = write_data(train=chats(ROWS), valid=chats(150), test=[])
     skip = {"train": {1, 5, ROWS // 2, ROWS - 1}, "valid": {2}, "test": set[int]()}
@@ -75,7 +75,7 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
     names = {
         f"{split}.{kind}"
         for split in splits
-        for kind in ("tokens", "supervised", "starts", "lines")
+        for kind in ("tokens", "target_mask", "starts", "lines")
     }
     assert set(found[0][0]) == names
 
@@ -101,7 +101,7 @@ def write_own_tokenizer() -> str:
 def test_a_tokenizers_own_code_runs_in_workers_where_it_is_trusted_and_nowhere_else(
     write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nested_core.data.tokens.tokenizing.RANGE_BYTES", 2**7)
+    monkeypatch.setattr("nested_core.data.tokens.parallel_tokenization.RANGE_BYTES", 2**7)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # the workers' alone
     folder = write_data(train=[{"text": f"number {n}"} for n in range(20)])
     sound = {"train": SoundLines(Source("train.jsonl", folder / "train.jsonl"), frozenset())}
@@ -135,7 +135,7 @@ def test_what_was_written_is_read_again_from_the_folder(
     fresh = load_dataset(DataSettings(str(write_data())), tokenizer)[1]
     assert list(again) == ["train", "valid"]
     for split in again:
-        for name in ("tokens", "supervised", "starts", "lines"):
+        for name in ("tokens", "target_mask", "starts", "lines"):
             mine, other = getattr(again[split], name), getattr(fresh[split], name)
             assert mine.dtype == other.dtype
             assert mine.tolist() == other.tolist()
@@ -168,11 +168,11 @@ def test_a_file_of_another_size_is_refused_each_time(kept: Path) -> None:
 
 
 def test_a_changed_byte_is_refused_when_a_process_first_opens_it(kept: Path) -> None:
-    path = kept / "train.supervised"
+    path = kept / "train.target_mask"
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DamagedError, match="train.supervised has changed since it was written"):
+    with pytest.raises(DamagedError, match="train.target_mask has changed since it was written"):
         open_tokens(kept)
 
 
@@ -187,7 +187,7 @@ USE = """
 import sys
 from pathlib import Path
 from nested_core.data.batches import BatchPlan
-from nested_core.data.tokens.token_files import open_tokens
+from nested_core.data.tokens.tokenized_split import open_tokens
 split = open_tokens(Path(sys.argv[1]))["train"]
 plan = BatchPlan(split.lengths, 8, 0)
 for index in range(plan.batches_per_epoch):
@@ -215,7 +215,7 @@ def peak_megabytes(folder: Path, rows: int) -> float:
 
 def write_arrays(folder: Path, lengths: Any) -> None:
     """Token files of examples of these lengths, as tokenising leaves them."""
-    from nested_core.data.tokens.token_files import ExampleWriter, SplitWriter, seal_tokens
+    from nested_core.data.tokens.tokenized_split import ExampleWriter, SplitWriter, seal_tokens
 
     folder.mkdir()
     with ExampleWriter(folder / "part") as writer:

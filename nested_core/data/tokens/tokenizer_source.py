@@ -1,6 +1,6 @@
-"""Where a tokenizer is loaded from, so that another process can load the same one.
+"""The folder that a tokenizer is loaded from, so that another process can load the same one.
 
-Loads as mlx_lm.load does, once a process; code that a model brings runs only where it is trusted.
+Loads as mlx_lm.load does, once a process; a model's own code runs only if the user trusts it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from nested_core.errors import ConfigError, shorten
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """A model's local folder; its fields are plain values, and go into requests to workers."""
+    """A model's local folder. Its fields are plain values, so that workers can be sent them."""
 
     folder: str
     trust_remote_code: bool = False
 
     def load(self) -> Any:
-        """The tokenizer in mlx_lm's wrapper; raises ConfigError where there is none."""
+        """The tokenizer in mlx_lm's wrapper; raises ConfigError if the folder holds none."""
         return _load(self)
 
 

@@ -21,13 +21,13 @@ from nested_core.data.lines.fields import Example, Features
 from nested_core.data.lines.reading import read_examples
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources.files import Source
-from nested_core.data.tokens.encoding import EncodedExample, Span, encode_example
-from nested_core.data.tokens.token_files import ExampleWriter, SplitWriter
-from nested_core.data.tokens.tokenizer import TokenizerSource
+from nested_core.data.tokens.example_encoding import EncodedExample, Span, encode_example
+from nested_core.data.tokens.tokenized_split import ExampleWriter, SplitWriter
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.data.workers import OnProgress
 from nested_core.errors import shorten
 
-JOB = "nested_core.data.tokens.tokenizing:tokenize_range"
+JOB = "nested_core.data.tokens.parallel_tokenization:tokenize_range"
 RANGE_BYTES = 2**20
 SMALL_BYTES = 4 * 2**20  # below this, starting processes takes longer than the work
 

@@ -1,0 +1,176 @@
+"""A split as tokens: flat arrays in memory, and the files that they are written to and mapped from.
+
+SPLIT.tokens, .target_mask, .starts and .lines hold the arrays of a TokenizedSplit as raw little-
+endian bytes; MANIFEST.json has their sizes and hashes. A file that differs from it is refused.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from nested_core.data.settings import SPLITS
+from nested_core.errors import DamagedError
+from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+# The files of a split are named after the arrays of TokenizedSplit.
+TOKENS = "tokens"
+TARGET_MASK = "target_mask"
+STARTS = "starts"
+LINES = "lines"
+DTYPES: dict[str, np.dtype[Any]] = {
+    TOKENS: np.dtype("<i4"),
+    TARGET_MASK: np.dtype(np.bool_),
+    STARTS: np.dtype("<i8"),
+    LINES: np.dtype("<i4"),
+}
+_COPIED_BYTES = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedSplit:
+    """All examples of a split, one after the other.
+
+    tokens: int32 [sum of lengths]; target_mask: bool [sum of lengths], whether the loss counts the
+    token, which is never so at the first position of an example, because nothing predicts it;
+    starts: int64 [n + 1], where each example begins and the last ends; lines: int32 [n], the number
+    that a person knows each example by in its file. `maps` are the files that hold the arrays.
+    """
+
+    tokens: Int32
+    target_mask: Bool
+    starts: Int64
+    lines: Int32
+    maps: tuple[mmap.mmap, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Int64:
+        """Tokens in each example, int64 [n]."""
+        return np.diff(self.starts)
+
+    def example(self, index: int) -> Int32:
+        """The tokens of one example, int32 [length], as a view."""
+        return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+    def example_mask(self, index: int) -> Bool:
+        """The target mask of one example, bool [length], as a view."""
+        return self.target_mask[self.starts[index] : self.starts[index + 1]]
+
+    def give_back(self) -> None:
+        """Release the memory pages of the mapped files, so that none stay in this process."""
+        for mapped in self.maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class ExampleWriter:
+    """Appends examples to PREFIX.tokens and their masks to PREFIX.target_mask."""
+
+    def __init__(self, prefix: Path) -> None:
+        self._tokens = _array_path(prefix, TOKENS).open("wb")
+        self._target_mask = _array_path(prefix, TARGET_MASK).open("wb")
+
+    def add(self, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
+        """Append one example; `target_mask` is one byte a token, 0 or 1."""
+        self._tokens.write(np.asarray(tokens, DTYPES[TOKENS]).tobytes())
+        self._target_mask.write(target_mask)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._tokens.close()
+        self._target_mask.close()
+
+
+class SplitWriter:
+    """Joins the parts of a split, in order, in PREFIX.*; the files of a part are removed."""
+
+    def __init__(self, prefix: Path) -> None:
+        self._files = {name: _array_path(prefix, name).open("wb") for name in DTYPES}
+        self._total = 0
+        self._files[STARTS].write(bytes(DTYPES[STARTS].itemsize))
+
+    def join(self, part: Path, lines: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+        """Append what an ExampleWriter wrote under `part`: examples of these lines and lengths."""
+        for name in (TOKENS, TARGET_MASK):
+            path = _array_path(part, name)
+            with path.open("rb") as file:
+                while piece := file.read(_COPIED_BYTES):
+                    self._files[name].write(piece)
+            path.unlink()
+        ends = self._total + np.cumsum(lengths, dtype=DTYPES[STARTS])
+        self._files[STARTS].write(ends.tobytes())
+        self._files[LINES].write(lines.astype(DTYPES[LINES]).tobytes())
+        self._total += int(lengths.sum())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def seal_tokens(folder: Path) -> dict[str, TokenizedSplit]:
+    """Write the manifest over a folder whose splits are written, and map them."""
+    write_manifest(folder, {"kind": "tokens"})
+    return _map_splits(folder, os.listdir(folder))
+
+
+def open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
+    """The splits of a data set, mapped read-only: the disk is read when they are.
+
+    Sizes are checked each time, hashes when this process first opens these files. Raises
+    DamagedError for a file that is missing, extra or changed.
+    """
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
+            raise DamagedError(f"{path} is not the file of {expected['bytes']} bytes it was.")
+    _verify_once(folder.resolve(), manifest["digest"])
+    return _map_splits(folder, manifest["files"])
+
+
+@lru_cache(maxsize=64)
+def _verify_once(folder: Path, digest: str) -> None:
+    """Verify all hashes; `digest` is the manifest's own, so that new files are verified anew."""
+    verify_manifest(folder)
+
+
+def _map_splits(folder: Path, files: Collection[str]) -> dict[str, TokenizedSplit]:
+    """The splits that are among the files; FileNotFoundError if one was removed meanwhile."""
+    present = [split for split in SPLITS if _array_path(Path(split), STARTS).name in files]
+    return {split: _map_split(folder / split) for split in present}
+
+
+def _map_split(prefix: Path) -> TokenizedSplit:
+    arrays: dict[str, Any] = {}
+    maps = []
+    for name, dtype in DTYPES.items():
+        with _array_path(prefix, name).open("rb") as file:
+            if not file.seek(0, os.SEEK_END):  # an empty file cannot be mapped
+                arrays[name] = np.zeros(0, dtype)
+                continue
+            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        arrays[name] = np.frombuffer(maps[-1], dtype)
+    return TokenizedSplit(**arrays, maps=tuple(maps))
+
+
+def _array_path(prefix: Path, name: str) -> Path:
+    return prefix.with_name(f"{prefix.name}.{name}")
