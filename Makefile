@@ -26,6 +26,7 @@ help: ## this list
 demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 	$(BIN)/nested-tune demo
 
+# A file stays on one worker; tests/slow_files.py says which files come first.
 test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
 	$(BIN)/pytest -m "not reliability and not production" -n auto --dist loadfile
 

@@ -1,4 +1,8 @@
-"""What every test runs under: no hub, no telemetry, a Prefect home of its own, OpenBLAS first."""
+"""What every test runs under: no hub, no telemetry, a Prefect home of its own, OpenBLAS first.
+
+Under pytest-xdist the files that take longest come first (see tests/slow_files.py), and temporary
+folders lie in memory where the machine has room for them: most of the suite's files are synced.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,10 @@ from nested_core import backend  # noqa: E402
 backend.prepare()  # before a test imports mlx
 
 from tests.kernels import read_header_once  # noqa: E402
+from tests.slow_files import position  # noqa: E402
+
+MEMORY_FOLDER = Path("/dev/shm")
+MEMORY_BYTES = 4 * 2**30  # the suite keeps under 1 GiB of temporary files at a time
 
 settings.register_profile(
     "default",
@@ -51,3 +59,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make ready, before the workers start, what their kernels are compiled from."""
     if config.getoption("numprocesses", None):
         read_header_once(_PREFECT_HOME / "include")
+        config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
+    if memory_has_room():
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FOLDER))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slowest files first, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: position(item.path))  # stable: the rest stay as collected
+
+
+def memory_has_room() -> bool:
+    """Whether temporary files may lie in memory: a folder that is ours to write, and large."""
+    if not os.access(MEMORY_FOLDER, os.W_OK):
+        return False
+    system = os.statvfs(MEMORY_FOLDER)
+    may_execute = not system.f_flag & os.ST_NOEXEC  # tests write programs and run them
+    return may_execute and system.f_bavail * system.f_frsize >= MEMORY_BYTES
