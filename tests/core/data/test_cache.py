@@ -23,7 +23,7 @@ from nested_core.data.cache import KEPT_SECONDS, DatasetCache, default_cache
 from nested_core.data.dataset import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens import token_files
+from nested_core.data.tokens import tokenized_split
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
@@ -129,7 +129,7 @@ def test_a_damaged_entry_is_told_and_made_again(
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    token_files._verify_once.cache_clear()  # as in another process
+    tokenized_split._verify_once.cache_clear()  # as in another process
     with caplog.at_level(logging.WARNING):
         second, tokens = load_dataset(settings, tokenizer, cache=cache)
     assert second == first
@@ -190,7 +190,7 @@ def test_an_entry_that_goes_while_it_is_read_is_made_again_without_a_warning(
     def taken_away(folder: Path) -> Any:
         monkeypatch.undo()
         shutil.rmtree(folder)
-        return token_files.open_tokens(folder)
+        return tokenized_split.open_tokens(folder)
 
     monkeypatch.setattr(caching, "open_tokens", taken_away)
     with caplog.at_level(logging.WARNING):
@@ -277,9 +277,9 @@ def test_an_entry_of_which_half_is_removed_while_it_is_mapped_is_made_again_whol
         monkeypatch.undo()
         for path in folder.glob("train.*"):
             path.unlink()
-        return token_files._map_splits(folder, *arguments)
+        return tokenized_split._map_splits(folder, *arguments)
 
-    monkeypatch.setattr(token_files, "_map_splits", half_removed)
+    monkeypatch.setattr(tokenized_split, "_map_splits", half_removed)
     again, splits = load_dataset(settings, tokenizer, cache=cache)
     assert again == first
     assert {split: len(tokens) for split, tokens in splits.items()} == {"train": 10, "valid": 1}
