@@ -7,10 +7,8 @@ from typing import Any
 
 from prefect import flow, runtime
 from prefect.states import Cancelled, Completed, Failed, State
-from pydantic import Field, GetJsonSchemaHandler
-from pydantic_core import CoreSchema
+from pydantic import Field
 
-from flows.form import describe_fields
 from flows.logs import outlive_the_worker
 from flows.outcome import describe_loss, describe_rejection, short
 from flows.roots import confine_configuration, confined
@@ -35,13 +33,6 @@ class FinetuneParameters(FineTuneConfig):
 
     run_dir: str | None = Field(default=None, description="default: runs/<UTC time>-<flow run id>")
     resume: bool = Field(default=False, description="go on with the run in run_dir")
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        """The schema that the UI makes its form from."""
-        return describe_fields(handler(core_schema), handler)
 
     def configuration(self) -> FineTuneConfig:
         """The configuration alone."""

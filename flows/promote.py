@@ -13,7 +13,7 @@ from pydantic import Field
 
 from flows.roots import confined
 from nested_core.config.adapter_names import NAME_PATTERN
-from nested_core.config.base import Section
+from nested_core.config.section import Section
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import read_candidate
 from tasks.promote import promote_approved, promote_recorded

@@ -9,7 +9,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.roots import confined
-from nested_core.config.base import Section
+from nested_core.config.section import Section
 from nested_core.registry import list_names
 from nested_core.registry.promotion_policy import DAMAGED
 from tasks.promote import reconcile as reconcile_name

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from flows.roots import confined
 from nested_core.config.adapter_names import NAME_PATTERN
-from nested_core.config.base import Section
+from nested_core.config.section import Section
 from tasks.promote import roll_back
 
 

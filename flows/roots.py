@@ -18,10 +18,10 @@ from prefect import runtime
 
 from nested_core.config.data import HubDataset
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.section import PathRule, Section
 from nested_core.errors import ConfigError
 
 VARIABLE = "NESTED_TUNE_ROOTS"
-OF_A_HUB, PATHS = ("model", "data"), ("resume_adapter_file", "adapter_path")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FOLDERS_OF_DATASETS = ("data_dir", "cache_dir")  # arguments of datasets.load_dataset
 REMOTE = re.compile(r"(https?|hf)://(?!.*::)")  # anything else with :// or :: may be a local file
@@ -54,19 +54,29 @@ def confine_configuration(config: FineTuneConfig) -> None:
     """Check every path of a configuration; a model or data set of the hub is no path."""
     if runtime.deployment.id is None:
         return
-    for key in OF_A_HUB:
-        _confine_unless_on_hub(getattr(config, key), key)
-    for key in PATHS:
-        if (value := getattr(config, key)) is not None:
-            confined(value, key)
-    if config.training.hostfile is not None:
-        confined(config.training.hostfile, "training.hostfile")
-    for index, entry in enumerate(config.hf_dataset or ()):
-        _confine_dataset(entry, f"hf_dataset[{index}]")
-    if config.gate.general_data is not None:
-        confined(config.gate.general_data, "gate.general_data")
-    if config.registry.path is not None:
-        confined(config.registry.path, "registry.path")
+    for name, rule, value in _path_values(config):
+        if rule == "local_or_hub":
+            _confine_unless_on_hub(value, name)
+        else:
+            confined(value, name)
+    for index, entry in enumerate(config.hf_dataset):
+        _confine_arguments(entry, f"hf_dataset[{index}].config")
+
+
+def _path_values(section: Section, prefix: str = "") -> Iterator[tuple[str, PathRule, str]]:
+    """Every path that a configuration gives: the key's name, what it may name, its value."""
+    for name, field in type(section).model_fields.items():
+        value, extra = getattr(section, name), field.json_schema_extra
+        key = prefix + (field.alias or name)
+        if isinstance(value, Section):
+            yield from _path_values(value, f"{key}.")
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, Section):
+                    yield from _path_values(item, f"{key}[{index}].")
+        elif isinstance(extra, dict) and "path" in extra and value is not None:
+            rule: Any = extra["path"]
+            yield key, rule, value
 
 
 def _confine_unless_on_hub(value: str, what: str) -> None:
@@ -75,17 +85,16 @@ def _confine_unless_on_hub(value: str, what: str) -> None:
         confined(value, what)
 
 
-def _confine_dataset(entry: HubDataset, what: str) -> None:
-    """`datasets` reads what `path` and `config` name, from here where it exists here."""
-    _confine_unless_on_hub(entry.path, f"{what}.path")
+def _confine_arguments(entry: HubDataset, what: str) -> None:
+    """`datasets` reads the folders and files that its arguments name too."""
     folders = [Path(), Path(entry.path)]  # a relative name starts at either
     for key in FOLDERS_OF_DATASETS:
         for value in _texts(entry.config.get(key)):
-            _confine_below(folders, value, f"{what}.config.{key}")
+            _confine_below(folders, value, f"{what}.{key}")
     folders += [base / text for base in folders for text in _texts(entry.config.get("data_dir"))]
     for value in _texts(entry.config.get("data_files")):
         if not REMOTE.match(value):
-            _confine_below(folders, value, f"{what}.config.data_files")
+            _confine_below(folders, value, f"{what}.data_files")
 
 
 def _confine_below(folders: list[Path], value: str, what: str) -> None:

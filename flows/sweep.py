@@ -12,15 +12,13 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
-from pydantic import Field, GetJsonSchemaHandler, JsonValue
-from pydantic_core import CoreSchema
+from pydantic import Field, JsonValue
 
-from flows.form import describe_fields
 from flows.logs import outlive_the_worker
 from flows.outcome import short
 from flows.roots import confine_configuration
-from nested_core.config.base import Section
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.section import Section
 from nested_core.errors import ConfigError
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.storage.run_directory import RunDirectory
@@ -39,13 +37,6 @@ class SweepParameters(Section):
         description="key -> the values to try; a key in a section is written nested.fast"
     )
     deployment: str = Field(default="finetune/manual", description="FLOW/DEPLOYMENT that trains")
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        """The schema that the UI makes its form from."""
-        return describe_fields(handler(core_schema), handler)
 
 
 @flow(name="sweep", retries=0, flow_run_name="sweep {config.base.model}")

@@ -1,42 +1,83 @@
-"""Every flag of `mlx_lm.lora`, with the same name and meaning, and the run's own."""
+"""A flag for every key of the configuration, named as in `mlx_lm.lora`, and the run's own flags.
+
+A key of a section is `--section.key`. What is neither text, number nor switch is given as YAML:
+`--nested.frequencies '[1, 2]'`.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from nested_core.config.loading import load_config
+from nested_core.config.keys import Key, keys_of
+from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig
 
-TEXT = ("model", "data", "resume_adapter_file", "adapter_path", "report_to", "project_name")
-NUMBERS = (
-    *("num_layers", "batch_size", "iters", "val_batches", "steps_per_report", "steps_per_eval"),
-    *("grad_accumulation_steps", "save_every", "test_batches", "max_seq_length", "seed"),
-)
-SWITCHES = ("train", "mask_prompt", "test", "grad_checkpoint", "trust_remote_code")
-CHOICES = {
-    "fine_tune_type": ("lora", "dora", "full"),
-    "optimizer": ("adam", "adamw", "muon", "sgd", "adafactor"),
-}
+MLX_LM_GROUP = "as in mlx_lm.lora; a flag wins over the file"
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """Add -c/--config and the flags that win over it."""
+    """Add -c/--config and a flag for each key, which wins over it."""
     parser.add_argument(
         "-c", "--config", type=Path, help="a YAML configuration, as for mlx_lm.lora"
     )
-    group = parser.add_argument_group("as in mlx_lm.lora; a flag wins over the file")
-    for name in TEXT:
-        group.add_argument(_flag(name), metavar="TEXT")
-    for name in NUMBERS:
-        group.add_argument(_flag(name), type=int, metavar="N")
-    for name in SWITCHES:
-        group.add_argument(_flag(name), action="store_true", default=None)
-    for name, choices in CHOICES.items():
-        group.add_argument(_flag(name), choices=choices)
-    group.add_argument("--learning-rate", type=float, metavar="RATE")
-    group.add_argument("--clear-cache-threshold", type=_parse_size, metavar="SIZE")
+    groups = {"": parser.add_argument_group(MLX_LM_GROUP)}
+    for key in _keys_with_flags():
+        section, _, _ = key.name.rpartition(".")
+        if section not in groups:
+            groups[section] = parser.add_argument_group(section)
+        flag = "--" + key.name.replace("_", "-")
+        help_text = str(key.field.description).replace("%", "%%")  # % is argparse's own
+        group, form = groups[section], _form_of(key)
+        group.add_argument(flag, dest=_destination(key), default=None, help=help_text, **form)
+        if section and "_" in key.name:  # as it is spelled in YAML, too
+            form = {name: value for name, value in form.items() if name != "metavar"}
+            hidden = argparse.SUPPRESS
+            group.add_argument(
+                f"--{key.name}", dest=_destination(key), default=None, help=hidden, **form
+            )
+
+
+def _keys_with_flags() -> list[Key]:
+    """Every key but sections, whose keys have flags, and keys of lists, which are given whole."""
+    keys = list(keys_of(FineTuneConfig))
+    lists = tuple(f"{key.name}." for key in keys if key.section and not key.is_section)
+    return [key for key in keys if not key.is_section and not key.name.startswith(lists)]
+
+
+def _destination(key: Key) -> str:
+    """Where argparse keeps the value: no key shares a name with a flag of the run."""
+    return f"config.{key.name}"
+
+
+def _form_of(key: Key) -> dict[str, Any]:
+    """How argparse reads a key's flag."""
+    value_type = _value_type(key.field.annotation)
+    if key.name == "clear_cache_threshold":
+        return {"type": _parse_size, "metavar": "SIZE"}
+    if get_origin(value_type) is Literal:
+        return {"choices": get_args(value_type)}
+    if value_type is bool and "." not in key.name:  # mlx_lm.lora's are switches
+        return {"action": "store_true"}
+    if value_type is str:
+        return {"metavar": "TEXT"}
+    if value_type is int:
+        return {"type": int, "metavar": "N"}
+    if value_type is float:
+        return {"type": float, "metavar": "NUMBER"}
+    return {"type": parse_yaml, "metavar": "YAML"}
+
+
+def _value_type(annotation: Any) -> Any:
+    """A key's type without null and constraints."""
+    if get_origin(annotation) is Annotated:
+        return _value_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        others = [part for part in get_args(annotation) if part is not NoneType]
+        return _value_type(others[0]) if len(others) == 1 else annotation
+    return annotation
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,14 +88,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def config_from(arguments: argparse.Namespace) -> FineTuneConfig:
     """The configuration of a command line: flag, then YAML, then default."""
-    names = (*TEXT, *NUMBERS, *SWITCHES, *CHOICES, "learning_rate", "clear_cache_threshold")
-    flags: dict[str, Any] = {name: getattr(arguments, name) for name in names}
-    given = {name: value for name, value in flags.items() if value is not None}
-    return load_config(arguments.config, given)
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    flags = {key.name: getattr(arguments, _destination(key)) for key in _keys_with_flags()}
+    return load_config(
+        arguments.config, {name: value for name, value in flags.items() if value is not None}
+    )
 
 
 def _parse_size(text: str) -> int:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from nested_core.config.base import Section
+from nested_core.config.section import Section, key
 
-_GIVEN_BY_KEYS = {"path", "split"}
+ARGUMENTS_WITH_KEYS = {"path", "split"}  # arguments of datasets.load_dataset
+NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class HubDataset(Section):
     """One data set, which splits of it to read, and the columns that hold the fields."""
 
-    path: Annotated[str, Field(min_length=1)]
-    config: dict[str, Any] = Field(default_factory=dict)  # arguments of datasets.load_dataset
-    train_split: str = "train[:80%]"
-    valid_split: str = "train[-10%:]"
-    test_split: str | None = None
-    prompt_feature: str = "prompt"
-    completion_feature: str = "completion"
-    text_feature: str = "text"
-    chat_feature: str = "messages"
+    path: NonEmpty = key(..., "the data set's name on the hub, or a folder", path="local_or_hub")
+    config: dict[str, Any] = key({}, "keyword arguments of datasets.load_dataset")
+    train_split: str = key("train[:80%]", "the split to train on")
+    valid_split: str = key("train[-10%:]", "the split to validate on")
+    test_split: str | None = key(None, "the split to test on")
+    prompt_feature: str = key("prompt", "the column of the prompt")
+    completion_feature: str = key("completion", "the column of the completion")
+    text_feature: str = key("text", "the column of plain text")
+    chat_feature: str = key("messages", "the column of the messages")
 
     @model_validator(mode="before")
     @classmethod
@@ -34,11 +36,10 @@ class HubDataset(Section):
             )
         return value
 
-    @model_validator(mode="after")
-    def _arguments_are_not_given_twice(self) -> Self:
-        if twice := _GIVEN_BY_KEYS & self.config.keys():
-            raise ValueError(f"config: {sorted(twice)} have keys of their own: path, train_split")
-        return self
+    def problems(self) -> Iterator[str]:
+        """No argument of load_dataset is given twice."""
+        if twice := ARGUMENTS_WITH_KEYS & self.config.keys():
+            yield f"config: {sorted(twice)} have keys of their own: path, train_split"
 
 
 def _as_list(value: Any) -> Any:
@@ -52,6 +53,8 @@ HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_as_list)]
 class DataPolicy(Section):
     """What happens to examples that are too long, repeated, or in a held-out set as well."""
 
-    overlong: Literal["truncate", "drop", "error"] = "truncate"
-    duplicates: Literal["keep", "drop"] = "keep"
-    leakage: Literal["error", "drop"] = "error"
+    overlong: Literal["truncate", "drop", "error"] = key(
+        "truncate", "examples above max_seq_length"
+    )
+    duplicates: Literal["keep", "drop"] = key("keep", "training examples that come twice")
+    leakage: Literal["error", "drop"] = key("error", "training examples in a held-out set as well")

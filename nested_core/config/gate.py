@@ -1,27 +1,30 @@
-"""The bounds that the gate judges by. Nothing here lets an adapter past the gate."""
+"""`gate`: the bounds that the gate judges by. Nothing here lets an adapter past the gate."""
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Iterator
+from typing import Annotated
 
-from pydantic import Field, model_validator
-from pydantic import NonNegativeFloat as Share
+from pydantic import Field, NonNegativeFloat
 
-from nested_core.config.base import Section
-from nested_core.config.rules import gate_problems, refuse
+from nested_core.config.section import Section, key
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class GateSection(Section):
     """The bounds that the gate judges by; they are recorded in gate.json."""
 
-    max_val_loss_increase: Share = 0.0
-    min_relative_change: Share = 0.0
-    max_skipped_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    general_data: str | None = None
-    max_general_loss_increase: Share | None = None
-    check_fused: bool = False
+    max_val_loss_increase: NonNegativeFloat = key(0.0, "relative, against the initial adapter")
+    min_relative_change: NonNegativeFloat = key(0.0, "the least that a tensor must have moved")
+    max_skipped_share: Share = key(0.01, "of a tier's updates, skipped for non-finite gradients")
+    general_data: str | None = key(
+        None, "JSON Lines of text that the adapter must not forget", path="local"
+    )
+    max_general_loss_increase: NonNegativeFloat | None = key(None, "relative, on general_data")
+    check_fused: bool = key(False, "judge the adapter fused into the base model too")
 
-    @model_validator(mode="after")
-    def _text_and_bound_together(self) -> Self:
-        refuse(gate_problems(self))
-        return self
+    def problems(self) -> Iterator[str]:
+        """The general text and its bound come together."""
+        if (self.general_data is None) != (self.max_general_loss_increase is None):
+            yield "gate needs general_data and max_general_loss_increase, or neither"

@@ -9,13 +9,14 @@ import difflib
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nested_core.config.rules import Disagreements
+from nested_core.config.keys import section_in
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.section import SectionProblems
 from nested_core.errors import ConfigError
 
 MAX_YAML_BYTES = 64 * 1024
@@ -64,16 +65,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
     if len(content) > MAX_YAML_BYTES:
         raise ConfigError(f"{path} is larger than 64 KiB; that is not a configuration.")
-    try:
-        loader = _PlainLoader(content)
-        value = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not usable YAML: {_yaml_problem(error)}.") from error
+    value = parse_yaml(content, source=str(path))
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise ConfigError(f"{path} should hold keys and values; found a {type(value).__name__}.")
     return value
+
+
+def parse_yaml(text: str | bytes, *, source: str = "the value") -> Any:
+    """The value of strict YAML: no anchors, tags or duplicate keys; ConfigError names `source`."""
+    try:
+        return _PlainLoader(text).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not usable YAML: {_yaml_problem(error)}.") from error
 
 
 def _yaml_problem(error: Exception) -> str:
@@ -86,13 +91,20 @@ def _yaml_problem(error: Exception) -> str:
 def load_config(path: Path | None, flags: Mapping[str, Any]) -> FineTuneConfig:
     """Build the configuration from a YAML file, if any, and flags that are not None.
 
-    As in mlx_lm.lora, a flag wins over the file and a null in the file means the default. Relative
-    paths are kept as they are written: they start at the working directory.
+    `flags` are by dotted name, such as `nested.fast`. As in mlx_lm.lora, a flag wins over the file
+    and a null in the file means the default. Relative paths are kept as they are written: they
+    start at the working directory.
     """
     values = read_yaml(path) if path is not None else {}
-    merged = values | dict(flags)
-    known = {key: value for key, value in merged.items() if value is not None}
-    return parse_config(known, source=str(path) if path is not None else "the command line")
+    source = str(path) if path is not None else "the command line"
+    for name, value in flags.items():
+        section, _, key = name.rpartition(".")
+        if not section:
+            values[key] = value
+        elif isinstance(values.get(section) or {}, dict):
+            values[section] = (values.get(section) or {}) | {key: value}
+    known = {key: value for key, value in values.items() if value is not None}
+    return parse_config(known, source=source)
 
 
 def parse_config(values: Mapping[str, Any], *, source: str) -> FineTuneConfig:
@@ -124,7 +136,7 @@ def _explain_one(problem: dict[str, Any], model: type[BaseModel]) -> list[str]:
         return [f"  {key}: unknown key{_suggestion(location, model)}"]
     prefix = f"  {key}: " if key else "  "
     cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, Disagreements):
+    if isinstance(cause, SectionProblems):
         return [f"{prefix}{message}" for message in cause.problems]
     message = problem["msg"].removeprefix("Value error, ")
     value = "" if problem["type"] == "value_error" else f"; found {problem['input']!r:.80}"
@@ -135,18 +147,10 @@ def _suggestion(location: tuple[Any, ...], model: type[BaseModel]) -> str:
     for part in location[:-1]:
         if isinstance(part, str):
             fields = {field.alias or name: field for name, field in model.model_fields.items()}
-            inner = _section_in(fields[part].annotation) if part in fields else None
+            inner = section_in(fields[part].annotation) if part in fields else None
             if inner is None:
                 return ""
             model = inner
     names = [field.alias or name for name, field in model.model_fields.items()]
     close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds: itself, or one of `Section | None`, `tuple[Section, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_section_in(part) for part in get_args(annotation))
-    return next((section for section in found if section is not None), None)

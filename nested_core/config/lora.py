@@ -7,14 +7,17 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from nested_core.config.base import Section
+from nested_core.config.section import Section, key
 
 RANK = 8
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Modules = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 def _add_alpha(schema: dict[str, Any]) -> None:
     """Forms that are made from the schema (Prefect's) take alpha too."""
-    schema["properties"]["alpha"] = {"title": "Alpha", "type": "number"}
+    described = "scale times rank, as PEFT has it; in place of scale"
+    schema["properties"]["alpha"] = {"title": "Alpha", "type": "number", "description": described}
 
 
 class LoraParameters(Section):
@@ -27,11 +30,11 @@ class LoraParameters(Section):
 
     model_config = ConfigDict(json_schema_extra=_add_alpha)
 
-    rank: PositiveInt = RANK
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    scale: PositiveFloat = 20.0
-    modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
-        default=None, alias="keys"
+    rank: PositiveInt = key(RANK, "inner dimension of the two factors")
+    dropout: Dropout = key(0.0, "share of the inputs left out in training")
+    scale: PositiveFloat = key(20.0, "factor on the product of the two matrices")
+    modules: Modules | None = key(
+        None, "names of the modules that get an adapter; null: all linear ones", alias="keys"
     )
 
     @model_validator(mode="before")

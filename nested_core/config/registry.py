@@ -1,15 +1,14 @@
-"""The configuration of what becomes of a verified adapter, and of what a run goes on from."""
+"""`registry` and `continual`: where a verified adapter goes, and what a run starts from."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-from pydantic import NonNegativeFloat as Share
+from pydantic import Field, NonNegativeFloat
 
-from nested_core.config.adapter_names import NAME_PATTERN
-from nested_core.config.base import Section
-from nested_core.config.rules import refuse, registry_problems
+from nested_core.config.adapter_names import NAME_PATTERN, why_no_name
+from nested_core.config.section import Section, key
 
 AdapterName = Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")]
 
@@ -21,16 +20,22 @@ class RegistrySection(Section):
     `min_improvement`; `approve` leaves it to a person.
     """
 
-    path: str | None = None
-    name: AdapterName | None = None
-    promote: Literal["never", "always", "better", "approve"] = "never"
-    min_improvement: Share = 0.0
-    require_validation: bool = True
+    path: str | None = key(None, "the registry's folder, on the worker's machine", path="local")
+    name: AdapterName | None = key(None, "the adapter's name in the registry")
+    promote: Literal["never", "always", "better", "approve"] = key(
+        "never", "whether a verified adapter becomes champion; better: on the same validation data"
+    )
+    min_improvement: NonNegativeFloat = key(0.0, "for better: by how much")
+    require_validation: bool = key(True, "promote nothing that was not validated")
 
-    @model_validator(mode="after")
-    def _path_and_name_together(self) -> Self:
-        refuse(registry_problems(self))
-        return self
+    def problems(self) -> Iterator[str]:
+        """Path, name and what is promoted agree."""
+        if (self.path is None) != (self.name is None):
+            yield "registry needs both path and name, or neither"
+        if self.promote != "never" and self.path is None:
+            yield f"promote: {self.promote} needs a registry path and name"
+        if self.name is not None and (reason := why_no_name(self.name)):
+            yield reason
 
 
 class ContinualSection(Section):
@@ -40,5 +45,7 @@ class ContinualSection(Section):
     ends before it begins.
     """
 
-    start: Literal["champion"] | None = Field(default=None, alias="from")
-    skip_unchanged: bool = True
+    start: Literal["champion"] | None = key(
+        None, "champion: start from the registry's champion", alias="from"
+    )
+    skip_unchanged: bool = key(True, "end before training if data and settings are the same")

@@ -5,80 +5,47 @@ Unknown keys are refused with the nearest known one; every problem is reported, 
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from pydantic import NonNegativeFloat as Share
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from nested_core.config.base import Section
 from nested_core.config.data import DataPolicy, HubDatasets
 from nested_core.config.gate import GateSection
 from nested_core.config.lora import LoraParameters
+from nested_core.config.nested import NestedSection
 from nested_core.config.registry import ContinualSection, RegistrySection
-from nested_core.config.rules import agreement_problems, refuse, tier_problems
+from nested_core.config.section import Section, key
+from nested_core.config.training import TrainingSection
+
+CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
+OPTIMIZER_ARGUMENTS = {
+    "adam": {"betas", "eps", "bias_correction"},
+    "adamw": {"betas", "eps", "bias_correction", "weight_decay"},
+    "muon": {"momentum", "weight_decay", "nesterov", "ns_steps"},
+    "sgd": {"momentum", "weight_decay", "dampening", "nesterov"},
+    "adafactor": {
+        "eps",
+        "clip_threshold",
+        "decay_rate",
+        "beta_1",
+        "weight_decay",
+        "scale_parameter",
+        "relative_step",
+        "warmup_init",
+    },
+}
 
 
 class LearningRateSchedule(Section):
     """mlx-lm's `lr_schedule`: a schedule of `mlx.optimizers` by name, with its own warm-up."""
 
-    name: Literal["linear_schedule", "exponential_decay", "step_decay", "cosine_decay"]
-    arguments: Annotated[tuple[float, ...], Field(min_length=1)]
-    warmup: Annotated[int, Field(ge=0)] = 0
-    warmup_init: float = 0.0
-
-
-class Assignment(Section):
-    """One rule of the manual strategy: names that match the pattern go to the tier."""
-
-    match: str
-    tier: Annotated[int, Field(ge=0)]
-
-    @model_validator(mode="after")
-    def _pattern_compiles(self) -> Self:
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise ValueError(f"{self.match!r} is not a regular expression: {error}") from error
-        return self
-
-
-class NestedSection(Section):
-    """Tiers of parameters and the clocks they are updated on."""
-
-    frequencies: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)] = (1,)
-    strategy: Literal["layer_depth", "parameter_importance", "manual"] = "layer_depth"
-    fast: Literal["shallow", "deep"] = "shallow"
-    slow_gradients: Literal["skip", "accumulate"] = "skip"
-    accumulate: Literal["mean", "sum"] = "mean"
-    learning_rate_scale: tuple[Share, ...] | None = None
-    weight_decay: tuple[Share, ...] | None = None
-    assignments: tuple[Assignment, ...] = ()
-    probe_batches: PositiveInt = 8
-
-    @model_validator(mode="after")
-    def _tiers_agree(self) -> Self:
-        refuse(tier_problems(self))
-        return self
-
-
-class TrainingSection(Section):
-    """How the loop runs, beyond what mlx-lm knows."""
-
-    max_grad_norm: Share = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    epochs: PositiveFloat | None = None
-    supervise: Literal["last", "all"] = "last"
-    early_stop_patience: PositiveInt | None = None
-    min_delta: Share = 1e-4
-    keep_checkpoints: PositiveInt = 5
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    memory_limit_gb: PositiveFloat | None = None
-    max_nonfinite_steps: PositiveInt = 5
-    flat_loss_reports: Annotated[int, Field(ge=2)] = 10
-    processes: Annotated[PositiveInt, Field(le=64)] = 1
-    hostfile: str | None = None
-    reference: Literal["mlx_lm"] | None = None
+    name: Literal["linear_schedule", "exponential_decay", "step_decay", "cosine_decay"] = key(
+        ..., "a schedule of mlx.optimizers"
+    )
+    arguments: tuple[float, ...] = key(..., "its arguments, in order", min_length=1)
+    warmup: NonNegativeInt = key(0, "steps of warm-up before it")
+    warmup_init: float = key(0.0, "the learning rate that the warm-up starts from")
 
 
 class FineTuneConfig(Section):
@@ -88,51 +55,88 @@ class FineTuneConfig(Section):
     `adapter_path` only where one is given. `train` is implied by the command.
     """
 
-    model: str = "Qwen/Qwen3-0.6b"
-    train: bool = True
-    fine_tune_type: Literal["lora", "dora", "full"] = "lora"
-    optimizer: Literal["adam", "adamw", "muon", "sgd", "adafactor"] = "adam"
-    optimizer_config: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    data: str = "mlx-community/WikiSQL"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    num_layers: Annotated[int, Field(ge=-1)] = 16
-    batch_size: Annotated[PositiveInt, Field(lt=2**31)] = 4
-    iters: PositiveInt = 1000
-    val_batches: Annotated[int, Field(ge=-1)] = 25
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    steps_per_report: PositiveInt = 10
-    steps_per_eval: PositiveInt = 200
-    resume_adapter_file: str | None = None
-    adapter_path: str | None = None
-    save_every: PositiveInt = 100
-    test: bool = False
-    test_batches: Annotated[int, Field(ge=-1)] = 500
-    max_seq_length: Annotated[int, Field(ge=2, lt=2**31)] = 2048
-    grad_checkpoint: bool = False
-    grad_accumulation_steps: PositiveInt = 1
-    clear_cache_threshold: Annotated[int, Field(ge=0)] = 0
-    lr_schedule: LearningRateSchedule | None = None
-    lora_parameters: LoraParameters = LoraParameters()
-    mask_prompt: bool = False
-    report_to: str | None = None
-    project_name: str | None = None
-    trust_remote_code: bool = False
-    prompt_feature: str = "prompt"
-    completion_feature: str = "completion"
-    text_feature: str = "text"
-    chat_feature: str = "messages"
-    hf_dataset: HubDatasets = ()
-    nested: NestedSection = NestedSection()
-    training: TrainingSection = TrainingSection()
-    data_policy: DataPolicy = DataPolicy()
-    gate: GateSection = GateSection()
-    registry: RegistrySection = RegistrySection()
-    continual: ContinualSection = ContinualSection()
+    model: str = key(
+        "Qwen/Qwen3-0.6b", "base model: folder or hub name", affects="source", path="local_or_hub"
+    )
+    train: bool = key(True, "implied: these commands always train", affects="output")
+    fine_tune_type: Literal["lora", "dora", "full"] = key(
+        "lora", "what is trained: low-rank factors, or every weight of the chosen layers"
+    )
+    optimizer: Literal["adam", "adamw", "muon", "sgd", "adafactor"] = key(
+        "adam", "adam and adamw keep the clocks of tiers; the others train all at one pace"
+    )
+    optimizer_config: dict[str, dict[str, Any]] = key({}, "keyword arguments for each optimizer")
+    data: str = key(
+        "mlx-community/WikiSQL",
+        "a folder with train.jsonl and valid.jsonl, or a data set of the hub",
+        affects="source",
+        path="local_or_hub",
+    )
+    seed: int = key(0, "of the random numbers; the same seed gives the same run", ge=0, lt=2**32)
+    num_layers: CountOrAll = key(16, "how many of the last layers are trained; -1 is all")
+    batch_size: PositiveInt = key(4, "examples in a micro-batch", lt=2**31)
+    iters: PositiveInt = key(1000, "micro-batches to train on", affects="length")
+    val_batches: CountOrAll = key(25, "batches of an evaluation; -1 is all, 0 is none")
+    learning_rate: PositiveFloat = key(1e-5, "of the optimizer, before schedule and warm-up")
+    steps_per_report: PositiveInt = key(10, "iterations between two reports", affects="output")
+    steps_per_eval: PositiveInt = key(200, "iterations between two evaluations")
+    resume_adapter_file: str | None = key(
+        None, "start from this adapters.safetensors, not from a fresh adapter", path="local"
+    )
+    adapter_path: str | None = key(
+        None, "copy the adapter to this folder too", affects="output", path="local"
+    )
+    save_every: PositiveInt = key(100, "iterations between two checkpoints", affects="output")
+    test: bool = key(False, "compute the loss on test.jsonl at the end", affects="output")
+    test_batches: CountOrAll = key(500, "batches of that loss; -1 is all", affects="output")
+    max_seq_length: int = key(2048, "tokens after which an example is overlong", ge=2, lt=2**31)
+    grad_checkpoint: bool = key(
+        False, "compute layers again in the backward pass: less memory, more time"
+    )
+    grad_accumulation_steps: PositiveInt = key(1, "micro-batches whose gradients make one step")
+    clear_cache_threshold: NonNegativeInt = key(
+        0, "bytes of MLX's cache above which it is emptied; 0 is never", affects="output"
+    )
+    lr_schedule: LearningRateSchedule | None = key(None, "schedule of the learning rate")
+    lora_parameters: LoraParameters = key(LoraParameters(), "rank, scale and modules of LoRA")
+    mask_prompt: bool = key(False, "train on the answers alone")
+    report_to: str | None = key(None, "wandb or swanlab", affects="output")
+    project_name: str | None = key(None, "the project in wandb or swanlab", affects="output")
+    trust_remote_code: bool = key(
+        False, "run code that comes with the model: only if you trust it", affects="source"
+    )
+    prompt_feature: str = key("prompt", "the key of the prompt in a row")
+    completion_feature: str = key("completion", "the key of the completion in a row")
+    text_feature: str = key("text", "the key of plain text in a row")
+    chat_feature: str = key("messages", "the key of the messages in a row")
+    hf_dataset: HubDatasets = key((), "data sets of the hub with their splits")
+    nested: NestedSection = key(NestedSection(), "tiers of parameters, each with its own frequency")
+    training: TrainingSection = key(TrainingSection(), "clipping, warm-up, early stop, precision")
+    data_policy: DataPolicy = key(DataPolicy(), "what becomes of overlong or repeated examples")
+    gate: GateSection = key(GateSection(), "bounds of the gate", affects="output")
+    registry: RegistrySection = key(
+        RegistrySection(), "where a verified adapter goes", affects="output"
+    )
+    continual: ContinualSection = key(
+        ContinualSection(), "whether a run starts from the champion", affects="source"
+    )
 
-    @model_validator(mode="after")
-    def _parts_agree(self) -> Self:
-        refuse(agreement_problems(self))
-        return self
+    def problems(self) -> Iterator[str]:
+        """What sections ask of each other."""
+        schedule = self.lr_schedule
+        if schedule is not None and schedule.warmup and self.training.warmup_steps:
+            yield "training.warmup_steps and lr_schedule.warmup: give only one of them"
+        yield from _optimizer_problems(self)
+        if self.nested.weight_decay is not None and self.optimizer != "adamw":
+            yield "nested.weight_decay needs optimizer: adamw"
+        has_one_clock = self.nested.frequencies == (1,) and self.nested.learning_rate_scale is None
+        if self.optimizer not in ("adam", "adamw") and not has_one_clock:
+            yield f"optimizer {self.optimizer} has one clock: nested.frequencies [1]"
+        if self.gate.check_fused and self.fine_tune_type == "full":
+            yield "gate.check_fused: a full fine-tune has no adapter to fuse"
+        yield from _process_problems(self)
+        yield from _reference_problems(self)
+        yield from _continual_problems(self)
 
     @property
     def has_masters(self) -> bool:
@@ -143,3 +147,55 @@ class FineTuneConfig(Section):
     def optimizer_arguments(self) -> dict[str, Any]:
         """The keyword arguments given for the chosen optimizer."""
         return self.optimizer_config.get(self.optimizer, {})
+
+
+def _process_problems(config: FineTuneConfig) -> Iterator[str]:
+    """Processes share a batch; whether those of a hostfile can is seen when it is read."""
+    training, batch_size = config.training, config.batch_size
+    if training.hostfile is not None and training.processes != 1:
+        yield "training.processes and training.hostfile: give only one; each host is a rank"
+    if batch_size % training.processes:
+        yield (
+            f"batch_size {batch_size} is the batch of all ranks together: training.processes "
+            f"{training.processes} does not divide it"
+        )
+    if training.reference is not None and (training.processes, training.hostfile) != (1, None):
+        yield "training.reference: one process; leave training.processes and hostfile out"
+
+
+def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
+    if config.continual.start is None:
+        return
+    if config.registry.path is None:
+        yield "continual.from: champion needs a registry path and name"
+    if config.resume_adapter_file is not None:
+        yield "continual.from and resume_adapter_file: give only one of them"
+
+
+def _optimizer_problems(config: FineTuneConfig) -> Iterator[str]:
+    strange = config.optimizer_config.keys() - OPTIMIZER_ARGUMENTS
+    if strange:
+        yield (
+            f"optimizer_config: {sorted(strange)} are no optimizers; there are "
+            f"{sorted(OPTIMIZER_ARGUMENTS)}"
+        )
+    allowed = OPTIMIZER_ARGUMENTS[config.optimizer]
+    unknown = config.optimizer_arguments.keys() - allowed
+    if unknown:
+        yield (
+            f"optimizer_config.{config.optimizer} does not take {sorted(unknown)}; "
+            f"it takes {sorted(allowed)}"
+        )
+
+
+def _reference_problems(config: FineTuneConfig) -> Iterator[str]:
+    """A reference run does what mlx_lm.lora does, and nothing that it does not."""
+    if config.training.reference is None:
+        return
+    changed = [f"training.{name}" for name in config.training.changed_from_mlx_lm()]
+    if config.nested != NestedSection():
+        changed.append("nested")
+    if config.data_policy != DataPolicy():
+        changed.append("data_policy")
+    if changed:
+        yield f"training.reference: mlx_lm.lora knows nothing of {', '.join(changed)}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nested_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nested_core.config.schema import Assignment, NestedSection
+    from nested_core.config.nested import Assignment, NestedSection
 
 LAYER_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 

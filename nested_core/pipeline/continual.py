@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nested_core.config.keys import settings_of_the_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.models.base import base_fingerprint, find_model
@@ -22,13 +23,6 @@ from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.run_directory import RunDirectory
-
-# What does not change the adapter that comes out; data and base model are compared by content.
-IMMATERIAL = frozenset(
-    {"data", "model", "train", "test", "test_batches", "adapter_path", "report_to", "project_name"}
-    | {"steps_per_report", "save_every", "clear_cache_threshold", "trust_remote_code"}
-    | {"registry", "continual", "gate"}
-)
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
@@ -79,8 +73,8 @@ def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
 
 def settings_digest(config: FineTuneConfig, base: str | None) -> str:
     """SHA-256 over the base model's fingerprint and every setting that can change the adapter."""
-    values = config.model_dump(mode="json", exclude=set(IMMATERIAL))
-    return hashlib.sha256(canonical_json([base, values])).hexdigest()
+    settings = settings_of_the_adapter(config)
+    return hashlib.sha256(canonical_json([base, settings])).hexdigest()
 
 
 def parent_of(config: FineTuneConfig, initial_digest: str) -> str | None:

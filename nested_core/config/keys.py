@@ -1,0 +1,79 @@
+"""What follows from each key's line in the schema: one place to ask about all keys at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from nested_core.config.section import Affects, Section
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: its dotted name in YAML, such as `training.max_grad_norm`, and its declaration.
+
+    `section` is the section whose keys the value holds, itself or in a list.
+    """
+
+    name: str
+    field: FieldInfo
+    affects: Affects
+    section: type[BaseModel] | None
+
+    @property
+    def is_section(self) -> bool:
+        """Whether the value is one section: neither a list of them nor a section or null."""
+        return self.section is not None and self.field.annotation is self.section
+
+    @property
+    def may_differ_on_resume(self) -> bool:
+        """Whether a run may be resumed with another value."""
+        return self.affects in ("length", "output")
+
+    @property
+    def changes_adapter(self) -> bool:
+        """Whether another value, under the same model and data, can give another adapter."""
+        return self.affects in ("training", "length")
+
+
+def keys_of(
+    section: type[BaseModel], prefix: str = "", affects: Affects = "training"
+) -> Iterator[Key]:
+    """Every key of a section and of the sections in it, each section before its keys."""
+    for name, field in section.model_fields.items():
+        extra: Any = field.json_schema_extra or {}
+        inner = section_in(field.annotation)
+        key = Key(prefix + (field.alias or name), field, extra.get("affects", affects), inner)
+        yield key
+        if inner is not None:
+            yield from keys_of(inner, f"{key.name}.", key.affects)
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section in a field's type: `Section`, `Section | None` or `tuple[Section, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    sections = (section_in(part) for part in get_args(annotation))
+    return next((section for section in sections if section is not None), None)
+
+
+def settings_of_the_adapter(config: Section) -> dict[str, Any]:
+    """The values of the keys that can change the adapter, as JSON; data and model left out."""
+    keys = {key.name: key for key in keys_of(type(config))}
+
+    def select(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        selected = {}
+        for name, value in values.items():
+            key = keys[prefix + name]
+            if not key.is_section:
+                if key.changes_adapter:
+                    selected[name] = value
+            elif inner := select(value, f"{key.name}."):
+                selected[name] = inner
+        return selected
+
+    return select(config.model_dump(mode="json"), "")

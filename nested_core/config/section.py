@@ -1,0 +1,74 @@
+"""The base class of every configuration section, and `key`, which declares one key on one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+# What a key has a say in, and so what follows from a change of it:
+#   training  the adapter that comes out: fixed on resume; another value means another adapter
+#   length    how long a run trains: may differ on resume; another value means another adapter
+#   source    where something is read from: fixed on resume; its content decides, not its name
+#   output    what is reported, kept and judged: may differ on resume; the adapter is the same
+Affects = Literal["training", "length", "source", "output"]
+# What a key's value names: a file or folder here, or that or a repository of the hub.
+PathRule = Literal["local", "local_or_hub"]
+
+
+def key(
+    default: Any,
+    description: str,
+    *,
+    affects: Affects | None = None,
+    path: PathRule | None = None,
+    **constraints: Any,
+) -> Any:
+    """Declare a key: its default (`...` for none), what it does, and what follows from it.
+
+    The flag, the Prefect form, docs/configuration.md, what may differ on resume, what makes a
+    continual run train again and which paths a deployment may use are derived from this. Without
+    `affects` a key has its section's, and a section "training". `constraints` are pydantic's.
+    """
+    facts = {"affects": affects, "path": path}
+    given: Any = {name: value for name, value in facts.items() if value is not None}
+    return Field(default, description=description, json_schema_extra=given or None, **constraints)
+
+
+class SectionProblems(ValueError):
+    """Every pair of values in one section that does not agree, a line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and closed to keys it does not know."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
+
+    def problems(self) -> Iterator[str]:
+        """What does not agree between the keys of this section; a section overrides this."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _refuse_problems(self) -> Self:
+        problems = tuple(self.problems())
+        if problems:
+            raise SectionProblems(problems)
+        return self
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Without this `iters: true` would be 1."""
+        values = value if isinstance(value, list | tuple) else (value,)
+        if cls.model_fields[str(info.field_name)].annotation is not bool:
+            for item in values:
+                if isinstance(item, bool):
+                    raise ValueError(f"true and false mean nothing here; found {item}")
+        return value
