@@ -18,7 +18,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help demo test check format bench production-test soak reliability example-model lock clean
+.PHONY: help demo test check format bench production-test soak reliability docs example-model lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ soak: $(VENV)/dev.stamp ## RUNS=500 tiny trainings through the queue, with two w
 
 reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minutes
 	$(BIN)/pytest -m reliability -n auto --dist loadfile
+
+docs: $(VENV)/project.stamp ## write docs/configuration.md again from the schema
+	$(BIN)/python docs/make_configuration.py
 
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py

@@ -1,0 +1,77 @@
+"""Write docs/configuration.md from the schema: `make docs`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+
+from nested_core.config.keys import Key, keys_of
+from nested_core.config.schema import FineTuneConfig
+
+PAGE = Path(__file__).with_name("configuration.md")
+HEAD = """\
+# Configuration
+
+Written by `make docs` from the schema in `nested_core/config/`; do not edit it by hand.
+
+mlx-lm's keys stand at the top level, with mlx-lm's names and defaults; ours are in sections. A key
+is a flag too, which wins over the file, as are those of a section: `--learning-rate 1e-4`,
+`--nested.frequencies '[1, 2, 4]'`. Unknown keys are refused with the nearest known one.
+
+**Resume** says whether a run may be resumed with another value. **Adapter** says whether, in a run
+from the champion (`continual`), another value is a reason to train again; `model` and `data` are
+compared by content instead.
+"""
+TABLE = """\
+| key | default | what it does | resume | adapter |
+|---|---|---|---|---|
+"""
+
+
+def render_page() -> str:
+    """The page: a table of the top level, then one for each section and list of sections."""
+    keys = list(keys_of(FineTuneConfig))
+    parts = [HEAD, "\n## Top level\n\n", TABLE, *_rows(keys, "")]
+    for key in keys:
+        if key.section is not None:
+            summary = str(key.section.__doc__).splitlines()[0]
+            parts += [f"\n## {key.name}\n\n", f"{summary}\n\n", TABLE, *_rows(keys, key.name)]
+    return "".join(parts)
+
+
+def _rows(keys: list[Key], section: str) -> Iterator[str]:
+    for key in keys:
+        parent, _, name = key.name.rpartition(".")
+        if parent == section:
+            meaning = _escape(f"{key.field.description}{_choices(key)}")
+            resume = "may differ" if key.may_differ_on_resume else "fixed"
+            adapter = "changes it" if key.changes_adapter else "same"
+            yield f"| `{name}` | {_default(key)} | {meaning} | {resume} | {adapter} |\n"
+
+
+def _default(key: Key) -> str:
+    if key.section is not None and key.field.default is not None:
+        return f"[section](#{key.name.replace('.', '')})"
+    if key.field.default is PydanticUndefined:
+        return "required"
+    return f"`{_escape(json.dumps(key.field.default))}`"
+
+
+def _choices(key: Key) -> str:
+    parts: list[Any] = [key.field.annotation, *get_args(key.field.annotation)]
+    for part in parts:
+        if get_origin(part) is Literal:
+            return "; one of " + ", ".join(f"`{choice}`" for choice in get_args(part))
+    return ""
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render_page(), encoding="utf-8")

@@ -1,0 +1,136 @@
+"""What is derived from a key's line: resume, continual runs, paths and docs/configuration.md."""
+
+from __future__ import annotations
+
+import hashlib
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core import ConfigError, FineTuneConfig
+from nested_core.config.keys import keys_of, settings_of_the_adapter
+from nested_core.config.loading import parse_config
+from nested_core.config.resume import refuse_differences
+from nested_core.config.section import Section, key
+from nested_core.pipeline.continual import settings_digest
+from nested_core.storage.atomic import canonical_json
+
+ROOT = Path(__file__).resolve().parents[3]
+FREE_ON_RESUME = {
+    "iters",
+    "steps_per_report",
+    "save_every",
+    "test",
+    "test_batches",
+    "adapter_path",
+    "gate",
+    "registry",
+    "report_to",
+    "project_name",
+    "clear_cache_threshold",
+    "train",
+}
+NOT_IN_THE_DIGEST = {
+    "data",
+    "model",
+    "train",
+    "test",
+    "test_batches",
+    "adapter_path",
+    "report_to",
+    "project_name",
+    "steps_per_report",
+    "save_every",
+    "clear_cache_threshold",
+    "trust_remote_code",
+    "registry",
+    "continual",
+    "gate",
+}
+CHANGED: dict[str, Any] = {
+    "fine_tune_type": "dora",
+    "optimizer": "adamw",
+    "optimizer_config": {"adam": {"eps": 1e-7}},
+    "lr_schedule": {"name": "cosine_decay", "arguments": [1e-5, 100]},
+    "lora_parameters": {"rank": 4},
+    "hf_dataset": {"path": "owner/name"},
+    "nested": {"frequencies": [1, 2]},
+    "training": {"keep_checkpoints": 7},
+    "data_policy": {"overlong": "drop"},
+    "gate": {"max_val_loss_increase": 0.5},
+    "registry": {"path": "registry", "name": "capitals"},
+    "continual": {"skip_unchanged": False},
+}
+
+
+def changed(name: str) -> FineTuneConfig:
+    """A configuration that differs from the default in one top-level key alone."""
+    default = getattr(FineTuneConfig(), name)
+    if name in CHANGED:
+        value = CHANGED[name]
+    elif isinstance(default, bool):
+        value = not default
+    elif isinstance(default, int | float):
+        value = default * 2 + 1
+    else:
+        value = "other"
+    return parse_config({name: value}, source="a test")
+
+
+@pytest.mark.parametrize("name", FineTuneConfig.model_fields)
+def test_a_key_may_differ_on_resume_or_is_refused_by_name(name: str) -> None:
+    if name in FREE_ON_RESUME:
+        refuse_differences(FineTuneConfig(), changed(name), Path("run"))
+        return
+    with pytest.raises(ConfigError, match=rf"cannot be resumed .*\n  {name}[.: ]"):
+        refuse_differences(FineTuneConfig(), changed(name), Path("run"))
+
+
+@pytest.mark.parametrize("name", FineTuneConfig.model_fields)
+def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_it(
+    name: str,
+) -> None:
+    before, after = (settings_digest(each, "base") for each in (FineTuneConfig(), changed(name)))
+    assert (before == after) == (name in NOT_IN_THE_DIGEST)
+
+
+def test_the_digest_is_over_the_same_settings_as_when_the_keys_were_listed_by_name() -> None:
+    config = parse_config(CHANGED | {"optimizer": "adam"}, source="a test")
+    values = config.model_dump(mode="json", exclude=NOT_IN_THE_DIGEST)
+    assert settings_of_the_adapter(config) == values
+    expected = hashlib.sha256(canonical_json(["base", values])).hexdigest()
+    assert settings_digest(config, "base") == expected
+
+
+class Inner(Section):
+    """A section whose keys differ in what they affect."""
+
+    rate: float = key(1.0, "changes the adapter")
+    report: str = key("a", "changes what is printed", affects="output")
+
+
+class Outer(Section):
+    """A configuration with a section."""
+
+    inner: Inner = key(Inner(), "a section")
+
+
+def test_a_key_of_a_section_has_its_own_place_or_else_the_section_s() -> None:
+    assert {each.name: each.affects for each in keys_of(Outer)} == {
+        "inner": "training",
+        "inner.rate": "training",
+        "inner.report": "output",
+    }
+    assert settings_of_the_adapter(Outer()) == {"inner": {"rate": 1.0}}
+
+
+def test_every_key_has_a_sentence() -> None:
+    assert [each.name for each in keys_of(FineTuneConfig) if not each.field.description] == []
+
+
+def test_the_page_of_the_configuration_is_what_the_schema_says() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["render_page"]()
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == text, "docs/configuration.md is out of date: run `make docs`"
