@@ -51,12 +51,12 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.dataset import load_dataset
     from nested_core.data.settings import DataSettings
     from nested_core.data.tokens.token_display import show_examples
+    from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
-    from nested_core.models.lora import tokenizer_source
 
     config = config_from(arguments)
     _refuse_showing(arguments)
-    tokenizer = None if arguments.no_tokenize else tokenizer_source(config)
+    tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
     report, splits = load_dataset(settings, tokenizer, ProgressLine())
     examples = []

@@ -58,3 +58,6 @@ class DataPolicy(Section):
     )
     duplicates: Literal["keep", "drop"] = key("keep", "training examples that come twice")
     leakage: Literal["error", "drop"] = key("error", "training examples in a held-out set as well")
+    roles: Literal["strict", "template"] = key(
+        "strict", "roles and order of a chat: by our rules, or whatever the chat template takes"
+    )

@@ -24,7 +24,7 @@ from typing import Any
 
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import Source
+from nested_core.data.sources.files import SplitFile
 from nested_core.data.tokens.tokenized_split import TokenizedSplit, open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
@@ -33,8 +33,19 @@ from nested_core.storage.atomic import canonical_json, file_sha256, temporary_be
 FOLDER_VARIABLE = "NESTED_TUNE_CACHE"
 REPORT_NAME = "report.json"
 KEPT_SECONDS = 30 * 24 * 3600
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
-_LIBRARIES = ("transformers", "tokenizers", "mlx-lm", "pydantic", "pandera", "polars")
+_TOKENIZER_FILES = (
+    "*.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+)
+# All that a line's judgement or tokens may depend on; jinja2 renders the chat templates.
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "mlx-lm", "pydantic", "pandera", "polars")
+# Modules outside of this package that decide what is read, or how a message is worded.
+_OTHER_CODE = ("errors.py", "storage/strict_json.py")
 _log = logging.getLogger(__name__)
 
 
@@ -50,7 +61,7 @@ class DatasetCache:
     folder: Path
 
     def entry(
-        self, settings: DataSettings, sources: Mapping[str, Source], tokenizer: TokenizerSource
+        self, settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
     ) -> CacheEntry:
         """The place of a data set's judgement and tokens; ConfigError for an unsafe folder."""
         try:
@@ -61,7 +72,7 @@ class DatasetCache:
                 f"{FOLDER_VARIABLE} to a folder that you can write to."
             ) from error
         _refuse_open_folder(self.folder)
-        return CacheEntry(self.folder / _key(settings, sources, tokenizer))
+        return CacheEntry(self.folder / _key(settings, files, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -144,10 +155,10 @@ def _remove_unused(folder: Path) -> None:
                 CacheEntry(Path(entry.path)).take_away()
 
 
-def _key(settings: DataSettings, sources: Mapping[str, Source], tokenizer: TokenizerSource) -> str:
+def _key(settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource) -> str:
     facts: dict[str, Any] = {
         "settings": {each.name: _plain(getattr(settings, each.name)) for each in fields(settings)},
-        "files": {split: _describe(source) for split, source in sources.items()},
+        "files": {split: _describe(file) for split, file in files.items()},
         "tokenizer": asdict(tokenizer) | {"files": _tokenizer_files(Path(tokenizer.folder))},
         "rules": _rules_version(),
         "libraries": {name: version(name) for name in _LIBRARIES},
@@ -162,26 +173,26 @@ def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
-def _describe(source: Source) -> dict[str, Any]:
-    numbers = None if source.numbers is None else sha256(source.numbers.tobytes()).hexdigest()
+def _describe(file: SplitFile) -> dict[str, Any]:
+    numbers = None if file.numbers is None else sha256(file.numbers.tobytes()).hexdigest()
     return {
-        "file": source.file,
-        "content": file_sha256(source.path),
+        "name": file.name,
+        "content": file_sha256(file.path),
         "numbers": numbers,
-        "problems": sorted(source.problems.items()),
+        "problems": sorted(file.problems.items()),
     }
 
 
 def _tokenizer_files(folder: Path) -> dict[str, str]:
     """Hashes of what a tokenizer may be made from, its template and the model's configuration."""
-    found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
-    return {path.name: file_sha256(path) for path in sorted(found)}
+    paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(paths)}
 
 
 @lru_cache(maxsize=1)
 def _rules_version() -> str:
     """A hash of the code that reads, judges and tokenises: no edit of a rule can be forgotten."""
-    folder = Path(__file__).parent
-    code = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
-    hashes = {name: file_sha256(path) for name, path in code.items()}
+    root = Path(__file__).parents[1]
+    paths = [*sorted((root / "data").rglob("*.py")), *(root / name for name in _OTHER_CODE)]
+    hashes = {path.relative_to(root).as_posix(): file_sha256(path) for path in paths}
     return sha256(canonical_json(hashes)).hexdigest()

@@ -1,6 +1,7 @@
-"""A data set with train, valid and test -> a report on all of it, and tokens of what is sound.
+"""A data set with train, valid and test: a report on all of it, and the tokens of what is sound.
 
-Refuses nothing by itself: the caller asks the report with `raise_if_rejected`.
+Both come from the cache if nothing has changed since they were made. Refuses nothing by itself: the
+caller asks the report with `raise_if_rejected`.
 """
 
 from __future__ import annotations
@@ -8,18 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
-from nested_core.data.cache import DatasetCache, write_report
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.cache import DatasetCache, default_cache, write_report
+from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import Source, open_sources
+from nested_core.data.sources.files import SplitFile, open_splits
 from nested_core.data.tokens.tokenized_split import TokenizedSplit, seal_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 
-if TYPE_CHECKING:
-    from nested_core.data.workers import OnProgress
+
+def load_run_data(
+    config: FineTuneConfig, on_progress: OnProgress | None = None
+) -> tuple[DatasetReport, dict[str, TokenizedSplit]]:
+    """`load_dataset` for the configured data set, with the user's cache."""
+    settings = DataSettings.from_config(config)
+    tokenizer = TokenizerSource.from_config(config)
+    return load_dataset(settings, tokenizer, on_progress, cache=default_cache())
 
 
 def load_dataset(
@@ -32,37 +40,40 @@ def load_dataset(
     """Read, judge and (with a tokenizer) tokenise a data set, or take both from the cache.
 
     The splits returned hold each sound line of each split that exists, in the order of the file,
-    but for those that data_policy drops. They are mapped from the cache, or from files that go when
-    the splits go. Raises ConfigError where there is no such folder, OSError, WorkerFailed, and
-    DatasetError where a file changed meanwhile; content never raises.
+    without those that data_policy drops. They are mapped from the cache, or from files that go when
+    the splits go. Raises ConfigError if there is no such folder, OSError, WorkerFailed, and
+    DatasetError if a file changed meanwhile; content never raises.
     """
     with TemporaryDirectory(prefix="nested-tune-") as spool:
-        sources = open_sources(settings, Path(spool))
+        files = open_splits(settings, Path(spool))
         if tokenizer is None:
-            return _judge(settings, sources, on_progress), {}
+            return _validate(settings, files, on_progress), {}
         if cache is None:
             with TemporaryDirectory(prefix="nested-tune-") as private:
                 folder = Path(private)
-                report = _judge(settings, sources, on_progress, into=(tokenizer, folder))
+                report = _validate(settings, files, on_progress, tokenizer=tokenizer, folder=folder)
                 return report, seal_tokens(folder)
-        entry = cache.entry(settings, sources, tokenizer)
-        if (found := entry.read()) is not None:
-            return found
+        entry = cache.entry(settings, files, tokenizer)
+        cached = entry.read()
+        if cached is not None:
+            return cached
         with entry.made() as folder:
-            report = _judge(settings, sources, on_progress, into=(tokenizer, folder))
+            report = _validate(settings, files, on_progress, tokenizer=tokenizer, folder=folder)
             write_report(folder, report)
-            if cache.entry(settings, sources, tokenizer) != entry:  # else it is kept as another's
+            if cache.entry(settings, files, tokenizer) != entry:  # else it is kept as another's
                 raise DatasetError(f"{settings.data} changed while it was judged. Start again.")
             return report, seal_tokens(folder)
 
 
-def _judge(
+def _validate(
     settings: DataSettings,
-    sources: Mapping[str, Source],
+    files: Mapping[str, SplitFile],
     on_progress: OnProgress | None,
-    into: tuple[TokenizerSource, Path] | None = None,
+    *,
+    tokenizer: TokenizerSource | None = None,
+    folder: Path | None = None,
 ) -> DatasetReport:
-    """Judge by the rules, whose libraries take a second to import: not when the cache has it."""
-    from nested_core.data.judgement import judge_dataset
+    """`validate_dataset`, imported when it is needed: its libraries take a second."""
+    from nested_core.data.validation import validate_dataset
 
-    return judge_dataset(settings, sources, on_progress, into)
+    return validate_dataset(settings, files, on_progress, tokenizer=tokenizer, folder=folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from nested_core.config.data import DataPolicy, HubDataset
-from nested_core.data.lines.fields import Features
+from nested_core.data.lines.examples import Features
 from nested_core.data.tokens.example_encoding import Targets
 
 SPLITS = ("train", "valid", "test")
@@ -46,10 +46,15 @@ class DataSettings:
     @property
     def features(self) -> Features:
         """The JSON keys to read; those of hub's data sets are renamed to the default ones."""
+        allows_any_role = self.policy.roles == "template"
         if self.hf_dataset:
-            return Features()
+            return Features(allows_any_role=allows_any_role)
         return Features(
-            self.prompt_feature, self.completion_feature, self.text_feature, self.chat_feature
+            self.prompt_feature,
+            self.completion_feature,
+            self.text_feature,
+            self.chat_feature,
+            allows_any_role,
         )
 
     @property

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from nested_core.config.data import DataPolicy
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.dataset import load_dataset
+from nested_core.data.dataset import load_dataset, load_run_data
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.run_data import load_run_data
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.held import HeldBase
 from nested_core.gate.verdict import GeneralLoss, Validation
-from nested_core.models.lora import tokenizer_source
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import regular_sha256
 from nested_core.storage.strict_json import finite_or_none
@@ -98,7 +97,7 @@ def _read_general(config: FineTuneConfig, path: Path) -> TokenizedSplit:
             supervise="last",
             policy=DataPolicy(),
         )
-        report, splits = load_dataset(settings, tokenizer_source(config))
+        report, splits = load_dataset(settings, TokenizerSource.from_config(config))
     own = [each for each in report.findings if each.file == "test.jsonl"]
     problems = [
         f"line {each.line or 1}: {each.message}" for each in own if each.severity == "error"

@@ -13,7 +13,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core import backend
-from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from nested_core.models.base import find_model, weights_in
 
@@ -57,11 +56,6 @@ def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Mo
         model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model, tokenizer
-
-
-def tokenizer_source(config: FineTuneConfig) -> TokenizerSource:
-    """Where the model's tokenizer is; it is loaded alone, as mlx_lm.load does."""
-    return TokenizerSource(str(find_model(config.model)), config.trust_remote_code)
 
 
 def compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:

@@ -15,9 +15,9 @@ from typing import Any
 from nested_core.config.loading import parse_config, read_yaml, render_config
 from nested_core.config.resume import refuse_differences
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.dataset import load_run_data
+from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.run_data import load_run_data
-from nested_core.data.workers import OnProgress
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.losses import refuse_other_data

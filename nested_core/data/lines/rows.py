@@ -5,7 +5,6 @@ Never raises on content: what is wrong with a line stands in its row. Knows no o
 
 from __future__ import annotations
 
-import codecs
 import json
 from functools import lru_cache
 from operator import itemgetter
@@ -14,23 +13,33 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from nested_core.data.lines.decoding import LineProblem, strings
-from nested_core.data.lines.fields import Example, Features, calls_tools
-from nested_core.data.lines.parsing import parse_exactly, plain_chat, plain_fields
+from nested_core.data.lines.examples import (
+    Example,
+    Features,
+    calls_tools,
+    line_body,
+    parse_exactly,
+    plain_chat,
+    plain_fields,
+)
 
-WHITE_SPACE = b" \t\n\r"
 _LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.
 BLANK_TURN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
-_CALL, _ORPHAN = "c", "o"
+_CALL = "c"
+_ORPHAN = "o"
+_OTHER_ROLE = "x"
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
-_role_of, _content_of = itemgetter("role"), itemgetter("content")
+_role_of = itemgetter("role")
+_content_of = itemgetter("content")
 
 
 class Row(NamedTuple):
     """One line. `content` is all that is tokenised as one text, `shown` the texts in it."""
 
     format: str | None = None  # None: blank, or no example in it
-    roles: str | None = None  # a letter a turn: system, user, assistant, tool, c(all), o(rphan)
+    # A letter a turn: s(ystem), u(ser), a(ssistant), t(ool), c(all), o(rphan result), x (other).
+    roles: str | None = None
     content: str | None = None
     shown: str | None = None
     blank_field: str | None = None
@@ -58,10 +67,10 @@ def plain_row(raw: bytes, features: Features) -> tuple[str, str, str] | None:
         return None
     if fields is None:
         return None
-    kind, roles, texts = fields
-    if kind == "text":
-        return None if not texts[0] or texts[0].isspace() else (kind, roles, texts[0])
-    return kind, roles, "\0".join((roles, *texts))
+    name, roles, texts = fields
+    if name == "text":
+        return None if not texts[0] or texts[0].isspace() else (name, roles, texts[0])
+    return name, roles, "\0".join((roles, *texts))
 
 
 @lru_cache(maxsize=10_000)
@@ -84,13 +93,6 @@ def read_line(raw: bytes, features: Features, *, is_first: bool = False) -> Row:
     return _flatten(example, features)
 
 
-def line_body(raw: bytes, *, is_first: bool) -> bytes:
-    """The line without white space around it, and the first without a byte-order mark."""
-    if is_first:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
-    return raw.strip(WHITE_SPACE)
-
-
 def _flatten(example: Example, features: Features) -> Row:
     roles = _role_letters(example)
     content = _content(example, roles)
@@ -101,11 +103,13 @@ def _flatten(example: Example, features: Features) -> Row:
 
 def _role_letters(example: Example) -> str:
     """One letter a turn; a tool's result whose id no call before it has is an orphan."""
-    letters, ids = "", set[str]()
+    letters = ""
+    ids: set[str] = set()
     for message in example.messages:
-        letter = _LETTERS[message["role"]]
+        letter = _LETTERS.get(message["role"], _OTHER_ROLE)
         if calls_tools(message):
-            letter, ids = _CALL, _ids(message["tool_calls"])
+            letter = _CALL
+            ids = _ids(message["tool_calls"])
         elif letter == "t" and ids and message.get("tool_call_id") not in ids | {None}:
             letter = _ORPHAN
         letters += letter

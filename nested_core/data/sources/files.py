@@ -1,4 +1,4 @@
-"""The files of a data set, each as lines of JSON, so that everything behind reads one format.
+"""The splits of a data set, each as a file of JSON lines, so that all else reads one format.
 
 A .jsonl file is read where it lies; any other is turned into one in a folder of the caller's.
 """
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nested_core.data.settings import SPLITS, DataSettings
 from nested_core.data.sources.formats import (
     Damaged,
-    Record,
+    NumberedLine,
     read_array,
     read_csv,
     read_gzip,
@@ -27,7 +27,7 @@ from nested_core.data.sources.formats import (
 from nested_core.data.sources.hub import Tables, open_listed, open_named
 from nested_core.errors import ConfigError
 
-_READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[Record]]] = {
+_READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[NumberedLine]]] = {
     ".jsonl.gz": read_gzip,
     ".json": read_array,
     ".csv": read_csv,
@@ -38,14 +38,14 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """One split: where its lines are, and which number a person knows each of them by.
+class SplitFile:
+    """One split: its name in findings, its lines of JSON, and the number that each has for people.
 
     The number is the line of a .jsonl or .jsonl.gz, the line of a .csv that a record begins in, the
     element of a .json array and the row of a .parquet or of a hub's data set, all from 1.
     """
 
-    file: str
+    name: str
     path: Path
     numbers: npt.NDArray[np.int32] | None = None  # by line of `path`; None: they are the same
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)  # by line: check, message
@@ -57,12 +57,13 @@ class Source:
         return set((np.searchsorted(self.numbers, sorted(numbers)) + 1).tolist())
 
 
-def open_sources(settings: DataSettings, spool: Path) -> dict[str, Source]:
-    """The splits that there are, made into lines in `spool` where they are not.
+def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
+    """The splits that the data set has, made into JSON lines in `spool` unless they are.
 
-    Raises ConfigError where there is no such data set, or two files for one split; and OSError.
+    Raises ConfigError if there is no such data set, or two files for one split; and OSError.
     """
-    folder, is_trusted = Path(settings.data).expanduser(), settings.trust_remote_code
+    folder = Path(settings.data).expanduser()
+    is_trusted = settings.trust_remote_code
     if settings.hf_dataset:
         return _open_tables(open_listed(settings.hf_dataset, trust_remote_code=is_trusted), spool)
     if folder.is_dir():
@@ -75,57 +76,61 @@ def open_sources(settings: DataSettings, spool: Path) -> dict[str, Source]:
     )
 
 
-def _open_tables(tables: Tables, spool: Path) -> dict[str, Source]:
+def _open_tables(tables: Tables, spool: Path) -> dict[str, SplitFile]:
     return {
-        split: spool_records(file, records, spool / f"{split}.jsonl")
-        for split, (file, records) in tables.items()
+        split: _write_lines(name, lines, spool / f"{split}.jsonl")
+        for split, (name, lines) in tables.items()
     }
 
 
-def _open_folder(folder: Path, json_keys: frozenset[str], spool: Path) -> dict[str, Source]:
-    sources = {}
+def _open_folder(folder: Path, json_keys: frozenset[str], spool: Path) -> dict[str, SplitFile]:
+    files = {}
     for split in SPLITS:
-        found = [path for suffix in SUFFIXES if lexists(path := folder / f"{split}{suffix}")]
-        if len(found) > 1:
-            names = " and ".join(path.name for path in found)
+        paths = [path for suffix in SUFFIXES if lexists(path := folder / f"{split}{suffix}")]
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
             raise ConfigError(
                 f"data: {folder} holds {names}; each would be the {split} split. Keep one of them."
             )
-        if found:
-            sources[split] = _open_file(found[0], json_keys, spool)
-    return sources
+        if paths:
+            files[split] = _open_file(paths[0], json_keys, spool)
+    return files
 
 
-def _open_file(path: Path, json_keys: frozenset[str], spool: Path) -> Source:
+def _open_file(path: Path, json_keys: frozenset[str], spool: Path) -> SplitFile:
+    spooled = spool / f"{path.name}.jsonl"
     if not path.is_file():  # a pipe would be waited for without end
-        return _of_no_file(path, spool / f"{path.name}.jsonl")
+        return _no_file(path, spooled)
     suffix = path.name[path.name.index(".") :]
     if suffix == ".jsonl":
-        return Source(path.name, path)
-    return spool_records(path.name, _READERS[suffix](path, json_keys), spool / f"{path.name}.jsonl")
+        return SplitFile(path.name, path)
+    return _write_lines(path.name, _READERS[suffix](path, json_keys), spooled)
 
 
-def _of_no_file(path: Path, spool: Path) -> Source:
+def _no_file(path: Path, spooled: Path) -> SplitFile:
+    """A split of one empty line, whose problem says what stands in the place of a file."""
     what = "a folder" if path.is_dir() else "a pipe, a device or a socket"
     what = what if path.exists() else "a link that leads nowhere"
-    spool.write_bytes(b"\n")
-    return Source(path.name, spool, None, {1: ("damaged-file", f"this is {what}; expected a file")})
+    spooled.write_bytes(b"\n")
+    problem = ("damaged-file", f"this is {what}; expected a file")
+    return SplitFile(path.name, spooled, problems={1: problem})
 
 
-def spool_records(file: str, records: Iterable[Record], path: Path) -> Source:
-    """Write the records of `file` as lines of `path`; damage becomes the last of them."""
-    numbers, problems = array("i"), dict[int, tuple[str, str]]()
-    with path.open("wb") as spool:
+def _write_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:
+    """Write the lines of a split to `path`; damage becomes the last of them."""
+    numbers = array("i")
+    problems: dict[int, tuple[str, str]] = {}
+    with path.open("wb") as spooled:
         try:
-            for number, line, problem in records:
+            for number, line, problem in lines:
                 numbers.append(number)
-                spool.write(line + b"\n")
+                spooled.write(line + b"\n")
                 if problem is not None:
                     problems[len(numbers)] = problem
         except Damaged as damage:
             numbers.append(damage.number)
-            spool.write(b"\n")
+            spooled.write(b"\n")
             message = f"{damage.message}; nothing from there on was read"
             problems[len(numbers)] = ("damaged-file", message)
     are_lines = all(line == number for line, number in enumerate(numbers, start=1))
-    return Source(file, path, None if are_lines else np.asarray(numbers), problems)
+    return SplitFile(name, path, None if are_lines else np.asarray(numbers), problems)

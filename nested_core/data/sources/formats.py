@@ -1,6 +1,6 @@
-"""Files that are not JSONL -> records: a number that a person can find it by, and a line of JSON.
+"""Files that are not JSONL -> lines of JSON, each with a number that a person can find it by.
 
-Reads to the first damage and says where that is; whether a record is an example is judged later.
+Reads to the first damage and says where that is; whether a line is an example is judged later.
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nested_core.errors import shorten
 from nested_core.storage.strict_json import finite_or_none
 
-# Number, one line of JSON (empty: none), and the check that it failed before it was one.
-Record = tuple[int, bytes, tuple[str, str] | None]
 MAX_EXPANSION = 200  # text of real data sets packs to a tenth, hardly ever to a hundredth
 _FREE_BYTES = 64 * 2**20  # so much may come out of any archive
 MAX_LINE_BYTES = 64 * 2**20
@@ -27,8 +25,16 @@ _NO_SPACE = re.compile(r"[^ \t\n\r]")
 _WITHOUT_LINE_ENDS = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
 
 
+class NumberedLine(NamedTuple):
+    """One line of JSON, or an empty one and the check that it failed with its message."""
+
+    number: int
+    line: bytes
+    problem: tuple[str, str] | None = None
+
+
 class Damaged(Exception):
-    """A file that cannot be read any further: at which record, and why."""
+    """A file that cannot be read any further: from which number on, and why."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -36,7 +42,7 @@ class Damaged(Exception):
         self.message = message
 
 
-def read_gzip(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
+def read_gzip(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
     """Yield the lines of a .jsonl.gz as they are; it may not grow beyond all measure."""
     limit = _FREE_BYTES + MAX_EXPANSION * path.stat().st_size
     size = line = 0
@@ -57,10 +63,10 @@ def read_gzip(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
             if size > limit:
                 reason = f"it unpacks to more than {MAX_EXPANSION} times its size"
                 raise Damaged(line, f"{reason}; if that is meant, unpack it yourself")
-            yield line, raw.removesuffix(b"\n"), None
+            yield NumberedLine(line, raw.removesuffix(b"\n"))
 
 
-def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
+def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
     """Yield the elements of a .json file, which is one array; all of it is held in memory."""
     raw = path.read_bytes()
     try:
@@ -75,12 +81,13 @@ def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
         found = repr(text[position]) if position < len(text) else "nothing"
         reason = f"expected an array of objects, [{{...}}, ...], found {found}"
         raise Damaged(1, f"{reason}; name a file with an object a line .jsonl")
-    decoder, number = json.JSONDecoder(), 0
+    decoder = json.JSONDecoder()
+    number = 0
     position = _skip_space(text, position + 1)
     while number or not text.startswith("]", position):
         number += 1
         start, position = position, _element_end(decoder, text, position, number)
-        yield number, text[start:position].translate(_WITHOUT_LINE_ENDS).encode(), None
+        yield NumberedLine(number, text[start:position].translate(_WITHOUT_LINE_ENDS).encode())
         position = _skip_space(text, position)
         if text.startswith("]", position):
             break
@@ -117,12 +124,13 @@ def _place(text: str, position: int) -> str:
     return f"line {line} column {position - text.rfind(chr(10), 0, position)}"
 
 
-def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[Record]:
+def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
     """Yield the records of a .csv; its first names the columns, and quotes must be balanced."""
     csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
-        columns, line = _header(reader), reader.line_num + 1
+        columns = _header(reader)
+        line = reader.line_num + 1
         while True:
             try:
                 cells = next(reader, None)
@@ -131,7 +139,7 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[Record]:
                 raise Damaged(line, f"not valid CSV {where or 'in this line'}: {error}") from None
             if cells is None:
                 return
-            yield (line, *_csv_line(columns, cells, json_keys))
+            yield NumberedLine(line, *_csv_line(columns, cells, json_keys))
             line = reader.line_num + 1
 
 
@@ -173,7 +181,7 @@ def _csv_line(
         return b"", ("not-utf8", "a byte is not UTF-8; save the file as UTF-8")
 
 
-def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record]:
+def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
     """Yield the rows of a .parquet; a list or a struct becomes a JSON array or object."""
     import polars as pl  # takes half a second; no other format needs it
 
@@ -183,7 +191,7 @@ def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Record
         while (rows := frame.slice(number, _PARQUET_ROWS).collect()).height:
             for row in rows.iter_rows(named=True):
                 number += 1
-                yield number, json_line(row), None
+                yield NumberedLine(number, json_line(row))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = shorten(error, 100) or type(error).__name__
         raise Damaged(number + 1, f"the parquet file cannot be read: {reason}") from None

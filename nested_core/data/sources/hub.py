@@ -1,32 +1,31 @@
-"""Data sets of the Hugging Face hub -> records, chosen as mlx-lm chooses them (tuner/datasets.py).
+"""Data sets of the Hugging Face hub -> lines of JSON.
 
-Needs the extra `hub`. Runs no code of a data set unless trust_remote_code says so; HF_HUB_OFFLINE
-is the library's to respect.
+Rows are chosen as mlx-lm chooses them (tuner/datasets.py). Needs the extra `hub`. Runs no code of a
+data set unless trust_remote_code says so; HF_HUB_OFFLINE is the library's to respect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 from nested_core.config.data import HubDataset
-from nested_core.data.lines.fields import Features, as_messages
-from nested_core.data.sources.formats import Record, json_line
+from nested_core.data.lines.examples import as_messages
+from nested_core.data.sources.formats import NumberedLine, json_line
 from nested_core.errors import ConfigError, shorten
 
-# By split: the name that findings give it, and its records.
-Tables = dict[str, tuple[str, Iterable[Record]]]
+# By split: its name in findings, and its lines.
+Tables = dict[str, tuple[str, Iterable[NumberedLine]]]
 
 
 def open_named(name: str, *, trust_remote_code: bool) -> Tables:
     """The train, valid and test that a data set has; all of its columns, as they are."""
-    found = _load(name, "data", {}, trust_remote_code=trust_remote_code)
+    tables = _load(name, "data", {}, trust_remote_code=trust_remote_code)
     return {
-        split: (f"{name}:{split}", _number(found[split]))
+        split: (f"{name}:{split}", _number(tables[split]))
         for split in ("train", "valid", "test")
-        if split in found
+        if split in tables
     }
 
 
@@ -81,9 +80,9 @@ def _load(path: str, key: str, arguments: dict[str, Any], *, trust_remote_code: 
         ) from error
 
 
-def _number(rows: Iterable[dict[str, Any]]) -> Iterator[Record]:
+def _number(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedLine]:
     for number, row in enumerate(rows, start=1):
-        yield number, json_line(row), None
+        yield NumberedLine(number, json_line(row))
 
 
 def _join(entries: Sequence[HubDataset], tables: Sequence[Any]) -> Iterator[dict[str, Any]]:
@@ -101,7 +100,10 @@ def _is_completion(entry: HubDataset, table: Any) -> bool:
 def _rename(row: dict[str, Any], entry: HubDataset, *, as_chat: bool) -> dict[str, Any]:
     """The row with the fields under their default names, and its other columns that stay free."""
     names = {
-        getattr(entry, f"{field}_feature"): default for field, default in asdict(Features()).items()
+        entry.prompt_feature: "prompt",
+        entry.completion_feature: "completion",
+        entry.text_feature: "text",
+        entry.chat_feature: "messages",
     }
     fields = {names[column]: value for column, value in row.items() if column in names}
     if as_chat:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nested_core.data.lines.fields import Example
+from nested_core.data.lines.examples import Example
 
 # What is learnt of an example: all of it, the last turn, or every turn of the assistant.
 Targets = Literal["whole", "last", "all"]

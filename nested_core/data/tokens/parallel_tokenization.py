@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data import workers
-from nested_core.data.lines.fields import Example, Features
-from nested_core.data.lines.reading import read_examples
+from nested_core.data import parallel_jobs
+from nested_core.data.lines.examples import Example, Features, read_examples
+from nested_core.data.parallel_jobs import ByteRange, OnProgress
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import Source
+from nested_core.data.sources.files import SplitFile
 from nested_core.data.tokens.example_encoding import EncodedExample, Span, encode_example
 from nested_core.data.tokens.tokenized_split import ExampleWriter, SplitWriter
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.data.workers import OnProgress
 from nested_core.errors import shorten
 
 JOB = "nested_core.data.tokens.parallel_tokenization:tokenize_range"
@@ -59,7 +58,7 @@ class SoundLines:
     `skip` and the lines in TokenFacts are the numbers that a person knows a line by.
     """
 
-    source: Source
+    source: SplitFile
     skip: frozenset[int]
 
 
@@ -93,9 +92,9 @@ def tokenize_splits(
     ]
     if processes is None:
         size = sum(lines.source.path.stat().st_size for lines in splits.values())
-        processes = 1 if size < SMALL_BYTES else workers.usable_cores()
+        processes = 1 if size < SMALL_BYTES else parallel_jobs.usable_cores()
     requests = [request for _, request in ranges]
-    answers = workers.run_jobs(
+    answers = parallel_jobs.run_jobs(
         requests, processes=processes, on_done=_counted(on_progress, len(requests))
     )
     with ExitStack() as stack:
@@ -114,12 +113,12 @@ def _cut_into_ranges(lines: SoundLines, prefix: Path) -> Iterator[dict[str, Any]
     path = lines.source.path
     first_line, skip = 1, sorted(lines.source.lines_of(set(lines.skip)))
     with path.open("rb") as file:
-        for number, span in enumerate(workers.line_spans(path, RANGE_BYTES)):
-            next_line = first_line + file.read(span.end - span.start).count(b"\n")
+        for number, byte_range in enumerate(parallel_jobs.line_ranges(path, RANGE_BYTES)):
+            next_line = first_line + file.read(byte_range.end - byte_range.start).count(b"\n")
             skipped = skip[bisect_left(skip, first_line) : bisect_left(skip, next_line + 1)]
             yield {
                 "path": str(path),
-                "span": [span.start, span.end],
+                "byte_range": byte_range,
                 "first_line": first_line,
                 "skip": skipped,
                 "part": f"{prefix}-{number}",
@@ -129,7 +128,7 @@ def _cut_into_ranges(lines: SoundLines, prefix: Path) -> Iterator[dict[str, Any]
 
 def _join(
     joined: Mapping[str, SplitWriter],
-    numbered: Mapping[str, Source],
+    numbered: Mapping[str, SplitFile],
     ranges: Sequence[tuple[str, dict[str, Any]]],
     answers: Iterator[dict[str, Any]],
 ) -> dict[str, TokenFacts]:
@@ -193,7 +192,7 @@ def _read(request: dict[str, Any]) -> Iterator[tuple[int, Example]]:
         Path(request["path"]),
         Features(**request["features"]),
         set(request["skip"]),
-        workers.Span(*request["span"]),
+        ByteRange(*request["byte_range"]),
         request["first_line"],
     )
 

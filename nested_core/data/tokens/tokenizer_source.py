@@ -8,9 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import ConfigError, shorten
+from nested_core.models.base import find_model
+
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,11 @@ class TokenizerSource:
 
     folder: str
     trust_remote_code: bool = False
+
+    @classmethod
+    def from_config(cls, config: FineTuneConfig) -> TokenizerSource:
+        """The tokenizer of the configured model; ConfigError if there is no such model."""
+        return cls(str(find_model(config.model)), config.trust_remote_code)
 
     def load(self) -> Any:
         """The tokenizer in mlx_lm's wrapper; raises ConfigError if the folder holds none."""

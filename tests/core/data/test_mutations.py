@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.lines.decoding import LineProblem
-from nested_core.data.lines.fields import Features
-from nested_core.data.lines.parsing import parse_line
-from nested_core.data.lines.reading import read_span
+from nested_core.data.lines.examples import Features, parse_line
+from nested_core.data.lines.line_table import read_range
 from nested_core.data.lines.rows import read_line
+from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.settings import DataSettings
-from nested_core.data.workers import Span
 
 MUTATIONS = 2000
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -88,7 +87,7 @@ def test_mutated_files_never_raise_and_never_lose_a_line(tmp_path: Path) -> None
     for _ in range(MUTATIONS):
         content = mutate(SEED_FILE, dice)
         path.write_bytes(content)
-        frame, digests = read_span(path, Span(0, len(content)), Features())
+        frame, digests = read_range(path, ByteRange(0, len(content)), Features())
         expected = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
         assert frame.height == expected
         for row in frame.iter_rows(named=True):

@@ -9,7 +9,7 @@ import pytest
 
 from nested_core.config.loading import parse_config
 from nested_core.data.dataset import load_dataset
-from nested_core.data.lines.fields import Example
+from nested_core.data.lines.examples import Example
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.example_encoding import encode_example
 from nested_core.data.tokens.tokenized_split import TokenizedSplit

@@ -14,7 +14,7 @@ import pytest
 from nested_core.data.cache import DatasetCache
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import Source
+from nested_core.data.sources.files import SplitFile
 from nested_core.data.tokens.parallel_tokenization import SoundLines, tokenize_splits
 from nested_core.data.tokens.tokenized_split import open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -46,7 +46,7 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
     folder = write_data(train=chats(ROWS), valid=chats(150), test=[])
     skip = {"train": {1, 5, ROWS // 2, ROWS - 1}, "valid": {2}, "test": set[int]()}
     splits = {
-        split: SoundLines(Source(f"{split}.jsonl", folder / f"{split}.jsonl"), frozenset(lines))
+        split: SoundLines(SplitFile(f"{split}.jsonl", folder / f"{split}.jsonl"), frozenset(lines))
         for split, lines in skip.items()
     }
     found = []
@@ -104,7 +104,7 @@ def test_a_tokenizers_own_code_runs_in_workers_where_it_is_trusted_and_nowhere_e
     monkeypatch.setattr("nested_core.data.tokens.parallel_tokenization.RANGE_BYTES", 2**7)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # the workers' alone
     folder = write_data(train=[{"text": f"number {n}"} for n in range(20)])
-    sound = {"train": SoundLines(Source("train.jsonl", folder / "train.jsonl"), frozenset())}
+    sound = {"train": SoundLines(SplitFile("train.jsonl", folder / "train.jsonl"), frozenset())}
     settings, own = DataSettings(str(folder)), write_own_tokenizer()
     out = tmp_path / "out"
     out.mkdir()

@@ -13,8 +13,7 @@ from mlx_lm.tuner.trainer import iterate_batches
 
 from nested_core.data.batches import evaluation_batches
 from nested_core.data.dataset import load_dataset
-from nested_core.data.lines.fields import Features
-from nested_core.data.lines.reading import read_examples
+from nested_core.data.lines.examples import Features, read_examples
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource

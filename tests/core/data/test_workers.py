@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.data.workers import Span, line_spans, processes_for, run_jobs, usable_cores
+from nested_core.data.parallel_jobs import line_ranges, processes_for, run_jobs, usable_cores
 from nested_core.errors import DatasetError, WorkerFailed
 
 JOBS = "tests.core.data.jobs"
@@ -141,7 +141,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def test_workers_end_with_their_parent(sent: signal.Signals, tmp_path: Path) -> None:
     request = ask("announce_and_wait", out=str(tmp_path))
     program = (
-        "import json, signal, sys; from nested_core.data.workers import run_jobs\n"
+        "import json, signal, sys; from nested_core.data.parallel_jobs import run_jobs\n"
         "class Stop(BaseException): pass\n"
         "def stop(*_): raise Stop\n"
         "signal.signal(signal.SIGTERM, stop)\n"
@@ -183,11 +183,11 @@ def test_workers_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
 def test_spans_cover_a_file_in_whole_lines(content: bytes, size: int) -> None:
     path = Path(os.environ["PYTEST_SPANS"])
     path.write_bytes(content)
-    spans = line_spans(path, size)
+    spans = line_ranges(path, size)
     pieces = [content[span.start : span.end] for span in spans]
+    assert all(pieces)
     assert b"".join(pieces) == content
     assert all(piece.endswith(b"\n") for piece in pieces[:-1])
-    assert all(spans)
 
 
 @pytest.fixture(autouse=True)
@@ -198,8 +198,8 @@ def _spans_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_spans_end_at_lines(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"aa\nbb\ncccccc\nd")
-    assert line_spans(path, 3) == [Span(0, 3), Span(3, 6), Span(6, 13), Span(13, 14)]
-    assert line_spans(path, 4) == [Span(0, 6), Span(6, 13), Span(13, 14)]
+    assert line_ranges(path, 3) == [(0, 3), (3, 6), (6, 13), (13, 14)]
+    assert line_ranges(path, 4) == [(0, 6), (6, 13), (13, 14)]
 
 
 def test_small_work_is_worth_one_process() -> None:

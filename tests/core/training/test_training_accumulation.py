@@ -13,7 +13,8 @@ import pytest
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.models.lora import attach_adapter, load_base
 from nested_core.optim.pytree import flatten
 from nested_core.storage.adapter import read_tensors
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
@@ -81,7 +82,8 @@ def gradients_by_example(done: Finished) -> list[tuple[int, Moments]]:
     """Supervised tokens and summed gradient of every example, without any of our training code."""
     model, _ = load_base(done.config)
     attach_adapter(model, done.config)
-    settings, tokenizer = DataSettings.from_config(done.config), tokenizer_source(done.config)
+    settings = DataSettings.from_config(done.config)
+    tokenizer = TokenizerSource.from_config(done.config)
     split = load_dataset(settings, tokenizer)[1]["train"]
 
     def loss(tokens: mx.array, learnt: mx.array) -> mx.array:

@@ -11,7 +11,7 @@ import pytest
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.token_display import show_examples
-from nested_core.models.lora import tokenizer_source
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.pipeline import steps
 from tests.example import Finished, example_config, train_example
 from tests.formats import write_format, write_model
@@ -60,7 +60,7 @@ def test_a_format_trains_end_to_end_and_passes_the_gate(
 
 def learnt_text(done: Finished) -> str:
     """The text of the supervised tokens of the first example."""
-    source = tokenizer_source(done.config)
+    source = TokenizerSource.from_config(done.config)
     _, splits = load_dataset(DataSettings.from_config(done.config), source)
     (example,) = show_examples(splits["train"], "train.jsonl", source.load(), 1)
     return "".join(token.text for token in example.tokens if token.is_target)

@@ -16,7 +16,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batches import BatchPlan
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
-from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.models.lora import attach_adapter, load_base
 from nested_core.optim.pytree import flatten
 from nested_core.training.loss.supervised import supervised_loss
 from tests.example import Finished, example_config, train_example
@@ -93,7 +94,7 @@ def _expected_norm(config: FineTuneConfig, due: set[int], tiers: dict[str, int])
     """The global norm of the first step's gradients of the due tiers, by nn.value_and_grad."""
     model, _ = load_base(config)
     attach_adapter(model, config)
-    _, splits = load_dataset(DataSettings.from_config(config), tokenizer_source(config))
+    _, splits = load_dataset(DataSettings.from_config(config), TokenizerSource.from_config(config))
     plan = BatchPlan(splits["train"].lengths, config.batch_size, config.seed)
     tokens, supervised = (mx.array(part) for part in plan.arrays(splits["train"], 0))
 

@@ -16,8 +16,9 @@ from mlx_lm import load
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.kernels.activation_checkpointing import recomputed
-from nested_core.models.lora import attach_adapter, load_base, tokenizer_source
+from nested_core.models.lora import attach_adapter, load_base
 from nested_core.optim.pytree import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
@@ -66,7 +67,8 @@ def test_the_importance_probe_changes_no_weight_no_random_state_and_no_mode() ->
     config = example_config(nested=IMPORTANCE, lora_parameters={"dropout": 0.3})
     model, _ = load_base(config)
     attach_adapter(model, config)
-    split = load_dataset(DataSettings.from_config(config), tokenizer_source(config))[1]["train"]
+    tokenizer = TokenizerSource.from_config(config)
+    split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
     model.train()
     weights, random = weights_of(model), random_state()
     first = parameter_importance(config, model, split)
@@ -86,7 +88,8 @@ def test_importance_puts_whole_layers_into_tiers_the_most_important_fastest(
     tiers = json.loads(run.tiers.read_bytes())["tensors"]
     model, _ = load_base(config)
     attach_adapter(model, config)
-    split = load_dataset(DataSettings.from_config(config), tokenizer_source(config))[1]["train"]
+    tokenizer = TokenizerSource.from_config(config)
+    split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
     importance = parameter_importance(config, model, split)
     by_layer: dict[int, float] = dict.fromkeys(range(6), 0.0)
     for name, value in importance.items():

@@ -1,0 +1,329 @@
+"""One line of JSONL -> one `Example`, or a `LineProblem` that names the check it failed.
+
+The formats are those that mlx-lm trains on. Nothing is converted: a number in the place of a text
+is a problem. Knows no other line and no tokenizer.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Discriminator,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    with_config,
+)
+from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
+
+from nested_core.data.lines.decoding import LineProblem, decode_object, repeats_a_key
+from nested_core.data.parallel_jobs import ByteRange
+from nested_core.errors import DatasetError, shorten
+
+Role = Literal["system", "user", "assistant", "tool"]
+Format = Literal["chat", "completion", "text"]
+WHITE_SPACE = b" \t\n\r"
+
+
+@dataclass(frozen=True)
+class Features:
+    """The JSON keys that hold the fields, as in mlx-lm's `*_feature` settings; and the roles."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    text: str = "text"
+    chat: str = "messages"
+    allows_any_role: bool = False  # data_policy.roles: template
+
+
+class Example(NamedTuple):
+    """What mlx-lm tokenises: messages and tools for a chat or a completion, else the text."""
+
+    format: Format
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    text: str = ""
+    unknown_keys: frozenset[str] = frozenset()
+    is_plain: bool = True  # no tools, and each message is a role and a content
+
+
+def calls_tools(message: Any) -> bool:
+    """Whether this is an assistant's turn that calls tools; it may then have no content."""
+    if not isinstance(message, dict) or message.get("role") != "assistant":
+        return False
+    return bool(message.get("tool_calls"))
+
+
+def as_messages(prompt: str, completion: str) -> list[dict[str, Any]]:
+    """A completion as the two-turn chat that mlx-lm makes of it."""
+    user = {"role": "user", "content": prompt}
+    return [user, {"role": "assistant", "content": completion}]
+
+
+def _names_a_function(value: dict[str, Any]) -> dict[str, Any]:
+    function = value.get("function", value)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError("no function name in it")
+    return value
+
+
+_ANY_ROLE = "any role"
+
+
+def _check_role(value: Any, check_known: Callable[[Any], str], info: ValidationInfo) -> str:
+    """The role if it is a known one, or any text where the chat template judges roles."""
+    if isinstance(value, str) and info.context == _ANY_ROLE:
+        return value
+    return check_known(value)
+
+
+_STRICT = ConfigDict(strict=True, extra="ignore")
+_Function = Annotated[dict[str, Any], AfterValidator(_names_a_function)]
+
+
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class _PlainMessage(TypedDict):
+    """A turn with a role and a text and nothing else, as almost all are."""
+
+    role: Role
+    content: str
+
+
+@with_config(_STRICT)
+class _Speaking(TypedDict):
+    role: Annotated[Role, WrapValidator(_check_role)]
+    content: str
+    tool_call_id: NotRequired[str | None]
+
+
+@with_config(_STRICT)
+class _Calling(TypedDict):
+    role: Literal["assistant"]
+    content: NotRequired[str | None]
+    tool_calls: list[_Function]
+
+
+_Message = Annotated[
+    Annotated[_Speaking, Tag("speaking")] | Annotated[_Calling, Tag("calling")],
+    Discriminator(lambda message: "calling" if calls_tools(message) else "speaking"),
+]
+
+
+@with_config(_STRICT)
+class _Chat(TypedDict):
+    chat: list[_Message]
+    tools: NotRequired[list[_Function] | None]
+
+
+@with_config(_STRICT)
+class _Completion(TypedDict):
+    prompt: str
+    completion: str
+    tools: NotRequired[list[_Function] | None]
+
+
+@with_config(_STRICT)
+class _Text(TypedDict):
+    text: str
+
+
+_FIELDS = {"chat": _Chat, "completion": _Completion, "text": _Text}
+_CHECKED = {name: TypeAdapter[Any](fields) for name, fields in _FIELDS.items()}
+# The validators inside the adapters: on this path an adapter's own call costs a tenth of the time.
+_PLAIN_CHAT = TypeAdapter(dict[str, list[_PlainMessage]]).validator
+_PLAIN_FIELDS = TypeAdapter(dict[str, str], config=ConfigDict(strict=True)).validator
+_PLAIN_KEYS = frozenset(("role", "content"))
+# Keys that chat templates read; what else a message holds never reaches the model.
+_MESSAGE_KEYS = _PLAIN_KEYS | {"name", "reasoning_content", "thinking"}
+_KEYS_OF_ROLE = {
+    "assistant": _MESSAGE_KEYS | {"tool_calls"},
+    "tool": _MESSAGE_KEYS | {"tool_call_id"},
+}
+
+
+def read_examples(
+    path: Path,
+    features: Features,
+    skip: set[int],
+    byte_range: ByteRange | None = None,
+    first_line: int = 1,
+) -> Iterator[tuple[int, Example]]:
+    """Yield (line, example) for each line that is not blank and not in `skip`.
+
+    Reads all of the file, or a range whose first line has the number `first_line`. Raises
+    DatasetError for a line that is no example: the file changed since it was judged.
+    """
+    byte_range = byte_range or ByteRange(0, path.stat().st_size)
+    unread = byte_range.end - byte_range.start
+    with path.open("rb") as file:
+        file.seek(byte_range.start)
+        for line, raw in enumerate(file, start=first_line):
+            unread -= len(raw)
+            if unread < 0:
+                return
+            body = line_body(raw, is_first=line == 1)
+            if not body or line in skip:
+                continue
+            try:
+                yield line, parse_line(body, features)
+            except LineProblem as problem:
+                reason = f"{path}:{line} changed while it was read: {problem}. Start again."
+                raise DatasetError(reason) from None
+
+
+def line_body(raw: bytes, *, is_first: bool) -> bytes:
+    """The line without white space around it, and the first without a byte-order mark."""
+    if is_first:
+        raw = raw.removeprefix(codecs.BOM_UTF8)
+    return raw.strip(WHITE_SPACE)
+
+
+def parse_line(raw: bytes, features: Features) -> Example:
+    """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
+    return _parse_plain(raw, features) or parse_exactly(raw, features)
+
+
+def parse_exactly(raw: bytes, features: Features) -> Example:
+    """As `parse_line`, for a line that is known not to be plain."""
+    row = decode_object(raw)
+    return _check_types(row, _choose_format(row, features), features)
+
+
+def _parse_plain(raw: bytes, features: Features) -> Example | None:
+    """Most lines, in one pass: the known fields only, and nothing wrong. None for all others."""
+    if b"\\u0000" in raw:
+        return None
+    try:
+        if b'"role"' in raw:
+            messages = plain_chat(raw, features.chat)
+            return None if messages is None else Example("chat", messages)
+        fields = plain_fields(raw, features)
+    except ValidationError:
+        return None
+    if fields is None:
+        return None
+    name, _, texts = fields
+    if name == "text":
+        return Example("text", [], text=texts[0])
+    return Example("completion", as_messages(*texts))
+
+
+def plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:
+    """The turns of a chat without tools and extras, else None; ValidationError for the rest."""
+    row: dict[str, Any] = _PLAIN_CHAT.validate_json(raw)
+    messages: list[dict[str, Any]] | None = row.get(key)
+    if messages is None or len(row) != 1:
+        return None
+    strings = 1 + 4 * len(messages)
+    if raw.count(b'"') != 2 * strings and repeats_a_key(raw, strings):  # most need no call
+        return None
+    return messages
+
+
+def plain_fields(raw: bytes, features: Features) -> tuple[Format, str, list[str]] | None:
+    """Format, roles and texts of a completion or a text without extras; as `plain_chat`."""
+    row = _PLAIN_FIELDS.validate_json(raw)
+    if repeats_a_key(raw, 2 * len(row)):
+        return None
+    if len(row) == 2 and features.prompt in row and features.completion in row:
+        return "completion", "ua", [row[features.prompt], row[features.completion]]
+    if len(row) == 1 and features.text in row:
+        return "text", "", [row[features.text]]
+    return None
+
+
+def _choose_format(row: dict[str, Any], features: Features) -> Format:
+    """The format by the keys that are there, in mlx-lm's order (tuner/datasets.py)."""
+    has_prompt, has_completion = features.prompt in row, features.completion in row
+    if has_prompt and has_completion:
+        return "completion"
+    if features.chat in row:
+        return "chat"
+    if features.text in row:
+        return "text"
+    if has_prompt or has_completion:
+        missing = features.completion if has_prompt else features.prompt
+        raise LineProblem("missing-field", f"{missing} is missing")
+    expected = f"{features.prompt!r} and {features.completion!r}, {features.chat!r} or "
+    present = shorten(", ".join(row) or "nothing")
+    raise LineProblem("unknown-format", f"expected {expected}{features.text!r}; found {present}")
+
+
+def _check_types(row: dict[str, Any], name: Format, features: Features) -> Example:
+    """The example in a decoded line of this format; raises LineProblem for a wrong type."""
+    keys = {field: getattr(features, field, field) for field in _FIELDS[name].__annotations__}
+    fields = {field: row[key] for field, key in keys.items() if key in row}
+    try:
+        context = _ANY_ROLE if features.allows_any_role else None
+        _CHECKED[name].validate_python(fields, context=context)
+    except ValidationError as error:
+        raise _describe(error, keys) from None
+    unknown = set(row.keys() - keys.values())
+    if name == "text":
+        return Example(name, [], text=fields["text"], unknown_keys=frozenset(unknown))
+    if name == "completion":
+        messages = as_messages(fields["prompt"], fields["completion"])
+    else:
+        messages = fields["chat"]
+    odd = [turn for turn in messages if turn.keys() != _PLAIN_KEYS]
+    unknown |= {f"{features.chat}[].{key}" for turn in odd for key in _unknown(turn)}
+    tools = fields.get("tools")
+    is_plain = tools is None and all(_keys_in_use(turn) == _PLAIN_KEYS for turn in odd)
+    return Example(name, messages, tools, "", frozenset(unknown), is_plain)
+
+
+def _unknown(message: dict[str, Any]) -> set[str]:
+    return _keys_in_use(message) - _KEYS_OF_ROLE.get(message["role"], _MESSAGE_KEYS)
+
+
+def _keys_in_use(message: dict[str, Any]) -> set[str]:
+    """Its keys but for null ones: a table gives each turn the keys that any turn has."""
+    return {key for key, value in message.items() if value is not None}
+
+
+def _describe(error: ValidationError, keys: dict[str, str]) -> LineProblem:
+    """The first of pydantic's errors as the problem of this line, and how many more there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    path = [part for part in first["loc"] if part not in ("speaking", "calling")]
+    check = _check_name(first["type"], path, first["input"])
+    place = keys[str(path[0])] + "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[1:]
+    )
+    more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
+    if check == "missing-field":
+        return LineProblem(check, f"{place} is missing{more}")
+    expected = first["msg"].removeprefix("Value error, ")
+    expected = expected[0].lower() + expected[1:]
+    shown = _show(first["input"], check)
+    return LineProblem(check, f"{place}: {expected}, found {shown}{more}")
+
+
+def _show(value: Any, check: str) -> str:
+    """A role's name, of anything else the type: a value may be large, and private."""
+    if check == "unknown-role":
+        return repr(shorten(value))
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _check_name(error_type: str, path: list[int | str], value: Any) -> str:
+    if error_type == "missing":
+        return "missing-field"
+    if "tool_calls" in path:
+        return "malformed-tool-calls"
+    if path[0] == "tools":
+        return "malformed-tools"
+    if value is None:
+        return "null-field"
+    is_role = error_type == "literal_error" and isinstance(value, str)
+    return "unknown-role" if is_role else "wrong-type"

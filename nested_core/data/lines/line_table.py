@@ -1,0 +1,154 @@
+"""A range of lines of a JSONL file -> a polars frame with one flat row for each physical line.
+
+Blank and bad lines have a row too. Keeps no text. The work of one process among several.
+"""
+
+from __future__ import annotations
+
+import codecs
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from nested_core.data.lines.examples import WHITE_SPACE, Features
+from nested_core.data.lines.rows import BLANK_TURN, Row, plain_row, read_line
+from nested_core.data.lines.sensitive import find_kinds
+from nested_core.data.parallel_jobs import ByteRange
+from nested_core.errors import DatasetError
+
+RANGE_BYTES = 4 * 2**20
+SCHEMA: dict[str, type[pl.DataType]] = {
+    "format": pl.Categorical,
+    "roles": pl.Categorical,
+    "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
+    "prompt": pl.UInt64,  # equal for equal prompts
+    "folded": pl.UInt64,  # equal for contents that differ in case and white space only
+    "sensitive": pl.UInt32,  # what it may hold, see sensitive.KINDS
+    "has_control": pl.Boolean,
+    "has_replacement": pl.Boolean,
+    "has_crlf": pl.Boolean,
+    "has_mark": pl.Boolean,  # begins with a byte-order mark
+    "is_blank": pl.Boolean,
+    "blank_field": pl.Categorical,
+    "unknown_keys": pl.Categorical,
+    "check": pl.Categorical,
+    "message": pl.String,
+}
+_LOWER = bytes(range(256)).lower()
+_CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+_REPLACEMENT = "\ufffd"
+
+
+def read_range(path: Path, byte_range: ByteRange, features: Features) -> tuple[pl.DataFrame, bytes]:
+    """The rows of a range of lines, see SCHEMA, and the SHA-256 of each example in it, joined.
+
+    The row of a line does not depend on the range it is read in. Raises OSError, and DatasetError
+    if the file became shorter.
+    """
+    size = byte_range.end - byte_range.start
+    with path.open("rb") as file:
+        file.seek(byte_range.start)
+        content = file.read(size)
+    if len(content) < size:
+        raise DatasetError(f"{path} became shorter while it was read. Start again.")
+    lines = content.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    is_start = byte_range.start == 0
+    rows = _read_rows(lines, features, is_start=is_start, may_be_plain=b"\\u0000" not in content)
+    digests, keys = _compare_by(rows.pop("content"))
+    raw = pl.Series(lines, dtype=pl.Binary)
+    text = pl.Series(rows.pop("shown"), dtype=pl.String)
+    has_mark = np.zeros(len(lines), bool)
+    has_mark[:1] = is_start and lines[0].startswith(codecs.BOM_UTF8)
+    columns: dict[str, Any] = {
+        **rows,
+        **keys,
+        "sensitive": find_kinds(text),
+        "has_control": _hold_controls(raw, text),
+        "has_replacement": text.str.contains(_REPLACEMENT, literal=True).fill_null(value=False),
+        "has_crlf": raw.bin.ends_with(b"\r"),
+        "has_mark": has_mark,
+    }
+    return pl.DataFrame(columns, schema=SCHEMA), digests
+
+
+def read_job(request: dict[str, Any]) -> dict[str, Any]:
+    """`read_range` as a job: writes OUT.rows and OUT.digests, answers how many lines there are."""
+    byte_range = ByteRange(*request["byte_range"])
+    features = Features(**request["features"])
+    frame, digests = read_range(Path(request["path"]), byte_range, features)
+    frame.write_ipc(f"{request['out']}.rows")
+    Path(f"{request['out']}.digests").write_bytes(digests)
+    return {"lines": frame.height}
+
+
+def _read_rows(
+    lines: list[bytes], features: Features, *, is_start: bool, may_be_plain: bool
+) -> dict[str, list[Any]]:
+    """The fields of each line's `Row`, as columns."""
+    columns = {name: [default] * len(lines) for name, default in Row._field_defaults.items()}
+    plain = [plain_row(raw, features) if may_be_plain else None for raw in lines]
+    columns["format"] = [row and row[0] for row in plain]
+    columns["roles"] = [row and row[1] for row in plain]
+    columns["content"] = [row and row[2] for row in plain]
+    columns["shown"] = list(columns["content"])
+    is_doubtful = pl.Series(columns["content"], dtype=pl.String).str.contains(BLANK_TURN)
+    for index in is_doubtful.fill_null(value=True).arg_true().to_list():
+        row = read_line(lines[index], features, is_first=is_start and index == 0)
+        for name, value in row._asdict().items():
+            columns[name][index] = value
+    return columns
+
+
+def _compare_by(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]]:
+    """The digests of the examples, joined, and the keys by which rows are compared."""
+    encoded = [None if content is None else content.encode() for content in contents]
+    digests = b"".join([sha256(content).digest() for content in encoded if content is not None])
+    prompts = [
+        (content.rpartition(b"\0")[0] or None) if content else None  # plain text has none
+        for content in encoded
+    ]
+    is_example = pl.Series(encoded, dtype=pl.Binary).is_not_null()
+    content = np.zeros(len(contents), np.uint64)
+    content[is_example.to_numpy()] = np.frombuffer(digests, "<u8")[::4]
+    keys = {
+        "content": pl.Series(content),
+        "prompt": _keys(prompts),
+        "folded": _keys(_fold(encoded)),
+    }
+    return digests, keys
+
+
+def _fold(encoded: list[bytes | None]) -> list[bytes | None]:
+    """The contents in small letters and without white space."""
+    return [
+        None
+        if content is None
+        else (content if content.isascii() else _casefold(content)).translate(_LOWER, WHITE_SPACE)
+        for content in encoded
+    ]
+
+
+def _casefold(content: bytes) -> bytes:
+    return content.decode().casefold().encode()
+
+
+def _keys(values: list[bytes | None]) -> pl.Series:
+    """A 64-bit key for each value, the same in every process; null for None."""
+    series = pl.Series(values, dtype=pl.Binary)
+    return pl.select(pl.when(series.is_not_null()).then(series.hash(seed=0))).to_series()
+
+
+def _hold_controls(raw: pl.Series, text: pl.Series) -> pl.Series:
+    """Whether a text holds a control character; most lines cannot, and are not searched."""
+    may = (text.str.len_bytes() != text.str.len_chars()) | raw.bin.contains(b"\x7f")
+    for escape in (b"\\u", b"\\b", b"\\f"):
+        may |= raw.bin.contains(escape)
+    has = np.zeros(len(raw), bool)
+    where = may.fill_null(value=False).arg_true()
+    has[where.to_numpy()] = text.gather(where).str.contains(_CONTROL).to_numpy()
+    return pl.Series(has)

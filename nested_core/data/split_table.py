@@ -1,0 +1,133 @@
+"""Train, valid and test as tables: a row for each line, read on all cores.
+
+Small files are read in this process, by the same job. Judges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import polars as pl
+
+from nested_core.data.lines.examples import Features
+from nested_core.data.lines.line_table import RANGE_BYTES, SCHEMA, read_job
+from nested_core.data.parallel_jobs import OnProgress, line_ranges, processes_for, run_jobs
+from nested_core.data.rules.dropped_lines import Dropped, choose_lines
+from nested_core.data.rules.repeated_lines import relate_rows
+from nested_core.data.settings import SPLITS, DataSettings
+from nested_core.data.sources.files import SplitFile
+
+JOB = f"{read_job.__module__}:{read_job.__name__}"
+
+
+@dataclass(frozen=True)
+class SplitTable:
+    """One split. frame: a row for each physical line, see line_table.SCHEMA, its number as `line`.
+
+    `related_tables` adds what the rules need to know of other lines.
+    """
+
+    file: str
+    source: SplitFile | None  # None: there is no such split
+    frame: pl.DataFrame
+    digest: str  # SHA-256 over the SHA-256 of each example in it
+    dropped: Dropped = field(default_factory=dict)  # the lines that data_policy drops, by reason
+
+    @property
+    def format(self) -> str | None:
+        """The format of most rows; None without any example."""
+        formats = self.frame["file_format"].drop_nulls()
+        return formats[0] if len(formats) else None
+
+
+def related_tables(
+    files: Mapping[str, SplitFile], settings: DataSettings, on_progress: OnProgress | None
+) -> dict[str, SplitTable]:
+    """Read the splits and relate their lines to each other; lines that go are in `dropped`."""
+    tables = read_tables(files, settings.features, on_progress)
+    train, *held_out = relate_rows([(table.file, table.frame) for table in tables.values()])
+    train, held_out, dropped = choose_lines(train, held_out, settings.policy)
+    frames = dict(zip(tables, [train, *held_out], strict=True))
+    related = {name: replace(table, frame=frames[name]) for name, table in tables.items()}
+    return related | {"train": replace(related["train"], dropped=dropped)}
+
+
+def read_tables(
+    files: Mapping[str, SplitFile], features: Features, on_progress: OnProgress | None = None
+) -> dict[str, SplitTable]:
+    """Read train, valid and test, a missing one as empty; raises OSError, and WorkerFailed."""
+    ranges = [
+        (split, byte_range)
+        for split, file in files.items()
+        for byte_range in line_ranges(file.path, RANGE_BYTES)
+    ]
+    frames: dict[str, list[pl.DataFrame]] = {split: [] for split in SPLITS}
+    hashers = {split: sha256() for split in SPLITS}
+    sizes = list(accumulate((part.end - part.start for _, part in ranges), initial=0))
+
+    def report_progress(done: int) -> None:
+        if on_progress is not None:
+            on_progress("reading", sizes[done], sizes[-1])
+
+    with TemporaryDirectory(prefix="nested-tune-") as folder:
+        requests = [
+            {
+                "job": JOB,
+                "path": str(files[split].path),
+                "byte_range": byte_range,
+                "features": asdict(features),
+                "out": f"{folder}/{index}",
+            }
+            for index, (split, byte_range) in enumerate(ranges)
+        ]
+        answers = run_jobs(requests, processes=processes_for(sizes[-1]), on_done=report_progress)
+        with closing(answers):  # type: ignore[type-var]
+            for request, (split, _), _ in zip(requests, ranges, answers, strict=True):
+                frame, digests = _take_result(request)
+                frames[split].append(frame)
+                hashers[split].update(digests)
+    return {
+        split: SplitTable(
+            files[split].name if split in files else f"{split}.jsonl",
+            files.get(split),
+            _join(frames[split], files.get(split)),
+            hashers[split].hexdigest(),
+        )
+        for split in SPLITS
+    }
+
+
+def _take_result(request: dict[str, Any]) -> tuple[pl.DataFrame, bytes]:
+    """What the job wrote, which is removed from the disk."""
+    rows = Path(f"{request['out']}.rows")
+    digests = Path(f"{request['out']}.digests")
+    result = pl.read_ipc(rows.read_bytes()), digests.read_bytes()
+    rows.unlink()
+    digests.unlink()
+    return result
+
+
+def _join(frames: list[pl.DataFrame], file: SplitFile | None) -> pl.DataFrame:
+    frame = pl.concat([pl.DataFrame(schema=SCHEMA), *frames], rechunk=True)
+    frame = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("line"))
+    if file is not None and file.problems:
+        frame = _add_problems(frame, file.problems)
+    if file is not None and file.numbers is not None:
+        frame = frame.with_columns(pl.Series("line", file.numbers))
+    return frame
+
+
+def _add_problems(frame: pl.DataFrame, problems: dict[int, tuple[str, str]]) -> pl.DataFrame:
+    """What was wrong with a line before it was one, in the place of nothing."""
+    checks, messages = zip(*problems.values(), strict=True)
+    columns = {"line": list(problems), "check": checks, "message": messages}
+    schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.String}
+    broken = pl.DataFrame(columns, schema=schema).with_columns(is_blank=False)
+    return frame.update(broken, on="line", how="left")
