@@ -19,7 +19,7 @@ class RollbackParameters(Section):
 
     registry: str = Field(description="the registry's folder, on the worker's machine")
     name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$", description="the adapter's name in it")
-    to: str | None = Field(default=None, description="default: what the last change replaced")
+    to: str | None = Field(default=None, description="default: the champion before this one")
     by: str = Field(min_length=1, description="who decides; it stands in the history")
 
 

@@ -37,7 +37,7 @@ def promote_approved(
 
 @retried("roll-back", "roll-back {name}", REGISTRY_DELAYS)
 def roll_back(path: Path, name: str, to: str | None, by: str) -> str:
-    """Make `to`, or what the last change replaced, the champion again."""
+    """Make `to`, or the champion before this one, the champion again."""
     return _tell(name, to or "the version before", registry.rollback(path, name, to=to, by=by))
 
 

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import DamagedError
 from nested_core.registry import list_versions
-from nested_core.registry.promotion_policy import target
+from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 
@@ -60,7 +60,7 @@ def collect(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 def find_version(section: RegistrySection, outcome: Outcome) -> str:
     """The version that a run registered: its adapter's digest."""
-    registry, name = target(section)
+    registry, name = registry_location(section)
     version = read_adapter(RunDirectory(Path(outcome.run_dir)).adapter).digest()
     if version not in list_versions(registry, name):
         raise DamagedError(f"{outcome.run_dir} passed the gate, and is not in {registry / name}.")

@@ -27,7 +27,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     promote.set_defaults(run=run_promote)
     rollback = commands.add_parser("rollback", parents=[shared], help="go back to a version")
     rollback.add_argument("name", metavar="NAME")
-    rollback.add_argument("--to", metavar="VERSION", help="default: what the last change replaced")
+    rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
     rollback.set_defaults(run=run_rollback)
     history = commands.add_parser("history", parents=[shared], help="the changes of the champion")
     audit = commands.add_parser("audit", parents=[shared], help="re-hash every version")
@@ -58,7 +58,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.pipeline.publishing import confirm_verdict, register_run
     from nested_core.pipeline.steps import read_run_config
     from nested_core.registry import UNSET, promote
-    from nested_core.registry.names import check_name
+    from nested_core.registry.name_folders import check_name
 
     check_name(arguments.name)
     run = RunDirectory(arguments.run_dir)
@@ -155,7 +155,7 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Copy what MLflow's registry lacks, and point its alias at the champion."""
-    from nested_core.registry.mlflow import export_to_mlflow
+    from nested_core.registry.mlflow_export import export_to_mlflow
 
     done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)
     number = done.numbers.get(done.champion) if done.champion else None

@@ -1,8 +1,13 @@
-"""The gate: what is on disk before and after training, compared by code that can say no."""
+"""The gate: judges the adapter that a run offers, from the files on disk, against the initial one.
 
-from nested_core.gate.evidence import describe_evidence
+`judge.py` holds the order of the checks, and `verdict.py` what gate.json says. Each other file is
+one check: the run's files, the tensors, the LoRA products, the tiers' updates, the fit to the base
+model, losses on held-out examples, fusing, and the proof from a fresh process.
+"""
+
+from nested_core.gate.held_out_loss import measure_test
 from nested_core.gate.judge import confirm_run, judge_run, verify_adapters
-from nested_core.gate.losses import measure_test
+from nested_core.gate.run_evidence import describe_evidence
 from nested_core.gate.verdict import Reason, Verdict
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Whether a module's low-rank product moved: the change that a user of the adapter can see.
+"""Whether a module's low-rank product lora_a @ lora_b changed: all that a user of it can see.
 
 Rescaling lora_a against lora_b, flipping both signs or permuting the rank changes every byte and
 no product. The norm is taken through QR factors in float64; the product itself is never formed.
@@ -6,26 +6,27 @@ no product. The norm is taken through QR factors in float64; the product itself 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from nested_core.errors import DamagedError
-from nested_core.gate.measures import differ, norm
+from nested_core.gate.tensor_diff import differs, frobenius_norm
 from nested_core.gate.verdict import Reason
 from nested_core.storage.adapter import Adapter, Tensor
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
+Factors = tuple[Tensor, Tensor]  # lora_a and lora_b of one module
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 ROUNDING_FACTOR = 4.0
 FACTORS = ("lora_a", "lora_b")
-SAMPLED = 64
+SAMPLED = 64  # rows and columns of a product that are compared before the whole of it
 
 
 def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """One reason that names the tensors of every module whose effect is what it was."""
-    idle = [m for m in _modules(trained) if not _moved(m, initial.tensors, trained.tensors)]
+    """One reason that names the tensors of every module whose product did not change."""
+    idle = [m for m in _modules(trained) if not _has_moved(m, initial.tensors, trained.tensors)]
     if not idle:
         return []
     names = tuple(f"{module}.{leaf}" for module in idle for leaf in FACTORS)
@@ -34,12 +35,12 @@ def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
 
 def require_factors(adapter: Adapter) -> None:
-    """Raise DamagedError where a lora_a and its lora_b cannot be the factors of one product."""
+    """Raise DamagedError if a lora_a and its lora_b cannot be the factors of one product."""
     for module in _modules(adapter):
-        a, b = (adapter.tensors[f"{module}.{leaf}"] for leaf in FACTORS)
-        dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
-        switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
-        if not (dense or switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
+        a, b = _pair(adapter.tensors, module)
+        is_dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
+        is_switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
+        if not (is_dense or is_switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
             raise DamagedError(
                 f"{module}: lora_a {a.dtype} {a.shape} and lora_b {b.dtype} {b.shape} are no "
                 f"low-rank factors; expected floating point (in, rank) and (rank, out)."
@@ -51,19 +52,23 @@ def _modules(adapter: Adapter) -> list[str]:
     return sorted(name for name in names if f"{name}.lora_b" in adapter.tensors)
 
 
-def _moved(module: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
-    magnitude = f"{module}.m"
-    if magnitude in after and differ(before[magnitude], after[magnitude]):
+def _pair(tensors: Mapping[str, Tensor], module: str) -> Factors:
+    return tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
+
+
+def _has_moved(module: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+    magnitude = f"{module}.m"  # DoRA's
+    if magnitude in after and differs(before[magnitude], after[magnitude]):
         return True
-    old, new = ([each[f"{module}.{leaf}"] for leaf in FACTORS] for each in (before, after))
-    size = norm(old[0]) * norm(old[1]) + norm(new[0]) * norm(new[1])
-    bound = ROUNDING_FACTOR * ROUNDING[after[f"{module}.lora_a"].dtype] * size
-    # A part of the product that moved by more than the bound decides it: the whole moved further.
+    old, new = _pair(before, module), _pair(after, module)
+    size = sum(frobenius_norm(a) * frobenius_norm(b) for a, b in (old, new))
+    bound = ROUNDING_FACTOR * ROUNDING[new[0].dtype] * size
+    # If a part of the product moved by more than the bound, the whole moved further.
     return _difference(new, old, SAMPLED) > bound or _difference(new, old, None) > bound
 
 
-def _difference(new: Sequence[Tensor], old: Sequence[Tensor], rows: int | None) -> float:
-    """The norm of the product's change, or of its change in some rows and columns only."""
+def _difference(new: Factors, old: Factors, rows: int | None) -> float:
+    """The norm of the product's change; with `rows`, in about so many rows and columns only."""
     new_a, new_b = _factors(new, rows)
     old_a, old_b = _factors(old, rows)
     if rows is None:
@@ -71,7 +76,7 @@ def _difference(new: Sequence[Tensor], old: Sequence[Tensor], rows: int | None) 
     return float(np.linalg.norm(new_a @ new_b - old_a @ old_b))
 
 
-def _factors(pair: Sequence[Tensor], rows: int | None) -> tuple[Matrix, Matrix]:
+def _factors(pair: Factors, rows: int | None) -> tuple[Matrix, Matrix]:
     """Left (experts, in, rank) and right (experts, rank, out) factor in float64.
 
     With `rows`, about so many of the left one's rows and of the right one's columns, evenly spread.
@@ -97,5 +102,5 @@ def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matri
 
 
 def _triangle(tall: Matrix) -> Matrix:
-    """R of Q R, a matrix (rank, rank) an expert; Q, which is long, is not made."""
+    """R of the QR factorisation, (rank, rank) for each expert; Q, which is long, is not made."""
     return np.asarray(np.linalg.qr(tall, mode="r"))

@@ -1,20 +1,45 @@
-"""Two adapters, tensor by tensor and as configurations: what differs, and what must not."""
+"""The difference between two adapters: tensor by tensor, and in their configurations.
+
+Norms are sums of squares in float32 over pieces that stay in the processor's cache, and in float64
+if the numbers of a piece are too small or too large for that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from nested_core.gate.measures import measure
 from nested_core.gate.verdict import Code, Reason, TensorChange
 from nested_core.storage.adapter import Adapter, Tensor
+
+PIECE = 8192  # values: they fit the first cache, and OpenBLAS starts no threads for so few
+SMALLEST, LARGEST = 1e-20, 1e30  # sums of squares of a piece that float32 computes without loss
+Values = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Frobenius norms of two tensors and of their difference; any of them may be NaN."""
+
+    before: float
+    after: float
+    difference: float
+    largest_difference: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every value of both is finite: squares of float32 cannot overflow in float64."""
+        return math.isfinite(self.before) and math.isfinite(self.after)
 
 
 def compare_tensors(
     initial: Adapter, trained: Adapter, tiers: Mapping[str, int]
 ) -> list[TensorChange]:
-    """Compare every tensor that both hold, in name order, by bytes and by value."""
+    """Compare each tensor that both adapters hold, in name order, by bytes and by value."""
     both = sorted(initial.tensors.keys() & trained.tensors.keys())
     # In one thread: pieces are so short that more would wait for the interpreter's lock.
     return [_compare(n, tiers.get(n), initial.tensors[n], trained.tensors[n]) for n in both]
@@ -24,65 +49,131 @@ def _compare(name: str, tier: int | None, before: Tensor, after: Tensor) -> Tens
     if before.shape != after.shape:
         is_finite = all(bool(np.isfinite(t.to_numpy()).all()) for t in (before, after))
         return TensorChange(name, tier, True, None, None, is_finite)
-    found = measure(before, after)
-    if not found.is_finite:
-        return TensorChange(name, tier, found.has_changed, None, None, False)
-    scale = max(found.old_norm, found.new_norm)
-    relative = found.delta_norm / scale if scale else 0.0
-    return TensorChange(name, tier, found.has_changed, found.largest, relative, True)
+    has_changed = differs(before, after)
+    norms = _norms(before, after)
+    if not norms.is_finite:
+        return TensorChange(name, tier, has_changed, None, None, False)
+    scale = max(norms.before, norms.after)
+    relative = norms.difference / scale if scale else 0.0
+    return TensorChange(name, tier, has_changed, norms.largest_difference, relative, True)
+
+
+def differs(before: Tensor, after: Tensor) -> bool:
+    """Whether dtype, shape or any byte differs."""
+    if (before.dtype, before.shape) != (after.dtype, after.shape):
+        return True
+    old, new = (np.frombuffer(tensor.data, np.uint8) for tensor in (before, after))
+    return any(not np.array_equal(a, b) for a, b in _pieces(old, new, 8 * PIECE))
+
+
+def frobenius_norm(tensor: Tensor) -> float:
+    """The square root of the sum of squares; NaN or infinity if a value is not finite."""
+    values = tensor.to_numpy().reshape(-1)
+    with np.errstate(all="ignore"):
+        return math.sqrt(sum(_squared(a) for a, _ in _pieces(values, values, PIECE)))
+
+
+def _norms(before: Tensor, after: Tensor) -> Norms:
+    """The norms of two tensors of one shape."""
+    old, new = (tensor.to_numpy().reshape(-1) for tensor in (before, after))
+    dtype = np.float64 if np.float64 in (old.dtype, new.dtype) else np.float32
+    old_squared = new_squared = difference_squared = largest = 0.0
+    with np.errstate(all="ignore"):
+        for old_piece, new_piece in _pieces(old, new, PIECE):
+            a = old_piece.astype(dtype, copy=False)
+            b = new_piece.astype(dtype, copy=False)
+            squared, top = _difference(a, b)
+            old_squared += _squared(a)
+            new_squared += _squared(b)
+            difference_squared += squared
+            largest = max(largest, top)
+    return Norms(
+        before=math.sqrt(old_squared),
+        after=math.sqrt(new_squared),
+        difference=math.sqrt(difference_squared),
+        largest_difference=largest,
+    )
+
+
+def _pieces(old: Values, new: Values, length: int) -> Iterator[tuple[Values, Values]]:
+    for start in range(0, len(old), length):
+        yield old[start : start + length], new[start : start + length]
+
+
+def _difference(old: Values, new: Values) -> tuple[float, float]:
+    """The sum of squares of the difference, and its largest absolute value."""
+    delta = new - old
+    squared = float(np.dot(delta, delta))
+    if not SMALLEST < squared < LARGEST:
+        delta = new.astype(np.float64) - old.astype(np.float64)
+        squared = float(np.dot(delta, delta))
+    return squared, max(float(delta.max()), -float(delta.min()))
+
+
+def _squared(values: Values) -> float:
+    squared = float(np.dot(values, values))
+    if not SMALLEST < squared < LARGEST:
+        wide = values.astype(np.float64)
+        squared = float(np.dot(wide, wide))
+    return squared
 
 
 def structure_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
-    """Differences in names, shapes, dtypes, configuration and base model."""
+    """Reasons for differences in names, shapes, dtypes, configuration and base model."""
     before, after = initial.tensors, trained.tensors
     both = before.keys() & after.keys()
+    missing = before.keys() - after.keys()
+    unexpected = after.keys() - before.keys()
     shapes = [name for name in both if before[name].shape != after[name].shape]
     dtypes = [name for name in both if before[name].dtype != after[name].dtype]
-    found = [
-        _named("tensor_missing", before.keys() - after.keys(), "are not in the trained adapter"),
-        _named(
-            "tensor_unexpected", after.keys() - before.keys(), "were not in the initial adapter"
-        ),
-        _named("shape_mismatch", shapes, "have another shape than in the initial adapter"),
-        _named("dtype_mismatch", dtypes, "have another dtype than in the initial adapter"),
+    return [
+        *_reason("tensor_missing", missing, "are not in the trained adapter"),
+        *_reason("tensor_unexpected", unexpected, "were not in the initial adapter"),
+        *_reason("shape_mismatch", shapes, "have another shape than in the initial adapter"),
+        *_reason("dtype_mismatch", dtypes, "have another dtype than in the initial adapter"),
+        *_configuration_reasons(initial, trained),
     ]
-    return [reason for reason in found if reason] + _meaning_reasons(initial, trained)
 
 
 def change_reasons(changes: Iterable[TensorChange], min_relative_change: float) -> list[Reason]:
-    """Values that are not finite, and an adapter that did not change, or by less than the bound."""
+    """Reasons for values that are not finite, and for a change of nothing or below the bound."""
     changes = list(changes)
-    broken = _named("non_finite", [c.name for c in changes if not c.finite], "hold NaN or infinity")
+    broken = _reason(
+        "non_finite", [c.name for c in changes if not c.finite], "hold NaN or infinity"
+    )
     if broken:
-        return [broken]
+        return broken
+    names = tuple(change.name for change in changes)
     if not any(change.changed for change in changes):
         message = f"all {len(changes)} tensors equal the initial adapter, byte for byte"
-        return [Reason("unchanged", message, tuple(change.name for change in changes))]
+        return [Reason("unchanged", message, names)]
     largest = max(change.relative_delta or 0.0 for change in changes)
     if largest < min_relative_change:
         message = (
             f"no tensor moved by more than {largest:.3g} of its norm; "
             f"gate.min_relative_change is {min_relative_change:g}"
         )
-        return [Reason("unchanged", message, tuple(change.name for change in changes))]
+        return [Reason("unchanged", message, names)]
     return []
 
 
-def _named(code: Code, names: Iterable[str], what: str) -> Reason | None:
-    ordered = sorted(names)
-    return Reason(code, f"{len(ordered)} tensors {what}", tuple(ordered)) if ordered else None
+def _reason(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
+    """One reason that lists the tensors, or none without any."""
+    ordered = tuple(sorted(names))
+    return [Reason(code, f"{len(ordered)} tensors {problem}", ordered)] if ordered else []
 
 
-def _meaning_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
+def _configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     before, after = initial.meaning(), trained.meaning()
-    bases = before.pop("base_fingerprint"), after.pop("base_fingerprint")
+    base_before, base_after = before.pop("base_fingerprint"), after.pop("base_fingerprint")
     reasons = []
     differing = [key for key in before if before[key] != after[key]]
     if differing:
         pairs = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in differing)
         reasons.append(Reason("config_mismatch", f"adapter_config.json differs in {pairs}"))
-    if None in bases:  # written by another program, which names its base only
-        bases = initial.config.get("model"), trained.config.get("model")
-    if bases[0] != bases[1]:
-        reasons.append(Reason("base_mismatch", f"made for base {bases[0]}, now for {bases[1]}"))
+    if base_before is None or base_after is None:  # another program recorded the base's name only
+        base_before, base_after = initial.config.get("model"), trained.config.get("model")
+    if base_before != base_after:
+        message = f"made for base {base_before}, now for {base_after}"
+        reasons.append(Reason("base_mismatch", message))
     return reasons

@@ -10,7 +10,7 @@ import numpy as np
 
 from nested_core.backend import to_float
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.evidence import Counts, Evidence
+from nested_core.gate.run_evidence import RunEvidence, TierCounts
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.optim.schedules import build_learning_rate
 from nested_core.optim.tiers import TierMap, expected_updates
@@ -29,13 +29,15 @@ class TierEvidence:
     tiers: TierMap
     step: int
     flush_steps: Sequence[int]
-    counts: Sequence[Counts]
+    counts: Sequence[TierCounts]
     moments: dict[str, Tensor]
     initial: dict[str, Tensor]
     keeps_moments: bool
 
     @classmethod
-    def collect(cls, config: FineTuneConfig, run: RunDirectory, evidence: Evidence) -> TierEvidence:
+    def collect(
+        cls, config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
+    ) -> TierEvidence:
         """Read it from the run directory and its verified checkpoint."""
         return cls(
             TierMap.from_json(read_json(run.tiers, MAX_TIERS_BYTES)),

@@ -1,4 +1,4 @@
-"""A verdict: passed, or failed for reasons that each have a code, a message and tensors."""
+"""The verdict, as gate.json holds it: passed, or failed with reasons."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class TensorChange:
-    """One tensor against its initial self.
+    """How one tensor changed from the initial to the trained adapter.
 
     `changed` compares bytes; `max_abs_delta` is None where a value is not finite; `relative_delta`
     is the norm of the difference over the larger of the two norms.
@@ -50,7 +50,7 @@ class TensorChange:
 
 @dataclass(frozen=True)
 class TierChange:
-    """One tier: how many of its tensors changed, and its updates against what its clock says."""
+    """One tier: how many of its tensors changed, and its updates against those that were due."""
 
     tier: int
     frequency: int
@@ -72,7 +72,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class GeneralLoss:
-    """The loss of either adapter on text that has nothing to do with the task."""
+    """The loss of the initial and of the trained adapter on text unrelated to the task."""
 
     loss_before: float | None
     loss_after: float | None
@@ -81,8 +81,8 @@ class GeneralLoss:
 
 
 @dataclass(frozen=True)
-class Source:
-    """An adapter that was judged: where it is, and the digest of what it means."""
+class JudgedAdapter:
+    """An adapter that was judged: its path, and the digest of its meaning and tensors."""
 
     path: str
     digest: str
@@ -90,12 +90,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What gate.json says; `evidence` is the SHA-256 of files of the run that was judged."""
+    """The content of gate.json; `evidence` is the SHA-256 of files of the run, by name."""
 
     reasons: tuple[Reason, ...]
     adapter_step: int | None
-    initial: Source
-    trained: Source
+    initial: JudgedAdapter
+    trained: JudgedAdapter
     tensors: tuple[TensorChange, ...]
     tiers: tuple[TierChange, ...] = ()
     validation: Validation | None = None
@@ -107,7 +107,7 @@ class Verdict:
 
     @property
     def has_passed(self) -> bool:
-        """Whether no reason speaks against the adapter."""
+        """Whether there is no reason against the adapter."""
         return not self.reasons
 
     def to_json(self) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.models.base import base_fingerprint, find_model
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
-from nested_core.registry.names import is_made
-from nested_core.registry.promotion_policy import target
+from nested_core.registry.name_folders import name_exists
+from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json
@@ -27,7 +27,7 @@ from nested_core.storage.run_directory import RunDirectory
 
 def champion_or_none(registry: Path, name: str) -> str | None:
     """The champion's version; None too where registry or name do not exist yet."""
-    return read_champion(registry, name) if is_made(registry, name) else None
+    return read_champion(registry, name) if name_exists(registry, name) else None
 
 
 def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> Adapter | None:
@@ -39,7 +39,7 @@ def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> 
     with _champion(config) as champion:
         if champion is None:
             return None
-        registry, name = target(config.registry)
+        registry, name = registry_location(config.registry)
         verify(registry, name, champion)
         adapter = read_adapter(version_folder(registry, name, champion))
     found, wanted = adapter.meaning(), Adapter(adapter.path, adapter_config, {}).meaning()
@@ -63,7 +63,7 @@ def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
     with _champion(config) as champion:
         if champion is None or not config.continual.skip_unchanged or run.initial.exists():
             return None
-        provenance = read_provenance(version_folder(*target(config.registry), champion))
+        provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
     dataset = json.loads(run.dataset.read_bytes())
     base = base_fingerprint(find_model(config.model))
     now = dataset["splits"]["train"]["digest"], settings_digest(config, base)
@@ -79,8 +79,8 @@ def settings_digest(config: FineTuneConfig, base: str | None) -> str:
 
 def parent_of(config: FineTuneConfig, initial_digest: str) -> str | None:
     """The registered version that a run was trained from; None where it started fresh."""
-    registry, name = target(config.registry)
-    if config.continual.start is None or not is_made(registry, name):
+    registry, name = registry_location(config.registry)
+    if config.continual.start is None or not name_exists(registry, name):
         return None
     return initial_digest if initial_digest in list_versions(registry, name) else None
 
@@ -99,8 +99,8 @@ def describe_start(config: FineTuneConfig, run: RunDirectory) -> str | None:
 @contextmanager
 def _champion(config: FineTuneConfig) -> Iterator[str | None]:
     """The champion to go on from; no gc removes it while the block runs."""
-    if config.continual.start is None or not is_made(*target(config.registry)):
+    if config.continual.start is None or not name_exists(*registry_location(config.registry)):
         yield None
         return
-    with holding_champion(*target(config.registry)) as champion:
+    with holding_champion(*registry_location(config.registry)) as champion:
         yield champion

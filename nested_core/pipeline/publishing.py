@@ -10,8 +10,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import confirm_run
 from nested_core.pipeline.continual import parent_of, settings_digest
 from nested_core.registry import register
-from nested_core.registry.promotion_policy import target
-from nested_core.registry.verdict import read_gate, require_passed
+from nested_core.registry.gate_file import read_gate, require_passed
+from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.atomic import file_sha256
 from nested_core.storage.run_directory import RunDirectory
@@ -37,7 +37,7 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     `champion` is the one that stood when the run was judged. Raises GateRejected where gate.json
     does not say that it passed.
     """
-    path, name = target(config.registry)
+    path, name = registry_location(config.registry)
     return register(run.path, path, name, provenance(config, run, champion))
 
 

@@ -20,7 +20,7 @@ from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
-from nested_core.gate.losses import refuse_other_data
+from nested_core.gate.held_out_loss import refuse_other_data
 from nested_core.models.base import base_fingerprint, find_model
 from nested_core.models.given_adapter import read_given_adapter
 from nested_core.models.lora import (

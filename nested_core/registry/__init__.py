@@ -3,11 +3,11 @@
 Refuses what did not pass the gate and what has changed since; readers trust the `champion` link.
 """
 
-from nested_core.registry.audit import AuditReport, audit
+from nested_core.registry.audit_report import AuditReport, audit
 from nested_core.registry.garbage_collection import Collection, collect
-from nested_core.registry.names import list_names
+from nested_core.registry.name_folders import list_names
 from nested_core.registry.promotion import UNSET, Promotion, Unset, promote, rollback
-from nested_core.registry.reading import (
+from nested_core.registry.queries import (
     history,
     holding_champion,
     list_versions,
@@ -16,13 +16,13 @@ from nested_core.registry.reading import (
     verify,
 )
 from nested_core.registry.registration import register
-from nested_core.registry.versions import Finding
+from nested_core.registry.versions import AuditFinding
 
 __all__ = [
     "UNSET",
     "AuditReport",
     "Collection",
-    "Finding",
+    "AuditFinding",
     "Promotion",
     "Unset",
     "audit",

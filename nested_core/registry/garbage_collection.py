@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry.champion_link import read_link, read_prepared
+from nested_core.registry.folder_lock import exclusive, shared
 from nested_core.registry.ledger import Ledger, append, new_entry, read_ledger
-from nested_core.registry.locking import exclusive, shared
-from nested_core.registry.names import VERSIONS, locate
-from nested_core.registry.pointer import read_link, read_prepared
-from nested_core.registry.recovery import settle
+from nested_core.registry.name_folders import VERSIONS, find_name_folder
+from nested_core.registry.recovery import recover
 from nested_core.registry.versions import REGISTERED_AT, read_provenance, registered_versions
 from nested_core.storage.atomic import (
     RETIRED_PREFIX,
@@ -51,14 +51,14 @@ def collect(
     """
     if keep < 0:
         raise ConfigError(f"--keep {keep}: expected the number of versions to keep, 0 or more.")
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     if dry_run:
         with shared(folder):
             ledger = read_ledger(folder)
             return _plan(folder, name, read_link(folder), ledger, keep, dry_run=True)
     with exclusive(folder):
         leftovers = _leftovers(folder)
-        state = settle(folder)
+        state = recover(folder)
         plan = _plan(folder, name, state.champion, state.ledger, keep, dry_run=False)
         for version in plan.collected:
             _remove(folder, version, state.champion, by)
@@ -84,9 +84,8 @@ def _plan(
 
 
 def _needed(folder: Path, champion: str | None, ledger: Ledger) -> set[str]:
-    """The champion, what the last change replaced, and both ends of a change that was cut short."""
-    needed = {champion, ledger.champion, read_prepared(folder)}
-    needed |= {change.previous for change in ledger.changes()[-1:]}
+    """The champion, what a rollback would go to, and both ends of a change that was cut short."""
+    needed = {champion, ledger.champion, ledger.rollback_target(), read_prepared(folder)}
     return {version for version in needed if version is not None}
 
 

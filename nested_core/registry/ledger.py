@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ CHANGES = ("promote", "rollback")
 class Entry:
     """One line of the history.
 
-    `previous` is the champion before it, and after it too where the action is `aborted` (`version`
-    did not become the champion) or `collected` (`version` was removed).
+    `previous` is the champion before it, and after it too if the action is `aborted` (`version`
+    did not become the champion) or `collected` (`version` was removed). `explicit` marks a rollback
+    that named its version (`--to`); histories of earlier releases lack it.
     """
 
     action: str
@@ -37,6 +39,7 @@ class Entry:
     by: str
     manifest: str | None = None
     automatic: bool = False
+    explicit: bool = False
 
     @property
     def champion_after(self) -> str | None:
@@ -46,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The whole history as read: its entries, where the last of them ends, and what was torn."""
+    """The history as read: its entries, the bytes that they take, and a torn line after them."""
 
     entries: tuple[Entry, ...] = ()
     whole_bytes: int = 0
@@ -59,13 +62,44 @@ class Ledger:
 
     def changes(self) -> list[Entry]:
         """The changes that took effect: promotions and rollbacks but the aborted ones."""
-        changes: list[Entry] = []
+        return [entry for entry in self._effective() if entry.action in CHANGES]
+
+    def rollback_target(self) -> str | None:
+        """The version that a rollback without `--to` goes to, or None if there is none left."""
+        stack = self._champion_stack()
+        return stack[-2] if len(stack) > 1 else None
+
+    def _champion_stack(self) -> list[str]:
+        """The champions that rollbacks go back through; the present one is the last.
+
+        Promotions and `rollback --to` push a version, a plain rollback pops one, and a version that
+        was collected cannot be gone back to. In histories without `explicit` a rollback to the
+        version below the top counts as plain.
+        """
+        stack: list[str] = []
+        for entry in self._effective():
+            is_plain = entry.action == "rollback" and not entry.explicit
+            if entry.action == "collected":
+                stack = [v for v, _ in groupby(v for v in stack if v != entry.version)]
+            elif entry.version is None:  # somebody removed the link: nothing to go back to
+                stack.clear()
+            elif is_plain and stack[-2:-1] == [entry.version]:
+                stack.pop()
+            else:
+                stack.append(entry.version)
+        return stack
+
+    def _effective(self) -> list[Entry]:
+        """The entries without aborted changes and the lines that abort them."""
+        effective: list[Entry] = []
         for entry in self.entries:
-            if entry.action in CHANGES:
-                changes.append(entry)
-            elif entry.action == "aborted" and changes and changes[-1].version == entry.version:
-                changes.pop()
-        return changes
+            if entry.action != "aborted":
+                effective.append(entry)
+                continue
+            last = effective[-1] if effective else entry
+            if last.action in CHANGES and last.version == entry.version:
+                effective.pop()
+        return effective
 
     def barred(self) -> set[str]:
         """Versions that a rollback left and that no person has promoted by name since."""
@@ -173,6 +207,7 @@ def _entry_of(fields: dict[str, Any]) -> Entry:
         raise ValueError(f"unknown action {entry.action!r}")
     optional = (entry.version, entry.previous, entry.manifest)
     texts = (entry.time, entry.by, *(text for text in optional if text is not None))
-    if not all(isinstance(text, str) for text in texts) or not isinstance(entry.automatic, bool):
+    flags = (entry.automatic, entry.explicit)
+    if not all(isinstance(text, str) for text in texts) or not all(type(f) is bool for f in flags):
         raise TypeError("a field has the wrong type")
     return entry

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from nested_core.errors import ConfigError
+from nested_core.registry.champion_link import make_record, prepare, swap, write_record
+from nested_core.registry.folder_lock import exclusive
 from nested_core.registry.ledger import Entry, append, new_entry
-from nested_core.registry.locking import exclusive
-from nested_core.registry.names import VERSIONS, locate
-from nested_core.registry.pointer import describe, prepare, swap, write_record
-from nested_core.registry.recovery import State, settle
+from nested_core.registry.name_folders import VERSIONS, find_name_folder
+from nested_core.registry.recovery import RecoveredState, recover
 from nested_core.registry.versions import PREFIX_PATTERN, resolve_version, verify_version
 
 Outcome = Literal["promoted", "rolled_back", "already_champion", "superseded", "barred"]
@@ -59,9 +59,9 @@ def promote(
     ConfigError for an unknown registry, name or version, DamagedError for any change on disk,
     GateRejected for a verdict that is not "passed".
     """
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     with exclusive(folder):
-        state = settle(folder)
+        state = recover(folder)
         wanted = resolve_version(folder, version, state.ledger)
         manifest = _verify(folder, wanted, state)
         refusal = _refusal(state, wanted, expected_champion, automatic)
@@ -72,29 +72,31 @@ def promote(
 
 
 def rollback(registry: Path, name: str, *, to: str | None = None, by: str) -> Promotion:
-    """Make `to`, or the version that the last change replaced, the champion, after re-hashing it.
+    """Make `to`, or the champion before this one, the champion again, after re-hashing it.
 
-    Raises ConfigError where there is nothing to go back to, DamagedError for any change on disk.
+    Promotions and `to` push a version on a stack, a rollback without it pops one: after A, B, C it
+    goes to B, then to A. Raises ConfigError if nothing is left to go back to, DamagedError for any
+    change on disk.
     """
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     with exclusive(folder):
-        state = settle(folder)
-        wanted = _replaced_version(folder, state) if to is None else to
+        state = recover(folder)
+        wanted = _champion_before(folder, state) if to is None else to
         wanted = resolve_version(folder, wanted, state.ledger)
         manifest = _verify(folder, wanted, state)
         if wanted == state.champion:
             return Promotion("already_champion", wanted, state.champion)
         entry = new_entry("rollback", wanted, state.champion, by)
-        _move(folder, wanted, replace(entry, manifest=manifest))
+        _move(folder, wanted, replace(entry, manifest=manifest, explicit=to is not None))
     return Promotion("rolled_back", wanted, state.champion)
 
 
-def _verify(folder: Path, version: str, state: State) -> str:
+def _verify(folder: Path, version: str, state: RecoveredState) -> str:
     return verify_version(folder / VERSIONS / version, version, state.ledger.manifests(version))
 
 
 def _refusal(
-    state: State, version: str, expected: str | None | Unset, automatic: bool
+    state: RecoveredState, version: str, expected: str | None | Unset, automatic: bool
 ) -> Literal["already_champion", "superseded", "barred"] | None:
     if version == state.champion:
         return "already_champion"
@@ -111,20 +113,20 @@ def _is_expected(champion: str | None, expected: str | None) -> bool:
     return PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)
 
 
-def _replaced_version(folder: Path, state: State) -> str:
-    changes = state.ledger.changes()
-    if not changes or changes[-1].previous is None:
+def _champion_before(folder: Path, state: RecoveredState) -> str:
+    version = state.ledger.rollback_target()
+    if version is None:
         raise ConfigError(
             f"{folder} has no version to go back to: its champion is "
-            f"{(state.champion or 'none')[:12]} and replaced no other. Name the version that you "
-            "want with --to."
+            f"{(state.champion or 'none')[:12]}, and no earlier one is left. Name the version that "
+            "you want with --to."
         )
-    return changes[-1].previous
+    return version
 
 
 def _move(folder: Path, version: str, entry: Entry) -> None:
     """Record the change, then make it: a crash in between leaves the old champion standing."""
     prepare(folder, version)
     append(folder, entry)
-    write_record(folder, describe(version, [entry]))
+    write_record(folder, make_record(version, [entry]))
     swap(folder)

@@ -1,7 +1,6 @@
-"""Whether a registered version becomes the champion by itself: what its policy says, and why not.
+"""Automatic promotion: whether a registered version becomes the champion by its policy, or why not.
 
-Reads what the version's own files say. Whether they are still what was registered is for `promote`,
-which re-hashes them.
+The decision rests on the version's own files. `promote` re-hashes them before the champion moves.
 """
 
 from __future__ import annotations
@@ -22,18 +21,19 @@ from nested_core.registry import (
     read_changes,
     verify,
 )
-from nested_core.registry.locking import shared
-from nested_core.registry.names import locate
-from nested_core.registry.verdict import GATE_NAME, MAX_GATE_BYTES
+from nested_core.registry.folder_lock import shared
+from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
+from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 from nested_core.storage.strict_files import read_json
 
-DAMAGED, COLLECTED = "damaged", "collected meanwhile"
-T = TypeVar("T")
+DAMAGED = "damaged"
+COLLECTED = "collected meanwhile"
+Result = TypeVar("Result")
 
 
 class Candidate(BaseModel):
-    """What a version says of itself: the policy and the champion of its time, and its losses.
+    """What a version's files record: its policy, the champion when it was judged, and its losses.
 
     `initial` is the digest of the adapter that training started from, `loss_before` that adapter's
     loss on the same examples as `loss_after`.
@@ -53,11 +53,11 @@ class Candidate(BaseModel):
 def read_candidate(registry: Path, name: str, version: str) -> Candidate:
     """Read a version's provenance and verdict.
 
-    ConfigError for an unknown version, DamagedError where they are not what is written there, and
-    OSError, which may pass.
+    Raises ConfigError for an unknown version, DamagedError if a file cannot be understood.
     """
     folder = version_folder(registry, name, version)
-    with shared(locate(registry, name)):  # a gc would leave half of it, which looks like damage
+    # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
+    with shared(find_name_folder(registry, name)):
         if version not in list_versions(registry, name):
             raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
         provenance = read_provenance(folder)
@@ -83,12 +83,12 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
 def promote_by_policy(
     section: RegistrySection, version: str, expected_champion: str | None
 ) -> Promotion | str:
-    """Promote a registered version if `registry.promote` asks for it; else say why it was not.
+    """Promote a registered version if `registry.promote` asks for it; otherwise return why not.
 
-    `expected_champion` is the champion that the version was judged against: where another stands by
-    now, the promotion is superseded.
+    `expected_champion` is the champion that the version was judged against. If another version is
+    champion by now, the promotion is superseded.
     """
-    registry, name = target(section)
+    registry, name = registry_location(section)
     candidate = read_candidate(registry, name, version)
     try:
         reason = _refusal(section, candidate, expected_champion)
@@ -96,7 +96,7 @@ def promote_by_policy(
         champion = read_champion(registry, name)
         if champion == expected_champion:
             raise
-        return Promotion("superseded", version, champion)  # and what it was may be collected
+        return Promotion("superseded", version, champion)  # the expected one may be collected
     if reason is not None:
         return reason
     return promote(
@@ -107,8 +107,8 @@ def promote_by_policy(
 def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | str:
     """Promote by the policy, and against the champion, that were recorded with the version.
 
-    This is for what comes late or again, an event or `reconcile`: it is superseded by any change of
-    the champion since the version was registered, one that was taken back included.
+    For delayed or duplicate events. Returns "superseded" if the champion changed after this version
+    was registered, even if that change was later rolled back.
     """
     candidate = read_candidate(registry, name, version)
     champion = read_champion(registry, name)
@@ -119,9 +119,9 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
     changes = read_changes(registry, name)
     if changes and changes[-1].time >= candidate.registered_at:
         return Promotion("superseded", version, champion)
-    target_of_event = {"path": str(registry), "name": name}
+    location = {"path": str(registry), "name": name}
     try:
-        section = RegistrySection.model_validate(candidate.policy | target_of_event)
+        section = RegistrySection.model_validate(candidate.policy | location)
     except ValidationError as error:
         where = version_folder(registry, name, version) / PROVENANCE_NAME
         raise DamagedError(f"{where} records no policy: {error.errors()[0]['msg']}.") from error
@@ -129,31 +129,35 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
 
 
 def reconcile(registry: Path, name: str) -> dict[str, str]:
-    """Promote what an event got lost for, newest first; doing it again changes nothing.
+    """Promote versions whose event was lost, newest first; a second call changes nothing.
 
-    Returns what became of each version that never was champion. One that is damaged is left as it
-    is, and keeps no other from being promoted: its outcome begins with DAMAGED. Nor does one that a
-    gc removes meanwhile.
+    Returns the outcome of each version that never was champion. A damaged version is left alone,
+    with an outcome that begins with DAMAGED; it keeps no other version from being promoted, and
+    neither does one that a gc removes meanwhile.
     """
     was_champion = {change.version for change in read_changes(registry, name)}
-    fresh = [v for v in list_versions(registry, name) if v not in was_champion]
-    outcomes, registered = {}, {}
-    for version in fresh:
-        candidate = _tried(read_candidate, registry, name, version)
+    outcomes = {}
+    registered_at = {}
+    for version in list_versions(registry, name):
+        if version in was_champion:
+            continue
+        candidate = _try(read_candidate, registry, name, version)
         if isinstance(candidate, str):
             outcomes[version] = candidate
         else:
-            registered[version] = candidate.registered_at
-    for version in sorted(registered, key=lambda v: registered[v], reverse=True):
-        done = _tried(promote_as_recorded, registry, name, version)
+            registered_at[version] = candidate.registered_at
+    for version in sorted(registered_at, key=lambda v: registered_at[v], reverse=True):
+        done = _try(promote_as_recorded, registry, name, version)
         outcomes[version] = done if isinstance(done, str) else done.outcome
     return outcomes
 
 
-def _tried(act: Callable[[Path, str, str], T], registry: Path, name: str, version: str) -> T | str:
-    """What comes of a version, or why nothing does."""
+def _try(
+    action: Callable[[Path, str, str], Result], registry: Path, name: str, version: str
+) -> Result | str:
+    """The result of an action on a version, or why there is none."""
     try:
-        return act(registry, name, version)
+        return action(registry, name, version)
     except (DamagedError, GateRejected) as error:
         return f"{DAMAGED}: {error}"
     except ConfigError:
@@ -162,8 +166,8 @@ def _tried(act: Callable[[Path, str, str], T], registry: Path, name: str, versio
         return COLLECTED
 
 
-def target(section: RegistrySection) -> tuple[Path, str]:
-    """Registry and name; ConfigError where they are not configured."""
+def registry_location(section: RegistrySection) -> tuple[Path, str]:
+    """The registry's folder and the adapter's name; ConfigError if they are not configured."""
     if section.path is None or section.name is None:
         raise ConfigError("registry: path and name are needed to register an adapter.")
     return Path(section.path), section.name
@@ -182,13 +186,13 @@ def _refusal(section: RegistrySection, candidate: Candidate, champion: str | Non
 
 
 def _not_better(section: RegistrySection, candidate: Candidate, champion: str) -> str | None:
-    """Why a version does not beat the champion on the same examples, or None where it does.
+    """Why a version is not better than the champion on the same examples, or None if it is.
 
-    A version that was trained from the champion brings the champion's loss on its own examples.
+    The verdict on a version that was trained from the champion holds the champion's loss too.
     """
     best, loss = candidate.loss_before, candidate.loss_after
     if candidate.initial != champion:
-        registry, name = target(section)
+        registry, name = registry_location(section)
         verify(registry, name, champion)
         rival = read_candidate(registry, name, champion)
         if rival.validation_digest != candidate.validation_digest:

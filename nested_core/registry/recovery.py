@@ -9,6 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_core.errors import DamagedError
+from nested_core.registry.champion_link import (
+    LINK_NAME,
+    discard_prepared,
+    make_record,
+    read_link,
+    read_prepared,
+    read_record,
+    write_record,
+)
 from nested_core.registry.ledger import (
     CHANGES,
     LEDGER_NAME,
@@ -19,16 +28,7 @@ from nested_core.registry.ledger import (
     new_entry,
     read_ledger,
 )
-from nested_core.registry.names import VERSIONS
-from nested_core.registry.pointer import (
-    LINK_NAME,
-    describe,
-    discard_prepared,
-    read_link,
-    read_prepared,
-    read_record,
-    write_record,
-)
+from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.atomic import mend_leftovers
 
 SETTLED_BY = "nested-tune (settling a change that was cut short)"
@@ -36,14 +36,14 @@ ROLLBACK_LINE = b'{"action": "rollback"'
 
 
 @dataclass(frozen=True)
-class State:
+class RecoveredState:
     """A NAME as it stands: its champion, and a history that agrees with it."""
 
     champion: str | None
     ledger: Ledger
 
 
-def settle(folder: Path) -> State:
+def recover(folder: Path) -> RecoveredState:
     """Return the state of `folder`, repaired after a crash; call only under its lock.
 
     Raises DamagedError where there is a champion that no history knows of.
@@ -58,13 +58,13 @@ def settle(folder: Path) -> State:
         )
     if ledger.torn or ledger.champion != champion:
         ledger = _amend(folder, ledger, champion)
-    record = describe(champion, ledger.changes())
+    record = make_record(champion, ledger.changes())
     if read_record(folder) != record:
         write_record(folder, record)
     discard_prepared(folder)
     for place in (folder, folder / VERSIONS):
         mend_leftovers(place)
-    return State(champion, ledger)
+    return RecoveredState(champion, ledger)
 
 
 def _amend(folder: Path, ledger: Ledger, champion: str | None) -> Ledger:

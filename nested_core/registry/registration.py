@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.registry.locking import exclusive
-from nested_core.registry.names import VERSIONS, check_name, create
-from nested_core.registry.recovery import settle
-from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
+from nested_core.registry.folder_lock import exclusive
+from nested_core.registry.gate_file import GATE_NAME, read_gate, require_digest, require_passed
+from nested_core.registry.name_folders import VERSIONS, check_name, create_name_folder
+from nested_core.registry.recovery import recover
 from nested_core.registry.versions import (
     FILES,
     PROVENANCE_NAME,
@@ -41,9 +41,9 @@ def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any
     """
     check_name(name)
     version = _judged_digest(run_dir)
-    folder = create(registry, name)
+    folder = create_name_folder(registry, name)
     with exclusive(folder):
-        recorded = settle(folder).ledger.manifests(version)
+        recorded = recover(folder).ledger.manifests(version)
         target = folder / VERSIONS / version
         if kind_of(target) != "missing":
             verify_version(target, version, recorded)

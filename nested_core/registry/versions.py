@@ -1,11 +1,10 @@
-"""A version: an adapter with its gate's verdict and its provenance, named by the adapter's digest.
+"""A version: an adapter with its verdict and provenance in a folder named by the adapter's digest.
 
-Whatever was added, removed or changed in its folder since it was registered is found here.
+`version_findings` lists every file that was added, removed or changed since it was registered.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.registry.gate_file import GATE_NAME, read_gate, require_digest, require_passed
 from nested_core.registry.ledger import Ledger
-from nested_core.registry.names import VERSIONS
-from nested_core.registry.verdict import GATE_NAME, read_gate, require_digest, require_passed
+from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.atomic import file_sha256
 from nested_core.storage.file_types import kind_of
@@ -34,8 +33,8 @@ LISTED_FINDINGS = 5
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something that is not as it was written: the file, and what is wrong with it."""
+class AuditFinding:
+    """A file of the registry that is not as it was written, and what is wrong with it."""
 
     file: Path
     message: str
@@ -51,14 +50,14 @@ def version_facts(version: str) -> dict[str, Any]:
 
 
 def version_folder(registry: Path, name: str, version: str) -> Path:
-    """Where a version of `name` stands; whether it is there is not looked at."""
+    """The path of a version of `name`, whether or not it exists."""
     return registry / name / VERSIONS / version
 
 
 def read_provenance(place: Path) -> dict[str, Any]:
-    """What the version in `place` says of where it comes from; DamagedError where it says nothing.
+    """Read where the version in `place` comes from; DamagedError if that cannot be read.
 
-    Whether that is still what was registered is for `verify_version`.
+    Whether it is still what was registered is for `verify_version`.
     """
     path = place / PROVENANCE_NAME
     try:
@@ -105,75 +104,69 @@ def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
     """
     findings = version_findings(folder, version, recorded)
     if findings:
-        listed = "; ".join(str(finding) for finding in findings[:LISTED_FINDINGS])
-        more = f"; and {len(findings) - LISTED_FINDINGS} more" * (len(findings) > LISTED_FINDINGS)
+        listed = [str(finding) for finding in findings[:LISTED_FINDINGS]]
+        if len(findings) > LISTED_FINDINGS:
+            listed.append(f"and {len(findings) - LISTED_FINDINGS} more")
         raise DamagedError(
-            f"Version {version[:12]} is not what was registered. {listed}{more}. "
+            f"Version {version[:12]} is not what was registered. {'; '.join(listed)}. "
             f"{_how_to_mend(folder)}"
         )
     require_passed(read_gate(folder / GATE_NAME), folder / GATE_NAME)
     return str(read_manifest(folder)["digest"])
 
 
-def version_findings(folder: Path, version: str, recorded: set[str]) -> list[Finding]:
-    """Everything that is wrong with the files of a version, the verdict itself left aside."""
+def version_findings(folder: Path, version: str, recorded: set[str]) -> list[AuditFinding]:
+    """Everything that is wrong with the files of a version, except a verdict of "failed"."""
     if kind_of(folder) != "directory":
-        return [Finding(folder, "the folder of the version is missing, or is not a directory")]
+        return [AuditFinding(folder, "the folder of the version is missing, or is not a directory")]
     findings = [*_listing_findings(folder), *_hash_findings(folder, version, recorded)]
     return findings or [*_meaning_findings(folder, version)]
 
 
-def _listing_findings(folder: Path) -> Iterator[Finding]:
+def _listing_findings(folder: Path) -> Iterator[AuditFinding]:
     present = set(os.listdir(folder))
     for name in FILES:
         if name not in present:
-            yield Finding(folder / name, "missing")
+            yield AuditFinding(folder / name, "missing")
         elif kind_of(folder / name) != "file":
-            yield Finding(folder / name, "not a regular file")
+            yield AuditFinding(folder / name, "not a regular file")
         elif (links := (folder / name).stat().st_nlink) > 1:
-            yield Finding(folder / name, f"has {links} names: through another it can be changed")
+            message = f"has {links} names: through another it can be changed"
+            yield AuditFinding(folder / name, message)
     for name in sorted(present - set(FILES)):
-        yield Finding(folder / name, "does not belong to the version")
+        yield AuditFinding(folder / name, "does not belong to the version")
 
 
-def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[Finding]:
+def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[AuditFinding]:
     path = folder / MANIFEST_NAME
     if kind_of(path) != "file":
         return
     try:
         manifest = read_manifest(folder)
     except DamagedError as error:
-        yield Finding(path, f"not readable as a manifest ({error})")
+        yield AuditFinding(path, f"not readable as a manifest ({error})")
         return
-    if path.read_bytes() != _rendered(manifest):
-        yield Finding(path, "has changed since it was written")
     if manifest["facts"] != version_facts(version) or set(manifest["files"]) != set(CONTENT):
-        yield Finding(path, "belongs to something else than this version")
+        yield AuditFinding(path, "belongs to something else than this version")
     if recorded and manifest["digest"] not in recorded:
-        yield Finding(path, "is not the manifest that the history recorded for this version")
+        yield AuditFinding(path, "is not the manifest that the history recorded for this version")
     yield from _changed_files(folder, manifest["files"])
 
 
-def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[Finding]:
+def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[AuditFinding]:
     for name in CONTENT:
         path = folder / name
         if name not in listed or kind_of(path) != "file":
             continue
         if {"bytes": path.stat().st_size, "sha256": file_sha256(path)} != listed[name]:
-            yield Finding(path, "has changed since it was written (size or SHA-256)")
+            yield AuditFinding(path, "has changed since it was written (size or SHA-256)")
 
 
-def _meaning_findings(folder: Path, version: str) -> Iterator[Finding]:
+def _meaning_findings(folder: Path, version: str) -> Iterator[AuditFinding]:
     try:
         if read_adapter(folder).digest() != version:
-            yield Finding(folder / WEIGHTS_NAME, "is not the adapter whose digest names the folder")
+            message = "is not the adapter whose digest names the folder"
+            yield AuditFinding(folder / WEIGHTS_NAME, message)
         require_digest(read_gate(folder / GATE_NAME), version, folder / GATE_NAME)
     except NestedTuneError as error:
-        yield Finding(folder, str(error))
-
-
-def _rendered(manifest: dict[str, Any]) -> bytes:
-    """The bytes of durable.write_json: a manifest's own hash does not cover spaces and order."""
-    return (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode(
-        errors="surrogatepass"
-    )
+        yield AuditFinding(folder, str(error))

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State
 from nested_core import registry as core
 from nested_core.config.registry import RegistrySection
 from nested_core.pipeline import steps
-from nested_core.registry.pointer import PREPARED_NAME
+from nested_core.registry.champion_link import PREPARED_NAME
 from nested_core.storage.run_directory import RunDirectory
 from tasks.gate import gate
 from tasks.load import load

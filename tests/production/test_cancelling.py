@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nested_core import registry as core
-from nested_core.registry.locking import exclusive, shared
+from nested_core.registry.folder_lock import exclusive, shared
 from tests.production.faults import FaultTable
 from tests.production.processes import command_of
 from tests.production.stack import Stack, wait_for
@@ -57,7 +57,9 @@ def registry_held_after_the_gate(stack: Stack, training: Training) -> Iterator[N
     add(stack, 41, "never", training.name)
 
     def is_proving() -> bool:
-        return any("plain_load" in command_of(p) for p in stack.processes_of(training.id))
+        return any(
+            "fresh_process_program" in command_of(p) for p in stack.processes_of(training.id)
+        )
 
     wait_for(is_proving, 180)
     with exclusive(stack.registry / training.name):

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import describe_evidence
-from nested_core.gate.held import HeldBase
+from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.models.parameters import trainable_refs
 from nested_core.storage.adapter import load_arrays, read_adapter_config
 from nested_core.storage.checkpoint import (
@@ -75,7 +75,7 @@ def trainers_logits(
     config: FineTuneConfig, prompts: list[list[int]], tensors: Arrays
 ) -> dict[str, Any]:
     """What a trainer would have recorded that had these tensors in its model."""
-    model = HeldBase.load(config).model
+    model = LoadedBase.load(config).model
     refs = trainable_refs(model)
     fitting = {name: value for name, value in tensors.items() if name in refs}
     evaluator = Evaluator(model, refs, prompts=prompts)

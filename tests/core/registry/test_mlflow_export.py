@@ -14,7 +14,7 @@ import pytest
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import promote, register, rollback
-from nested_core.registry.mlflow import Export, export_to_mlflow
+from nested_core.registry.mlflow_export import Export, export_to_mlflow
 from tests.core.registry.conftest import write_run
 
 NAME = "capitals"
@@ -60,7 +60,7 @@ def test_without_mlflow_it_says_what_to_install(
 
 
 def test_the_core_does_not_import_mlflow() -> None:
-    code = "import sys, nested_core.registry.mlflow; sys.exit('mlflow' in sys.modules)"
+    code = "import sys, nested_core.registry.mlflow_export; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

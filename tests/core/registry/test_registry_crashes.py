@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from nested_core.errors import ConfigError
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.registry import (
     audit,
@@ -77,6 +79,25 @@ def test_crash_in_the_very_first_promotion_leaves_no_champion_or_the_first(
         assert read_champion(copy, NAME) == version
         assert_settled(copy)
     assert number > 15
+
+
+@pytest.mark.parametrize("crash", ["write", "swap"])
+@pytest.mark.parametrize("names_its_version", [False, True])
+def test_a_rollback_that_was_cut_short_changes_nothing_in_what_the_next_goes_to(
+    three, registry, crash, names_its_version
+):
+    first, second, third = three
+    promote(registry, NAME, third, by="ann")
+
+    def action(place: Path) -> object:
+        return rollback(place, NAME, to=first if names_its_version else None, by="ann")
+
+    assert killed_at(number_of(crash, action, registry), action, registry)
+    assert read_champion(registry, NAME) == third
+    assert [rollback(registry, NAME, by="bob").version for _ in range(2)] == [second, first]
+    assert_settled(registry)
+    with pytest.raises(ConfigError, match="no version to go back to"):
+        rollback(registry, NAME, by="bob")
 
 
 @pytest.mark.reliability

@@ -12,18 +12,18 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Promotion,
     audit,
+    audit_report,
+    champion_link,
     collect,
     history,
     list_versions,
-    pointer,
     promote,
+    queries,
     read_champion,
-    reading,
     register,
     rollback,
 )
-from nested_core.registry import audit as auditing
-from nested_core.registry.versions import Finding, version_findings
+from nested_core.registry.versions import AuditFinding, version_findings
 from tests.core.registry.states import NAME, assert_settled
 
 
@@ -51,6 +51,29 @@ def test_after_a_rollback_the_version_that_it_left_is_what_the_next_goes_to(five
     rollback(registry, NAME, to=five[0], by="ann")
     assert collected(registry, 0) == {five[1], five[3], five[4]}
     assert rollback(registry, NAME, by="ann").version == five[2]
+
+
+def test_rollbacks_pass_over_versions_that_were_collected(five, registry):
+    promote(registry, NAME, five[0], by="ann")
+    promote(registry, NAME, five[3], by="ann")
+    assert collected(registry, 3) == {five[1], five[4]}  # champions were 1, 2, 3, 1 and 4
+    assert [rollback(registry, NAME, by="ann").version for _ in range(3)] == [
+        five[0],
+        five[2],
+        five[0],
+    ]
+    with pytest.raises(ConfigError, match="no version to go back to"):
+        rollback(registry, NAME, by="ann")
+    assert_settled(registry)
+
+
+def test_a_version_between_two_times_of_the_same_champion_leaves_one_of_them(five, registry):
+    rollback(registry, NAME, to=five[1], by="ann")
+    promote(registry, NAME, five[4], by="ann")
+    assert five[2] in collected(registry, 0)  # champions 1, 2, 3, 2 and 5
+    assert rollback(registry, NAME, by="ann").version == five[1]
+    with pytest.raises(ConfigError, match="no version to go back to"):
+        rollback(registry, NAME, by="ann")
 
 
 @pytest.mark.parametrize(
@@ -168,14 +191,14 @@ def test_audit_meanwhile_takes_a_collected_version_for_no_damage(
 ):
     """A version that came back has another manifest than the one the history knew before."""
 
-    def between(*arguments: Any) -> list[Finding]:
+    def between(*arguments: Any) -> list[AuditFinding]:
         monkeypatch.undo()
         assert five[0] in collected(registry, 0)
         if comes_back:
             assert register(tmp_path / "run-1", registry, NAME, {}) == five[0]
         return version_findings(*arguments)
 
-    monkeypatch.setattr(auditing, "version_findings", between)
+    monkeypatch.setattr(audit_report, "version_findings", between)
     assert audit(registry, NAME).findings == ()
     assert (five[0] in list_versions(registry, NAME)) == comes_back
 
@@ -183,12 +206,12 @@ def test_audit_meanwhile_takes_a_collected_version_for_no_damage(
 def test_audit_meanwhile_takes_a_version_removed_by_hand_for_damage(five, registry, monkeypatch):
     place = registry / NAME / "versions" / five[0]
 
-    def between(*arguments: Any) -> list[Finding]:
+    def between(*arguments: Any) -> list[AuditFinding]:
         monkeypatch.undo()
         place.rename(registry / "elsewhere")
         return version_findings(*arguments)
 
-    monkeypatch.setattr(auditing, "version_findings", between)
+    monkeypatch.setattr(audit_report, "version_findings", between)
     assert [finding.file for finding in audit(registry, NAME).findings] == [place]
 
 
@@ -197,11 +220,11 @@ def test_reader_meanwhile_is_given_the_new_champion(five, registry, monkeypatch)
 
     def between(folder: Path) -> str | None:
         monkeypatch.undo()
-        old = pointer.read_link(folder)
+        old = champion_link.read_link(folder)
         for version in five[3:]:
             promote(registry, NAME, version, by="ann")
         assert old in collected(registry, 0)
         return old
 
-    monkeypatch.setattr(reading, "read_link", between)
+    monkeypatch.setattr(queries, "read_link", between)
     assert read_champion(registry, NAME) == five[4]

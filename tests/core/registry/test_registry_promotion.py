@@ -108,15 +108,49 @@ def test_unknown_version_lists_what_there_is(three, registry):
         promote(registry, NAME, "0123456789", by="ann")
 
 
-def test_rollback_goes_to_what_the_last_change_replaced(three, registry):
+def test_rollbacks_go_back_through_the_champions_until_none_is_left(three, registry):
     first, second, third = three
     promote(registry, NAME, third, by="ann")
     assert rollback(registry, NAME, by="bob") == Promotion("rolled_back", second, third)
-    assert rollback(registry, NAME, by="bob") == Promotion("rolled_back", third, second)
-    assert read_champion(registry, NAME) == third
+    assert rollback(registry, NAME, by="bob") == Promotion("rolled_back", first, second)
+    with pytest.raises(ConfigError, match=r"its champion is \w{12}, and no earlier one is left"):
+        rollback(registry, NAME, by="bob")
+    assert read_champion(registry, NAME) == first
     line = history(registry, NAME)[-1]
-    assert (line["action"], line["version"], line["previous"]) == ("rollback", third, second)
-    assert first not in (line["version"], line["previous"])
+    assert (line["action"], line["version"], line["previous"]) == ("rollback", first, second)
+    assert third not in (line["version"], line["previous"])
+
+
+def test_a_rollback_to_a_named_version_is_a_step_that_a_rollback_takes_back(three, registry):
+    first, second, third = three
+    promote(registry, NAME, third, by="ann")
+    rollback(registry, NAME, to=second, by="ann")
+    for version in (third, second, first):
+        assert rollback(registry, NAME, by="ann").version == version
+    with pytest.raises(ConfigError, match="no version to go back to"):
+        rollback(registry, NAME, by="ann")
+
+
+def test_a_promotion_after_rollbacks_goes_back_to_the_version_that_it_replaced(three, registry):
+    first, _, third = three
+    rollback(registry, NAME, by="ann")
+    promote(registry, NAME, third, by="ann")
+    assert rollback(registry, NAME, by="ann").version == first
+
+
+def test_a_history_of_an_earlier_release_is_read_and_its_rollbacks_are_told_apart(three, registry):
+    """It does not say which rollbacks named their version: one to the champion before is plain."""
+    first, second, third = three
+    promote(registry, NAME, third, by="ann")
+    rollback(registry, NAME, by="ann")
+    rollback(registry, NAME, to=third, by="ann")  # what a second plain one did then
+    path = registry / NAME / "history.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        del line["explicit"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert audit(registry, NAME).is_sound
+    assert [rollback(registry, NAME, by="ann").version for _ in range(2)] == [second, first]
 
 
 def test_rollback_to_any_registered_version_by_prefix(three, registry):

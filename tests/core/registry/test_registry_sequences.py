@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from hypothesis import Phase, settings
@@ -47,6 +48,7 @@ class Model:
 
     registered: dict[str, tuple[int, str | None]] = field(default_factory=dict)
     changes: list[Change] = field(default_factory=list)
+    stack: list[str] = field(default_factory=list)
     barred: set[str] = field(default_factory=set)
     champion: str | None = None
     clock: int = 0
@@ -55,6 +57,10 @@ class Model:
         self.clock += 1
         self.changes.append(Change(version, self.champion, self.clock))
         self.champion = version
+        self.stack.append(version)
+
+    def target(self) -> str | None:
+        return self.stack[-2] if len(self.stack) > 1 else None
 
     def by_hand(self, version: str) -> str:
         if version == self.champion:
@@ -70,6 +76,12 @@ class Model:
             self.barred.add(self.champion)
         self.move(version)
         return "rolled_back"
+
+    def back(self) -> tuple[str, str]:
+        target = self.stack[-2]
+        outcome = self.back_to(target)
+        del self.stack[-2:]  # the step, and the version that it left
+        return outcome, target
 
     def automatically(self, version: str, expected: str | None) -> str:
         if version == self.champion:
@@ -93,8 +105,12 @@ class Model:
 
     def garbage(self, keep: int) -> set[str]:
         newest = sorted(self.registered, key=self.last_use, reverse=True)[:keep]
-        needed = {self.champion} | {change.previous for change in self.changes[-1:]}
-        return self.registered.keys() - set(newest) - needed
+        return self.registered.keys() - set(newest) - {self.champion, self.target()}
+
+    def remove(self, version: str) -> None:
+        del self.registered[version]
+        left = [champion for champion in self.stack if champion != version]
+        self.stack = [champion for champion, _ in groupby(left)]
 
 
 class Sequences(RuleBasedStateMachine):
@@ -172,14 +188,14 @@ class Sequences(RuleBasedStateMachine):
     @precondition(is_there)
     @rule()
     def a_person_rolls_back(self) -> None:
-        target = self.model.changes[-1].previous if self.model.changes else None
+        target = self.model.target()
         try:
             done = rollback(self.registry, NAME, by="bob")
         except ConfigError:
             assert target is None
         else:
             assert target is not None
-            assert (done.outcome, done.version) == (self.model.back_to(target), target)
+            assert (done.outcome, done.version) == self.model.back()
 
     @precondition(is_there)
     @rule(keep=st.integers(0, 4))
@@ -187,7 +203,7 @@ class Sequences(RuleBasedStateMachine):
         garbage = self.model.garbage(keep)
         assert set(collect(self.registry, NAME, by="ann", keep=keep).collected) == garbage
         for version in garbage:
-            del self.model.registered[version]
+            self.model.remove(version)
 
     @precondition(is_there)
     @invariant()

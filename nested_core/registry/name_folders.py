@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nested_core.config.adapter_names import why_no_name
 from nested_core.errors import ConfigError, DamagedError, list_first, shorten
-from nested_core.registry.locking import exclusive
+from nested_core.registry.folder_lock import exclusive
 from nested_core.storage.atomic import sync_path
 from nested_core.storage.file_types import kind_of
 
@@ -36,7 +36,7 @@ def check_name(name: str) -> None:
         raise ConfigError(reason)
 
 
-def locate(registry: Path, name: str) -> Path:
+def find_name_folder(registry: Path, name: str) -> Path:
     """The folder of `name`. ConfigError where there is none, DamagedError where it is a link."""
     check_name(name)
     if kind_of(registry, follow_links=True) != "directory":
@@ -59,16 +59,16 @@ def list_names(registry: Path) -> list[str]:
     return sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
 
 
-def is_made(registry: Path, name: str) -> bool:
+def name_exists(registry: Path, name: str) -> bool:
     """Whether anything was ever kept under `name`.
 
-    A folder with nothing in it is about to be made by `create`, or a kill has cut that short.
+    An empty folder does not count: it is being created, or a kill has cut that short.
     """
     folder = registry / name
     return folder.is_dir() and any(folder.iterdir())
 
 
-def create(registry: Path, name: str) -> Path:
+def create_name_folder(registry: Path, name: str) -> Path:
     """The folder of `name`, made with the registry itself where they are not there yet."""
     check_name(name)
     _make_usable(registry)

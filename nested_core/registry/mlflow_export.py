@@ -13,7 +13,7 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.registry import list_versions, read_champion, verify
-from nested_core.registry.verdict import GATE_NAME, read_gate
+from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.versions import read_provenance, version_folder
 
 ALIAS = "champion"

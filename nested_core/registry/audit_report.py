@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nested_core.errors import NestedTuneError
-from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
-from nested_core.registry.locking import shared
-from nested_core.registry.names import VERSIONS, locate
-from nested_core.registry.pointer import (
+from nested_core.registry.champion_link import (
     LINK_NAME,
     RECORD_NAME,
-    describe,
+    make_record,
     read_link,
     read_prepared,
     read_record,
 )
-from nested_core.registry.verdict import GATE_NAME, read_gate, require_passed
+from nested_core.registry.folder_lock import shared
+from nested_core.registry.gate_file import GATE_NAME, read_gate, require_passed
+from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
+from nested_core.registry.name_folders import VERSIONS, find_name_folder
 from nested_core.registry.versions import (
     VERSION_PATTERN,
-    Finding,
+    AuditFinding,
     registered_versions,
     version_findings,
 )
@@ -40,7 +40,7 @@ class AuditReport:
     name: str
     champion: str | None
     versions: tuple[str, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[AuditFinding, ...]
     unfinished: str | None = None
 
     @property
@@ -58,12 +58,12 @@ class Snapshot:
     prepared: str | None
     record: dict[str, object] | None
     ledger: Ledger
-    findings: tuple[Finding, ...]
+    findings: tuple[AuditFinding, ...]
 
 
 def audit(registry: Path, name: str) -> AuditReport:
     """Check everything there is of `name`; ConfigError for an unknown registry or name."""
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     with shared(folder):
         snapshot = _take_snapshot(folder)
     findings = [
@@ -83,11 +83,11 @@ def _take_snapshot(folder: Path) -> Snapshot:
     try:
         champion = read_link(folder)
     except (NestedTuneError, OSError) as error:
-        findings.append(Finding(folder / LINK_NAME, str(error)))
+        findings.append(AuditFinding(folder / LINK_NAME, str(error)))
     try:
         ledger = read_ledger(folder)
     except (NestedTuneError, OSError) as error:
-        findings.append(Finding(folder / LEDGER_NAME, str(error)))
+        findings.append(AuditFinding(folder / LEDGER_NAME, str(error)))
     return Snapshot(
         versions=tuple(registered_versions(folder)),
         champion=champion,
@@ -98,7 +98,7 @@ def _take_snapshot(folder: Path) -> Snapshot:
     )
 
 
-def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[Finding]:
+def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[AuditFinding]:
     """What is wrong with a version, read without the lock: hashing all of them may take long.
 
     Meanwhile a gc may have removed it, and a registration may have brought it back with another
@@ -118,31 +118,31 @@ def _is_collected(version: str, ledger: Ledger) -> bool:
     return bool(lines) and lines[-1].action == "collected"
 
 
-def _version_findings(folder: Path, version: str, ledger: Ledger) -> list[Finding]:
+def _version_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFinding]:
     place = folder / VERSIONS / version
     try:
         findings = version_findings(place, version, ledger.manifests(version))
         if not findings:
             require_passed(read_gate(place / GATE_NAME), place / GATE_NAME)
     except (NestedTuneError, OSError) as error:
-        return [Finding(place, str(error))]
+        return [AuditFinding(place, str(error))]
     return findings
 
 
-def _audit_listing(folder: Path, snapshot: Snapshot) -> Iterator[Finding]:
+def _audit_listing(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
     for entry in sorted(os.listdir(folder / VERSIONS)):
         if not VERSION_PATTERN.fullmatch(entry) and not entry.startswith(TEMPORARY_PREFIX):
-            yield Finding(folder / VERSIONS / entry, "is not a version")
+            yield AuditFinding(folder / VERSIONS / entry, "is not a version")
     mentioned = snapshot.ledger.versions() | ({snapshot.champion} if snapshot.champion else set())
     for version in sorted(mentioned - set(snapshot.versions)):
-        yield Finding(folder / VERSIONS / version, "was champion, and its folder is gone")
+        yield AuditFinding(folder / VERSIONS / version, "was champion, and its folder is gone")
 
 
-def _audit_order(folder: Path, ledger: Ledger) -> Iterator[Finding]:
+def _audit_order(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
     champion: str | None = None
     for number, entry in enumerate(ledger.entries, 1):
         if entry.action != "aborted" and entry.previous != champion:
-            yield Finding(
+            yield AuditFinding(
                 folder / LEDGER_NAME,
                 f"line {number} replaced {entry.previous}, but the line before it left {champion}: "
                 "a line was removed or edited",
@@ -150,20 +150,20 @@ def _audit_order(folder: Path, ledger: Ledger) -> Iterator[Finding]:
         champion = entry.champion_after
 
 
-def _audit_pointer(folder: Path, snapshot: Snapshot) -> Iterator[Finding]:
+def _audit_pointer(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
     champion, ledger = snapshot.champion, snapshot.ledger
     changes = ledger.changes()
     if ledger.champion != champion:
         if _was_cut_short(snapshot):
             return
-        yield Finding(
+        yield AuditFinding(
             folder / LINK_NAME,
             f"points to {champion}, but the history's last line leaves {ledger.champion}: the link "
             "was moved by hand, or the history is not whole",
         )
     is_ahead = snapshot.prepared is not None and _recorded_version(snapshot) == snapshot.prepared
-    if snapshot.record != describe(champion, changes) and not is_ahead:
-        yield Finding(folder / RECORD_NAME, "does not say what the link and the history say")
+    if snapshot.record != make_record(champion, changes) and not is_ahead:
+        yield AuditFinding(folder / RECORD_NAME, "does not say what the link and the history say")
 
 
 def _was_cut_short(snapshot: Snapshot) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 from nested_core.errors import DamagedError
 from nested_core.registry.ledger import Entry
-from nested_core.registry.names import VERSIONS
+from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.atomic import sync_path, write_json
 from nested_core.storage.file_types import kind_of
 
@@ -62,7 +62,7 @@ def discard_prepared(folder: Path) -> None:
         sync_path(folder)
 
 
-def describe(champion: str | None, changes: list[Entry]) -> dict[str, Any] | None:
+def make_record(champion: str | None, changes: list[Entry]) -> dict[str, Any] | None:
     """What champion.json must say: the last change that made this version the champion."""
     if champion is None:
         return None

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
+from nested_core.registry.champion_link import LINK_NAME, read_link
+from nested_core.registry.folder_lock import shared
 from nested_core.registry.ledger import Entry, read_ledger
-from nested_core.registry.locking import shared
-from nested_core.registry.names import VERSIONS, locate
-from nested_core.registry.pointer import LINK_NAME, read_link
+from nested_core.registry.name_folders import VERSIONS, find_name_folder
 from nested_core.registry.versions import registered_versions, verify_version
 from nested_core.storage.file_types import kind_of
 
@@ -23,7 +23,7 @@ def read_champion(registry: Path, name: str) -> str | None:
     Raises ConfigError for an unknown registry or name, DamagedError for a link that leads anywhere
     but to a version that is there.
     """
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     champion = read_link(folder)
     if champion is None or _is_there(folder, champion):
         return champion
@@ -34,7 +34,7 @@ def read_champion(registry: Path, name: str) -> str | None:
 @contextmanager
 def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
     """The champion as `read_champion` gives it; no gc removes it while the block runs."""
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     with shared(folder):
         champion = read_link(folder)
         if champion is not None and not _is_there(folder, champion):
@@ -51,19 +51,19 @@ def _is_there(folder: Path, version: str) -> bool:
 
 def list_versions(registry: Path, name: str) -> list[str]:
     """Every registered version, in the order of the digests."""
-    return registered_versions(locate(registry, name))
+    return registered_versions(find_name_folder(registry, name))
 
 
 def read_changes(registry: Path, name: str) -> list[Entry]:
     """Every change of the champion that took effect, oldest first."""
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     with shared(folder):
         return read_ledger(folder).changes()
 
 
 def verify(registry: Path, name: str, version: str) -> None:
     """Re-hash one version; DamagedError where it is not what was registered."""
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     with shared(folder):
         recorded = read_ledger(folder).manifests(version)
         verify_version(folder / VERSIONS / version, version, recorded)
@@ -75,7 +75,7 @@ def history(registry: Path, name: str) -> list[dict[str, Any]]:
     A last line that the link does not agree with, because a crash came in between, has
     `"unfinished": true`; the next promote or rollback marks it aborted.
     """
-    folder = locate(registry, name)
+    folder = find_name_folder(registry, name)
     with shared(folder):
         ledger, champion = read_ledger(folder), read_link(folder)
     lines = [asdict(entry) for entry in ledger.entries]

@@ -1,7 +1,6 @@
-"""Run as a program of its own: what any user's program sees of a base model and an adapter.
+"""The program of the fresh process: loads base and adapter by mlx_lm.load, as any user's would.
 
-It reads a request and writes its answer, as JSON; all it knows of models is mlx_lm.load. Nothing of
-this project is imported here.
+It reads a request and writes its answer, both JSON. It imports nothing of this project.
 """
 
 import json
@@ -14,7 +13,7 @@ from mlx_lm import load
 
 
 def answer(request: dict[str, Any], adapter: str) -> dict[str, Any]:
-    """The factors that the model has now, and its logits: a row a prompt, at the columns asked."""
+    """The names of the model's LoRA factors, and a row of logits for each prompt."""
     model = load(
         request["model"],
         tokenizer_config={"trust_remote_code": request["trust_remote_code"]},
@@ -35,7 +34,7 @@ def answer(request: dict[str, Any], adapter: str) -> dict[str, Any]:
 
 
 def main(request_path: str, answer_path: str) -> None:
-    """Answer one request for each of its adapters, one after the other."""
+    """Answer one request, for each of its adapters in turn."""
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
     answers = [answer(request, adapter) for adapter in request["adapters"]]

@@ -1,0 +1,155 @@
+"""Losses on fixed held-out examples, computed from the adapter files with a base loaded anew."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from nested_core.config.data import DataPolicy
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.dataset import load_dataset, load_run_data
+from nested_core.data.rules.dataset_report import DatasetReport
+from nested_core.data.settings import DataSettings
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.errors import ConfigError, DatasetError
+from nested_core.gate.verdict import GeneralLoss, Validation
+from nested_core.kernels.apply import prepared
+from nested_core.models.base import base_fingerprint, find_model
+from nested_core.models.lora import adapter_dtype, attach_adapter, load_base, load_leaves
+from nested_core.models.parameters import read_parameters, trainable_refs
+from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.strict_json import finite_or_none
+from nested_core.training.evaluation import Evaluator, fixed_batches
+from nested_core.training.loss.chunked import rule_for
+from nested_core.training.loss.supervised import SUPERVISED
+
+LISTED_PROBLEMS = 3
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model with a fresh adapter attached, into which adapters are loaded from files.
+
+    `parameters` are those of the fresh adapter, by name; `fingerprint` is the base's.
+    """
+
+    config: FineTuneConfig
+    model: nn.Module
+    parameters: dict[str, mx.array]
+    fingerprint: str
+
+    @classmethod
+    def load(cls, config: FineTuneConfig, *, as_stored: bool = False) -> LoadedBase:
+        """Load the base at the precision of the run, or as it is stored."""
+        model, _ = load_base(config, as_stored=as_stored)
+        parameters = attach_adapter(model, config)
+        return cls(config, model, parameters, base_fingerprint(find_model(config.model)))
+
+    def losses(
+        self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
+    ) -> list[float]:
+        """The mean loss over supervised tokens with each adapter folder, on the same batches."""
+        refs = trainable_refs(self.model, dtype=adapter_dtype(self.config, self.model))
+        evaluator = Evaluator(self.model, refs, rule_for(self.model, refs, SUPERVISED))
+        batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
+        losses = []
+        with prepared(self.model, as_mlx_lm=self.config.training.reference is not None):
+            for adapter in adapters:
+                load_leaves(self.model, load_arrays(adapter / WEIGHTS_NAME))
+                batches = fixed_batches(split, batch_size, max_batches, max_seq_length)
+                losses.append(evaluator.loss(read_parameters(refs), batches))
+        return losses
+
+
+def measure_losses(base: LoadedBase, run: RunDirectory) -> Validation | None:
+    """Mean loss with the initial and with the trained adapter; None without held-out data.
+
+    The examples are those of test.jsonl, or without one the validation set, by which the best
+    checkpoint was chosen: `selected_on_same_data` says so.
+    """
+    name, split = _first_filled(base.config, run, ("test", "valid"))
+    if split is None:
+        return None
+    before, after = map(finite_or_none, base.losses((run.initial, run.adapter), split))
+    return Validation(before, after, selected_on_same_data=name == "valid")
+
+
+def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
+    """Mean loss of the run's adapter on `test_batches` batches of test.jsonl, as `test` asks for.
+
+    Raises DatasetError if there is no test set.
+    """
+    _, split = _first_filled(config, run, ("test",))
+    if split is None:
+        raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
+    return LoadedBase.load(config).losses((run.adapter,), split, config.test_batches)[0]
+
+
+def measure_general(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
+    """Mean loss with either adapter on `gate.general_data`; None if that is not configured.
+
+    Raises ConfigError if there is no such file, DatasetError if it has an error.
+    """
+    if base.config.gate.general_data is None:
+        return None
+    path = Path(base.config.gate.general_data).expanduser()
+    split = _read_general(base.config, path)
+    before, after = map(finite_or_none, base.losses((run.initial, run.adapter), split))
+    return GeneralLoss(before, after, str(path), regular_sha256(path))
+
+
+def refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
+    """Raise DatasetError if the data is not what dataset.json says was validated."""
+    validated = json.loads(run.dataset.read_bytes())["digest"]
+    if report.digest != validated:
+        raise DatasetError(
+            f"The data in {report.folder} has changed since it was validated for {run.path}: its "
+            f"digest is {report.digest[:12]}, dataset.json says {validated[:12]}. Start a new run."
+        )
+
+
+def _first_filled(
+    config: FineTuneConfig, run: RunDirectory, names: Sequence[str]
+) -> tuple[str, TokenizedSplit | None]:
+    """The first of the named splits that has examples, or None in its place."""
+    report, splits = load_run_data(config)
+    refuse_other_data(run, report)
+    for name in names:
+        if name in splits and len(splits[name]):
+            return name, splits[name]
+    return names[0], None
+
+
+def _read_general(config: FineTuneConfig, path: Path) -> TokenizedSplit:
+    """One file, validated and tokenized as a test set of its own; every token of it counts."""
+    if not path.is_file():
+        raise ConfigError(f"gate.general_data: {path} is not a file; expected a .jsonl file.")
+    with tempfile.TemporaryDirectory(prefix="nested-tune-general-") as folder:
+        Path(folder, "test.jsonl").symlink_to(path.resolve())
+        settings = replace(
+            DataSettings.from_config(config),
+            data=folder,
+            hf_dataset=(),
+            mask_prompt=False,
+            supervise="last",
+            policy=DataPolicy(),
+        )
+        report, splits = load_dataset(settings, TokenizerSource.from_config(config))
+    problems = [
+        f"line {finding.line or 1}: {finding.message}"
+        for finding in report.findings
+        if finding.file == "test.jsonl" and finding.severity == "error"
+    ]
+    if problems or not len(splits.get("test", ())):
+        listed = "\n".join(f"  {problem}" for problem in problems[:LISTED_PROBLEMS])
+        raise DatasetError(f"gate.general_data: {path} holds no sound text to judge by.\n{listed}")
+    return splits["test"]

@@ -1,0 +1,157 @@
+"""A run's files checked against the digests that training recorded; any difference is damage.
+
+result.json names the offered checkpoint, and the checkpoint holds digests of what training began
+from. Damage (exit 6) never gets a verdict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nested_core.config.loading import render_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import DamagedError
+from nested_core.storage.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    files_sha256,
+    read_adapter,
+)
+from nested_core.storage.checkpoint import STATE_NAME, Checkpoint, checkpoint_path, read_checkpoint
+from nested_core.storage.manifest import read_manifest
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json, regular_sha256
+
+MAX_RESULT_BYTES = 64 * 1024 * 1024
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ResultRecord(BaseModel):
+    """What the gate needs of result.json."""
+
+    model_config = ConfigDict(strict=True)
+    adapter_step: int
+    evidence: dict[str, str]
+
+
+class TierCounts(BaseModel):
+    """The number of updates of one tier, as a checkpoint records it."""
+
+    model_config = ConfigDict(strict=True)
+    updates: int = Field(ge=0)
+    skipped: int = Field(ge=0)
+
+
+class RecordedLogits(BaseModel):
+    """The logits of the trainer's own model on fixed prompts; None if not finite."""
+
+    model_config = ConfigDict(strict=True)
+    prompts: list[list[int]]
+    columns: list[int]
+    values: list[list[float | None]]
+
+
+class CheckpointRecord(BaseModel):
+    """What the gate needs of a checkpoint's state.json."""
+
+    model_config = ConfigDict(strict=True)
+    input_digests: dict[str, str] = Field(alias="found")
+    tiers: list[TierCounts]
+    flush_steps: list[int]
+    logits: RecordedLogits
+
+
+@dataclass(frozen=True)
+class RunEvidence:
+    """Both adapters of a run, the checkpoint that the trained one comes from, and its record."""
+
+    before: Adapter
+    after: Adapter
+    checkpoint: Checkpoint
+    record: CheckpointRecord
+
+
+def describe_evidence(run: RunDirectory, offered: Path) -> dict[str, str]:
+    """What result.json records of the run: digests of the offered checkpoint and the metrics."""
+    return {
+        "checkpoint": str(read_manifest(offered)["digest"]),
+        "metrics": regular_sha256(run.metrics),
+    }
+
+
+def describe_judged(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
+    """What gate.json records of the run: SHA-256 of files that the verdict rests on, by name.
+
+    For config.yaml it is the digest of the configuration that the run is judged under, whatever
+    the file says by now. result.json holds the digests of all other files.
+    """
+    return {
+        run.config.name: hashlib.sha256(render_config(config)).hexdigest(),
+        run.dataset.name: regular_sha256(run.dataset),
+        run.result.name: regular_sha256(run.result),
+    }
+
+
+def changed_since_judged(run: RunDirectory, recorded: Any) -> list[str]:
+    """The names of files whose digests differ from those that gate.json recorded."""
+    digests = recorded if isinstance(recorded, dict) else {}
+    paths = (run.config, run.dataset, run.result)
+    return [path.name for path in paths if digests.get(path.name) != regular_sha256(path)]
+
+
+def collect_evidence(run: RunDirectory) -> RunEvidence:
+    """Read a finished run; DamagedError if anything is not as training left it."""
+    result = _parse(ResultRecord, read_json(run.result, MAX_RESULT_BYTES), run.result)
+    offered = checkpoint_path(run.checkpoints, result.adapter_step)
+    checkpoint = read_checkpoint(offered)
+    record = _parse(CheckpointRecord, checkpoint.state, offered / STATE_NAME)
+    if describe_evidence(run, offered) != result.evidence:
+        raise DamagedError(
+            f"{offered} or {run.metrics} is not what training wrote: result.json holds other "
+            f"digests. Bring back what was there, or train again."
+        )
+    _require_inputs(run, record.input_digests, offered)
+    _require_offered(run, offered)
+    before, after = read_adapter(run.initial), read_adapter(run.adapter)
+    if before.digest() != record.input_digests.get("initial"):
+        raise DamagedError(f"{run.initial} is not the adapter that {offered} was trained from.")
+    return RunEvidence(before, after, checkpoint, record)
+
+
+def _parse(model: type[Model], value: Any, path: Path) -> Model:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DamagedError(f"{path}: {where}: {first['msg']}.") from error
+
+
+def _require_inputs(run: RunDirectory, digests: dict[str, str], offered: Path) -> None:
+    """Compare what training began from with the digests in its checkpoint."""
+    if files_sha256(run.initial) != digests.get("initial_files"):
+        raise DamagedError(
+            f"{run.initial} is not the adapter that training began from: its digest has changed "
+            f"since. Without the true initial adapter nothing can be proven; train again."
+        )
+    if regular_sha256(run.tiers) != digests.get("tiers"):
+        raise DamagedError(f"{run.tiers} has changed since training began.")
+    dataset = read_json(run.dataset, None)  # as large as the number of findings made it
+    if not isinstance(dataset, dict) or dataset.get("digest") != digests.get("data"):
+        raise DamagedError(f"{run.dataset} is not the report on the data that {offered} has seen.")
+
+
+def _require_offered(run: RunDirectory, offered: Path) -> None:
+    """Compare the adapter with the checkpoint's manifest, against which its files were hashed."""
+    listed = read_manifest(offered)["files"]
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        if name not in listed or regular_sha256(run.adapter / name) != listed[name]["sha256"]:
+            raise DamagedError(
+                f"{run.adapter} is not the adapter of {offered}: it has changed since."
+            )
