@@ -21,7 +21,7 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its batch, the share of its tokens that is learnt, and the layers recomputed.
+    """A model and its batch, the share of its tokens that are targets, and the layers recomputed.
 
     Weights are quantised where `bits` are fewer than 16.
     `tiered` is three tiers over thirds of the layers, shallow ones fast, all due.
@@ -105,9 +105,10 @@ def measure(case: Case) -> None:
     from nested_core.models.parameters import trainable_refs
     from nested_core.training.engine import Engine
     from nested_core.training.loss.chunked import rule_for
-    from nested_core.training.loss.supervised import SUPERVISED
-    from nested_core.training.memory.estimate import BatchShape, peak_bytes
-    from nested_core.training.memory.plan import device_of, read_load
+    from nested_core.training.loss.supervised import SUPERVISED, BatchShape
+    from nested_core.training.memory.estimate import peak_bytes
+    from nested_core.training.memory.layers import read_footprint
+    from nested_core.training.memory.plan import profile_of
 
     config, dtype = FineTuneConfig(), mx.bfloat16
     if backend.device() == "cpu":
@@ -119,18 +120,18 @@ def measure(case: Case) -> None:
     generator = np.random.default_rng(0)
     size = (shape.batch, shape.length + 1)
     tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)
-    learnt = np.zeros((shape.batch, shape.length), np.bool_)
-    learnt[:, : round(case.share * shape.length)] = True
+    target_mask = np.zeros((shape.batch, shape.length), np.bool_)
+    target_mask[:, : round(case.share * shape.length)] = True
     with prepared(model, model.layers[: case.recomputed]):
         rule = rule_for(model, refs, SUPERVISED)
-        load = read_load(config, model, refs, optimizer, rule)
-        batch = BatchShape(shape.batch, shape.length, int(learnt.sum()))
-        expected = peak_bytes(load, batch, device_of(config), case.recomputed)
+        footprint = read_footprint(config, model, refs, optimizer, rule)
+        batch = BatchShape(shape.batch, shape.length, int(target_mask.sum()))
+        expected = peak_bytes(footprint, batch, profile_of(config), case.recomputed)
         engine = Engine(model, refs, optimizer, tiers, rule)
         for step in range(STEPS):
             mx.reset_peak_memory()
             due = tuple(range(len(tiers.frequencies)))
-            taken, _ = engine.take([(tokens, learnt)], due, step, complete=True)
+            taken, _ = engine.take([(tokens, target_mask)], due, step, complete=True)
             mx.eval(taken.updates)
     print(json.dumps({"forecast_bytes": expected, "measured_bytes": mx.get_peak_memory()}))
 

@@ -17,8 +17,7 @@ from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.evaluation import fixed_batches
-from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch
-from nested_core.training.memory.estimate import BatchShape
+from nested_core.training.loss.supervised import SUPERVISED, BatchShape, LossRule, MicroBatch
 
 SAMPLED_ROWS = 256
 

@@ -15,8 +15,7 @@ from mlx_lm.tuner.trainer import default_loss
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
-from nested_core.training.loss.supervised import LossRule, MicroBatch
-from nested_core.training.memory.estimate import BatchShape
+from nested_core.training.loss.supervised import BatchShape, LossRule, MicroBatch
 
 PAD_MULTIPLE = 32
 

@@ -29,6 +29,7 @@ from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.engine import Engine, StepTaken
 from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts
 from nested_core.training.loss.chunked import rule_for
+from nested_core.training.memory.layers import read_footprint
 from nested_core.training.memory.plan import plan_memory
 from nested_core.training.packing import nested
 from nested_core.training.recorder import Recorder, restore_random_key
@@ -70,8 +71,8 @@ class Trainer:
         self._refs = configured_refs(config, model)
         self.method = make_method(config, splits, world)
         self._rule = rule_for(model, self._refs, self.method.rule)
-        held = model, self._refs, optimizer, self._rule
-        self.memory = plan_memory(config, *held, self.method, world)
+        footprint = read_footprint(config, model, self._refs, optimizer, self._rule)
+        self.memory = plan_memory(config, footprint, self.method.largest_batch(), world.size)
         self._votes, prompts = StopVote(world, self._is_asked_to_stop), choose_prompts(splits)
         evaluator = Evaluator(model, self._refs, self._rule, self._votes.now, prompts, world)
         parts = self._refs, optimizer, self.method, evaluator
@@ -129,7 +130,8 @@ class Trainer:
         Raises TrainingDiverged after `max_nonfinite_steps` non-finite steps in a row.
         """
         self.model.train()
-        layers, reference = self.memory.chosen(self.model), self.config.training.reference
+        layers = self.memory.recomputed_layers(self.model)
+        reference = self.config.training.reference
         try:
             with prepared(self.model, layers, as_mlx_lm=reference is not None):
                 self.world.require_equal(read_parameters(self._refs), self.state.step)

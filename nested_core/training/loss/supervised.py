@@ -15,6 +15,15 @@ Arrays = tuple[mx.array, mx.array]
 Loss = Callable[[Any, mx.array, mx.array], Arrays]
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """The rows of a batch, the tokens of a row, and the tokens in all rows that are targets."""
+
+    rows: int
+    length: int
+    target_tokens: int
+
+
 def as_given(batch: MicroBatch) -> Arrays:
     """Both parts of a batch on the device."""
     return mx.array(batch[0]), mx.array(batch[1])

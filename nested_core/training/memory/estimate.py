@@ -1,33 +1,28 @@
-"""The peak memory of a training step by arithmetic, from shapes alone; nothing is read or run.
+"""The peak memory of a training step, predicted from shapes alone; nothing is read or run.
 
-In bytes, with T = rows * length tokens, s bytes an activation, and the layers from the lowest
-trained one up, for those below keep nothing:
+In bytes, with T = rows * length tokens, s bytes an activation, and only the layers from the lowest
+trained one up, since those below keep nothing for the backward pass:
 
-    held   = weights + trained + 2 * moments: an adapter is kept by name and as vectors
-    kept   = s * (T * (layer.kept + gates * gated) + scores * rows * heads * length^2), a layer
-    loss   = (s + 8) * vocabulary * rows: the logits asked for, as given and twice float32;
-             (s + 12) where the output layer is not computed apart and all positions have theirs
-    wholes = 4 * the largest weight of those that are quantised and made whole for each product: of
-             the output layer, which is computed forwards and backwards at once
-    peak   = the largest of
-             held + kept of the layers kept whole + inputs of the others + loss + wholes
-             + in_flight layers
-             held + inputs of the layers recomputed + (in_flight + REFILLED) layers
-             held + 3 * trained + moments: gradients and new values beside the old
+    held        = weights + moments, and for packed parameters trained + moments once more
+    kept        = s * (T * (layer.kept + mlp_arrays * layer.mlp_width)
+                  + score_share * rows * heads * length^2), for each layer
+    logits      = (s + 8) * vocabulary * rows of the chunks that exist at once;
+                  (s + 12) * vocabulary * T where every position has its logits
+    dequantized = dequantized_weights * the largest quantized weight once it is dequantized
+    in_flight   = arrays that are used up and not freed yet, since MLX runs ahead of the device:
+                  layers_in_flight times the largest `kept`
+    peak        = the largest of
+                  held + kept of all layers + logits + dequantized + in_flight, where a recomputed
+                  layer keeps its input alone
+                  held + inputs of the recomputed layers + in_flight + REFILLED_LAYERS layers
+                  held + 3 * trained + moments: gradients and new values beside the old ones
 
 `layer.kept` is what derivatives read again, in elements a token: the outputs of the linear layers
 in attention and MLP, the inputs of trained ones, each once, and the inputs of norms. For a Llama of
 width d, attention width a, key-value width k and MLP width m, with LoRA of rank r on all seven, it
-is 4 d + 2 a + 2 k + 3 m + 7 r; on CUDA an m less, for the MLP's product is made again. `in_flight`
-are arrays that are done with and not free again, for MLX runs ahead of the device: in layers, the
-largest of them.
+is 4 d + 2 a + 2 k + 3 m + 7 r; on CUDA an m less, where the MLP's product is recomputed.
 
-Numbers are fitted, to MLX 0.32.4. On a CPU, to some 30 Llamas such as benchmarks/forecast.py has:
-the two arrays beside the logits and five chunks of them at once, in_flight and REFILLED. On CUDA,
-in_flight, its bound and two chunks: to 14 rows of H200s from 135M to 7B, with 8 to 100 operations a
-commit, which are in benchmarks/README.md. The 4 of `wholes`: to ten such Llamas and 4 rows with
-4-bit weights. Recomputation on a GPU, adapters there that leave the MLP or parts of it out, dtypes
-other than bfloat16, and all of Metal follow the same arithmetic and were not measured.
+The constants are fitted to measurements: see "The forecast of peak memory" in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -36,131 +31,153 @@ from dataclasses import dataclass
 
 from nested_core.kernels.cuda.launch import DTYPE
 from nested_core.training.loss.chunked import room_for
+from nested_core.training.loss.supervised import BatchShape
 
-REFILLED = 1.8  # layers: one that is computed again, and its gradients
-LOGIT_BYTES = 8  # beside the logits as they are given, of those that are made in chunks
-ALL_LOGIT_BYTES = 12  # where every position has its own
-WHOLES = 4  # two products, with as much again: integers unpacked on a CPU, another chunk on CUDA
-IN_FLIGHT, IN_FLIGHT_AN_OPERATION = 5, 0.95  # layers on CUDA: always, and for each of a commit
+REFILLED_LAYERS = 1.8  # a layer that is recomputed, and its gradients
+CHUNK_LOGIT_BYTES = 8  # a logit, beside the logit itself, where logits are made in chunks
+ALL_LOGIT_BYTES = 12  # the same where every position has its logits
+DEQUANTIZED_WEIGHTS = 4  # the output layer's for both products, with as much again beside them
+CUDA_LAYERS_IN_FLIGHT = 5  # without the operations of a commit
+CUDA_LAYERS_PER_OPERATION = 0.95  # for each operation of a commit
 
 
 @dataclass(frozen=True)
-class Device:
-    """How a device computes, as far as memory goes.
+class DeviceProfile:
+    """What a device keeps in memory while it computes.
 
-    scores: share of a head's length^2 probabilities kept (0: fused attention); gates: arrays of the
-    MLP's inner width kept beside gate, up and product; in_flight: layers, at most so many times
-    all there are; chunks: of logits that exist at once; remakes: whether the product of an MLP of
-    LoRA layers is made again; wholes: quantised weights that are whole at once.
+    score_share: share of a head's length^2 attention probabilities kept; 0 for fused attention.
+    mlp_arrays: arrays of the MLP's inner width kept beside gate, up and their product.
+    layers_in_flight: layers whose arrays are used up and not freed yet.
+    logit_chunks: chunks of logits that exist at once.
+    max_in_flight_ratio: bound of `layers_in_flight`, as a ratio to all layers that are trained.
+    recomputes_mlp_product: whether the product of an MLP of LoRA layers is recomputed, not kept.
+    dequantized_weights: number of dequantized weight matrices alive at once.
     """
 
-    scores: float
-    gates: float
-    in_flight: float
-    chunks: int
-    most: float = 1
-    remakes: bool = False
-    wholes: int = 0
+    score_share: float
+    mlp_arrays: float
+    layers_in_flight: float
+    logit_chunks: int
+    max_in_flight_ratio: float = 1
+    recomputes_mlp_product: bool = False
+    dequantized_weights: int = 0
 
 
-CPU = Device(scores=5 / 8, gates=1, in_flight=1.5, chunks=5, wholes=WHOLES)
-METAL = Device(scores=1, gates=2, in_flight=2, chunks=5)
+CPU = DeviceProfile(
+    score_share=5 / 8,
+    mlp_arrays=1,
+    layers_in_flight=1.5,
+    logit_chunks=5,
+    dequantized_weights=DEQUANTIZED_WEIGHTS,
+)
+METAL = DeviceProfile(score_share=1, mlp_arrays=2, layers_in_flight=2, logit_chunks=5)
 
 
-def cuda(operations: int) -> Device:
-    """A CUDA device to which MLX commits so many operations at once."""
-    in_flight = IN_FLIGHT + IN_FLIGHT_AN_OPERATION * operations
-    return Device(
-        scores=0, gates=0, in_flight=in_flight, chunks=2, most=1.3, remakes=True, wholes=WHOLES
+def cuda(operations: int) -> DeviceProfile:
+    """A CUDA device to which MLX commits `operations` operations at once."""
+    return DeviceProfile(
+        score_share=0,
+        mlp_arrays=0,
+        layers_in_flight=CUDA_LAYERS_IN_FLIGHT + CUDA_LAYERS_PER_OPERATION * operations,
+        logit_chunks=2,
+        max_in_flight_ratio=1.3,
+        recomputes_mlp_product=True,
+        dequantized_weights=DEQUANTIZED_WEIGHTS,
     )
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One layer in elements a token: its input, what it keeps, and the inner width of its MLP.
+class LayerFootprint:
+    """One layer, in elements a token: its input, what it keeps, and the inner width of its MLP.
 
-    `remade` is the part of what it keeps that a device which remakes products does not.
+    `mlp_product` is the part of `kept` that a device with `recomputes_mlp_product` does not keep.
     """
 
     width: int
     kept: int
-    gated: int
+    mlp_width: int
     heads: int
     is_trained: bool
-    remade: int = 0
+    mlp_product: int = 0
 
 
 @dataclass(frozen=True)
-class Load:
-    """What trains: bytes of all weights, of what is trained, of its moments, and an activation's.
+class ModelFootprint:
+    """What a model holds during training, in bytes, and the shapes of what its layers keep.
 
-    `chunk` is the rows of logits made at once, None where every position has its own; `joins`
-    whether what is trained is kept a second time, as vectors; `whole` the bytes of the largest
-    quantised weight once it is made whole.
+    weights: all weights, trained ones included.
+    trained: the trained parameters, as float32.
+    moments: the optimizer's state.
+    activation_bytes: bytes of one element of an activation.
+    chunk_rows: rows of logits made at once; None where every position has its logits.
+    is_packed: whether trained parameters and moments are kept a second time, packed by tier.
+    dequantized: the largest quantized weight once it is dequantized; 0 without one.
     """
 
     weights: int
     trained: int
     moments: int
-    item: int
-    layers: tuple[Layer, ...]
+    activation_bytes: int
+    layers: tuple[LayerFootprint, ...]
     vocabulary: int
-    chunk: int | None
-    joins: bool = True
-    whole: int = 0
+    chunk_rows: int | None
+    is_packed: bool = True
+    dequantized: int = 0
 
     @property
-    def trained_layers(self) -> tuple[Layer, ...]:
+    def trained_layers(self) -> tuple[LayerFootprint, ...]:
         """The layers that the backward pass goes through: from the lowest trained one up."""
         first = next((i for i, layer in enumerate(self.layers) if layer.is_trained), 0)
         return self.layers[first:]
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """Rows, tokens a row, and the tokens of all rows that are learnt."""
+def kept_bytes(
+    footprint: ModelFootprint, layer: LayerFootprint, batch: BatchShape, device: DeviceProfile
+) -> float:
+    """What one layer that is not recomputed keeps for the backward pass."""
+    scores = device.score_share * batch.rows * layer.heads * batch.length**2
+    kept = layer.kept + device.mlp_arrays * layer.mlp_width
+    is_bfloat16 = footprint.activation_bytes == DTYPE.size  # the only dtype of the kernels
+    if device.recomputes_mlp_product and is_bfloat16:
+        kept -= layer.mlp_product
+    return footprint.activation_bytes * (batch.rows * batch.length * kept + scores)
 
-    rows: int
-    length: int
-    learnt: int
 
-
-def kept_bytes(load: Load, layer: Layer, batch: BatchShape, device: Device) -> float:
-    """What one layer keeps for the backward pass where it is not recomputed."""
+def logit_bytes(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> int:
+    """The logits that exist at once, and what the loss computes from them."""
     tokens = batch.rows * batch.length
-    scores = device.scores * batch.rows * layer.heads * batch.length**2
-    is_remade = device.remakes and load.item == DTYPE.size  # kernels take bfloat16 alone
-    kept = layer.kept - is_remade * layer.remade + device.gates * layer.gated
-    return load.item * (tokens * kept + scores)
+    if footprint.chunk_rows is None:
+        return (footprint.activation_bytes + ALL_LOGIT_BYTES) * footprint.vocabulary * tokens
+    rows = min(room_for(batch.target_tokens, tokens), device.logit_chunks * footprint.chunk_rows)
+    return (footprint.activation_bytes + CHUNK_LOGIT_BYTES) * footprint.vocabulary * rows
 
 
-def loss_bytes(load: Load, batch: BatchShape, device: Device) -> int:
-    """The logits that exist at once, and what is made of them."""
+def peak_bytes(
+    footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, recomputed: int = 0
+) -> int:
+    """The peak of a step that recomputes the `recomputed` lowest of the trained layers."""
+    layers = footprint.trained_layers
+    kept = [kept_bytes(footprint, layer, batch, device) for layer in layers]
+    largest = max(kept, default=0.0)
+    held = footprint.weights + footprint.moments
+    if footprint.is_packed:
+        held += footprint.trained + footprint.moments
     tokens = batch.rows * batch.length
-    if load.chunk is None:
-        return (load.item + ALL_LOGIT_BYTES) * load.vocabulary * tokens
-    rows = min(room_for(batch.learnt, tokens), device.chunks * load.chunk)
-    return (load.item + LOGIT_BYTES) * load.vocabulary * rows
-
-
-def peak_bytes(load: Load, batch: BatchShape, device: Device, recomputed: int = 0) -> int:
-    """The peak of a step in which so many layers, the lowest of those that keep anything, are
-    recomputed."""
-    kept = [kept_bytes(load, layer, batch, device) for layer in load.trained_layers]
-    tokens = batch.rows * batch.length
-    inputs = load.item * tokens * sum(e.width for e in load.trained_layers[:recomputed])
-    largest, layers = max(kept, default=0.0), len(kept)
-    held = load.weights + load.moments + (load.trained + load.moments if load.joins else 0)
-    in_flight = min(device.in_flight, device.most * layers) * largest
-    loss = loss_bytes(load, batch, device) + device.wholes * load.whole
-    forward = sum(kept[recomputed:]) + inputs + loss + in_flight
-    backward = inputs + in_flight + REFILLED * largest if recomputed else 0.0
-    update = 3 * load.trained + load.moments
+    inputs = footprint.activation_bytes * tokens * sum(e.width for e in layers[:recomputed])
+    max_in_flight = device.max_in_flight_ratio * len(layers)
+    in_flight = min(device.layers_in_flight, max_in_flight) * largest
+    logits = logit_bytes(footprint, batch, device)
+    dequantized = device.dequantized_weights * footprint.dequantized
+    forward = sum(kept[recomputed:]) + inputs + (logits + dequantized) + in_flight
+    backward = inputs + in_flight + REFILLED_LAYERS * largest if recomputed else 0.0
+    update = 3 * footprint.trained + footprint.moments
     return int(held + max(forward, backward, update))
 
 
-def fewest_recomputed(load: Load, batch: BatchShape, device: Device, limit: float) -> int:
-    """The fewest recomputed layers with which the peak is within a limit; all where none are."""
-    layers = len(load.trained_layers)
-    fitting = (n for n in range(layers) if peak_bytes(load, batch, device, n) <= limit)
-    return next(fitting, layers)
+def fewest_recomputed(
+    footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, limit: float
+) -> int:
+    """The fewest recomputed layers whose peak is within `limit` bytes; all if no number is."""
+    layers = len(footprint.trained_layers)
+    peaks = ((n, peak_bytes(footprint, batch, device, n)) for n in range(layers))
+    return next((n for n, peak in peaks if peak <= limit), layers)

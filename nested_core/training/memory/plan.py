@@ -1,6 +1,6 @@
-"""What a run will need, said before its first step, and how many layers it recomputes for that.
+"""Whether a run fits in memory, said before its first step, and how many layers it recomputes.
 
-It warns and refuses nothing: a forecast is no measurement.
+A plan warns and never refuses, since it is a prediction and not a measurement.
 """
 
 from __future__ import annotations
@@ -14,175 +14,144 @@ import mlx.nn as nn
 
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
-from nested_core.models.parameters import ParameterRefs, read_parameters
-from nested_core.optim.pytree import flatten
-from nested_core.optim.single_clock import TieredOptimizer
-from nested_core.training.batching import Method
-from nested_core.training.distributed import World
-from nested_core.training.loss.chunked import rows_at_once
-from nested_core.training.loss.supervised import LossRule
+from nested_core.training.loss.supervised import BatchShape
 from nested_core.training.memory import estimate
 from nested_core.training.memory.estimate import (
-    BatchShape,
-    Device,
-    Load,
+    DeviceProfile,
+    ModelFootprint,
     fewest_recomputed,
     peak_bytes,
 )
-from nested_core.training.memory.layers import arrays, item_bytes, read_layers, whole_bytes
 
-LEAST_LENGTH = 32
-MASTER_BYTES = 4  # float32
+SHORTEST_SUGGESTION = 32  # tokens
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a run needs and has, the layers it recomputes of those that train, and `ways`.
+    """The predicted peak and the memory there is, in bytes, and the layers that are recomputed.
 
-    Ways are settings that would fit, each with the bytes that are needed then; none where it fits.
+    recomputed: of `layers` trained layers, the number that is recomputed in the backward pass.
+    suggestions: (setting, predicted peak) pairs that would fit; empty if the run fits already.
     """
 
     needed: int
-    room: int
+    capacity: int
     recomputed: int
     layers: int
-    ways: Sequence[tuple[str, int]] = ()
+    suggestions: Sequence[tuple[str, int]] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for what is needed."""
-        return self.needed <= self.room
+        """Whether the predicted peak is within the capacity."""
+        return self.needed <= self.capacity
 
     def describe(self) -> str:
-        """The need, the room, and what would fit, on one line."""
-        text = f"memory: needs about {_gb(self.needed)} of {_gb(self.room)}"
+        """The predicted peak, the capacity, and the settings that would fit, on one line."""
+        text = f"memory: needs about {_gigabytes(self.needed)} of {_gigabytes(self.capacity)}"
         if 0 < self.recomputed < self.layers:
             text += f", with {self.recomputed} of {self.layers} layers recomputed"
         if self.fits:
             return text
-        ways = [f"{setting} (about {_gb(needed)})" for setting, needed in self.ways]
-        if self.ways[-1][1] > self.room:
-            return f"{text}; not even {ways[-1]} would fit"
-        return f"{text}; try {', '.join(ways[:-1])}{' or ' if ways[1:] else ''}{ways[-1]}"
+        *others, last = [f"{name} (about {_gigabytes(peak)})" for name, peak in self.suggestions]
+        if self.suggestions[-1][1] > self.capacity:
+            return f"{text}; not even {last} would fit"
+        return f"{text}; try {', '.join(others)} or {last}" if others else f"{text}; try {last}"
 
-    def chosen(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The layers to recompute: the lowest that train, whose turn comes last in the backward
-        pass, when what the others kept is free again."""
+    def recomputed_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The layers to recompute: the lowest that train.
+
+        Their turn comes last in the backward pass, when what the others kept is free again.
+        """
         layers: Any = model.layers
         if self.recomputed in (0, self.layers):
             return layers if self.recomputed else ()
         first = len(layers) - self.layers
-        found: Sequence[nn.Module] = layers[first : first + self.recomputed]
-        return found
+        chosen: Sequence[nn.Module] = layers[first : first + self.recomputed]
+        return chosen
 
 
-def _gb(size: float) -> str:
+def _gigabytes(size: float) -> str:
     gigabytes = size / 1e9
     return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{gigabytes:.2g} GB"
 
 
 def plan_memory(
-    config: FineTuneConfig,
-    model: nn.Module,
-    refs: ParameterRefs,
-    optimizer: TieredOptimizer,
-    rule: LossRule,
-    method: Method,
-    world: World,
+    config: FineTuneConfig, footprint: ModelFootprint, batch: BatchShape, processes: int = 1
 ) -> MemoryPlan:
-    """Forecast a run whose adapter is attached and whose optimizer has its state.
+    """Predict the peak of a run on the default device, within its memory or `memory_limit_gb`.
 
-    Layers are recomputed where `grad_checkpoint` asks for it: all of them, or under a
-    `memory_limit_gb` only as many as the forecast needs to fit.
+    `batch` is one process's share of the largest batch.
     """
-    load = read_load(config, model, refs, optimizer, rule)
     limit = config.training.memory_limit_gb
-    room = backend.memory_bytes() if limit is None else int(limit * 1e9)
-    return plan(config, load, method.largest_batch(), device_of(config), room, world.size)
+    capacity = backend.memory_bytes() if limit is None else int(limit * 1e9)
+    return plan(config, footprint, batch, profile_of(config), capacity, processes=processes)
 
 
 def plan(
-    config: FineTuneConfig, load: Load, batch: BatchShape, device: Device, room: int, ranks: int = 1
+    config: FineTuneConfig,
+    footprint: ModelFootprint,
+    batch: BatchShape,
+    device: DeviceProfile,
+    capacity: int,
+    *,
+    processes: int = 1,
 ) -> MemoryPlan:
-    """The plan for a load, a batch of one of the ranks, a device and the room on it."""
-    layers = len(load.trained_layers)
-    is_free = config.training.memory_limit_gb is not None and config.training.reference is None
-    wanted = fewest_recomputed(load, batch, device, room) if is_free else layers
+    """The plan for a model, a batch of one of the processes, a device and its memory in bytes.
+
+    Layers are recomputed under `grad_checkpoint`: all of them, or under a `memory_limit_gb` only as
+    many as are needed to fit.
+    """
+    layers = len(footprint.trained_layers)
+    wanted = layers
+    if config.training.memory_limit_gb is not None and config.training.reference is None:
+        wanted = fewest_recomputed(footprint, batch, device, capacity)
     recomputed = wanted if config.grad_checkpoint else 0
-    needed = peak_bytes(load, batch, device, recomputed)
-    if needed <= room:
-        return MemoryPlan(needed, room, recomputed, layers)
-    ways = [] if config.grad_checkpoint else [("grad_checkpoint: true", batch, wanted)]
-    ways += [(f"batch_size: {b.rows * ranks}", b, recomputed) for b in _fewer_rows(batch)]
-    ways += [(f"max_seq_length: {b.length}", b, recomputed) for b in _shorter(batch)]
-    found: dict[str, tuple[str, int]] = {}
-    for setting, smaller, recomputes in ways:
-        size = peak_bytes(load, smaller, device, recomputes)
-        if size <= room:
-            found.setdefault(setting.partition(":")[0], (setting, size))
-    if not found:
-        least = list(_fewer_rows(batch))[-1:] or [batch]
-        size = peak_bytes(load, least[0], device, layers)
-        setting = f"grad_checkpoint: true with batch_size: {least[0].rows * ranks}"
-        found["both"] = setting, size
-    return MemoryPlan(needed, room, recomputed, layers, tuple(found.values()))
+    needed = peak_bytes(footprint, batch, device, recomputed)
+    if needed <= capacity:
+        return MemoryPlan(needed, capacity, recomputed, layers)
+
+    fewer_rows, shorter = list(_fewer_rows(batch)), list(_shorter(batch))
+    alternatives = [
+        [(f"batch_size: {each.rows * processes}", each, recomputed) for each in fewer_rows],
+        [(f"max_seq_length: {each.length}", each, recomputed) for each in shorter],
+    ]
+    if not config.grad_checkpoint:
+        alternatives.insert(0, [("grad_checkpoint: true", batch, wanted)])
+    suggestions = []
+    for settings in alternatives:  # of each key, the first value that fits
+        peaks = ((name, peak_bytes(footprint, b, device, count)) for name, b, count in settings)
+        fitting = next((each for each in peaks if each[1] <= capacity), None)
+        if fitting is not None:
+            suggestions.append(fitting)
+    if not suggestions:
+        smallest = fewer_rows[-1] if fewer_rows else batch
+        setting = f"grad_checkpoint: true with batch_size: {smallest.rows * processes}"
+        suggestions.append((setting, peak_bytes(footprint, smallest, device, layers)))
+    return MemoryPlan(needed, capacity, recomputed, layers, tuple(suggestions))
 
 
 def _fewer_rows(batch: BatchShape) -> Iterator[BatchShape]:
     rows = batch.rows // 2
     while rows >= 1:
-        yield replace(batch, rows=rows, learnt=batch.learnt * rows // batch.rows)
+        yield replace(batch, rows=rows, target_tokens=batch.target_tokens * rows // batch.rows)
         rows //= 2
 
 
 def _shorter(batch: BatchShape) -> Iterator[BatchShape]:
     length = batch.length // 2
-    while length >= LEAST_LENGTH:
-        yield replace(batch, length=length, learnt=min(batch.learnt, batch.rows * length))
+    while length >= SHORTEST_SUGGESTION:
+        target_tokens = min(batch.target_tokens, batch.rows * length)
+        yield replace(batch, length=length, target_tokens=target_tokens)
         length //= 2
 
 
-def read_load(
-    config: FineTuneConfig,
-    model: nn.Module,
-    refs: ParameterRefs,
-    optimizer: TieredOptimizer,
-    rule: LossRule,
-) -> Load:
-    """What a model, its adapter and its optimizer hold, and what a step of them keeps."""
-    modules = dict(model.named_modules())
-    own = read_parameters(refs).values()
-    item = item_bytes(modules.values(), refs)
-    factors = max(ref.dtype.size for ref in refs.values())
-    words = [m.weight.shape[0] for m in modules.values() if _is_embedding(m)]
-    vocabulary = max(words, default=0)
-    return Load(
-        weights=sum(value.nbytes for m in modules.values() for value in arrays(m).values()),
-        trained=MASTER_BYTES * sum(value.size for value in own),
-        moments=sum(value.nbytes for value in flatten(optimizer.state).values()),
-        item=item,
-        layers=read_layers(
-            model,
-            modules,
-            draws=config.lora_parameters.dropout > 0,
-            copies=max(1, factors // item),
-        ),
-        vocabulary=vocabulary,
-        chunk=None if rule.value_only is None else rows_at_once(vocabulary),
-        joins=config.fine_tune_type != "full",
-        whole=max(map(whole_bytes, modules.values()), default=0),
-    )
-
-
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.QuantizedEmbedding))
-
-
-def device_of(config: FineTuneConfig) -> Device:
-    """How the default device computes this configuration."""
+def profile_of(config: FineTuneConfig) -> DeviceProfile:
+    """The profile of the default device, without our kernels under `training.reference`."""
     is_plain = config.training.reference is not None
     if backend.has_cuda():
         device = estimate.cuda(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
-        return replace(device, remakes=False, wholes=0) if is_plain else device
+        plain = replace(device, recomputes_mlp_product=False, dequantized_weights=0)
+        return plain if is_plain else device
     device = estimate.CPU if backend.device() == "cpu" else estimate.METAL
-    return replace(device, scores=1, gates=2, wholes=0) if is_plain else device
+    plain = replace(device, score_share=1, mlp_arrays=2, dequantized_weights=0)
+    return plain if is_plain else device

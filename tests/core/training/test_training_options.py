@@ -136,7 +136,7 @@ def test_recomputing_any_number_of_layers_gives_the_same_bits(
     def choose(trainer: Trainer) -> None:
         assert (trainer.memory.recomputed, trainer.memory.layers) == (6, 6)
         trainer.memory = replace(trainer.memory, recomputed=recomputed)
-        assert len(trainer.memory.chosen(trainer.model)) == recomputed
+        assert len(trainer.memory.recomputed_layers(trainer.model)) == recomputed
 
     config = example_config(grad_checkpoint=True, **LOSSES)
     done = train(config, prepare(config, tmp_path / "run"), on_start=choose)

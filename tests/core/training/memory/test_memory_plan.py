@@ -1,4 +1,4 @@
-"""The forecast of peak memory: its arithmetic, and what a run is advised to do."""
+"""The prediction of peak memory: its arithmetic, and what a run is advised to do."""
 
 from __future__ import annotations
 
@@ -9,73 +9,81 @@ import pytest
 
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
+from nested_core.training.loss.supervised import BatchShape
 from nested_core.training.memory.estimate import (
     CPU,
-    BatchShape,
-    Device,
-    Layer,
-    Load,
+    DeviceProfile,
+    LayerFootprint,
+    ModelFootprint,
     cuda,
     fewest_recomputed,
     peak_bytes,
 )
-from nested_core.training.memory.plan import MemoryPlan, device_of, plan
+from nested_core.training.memory.plan import MemoryPlan, plan, profile_of
 
 # T = 6 tokens. A layer keeps 4 * (6 * (10 + 1 * 3) + 0.5 * 2 * 2 * 3 * 3) = 384 bytes, its input
 # is 4 * 6 * 4 = 96, the loss takes (4 + 12) * 7 * 6 = 672.
-PLAIN = Device(scores=0.5, gates=1, in_flight=1, chunks=2)
-LAYER = Layer(width=4, kept=10, gated=3, heads=2, is_trained=True)
-LOAD = Load(1000, 40, 80, item=4, layers=(LAYER, LAYER), vocabulary=7, chunk=None)
-BATCH = BatchShape(rows=2, length=3, learnt=6)
+PLAIN = DeviceProfile(score_share=0.5, mlp_arrays=1, layers_in_flight=1, logit_chunks=2)
+LAYER = LayerFootprint(width=4, kept=10, mlp_width=3, heads=2, is_trained=True)
+SMALL = ModelFootprint(
+    weights=1000,
+    trained=40,
+    moments=80,
+    activation_bytes=4,
+    layers=(LAYER, LAYER),
+    vocabulary=7,
+    chunk_rows=None,
+)
+BATCH = BatchShape(rows=2, length=3, target_tokens=6)
 HELD = 1000 + 40 + 2 * 80
 
 # A model of a usual kind, and a batch of it: 12 layers of 256.
-MIDDLE = Load(
+MIDDLE = ModelFootprint(
     50_000_000,
     2_000_000,
     4_000_000,
-    item=4,
-    layers=(Layer(256, 4200, 704, 4, is_trained=True),) * 12,
+    activation_bytes=4,
+    layers=(LayerFootprint(256, 4200, 704, 4, is_trained=True),) * 12,
     vocabulary=4096,
-    chunk=16384,
+    chunk_rows=16384,
 )
-WIDE = BatchShape(rows=8, length=256, learnt=2048)
+WIDE = BatchShape(rows=8, length=256, target_tokens=2048)
 
 
 def test_the_peak_of_a_small_case_is_what_a_hand_computes() -> None:
-    assert peak_bytes(LOAD, BATCH, PLAIN) == HELD + 2 * 384 + 672 + 384
+    assert peak_bytes(SMALL, BATCH, PLAIN) == HELD + 2 * 384 + 672 + 384
 
 
 def test_a_recomputed_layer_keeps_its_input_alone() -> None:
-    wordy = replace(LOAD, vocabulary=70)
+    wordy = replace(SMALL, vocabulary=70)
     assert peak_bytes(wordy, BATCH, PLAIN, 1) == HELD + 384 + 96 + 6720 + 384
     assert peak_bytes(wordy, BATCH, PLAIN, 2) == HELD + 2 * 96 + 6720 + 384
 
 
 def test_where_the_loss_is_small_a_recomputed_layer_is_the_peak() -> None:
-    small = replace(LOAD, vocabulary=1)
-    assert peak_bytes(small, BATCH, PLAIN, 2) == int(HELD + 2 * 96 + 384 + 1.8 * 384)
+    tiny = replace(SMALL, vocabulary=1)
+    assert peak_bytes(tiny, BATCH, PLAIN, 2) == int(HELD + 2 * 96 + 384 + 1.8 * 384)
 
 
 def test_only_the_logits_that_are_asked_for_count_and_no_more_than_the_chunks_in_flight() -> None:
-    many = BatchShape(rows=8, length=128, learnt=100)  # 128 positions are computed
-    few = replace(LOAD, chunk=32)
-    whole = peak_bytes(LOAD, many, PLAIN) - 16 * 7 * 1024
-    assert peak_bytes(replace(LOAD, chunk=1024), many, PLAIN) == whole + 12 * 7 * 128
+    many = BatchShape(rows=8, length=128, target_tokens=100)  # 128 positions are computed
+    few = replace(SMALL, chunk_rows=32)
+    whole = peak_bytes(SMALL, many, PLAIN) - 16 * 7 * 1024
+    assert peak_bytes(replace(SMALL, chunk_rows=1024), many, PLAIN) == whole + 12 * 7 * 128
     assert peak_bytes(few, many, PLAIN) == whole + 12 * 7 * 2 * 32
 
 
 def test_an_update_of_large_weights_is_the_peak_where_it_is_more() -> None:
-    full = replace(LOAD, trained=10_000, moments=20_000, joins=False)
+    full = replace(SMALL, trained=10_000, moments=20_000, is_packed=False)
     assert peak_bytes(full, BATCH, PLAIN) == 1000 + 20_000 + 3 * 10_000 + 20_000
 
 
 def test_layers_below_the_lowest_trained_one_keep_nothing() -> None:
     frozen = replace(LAYER, is_trained=False)
-    below = replace(LOAD, layers=(frozen, frozen, LAYER, LAYER))
-    between = replace(LOAD, layers=(LAYER, frozen))
-    assert peak_bytes(below, BATCH, PLAIN) == peak_bytes(LOAD, BATCH, PLAIN)
-    assert peak_bytes(between, BATCH, PLAIN) == peak_bytes(LOAD, BATCH, PLAIN)
+    below = replace(SMALL, layers=(frozen, frozen, LAYER, LAYER))
+    between = replace(SMALL, layers=(LAYER, frozen))
+    assert peak_bytes(below, BATCH, PLAIN) == peak_bytes(SMALL, BATCH, PLAIN)
+    assert peak_bytes(between, BATCH, PLAIN) == peak_bytes(SMALL, BATCH, PLAIN)
 
 
 @pytest.mark.parametrize("device", [CPU, cuda(25)], ids=["cpu", "cuda"])
@@ -84,16 +92,16 @@ def test_layers_below_the_lowest_trained_one_keep_nothing() -> None:
     [
         {"batch": replace(WIDE, rows=16)},
         {"batch": replace(WIDE, length=512)},
-        {"load": replace(MIDDLE, layers=MIDDLE.layers + MIDDLE.layers[:1])},
-        {"load": replace(MIDDLE, vocabulary=8192)},
-        {"load": replace(MIDDLE, weights=60_000_000)},
-        {"load": replace(MIDDLE, item=8)},
-        {"batch": replace(WIDE, learnt=1024), "less": True},
+        {"footprint": replace(MIDDLE, layers=MIDDLE.layers + MIDDLE.layers[:1])},
+        {"footprint": replace(MIDDLE, vocabulary=8192)},
+        {"footprint": replace(MIDDLE, weights=60_000_000)},
+        {"footprint": replace(MIDDLE, activation_bytes=8)},
+        {"batch": replace(WIDE, target_tokens=1024), "less": True},
     ],
-    ids=["rows", "length", "layers", "vocabulary", "weights", "precision", "less learnt"],
+    ids=["rows", "length", "layers", "vocabulary", "weights", "precision", "fewer targets"],
 )
-def test_more_of_anything_needs_more(device: Device, more: dict[str, Any]) -> None:
-    given: dict[str, Any] = {"load": MIDDLE, "batch": WIDE} | more
+def test_more_of_anything_needs_more(device: DeviceProfile, more: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"footprint": MIDDLE, "batch": WIDE} | more
     is_less = given.pop("less", False)
     changed, before = peak_bytes(**given, device=device), peak_bytes(MIDDLE, WIDE, device)
     assert changed < before if is_less else changed > before
@@ -105,26 +113,28 @@ def test_each_layer_that_is_recomputed_needs_less() -> None:
     assert peaks[12] < 0.5 * peaks[0]
 
 
-def test_a_device_that_remakes_products_keeps_less_of_bfloat16_and_of_nothing_else() -> None:
-    layer = replace(LAYER, remade=2)
-    wide = replace(LOAD, layers=(layer, layer))
-    load, remaking = replace(wide, item=2), replace(PLAIN, remakes=True)
-    one = 2 * 6 * 2  # bytes of what is made again, a layer
-    assert peak_bytes(load, BATCH, PLAIN) - peak_bytes(load, BATCH, remaking) == 3 * one
-    assert peak_bytes(wide, BATCH, PLAIN) == peak_bytes(wide, BATCH, remaking)
+def test_a_device_that_recomputes_products_keeps_less_of_bfloat16_and_of_nothing_else() -> None:
+    layer = replace(LAYER, mlp_product=2)
+    wide = replace(SMALL, layers=(layer, layer))
+    half = replace(wide, activation_bytes=2)
+    recomputing = replace(PLAIN, recomputes_mlp_product=True)
+    one = 2 * 6 * 2  # bytes of the products of one layer
+    assert peak_bytes(half, BATCH, PLAIN) - peak_bytes(half, BATCH, recomputing) == 3 * one
+    assert peak_bytes(wide, BATCH, PLAIN) == peak_bytes(wide, BATCH, recomputing)
 
 
-def test_the_largest_quantised_weight_is_whole_as_often_as_a_device_has_it() -> None:
-    load = replace(LOAD, whole=500)
-    assert peak_bytes(load, BATCH, PLAIN) == peak_bytes(LOAD, BATCH, PLAIN)
-    twice = replace(PLAIN, wholes=2)
-    assert peak_bytes(load, BATCH, twice) == peak_bytes(LOAD, BATCH, PLAIN) + 2 * 500
+def test_the_largest_quantised_weight_counts_as_often_as_a_device_dequantizes_it() -> None:
+    quantized = replace(SMALL, dequantized=500)
+    assert peak_bytes(quantized, BATCH, PLAIN) == peak_bytes(SMALL, BATCH, PLAIN)
+    twice = replace(PLAIN, dequantized_weights=2)
+    assert peak_bytes(quantized, BATCH, twice) == peak_bytes(SMALL, BATCH, PLAIN) + 2 * 500
 
 
 def test_a_device_that_runs_ahead_has_more_in_flight() -> None:
-    ahead = replace(PLAIN, in_flight=9)
-    assert peak_bytes(LOAD, BATCH, ahead) == HELD + 2 * 384 + 672 + 2 * 384
-    assert peak_bytes(LOAD, BATCH, replace(ahead, most=1.5)) == HELD + 2 * 384 + 672 + 3 * 384
+    ahead = replace(PLAIN, layers_in_flight=9)
+    assert peak_bytes(SMALL, BATCH, ahead) == HELD + 2 * 384 + 672 + 2 * 384
+    further = replace(ahead, max_in_flight_ratio=1.5)
+    assert peak_bytes(SMALL, BATCH, further) == HELD + 2 * 384 + 672 + 3 * 384
 
 
 REFERENCE: dict[str, Any] = {"training": {"reference": "mlx_lm"}}
@@ -137,16 +147,17 @@ def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
     monkeypatch.setattr(backend, "device", lambda: device)
     monkeypatch.setattr(backend, "has_cuda", lambda: has_cuda)
     ours, theirs = (
-        device_of(FineTuneConfig.model_validate(changes)) for changes in ({}, REFERENCE)
+        profile_of(FineTuneConfig.model_validate(changes)) for changes in ({}, REFERENCE)
     )
-    assert (ours.remakes, ours.wholes) == (has_cuda, 4 if has_cuda or device == "cpu" else 0)
-    assert (theirs.remakes, theirs.wholes) == (False, 0)
-    assert theirs.scores == (0 if has_cuda else 1)
+    assert ours.recomputes_mlp_product == has_cuda
+    assert ours.dequantized_weights == (4 if has_cuda or device == "cpu" else 0)
+    assert (theirs.recomputes_mlp_product, theirs.dequantized_weights) == (False, 0)
+    assert theirs.score_share == (0 if has_cuda else 1)
 
 
-def planned(room: float, **changes: Any) -> MemoryPlan:
+def planned(capacity: float, **changes: Any) -> MemoryPlan:
     config = FineTuneConfig.model_validate(changes)
-    return plan(config, MIDDLE, WIDE, CPU, int(room))
+    return plan(config, MIDDLE, WIDE, CPU, int(capacity))
 
 
 LIMITED: dict[str, Any] = {"grad_checkpoint": True, "training": {"memory_limit_gb": 1}}
@@ -158,16 +169,16 @@ def test_what_fits_is_said_in_one_line_without_advice() -> None:
 
 
 def test_what_does_not_fit_names_each_setting_that_would_with_its_own_figure() -> None:
-    room = 0.5 * peak_bytes(MIDDLE, WIDE, CPU)
-    found = planned(room)
+    capacity = 0.5 * peak_bytes(MIDDLE, WIDE, CPU)
+    found = planned(capacity)
     assert not found.fits
     shorter = peak_bytes(MIDDLE, BatchShape(8, 64, 512), CPU)
-    assert dict(found.ways) == {
+    assert dict(found.suggestions) == {
         "grad_checkpoint: true": peak_bytes(MIDDLE, WIDE, CPU, 12),
         "batch_size: 2": peak_bytes(MIDDLE, BatchShape(2, 256, 512), CPU),
         "max_seq_length: 64": shorter,
     }
-    assert all(needed <= room for _, needed in found.ways)
+    assert all(needed <= capacity for _, needed in found.suggestions)
     assert found.describe().endswith(f"or max_seq_length: 64 (about {shorter / 1e9:.2g} GB)")
     assert "; try grad_checkpoint: true (about " in found.describe()
 
@@ -180,11 +191,11 @@ def test_where_nothing_would_fit_the_least_there_is_is_named() -> None:
 
 
 def test_under_a_limit_only_as_many_layers_are_recomputed_as_are_needed() -> None:
-    room = 0.7 * peak_bytes(MIDDLE, WIDE, CPU)
-    found = planned(room, **LIMITED)
+    capacity = 0.7 * peak_bytes(MIDDLE, WIDE, CPU)
+    found = planned(capacity, **LIMITED)
     assert 0 < found.recomputed < 12
     assert found.fits
-    assert peak_bytes(MIDDLE, WIDE, CPU, found.recomputed - 1) > room
+    assert peak_bytes(MIDDLE, WIDE, CPU, found.recomputed - 1) > capacity
     assert f", with {found.recomputed} of 12 layers recomputed" in found.describe()
 
 
@@ -206,5 +217,5 @@ def test_the_layers_recomputed_are_the_lowest_that_train() -> None:
         layers = tuple("abcdef")
 
     model: Any = Model()
-    chosen = [MemoryPlan(1, 2, number, layers=4).chosen(model) for number in (0, 2, 4)]
+    chosen = [MemoryPlan(1, 2, number, layers=4).recomputed_layers(model) for number in (0, 2, 4)]
     assert list(map("".join, chosen)) == ["", "cd", "abcdef"]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How far the forecast of peak memory is off: on H200s by what was measured, and on this CPU."""
+"""How far the predicted peak memory is off: from measurements on H200s, and on this CPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from benchmarks.forecast import CASES
 from benchmarks.gpu.shapes import RANK, SHAPES
 from nested_core import backend
 from nested_core.training.loss.chunked import rows_at_once
-from nested_core.training.memory.estimate import BatchShape, Layer, Load, cuda, peak_bytes
+from nested_core.training.loss.supervised import BatchShape
+from nested_core.training.memory.estimate import LayerFootprint, ModelFootprint, cuda, peak_bytes
 from tests.example import example_settings
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 H200 = {  # GiB at the peak, by rows of a batch and operations a commit
     ("135M", 4, 100): 3.10,
@@ -40,39 +41,39 @@ H200 = {  # GiB at the peak, by rows of a batch and operations a commit
 H200_4_BITS = {("135M", 100): 3.04, ("0.5B", 100): 4.15, ("1.7B", 8): 11.8, ("7B", 8): 24.0}
 
 
-def forecast_for_cuda(size: str, rows: int, operations: int, bits: float = 16) -> float:
+def predicted_for_cuda(size: str, rows: int, operations: int, bits: float = 16) -> float:
     """GiB; `bits` a weight, with what its group's scale and bias take."""
     shape = replace(SHAPES[size], batch=rows)
     d, m, r = shape.hidden, shape.intermediate, RANK
     k = d * shape.kv_heads // shape.heads
     trained = 4 * shape.layers * r * (2 * (d + d) + 2 * (d + k) + 3 * (d + m))
     kept = 4 * d + 2 * d + 2 * k + 3 * m + 7 * r
-    layer = Layer(d, kept, m, shape.heads, is_trained=True, remade=m)
-    load = Load(
+    layer = LayerFootprint(d, kept, m, shape.heads, is_trained=True, mlp_product=m)
+    footprint = ModelFootprint(
         int(shape.weights * bits / 8) + trained,
         trained,
         2 * trained,
-        item=2,
+        activation_bytes=2,
         layers=(layer,) * shape.layers,
         vocabulary=shape.vocabulary,
-        chunk=rows_at_once(shape.vocabulary),
-        whole=2 * shape.vocabulary * d if bits < 16 else 0,
+        chunk_rows=rows_at_once(shape.vocabulary),
+        dequantized=2 * shape.vocabulary * d if bits < 16 else 0,
     )
     batch = BatchShape(shape.batch, shape.length, shape.tokens)
-    return peak_bytes(load, batch, cuda(operations)) / 2**30
+    return peak_bytes(footprint, batch, cuda(operations)) / 2**30
 
 
 @pytest.mark.parametrize(("size", "rows", "operations"), H200)
-def test_the_forecast_for_cuda_is_within_a_twentieth_of_what_an_h200_took(
+def test_the_predicted_for_cuda_is_within_a_twentieth_of_what_an_h200_took(
     size: str, rows: int, operations: int
 ) -> None:
-    found = forecast_for_cuda(size, rows, operations)
+    found = predicted_for_cuda(size, rows, operations)
     assert found == pytest.approx(H200[size, rows, operations], rel=0.05)
 
 
 @pytest.mark.parametrize(("size", "operations"), H200_4_BITS)
 def test_it_is_for_bases_of_4_bits_too(size: str, operations: int) -> None:
-    found = forecast_for_cuda(size, 4, operations, bits=4.5)
+    found = predicted_for_cuda(size, 4, operations, bits=4.5)
     assert found == pytest.approx(H200_4_BITS[size, operations], rel=0.04)
 
 

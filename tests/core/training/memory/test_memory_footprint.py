@@ -1,4 +1,4 @@
-"""What a model's layers keep, and what is made whole, as it is read from their shapes."""
+"""The footprint of a model's layers and its dequantized weights, read from their shapes."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ import mlx.nn as nn
 import pytest
 
 from nested_core.kernels.quantized_linear import whole_weights
-from nested_core.training.memory.estimate import Layer
-from nested_core.training.memory.layers import read_layers, whole_bytes
+from nested_core.training.memory.estimate import LayerFootprint
+from nested_core.training.memory.layers import dequantized_bytes, read_layers
 from tests.architectures import ARCHITECTURES, build
 
 
-def layers_of(model: nn.Module, **settings: Any) -> tuple[Layer, ...]:
+def layers_of(model: nn.Module, **settings: Any) -> tuple[LayerFootprint, ...]:
     return read_layers(model, dict(model.named_modules()), **settings)
 
 
 def test_a_llamas_layer_is_read_as_the_docstring_says() -> None:
     d, a, k, m, r = 64, 64, 32, 128, 8
-    expected = Layer(d, 4 * d + 2 * a + 2 * k + 3 * m + 7 * r, m, 4, is_trained=True, remade=m)
+    expected = LayerFootprint(
+        d, 4 * d + 2 * a + 2 * k + 3 * m + 7 * r, m, 4, is_trained=True, mlp_product=m
+    )
     assert layers_of(build("llama", rank=8)) == (expected, expected)
     assert layers_of(build("llama", rank=8, quantized=True)) == (expected, expected)
 
 
-def test_the_product_of_an_mlp_is_made_again_where_all_of_it_is_lora_without_dropout() -> None:
+def test_the_product_of_an_mlp_is_recomputed_where_all_of_it_is_lora_without_dropout() -> None:
     model = build("llama", rank=8)
-    assert [layer.remade for layer in layers_of(model)] == [128, 128]
-    assert [layer.remade for layer in layers_of(model, draws=True)] == [0, 0]
-    assert [layer.remade for layer in layers_of(model, copies=2)] == [0, 0]
+    assert [layer.mlp_product for layer in layers_of(model)] == [128, 128]
+    assert [layer.mlp_product for layer in layers_of(model, uses_dropout=True)] == [0, 0]
+    assert [layer.mlp_product for layer in layers_of(model, input_copies=2)] == [0, 0]
     some = build("llama", rank=8, keys=["mlp.up_proj", "mlp.down_proj"])
     others = some, build("llama", rank=4), build("phi3", rank=8), build("gemma2", rank=8)
     for other in others:
-        assert [layer.remade for layer in layers_of(other)] == [0, 0]
+        assert [layer.mlp_product for layer in layers_of(other)] == [0, 0]
 
 
-def test_the_largest_weight_that_is_made_whole_is_read_of_quantised_layers_alone() -> None:
+def test_only_quantised_layers_have_a_dequantized_weight() -> None:
     model = build("llama", quantized=True, vocab_size=1000)
     words, down = model.model.embed_tokens, model.layers[0].mlp.down_proj.linear
-    assert (whole_bytes(words), whole_bytes(down)) == (4 * 1000 * 64, 4 * 64 * 128)
-    assert whole_bytes(model.layers[0]) == whole_bytes(nn.Linear(4, 4)) == 0
-    assert whole_bytes(nn.QuantizedLinear(64, 64, mode="mxfp4")) == 0
+    assert (dequantized_bytes(words), dequantized_bytes(down)) == (4 * 1000 * 64, 4 * 64 * 128)
+    assert dequantized_bytes(model.layers[0]) == dequantized_bytes(nn.Linear(4, 4)) == 0
+    assert dequantized_bytes(nn.QuantizedLinear(64, 64, mode="mxfp4")) == 0
     with whole_weights(model):
-        assert whole_bytes(words) == 4 * 1000 * 64
+        assert dequantized_bytes(words) == 4 * 1000 * 64
     model.set_dtype(mx.bfloat16)
-    assert whole_bytes(words) == 2 * 1000 * 64
+    assert dequantized_bytes(words) == 2 * 1000 * 64
 
 
 def test_inputs_of_layers_that_are_not_trained_are_not_kept() -> None:
@@ -61,7 +63,7 @@ def test_dropout_gives_each_trained_layer_an_input_of_its_own() -> None:
     model = build("llama")
     once = 64 + 64 + 64 + 128  # of q, k and v; o; gate and up; down
     each = 3 * 64 + 64 + 2 * 64 + 128
-    assert layers_of(model, draws=True)[0].kept == layers_of(model)[0].kept - once + 2 * each
+    assert layers_of(model, uses_dropout=True)[0].kept == layers_of(model)[0].kept - once + 2 * each
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -69,4 +71,4 @@ def test_every_architecture_is_read(name: str) -> None:
     for layer in layers_of(build(name)):
         assert (layer.width, layer.heads, layer.is_trained) == (64, 4, True)
         assert 600 < layer.kept < 2000
-        assert layer.gated in (128, 2 * 128)  # of two chosen experts: olmoe
+        assert layer.mlp_width in (128, 2 * 128)  # of two chosen experts: olmoe
