@@ -101,7 +101,7 @@ def measure(case: Case) -> None:
     import mlx.core as mx
 
     from nested_core.config.schema import FineTuneConfig
-    from nested_core.kernels.apply import prepared
+    from nested_core.kernels.apply import optimized_layers
     from nested_core.models.parameters import trainable_refs
     from nested_core.training.engine import Engine
     from nested_core.training.loss.chunked import rule_for
@@ -122,7 +122,7 @@ def measure(case: Case) -> None:
     tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     target_mask = np.zeros((shape.batch, shape.length), np.bool_)
     target_mask[:, : round(case.share * shape.length)] = True
-    with prepared(model, model.layers[: case.recomputed]):
+    with optimized_layers(model, model.layers[: case.recomputed]):
         rule = rule_for(model, refs, SUPERVISED)
         footprint = read_footprint(config, model, refs, optimizer, rule)
         batch = BatchShape(shape.batch, shape.length, int(target_mask.sum()))

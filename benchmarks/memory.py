@@ -69,7 +69,7 @@ def measure(arm: str) -> None:
             mx.eval(compiled(mx.array(tokens), lengths), state)
     else:
         from benchmarks.tiers import one_tier, optimizer_for
-        from nested_core.kernels.apply import prepared
+        from nested_core.kernels.apply import optimized_layers
         from nested_core.models.parameters import trainable_refs
         from nested_core.training.engine import Engine
         from nested_core.training.loss.chunked import rule_for
@@ -80,7 +80,7 @@ def measure(arm: str) -> None:
         optimizer = optimizer_for(tiers, refs, RATE)
         learnt = np.zeros((1, TOKENS), np.bool_)
         learnt[0, -LEARNT:] = True
-        with prepared(model):
+        with optimized_layers(model):
             engine = Engine(model, refs, optimizer, tiers, rule_for(model, refs, SUPERVISED))
             for step in range(2):
                 taken, _ = engine.take([(tokens, learnt)], (0,), step, complete=True)

@@ -48,12 +48,12 @@ def measure_fits() -> dict[str, dict[str, Any]]:
     """The lines over due layers, with the rows of SHAPE, and over tokens, with all layers due."""
     import mlx.core as mx
 
-    from nested_core.kernels.apply import prepared
+    from nested_core.kernels.apply import optimized_layers
 
     model = build(SHAPE, bits=16)
     model.set_dtype(mx.float32)
     model.train()
-    with prepared(model):
+    with optimized_layers(model):
         steps = make_steps(model)
         return {
             "due layers": line(time_in_rounds({k: steps(k, SHAPE.batch) for k in range(1, 13)})),

@@ -170,7 +170,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     import mlx.core as mx
 
     from benchmarks.tiers import one_tier, optimizer_for, thirds
-    from nested_core.kernels.apply import prepared
+    from nested_core.kernels.apply import optimized_layers
     from nested_core.models.parameters import trainable_refs
     from nested_core.training.distributed import SINGLE_PROCESS, join
     from nested_core.training.engine import Engine
@@ -188,7 +188,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     size = (16, shape.batch, shape.length + 1)
     batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     learnt = np.ones((shape.batch, shape.length), np.bool_)
-    with prepared(model):
+    with optimized_layers(model):
         engine = Engine(model, refs, optimizer, tiers, rule, world=world)
         step, in_flight, sent = 0, [mx.array(0)], dict[str, int]()
 

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.tiers import optimizer_for
 from benchmarks.time_to_loss.arms import Arm
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, training_order
-from nested_core.kernels.apply import prepared
+from nested_core.kernels.apply import optimized_layers
 from nested_core.models.parameters import ParameterRefs, trainable_refs
 from nested_core.optim.clock import COUNTERS
 from nested_core.optim.tiers import TierMap, assign_tiers
@@ -41,7 +41,7 @@ def train_ours(
     optimizer = optimizer_for(tiers, refs, rate, arm.learning_rate_scale, arm.slow_gradients)
     batches = training_batches(seed, batch)
     model.train()
-    with prepared(model):
+    with optimized_layers(model):
         rule = rule_for(model, refs, SUPERVISED)
         engine = Engine(model, refs, optimizer, tiers, rule)
         watch = DivergenceWatch(NEVER)

@@ -1,7 +1,7 @@
 """Gradient checkpointing: a layer's activations are recomputed in the backward pass, not kept.
 
-The classes of the layers are changed only while the block runs; mlx-lm changes them for good, and
-recomputes every layer of theirs.
+The layers' classes are changed only while a block runs; mlx-lm changes them for good, and
+recomputes every layer of a class.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ import mlx.nn as nn
 
 
 @contextmanager
-def recomputed(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Recompute the given layers in the backward pass, and no others of their classes."""
-    kinds: set[Any] = {type(layer) for layer in layers}
-    originals = {kind: kind.__call__ for kind in kinds}
+def checkpointed_layers(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """In the block, recompute these layers in the backward pass, and no others of their classes."""
+    classes: set[Any] = {type(layer) for layer in layers}
+    originals = {layer_class: layer_class.__call__ for layer_class in classes}
     chosen = frozenset(map(id, layers))
     try:
-        for kind, call in originals.items():
-            kind.__call__ = _checkpointed(call, chosen)
+        for layer_class, call in originals.items():
+            layer_class.__call__ = _checkpointed_call(call, chosen)
         yield
     finally:
-        for kind, call in originals.items():
-            kind.__call__ = call
+        for layer_class, call in originals.items():
+            layer_class.__call__ = call
 
 
-def _checkpointed(call: Callable[..., Any], chosen: frozenset[int]) -> Callable[..., Any]:
-    def wrapped(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A chosen layer's call, of which the inputs alone are kept for the backward pass."""
+def _checkpointed_call(call: Callable[..., Any], chosen: frozenset[int]) -> Callable[..., Any]:
+    def checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own call; of a chosen layer only the inputs are kept."""
         if id(layer) not in chosen:
             return call(layer, *args, **kwargs)
 
-        def inner(params: Any, *args: Any, **kwargs: Any) -> Any:
-            layer.update(params)
+        def with_parameters(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+            layer.update(parameters)
             return call(layer, *args, **kwargs)
 
-        return mx.checkpoint(inner)(layer.trainable_parameters(), *args, **kwargs)
+        return mx.checkpoint(with_parameters)(layer.trainable_parameters(), *args, **kwargs)
 
-    return wrapped
+    return checkpointed

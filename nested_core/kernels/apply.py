@@ -1,4 +1,4 @@
-"""How a model is computed while it trains or is evaluated: everything that is swapped, and back."""
+"""Install the optimized layers and kernels in a model, and remove them when a block ends."""
 
 from __future__ import annotations
 
@@ -9,48 +9,50 @@ from itertools import chain
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.activation_checkpointing import recomputed
+from nested_core.kernels.activation_checkpointing import checkpointed_layers
 from nested_core.kernels.attention import blocked_attention
 from nested_core.kernels.fused_mlp import fusable_mlps, fused_mlps
-from nested_core.kernels.lora_linear import low_rank
-from nested_core.kernels.quantized_linear import whole_weights
+from nested_core.kernels.lora_linear import optimized_lora_layers
+from nested_core.kernels.quantized_linear import dequantized_weights
 from nested_core.kernels.rms_norm import frozen_norms
-from nested_core.kernels.rope import tabled_rope
+from nested_core.kernels.rope import rope_from_table
 from nested_core.kernels.swiglu import fused_swiglu
-from nested_core.kernels.tracing import GatedMLP, shared_inputs, watched
+from nested_core.kernels.tracing import GatedMLP, layers_sharing_input, trace_calls
 
-SWAPPED = fused_swiglu, blocked_attention, tabled_rope, frozen_norms, whole_weights
+OPTIMIZATIONS = fused_swiglu, blocked_attention, rope_from_table, frozen_norms, dequantized_weights
 
 
 @contextmanager
-def prepared(
-    model: nn.Module, recomputes: Sequence[nn.Module] = (), *, as_mlx_lm: bool = False
+def optimized_layers(
+    model: nn.Module, recomputed: Sequence[nn.Module] = (), *, as_mlx_lm: bool = False
 ) -> Iterator[None]:
-    """Have a model computed our way while the block runs.
+    """Compute a model with our layers and kernels while the block runs.
 
-    `recomputes` are the layers under gradient checkpointing; `as_mlx_lm` leaves everything else to
+    `recomputed` are the layers under gradient checkpointing; `as_mlx_lm` leaves everything else to
     mlx-lm.
     """
-    with recomputed(recomputes):
+    with checkpointed_layers(recomputed):
         if as_mlx_lm:
             yield
             return
-        mlps, groups = _found_in(model)
+        mlps, groups = _mlps_and_groups(model)
         with ExitStack() as stack:
-            for swapped in SWAPPED:
-                stack.enter_context(swapped(model))
-            stack.enter_context(low_rank(model, groups))
+            for optimization in OPTIMIZATIONS:
+                stack.enter_context(optimization(model))
+            stack.enter_context(optimized_lora_layers(model, groups))
             stack.enter_context(fused_mlps(mlps))
             yield
 
 
-def _found_in(model: nn.Module) -> tuple[list[GatedMLP], list[list[LoRALinear]]]:
-    """The MLPs that are one function each, and the layers that share an input.
+def _mlps_and_groups(model: nn.Module) -> tuple[list[GatedMLP], list[list[LoRALinear]]]:
+    """The MLPs to be computed as one function each, and groups of layers that share an input.
 
-    Nothing of what was watched is kept: it holds on to the arrays that the model has now.
+    The trace itself is not kept: it holds on to the arrays that the model has now.
     """
-    calls = watched(model)
-    mlps = fusable_mlps(calls)
-    groups = shared_inputs(calls, apart=chain(*(mlp.layers for mlp in mlps)))
-    groups += [list(mlp.layers[:2]) for mlp in mlps if mlp.is_even()]  # for what does not fit
+    trace = trace_calls(model)
+    mlps = fusable_mlps(trace)
+    groups = layers_sharing_input(trace, exclude=chain(*(mlp.layers for mlp in mlps)))
+    for mlp in mlps:  # for inputs that do not fit the fused function
+        if mlp.gate_matches_up():
+            groups.append(list(mlp.layers[:2]))
     return mlps, groups

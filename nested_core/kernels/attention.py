@@ -1,8 +1,8 @@
-"""Causal attention on a CPU in blocks of queries, each with the keys up to its end and no more.
+"""Causal attention on a CPU in blocks of queries, each with the keys up to its last query's.
 
 MLX computes every score there and masks half of them, at the price of an exponential each, and adds
-up the gradients of each slice over all keys. Other masks, dtypes, caches and devices are left to
-mlx-lm.
+up the gradients of each slice over all keys. mlx-lm's own function computes other masks, dtypes,
+caches and devices.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,10 +19,10 @@ from mlx_lm.models import base
 
 from nested_core import backend
 from nested_core.kernels.exponential import exponential
-from nested_core.kernels.patching import in_code_of
+from nested_core.kernels.patching import replaced_function
 
 NAME = "scaled_dot_product_attention"
-BLOCKS = 4  # 5/8 of the scores; more blocks save less than they cost
+BLOCKS = 4  # in which 5/8 of the scores are computed
 LEAST_LENGTH = 64
 
 plain_attention: Any = base.scaled_dot_product_attention
@@ -42,61 +42,61 @@ def causal_attention(
     is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
     is_float32 = queries.dtype == keys.dtype == values.dtype == mx.float32
     if not (is_causal and is_float32) or length < LEAST_LENGTH or keys.shape[2] != length:
-        result: mx.array = plain_attention(queries, keys, values, cache, scale, mask, sinks)
-        return result
-    shared_by = queries.shape[1] // keys.shape[1]
-    scaled = (queries * scale).reshape(-1, keys.shape[1], shared_by, *queries.shape[2:])
+        return cast(mx.array, plain_attention(queries, keys, values, cache, scale, mask, sinks))
+    heads_per_key = queries.shape[1] // keys.shape[1]
+    scaled = (queries * scale).reshape(-1, keys.shape[1], heads_per_key, *queries.shape[2:])
     values = mx.contiguous(values)  # else each matmul would copy its part
-    outputs: Any = _in_blocks(scaled, keys[:, :, None], values[:, :, None])
-    output: mx.array = outputs[0].reshape(*queries.shape[:3], values.shape[-1])
-    return output
+    outputs: Any = _attention_in_blocks(scaled, keys[:, :, None], values[:, :, None])
+    return cast(mx.array, outputs[0].reshape(*queries.shape[:3], values.shape[-1]))
 
 
 @mx.custom_function
-def _in_blocks(queries: mx.array, keys: mx.array, values: mx.array) -> Any:
+def _attention_in_blocks(queries: mx.array, keys: mx.array, values: mx.array) -> Any:
     """The attention's output, and each block's probabilities, which the backward pass needs.
 
-    Queries are scaled, (batch, key heads, heads that share each, length, width); keys and values
-    have 1 in the third place.
+    Queries are scaled, (batch, key heads, query heads a key head, length, width); keys and values
+    are (batch, key heads, 1, length, width).
     """
-    outputs, kept = [], []
-    for start, end in _ranges(queries.shape[3]):
+    outputs, probabilities = [], []
+    for start, end in _block_ranges(queries.shape[3]):
         scores = queries[..., start:end, :] @ keys[..., :end, :].swapaxes(-1, -2)
         visible = mx.arange(start, end)[:, None] >= mx.arange(end)
         scores = mx.where(visible, scores, -math.inf)
         powers = exponential(scores - scores.max(axis=-1, keepdims=True))
-        kept.append(powers / powers.sum(axis=-1, keepdims=True))
-        outputs.append(kept[-1] @ values[..., :end, :])
-    return [mx.concatenate(outputs, axis=3), *kept]
+        probabilities.append(powers / powers.sum(axis=-1, keepdims=True))
+        outputs.append(probabilities[-1] @ values[..., :end, :])
+    return [mx.concatenate(outputs, axis=3), *probabilities]
 
 
-@_in_blocks.vjp
-def _(primals: Any, cotangents: Any, found: Any) -> Any:
+@_attention_in_blocks.vjp
+def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
     """With P the probabilities, O the output, g its gradient: scores' is P (g V^T - rowsum(g O)).
 
     Dao et al. 2022, FlashAttention, appendix B.2.
     """
-    (queries, keys, values), (output, *kept) = primals, found
-    ranges, gradient = _ranges(queries.shape[3]), mx.contiguous(cotangents[0])
+    queries, keys, values = primals
+    output, *probabilities = outputs
+    ranges = _block_ranges(queries.shape[3])
+    gradient = mx.contiguous(cotangents[0])
     dq, dk, dv = [], [], []
-    for (start, end), chances in zip(ranges, kept, strict=True):
+    for (start, end), p in zip(ranges, probabilities, strict=True):
         g = gradient[..., start:end, :]
-        through = g @ values[..., :end, :].swapaxes(-1, -2)
+        d_probabilities = g @ values[..., :end, :].swapaxes(-1, -2)
         mean = (g * output[..., start:end, :]).sum(axis=-1, keepdims=True)
-        slope = chances * (through - mean)
-        dq.append(slope @ keys[..., :end, :])
-        dk.append(slope.swapaxes(-1, -2) @ queries[..., start:end, :])
-        dv.append(chances.swapaxes(-1, -2) @ g)
-    return mx.concatenate(dq, axis=3), _summed(dk, ranges), _summed(dv, ranges)
+        d_scores = p * (d_probabilities - mean)
+        dq.append(d_scores @ keys[..., :end, :])
+        dk.append(d_scores.swapaxes(-1, -2) @ queries[..., start:end, :])
+        dv.append(p.swapaxes(-1, -2) @ g)
+    return mx.concatenate(dq, axis=3), _sum_blocks(dk, ranges), _sum_blocks(dv, ranges)
 
 
-def _ranges(length: int) -> list[tuple[int, int]]:
-    """The first query of each block, and the first of the next, where its keys end too."""
+def _block_ranges(length: int) -> list[tuple[int, int]]:
+    """Start and end of each block of queries; its keys are those from 0 to the same end."""
     return list(pairwise(length * block // BLOCKS for block in range(BLOCKS + 1)))
 
 
-def _summed(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
-    """The sum of arrays that begin together and end with their block, over heads that share."""
+def _sum_blocks(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
+    """The sum of the blocks' gradients, each from 0 to its block's end, over a key's heads."""
     columns = []
     for index, (start, end) in enumerate(ranges):
         first, *later = (part[..., start:end, :] for part in parts[index:])
@@ -107,9 +107,9 @@ def _summed(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
 
 @contextmanager
 def blocked_attention(model: nn.Module) -> Iterator[None]:
-    """Use the blocks in the code of a model's modules while the block runs, on a CPU alone."""
+    """On a CPU, compute a model's causal attention in blocks of queries inside this context."""
     if backend.device() != "cpu":
         yield
         return
-    with in_code_of(model, NAME, plain_attention, causal_attention):
+    with replaced_function(model, NAME, plain_attention, causal_attention):
         yield

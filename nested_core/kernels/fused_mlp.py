@@ -1,114 +1,128 @@
 """Gated MLPs of LoRA layers, computed as one function with a backward pass of its own, on CUDA.
 
-What the low-rank layers add is added where gate and up are read, and where their gradient is: no
-array is made for it. The product of silu(gate) and up is not kept, but made again.
+What the LoRA layers add is added where gate and up are read, and where their gradient is: no array
+is made for it. The product of silu(gate) and up is recomputed in the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core import backend
-from nested_core.kernels.cuda.concatenate import joined
-from nested_core.kernels.cuda.lora_add import LowRankSum, is_for_kernels
-from nested_core.kernels.cuda.lora_matmuls import narrow, outer
-from nested_core.kernels.cuda.mlp import gated, gated_back, kernels_agree
-from nested_core.kernels.cuda.tiles import is_in_tiles, made_for
-from nested_core.kernels.lora_linear import (
-    check_low_rank,
-    through,
-    through_bases,
-    with_low_rank,
-)
-from nested_core.kernels.patching import standing_in
-from nested_core.kernels.tracing import Calls, GatedMLP, gated_mlps
+from nested_core.kernels import lora_linear
+from nested_core.kernels.cuda import mlp as mlp_kernels
+from nested_core.kernels.cuda.concatenate import concatenated
+from nested_core.kernels.cuda.lora_add import LowRankSum, fits_kernels
+from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
+from nested_core.kernels.cuda.mlp import gated_gradients_on_cuda, gated_product_on_cuda
+from nested_core.kernels.cuda.tiles import has_kernel, tiles_for
+from nested_core.kernels.patching import replaced_calls
+from nested_core.kernels.tracing import CallTrace, GatedMLP, find_gated_mlps
 
 
-def fusable_mlps(calls: Calls) -> list[GatedMLP]:
-    """The MLPs that are computed here: those of LoRA layers, where kernels are sound."""
+class MLPFactors(NamedTuple):
+    """The LoRA factors of a gated MLP's three layers: a (input, rank), b (rank, output)."""
+
+    a_gate: mx.array
+    a_up: mx.array
+    a_down: mx.array
+    b_gate: mx.array
+    b_up: mx.array
+    b_down: mx.array
+
+
+def fusable_mlps(trace: CallTrace) -> list[GatedMLP]:
+    """The gated MLPs of LoRA layers for which there are kernels that agree with MLX."""
     if not backend.has_cuda():
         return []
-    return [mlp for mlp in gated_mlps(calls) if _has_kernels(mlp)]
+    return [mlp for mlp in find_gated_mlps(trace) if _has_kernels(mlp)]
 
 
 def _has_kernels(mlp: GatedMLP) -> bool:
-    ranks = [layer.lora_b.shape[0] for layer in mlp.layers]
-    if not all(map(is_in_tiles, ranks)):
+    gate, up, down = (layer.lora_b.shape[0] for layer in mlp.layers)
+    if not (has_kernel(gate) and has_kernel(up) and has_kernel(down)):
         return False
-    check_low_rank([*ranks, ranks[0] + ranks[1]])
-    forwards, backwards = max(ranks[:2]), max(ranks)  # what each is compiled for
-    return all(map(kernels_agree, {made_for(forwards), made_for(backwards)}))
+    lora_linear.check_lora_kernels([gate, up, down, gate + up])
+    variants = {tiles_for(max(gate, up)), tiles_for(max(gate, up, down))}  # forwards, backwards
+    kernels = gated_product_on_cuda, gated_gradients_on_cuda
+    return all(kernel.is_usable(tiles) for tiles in variants for kernel in kernels)
 
 
 @contextmanager
 def fused_mlps(mlps: Sequence[GatedMLP]) -> Iterator[None]:
-    """Have such modules computed here while the block runs."""
-    with ExitStack() as stack:
-        for mlp in mlps:
-            stack.enter_context(standing_in(mlp.module, computed(mlp)))
+    """Compute these modules as one function each while the block runs."""
+    with replaced_calls((mlp.module, fused_call(mlp)) for mlp in mlps):
         yield
 
 
-def computed(mlp: GatedMLP) -> Callable[[mx.array], mx.array]:
-    """A call in the place of the module's own, which is used for what the kernels do not take."""
-    own, layers = type(mlp.module).__call__, mlp.layers
-    function: Any = _function(mlp)
+def fused_call(mlp: GatedMLP) -> Callable[[mx.array], mx.array]:
+    """A call in place of the module's own, which still computes what does not fit the kernels."""
+    own: Callable[..., mx.array] = type(mlp.module).__call__
+    gate, up, down = mlp.layers
+    function: Any = _fused_function(mlp)
 
     def call(x: mx.array) -> mx.array:
         """The MLP's output, (..., width), as one function where it can be."""
-        factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
-        rows = [each.T for each in factors[:3]] + factors[3:]
-        if any(map(draws, layers)) or not is_for_kernels(x, rows):
-            result: mx.array = own(mlp.module, x)
-            return result
-        output: mx.array = function(x.reshape(-1, x.shape[-1]), *factors)[0]
+        a_factors = [gate.lora_a, up.lora_a, down.lora_a]
+        b_factors = [gate.lora_b, up.lora_b, down.lora_b]
+        fits = fits_kernels(x, [a.T for a in a_factors] + b_factors)
+        if not fits or any(map(uses_dropout, mlp.layers)):
+            return own(mlp.module, x)
+        output: mx.array = function(x.reshape(-1, x.shape[-1]), *a_factors, *b_factors)[0]
         return output.reshape(*x.shape[:-1], -1)
 
     return call
 
 
-def draws(layer: LoRALinear) -> bool:
-    """Whether a layer's low-rank path sees dropout."""
+def uses_dropout(layer: LoRALinear) -> bool:
+    """Whether dropout is applied to the input of a layer's low-rank path."""
     return bool(layer.dropout.training) and layer.dropout._p_1 < 1
 
 
-def _function(mlp: GatedMLP) -> Any:
+def _fused_function(mlp: GatedMLP) -> Any:
     """Down(silu(gate) up), and what the backward pass needs; x and outputs are (rows, width)."""
     gate, up, down = mlp.layers
 
-    def sums(bases: Sequence[mx.array], z: mx.array, b: Sequence[mx.array]) -> list[LowRankSum]:
-        rank = len(b[0])
-        return list(map(LowRankSum, bases, (z[:rank], z[rank:]), b))
-
     @mx.custom_function
-    def compute(x: mx.array, *factors: mx.array) -> list[mx.array]:
-        """The output, both bases', all lora_a^T of gate and up, and z of both and of down."""
-        (*a_in, a_down), (*b_in, b_down) = factors[:3], factors[3:]
-        a = joined([each.T for each in a_in]).reshape(-1, x.shape[-1])
-        z = narrow([(a, x)], gate.scale)
-        bases = gate.linear(x), up.linear(x)
-        inner = gated(*sums(bases, z, b_in))
-        z_down = narrow([(a_down.T, inner)], down.scale)
-        return [*with_low_rank([down], inner, [z_down], [b_down]), *bases, a, z, z_down]
+    def compute(x: mx.array, *arrays: mx.array) -> list[mx.array]:
+        """The output, the base outputs of gate and up, both lora_a^T, their z, and z of down."""
+        factors = MLPFactors._make(arrays)
+        a = concatenated([factors.a_gate.T, factors.a_up.T]).reshape(-1, x.shape[-1])
+        z = project_to_rank([(a, x)], gate.scale)
+        gate_base, up_base = gate.linear(x), up.linear(x)
+        rank = len(factors.b_gate)
+        inner = mlp_kernels.gated_product(
+            LowRankSum(gate_base, z[:rank], factors.b_gate),
+            LowRankSum(up_base, z[rank:], factors.b_up),
+        )
+        z_down = project_to_rank([(factors.a_down.T, inner)], down.scale)
+        (output,) = lora_linear.add_low_rank([down], inner, [z_down], [factors.b_down])
+        return [output, gate_base, up_base, a, z, z_down]
 
     @compute.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        x, (*_, a_down), (*b_in, b_down) = primals[0], primals[1:4], primals[4:]
-        g, (*bases, a, z, z_down) = cotangents[0], outputs[1:]
-        dz_down = narrow([(b_down, g)], down.scale)
-        d_inner = through_bases([down], bases[0], [g])
-        of_gate, of_up = sums(bases, z, b_in)
-        *d, inner = gated_back(of_gate, of_up, LowRankSum(d_inner, dz_down, a_down.T))
-        dz = narrow(list(zip(b_in, d, strict=True)), gate.scale)
-        dx = through([gate, up], x, d, dz, a)
-        inward = (dz, x), (of_gate.z, d[0]), (of_up.z, d[1])
-        da, db_gate, db_up, db_down, da_down = outer([*inward, (z_down, g), (dz_down, inner)])
-        ranks = len(b_in[0])
-        return dx, da[:ranks].T, da[ranks:].T, da_down.T, db_gate, db_up, db_down
+        """The gradients with respect to the input and each factor."""
+        x, g, factors = primals[0], cotangents[0], MLPFactors._make(primals[1:])
+        _, gate_base, up_base, a, z, z_down = outputs
+        rank = len(factors.b_gate)
+        z_gate, z_up = z[:rank], z[rank:]
+        dz_down = project_to_rank([(factors.b_down, g)], down.scale)
+        d_inner = lora_linear.base_input_gradient([down], gate_base, [g])
+        d_gate, d_up, inner = mlp_kernels.gated_gradients(
+            LowRankSum(gate_base, z_gate, factors.b_gate),
+            LowRankSum(up_base, z_up, factors.b_up),
+            LowRankSum(d_inner, dz_down, factors.a_down.T),
+        )
+        dz = project_to_rank([(factors.b_gate, d_gate), (factors.b_up, d_up)], gate.scale)
+        dx = lora_linear.input_gradient([gate, up], x, [d_gate, d_up], dz, a)
+        da, db_gate, db_up, db_down, da_down = factor_gradients(
+            [(dz, x), (z_gate, d_gate), (z_up, d_up), (z_down, g), (dz_down, inner)]
+        )
+        return dx, da[:rank].T, da[rank:].T, da_down.T, db_gate, db_up, db_down
 
     return compute

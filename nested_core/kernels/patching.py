@@ -1,10 +1,10 @@
-"""A function of mlx-lm's, or the call of one module, replaced while a block runs."""
+"""Replace a function of mlx-lm's, or the call of one module, while a block runs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -12,15 +12,15 @@ import mlx.nn as nn
 
 
 @contextmanager
-def in_code_of(
+def replaced_function(
     model: nn.Module, name: str, original: Any, function: Callable[..., mx.array]
 ) -> Iterator[None]:
-    """Have `name` mean `function` wherever the model's code has mlx-lm's `original` under it.
+    """Have `name` mean `function` in each module of code of the model where it means `original`.
 
     Code that a model brings along (`model_file`) is in no imported module, and keeps the original.
     """
-    homes = {type(module).__module__ for _, module in model.named_modules()}
-    users: list[Any] = [sys.modules[home] for home in sorted(homes & sys.modules.keys())]
+    names = {type(module).__module__ for _, module in model.named_modules()}
+    users: list[Any] = [sys.modules[each] for each in sorted(names & sys.modules.keys())]
     users = [user for user in users if getattr(user, name, None) is original]
     try:
         for user in users:
@@ -32,19 +32,28 @@ def in_code_of(
 
 
 @contextmanager
-def standing_in(
-    module: nn.Module, call: Callable[..., Any], name: str = "__call__"
+def replaced_call(
+    module: nn.Module, call: Callable[..., Any], method: str = "__call__"
 ) -> Iterator[None]:
-    """Have a call of this one module, or of its method, answered by `call` while the block runs."""
-    kind = type(module)
+    """Have `call` compute what this one module's own call does, or another of its methods."""
+    original = type(module)
     members = {
-        name: lambda self, *args, **kwargs: call(*args, **kwargs),
-        "__module__": kind.__module__,  # where the model's code is looked for
+        method: lambda self, *args, **kwargs: call(*args, **kwargs),
+        "__module__": original.__module__,  # where the model's code is looked for
     }
-    stand_in = type(kind.__name__, (kind,), members)
-    module.__class__ = stand_in
+    replacement = type(original.__name__, (original,), members)
+    module.__class__ = replacement
     try:
         yield
     finally:
-        module.__class__ = kind
-        delattr(stand_in, name)  # a class lives until garbage is collected, with what `call` holds
+        module.__class__ = original
+        delattr(replacement, method)  # the class, and all that `call` holds, awaits the collector
+
+
+@contextmanager
+def replaced_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """`replaced_call` for several modules, each with the call that replaces its own."""
+    with ExitStack() as stack:
+        for module, call in calls:
+            stack.enter_context(replaced_call(module, call))
+        yield

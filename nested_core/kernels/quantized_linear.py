@@ -1,69 +1,72 @@
-"""Quantised layers whose weights are made whole for each product, and thrown away again.
+"""Quantized layers whose weight is dequantized for each product, and not kept.
 
-MLX's own product with quantised weights is made for a few rows, as in generation. With as many as a
-batch has, making the weight whole in the dtype of its scales and multiplying by that is faster: on
-CUDA, and far more on a CPU with OpenBLAS (without it there is little in it). Where few rows come,
-where scales are no floats (mxfp4 and its like), where they are trained, and on Metal, MLX's own is
-left alone.
+MLX's own product with quantized weights is made for a few rows, as in generation. With as many as a
+batch has, it is faster to dequantize the weight to the dtype of its scales and to multiply by that:
+on CUDA, and far more on a CPU with OpenBLAS (without it there is little in it). MLX's own product
+stays for few rows, for scales that are no floats (mxfp4 and its like), for scales that are trained,
+and on Metal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core import backend
-from nested_core.kernels.patching import standing_in
+from nested_core.kernels.patching import replaced_call
 
 LEAST_ROWS = 16
-OWN = {"weight", "scales", "biases"}  # no gradient is taken of these here
-CALLS: dict[type, str] = {nn.QuantizedLinear: "__call__", nn.QuantizedEmbedding: "as_linear"}
+FROZEN_PARAMETERS = {"weight", "scales", "biases"}  # no gradient is taken of these here
+PRODUCT_METHODS: dict[type, str] = {
+    nn.QuantizedLinear: "__call__",
+    nn.QuantizedEmbedding: "as_linear",
+}
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Have a model's quantised layers compute with whole weights while the block runs."""
-    is_slower = backend.device() == "cpu" or backend.has_cuda()
+def dequantized_weights(model: nn.Module) -> Iterator[None]:
+    """Have a model's quantized layers multiply by dequantized weights while the block runs."""
+    is_faster = backend.device() == "cpu" or backend.has_cuda()
     with ExitStack() as stack:
-        for _, module in model.named_modules() if is_slower else ():
-            name = CALLS.get(type(module))
-            if name is not None and not module.trainable_parameters().keys() & OWN:
-                stack.enter_context(standing_in(module, product_with(module, name), name))
+        for _, module in model.named_modules() if is_faster else ():
+            method = PRODUCT_METHODS.get(type(module))
+            if method is None or module.trainable_parameters().keys() & FROZEN_PARAMETERS:
+                continue
+            product = dequantized_product(module, method)
+            stack.enter_context(replaced_call(module, product, method))
         yield
 
 
-def product_with(module: Any, name: str) -> Callable[[mx.array], mx.array]:
-    """A method in the place of a quantised layer's own of that name."""
-    own = getattr(type(module), name)
+def dequantized_product(module: Any, method: str) -> Callable[[mx.array], mx.array]:
+    """A function in place of the method of a quantized layer that multiplies by its weight."""
+    own: Callable[..., mx.array] = getattr(type(module), method)
 
     @mx.custom_function
     def multiply(x: mx.array) -> Any:
-        return x @ weight_of(module, x).T
+        return x @ dequantized_weight(module, x).T
 
     @multiply.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
-        return cotangent @ weight_of(module, cotangent)
+        return cotangent @ dequantized_weight(module, cotangent)
 
-    def call(x: mx.array) -> mx.array:
-        """x @ weight.T, and the bias where there is one."""
+    def product(x: mx.array) -> mx.array:
+        """x @ weight.T, plus the bias if the layer has one."""
         if x.size < LEAST_ROWS * x.shape[-1] or x.dtype != module.scales.dtype:
-            result: mx.array = own(module, x)
-            return result
-        function: Any = multiply
-        output: mx.array = function(x)
+            return own(module, x)
+        output = cast(mx.array, multiply(x))
         return output + module.bias if "bias" in module else output
 
-    return call
+    return product
 
 
-def weight_of(module: Any, wanted_by: mx.array) -> mx.array:
-    """A layer's weight (outputs, inputs) in the dtype of its scales, made once an array is there.
+def dequantized_weight(module: Any, wanted_by: mx.array) -> mx.array:
+    """A layer's weight (outputs, inputs) in the dtype of its scales, made after `wanted_by`.
 
-    Without what it depends on, mx.compile would make it once for both passes, and keep it.
+    Without that dependency mx.compile would make it once for both passes, and keep it.
     """
     (weight,) = mx.depends([module.weight], [wanted_by])
     return mx.dequantize(

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from nested_core.kernels.cuda.concatenate import joined
+from nested_core.kernels.cuda.concatenate import concatenated
 from nested_core.optim.clock import RESERVED_NAMES
 from nested_core.optim.gradients import Flat, Leaves, leaf_states
 from nested_core.optim.nested_adam import NestedAdam
@@ -47,7 +47,7 @@ class Leaf:
         """The tensors in one array."""
         if len(self.shapes) == 1:
             return values[next(iter(self.shapes))]
-        return joined([_folded(values[name]) for name in self.shapes])
+        return concatenated([_folded(values[name]) for name in self.shapes])
 
     def cut(self, array: mx.array) -> Flat:
         """The tensors by name, as views."""

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import TrainingStopped
-from nested_core.kernels.apply import prepared
+from nested_core.kernels.apply import optimized_layers
 from nested_core.models.parameters import configured_refs, read_parameters
 from nested_core.optim.clock import COUNTERS, TierStats
 from nested_core.optim.gradients import Flat
@@ -133,7 +133,7 @@ class Trainer:
         layers = self.memory.recomputed_layers(self.model)
         reference = self.config.training.reference
         try:
-            with prepared(self.model, layers, as_mlx_lm=reference is not None):
+            with optimized_layers(self.model, layers, as_mlx_lm=reference is not None):
                 self.world.require_equal(read_parameters(self._refs), self.state.step)
                 self._recorder.begin(self.state)
                 self._take_steps()

@@ -1,52 +1,51 @@
-"""Many small arrays one after the other in one vector, by one kernel on CUDA.
+"""Many small arrays concatenated into one vector, by one kernel on CUDA.
 
 An adapter's gradients are hundreds of arrays, and MLX copies each with a kernel of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from itertools import accumulate
 
 import mlx.core as mx
 
-from nested_core import backend
 from nested_core.kernels.cuda.launch import THREADS, launch
-from nested_core.kernels.cuda.self_check import disagreement, is_sound
+from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 
-WIDTH = 16  # bytes of a load
-MOST = 32  # arrays a launch: their addresses are arguments
+LOAD_BYTES = 16
+ARRAYS_PER_LAUNCH = 32  # their addresses are arguments
 BLOCKS = 4  # for each array
 
-Join = Callable[[Sequence[mx.array]], mx.array]
+
+def concatenated(arrays: Sequence[mx.array]) -> mx.array:
+    """The elements of arrays of one dtype as a vector, each array row by row."""
+    dtype = arrays[0].dtype
+    fits = all(array.nbytes % LOAD_BYTES == 0 and array.dtype == dtype for array in arrays)
+    if len(arrays) == 1 or not fits or not concatenate_on_cuda.is_usable():
+        return plain_concatenate(arrays)
+    while len(arrays) > 1:
+        groups = range(0, len(arrays), ARRAYS_PER_LAUNCH)
+        arrays = [concatenate_on_cuda(arrays[i : i + ARRAYS_PER_LAUNCH]) for i in groups]
+    return arrays[0].reshape(-1)
 
 
-def joined(arrays: Sequence[mx.array]) -> mx.array:
-    """The elements of all arrays in their order; they are of one dtype."""
-    is_even = all(a.nbytes % WIDTH == 0 and a.dtype == arrays[0].dtype for a in arrays)
-    if len(arrays) > 1 and is_even and backend.has_cuda() and join_agrees():
-        return _in_groups(arrays, join_on_cuda)
-    return plain_join(arrays)
-
-
-def plain_join(arrays: Sequence[mx.array]) -> mx.array:
-    """`joined` by MLX."""
+def plain_concatenate(arrays: Sequence[mx.array]) -> mx.array:
+    """`concatenated` in MLX's operations."""
     vectors = [array.reshape(-1) for array in arrays]
     return vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
 
 
-def _in_groups(arrays: Sequence[mx.array], join: Join) -> mx.array:
-    """As many at once as a kernel takes, and then what came of them."""
-    while len(arrays) > 1:
-        arrays = [join(arrays[i : i + MOST]) for i in range(0, len(arrays), MOST)]
-    return arrays[0].reshape(-1)
+def _examples() -> list[tuple[Sequence[mx.array]]]:
+    sizes = 8, 16384, 24  # loads of the second go round twice
+    return [(random_arrays(*((size,) for size in sizes)),)]
 
 
-def join_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
-    """`joined` in one kernel, for at most MOST arrays of a multiple of WIDTH bytes."""
-    ends = list(accumulate(array.nbytes // WIDTH for array in arrays))
-    missing = MOST - len(arrays)
+@checked_kernel("joining arrays", reference=plain_concatenate, examples=_examples)
+def concatenate_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
+    """`concatenated` in one kernel, for at most ARRAYS_PER_LAUNCH arrays of whole loads."""
+    ends = list(accumulate(array.nbytes // LOAD_BYTES for array in arrays))
+    missing = ARRAYS_PER_LAUNCH - len(arrays)
     return launch(
         "join",
         [*arrays, *[arrays[-1]] * missing],
@@ -55,20 +54,3 @@ def join_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
         blocks=(BLOCKS, len(arrays)),
         threads=THREADS,
     )[0]
-
-
-@cache
-def join_agrees() -> bool:
-    """Whether the kernel gives what MLX does on this machine; a warning where it does not."""
-    return is_sound("joining arrays", trouble_with(join_on_cuda))
-
-
-def trouble_with(join: Join) -> str | None:
-    """What is wrong with such a function, or None; all arrays' elements are of one size."""
-    sizes = 8, 16384, 24  # loads of the second go round twice
-    keys = mx.random.split(mx.random.key(0), len(sizes))
-    arrays = [
-        mx.random.normal((size,), key=key).astype(mx.bfloat16)
-        for size, key in zip(sizes, keys, strict=True)
-    ]
-    return disagreement(lambda: [join(arrays)], [plain_join(arrays)])

@@ -1,9 +1,9 @@
-"""Our CUDA kernels, in `cuda/`: compiled once a machine, and started by MLX among its own.
+"""CUDA sources of this folder: compiled once a machine, and launched by MLX among its own kernels.
 
 MLX can compile a kernel itself, which takes a second for each of them in every process, for its own
 headers are read each time; ours need none, and what they become is kept in the user's cache. MLX
-takes the hash of a program at every launch (mlx/backend/cuda/custom_kernel.cpp), 0.18 us for each
-1,000 bytes: so programs are compressed to a third, which the driver loads as well.
+takes the hash of a program at every launch (mlx/backend/cuda/custom_kernel.cpp), which takes longer
+the larger it is: so programs are compressed, which the driver loads as well.
 """
 
 from __future__ import annotations
@@ -18,27 +18,37 @@ import numpy as np
 
 DTYPE = mx.bfloat16  # of the arrays that kernels compute with
 THREADS = 256  # of a block, at most
-MULTIPROCESSORS = 132  # of an H200, which grids are made for
+MULTIPROCESSORS = 132  # of an H200; grids are sized for it on every GPU, and right on each
 INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 
-Shaped = tuple[tuple[int, ...], mx.Dtype]
+ArraySpec = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype
 
 
 def launch(
     name: str,
     inputs: Sequence[mx.array],
-    outputs: Sequence[Shaped],
+    outputs: Sequence[ArraySpec],
     numbers: Sequence[int | float],
     *,
     blocks: Sequence[int],
     threads: int,
     **macros: int,
 ) -> list[mx.array]:
-    """What the kernel of `cuda/<name>.cu` gives, compiled with `macros`, in a grid of `blocks`.
+    """Launch the kernel of `<name>.cu` and return its outputs, which are computed lazily.
 
-    Inputs come to it row by row, whatever their strides. Raises RuntimeError where it cannot be
-    compiled; MLX does where it cannot be loaded, when the arrays are computed.
+    Args:
+        name: of the source file and of the kernel in it.
+        inputs: arrays of any strides; the kernel sees each row by row.
+        outputs: shapes and dtypes of the arrays that the kernel fills.
+        numbers: its scalar arguments, after the arrays; floats as float32.
+        blocks: the grid in blocks: across, down, and planes where there are several.
+        threads: of one block.
+        macros: constants that the kernel is compiled with.
+
+    Raises:
+        RuntimeError: the kernel cannot be compiled. MLX raises it where a kernel cannot be loaded,
+            when the arrays are computed.
     """
     across, down, *planes = blocks
     return mx.fast.precompiled_cuda_kernel(
@@ -46,8 +56,8 @@ def launch(
         compiled_source=compiled(name, **macros),
         inputs=inputs,
         output_shapes=[shape for shape, _ in outputs],
-        output_dtypes=[each for _, each in outputs],
-        scalars=[each if isinstance(each, int) else in_float32(each) for each in numbers],
+        output_dtypes=[dtype for _, dtype in outputs],
+        scalars=[n if isinstance(n, int) else in_float32(n) for n in numbers],
         grid=(across * threads, down, planes[0] if planes else 1),
         threadgroup=(threads, 1, 1),
         ensure_row_contiguous=True,
@@ -55,20 +65,20 @@ def launch(
 
 
 def in_float32(number: float) -> float:
-    """The nearest number that is a float32: MLX refuses others."""
+    """The nearest float32: MLX refuses numbers that are none."""
     return float(np.float32(number))
 
 
 @cache
 def compiled(name: str, **macros: int) -> bytes:
-    """The program of a source file for this machine's GPU; RuntimeError says what is missing."""
+    """The compressed program of a source file for this machine's GPU; else a RuntimeError."""
     try:
         from cuda.core import Device, Program, ProgramOptions
         from cuda.core.utils import FileStreamProgramCache
 
         defined = [(macro, str(value)) for macro, value in macros.items()]
         options = ProgramOptions(arch=f"sm_{Device().arch}", define_macro=defined or None)
-        program = Program(text_of(f"{name}.cu"), "c++", options)
+        program = Program(source_text(f"{name}.cu"), "c++", options)
         try:
             cubin = program.compile("cubin", cache=FileStreamProgramCache())
         except OSError:  # nothing can be kept where the home is read-only
@@ -81,21 +91,21 @@ def compiled(name: str, **macros: int) -> bytes:
 
 
 def compressed(cubin: bytes, arch: str) -> bytes:
-    """A fat binary of one program for `arch`, such as 90, as small as it gets."""
+    """A fat binary of one program for `arch`, such as 90, as small as nvFatbin makes it."""
     from cuda.bindings import nvfatbin
 
     options = ["-64", "-cuda", "-compress=true", "-compress-mode=size"]
     handle = nvfatbin.create(options, len(options))
     try:
         nvfatbin.add_cubin(handle, cubin, len(cubin), arch, "")
-        found = bytearray(nvfatbin.size(handle))
-        nvfatbin.get(handle, found)
+        program = bytearray(nvfatbin.size(handle))
+        nvfatbin.get(handle, program)
     finally:
         nvfatbin.destroy(handle)
-    return bytes(found)
+    return bytes(program)
 
 
-def text_of(file: str) -> str:
-    """A source file with what it includes in its place, for the compiler sees no folder."""
+def source_text(file: str) -> str:
+    """A source file with the text of its includes in their place: the compiler sees no folder."""
     text = (files("nested_core.kernels") / "cuda" / file).read_text()
-    return INCLUDE.sub(lambda found: text_of(found[1]), text)
+    return INCLUDE.sub(lambda include: source_text(include[1]), text)

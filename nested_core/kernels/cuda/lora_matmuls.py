@@ -1,100 +1,128 @@
-"""The products of low-rank layers with arrays that are wide: into a few rows, and out of them.
+"""The matrix products of LoRA layers with wide arrays: into a few rows, and out of them.
 
-MLX's operations on every device; on CUDA kernels of our own for arrays that they take, where they
-agree with MLX on this machine. Each reads its wide array once and keeps what is narrow in
-registers: cuBLAS takes a product, a sum over splits and a clearing of memory for every layer.
+MLX's operations on every device; on CUDA kernels of our own for arrays that fit. Each reads its
+wide array once and keeps what is narrow in registers: cuBLAS takes a product, a sum over splits and
+a clearing of memory for every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import mlx.core as mx
 
-from nested_core import backend
 from nested_core.kernels.cuda.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
-from nested_core.kernels.cuda.self_check import disagreement, is_sound
-from nested_core.kernels.cuda.tiles import TILE, is_in_tiles, made_for
+from nested_core.kernels.cuda.self_check import CheckedKernel, checked_kernel, random_arrays
+from nested_core.kernels.cuda.tiles import TILE, has_kernel, tiles_for
 
-AT_ONCE = 4  # pairs a launch
-ROWS, DEPTH, COLUMNS = 16, 32, 64  # of a wide array: rows a block, a warp's reach, columns a block
-RESIDENT = 3  # blocks that a multiprocessor computes at once, where they are small
+PAIRS_PER_LAUNCH = 4
+BLOCK_ROWS = 16  # rows of a wide array that a block reads at once
+WARP_DEPTH = 32  # columns that a warp reads at once where columns are summed over
+BLOCK_COLUMNS = 64  # columns of a block where rows are summed over
+RESIDENT_BLOCKS = 3  # that a multiprocessor computes at once, where they are small
 
 Pairs = Sequence[tuple[mx.array, mx.array]]
-Narrow = Callable[[Pairs, float], mx.array]
-Outer = Callable[[Pairs], Sequence[mx.array]]
 
 
-def narrow(pairs: Pairs, scale: float) -> mx.array:
+def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
     """Each pair's scale * m @ x.T, one above the other: (all ranks, rows).
 
     m is (rank, width of its own), x (rows, width).
     """
-    chosen = narrow_on_cuda if _is_taken(pairs, DEPTH) else plain_narrow
-    parts = [chosen(pairs[i : i + AT_ONCE], scale) for i in range(0, len(pairs), AT_ONCE)]
+    fits = _fit(project_on_cuda, pairs, WARP_DEPTH)
+    project = project_on_cuda if fits else plain_project
+    starts = range(0, len(pairs), PAIRS_PER_LAUNCH)
+    parts = [project(pairs[i : i + PAIRS_PER_LAUNCH], scale) for i in starts]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
-def outer(pairs: Pairs) -> Sequence[mx.array]:
+def factor_gradients(pairs: Pairs) -> Sequence[mx.array]:
     """Each pair's z @ x, where z is (rank, rows) and x (rows, width of its own)."""
-    is_even = pairs[0][1].shape[0] % 2 == 0  # the kernel reads two neighbours in a row of z
-    chosen = outer_on_cuda if is_even and _is_taken(pairs, COLUMNS) else plain_outer
-    found: list[mx.array] = []
-    for _, alike in groupby(pairs, key=lambda pair: pair[0].shape[0]):  # one kernel suits them all
-        group = list(alike)
-        for i in range(0, len(group), AT_ONCE):
-            found += chosen(group[i : i + AT_ONCE])
-    return found
+    has_even_rows = pairs[0][1].shape[0] % 2 == 0  # the kernel reads two neighbours in a row of z
+    fits = has_even_rows and _fit(gradients_on_cuda, pairs, BLOCK_COLUMNS)
+    multiply = gradients_on_cuda if fits else plain_gradients
+    products: list[mx.array] = []
+    for _, same_rank in groupby(pairs, key=lambda pair: pair[0].shape[0]):  # one kernel suits all
+        group = list(same_rank)
+        for i in range(0, len(group), PAIRS_PER_LAUNCH):
+            products += multiply(group[i : i + PAIRS_PER_LAUNCH])
+    return products
 
 
-def plain_narrow(pairs: Pairs, scale: float) -> mx.array:
-    """`narrow` in MLX's operations."""
+def plain_project(pairs: Pairs, scale: float) -> mx.array:
+    """`project_to_rank` in MLX's operations."""
     products = [m @ x.T for m, x in pairs]
     return scale * (products[0] if len(products) == 1 else mx.concatenate(products))
 
 
-def plain_outer(pairs: Pairs) -> Sequence[mx.array]:
-    """`outer` in MLX's operations."""
+def plain_gradients(pairs: Pairs) -> Sequence[mx.array]:
+    """`factor_gradients` in MLX's operations."""
     return [z @ x for z, x in pairs]
 
 
-def narrow_on_cuda(pairs: Pairs, scale: float) -> mx.array:
-    """`narrow` in one kernel, for at most AT_ONCE pairs that fit."""
+def _fit(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int) -> bool:
+    """Whether a kernel takes these arrays: bfloat16, ranks of whole tiles, widths that fit."""
+    ranks = [narrow.shape[0] for narrow, _ in pairs]
+    return (
+        all(array.dtype == DTYPE for pair in pairs for array in pair)
+        and all(map(has_kernel, ranks))
+        and all(x.shape[1] % multiple == 0 for _, x in pairs)
+        and all(map(kernel.is_usable, {tiles_for(rank) for rank in ranks}))
+    )
+
+
+def _project_examples(tiles: int) -> list[tuple[Pairs, float]]:
+    """Arrays for which all loops of the kernels go round twice, with an odd number of rows."""
+    x, y, a, b = random_arrays((311, 1088), (311, 2176), (TILE * tiles, 1088), (8, 2176))
+    return [([(a, x), (b, y)], 1.5)]
+
+
+def _gradient_examples(tiles: int) -> list[tuple[Pairs]]:
+    """The same wide arrays and what they are projected to, without their last row."""
+    ((pairs, scale),) = _project_examples(tiles)
+    (_, x), (_, y) = pairs
+    z = plain_project(pairs, scale)[:, :-1]
+    return [([(z[: TILE * tiles], x[:-1]), (z[TILE * tiles :], y[:-1])],)]
+
+
+@checked_kernel("low-rank layers", reference=plain_project, examples=_project_examples)
+def project_on_cuda(pairs: Pairs, scale: float) -> mx.array:
+    """`project_to_rank` in one kernel, for at most PAIRS_PER_LAUNCH pairs that fit."""
     rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
-    arrays, sizes, most = _arguments(pairs)
-    ranks = sum(m.shape[0] for m, _ in pairs)
     return launch(
         "narrow",
-        arrays,
-        [((ranks, rows), dtype)],
-        [rows, *sizes, float(scale)],
-        blocks=(-(-rows // ROWS), len(pairs)),
+        _padded(pairs),
+        [((sum(m.shape[0] for m, _ in pairs), rows), dtype)],
+        [rows, *_sizes(pairs), float(scale)],
+        blocks=(-(-rows // BLOCK_ROWS), len(pairs)),
         threads=THREADS,
-        MOST=most,
+        MOST=_compiled_tiles(pairs),
     )[0]
 
 
-def outer_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
-    """`outer` in one kernel and a sum, for at most AT_ONCE pairs that fit."""
+@checked_kernel("low-rank layers", reference=plain_gradients, examples=_gradient_examples)
+def gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
+    """`factor_gradients` in one kernel and a sum, for at most PAIRS_PER_LAUNCH pairs that fit."""
     rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
-    arrays, sizes, most = _arguments(pairs)
     shapes = [(z.shape[0], x.shape[1]) for z, x in pairs]
     total = sum(rank * width for rank, width in shapes)
-    blocks = sum(width for _, width in shapes) // COLUMNS
-    resident = RESIDENT if most == 1 else RESIDENT - 1
-    splits = max(1, min(resident * MULTIPROCESSORS // blocks, rows // (ROWS * THREADS // 32)))
+    blocks = sum(width for _, width in shapes) // BLOCK_COLUMNS
+    tiles = _compiled_tiles(pairs)
+    resident = RESIDENT_BLOCKS if tiles == 1 else RESIDENT_BLOCKS - 1
+    most_splits = rows // (BLOCK_ROWS * THREADS // 32)
+    splits = max(1, min(resident * MULTIPROCESSORS // blocks, most_splits))
     (parts,) = launch(
         "outer",
-        arrays,
+        _padded(pairs),
         [((splits, total), mx.float32)],
-        [rows, *sizes],
+        [rows, *_sizes(pairs)],
         blocks=(blocks, splits),
         threads=THREADS,
-        MOST=most,
+        MOST=tiles,
     )
-    (whole,) = launch(
+    (summed,) = launch(
         "sum_of_splits",
         [parts],
         [((total,), dtype)],
@@ -102,50 +130,24 @@ def outer_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
         blocks=(-(-total // (4 * THREADS)), 1),
         threads=THREADS,
     )
-    found, start = [], 0
+    products, start = [], 0
     for rank, width in shapes:
-        found.append(whole[start : start + rank * width].reshape(rank, width))
+        products.append(summed[start : start + rank * width].reshape(rank, width))
         start += rank * width
-    return found
+    return products
 
 
-def _arguments(pairs: Pairs) -> tuple[list[mx.array], list[int], int]:
-    """AT_ONCE pairs, some of no height, each one's tiles and width, and tiles to be made for."""
-    missing = AT_ONCE - len(pairs)
-    arrays = [each for pair in [*pairs, *[pairs[0]] * missing] for each in pair]
-    tiles = [narrow.shape[0] // TILE for narrow, _ in pairs]
-    sizes = [size for n, (_, x) in zip(tiles, pairs, strict=True) for size in (n, x.shape[1])]
-    return arrays, sizes + [0, 0] * missing, made_for(TILE * max(tiles))
+def _padded(pairs: Pairs) -> list[mx.array]:
+    """The arrays of PAIRS_PER_LAUNCH pairs; what is missing repeats the first one."""
+    missing = PAIRS_PER_LAUNCH - len(pairs)
+    return [array for pair in [*pairs, *[pairs[0]] * missing] for array in pair]
 
 
-def _is_taken(pairs: Pairs, multiple: int) -> bool:
-    """Whether the kernels take these arrays: bfloat16, whole tiles, ranks and widths that fit."""
-    ranks = [each.shape[0] for each, _ in pairs]
-    return (
-        all(each.dtype == DTYPE for pair in pairs for each in pair)
-        and all(map(is_in_tiles, ranks))
-        and all(x.shape[1] % multiple == 0 for _, x in pairs)
-        and backend.has_cuda()
-        and all(map(kernels_agree, {made_for(rank) for rank in ranks}))
-    )
+def _sizes(pairs: Pairs) -> list[int]:
+    """Each pair's tiles and width, 0 for pairs that are missing."""
+    sizes = [size for m, x in pairs for size in (m.shape[0] // TILE, x.shape[1])]
+    return sizes + [0, 0] * (PAIRS_PER_LAUNCH - len(pairs))
 
 
-@cache
-def kernels_agree(most: int) -> bool:
-    """Whether the kernels for so many tiles give what MLX does; a warning where they do not."""
-    return is_sound("low-rank layers", trouble_with(narrow_on_cuda, outer_on_cuda, most))
-
-
-def trouble_with(narrow: Narrow, outer: Outer, most: int = 3) -> str | None:
-    """What is wrong with two such functions, or None; all loops of the kernels go round twice."""
-    rank = TILE * most
-    shapes = (311, 1088), (311, 2176), (rank, 1088), (8, 2176)
-    keys = mx.random.split(mx.random.key(0), 4)
-    x, y, a, b = (
-        mx.random.normal(shape, key=key).astype(mx.bfloat16)
-        for shape, key in zip(shapes, keys, strict=True)
-    )
-    pairs = [(a, x), (b, y)]
-    z = plain_narrow(pairs, 1.5)
-    products = [(z[:rank, :-1], x[:-1]), (z[rank:, :-1], y[:-1])]  # rows are even there
-    return disagreement(lambda: [narrow(pairs, 1.5), *outer(products)], [z, *plain_outer(products)])
+def _compiled_tiles(pairs: Pairs) -> int:
+    return tiles_for(max(narrow.shape[0] for narrow, _ in pairs))

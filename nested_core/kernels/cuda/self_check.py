@@ -1,42 +1,107 @@
-"""A kernel against what it stands in for, on this machine, before it is used."""
+"""CUDA kernels that are used only where they agree with MLX on this machine.
+
+Each kernel stands beside its formula in MLX's operations. Before its first use in a process it is
+launched on example inputs; a kernel that disagrees is not used, and a warning says so.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 import mlx.core as mx
 
+from nested_core import backend
 from nested_core.backend import to_float
 
 TOLERANCE = 0.02  # of the largest element: a few roundings of a bfloat16
 
+Inputs = ParamSpec("Inputs")
+Outputs = TypeVar("Outputs", bound=mx.array | Sequence[mx.array])
 
-def disagreement(
-    ours: Callable[[], Sequence[mx.array]], expected: Sequence[mx.array]
-) -> str | None:
-    """What is wrong with the arrays that `ours` gives, or None."""
-    try:
-        found = ours()
-        mx.eval(found)
-    except RuntimeError as error:
-        return f"it failed: {' '.join(str(error).split())[:200]}"
-    for mine, theirs in zip(found, expected, strict=True):
-        if mine.shape != theirs.shape:
-            return f"it gives the shape {mine.shape}, not {theirs.shape}"
-        mine, theirs = mine.astype(mx.float32), theirs.astype(mx.float32)
-        largest = to_float(mx.abs(theirs).max())
-        difference = to_float(mx.abs(mine - theirs).max())
+
+@dataclass(eq=False)
+class CheckedKernel(Generic[Inputs, Outputs]):
+    """A function that launches a CUDA kernel, its reference, and inputs to compare the two with.
+
+    A kernel may be compiled in variants, such as one for each number of tiles. Whoever calls a
+    kernel asks `is_usable` first, and calls the reference where it is not.
+
+    name: what the kernel computes, for the warning.
+    launch: the function that launches it.
+    reference: the same formula in MLX's operations.
+    examples: argument tuples to compare with, for the variant that it is given.
+    """
+
+    name: str
+    launch: Callable[Inputs, Outputs]
+    reference: Callable[Inputs, Outputs]
+    examples: Callable[..., Sequence[tuple[Any, ...]]]
+    _checked: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False)
+
+    def __call__(self, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Outputs:
+        """Launch the kernel."""
+        return self.launch(*args, **kwargs)
+
+    def is_usable(self, *variant: int) -> bool:
+        """Whether this device runs CUDA and the kernel agrees with its reference there."""
+        return backend.has_cuda() and self.agrees(*variant)
+
+    def agrees(self, *variant: int) -> bool:
+        """Whether the kernel gives what its reference does; checked once a process."""
+        if variant not in self._checked:
+            trouble = self.disagreement(*variant)
+            if trouble is not None:
+                rest = "MLX's own operations are."
+                warnings.warn(
+                    f"Our CUDA kernel for {self.name} is not used: {trouble}. {rest}", stacklevel=2
+                )
+            self._checked[variant] = trouble is None
+        return self._checked[variant]
+
+    def disagreement(self, *variant: int) -> str | None:
+        """How the kernel differs from its reference on the examples, or None if it does not."""
+        for arguments in self.examples(*variant):
+            try:
+                outputs = cast(Any, self.launch)(*arguments)
+                mx.eval(outputs)
+            except RuntimeError as error:
+                return f"it failed: {' '.join(str(error).split())[:200]}"
+            difference = _difference(outputs, cast(Any, self.reference)(*arguments))
+            if difference is not None:
+                return difference
+        return None
+
+
+def checked_kernel(
+    name: str,
+    *,
+    reference: Callable[Inputs, Outputs],
+    examples: Callable[..., Sequence[tuple[Any, ...]]],
+) -> Callable[[Callable[Inputs, Outputs]], CheckedKernel[Inputs, Outputs]]:
+    """Decorator that makes a `CheckedKernel` of a function that launches one."""
+    return lambda launch: CheckedKernel(name, launch, reference, examples)
+
+
+def random_arrays(
+    *shapes: tuple[int, ...], dtype: mx.Dtype = mx.bfloat16, seed: int = 0
+) -> list[mx.array]:
+    """Arrays of normal random numbers for examples, the same every time."""
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    pairs = zip(shapes, keys, strict=True)
+    return [mx.random.normal(shape, key=key).astype(dtype) for shape, key in pairs]
+
+
+def _difference(outputs: Any, expected: Any) -> str | None:
+    if isinstance(outputs, mx.array):
+        outputs, expected = [outputs], [expected]
+    for ours, theirs in zip(outputs, expected, strict=True):
+        if ours.shape != theirs.shape:
+            return f"it gives the shape {ours.shape}, not {theirs.shape}"
+        largest = to_float(mx.abs(theirs.astype(mx.float32)).max())
+        difference = to_float(mx.abs(ours.astype(mx.float32) - theirs.astype(mx.float32)).max())
         if not difference <= TOLERANCE * largest:
             return f"it differs by {difference:.3g} where elements are up to {largest:.3g}"
     return None
-
-
-def is_sound(what: str, trouble: str | None) -> bool:
-    """Whether a kernel may be used; a warning says why not."""
-    if trouble is not None:
-        warnings.warn(
-            f"Our CUDA kernel for {what} is not used: {trouble}. MLX's own operations are.",
-            stacklevel=2,
-        )
-    return trouble is None

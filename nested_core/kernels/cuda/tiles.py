@@ -1,30 +1,16 @@
-"""The ranks that there are kernels for: those of whole tiles, up to the largest."""
+"""The ranks that CUDA kernels are compiled for: multiples of a tile, up to the largest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
-from nested_core import backend
-
-TILE = 8  # rows of a factor in one fragment
-TILES = 1, 2, 3, 4, 6, 8  # that a kernel is made for
+TILE = 8  # rows of a factor in one fragment of a matrix instruction
+COMPILED_TILES = 1, 2, 3, 4, 6, 8  # numbers of tiles that a kernel is compiled for
 
 
-def is_in_tiles(rank: int) -> bool:
-    """Whether a factor of this rank is of whole tiles, and no more than a kernel is made for."""
-    return 0 < rank <= TILE * TILES[-1] and rank % TILE == 0
+def has_kernel(rank: int) -> bool:
+    """Whether a factor of this rank fills whole tiles, no more than a kernel is compiled for."""
+    return 0 < rank <= TILE * COMPILED_TILES[-1] and rank % TILE == 0
 
 
-def made_for(rank: int) -> int:
-    """The tiles of the kernel that takes factors up to this rank."""
-    return min(each for each in TILES if TILE * each >= rank)
-
-
-def check_kernels(ranks: Iterable[int], agree: Callable[[int], bool]) -> None:
-    """Compile and check the kernels for these ranks now, and not while a step is traced.
-
-    `agree` says of the kernels for so many tiles whether they give what MLX does.
-    """
-    for most in sorted({made_for(rank) for rank in ranks if is_in_tiles(rank)}):
-        if backend.has_cuda():
-            agree(most)
+def tiles_for(rank: int) -> int:
+    """The tiles of the smallest kernel that takes factors up to this rank."""
+    return min(tiles for tiles in COMPILED_TILES if TILE * tiles >= rank)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.backend import to_float
-from nested_core.kernels.patching import standing_in
+from nested_core.kernels.patching import replaced_call
 from nested_core.models.parameters import (
     ParameterRefs,
     assign_parameters,
@@ -50,13 +50,13 @@ class OutputHead:
             caught.append(own(self.body, *args, **kwargs))
             return caught[-1]
 
-        with standing_in(self.body, catch):
+        with replaced_call(self.body, catch):
             self.model(inputs)
         return caught[-1]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (rows, vocabulary) of any rows (rows, width) of the body's output."""
-        with standing_in(self.body, lambda *args, **kwargs: hidden[None]):
+        with replaced_call(self.body, lambda *args, **kwargs: hidden[None]):
             logits = first_of(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
             return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
 
@@ -108,7 +108,7 @@ def _watch(model: nn.Module, tokens: mx.array) -> tuple[mx.array, list[tuple[nn.
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name and name.count(".") < DEPTH:
-                stack.enter_context(standing_in(module, noting(module)))
+                stack.enter_context(replaced_call(module, noting(module)))
         logits = first_of(model(tokens))
     return logits, seen
 

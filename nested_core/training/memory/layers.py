@@ -16,8 +16,8 @@ from mlx.optimizers import Optimizer
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.kernels.cuda.tiles import is_in_tiles
-from nested_core.kernels.quantized_linear import CALLS
+from nested_core.kernels.cuda.tiles import has_kernel
+from nested_core.kernels.quantized_linear import PRODUCT_METHODS
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.pytree import flatten
 from nested_core.training.loss.chunked import rows_at_once
@@ -86,7 +86,7 @@ def own_arrays(module: nn.Module) -> dict[str, mx.array]:
 
 def dequantized_bytes(module: Any) -> int:
     """Bytes of a quantized layer's weight that `quantized_linear` dequantizes; 0 for the others."""
-    is_quantized = isinstance(module, tuple(CALLS))
+    is_quantized = isinstance(module, tuple(PRODUCT_METHODS))
     if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):
         return 0
     output, packed = module.weight.shape
@@ -150,7 +150,7 @@ def _ends_fused_mlp(modules: Modules, name: str) -> bool:
 
 
 def _has_kernels(module: Any) -> bool:
-    return isinstance(module, LoRALinear) and is_in_tiles(module.lora_b.shape[0])
+    return isinstance(module, LoRALinear) and has_kernel(module.lora_b.shape[0])
 
 
 def _linear_widths(modules: Modules, name: str) -> tuple[int, int] | None:

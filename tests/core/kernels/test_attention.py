@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models import llama
 
 from nested_core.kernels import attention
-from nested_core.kernels.apply import prepared
+from nested_core.kernels.apply import optimized_layers
 from nested_core.kernels.exponential import exponential
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
@@ -53,7 +53,7 @@ def test_a_prepared_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
     given = batch(rows=2, width=80)
     expected = outcome(model, SUPERVISED, given)
     kinds = {name: type(module) for name, module in model.named_modules()}
-    with prepared(model):
+    with optimized_layers(model):
         found = outcome(model, SUPERVISED, given)
         plain = outcome(model, SUPERVISED, given, compiled=lambda function: function)
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)

@@ -53,7 +53,7 @@ def test_a_rotation_from_its_table_gives_its_output_and_gradient(
     x, g = heads(2, 4, 37, WIDTH, dtype=dtype), heads(2, 4, 37, WIDTH, dtype=dtype, seed=1)
     exact, slope = x.astype(mx.float32), g.astype(mx.float32)
     (expected,), (gradient,) = mx.vjp(lambda x: module(x), [exact], [slope])
-    turned = rope.turned_by(module, rope.plain_turn, {})
+    turned = rope.rotation_with(module, rope.plain_rotate, {})
 
     def both(x: mx.array, g: mx.array) -> Any:
         outputs, gradients = mx.vjp(turned, [x], [g])
@@ -71,7 +71,7 @@ def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_modu
     name: str,
 ) -> None:
     module = ROTATIONS[name]()
-    call = rope.turned_by(module, forbidden, {})
+    call = rope.rotation_with(module, forbidden, {})
     x = heads(1, 4, 5, WIDTH)
     for count in (1, 3, 4):
         with pytest.raises(AssertionError, match="was asked"):
@@ -84,7 +84,7 @@ def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_modu
 
 
 def test_a_table_is_made_again_only_for_more_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, seen, table_of = [], [], rope.table_of
+    made, seen, table_of = [], [], rope.rotation_table
 
     def noting(turning: Any, length: int, width: int) -> mx.array:
         made.append(length)
@@ -92,20 +92,20 @@ def test_a_table_is_made_again_only_for_more_positions(monkeypatch: pytest.Monke
 
     def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
         seen.append(table)
-        return rope.plain_turn(x, table, back)
+        return rope.plain_rotate(x, table, back)
 
-    monkeypatch.setattr(rope, "table_of", noting)
-    call = rope.turned_by(nn.RoPE(WIDTH), turn, {})
+    monkeypatch.setattr(rope, "rotation_table", noting)
+    call = rope.rotation_with(nn.RoPE(WIDTH), turn, {})
     for length in (5, 9, 5, 16):
         mx.eval(call(heads(1, 4, length, WIDTH)))
-    assert made == [rope.PROBE, 16]
+    assert made == [rope.PROBE_LENGTH, 16]
     assert [table.shape for table in seen] == [(n, WIDTH) for n in (5, 9, 5, 16)]
     assert {table.dtype for table in seen} == {mx.float32}
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_mlx_lms_rotations_pair_elements_half_a_head_apart(name: str) -> None:
-    assert rope.is_halves(ROTATIONS[name]()) is True
+    assert rope.rotates_halves(ROTATIONS[name]()) is True
 
 
 class PartialRoPE(nn.RoPE):
@@ -131,13 +131,13 @@ class PartialRoPE(nn.RoPE):
     ids=str,
 )
 def test_neighbours_parts_odd_widths_and_other_modules_are_no_such_rotation(module: Any) -> None:
-    assert rope.is_halves(module) is False
+    assert rope.rotates_halves(module) is False
 
 
 def test_a_rotation_of_a_part_of_each_head_goes_to_the_module() -> None:
     module = nn.RoPE(16)
     x = heads(1, 4, 5, WIDTH)
-    assert mx.array_equal(rope.turned_by(module, forbidden, {})(x), module(x)).item()
+    assert mx.array_equal(rope.rotation_with(module, forbidden, {})(x), module(x)).item()
 
 
 def test_without_cuda_a_models_rotations_stay_what_they_are(
@@ -145,7 +145,7 @@ def test_without_cuda_a_models_rotations_stay_what_they_are(
 ) -> None:
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
     model = build("llama")
-    with rope.tabled_rope(model):
+    with rope.rope_from_table(model):
         assert type(model.layers[0].self_attn.rope) is nn.RoPE
 
 
@@ -157,16 +157,16 @@ def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
 
     def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
         asked.append(back)
-        return rope.plain_turn(x, table, back)
+        return rope.plain_rotate(x, table, back)
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(rope, "_agrees_here", lambda *_: True)
-    monkeypatch.setattr(rope, "turn_on_cuda", turn)
+    monkeypatch.setattr(rope.rotate_on_cuda, "agrees", lambda: True)
+    monkeypatch.setattr(rope.rotate_on_cuda, "launch", turn)
     model = build(name)
     model.set_dtype(mx.bfloat16)
     expected = outcome(model, SUPERVISED, batch())
     kinds = {name: type(module) for name, module in model.named_modules()}
-    with rope.tabled_rope(model):
+    with rope.rope_from_table(model):
         assert type(model.layers[0].self_attn.rope) is not nn.RoPE
         found = outcome(model, SUPERVISED, batch())
     assert {True, False} == set(asked)
@@ -176,13 +176,13 @@ def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
 
 
 def test_rotations_that_turn_alike_share_a_table_of_the_longest_length_so_far() -> None:
-    known: dict[bytes, rope.Angles] = {}
+    known: dict[bytes, rope.RotationTable] = {}
     alike = nn.RoPE(32), nn.RoPE(32)
     other = nn.RoPE(32, base=500.0)
     for module in (*alike, other):
-        rope.turned_by(module, rope.plain_turn, known)
+        rope.rotation_with(module, rope.plain_rotate, known)
     assert len(known) == 2
     angles = next(iter(known.values()))
     for length in (3, 40, 7):
-        expected = rope.table_of(alike[0], length, 32)
-        assert mx.array_equal(angles.upto(length), expected).item()
+        expected = rope.rotation_table(alike[0], length, 32)
+        assert mx.array_equal(angles.first(length), expected).item()

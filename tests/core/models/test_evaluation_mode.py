@@ -12,7 +12,7 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.kernels.tracing import watched
+from nested_core.kernels.tracing import trace_calls
 from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.importance import parameter_importance
@@ -38,7 +38,7 @@ def probed(model: nn.Module) -> None:
 
 
 USES: dict[str, Callable[[nn.Module], Any]] = {
-    "watching": watched,
+    "watching": trace_calls,
     "head": lambda model: find_head(model, trainable_refs(model)),
     "loss": evaluated,
     "logits": asked,

@@ -17,7 +17,7 @@ from mlx_lm import load
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.kernels.activation_checkpointing import recomputed
+from nested_core.kernels.activation_checkpointing import checkpointed_layers
 from nested_core.models.lora import attach_adapter, load_base
 from nested_core.optim.pytree import flatten
 from nested_core.pipeline import steps
@@ -157,7 +157,7 @@ def test_only_the_given_layers_are_computed_again(plain: Finished) -> None:
 
     kind.__call__ = counted
     try:
-        with recomputed(model.layers[1:3]):
+        with checkpointed_layers(model.layers[1:3]):
             gradients = nn.value_and_grad(model, lambda tokens: model(tokens).sum())
             mx.eval(gradients(mx.array([[1, 2, 3]])))
     finally:
@@ -170,7 +170,7 @@ def test_the_classes_are_given_back_after_an_error(plain: Finished) -> None:
     call = kind.__call__
 
     def fail_inside() -> None:
-        with recomputed(plain.trainer.model.layers):
+        with checkpointed_layers(plain.trainer.model.layers):
             assert kind.__call__ is not call
             raise RuntimeError("on purpose")
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from nested_core.kernels.quantized_linear import whole_weights
+from nested_core.kernels.quantized_linear import dequantized_weights
 from nested_core.training.memory.estimate import LayerFootprint
 from nested_core.training.memory.layers import dequantized_bytes, read_layers
 from tests.architectures import ARCHITECTURES, build
@@ -44,7 +44,7 @@ def test_only_quantised_layers_have_a_dequantized_weight() -> None:
     assert (dequantized_bytes(words), dequantized_bytes(down)) == (4 * 1000 * 64, 4 * 64 * 128)
     assert dequantized_bytes(model.layers[0]) == dequantized_bytes(nn.Linear(4, 4)) == 0
     assert dequantized_bytes(nn.QuantizedLinear(64, 64, mode="mxfp4")) == 0
-    with whole_weights(model):
+    with dequantized_weights(model):
         assert dequantized_bytes(words) == 4 * 1000 * 64
     model.set_dtype(mx.bfloat16)
     assert dequantized_bytes(words) == 2 * 1000 * 64

@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.activation_checkpointing import recomputed
-from nested_core.kernels.lora_linear import GROUP, LowRankLinear, low_rank
-from nested_core.kernels.tracing import shared_inputs, watched
+from nested_core import backend
+from nested_core.kernels.activation_checkpointing import checkpointed_layers
+from nested_core.kernels.cuda import lora_add, lora_matmuls
+from nested_core.kernels.cuda.self_check import CheckedKernel
+from nested_core.kernels.lora_linear import (
+    GROUP,
+    OptimizedLoRALinear,
+    check_lora_kernels,
+    optimized_lora_layers,
+)
+from nested_core.kernels.tracing import layers_sharing_input, trace_calls
 from nested_core.optim.pytree import flatten
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
@@ -24,7 +32,7 @@ from tests.architectures import ARCHITECTURES, batch, build, largest_difference,
 def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> None:
     model = build(name)
     expected = outcome(model, SUPERVISED, batch())
-    with low_rank(model, shared_inputs(watched(model)) if grouped else ()):
+    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model)) if grouped else ()):
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -34,7 +42,7 @@ def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> Non
 def test_a_quantised_base_gives_what_mlx_lm_gives(grouped: bool) -> None:
     model = build("qwen2", quantized=True)
     expected = outcome(model, SUPERVISED, batch())
-    with low_rank(model, shared_inputs(watched(model)) if grouped else ()):
+    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model)) if grouped else ()):
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -45,7 +53,7 @@ def test_dropout_draws_what_mlx_lm_draws() -> None:
     model.train()
     mx.random.seed(7)
     expected = outcome(model, SUPERVISED, batch(), compiled=run)
-    with low_rank(model, shared_inputs(watched(model))):
+    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model))):
         mx.random.seed(7)
         found = outcome(model, SUPERVISED, batch(), compiled=run)
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
@@ -60,14 +68,17 @@ def run(function: Any) -> Any:
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model = build("llama")
     expected = outcome(model, SUPERVISED, batch())
-    with recomputed(model.layers), low_rank(model, shared_inputs(watched(model))):
+    with (
+        checkpointed_layers(model.layers),
+        optimized_lora_layers(model, layers_sharing_input(trace_calls(model))),
+    ):
         found = outcome(model, SUPERVISED, batch())
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
 
 def test_compiled_equals_uncompiled_to_the_bit() -> None:
     model = build("llama")
-    with low_rank(model, shared_inputs(watched(model))):
+    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model))):
         plain = outcome(model, SUPERVISED, batch(), compiled=run)
         compiled = outcome(model, SUPERVISED, batch())
     assert compiled.loss == plain.loss
@@ -92,9 +103,9 @@ class CalledTwice(nn.Module):
 def test_a_layer_called_twice_is_in_no_group_and_computes_each_time() -> None:
     model = CalledTwice()
     tokens = mx.zeros((1, 3), mx.int32)
-    assert shared_inputs(watched(model)) == []
+    assert layers_sharing_input(trace_calls(model)) == []
     expected = model(tokens)
-    with low_rank(model, shared_inputs(watched(model))):
+    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model))):
         assert mx.allclose(model(tokens), expected).item()
 
 
@@ -129,12 +140,12 @@ def test_only_layers_of_one_scale_and_rank_share_their_products(
     kinds: list[tuple[float, int]], together: list[list[int]]
 ) -> None:
     model, tokens = Sharing(*kinds), mx.zeros((2, 5), mx.int32)
-    groups = shared_inputs(watched(model))
+    groups = layers_sharing_input(trace_calls(model))
     places = {id(layer): place for place, layer in enumerate(model.layers)}
     assert [[places[id(layer)] for layer in group] for group in groups] == together
     gradient = nn.value_and_grad(model, lambda tokens: model(tokens))
     expected_value, expected = gradient(tokens)
-    with low_rank(model, groups):
+    with optimized_lora_layers(model, groups):
         value, found = gradient(tokens)
     assert value.item() == pytest.approx(expected_value.item(), rel=2e-6)
     assert len(flatten(expected)) == 2 * len(kinds)
@@ -145,16 +156,16 @@ def test_layers_whose_factors_are_of_other_dtypes_share_nothing() -> None:
     model, tokens = Sharing(*[(2.0, 4)] * 4), mx.zeros((2, 5), mx.int32)
     model.layers[1].lora_a = model.layers[1].lora_a.astype(mx.bfloat16)
     model.layers[2].lora_b = model.layers[2].lora_b.astype(mx.bfloat16)
-    (group,) = shared_inputs(watched(model))
+    (group,) = layers_sharing_input(trace_calls(model))
     assert list(map(id, group)) == [id(model.layers[0]), id(model.layers[3])]
     expected = model(tokens)
-    with low_rank(model, [group]):
+    with optimized_lora_layers(model, [group]):
         assert model(tokens).item() == pytest.approx(expected.item(), rel=2e-6)
 
 
 def test_a_group_lets_go_of_its_input_when_its_last_layer_has_been_asked() -> None:
     model = Sharing((2.0, 4), (2.0, 4))
-    with low_rank(model, [model.layers]):
+    with optimized_lora_layers(model, [model.layers]):
         mx.eval(model(mx.zeros((2, 5), mx.int32)))
         (group,) = {vars(layer)[GROUP] for layer in model.layers}
         assert (group._input, group._outputs) == (None, {})
@@ -168,7 +179,7 @@ def test_a_group_that_is_given_several_inputs_after_all_computes_each_on_its_own
     x, y = mx.random.normal((1, 3, 64)), mx.random.normal((1, 3, 64))
     calls = [(0, x), (0, x), (1, y), (1, x), (0, x), (1, x)]
     expected = [layers[i](given) for i, given in calls]
-    with low_rank(model, [layers]):
+    with optimized_lora_layers(model, [layers]):
         found = [layers[i](given) for i, given in calls]
     assert all(mx.allclose(a, b, atol=1e-5).item() for a, b in zip(found, expected, strict=True))
 
@@ -180,8 +191,8 @@ def test_factors_in_another_dtype_than_the_input_are_computed_as_mlx_lm_does() -
     layer.linear.set_dtype(mx.bfloat16)
     expected = layer(x)
     model = nn.Sequential(layer)
-    with low_rank(model):
-        assert type(layer) is LowRankLinear
+    with optimized_lora_layers(model):
+        assert type(layer) is OptimizedLoRALinear
         found = model(x)
     assert found.dtype == mx.bfloat16
     assert np.array(found.view(mx.uint16)).tobytes() == np.array(expected.view(mx.uint16)).tobytes()
@@ -192,8 +203,8 @@ def test_modules_parameters_and_names_are_given_back_after_an_error(tmp_path: Pa
     before = {name: (module, type(module)) for name, module in model.named_modules()}
 
     def fail_inside() -> None:
-        with low_rank(model, shared_inputs(watched(model))):
-            assert any(isinstance(m, LowRankLinear) for _, m in model.named_modules())
+        with optimized_lora_layers(model, layers_sharing_input(trace_calls(model))):
+            assert any(isinstance(m, OptimizedLoRALinear) for _, m in model.named_modules())
             assert dict(model.named_modules()).keys() == before.keys()
             raise RuntimeError("on purpose")
 
@@ -205,3 +216,25 @@ def test_modules_parameters_and_names_are_given_back_after_an_error(tmp_path: Pa
         assert module is before[name][0]
         assert kind is before[name][1]
         assert "_shared_input" not in vars(module)
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_kernels_are_checked_ahead_for_ranks_that_one_takes_and_on_cuda_alone(
+    has_cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels: list[CheckedKernel[Any, Any]] = [
+        lora_add.low_rank_sums_on_cuda,
+        lora_matmuls.project_on_cuda,
+        lora_matmuls.gradients_on_cuda,
+    ]
+    monkeypatch.setattr(backend, "has_cuda", lambda: has_cuda)
+    for kernel in kernels:
+        checked: list[int] = []
+        with monkeypatch.context() as patch:
+            for other in kernels:
+                patch.setattr(other, "agrees", lambda tiles: True)
+            patch.setattr(kernel, "agrees", checked.append)
+            check_lora_kernels([0, 4, 12, 72])
+            assert checked == []
+            check_lora_kernels([24, 8, 40, 24])
+        assert checked == ([1, 3, 6] if has_cuda else [])

@@ -17,6 +17,7 @@ import pytest
 
 from nested_core.kernels import rms_norm, rope, swiglu
 from nested_core.kernels.cuda import concatenate, launch, lora_add, lora_matmuls, mlp, tiles
+from nested_core.kernels.cuda.self_check import CheckedKernel
 
 FOLDER = Path(launch.__file__).parent
 SOURCES = {path.stem: path.read_text() for path in sorted((FOLDER).glob("*.cu"))}
@@ -61,8 +62,8 @@ def test_a_source_is_compiled_with_what_it_includes_before_it_once(name: str) ->
     first, own = SOURCES[name].split("\n", 1)
     sums = EXPAND.removeprefix('#include "common.cuh"\n')
     shared = {'#include "common.cuh"': COMMON, '#include "expand.cuh"': COMMON + sums}
-    assert launch.text_of(f"{name}.cu") == shared[first] + own
-    assert "#include" not in launch.text_of(f"{name}.cu")
+    assert launch.source_text(f"{name}.cu") == shared[first] + own
+    assert "#include" not in launch.source_text(f"{name}.cu")
 
 
 def test_widths_and_counts_are_those_of_the_sources() -> None:
@@ -72,33 +73,38 @@ def test_widths_and_counts_are_those_of_the_sources() -> None:
     assert mx.bfloat16 == launch.DTYPE
     assert "cvt.rn.bf16.f32" in COMMON
     assert ".bf16.bf16.f32" in COMMON
-    assert f"threadIdx.x / 32) * {lora_add.COLUMNS};" in EXPAND
+    assert f"threadIdx.x / 32) * {lora_add.WARP_COLUMNS};" in EXPAND
     assert f"({tiles.TILE} * min(i, n - 1)" in EXPAND
     for name in ("expand", "mlp", "mlp_back"):
-        assert f"first = blockIdx.y * steps * {lora_add.ROWS};" in SOURCES[name]
-        assert f"first + steps * {lora_add.ROWS}); row += {lora_add.ROWS})" in SOURCES[name]
+        assert f"first = blockIdx.y * steps * {lora_add.WARP_ROWS};" in SOURCES[name]
+        assert (
+            f"first + steps * {lora_add.WARP_ROWS}); row += {lora_add.WARP_ROWS})" in SOURCES[name]
+        )
 
 
 def macros_of(name: str) -> set[str]:
     """What has to be defined for a kernel."""
-    return set(re.findall(r"\b(?:MOST|PACKS)\b", launch.text_of(f"{name}.cu")))
+    return set(re.findall(r"\b(?:MOST|PACKS)\b", launch.source_text(f"{name}.cu")))
 
 
 PAIRS = [(of(8, 64), of(40, 64)), (of(24, 128), of(40, 128))]
 PRODUCTS = [(of(8, 300), of(300, 64)), (of(24, 300), of(300, 128))]
 SUMS = [lora_add.LowRankSum(of(40, 64), of(8, 40), of(8, 64))] * 3
 CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
-    "expand": (lora_add, lambda: lora_add.expand_on_cuda(SUMS)),
-    "mlp": (mlp, lambda: mlp.forward_on_cuda(SUMS[0], SUMS[1])),
-    "mlp_back": (mlp, lambda: mlp.backward_on_cuda(SUMS[0], SUMS[1], SUMS[2])),
-    "join": (concatenate, lambda: concatenate.join_on_cuda([of(8), of(16), of(8)])),
-    "narrow": (lora_matmuls, lambda: lora_matmuls.narrow_on_cuda(PAIRS, 2)),
-    "outer": (lora_matmuls, lambda: lora_matmuls.outer_on_cuda(PRODUCTS)),
-    "sum_of_splits": (lora_matmuls, lambda: lora_matmuls.outer_on_cuda(PRODUCTS)),
-    "norm_back": (rms_norm, lambda: rms_norm.backward_on_cuda(of(3, 40), of(40), 1e-5, of(3, 40))),
-    "turn": (rope, lambda: rope.turn_on_cuda(of(2, 5, 4, 48), of(5, 48, dtype=mx.float32), True)),
-    "swiglu": (swiglu, lambda: swiglu.forward_on_cuda(of(4, 8), of(4, 8))),
-    "swiglu_back": (swiglu, lambda: swiglu.backward_on_cuda(of(4, 8), of(4, 8), of(4, 8))),
+    "expand": (lora_add, lambda: lora_add.low_rank_sums_on_cuda(SUMS)),
+    "mlp": (mlp, lambda: mlp.gated_product_on_cuda(SUMS[0], SUMS[1])),
+    "mlp_back": (mlp, lambda: mlp.gated_gradients_on_cuda(SUMS[0], SUMS[1], SUMS[2])),
+    "join": (concatenate, lambda: concatenate.concatenate_on_cuda([of(8), of(16), of(8)])),
+    "narrow": (lora_matmuls, lambda: lora_matmuls.project_on_cuda(PAIRS, 2)),
+    "outer": (lora_matmuls, lambda: lora_matmuls.gradients_on_cuda(PRODUCTS)),
+    "sum_of_splits": (lora_matmuls, lambda: lora_matmuls.gradients_on_cuda(PRODUCTS)),
+    "norm_back": (
+        rms_norm,
+        lambda: rms_norm.input_gradient_on_cuda(of(3, 40), of(40), 1e-5, of(3, 40)),
+    ),
+    "turn": (rope, lambda: rope.rotate_on_cuda(of(2, 5, 4, 48), of(5, 48, dtype=mx.float32), True)),
+    "swiglu": (swiglu, lambda: swiglu.swiglu_on_cuda(of(4, 8), of(4, 8))),
+    "swiglu_back": (swiglu, lambda: swiglu.gradients_on_cuda(of(4, 8), of(4, 8), of(4, 8))),
 }
 
 
@@ -110,7 +116,7 @@ def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.Mon
     def note(
         kernel: str,
         inputs: Sequence[mx.array],
-        outputs: Sequence[launch.Shaped],
+        outputs: Sequence[launch.ArraySpec],
         numbers: Sequence[int | float],
         *,
         blocks: Sequence[int],
@@ -177,14 +183,19 @@ def test_a_kernel_without_cuda_core_is_found_to_fail_not_raised(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     monkeypatch.setattr(launch, "compiled", launch.compiled.__wrapped__)
-    for trouble in (
-        lora_matmuls.trouble_with(lora_matmuls.narrow_on_cuda, lora_matmuls.outer_on_cuda),
-        lora_add.trouble_with(lora_add.expand_on_cuda),
-        mlp.trouble_with(mlp.forward_on_cuda, mlp.backward_on_cuda),
-        swiglu.trouble_with(swiglu.forward_on_cuda, swiglu.backward_on_cuda),
-        rope.trouble_with(rope.turn_on_cuda),
-        rms_norm.trouble_with(rms_norm.backward_on_cuda),
-        concatenate.trouble_with(concatenate.join_on_cuda),
-    ):
-        assert str(trouble).startswith("it failed: ")
-        assert str(trouble).endswith(": install nested-tune[cuda]")
+    kernels: list[tuple[CheckedKernel[Any, Any], tuple[int, ...]]] = [
+        (lora_matmuls.project_on_cuda, (3,)),
+        (lora_matmuls.gradients_on_cuda, (3,)),
+        (lora_add.low_rank_sums_on_cuda, (3,)),
+        (mlp.gated_product_on_cuda, (3,)),
+        (mlp.gated_gradients_on_cuda, (3,)),
+        (swiglu.swiglu_on_cuda, ()),
+        (swiglu.gradients_on_cuda, ()),
+        (rope.rotate_on_cuda, ()),
+        (rms_norm.input_gradient_on_cuda, (2600,)),
+        (concatenate.concatenate_on_cuda, ()),
+    ]
+    for kernel, variant in kernels:
+        trouble = str(kernel.disagreement(*variant))
+        assert trouble.startswith("it failed: ")
+        assert trouble.endswith(": install nested-tune[cuda]")

@@ -30,13 +30,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
 
     def join(arrays: Sequence[mx.array]) -> mx.array:
-        assert all(array.nbytes % concatenate.WIDTH == 0 for array in arrays)
+        assert all(array.nbytes % concatenate.LOAD_BYTES == 0 for array in arrays)
         counts.append(len(arrays))
-        return concatenate.plain_join(arrays)
+        return concatenate.plain_concatenate(arrays)
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(concatenate, "join_agrees", lambda: True)
-    monkeypatch.setattr(concatenate, "join_on_cuda", join)
+    monkeypatch.setattr(concatenate.concatenate_on_cuda, "agrees", lambda: True)
+    monkeypatch.setattr(concatenate.concatenate_on_cuda, "launch", join)
     return counts
 
 
@@ -44,14 +44,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_elements_follow_one_another_row_by_row_in_the_arrays_order(dtype: mx.Dtype) -> None:
     arrays = arrays_of((3, 5), (7,), (2, 3, 4), (1, 1), dtype=dtype)
     arrays[0] = arrays[0].T
-    found = concatenate.joined(arrays)
+    found = concatenate.concatenated(arrays)
     assert found.shape == (15 + 7 + 24 + 1,)
     assert is_same(found, arrays)
 
 
 def test_one_array_is_its_elements_in_a_row(asked: list[int]) -> None:
     (array,) = arrays_of((8, 16))
-    assert is_same(concatenate.joined([array.T]), [array.T])
+    assert is_same(concatenate.concatenated([array.T]), [array.T])
     assert asked == []
 
 
@@ -68,13 +68,13 @@ def test_the_kernel_takes_arrays_of_whole_loads(
     dtype: mx.Dtype, odd: int, fits: bool, asked: list[int]
 ) -> None:
     arrays = arrays_of((16, 8), (odd,), (24,), dtype=dtype)
-    assert is_same(concatenate.joined(arrays), arrays)
+    assert is_same(concatenate.concatenated(arrays), arrays)
     assert asked == ([3] if fits else [])
 
 
 def test_arrays_of_several_dtypes_go_to_mlx(asked: list[int]) -> None:
     arrays = arrays_of((16,)) + arrays_of((8,), dtype=mx.float32)
-    found = concatenate.joined(arrays)
+    found = concatenate.concatenated(arrays)
     assert (found.dtype, found.shape, asked) == (mx.float32, (24,), [])
 
 
@@ -82,8 +82,8 @@ def test_arrays_of_several_dtypes_go_to_mlx(asked: list[int]) -> None:
     ("count", "launches"),
     [
         (2, [2]),
-        (concatenate.MOST, [32]),
-        (concatenate.MOST + 1, [32, 1, 2]),
+        (concatenate.ARRAYS_PER_LAUNCH, [32]),
+        (concatenate.ARRAYS_PER_LAUNCH + 1, [32, 1, 2]),
         (70, [32, 32, 6, 3]),
         (1025, [32] * 32 + [1] + [32, 1] + [2]),
     ],
@@ -92,5 +92,5 @@ def test_more_arrays_than_a_launch_takes_are_joined_in_groups(
     count: int, launches: list[int], asked: list[int]
 ) -> None:
     arrays = arrays_of(*[(8 + 8 * (i % 3),) for i in range(count)])
-    assert is_same(concatenate.joined(arrays), arrays)
+    assert is_same(concatenate.concatenated(arrays), arrays)
     assert asked == launches

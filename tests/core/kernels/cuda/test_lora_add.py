@@ -10,10 +10,10 @@ import pytest
 
 from nested_core import backend
 from nested_core.backend import to_float
-from nested_core.kernels.cuda import lora_add, tiles
+from nested_core.kernels.cuda import lora_add
 from nested_core.kernels.cuda.launch import THREADS
 from nested_core.kernels.cuda.lora_add import LowRankSum
-from nested_core.kernels.cuda.tiles import TILES
+from nested_core.kernels.cuda.tiles import COMPILED_TILES
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 
@@ -51,7 +51,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return True
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(lora_add, "kernel_agrees", agrees)
+    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees", agrees)
     return asked
 
 
@@ -79,7 +79,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_plain_sum_is_a_matmul_on_top_of_the_base(dtype: mx.Dtype) -> None:
     sums = sums_of((8, 64), (24, 96), dtype=dtype)
-    for found, (base, z, factor) in zip(lora_add.plain_expand(sums), sums, strict=True):
+    for found, (base, z, factor) in zip(lora_add.plain_low_rank_sums(sums), sums, strict=True):
         exact = [each.astype(mx.float32) for each in (base, z, factor)]
         assert found.dtype == dtype
         assert is_near(found, mx.addmm(exact[0], exact[1].T, exact[2]), ROUNDING[dtype])
@@ -94,15 +94,17 @@ def test_a_layers_output_and_its_inputs_gradient_are_such_sums(dtype: mx.Dtype) 
     output = x @ weight, 1.5 * (x @ a).T, b
     gradient = g @ weight.T, 1.5 * (g @ b.T).T, a.T
     for parts, expected in ((output, y), (gradient, dx)):
-        (found,) = lora_add.plain_expand([LowRankSum(*(each.astype(dtype) for each in parts))])
+        (found,) = lora_add.plain_low_rank_sums(
+            [LowRankSum(*(each.astype(dtype) for each in parts))]
+        )
         assert is_near(found, expected, 4 * ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("rank", [8, 16, 24, 40, 64])
 def test_bfloat16_arrays_of_whole_tiles_are_for_the_kernels(rank: int, on_cuda: list[int]) -> None:
     x = normal(2, 3, 40)
-    assert lora_add.is_for_kernels(x, [normal(8, 32), normal(rank, 160)])
-    assert set(on_cuda) == {1, min(most for most in TILES if 8 * most >= rank)}
+    assert lora_add.fits_kernels(x, [normal(8, 32), normal(rank, 160)])
+    assert set(on_cuda) == {1, min(most for most in COMPILED_TILES if 8 * most >= rank)}
 
 
 @pytest.mark.parametrize(
@@ -129,25 +131,26 @@ def test_other_dtypes_odd_rows_other_ranks_and_uneven_widths_are_not(
     fits, other = normal(8, 64), normal(*factor, dtype=dtypes[1])
     x = normal(*shape, dtype=dtypes[0])
     for factors in ([other], [fits, other], [other, fits]):
-        assert not lora_add.is_for_kernels(x, factors)
+        assert not lora_add.fits_kernels(x, factors)
 
 
 def test_without_cuda_or_a_kernel_that_agrees_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
     x, factor = normal(6, 40), normal(8, 64)
     for has_cuda, agrees, is_taken in ((1, 1, True), (0, 1, False), (1, 0, False)):
         monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: bool(has))
-        monkeypatch.setattr(lora_add, "kernel_agrees", lambda _, agrees=agrees: bool(agrees))
-        assert lora_add.is_for_kernels(x, [factor]) is is_taken
+        kernel = lora_add.low_rank_sums_on_cuda
+        monkeypatch.setattr(kernel, "agrees", lambda _, agrees=agrees: bool(agrees))
+        assert lora_add.fits_kernels(x, [factor]) is is_taken
 
 
-@pytest.mark.parametrize("bad", TILES)
+@pytest.mark.parametrize("bad", COMPILED_TILES)
 def test_factors_are_not_for_kernels_of_which_one_disagrees(
     bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(lora_add, "kernel_agrees", lambda most: most != bad)
+    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees", lambda tiles: tiles != bad)
     for other in (8, 64):
-        assert not lora_add.is_for_kernels(normal(6, 40), [normal(8 * bad, 64), normal(other, 64)])
+        assert not lora_add.fits_kernels(normal(6, 40), [normal(8 * bad, 64), normal(other, 64)])
 
 
 def test_a_base_of_another_dtype_takes_all_sums_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,17 +158,17 @@ def test_a_base_of_another_dtype_takes_all_sums_to_mlx(monkeypatch: pytest.Monke
 
     def note(sums: lora_add.Sums) -> Sequence[mx.array]:
         asked.append(len(sums))
-        return lora_add.plain_expand(sums)
+        return lora_add.plain_low_rank_sums(sums)
 
-    monkeypatch.setattr(lora_add, "expand_on_cuda", note)
+    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "launch", note)
     sums = sums_of((8, 64), (8, 96))
-    lora_add.expand(sums)
+    lora_add.low_rank_sums(sums)
     assert asked == [2]
     sums[1] = sums[1]._replace(base=sums[1].base.astype(mx.float32))
-    found = lora_add.expand(sums)
+    found = lora_add.low_rank_sums(sums)
     assert asked == [2]
     assert [each.dtype for each in found] == [mx.bfloat16, mx.float32]
-    assert mx.array_equal(found[1], sums[1].plain()).item()
+    assert mx.array_equal(found[1], sums[1].in_float32()).item()
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,7 @@ def test_a_launch_has_four_sums_of_which_some_are_of_no_size(
     count: int, groups: list[int], launched: list[dict[str, Any]]
 ) -> None:
     sums = sums_of(*[(8 + 8 * (i % 3), 64 + 32 * i) for i in range(count)])
-    found = lora_add.expand_on_cuda(sums)
+    found = lora_add.low_rank_sums_on_cuda(sums)
     assert [each.shape for each in found] == [each.base.shape for each in sums]
     assert [each["blocks"][2] for each in launched] == groups
     for start, given in zip(range(0, count, 4), launched, strict=True):
@@ -197,36 +200,21 @@ def test_a_launch_has_four_sums_of_which_some_are_of_no_size(
 @pytest.mark.parametrize("width", [32, 64, 256, 288, 896, 4096, 14336, 151936])
 def test_a_grid_covers_every_row_and_column_and_no_block_is_for_nothing(width: int) -> None:
     for rows in [*range(2, 130, 2), 510, 2010, 2048, 4098, 16384, 65534, 1_000_000]:
-        steps, (across, down) = lora_add.grid_for(rows, width)
-        assert 1 <= steps <= lora_add.STEPS
-        assert steps * lora_add.ROWS * (down - 1) < rows <= steps * lora_add.ROWS * down
-        columns = lora_add.COLUMNS * THREADS // 32
+        steps, (across, down) = lora_add.warp_grid(rows, width)
+        assert 1 <= steps <= lora_add.MAX_STEPS
+        assert steps * lora_add.WARP_ROWS * (down - 1) < rows <= steps * lora_add.WARP_ROWS * down
+        columns = lora_add.WARP_COLUMNS * THREADS // 32
         assert columns * (across - 1) < width <= columns * across
         assert down <= 65535
-        assert steps == 1 or across * down >= lora_add.BLOCKS // 2
+        assert steps == 1 or across * down >= lora_add.LEAST_BLOCKS // 2
 
 
 def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
     launched: list[dict[str, Any]],
 ) -> None:
-    assert str(lora_add.trouble_with(lora_add.expand_on_cuda)).startswith("it differs by")
+    assert str(lora_add.low_rank_sums_on_cuda.disagreement(3)).startswith("it differs by")
     (given,) = launched
     rows, steps, *sizes = given["numbers"]
     assert steps > 1
-    assert rows % lora_add.ROWS != 0
+    assert rows % lora_add.WARP_ROWS != 0
     assert sizes == [3, 160, 1, 4128, 0, 0, 0, 0]
-
-
-def test_no_kernel_is_checked_for_a_rank_that_none_takes(on_cuda: list[int]) -> None:
-    tiles.check_kernels([0, 4, 12, 72], lora_add.kernel_agrees)
-    assert on_cuda == []
-    tiles.check_kernels([24, 8, 40, 24], lora_add.kernel_agrees)
-    assert on_cuda == [1, 3, 6]
-
-
-def test_nothing_is_checked_without_cuda(
-    on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "has_cuda", lambda: False)
-    tiles.check_kernels([8, 16], lora_add.kernel_agrees)
-    assert on_cuda == []

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from nested_core import backend
-from nested_core.kernels import fused_mlp, lora_linear, rms_norm, rope, swiglu
-from nested_core.kernels.activation_checkpointing import recomputed
-from nested_core.kernels.apply import prepared
+from nested_core.kernels import fused_mlp, rms_norm, rope, swiglu
+from nested_core.kernels.activation_checkpointing import checkpointed_layers
+from nested_core.kernels.apply import optimized_layers
+from nested_core.kernels.cuda import lora_add, mlp
 from nested_core.kernels.fused_mlp import fusable_mlps, fused_mlps
-from nested_core.kernels.lora_linear import GROUP, LowRankLinear
-from nested_core.kernels.patching import standing_in
-from nested_core.kernels.tracing import Calls, gated_mlps, watched
+from nested_core.kernels.lora_linear import GROUP, OptimizedLoRALinear
+from nested_core.kernels.patching import replaced_call
+from nested_core.kernels.tracing import CallTrace, find_gated_mlps, trace_calls
 from nested_core.models.parameters import trainable_refs
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
@@ -42,18 +43,18 @@ def kinds_of(model: nn.Module) -> dict[str, tuple[int, type]]:
 @pytest.fixture
 def without_norms_and_ropes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's other kernels disagree, and MLX's own operations are used."""
-    monkeypatch.setattr(rms_norm, "_agrees_here", lambda width: False)
-    monkeypatch.setattr(rope, "_agrees_here", lambda: False)
-    monkeypatch.setattr(swiglu, "_agrees_here", lambda: False)
+    monkeypatch.setattr(rms_norm.input_gradient_on_cuda, "agrees", lambda width: False)
+    monkeypatch.setattr(rope.rotate_on_cuda, "agrees", lambda: False)
+    monkeypatch.setattr(swiglu.swiglu_on_cuda, "agrees", lambda: False)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(asked: list[str]) -> None:
     model = in_bfloat16("llama")
-    with fused_mlps(fusable_mlps(watched(model))):
+    with fused_mlps(fusable_mlps(trace_calls(model))):
         expected = outcome(model, SUPERVISED, batch())
         kept = asked.count("forward")
         asked.clear()
-        with recomputed(model.layers):
+        with checkpointed_layers(model.layers):
             found = outcome(model, SUPERVISED, batch())
     assert found.loss == expected.loss
     assert largest_difference(found.gradients, expected.gradients) == 0
@@ -62,14 +63,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(asked: list[str]) -> No
 
 def test_checkpointed_layers_have_their_gated_mlps_found(asked: list[str]) -> None:
     model = in_bfloat16("llama")
-    with recomputed(model.layers):
-        assert len(fusable_mlps(watched(model))) == 2
+    with checkpointed_layers(model.layers):
+        assert len(fusable_mlps(trace_calls(model))) == 2
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere"])
 def test_compiled_equals_uncompiled_to_the_bit(name: str, asked: list[str]) -> None:
     model = in_bfloat16(name)
-    with fused_mlps(fusable_mlps(watched(model))):
+    with fused_mlps(fusable_mlps(trace_calls(model))):
         plain = outcome(model, SUPERVISED, batch(), compiled=run)
         compiled = outcome(model, SUPERVISED, batch())
     assert "backward" in asked
@@ -87,13 +88,13 @@ def test_compiled_equals_uncompiled_to_the_bit(name: str, asked: list[str]) -> N
 def test_gradients_of_some_factors_alone_are_those_among_all(
     chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_mlp, "is_for_kernels", lambda x, factors: True)
+    monkeypatch.setattr(fused_mlp, "fits_kernels", lambda x, factors: True)
     model = build("llama")
     everything = trainable_refs(model)
     refs = {name: ref for name, ref in everything.items() if chosen in name}
     assert 0 < len(refs) < len(everything)
     expected = outcome(model, SUPERVISED, batch(), refs=refs)
-    with fused_mlps(gated_mlps(watched(model))):
+    with fused_mlps(find_gated_mlps(trace_calls(model))):
         found = outcome(model, SUPERVISED, batch(), refs=refs)
     assert found.gradients.keys() == refs.keys()
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -102,7 +103,7 @@ def test_gradients_of_some_factors_alone_are_those_among_all(
 def test_an_adapter_on_mlps_alone_is_taken(asked: list[str]) -> None:
     model = in_bfloat16("llama", keys=[f"mlp.{key}" for key in PROJECTIONS])
     expected = outcome(model, SUPERVISED, batch())
-    with fused_mlps(fusable_mlps(watched(model))):
+    with fused_mlps(fusable_mlps(trace_calls(model))):
         found = outcome(model, SUPERVISED, batch())
     assert asked.count("backward") == 2
     assert largest_difference(found.gradients, expected.gradients) < 0.05
@@ -114,10 +115,10 @@ def test_modules_are_given_back_after_an_error(asked: list[str]) -> None:
     before = kinds_of(model)
 
     def fail_inside() -> None:
-        with prepared(model):
+        with optimized_layers(model):
             assert kinds_of(model).keys() == before.keys()
             assert type(model.layers[0].mlp) is not before["model.layers.0.mlp"][1]
-            assert type(model.layers[0].mlp.gate_proj) is LowRankLinear
+            assert type(model.layers[0].mlp.gate_proj) is OptimizedLoRALinear
             raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):
@@ -136,9 +137,9 @@ def test_a_model_is_watched_once_and_nothing_of_it_is_kept_while_it_is_prepared(
         calls.append(args)
         return own(model, *args)
 
-    with standing_in(model, counted), prepared(model):
+    with replaced_call(model, counted), optimized_layers(model):
         assert len(calls) == 1
-        assert not any(isinstance(each, Calls) for each in gc.get_objects())
+        assert not any(isinstance(each, CallTrace) for each in gc.get_objects())
 
 
 @pytest.mark.usefixtures("asked", "without_norms_and_ropes")
@@ -147,7 +148,7 @@ def test_a_fused_mlps_layers_share_with_no_others_in_a_prepared_model(
     name: str, together: int
 ) -> None:
     model = in_bfloat16(name)
-    with prepared(model):
+    with optimized_layers(model):
         for layer in model.layers:
             groups = [vars(layer.mlp[key]).get(GROUP) for key in PROJECTIONS]
             gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
@@ -171,7 +172,7 @@ def test_the_gate_and_up_of_a_fused_mlp_share_nothing_where_they_are_not_alike(u
         else:
             up.lora_b = up.lora_b.astype(mx.float32)
     before = kinds_of(model)
-    with prepared(model):
+    with optimized_layers(model):
         assert kinds_of(model)["model.layers.0.mlp"] != before["model.layers.0.mlp"]
         for layer in model.layers:
             assert not any(GROUP in vars(layer.mlp[key]) for key in PROJECTIONS)
@@ -183,8 +184,8 @@ def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers
 ) -> None:
     model = in_bfloat16("llama")
     before = kinds_of(model)
-    monkeypatch.setattr(fused_mlp, "kernels_agree", lambda most: False)
-    with prepared(model):
+    monkeypatch.setattr(mlp.gated_product_on_cuda, "agrees", lambda tiles: False)
+    with optimized_layers(model):
         inside = kinds_of(model)
         assert GROUP in vars(model.layers[0].mlp.gate_proj)
     assert inside["model.layers.0.mlp"] == before["model.layers.0.mlp"]
@@ -198,7 +199,7 @@ def test_a_prepared_model_gives_mlx_lms_gradients(
 ) -> None:
     model = in_bfloat16(name)
     expected = outcome(model, SUPERVISED, batch())
-    with prepared(model, model.layers if recomputes else ()):
+    with optimized_layers(model, model.layers if recomputes else ()):
         found = outcome(model, SUPERVISED, batch())
     assert set(asked) == {"expand", "forward", "backward", "narrow", "outer", "join"}
     assert found.loss == pytest.approx(expected.loss, rel=2e-3)
@@ -207,15 +208,15 @@ def test_a_prepared_model_gives_mlx_lms_gradients(
 
 @pytest.mark.parametrize("rank", [4, 12, 72])
 def test_mlps_of_ranks_that_no_kernel_takes_are_not_fused(rank: int, asked: list[str]) -> None:
-    assert fusable_mlps(watched(build("llama", rank=rank))) == []
+    assert fusable_mlps(trace_calls(build("llama", rank=rank))) == []
     assert asked == []
 
 
 def test_without_cuda_no_mlp_is_fused(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama", rank=8)
-    assert len(fusable_mlps(watched(model))) == 2
+    assert len(fusable_mlps(trace_calls(model))) == 2
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
-    assert fusable_mlps(watched(model)) == []
+    assert fusable_mlps(trace_calls(model)) == []
 
 
 def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
@@ -227,14 +228,16 @@ def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
         layer.mlp.down_proj.lora_a = mx.zeros((128, 40))
         layer.mlp.down_proj.lora_b = mx.zeros((40, 64))
     for bad, count in ((1, 0), (6, 0), (2, 2), (8, 2)):
-        monkeypatch.setattr(fused_mlp, "kernels_agree", lambda most, bad=bad: most != bad)
-        assert len(fusable_mlps(watched(model))) == count
+        for kernel in (mlp.gated_product_on_cuda, mlp.gated_gradients_on_cuda):
+            with monkeypatch.context() as patch:
+                patch.setattr(kernel, "agrees", lambda tiles, bad=bad: tiles != bad)
+                assert len(fusable_mlps(trace_calls(model))) == count
 
 
 def test_kernels_are_compiled_for_the_ranks_of_layers_and_for_gates_and_ups_together(
     asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[int] = []
-    monkeypatch.setattr(lora_linear, "kernel_agrees", checked.append)
-    fusable_mlps(watched(build("llama", rank=16)))
+    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees", checked.append)
+    fusable_mlps(trace_calls(build("llama", rank=16)))
     assert set(checked) == {2, 4}

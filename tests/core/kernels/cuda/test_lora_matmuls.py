@@ -10,9 +10,9 @@ import mlx.core as mx
 import pytest
 
 from nested_core import backend
-from nested_core.kernels.cuda import lora_matmuls, tiles
+from nested_core.kernels.cuda import lora_matmuls
 from nested_core.kernels.cuda.launch import THREADS
-from nested_core.kernels.cuda.tiles import TILES, is_in_tiles, made_for
+from nested_core.kernels.cuda.tiles import COMPILED_TILES, has_kernel, tiles_for
 
 SIZES = ((8, 64), (16, 128), (8, 192), (64, 64), (24, 128), (8, 64))  # rank and width
 
@@ -46,28 +46,29 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def narrow(pairs: lora_matmuls.Pairs, scale: float) -> mx.array:
         calls.append(("narrow", len(pairs)))
-        return lora_matmuls.plain_narrow(pairs, scale)
+        return lora_matmuls.plain_project(pairs, scale)
 
     def outer(pairs: lora_matmuls.Pairs) -> Sequence[mx.array]:
         calls.append(("outer", len(pairs)))
-        return lora_matmuls.plain_outer(pairs)
+        return lora_matmuls.plain_gradients(pairs)
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(lora_matmuls, "kernels_agree", lambda most: True)
-    monkeypatch.setattr(lora_matmuls, "narrow_on_cuda", narrow)
-    monkeypatch.setattr(lora_matmuls, "outer_on_cuda", outer)
+    monkeypatch.setattr(lora_matmuls.project_on_cuda, "agrees", lambda tiles: True)
+    monkeypatch.setattr(lora_matmuls.gradients_on_cuda, "agrees", lambda tiles: True)
+    monkeypatch.setattr(lora_matmuls.project_on_cuda, "launch", narrow)
+    monkeypatch.setattr(lora_matmuls.gradients_on_cuda, "launch", outer)
     return calls
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 6])
 def test_products_are_the_formulas_for_any_number_of_pairs(count: int) -> None:
     pairs = narrow_pairs(*SIZES[:count], dtype=mx.float32)
-    found = lora_matmuls.narrow(pairs, 1.5)
+    found = lora_matmuls.project_to_rank(pairs, 1.5)
     expected = mx.concatenate([1.5 * (m @ x.T) for m, x in pairs])
     assert found.shape == (sum(rank for rank, _ in SIZES[:count]), 6)
     assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5).item()
     pairs = outer_pairs(*SIZES[:count], dtype=mx.float32)
-    for product, (z, x) in zip(lora_matmuls.outer(pairs), pairs, strict=True):
+    for product, (z, x) in zip(lora_matmuls.factor_gradients(pairs), pairs, strict=True):
         assert mx.array_equal(product, z @ x).item()
 
 
@@ -77,10 +78,10 @@ def test_arrays_that_fit_go_to_the_kernels_at_most_four_pairs_at_once(
 ) -> None:
     pairs = narrow_pairs(*SIZES[:count])
     expected = mx.concatenate([1.5 * (m @ x.T) for m, x in pairs])
-    assert mx.array_equal(lora_matmuls.narrow(pairs, 1.5), expected).item()
+    assert mx.array_equal(lora_matmuls.project_to_rank(pairs, 1.5), expected).item()
     alike = [(8, width) for _, width in SIZES[:count]]
     products = outer_pairs(*alike)
-    found = lora_matmuls.outer(products)
+    found = lora_matmuls.factor_gradients(products)
     assert [product.shape for product in found] == alike
     for product, (z, x) in zip(found, products, strict=True):
         assert mx.array_equal(product, z @ x).item()
@@ -96,21 +97,21 @@ def test_neighbours_of_one_rank_go_to_a_kernel_together_and_come_back_in_their_o
     ranks: list[int], asked: list[tuple[str, int]]
 ) -> None:
     pairs = outer_pairs(*[(rank, 64 + 64 * (i % 3)) for i, rank in enumerate(ranks)])
-    found = lora_matmuls.outer(pairs)
+    found = lora_matmuls.factor_gradients(pairs)
     for product, (z, x) in zip(found, pairs, strict=True):
         assert mx.array_equal(product, z @ x).item()
     runs = [len(list(run)) for _, run in groupby(ranks)]
     assert asked == [("outer", min(4, n - i)) for n in runs for i in range(0, n, 4)]
 
 
-@pytest.mark.parametrize("bad", TILES)
+@pytest.mark.parametrize("bad", COMPILED_TILES)
 def test_no_kernel_is_used_that_disagrees_whatever_it_comes_with(
     bad: int, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_matmuls, "kernels_agree", lambda most: most != bad)
+    monkeypatch.setattr(lora_matmuls.gradients_on_cuda, "agrees", lambda tiles: tiles != bad)
     for other in (8, 64):
-        lora_matmuls.outer(outer_pairs((other, 64), (8 * bad, 64)))
-        lora_matmuls.outer(outer_pairs((8 * bad, 64), (other, 64)))
+        lora_matmuls.factor_gradients(outer_pairs((other, 64), (8 * bad, 64)))
+        lora_matmuls.factor_gradients(outer_pairs((8 * bad, 64), (other, 64)))
     assert asked == []
 
 
@@ -120,8 +121,8 @@ def test_no_kernel_is_used_that_disagrees_whatever_it_comes_with(
 def test_an_odd_number_of_rows_goes_to_mlx_only_where_rows_are_summed(
     rows: int, takers: list[str], asked: list[tuple[str, int]]
 ) -> None:
-    lora_matmuls.narrow(narrow_pairs((8, 64), rows=rows), 1.0)
-    lora_matmuls.outer(outer_pairs((8, 64), rows=rows))
+    lora_matmuls.project_to_rank(narrow_pairs((8, 64), rows=rows), 1.0)
+    lora_matmuls.factor_gradients(outer_pairs((8, 64), rows=rows))
     assert [name for name, _ in asked] == takers
 
 
@@ -138,33 +139,33 @@ def test_arrays_that_do_not_fit_go_to_mlx_with_all_that_come_with_them(
     size: tuple[int, int], dtype: mx.Dtype, asked: list[tuple[str, int]]
 ) -> None:
     for sizes in ([size], [(8, 64), size], [size, (8, 64)]):
-        lora_matmuls.narrow(narrow_pairs(*sizes, dtype=dtype), 2.0)
-        lora_matmuls.outer(outer_pairs(*sizes, dtype=dtype))
+        lora_matmuls.project_to_rank(narrow_pairs(*sizes, dtype=dtype), 2.0)
+        lora_matmuls.factor_gradients(outer_pairs(*sizes, dtype=dtype))
     assert asked == []
 
 
 def test_pairs_of_several_dtypes_go_to_mlx(asked: list[tuple[str, int]]) -> None:
     (m, x), other = narrow_pairs((8, 64))[0], narrow_pairs((8, 64), dtype=mx.float16)
-    lora_matmuls.narrow([(m, x.astype(mx.float16))], 1.0)
-    lora_matmuls.narrow([(m, x), *other], 1.0)
+    lora_matmuls.project_to_rank([(m, x.astype(mx.float16))], 1.0)
+    lora_matmuls.project_to_rank([(m, x), *other], 1.0)
     assert asked == []
 
 
 def test_a_width_of_half_a_block_of_columns_fits_only_where_columns_are_summed(
     asked: list[tuple[str, int]],
 ) -> None:
-    lora_matmuls.narrow(narrow_pairs((8, 96)), 1.0)
-    lora_matmuls.outer(outer_pairs((8, 96)))
+    lora_matmuls.project_to_rank(narrow_pairs((8, 96)), 1.0)
+    lora_matmuls.factor_gradients(outer_pairs((8, 96)))
     assert asked == [("narrow", 1)]
 
 
 def test_a_launch_has_four_pairs_of_which_some_are_of_no_height() -> None:
     pairs = narrow_pairs((24, 128), (8, 192))
-    arrays, sizes, most = lora_matmuls._arguments(pairs)
     (a, x), (b, y) = pairs
+    arrays = lora_matmuls._padded(pairs)
     assert [id(each) for each in arrays] == list(map(id, [a, x, b, y, a, x, a, x]))
-    assert sizes == [3, 128, 1, 192, 0, 0, 0, 0]
-    assert most == 3
+    assert lora_matmuls._sizes(pairs) == [3, 128, 1, 192, 0, 0, 0, 0]
+    assert lora_matmuls._compiled_tiles(pairs) == 3
 
 
 def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_the_warps_reach(
@@ -177,34 +178,24 @@ def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_th
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
     monkeypatch.setattr(lora_matmuls, "launch", note)
-    found = lora_matmuls.trouble_with(lora_matmuls.narrow_on_cuda, lora_matmuls.outer_on_cuda)
-    assert str(found).startswith("it differs by")
+    for kernel in (lora_matmuls.project_on_cuda, lora_matmuls.gradients_on_cuda):
+        assert str(kernel.disagreement(3)).startswith("it differs by")
     warps = THREADS // 32
-    assert min(width for _, width in shapes["narrow"][:-1]) > lora_matmuls.DEPTH * warps
+    assert min(width for _, width in shapes["narrow"][:-1]) > lora_matmuls.WARP_DEPTH * warps
     assert shapes["narrow"][1][0] % 2 == 1
     rows, splits = shapes["outer"][1][0], shapes["outer"][-1][0]
     assert splits > 1
-    assert rows > splits * lora_matmuls.ROWS * warps
-    assert rows % lora_matmuls.ROWS != 0
+    assert rows > splits * lora_matmuls.BLOCK_ROWS * warps
+    assert rows % lora_matmuls.BLOCK_ROWS != 0
 
 
 @pytest.mark.parametrize(("rank", "most"), [(8, 1), (32, 4), (40, 6), (48, 6), (56, 8), (64, 8)])
 def test_a_kernel_is_made_for_the_next_number_of_tiles(rank: int, most: int) -> None:
-    assert lora_matmuls._arguments(narrow_pairs((8, 64), (rank, 64)))[2] == most
+    assert lora_matmuls._compiled_tiles(narrow_pairs((8, 64), (rank, 64))) == most
 
 
 def test_ranks_of_whole_tiles_up_to_the_largest_have_a_kernel_with_as_many_tiles() -> None:
-    ranks = [rank for rank in range(-8, 200) if is_in_tiles(rank)]
+    ranks = [rank for rank in range(-8, 200) if has_kernel(rank)]
     assert ranks == [8, 16, 24, 32, 40, 48, 56, 64]
-    assert [made_for(rank) for rank in ranks] == [1, 2, 3, 4, 6, 6, 8, 8]
-    assert made_for(1) == 1
-
-
-def test_no_kernel_is_checked_for_a_rank_that_none_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked: list[int] = []
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(lora_matmuls, "kernels_agree", checked.append)
-    tiles.check_kernels([0, 4, 12, 72], lora_matmuls.kernels_agree)
-    assert checked == []
-    tiles.check_kernels([24, 8, 40, 24], lora_matmuls.kernels_agree)
-    assert checked == [1, 3, 6]
+    assert [tiles_for(rank) for rank in ranks] == [1, 2, 3, 4, 6, 6, 8, 8]
+    assert tiles_for(1) == 1

@@ -13,9 +13,9 @@ from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.activation_checkpointing import recomputed
+from nested_core.kernels.activation_checkpointing import checkpointed_layers
 from nested_core.kernels.swiglu import plain_swiglu
-from nested_core.kernels.tracing import gated_mlps, shared_inputs, watched
+from nested_core.kernels.tracing import find_gated_mlps, layers_sharing_input, trace_calls
 from tests.architectures import ARCHITECTURES, build
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -46,7 +46,7 @@ def test_layers_with_one_input_are_found_by_watching_not_by_name(
     name: str, expected: list[list[str]]
 ) -> None:
     model = build(name)
-    assert names_of(model, shared_inputs(watched(model))) == in_each_layer(*expected)
+    assert names_of(model, layers_sharing_input(trace_calls(model))) == in_each_layer(*expected)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,18 @@ def test_layers_that_are_to_stay_apart_are_in_no_group(
     name: str, expected: list[list[str]]
 ) -> None:
     model = build(name)
-    apart = chain(*(mlp.layers for mlp in gated_mlps(watched(model))))
-    assert names_of(model, shared_inputs(watched(model), apart)) == in_each_layer(*expected)
+    apart = chain(*(mlp.layers for mlp in find_gated_mlps(trace_calls(model))))
+    assert names_of(model, layers_sharing_input(trace_calls(model), apart)) == in_each_layer(
+        *expected
+    )
 
 
 def test_a_group_of_which_one_layer_is_left_is_none() -> None:
     model = build("llama")
     apart = [layer.mlp.up_proj for layer in model.layers]
-    assert names_of(model, shared_inputs(watched(model), apart)) == in_each_layer(ATTENTION)
+    assert names_of(model, layers_sharing_input(trace_calls(model), apart)) == in_each_layer(
+        ATTENTION
+    )
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -73,7 +77,7 @@ def test_the_gated_mlps_of_an_architecture_are_those_that_are_nothing_else(
     name: str, quantized: bool
 ) -> None:
     model = build(name, quantized=quantized)
-    found = gated_mlps(watched(model))
+    found = find_gated_mlps(trace_calls(model))
     expected = in_each_layer(WHOLE) if name in WITH_GATED else []
     assert names_of(model, [mlp.layers for mlp in found]) == expected
     if expected:
@@ -82,9 +86,9 @@ def test_the_gated_mlps_of_an_architecture_are_those_that_are_nothing_else(
 
 def test_gated_mlps_are_found_where_layers_are_under_gradient_checkpointing() -> None:
     model = build("llama")
-    with recomputed(model.layers):
-        found = gated_mlps(watched(model))
-        groups = shared_inputs(watched(model))
+    with checkpointed_layers(model.layers):
+        found = find_gated_mlps(trace_calls(model))
+        groups = layers_sharing_input(trace_calls(model))
     assert names_of(model, [mlp.layers for mlp in found]) == in_each_layer(WHOLE)
     assert names_of(model, groups) == in_each_layer(ATTENTION, MLP)
 
@@ -92,7 +96,7 @@ def test_gated_mlps_are_found_where_layers_are_under_gradient_checkpointing() ->
 def test_layers_of_which_some_have_no_adapter_are_no_gated_mlp() -> None:
     for missing in ("gate_proj", "up_proj", "down_proj"):
         keys = [f"mlp.{key}" for key in ("gate_proj", "up_proj", "down_proj") if key != missing]
-        assert gated_mlps(watched(build("llama", keys=keys))) == []
+        assert find_gated_mlps(trace_calls(build("llama", keys=keys))) == []
 
 
 class CalledTwice(nn.Module):
@@ -110,7 +114,7 @@ class CalledTwice(nn.Module):
 
 def test_a_layer_called_twice_is_in_no_group() -> None:
     model = CalledTwice()
-    (group,) = shared_inputs(watched(model))
+    (group,) = layers_sharing_input(trace_calls(model))
     assert list(map(id, group)) == [id(model.once), id(model.too)]
 
 
@@ -132,9 +136,9 @@ def mixed(request: pytest.FixtureRequest) -> nn.Module:
 
 def test_watching_leaves_classes_modes_and_the_random_state_as_they_were(mixed: nn.Module) -> None:
     before = state_of(mixed)
-    calls = watched(mixed)
-    assert len(gated_mlps(calls)) == 2
-    assert len(shared_inputs(calls)) == 4
+    calls = trace_calls(mixed)
+    assert len(find_gated_mlps(calls)) == 2
+    assert len(layers_sharing_input(calls)) == 4
     assert state_of(mixed) == before
     assert llama.swiglu is plain_swiglu
 
@@ -149,5 +153,5 @@ def test_an_error_in_the_watched_call_leaves_everything_as_it_was(mixed: nn.Modu
     model.layers[1].mlp = Failing()
     before = state_of(model)
     with pytest.raises(RuntimeError, match="on purpose"):
-        watched(model)
+        trace_calls(model)
     assert state_of(model) == before

@@ -21,8 +21,9 @@ WIDTH = 40
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with CUDA whose kernel agrees with MLX, and MLX's operations in its place."""
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(rms_norm, "_agrees_here", lambda *_: True)
-    monkeypatch.setattr(rms_norm, "backward_on_cuda", rms_norm.plain_backward)
+    kernel = rms_norm.input_gradient_on_cuda
+    monkeypatch.setattr(kernel, "agrees", lambda *variant: True)
+    monkeypatch.setattr(kernel, "launch", kernel.reference)
 
 
 def make(width: int = WIDTH, dtype: mx.Dtype = mx.bfloat16) -> nn.RMSNorm:
@@ -44,7 +45,7 @@ def forbidden(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.arra
 def test_a_norm_with_the_plain_backward_pass_is_mlxs_to_the_bit(dtype: mx.Dtype) -> None:
     module = make(dtype=dtype)
     x, g = normal(3, 5, WIDTH, dtype=dtype), normal(3, 5, WIDTH, dtype=dtype, seed=1)
-    found = mx.vjp(rms_norm.normed_by(module, rms_norm.plain_backward), [x], [g])
+    found = mx.vjp(rms_norm.norm_with(module, rms_norm.plain_input_gradient), [x], [g])
     expected = mx.vjp(lambda x: module(x), [x], [g])
     for ours, theirs in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         assert ours.dtype == dtype
@@ -56,7 +57,7 @@ def test_the_plain_backward_pass_is_the_formulas() -> None:
     a, b, c = (each.astype(mx.float32) for each in (x, w, g))
     i = mx.rsqrt((a * a).mean(-1, keepdims=True) + 1e-5)
     expected = b * c * i - a * i**3 * (b * c * a).mean(-1, keepdims=True)
-    found = rms_norm.plain_backward(x, w, 1e-5, g)
+    found = rms_norm.plain_input_gradient(x, w, 1e-5, g)
     assert to_float(mx.abs(found - expected).max()) <= 2**-8 * to_float(mx.abs(expected).max())
 
 
@@ -64,7 +65,7 @@ def test_the_plain_backward_pass_is_the_formulas() -> None:
     ("width", "dtype", "of_weight"),
     [
         (36, mx.bfloat16, mx.bfloat16),
-        (rms_norm.LONGEST + 8, mx.bfloat16, mx.bfloat16),
+        (rms_norm.LONGEST_ROW + 8, mx.bfloat16, mx.bfloat16),
         (WIDTH, mx.float32, mx.float32),
         (WIDTH, mx.bfloat16, mx.float32),
         (WIDTH, mx.float16, mx.bfloat16),
@@ -74,16 +75,16 @@ def test_arrays_that_the_kernel_does_not_take_go_to_mlx(
     width: int, dtype: mx.Dtype, of_weight: mx.Dtype
 ) -> None:
     module = make(width, of_weight)
-    call = rms_norm.normed_by(module, forbidden)
+    call = rms_norm.norm_with(module, forbidden)
     x = normal(2, width, dtype=dtype)
     ours, theirs = (mx.grad(lambda x, f=f: f(x).sum())(x) for f in (call, module))
     assert mx.array_equal(call(x), module(x)).item()
     assert mx.array_equal(ours, theirs).item()
 
 
-@pytest.mark.parametrize("width", [WIDTH, rms_norm.LONGEST])
+@pytest.mark.parametrize("width", [WIDTH, rms_norm.LONGEST_ROW])
 def test_arrays_that_the_kernel_takes_go_to_it(width: int) -> None:
-    call = rms_norm.normed_by(make(width), forbidden)
+    call = rms_norm.norm_with(make(width), forbidden)
     with pytest.raises(AssertionError, match="was asked"):
         mx.grad(lambda x: call(x).sum())(normal(2, width))
 
@@ -100,7 +101,7 @@ def test_a_launch_has_a_block_a_row_up_to_a_number_from_which_each_takes_several
 
     monkeypatch.setattr(rms_norm, "launch", note)
     shape = (rows, 1, WIDTH)
-    found = rms_norm.backward_on_cuda(mx.zeros(shape), mx.zeros(WIDTH), 1e-5, mx.zeros(shape))
+    found = rms_norm.input_gradient_on_cuda(mx.zeros(shape), mx.zeros(WIDTH), 1e-5, mx.zeros(shape))
     assert found.shape == shape
     assert given["blocks"] == (blocks, 1)
     assert given["numbers"] == [rows, WIDTH, 1e-5]
@@ -120,7 +121,9 @@ def test_a_blocks_threads_take_a_whole_row(
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
     monkeypatch.setattr(rms_norm, "launch", note)
-    rms_norm.backward_on_cuda(mx.zeros((2, width)), mx.zeros(width), 1e-5, mx.zeros((2, width)))
+    rms_norm.input_gradient_on_cuda(
+        mx.zeros((2, width)), mx.zeros(width), 1e-5, mx.zeros((2, width))
+    )
     assert (given["threads"], given["PACKS"]) == (threads, packs)
     assert threads * packs * 8 >= width
 
@@ -185,7 +188,8 @@ def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
     model = several()
     for has_cuda, agrees in ((False, True), (True, False)):
         monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: has)
-        monkeypatch.setattr(rms_norm, "_agrees_here", lambda _, agrees=agrees: agrees)
+        kernel = rms_norm.input_gradient_on_cuda
+        monkeypatch.setattr(kernel, "agrees", lambda _, agrees=agrees: agrees)
         with rms_norm.frozen_norms(model):
             assert type(model.frozen) is nn.RMSNorm
 

@@ -43,9 +43,9 @@ def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(
     dtype: mx.Dtype, size: float
 ) -> None:
     sums = three(dtype, size)
-    gate, up, g = (each.plain() for each in sums)
+    gate, up, g = (each.in_float32() for each in sums)
     (output,), (d_gate, d_up) = mx.vjp(lambda a, b: swiglu(a, b), [gate, up], [g])
-    found = [mlp.plain_forward(*sums[:2]), *mlp.plain_backward(*sums)]
+    found = [mlp.plain_gated_product(*sums[:2]), *mlp.plain_gated_gradients(*sums)]
     for ours, theirs in zip(found, (output, d_gate, d_up, output), strict=True):
         assert ours.dtype == dtype
         assert is_near(ours, theirs, ROUNDING[dtype])
@@ -54,7 +54,7 @@ def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(
 def test_gates_far_from_zero_give_numbers() -> None:
     gate, up, g = three(mx.float32)
     gate = gate._replace(base=gate.base.at[0, :2].add(mx.array([-300.0, 300.0])))
-    for each in (mlp.plain_forward(gate, up), *mlp.plain_backward(gate, up, g)):
+    for each in (mlp.plain_gated_product(gate, up), *mlp.plain_gated_gradients(gate, up, g)):
         assert mx.isfinite(each).all().item()
 
 
@@ -64,11 +64,11 @@ def test_a_low_rank_products_gradient_is_that_of_gate_or_up() -> None:
 
     def output(*parts: mx.array) -> mx.array:
         one, two = LowRankSum(*parts[:3]), LowRankSum(*parts[3:])
-        result: mx.array = swiglu(one.plain(), two.plain())
+        result: mx.array = swiglu(one.in_float32(), two.in_float32())
         return result
 
-    expected = mx.vjp(output, [*gate, *up], [g.plain()])[1]
-    d_gate, d_up, _ = mlp.plain_backward(gate, up, g)
+    expected = mx.vjp(output, [*gate, *up], [g.in_float32()])[1]
+    d_gate, d_up, _ = mlp.plain_gated_gradients(gate, up, g)
     found = [d_gate, gate.factor @ d_gate.T, gate.z @ d_gate]
     found += [d_up, up.factor @ d_up.T, up.z @ d_up]
     for ours, theirs in zip(found, expected, strict=True):
@@ -82,21 +82,21 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def forward(*sums: LowRankSum) -> mx.array:
         calls.append("forward")
-        return mlp.plain_forward(*sums)
+        return mlp.plain_gated_product(*sums)
 
     def backward(*sums: LowRankSum) -> mlp.Three:
         calls.append("backward")
-        return mlp.plain_backward(*sums)
+        return mlp.plain_gated_gradients(*sums)
 
-    monkeypatch.setattr(mlp, "forward_on_cuda", forward)
-    monkeypatch.setattr(mlp, "backward_on_cuda", backward)
+    monkeypatch.setattr(mlp.gated_product_on_cuda, "launch", forward)
+    monkeypatch.setattr(mlp.gated_gradients_on_cuda, "launch", backward)
     return calls
 
 
 def test_bases_of_bfloat16_go_to_the_kernels(asked: list[str]) -> None:
     sums = three()
-    assert mx.array_equal(mlp.gated(*sums[:2]), mlp.plain_forward(*sums[:2])).item()
-    found, expected = mlp.gated_back(*sums), mlp.plain_backward(*sums)
+    assert mx.array_equal(mlp.gated_product(*sums[:2]), mlp.plain_gated_product(*sums[:2])).item()
+    found, expected = mlp.gated_gradients(*sums), mlp.plain_gated_gradients(*sums)
     assert all(mx.array_equal(a, b).item() for a, b in zip(found, expected, strict=True))
     assert asked == ["forward", "backward"]
 
@@ -107,8 +107,8 @@ def test_a_base_of_another_dtype_goes_to_mlx(place: int, other: mx.Dtype, asked:
     sums = three()
     sums[place] = sums[place]._replace(base=sums[place].base.astype(other))
     wanted = other if place == 0 else mx.bfloat16
-    assert mlp.gated(*sums[:2]).dtype == wanted
-    assert {each.dtype for each in mlp.gated_back(*sums)} == {wanted}
+    assert mlp.gated_product(*sums[:2]).dtype == wanted
+    assert {each.dtype for each in mlp.gated_gradients(*sums)} == {wanted}
     assert asked == ([] if place < 2 else ["forward"])
 
 
@@ -133,8 +133,8 @@ def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
     launched: list[dict[str, Any]],
 ) -> None:
     sums = three()
-    assert mlp.forward_on_cuda(*sums[:2]).shape == (20, 96)
-    assert [each.shape for each in mlp.backward_on_cuda(*sums)] == [(20, 96)] * 3
+    assert mlp.gated_product_on_cuda(*sums[:2]).shape == (20, 96)
+    assert [each.shape for each in mlp.gated_gradients_on_cuda(*sums)] == [(20, 96)] * 3
     for given, taken, outputs in zip(launched, (sums[:2], sums), (1, 3), strict=True):
         arrays = [array for each in taken for array in each]
         assert list(map(id, given["inputs"])) == list(map(id, arrays))
@@ -148,11 +148,13 @@ def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
 def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
     launched: list[dict[str, Any]],
 ) -> None:
-    assert str(mlp.trouble_with(mlp.forward_on_cuda, mlp.backward_on_cuda, 4)).startswith("it dif")
+    for kernel in (mlp.gated_product_on_cuda, mlp.gated_gradients_on_cuda):
+        assert str(kernel.disagreement(4)).startswith("it differs by")
+    assert len(launched) == 2
     for given in launched:
         rows, steps, width, *tiles = given["numbers"]
         assert steps > 1
-        assert rows % lora_add.ROWS != 0
-        assert width % (lora_add.COLUMNS * THREADS // 32) != 0
+        assert rows % lora_add.WARP_ROWS != 0
+        assert width % (lora_add.WARP_COLUMNS * THREADS // 32) != 0
         assert tiles == [4, 1, 1][: len(tiles)]
         assert given["MOST"] == 4

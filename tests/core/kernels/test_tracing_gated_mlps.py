@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.tracing import gated_mlps, watched
+from nested_core.kernels.tracing import find_gated_mlps, trace_calls
 
 
 class Gated(nn.Module):
@@ -81,7 +81,7 @@ def without_other(module: Gated) -> Gated:
 def test_gate_and_up_are_told_apart_by_what_is_done_with_them() -> None:
     for way in (plain, turned):
         module: Any = without_other(Gated(way))
-        (found,) = gated_mlps(watched(Holding(module)))
+        (found,) = find_gated_mlps(trace_calls(Holding(module)))
         first = [module.gate, module.up] if way is plain else [module.up, module.gate]
         assert list(map(id, found.layers)) == list(map(id, [*first, module.down]))
         assert found.module is module
@@ -90,13 +90,16 @@ def test_gate_and_up_are_told_apart_by_what_is_done_with_them() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_module_that_does_anything_else_is_no_gated_mlp(way: str) -> None:
     module = Gated(WAYS[way])
-    assert gated_mlps(watched(Holding(module if "another" in way else without_other(module)))) == []
+    assert (
+        find_gated_mlps(trace_calls(Holding(module if "another" in way else without_other(module))))
+        == []
+    )
 
 
 def test_gate_and_up_of_two_scales_are_no_gated_mlp_and_down_has_its_own() -> None:
-    assert gated_mlps(watched(Holding(without_other(Gated(plain, gate=3.0))))) == []
-    assert gated_mlps(watched(Holding(without_other(Gated(plain, up=3.0))))) == []
-    assert len(gated_mlps(watched(Holding(without_other(Gated(plain, down=3.0)))))) == 1
+    assert find_gated_mlps(trace_calls(Holding(without_other(Gated(plain, gate=3.0))))) == []
+    assert find_gated_mlps(trace_calls(Holding(without_other(Gated(plain, up=3.0))))) == []
+    assert len(find_gated_mlps(trace_calls(Holding(without_other(Gated(plain, down=3.0)))))) == 1
 
 
 def test_one_layer_for_gate_and_up_is_no_gated_mlp() -> None:
@@ -107,7 +110,7 @@ def test_one_layer_for_gate_and_up_is_no_gated_mlp() -> None:
 
     module = without_other(Gated(square))
     del module["up"]
-    assert gated_mlps(watched(Holding(module))) == []
+    assert find_gated_mlps(trace_calls(Holding(module))) == []
 
 
 @pytest.mark.parametrize("place", ["gate", "up", "down"])
@@ -118,7 +121,7 @@ def test_a_layer_that_has_no_adapter_or_another_kind_makes_it_none(place: str) -
     for layer in (nn.Linear(8, 8), Other(8, 8)):
         module = without_other(Gated(plain))
         setattr(module, place, layer)
-        assert gated_mlps(watched(Holding(module))) == []
+        assert find_gated_mlps(trace_calls(Holding(module))) == []
 
 
 def test_a_module_called_twice_is_no_gated_mlp() -> None:
@@ -133,7 +136,7 @@ def test_a_module_called_twice_is_no_gated_mlp() -> None:
             output: mx.array = self.inner(x) + self.inner(2 * x)
             return output
 
-    assert gated_mlps(watched(Holding(Twice()))) == []
+    assert find_gated_mlps(trace_calls(Holding(Twice()))) == []
 
 
 def test_a_dropout_that_does_nothing_while_it_is_watched_makes_it_none() -> None:
@@ -143,11 +146,11 @@ def test_a_dropout_that_does_nothing_while_it_is_watched_makes_it_none() -> None
 
     module: Any = without_other(Gated(dropping))
     module.drop = nn.Dropout(0.5)
-    assert gated_mlps(watched(Holding(module))) == []
+    assert find_gated_mlps(trace_calls(Holding(module))) == []
 
 
 def test_a_model_whose_code_has_no_other_module_is_watched_too() -> None:
-    """All of this file's modules in it hold LoRA layers, and are watched themselves."""
+    """All of this file's modules in it hold LoRA layers, and are trace_calls themselves."""
 
     class Model(Gated):
         def __call__(self, tokens: mx.array) -> mx.array:
@@ -156,5 +159,5 @@ def test_a_model_whose_code_has_no_other_module_is_watched_too() -> None:
 
     model: Any = Model(plain)
     model.inner = without_other(Gated(plain))
-    (found,) = gated_mlps(watched(model))
+    (found,) = find_gated_mlps(trace_calls(model))
     assert found.module is model.inner

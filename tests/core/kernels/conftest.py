@@ -1,0 +1,39 @@
+"""A machine whose CUDA kernels for LoRA layers are MLX's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nested_core import backend
+from nested_core.kernels.cuda import concatenate, lora_add, lora_matmuls, mlp
+from nested_core.kernels.cuda.self_check import CheckedKernel
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine whose kernels for LoRA layers agree, MLX in their place; which were asked for."""
+    calls: list[str] = []
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append(name)
+            return function(*args)
+
+        return call
+
+    kernels: dict[str, CheckedKernel[Any, Any]] = {
+        "expand": lora_add.low_rank_sums_on_cuda,
+        "forward": mlp.gated_product_on_cuda,
+        "backward": mlp.gated_gradients_on_cuda,
+        "narrow": lora_matmuls.project_on_cuda,
+        "outer": lora_matmuls.gradients_on_cuda,
+        "join": concatenate.concatenate_on_cuda,
+    }
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(kernel, "launch", recorded(name, kernel.reference))
+        monkeypatch.setattr(kernel, "agrees", lambda *variant: True)
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    return calls
