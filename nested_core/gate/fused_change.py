@@ -47,10 +47,9 @@ def judge_fused(
         for name, module in model.named_modules()
         if hasattr(module, "fuse")
     }
-    whole = FusedChange(
-        sum(change.squared_norm for change in changes.values()),
-        sum(change.inner_product for change in changes.values()),
-    )
+    squared_norm = sum(change.squared_norm for change in changes.values())
+    inner_product = sum(change.inner_product for change in changes.values())
+    whole = FusedChange(squared_norm, inner_product)
     erased = sorted(n for n, change in changes.items() if change.share < MIN_SHARE_OF_A_MODULE)
     evidence = {"modules": len(changes), "carried_share": whole.share, "erased_modules": erased}
     if not erased and whole.share >= MIN_SHARE:
@@ -70,10 +69,8 @@ def _measure(model: nn.Module, module: Any, before: Parameters, after: Parameter
     exact = [module.fuse(dequantize=True).weight for _ in _loaded(model, before, after)]
     exact_change = exact[1] - exact[0]
     fused_change = fused[1] - fused[0]
-    return FusedChange(
-        to_float((exact_change * exact_change).sum()),
-        to_float((exact_change * fused_change).sum()),
-    )
+    squared_norm = to_float((exact_change * exact_change).sum())
+    return FusedChange(squared_norm, to_float((exact_change * fused_change).sum()))
 
 
 def _loaded(model: nn.Module, before: Parameters, after: Parameters) -> Iterator[None]:
@@ -87,12 +84,6 @@ def _weight(fused: Any) -> mx.array:
     """The weight that a fused module computes with, in float32."""
     weight: mx.array = fused.weight
     if "scales" in fused:
-        weight = mx.dequantize(
-            weight,
-            fused.scales,
-            fused.get("biases"),
-            group_size=fused.group_size,
-            bits=fused.bits,
-            mode=fused.mode,
-        )
+        format_ = {"group_size": fused.group_size, "bits": fused.bits, "mode": fused.mode}
+        weight = mx.dequantize(weight, fused.scales, fused.get("biases"), **format_)
     return weight.astype(mx.float32)

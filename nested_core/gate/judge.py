@@ -35,13 +35,8 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 
 # With one of these, tensors cannot be compared with each other or loaded into a model.
-INCOMPARABLE = {
-    "tensor_missing",
-    "tensor_unexpected",
-    "shape_mismatch",
-    "dtype_mismatch",
-    "non_finite",
-}
+MISMATCHES = {"tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"}
+INCOMPARABLE = MISMATCHES | {"non_finite"}
 
 
 def verify_adapters(

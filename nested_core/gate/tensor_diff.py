@@ -87,12 +87,8 @@ def _norms(before: Tensor, after: Tensor) -> Norms:
             new_squared += _squared(b)
             difference_squared += squared
             largest = max(largest, top)
-    return Norms(
-        before=math.sqrt(old_squared),
-        after=math.sqrt(new_squared),
-        difference=math.sqrt(difference_squared),
-        largest_difference=largest,
-    )
+    before_norm, after_norm = math.sqrt(old_squared), math.sqrt(new_squared)
+    return Norms(before_norm, after_norm, math.sqrt(difference_squared), largest)
 
 
 def _pieces(old: Values, new: Values, length: int) -> Iterator[tuple[Values, Values]]:

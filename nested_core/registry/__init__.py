@@ -1,6 +1,9 @@
-"""Verified adapters as immutable versions, one champion each name, an append-only history.
+"""The registry: for each name, adapters that passed the gate, one champion, and its history.
 
-Refuses what did not pass the gate and what has changed since; readers trust the `champion` link.
+A version never changes once it is registered, `champion` is a symbolic link to one of them, and the
+ledger (history.jsonl) is only appended to. Every writer holds the folder's lock and first recovers
+what a crash left. Promotion by policy is in `promotion_policy`, the copy for MLflow in
+`mlflow_export`; both are imported where they are used.
 """
 
 from nested_core.registry.audit_report import AuditReport, audit

@@ -1,6 +1,6 @@
-"""Re-hash every version of a NAME and hold link, champion.json and history against each other.
+"""The audit of a name: re-hash every version; compare link, champion.json and history.
 
-Writes and repairs nothing; every finding names its file.
+It writes and repairs nothing, and every finding names its file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nested_core.storage.file_types import kind_of
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit saw; `unfinished` is the version of a change that a crash cut short."""
+    """The result of an audit; `unfinished` is the version of a change that a crash interrupted."""
 
     name: str
     champion: str | None
@@ -45,13 +45,13 @@ class AuditReport:
 
     @property
     def is_sound(self) -> bool:
-        """Whether everything is as it was written; a change cut short is no damage."""
+        """Whether everything is as it was written; an interrupted change is no damage."""
         return not self.findings
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Pointer, history and versions read under one lock, with what was wrong in reading them."""
+    """Champion, history and versions as read under one lock, and the problems in reading them."""
 
     versions: tuple[str, ...]
     champion: str | None
@@ -62,7 +62,7 @@ class Snapshot:
 
 
 def audit(registry: Path, name: str) -> AuditReport:
-    """Check everything there is of `name`; ConfigError for an unknown registry or name."""
+    """Check all files of `name`; ConfigError for an unknown registry or name."""
     folder = find_name_folder(registry, name)
     with shared(folder):
         snapshot = _take_snapshot(folder)
@@ -72,14 +72,16 @@ def audit(registry: Path, name: str) -> AuditReport:
         *snapshot.findings,
     ]
     if not snapshot.findings:
-        findings += [*_audit_order(folder, snapshot.ledger), *_audit_pointer(folder, snapshot)]
+        findings += [*_audit_order(folder, snapshot.ledger), *_audit_champion(folder, snapshot)]
     is_open = snapshot.prepared is not None and snapshot.prepared != snapshot.champion
     unfinished = snapshot.prepared if is_open else None
     return AuditReport(name, snapshot.champion, snapshot.versions, tuple(findings), unfinished)
 
 
 def _take_snapshot(folder: Path) -> Snapshot:
-    findings, champion, ledger = [], None, Ledger()
+    findings = []
+    champion = None
+    ledger = Ledger()
     try:
         champion = read_link(folder)
     except (NestedTuneError, OSError) as error:
@@ -99,10 +101,10 @@ def _take_snapshot(folder: Path) -> Snapshot:
 
 
 def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[AuditFinding]:
-    """What is wrong with a version, read without the lock: hashing all of them may take long.
+    """The findings of one version, hashed without the lock, because that may take long.
 
     Meanwhile a gc may have removed it, and a registration may have brought it back with another
-    manifest. So what looks wrong is looked at again under the lock, where nothing changes.
+    manifest. So a version with findings is checked again under the lock, where nothing changes.
     """
     if not _version_findings(folder, version, snapshot.ledger):
         return []
@@ -150,31 +152,19 @@ def _audit_order(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
         champion = entry.champion_after
 
 
-def _audit_pointer(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
-    champion, ledger = snapshot.champion, snapshot.ledger
-    changes = ledger.changes()
+def _audit_champion(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
+    """Compare the link with the last line of the history, and champion.json with both."""
+    champion, ledger, prepared = snapshot.champion, snapshot.ledger, snapshot.prepared
     if ledger.champion != champion:
-        if _was_cut_short(snapshot):
-            return
+        last = ledger.entries[-1] if ledger.entries else None
+        if last is not None and (last.version, last.previous) == (prepared, champion):
+            return  # a crash came between the history and the link
         yield AuditFinding(
             folder / LINK_NAME,
             f"points to {champion}, but the history's last line leaves {ledger.champion}: the link "
             "was moved by hand, or the history is not whole",
         )
-    is_ahead = snapshot.prepared is not None and _recorded_version(snapshot) == snapshot.prepared
-    if snapshot.record != make_record(champion, changes) and not is_ahead:
+    recorded = (snapshot.record or {}).get("version")
+    is_ahead = prepared is not None and recorded == prepared
+    if snapshot.record != make_record(champion, ledger.changes()) and not is_ahead:
         yield AuditFinding(folder / RECORD_NAME, "does not say what the link and the history say")
-
-
-def _was_cut_short(snapshot: Snapshot) -> bool:
-    """Whether link and history differ as a crash between the two leaves them."""
-    last = snapshot.ledger.entries[-1] if snapshot.ledger.entries else None
-    return (
-        last is not None
-        and last.version == snapshot.prepared
-        and last.previous == snapshot.champion
-    )
-
-
-def _recorded_version(snapshot: Snapshot) -> object:
-    return snapshot.record.get("version") if snapshot.record else None

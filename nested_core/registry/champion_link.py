@@ -1,7 +1,7 @@
-"""The champion: a relative symbolic link that is swapped in one rename, and its champion.json.
+"""The champion: a relative symbolic link, replaced by one rename, and the file champion.json.
 
-The next link is prepared beside it first, so that a change cut short can be told from a moved link.
-A link to anywhere but versions/<digest> is refused.
+The next link is prepared beside it first, so that an interrupted change can be told from a link
+that was moved by hand. A link to anywhere but versions/<digest> is refused.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ TARGET_PATTERN = re.compile(rf"{VERSIONS}/([0-9a-f]{{64}})")
 
 
 def read_link(folder: Path) -> str | None:
-    """The version that `champion` points to, or None; whether it is there is not looked at.
+    """The version that `champion` points to, or None without a link; it may not exist.
 
-    Raises DamagedError where it is no link or points anywhere else.
+    Raises DamagedError if it is no link or points anywhere else.
     """
     return _read_target(folder / LINK_NAME)
 
 
 def read_prepared(folder: Path) -> str | None:
-    """The version that a change under way, or cut short, wants as champion."""
+    """The version that an unfinished change was to make the champion."""
     try:
         return _read_target(folder / PREPARED_NAME)
     except DamagedError:
@@ -43,13 +43,13 @@ def read_prepared(folder: Path) -> str | None:
 
 
 def prepare(folder: Path, version: str) -> None:
-    """Put the next link beside the champion, durably; readers do not look at it."""
+    """Put the next link beside the champion, durably; readers ignore it."""
     os.symlink(f"{VERSIONS}/{version}", folder / PREPARED_NAME)
     sync_path(folder)
 
 
 def swap(folder: Path) -> None:
-    """Make the prepared link the champion: a reader sees the old one or the new one."""
+    """Rename the prepared link to `champion`: a reader sees the old one or the new one."""
     os.replace(folder / PREPARED_NAME, folder / LINK_NAME)
     sync_path(folder)
 
@@ -63,7 +63,7 @@ def discard_prepared(folder: Path) -> None:
 
 
 def make_record(champion: str | None, changes: list[Entry]) -> dict[str, Any] | None:
-    """What champion.json must say: the last change that made this version the champion."""
+    """The content of champion.json: the last change that made this version the champion."""
     if champion is None:
         return None
     made_by = next((change for change in reversed(changes) if change.version == champion), None)
@@ -71,7 +71,7 @@ def make_record(champion: str | None, changes: list[Entry]) -> dict[str, Any] | 
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """champion.json as it stands; an unreadable one counts as empty, because the link decides."""
+    """Read champion.json; an unreadable one counts as empty, because the link decides."""
     path = folder / RECORD_NAME
     kind = kind_of(path)
     if kind != "file":
@@ -84,9 +84,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def write_record(folder: Path, record: dict[str, Any] | None) -> None:
-    """Replace champion.json, or remove it where there is no champion.
+    """Replace champion.json, or remove it if there is no champion.
 
-    Raises DamagedError for a directory in its place, which nobody can replace in one step.
+    Raises DamagedError for a directory in its place, which cannot be replaced in one step.
     """
     path = folder / RECORD_NAME
     if kind_of(path) == "directory":

@@ -1,6 +1,7 @@
-"""One writer at a time in a folder, through flock on its `.lock` file; waits as long as it must.
+"""The lock of a registry folder: one writer at a time, through flock on the file `.lock`.
 
-The lock goes with the process that holds it, so that a killed one blocks nobody.
+Callers wait for as long as it takes. The lock ends with its process, so that a killed process
+blocks nobody.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` alone. ConfigError where it cannot be written or the disk knows no locks."""
+    """Hold `folder` alone. ConfigError if it cannot be written, or its disk has no locks."""
     path = folder / LOCK_NAME
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | SAFELY, 0o666)
@@ -31,7 +32,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise _explain(error, path) from error
     try:
         _lock(descriptor, fcntl.LOCK_EX, path)
-        _look_anew(folder)
+        _refresh_listing(folder)
         yield
     finally:
         os.close(descriptor)
@@ -39,7 +40,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def shared(folder: Path) -> Iterator[None]:
-    """Hold `folder` against writers while reading; without a lock file there, only read."""
+    """Keep writers out of `folder` while reading; if it has no lock file, only read."""
     path = folder / LOCK_NAME
     try:
         descriptor = os.open(path, os.O_RDONLY | SAFELY)
@@ -50,15 +51,15 @@ def shared(folder: Path) -> Iterator[None]:
     try:
         if descriptor is not None:
             _lock(descriptor, fcntl.LOCK_SH, path)
-        _look_anew(folder)
+        _refresh_listing(folder)
         yield
     finally:
         if descriptor is not None:
             os.close(descriptor)
 
 
-def _look_anew(folder: Path) -> None:
-    """See what other machines have changed in a folder on the network up to now.
+def _refresh_listing(folder: Path) -> None:
+    """Make changes by other machines visible, if the folder is on the network.
 
     An NFS client may answer from names that it saw up to a minute ago, the link's among them.
     Opening a directory makes it ask the server (Linux: fs/nfs/dir.c, nfs_lookup_verify_inode).

@@ -1,7 +1,7 @@
-"""gc: removing versions that nobody will miss, each with a line in the history.
+"""Garbage collection: removes versions that are no longer needed, each with a line in the history.
 
-Never removes the champion, nor what a rollback would go to, nor the versions used last; what a
-rollback has barred stays barred, because the history is never shortened.
+It never removes the champion, what a rollback would go to, or the versions used last. A version
+that a rollback has barred stays barred, because the history is never shortened.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT_KEEP = 10
 
 @dataclass(frozen=True)
 class Collection:
-    """What a gc removed, or would remove: versions by digest, and what crashes had left behind."""
+    """The versions that a gc removed, or would remove, and the leftovers of crashes."""
 
     name: str
     champion: str | None
@@ -84,13 +84,13 @@ def _plan(
 
 
 def _needed(folder: Path, champion: str | None, ledger: Ledger) -> set[str]:
-    """The champion, what a rollback would go to, and both ends of a change that was cut short."""
+    """The champion, what a rollback would go to, and both ends of an interrupted change."""
     needed = {champion, ledger.champion, ledger.rollback_target(), read_prepared(folder)}
     return {version for version in needed if version is not None}
 
 
 def _last_use(folder: Path, version: str, ledger: Ledger) -> str:
-    """When a version was registered, became champion or ceased to be it, whichever came last."""
+    """When a version was registered, became champion or was replaced, whichever came last."""
     changes = (
         change for change in ledger.changes() if version in (change.version, change.previous)
     )
@@ -101,15 +101,15 @@ def _registered_at(place: Path) -> str:
     try:
         moment = read_provenance(place).get(REGISTERED_AT)
     except (DamagedError, OSError):
-        return ""  # audit says so; here it counts as the oldest
+        return ""  # an audit reports it; here it counts as the oldest
     return moment if isinstance(moment, str) else ""
 
 
 def _remove(folder: Path, version: str, champion: str | None, by: str) -> None:
-    """Record the removal, take the version out of sight at once, then delete it.
+    """Record the removal, hide the version by one rename, then delete it.
 
-    A crash after the record leaves a whole version, which the next gc removes; one after the rename
-    leaves what every writer clears away.
+    A crash after the record leaves a whole version, which the next gc removes; a crash after the
+    rename leaves files that every writer clears away.
     """
     append(folder, new_entry("collected", version, champion, by))
     place = folder / VERSIONS / version
@@ -119,7 +119,7 @@ def _remove(folder: Path, version: str, champion: str | None, by: str) -> None:
 
 
 def _leftovers(folder: Path) -> tuple[str, ...]:
-    """What a killed writer left, by name; every writer clears it away under the lock."""
+    """Paths that a killed writer left; every writer clears them away under the lock."""
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
     places = (folder, folder / VERSIONS)
     found = [p for place in places for p in place.iterdir() if p.name.startswith(prefixes)]

@@ -1,7 +1,4 @@
-"""What a gate.json says about an adapter: its verdict, and the digest of what it judged.
-
-Refuses a verdict that is not "passed" and one that was given on another adapter.
-"""
+"""Reading gate.json: the verdict on an adapter, and the digest of the adapter that was judged."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ LISTED_REASONS = 5
 
 
 def read_gate(path: Path) -> dict[str, Any]:
-    """Read gate.json. ConfigError where there is none, DamagedError where it is no verdict."""
+    """Read gate.json; ConfigError if it is missing, DamagedError if it holds no verdict."""
     if kind_of(path, follow_links=True) == "missing":
         raise ConfigError(
             f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
@@ -33,7 +30,7 @@ def read_gate(path: Path) -> dict[str, Any]:
 def require_passed(gate: dict[str, Any], path: Path) -> None:
     """Raise GateRejected, with the gate's reasons, unless the verdict is "passed".
 
-    A "passed" beside reasons is no verdict that the gate ever wrote: DamagedError.
+    DamagedError for "passed" with reasons, which the gate never writes.
     """
     reasons = gate.get("reasons")
     if gate["verdict"] == "passed":

@@ -1,7 +1,7 @@
-"""history.jsonl: a line for each change of the champion and each version collected, append-only.
+"""The ledger, history.jsonl: a line for each change of the champion and each version collected.
 
-A last line without its line end was cut short by a crash and was never promised: readers leave it
-out, and the next writer removes it. Any other unreadable line is damage.
+It is only appended to. A last line without its line end was torn by a crash before its change took
+effect: readers ignore it, and the next writer removes it. Any other unreadable line is damage.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Ledger:
         return effective
 
     def barred(self) -> set[str]:
-        """Versions that a rollback left and that no person has promoted by name since."""
+        """Versions that a rollback left and that nobody has promoted by name since."""
         barred: set[str] = set()
         for change in self.changes():
             if change.action == "rollback" and change.previous is not None:
@@ -112,7 +112,7 @@ class Ledger:
         return barred
 
     def versions(self) -> set[str]:
-        """Every version that the history has seen as champion, and that was not collected since."""
+        """Every version that was champion and was not collected since."""
         standing = self._standing().keys()
         return {v for change in self.changes() if (v := change.version) in standing}
 
@@ -121,7 +121,7 @@ class Ledger:
         return self._standing().get(version, set())
 
     def _standing(self) -> dict[str, set[str]]:
-        """The manifests by version, since it was last collected: it may be registered anew."""
+        """Manifest hashes by version, since it was last collected: it may be registered anew."""
         manifests: dict[str, set[str]] = {}
         for entry in self.entries:
             if entry.version is not None and entry.action in CHANGES:
@@ -133,7 +133,7 @@ class Ledger:
 
 
 def new_entry(action: str, version: str | None, previous: str | None, by: str) -> Entry:
-    """An entry of this moment (UTC); what is not text in `by` is replaced by '?'."""
+    """An entry with the present time (UTC); what is not text in `by` is replaced by '?'."""
     return Entry(
         action=action,
         version=version,
@@ -176,7 +176,7 @@ def append(folder: Path, entry: Entry) -> None:
 
 
 def cut_torn_line(folder: Path, ledger: Ledger) -> None:
-    """Remove what a crash left behind the last whole line."""
+    """Remove what a crash left after the last whole line."""
     descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(descriptor, ledger.whole_bytes)

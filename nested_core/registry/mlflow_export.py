@@ -1,6 +1,6 @@
-"""A copy of the registry in MLflow's: versions, losses, files and the champion as an alias.
+"""Export to MLflow's model registry: versions, losses, files, and the champion as an alias.
 
-One way only: MLflow is never read to decide anything. Needs the extra `mlflow`, imported when used.
+It goes one way: nothing is ever decided by what MLflow holds. Needs the extra `mlflow`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TAGGED = ("parent", "dataset_digest", "train_digest", "base_fingerprint", "regis
 
 @dataclass(frozen=True)
 class Export:
-    """What an export did: MLflow's version number of each version, and those that were new."""
+    """The result of an export: MLflow's number of each version, and the versions it added."""
 
     name: str
     champion: str | None
@@ -35,8 +35,8 @@ class Export:
 def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None) -> Export:
     """Add every version of `name` that MLflow lacks, and point its alias at the champion.
 
-    Without `tracking_uri` MLflow's own settings hold. Each version is re-hashed first: DamagedError
-    where it is not what was registered. ConfigError where mlflow is not installed.
+    Without `tracking_uri` MLflow's own settings apply. Each version is re-hashed first:
+    DamagedError if it is not what was registered. ConfigError if mlflow is not installed.
     """
     versions, champion = list_versions(registry, name), read_champion(registry, name)
     client = _client(tracking_uri)

@@ -1,7 +1,7 @@
-"""Where a NAME's folder is in a registry.
+"""The folder of a name in a registry: found, created, listed.
 
-Refuses names that are paths, that a file system of another kind would take for something else (a
-clash in case, a dot at the end, a device of Windows), or that lead through a link.
+Refuses names that are paths or symbolic links, and names that some file system would confuse with
+another (differing only in case, a dot at the end, a device of Windows).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_name(name: str) -> None:
 
 
 def find_name_folder(registry: Path, name: str) -> Path:
-    """The folder of `name`. ConfigError where there is none, DamagedError where it is a link."""
+    """The folder of `name`; ConfigError if it does not exist, DamagedError if it is a link."""
     check_name(name)
     if kind_of(registry, follow_links=True) != "directory":
         raise ConfigError(
@@ -53,7 +53,7 @@ def find_name_folder(registry: Path, name: str) -> Path:
 
 
 def list_names(registry: Path) -> list[str]:
-    """The names that a registry holds, in order; none where there is no registry yet."""
+    """The names that a registry holds, in order; none if there is no registry yet."""
     if kind_of(registry, follow_links=True) != "directory":
         return []
     return sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
@@ -69,7 +69,7 @@ def name_exists(registry: Path, name: str) -> bool:
 
 
 def create_name_folder(registry: Path, name: str) -> Path:
-    """The folder of `name`, made with the registry itself where they are not there yet."""
+    """The folder of `name`; it and the registry are created if they do not exist yet."""
     check_name(name)
     _make_usable(registry)
     with exclusive(registry):

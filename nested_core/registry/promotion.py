@@ -1,7 +1,7 @@
-"""Moving the champion: promote and rollback, one at a time, each verified again before it counts.
+"""Moving the champion: promote and rollback, one at a time, after re-hashing the version.
 
-Refuses a version that has changed since it was registered; automation never brings back a version
-that a person rolled back.
+A version that has changed since it was registered is refused, and automation never brings back a
+version that a person rolled back.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ UNSET = Unset.UNSET
 
 @dataclass(frozen=True)
 class Promotion:
-    """What became of a promote or a rollback.
-
-    `version` is the one that was asked for, `previous` the champion when it was asked.
-    """
+    """The outcome of promote or rollback for `version`; `previous` was the champion before it."""
 
     outcome: Outcome
     version: str
@@ -54,10 +51,10 @@ def promote(
 ) -> Promotion:
     """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
 
-    With `expected_champion` the outcome is "superseded" where another one stands; None expects that
-    there is none. An `automatic` one is "barred" for a version that a rollback left. Raises
-    ConfigError for an unknown registry, name or version, DamagedError for any change on disk,
-    GateRejected for a verdict that is not "passed".
+    With `expected_champion` the outcome is "superseded" if another version is champion; None
+    expects that there is none. An `automatic` promotion of a version that a rollback left is
+    "barred". Raises ConfigError for an unknown registry, name or version, DamagedError for any
+    change on disk, GateRejected for a verdict that is not "passed".
     """
     folder = find_name_folder(registry, name)
     with exclusive(folder):

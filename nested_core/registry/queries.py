@@ -1,4 +1,4 @@
-"""What a reader may ask of a registry: the champion, the versions, the history. Writes nothing."""
+"""Read-only queries: the champion of a name, its versions and its history."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from nested_core.storage.file_types import kind_of
 def read_champion(registry: Path, name: str) -> str | None:
     """The version that the `champion` link points to, or None before the first promotion.
 
-    Raises ConfigError for an unknown registry or name, DamagedError for a link that leads anywhere
-    but to a version that is there.
+    Raises ConfigError for an unknown registry or name, DamagedError for a link to anything but a
+    version that exists.
     """
     folder = find_name_folder(registry, name)
     champion = read_link(folder)
@@ -33,7 +33,7 @@ def read_champion(registry: Path, name: str) -> str | None:
 
 @contextmanager
 def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
-    """The champion as `read_champion` gives it; no gc removes it while the block runs."""
+    """Yield what `read_champion` returns; no gc removes that version while the block runs."""
     folder = find_name_folder(registry, name)
     with shared(folder):
         champion = read_link(folder)
@@ -62,7 +62,7 @@ def read_changes(registry: Path, name: str) -> list[Entry]:
 
 
 def verify(registry: Path, name: str, version: str) -> None:
-    """Re-hash one version; DamagedError where it is not what was registered."""
+    """Re-hash one version; DamagedError if it is not what was registered."""
     folder = find_name_folder(registry, name)
     with shared(folder):
         recorded = read_ledger(folder).manifests(version)
@@ -70,10 +70,10 @@ def verify(registry: Path, name: str, version: str) -> None:
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of history.jsonl, oldest first; a torn last line is left out.
+    """The lines of history.jsonl, oldest first, without a torn last line.
 
-    A last line that the link does not agree with, because a crash came in between, has
-    `"unfinished": true`; the next promote or rollback marks it aborted.
+    A last line that a crash kept from reaching the link has `"unfinished": true`; the next promote
+    or rollback marks it aborted.
     """
     folder = find_name_folder(registry, name)
     with shared(folder):

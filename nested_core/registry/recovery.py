@@ -1,6 +1,6 @@
-"""What every writer does first under the lock: bring the history into agreement with the link.
+"""Recovery after a crash: every writer first brings the history into agreement with the link.
 
-A change that a crash cut short is marked `aborted`; a history that is behind the link is completed.
+An interrupted change is marked `aborted`; a history that is behind the link is completed.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ ROLLBACK_LINE = b'{"action": "rollback"'
 
 @dataclass(frozen=True)
 class RecoveredState:
-    """A NAME as it stands: its champion, and a history that agrees with it."""
+    """The champion of a name, and a history that agrees with it."""
 
     champion: str | None
     ledger: Ledger
 
 
 def recover(folder: Path) -> RecoveredState:
-    """Return the state of `folder`, repaired after a crash; call only under its lock.
+    """Repair `folder` after a crash and return its state; call only under its lock.
 
-    Raises DamagedError where there is a champion that no history knows of.
+    Raises DamagedError if there is a champion that no history knows of.
     """
     champion = read_link(folder)
     ledger = read_ledger(folder)

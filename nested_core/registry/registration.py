@@ -1,6 +1,6 @@
-"""Copying a run's judged adapter into the registry, as a version that never changes again.
+"""Registration: copies a run's judged adapter into the registry, as a version that never changes.
 
-Refuses an adapter that the gate did not pass, and one that is not what the gate judged.
+An adapter that the gate did not pass, or that is not the one that it judged, is refused.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ READ_ONLY = 0o444
 def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any]) -> str:
     """Add the adapter of a finished run as a version of `name`; return the version (its digest).
 
-    The provenance is recorded with the time. An adapter that is there already and sound stays as it
-    is, with its first gate and provenance.
-    Raises ConfigError for a run without a verdict or a bad name, GateRejected where the verdict is
-    not "passed", DamagedError where adapter, verdict or the version already there do not agree.
+    The provenance is recorded with the time. A sound version that exists already stays as it is,
+    with its first verdict and provenance.
+    Raises ConfigError for a run without a verdict or a bad name, GateRejected if the verdict is not
+    "passed", DamagedError if adapter, verdict or an existing version do not agree.
     """
     check_name(name)
     version = _judged_digest(run_dir)

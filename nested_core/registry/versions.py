@@ -100,7 +100,7 @@ def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
     """Re-hash a version and check its verdict; return its manifest's hash.
 
     `recorded` holds the manifest hashes that the history knows of it. Raises DamagedError naming
-    every file that is not as it was registered, GateRejected where the verdict is not "passed".
+    every file that is not as it was registered, GateRejected if the verdict is not "passed".
     """
     findings = version_findings(folder, version, recorded)
     if findings:

@@ -97,12 +97,7 @@ def case(*expected: str) -> Callable[[Build], Build]:
     return enter
 
 
-# Nothing was learnt.
-
-
-@case("unchanged")
-def the_initial_adapter_offered_as_trained(scene: Scene) -> None:
-    scene.offer(scene.initial)
+# Nothing was learned.
 
 
 @case("unchanged")
@@ -174,7 +169,7 @@ def a_change_of_1e_30_everywhere(scene: Scene) -> None:
     scene.offer({name: value + tiny[name[-1]] for name, value in scene.initial.items()})
 
 
-# A part of it was learnt.
+# A part of it was learned.
 
 
 @case("no_effect", "tier_unchanged")
@@ -459,7 +454,7 @@ def finite_weights_without_a_finite_loss(scene: Scene) -> None:
 
 
 @case("loss_regressed")
-def the_learnt_direction_turned_around(scene: Scene) -> None:
+def the_learned_direction_turned_around(scene: Scene) -> None:
     scene.rewrite(
         change_adapter=lambda t: t.update({n: -v if n.endswith("b") else v for n, v in t.items()})
     )

@@ -12,6 +12,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
+from nested_core.gate.run_evidence import collect_evidence
 from nested_core.pipeline import steps
 from nested_core.storage.checkpoint import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
@@ -73,6 +74,13 @@ def test_a_run_that_was_tampered_with_is_damage(
     with pytest.raises(DamagedError, match=message):
         steps.judge(config, run)
     assert not run.gate.exists()
+
+
+def test_the_report_on_a_large_data_set_is_read_whatever_its_size(run: RunDirectory) -> None:
+    """449,000 duplicates made dataset.json 72 MiB; the gate refused what it had written itself."""
+    report = json.loads(run.dataset.read_bytes())
+    run.dataset.write_text(json.dumps(report | {"padding": "x" * (72 * 1024 * 1024)}))
+    assert collect_evidence(run).checkpoint.step == STEPS
 
 
 def test_a_test_set_is_judged_on_where_there_is_one(config: FineTuneConfig, tmp_path: Path) -> None:
