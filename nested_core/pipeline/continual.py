@@ -1,6 +1,6 @@
-"""Going on from the champion: the adapter that a run starts from, and whether there is cause to.
+"""Continual training: starts a run from the champion, or skips it if nothing has changed.
 
-Refuses a champion that was trained under another meaning of its tensors (rank, scale, keys, base).
+A champion whose tensors were trained with another rank, scale, keys or base model is refused.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from nested_core.storage.run_directory import RunDirectory
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
-    """The champion's version; None too where registry or name do not exist yet."""
+    """The champion's version; None if there is none, or no such registry or name yet."""
     return read_champion(registry, name) if name_exists(registry, name) else None
 
 
 def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> Adapter | None:
-    """The champion to go on from, verified; None where the run does not, or there is none yet.
+    """The champion that the run starts from, verified; None if it does not, or there is none yet.
 
-    Raises ConfigError where it does not mean what `adapter_config` says, DamagedError where it is
-    not what was registered.
+    Raises ConfigError if its configuration is not `adapter_config`, DamagedError if it is not what
+    was registered.
     """
     with _champion(config) as champion:
         if champion is None:
@@ -42,8 +42,11 @@ def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> 
         registry, name = registry_location(config.registry)
         verify(registry, name, champion)
         adapter = read_adapter(version_folder(registry, name, champion))
-    found, wanted = adapter.meaning(), Adapter(adapter.path, adapter_config, {}).meaning()
-    differing = [f"  {k}: {found[k]}, now {wanted[k]}" for k in found if found[k] != wanted[k]]
+    before = adapter.meaning()
+    now = Adapter(adapter.path, adapter_config, {}).meaning()
+    differing = [
+        f"  {key}: {before[key]}, now {now[key]}" for key in now if before[key] != now[key]
+    ]
     if differing:
         raise ConfigError(
             f"continual.from: the champion {champion[:12]} of {name} was trained with other "
@@ -55,10 +58,10 @@ def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> 
 
 
 def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
-    """The champion that was trained already on this run's data with these settings, or None.
+    """The champion, if it was trained on this run's data with the same settings, else None.
 
-    None too where the run is not to be skipped: `skip_unchanged` is off, or it has begun to train.
-    Raises DamagedError where the champion's provenance cannot be read.
+    None as well if `continual.skip_unchanged` is off or the run has begun to train.
+    Raises DamagedError if the champion's provenance cannot be read.
     """
     with _champion(config) as champion:
         if champion is None or not config.continual.skip_unchanged or run.initial.exists():
@@ -78,7 +81,7 @@ def settings_digest(config: FineTuneConfig, base: str | None) -> str:
 
 
 def parent_of(config: FineTuneConfig, initial_digest: str) -> str | None:
-    """The registered version that a run was trained from; None where it started fresh."""
+    """The registered version that a run was trained from; None if it started fresh."""
     registry, name = registry_location(config.registry)
     if config.continual.start is None or not name_exists(registry, name):
         return None
@@ -86,7 +89,7 @@ def parent_of(config: FineTuneConfig, initial_digest: str) -> str | None:
 
 
 def describe_start(config: FineTuneConfig, run: RunDirectory) -> str | None:
-    """One line on what the initial adapter is, for a run that was to go on from the champion."""
+    """One line that says where a run with `continual.from` started; None for other runs."""
     if config.continual.start is None:
         return None
     parent = parent_of(config, read_adapter(run.initial).digest())
@@ -98,7 +101,7 @@ def describe_start(config: FineTuneConfig, run: RunDirectory) -> str | None:
 
 @contextmanager
 def _champion(config: FineTuneConfig) -> Iterator[str | None]:
-    """The champion to go on from; no gc removes it while the block runs."""
+    """The champion that the run starts from; no gc removes it while the block runs."""
     if config.continual.start is None or not name_exists(*registry_location(config.registry)):
         yield None
         return

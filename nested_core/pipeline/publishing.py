@@ -1,4 +1,4 @@
-"""From a verified run to a registered version, with what it came from recorded beside it."""
+"""Registration of a verified run, with its provenance: configuration, data, parent and versions."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 
 
 def confirm_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
-    """See that gate.json says passed, and that the files of the run bear that out.
+    """Check that gate.json says passed, and that the files of the run bear that out.
 
-    Raises ConfigError where nothing was judged, GateRejected where it did not pass, DamagedError
-    where verdict and files do not agree.
+    Raises ConfigError if nothing was judged, GateRejected if the adapter did not pass, DamagedError
+    if verdict and files do not agree.
     """
     gate = read_gate(run.gate)
     require_passed(gate, run.gate)
@@ -34,17 +34,17 @@ def confirm_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
 def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
     """Add the run's adapter to the configured registry; return its version.
 
-    `champion` is the one that stood when the run was judged. Raises GateRejected where gate.json
-    does not say that it passed.
+    `champion` is the champion when the run was judged. Raises GateRejected if gate.json does not
+    say that the adapter passed.
     """
     path, name = registry_location(config.registry)
     return register(run.path, path, name, provenance(config, run, champion))
 
 
 def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> dict[str, Any]:
-    """Where a version comes from: configuration, data, base, gate, parent and tool versions.
+    """The content of provenance.json: configuration, data, base, gate, parent and tool versions.
 
-    The parent is the version that it was trained from, else the champion that it follows.
+    The parent is the version that it was trained from, otherwise the champion that it follows.
     """
     dataset, gate = json.loads(run.dataset.read_bytes()), read_gate(run.gate)
     base = read_adapter_config(run.adapter / CONFIG_NAME).get("base_fingerprint")
@@ -65,7 +65,7 @@ def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) 
 
 
 def _training_seconds(records: list[dict[str, Any]]) -> float:
-    """Time spent in steps, resumptions included, from the speed of each report of the run."""
+    """Seconds spent in training steps over all sessions, from the speed of each report."""
     reports = [record for record in records if "iterations_per_second" in record]
     ends = [0, *(record["iteration"] for record in reports)]
     seconds: float = sum(
@@ -76,7 +76,7 @@ def _training_seconds(records: list[dict[str, Any]]) -> float:
 
 
 def _validation_digest(dataset: dict[str, Any], validation: dict[str, Any] | None) -> str | None:
-    """The digest of the examples that the gate's losses are of, or None where there are none."""
+    """The digest of the examples that the gate measured losses on, or None without any."""
     if validation is None:
         return None
     split = "valid" if validation["selected_on_same_data"] else "test"
