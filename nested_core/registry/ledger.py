@@ -12,14 +12,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import sync_descriptor, sync_path
 from nested_core.storage.file_types import kind_of
 
 LEDGER_NAME = "history.jsonl"
-ACTIONS = ("promote", "rollback", "aborted", "collected")
+Action = Literal["promote", "rollback", "aborted", "collected"]
 CHANGES = ("promote", "rollback")
 
 
@@ -32,7 +34,7 @@ class Entry:
     that named its version (`--to`); histories of earlier releases lack it.
     """
 
-    action: str
+    action: Action
     version: str | None
     previous: str | None
     time: str
@@ -45,6 +47,9 @@ class Entry:
     def champion_after(self) -> str | None:
         """The champion that this line leaves behind."""
         return self.version if self.action in CHANGES else self.previous
+
+
+ENTRY = TypeAdapter(Entry)
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class Ledger:
         return manifests
 
 
-def new_entry(action: str, version: str | None, previous: str | None, by: str) -> Entry:
+def new_entry(action: Action, version: str | None, previous: str | None, by: str) -> Entry:
     """An entry with the present time (UTC); what is not text in `by` is replaced by '?'."""
     return Entry(
         action=action,
@@ -192,22 +197,12 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 def _parse(line: bytes, path: Path, number: int) -> Entry:
     try:
-        return _entry_of(json.loads(line))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return ENTRY.validate_json(line, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the line"
         raise DamagedError(
-            f"{path}, line {number}, is not an entry of the history ({error!r:.120}). Expected one "
-            "JSON object a line, as promote and rollback write it; restore the file from a backup."
+            f"{path}, line {number}, is not an entry of the history ({where}: {problem['msg']}). "
+            "Expected one JSON object a line, as promote and rollback write it; restore the file "
+            "from a backup."
         ) from error
-
-
-def _entry_of(fields: dict[str, Any]) -> Entry:
-    known = {name: fields[name] for name in Entry.__dataclass_fields__ if name in fields}
-    entry = Entry(**known)
-    if entry.action not in ACTIONS:
-        raise ValueError(f"unknown action {entry.action!r}")
-    optional = (entry.version, entry.previous, entry.manifest)
-    texts = (entry.time, entry.by, *(text for text in optional if text is not None))
-    flags = (entry.automatic, entry.explicit)
-    if not all(isinstance(text, str) for text in texts) or not all(type(f) is bool for f in flags):
-        raise TypeError("a field has the wrong type")
-    return entry

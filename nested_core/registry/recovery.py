@@ -21,6 +21,7 @@ from nested_core.registry.champion_link import (
 from nested_core.registry.ledger import (
     CHANGES,
     LEDGER_NAME,
+    Action,
     Entry,
     Ledger,
     append,
@@ -87,6 +88,6 @@ def _missing_entry(folder: Path, ledger: Ledger, champion: str | None) -> Entry:
     was_begun = last.action in CHANGES and last.previous == champion
     if was_begun and (prepared is not None or not ledger.torn):
         return new_entry("aborted", last.version, champion, SETTLED_BY)
-    action = "rollback" if ledger.torn.startswith(ROLLBACK_LINE) else "promote"
+    action: Action = "rollback" if ledger.torn.startswith(ROLLBACK_LINE) else "promote"
     completed = new_entry(action, champion, ledger.champion, SETTLED_BY)
     return replace(completed, automatic=action == "promote")
