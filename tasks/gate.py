@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
-from nested_core.gate import measure_test
+from nested_core.gate.held_out_loss import measure_test
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 

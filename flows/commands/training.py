@@ -88,7 +88,7 @@ def _refuse_showing(arguments: argparse.Namespace) -> None:
 
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     """Validate, load, train and judge in this process."""
-    from nested_core.gate import measure_test
+    from nested_core.gate.held_out_loss import measure_test
     from nested_core.pipeline import steps
     from nested_core.pipeline.continual import describe_start, unchanged_since
     from nested_core.pipeline.device_lock import exclusive_device

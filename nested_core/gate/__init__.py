@@ -5,7 +5,6 @@ one check: the run's files, the tensors, the LoRA products, the tiers' updates, 
 model, losses on held-out examples, fusing, and the proof from a fresh process.
 """
 
-from nested_core.gate.held_out_loss import measure_test
 from nested_core.gate.judge import confirm_run, judge_run, verify_adapters
 from nested_core.gate.run_evidence import describe_evidence
 from nested_core.gate.verdict import Reason, Verdict
@@ -16,6 +15,5 @@ __all__ = [
     "confirm_run",
     "describe_evidence",
     "judge_run",
-    "measure_test",
     "verify_adapters",
 ]

@@ -17,8 +17,6 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.gate.base_fit import base_reasons, config_reasons
 from nested_core.gate.fresh_process import ProofRequest, prove
-from nested_core.gate.fused_change import judge_fused
-from nested_core.gate.held_out_loss import LoadedBase, measure_general, measure_losses
 from nested_core.gate.lora_effect import effect_reasons, require_factors
 from nested_core.gate.run_evidence import (
     RunEvidence,
@@ -161,6 +159,9 @@ def _with_losses(
     verdict: Verdict, config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
 ) -> Verdict:
     """Add whether the tensors fit the base, and the losses with either adapter."""
+    # Here, because `promote` confirms a verdict without a model, and need not wait for mlx-lm.
+    from nested_core.gate.held_out_loss import LoadedBase, measure_general, measure_losses
+
     base = LoadedBase.load(config)
     misfits = base_reasons(evidence.after, base.parameters, base.fingerprint)
     if misfits:
@@ -173,6 +174,9 @@ def _with_losses(
 
 def _with_fused(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
     """Add whether the change survives fusing into the base as it is stored."""
+    from nested_core.gate.fused_change import judge_fused
+    from nested_core.gate.held_out_loss import LoadedBase
+
     before, after = (
         {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
         for adapter in (evidence.before, evidence.after)

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,16 @@ def test_a_verdict_that_the_gate_gave_is_confirmed(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
     confirm_verdict(config, judged)
+
+
+def test_confirming_needs_no_trainer_and_neither_mlx_lm_nor_prefect() -> None:
+    code = (
+        "import sys, nested_core.gate, nested_core.registry.promotion_policy;"
+        "unwanted = ('mlx_lm', 'transformers', 'prefect', 'polars', 'nested_core.training');"
+        "sys.exit(', '.join(name for name in unwanted if name in sys.modules) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_passed_written_by_hand_over_an_untrained_adapter_is_damage(
