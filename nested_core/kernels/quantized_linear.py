@@ -21,10 +21,7 @@ from nested_core.kernels.patching import replaced_call
 
 LEAST_ROWS = 16
 FROZEN_PARAMETERS = {"weight", "scales", "biases"}  # no gradient is taken of these here
-PRODUCT_METHODS: dict[type, str] = {
-    nn.QuantizedLinear: "__call__",
-    nn.QuantizedEmbedding: "as_linear",
-}
+METHODS: dict[type, str] = {nn.QuantizedLinear: "__call__", nn.QuantizedEmbedding: "as_linear"}
 
 
 @contextmanager
@@ -33,7 +30,7 @@ def dequantized_weights(model: nn.Module) -> Iterator[None]:
     is_faster = backend.device() == "cpu" or backend.has_cuda()
     with ExitStack() as stack:
         for _, module in model.named_modules() if is_faster else ():
-            method = PRODUCT_METHODS.get(type(module))
+            method = METHODS.get(type(module))
             if method is None or module.trainable_parameters().keys() & FROZEN_PARAMETERS:
                 continue
             product = dequantized_product(module, method)
@@ -77,3 +74,13 @@ def dequantized_weight(module: Any, wanted_by: mx.array) -> mx.array:
         bits=module.bits,
         mode=module.mode,
     )
+
+
+def dequantized_bytes(module: Any) -> int:
+    """Bytes of the dequantized weight of a layer that is computed here; 0 for any other module."""
+    is_quantized = isinstance(module, tuple(METHODS))
+    if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):
+        return 0
+    output, packed = module.weight.shape
+    size: int = output * packed * 32 // module.bits * module.scales.dtype.size
+    return size

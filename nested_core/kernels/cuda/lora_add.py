@@ -47,7 +47,7 @@ def fits_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
         all(array.dtype == DTYPE for array in (x, *factors))
         and x.size // x.shape[-1] % 2 == 0
         and all(has_kernel(b.shape[0]) and b.shape[1] % WARP_COLUMNS == 0 for b in factors)
-        and all(map(low_rank_sums_on_cuda.is_usable, {tiles_for(b.shape[0]) for b in factors}))
+        and all(low_rank_sums_on_cuda.is_usable(tiles_for(b.shape[0])) for b in factors)
     )
 
 

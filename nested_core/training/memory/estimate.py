@@ -51,26 +51,21 @@ class DeviceProfile:
     logit_chunks: chunks of logits that exist at once.
     max_in_flight_ratio: bound of `layers_in_flight`, as a ratio to all layers that are trained.
     recomputes_mlp_product: whether the product of an MLP of LoRA layers is recomputed, not kept.
-    dequantized_weights: number of dequantized weight matrices alive at once.
+    dequantized_weights: number of dequantized weight matrices alive at once; 0 where MLX multiplies
+        by quantized weights itself.
     """
 
     score_share: float
     mlp_arrays: float
     layers_in_flight: float
-    logit_chunks: int
+    logit_chunks: int = 5
     max_in_flight_ratio: float = 1
     recomputes_mlp_product: bool = False
-    dequantized_weights: int = 0
+    dequantized_weights: int = DEQUANTIZED_WEIGHTS
 
 
-CPU = DeviceProfile(
-    score_share=5 / 8,
-    mlp_arrays=1,
-    layers_in_flight=1.5,
-    logit_chunks=5,
-    dequantized_weights=DEQUANTIZED_WEIGHTS,
-)
-METAL = DeviceProfile(score_share=1, mlp_arrays=2, layers_in_flight=2, logit_chunks=5)
+CPU = DeviceProfile(score_share=5 / 8, mlp_arrays=1, layers_in_flight=1.5)
+METAL = DeviceProfile(score_share=1, mlp_arrays=2, layers_in_flight=2, dequantized_weights=0)
 
 
 def cuda(operations: int) -> DeviceProfile:
@@ -82,7 +77,6 @@ def cuda(operations: int) -> DeviceProfile:
         logit_chunks=2,
         max_in_flight_ratio=1.3,
         recomputes_mlp_product=True,
-        dequantized_weights=DEQUANTIZED_WEIGHTS,
     )
 
 

@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.kernels.cuda.tiles import has_kernel
-from nested_core.kernels.quantized_linear import PRODUCT_METHODS
+from nested_core.kernels.quantized_linear import dequantized_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.pytree import flatten
 from nested_core.training.loss.chunked import rows_at_once
@@ -82,16 +82,6 @@ def activation_size(modules: Iterable[nn.Module], refs: ParameterRefs) -> int:
 def own_arrays(module: nn.Module) -> dict[str, mx.array]:
     """The arrays of a module itself, without those of its submodules."""
     return {key: value for key, value in module.items() if isinstance(value, mx.array)}
-
-
-def dequantized_bytes(module: Any) -> int:
-    """Bytes of a quantized layer's weight that `quantized_linear` dequantizes; 0 for the others."""
-    is_quantized = isinstance(module, tuple(PRODUCT_METHODS))
-    if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):
-        return 0
-    output, packed = module.weight.shape
-    size: int = output * packed * 32 // module.bits * module.scales.dtype.size
-    return size
 
 
 def read_layers(

@@ -13,8 +13,8 @@ from nested_core.kernels.cuda.self_check import CheckedKernel
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A machine whose kernels for LoRA layers agree, MLX in their place; which were asked for."""
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A machine whose kernels for LoRA layers agree, MLX in their place. The calls of each."""
     calls: list[str] = []
 
     def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

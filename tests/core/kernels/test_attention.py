@@ -1,4 +1,4 @@
-"""Attention in blocks and the exponential against MLX's own, and a model prepared whole."""
+"""Attention in blocks and the exponential against MLX's own, and a whole optimized model."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_other_masks_and_lengths_go_to_mlx_lm_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gemma3_text"])
-def test_a_prepared_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
+def test_an_optimized_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
     model = build(name)
     given = batch(rows=2, width=80)
     expected = outcome(model, SUPERVISED, given)

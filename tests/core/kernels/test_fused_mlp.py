@@ -36,15 +36,15 @@ def distance(found: Outcome, exact: Outcome) -> dict[str, float]:
 
 @pytest.mark.parametrize(("name", "quantized"), MODELS)
 def test_loss_and_gradients_are_no_further_from_float32_than_mlx_lms(
-    name: str, quantized: bool, asked: list[str]
+    name: str, quantized: bool, kernel_calls: list[str]
 ) -> None:
     model = build(name, rank=8, quantized=quantized)
     model.set_dtype(mx.bfloat16)
     theirs = outcome(model, SUPERVISED, batch())
-    assert asked == []
+    assert kernel_calls == []
     with fused_mlps(fusable_mlps(trace_calls(model))):
         ours = outcome(model, SUPERVISED, batch())
-    assert {"forward", "backward"} <= set(asked)
+    assert {"forward", "backward"} <= set(kernel_calls)
     model.set_dtype(mx.float32)
     exact = outcome(model, SUPERVISED, batch())
     off, usual = distance(ours, exact), distance(theirs, exact)
@@ -160,7 +160,7 @@ def test_a_whole_model_in_float32_is_mlx_lms(monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_what_the_kernels_do_not_take_goes_to_the_module(
-    change: dict[str, Any], shape: tuple[int, ...], dtype: mx.Dtype, asked: list[str]
+    change: dict[str, Any], shape: tuple[int, ...], dtype: mx.Dtype, kernel_calls: list[str]
 ) -> None:
     arguments = {"ranks": (8, 8, 8)} | change
     module = make(*arguments.pop("ranks"), dtype=dtype, **arguments)
@@ -169,25 +169,25 @@ def test_what_the_kernels_do_not_take_goes_to_the_module(
     expected = module(x)
     mx.random.seed(7)
     assert mx.array_equal(fused_call(of(module))(x), expected).item()
-    assert asked == []
+    assert kernel_calls == []
 
 
-def test_a_dropout_that_is_zero_or_not_training_is_none(asked: list[str]) -> None:
+def test_a_dropout_that_is_zero_or_not_training_is_none(kernel_calls: list[str]) -> None:
     x = normal(10, 64, dtype=mx.bfloat16)
     fused_call(of(make(8, 8, 8, dtype=mx.bfloat16)))(x)
-    assert asked.count("forward") == 1
+    assert kernel_calls.count("forward") == 1
     module = make(8, 8, 8, dtype=mx.bfloat16, dropout=0.3)
     module.eval()
     fused_call(of(module))(x)
-    assert asked.count("forward") == 2
+    assert kernel_calls.count("forward") == 2
     module.up.train()
     fused_call(of(module))(x)
-    assert asked.count("forward") == 2
+    assert kernel_calls.count("forward") == 2
 
 
-def test_factors_of_another_dtype_than_the_input_go_to_the_module(asked: list[str]) -> None:
+def test_factors_of_another_dtype_than_the_input_go_to_the_module(kernel_calls: list[str]) -> None:
     module = make(8, 8, 8, dtype=mx.bfloat16)
     module.up.lora_b = module.up.lora_b.astype(mx.float32)
     x = normal(10, 64, dtype=mx.bfloat16)
     assert mx.array_equal(fused_call(of(module))(x), module(x)).item()
-    assert asked == []
+    assert kernel_calls == []

@@ -1,4 +1,4 @@
-"""Models whose gated MLPs are one function: how they are prepared, and given back."""
+"""Models whose gated MLPs are one function: how they are optimized, and given back."""
 
 from __future__ import annotations
 
@@ -48,32 +48,32 @@ def without_norms_and_ropes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swiglu.swiglu_on_cuda, "agrees", lambda: False)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(asked: list[str]) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama")
     with fused_mlps(fusable_mlps(trace_calls(model))):
         expected = outcome(model, SUPERVISED, batch())
-        kept = asked.count("forward")
-        asked.clear()
+        kept = kernel_calls.count("forward")
+        kernel_calls.clear()
         with checkpointed_layers(model.layers):
             found = outcome(model, SUPERVISED, batch())
     assert found.loss == expected.loss
     assert largest_difference(found.gradients, expected.gradients) == 0
-    assert asked.count("forward") == kept + 2  # each of two layers once more
+    assert kernel_calls.count("forward") == kept + 2  # each of two layers once more
 
 
-def test_checkpointed_layers_have_their_gated_mlps_found(asked: list[str]) -> None:
+def test_checkpointed_layers_have_their_gated_mlps_found(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama")
     with checkpointed_layers(model.layers):
         assert len(fusable_mlps(trace_calls(model))) == 2
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere"])
-def test_compiled_equals_uncompiled_to_the_bit(name: str, asked: list[str]) -> None:
+def test_compiled_equals_uncompiled_to_the_bit(name: str, kernel_calls: list[str]) -> None:
     model = in_bfloat16(name)
     with fused_mlps(fusable_mlps(trace_calls(model))):
         plain = outcome(model, SUPERVISED, batch(), compiled=run)
         compiled = outcome(model, SUPERVISED, batch())
-    assert "backward" in asked
+    assert "backward" in kernel_calls
     assert compiled.loss == plain.loss
     assert compiled.value == plain.value
     for key, gradient in plain.gradients.items():
@@ -100,17 +100,17 @@ def test_gradients_of_some_factors_alone_are_those_among_all(
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
 
-def test_an_adapter_on_mlps_alone_is_taken(asked: list[str]) -> None:
+def test_an_adapter_on_mlps_alone_is_taken(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama", keys=[f"mlp.{key}" for key in PROJECTIONS])
     expected = outcome(model, SUPERVISED, batch())
     with fused_mlps(fusable_mlps(trace_calls(model))):
         found = outcome(model, SUPERVISED, batch())
-    assert asked.count("backward") == 2
+    assert kernel_calls.count("backward") == 2
     assert largest_difference(found.gradients, expected.gradients) < 0.05
 
 
 @pytest.mark.usefixtures("without_norms_and_ropes")
-def test_modules_are_given_back_after_an_error(asked: list[str]) -> None:
+def test_modules_are_given_back_after_an_error(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama")
     before = kinds_of(model)
 
@@ -124,11 +124,11 @@ def test_modules_are_given_back_after_an_error(asked: list[str]) -> None:
     with pytest.raises(RuntimeError, match="on purpose"):
         fail_inside()
     assert kinds_of(model) == before
-    assert asked == []
+    assert kernel_calls == []
 
 
-@pytest.mark.usefixtures("asked", "without_norms_and_ropes")
-def test_a_model_is_watched_once_and_nothing_of_it_is_kept_while_it_is_prepared() -> None:
+@pytest.mark.usefixtures("kernel_calls", "without_norms_and_ropes")
+def test_a_model_is_traced_once_and_nothing_of_it_is_kept_while_it_is_optimized() -> None:
     model = in_bfloat16("llama")
     calls: list[Any] = []
     own = type(model).__call__
@@ -142,9 +142,9 @@ def test_a_model_is_watched_once_and_nothing_of_it_is_kept_while_it_is_prepared(
         assert not any(isinstance(each, CallTrace) for each in gc.get_objects())
 
 
-@pytest.mark.usefixtures("asked", "without_norms_and_ropes")
+@pytest.mark.usefixtures("kernel_calls", "without_norms_and_ropes")
 @pytest.mark.parametrize(("name", "together"), [("llama", 3), ("qwen2", 3), ("cohere", 3)])
-def test_a_fused_mlps_layers_share_with_no_others_in_a_prepared_model(
+def test_a_fused_mlps_layers_share_with_no_others_in_an_optimized_model(
     name: str, together: int
 ) -> None:
     model = in_bfloat16(name)
@@ -160,7 +160,7 @@ def test_a_fused_mlps_layers_share_with_no_others_in_a_prepared_model(
     assert not any(GROUP in vars(module) for _, module in model.named_modules())
 
 
-@pytest.mark.usefixtures("asked", "without_norms_and_ropes")
+@pytest.mark.usefixtures("kernel_calls", "without_norms_and_ropes")
 @pytest.mark.parametrize("unlike", ["rank", "dtype"])
 def test_the_gate_and_up_of_a_fused_mlp_share_nothing_where_they_are_not_alike(unlike: str) -> None:
     model = in_bfloat16("llama")
@@ -178,7 +178,7 @@ def test_the_gate_and_up_of_a_fused_mlp_share_nothing_where_they_are_not_alike(u
             assert not any(GROUP in vars(layer.mlp[key]) for key in PROJECTIONS)
 
 
-@pytest.mark.usefixtures("asked", "without_norms_and_ropes")
+@pytest.mark.usefixtures("kernel_calls", "without_norms_and_ropes")
 def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -194,25 +194,29 @@ def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers
 @pytest.mark.usefixtures("without_norms_and_ropes")
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "granite", "cohere"])
-def test_a_prepared_model_gives_mlx_lms_gradients(
-    name: str, recomputes: bool, asked: list[str]
+def test_an_optimized_model_gives_mlx_lms_gradients(
+    name: str, recomputes: bool, kernel_calls: list[str]
 ) -> None:
     model = in_bfloat16(name)
     expected = outcome(model, SUPERVISED, batch())
     with optimized_layers(model, model.layers if recomputes else ()):
         found = outcome(model, SUPERVISED, batch())
-    assert set(asked) == {"expand", "forward", "backward", "narrow", "outer", "join"}
+    assert set(kernel_calls) == {"expand", "forward", "backward", "narrow", "outer", "join"}
     assert found.loss == pytest.approx(expected.loss, rel=2e-3)
     assert largest_difference(found.gradients, expected.gradients) < 0.08
 
 
 @pytest.mark.parametrize("rank", [4, 12, 72])
-def test_mlps_of_ranks_that_no_kernel_takes_are_not_fused(rank: int, asked: list[str]) -> None:
+def test_mlps_of_ranks_that_no_kernel_takes_are_not_fused(
+    rank: int, kernel_calls: list[str]
+) -> None:
     assert fusable_mlps(trace_calls(build("llama", rank=rank))) == []
-    assert asked == []
+    assert kernel_calls == []
 
 
-def test_without_cuda_no_mlp_is_fused(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cuda_no_mlp_is_fused(
+    kernel_calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build("llama", rank=8)
     assert len(fusable_mlps(trace_calls(model))) == 2
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
@@ -220,7 +224,7 @@ def test_without_cuda_no_mlp_is_fused(asked: list[str], monkeypatch: pytest.Monk
 
 
 def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
-    asked: list[str], monkeypatch: pytest.MonkeyPatch
+    kernel_calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forwards the ranks of gate and up choose a kernel, backwards that of down too."""
     model = build("llama", rank=8, keys=[f"mlp.{key}" for key in PROJECTIONS])
@@ -235,7 +239,7 @@ def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
 
 
 def test_kernels_are_compiled_for_the_ranks_of_layers_and_for_gates_and_ups_together(
-    asked: list[str], monkeypatch: pytest.MonkeyPatch
+    kernel_calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[int] = []
     monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees", checked.append)

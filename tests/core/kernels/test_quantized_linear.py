@@ -1,4 +1,4 @@
-"""Quantised layers with whole weights: MLX's outputs and gradients, and what is left to MLX."""
+"""Quantised layers with dequantized weights: MLX's outputs and gradients, and what stays MLX's."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def both(function: Callable[[mx.array], mx.array], x: mx.array, width: int) -> l
 
 @pytest.fixture
 def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole weights that nobody may ask for."""
+    """Weights that nobody may dequantize."""
 
     def ask(module: Any, wanted_by: mx.array) -> mx.array:
-        raise AssertionError("a whole weight was made")
+        raise AssertionError("a weight was dequantized")
 
     monkeypatch.setattr(quantized_linear, "dequantized_weight", ask)
 
@@ -78,14 +78,14 @@ def test_an_output_layer_tied_to_a_quantised_embedding_does_too() -> None:
 
 
 @pytest.mark.usefixtures("forbidden")
-def test_a_whole_weight_is_made_for_many_rows_of_the_scales_dtype_and_for_no_others() -> None:
+def test_a_weight_is_dequantized_for_many_rows_of_the_scales_dtype_and_for_no_others() -> None:
     layer = linear()
     few, other = normal(LEAST_ROWS - 1, 128), normal(LEAST_ROWS, 128, dtype=mx.bfloat16)
     expected = layer(few), layer(other)
     with dequantized_weights(layer):
         assert mx.array_equal(layer(few), expected[0]).item()
         assert mx.array_equal(layer(other), expected[1]).item()
-        with pytest.raises(AssertionError, match="was made"):
+        with pytest.raises(AssertionError, match="was dequantized"):
             layer(normal(LEAST_ROWS, 128))
 
 
@@ -141,7 +141,7 @@ def test_a_quantised_model_gives_the_loss_and_gradients_of_mlx(name: str) -> Non
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
 
-def test_whole_weights_are_not_kept_for_the_backward_pass() -> None:
+def test_dequantized_weights_are_not_kept_for_the_backward_pass() -> None:
     mx.random.seed(0)
     model = nn.Sequential(*[nn.QuantizedLinear(1024, 1024, bias=False) for _ in range(32)])
     x = normal(LEAST_ROWS, 1024)
@@ -153,4 +153,4 @@ def test_whole_weights_are_not_kept_for_the_backward_pass() -> None:
         mx.reset_peak_memory()
         mx.eval(step(x))
         peak = mx.get_peak_memory() - held
-    assert peak < 16 * 1024 * 1024 * 4  # half of the whole weights; some are in flight
+    assert peak < 16 * 1024 * 1024 * 4  # half of the dequantized weights; some are in flight

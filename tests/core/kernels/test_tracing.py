@@ -1,4 +1,4 @@
-"""What is found by watching a call: layers with one input, gated MLPs, and what is neither."""
+"""What is found by tracing a call: layers with one input, gated MLPs, and what is neither."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def in_each_layer(*groups: list[str]) -> list[list[str]]:
         ("olmoe", [ATTENTION]),
     ],
 )
-def test_layers_with_one_input_are_found_by_watching_not_by_name(
+def test_layers_with_one_input_are_found_by_tracing_not_by_name(
     name: str, expected: list[list[str]]
 ) -> None:
     model = build(name)
@@ -134,7 +134,7 @@ def mixed(request: pytest.FixtureRequest) -> nn.Module:
     return model
 
 
-def test_watching_leaves_classes_modes_and_the_random_state_as_they_were(mixed: nn.Module) -> None:
+def test_tracing_leaves_classes_modes_and_the_random_state_as_they_were(mixed: nn.Module) -> None:
     before = state_of(mixed)
     calls = trace_calls(mixed)
     assert len(find_gated_mlps(calls)) == 2
@@ -143,7 +143,7 @@ def test_watching_leaves_classes_modes_and_the_random_state_as_they_were(mixed: 
     assert llama.swiglu is plain_swiglu
 
 
-def test_an_error_in_the_watched_call_leaves_everything_as_it_was(mixed: nn.Module) -> None:
+def test_an_error_in_the_traced_call_leaves_everything_as_it_was(mixed: nn.Module) -> None:
     model: Any = mixed
 
     class Failing(nn.Module):

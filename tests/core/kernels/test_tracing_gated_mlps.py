@@ -139,7 +139,7 @@ def test_a_module_called_twice_is_no_gated_mlp() -> None:
     assert find_gated_mlps(trace_calls(Holding(Twice()))) == []
 
 
-def test_a_dropout_that_does_nothing_while_it_is_watched_makes_it_none() -> None:
+def test_a_dropout_that_does_nothing_while_it_is_traced_makes_it_none() -> None:
     def dropping(m: Any, x: mx.array) -> mx.array:
         output: mx.array = m.down(m.drop(inner(m, x)))
         return output
@@ -149,7 +149,7 @@ def test_a_dropout_that_does_nothing_while_it_is_watched_makes_it_none() -> None
     assert find_gated_mlps(trace_calls(Holding(module))) == []
 
 
-def test_a_model_whose_code_has_no_other_module_is_watched_too() -> None:
+def test_a_model_whose_code_has_no_other_module_is_traced_too() -> None:
     """All of this file's modules in it hold LoRA layers, and are trace_calls themselves."""
 
     class Model(Gated):

@@ -25,7 +25,7 @@ def is_same(found: mx.array, arrays: Sequence[mx.array]) -> bool:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A machine whose kernel agrees, MLX in its place; how many arrays each launch was given."""
     counts: list[int] = []
 
@@ -49,10 +49,10 @@ def test_elements_follow_one_another_row_by_row_in_the_arrays_order(dtype: mx.Dt
     assert is_same(found, arrays)
 
 
-def test_one_array_is_its_elements_in_a_row(asked: list[int]) -> None:
+def test_one_array_is_its_elements_in_a_row(kernel_calls: list[int]) -> None:
     (array,) = arrays_of((8, 16))
     assert is_same(concatenate.concatenated([array.T]), [array.T])
-    assert asked == []
+    assert kernel_calls == []
 
 
 @pytest.mark.parametrize(
@@ -65,17 +65,17 @@ def test_one_array_is_its_elements_in_a_row(asked: list[int]) -> None:
     ],
 )
 def test_the_kernel_takes_arrays_of_whole_loads(
-    dtype: mx.Dtype, odd: int, fits: bool, asked: list[int]
+    dtype: mx.Dtype, odd: int, fits: bool, kernel_calls: list[int]
 ) -> None:
     arrays = arrays_of((16, 8), (odd,), (24,), dtype=dtype)
     assert is_same(concatenate.concatenated(arrays), arrays)
-    assert asked == ([3] if fits else [])
+    assert kernel_calls == ([3] if fits else [])
 
 
-def test_arrays_of_several_dtypes_go_to_mlx(asked: list[int]) -> None:
+def test_arrays_of_several_dtypes_go_to_mlx(kernel_calls: list[int]) -> None:
     arrays = arrays_of((16,)) + arrays_of((8,), dtype=mx.float32)
     found = concatenate.concatenated(arrays)
-    assert (found.dtype, found.shape, asked) == (mx.float32, (24,), [])
+    assert (found.dtype, found.shape, kernel_calls) == (mx.float32, (24,), [])
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_arrays_of_several_dtypes_go_to_mlx(asked: list[int]) -> None:
     ],
 )
 def test_more_arrays_than_a_launch_takes_are_joined_in_groups(
-    count: int, launches: list[int], asked: list[int]
+    count: int, launches: list[int], kernel_calls: list[int]
 ) -> None:
     arrays = arrays_of(*[(8 + 8 * (i % 3),) for i in range(count)])
     assert is_same(concatenate.concatenated(arrays), arrays)
-    assert asked == launches
+    assert kernel_calls == launches

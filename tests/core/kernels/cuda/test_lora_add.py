@@ -43,16 +43,16 @@ def is_near(found: mx.array, expected: mx.array, share: float) -> bool:
 
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A machine whose kernels agree; the tiles that were asked about."""
-    asked: list[int] = []
+    """A machine whose kernels agree; the tiles that they were checked for."""
+    kernel_calls: list[int] = []
 
     def agrees(most: int) -> bool:
-        asked.append(most)
+        kernel_calls.append(most)
         return True
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees", agrees)
-    return asked
+    return kernel_calls
 
 
 @pytest.fixture
@@ -154,19 +154,19 @@ def test_factors_are_not_for_kernels_of_which_one_disagrees(
 
 
 def test_a_base_of_another_dtype_takes_all_sums_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    kernel_calls = []
 
     def note(sums: lora_add.Sums) -> Sequence[mx.array]:
-        asked.append(len(sums))
+        kernel_calls.append(len(sums))
         return lora_add.plain_low_rank_sums(sums)
 
     monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "launch", note)
     sums = sums_of((8, 64), (8, 96))
     lora_add.low_rank_sums(sums)
-    assert asked == [2]
+    assert kernel_calls == [2]
     sums[1] = sums[1]._replace(base=sums[1].base.astype(mx.float32))
     found = lora_add.low_rank_sums(sums)
-    assert asked == [2]
+    assert kernel_calls == [2]
     assert [each.dtype for each in found] == [mx.bfloat16, mx.float32]
     assert mx.array_equal(found[1], sums[1].in_float32()).item()
 

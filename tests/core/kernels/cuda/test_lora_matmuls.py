@@ -40,7 +40,7 @@ def outer_pairs(
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """A machine whose kernels agree, MLX in their place; which was given how many pairs."""
     calls: list[tuple[str, int]] = []
 
@@ -74,7 +74,7 @@ def test_products_are_the_formulas_for_any_number_of_pairs(count: int) -> None:
 
 @pytest.mark.parametrize(("count", "each"), [(1, [1]), (4, [4]), (5, [4, 1]), (6, [4, 2])])
 def test_arrays_that_fit_go_to_the_kernels_at_most_four_pairs_at_once(
-    count: int, each: list[int], asked: list[tuple[str, int]]
+    count: int, each: list[int], kernel_calls: list[tuple[str, int]]
 ) -> None:
     pairs = narrow_pairs(*SIZES[:count])
     expected = mx.concatenate([1.5 * (m @ x.T) for m, x in pairs])
@@ -85,7 +85,7 @@ def test_arrays_that_fit_go_to_the_kernels_at_most_four_pairs_at_once(
     assert [product.shape for product in found] == alike
     for product, (z, x) in zip(found, products, strict=True):
         assert mx.array_equal(product, z @ x).item()
-    assert asked == [("narrow", n) for n in each] + [("outer", n) for n in each]
+    assert kernel_calls == [("narrow", n) for n in each] + [("outer", n) for n in each]
 
 
 @pytest.mark.parametrize(
@@ -94,36 +94,36 @@ def test_arrays_that_fit_go_to_the_kernels_at_most_four_pairs_at_once(
     ids=str,
 )
 def test_neighbours_of_one_rank_go_to_a_kernel_together_and_come_back_in_their_order(
-    ranks: list[int], asked: list[tuple[str, int]]
+    ranks: list[int], kernel_calls: list[tuple[str, int]]
 ) -> None:
     pairs = outer_pairs(*[(rank, 64 + 64 * (i % 3)) for i, rank in enumerate(ranks)])
     found = lora_matmuls.factor_gradients(pairs)
     for product, (z, x) in zip(found, pairs, strict=True):
         assert mx.array_equal(product, z @ x).item()
     runs = [len(list(run)) for _, run in groupby(ranks)]
-    assert asked == [("outer", min(4, n - i)) for n in runs for i in range(0, n, 4)]
+    assert kernel_calls == [("outer", min(4, n - i)) for n in runs for i in range(0, n, 4)]
 
 
 @pytest.mark.parametrize("bad", COMPILED_TILES)
 def test_no_kernel_is_used_that_disagrees_whatever_it_comes_with(
-    bad: int, asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+    bad: int, kernel_calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lora_matmuls.gradients_on_cuda, "agrees", lambda tiles: tiles != bad)
     for other in (8, 64):
         lora_matmuls.factor_gradients(outer_pairs((other, 64), (8 * bad, 64)))
         lora_matmuls.factor_gradients(outer_pairs((8 * bad, 64), (other, 64)))
-    assert asked == []
+    assert kernel_calls == []
 
 
 @pytest.mark.parametrize(
     ("rows", "takers"), [(1, ["narrow"]), (5, ["narrow"]), (2, ["narrow", "outer"])]
 )
 def test_an_odd_number_of_rows_goes_to_mlx_only_where_rows_are_summed(
-    rows: int, takers: list[str], asked: list[tuple[str, int]]
+    rows: int, takers: list[str], kernel_calls: list[tuple[str, int]]
 ) -> None:
     lora_matmuls.project_to_rank(narrow_pairs((8, 64), rows=rows), 1.0)
     lora_matmuls.factor_gradients(outer_pairs((8, 64), rows=rows))
-    assert [name for name, _ in asked] == takers
+    assert [name for name, _ in kernel_calls] == takers
 
 
 @pytest.mark.parametrize(
@@ -136,27 +136,27 @@ def test_an_odd_number_of_rows_goes_to_mlx_only_where_rows_are_summed(
     ],
 )
 def test_arrays_that_do_not_fit_go_to_mlx_with_all_that_come_with_them(
-    size: tuple[int, int], dtype: mx.Dtype, asked: list[tuple[str, int]]
+    size: tuple[int, int], dtype: mx.Dtype, kernel_calls: list[tuple[str, int]]
 ) -> None:
     for sizes in ([size], [(8, 64), size], [size, (8, 64)]):
         lora_matmuls.project_to_rank(narrow_pairs(*sizes, dtype=dtype), 2.0)
         lora_matmuls.factor_gradients(outer_pairs(*sizes, dtype=dtype))
-    assert asked == []
+    assert kernel_calls == []
 
 
-def test_pairs_of_several_dtypes_go_to_mlx(asked: list[tuple[str, int]]) -> None:
+def test_pairs_of_several_dtypes_go_to_mlx(kernel_calls: list[tuple[str, int]]) -> None:
     (m, x), other = narrow_pairs((8, 64))[0], narrow_pairs((8, 64), dtype=mx.float16)
     lora_matmuls.project_to_rank([(m, x.astype(mx.float16))], 1.0)
     lora_matmuls.project_to_rank([(m, x), *other], 1.0)
-    assert asked == []
+    assert kernel_calls == []
 
 
 def test_a_width_of_half_a_block_of_columns_fits_only_where_columns_are_summed(
-    asked: list[tuple[str, int]],
+    kernel_calls: list[tuple[str, int]],
 ) -> None:
     lora_matmuls.project_to_rank(narrow_pairs((8, 96)), 1.0)
     lora_matmuls.factor_gradients(outer_pairs((8, 96)))
-    assert asked == [("narrow", 1)]
+    assert kernel_calls == [("narrow", 1)]
 
 
 def test_a_launch_has_four_pairs_of_which_some_are_of_no_height() -> None:

@@ -76,8 +76,8 @@ def test_a_low_rank_products_gradient_is_that_of_gate_or_up() -> None:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which kernels were asked for; MLX is in their place."""
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of kernels; MLX is in their place."""
     calls: list[str] = []
 
     def forward(*sums: LowRankSum) -> mx.array:
@@ -93,23 +93,25 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_bases_of_bfloat16_go_to_the_kernels(asked: list[str]) -> None:
+def test_bases_of_bfloat16_go_to_the_kernels(kernel_calls: list[str]) -> None:
     sums = three()
     assert mx.array_equal(mlp.gated_product(*sums[:2]), mlp.plain_gated_product(*sums[:2])).item()
     found, expected = mlp.gated_gradients(*sums), mlp.plain_gated_gradients(*sums)
     assert all(mx.array_equal(a, b).item() for a, b in zip(found, expected, strict=True))
-    assert asked == ["forward", "backward"]
+    assert kernel_calls == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("other", [mx.float32, mx.float16])
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_a_base_of_another_dtype_goes_to_mlx(place: int, other: mx.Dtype, asked: list[str]) -> None:
+def test_a_base_of_another_dtype_goes_to_mlx(
+    place: int, other: mx.Dtype, kernel_calls: list[str]
+) -> None:
     sums = three()
     sums[place] = sums[place]._replace(base=sums[place].base.astype(other))
     wanted = other if place == 0 else mx.bfloat16
     assert mlp.gated_product(*sums[:2]).dtype == wanted
     assert {each.dtype for each in mlp.gated_gradients(*sums)} == {wanted}
-    assert asked == ([] if place < 2 else ["forward"])
+    assert kernel_calls == ([] if place < 2 else ["forward"])
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from nested_core.kernels.quantized_linear import dequantized_weights
+from nested_core.kernels.quantized_linear import dequantized_bytes, dequantized_weights
 from nested_core.training.memory.estimate import LayerFootprint
-from nested_core.training.memory.layers import dequantized_bytes, read_layers
+from nested_core.training.memory.layers import read_layers
 from tests.architectures import ARCHITECTURES, build
 
 

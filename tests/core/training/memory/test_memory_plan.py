@@ -23,7 +23,9 @@ from nested_core.training.memory.plan import MemoryPlan, plan, profile_of
 
 # T = 6 tokens. A layer keeps 4 * (6 * (10 + 1 * 3) + 0.5 * 2 * 2 * 3 * 3) = 384 bytes, its input
 # is 4 * 6 * 4 = 96, the loss takes (4 + 12) * 7 * 6 = 672.
-PLAIN = DeviceProfile(score_share=0.5, mlp_arrays=1, layers_in_flight=1, logit_chunks=2)
+PLAIN = DeviceProfile(
+    score_share=0.5, mlp_arrays=1, layers_in_flight=1, logit_chunks=2, dequantized_weights=0
+)
 LAYER = LayerFootprint(width=4, kept=10, mlp_width=3, heads=2, is_trained=True)
 SMALL = ModelFootprint(
     weights=1000,
