@@ -103,7 +103,7 @@ def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: Path) -
 def test_every_source_of_a_cuda_kernel_is_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     folder = ROOT / "nested_core" / "kernels" / "cuda"
-    sources = {path.relative_to(ROOT).as_posix() for path in folder.iterdir()}
+    sources = {path.relative_to(ROOT).as_posix() for path in folder.glob("*.cu*")}
     assert {Path(name).suffix for name in sources} == {".cu", ".cuh"}
     assert sources - set(names) == set()
 
