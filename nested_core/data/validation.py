@@ -6,7 +6,7 @@ import; a data set in the cache does without this module, see dataset.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -14,17 +14,14 @@ from pathlib import Path
 import polars as pl
 
 from nested_core.data.parallel_jobs import OnProgress
-from nested_core.data.rules.dataset_report import DatasetReport, Finding, SplitStats, in_order
+from nested_core.data.rules.dataset_report import DatasetReport, Findings, SplitStats, in_order
 from nested_core.data.rules.dropped_lines import tell_dropped
-from nested_core.data.rules.file_rules import CountErrors, FileErrors, FileWarnings
-from nested_core.data.rules.line_rules import RowErrors, RowWarnings
-from nested_core.data.rules.rule_table import judge
-from nested_core.data.rules.sensitive_rules import KindWarnings, kind_frame
+from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
+from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES
 from nested_core.data.rules.split_statistics import count_split, count_tokens, describe_split
 from nested_core.data.rules.token_rules import (
-    TemplateErrors,
-    TokenErrors,
-    TokenWarnings,
+    TEMPLATE_RULES,
+    TOKEN_RULES,
     problem_frame,
     token_frame,
 )
@@ -50,41 +47,41 @@ def validate_dataset(
     """Read and judge every line; with a tokenizer, write the tokens of sound lines to a folder."""
     tables = related_tables(files, settings, on_progress)
     has_template = tokenizer is None or has_chat_template(tokenizer.load())
-    findings = [
-        *_judge_lines(tables, settings),
-        *_judge_files(tables, settings, lacks_template=not has_template),
-    ]
+    findings = Findings()
+    _judge_lines(tables, settings, findings)
+    _judge_files(tables, settings, findings, lacks_template=not has_template)
     tables = _without_rejected(tables, findings)
     facts: dict[str, TokenFacts] = {}
     if tokenizer is not None and folder is not None:
         sound = _sound_lines(tables, findings, has_template=has_template)
         facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, counted in facts.items():
-        findings += _judge_tokens(counted, tables[split].file, settings)
+        file = tables[split].file
+        TEMPLATE_RULES.judge(problem_frame(counted, file), findings)
+        TOKEN_RULES.judge(token_frame(counted, file, settings), findings)
         if counted.overlong:
             dropped = {**tables[split].dropped, "overlong": counted.overlong}
             tables[split] = replace(tables[split], dropped=dropped)
-    findings += _judge_counts(tables, settings)
+    _judge_row_counts(tables, settings, findings)
     for table in tables.values():
-        findings += tell_dropped(table.file, table.dropped)
+        findings.listed.extend(tell_dropped(table.file, table.dropped))
     return _make_report(settings, tables, findings, facts)
 
 
-def _judge_lines(tables: Tables, settings: DataSettings) -> Iterator[Finding]:
-    """Yield what is wrong or doubtful line by line."""
+def _judge_lines(tables: Tables, settings: DataSettings, findings: Findings) -> None:
+    """Add what is wrong or doubtful line by line."""
     for table in tables.values():
         frame = table.frame
         if settings.policy.roles == "template":  # then no rule has roles to judge
             frame = frame.with_columns(roles=pl.lit(None, frame.schema["roles"]))
-        yield from judge(RowErrors, frame, "error")
-        yield from judge(RowWarnings, frame, "warning")
-        yield from judge(KindWarnings, kind_frame(frame, table.file), "warning")
+        LINE_RULES.judge(frame, findings)
+        SENSITIVE_DATA_RULES.judge(frame.filter(pl.col("sensitive") != 0), findings)
 
 
 def _judge_files(
-    tables: Tables, settings: DataSettings, *, lacks_template: bool
-) -> Iterator[Finding]:
-    """Yield what is wrong or doubtful about a split as a whole."""
+    tables: Tables, settings: DataSettings, findings: Findings, *, lacks_template: bool
+) -> None:
+    """Add what is wrong or doubtful about a split as a whole."""
     rows = [
         {
             "file": table.file,
@@ -100,51 +97,34 @@ def _judge_files(
         for split, table in tables.items()
     ]
     frame = pl.DataFrame(rows, schema_overrides={"line": pl.Int32, "format": pl.String})
-    yield from judge(FileErrors, frame, "error")
-    yield from judge(FileWarnings, frame, "warning")
+    FILE_RULES.judge(frame, findings)
 
 
-def _without_rejected(tables: Tables, findings: list[Finding]) -> dict[str, SplitTable]:
+def _without_rejected(tables: Tables, findings: Findings) -> dict[str, SplitTable]:
     """The tables with no line in `dropped` that has an error: such a line is rejected instead."""
     remaining = {}
     for split, table in tables.items():
-        rejected = _rejected_lines(findings, table)
+        rejected = findings.lines_with_errors(table.file)
         dropped = {reason: lines - rejected for reason, lines in table.dropped.items()}
         remaining[split] = replace(table, dropped=dropped)
     return remaining
 
 
-def _rejected_lines(findings: list[Finding], table: SplitTable) -> frozenset[int]:
-    return frozenset(
-        finding.line
-        for finding in findings
-        if finding.severity == "error" and finding.file == table.file and finding.line is not None
-    )
-
-
 def _sound_lines(
-    tables: Tables, findings: list[Finding], *, has_template: bool
+    tables: Tables, findings: Findings, *, has_template: bool
 ) -> dict[str, SoundLines]:
     """The lines to tokenise: neither rejected nor dropped, of splits that can be tokenised."""
     return {
         split: SoundLines(
-            table.source, _rejected_lines(findings, table).union(*table.dropped.values())
+            table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
         )
         for split, table in tables.items()
         if table.source is not None and (table.format == "text" or has_template)
     }
 
 
-def _judge_tokens(facts: TokenFacts, file: str, settings: DataSettings) -> Iterator[Finding]:
-    """Yield what is wrong or doubtful about examples as tokens."""
-    frame = token_frame(facts, file, settings)
-    yield from judge(TemplateErrors, problem_frame(facts, file), "error")
-    yield from judge(TokenErrors, frame, "error")
-    yield from judge(TokenWarnings, frame, "warning")
-
-
-def _judge_counts(tables: Tables, settings: DataSettings) -> Iterator[Finding]:
-    """Yield what is wrong with how many rows a split has without the lines that are dropped."""
+def _judge_row_counts(tables: Tables, settings: DataSettings, findings: Findings) -> None:
+    """Add what is wrong with how many rows a split has without the lines that are dropped."""
     rows = [
         {
             "file": table.file,
@@ -157,28 +137,28 @@ def _judge_counts(tables: Tables, settings: DataSettings) -> Iterator[Finding]:
         for split, table in tables.items()
         if table.source is not None
     ]
-    schema = {"line": pl.Int32, "rows": pl.Int64, "batch_size": pl.Int64}
+    schema = {"line": pl.Int32, "lines": pl.Int64, "rows": pl.Int64, "batch_size": pl.Int64}
     if rows:
-        yield from judge(CountErrors, pl.DataFrame(rows, schema_overrides=schema), "error")
+        ROW_COUNT_RULES.judge(pl.DataFrame(rows, schema_overrides=schema), findings)
 
 
 def _make_report(
     settings: DataSettings,
     tables: Tables,
-    findings: list[Finding],
+    findings: Findings,
     facts: Mapping[str, TokenFacts],
 ) -> DatasetReport:
     splits: dict[str, SplitStats] = {}
     for split, table in tables.items():
         if table.source is None:
             continue
-        rejected = len(_rejected_lines(findings, table))
+        rejected = len(findings.lines_with_errors(table.file))
         stats = count_split(table.file, table.frame, rejected, table.digest, table.dropped)
         if split in facts:
             stats = replace(stats, tokens=count_tokens(facts[split], settings))
         splits[split] = stats
-        findings += describe_split(stats, settings.batch_size)
+        findings.listed.extend(describe_split(stats, settings.batch_size))
     digests = {split: stats.digest for split, stats in splits.items()}
     digest = sha256(canonical_json(digests)).hexdigest()
     files = [table.file for table in tables.values()]
-    return DatasetReport(settings.place, digest, splits, in_order(findings, files))
+    return DatasetReport(settings.place, digest, splits, in_order(findings.listed, files))

@@ -107,6 +107,9 @@ _ASSIGNED = (
     r"(?i)(?<![a-z])(?:password|passwd|passphrase|pwd|secret[_-]?key|client[_-]?secret|api[_-]?key"
     r"|access[_-]?token|auth[_-]?token)[\"']?\s*(?::=|=>|[:=])\s*[\"']?([^\s\"',;]{8,})"
 )
+# Looked for at the beginning of a word only, where the first group is the whole word before a dot:
+# a header may begin anywhere in that word, and a search from each place would be quadratic.
+_WEB_TOKEN = r"(?<![\w-])(?=([\w-]{11,}+)\.eyJ[\w-]{8,}+\.[\w-]{8})"
 _PHONE = (
     r"(?<![\w+.-])(?:\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}"
     r"|(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4})(?![\w-]|\.\d)"
@@ -125,7 +128,7 @@ _KINDS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
             _secret("Anthropic key", r"\bsk-ant-([\w-]{20,})", _is_mixed),
             _secret("OpenAI key", r"\bsk-(?!ant-)([\w-]{20,})", _is_mixed),
             _secret("Hugging Face token", r"\bhf_([A-Za-z0-9]{30,})\b", _is_cased),
-            _secret("JSON web token", r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"),
+            _secret("JSON web token", _WEB_TOKEN, re.compile(r"\beyJ[\w-]{8}").search),
         ),
     ),
     (

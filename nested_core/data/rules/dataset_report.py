@@ -1,34 +1,60 @@
-"""What was found in a data set, line by line, and the one paragraph that rejects it.
+"""The report on a data set: findings by file and line, counts, and the paragraph that rejects it.
 
 Holds numbers and sentences only; it reads no file and judges nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from nested_core.errors import DatasetError, shorten
 
 Severity = Literal["error", "warning", "info"]
-_ORDER: dict[str, int] = {"error": 0, "warning": 1, "info": 2}
+_ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 _SHOWN_FINDINGS = 10
 _SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found: in which file, at which line (from 1; None is the whole file), and what."""
+    """A check that failed: in which file, at which line (from 1; None is the whole file), and why.
+
+    count: for the one finding that stands for those of a check that are not listed, their number.
+    """
 
     file: str
     line: int | None
     severity: Severity
     check: str
     message: str
+    count: int | None = None
 
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         return f"{place}: {self.check}: {self.message}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values; `count` only if there is one."""
+        values = asdict(self)
+        if self.count is None:
+            del values["count"]
+        return values
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The findings while a data set is judged, and every line that has an error, listed or not."""
+
+    listed: list[Finding] = field(default_factory=list)
+    error_lines: dict[str, set[int]] = field(default_factory=dict)  # by file
+
+    def lines_with_errors(self, file: str) -> frozenset[int]:
+        """The numbers of the lines of a file that have an error."""
+        return frozenset(self.error_lines.get(file, ()))
 
 
 @dataclass(frozen=True)
@@ -86,54 +112,49 @@ class DatasetReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values, for dataset.json and `validate --json`."""
-        counts = {severity: len(self._of(severity)) for severity in ("error", "warning", "info")}
-        return asdict(self) | {
-            "findings": [asdict(finding) for finding in self.findings],
-            "counts": counts,
+        return {
+            "folder": self.folder,
+            "digest": self.digest,
+            "splits": {split: asdict(stats) for split, stats in self.splits.items()},
+            "findings": [finding.to_json() for finding in self.findings],
+            "counts": {severity: _total(self._of(severity)) for severity in _ORDER},
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DatasetReport:
         """The report that `to_json` gave these values of."""
-        splits = {
-            split: SplitStats(
-                **stats
-                | {
-                    "dropped": {reason: tuple(ns) for reason, ns in stats["dropped"].items()},
-                    "tokens": None if stats["tokens"] is None else TokenStats(**stats["tokens"]),
-                }
-            )
-            for split, stats in values["splits"].items()
-        }
-        findings = tuple(Finding(**finding) for finding in values["findings"])
-        return cls(values["folder"], values["digest"], splits, findings)
+        return _REPORT.validate_python(values)
 
     def raise_if_rejected(self) -> None:
         """Raise DatasetError, at most 14 lines, that names the first errors and counts the rest."""
         errors = self.errors
         if not errors:
             return
-        places = {(finding.file, finding.line) for finding in errors if finding.line is not None}
-        where = f" in {_count(len(places), 'line')}" if places else ""
-        lines = [f"The data set {self.folder} is rejected: {_count(len(errors), 'error')}{where}."]
+        number = _total(errors)
+        rejected = sum(stats.rejected for stats in self.splits.values())
+        where = f" in {_count(rejected, 'line')}" if rejected else ""
+        lines = [f"The data set {self.folder} is rejected: {_count(number, 'error')}{where}."]
         lines += [
             f"  {shorten(finding, _SHOWN_CHARACTERS)}" for finding in errors[:_SHOWN_FINDINGS]
         ]
-        if len(errors) > _SHOWN_FINDINGS:
-            lines.append(f"  and {_count(len(errors) - _SHOWN_FINDINGS, 'more error')}.")
-        lines.append("Correct these; `nested-tune validate --json` lists every finding.")
+        if number > _SHOWN_FINDINGS:
+            lines.append(f"  and {_count(number - _SHOWN_FINDINGS, 'more error')}.")
+        lines.append("Correct these; `nested-tune validate --json` lists them.")
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:
-        """How many there are, and the first, on one line; nothing where there is none."""
+        """The number of warnings and the first of them, on one line; empty if there are none."""
         if not self.warnings:
             return ""
         first = shorten(self.warnings[0], _SHOWN_CHARACTERS)
-        return f"data: {_count(len(self.warnings), 'warning')}, the first: {first}"
+        return f"data: {_count(_total(self.warnings), 'warning')}, the first: {first}"
+
+
+_REPORT = TypeAdapter(DatasetReport)
 
 
 def in_order(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
-    """Errors, warnings, infos; in each by file in this order, then by line."""
+    """Errors, warnings, infos; in each by file in this order, then by line, unlisted ones last."""
     ranks = {file: rank for rank, file in enumerate(files)}
     return tuple(
         sorted(
@@ -141,10 +162,16 @@ def in_order(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
             key=lambda finding: (
                 _ORDER[finding.severity],
                 ranks.get(finding.file, len(ranks)),
+                finding.count is not None,
                 finding.line or 0,
             ),
         )
     )
+
+
+def _total(findings: Iterable[Finding]) -> int:
+    """The number of findings, with those that are not listed."""
+    return sum(1 if finding.count is None else finding.count for finding in findings)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,182 +1,161 @@
-"""What makes a data set unfit (errors) or doubtful (warnings), as pandera models over its frames.
+"""The rules for one line of a data set: an error makes it unfit to train on, a warning doubtful.
 
-Each check is one expression that holds for a good row; null passes. Nothing is read or counted.
+The columns are those of a line as it is read (lines/reading.py) and of what relates it to other
+lines (repeated_lines.py).
 """
 
 from __future__ import annotations
 
-import pandera.polars as pa
 import polars as pl
-from pandera.polars import PolarsData
 
-from nested_core.data.rules.rule_table import READABLE, is_null
+from nested_core.data.lines.sensitive import KINDS
+from nested_core.data.rules.rule_table import Rule, RuleTable
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.
 # An orphan result (o) counts as one here, for it has a check of its own.
 _ORDER = r"^s?(?:u(?:c[to]+)*a)*(?:u(?:c[to]+)*c?)?$"
 _ORPHAN = r"o|(?:^|[^cto])t"
-_ROLES = "the turns are {turns}; "
+_ROLES = pl.col("roles").cast(pl.String)
+_CHAT_ROLES = pl.when(pl.col("format") == "chat").then(_ROLES)
+
+LINE_RULES = RuleTable(
+    columns={
+        "is_train": pl.Boolean,
+        "train_file": pl.Categorical,
+        "has_mark": pl.Boolean,
+        "has_crlf": pl.Boolean,
+        "has_control": pl.Boolean,
+        "has_replacement": pl.Boolean,
+        "check": pl.Categorical,
+        "message": pl.String,
+        "format": pl.Categorical,
+        "file_format": pl.Categorical,
+        "blank_field": pl.Categorical,
+        "roles": pl.Categorical,
+        "repeats": pl.Int32,
+        "resembles": pl.Int32,
+        "answers_otherwise": pl.Int32,
+        "unknown_keys": pl.Categorical,
+    },
+    rules=(
+        # A line that could not be read as an example names the check that it failed itself.
+        Rule("{check}", "error", pl.col("check").is_null(), "{message}", by="check"),
+        Rule(
+            "mixed-format",
+            "error",
+            pl.col("format") == pl.col("file_format"),
+            "this line is {format}, most of the file is {file_format}; "
+            "mlx-lm reads a file in one format",
+        ),
+        Rule(
+            "blank-field",
+            "error",
+            pl.col("blank_field").is_null(),
+            "{blank_field} has no text in it",
+        ),
+        Rule(
+            "no-assistant-turn",
+            "error",
+            _CHAT_ROLES.str.contains("[ac]"),
+            "the turns are {turns}; without an assistant's there is nothing to learn",
+        ),
+        Rule(
+            "last-turn-not-assistant",
+            "error",
+            _CHAT_ROLES.str.contains("^[^ac]*$|[ac]$"),
+            "the turns are {turns}; the last one is what is learnt and must be the assistant's",
+        ),
+        Rule(
+            "tool-without-call",
+            "error",
+            ~_ROLES.str.contains(_ORPHAN),
+            "the turns are {turns}; a tool's result must follow the call that asked for it",
+        ),
+        Rule(
+            "role-order",
+            "error",
+            _CHAT_ROLES.str.contains(f"{_ORDER}|{_ORPHAN}"),
+            "the turns are {turns}; expected system (optional), then user and assistant in turn, "
+            "tool results right after their call",
+        ),
+        Rule(
+            "leakage",
+            "error",
+            pl.col("is_train") | pl.col("repeats").is_null(),
+            "the same example is in {train_file}:{repeats}; "
+            "a loss on it says nothing about new data",
+        ),
+        Rule(
+            "duplicate",
+            "warning",
+            ~pl.col("is_train") | pl.col("repeats").is_null(),
+            "the same example as line {repeats}",
+        ),
+        Rule(
+            "near-duplicate",
+            "warning",
+            pl.col("resembles").is_null(),
+            "like {train_file}:{resembles} but for case and white space",
+        ),
+        Rule(
+            "same-prompt-other-answer",
+            "warning",
+            pl.col("answers_otherwise").is_null(),
+            "{train_file}:{answers_otherwise} answers this prompt otherwise",
+        ),
+        Rule(
+            "unknown-key",
+            "warning",
+            pl.col("unknown_keys").is_null(),
+            "ignored: {unknown_keys} (lines with it: {count})",
+            once=True,
+            by="unknown_keys",
+        ),
+        Rule(
+            "byte-order-mark",
+            "warning",
+            ~pl.col("has_mark"),
+            "the file begins with a byte-order mark, at which mlx-lm stops",
+            once=True,
+        ),
+        Rule(
+            "crlf",
+            "warning",
+            ~pl.col("has_crlf"),
+            "lines that end in CRLF: {count}, from this one on",
+            once=True,
+        ),
+        Rule("control-character", "warning", ~pl.col("has_control"), "a text holds one"),
+        Rule(
+            "replacement-character",
+            "warning",
+            ~pl.col("has_replacement"),
+            "U+FFFD in a text: something was decoded wrongly before it came here",
+        ),
+    ),
+)
+
+_SENSITIVE_CHECKS = {
+    "secret": (
+        "likely-secret",
+        "what looks like a secret ({kind}) in {{count}} lines: {{places}}; "
+        "take it out, and change it where it is in use",
+    ),
+    "personal": (
+        "personal-data",
+        "what looks like personal data ({kind}) in {{count}} lines: {{places}}",
+    ),
+}
 
 
-def _holds(data: PolarsData, expression: pl.Expr) -> pl.LazyFrame:
-    return data.lazyframe.select(expression)
+def _sensitive_rule(bit: int) -> Rule:
+    """The rule for one kind of secret or personal data, once a file; its value is never shown."""
+    check, message = _SENSITIVE_CHECKS[KINDS[bit].group]
+    is_absent = pl.col("sensitive") // 2**bit % 2 == 0
+    return Rule(check, "warning", is_absent, message.format(kind=KINDS[bit].name), once=True)
 
 
-def _matches(data: PolarsData, pattern: str) -> pl.LazyFrame:
-    """Whether the turns of a chat match; rows of other formats are null."""
-    chats = pl.when(pl.col("format") == "chat").then(pl.col("roles").cast(pl.String))
-    return data.lazyframe.select(chats.str.contains(pattern))
-
-
-class RowErrors(pa.DataFrameModel):
-    """What makes one line unfit to train on."""
-
-    check: pl.Categorical = pa.Field(nullable=True)
-    format: pl.Categorical = pa.Field(nullable=True)
-    blank_field: pl.Categorical = pa.Field(nullable=True)
-    roles: pl.Categorical = pa.Field(nullable=True)
-    repeats: pl.Int32 = pa.Field(nullable=True)
-
-    @pa.check("check", name=READABLE)
-    @classmethod
-    def _is_readable(cls, data: PolarsData) -> pl.LazyFrame:
-        return is_null(data)
-
-    @pa.check(
-        "format",
-        name="mixed-format",
-        description="this line is {format}, most of the file is {file_format}; "
-        "mlx-lm reads a file in one format",
-    )
-    @classmethod
-    def _has_the_format_of_its_file(cls, data: PolarsData) -> pl.LazyFrame:
-        return _holds(data, pl.col("format") == pl.col("file_format"))
-
-    @pa.check("blank_field", name="blank-field", description="{blank_field} has no text in it")
-    @classmethod
-    def _has_text(cls, data: PolarsData) -> pl.LazyFrame:
-        return is_null(data)
-
-    @pa.check(
-        "roles",
-        name="no-assistant-turn",
-        description=_ROLES + "without an assistant's there is nothing to learn",
-    )
-    @classmethod
-    def _has_an_assistant(cls, data: PolarsData) -> pl.LazyFrame:
-        return _matches(data, "[ac]")
-
-    @pa.check(
-        "roles",
-        name="last-turn-not-assistant",
-        description=_ROLES + "the last one is what is learnt and must be the assistant's",
-    )
-    @classmethod
-    def _ends_with_the_assistant(cls, data: PolarsData) -> pl.LazyFrame:
-        return _matches(data, "^[^ac]*$|[ac]$")
-
-    @pa.check(
-        "roles",
-        name="tool-without-call",
-        description=_ROLES + "a tool's result must follow the call that asked for it",
-    )
-    @classmethod
-    def _has_a_call_for_each_result(cls, data: PolarsData) -> pl.LazyFrame:
-        return _holds(data, ~pl.col("roles").cast(pl.String).str.contains(_ORPHAN))
-
-    @pa.check(
-        "roles",
-        name="role-order",
-        description=_ROLES + "expected system (optional), then user and assistant in turn, "
-        "tool results right after their call",
-    )
-    @classmethod
-    def _takes_turns(cls, data: PolarsData) -> pl.LazyFrame:
-        return _matches(data, f"{_ORDER}|{_ORPHAN}")
-
-    @pa.check(
-        "repeats",
-        name="leakage",
-        description="the same example is in {train_file}:{repeats}; "
-        "a loss on it says nothing about new data",
-    )
-    @classmethod
-    def _is_not_in_train(cls, data: PolarsData) -> pl.LazyFrame:
-        return _holds(data, pl.col("is_train") | pl.col("repeats").is_null())
-
-
-class RowWarnings(pa.DataFrameModel):
-    """What a person should look at in one line, or a habit of many, told at the first of them."""
-
-    repeats: pl.Int32 = pa.Field(nullable=True)
-    resembles: pl.Int32 = pa.Field(nullable=True)
-    answers_otherwise: pl.Int32 = pa.Field(nullable=True)
-    unknown_lines: pl.UInt32 = pa.Field(nullable=True)
-    mark_lines: pl.UInt32 = pa.Field(nullable=True)
-    crlf_lines: pl.UInt32 = pa.Field(nullable=True)
-    has_control: pl.Boolean
-    has_replacement: pl.Boolean
-
-    @pa.check("repeats", name="duplicate", description="the same example as line {repeats}")
-    @classmethod
-    def _is_new(cls, data: PolarsData) -> pl.LazyFrame:
-        return _holds(data, ~pl.col("is_train") | pl.col("repeats").is_null())
-
-    @pa.check(
-        "resembles",
-        name="near-duplicate",
-        description="like {train_file}:{resembles} but for case and white space",
-    )
-    @classmethod
-    def _resembles_none(cls, data: PolarsData) -> pl.LazyFrame:
-        return is_null(data)
-
-    @pa.check(
-        "answers_otherwise",
-        name="same-prompt-other-answer",
-        description="{train_file}:{answers_otherwise} answers this prompt otherwise",
-    )
-    @classmethod
-    def _agrees_with_train(cls, data: PolarsData) -> pl.LazyFrame:
-        return is_null(data)
-
-    @pa.check(
-        "unknown_lines",
-        name="unknown-key",
-        description="ignored: {unknown_keys} (lines with it: {unknown_lines})",
-    )
-    @classmethod
-    def _has_known_keys(cls, data: PolarsData) -> pl.LazyFrame:
-        return is_null(data)
-
-    @pa.check(
-        "mark_lines",
-        name="byte-order-mark",
-        description="the file begins with a byte-order mark, at which mlx-lm stops",
-    )
-    @classmethod
-    def _has_no_mark(cls, data: PolarsData) -> pl.LazyFrame:
-        return is_null(data)
-
-    @pa.check(
-        "crlf_lines",
-        name="crlf",
-        description="lines that end in CRLF: {crlf_lines}, from this one on",
-    )
-    @classmethod
-    def _ends_in_line_feed(cls, data: PolarsData) -> pl.LazyFrame:
-        return is_null(data)
-
-    @pa.check("has_control", name="control-character", description="a text holds one")
-    @classmethod
-    def _is_printable(cls, data: PolarsData) -> pl.LazyFrame:
-        return _holds(data, ~pl.col("has_control"))
-
-    @pa.check(
-        "has_replacement",
-        name="replacement-character",
-        description="U+FFFD in a text: something was decoded wrongly before it came here",
-    )
-    @classmethod
-    def _was_decoded_well(cls, data: PolarsData) -> pl.LazyFrame:
-        return _holds(data, ~pl.col("has_replacement"))
+SENSITIVE_DATA_RULES = RuleTable(
+    columns={"sensitive": pl.UInt32},
+    rules=tuple(map(_sensitive_rule, range(len(KINDS)))),
+)

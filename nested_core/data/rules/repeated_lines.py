@@ -31,7 +31,7 @@ def relate_rows(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
     for key in ("content", "folded", "prompt"):
         frame = _add_first_in_train(frame, key)
     related = frame.with_columns(**_relations())
-    related = _add_habits(related.drop("content", "folded", "prompt", cs.starts_with("first_")))
+    related = related.drop("content", "folded", "prompt", cs.starts_with("first_"))
     starts = accumulate((frame.height for _, frame in files), initial=0)
     return [
         related.slice(start, frame.height)  # a view, not a copy
@@ -72,18 +72,3 @@ def _relations() -> dict[str, pl.Expr]:
     is_new = ~pl.col("is_train") & repeats.is_null() & resembles.is_null()
     answers = pl.when(is_answered & is_new).then("first_line_by_prompt")
     return {"repeats": repeats, "resembles": resembles, "answers_otherwise": answers}
-
-
-def _add_habits(frame: pl.DataFrame) -> pl.DataFrame:
-    """How many lines of the file share a habit, at the first such line only; null elsewhere."""
-    return frame.with_columns(
-        count_once(pl.col("has_crlf")).alias("crlf_lines"),
-        count_once(pl.col("has_mark")).alias("mark_lines"),
-        count_once(pl.col("unknown_keys").is_not_null(), "unknown_keys").alias("unknown_lines"),
-    )
-
-
-def count_once(flag: pl.Expr, *also: str) -> pl.Expr:
-    """The number of flagged rows of a file, at the first of them; null at all other rows."""
-    is_first = flag & (flag.cast(pl.Int32).cum_sum().over("file", *also) == 1)
-    return pl.when(is_first).then(flag.sum().over("file", *also))

@@ -1,85 +1,54 @@
-"""Runs pandera models over a frame and turns each failure into a finding with file and line.
+"""Rules as tables of pandera checks, and the rows that fail them as findings with file and line.
 
-The checks run whatever the environment says of pandera, and a model that does not fit its frame
-is an error here, never a pass.
+pandera runs every check whatever the environment or the host program has set for it, and a frame
+that does not fit the declared columns is an error, never a pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from string import Formatter
 from typing import Any
 
-import pandera.polars as pa
 import polars as pl
-from pandera.config import CONFIG, ValidationDepth, config_context
-from pandera.errors import SchemaErrors
-from pandera.polars import PolarsData
 
-from nested_core.data.rules.dataset_report import Finding, Severity
+from nested_core.data.rules.dataset_report import Finding, Findings, Severity
 from nested_core.errors import list_first
 
-READABLE = "readable"
-
-
-def is_null(data: PolarsData) -> pl.LazyFrame:
-    """The check of a column that says what is wrong with a row: null is good."""
-    return data.lazyframe.select(pl.col(data.key).is_null())
-
-
-def judge(
-    model: type[pa.DataFrameModel], frame: pl.DataFrame, severity: Severity
-) -> Iterator[Finding]:
-    """Yield a finding for each check of `model` that fails at a row of `frame`.
-
-    The frame needs `file` and `line` (null: the whole file). A check's name becomes the finding's,
-    and its description, formatted with the row, the message. `readable` reports the row's own.
-    """
-    descriptions = _descriptions(model)
-    failures = _failures(model, frame)
-    rows = frame[failures["index"]].iter_rows(named=True)
-    for check, row in zip(failures["check"], rows, strict=True):
-        if check == READABLE:
-            yield Finding(row["file"], row["line"], severity, row["check"], row["message"])
-        else:
-            message = descriptions[check].format_map(_spelled_out(row))
-            yield Finding(row["file"], row["line"], severity, check, message)
-
-
-def _failures(model: type[pa.DataFrameModel], frame: pl.DataFrame) -> pl.DataFrame:
-    with _whatever_the_environment_says():
-        try:
-            model.validate(frame, lazy=True)
-        except SchemaErrors as error:
-            cases: pl.DataFrame = error.failure_cases
-        else:
-            return pl.DataFrame(schema={"check": pl.String, "index": pl.Int32})
-    misfits = cases.filter(pl.col("index").is_null())
-    if misfits.height:
-        raise TypeError(f"{model.__name__} does not fit its frame: {misfits.to_dicts()[:3]}")
-    return cases.select("check", "index")
+_DEPTH_VARIABLE = "PANDERA_VALIDATION_DEPTH"
+_DEPTHS = {"SCHEMA_ONLY", "DATA_ONLY", "SCHEMA_AND_DATA"}
 
 
 @contextmanager
-def _whatever_the_environment_says() -> Iterator[None]:
-    """Every check on, and over polars itself: PANDERA_* variables decide nothing here."""
-    narwhals, CONFIG.use_narwhals_backend = CONFIG.use_narwhals_backend, False
+def _importable_pandera() -> Iterator[None]:
+    """Hide a validation depth that pandera does not know: its import would fail."""
+    depth = os.environ.get(_DEPTH_VARIABLE)
+    if depth is None or depth in _DEPTHS:
+        yield
+        return
+    del os.environ[_DEPTH_VARIABLE]
     try:
-        with config_context(
-            validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA
-        ):
-            yield
+        yield
     finally:
-        CONFIG.use_narwhals_backend = narwhals
+        os.environ[_DEPTH_VARIABLE] = depth
 
 
-def _descriptions(model: type[pa.DataFrameModel]) -> dict[str, str]:
-    columns = model.to_schema().columns.values()
-    return {
-        str(check.name): str(check.description) for column in columns for check in column.checks
-    }
+with _importable_pandera():
+    import pandera.polars as pa
+    from pandera.backends.polars.checks import PolarsCheckBackend
+    from pandera.backends.polars.components import ColumnBackend
+    from pandera.backends.polars.container import DataFrameSchemaBackend
+    from pandera.config import ValidationDepth, config_context
+    from pandera.errors import SchemaError, SchemaErrorReason, SchemaErrors
 
-
+_PARSE = Formatter().parse
+LISTED_FINDINGS = 1_000  # of one check in one file; the rest are counted
+_SHOWN_LINES = 5
+_SHOWN_TURNS = 12
 _ROLES = {
     "s": "system",
     "u": "user",
@@ -88,11 +57,160 @@ _ROLES = {
     "c": "assistant (calls a tool)",
     "o": "tool (no call has its id)",
 }
-_SHOWN_TURNS = 12
 
 
-def _spelled_out(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its turns in words, for messages."""
-    letters = row.get("roles") or ""
-    turns = [_ROLES[letter] for letter in letters]
-    return row | {"turns": list_first(turns, _SHOWN_TURNS) or "none"}
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One check of a row.
+
+    name: the check's name in findings; it may hold a {column} of the failing row.
+    expression: true or null for a good row.
+    message: a sentence, with {columns} of the failing row and {turns}, its roles in words.
+    once: one finding stands for all failing rows of a file, whose number is {count} and the first
+    of whose lines are {places}. It stands at the first of them, or at the `worst`.
+    worst: the column that is largest at the row of such a finding.
+    by: a column; rows with different values of it are listed, counted and limited separately.
+    """
+
+    name: str
+    severity: Severity
+    expression: pl.Expr
+    message: str
+    once: bool = False
+    worst: str | None = None
+    by: str | None = None
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """All columns that the rule reads, those of its message included."""
+        fields = {name for text in (self.name, self.message) for _, name, _, _ in _PARSE(text)}
+        if "turns" in fields:
+            fields.add("roles")
+        others = {None, "turns", "count", "places"}
+        columns = {*self.expression.meta.root_names(), self.worst, self.by, *fields} - others
+        return frozenset(name for name in columns if name is not None)
+
+
+class _Schema(pa.DataFrameSchema):
+    """A schema over polars itself, whatever backend the host program chose for pandera's own."""
+
+    @staticmethod
+    def register_default_backends(check_obj_cls: type) -> None:
+        """Nothing: the backend of this class is registered once, below."""
+
+
+class _Column(pa.Column):
+    """A column of such a schema."""
+
+    @staticmethod
+    def register_default_backends(check_obj_cls: type) -> None:
+        """Nothing: the backend of this class is registered once, below."""
+
+
+class _Check(pa.Check):
+    """A check in such a schema."""
+
+
+_Schema.register_backend(pl.DataFrame, DataFrameSchemaBackend)
+_Column.register_backend(pl.LazyFrame, ColumnBackend)
+_Check.register_backend(pl.LazyFrame, PolarsCheckBackend)
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """Rules over one frame, and the columns that they read, by name with their types.
+
+    A column of flags (Boolean) must not hold null, the others may.
+    """
+
+    columns: Mapping[str, type[pl.DataType]]
+    rules: tuple[Rule, ...]
+
+    @cached_property
+    def by_column(self) -> dict[str, list[Rule]]:
+        """The rules by the column that pandera runs them at: the first that they read."""
+        rules: dict[str, list[Rule]] = {name: [] for name in self.columns}
+        for rule in self.rules:
+            rules[rule.expression.meta.root_names()[0]].append(rule)
+        return rules
+
+    @cached_property
+    def schema(self) -> pa.DataFrameSchema:
+        """The table as a pandera schema."""
+        columns = {}
+        for name, rules in self.by_column.items():
+            checks: list[Any] = [_Check(_holds(r.expression), n_failure_cases=1) for r in rules]
+            dtype = self.columns[name]
+            columns[name] = _Column(dtype, checks, nullable=dtype is not pl.Boolean)
+        return _Schema(columns)
+
+    def judge(self, frame: pl.DataFrame, findings: Findings) -> None:
+        """Add a finding for each rule that fails at a row of `frame`.
+
+        The frame needs `file` and `line` (null: the whole file) beside the declared columns. Of
+        one rule, LISTED_FINDINGS rows a file become findings; one more finding has their number.
+        Raises TypeError for a frame that does not fit the declared columns.
+        """
+        failing = self._failing_rows(frame)
+        for rule in self.rules:
+            if rule not in failing:
+                continue
+            rows = frame.select({"file", "line", *rule.columns})[failing[rule]]
+            groups = ["file"] if rule.by is None else ["file", rule.by]
+            for group in rows.partition_by(groups, maintain_order=True):
+                findings.listed.extend(_describe(rule, group))
+                if rule.severity == "error":
+                    lines = group["line"].drop_nulls().to_list()
+                    findings.error_lines.setdefault(group["file"][0], set()).update(lines)
+
+    def _failing_rows(self, frame: pl.DataFrame) -> dict[Rule, pl.Series]:
+        """The indices of the rows at which each rule fails, if there are any."""
+        errors: list[SchemaError] = []
+        with config_context(
+            validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA
+        ):
+            try:
+                self.schema.validate(frame, lazy=True)
+            except SchemaErrors as error:
+                errors = error.schema_errors
+        misfits = [e for e in errors if e.reason_code is not SchemaErrorReason.DATAFRAME_CHECK]
+        if misfits:
+            raise TypeError(f"The rules do not fit their frame: {list_first(misfits, 3)}")
+        return {
+            self.by_column[error.schema.name][error.check_index]: pl.arg_where(
+                ~error.check_output.to_series(), eager=True
+            )
+            for error in errors
+        }
+
+
+def _holds(expression: pl.Expr) -> Callable[[pa.PolarsData], pl.LazyFrame]:
+    return lambda data: data.lazyframe.select(expression)
+
+
+def _describe(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
+    """The findings of one rule for failing rows of one file."""
+    if rule.once:
+        place = 0 if rule.worst is None else rows[rule.worst].arg_max() or 0
+        lines = list_first(rows["line"].to_list(), _SHOWN_LINES)
+        yield _finding(rule, rows.row(place, named=True) | {"count": rows.height, "places": lines})
+        return
+    for row in rows.head(LISTED_FINDINGS).iter_rows(named=True):
+        yield _finding(rule, row)
+    rest = rows.height - LISTED_FINDINGS
+    if rest > 0:
+        row = rows.row(0, named=True)
+        message = f"{rest:,} more of these: the first {LISTED_FINDINGS:,} are listed"
+        name = rule.name.format_map(row)
+        yield Finding(row["file"], None, rule.severity, name, message, count=rest)
+
+
+def _finding(rule: Rule, row: dict[str, Any]) -> Finding:
+    message = rule.message.format_map(row | {"turns": _spell_out(row.get("roles") or "")})
+    return Finding(row["file"], row["line"], rule.severity, rule.name.format_map(row), message)
+
+
+def _spell_out(roles: str) -> str:
+    """The turns of a conversation in words."""
+    turns = [_ROLES[letter] for letter in roles]
+    return list_first(turns, _SHOWN_TURNS) or "none"

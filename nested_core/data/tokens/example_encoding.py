@@ -1,26 +1,29 @@
-"""One example -> the tokens that mlx-lm makes of it, and the stretches of them that are learnt.
+"""One example -> the tokens that mlx-lm makes of it, and the spans of them that the loss counts.
 
-Truncates nothing and judges nothing: a template that rewrites what came before is only noted.
+Truncates nothing and judges nothing: a template that rewrites earlier turns is only noted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from nested_core.data.lines.examples import Example
 
-# What is learnt of an example: all of it, the last turn, or every turn of the assistant.
+# What the loss counts of an example: all of it, the last turn, or every turn of the assistant.
 Targets = Literal["whole", "last", "all"]
 Span = tuple[int, int]
+_ANSWER_PROMPT = {"add_generation_prompt": True}  # adds what the template puts before an answer
 
 
 @dataclass(frozen=True)
 class EncodedExample:
     """One example before truncation.
 
-    spans: the stretches [from, to) of tokens that are learnt, ascending; broken_turn: the index of
-    the first message whose prompt, as templated, does not begin the templated whole, else -1.
+    spans: the ranges [begin, end) of tokens that the loss counts, ascending; broken_turn: the index
+    of the first message whose prompt, as templated, does not begin the whole templated example,
+    else -1.
     """
 
     tokens: list[int]
@@ -44,7 +47,7 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
     if example.format == "text":
         tokens = _encode_text(example.text, tokenizer)
         return EncodedExample(tokens, ((0, len(tokens)),))
-    tokens = _apply(tokenizer, example, len(example.messages))
+    tokens = _apply_template(tokenizer, example, len(example.messages))
     if targets == "whole":
         return EncodedExample(tokens, ((0, len(tokens)),))
     if targets == "last":
@@ -60,9 +63,8 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
     return tokens
 
 
-def _apply(tokenizer: Any, example: Example, turns: int, *, asks: bool = False) -> list[int]:
-    """The tokens of the first turns; `asks` adds what the template puts before an answer."""
-    more = {"add_generation_prompt": True} if asks else {}
+def _apply_template(tokenizer: Any, example: Example, turns: int, **more: Any) -> list[int]:
+    """The tokens of the first turns."""
     messages = example.messages[:turns]
     template = tokenizer.apply_chat_template
     return list(template(messages, tools=example.tools, return_dict=False, **more))
@@ -70,25 +72,84 @@ def _apply(tokenizer: Any, example: Example, turns: int, *, asks: bool = False) 
 
 def _encode_last(example: Example, tokenizer: Any, tokens: list[int]) -> EncodedExample:
     last = len(example.messages) - 1
-    asks = example.messages[last]["role"] == "assistant"
-    prompt = _apply(tokenizer, example, last, asks=asks)
-    broken_turn = -1 if _begins(prompt, tokens) else last
-    return EncodedExample(tokens, ((len(prompt), len(tokens)),), broken_turn)
+    prompt = _ANSWER_PROMPT if example.messages[last]["role"] == "assistant" else {}
+    prefix = _apply_template(tokenizer, example, last, **prompt)
+    broken_turn = -1 if tokens[: len(prefix)] == prefix else last
+    return EncodedExample(tokens, ((len(prefix), len(tokens)),), broken_turn)
 
 
 def _encode_all(example: Example, tokenizer: Any, tokens: list[int]) -> EncodedExample:
+    templated = _TemplatedExample(example, tokenizer, tokens)
     spans: list[Span] = []
     for turn, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
-        prompt = _apply(tokenizer, example, turn, asks=True)
+        begin = templated.prefix_length(turn, **_ANSWER_PROMPT)
         is_last = turn == len(example.messages) - 1
-        until = tokens if is_last else _apply(tokenizer, example, turn + 1)
-        if not (_begins(prompt, tokens) and _begins(until, tokens)):
+        end = len(tokens) if is_last else templated.prefix_length(turn + 1)
+        if begin is None or end is None:
             return EncodedExample(tokens, tuple(spans), turn)
-        spans.append((len(prompt), len(until)))
+        spans.append((begin, end))
     return EncodedExample(tokens, tuple(spans))
 
 
-def _begins(prefix: list[int], tokens: list[int]) -> bool:
-    return tokens[: len(prefix)] == prefix
+class _TemplatedExample:
+    """The tokens of a templated example, and how many of them its first turns make.
+
+    The first turns, templated and tokenised by themselves, must give the first tokens of the whole.
+    To tokenise each beginning anew is quadratic in the turns. So their texts are looked up among
+    the places at which tokens of the whole end. An added token, such as <|end|>, splits a text into
+    parts that are tokenised independently: only what follows the last one needs to be compared.
+    """
+
+    def __init__(self, example: Example, tokenizer: Any, tokens: list[int]) -> None:
+        self._example = example
+        self._tokenizer = tokenizer
+        self._tokens = tokens
+        self._text = ""  # if empty, beginnings are tokenised
+        self._starts: list[int] = []  # of each token, in characters
+        self._counts: dict[int, int] = {}  # end in characters -> number of tokens up to there
+        if getattr(tokenizer, "is_fast", False):
+            self._locate_tokens()
+
+    def _locate_tokens(self) -> None:
+        text = self._render(len(self._example.messages))
+        encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        if encoding.ids != self._tokens:
+            return
+        self._text = text
+        self._starts = [start for start, _ in encoding.offsets]
+        self._counts = {end: count for count, (_, end) in enumerate(encoding.offsets, start=1)}
+
+    def prefix_length(self, turns: int, **more: Any) -> int | None:
+        """How many tokens the first turns make; None if they do not begin the whole."""
+        if self._text and (count := self._locate_prefix(self._render(turns, **more))) is not None:
+            return count
+        prefix = _apply_template(self._tokenizer, self._example, turns, **more)
+        return len(prefix) if self._tokens[: len(prefix)] == prefix else None
+
+    def _locate_prefix(self, prefix: str) -> int | None:
+        """As `prefix_length`, from the places of the tokens; None if these do not tell."""
+        count = self._counts.get(len(prefix))
+        if count is None or not self._text.startswith(prefix):
+            return None
+        added = _added_tokens(self._tokenizer)
+        last = next((i for i in range(count - 1, -1, -1) if self._tokens[i] in added), None)
+        if last is None:
+            return None
+        rest = prefix[self._starts[last] :]
+        encoding = self._tokenizer.backend_tokenizer.encode(rest, add_special_tokens=False)
+        return count if encoding.ids == self._tokens[last:count] else None
+
+    def _render(self, turns: int, **more: Any) -> str:
+        """The text of the first turns."""
+        messages = self._example.messages[:turns]
+        template = self._tokenizer.apply_chat_template
+        return str(template(messages, tools=self._example.tools, tokenize=False, **more))
+
+
+@lru_cache(maxsize=2)
+def _added_tokens(tokenizer: Any) -> frozenset[int]:
+    """The tokens that are found in a text before it is normalised and split."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(token for token, description in added if not description.normalized)

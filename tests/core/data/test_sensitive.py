@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import polars as pl
 import pytest
@@ -141,3 +142,70 @@ def test_the_arguments_of_a_tool_are_looked_at_too(write_data: WriteData) -> Non
     report, _ = load_dataset(DataSettings(str(folder), batch_size=1), None)
     found = [(f.file, f.line) for f in report.warnings if f.check == "personal-data"]
     assert found == [("train.jsonl", 1)]
+
+
+# What a pattern could try again from each place: beginnings, words, separators, without an end.
+PIECES = [
+    "-eyJaaaaaaaa",
+    "eyJaaaaaaaa",
+    "eyJaaaaaaaa.",
+    "-eyJaaaaaaaa.eyJaaaaaaaa",
+    "-----BEGIN A",
+    "-----BEGIN ",
+    "A ",
+    "AKIA",
+    "ghp_aaaaaaaa",
+    "github_pat_",
+    "glpat-a",
+    "xoxb-a",
+    "AIza",
+    "sk-ant-",
+    "sk-a",
+    "hf_",
+    "hf_a ",
+    "password ",
+    "password=",
+    "password = '",
+    "api_key: (",
+    "a@a.",
+    "a@",
+    "a.",
+    "aB3",
+    "1",
+    "1 ",
+    "1-",
+    "+1 ",
+    "(415) ",
+    "DE12 ",
+    "A1",
+    "DE89 3704 ",
+    " ",
+    "\n",
+]
+STARTS = ["", "-----BEGIN ", "password ", "a@", "eyJaaaaaaaa.eyJaaaaaaaa", "ghp_", "+1", "DE12"]
+
+
+def longest_search(characters: int) -> dict[str, float]:
+    """The processor seconds that each pattern takes for the worst of the hostile texts."""
+    worst = dict.fromkeys([kind.name for kind in KINDS], 0.0)
+    for start in STARTS:
+        for piece in PIECES:
+            text = start + piece * (characters // len(piece))
+            for kind in KINDS:
+                began = time.process_time()
+                kind.is_in(text)
+                worst[kind.name] = max(worst[kind.name], time.process_time() - began)
+    return worst
+
+
+def test_no_pattern_takes_quadratic_time_over_hostile_text() -> None:
+    # A linear search of so many characters takes 0.01 s; a quadratic one took 0.9 s.
+    for name, seconds in longest_search(80_000).items():
+        assert seconds < 0.3, name
+
+
+def test_a_header_of_a_web_token_may_begin_within_a_word() -> None:
+    token = HOLDING["JSON web token"][0]
+    assert kinds_in(f"x-{token}") == ["JSON web token"]
+    assert kinds_in(f"a.b.{token}") == ["JSON web token"]
+    assert kinds_in(f"x{token}") == []

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.pre_tokenizers import Metaspace
 
 from nested_core.config.loading import parse_config
 from nested_core.data.dataset import load_dataset
 from nested_core.data.lines.examples import Example
 from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.example_encoding import encode_example
+from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
@@ -149,6 +151,87 @@ def test_two_template_calls_a_turn_are_enough(tokenizer: TokenizerSource) -> Non
     encoded = encode_example(Example("chat", [*TURNS[1:3]] * 9), Counting(), "all")
     assert len(encoded.spans) == 9
     assert len(calls) == 2 * 9
+
+
+PLAIN = (  # no special token at all, so that all turns are split as one text
+    "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:{% endif %}"
+)
+STRIPPING = TEMPLATE.replace("m.content or ''", "(m.content or '') | trim")
+PIECES = [
+    "Where",
+    " is",
+    " the river?",
+    " ",
+    "\n",
+    "\n\n",
+    "  x",
+    "é",
+    "\U0001f600",
+    "1234567",
+    "'s",
+]
+PIECES += ["<|end|>", "<|assistant|>", "<|", "\u0301", "_", "\t", "...", "Paris."]
+
+
+def templated_one_by_one(example: Example, tokenizer: Any) -> EncodedExample:
+    """What `all` means: every beginning of the chat is templated and tokenised by itself."""
+
+    def tokens_of(turns: int, **more: Any) -> list[int]:
+        messages = example.messages[:turns]
+        return list(tokenizer.apply_chat_template(messages, tools=example.tools, **more))
+
+    whole = tokens_of(len(example.messages))
+    spans: list[tuple[int, int]] = []
+    for turn, message in enumerate(example.messages):
+        if message["role"] == "assistant":
+            begin, end = tokens_of(turn, add_generation_prompt=True), tokens_of(turn + 1)
+            if whole[: len(begin)] != begin or whole[: len(end)] != end:
+                return EncodedExample(whole, tuple(spans), turn)
+            spans.append((len(begin), len(end)))
+    return EncodedExample(whole, tuple(spans))
+
+
+def random_chat(dice: random.Random) -> Example:
+    turns = [{"role": "system", "content": "Be brief."}] * dice.randint(0, 1)
+    for _ in range(dice.randint(1, 5)):
+        for role in ("user", "assistant"):
+            text = "".join(dice.choices(PIECES, k=dice.randint(0, 6)))
+            turns.append({"role": role, "content": text, "thinking": dice.choice(["", "Hm."])})
+    return Example("chat", turns)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize(
+    "template", [TEMPLATE, HEADED, UNHEADED, ONLY_LAST_THINKS, PLAIN, STRIPPING]
+)
+def test_tokenising_a_chat_once_gives_the_spans_of_tokenising_each_beginning(
+    template: str, metaspace: bool
+) -> None:
+    tokenizer = build_tokenizer(template).load()
+    if metaspace:  # as models with a SentencePiece vocabulary split their texts
+        tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="first")
+    dice = random.Random(template)
+    for _ in range(150):
+        example = random_chat(dice)
+        assert encode_example(example, tokenizer, "all") == templated_one_by_one(example, tokenizer)
+
+
+def test_a_chat_of_many_turns_is_tokenised_once(tokenizer: TokenizerSource) -> None:
+    tokenised = []
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer.load(), name)
+
+        def apply_chat_template(self, messages: Any, **more: Any) -> Any:
+            if more.get("tokenize", True):
+                tokenised.append(len(messages))
+            return tokenizer.load().apply_chat_template(messages, **more)
+
+    example = Example("chat", [*TURNS[1:3]] * 20)
+    assert len(encode_example(example, Counting(), "all").spans) == 20
+    assert tokenised == [40]
 
 
 def test_a_reference_run_refuses_to_learn_every_turn() -> None:
