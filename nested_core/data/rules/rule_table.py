@@ -91,29 +91,24 @@ class Rule:
         return frozenset(name for name in columns if name is not None)
 
 
+# These compute with polars itself, whatever backend the host program or its environment chose for
+# pandera's own classes.
 class _Schema(pa.DataFrameSchema):
-    """A schema over polars itself, whatever backend the host program chose for pandera's own."""
-
-    @staticmethod
-    def register_default_backends(check_obj_cls: type) -> None:
-        """Nothing: the backend of this class is registered once, below."""
+    @classmethod
+    def get_backend(cls, *_: object, **__: object) -> DataFrameSchemaBackend:
+        return DataFrameSchemaBackend()
 
 
 class _Column(pa.Column):
-    """A column of such a schema."""
-
-    @staticmethod
-    def register_default_backends(check_obj_cls: type) -> None:
-        """Nothing: the backend of this class is registered once, below."""
+    @classmethod
+    def get_backend(cls, *_: object, **__: object) -> ColumnBackend:
+        return ColumnBackend()
 
 
 class _Check(pa.Check):
-    """A check in such a schema."""
-
-
-_Schema.register_backend(pl.DataFrame, DataFrameSchemaBackend)
-_Column.register_backend(pl.LazyFrame, ColumnBackend)
-_Check.register_backend(pl.LazyFrame, PolarsCheckBackend)
+    @classmethod
+    def get_backend(cls, *_: object, **__: object) -> type[PolarsCheckBackend]:
+        return PolarsCheckBackend
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def test_messages_stay_short_and_on_one_line(write_data: WriteData) -> None:
         b'{"messages": [], "' + b"k" * 3000 + b'": 1, "' + b"k" * 3000 + b'": 2}',
         {"messages": [{"role": "user", "content": "a"}] * 5000},
     ]
-    for finding in report_on(write_data(train=[*GOOD, *bad], valid=HELD_OUT)).errors:
+    errors = report_on(write_data(train=[*GOOD, *bad], valid=HELD_OUT)).errors
+    assert {finding.line for finding in errors} == {5, 6, 7, 8, 9}
+    for finding in errors:
         assert len(finding.message) < 300
         assert "\n" not in finding.message
 
