@@ -49,7 +49,7 @@ SLOW_FILES = (
     "core/data/test_bad_lines.py",
     "core/data/test_formats.py",
     "core/pipeline/test_continual.py",
-    "core/data/test_reading.py",
+    "core/data/test_split_table.py",
     "core/registry/test_registry_damage.py",
     "core/kernels/test_checking.py",
     "core/models/peft/test_import_refusals.py",

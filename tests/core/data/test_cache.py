@@ -104,6 +104,20 @@ def test_another_template_is_another_entry(
     assert len(entries(cache)) == 2
 
 
+def test_an_additional_template_is_another_entry(
+    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tokenizer.folder, tmp_path / "model"))
+    source = TokenizerSource(str(copy))
+    load_dataset(settings, source, cache=cache)
+    template = copy / "additional_chat_templates" / "tool_use.jinja"
+    template.parent.mkdir()
+    for number, content in enumerate(["{{ messages }}", "{{ messages | tojson }}"], start=2):
+        template.write_text(content)
+        load_dataset(settings, source, cache=cache)
+        assert len(entries(cache)) == number
+
+
 def test_other_rules_are_another_entry(
     settings: DataSettings,
     tokenizer: TokenizerSource,
