@@ -15,12 +15,14 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
@@ -114,17 +116,13 @@ class CacheEntry:
         unpublished.mkdir()
         try:
             yield unpublished
-            _publish(unpublished, self.folder)
+            try:
+                unpublished.rename(self.folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
         finally:
             shutil.rmtree(unpublished, ignore_errors=True)
-
-
-def _publish(unpublished: Path, target: Path) -> None:
-    try:
-        unpublished.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
 
 
 def default_cache() -> DatasetCache:
@@ -156,21 +154,15 @@ def _remove_unused(folder: Path) -> None:
 
 
 def _key(settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource) -> str:
-    facts: dict[str, Any] = {
-        "settings": {each.name: _plain(getattr(settings, each.name)) for each in fields(settings)},
+    inputs: dict[str, Any] = {
+        "settings": to_jsonable_python(settings),
         "files": {split: _describe(file) for split, file in files.items()},
-        "tokenizer": asdict(tokenizer) | {"files": _tokenizer_files(Path(tokenizer.folder))},
+        "tokenizer": asdict(tokenizer),
+        "tokenizer_files": _tokenizer_files(Path(tokenizer.folder)),
         "rules": _rules_version(),
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
-    return sha256(canonical_json(facts)).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON takes it: pydantic models as their fields."""
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+    return sha256(canonical_json(inputs)).hexdigest()
 
 
 def _describe(file: SplitFile) -> dict[str, Any]:

@@ -14,10 +14,20 @@ from pathlib import Path
 import polars as pl
 
 from nested_core.data.parallel_jobs import OnProgress
-from nested_core.data.rules.dataset_report import DatasetReport, Findings, SplitStats, in_order
+from nested_core.data.rules.dataset_report import (
+    DatasetReport,
+    Findings,
+    Severity,
+    SplitStats,
+    in_order,
+)
 from nested_core.data.rules.dropped_lines import tell_dropped
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
-from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES
+from nested_core.data.rules.line_rules import (
+    LINE_RULES,
+    SENSITIVE_DATA_RULES,
+    held_out_rules,
+)
 from nested_core.data.rules.split_statistics import count_split, count_tokens, describe_split
 from nested_core.data.rules.token_rules import (
     TEMPLATE_RULES,
@@ -76,6 +86,9 @@ def _judge_lines(tables: Tables, settings: DataSettings, findings: Findings) -> 
             frame = frame.with_columns(roles=pl.lit(None, frame.schema["roles"]))
         LINE_RULES.judge(frame, findings)
         SENSITIVE_DATA_RULES.judge(frame.filter(pl.col("sensitive") != 0), findings)
+    # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
+    severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
+    held_out_rules(severity).judge(tables["test"].frame, findings)
 
 
 def _judge_files(

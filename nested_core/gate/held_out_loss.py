@@ -74,13 +74,17 @@ def measure_losses(base: LoadedBase, run: RunDirectory) -> Validation | None:
     """Mean loss with the initial and with the trained adapter; None without held-out data.
 
     The examples are those of test.jsonl, or without one the validation set, by which the best
-    checkpoint was chosen: `selected_on_same_data` says so.
+    checkpoint was chosen: `selected_on_same_data` says so, of a test set within it as well.
     """
-    name, split = _first_filled(base.config, run, ("test", "valid"))
+    splits = _filled_splits(base.config, run)
+    valid = splits.get("valid")
+    split = splits.get("test", valid)
     if split is None:
         return None
     before, after = map(finite_or_none, base.losses((run.initial, run.adapter), split))
-    return Validation(before, after, selected_on_same_data=name == "valid")
+    return Validation(
+        before, after, selected_on_same_data=valid is not None and split.is_within(valid)
+    )
 
 
 def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
@@ -88,7 +92,7 @@ def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
 
     Raises DatasetError if there is no test set.
     """
-    _, split = _first_filled(config, run, ("test",))
+    split = _filled_splits(config, run).get("test")
     if split is None:
         raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
     return LoadedBase.load(config).losses((run.adapter,), split, config.test_batches)[0]
@@ -117,16 +121,11 @@ def refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
         )
 
 
-def _first_filled(
-    config: FineTuneConfig, run: RunDirectory, names: Sequence[str]
-) -> tuple[str, TokenizedSplit | None]:
-    """The first of the named splits that has examples, or None in its place."""
+def _filled_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, TokenizedSplit]:
+    """The splits that have examples, of the data that the run was validated with."""
     report, splits = load_run_data(config)
     refuse_other_data(run, report)
-    for name in names:
-        if name in splits and len(splits[name]):
-            return name, splits[name]
-    return names[0], None
+    return {name: split for name, split in splits.items() if len(split)}
 
 
 def _read_general(config: FineTuneConfig, path: Path) -> TokenizedSplit:

@@ -79,6 +79,7 @@ def _validation_digest(dataset: dict[str, Any], validation: dict[str, Any] | Non
     """The digest of the examples that the gate measured losses on, or None without any."""
     if validation is None:
         return None
-    split = "valid" if validation["selected_on_same_data"] else "test"
-    digest: str = dataset["splits"][split]["digest"]
+    splits = dataset["splits"]
+    split = "test" if splits.get("test", {"rows": 0})["rows"] else "valid"
+    digest: str = splits[split]["digest"]
     return digest

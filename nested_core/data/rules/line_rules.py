@@ -6,9 +6,12 @@ lines (repeated_lines.py).
 
 from __future__ import annotations
 
+from functools import cache
+
 import polars as pl
 
 from nested_core.data.lines.sensitive import KINDS
+from nested_core.data.rules.dataset_report import Severity
 from nested_core.data.rules.rule_table import Rule, RuleTable
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.
@@ -159,3 +162,18 @@ SENSITIVE_DATA_RULES = RuleTable(
     columns={"sensitive": pl.UInt32},
     rules=tuple(map(_sensitive_rule, range(len(KINDS)))),
 )
+
+
+@cache
+def held_out_rules(severity: Severity) -> RuleTable:
+    """The rules for one line of test, as it relates to valid."""
+    repeated = Rule(
+        "test-in-valid",
+        severity,
+        pl.col("line_in_valid").is_null(),
+        "the same example is in {valid_file}:{line_in_valid}, by which the best checkpoint is "
+        "chosen; a loss on it says nothing about new data",
+    )
+    return RuleTable(
+        columns={"line_in_valid": pl.Int32, "valid_file": pl.Categorical}, rules=(repeated,)
+    )

@@ -16,7 +16,7 @@ def relate_rows(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
 
     Adds file, train_file, is_train, file_format, and the train lines `repeats` (equal content),
     `resembles` (equal but for case and white space) and `answers_otherwise` (equal prompt, other
-    content).
+    content). The frame of test gets valid_file and `line_in_valid` (equal content) as well.
     """
     named = [
         frame.with_columns(
@@ -33,10 +33,22 @@ def relate_rows(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
     related = frame.with_columns(**_relations())
     related = related.drop("content", "folded", "prompt", cs.starts_with("first_"))
     starts = accumulate((frame.height for _, frame in files), initial=0)
-    return [
+    train, valid, test = (
         related.slice(start, frame.height)  # a view, not a copy
         for start, (_, frame) in zip(starts, files, strict=False)
-    ]
+    )
+    test = test.with_columns(
+        valid_file=pl.lit(files[1][0], pl.Categorical),
+        line_in_valid=_first_lines(named[2]["content"], named[1]),
+    )
+    return [train, valid, test]
+
+
+def _first_lines(contents: pl.Series, valid: pl.DataFrame) -> pl.Series:
+    """The first line of valid with each of these contents, or null."""
+    examples = valid.filter(pl.col("content").is_not_null())
+    first = examples.group_by("content").agg(pl.col("line").first())
+    return contents.to_frame().join(first, on="content", how="left", maintain_order="left")["line"]
 
 
 def _add_file_format(frame: pl.DataFrame) -> pl.DataFrame:

@@ -16,7 +16,7 @@ from nested_core.data.rules.dropped_lines import Dropped
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
-_ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]"}
+_ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]", "other": "x"}
 
 
 def count_split(

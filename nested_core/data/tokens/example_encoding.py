@@ -65,9 +65,16 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
 
 def _apply_template(tokenizer: Any, example: Example, turns: int, **more: Any) -> list[int]:
     """The tokens of the first turns."""
-    messages = example.messages[:turns]
-    template = tokenizer.apply_chat_template
-    return list(template(messages, tools=example.tools, return_dict=False, **more))
+    return list(_render(tokenizer, example, turns, return_dict=False, **more))
+
+
+def _render(tokenizer: Any, example: Example, turns: int, **more: Any) -> Any:
+    """What the chat template gives for the first turns, or for none."""
+    if turns > 0:
+        messages = example.messages[:turns]
+        return tokenizer.apply_chat_template(messages, tools=example.tools, **more)
+    # transformers looks at the first message; of a batch, at the first conversation.
+    return tokenizer.apply_chat_template([[]], tools=example.tools, **more)[0]
 
 
 def _encode_last(example: Example, tokenizer: Any, tokens: list[int]) -> EncodedExample:
@@ -113,7 +120,7 @@ class _TemplatedExample:
             self._locate_tokens()
 
     def _locate_tokens(self) -> None:
-        text = self._render(len(self._example.messages))
+        text = self._text_of(len(self._example.messages))
         encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         if encoding.ids != self._tokens:
             return
@@ -123,7 +130,7 @@ class _TemplatedExample:
 
     def prefix_length(self, turns: int, **more: Any) -> int | None:
         """How many tokens the first turns make; None if they do not begin the whole."""
-        if self._text and (count := self._locate_prefix(self._render(turns, **more))) is not None:
+        if self._text and (count := self._locate_prefix(self._text_of(turns, **more))) is not None:
             return count
         prefix = _apply_template(self._tokenizer, self._example, turns, **more)
         return len(prefix) if self._tokens[: len(prefix)] == prefix else None
@@ -141,11 +148,9 @@ class _TemplatedExample:
         encoding = self._tokenizer.backend_tokenizer.encode(rest, add_special_tokens=False)
         return count if encoding.ids == self._tokens[last:count] else None
 
-    def _render(self, turns: int, **more: Any) -> str:
+    def _text_of(self, turns: int, **more: Any) -> str:
         """The text of the first turns."""
-        messages = self._example.messages[:turns]
-        template = self._tokenizer.apply_chat_template
-        return str(template(messages, tools=self._example.tools, tokenize=False, **more))
+        return str(_render(self._tokenizer, self._example, turns, tokenize=False, **more))
 
 
 @lru_cache(maxsize=2)

@@ -11,6 +11,7 @@ import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -70,6 +71,16 @@ class TokenizedSplit:
     def example_mask(self, index: int) -> Bool:
         """The target mask of one example, bool [length], as a view."""
         return self.target_mask[self.starts[index] : self.starts[index + 1]]
+
+    def is_within(self, other: TokenizedSplit) -> bool:
+        """Whether the tokens of each example are those of an example of `other`."""
+        examples = {sha256(other.example(index).tobytes()).digest() for index in range(len(other))}
+        other.give_back()
+        is_within = all(
+            sha256(self.example(index).tobytes()).digest() in examples for index in range(len(self))
+        )
+        self.give_back()
+        return is_within
 
     def give_back(self) -> None:
         """Release the memory pages of the mapped files, so that none stay in this process."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
-from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES
+from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES, held_out_rules
 from nested_core.data.rules.rule_table import RuleTable
 from nested_core.data.rules.token_rules import TEMPLATE_RULES, TOKEN_RULES
 
@@ -21,6 +21,7 @@ NAMED = re.compile(
 TABLES = (
     LINE_RULES,
     SENSITIVE_DATA_RULES,
+    held_out_rules("error"),
     FILE_RULES,
     ROW_COUNT_RULES,
     TEMPLATE_RULES,

@@ -13,7 +13,7 @@ from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from tests.core.data.conftest import WriteData
+from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
 Splits = dict[str, TokenizedSplit]
 A, B, C, D, E = ({"text": f"{name} is the river of {name}land."} for name in "ABCDE")
@@ -80,6 +80,34 @@ def test_leakage_is_an_error_by_default_and_dropped_from_train_by_policy(
     assert splits["test"].lines.tolist() == [2]
     assert report.splits["train"].dropped == {"leakage": (2, 4, 5)}
     assert report.splits["valid"].dropped == {}
+    assert adds_up(report)
+
+
+def test_a_test_set_that_repeats_the_validation_set_is_an_error_by_default(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    folder = write_data(train=[A], valid=[B, C, C], test=[D, C, b"", b"{", C])
+    report, _ = load(folder, tokenizer, {})
+    repeated = [finding for finding in report.findings if finding.check == "test-in-valid"]
+    assert [(f.file, f.line, f.severity) for f in repeated] == [
+        ("test.jsonl", 2, "error"),
+        ("test.jsonl", 5, "error"),
+    ]
+    assert "the same example is in valid.jsonl:2" in repeated[0].message
+
+
+def test_held_out_sets_stay_as_they_are_under_every_policy(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    folder = write_data(train=[A, B], valid=[B, C], test=[C, B, D])
+    report, splits = load(folder, tokenizer, {"leakage": "drop"})
+    assert checks(report, "error") == []
+    assert [check for check in checks(report, "warning") if check[0] == "test.jsonl"] == [
+        ("test.jsonl", 1, "test-in-valid"),
+        ("test.jsonl", 2, "test-in-valid"),
+    ]
+    lines = {name: split.lines.tolist() for name, split in splits.items()}
+    assert lines == {"train": [1], "valid": [1, 2], "test": [1, 2, 3]}
     assert adds_up(report)
 
 
@@ -151,3 +179,79 @@ def test_what_is_left_must_fill_a_batch(write_data: WriteData, tokenizer: Tokeni
     report, _ = load_dataset(settings, tokenizer)
     assert checks(report, "error") == [("train.jsonl", None, "too-few-rows")]
     assert "2 rows do not fill one batch of 3" in report.errors[0].message
+
+
+DEVELOPER = [
+    {"role": "developer", "content": "Be brief."},
+    {"role": "user", "content": "Where is A?"},
+    {"role": "assistant", "content": "In Aland."},
+]
+GREETING = [
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Where is B?"},
+    {"role": "assistant", "content": "In Bland."},
+]
+SYSTEM_LATER = [GREETING[1], GREETING[2], {"role": "system", "content": "It is the capital."}]
+
+
+def chats(*conversations: Any) -> list[dict[str, Any]]:
+    return [{"messages": messages} for messages in conversations]
+
+
+def test_roles_and_their_order_are_judged_by_default(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    folder = write_data(train=chats(DEVELOPER, GREETING, SYSTEM_LATER, GREETING[1:]))
+    report, _ = load(folder, tokenizer, {"roles": "strict"})
+    assert report == load(folder, tokenizer, {})[0]
+    assert checks(report, "error") == [
+        ("train.jsonl", 1, "unknown-role"),
+        ("train.jsonl", 2, "role-order"),
+        ("train.jsonl", 3, "last-turn-not-assistant"),
+        ("train.jsonl", 3, "role-order"),
+    ]
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask_prompt": True}, {"supervise": "all"}])
+def test_a_chat_template_that_takes_other_roles_decides_where_it_is_asked(
+    write_data: WriteData, tokenizer: TokenizerSource, settings: dict[str, Any]
+) -> None:
+    folder = write_data(train=chats(DEVELOPER, GREETING), valid=chats(GREETING[1:]))
+    report, splits = load(folder, tokenizer, {"roles": "template"}, **settings)
+    assert checks(report, "error") == []
+    wrapped = tokenizer.load()
+    texts = [wrapped.decode(splits["train"].example(row).tolist()) for row in range(2)]
+    assert texts == [
+        "<|developer|>Be brief.<|end|><|user|>Where is A?<|end|><|assistant|>In Aland.<|end|>",
+        "<|assistant|>Hello.<|end|><|user|>Where is B?<|end|><|assistant|>In Bland.<|end|>",
+    ]
+    assert report.splits["train"].roles == {"user": 2, "assistant": 3, "other": 1}
+
+
+def test_a_line_that_the_chat_template_refuses_is_an_error_with_its_message(
+    write_data: WriteData,
+) -> None:
+    template = TEMPLATE.replace(
+        "{% for m in messages %}",
+        "{% for m in messages %}{% if m.role not in ('user', 'assistant', 'developer') %}"
+        "{{ raise_exception('no turns of ' + m.role) }}{% endif %}",
+    )
+    folder = write_data(
+        train=chats(DEVELOPER, [{"role": "critic", "content": "Is it?"}, *GREETING])
+    )
+    report, splits = load(folder, build_tokenizer(template), {"roles": "template"})
+    assert checks(report, "error") == [("train.jsonl", 2, "chat-template-raised")]
+    assert "no turns of critic" in report.errors[0].message
+    assert splits["train"].lines.tolist() == [1]
+
+
+def test_what_is_no_text_is_an_error_in_any_role(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    bad = [{"role": 3, "content": "x"}], [{"role": "developer", "content": 3}], [{"content": "x"}]
+    report, _ = load(write_data(train=chats(*bad)), tokenizer, {"roles": "template"})
+    assert checks(report, "error")[:3] == [
+        ("train.jsonl", 1, "wrong-type"),
+        ("train.jsonl", 2, "wrong-type"),
+        ("train.jsonl", 3, "missing-field"),
+    ]

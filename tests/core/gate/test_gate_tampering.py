@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nested_core.config.data import DataPolicy
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
@@ -93,6 +94,20 @@ def test_a_test_set_is_judged_on_where_there_is_one(config: FineTuneConfig, tmp_
     verdict = judge_run(with_test_set, done.run)
     assert verdict.validation is not None
     assert verdict.validation.selected_on_same_data is False
+
+
+def test_a_test_set_that_repeats_the_validation_set_counts_as_selected_on(
+    config: FineTuneConfig, tmp_path: Path
+) -> None:
+    data = shutil.copytree(config.data, tmp_path / "data")
+    shutil.copy(data / "valid.jsonl", data / "test.jsonl")
+    repeated = config.model_copy(
+        update={"data": str(data), "data_policy": DataPolicy(leakage="drop")}
+    )
+    done = train(repeated, prepare(repeated, tmp_path / "run"))
+    verdict = judge_run(repeated, done.run)
+    assert verdict.validation is not None
+    assert verdict.validation.selected_on_same_data is True
 
 
 def test_the_data_that_are_judged_on_are_those_that_were_validated(
