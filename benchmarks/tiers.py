@@ -7,7 +7,7 @@ from typing import Literal
 
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.clock import Tier
-from nested_core.optim.nested_adam import NestedAdam
+from nested_core.optim.tiered import NestedAdam
 from nested_core.optim.tiers import TierMap
 from nested_core.training.packing import nested
 

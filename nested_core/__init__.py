@@ -24,8 +24,8 @@ if TYPE_CHECKING:
         UpdateNotApplied,
     )
     from nested_core.optim.clock import Tier, TierStats
-    from nested_core.optim.nested_adam import NestedAdam, NestedAdamW
     from nested_core.optim.pytree import UpdateReport, apply_flat_updates_to_nested, verify_updates
+    from nested_core.optim.tiered import NestedAdam, NestedAdamW
     from nested_core.optim.tiers import TierMap, assign_tiers
     from nested_core.storage.adapter import Adapter, read_adapter
 
@@ -61,7 +61,7 @@ _HOMES = {
     "optim.clock": ("Tier", "TierStats"),
     "config.schema": ("FineTuneConfig",),
     "config.loading": ("load_config",),
-    "optim.nested_adam": ("NestedAdam", "NestedAdamW"),
+    "optim.tiered": ("NestedAdam", "NestedAdamW"),
     "optim.pytree": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tiers": ("TierMap", "assign_tiers"),
 }

@@ -12,6 +12,8 @@ from nested_core.backend import to_float
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.run_evidence import RunEvidence, TierCounts
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
+from nested_core.optim.clock import COUNTERS, check_layout
+from nested_core.optim.gradients import gradient_evidence
 from nested_core.optim.schedules import build_learning_rate
 from nested_core.optim.tiers import TierMap, expected_updates
 from nested_core.storage.adapter import Tensor, read_tensors
@@ -24,47 +26,43 @@ MAX_TIERS_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class TierEvidence:
-    """What a checkpoint says of the tiers: their map, their counts, the optimizer's moments."""
+    """What a checkpoint says of the tiers: their map, their counts, the optimizer's state."""
 
     tiers: TierMap
     step: int
     flush_steps: Sequence[int]
     counts: Sequence[TierCounts]
-    moments: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
     initial: dict[str, Tensor]
-    keeps_moments: bool
 
     @classmethod
     def collect(
         cls, config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
     ) -> TierEvidence:
         """Read it from the run directory and its verified checkpoint."""
+        optimizer_state = read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME)
+        layout = optimizer_state.get(f"{COUNTERS}.layout")
+        check_layout(None if layout is None else layout.to_mlx())
         return cls(
             TierMap.from_json(read_json(run.tiers, MAX_TIERS_BYTES)),
             evidence.checkpoint.step,
             evidence.record.flush_steps,
             evidence.record.tiers,
-            read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME),
+            optimizer_state,
             evidence.before.tensors,
-            config.optimizer != "sgd" or config.optimizer_arguments.get("momentum", 0) > 0,
         )
 
     def had_gradient(self, name: str) -> bool:
-        """Whether a parameter's second moment (or else any state of it) is anywhere but zero.
-
-        Plain SGD keeps no moments: there every parameter is taken to have had its chance.
-        """
-        own = {key: moment for key, moment in self.moments.items() if key.startswith(f"{name}.")}
-        moments = [own[f"{name}.v"]] if f"{name}.v" in own else list(own.values())
-        has_any = any(np.frombuffer(moment.data, np.uint8).any() for moment in moments)
-        return has_any or not self.keeps_moments
+        """Whether an update was applied to a parameter with a gradient that was not zero."""
+        evidence = gradient_evidence(self.optimizer_state, name)
+        return evidence is not None and bool(np.frombuffer(evidence.data, np.uint8).any())
 
     def left_no_trace(self, name: str) -> bool:
         """Whether a parameter that stayed as it was had gradients, and no master that moved.
 
         A float32 master may move by less than the dtype that the parameter is published in can say.
         """
-        master = self.moments.get(MASTERS + name)
+        master = self.optimizer_state.get(MASTERS + name)
         before = self.initial[name].to_numpy()
         has_moved = master is not None and not np.array_equal(master.to_numpy(), before)
         return self.had_gradient(name) and not has_moved

@@ -10,7 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from nested_core.errors import DamagedError
+from nested_core.optim.gradients import ArraySpec
+
 COUNTERS = "nested"
+LAYOUT = 2  # of the state; 1 had no number, and no marks for SGD and others (`had_gradient`)
 RESERVED_NAMES = ("step", "learning_rate", COUNTERS)
 
 
@@ -52,9 +56,7 @@ class TierStats:
     skipped: int
 
 
-def check_tiers(
-    tiers: Sequence[Tier], slow_gradients: str, accumulate: str, *, decays: bool
-) -> None:
+def check_tiers(tiers: Sequence[Tier], slow_gradients: str, accumulate: str) -> None:
     """Raise ValueError for tiers and modes that an optimizer cannot carry out as they are given."""
     strange = {type(tier).__name__ for tier in tiers} - {Tier.__name__}
     if strange:
@@ -65,8 +67,6 @@ def check_tiers(
         raise ValueError(f'slow_gradients should be "skip" or "accumulate", got {slow_gradients!r}')
     if accumulate not in ("mean", "sum"):
         raise ValueError(f'accumulate should be "mean" or "sum", got {accumulate!r}')
-    if not decays and any(tier.weight_decay is not None for tier in tiers):
-        raise ValueError("A tier's weight_decay needs NestedAdamW; NestedAdam has no decay.")
 
 
 def refuse_reserved(names: Iterable[str]) -> None:
@@ -123,7 +123,18 @@ def new_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:
         "gathered": zeros,
         "nonfinite_in_a_row": mx.array(0, mx.uint64),
         "grad_norm": mx.array(0.0),
+        "layout": mx.array(LAYOUT, mx.uint32),
     }
+
+
+def check_layout(layout: mx.array | None) -> None:
+    """Raise DamagedError unless a state's `layout` counter is LAYOUT; a state of old has none."""
+    number = 1 if layout is None else layout.item()
+    if number != LAYOUT:
+        raise DamagedError(
+            f"This optimizer state has layout {number}, of another release; this one reads "
+            f"layout {LAYOUT}. Go on with the release that wrote it, or start a new run."
+        )
 
 
 def as_counts(flags: Mapping[int, mx.array], tiers: int) -> mx.array:
@@ -142,7 +153,8 @@ def count_step(
     """Count one step in place: what was applied, what was due but skipped, and the norm."""
     tiers = counters["updates"].size
     done = as_counts(applied, tiers)
-    skipped = as_counts({i: mx.logical_not(finite) & is_due for i, is_due in due.items()}, tiers)
+    left_out = {i: is_due & mx.logical_not(applied[i]) for i, is_due in due.items()}
+    skipped = as_counts(left_out, tiers)
     row = counters["nonfinite_in_a_row"]
     counters["updates"] = counters["updates"] + done
     counters["skipped"] = counters["skipped"] + skipped
@@ -154,7 +166,7 @@ def count_step(
 def tier_stats(
     tiers: Sequence[Tier],
     owners: Mapping[str, int],
-    kinds: Mapping[str, tuple[tuple[int, ...], mx.Dtype]],
+    specs: Mapping[str, ArraySpec],
     counters: Mapping[str, mx.array],
 ) -> list[TierStats]:
     """What each tier holds and has done; reads the counters from the device."""
@@ -162,17 +174,6 @@ def tier_stats(
     skipped: Any = counters["skipped"].tolist()
     stats = []
     for i, tier in enumerate(tiers):
-        sizes = [math.prod(kinds[name][0]) for name, owner in owners.items() if owner == i]
+        sizes = [math.prod(specs[name][0]) for name, owner in owners.items() if owner == i]
         stats.append(TierStats(i, tier.frequency, len(sizes), sum(sizes), updates[i], skipped[i]))
     return stats
-
-
-def has_moment(state: Mapping[str, mx.array], name: str) -> bool:
-    """Whether a parameter's second moment, or else any state it has, is anywhere but zero.
-
-    `state` is an optimizer's, flattened. Where it is all zero the parameter had no gradient yet, or
-    the optimizer keeps no moments.
-    """
-    own = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-    moments = [own[f"{name}.v"]] if f"{name}.v" in own else list(own.values())
-    return any(bool(mx.any(value).item()) for value in moments)

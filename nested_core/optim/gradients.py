@@ -1,25 +1,42 @@
-"""Gradients as flat dictionaries of dotted names: checked, measured and bounded."""
+"""Gradients as flat dictionaries of dotted names: checked, measured, bounded and remembered."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path
 
 Flat = dict[str, mx.array]
-Kind = tuple[tuple[int, ...], mx.Dtype]
+ArraySpec = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype
 Flags = dict[int, mx.array]
-Leaves = dict[str, dict[str, mx.array]]
+LeafStates = dict[str, dict[str, mx.array]]
+Array = TypeVar("Array")
+
+HAD_GRADIENT = "had_gradient"
 
 
-def leaf_states(tree: Any, state: Any) -> Leaves:
+def array_specs(arrays: Mapping[str, mx.array]) -> dict[str, ArraySpec]:
+    """Shape and dtype of each array."""
+    return {name: (value.shape, value.dtype) for name, value in arrays.items()}
+
+
+def leaf_states(tree: Any, state: Any) -> LeafStates:
     """The optimizer's state of every leaf of a tree of parameters or gradients, by dotted name."""
-    found: Leaves = {}
-    tree_map_with_path(lambda name, _, leaf: found.setdefault(name, leaf), tree, state)
-    return found
+    states: LeafStates = {}
+    tree_map_with_path(lambda name, _, leaf: states.setdefault(name, leaf), tree, state)
+    return states
+
+
+def gradient_evidence(state: Mapping[str, Array], name: str) -> Array | None:
+    """The array that stays all zero until an update with a gradient that was not zero; or None.
+
+    `state` is an optimizer's, flattened, in memory or as it was read from a file. It is the mark
+    that `Tiered` keeps, or Adam's second moment.
+    """
+    return state.get(f"{name}.{HAD_GRADIENT}", state.get(f"{name}.v"))
 
 
 def check_bound(max_grad_norm: float) -> None:
@@ -47,13 +64,13 @@ def flatten_gradients(gradients: Any) -> Flat:
     return flat
 
 
-def check_gradients(gradients: Flat, parameters: Flat, kinds: Mapping[str, Kind]) -> None:
+def check_gradients(gradients: Flat, parameters: Flat, specs: Mapping[str, ArraySpec]) -> None:
     """Raise ValueError, listing every gradient that fits no parameter.
 
-    `kinds` are the shapes and dtypes that the optimizer was initialised with.
+    `specs` are the shapes and dtypes that the optimizer was initialised with.
     """
     misfits = {
-        name: _misfit(gradient, parameters.get(name), kinds.get(name))
+        name: _misfit(gradient, parameters.get(name), specs.get(name))
         for name, gradient in gradients.items()
     }
     problems = [f"  {name}: {misfit}" for name, misfit in misfits.items() if misfit]
@@ -61,36 +78,38 @@ def check_gradients(gradients: Flat, parameters: Flat, kinds: Mapping[str, Kind]
         raise ValueError("Gradients do not fit the parameters:\n" + "\n".join(problems[:10]))
 
 
-def _misfit(gradient: mx.array, parameter: mx.array | None, kind: Kind | None) -> str | None:
+def _misfit(
+    gradient: mx.array, parameter: mx.array | None, initial: ArraySpec | None
+) -> str | None:
     if parameter is None:
         return "there is no such parameter"
-    if kind is None:
+    if initial is None:
         return "the optimizer was not initialised with this parameter"
     if gradient.shape != parameter.shape:
         return f"gradient shape {gradient.shape}, parameter shape {parameter.shape}"
     if gradient.dtype != parameter.dtype:
         return f"gradient dtype {gradient.dtype}, parameter dtype {parameter.dtype}"
-    if gradient.shape != kind[0]:
-        return f"shape {gradient.shape} now, {kind[0]} when the optimizer was initialised"
-    if gradient.dtype != kind[1]:
-        return f"dtype {gradient.dtype} now, {kind[1]} when the optimizer was initialised"
+    shape, dtype = initial
+    if gradient.shape != shape:
+        return f"shape {gradient.shape} now, {shape} when the optimizer was initialised"
+    if gradient.dtype != dtype:
+        return f"dtype {gradient.dtype} now, {dtype} when the optimizer was initialised"
     return None
 
 
-def gathering_leaves(parameters: Flat, kinds: Mapping[str, Kind]) -> Any:
-    """The parameters of `kinds` as a tree; ValueError lists every one that is not of its kind."""
-    found = {name: (value.shape, value.dtype) for name, value in parameters.items()}
+def check_gathered_parameters(parameters: Flat, specs: Mapping[str, ArraySpec]) -> None:
+    """Raise ValueError, listing every parameter that is not of the shape and dtype in `specs`."""
+    given = array_specs(parameters)
     problems = [
-        f"  {name}: {found.get(name, 'missing')}, expected {kind}"
-        for name, kind in kinds.items()
-        if found.get(name) != kind
+        f"  {name}: {given.get(name, 'missing')}, expected {spec}"
+        for name, spec in specs.items()
+        if given.get(name) != spec
     ]
     if problems:
         raise ValueError(
             "flush needs every parameter whose gradients are gathered, as it was at init:\n"
             + "\n".join(problems[:10])
         )
-    return tree_unflatten([(name, parameters[name]) for name in kinds]) if kinds else {}
 
 
 def group_by_tier(

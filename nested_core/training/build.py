@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.optimizers import SGD, Adafactor, Muon
 
+from nested_core.config.optimizers import optimizer_classes
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.models.base import base_fingerprint, find_model
 from nested_core.optim.clock import Tier
-from nested_core.optim.nested_adam import NestedAdam, NestedAdamW
 from nested_core.optim.schedules import build_learning_rate
-from nested_core.optim.single_clock import SingleClock, TieredOptimizer
+from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap, refuse_tiers_never_due
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.atomic import file_sha256
@@ -29,7 +28,6 @@ from nested_core.training.trainer import Trainer
 
 BEGINNINGS = {"initial": "initial/", "initial_files": "its files", "tiers": "tiers.json"}
 BEGINNINGS |= {"base": "the base", "data": "the data"}
-OTHER_OPTIMIZERS: dict[str, Any] = {"muon": Muon, "sgd": SGD, "adafactor": Adafactor}
 
 
 def build_trainer(
@@ -84,20 +82,11 @@ def _refuse_changes(run: RunDirectory, before: Mapping[str, str], now: Mapping[s
     raise DatasetError(message) if changed == ["data"] else DamagedError(message)
 
 
-def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> TieredOptimizer:
-    """The configured optimizer; ConfigError where its arguments or its schedule are unusable."""
-    try:
-        return _build_optimizer(config, tiers)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"optimizer_config or lr_schedule: {error}") from error
+def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> Tiered:
+    """The configured optimizer of mlx.optimizers, with a clock for each tier.
 
-
-def _build_optimizer(config: FineTuneConfig, tiers: TierMap) -> TieredOptimizer:
-    """Adam and AdamW with one clock a tier, mlx's others with one."""
-    rate, bound = build_learning_rate(config), config.training.max_grad_norm
-    if config.optimizer in OTHER_OPTIMIZERS:
-        inner = OTHER_OPTIMIZERS[config.optimizer](rate, **config.optimizer_arguments)
-        return SingleClock(inner, max_grad_norm=bound)
+    Raises ConfigError where its arguments or its schedule are unusable.
+    """
     section = config.nested
     scales = section.learning_rate_scale or (1.0,) * len(tiers.frequencies)
     decays = section.weight_decay or (None,) * len(tiers.frequencies)
@@ -105,12 +94,20 @@ def _build_optimizer(config: FineTuneConfig, tiers: TierMap) -> TieredOptimizer:
         Tier(frequency, tiers.names(i), scales[i], decays[i])
         for i, frequency in enumerate(tiers.frequencies)
     ]
-    optimizer = NestedAdamW if config.optimizer == "adamw" else NestedAdam
-    return optimizer(
-        rate,
-        **config.optimizer_arguments,
-        tiers=clocks,
-        slow_gradients=section.slow_gradients,
-        accumulate=section.accumulate,
-        max_grad_norm=bound,
-    )
+    try:
+        make_optimizer = partial(
+            optimizer_classes()[config.optimizer],
+            build_learning_rate(config),
+            **config.optimizer_arguments,
+        )
+        sample = {"w": mx.ones((2, 2))}
+        make_optimizer().apply_gradients(sample, sample)  # some arguments fail at a step alone
+        return Tiered(
+            make_optimizer,
+            clocks,
+            slow_gradients=section.slow_gradients,
+            accumulate=section.accumulate,
+            max_grad_norm=config.training.max_grad_norm,
+        )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"optimizer_config or lr_schedule: {error}") from error

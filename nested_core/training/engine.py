@@ -15,7 +15,7 @@ import mlx.nn as nn
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.gradients import Flat, leaf_states
 from nested_core.optim.pytree import flatten
-from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
 from nested_core.training.distributed import SINGLE_PROCESS, Sums, World
 from nested_core.training.loss.supervised import LossRule, MicroBatch
@@ -48,7 +48,7 @@ class Engine:
         self,
         model: nn.Module,
         refs: ParameterRefs,
-        optimizer: TieredOptimizer,
+        optimizer: Tiered,
         tiers: TierMap,
         rule: LossRule,
         *,

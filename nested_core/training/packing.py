@@ -18,9 +18,8 @@ from mlx.utils import tree_unflatten
 
 from nested_core.kernels.cuda.concatenate import concatenated
 from nested_core.optim.clock import RESERVED_NAMES
-from nested_core.optim.gradients import Flat, Leaves, leaf_states
-from nested_core.optim.nested_adam import NestedAdam
-from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.gradients import HAD_GRADIENT, Flat, LeafStates, leaf_states
+from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
 
 ALIGNED = 8  # elements: 16 bytes of a bfloat16
@@ -113,7 +112,7 @@ class Packing:
         """The keys of the arrays that belong to some tiers."""
         return frozenset(key for key, leaf in self.leaves.items() if leaf.tier in tiers)
 
-    def pack_optimizer(self, optimizer: TieredOptimizer, values: Flat) -> TieredOptimizer:
+    def pack_optimizer(self, optimizer: Tiered, values: Flat) -> Tiered:
         """An optimizer of the same formula and the same state for what is kept together."""
         if not self.joins:
             return optimizer
@@ -124,26 +123,31 @@ class Packing:
         states = leaf_states(nested(values), optimizer.state)
         shared = {key: optimizer.state[key] for key in RESERVED_NAMES if key in optimizer.state}
         twin.state = shared | {
-            key: {part: leaf.join({n: states[n][part] for n in leaf.shapes}) for part in parts}
+            key: {
+                part: leaf.join(
+                    {n: mx.broadcast_to(states[n][part], shape) for n, shape in leaf.shapes.items()}
+                )
+                for part in parts
+            }
             for key, leaf, parts in self._parts(states)
         }
         twin.init(self.pack(values))
         return twin
 
-    def share_clock(self, twin: TieredOptimizer, optimizer: TieredOptimizer) -> None:
+    def share_clock(self, twin: Tiered, optimizer: Tiered) -> None:
         """Give the optimizer its twin's clock, learning rate and counters."""
         for key in RESERVED_NAMES:
             if key in twin.state:
                 optimizer.state[key] = twin.state[key]
 
-    def unpack_optimizer(self, twin: TieredOptimizer, states: Leaves) -> None:
+    def unpack_optimizer(self, twin: Tiered, states: LeafStates) -> None:
         """Put the moments that a twin has reached into an optimizer's `leaf_states`, by name."""
         if not self.joins:
             return
         for key, leaf, parts in self._parts(states):
             for part in parts:
                 for name, view in leaf.cut(twin.state[key][part]).items():
-                    states[name][part] = view
+                    states[name][part] = mx.any(view) if part == HAD_GRADIENT else view
 
     def _parts(self, states: Mapping[str, Any]) -> Iterator[tuple[str, Leaf, list[str]]]:
         """Each array that is kept, with the names of its moments."""
@@ -151,8 +155,6 @@ class Packing:
             yield key, leaf, list(states[next(iter(leaf.shapes))])
 
 
-def packing_for(
-    values: Flat, tiers: TierMap, optimizer: TieredOptimizer, *, small: bool
-) -> Packing:
+def packing_for(values: Flat, tiers: TierMap, optimizer: Tiered, *, small: bool) -> Packing:
     """Vectors where the optimizer is elementwise and the tensors are small, as an adapter's are."""
-    return Packing(values, tiers, joins=small and isinstance(optimizer, NestedAdam))
+    return Packing(values, tiers, joins=small and optimizer.is_elementwise)

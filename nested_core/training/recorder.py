@@ -13,7 +13,7 @@ import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.parameters import ParameterRefs, read_parameters
-from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiered import Tiered
 from nested_core.storage import checkpoint
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
 from nested_core.storage.adapter_export import export_snapshot
@@ -40,7 +40,7 @@ class Recorder:
         config: FineTuneConfig,
         run: RunDirectory,
         refs: ParameterRefs,
-        optimizer: TieredOptimizer,
+        optimizer: Tiered,
         method: Method,
         evaluator: Evaluator,
         found: Mapping[str, str],

@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import mlx.core as mx
+
 from nested_core.backend import to_float, to_int
 from nested_core.errors import SilentUpdateWarning
-from nested_core.optim.clock import COUNTERS, has_moment
-from nested_core.optim.nested_adam import NestedAdam
+from nested_core.optim.clock import COUNTERS
+from nested_core.optim.gradients import gradient_evidence
 from nested_core.optim.pytree import UpdateReport, flatten
-from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training.state import TrainingState
@@ -52,21 +54,21 @@ def flag_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]
         )
 
 
-def idle_names(
-    optimizer: TieredOptimizer, tiers: TierMap, step: int, names: Sequence[str]
-) -> list[str]:
-    """Those that could not have moved: not due, no rate, a skipped step, or no gradient yet.
-
-    Adam's second moment tells whether there was a gradient; another optimizer's state does not.
-    """
+def idle_names(optimizer: Tiered, tiers: TierMap, step: int, names: Sequence[str]) -> list[str]:
+    """Those that could not have moved: not due, no rate, a skipped step, or no gradient yet."""
     if not names:
         return []
     was_skipped = to_int(optimizer.state[COUNTERS]["nonfinite_in_a_row"]) > 0
     has_rate = to_float(optimizer.learning_rate) > 0.0
-    if was_skipped or not has_rate or not isinstance(optimizer, NestedAdam):
+    if was_skipped or not has_rate:
         return list(names)
     state, due = flatten(optimizer.state), tiers.due(step)
-    return [n for n in names if tiers.tensors[n] not in due or not has_moment(state, n)]
+    evidence = {name: gradient_evidence(state, name) for name in names}
+    return [
+        name
+        for name, array in evidence.items()
+        if tiers.tensors[name] not in due or array is None or not bool(mx.any(array).item())
+    ]
 
 
 def flag_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: Path) -> None:

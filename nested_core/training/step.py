@@ -16,7 +16,7 @@ import mlx.nn as nn
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
 from nested_core.optim.gradients import Flat
 from nested_core.optim.pytree import flatten
-from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiered import Tiered
 from nested_core.training.distributed import SINGLE_PROCESS, Sums, World, pack_sums, unpack_sums
 from nested_core.training.loss.supervised import LossRule, MicroBatch
 from nested_core.training.packing import Packing, nested
@@ -48,7 +48,7 @@ class TrainStep:
         self,
         model: nn.Module,
         refs: ParameterRefs,
-        optimizer: TieredOptimizer,
+        optimizer: Tiered,
         packing: Packing,
         rule: LossRule,
         *,

@@ -16,9 +16,8 @@ from nested_core.kernels.apply import optimized_layers
 from nested_core.models.parameters import configured_refs, read_parameters
 from nested_core.optim.clock import COUNTERS, TierStats
 from nested_core.optim.gradients import Flat
-from nested_core.optim.nested_adam import NestedAdam
 from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten, verify_updates
-from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
 from nested_core.storage.checkpoint import Checkpoint
 from nested_core.storage.run_directory import RunDirectory
@@ -60,7 +59,7 @@ class Trainer:
         model: nn.Module,
         splits: Mapping[str, TokenizedSplit],
         tiers: TierMap,
-        optimizer: TieredOptimizer,
+        optimizer: Tiered,
         found: Mapping[str, str],
         callback: TrainingCallback | None = None,
         world: World = SINGLE_PROCESS,
@@ -234,7 +233,7 @@ class Trainer:
     def _flush(self) -> None:
         is_open = any(self.state.step % f for f in self.tiers.frequencies)
         is_due = is_open and not self.state.flushed  # it is, where the last evaluation was cut
-        if is_due and isinstance(self.optimizer, NestedAdam) and self.optimizer.gathers:
+        if is_due and self.optimizer.gathers:
             before = read_parameters(self._refs)
             updates = flatten(self.optimizer.flush(nested(before)))
             apply_flat_updates_to_nested(self.model, updates)

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from nested_core.optim.gradients import Flat
 from nested_core.optim.pytree import verify_updates
-from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
 from nested_core.training.distributed import World
 from nested_core.training.engine import Engine, StepTaken
@@ -26,7 +26,7 @@ class UpdateCheck:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: TieredOptimizer,
+        optimizer: Tiered,
         tiers: TierMap,
         world: World,
         write: Callable[[Engine], Flat],

@@ -13,7 +13,7 @@ import mlx.core as mx
 from nested_core.backend import to_float, to_int
 from nested_core.optim.clock import COUNTERS
 from nested_core.optim.gradients import clip_factor
-from nested_core.optim.single_clock import TieredOptimizer
+from nested_core.optim.tiered import Tiered
 from nested_core.training.distributed import SINGLE_PROCESS, Sums, World
 
 
@@ -107,7 +107,7 @@ def no_sums() -> Sums:
     return {"loss": mx.array(0.0), "weight": mx.array(0), "tokens": mx.array(0)}
 
 
-def optimizer_record(optimizer: TieredOptimizer) -> dict[str, Any]:
+def optimizer_record(optimizer: Tiered) -> dict[str, Any]:
     """What the last step really used: learning rate, gradient norm before and after clipping."""
     counters = optimizer.state[COUNTERS]
     norm, bound = counters["grad_norm"], optimizer.max_grad_norm

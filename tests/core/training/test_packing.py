@@ -7,13 +7,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.optimizers import SGD
+from mlx.optimizers import Muon
 
 from nested_core.optim.clock import COUNTERS, Tier
 from nested_core.optim.gradients import Flat, leaf_states
-from nested_core.optim.nested_adam import NestedAdamW
 from nested_core.optim.pytree import flatten
-from nested_core.optim.single_clock import SingleClock
+from nested_core.optim.tiered import NestedAdamW, Tiered
 from nested_core.optim.tiers import TierMap
 from nested_core.training.packing import Leaf, Packing, nested, packing_for
 
@@ -165,7 +164,7 @@ def test_a_tier_left_out_of_an_update_keeps_its_array() -> None:
 def test_only_an_elementwise_optimizer_of_small_tensors_is_packed(small: bool) -> None:
     values = random_values(0)
     assert packing_for(values, TIERS, make("skip", values), small=small).joins is small
-    other = SingleClock(SGD(0.1))
+    other = Tiered(lambda: Muon(0.1))
     assert packing_for(values, TIERS, other, small=small).joins is False
 
 

@@ -1,0 +1,392 @@
+"""Any optimizer of mlx with tiers: groups of parameters that are updated at different frequencies.
+
+`NestedAdam` and `NestedAdamW` are Adam and AdamW with tiers; with one tier of frequency 1 every
+weight and moment is bit for bit what mlx.optimizers gives. Every choice is a `where` on the
+device, so that one compiled step is right at every step count.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import mlx.core as mx
+from mlx import optimizers
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_map_with_path, tree_unflatten
+
+from nested_core.optim.clock import (
+    COUNTERS,
+    Tier,
+    TierStats,
+    as_counts,
+    check_layout,
+    check_tiers,
+    count_step,
+    find_owners,
+    new_counters,
+    refuse_reserved,
+    tier_stats,
+)
+from nested_core.optim.gradients import (
+    HAD_GRADIENT,
+    ArraySpec,
+    Flags,
+    Flat,
+    LeafStates,
+    all_finite,
+    array_specs,
+    check_bound,
+    check_gathered_parameters,
+    check_gradients,
+    clip_factor,
+    due_norm,
+    finite_where_used,
+    flatten_gradients,
+    group_by_tier,
+    leaf_states,
+)
+from nested_core.optim.pytree import flatten
+
+# Each element's update depends on that element alone, so tensors may be joined into one vector.
+ELEMENTWISE_OPTIMIZERS = (
+    optimizers.SGD,
+    optimizers.RMSprop,
+    optimizers.Adagrad,
+    optimizers.AdaDelta,
+    optimizers.Adam,
+    optimizers.AdamW,
+    optimizers.Adamax,
+    optimizers.Lion,
+)
+
+
+class Tiered(Optimizer):
+    """Any mlx optimizer, one instance a tier; a tier of frequency f is due at steps n % f == 0.
+
+    Parameters and state of a tier that is not due stay as they are. What an inner optimizer knows
+    as its step (bias correction, Adafactor's decay) is its tier's own update count; a schedule is
+    read on the training step, so that all tiers share one curve. A step with a non-finite gradient
+    in use, or one that would make a sum of gathered gradients so, advances the clock and nothing
+    else.
+
+    Args:
+        make_optimizer: gives a new inner optimizer, as in `lambda: Muon(1e-3)`; called once a tier.
+        tiers: the tiers, fastest first.
+        slow_gradients: "skip" uses the gradient of the due step alone; "accumulate" gathers the
+            gradients of the whole chunk (the Continuum Memory System, arXiv 2512.24695, eq. 71).
+        accumulate: a chunk is applied as the "mean" or as the "sum" of its gradients.
+        max_grad_norm: bound on the global L2 norm of the gradients about to be applied; 0 is off.
+
+    Raises ValueError for tiers or options that mean nothing, for a tier's weight_decay where the
+    inner optimizer has none, and for a learning_rate_scale where it uses no learning rate.
+
+    State: mlx's tree (`step`, `learning_rate`, and each parameter's moments); `sum` for a parameter
+    whose gradients are gathered; `had_gradient` for one without a second moment to tell whether a
+    gradient came; and the counters of all tiers (`clock.new_counters`).
+    """
+
+    def __init__(
+        self,
+        make_optimizer: Callable[[], Optimizer],
+        tiers: Sequence[Tier] = (Tier(),),
+        *,
+        slow_gradients: Literal["skip", "accumulate"] = "skip",
+        accumulate: Literal["mean", "sum"] = "mean",
+        max_grad_norm: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_tiers(tiers, slow_gradients, accumulate)
+        check_bound(max_grad_norm)
+        # What was asked for
+        self.tiers = tuple(tiers)
+        self.gathers = slow_gradients == "accumulate"
+        self.accumulate = accumulate
+        self.max_grad_norm = max_grad_norm
+        # The inner optimizers: formulas and constants; their state is part of this one's
+        self.optimizers = tuple(_make_for_tier(make_optimizer, tier) for tier in tiers)
+        first = self.optimizers[0]
+        self._scalars = [name for name in first.state if name != "step"]
+        self._schedulers = {
+            name: _returning_array(schedule) for name, schedule in first._schedulers.items()
+        }
+        self.state.update({name: _as_array(first.state[name]) for name in self._scalars})
+        # Known from `init` on
+        self._tier_of: dict[str, int] = {}
+        self._specs: dict[str, ArraySpec] = {}
+
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the tensors of a tier may be joined into one vector without changing a bit."""
+        return all(type(inner) in ELEMENTWISE_OPTIMIZERS for inner in self.optimizers)
+
+    def init(self, parameters: dict[str, Any]) -> None:
+        """Make the state for the whole tree of trainable parameters and give each its tier.
+
+        Raises ValueError for a float16 parameter where the inner optimizer divides by its `eps`,
+        for a parameter whose name the state needs itself, and for tiers that do not fit the
+        parameters (`clock.find_owners`); DamagedError for a state of another layout.
+        """
+        if COUNTERS in self.state:
+            check_layout(self.state[COUNTERS].get("layout"))
+        eps = getattr(self.optimizers[0], "eps", None)
+        half = [name for name, value in flatten(parameters).items() if value.dtype == mx.float16]
+        if half and isinstance(eps, float):
+            raise ValueError(
+                f"Parameters {half[:3]} are float16: eps={eps} is 0 there, and a zero "
+                f"gradient gives NaN. Keep trainable parameters in float32 or bfloat16."
+            )
+        self._init_state(parameters)
+
+    def _init_state(self, parameters: Any) -> None:
+        """Reached without `init` from the first gradients, where, as in mlx, float16 passes."""
+        flat = flatten(parameters)
+        refuse_reserved(flat)
+        self._tier_of = find_owners(self.tiers, flat)
+        self._specs = array_specs(flat)
+        super().init(parameters)
+        if self.tiers != (Tier(),):  # a drop-in's state is mlx's to the leaf until its first step
+            self.state.setdefault(COUNTERS, new_counters(self.tiers, self.step))
+        for name, leaf in leaf_states(parameters, self.state).items():
+            if not {"m", "v"} <= leaf.keys():  # the v of SGD and Muon holds weight decay, too
+                leaf.setdefault(HAD_GRADIENT, mx.array(False))
+            if self._gathers(self._tier_of[name]):
+                leaf.setdefault("sum", mx.zeros_like(flat[name]))
+
+    def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
+        """The inner optimizer's state of one parameter."""
+        self.optimizers[0].init_single(parameter, state)
+
+    def due_tiers(self, step: int | None = None) -> tuple[int, ...]:
+        """The tiers due at `step` (from 1), or at the next step; not to be asked inside a trace."""
+        n = int(self.step.item()) + 1 if step is None else step
+        return tuple(i for i, tier in enumerate(self.tiers) if n % tier.frequency == 0)
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """Advance the clock by one step; return every given parameter, updated where it is due.
+
+        `gradients` is a tree of arrays with the shapes and dtypes of `parameters`, which may hold
+        more. A tier that is not due may be left out under "skip", but only whole. Raises
+        ValueError, naming the parameters, where the trees do not fit.
+        """
+        flat = flatten_gradients(gradients)
+        if not self._initialized:
+            self._init_state(gradients)
+        values = flatten(parameters)
+        check_gradients(flat, values, self._specs)
+        self.state.setdefault(COUNTERS, new_counters(self.tiers, self.step))  # before it moves on
+        groups = group_by_tier(flat, self._tier_of, every_tier=self.gathers)
+        leaves = leaf_states(gradients, self.state)
+        for name, schedule in self._schedulers.items():
+            self.state[name] = schedule(self.step)
+        self.state["step"] = self.step + 1
+        due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
+        unused = {i: mx.logical_not(is_due) for i, is_due in due.items() if not self._gathers(i)}
+        finite = self._gather(flat, leaves, finite_where_used(groups, unused))
+        updated = self._apply(self._combined(flat, leaves), values, leaves, due, due, finite)
+        return tree_map_with_path(lambda name, _: updated[name], gradients)
+
+    def flush(self, parameters: Any) -> Any:
+        """Apply the chunks of gathered gradients that are still open; the clock stays.
+
+        To be called once, when training ends. A tier whose chunk is open but got no finite gradient
+        counts a skipped update. `parameters` may hold more than the gathering ones. Raises
+        ValueError for one that is not as at `init`.
+        """
+        if not self._initialized:
+            self._init_state(parameters)
+        values = flatten(parameters)
+        specs = {n: self._specs[n] for n, tier in self._tier_of.items() if self._gathers(tier)}
+        check_gathered_parameters(values, specs)
+        leaves = leaf_states(
+            tree_unflatten([(name, values[name]) for name in specs]) if specs else {}, self.state
+        )
+        gathered = self._counters["gathered"]
+        tiers = {self._tier_of[name] for name in leaves}
+        is_open = {i: self.step % self.tiers[i].frequency != 0 for i in tiers}
+        has_chunk = {i: mx.logical_and(is_open[i], gathered[i] > 0) for i in tiers}
+        chunks = self._combined({}, leaves)
+        updated = self._apply(chunks, values, leaves, is_open, has_chunk, mx.array(True))
+        return tree_map_with_path(lambda name, value: updated.get(name, value), parameters)
+
+    def get_tier_stats(self) -> list[TierStats]:
+        """Size of each tier, and its updates so far; reads the counters from the device."""
+        return tier_stats(self.tiers, self._tier_of, self._specs, self._counters)
+
+    @property
+    def _counters(self) -> Any:
+        return self.state.get(COUNTERS) or new_counters(self.tiers, self.step)
+
+    def _gathers(self, tier: int) -> bool:
+        return self.gathers and self.tiers[tier].frequency > 1
+
+    def _gather(self, flat: Flat, leaves: LeafStates, finite: mx.array) -> mx.array:
+        """Add to the open chunks; return whether the gradients, and now the sums, are finite."""
+        sums = {name: leaf["sum"] + flat[name] for name, leaf in leaves.items() if "sum" in leaf}
+        finite = mx.logical_and(finite, all_finite(sums.values()))
+        added = as_counts({self._tier_of[name]: finite for name in sums}, len(self.tiers))
+        self._counters["gathered"] = self._counters["gathered"] + added
+        for name, total in sums.items():
+            leaves[name]["sum"] = mx.where(finite, total, leaves[name]["sum"])
+        return finite
+
+    def _combined(self, flat: Flat, leaves: LeafStates) -> Flat:
+        """The gradients that would be applied now: as given, or the mean or sum of a chunk."""
+        combined = {}
+        for name, leaf in leaves.items():
+            combined[name] = leaf["sum"] if "sum" in leaf else flat[name]
+            if "sum" in leaf and self.accumulate == "mean":
+                count = self._counters["gathered"][self._tier_of[name]]
+                combined[name] = leaf["sum"] / count.astype(leaf["sum"].dtype)
+        return combined
+
+    def _apply(
+        self,
+        gradients: Flat,
+        values: Flat,
+        leaves: LeafStates,
+        due: Flags,
+        ready: Flags,
+        finite: mx.array,
+    ) -> Flat:
+        """Clip the gradients, update the tiers that are `ready` if all is finite, and count.
+
+        A tier that is due and is not updated counts a skipped update.
+        """
+        groups = group_by_tier(gradients, self._tier_of)
+        norm = due_norm(groups, ready)
+        if self.max_grad_norm > 0:
+            finite = mx.logical_and(finite, mx.isfinite(norm))  # squares overflow before values
+            factor = clip_factor(norm, self.max_grad_norm)
+            for tier, group in groups.items():
+                groups[tier] = {name: g * factor.astype(g.dtype) for name, g in group.items()}
+        applied = {i: mx.logical_and(is_ready, finite) for i, is_ready in ready.items()}
+        updated: Flat = {}
+        for tier, group in groups.items():
+            updated |= self._update_tier(tier, group, values, leaves, applied[tier])
+        count_step(self._counters, due, applied, finite, norm)
+        return updated
+
+    def _update_tier(
+        self, tier: int, gradients: Flat, values: Flat, leaves: LeafStates, is_applied: mx.array
+    ) -> Flat:
+        """One tier's parameters after an update by its inner optimizer, where it is applied."""
+        inner = self._inner_at(tier, {name: leaves[name] for name in gradients})
+        before = {name: values[name] for name in gradients}
+        after = inner.apply_gradients(gradients, before)
+        for name, gradient in gradients.items():
+            leaf, new = leaves[name], inner.state[name]
+            if "sum" in leaf:
+                new["sum"] = mx.zeros_like(gradient)
+            if HAD_GRADIENT in leaf:
+                is_nonzero = gradient != 0
+                is_per_element = leaf[HAD_GRADIENT].shape == gradient.shape
+                new[HAD_GRADIENT] = leaf[HAD_GRADIENT] | (
+                    is_nonzero if is_per_element else mx.any(is_nonzero)
+                )
+            for part, value in new.items():
+                if value is not leaf[part]:
+                    leaf[part] = mx.where(is_applied, value, leaf[part])
+        return {name: mx.where(is_applied, after[name], before[name]) for name in gradients}
+
+    def _inner_at(self, tier: int, leaves: LeafStates) -> Optimizer:
+        """A copy of a tier's optimizer at the tier's update count, with its own copy of the state.
+
+        Its schedules are taken away: they have been read, on the training step.
+        """
+        inner = copy.copy(self.optimizers[tier])
+        inner._schedulers = {}
+        scalars = {name: self.state[name] for name in self._scalars}
+        scale = self.tiers[tier].learning_rate_scale
+        if scale != 1.0:
+            scalars["learning_rate"] = scalars["learning_rate"] * scale
+        count = {"step": self._counters["updates"][tier]}
+        inner.state = count | scalars | {name: dict(leaf) for name, leaf in leaves.items()}
+        return inner
+
+
+class NestedAdam(Tiered):
+    """mlx.optimizers.Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) with tiers.
+
+    Args:
+        learning_rate: a float, an mlx schedule, or any callable step -> rate (step from 0).
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator.
+        bias_correction: whether moments are divided by 1 - beta**updates.
+
+    The others are those of `Tiered`.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | Callable[[mx.array], Any],
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        bias_correction: bool = False,
+        *,
+        tiers: Sequence[Tier] = (Tier(),),
+        slow_gradients: Literal["skip", "accumulate"] = "skip",
+        accumulate: Literal["mean", "sum"] = "mean",
+        max_grad_norm: float = 0.0,
+    ) -> None:
+        if any(getattr(tier, "weight_decay", None) is not None for tier in tiers):
+            raise ValueError("A tier's weight_decay needs NestedAdamW; NestedAdam has no decay.")
+        super().__init__(
+            lambda: optimizers.Adam(learning_rate, list(betas), eps, bias_correction),
+            tiers,
+            slow_gradients=slow_gradients,
+            accumulate=accumulate,
+            max_grad_norm=max_grad_norm,
+        )
+
+
+class NestedAdamW(NestedAdam):
+    """mlx.optimizers.AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) with tiers.
+
+    `weight_decay` is decoupled, acts on due steps only, and holds for every tier that does not give
+    its own. The other arguments are those of `NestedAdam`.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | Callable[[mx.array], Any],
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        bias_correction: bool = False,
+        **nested: Any,
+    ) -> None:
+        Tiered.__init__(
+            self,
+            lambda: optimizers.AdamW(
+                learning_rate, list(betas), eps, weight_decay, bias_correction
+            ),
+            **nested,
+        )
+
+
+def _make_for_tier(make_optimizer: Callable[[], Optimizer], tier: Tier) -> Optimizer:
+    """An inner optimizer with its tier's weight decay; ValueError where it cannot do as asked."""
+    inner = make_optimizer()
+    name = type(inner).__name__
+    if tier.weight_decay is not None:
+        if not hasattr(inner, "weight_decay"):
+            raise ValueError(f"A tier has a weight_decay of its own; {name} has no weight_decay.")
+        inner.weight_decay = tier.weight_decay
+    has_rate = "learning_rate" in inner.state and not getattr(inner, "relative_step", False)
+    if tier.learning_rate_scale != 1.0 and not has_rate:
+        raise ValueError(
+            f"A tier has a learning_rate_scale, but {name} computes its own step size, without "
+            f"the learning rate, while its relative_step is true. Give relative_step=False."
+        )
+    return inner
+
+
+def _as_array(value: Any) -> mx.array:
+    return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
+
+
+def _returning_array(schedule: Callable[[mx.array], Any]) -> Callable[[mx.array], mx.array]:
+    """A schedule may return a plain number; an optimizer's state holds arrays only."""
+    return lambda step: _as_array(schedule(step))
