@@ -150,7 +150,7 @@ class Tiered(Optimizer):
             self.state.setdefault(COUNTERS, new_counters(self.tiers, self.step))
         for name, leaf in leaf_states(parameters, self.state).items():
             if not {"m", "v"} <= leaf.keys():  # the v of SGD and Muon holds weight decay, too
-                leaf.setdefault(HAD_GRADIENT, mx.array(False))
+                leaf.setdefault(HAD_GRADIENT, mx.array(0, mx.uint32))
             if self._gathers(self._tier_of[name]):
                 leaf.setdefault("sum", mx.zeros_like(flat[name]))
 
@@ -280,11 +280,10 @@ class Tiered(Optimizer):
             if "sum" in leaf:
                 new["sum"] = mx.zeros_like(gradient)
             if HAD_GRADIENT in leaf:
-                is_nonzero = gradient != 0
-                is_per_element = leaf[HAD_GRADIENT].shape == gradient.shape
-                new[HAD_GRADIENT] = leaf[HAD_GRADIENT] | (
-                    is_nonzero if is_per_element else mx.any(is_nonzero)
-                )
+                mark, is_nonzero = leaf[HAD_GRADIENT], gradient != 0
+                if mark.shape != gradient.shape:  # a packed vector has a mark an element
+                    is_nonzero = mx.any(is_nonzero)
+                new[HAD_GRADIENT] = mx.maximum(mark, is_nonzero)
             for part, value in new.items():
                 if value is not leaf[part]:
                     leaf[part] = mx.where(is_applied, value, leaf[part])

@@ -147,7 +147,7 @@ class Packing:
         for key, leaf, parts in self._parts(states):
             for part in parts:
                 for name, view in leaf.cut(twin.state[key][part]).items():
-                    states[name][part] = mx.any(view) if part == HAD_GRADIENT else view
+                    states[name][part] = mx.max(view) if part == HAD_GRADIENT else view
 
     def _parts(self, states: Mapping[str, Any]) -> Iterator[tuple[str, Leaf, list[str]]]:
         """Each array that is kept, with the names of its moments."""
