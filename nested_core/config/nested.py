@@ -43,7 +43,7 @@ class NestedSection(Section):
         None, "one factor a tier on the learning rate; null is 1 each"
     )
     weight_decay: tuple[NonNegativeFloat, ...] | None = key(
-        None, "one weight decay a tier, under adamw; null is the optimizer's"
+        None, "one weight decay a tier; null is the optimizer's"
     )
     assignments: tuple[Assignment, ...] = key((), "for the strategy manual; the first match wins")
     probe_batches: PositiveInt = key(8, "batches that parameter_importance measures gradients on")

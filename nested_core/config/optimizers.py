@@ -6,9 +6,11 @@ What each takes is read from its signature, so that a new one of mlx needs no ch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
+
+from nested_core.config.nested import NestedSection
 
 MLX_LM_OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 
@@ -33,7 +35,36 @@ def known_optimizer(name: str) -> str:
     return name
 
 
-def default_arguments(name: str) -> dict[str, Any]:
+def optimizer_problems(
+    optimizer: str, optimizer_config: Mapping[str, Mapping[str, Any]], nested: NestedSection
+) -> Iterator[str]:
+    """What `optimizer_config` and `nested` ask of the optimizer that it does not take."""
+    others = optimizer_config.keys() - set(MLX_LM_OPTIMIZERS)
+    strange = sorted(name for name in others if name not in optimizer_classes())
+    if strange:
+        known = sorted(optimizer_classes())
+        yield f"optimizer_config: {strange} are no optimizers; there are {known}"
+    arguments = optimizer_config.get(optimizer, {})
+    if not arguments and nested.weight_decay is None and nested.learning_rate_scale is None:
+        return  # nothing to ask mlx for
+    defaults = default_arguments(optimizer)
+    unknown = arguments.keys() - defaults
+    if unknown:
+        yield (
+            f"optimizer_config.{optimizer} does not take {sorted(unknown)}; "
+            f"it takes {sorted(defaults)}"
+        )
+    if nested.weight_decay is not None and "weight_decay" not in defaults:
+        yield f"nested.weight_decay needs optimizer: adamw or another with one, not {optimizer}"
+    computes_rate = (defaults | dict(arguments)).get("relative_step", False)
+    if nested.learning_rate_scale is not None and computes_rate:
+        yield (
+            f"nested.learning_rate_scale: {optimizer} computes its own step size; give "
+            f"optimizer_config.{optimizer}.relative_step: false"
+        )
+
+
+def default_arguments(optimizer: str) -> dict[str, Any]:
     """What an optimizer takes beside its learning rate, each with mlx's default."""
-    parameters = inspect.signature(optimizer_classes()[name]).parameters.values()
+    parameters = inspect.signature(optimizer_classes()[optimizer]).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "learning_rate"}

@@ -8,33 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from nested_core.config.data import DataPolicy, HubDatasets
 from nested_core.config.gate import GateSection
 from nested_core.config.lora import LoraParameters
 from nested_core.config.nested import NestedSection
+from nested_core.config.optimizers import (
+    MLX_LM_OPTIMIZERS,
+    known_optimizer,
+    optimizer_problems,
+)
 from nested_core.config.registry import ContinualSection, RegistrySection
 from nested_core.config.section import Section, key
 from nested_core.config.training import TrainingSection
 
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
-OPTIMIZER_ARGUMENTS = {
-    "adam": {"betas", "eps", "bias_correction"},
-    "adamw": {"betas", "eps", "bias_correction", "weight_decay"},
-    "muon": {"momentum", "weight_decay", "nesterov", "ns_steps"},
-    "sgd": {"momentum", "weight_decay", "dampening", "nesterov"},
-    "adafactor": {
-        "eps",
-        "clip_threshold",
-        "decay_rate",
-        "beta_1",
-        "weight_decay",
-        "scale_parameter",
-        "relative_step",
-        "warmup_init",
-    },
-}
+Optimizer = Annotated[str, AfterValidator(known_optimizer)]
 
 
 class LearningRateSchedule(Section):
@@ -62,8 +52,8 @@ class FineTuneConfig(Section):
     fine_tune_type: Literal["lora", "dora", "full"] = key(
         "lora", "what is trained: low-rank factors, or every weight of the chosen layers"
     )
-    optimizer: Literal["adam", "adamw", "muon", "sgd", "adafactor"] = key(
-        "adam", "adam and adamw keep the clocks of tiers; the others train all at one pace"
+    optimizer: Optimizer = key(
+        "adam", "an optimizer of mlx: adam, adamw, muon, sgd, adafactor, lion ..."
     )
     optimizer_config: dict[str, dict[str, Any]] = key({}, "keyword arguments for each optimizer")
     data: str = key(
@@ -126,12 +116,7 @@ class FineTuneConfig(Section):
         schedule = self.lr_schedule
         if schedule is not None and schedule.warmup and self.training.warmup_steps:
             yield "training.warmup_steps and lr_schedule.warmup: give only one of them"
-        yield from _optimizer_problems(self)
-        if self.nested.weight_decay is not None and self.optimizer != "adamw":
-            yield "nested.weight_decay needs optimizer: adamw"
-        has_one_clock = self.nested.frequencies == (1,) and self.nested.learning_rate_scale is None
-        if self.optimizer not in ("adam", "adamw") and not has_one_clock:
-            yield f"optimizer {self.optimizer} has one clock: nested.frequencies [1]"
+        yield from optimizer_problems(self.optimizer, self.optimizer_config, self.nested)
         if self.gate.check_fused and self.fine_tune_type == "full":
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
         yield from _process_problems(self)
@@ -172,27 +157,13 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
         yield "continual.from and resume_adapter_file: give only one of them"
 
 
-def _optimizer_problems(config: FineTuneConfig) -> Iterator[str]:
-    strange = config.optimizer_config.keys() - OPTIMIZER_ARGUMENTS
-    if strange:
-        yield (
-            f"optimizer_config: {sorted(strange)} are no optimizers; there are "
-            f"{sorted(OPTIMIZER_ARGUMENTS)}"
-        )
-    allowed = OPTIMIZER_ARGUMENTS[config.optimizer]
-    unknown = config.optimizer_arguments.keys() - allowed
-    if unknown:
-        yield (
-            f"optimizer_config.{config.optimizer} does not take {sorted(unknown)}; "
-            f"it takes {sorted(allowed)}"
-        )
-
-
 def _reference_problems(config: FineTuneConfig) -> Iterator[str]:
     """A reference run does what mlx_lm.lora does, and nothing that it does not."""
     if config.training.reference is None:
         return
     changed = [f"training.{name}" for name in config.training.changed_from_mlx_lm()]
+    if config.optimizer not in MLX_LM_OPTIMIZERS:
+        changed.append(f"optimizer {config.optimizer}")
     if config.nested != NestedSection():
         changed.append("nested")
     if config.data_policy != DataPolicy():

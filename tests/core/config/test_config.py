@@ -129,8 +129,8 @@ class TestAllProblemsAtOnce:
 
     def test_every_disagreement_between_sections_has_its_line(self) -> None:
         found = problems(
-            optimizer="sgd",
-            optimizer_config={"sgd": {"betas": [0.9, 0.99]}, "adamm": {}},
+            optimizer="adagrad",
+            optimizer_config={"adagrad": {"betas": [0.9, 0.99]}, "adamm": {}},
             lr_schedule=SCHEDULE | {"warmup": 3},
             nested={"frequencies": [1, 2], "weight_decay": [0.1, 0.1]},
             training={"warmup_steps": 3, "reference": "mlx_lm"},
@@ -138,9 +138,8 @@ class TestAllProblemsAtOnce:
         assert [line.split(" ")[0] for line in found] == [
             "training.warmup_steps",
             "optimizer_config:",
-            "optimizer_config.sgd",
+            "optimizer_config.adagrad",
             "nested.weight_decay",
-            "optimizer",
             "training.reference:",
         ]
 
@@ -229,9 +228,33 @@ class TestPartsThatHaveToAgree:
         config = parse_config({"optimizer": "adamw", "optimizer_config": decay}, source="")
         assert config.optimizer_arguments == {"weight_decay": 0.1}
 
-    def test_weight_decay_a_tier_needs_adamw(self) -> None:
-        assert problems(nested={"weight_decay": [0.1]}) == [
-            "nested.weight_decay needs optimizer: adamw"
+    def test_weight_decay_a_tier_needs_an_optimizer_that_has_one(self) -> None:
+        nested = {"frequencies": [1, 2], "weight_decay": [0.1, 0.2]}
+        assert problems(nested=nested) == [
+            "nested.weight_decay needs optimizer: adamw or another with one, not adam"
+        ]
+        for optimizer in ("adamw", "muon", "sgd", "lion"):
+            config = parse_config({"optimizer": optimizer, "nested": nested}, source="")
+            assert config.nested.weight_decay == (0.1, 0.2)
+
+    def test_a_scale_of_the_learning_rate_needs_an_optimizer_that_uses_one(self) -> None:
+        values: dict[str, Any] = {
+            "optimizer": "adafactor",
+            "nested": {"frequencies": [1, 2], "learning_rate_scale": [1.0, 0.5]},
+        }
+        assert problems(**values) == [
+            "nested.learning_rate_scale: adafactor computes its own step size; give "
+            "optimizer_config.adafactor.relative_step: false"
+        ]
+        values["optimizer_config"] = {"adafactor": {"relative_step": False}}
+        assert parse_config(values, source="").optimizer == "adafactor"
+
+    def test_an_optimizer_is_any_of_mlx(self) -> None:
+        assert parse_config({"optimizer": "lion"}, source="").optimizer == "lion"
+        (line,) = problems(optimizer="lioness")
+        assert line.startswith("optimizer: 'lioness' is no optimizer; there are ['adadelta', ")
+        assert problems(optimizer="lion", training={"reference": "mlx_lm"}) == [
+            "training.reference: mlx_lm.lora knows nothing of optimizer lion"
         ]
 
     @pytest.mark.parametrize(

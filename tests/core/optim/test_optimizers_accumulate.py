@@ -14,6 +14,7 @@ from mlx import optimizers
 from mlx.utils import tree_flatten
 
 from nested_core import NestedAdam, NestedAdamW, Tier
+from nested_core.optim.tiers import expected_updates
 
 RATE = 1e-2
 by_combination = pytest.mark.parametrize("combination", ["mean", "sum"])
@@ -119,6 +120,27 @@ def test_flush_applies_an_open_chunk_as_the_gradients_that_came(
     assert optimizer.step.item() == 6
     assert [tier.updates for tier in optimizer.get_tier_stats()] == [6, 2]
     assert optimizer.state["nested"]["gathered"].tolist() == [0, 0]
+
+
+def test_a_flush_counts_a_chunk_without_a_finite_gradient_as_skipped() -> None:
+    optimizer = accumulating(4)
+    weights = train(optimizer, 4)
+    bad = values(5) | {"slow": mx.full((2, 4), mx.nan)}
+    weights = optimizer.apply_gradients(bad, weights)
+    assert bits(optimizer.flush(weights)) == bits(weights)
+    slow = optimizer.get_tier_stats()[1]
+    assert (slow.updates, slow.skipped) == (1, 1)
+    assert slow.updates + slow.skipped == expected_updates(5, 4, [5])
+
+
+def test_a_flush_leaves_a_tier_alone_that_was_due_at_the_last_step_and_skipped() -> None:
+    optimizer = accumulating(2)
+    bad = values(2) | {"slow": mx.full((2, 4), mx.nan)}
+    weights = optimizer.apply_gradients(bad, train(optimizer, 1))
+    assert bits(optimizer.flush(weights)) == bits(weights)
+    slow = optimizer.get_tier_stats()[1]
+    assert (slow.updates, slow.skipped) == (0, 1)
+    assert slow.updates + slow.skipped == expected_updates(2, 2, [2])
 
 
 def test_flush_of_no_open_chunk_changes_nothing() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import optimizers
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from nested_core import TierStats
+from nested_core import NestedAdamW, Tier, TierStats
+from nested_core.errors import DamagedError
+from nested_core.optim.gradients import clip_factor, gradient_evidence
 from nested_core.optim.tiered import Tiered
 
 OPTIMIZERS = {
@@ -20,6 +23,8 @@ OPTIMIZERS = {
     "muon": lambda: optimizers.Muon(1e-2),
     "adafactor": lambda: optimizers.Adafactor(1e-2),
 }
+TIERS = [Tier(1, frozenset({"a"})), Tier(2)]
+BAD_STEPS = (3, 6)
 by_name = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
@@ -126,3 +131,188 @@ def test_the_pair_that_clip_grad_norm_returns() -> None:
 def test_a_bound_that_bounds_nothing(bound: float) -> None:
     with refused(f"max_grad_norm should be >=0, {bound} was provided instead"):
         Tiered(OPTIMIZERS["sgd"], max_grad_norm=bound)
+
+
+def matrices(seed: int) -> dict[str, Any]:
+    """Random values of two matrices; the same for the same seed."""
+    random = np.random.default_rng(seed)
+    shapes = {"a": (3, 2), "b": (4, 3)}
+    return {name: mx.array(random.normal(size=shape), mx.float32) for name, shape in shapes.items()}
+
+
+def gradients_at(step: int) -> dict[str, Any]:
+    """Gradients of a step; at BAD_STEPS one of them is NaN."""
+    bad = {"a": mx.full((3, 2), mx.nan)} if step in BAD_STEPS else {}
+    return matrices(step) | bad
+
+
+@by_name
+@pytest.mark.parametrize("bound", [0.0, 0.5])
+@pytest.mark.parametrize("mode", ["skip", "accumulate"])
+def test_a_tier_is_mlx_own_optimizer_on_its_due_steps_alone(
+    mode: Any, bound: float, name: str
+) -> None:
+    optimizer = Tiered(OPTIMIZERS[name], TIERS, slow_gradients=mode, max_grad_norm=bound)
+    alone = {key: OPTIMIZERS[name]() for key in ("a", "b")}
+    found = expected = matrices(0)
+    optimizer.init(found)
+    chunk: list[mx.array] = []
+    for step in range(1, 10):
+        gradients = gradients_at(step)
+        found = optimizer.apply_gradients(gradients, found)
+        if step in BAD_STEPS:
+            continue
+        chunk = [*chunk, gradients["b"]] if mode == "accumulate" else [gradients["b"]]
+        due = {"a": gradients["a"]}
+        if step % 2 == 0:
+            due["b"] = sum(chunk[1:], chunk[0]) / len(chunk)
+            chunk = []
+        _, norm = optimizers.clip_grad_norm(due, bound)
+        ours = optimizer.state["nested"]["grad_norm"]
+        assert ours.item() == pytest.approx(norm.item(), rel=1e-6)
+        for key, gradient in due.items():
+            clipped = gradient * clip_factor(ours, bound) if bound else gradient
+            expected = expected | alone[key].apply_gradients({key: clipped}, {key: expected[key]})
+    assert bits(found) == bits(expected)
+    for key, plain in alone.items():
+        leaf = {part: optimizer.state[key][part] for part in plain.state[key]}
+        assert bits(leaf) == bits(plain.state[key])
+    counts = [(tier.updates, tier.skipped) for tier in optimizer.get_tier_stats()]
+    assert counts == [(7, 2), (3, 1)]
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["sgd"], lambda: optimizers.Lion(1e-2)])
+@pytest.mark.parametrize("mode", ["skip", "accumulate"])
+def test_one_compiled_step_is_right_at_every_step(make: Any, mode: Any) -> None:
+    ends = []
+    for compiled in (False, True):
+        optimizer = Tiered(make, TIERS, slow_gradients=mode)
+        weights = matrices(0)
+        optimizer.init(weights)
+        step = optimizer.apply_gradients
+        if compiled:
+            step = partial(mx.compile, inputs=optimizer.state, outputs=optimizer.state)(step)
+        for n in range(1, 10):
+            weights = step(gradients_at(n), weights)
+        ends.append((bits(weights), bits(optimizer.state)))
+    assert ends[0] == ends[1]
+
+
+def test_all_tiers_read_a_schedule_on_the_training_step() -> None:
+    optimizer = Tiered(lambda: optimizers.SGD(lambda step: 0.1 * (step + 1)), TIERS)
+    weights = tree_map(mx.zeros_like, matrices(0))
+    moved = []
+    for _ in range(4):
+        updated = optimizer.apply_gradients(tree_map(mx.ones_like, weights), weights)
+        moved.append([round((updated[key] - weights[key]).min().item(), 6) for key in ("a", "b")])
+        weights = updated
+    assert moved == [[-0.1, 0.0], [-0.2, -0.2], [-0.3, 0.0], [-0.4, -0.4]]
+
+
+@pytest.mark.parametrize("cls", [optimizers.Muon, optimizers.SGD, optimizers.Lion])
+def test_a_tier_has_its_own_rate_scale_and_weight_decay(cls: Any) -> None:
+    slow = Tier(2, learning_rate_scale=0.5, weight_decay=0.3)
+    optimizer = Tiered(lambda: cls(1e-2), [TIERS[0], slow])
+    plain = cls(mx.array(1e-2) * 0.5, weight_decay=0.3)
+    found, expected = matrices(0), {"b": matrices(0)["b"]}
+    for step in (1, 2, 3, 4):
+        found = optimizer.apply_gradients(matrices(step), found)
+        if step % 2 == 0:
+            expected = plain.apply_gradients({"b": matrices(step)["b"]}, expected)
+    assert bits({"b": found["b"]}) == bits(expected)
+
+
+def test_a_weight_decay_a_tier_needs_an_optimizer_that_has_one() -> None:
+    with refused("A tier has a weight_decay of its own; RMSprop has no weight_decay."):
+        Tiered(lambda: optimizers.RMSprop(1e-2), [Tier(weight_decay=0.1)])
+
+
+def test_a_rate_scale_a_tier_needs_an_optimizer_that_uses_the_learning_rate() -> None:
+    scaled = [Tier(learning_rate_scale=0.5)]
+    with refused("A tier has a learning_rate_scale, but Adafactor computes its own step size"):
+        Tiered(lambda: optimizers.Adafactor(1e-2), scaled)
+    Tiered(lambda: optimizers.Adafactor(1e-2, relative_step=False), scaled)
+
+
+def test_an_adafactor_without_a_learning_rate_is_mlx_own() -> None:
+    optimizer, plain = Tiered(optimizers.Adafactor), optimizers.Adafactor()
+    found = expected = matrices(0)
+    for step in (1, 2, 3):
+        found = optimizer.apply_gradients(matrices(step), found)
+        expected = plain.apply_gradients(matrices(step), expected)
+    assert bits(found) == bits(expected)
+
+
+@by_name
+def test_a_mark_says_whether_an_update_had_a_gradient(name: str) -> None:
+    optimizer = Tiered(OPTIMIZERS[name], TIERS)
+    weights = matrices(0)
+    optimizer.init(weights)
+    zero = {"a": mx.zeros((3, 2))}
+
+    def marks() -> list[int]:
+        state: dict[str, mx.array] = dict(tree_flatten(optimizer.state))
+        arrays = [gradient_evidence(state, key) for key in ("a", "b")]
+        return [array.item() for array in arrays if array is not None]  # type: ignore[misc]
+
+    seen = []
+    bad = {"b": mx.full((4, 3), mx.nan)}
+    for step, changes in enumerate((zero, zero | bad, zero, zero, {}), start=1):
+        weights = optimizer.apply_gradients(matrices(step) | changes, weights)
+        seen.append(marks())
+    assert seen == [[0, 0], [0, 0], [0, 0], [0, 1], [1, 1]]
+
+
+def test_adam_says_it_by_its_second_moment() -> None:
+    optimizer = NestedAdamW(1e-2)
+    optimizer.apply_gradients(matrices(1) | {"a": mx.zeros((3, 2))}, matrices(0))
+    state: dict[str, mx.array] = dict(tree_flatten(optimizer.state))
+    assert gradient_evidence(state, "a") is state["a.v"]
+    assert not any(name.endswith("had_gradient") for name in state)
+    assert gradient_evidence(state, "unknown") is None
+
+
+@pytest.mark.parametrize(
+    ("cls", "is_elementwise"),
+    [(cls, True) for cls in (optimizers.SGD, optimizers.Lion, optimizers.AdamW)]
+    + [(optimizers.Muon, False), (optimizers.Adafactor, False)],
+)
+def test_which_optimizers_are_elementwise(cls: Any, is_elementwise: bool) -> None:
+    assert Tiered(lambda: cls(1e-2)).is_elementwise is is_elementwise
+
+
+@by_name
+def test_training_goes_on_from_a_file_bit_for_bit(name: str, tmp_path: Path) -> None:
+    straight, stopped, resumed = (Tiered(OPTIMIZERS[name], TIERS) for _ in range(3))
+    expected = weights = matrices(0)
+    for step in range(1, 8):
+        expected = straight.apply_gradients(matrices(step), expected)
+    for step in range(1, 4):
+        weights = stopped.apply_gradients(matrices(step), weights)
+    flat: dict[str, mx.array] = dict(tree_flatten(stopped.state))
+    mx.save_safetensors(str(tmp_path / "optimizer.safetensors"), flat)
+    loaded: Any = mx.load(str(tmp_path / "optimizer.safetensors"))
+    resumed.state = tree_unflatten(list(loaded.items()))
+    resumed.init(weights)
+    for step in range(4, 8):
+        weights = resumed.apply_gradients(matrices(step), weights)
+    assert bits(weights) == bits(expected)
+    assert bits(resumed.state) == bits(straight.state)
+
+
+@pytest.mark.parametrize("layout", [None, 3])
+def test_a_state_of_another_layout_is_refused_in_one_paragraph(layout: int | None) -> None:
+    optimizer = NestedAdamW(1e-2, tiers=TIERS)
+    optimizer.init(matrices(0))
+    state = optimizer.state
+    del state["nested"]["layout"]
+    if layout is not None:
+        state["nested"]["layout"] = mx.array(layout, mx.uint32)
+    resumed = NestedAdamW(1e-2, tiers=TIERS)
+    resumed.state = state
+    with pytest.raises(DamagedError) as caught:
+        resumed.init(matrices(0))
+    assert str(caught.value) == (
+        f"This optimizer state has layout {layout or 1}, of another release; this one reads "
+        "layout 2. Go on with the release that wrote it, or start a new run."
+    )

@@ -115,6 +115,18 @@ def test_skipped_steps_above_the_gates_share_are_rejected(skipping: Finished) ->
     assert (tier.expected_updates, tier.applied_updates, tier.skipped_updates) == (20, 19, 1)
 
 
+def test_the_gate_passes_a_run_whose_last_open_chunk_is_one_skipped_step(
+    skipping: Finished, tmp_path: Path
+) -> None:
+    last = skipped_step(skipping)
+    clocks = {"frequencies": [1, last - 1], "slow_gradients": "accumulate"}
+    changes = {"iters": last, "data": skipping.config.data, "nested": clocks}
+    changes["gate"] = {"max_skipped_share": 0.5}
+    done = train_example(tmp_path / "run", **poisoned(Path(skipping.config.model), **changes))
+    slow = steps.judge(done.config, done.run).tiers[1]
+    assert (slow.expected_updates, slow.applied_updates, slow.skipped_updates) == (2, 1, 1)
+
+
 def test_training_that_ends_right_after_the_limit_is_given_up_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
