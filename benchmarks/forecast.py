@@ -74,10 +74,10 @@ def main() -> None:
     for number, case in enumerate(CASES):
         command = [sys.executable, "-m", "benchmarks.forecast", str(number)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        off = found["forecast_bytes"] / found["measured_bytes"] - 1
-        rows.append({"case": case.name, **found, "off": round(off, 4)})
-        forecast, measured = found["forecast_bytes"] / 2**20, found["measured_bytes"] / 2**20
+        figures = json.loads(done.stdout.splitlines()[-1])
+        off = figures["forecast_bytes"] / figures["measured_bytes"] - 1
+        rows.append({"case": case.name, **figures, "off": round(off, 4)})
+        forecast, measured = figures["forecast_bytes"] / 2**20, figures["measured_bytes"] / 2**20
         print(
             f"forecast: {case.name:<36} {forecast:8,.0f} MiB forecast, {measured:8,.0f} measured: "
             f"{off:+.1%}",

@@ -101,10 +101,10 @@ def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
         owner = owners.get((id(gate.x), id(down.output)))
         if owner is None or gate.module.scale != up.module.scale:
             continue
-        three = gate.module, up.module, down.module
+        mlp_layers = gate.module, up.module, down.module
         parts = owner.children().values()  # another part may be a dropout, which leaves no trace
-        if set(map(id, parts)) == set(map(id, three)):
-            mlps.append(GatedMLP(owner, three))
+        if set(map(id, parts)) == set(map(id, mlp_layers)):
+            mlps.append(GatedMLP(owner, mlp_layers))
     return mlps
 
 

@@ -31,7 +31,7 @@ def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
 
     m is (rank, width of its own), x (rows, width).
     """
-    fits = _fit(project_on_cuda, pairs, WARP_DEPTH)
+    fits = _pairs_fit(project_on_cuda, pairs, WARP_DEPTH)
     project = project_on_cuda if fits else plain_project
     starts = range(0, len(pairs), PAIRS_PER_LAUNCH)
     parts = [project(pairs[i : i + PAIRS_PER_LAUNCH], scale) for i in starts]
@@ -41,7 +41,7 @@ def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
 def factor_gradients(pairs: Pairs) -> Sequence[mx.array]:
     """Each pair's z @ x, where z is (rank, rows) and x (rows, width of its own)."""
     has_even_rows = pairs[0][1].shape[0] % 2 == 0  # the kernel reads two neighbours in a row of z
-    fits = has_even_rows and _fit(gradients_on_cuda, pairs, BLOCK_COLUMNS)
+    fits = has_even_rows and _pairs_fit(gradients_on_cuda, pairs, BLOCK_COLUMNS)
     multiply = gradients_on_cuda if fits else plain_gradients
     products: list[mx.array] = []
     for _, same_rank in groupby(pairs, key=lambda pair: pair[0].shape[0]):  # one kernel suits all
@@ -62,7 +62,7 @@ def plain_gradients(pairs: Pairs) -> Sequence[mx.array]:
     return [z @ x for z, x in pairs]
 
 
-def _fit(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int) -> bool:
+def _pairs_fit(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int) -> bool:
     """Whether a kernel takes these arrays: bfloat16, ranks of whole tiles, widths that fit."""
     ranks = [narrow.shape[0] for narrow, _ in pairs]
     return (

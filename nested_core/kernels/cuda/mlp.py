@@ -14,7 +14,7 @@ from nested_core.kernels.cuda.lora_add import LowRankSum, example_sum
 from nested_core.kernels.cuda.self_check import checked_kernel
 from nested_core.kernels.cuda.tiles import TILE
 
-Three = tuple[mx.array, mx.array, mx.array]
+GatedGradients = tuple[mx.array, mx.array, mx.array]  # of gate, of up; the product
 
 
 def gated_product(gate: LowRankSum, up: LowRankSum) -> mx.array:
@@ -23,7 +23,7 @@ def gated_product(gate: LowRankSum, up: LowRankSum) -> mx.array:
     return compute(gate, up)
 
 
-def gated_gradients(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> Three:
+def gated_gradients(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> GatedGradients:
     """The gradients with respect to gate and up, and the product again; g is its gradient."""
     compute = gated_gradients_on_cuda if _have_kernel_dtype(gate, up, g) else plain_gated_gradients
     return compute(gate, up, g)
@@ -39,7 +39,7 @@ def plain_gated_product(gate: LowRankSum, up: LowRankSum) -> mx.array:
     return (a * mx.sigmoid(a) * b).astype(gate.base.dtype)
 
 
-def plain_gated_gradients(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> Three:
+def plain_gated_gradients(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> GatedGradients:
     """`gated_gradients` in MLX's operations."""
     a, b, c = gate.in_float32(), up.in_float32(), g.in_float32()
     s = mx.sigmoid(a)
@@ -66,7 +66,7 @@ def gated_product_on_cuda(gate: LowRankSum, up: LowRankSum) -> mx.array:
 
 
 @checked_kernel("gated MLPs", reference=plain_gated_gradients, examples=_examples)
-def gated_gradients_on_cuda(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> Three:
+def gated_gradients_on_cuda(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> GatedGradients:
     """`gated_gradients` in one kernel."""
     d_gate, d_up, product = _launch("mlp_back", 3, gate, up, g)
     return d_gate, d_up, product

@@ -20,6 +20,7 @@ TOLERANCE = 0.02  # of the largest element: a few roundings of a bfloat16
 
 Inputs = ParamSpec("Inputs")
 Outputs = TypeVar("Outputs", bound=mx.array | Sequence[mx.array])
+Examples = Callable[..., Sequence[tuple[Any, ...]]]
 
 
 @dataclass(eq=False)
@@ -38,7 +39,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
     name: str
     launch: Callable[Inputs, Outputs]
     reference: Callable[Inputs, Outputs]
-    examples: Callable[..., Sequence[tuple[Any, ...]]]
+    examples: Examples
     _checked: dict[tuple[int, ...], bool] = field(default_factory=dict, init=False)
 
     def __call__(self, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Outputs:
@@ -76,10 +77,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
 
 
 def checked_kernel(
-    name: str,
-    *,
-    reference: Callable[Inputs, Outputs],
-    examples: Callable[..., Sequence[tuple[Any, ...]]],
+    name: str, *, reference: Callable[Inputs, Outputs], examples: Examples
 ) -> Callable[[Callable[Inputs, Outputs]], CheckedKernel[Inputs, Outputs]]:
     """Decorator that makes a `CheckedKernel` of a function that launches one."""
     return lambda launch: CheckedKernel(name, launch, reference, examples)

@@ -3,7 +3,7 @@
 In bytes, with T = rows * length tokens, s bytes an activation, and only the layers from the lowest
 trained one up, since those below keep nothing for the backward pass:
 
-    held        = weights + moments, and for packed parameters trained + moments once more
+    resident    = weights + moments, and for packed parameters trained + moments once more
     kept        = s * (T * (layer.kept + mlp_arrays * layer.mlp_width)
                   + score_share * rows * heads * length^2), for each layer
     logits      = (s + 8) * vocabulary * rows of the chunks that exist at once;
@@ -11,11 +11,11 @@ trained one up, since those below keep nothing for the backward pass:
     dequantized = dequantized_weights * the largest quantized weight once it is dequantized
     in_flight   = arrays that are used up and not freed yet, since MLX runs ahead of the device:
                   layers_in_flight times the largest `kept`
-    peak        = the largest of
-                  held + kept of all layers + logits + dequantized + in_flight, where a recomputed
-                  layer keeps its input alone
-                  held + inputs of the recomputed layers + in_flight + REFILLED_LAYERS layers
-                  held + 3 * trained + moments: gradients and new values beside the old ones
+    peak        = resident + the largest of
+                  kept of all layers + logits + dequantized + in_flight, where a recomputed layer
+                  keeps its input alone;
+                  inputs of the recomputed layers + in_flight + REFILLED_LAYERS layers;
+                  3 * trained + moments: gradients and new values beside the old ones
 
 `layer.kept` is what derivatives read again, in elements a token: the outputs of the linear layers
 in attention and MLP, the inputs of trained ones, each once, and the inputs of norms. For a Llama of
@@ -153,9 +153,9 @@ def peak_bytes(
     layers = footprint.trained_layers
     kept = [kept_bytes(footprint, layer, batch, device) for layer in layers]
     largest = max(kept, default=0.0)
-    held = footprint.weights + footprint.moments
+    resident = footprint.weights + footprint.moments
     if footprint.is_packed:
-        held += footprint.trained + footprint.moments
+        resident += footprint.trained + footprint.moments
     tokens = batch.rows * batch.length
     inputs = footprint.activation_bytes * tokens * sum(e.width for e in layers[:recomputed])
     max_in_flight = device.max_in_flight_ratio * len(layers)
@@ -165,7 +165,7 @@ def peak_bytes(
     forward = sum(kept[recomputed:]) + inputs + (logits + dequantized) + in_flight
     backward = inputs + in_flight + REFILLED_LAYERS * largest if recomputed else 0.0
     update = 3 * footprint.trained + footprint.moments
-    return int(held + max(forward, backward, update))
+    return int(resident + max(forward, backward, update))
 
 
 def fewest_recomputed(

@@ -84,7 +84,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("forward")
         return mlp.plain_gated_product(*sums)
 
-    def backward(*sums: LowRankSum) -> mlp.Three:
+    def backward(*sums: LowRankSum) -> mlp.GatedGradients:
         calls.append("backward")
         return mlp.plain_gated_gradients(*sums)
 

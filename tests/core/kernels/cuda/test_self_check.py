@@ -135,7 +135,7 @@ def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part:
         )
         return [lost if i == place else each for i, each in enumerate(sums)]
 
-    def gradients(*sums: lora_add.LowRankSum) -> mlp.Three:
+    def gradients(*sums: lora_add.LowRankSum) -> mlp.GatedGradients:
         return mlp.plain_gated_gradients(*without(sums))
 
     found = [CHECKS["mlp gradients"].with_formula(gradients)]
