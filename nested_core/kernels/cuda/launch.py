@@ -1,9 +1,9 @@
 """CUDA sources of this folder: compiled once a machine, and launched by MLX among its own kernels.
 
 MLX can compile a kernel itself, which takes a second for each of them in every process, for its own
-headers are read each time; ours need none, and what they become is kept in the user's cache. MLX
-takes the hash of a program at every launch (mlx/backend/cuda/custom_kernel.cpp), which takes longer
-the larger it is: so programs are compressed, which the driver loads as well.
+headers are read each time; ours need none, and the compiled programs are kept in the user's cache.
+MLX hashes a program at every launch (mlx/backend/cuda/custom_kernel.cpp), in time that grows with
+its size: so programs are compressed, which the driver loads as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 DTYPE = mx.bfloat16  # of the arrays that kernels compute with
 THREADS = 256  # of a block, at most
-MULTIPROCESSORS = 132  # of an H200; grids are sized for it on every GPU, and right on each
+MULTIPROCESSORS = 132  # of an H200; every GPU gets grids of its size, which are right on each
 INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 
