@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,36 +62,34 @@ def read_tables(
     files: Mapping[str, SplitFile], features: Features, on_progress: OnProgress | None = None
 ) -> dict[str, SplitTable]:
     """Read train, valid and test, a missing one as empty; raises OSError, and WorkerFailed."""
-    ranges = [
-        (split, byte_range)
-        for split, file in files.items()
-        for byte_range in line_ranges(file.path, RANGE_BYTES)
-    ]
     frames: dict[str, list[pl.DataFrame]] = {split: [] for split in SPLITS}
     hashers = {split: sha256() for split in SPLITS}
-    sizes = list(accumulate((part.end - part.start for _, part in ranges), initial=0))
-
-    def report_progress(done: int) -> None:
-        if on_progress is not None:
-            on_progress("reading", sizes[done], sizes[-1])
-
     with TemporaryDirectory(prefix="nested-tune-") as folder:
-        requests = [
+        requests: list[dict[str, Any]] = [
             {
                 "job": JOB,
-                "path": str(files[split].path),
+                "split": split,
+                "path": str(file.path),
                 "byte_range": byte_range,
                 "features": asdict(features),
-                "out": f"{folder}/{index}",
+                "out": f"{folder}/{split}-{byte_range.start}",
             }
-            for index, (split, byte_range) in enumerate(ranges)
+            for split, file in files.items()
+            for byte_range in line_ranges(file.path, RANGE_BYTES)
         ]
-        answers = run_jobs(requests, processes=processes_for(sizes[-1]), on_done=report_progress)
+        sizes = [request["byte_range"].end - request["byte_range"].start for request in requests]
+        total = sum(sizes)
+
+        def report_progress(done: int) -> None:
+            if on_progress is not None:
+                on_progress("reading", sum(sizes[:done]), total)
+
+        answers = run_jobs(requests, processes=processes_for(total), on_done=report_progress)
         with closing(answers):  # type: ignore[type-var]
-            for request, (split, _), _ in zip(requests, ranges, answers, strict=True):
+            for request, _ in zip(requests, answers, strict=True):
                 frame, digests = _take_result(request)
-                frames[split].append(frame)
-                hashers[split].update(digests)
+                frames[request["split"]].append(frame)
+                hashers[request["split"]].update(digests)
     return {
         split: SplitTable(
             files[split].name if split in files else f"{split}.jsonl",

@@ -190,32 +190,8 @@ def line_body(raw: bytes, *, is_first: bool) -> bytes:
 
 def parse_line(raw: bytes, features: Features) -> Example:
     """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
-    return _parse_plain(raw, features) or parse_exactly(raw, features)
-
-
-def parse_exactly(raw: bytes, features: Features) -> Example:
-    """As `parse_line`, for a line that is known not to be plain."""
     row = decode_object(raw)
     return _check_types(row, _choose_format(row, features), features)
-
-
-def _parse_plain(raw: bytes, features: Features) -> Example | None:
-    """Most lines, in one pass: the known fields only, and nothing wrong. None for all others."""
-    if b"\\u0000" in raw:
-        return None
-    try:
-        if b'"role"' in raw:
-            messages = plain_chat(raw, features.chat)
-            return None if messages is None else Example("chat", messages)
-        fields = plain_fields(raw, features)
-    except ValidationError:
-        return None
-    if fields is None:
-        return None
-    name, _, texts = fields
-    if name == "text":
-        return Example("text", [], text=texts[0])
-    return Example("completion", as_messages(*texts))
 
 
 def plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:

@@ -18,7 +18,7 @@ from nested_core.data.lines.examples import (
     Features,
     calls_tools,
     line_body,
-    parse_exactly,
+    parse_line,
     plain_chat,
     plain_fields,
 )
@@ -87,7 +87,7 @@ def read_line(raw: bytes, features: Features, *, is_first: bool = False) -> Row:
     if not body:
         return Row(is_blank=True)
     try:
-        example = parse_exactly(body, features)
+        example = parse_line(body, features)
     except LineProblem as problem:
         return Row(check=problem.check, message=problem.message)
     return _flatten(example, features)

@@ -12,6 +12,7 @@ from typing import Any
 
 from nested_core.config.data import HubDataset
 from nested_core.data.lines.examples import as_messages
+from nested_core.data.settings import SPLITS
 from nested_core.data.sources.formats import NumberedLine, json_line
 from nested_core.errors import ConfigError, shorten
 
@@ -23,9 +24,7 @@ def open_named(name: str, *, trust_remote_code: bool) -> Tables:
     """The train, valid and test that a data set has; all of its columns, as they are."""
     tables = _load(name, "data", {}, trust_remote_code=trust_remote_code)
     return {
-        split: (f"{name}:{split}", _number(tables[split]))
-        for split in ("train", "valid", "test")
-        if split in tables
+        split: (f"{name}:{split}", _number(tables[split])) for split in SPLITS if split in tables
     }
 
 
@@ -36,21 +35,17 @@ def open_listed(entries: Sequence[HubDataset], *, trust_remote_code: bool) -> Ta
     them. `test_split` is read where it is given.
     """
     opened: Tables = {}
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         chosen = [(entry, getattr(entry, f"{split}_split")) for entry in entries]
         chosen = [(entry, part) for entry, part in chosen if part is not None]
-        tables = [
-            _load(
-                entry.path,
-                "hf_dataset",
-                {**entry.config, "split": part},
-                trust_remote_code=trust_remote_code,
-            )
-            for entry, part in chosen
-        ]
+        tables = []
+        for entry, part in chosen:
+            arguments = {**entry.config, "split": part}
+            table = _load(entry.path, "hf_dataset", arguments, trust_remote_code=trust_remote_code)
+            tables.append((entry, table))
         if tables:
-            file = " + ".join(f"{entry.path}:{part}" for entry, part in chosen)
-            opened[split] = (file, _number(_join([entry for entry, _ in chosen], tables)))
+            name = " + ".join(f"{entry.path}:{part}" for entry, part in chosen)
+            opened[split] = (name, _number(_join(tables)))
     return opened
 
 
@@ -85,9 +80,9 @@ def _number(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedLine]:
         yield NumberedLine(number, json_line(row))
 
 
-def _join(entries: Sequence[HubDataset], tables: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    formats = {_is_completion(entry, table) for entry, table in zip(entries, tables, strict=True)}
-    for entry, table in zip(entries, tables, strict=True):
+def _join(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, Any]]:
+    formats = {_is_completion(entry, table) for entry, table in tables}
+    for entry, table in tables:
         as_chat = len(formats) > 1 and _is_completion(entry, table)
         for row in table:
             yield _rename(row, entry, as_chat=as_chat)
