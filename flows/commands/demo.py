@@ -37,7 +37,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Run the flow on the example, then ask the model what it could not answer before."""
+    """Run the flow on the example, then ask the model what it could not generate_answers before."""
     from nested_core.registry.champion_link import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
@@ -123,11 +123,11 @@ def _read_questions(path: Path) -> list[dict[str, str]]:
 def _ask(
     config: FineTuneConfig, champion: Path, questions: list[dict[str, str]]
 ) -> tuple[list[tuple[str, str, str]], tuple[int, int]]:
-    from nested_core.models.generate import answer
+    from nested_core.models.generation import generate_answers
 
     prompts = [question["prompt"] for question in questions]
-    before = answer(config.model, prompts)
-    after = answer(config.model, prompts, adapter=champion)
+    before = generate_answers(config.model, prompts)
+    after = generate_answers(config.model, prompts, adapter=champion)
     expected = [question["expected"] for question in questions]
     right = [
         sum(capital in reply for capital, reply in zip(expected, replies, strict=True))

@@ -1,1 +1,6 @@
-"""config."""
+"""The configuration: YAML and flags, read strictly into a frozen `FineTuneConfig`.
+
+`schema` has mlx-lm's keys and what sections ask of each other; `lora`, `data`, `nested`,
+`training`, `gate` and `registry` are the sections, `section` their base class. A key is one line
+there: `keys` says what follows from it, `resume` what may differ when a run is resumed.
+"""

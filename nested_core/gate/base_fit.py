@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 import mlx.core as mx
 
 from nested_core.gate.verdict import Reason
-from nested_core.storage.adapter import FLOATING, Adapter
+from nested_core.storage.adapter import Adapter
+from nested_core.storage.safetensors_files import FLOATING
 
 TENSORS_OF_A_MODULE = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
 # By name and number of dimensions: (in, rank) and (rank, out), or for experts (n, rank, in) and

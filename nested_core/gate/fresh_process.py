@@ -22,8 +22,9 @@ import numpy as np
 from nested_core import backend
 from nested_core.errors import NestedTuneError
 from nested_core.gate.verdict import Reason
-from nested_core.storage.adapter import WEIGHTS_NAME, read_tensors
-from nested_core.storage.strict_json import finite_or_none
+from nested_core.storage.adapter import WEIGHTS_NAME
+from nested_core.storage.atomic import finite_or_none
+from nested_core.storage.safetensors_files import read_tensors
 
 PROGRAM = Path(__file__).with_name("fresh_process_program.py")
 # Relative to the centred norm of the trainer's logits. If the trainer computes in float32 the

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from nested_core.backend import to_float
 from nested_core.gate.verdict import Reason
-from nested_core.models.lora import load_leaves
+from nested_core.models.lora_attachment import load_adapter_tensors
 
 MIN_SHARE = 0.5  # of the whole change
 MIN_SHARE_OF_A_MODULE = 0.1
@@ -76,7 +76,7 @@ def _measure(model: nn.Module, module: Any, before: Parameters, after: Parameter
 def _loaded(model: nn.Module, before: Parameters, after: Parameters) -> Iterator[None]:
     """Put one adapter into the model, yield, then the other."""
     for tensors in (before, after):
-        load_leaves(model, tensors)
+        load_adapter_tensors(model, tensors)
         yield
 
 

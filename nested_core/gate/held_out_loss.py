@@ -21,13 +21,14 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.verdict import GeneralLoss, Validation
 from nested_core.kernels.apply import optimized_layers
-from nested_core.models.base import base_fingerprint, find_model
-from nested_core.models.lora import adapter_dtype, attach_adapter, load_base, load_leaves
+from nested_core.models.base_model import base_fingerprint, find_model, load_base
+from nested_core.models.lora_attachment import adapter_dtype, attach_adapter, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, trainable_refs
-from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays
+from nested_core.storage.adapter import WEIGHTS_NAME
+from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.storage.strict_json import finite_or_none
 from nested_core.training.evaluation import Evaluator, fixed_batches
 from nested_core.training.loss.chunked import rule_for
 from nested_core.training.loss.supervised import SUPERVISED
@@ -64,7 +65,7 @@ class LoadedBase:
         losses = []
         with optimized_layers(self.model, as_mlx_lm=self.config.training.reference is not None):
             for adapter in adapters:
-                load_leaves(self.model, load_arrays(adapter / WEIGHTS_NAME))
+                load_adapter_tensors(self.model, load_arrays(adapter / WEIGHTS_NAME))
                 batches = fixed_batches(split, batch_size, max_batches, max_seq_length)
                 losses.append(evaluator.loss(read_parameters(refs), batches))
         return losses

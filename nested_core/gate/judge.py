@@ -27,8 +27,7 @@ from nested_core.gate.run_evidence import (
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.verdict import GeneralLoss, JudgedAdapter, Reason, Validation, Verdict
-from nested_core.models.base import base_fingerprint, find_model
-from nested_core.models.lora import compute_dtype
+from nested_core.models.base_model import base_fingerprint, compute_dtype, find_model
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 

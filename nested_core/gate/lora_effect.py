@@ -14,7 +14,8 @@ import numpy as np
 from nested_core.errors import DamagedError
 from nested_core.gate.tensor_diff import differs, frobenius_norm
 from nested_core.gate.verdict import Reason
-from nested_core.storage.adapter import Adapter, Tensor
+from nested_core.storage.adapter import Adapter
+from nested_core.storage.safetensors_files import Tensor
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Factors = tuple[Tensor, Tensor]  # lora_a and lora_b of one module

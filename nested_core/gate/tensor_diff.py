@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from nested_core.gate.verdict import Code, Reason, TensorChange
-from nested_core.storage.adapter import Adapter, Tensor
+from nested_core.storage.adapter import Adapter
+from nested_core.storage.safetensors_files import Tensor
 
 PIECE = 8192  # values: they fit the first cache, and OpenBLAS starts no threads for so few
 SMALLEST, LARGEST = 1e-20, 1e30  # sums of squares of a piece that float32 computes without loss

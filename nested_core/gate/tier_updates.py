@@ -16,9 +16,9 @@ from nested_core.optim.clock import COUNTERS, check_layout
 from nested_core.optim.gradients import gradient_evidence
 from nested_core.optim.schedules import build_learning_rate
 from nested_core.optim.tiers import TierMap, expected_updates
-from nested_core.storage.adapter import Tensor, read_tensors
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import Tensor, read_tensors
 from nested_core.storage.strict_files import read_json
 
 MAX_TIERS_BYTES = 16 * 1024 * 1024

@@ -9,7 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
+from nested_core.storage.safetensors_files import load_arrays
 
 
 def read_given_adapter(path: Path, base: str) -> dict[str, mx.array]:

@@ -15,7 +15,7 @@ from typing import Any
 from nested_core.config.keys import settings_of_the_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.models.base import base_fingerprint, find_model
+from nested_core.models.base_model import base_fingerprint, find_model
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import registry_location

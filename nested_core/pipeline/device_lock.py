@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from nested_core import backend
-from nested_core.storage.user_folder import user_folder
+from nested_core.storage.strict_files import user_folder
 
 VARIABLE = (
     "NESTED_TUNE_DEVICE_LOCK"  # a name of a device to lock in place of the one found, or "off"

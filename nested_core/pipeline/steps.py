@@ -7,7 +7,7 @@ them in turn, and a Prefect flow calls them as tasks.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,39 @@ from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.held_out_loss import refuse_other_data
-from nested_core.models.base import base_fingerprint, find_model
-from nested_core.models.given_adapter import read_given_adapter
-from nested_core.models.lora import (
+from nested_core.models.base_model import base_fingerprint, find_model, load_base
+from nested_core.models.lora_attachment import (
     adapter_config,
     attach_adapter,
-    load_base,
-    load_leaves,
+    load_adapter_tensors,
+    read_adapter_file,
     trainable,
 )
 from nested_core.optim.tiers import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.launch.hosts import count_ranks
 from nested_core.pipeline.launch.launcher import train_in_ranks
-from nested_core.storage.adapter import WEIGHTS_NAME, load_arrays, write_adapter
-from nested_core.storage.adapter_export import export_adapter, require_writable
-from nested_core.storage.atomic import mend_leftovers, new_directory, write_bytes, write_json
-from nested_core.storage.checkpoint import checkpoint_path, latest_checkpoint, publish_adapter
+from nested_core.storage.adapter import (
+    WEIGHTS_NAME,
+    export_adapter,
+    require_writable,
+    write_adapter,
+)
+from nested_core.storage.atomic import (
+    finite_or_none,
+    new_directory,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
+from nested_core.storage.checkpoint import (
+    checkpoint_path,
+    latest_checkpoint,
+    latest_state,
+    publish_adapter,
+)
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_json import finite_or_none
+from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.distributed import SINGLE_PROCESS, World
@@ -71,8 +85,8 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     count_ranks(config)  # what cannot be used is found before anything is done
     if config.adapter_path is not None:
         require_writable(Path(config.adapter_path))
-    mend_leftovers(run.path)
-    mend_leftovers(run.checkpoints)
+    remove_leftovers(run.path)
+    remove_leftovers(run.checkpoints)
     if run.config.exists():
         if not resume:
             raise ConfigError(
@@ -112,11 +126,11 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
     attach_adapter(model, config)
     base = base_fingerprint(find_model(config.model))
     if config.resume_adapter_file is not None:
-        load_leaves(model, read_given_adapter(Path(config.resume_adapter_file), base))
+        load_adapter_tensors(model, read_adapter_file(Path(config.resume_adapter_file), base))
     described = adapter_config(config, base)
     champion = starting_adapter(config, described)
     if champion is not None:
-        load_leaves(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
+        load_adapter_tensors(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable(model), described)
     tiers = _assign(config, model)
@@ -176,7 +190,7 @@ def _train(
     report, splits = load_run_data(config)
     refuse_other_data(run, report)
     attach_adapter(model, config)
-    load_leaves(model, load_arrays(run.initial / WEIGHTS_NAME))
+    load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     callbacks = with_reporting(config, run.path, callback) if world.is_main else None
     trainer = build_trainer(config, run, model, splits, callbacks, world)
     if world.is_main:
@@ -189,11 +203,18 @@ def _train(
 
 
 def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
-    """Whether the run has ended, and not before an `iters` that was raised since."""
-    checkpoint = latest_checkpoint(run.checkpoints)
-    if checkpoint is None or not checkpoint.state["ended"]:
+    """Whether the run has ended, and not before an `iters` that was raised since.
+
+    A checkpoint that says so is verified; one that is trained on from is, where it is read.
+    """
+
+    def has_ended(state: Mapping[str, Any]) -> bool:
+        return bool(state.get("ended")) and state.get("wanted_iterations") == config.iters
+
+    if not has_ended(latest_state(run.checkpoints)):
         return False
-    return bool(checkpoint.state["wanted_iterations"] == config.iters)
+    checkpoint = latest_checkpoint(run.checkpoints)
+    return checkpoint is not None and has_ended(checkpoint.state)
 
 
 def _publish(run: RunDirectory, trainer: Trainer) -> TrainResult:

@@ -49,7 +49,7 @@ def main(run_dir: str, ranks: str) -> int:
 
 
 def _train(run_dir: Path, ranks: int) -> None:
-    from nested_core.models.lora import find_base
+    from nested_core.models.base_model import find_base
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
     from nested_core.training.distributed import join

@@ -30,7 +30,7 @@ from nested_core.registry.versions import (
     version_findings,
 )
 from nested_core.storage.atomic import TEMPORARY_PREFIX
-from nested_core.storage.file_types import kind_of
+from nested_core.storage.strict_files import file_type
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[Audit
         return []
     with shared(folder):
         ledger = _take_snapshot(folder).ledger
-        if kind_of(folder / VERSIONS / version) == "missing" and _is_collected(version, ledger):
+        if file_type(folder / VERSIONS / version) == "missing" and _is_collected(version, ledger):
             return []
         return _version_findings(folder, version, ledger)
 

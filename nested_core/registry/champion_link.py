@@ -17,7 +17,7 @@ from nested_core.errors import DamagedError
 from nested_core.registry.ledger import Entry
 from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.atomic import sync_path, write_json
-from nested_core.storage.file_types import kind_of
+from nested_core.storage.strict_files import file_type
 
 LINK_NAME = "champion"
 PREPARED_NAME = ".champion-next"
@@ -57,7 +57,7 @@ def swap(folder: Path) -> None:
 def discard_prepared(folder: Path) -> None:
     """Remove a prepared link that never became the champion."""
     path = folder / PREPARED_NAME
-    if kind_of(path) != "missing":
+    if file_type(path) != "missing":
         path.unlink()
         sync_path(folder)
 
@@ -73,7 +73,7 @@ def make_record(champion: str | None, changes: list[Entry]) -> dict[str, Any] | 
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Read champion.json; an unreadable one counts as empty, because the link decides."""
     path = folder / RECORD_NAME
-    kind = kind_of(path)
+    kind = file_type(path)
     if kind != "file":
         return None if kind == "missing" else {}
     try:
@@ -89,7 +89,7 @@ def write_record(folder: Path, record: dict[str, Any] | None) -> None:
     Raises DamagedError for a directory in its place, which cannot be replaced in one step.
     """
     path = folder / RECORD_NAME
-    if kind_of(path) == "directory":
+    if file_type(path) == "directory":
         raise DamagedError(
             f"{path} is a directory. Expected the file that says who made the champion, and when. "
             "Remove it: the history says the same, and the file is written anew from there."

@@ -20,7 +20,7 @@ from nested_core.registry.versions import REGISTERED_AT, read_provenance, regist
 from nested_core.storage.atomic import (
     RETIRED_PREFIX,
     TEMPORARY_PREFIX,
-    mend_leftovers,
+    remove_leftovers,
     sync_path,
     temporary_beside,
 )
@@ -115,7 +115,7 @@ def _remove(folder: Path, version: str, champion: str | None, by: str) -> None:
     place = folder / VERSIONS / version
     os.rename(place, temporary_beside(place))
     sync_path(folder / VERSIONS)
-    mend_leftovers(folder / VERSIONS)
+    remove_leftovers(folder / VERSIONS)
 
 
 def _leftovers(folder: Path) -> tuple[str, ...]:

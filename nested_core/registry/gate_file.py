@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.storage.file_types import kind_of
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.strict_files import file_type, read_json
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024
@@ -16,7 +15,7 @@ LISTED_REASONS = 5
 
 def read_gate(path: Path) -> dict[str, Any]:
     """Read gate.json; ConfigError if it is missing, DamagedError if it holds no verdict."""
-    if kind_of(path, follow_links=True) == "missing":
+    if file_type(path, follow_links=True) == "missing":
         raise ConfigError(
             f"{path} is not there: no gate has judged this adapter. Expected the directory of a "
             "finished run; let the run end, or resume it with --resume."

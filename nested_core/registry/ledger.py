@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import sync_descriptor, sync_path
-from nested_core.storage.file_types import kind_of
+from nested_core.storage.strict_files import file_type
 
 LEDGER_NAME = "history.jsonl"
 Action = Literal["promote", "rollback", "aborted", "collected"]
@@ -151,7 +151,7 @@ def new_entry(action: Action, version: str | None, previous: str | None, by: str
 def read_ledger(folder: Path) -> Ledger:
     """Read the history of `folder`; DamagedError names the first line that is not one."""
     path = folder / LEDGER_NAME
-    kind = kind_of(path)
+    kind = file_type(path)
     if kind == "link":
         raise DamagedError(f"{path} is a symbolic link; a registry has none but `champion`.")
     if kind not in ("file", "missing"):

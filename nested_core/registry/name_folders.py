@@ -14,7 +14,7 @@ from nested_core.config.adapter_names import why_no_name
 from nested_core.errors import ConfigError, DamagedError, list_first, shorten
 from nested_core.registry.folder_lock import exclusive
 from nested_core.storage.atomic import sync_path
-from nested_core.storage.file_types import kind_of
+from nested_core.storage.strict_files import file_type
 
 VERSIONS = "versions"
 LISTED_NAMES = 5
@@ -39,7 +39,7 @@ def check_name(name: str) -> None:
 def find_name_folder(registry: Path, name: str) -> Path:
     """The folder of `name`; ConfigError if it does not exist, DamagedError if it is a link."""
     check_name(name)
-    if kind_of(registry, follow_links=True) != "directory":
+    if file_type(registry, follow_links=True) != "directory":
         raise ConfigError(
             f"There is no registry at {registry}. Expected a directory into which an adapter has "
             "been promoted; check the path, or promote a run into it first."
@@ -47,14 +47,14 @@ def find_name_folder(registry: Path, name: str) -> Path:
     _refuse_case_clash(registry, name)
     folder = registry / name
     _refuse_links(folder)
-    if kind_of(folder / VERSIONS) != "directory":
+    if file_type(folder / VERSIONS) != "directory":
         raise ConfigError(_unknown_name(registry, name))
     return folder
 
 
 def list_names(registry: Path) -> list[str]:
     """The names that a registry holds, in order; none if there is no registry yet."""
-    if kind_of(registry, follow_links=True) != "directory":
+    if file_type(registry, follow_links=True) != "directory":
         return []
     return sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
 
@@ -94,7 +94,7 @@ def _make_usable(folder: Path) -> None:
 
 def _make_durable(folder: Path) -> None:
     """Make a directory and its parents, each synced into the directory above it."""
-    if kind_of(folder, follow_links=True) == "directory":
+    if file_type(folder, follow_links=True) == "directory":
         return
     _make_durable(folder.parent)
     folder.mkdir(exist_ok=True)
@@ -112,7 +112,7 @@ def _refuse_case_clash(registry: Path, name: str) -> None:
 
 def _refuse_links(folder: Path) -> None:
     for path in (folder, folder / VERSIONS):
-        if kind_of(path) == "link":
+        if file_type(path) == "link":
             raise DamagedError(
                 f"{path} is a symbolic link to {os.readlink(path)!r}. A registry has no link but "
                 "`champion`: replace it by the directory itself."

@@ -14,7 +14,7 @@ from nested_core.registry.folder_lock import shared
 from nested_core.registry.ledger import Entry, read_ledger
 from nested_core.registry.name_folders import VERSIONS, find_name_folder
 from nested_core.registry.versions import registered_versions, verify_version
-from nested_core.storage.file_types import kind_of
+from nested_core.storage.strict_files import file_type
 
 
 def read_champion(registry: Path, name: str) -> str | None:
@@ -46,7 +46,7 @@ def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
 
 
 def _is_there(folder: Path, version: str) -> bool:
-    return kind_of(folder / VERSIONS / version) == "directory"
+    return file_type(folder / VERSIONS / version) == "directory"
 
 
 def list_versions(registry: Path, name: str) -> list[str]:

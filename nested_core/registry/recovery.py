@@ -30,7 +30,7 @@ from nested_core.registry.ledger import (
     read_ledger,
 )
 from nested_core.registry.name_folders import VERSIONS
-from nested_core.storage.atomic import mend_leftovers
+from nested_core.storage.atomic import remove_leftovers
 
 SETTLED_BY = "nested-tune (settling a change that was cut short)"
 ROLLBACK_LINE = b'{"action": "rollback"'
@@ -64,7 +64,7 @@ def recover(folder: Path) -> RecoveredState:
         write_record(folder, record)
     discard_prepared(folder)
     for place in (folder, folder / VERSIONS):
-        mend_leftovers(place)
+        remove_leftovers(place)
     return RecoveredState(champion, ledger)
 
 

@@ -24,8 +24,8 @@ from nested_core.registry.versions import (
 )
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.atomic import new_directory, write_json
-from nested_core.storage.file_types import kind_of
 from nested_core.storage.manifest import write_manifest
+from nested_core.storage.strict_files import file_type
 
 ADAPTER_NAME = "adapter"
 READ_ONLY = 0o444
@@ -45,7 +45,7 @@ def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any
     with exclusive(folder):
         recorded = recover(folder).ledger.manifests(version)
         target = folder / VERSIONS / version
-        if kind_of(target) != "missing":
+        if file_type(target) != "missing":
             verify_version(target, version, recorded)
             return version
         with new_directory(target) as unpublished:
@@ -66,7 +66,7 @@ def _judged_digest(run_dir: Path) -> str:
 
 
 def _require_regular(path: Path) -> None:
-    kind = kind_of(path)
+    kind = file_type(path)
     if kind not in ("file", "missing"):  # read_adapter says which file is missing
         raise DamagedError(
             f"{path} is not a regular file: a version is a copy of files that the run itself wrote."

@@ -18,9 +18,8 @@ from nested_core.registry.ledger import Ledger
 from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.atomic import file_sha256
-from nested_core.storage.file_types import kind_of
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.strict_files import file_type, read_json
 
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT = "registered_at"
@@ -117,7 +116,7 @@ def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
 
 def version_findings(folder: Path, version: str, recorded: set[str]) -> list[AuditFinding]:
     """Everything that is wrong with the files of a version, except a verdict of "failed"."""
-    if kind_of(folder) != "directory":
+    if file_type(folder) != "directory":
         return [AuditFinding(folder, "the folder of the version is missing, or is not a directory")]
     findings = [*_listing_findings(folder), *_hash_findings(folder, version, recorded)]
     return findings or [*_meaning_findings(folder, version)]
@@ -128,7 +127,7 @@ def _listing_findings(folder: Path) -> Iterator[AuditFinding]:
     for name in FILES:
         if name not in present:
             yield AuditFinding(folder / name, "missing")
-        elif kind_of(folder / name) != "file":
+        elif file_type(folder / name) != "file":
             yield AuditFinding(folder / name, "not a regular file")
         elif (links := (folder / name).stat().st_nlink) > 1:
             message = f"has {links} names: through another it can be changed"
@@ -139,7 +138,7 @@ def _listing_findings(folder: Path) -> Iterator[AuditFinding]:
 
 def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[AuditFinding]:
     path = folder / MANIFEST_NAME
-    if kind_of(path) != "file":
+    if file_type(path) != "file":
         return
     try:
         manifest = read_manifest(folder)
@@ -156,7 +155,7 @@ def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[A
 def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[AuditFinding]:
     for name in CONTENT:
         path = folder / name
-        if name not in listed or kind_of(path) != "file":
+        if name not in listed or file_type(path) != "file":
             continue
         if {"bytes": path.stat().st_size, "sha256": file_sha256(path)} != listed[name]:
             yield AuditFinding(path, "has changed since it was written (size or SHA-256)")

@@ -1,72 +1,32 @@
-"""Adapter directories in mlx-lm's format: adapters.safetensors beside adapter_config.json.
-
-Tensors are read as raw bytes, eagerly and after strict checks: what is compared and hashed is what
-is on disk, and MLX has no part in the reading. Only safetensors are opened; formats that can run
-code or that nothing checks (.pt, .bin, .npz, .pkl) are refused by name.
-"""
+"""Adapter directories in mlx-lm's format: adapters.safetensors beside adapter_config.json."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import mlx.core as mx
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, TensorSpec, serialize_file
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.storage.atomic import canonical_json, write_json
-from nested_core.storage.file_types import kind_of
-from nested_core.storage.safetensors_header import read_header
-from nested_core.storage.strict_files import open_regular, read_json, read_start, regular_sha256
+from nested_core.storage.atomic import canonical_json, write_bytes, write_json
+from nested_core.storage.safetensors_files import (
+    Tensor,
+    read_tensors,
+    refuse_unsafe_format,
+    save_arrays,
+)
+from nested_core.storage.strict_files import file_type, read_json, regular_sha256
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1024 * 1024
-NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U64": "<u8", "U32": "<u4", "BF16": "<u2"}
-FLOATING = ("F64", "F32", "F16", "BF16")
 Name = Annotated[str, Field(min_length=1, max_length=512)]
-UNSAFE = {
-    **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"), "a pickle runs code"),
-    **dict.fromkeys(
-        (".npz", ".npy"), "NumPy's formats may hold pickles, and have no checked header"
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor as it stands in a safetensors file: dtype ("F32", "BF16" ...), shape and bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes | memoryview
-
-    def to_numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """The values as a NumPy array; bfloat16 is widened to float32, which is exact."""
-        stored = self._stored()
-        if self.dtype != "BF16":
-            return stored
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-
-    def to_mlx(self) -> mx.array:
-        """The same bytes as an MLX array of the same dtype."""
-        if self.dtype == "F64":
-            raise DamagedError("A tensor has dtype F64, which MLX would narrow to float32.")
-        stored = mx.array(self._stored())
-        return stored.view(mx.bfloat16) if self.dtype == "BF16" else stored
-
-    def _stored(self) -> np.ndarray[Any, np.dtype[Any]]:
-        if self.dtype not in NUMPY_DTYPES:
-            raise DamagedError(f"A tensor has dtype {self.dtype}, which is not read here.")
-        values = np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
-        return values if values.flags.aligned else values.copy()
 
 
 class _Lora(BaseModel):
@@ -132,13 +92,13 @@ def read_adapter(path: Path) -> Adapter:
     Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
     well-formed adapter.
     """
-    if kind_of(path, follow_links=True) != "directory":
+    if file_type(path, follow_links=True) != "directory":
         refuse_unsafe_format(path)
         raise ConfigError(
             f"{str(path):.300} is not a directory. Expected an adapter directory with "
             f"{WEIGHTS_NAME} and {CONFIG_NAME}, as mlx_lm.lora or nested-tune writes it."
         )
-    if kind_of(path / WEIGHTS_NAME, follow_links=True) == "missing":
+    if file_type(path / WEIGHTS_NAME, follow_links=True) == "missing":
         for other in sorted(path.iterdir()):
             refuse_unsafe_format(other)
     return Adapter(path, read_adapter_config(path / CONFIG_NAME), read_tensors(path / WEIGHTS_NAME))
@@ -148,16 +108,6 @@ def files_sha256(folder: Path) -> str:
     """SHA-256 over the bytes of an adapter directory's two files, whatever they mean."""
     hashes = {name: regular_sha256(folder / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
     return hashlib.sha256(canonical_json(hashes)).hexdigest()
-
-
-def refuse_unsafe_format(path: Path) -> None:
-    """Raise DamagedError, with the reason, for a file whose suffix says that it is not safe."""
-    reason = UNSAFE.get(path.suffix.lower())
-    if reason is not None and kind_of(path, follow_links=True) != "directory":
-        raise DamagedError(
-            f"{path} is not read: {reason}. Expected safetensors ({WEIGHTS_NAME}); convert it with "
-            f"the program that wrote it."
-        )
 
 
 def read_adapter_config(path: Path) -> dict[str, Any]:
@@ -171,63 +121,30 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file into memory, once its header has been checked."""
-    refuse_unsafe_format(path)
-    with open_regular(path) as (file, size):
-        places = read_header(file, size, path)
-        content = memoryview(read_start(file, size, path))  # its parts are views, not copies
-    return {
-        name: Tensor(place.dtype, place.shape, content[place.begin : place.end])
-        for name, place in places.items()
-    }
-
-
-def load_arrays(path: Path) -> dict[str, mx.array]:
-    """Every tensor of a safetensors file as an MLX array, read now and through the strict reader.
-
-    mx.load would be lazy (a file that changes later changes what was "read") and takes files that
-    safetensors refuses.
-    """
-    return {name: tensor.to_mlx() for name, tensor in read_tensors(path).items()}
-
-
-def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "mlx") -> None:
-    """Write MLX arrays as a safetensors file; equal arrays give equal bytes.
-
-    `made_for` is the format in the file's metadata, which transformers and its kin look at.
-
-    mx.save_safetensors lays tensors out in the order of a hash table; safetensors itself sorts, but
-    gives its file to the owner alone, and tells of a full disk in words.
-    """
-    stored = {name: np.ascontiguousarray(_viewed(array)) for name, array in arrays.items()}
-    specs = {
-        name: TensorSpec(
-            dtype=str(arrays[name].dtype).removeprefix("mlx.core."),
-            shape=list(arrays[name].shape),
-            data_ptr=values.ctypes.data,
-            data_len=values.nbytes,
-        )
-        for name, values in stored.items()
-    }
-    path.touch()
-    mode = path.stat().st_mode  # that of any other file written here
-    try:
-        serialize_file(specs, str(path), metadata={"format": made_for})
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    path.chmod(mode)
-
-
-def _viewed(array: mx.array) -> mx.array:
-    """NumPy has no bfloat16: its bytes go as uint16."""
-    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-
-
 def write_adapter(folder: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]) -> None:
     """Write tensors and a configuration into `folder`, which a caller then publishes whole."""
     save_arrays(folder / WEIGHTS_NAME, tensors)
     write_json(folder / CONFIG_NAME, dict(sorted(config.items())))
+
+
+def require_writable(adapter_path: Path) -> None:
+    """Make the folder, so that what stands in its way is known before there is an adapter."""
+    if adapter_path.exists() and not adapter_path.is_dir():
+        raise ConfigError(f"adapter_path: {adapter_path} is a file; give a folder.")
+    adapter_path.mkdir(parents=True, exist_ok=True)
+    if not os.access(adapter_path, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(adapter_path))
+
+
+def export_snapshot(source: Path, adapter_path: Path, iteration: int) -> None:
+    """Copy an adapter as mlx_lm.lora saves one: as the current one, and under its iteration."""
+    export_adapter(source, adapter_path)
+    weights = (source / WEIGHTS_NAME).read_bytes()
+    write_bytes(adapter_path / f"{iteration:07d}_{WEIGHTS_NAME}", weights)
+
+
+def export_adapter(source: Path, adapter_path: Path) -> None:
+    """Copy an adapter's two files to where mlx_lm.generate --adapter-path finds them."""
+    adapter_path.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        write_bytes(adapter_path / name, (source / name).read_bytes())

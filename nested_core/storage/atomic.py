@@ -1,4 +1,4 @@
-"""Writing so that a crash leaves the old content or the new, never something in between.
+"""Atomic writes: a crash leaves the old content or the new, never something in between.
 
 Nothing is written in place: a temporary name beside the target, fsync, rename, fsync of the parent.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -42,7 +43,7 @@ def sync_path(path: Path) -> None:
 
 
 def temporary_beside(target: Path) -> Path:
-    """A fresh name in the target's folder, on the same file system, that no reader looks at."""
+    """A new name in the target's folder, on the same file system, that no reader opens."""
     return target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
 
 
@@ -73,6 +74,15 @@ def render_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def finite_or_none(value: Any) -> Any:
+    """The value with None for every float that is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(target: Path, value: Any) -> None:
     """Replace `target` with readable JSON."""
     write_bytes(target, render_json(value))
@@ -99,7 +109,7 @@ def _publish(temporary: Path, target: Path, *, replace: bool) -> None:
     for path in (*temporary.rglob("*"), temporary):
         sync_path(path)
     retired = target.with_name(RETIRED_PREFIX + target.name)
-    _bring_back(retired)
+    _restore_retired(retired)
     if not replace and target.exists():
         raise FileExistsError(f"{target} exists already")
     if target.exists():
@@ -107,26 +117,25 @@ def _publish(temporary: Path, target: Path, *, replace: bool) -> None:
     try:
         temporary.rename(target)
     except OSError:
-        _bring_back(retired)
+        _restore_retired(retired)
         raise
     sync_path(target.parent)
     _remove(retired)
 
 
-def mend_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`, and bring back what it retired.
+def remove_leftovers(folder: Path) -> None:
+    """Remove the half-written files of a killed process, and restore directories it moved aside.
 
-    A directory that was moved aside for a new one that never came goes back to its name. Call only
-    under the folder's lock.
+    A directory that was to be replaced gets its name back. Call only under the folder's lock.
     """
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
         _remove(leftover)
     for retired in folder.glob(f"{RETIRED_PREFIX}*"):
-        _bring_back(retired)
+        _restore_retired(retired)
 
 
-def _bring_back(retired: Path) -> None:
-    """Give a retired directory its name again; where something new has the name, remove it."""
+def _restore_retired(retired: Path) -> None:
+    """Give a retired directory its name back; remove it if the new one has the name."""
     target = retired.with_name(retired.name.removeprefix(RETIRED_PREFIX))
     if not retired.exists():
         return

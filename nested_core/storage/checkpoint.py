@@ -1,6 +1,6 @@
-"""Checkpoints: atomic, hashed directories that hold all that training needs to go on.
+"""Checkpoints: atomic, hashed directories with all that training needs to go on.
 
-A checkpoint is whole or it is not there. One that was changed since is named and passed over.
+A checkpoint is complete or absent. One that was changed since is named and passed over.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core.errors import DamagedError
-from nested_core.storage.adapter import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    load_arrays,
-    save_arrays,
-    write_adapter,
-)
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 from nested_core.storage.atomic import new_directory, write_json
 from nested_core.storage.manifest import verify_manifest, write_manifest
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from nested_core.storage.strict_files import read_json
 
 OPTIMIZER_NAME = "optimizer.safetensors"
@@ -78,8 +74,9 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     with new_directory(target, replace=True) as temporary:
         write_adapter(temporary, adapter, adapter_config)
-        held = {MASTERS + name: array for name, array in (masters or {}).items()}
-        save_arrays(temporary / OPTIMIZER_NAME, dict(tree_flatten(optimizer_state)) | held)
+        optimizer = dict(tree_flatten(optimizer_state))
+        optimizer |= {MASTERS + name: array for name, array in (masters or {}).items()}
+        save_arrays(temporary / OPTIMIZER_NAME, optimizer)
         write_json(temporary / STATE_NAME, dict(state))
         write_manifest(temporary, {"step": state["step"]})
     return target
@@ -90,7 +87,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     match = CHECKPOINT_NAME.match(path.name)
     if match is None:
         raise DamagedError(f"{path} is not a checkpoint: its name is not step-NNNNNNN.")
-    step = int(match.group(1))
+    step = int(match[1])
     if not path.is_dir():
         raise DamagedError(f"{path} is not a directory.")
     if verify_manifest(path).get("step") != step:
@@ -101,10 +98,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, step, state)
 
 
+def latest_state(folder: Path) -> dict[str, Any]:
+    """state.json of the newest checkpoint, which is not verified; {} if it cannot be read."""
+    with suppress(DamagedError, IndexError):
+        state = read_json(list_checkpoints(folder)[-1] / STATE_NAME, MAX_STATE_BYTES)
+        return state if isinstance(state, dict) else {}
+    return {}
+
+
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest sound checkpoint; a damaged one is warned of, by name, and passed over.
 
-    Raises DamagedError where there are checkpoints and none is sound.
+    Every byte is hashed. Raises DamagedError if there are checkpoints and none is sound.
     """
     paths = list_checkpoints(folder)
     problems = []

@@ -11,8 +11,7 @@ from typing import Any
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, file_sha256, render_json, write_json
-from nested_core.storage.strict_files import read_regular
-from nested_core.storage.strict_json import parse_json
+from nested_core.storage.strict_files import parse_json, read_regular
 
 MANIFEST_NAME = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""The names in a run directory, and the lock that a training process holds on it."""
+"""The files of a run directory, and the lock of the process that works on it."""
 
 from __future__ import annotations
 
@@ -8,93 +8,55 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from nested_core.errors import ConfigError
 
-RUNS = Path("runs")  # where a run is kept that is given no folder of its own
-LOCK_ATTEMPTS, LOCK_PAUSE_SECONDS = 10, 0.02
+RUNS = Path("runs")  # where runs are kept without --run-dir
+LOCK_ATTEMPTS = 10
+LOCK_PAUSE_SECONDS = 0.02
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """One run, one folder, the whole truth: every path in it has its name here."""
+    """One run, one folder: the path of everything that a run keeps, and the lock on it."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
+        # What the run was asked to do, and on what.
+        self.config = path / "config.yaml"  # the resolved configuration
+        self.dataset = path / "dataset.json"  # the report of the data set
+        self.initial = path / "initial"  # the adapter that training starts from
+        self.tiers = path / "tiers.json"  # the tier of every tensor
 
-    @property
-    def dataset(self) -> Path:
-        """The dataset report."""
-        return self.path / "dataset.json"
+        # What training leaves.
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"  # one JSON object a line, a report each
+        self.adapter = path / "adapter"  # the adapter that the run offers
+        self.result = path / "result.json"  # what training ended with; written last
+        self.gate = path / "gate.json"  # the verdict
 
-    @property
-    def initial(self) -> Path:
-        """The adapter as training found it."""
-        return self.path / "initial"
-
-    @property
-    def tiers(self) -> Path:
-        """The tier of every tensor."""
-        return self.path / "tiers.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line, a report each."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def adapter(self) -> Path:
-        """The adapter that the run offers."""
-        return self.path / "adapter"
-
-    @property
-    def result(self) -> Path:
-        """What training ended with; written last."""
-        return self.path / "result.json"
-
-    @property
-    def gate(self) -> Path:
-        """The verdict."""
-        return self.path / "gate.json"
-
-    @property
-    def stop_request(self) -> Path:
-        """Another process asks training to stop by making this file."""
-        return self.path / "stop.request"
-
-    @property
-    def lock(self) -> Path:
-        """Held while a process works here; it holds that process's id."""
-        return self.path / "run.lock"
+        # What other processes see.
+        self.stop_request = path / "stop.request"  # who makes this file asks training to stop
+        self.lock = path / "run.lock"  # locked while a process works here; has its id
 
     def is_begun(self) -> bool:
         """Whether anything is in the directory yet."""
         return self.path.is_dir() and any(self.path.iterdir())
 
     def is_marked(self) -> bool:
-        """Whether a run left its mark here; a config.yaml alone may be anybody's."""
-        return any(mark.is_file() for mark in (self.lock, self.dataset, self.tiers))
+        """Whether a run has left a file of its own here; a config.yaml alone may be anybody's."""
+        return any(path.is_file() for path in (self.lock, self.dataset, self.tiers))
 
     def require_begun(self) -> None:
-        """Raise ConfigError where this is no run directory."""
+        """Raise ConfigError if this is not a run directory."""
         if not self.config.is_file() or not self.is_marked():
-            lacks = (
-                "run.lock, dataset.json or tiers.json" if self.config.is_file() else "config.yaml"
-            )
+            missing = "run.lock, dataset.json or tiers.json"
+            if not self.config.is_file():
+                missing = "config.yaml"
             raise ConfigError(
-                f"{self.path} is not a run directory: it has no {lacks}. Give the folder that "
+                f"{self.path} is not a run directory: it has no {missing}. Give the folder that "
                 f"`nested-tune train` or `run` printed."
             )
 
@@ -114,7 +76,7 @@ class RunDirectory:
             os.close(descriptor)
 
     def _acquire(self, descriptor: int) -> None:
-        """Take the lock; whoever only looks at it (`holder`) is gone within a few tries."""
+        """Take the lock; a process that only reads it (`holder`) is gone within a few tries."""
         for attempt in range(LOCK_ATTEMPTS):
             try:
                 return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,7 +89,7 @@ class RunDirectory:
         )
 
     def holder(self) -> int | None:
-        """The process that holds the lock now, or None; several may look at once."""
+        """The id of the process that has the lock now, or None; several may ask at once."""
         try:
             descriptor = os.open(self.lock, os.O_RDONLY)
         except FileNotFoundError:
@@ -142,14 +104,14 @@ class RunDirectory:
 
 
 def new_run_name(started: datetime | None = None, key: str | None = None) -> str:
-    """<UTC time>-<8 hex digits>; the digits come from `key` where a run has an id of its own."""
+    """<UTC time>-<8 hex digits>; the digits come from `key` for a run that has an id."""
     moment = (started or datetime.now(UTC)).astimezone(UTC)
     digits = (key or secrets.token_hex(4)).replace("-", "")[:8]
     return f"{moment:%Y%m%dT%H%M%SZ}-{digits}"
 
 
 def open_run(path: Path, *, resume: bool) -> RunDirectory:
-    """The run directory at `path`, new or to be resumed; ConfigError where that is not so."""
+    """The run directory at `path`, to be begun or resumed; ConfigError if it cannot be."""
     run = RunDirectory(path)
     if run.is_begun() and not resume:
         raise ConfigError(
@@ -170,6 +132,5 @@ def open_run(path: Path, *, resume: bool) -> RunDirectory:
 
 def _require_folder(path: Path) -> None:
     if os.path.lexists(path) and not path.is_dir():
-        is_astray = path.is_symlink() and not path.exists()
-        what = "a link that leads nowhere" if is_astray else "a file"
+        what = "a file" if path.exists() else "a link that leads nowhere"
         raise ConfigError(f"{path} is {what}; a run needs a directory: give another --run-dir.")

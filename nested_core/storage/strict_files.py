@@ -1,29 +1,58 @@
-"""Files of unknown origin read whole and once, as bytes or as JSON.
+"""Files of unknown origin: what stands at a path, and a file's bytes or JSON read strictly.
 
-Refuses what is no regular file (a pipe would wait, a device would never end) and what is too large.
+Refuses what is no regular file (a pipe would wait, a device would never end), what is too large,
+and JSON that means more than one thing: duplicate keys, NaN, infinity, numbers that overflow.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nested_core.backend import main_memory_bytes
-from nested_core.errors import DamagedError
-from nested_core.storage.strict_json import parse_json
+from nested_core.errors import ConfigError, DamagedError
 
+FileType = Literal["missing", "file", "directory", "link", "other"]
+
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 UNREADABLE = (errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.ENXIO)
+
+
+def file_type(path: Path, *, follow_links: bool = False) -> FileType:
+    """What stands at `path`; an I/O error is raised, never taken for absence as by os.path.exists.
+
+    A name that no file can have is missing.
+    """
+    try:
+        mode = os.stat(path, follow_symlinks=follow_links).st_mode
+    except ValueError:  # a NUL in the name
+        return "missing"
+    except OSError as error:
+        if error.errno in ABSENT:
+            return "missing"
+        raise
+    if stat.S_ISLNK(mode):
+        return "link"
+    if stat.S_ISDIR(mode):
+        return "directory"
+    return "file" if stat.S_ISREG(mode) else "other"
 
 
 @contextmanager
 def open_regular(path: Path, limit: int | None = None) -> Iterator[tuple[Any, int]]:
-    """Open a regular file and tell its size; at most `limit` bytes, else this machine's memory."""
+    """Open a regular file for reading; yields it and its size, at most `limit` bytes.
+
+    Without a limit that is this machine's memory. Raises DamagedError for anything else.
+    """
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for its other end.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -36,14 +65,14 @@ def open_regular(path: Path, limit: int | None = None) -> Iterator[tuple[Any, in
             raise  # it may pass: whoever called can try again
         raise DamagedError(f"{path} cannot be read: {error.strerror}.") from error
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise DamagedError(f"{path} is not a file.")
-        most = main_memory_bytes() if limit is None else limit
-        if found.st_size > most:
-            raise DamagedError(f"{path} is larger than {most} bytes.")
+        limit = main_memory_bytes() if limit is None else limit
+        if status.st_size > limit:
+            raise DamagedError(f"{path} is larger than {limit} bytes.")
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
-            yield file, found.st_size
+            yield file, status.st_size
     finally:
         os.close(descriptor)
 
@@ -81,3 +110,52 @@ def regular_sha256(path: Path) -> str:
     """SHA-256 of a regular file's bytes, read in pieces; DamagedError if it is not one."""
     with open_regular(path) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_json(content: bytes) -> Any:
+    """The value that UTF-8 JSON stands for, or ValueError saying why it has none."""
+    try:
+        return json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in fields if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r:.80} appears twice")
+    return fields
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.20} is beyond any float")
+    return number
+
+
+def user_folder(what: str, otherwise: str, given: str | None = None) -> Path:
+    """A folder of this user alone: `given`, or one in the temporary folder; made if it is missing.
+
+    Raises ConfigError, saying that `what` cannot be kept there and what to do `otherwise`, if it
+    is another user's. In the temporary folder, where anybody may write, so is a link.
+    """
+    folder = Path(given or f"{tempfile.gettempdir()}/nested-tune-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    is_link = not given and folder.is_symlink()
+    if is_link or folder.stat().st_uid != os.getuid():
+        raise ConfigError(
+            f"{folder} belongs to another user: {what} cannot be kept there. {otherwise}"
+        )
+    return folder

@@ -13,7 +13,7 @@ from nested_core.config.optimizers import optimizer_classes
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError, DamagedError, DatasetError
-from nested_core.models.base import base_fingerprint, find_model
+from nested_core.models.base_model import base_fingerprint, find_model
 from nested_core.optim.clock import Tier
 from nested_core.optim.schedules import build_learning_rate
 from nested_core.optim.tiered import Tiered

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nested_core.storage.atomic import write_bytes
-from nested_core.storage.strict_json import finite_or_none
+from nested_core.storage.atomic import finite_or_none, write_bytes
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:

@@ -15,10 +15,15 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.tiered import Tiered
 from nested_core.storage import checkpoint
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, load_arrays, read_adapter_config
-from nested_core.storage.adapter_export import export_snapshot
+from nested_core.storage.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    export_snapshot,
+    read_adapter_config,
+)
+from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_json import finite_or_none
+from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.batching import Method
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.distributed import SINGLE_PROCESS, Sums, World

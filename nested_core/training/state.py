@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nested_core.storage.strict_json import finite_or_none
+from nested_core.storage.atomic import finite_or_none
 
 
 @dataclass

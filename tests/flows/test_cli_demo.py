@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from nested_core.models.generation import generate_answers
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 
-from nested_core.models.generate import answer
 from nested_core.registry import history, read_champion
 from nested_core.storage.adapter import read_adapter
 from tests.example import DATA, MODEL
@@ -82,7 +82,7 @@ def test_the_champion_answers_through_plain_mlx_lm(demos: Demos) -> None:
     champion = demos.folder / "whole" / "registry" / NAME / "champion"
     lines = (DATA / "held_out.jsonl").read_text(encoding="utf-8").splitlines()[:5]
     questions = [json.loads(line) for line in lines]
-    replies = answer(str(MODEL), [q["prompt"] for q in questions], adapter=champion)
+    replies = generate_answers(str(MODEL), [q["prompt"] for q in questions], adapter=champion)
     right = [q["expected"] in reply for q, reply in zip(questions, replies, strict=True)]
     assert sum(right) >= 3
 

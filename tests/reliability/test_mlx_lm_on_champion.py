@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nested_core.models.generation import generate_answers
 
-from nested_core.models.generate import answer
 from nested_core.pipeline import steps
 from nested_core.registry import promote, register, rollback
 from tests.example import DATA, MODEL, train_example
@@ -47,12 +47,12 @@ def answers(versions: tuple[Path, list[str]]) -> dict[str, str]:
     """What the model says with each version, read from the version's own folder."""
     registry, digests = versions
     said = {
-        digest: answer(
+        digest: generate_answers(
             str(MODEL), [PROMPT], adapter=registry / NAME / "versions" / digest, max_tokens=TOKENS
         )[0]
         for digest in digests
     }
-    untrained = answer(str(MODEL), [PROMPT], max_tokens=TOKENS)[0]
+    untrained = generate_answers(str(MODEL), [PROMPT], max_tokens=TOKENS)[0]
     assert len({untrained, *said.values()}) == 3
     return said
 
@@ -75,7 +75,7 @@ def fuse(champion: Path, folder: Path) -> str:
     """mlx_lm.fuse, and what the fused model says without an adapter."""
     fused = folder / f"fused-{time.monotonic_ns()}"
     run_program("mlx_lm.fuse", MODEL, "--adapter-path", champion, "--save-path", fused)
-    return answer(str(fused), [PROMPT], max_tokens=TOKENS)[0]
+    return generate_answers(str(fused), [PROMPT], max_tokens=TOKENS)[0]
 
 
 def serve(champion: Path, folder: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nested_core.errors import shorten
-from nested_core.storage.strict_json import finite_or_none
+from nested_core.storage.atomic import finite_or_none
 
 MAX_EXPANSION = 200  # text of real data sets packs to a tenth, hardly ever to a hundredth
 _FREE_BYTES = 64 * 2**20  # so much may come out of any archive

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import ConfigError, shorten
-from nested_core.models.base import find_model
+from nested_core.models.base_model import find_model
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig

@@ -20,15 +20,10 @@ from nested_core.models.peft.factors import (
 )
 from nested_core.models.peft.folders import Conversion, new_adapter_folder, require_free
 from nested_core.models.peft.importing import PEFT_WEIGHTS
-from nested_core.storage.adapter import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Adapter,
-    read_adapter,
-    save_arrays,
-)
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
+from nested_core.storage.safetensors_files import save_arrays
 
 IN_A_LAYER = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
 EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nested_core.errors import DamagedError
-from nested_core.storage.adapter import NUMPY_DTYPES, Tensor
+from nested_core.storage.safetensors_files import NUMPY_DTYPES, Tensor
 
 DTYPES = ("F32", "F16", "BF16")
 PROBLEMS_SHOWN = 8

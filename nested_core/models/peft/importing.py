@@ -21,7 +21,8 @@ from nested_core.models.peft.factors import (
 from nested_core.models.peft.folders import Conversion, new_adapter_folder, require_free
 from nested_core.models.peft.peft_config import REASONS, PeftConfig, read_peft_config
 from nested_core.models.peft.uniform import make_uniform
-from nested_core.storage.adapter import Tensor, read_tensors, write_adapter
+from nested_core.storage.adapter import write_adapter
+from nested_core.storage.safetensors_files import Tensor, read_tensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")

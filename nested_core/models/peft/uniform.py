@@ -14,7 +14,7 @@ import numpy as np
 
 from nested_core.errors import ConfigError
 from nested_core.models.peft.factors import Factors
-from nested_core.storage.adapter import NUMPY_DTYPES, Tensor
+from nested_core.storage.safetensors_files import NUMPY_DTYPES, Tensor
 
 
 @dataclass(frozen=True)

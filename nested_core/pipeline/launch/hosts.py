@@ -16,7 +16,7 @@ from pathlib import Path
 from nested_core.backend import has_cuda
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.storage.user_folder import user_folder
+from nested_core.storage.strict_files import user_folder
 
 PROGRAM = ("-m", "nested_core.pipeline.worker")
 DEVICES = "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces

@@ -16,7 +16,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import describe_evidence
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.models.parameters import trainable_refs
-from nested_core.storage.adapter import load_arrays, read_adapter_config
+from nested_core.storage.adapter import read_adapter_config
+from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.checkpoint import (
     checkpoint_path,
     publish_adapter,
@@ -24,7 +25,7 @@ from nested_core.storage.checkpoint import (
     write_checkpoint,
 )
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_json import finite_or_none
+from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.evaluation import Evaluator
 
 Arrays = dict[str, mx.array]

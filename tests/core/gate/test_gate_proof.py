@@ -16,8 +16,8 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
 from nested_core.gate import fresh_process, judge_run, verify_adapters
-from nested_core.storage.adapter import load_arrays, save_arrays
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.gate.conftest import Rewrite
 from tests.core.gate.pairs import codes, judge_pair, learned, trained_tensors
 from tests.example import MODEL, train_example

@@ -14,8 +14,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate import Verdict, judge_run
 from nested_core.pipeline import steps
-from nested_core.storage.adapter import load_arrays
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import load_arrays
 from tests.core.gate.conftest import STEPS, Rewrite
 from tests.core.gate.pairs import codes
 

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core import Adapter, ConfigError, DamagedError, read_adapter
-from nested_core.storage.adapter import Tensor, load_arrays, read_tensors, write_adapter
+from nested_core.storage.adapter import write_adapter
+from nested_core.storage.safetensors_files import Tensor, load_arrays, read_tensors
 from tests.core.limits import largest_file
 
 CONFIG: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from nested_core import DamagedError, read_adapter
-from nested_core.storage.atomic import mend_leftovers
+from nested_core.storage.atomic import remove_leftovers
 from nested_core.storage.checkpoint import (
     checkpoint_path,
     latest_checkpoint,
@@ -212,7 +212,7 @@ class TestCrash:
         for number, folder in copies(tmp_path / "checkpoints"):
             if not failed_at(number, lambda each: write(each, 2), folder):
                 break
-            mend_leftovers(folder)
+            remove_leftovers(folder)
             found = latest_checkpoint(folder)
             assert found is not None
             newest.add(found.step)

@@ -16,8 +16,8 @@ import pytest
 from nested_core.storage.atomic import (
     canonical_json,
     file_sha256,
-    mend_leftovers,
     new_directory,
+    remove_leftovers,
     write_bytes,
     write_json,
 )
@@ -76,7 +76,7 @@ class TestWriteBytes:
             if not stop(number, replace_file, folder):
                 break
             seen.add((folder / "file").read_bytes())
-            mend_leftovers(folder)
+            remove_leftovers(folder)
             assert names(folder) == ["file"]
         assert number > 4
         assert seen == {OLD, NEW}
@@ -107,7 +107,7 @@ class TestNewDirectory:
         for number, folder in copies(template):
             if not stop(number, make_directory, folder):
                 break
-            mend_leftovers(folder)
+            remove_leftovers(folder)
             seen.add(tuple(names(folder)))
             if names(folder):
                 assert contents(folder / "made") == {"a": NEW, "b": NEW}
@@ -146,7 +146,7 @@ class TestNewDirectory:
             if not killed_at(number, replace_directory, folder):
                 break
             was_without_a_name |= not (folder / "made").exists()
-            mend_leftovers(folder)
+            remove_leftovers(folder)
             assert names(folder) == ["made"]
             seen.append(contents(folder / "made"))
         assert number > 8
@@ -205,7 +205,7 @@ def test_leftovers_are_removed_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / ".tmp-state.json-0b").write_bytes(OLD)
     (tmp_path / ".hidden").write_bytes(OLD)
     make_directory(tmp_path)
-    mend_leftovers(tmp_path)
+    remove_leftovers(tmp_path)
     assert names(tmp_path) == [".hidden", "made"]
 
 

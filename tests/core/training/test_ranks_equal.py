@@ -14,9 +14,9 @@ from nested_core.errors import RanksDiffer
 from nested_core.pipeline import steps
 from nested_core.pipeline.launch import hosts
 from nested_core.pipeline.launch.launcher import RankGroup
-from nested_core.storage.adapter import load_arrays
 from nested_core.storage.checkpoint import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.metrics import read_metrics
 from tests.example import example_config, prepare
 

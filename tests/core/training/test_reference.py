@@ -12,7 +12,7 @@ import pytest
 
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError
-from nested_core.storage.adapter import read_tensors
+from nested_core.storage.safetensors_files import read_tensors
 from tests.example import DATA, MODEL, train_example
 
 # Runs mlx_lm.lora's own `run` and notes what it hands to its reporting callback.

@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from nested_core.models.generation import generate_answers
+from nested_core.models.lora_attachment import trainable
 
-from nested_core.models.generate import answer
-from nested_core.models.lora import trainable
 from nested_core.pipeline import steps
 from nested_core.storage.checkpoint import checkpoint_path
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train
@@ -90,7 +90,7 @@ def test_mlx_lm_answers_with_the_adapter_what_it_could_not_without(long_run: Fin
     prompts = [question["prompt"] for question in questions]
     right = []
     for adapter in (None, long_run.run.adapter):
-        replies = answer(str(MODEL), prompts, adapter=adapter, max_tokens=16)
+        replies = generate_answers(str(MODEL), prompts, adapter=adapter, max_tokens=16)
         right.append(
             sum(q["expected"] in reply for q, reply in zip(questions, replies, strict=True))
         )

@@ -19,9 +19,11 @@ from nested_core.errors import (
     TrainingStopped,
 )
 from nested_core.pipeline import steps
-from nested_core.storage.adapter import load_arrays, read_tensors
+from nested_core.storage import manifest
+from nested_core.storage.atomic import file_sha256
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory, open_run
+from nested_core.storage.safetensors_files import load_arrays, read_tensors
 from tests.example import (
     MODEL,
     SPEEDS,
@@ -196,6 +198,24 @@ def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(tmp_path: Path)
     steps.begin(longer, done.run, resume=True)
     stop(longer, done.run, 12)
     assert steps.train(longer, done.run).step == 16
+
+
+def test_a_resume_hashes_its_newest_checkpoint_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = train_example(tmp_path / "run", val_batches=0)
+    newest = list_checkpoints(done.run.checkpoints)[-1]
+    hashed: list[Path] = []
+
+    def count(path: Path) -> str:
+        hashed.append(path)
+        return file_sha256(path)
+
+    monkeypatch.setattr(manifest, "file_sha256", count)
+    longer = example_config(val_batches=0, iters=12)
+    steps.begin(longer, done.run, resume=True)
+    assert steps.train(longer, done.run).step == 12
+    assert hashed.count(newest / OPTIMIZER_NAME) == 1
 
 
 def test_a_configuration_that_differs_is_refused_with_both_values(

@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model
 
-from nested_core.storage.adapter import load_arrays, save_arrays, write_adapter
+from nested_core.storage.adapter import write_adapter
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.models.peft.make_golden import GOLDEN, TOKENS
 from tests.example import MODEL
 

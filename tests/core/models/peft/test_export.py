@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.models.peft import export_peft
-from nested_core.storage.adapter import load_arrays, write_adapter
+from nested_core.storage.adapter import write_adapter
 from nested_core.storage.manifest import write_manifest
+from nested_core.storage.safetensors_files import load_arrays
 from tests.core.models.peft.adapters import random_adapter
 from tests.example import MODEL
 

@@ -14,7 +14,8 @@ import pytest
 
 from nested_core.gate import verify_adapters
 from nested_core.models.peft import export_peft, import_peft
-from nested_core.storage.adapter import load_arrays, read_adapter
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.safetensors_files import load_arrays
 from tests.core.models.peft.adapters import mlx_logits, random_adapter, same_bytes
 from tests.core.models.peft.make_golden import CASES, GOLDEN, TOKENS
 from tests.example import MODEL

@@ -14,7 +14,8 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 from nested_core.models.peft import export_peft, import_peft
-from nested_core.storage.adapter import load_arrays, read_adapter, save_arrays
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.models.peft.adapters import PREFIX, Arrays, peft_copy, same_bytes
 from tests.core.models.peft.make_golden import GOLDEN, TOKENS
 from tests.example import MODEL

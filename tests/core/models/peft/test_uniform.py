@@ -8,7 +8,7 @@ import pytest
 from nested_core.errors import ConfigError
 from nested_core.models.peft.factors import Factors
 from nested_core.models.peft.uniform import make_uniform
-from nested_core.storage.adapter import Tensor
+from nested_core.storage.safetensors_files import Tensor
 
 STORED = {"F32": np.float32, "F16": np.float16}
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.storage.adapter import read_adapter, read_tensors
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.safetensors_files import read_tensors
 from tests.core import hostile
 from tests.core.gate.pairs import CONFIG, trained_tensors, write
 

@@ -1,0 +1,214 @@
+"""Safetensors files: read as if their author meant harm; equal arrays are written as equal bytes.
+
+Reading refuses what the format forbids (by the reference reader, and again here) and what no
+adapter needs: names twice, dtypes that are not read here, headers, shapes or numbers of tensors
+without measure. Tensors are read eagerly as raw bytes, without MLX: what is compared and hashed is
+what is on disk. Formats that can run code, or that nothing checks, are refused by name. The format:
+8 bytes of length, little-endian, then JSON, then the data (safetensors' README).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+
+from nested_core.errors import DamagedError
+from nested_core.storage.strict_files import file_type, open_regular, parse_json, read_start
+
+MAX_HEADER_BYTES = 2 * 1024 * 1024
+MAX_TENSORS = 16_384
+MAX_NAME_LENGTH = 512
+MAX_DIMENSIONS = 8
+METADATA = "__metadata__"
+FLOATING = ("F64", "F32", "F16", "BF16")
+NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U64": "<u8", "U32": "<u4", "BF16": "<u2"}
+ITEM_BYTES = {name: np.dtype(stored).itemsize for name, stored in NUMPY_DTYPES.items()}
+UNSAFE = {
+    **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"), "a pickle runs code"),
+    **dict.fromkeys(
+        (".npz", ".npy"), "NumPy's formats may hold pickles, and have no checked header"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as it stands in a safetensors file: dtype ("F32", "BF16" ...), shape and bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+    def to_numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """The values as a NumPy array; bfloat16 is widened to float32, which is exact."""
+        stored = self._stored()
+        if self.dtype != "BF16":
+            return stored
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+
+    def to_mlx(self) -> mx.array:
+        """The same bytes as an MLX array of the same dtype."""
+        if self.dtype == "F64":
+            raise DamagedError("A tensor has dtype F64, which MLX would narrow to float32.")
+        stored = mx.array(self._stored())
+        return stored.view(mx.bfloat16) if self.dtype == "BF16" else stored
+
+    def _stored(self) -> np.ndarray[Any, np.dtype[Any]]:
+        if self.dtype not in NUMPY_DTYPES:
+            raise DamagedError(f"A tensor has dtype {self.dtype}, which is not read here.")
+        values = np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
+        return values if values.flags.aligned else values.copy()
+
+
+def refuse_unsafe_format(path: Path) -> None:
+    """Raise DamagedError, with the reason, for a file whose suffix says that it is not safe."""
+    reason = UNSAFE.get(path.suffix.lower())
+    if reason is not None and file_type(path, follow_links=True) != "directory":
+        raise DamagedError(
+            f"{path} is not read: {reason}. Expected safetensors (adapters.safetensors); convert "
+            f"it with the program that wrote it."
+        )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file into memory, once its header has been checked."""
+    refuse_unsafe_format(path)
+    with open_regular(path) as (file, size):
+        locations = read_header(file, size, path)
+        content = memoryview(read_start(file, size, path))  # its parts are views, not copies
+    return {
+        name: Tensor(at.dtype, at.shape, content[at.begin : at.end])
+        for name, at in locations.items()
+    }
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """Every tensor of a safetensors file as an MLX array, read now and through the strict reader.
+
+    mx.load would be lazy (a file that changes later changes what was "read") and takes files that
+    safetensors refuses.
+    """
+    return {name: tensor.to_mlx() for name, tensor in read_tensors(path).items()}
+
+
+def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "mlx") -> None:
+    """Write MLX arrays as a safetensors file; equal arrays give equal bytes.
+
+    `made_for` is the format named in the file's metadata, which transformers reads.
+
+    mx.save_safetensors orders tensors by a hash table; safetensors itself sorts, but makes the file
+    readable for its owner alone, and reports a full disk as text.
+    """
+    stored = {name: np.ascontiguousarray(_viewed(array)) for name, array in arrays.items()}
+    specs = {
+        name: TensorSpec(
+            dtype=str(arrays[name].dtype).removeprefix("mlx.core."),
+            shape=list(arrays[name].shape),
+            data_ptr=values.ctypes.data,
+            data_len=values.nbytes,
+        )
+        for name, values in stored.items()
+    }
+    path.touch()
+    mode = path.stat().st_mode  # as of any other new file
+    try:
+        serialize_file(specs, str(path), metadata={"format": made_for})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)
+
+
+def _viewed(array: mx.array) -> mx.array:
+    """NumPy has no bfloat16: its bytes go as uint16."""
+    return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+
+
+class TensorLocation(NamedTuple):
+    """One tensor's dtype and shape, and where its bytes begin and end in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(file: Any, size: int, path: Path) -> dict[str, TensorLocation]:
+    """The location of each tensor in an open file, by name; no tensor is read.
+
+    Raises DamagedError for an unsound file.
+    """
+    try:
+        length = _header_length(read_start(file, min(8, size), path), size)
+        _check_with_reference_reader(path)
+        header = parse_json(read_start(file, 8 + length, path)[8:])
+        locations = {
+            name: _location(name, entry, 8 + length)
+            for name, entry in header.items()
+            if name != METADATA
+        }
+        _require_no_gap(locations, 8 + length, size)
+    except (ValueError, SafetensorError) as error:
+        raise DamagedError(
+            f"{path} is not a sound safetensors file: {error!s:.300}. It was cut short or changed "
+            f"after it was written: take it again from where it came."
+        ) from error
+    return locations
+
+
+def _header_length(start: bytes, size: int) -> int:
+    if size < 8:
+        raise ValueError(f"it has {size} bytes, too few for a header")
+    length: int = struct.unpack("<Q", start)[0]
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {length} bytes, more than {MAX_HEADER_BYTES}")
+    if length > size - 8:
+        raise ValueError(f"its header has {length} bytes, more than the file")
+    return length
+
+
+def _check_with_reference_reader(path: Path) -> None:
+    with safe_open(str(path), framework="numpy") as file:
+        count = len(file.keys())
+    if count > MAX_TENSORS:
+        raise ValueError(f"it names {count} tensors, more than {MAX_TENSORS}")
+
+
+def _location(name: str, entry: dict[str, Any], start: int) -> TensorLocation:
+    """One header entry; the reference reader has seen that its fields are there and typed."""
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise ValueError(f"{name!r:.80} is not the name of a tensor")
+    if len(entry) != 3:
+        raise ValueError(f"{name:.80} has keys that the format does not know")
+    dtype = str(entry["dtype"])
+    shape = tuple(entry["shape"])
+    if dtype not in ITEM_BYTES:
+        raise ValueError(f"{name:.80} has dtype {dtype}, which is not read here")
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"{name:.80} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
+    begin, end = entry["data_offsets"]
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(f"{name:.80} has {end - begin} bytes for {dtype} {list(shape)}")
+    return TensorLocation(dtype, shape, start + begin, start + end)
+
+
+def _require_no_gap(locations: dict[str, TensorLocation], begin: int, size: int) -> None:
+    """Each byte after the header belongs to one tensor: no overlap, no hole, nothing left over."""
+    for tensor in sorted(locations.values(), key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != begin:
+            raise ValueError(f"its tensors overlap or leave a hole at byte {min(tensor[2], begin)}")
+        begin = tensor.end
+    if begin != size:
+        raise ValueError(f"its tensors end at byte {begin} of {size}")
