@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.models.lora import adapter_dtype, trainable
+from nested_core.models.lora_attachment import adapter_dtype, trainable
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig

@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from nested_core.models.base_model import count_weights
 
 from nested_core import backend
+from nested_core.models.base_model import count_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = sys.platform == "linux"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nested_core.models.generation import generate_answers
 
+from nested_core.models.generation import generate_answers
 from nested_core.pipeline import steps
 from nested_core.registry import promote, register, rollback
 from tests.example import DATA, MODEL, train_example

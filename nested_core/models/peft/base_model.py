@@ -13,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
-from nested_core.models.base import find_model
+from nested_core.models.base_model import find_model
 from nested_core.models.peft.factors import MLX_LM, listed
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.models.base import base_fingerprint
+from nested_core.models.base_model import base_fingerprint
 from nested_core.models.peft.base_model import BaseModel
 from nested_core.models.peft.factors import (
     MLX_LM,

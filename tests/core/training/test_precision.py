@@ -7,10 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from nested_core.models.base_model import load_base
-from nested_core.models.lora_attachment import adapter_dtype, attach_adapter
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.models.base_model import load_base
+from nested_core.models.lora_attachment import adapter_dtype, attach_adapter
 from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.storage.adapter import read_adapter
 from nested_core.training.loss.supervised import SUPERVISED

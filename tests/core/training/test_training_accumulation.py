@@ -10,12 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from nested_core.models.base_model import load_base
-from nested_core.models.lora_attachment import attach_adapter
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.models.base_model import load_base
+from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.pytree import flatten
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
 from nested_core.storage.safetensors_files import read_tensors

@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from nested_core.models.generation import generate_answers
 from nested_core.models.lora_attachment import trainable
-
 from nested_core.pipeline import steps
 from nested_core.storage.checkpoint import checkpoint_path
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train

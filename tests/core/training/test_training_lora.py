@@ -11,11 +11,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from nested_core.models.base_model import load_base
-from nested_core.models.lora_attachment import attach_adapter, is_adapter_parameter, trainable
 from safetensors.numpy import save_file
 
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.models.base_model import load_base
+from nested_core.models.lora_attachment import attach_adapter, is_adapter_parameter, trainable
 from nested_core.optim.pytree import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter

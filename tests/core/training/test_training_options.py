@@ -13,13 +13,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm import load
-from nested_core.models.base_model import load_base
-from nested_core.models.lora_attachment import attach_adapter
 
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.kernels.activation_checkpointing import checkpointed_layers
+from nested_core.models.base_model import load_base
+from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.pytree import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from nested_core.models.base_model import PAGE_BYTES, PAGE_STRIDE, base_fingerprint
 
 FILES = {

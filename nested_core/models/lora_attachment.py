@@ -1,23 +1,22 @@
-"""The base model, loaded and frozen, with LoRA attached: only adapter leaves are trainable."""
+"""Attaching LoRA to a base model: only the adapter is trainable, fresh or with given tensors."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nested_core import backend
-from nested_core.errors import ConfigError
-from nested_core.models.base import find_model, weights_in
-
-if TYPE_CHECKING:
-    from nested_core.config.schema import FineTuneConfig
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
+from nested_core.storage.safetensors_files import load_arrays
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"
@@ -30,59 +29,19 @@ def is_adapter_parameter(name: str) -> bool:
     return marked or lowered.rsplit(".", 1)[-1] == DORA_MAGNITUDE
 
 
-def find_base(config: FineTuneConfig) -> Path:
-    """The folder of the base model that this process computes with; the backend is set for it."""
-    folder = find_model(config.model)
-    backend.choose_operations_per_commit(weights_in(folder))
-    return folder
-
-
-def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Module, Any]:
-    """Load model and tokenizer as mlx_lm.load does, at the configured precision or as stored."""
-    from mlx_lm import load
-
-    folder = find_base(config)
-    try:
-        model, tokenizer = load(
-            str(folder),
-            tokenizer_config={"trust_remote_code": config.trust_remote_code},
-            trust_remote_code=config.trust_remote_code,
-            lazy=True,
-        )[:2]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
-    dtype = compute_dtype(config)
-    if dtype is not None and not as_stored:
-        model.set_dtype(dtype)
-    mx.eval(model.parameters())
-    return model, tokenizer
-
-
-def compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
-    """The dtype of forward and backward pass; None keeps the model's own.
-
-    `auto` is float32 on a CPU, where bfloat16 has no fast matmul, and the model's own elsewhere.
-    """
-    if config.training.reference is not None:
-        return None
-    if config.training.precision == "auto":
-        return mx.float32 if backend.device() == "cpu" else None
-    return mx.float32 if config.training.precision == "float32" else mx.bfloat16
-
-
 def adapter_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
     """The dtype that the LoRA factors compute in; None is their own, float32.
 
-    It is bfloat16 where the model's is: a float32 factor lifts every activation beside it. Not
+    It is bfloat16 if the model's is, for a float32 factor makes every activation float32. It is not
     float16, whose range is too small for gradients, and not for DoRA, whose magnitudes are near 1.
     """
     if config.training.reference is not None or config.fine_tune_type != "lora":
         return None
     trained = trainable(model).keys()
-    every: Any = tree_flatten(model.parameters())
+    parameters: Any = tree_flatten(model.parameters())
     dtypes = Counter(
         value.dtype
-        for name, value in every
+        for name, value in parameters
         if name not in trained and mx.issubdtype(value.dtype, mx.floating)
     )
     is_bfloat16 = dtypes.most_common(1)[0][0] == mx.bfloat16
@@ -90,11 +49,11 @@ def adapter_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
 
 
 def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.array]:
-    """Freeze the model, inject a fresh adapter and return its leaves by dotted name.
+    """Freeze the model, inject a fresh adapter and return its parameters by dotted name.
 
-    Under `full` there is nothing to inject: the last layers themselves are trained.
-    The random state is seeded right before, so that a seed gives mlx_lm.lora's own initial weights.
-    Raises ConfigError where nothing, what is quantised, or anything beside the adapter would train.
+    Under `full` nothing is injected: the last layers themselves are trained. The random state is
+    seeded right before, so that a seed gives mlx_lm.lora's own initial weights. Raises ConfigError
+    if nothing, anything quantised, or anything beside the adapter would be trained.
     """
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -109,14 +68,14 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
     if config.fine_tune_type == "full":
         for layer in model.layers[-max(config.num_layers, 0) :]:
             layer.unfreeze()
-        leaves = trainable(model)
-        packed = [n for n, leaf in leaves.items() if not mx.issubdtype(leaf.dtype, mx.floating)]
-        if packed:
+        weights = trainable(model)
+        quantised = [n for n, w in weights.items() if not mx.issubdtype(w.dtype, mx.floating)]
+        if quantised:
             raise ConfigError(
-                f"fine_tune_type: full: {len(packed)} weights to be trained are quantised, "
-                f"{packed[0]} among them. Use lora or dora, or a base that is not quantised."
+                f"fine_tune_type: full: {len(quantised)} weights to be trained are quantised, "
+                f"{quantised[0]} among them. Use lora or dora, or a base that is not quantised."
             )
-        return leaves
+        return weights
     _warn_of_unmatched_keys(model, config)
     linear_to_lora_layers(
         model,
@@ -124,15 +83,15 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
         config.lora_parameters.model_dump(exclude_none=True),
         use_dora=config.fine_tune_type == "dora",
     )
-    leaves = trainable(model)
-    foreign = [name for name in leaves if not is_adapter_parameter(name)]
-    if foreign or not leaves:
+    adapter = trainable(model)
+    foreign = [name for name in adapter if not is_adapter_parameter(name)]
+    if foreign or not adapter:
         raise ConfigError(
-            f"lora_parameters: {len(leaves)} tensors would train, {foreign[:3]} of them outside "
+            f"lora_parameters: {len(adapter)} tensors would train, {foreign[:3]} of them outside "
             f"the adapter. Layers hold modules like {_module_names(model)[:3]}; name those in keys."
         )
-    mx.eval(leaves)
-    return leaves
+    mx.eval(adapter)
+    return adapter
 
 
 def _module_names(model: nn.Module) -> list[str]:
@@ -151,22 +110,24 @@ def _warn_of_unmatched_keys(model: nn.Module, config: FineTuneConfig) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, mx.array]:
-    """The trainable leaves of a model by dotted name, read from the model as it is now."""
+    """The trainable parameters of a model, as they are now, by dotted name."""
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def load_leaves(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
-    """Put a whole set of adapter tensors into the model; every problem of names or shapes at once.
+def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
+    """Replace all trainable parameters of the model by `tensors`, cast to the dtypes they have.
 
-    The tensors keep the dtype of the leaves they replace. Raises ConfigError.
+    Raises ConfigError with every name and shape that does not fit.
     """
-    leaves = trainable(model)
-    problems = [f"  {name}: missing" for name in leaves.keys() - tensors.keys()]
-    problems += [f"  {name}: nothing that these settings train" for name in tensors.keys() - leaves]
+    parameters = trainable(model)
+    problems = [f"  {name}: missing" for name in parameters.keys() - tensors.keys()]
     problems += [
-        f"  {name}: shape {tensors[name].shape}, expected {leaf.shape}"
-        for name, leaf in leaves.items()
-        if name in tensors and tensors[name].shape != leaf.shape
+        f"  {name}: nothing that these settings train" for name in tensors.keys() - parameters
+    ]
+    problems += [
+        f"  {name}: shape {tensors[name].shape}, expected {parameter.shape}"
+        for name, parameter in parameters.items()
+        if name in tensors and tensors[name].shape != parameter.shape
     ]
     if problems:
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
@@ -175,7 +136,7 @@ def load_leaves(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
             + "\n".join(sorted(problems)[:10] + more)
             + "\nSet num_layers, lora_parameters and fine_tune_type to what it was made with."
         )
-    cast = [(name, tensors[name].astype(leaf.dtype)) for name, leaf in leaves.items()]
+    cast = [(name, tensors[name].astype(old.dtype)) for name, old in parameters.items()]
     model.update(tree_unflatten(cast))
 
 
@@ -190,3 +151,33 @@ def adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
         "seed": config.seed,
         "base_fingerprint": fingerprint,
     }
+
+
+def read_adapter_file(path: Path, base: str) -> dict[str, mx.array]:
+    """The tensors of `resume_adapter_file`, read strictly; they must be finite.
+
+    Warns if adapter_config.json beside it has another base fingerprint than `base`; mlx_lm.lora
+    writes none.
+    """
+    if not path.is_file():
+        problem = f"is a folder; give {path / WEIGHTS_NAME}" if path.is_dir() else "does not exist"
+        raise ConfigError(
+            f"resume_adapter_file: {path} {problem}. Expected a safetensors file of an adapter."
+        )
+    arrays = load_arrays(path)
+    broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
+    if broken:
+        raise ConfigError(
+            f"resume_adapter_file: {len(broken)} tensors of {path} hold NaN or infinity, "
+            f"{broken[0]} among them. Nothing can be trained from there; give a sound adapter."
+        )
+    made_for = None
+    with suppress(DamagedError):  # training reads nothing else from that file
+        made_for = read_adapter_config(path.parent / CONFIG_NAME).get("base_fingerprint")
+    if made_for not in (None, base):
+        warnings.warn(
+            f"resume_adapter_file: {path} was made for another base model, says {CONFIG_NAME} "
+            f"beside it. Its tensors fit this one; what they learned may not.",
+            stacklevel=2,
+        )
+    return arrays

@@ -1,4 +1,4 @@
-"""What a model says: greedy answers to prompts, by plain mlx_lm.load and generate."""
+"""Greedy answers to prompts, by plain mlx_lm.load and mlx_lm.generate."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def answer(
+def generate_answers(
     model: str, prompts: Sequence[str], *, adapter: Path | None = None, max_tokens: int = 32
 ) -> list[str]:
-    """One greedy answer a prompt, asked as a user's message in the model's chat template."""
+    """One greedy answer a prompt, sent as a user's message in the model's chat template."""
     from mlx_lm import generate, load
 
     loaded, tokenizer = load(model, adapter_path=None if adapter is None else str(adapter))[:2]
