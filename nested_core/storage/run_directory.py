@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,11 +19,14 @@ LOCK_ATTEMPTS = 10
 LOCK_PAUSE_SECONDS = 0.02
 
 
+@dataclass
 class RunDirectory:
     """One run, one folder: the path of everything that a run keeps, and the lock on it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
+
+    def __post_init__(self) -> None:
+        path = self.path
 
         # What the run was asked to do, and on what.
         self.config = path / "config.yaml"  # the resolved configuration
