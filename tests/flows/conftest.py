@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,10 +24,13 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.testing.utilities import prefect_test_harness
 
+from flows import cli
 from tests.example import write_config
+from tests.fork_server import python
 
 PROGRAM = Path(sys.executable).with_name("nested-tune")
 MAX_LINES = 14
+SECONDS = 240  # for a command, on a machine that does much else
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +94,7 @@ def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen
     return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
 
 
-def ended(process: subprocess.Popen[str], seconds: float = 240) -> Ended:
+def ended(process: subprocess.Popen[str], seconds: float = SECONDS) -> Ended:
     """Wait for a process; it is killed where it takes longer."""
     try:
         stdout, stderr = process.communicate(timeout=seconds)
@@ -98,11 +104,30 @@ def ended(process: subprocess.Popen[str], seconds: float = 240) -> Ended:
     return Ended(process.returncode, stdout, stderr)
 
 
+def completed(*arguments: object, cwd: Path, **environment: str) -> Ended:
+    """Run `nested-tune` with these arguments to its end, in a process that need not start anew."""
+    done = python(PROGRAM, *arguments, cwd=cwd, env=os.environ | environment, timeout=SECONDS)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def called(*arguments: object, cwd: Path) -> Ended:
+    """Call the command line in this process: for what it refuses before any work."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        warnings.catch_warnings(),
+    ):
+        code = cli.main([str(argument) for argument in arguments])
+    return Ended(code, stdout.getvalue(), stderr.getvalue())
+
+
 def side_by_side(commands: Mapping[str, Sequence[object]], folder: Path) -> dict[str, Ended]:
     """Run each command to its end in `folder/<name>`, as many at a time as there are cores."""
 
     def run(name: str) -> Ended:
-        return ended(start(*commands[name], cwd=folder / name))
+        return completed(*commands[name], cwd=folder / name)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(commands, pool.map(run, commands), strict=True))
@@ -111,7 +136,7 @@ def side_by_side(commands: Mapping[str, Sequence[object]], folder: Path) -> dict
 @pytest.fixture
 def nested_tune(tmp_path: Path) -> Callable[..., Ended]:
     """Run the command line to its end in the test's folder."""
-    return lambda *arguments, **env: ended(start(*arguments, cwd=tmp_path, **env))
+    return lambda *arguments, **env: completed(*arguments, cwd=tmp_path, **env)
 
 
 @dataclass(frozen=True)

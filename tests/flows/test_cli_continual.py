@@ -9,7 +9,7 @@ import pytest
 
 from nested_core.registry import list_versions, read_champion
 from tests.example import write_config
-from tests.flows.conftest import Ended, ended, start
+from tests.flows.conftest import Ended, completed
 
 NAME = "capitals"
 
@@ -23,7 +23,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, End
     write_config(folder / "config.yaml", iters=4, **settings)
 
     def command(*arguments: object) -> Ended:
-        return ended(start(*arguments, cwd=folder))
+        return completed(*arguments, cwd=folder)
 
     return folder, {
         "first": command("train", "-c", "config.yaml", "--run-dir", "first"),
@@ -70,6 +70,6 @@ def test_a_champion_whose_provenance_is_damaged_ends_with_6(
     path = folder / "registry" / NAME / "champion" / "provenance.json"
     path.chmod(0o644)
     path.write_text("{")
-    refused = ended(start("train", "-c", "config.yaml", "--run-dir", "fifth", cwd=folder))
+    refused = completed("train", "-c", "config.yaml", "--run-dir", "fifth", cwd=folder)
     assert refused.code == 6
     assert "provenance.json is not valid JSON" in refused.message()

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from nested_core.storage.checkpoint import latest_checkpoint, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
 from tests.example import write_config
-from tests.flows.conftest import ended, start
+from tests.flows.conftest import Ended, completed, ended, start
 
 pytestmark = [
     pytest.mark.timeout(400),  # several processes, one after the other
@@ -55,37 +55,6 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-@pytest.fixture
-def started() -> Iterator[list[subprocess.Popen[str]]]:
-    """Runs that a test starts; what is left of them when it fails is ended."""
-    processes: list[subprocess.Popen[str]] = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def begin(folder: Path, step: int, started: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
-    """A run of two ranks that has reported this step or a later one, and has checkpoints."""
-    write_config(
-        folder / "config.yaml",
-        iters=400,
-        batch_size=4,
-        val_batches=1,
-        steps_per_report=2,
-        save_every=2,
-        training={"processes": 2, "max_grad_norm": 1.0},
-    )
-    process = start(*TRAIN, cwd=folder)
-    started.append(process)
-    metrics, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 240
-    while step_of(metrics) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
-
-
 def step_of(metrics: Path) -> int:
     records = read_metrics(metrics)
     return int(records[-1]["step"]) if records else -1
@@ -101,84 +70,147 @@ def none_left(folder: Path, seconds: float) -> bool:
     return True
 
 
-def finish(folder: Path, iters: int) -> None:
-    """Resume the run to a few steps more, and see that it goes on from its last checkpoint."""
-    held = latest_checkpoint(folder / "run" / "checkpoints")
-    assert held is not None
-    assert held.step < iters
-    done = ended(start(*TRAIN, "--resume", "--json", "--iters", iters, cwd=folder))
-    assert done.code in (0, 4), done.stderr  # whether it was a good run is not asked
-    steps = [record["step"] for record in read_metrics(folder / "run" / "metrics.jsonl")]
-    assert steps == sorted(set(steps)) == [0, *range(2, iters + 1, 2)]
-    assert list_checkpoints(folder / "run" / "checkpoints")[-1].name == f"step-{iters:07d}"
-    assert none_left(folder, 2)
+@dataclass(frozen=True)
+class Ending:
+    """How a run of two ranks ended, and what it left."""
+
+    ended: Ended
+    seconds: float
+    is_none_left: bool
+    checkpoint: int
+    holder: int | None
 
 
-def next_even(folder: Path) -> int:
-    held = latest_checkpoint(folder / "run" / "checkpoints")
-    assert held is not None
-    return held.step // 4 * 4 + 8
+@dataclass
+class Story:
+    """A run that is ended in five ways and resumed after each, and its ranks at the beginning."""
+
+    folder: Path
+    ranks: list[int] = field(default_factory=list)
+    pid_of_stopped: int = 0
+    refused: Ended | None = None
+    stop: Ended | None = None
+    endings: dict[str, Ending] = field(default_factory=dict)
+
+    def begin(self, *flags: str) -> subprocess.Popen[str]:
+        """Start or resume the run, and wait until it has reported a step that it keeps."""
+        metrics = self.folder / "run" / "metrics.jsonl"
+        wanted = (
+            max(step_of(metrics), 0) + 4
+        )  # a step that is reported has a checkpoint by the next
+        process = start(*TRAIN, *flags, cwd=self.folder)
+        try:
+            deadline = time.monotonic() + 240
+            while step_of(metrics) < wanted:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        except BaseException:
+            process.kill()
+            process.communicate()
+            raise
+        return process
+
+    def end(self, name: str, process: subprocess.Popen[str], seconds: float) -> None:
+        """Wait for the end of a process that has been told or made to end."""
+        began = time.monotonic()
+        outcome = ended(process, SECONDS_TO_END)
+        is_none_left = none_left(self.folder, seconds)
+        checkpoint = latest_checkpoint(self.folder / "run" / "checkpoints")
+        assert checkpoint is not None
+        holder = RunDirectory(self.folder / "run").holder()
+        took = time.monotonic() - began
+        self.endings[name] = Ending(outcome, took, is_none_left, checkpoint.step, holder)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Kill each rank, SIGTERM, `stop`, kill the parent; resume after each, and then to an end."""
+    story = Story(tmp_path_factory.mktemp("ranks"))
+    write_config(
+        story.folder / "config.yaml",
+        iters=4000,
+        batch_size=4,
+        val_batches=1,
+        steps_per_report=2,
+        save_every=2,
+        training={"processes": 2, "max_grad_norm": 1.0},
+    )
+    for rank in (0, 1):
+        process = story.begin(*(["--resume"] if rank else []))
+        ranks = ranks_of(story.folder)
+        story.ranks = sorted(ranks)
+        os.kill(ranks[rank], signal.SIGKILL)
+        story.end(f"rank {rank}", process, SECONDS_TO_END)
+
+    process = story.begin("--resume")
+    process.send_signal(signal.SIGTERM)
+    story.end("signal", process, 2)
+
+    process = story.begin("--resume")
+    story.pid_of_stopped = process.pid
+    story.refused = completed(*TRAIN, "--resume", cwd=story.folder)
+    story.stop = completed("stop", "run", cwd=story.folder)
+    story.end("stop", process, 2)
+
+    process = story.begin("--resume")
+    process.kill()
+    story.end("parent", process, 3)
+    return story
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_killed_ends_all_within_15_seconds_and_the_run_resumes(
-    tmp_path: Path, rank: int, started: list[subprocess.Popen[str]]
+def test_a_rank_killed_ends_all_within_15_seconds(story: Story, rank: int) -> None:
+    failed = story.endings[f"rank {rank}"]
+    assert story.ranks == [0, 1]
+    assert failed.is_none_left
+    assert failed.seconds < SECONDS_TO_END
+    assert failed.ended.code == 1
+    assert f"Rank {rank} of 2 exited with code -9" in failed.ended.stderr
+    assert "--run-dir run --resume" in failed.ended.stderr
+    assert failed.holder is None
+
+
+def test_sigterm_ends_both_ranks_at_one_step_with_a_checkpoint_and_exit_5(story: Story) -> None:
+    stopped = story.endings["signal"]
+    assert stopped.seconds < SECONDS_TO_END
+    assert stopped.ended.code == 5
+    assert f"Training was stopped at step {stopped.checkpoint} of 4000" in stopped.ended.stderr
+    assert stopped.is_none_left
+
+
+def test_nested_tune_stop_stops_the_ranks_and_a_second_run_there_is_refused(story: Story) -> None:
+    assert story.refused is not None
+    assert story.refused.code == 2
+    assert f"in use by process {story.pid_of_stopped}" in story.refused.stderr
+    assert story.stop is not None
+    assert story.stop.code == 0
+    assert story.endings["stop"].ended.code == 5
+    assert story.endings["stop"].is_none_left
+
+
+def test_no_rank_outlives_the_process_that_started_it(story: Story) -> None:
+    assert story.endings["parent"].is_none_left
+
+
+def test_a_run_that_was_killed_and_stopped_goes_on_from_its_last_checkpoint_each_time(
+    story: Story,
 ) -> None:
-    process = begin(tmp_path, 6, started)
-    ranks = ranks_of(tmp_path)
-    assert sorted(ranks) == [0, 1]
-    os.kill(ranks[rank], signal.SIGKILL)
-    began = time.monotonic()
-    failed = ended(process, SECONDS_TO_END)
-    assert none_left(tmp_path, SECONDS_TO_END - (time.monotonic() - began))
-    assert failed.code == 1
-    assert f"Rank {rank} of 2 exited with code -9" in failed.stderr
-    assert "--run-dir run --resume" in failed.stderr
-    assert RunDirectory(tmp_path / "run").holder() is None
-    finish(tmp_path, next_even(tmp_path))
-
-
-def test_sigterm_ends_both_ranks_at_one_step_with_a_checkpoint_and_exit_5(
-    tmp_path: Path, started: list[subprocess.Popen[str]]
-) -> None:
-    process = begin(tmp_path, 6, started)
-    process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    stopped = ended(process, SECONDS_TO_END)
-    assert time.monotonic() - began < SECONDS_TO_END
-    assert stopped.code == 5
-    checkpoint = latest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert checkpoint is not None
-    assert f"Training was stopped at step {checkpoint.step} of 400" in stopped.stderr
-    assert none_left(tmp_path, 2)
-    finish(tmp_path, next_even(tmp_path))
-
-
-def test_nested_tune_stop_stops_the_ranks_and_a_second_run_there_is_refused(
-    tmp_path: Path, started: list[subprocess.Popen[str]]
-) -> None:
-    process = begin(tmp_path, 2, started)
-    refused = ended(start(*TRAIN, "--resume", cwd=tmp_path))
-    assert refused.code == 2
-    assert f"in use by process {process.pid}" in refused.stderr
-    assert ended(start("stop", "run", cwd=tmp_path)).code == 0
-    assert ended(process, SECONDS_TO_END).code == 5
-    assert none_left(tmp_path, 2)
-
-
-def test_no_rank_outlives_the_process_that_started_it(
-    tmp_path: Path, started: list[subprocess.Popen[str]]
-) -> None:
-    process = begin(tmp_path, 4, started)  # that of step 2 has been kept by then
-    process.kill()
-    assert none_left(tmp_path, 3), processes_of(tmp_path)
-    process.communicate()
-    finish(tmp_path, next_even(tmp_path))
+    kept = [ending.checkpoint for ending in story.endings.values()]
+    assert len(kept) == 5
+    assert kept == sorted(set(kept))
+    iters = kept[-1] // 4 * 4 + 8
+    done = completed(*TRAIN, "--resume", "--json", "--iters", iters, cwd=story.folder)
+    assert done.code in (0, 4), done.stderr  # whether it was a good run is not asked
+    steps = [record["step"] for record in read_metrics(story.folder / "run" / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) == [0, *range(2, iters + 1, 2)]
+    assert list_checkpoints(story.folder / "run" / "checkpoints")[-1].name == f"step-{iters:07d}"
+    assert none_left(story.folder, 2)
 
 
 def test_a_batch_that_the_ranks_cannot_share_exits_2(tmp_path: Path) -> None:
     write_config(tmp_path / "config.yaml", batch_size=3, training={"processes": 2})
-    refused = ended(start(*TRAIN, cwd=tmp_path))
+    refused = completed(*TRAIN, cwd=tmp_path)
     assert refused.code == 2
     assert "batch_size 3 is the batch of all ranks together" in refused.message()
     assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ import pytest
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from tests.example import train_example
-from tests.flows.conftest import CommandRun, Ended, ended, start
+from tests.flows.conftest import CommandRun, Ended, completed
 
 NAME = "capitals"
 Registry = Callable[..., Ended]
@@ -33,7 +33,7 @@ def story(folder: Path) -> dict[str, Ended]:
     """Promote one, promote the other, go back, promote the first again, all by command."""
 
     def command(*arguments: object) -> Ended:
-        return ended(start(*arguments, "--registry", "registry", cwd=folder))
+        return completed(*arguments, "--registry", "registry", cwd=folder)
 
     first = read_adapter(folder / "first" / "adapter").digest()
     return {
@@ -131,7 +131,7 @@ def test_a_version_that_was_changed_is_damage_for_every_command(
     gate.chmod(0o644)
     gate.write_text(gate.read_text() + " ")
     for arguments in (("rollback", NAME, "--to", versions[1]), ("audit", NAME, "--json")):
-        done = ended(start(*arguments, "--registry", registry, cwd=tmp_path))
+        done = completed(*arguments, "--registry", registry, cwd=tmp_path)
         assert done.code == 6, done.stderr
         assert "gate.json" in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -144,7 +144,7 @@ def test_a_configuration_that_was_edited_after_the_run_is_damage(
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.002", "learning_rate: 0.001"))
     target = ("--registry", tmp_path / "registry", "--name", NAME)
-    done = ended(start("promote", copy, *target, cwd=tmp_path))
+    done = completed("promote", copy, *target, cwd=tmp_path)
     assert done.code == 6
     assert "gate.json was not given on the config.yaml that" in done.message()
     assert not (tmp_path / "registry").exists()
@@ -155,9 +155,9 @@ def test_a_directory_in_place_of_champion_json_is_damage(folder: Path, tmp_path:
     path = registry / NAME / "champion.json"
     path.unlink()
     path.mkdir()
-    back = ended(start("rollback", NAME, "--registry", registry, cwd=tmp_path))
+    back = completed("rollback", NAME, "--registry", registry, cwd=tmp_path)
     assert (back.code, len(back.message().splitlines())) == (6, 1)
-    audited = ended(start("audit", NAME, "--registry", registry, "--json", cwd=tmp_path))
+    audited = completed("audit", NAME, "--registry", registry, "--json", cwd=tmp_path)
     assert audited.code == 6
     assert [finding["file"] for finding in audited.document["findings"]] == [str(path)]
 
@@ -169,7 +169,7 @@ def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
     gate = copy / "gate.json"
     gate.write_text(gate.read_text().replace('"verdict": "passed"', '"verdict": "failed"'))
     target = ("--registry", tmp_path / "registry", "--name", NAME)
-    done = ended(start("promote", copy, *target, cwd=tmp_path))
+    done = completed("promote", copy, *target, cwd=tmp_path)
     assert done.code == 4
     assert "gate" in done.message()
     assert not (tmp_path / "registry" / NAME / "champion").exists()

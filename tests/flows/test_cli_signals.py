@@ -13,7 +13,7 @@ import pytest
 
 from nested_core.storage.checkpoint import latest_checkpoint, list_checkpoints
 from tests.example import write_config
-from tests.flows.conftest import ended, start
+from tests.flows.conftest import completed, ended, start
 
 pytestmark = pytest.mark.timeout(240)  # several processes, one after the other
 
@@ -72,7 +72,7 @@ def test_a_second_sigint_in_a_long_step_exits_130_at_once_and_keeps_the_checkpoi
     assert time.monotonic() - began < 2
     assert killed.code == 130
     assert held == checkpoints(tmp_path)[: len(held)]
-    resumed = ended(start(*TRAIN, "--resume", "--iters", 150, cwd=tmp_path))
+    resumed = completed(*TRAIN, "--resume", "--iters", 150, cwd=tmp_path)
     assert resumed.code in (0, 4), (
         resumed.stderr
     )  # one step; whether it was a good one is not asked
@@ -91,7 +91,7 @@ def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(
     assert stopped.code == 5
     assert "what was done so far is on disk" in stopped.message()
     assert not (tmp_path / "run" / "gate.json").exists()
-    resumed = ended(start(*TRAIN, "--resume", cwd=tmp_path))
+    resumed = completed(*TRAIN, "--resume", cwd=tmp_path)
     assert resumed.code in (0, 4), resumed.stderr
     assert (tmp_path / "run" / "gate.json").exists()
 
@@ -99,7 +99,7 @@ def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(
 def test_a_folder_with_a_configuration_of_its_own_is_not_taken_for_a_run(tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", iters=4)
     before = config.read_bytes()
-    refused = ended(start("train", "-c", config, "--run-dir", ".", "--resume", cwd=tmp_path))
+    refused = completed("train", "-c", config, "--run-dir", ".", "--resume", cwd=tmp_path)
     assert refused.code == 2
     assert "not a run directory" in refused.message()
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

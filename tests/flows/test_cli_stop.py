@@ -14,7 +14,7 @@ import pytest
 
 from nested_core.storage.adapter import read_adapter
 from tests.example import write_config
-from tests.flows.conftest import Ended, ended, start
+from tests.flows.conftest import Ended, completed, ended, start
 
 pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
 
@@ -56,7 +56,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     told = Story(folder / "run")
 
     def command(*arguments: object) -> Ended:
-        return ended(start(*arguments, cwd=folder))
+        return completed(*arguments, cwd=folder)
 
     def training(*more: str, until: int) -> subprocess.Popen[str]:
         process = start(*TRAIN, *more, cwd=folder)
@@ -149,5 +149,5 @@ def test_a_signal_before_training_begins_exits_5_and_the_run_can_be_resumed(
     stopped = ended(process)
     assert stopped.code == 5
     assert "resume" in stopped.message()
-    done = ended(start(*TRAIN, "--resume", cwd=tmp_path))
+    done = completed(*TRAIN, "--resume", cwd=tmp_path)
     assert (done.code, done.document["step"]) == (0, 4)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.example import DATA, write_config
-from tests.flows.conftest import Ended, side_by_side
+from tests.flows.conftest import Ended, called
 
 Run = Callable[..., Ended]
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,19 +88,19 @@ def wrong(folder: Path) -> dict[str, Ended]:
     for case in WRONG:
         (folder / case).mkdir()
         write_config(folder / case / "config.yaml")
-    return side_by_side({case: arguments for case, (arguments, _) in WRONG.items()}, folder)
+    return {case: called(*arguments, cwd=folder / case) for case, (arguments, _) in WRONG.items()}
 
 
 @pytest.fixture(scope="module")
 def misconfigured(folder: Path) -> dict[str, Ended]:
     """`validate` with every wrong configuration."""
-    commands = {}
+    outcomes = {}
     for case, (changes, _) in CONFIGS.items():
         (folder / case).mkdir()
         write_config(folder / case / "config.yaml", **changes)
         flags = [] if case == "no such model" else ["--no-tokenize"]
-        commands[case] = ["validate", "-c", "config.yaml", *flags]
-    return side_by_side(commands, folder)
+        outcomes[case] = called("validate", "-c", "config.yaml", *flags, cwd=folder / case)
+    return outcomes
 
 
 @pytest.mark.parametrize("case", WRONG)

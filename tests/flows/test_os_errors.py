@@ -12,7 +12,7 @@ import pytest
 
 from flows.os_errors import explain
 from tests.example import write_config
-from tests.flows.conftest import PROGRAM, Ended, ended, start
+from tests.flows.conftest import PROGRAM, Ended, completed
 
 LIMIT_KIB = 40  # of a file: more than any report of the example's run, less than its adapter
 
@@ -54,13 +54,13 @@ def test_a_run_that_cannot_write_a_file_says_so_and_goes_on_once_it_can(tmp_path
     message = Ended(failed.returncode, failed.stdout, failed.stderr).message()
     assert failed.returncode == 1
     assert "adapters.safetensors cannot be written (File too large)" in message
-    resumed = ended(start(*command, "--resume", cwd=tmp_path))
+    resumed = completed(*command, "--resume", cwd=tmp_path)
     assert resumed.code == 0, resumed.stderr
 
 
 def test_a_link_that_leads_nowhere_is_no_place_for_a_run(tmp_path: Path) -> None:
     write_config(tmp_path / "config.yaml")
     (tmp_path / "run").symlink_to("nowhere")
-    done = ended(start("train", "-c", "config.yaml", "--run-dir", "run", cwd=tmp_path))
+    done = completed("train", "-c", "config.yaml", "--run-dir", "run", cwd=tmp_path)
     assert done.code == 2
     assert "run is a link that leads nowhere" in done.message()

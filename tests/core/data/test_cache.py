@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -225,20 +226,30 @@ def test_a_maker_that_fails_leaves_nothing(
     assert entries(cache) == []
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    """Four processes, which import everything once for all tests that use them."""
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as processes:
+        yield processes
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_processes_that_load_one_data_set_at_once_all_get_it(
-    settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache, damaged: bool
+    settings: DataSettings,
+    tokenizer: TokenizerSource,
+    cache: DatasetCache,
+    pool: ProcessPoolExecutor,
+    damaged: bool,
 ) -> None:
     expected = load_dataset(settings, tokenizer, cache=cache)[0].to_json()
-    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
-        for _ in range(3):
-            (entry,) = entries(cache)
-            if damaged:
-                (entry / "train.tokens").write_bytes(b"")
-            else:
-                shutil.rmtree(entry)
-            loads = [pool.submit(report_of, settings, tokenizer, cache) for _ in range(8)]
-            assert [load.result() for load in loads] == [expected] * 8
+    for _ in range(3):
+        (entry,) = entries(cache)
+        if damaged:
+            (entry / "train.tokens").write_bytes(b"")
+        else:
+            shutil.rmtree(entry)
+        loads = [pool.submit(report_of, settings, tokenizer, cache) for _ in range(8)]
+        assert [load.result() for load in loads] == [expected] * 8
 
 
 def report_of(settings: DataSettings, tokenizer: TokenizerSource, cache: DatasetCache) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError
 from nested_core.storage.safetensors_files import read_tensors
 from tests.example import DATA, MODEL, train_example
+from tests.fork_server import python
 
 # Runs mlx_lm.lora's own `run` and notes what it hands to its reporting callback.
 REFERENCE = """
@@ -92,9 +91,9 @@ def test_fifty_steps_equal_mlx_lm_lora_in_every_loss_and_weight(tmp_path: Path, 
 
 def run_mlx_lm(settings: dict[str, Any]) -> list[Any]:
     """What mlx_lm.lora reported, in a process that has the BLAS that we have."""
-    program = "from nested_core import backend\nbackend.prepare()\n" + REFERENCE
-    command = [sys.executable, "-c", program, json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = Path(settings["adapter_path"]).with_name("reference.py")
+    program.write_text("from nested_core import backend\nbackend.prepare()\n" + REFERENCE)
+    done = python(program, json.dumps(settings))
     assert done.returncode == 0, done.stderr
     reports: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return reports
