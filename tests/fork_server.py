@@ -9,6 +9,7 @@ subject is a process from its start (signals, imports, each command once) starts
 from __future__ import annotations
 
 import array
+import gc
 import json
 import os
 import runpy
@@ -181,6 +182,7 @@ def main() -> None:
     for name in LIBRARIES:
         if find_spec(name.partition(".")[0]) is not None:
             import_module(name)
+    gc.freeze()  # the processes share these objects' memory as long as no collection touches it
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         request = serve(requests)
     if request is not None:
