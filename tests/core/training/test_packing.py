@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.optimizers import Muon
+from mlx.optimizers import SGD, Muon
 
 from nested_core.optim.clock import COUNTERS, Tier
 from nested_core.optim.gradients import Flat, leaf_states
@@ -92,6 +92,28 @@ def test_an_optimizer_packed_in_the_middle_goes_on_as_it_would_have() -> None:
     assert bits(packing.unpack(apply(twin, packing.pack(gradients), packing.pack(values)))) == bits(
         expected
     )
+
+
+def test_a_packed_sgd_keeps_a_mark_of_a_gradient_for_each_tensor() -> None:
+    values = random_values(0)
+    clocks = [Tier(f, TIERS.names(i)) for i, f in enumerate(TIERS.frequencies)]
+    plain, optimizer = (Tiered(lambda: SGD(0.1, momentum=0.9), clocks) for _ in range(2))
+    plain.init(nested(values))
+    optimizer.init(nested(values))
+    packing = packing_for(values, TIERS, optimizer, small=True)
+    packed, packed_optimizer = packing.pack(values), packing.pack_optimizer(optimizer, values)
+    for step in range(1, 4):
+        gradients = random_values(step) | {"layers.0.a": mx.zeros((8, 3))}
+        values = apply(plain, gradients, values)
+        packed = apply(packed_optimizer, packing.pack(gradients), packed)
+    packing.share_clock(packed_optimizer, optimizer)
+    packing.unpack_optimizer(packed_optimizer, leaf_states(nested(values), optimizer.state))
+    assert bits(packing.unpack(packed)) == bits(values)
+    ours, theirs = bits(optimizer.state), bits(plain.state)
+    del ours[f"{COUNTERS}.grad_norm"], theirs[f"{COUNTERS}.grad_norm"]  # a sum's own order
+    assert ours == theirs
+    marks = {name: optimizer.state["layers"][0][name]["had_gradient"].item() for name in "ab"}
+    assert marks == {"a": 0, "b": 1}
 
 
 SIDES = {"tall": (48, 8), "wide": (8, 40), "square": (8, 8), "vector": (24,), "deep": (9, 3, 4)}
