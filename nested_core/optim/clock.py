@@ -84,7 +84,12 @@ def find_owners(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
     slowest.
     """
     known = list(names)
-    owners = _named_owners(tiers)
+    owners: dict[str, int] = {}
+    for index, tier in enumerate(tiers):
+        for name in sorted(tier.names or ()):
+            if name in owners:
+                raise ValueError(f"{name} is in tier {owners[name]} and in tier {index}.")
+            owners[name] = index
     unknown = sorted(owners.keys() - set(known))
     if unknown:
         raise ValueError(
@@ -97,16 +102,6 @@ def find_owners(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
         rest = max(range(len(tiers)), key=lambda i: (tiers[i].frequency, i))
         warnings.warn(f"No tier names {orphans[:8]}: updated in tier {rest}.", stacklevel=4)
     return owners | {name: rest for name in orphans if rest is not None}
-
-
-def _named_owners(tiers: Sequence[Tier]) -> dict[str, int]:
-    owners: dict[str, int] = {}
-    for index, tier in enumerate(tiers):
-        for name in sorted(tier.names or ()):
-            if name in owners:
-                raise ValueError(f"{name} is in tier {owners[name]} and in tier {index}.")
-            owners[name] = index
-    return owners
 
 
 def new_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:

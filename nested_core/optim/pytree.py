@@ -21,11 +21,11 @@ from nested_core.errors import UpdateNotApplied
 Tree = TypeVar("Tree", bound=dict[str, Any] | list[Any])
 
 MAX_NAMED = 10  # problems written out in one message
-_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes an element
+UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes an element
 
 
-class Slot(NamedTuple):
-    """The place of one leaf: a dict or list, and the key or index in it."""
+class LeafRef(NamedTuple):
+    """A reference to one leaf of a tree: the dict or list that has it, and its key or index."""
 
     container: Any
     key: str | int
@@ -82,13 +82,13 @@ def apply_flat_updates_to_nested(nested: Tree, flat: Mapping[str, mx.array]) -> 
     have, a shape or a dtype that differs: all such problems are in one UpdateNotApplied, and then
     nothing has been changed.
     """
-    slots = {name: _find(nested, name) for name in flat}
-    problems = {name: _problem(slots[name], new) for name, new in flat.items()}
+    refs = {name: _find(nested, name) for name in flat}
+    problems = {name: _problem(refs[name], new) for name, new in flat.items()}
     if any(problems.values()):
         raise UpdateNotApplied(_explain(problems, nested))
-    for name, slot in slots.items():
-        if slot is not None:
-            slot.container[slot.key] = flat[name]
+    for name, ref in refs.items():
+        if ref is not None:
+            ref.container[ref.key] = flat[name]
     return nested
 
 
@@ -106,33 +106,34 @@ def verify_updates(
         raise ValueError(
             f"no value before the update is known for: {_some(missing, len(missing), ', ')}"
         )
-    found = [
-        slot.container[slot.key] if (slot := _find(nested, name)) else None for name in expected
-    ]
-    is_new = list(zip(found, expected.values(), strict=True))
-    is_old = [(leaf, before[name]) for leaf, name in zip(found, expected, strict=True)]
-    equal = _equal_bits(is_new + is_old)
+    flags = []
+    for name, new in expected.items():
+        ref = _find(nested, name)
+        leaf = None if ref is None else ref.container[ref.key]
+        flags += [_has_equal_bits(leaf, new), _has_equal_bits(leaf, before[name])]
+    equal: Any = mx.stack(flags).tolist() if flags else []
+    is_new, is_old = equal[::2], equal[1::2]
     return UpdateReport(
         checked=len(expected),
-        not_applied=tuple(compress(expected, (not same for same in equal[: len(expected)]))),
-        unmoved=tuple(compress(expected, equal[len(expected) :])),
+        not_applied=tuple(name for name, same in zip(expected, is_new, strict=True) if not same),
+        unmoved=tuple(compress(expected, is_old)),
     )
 
 
-def _find(tree: Any, name: str) -> Slot | None:
-    """The place of the leaf of this name; the keys of a flat dict may have dots in them."""
+def _find(tree: Any, name: str) -> LeafRef | None:
+    """A reference to the leaf of this name; the keys of a flat dict may have dots in them."""
     node, rest = tree, name
     while True:
         if isinstance(node, nn.Module) and rest.startswith("_"):
             return None  # MLX keeps what is no parameter under such names
         if isinstance(node, dict) and rest in node:
-            return Slot(node, rest)
+            return LeafRef(node, rest)
         word, dot, rest = rest.partition(".")
         key = _key(node, word)
         if key is None:
             return None
         if not dot:
-            return Slot(node, key)
+            return LeafRef(node, key)
         node = node[key]
 
 
@@ -145,21 +146,21 @@ def _key(node: Any, word: str) -> str | int | None:
     return None
 
 
-def _problem(slot: Slot | None, new: Any) -> str | None:
+def _problem(ref: LeafRef | None, new: Any) -> str | None:
     """Why an array cannot be put there, or None."""
-    if slot is None:
+    if ref is None:
         return "the tree has no such name"
-    old = slot.container[slot.key]
+    old = ref.container[ref.key]
     if not isinstance(old, mx.array):
         return f"found {type(old).__name__} in the tree, expected an MLX array"
     if not isinstance(new, mx.array):
         return f"found {type(new).__name__} as the update, expected an MLX array"
     if (new.shape, new.dtype) != (old.shape, old.dtype):
-        return f"found {_kind(new)} as the update, expected {_kind(old)}"
+        return f"found {_spec(new)} as the update, expected {_spec(old)}"
     return None
 
 
-def _kind(array: mx.array) -> str:
+def _spec(array: mx.array) -> str:
     """Dtype and shape, as in "float32 (8, 64)"."""
     return f"{str(array.dtype).removeprefix('mlx.core.')} {array.shape}"
 
@@ -186,28 +187,11 @@ def _some(words: Sequence[str], count: int, separator: str) -> str:
     )
 
 
-def _equal_bits(pairs: Sequence[tuple[Any, mx.array]]) -> list[bool]:
-    """Whether both sides of each pair hold the same bits, in one evaluation for all pairs."""
-    answers = [_equal_at_sight(left, right) for left, right in pairs]
-    undecided = [index for index, answer in enumerate(answers) if answer is None]
-    if undecided:
-        flags = [
-            mx.array_equal(_bits(pairs[index][0]), _bits(pairs[index][1])) for index in undecided
-        ]
-        for index, flag in zip(undecided, cast(list[bool], mx.stack(flags).tolist()), strict=True):
-            answers[index] = flag
-    return [bool(answer) for answer in answers]
-
-
-def _equal_at_sight(left: Any, right: mx.array) -> bool | None:
-    """The answer where the arrays' values are not needed for it, else None."""
+def _has_equal_bits(left: Any, right: mx.array) -> mx.array:
+    """Whether both are arrays of the same shape, dtype and bits, as one flag on the device."""
     if left is right:
-        return True
+        return mx.array(True)
     if not isinstance(left, mx.array) or (left.shape, left.dtype) != (right.shape, right.dtype):
-        return False
-    return None
-
-
-def _bits(array: mx.array) -> mx.array:
-    """The same bytes as unsigned integers."""
-    return array.view(_UNSIGNED[array.dtype.size])
+        return mx.array(False)
+    unsigned = UNSIGNED[right.dtype.size]
+    return mx.array_equal(left.view(unsigned), right.view(unsigned))

@@ -16,19 +16,8 @@ from mlx import optimizers
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map_with_path, tree_unflatten
 
-from nested_core.optim.clock import (
-    COUNTERS,
-    Tier,
-    TierStats,
-    as_counts,
-    check_layout,
-    check_tiers,
-    count_step,
-    find_owners,
-    new_counters,
-    refuse_reserved,
-    tier_stats,
-)
+from nested_core.optim import clock
+from nested_core.optim.clock import COUNTERS, Tier, TierStats
 from nested_core.optim.gradients import (
     HAD_GRADIENT,
     ArraySpec,
@@ -97,7 +86,7 @@ class Tiered(Optimizer):
         max_grad_norm: float = 0.0,
     ) -> None:
         super().__init__()
-        check_tiers(tiers, slow_gradients, accumulate)
+        clock.check_tiers(tiers, slow_gradients, accumulate)
         check_bound(max_grad_norm)
         # What was asked for
         self.tiers = tuple(tiers)
@@ -129,7 +118,7 @@ class Tiered(Optimizer):
         parameters (`clock.find_owners`); DamagedError for a state of another layout.
         """
         if COUNTERS in self.state:
-            check_layout(self.state[COUNTERS].get("layout"))
+            clock.check_layout(self.state[COUNTERS].get("layout"))
         eps = getattr(self.optimizers[0], "eps", None)
         half = [name for name, value in flatten(parameters).items() if value.dtype == mx.float16]
         if half and isinstance(eps, float):
@@ -142,12 +131,12 @@ class Tiered(Optimizer):
     def _init_state(self, parameters: Any) -> None:
         """Reached without `init` from the first gradients, where, as in mlx, float16 passes."""
         flat = flatten(parameters)
-        refuse_reserved(flat)
-        self._tier_of = find_owners(self.tiers, flat)
+        clock.refuse_reserved(flat)
+        self._tier_of = clock.find_owners(self.tiers, flat)
         self._specs = array_specs(flat)
         super().init(parameters)
         if self.tiers != (Tier(),):  # a drop-in's state is mlx's to the leaf until its first step
-            self.state.setdefault(COUNTERS, new_counters(self.tiers, self.step))
+            self.state.setdefault(COUNTERS, clock.new_counters(self.tiers, self.step))
         for name, leaf in leaf_states(parameters, self.state).items():
             if not {"m", "v"} <= leaf.keys():  # the v of SGD and Muon holds weight decay, too
                 leaf.setdefault(HAD_GRADIENT, mx.array(0, mx.uint32))
@@ -175,7 +164,8 @@ class Tiered(Optimizer):
             self._init_state(gradients)
         values = flatten(parameters)
         check_gradients(flat, values, self._specs)
-        self.state.setdefault(COUNTERS, new_counters(self.tiers, self.step))  # before it moves on
+        # A drop-in's counters begin here, from the step before it is counted.
+        self.state.setdefault(COUNTERS, clock.new_counters(self.tiers, self.step))
         groups = group_by_tier(flat, self._tier_of, every_tier=self.gathers)
         leaves = leaf_states(gradients, self.state)
         for name, schedule in self._schedulers.items():
@@ -212,11 +202,11 @@ class Tiered(Optimizer):
 
     def get_tier_stats(self) -> list[TierStats]:
         """Size of each tier, and its updates so far; reads the counters from the device."""
-        return tier_stats(self.tiers, self._tier_of, self._specs, self._counters)
+        return clock.tier_stats(self.tiers, self._tier_of, self._specs, self._counters)
 
     @property
     def _counters(self) -> Any:
-        return self.state.get(COUNTERS) or new_counters(self.tiers, self.step)
+        return self.state.get(COUNTERS) or clock.new_counters(self.tiers, self.step)
 
     def _gathers(self, tier: int) -> bool:
         return self.gathers and self.tiers[tier].frequency > 1
@@ -225,7 +215,7 @@ class Tiered(Optimizer):
         """Add to the open chunks; return whether the gradients, and now the sums, are finite."""
         sums = {name: leaf["sum"] + flat[name] for name, leaf in leaves.items() if "sum" in leaf}
         finite = mx.logical_and(finite, all_finite(sums.values()))
-        added = as_counts({self._tier_of[name]: finite for name in sums}, len(self.tiers))
+        added = clock.as_counts({self._tier_of[name]: finite for name in sums}, len(self.tiers))
         self._counters["gathered"] = self._counters["gathered"] + added
         for name, total in sums.items():
             leaves[name]["sum"] = mx.where(finite, total, leaves[name]["sum"])
@@ -265,7 +255,7 @@ class Tiered(Optimizer):
         updated: Flat = {}
         for tier, group in groups.items():
             updated |= self._update_tier(tier, group, values, leaves, applied[tier])
-        count_step(self._counters, due, applied, finite, norm)
+        clock.count_step(self._counters, due, applied, finite, norm)
         return updated
 
     def _update_tier(
