@@ -56,8 +56,10 @@ class TierStats:
     skipped: int
 
 
-def check_tiers(tiers: Sequence[Tier], slow_gradients: str, accumulate: str) -> None:
-    """Raise ValueError for tiers and modes that an optimizer cannot carry out as they are given."""
+def check_options(
+    tiers: Sequence[Tier], slow_gradients: str, accumulate: str, max_grad_norm: float
+) -> None:
+    """Raise ValueError for options of `Tiered` that mean nothing."""
     strange = {type(tier).__name__ for tier in tiers} - {Tier.__name__}
     if strange:
         raise ValueError(f"tiers should be Tier(frequency=...) records, got {sorted(strange)}")
@@ -67,6 +69,8 @@ def check_tiers(tiers: Sequence[Tier], slow_gradients: str, accumulate: str) -> 
         raise ValueError(f'slow_gradients should be "skip" or "accumulate", got {slow_gradients!r}')
     if accumulate not in ("mean", "sum"):
         raise ValueError(f'accumulate should be "mean" or "sum", got {accumulate!r}')
+    if not 0.0 <= max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm should be >=0, {max_grad_norm} was provided instead")
 
 
 def refuse_reserved(names: Iterable[str]) -> None:

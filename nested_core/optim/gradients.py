@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -37,12 +36,6 @@ def gradient_evidence(state: Mapping[str, Array], name: str) -> Array | None:
     that `Tiered` keeps, or Adam's second moment.
     """
     return state.get(f"{name}.{HAD_GRADIENT}", state.get(f"{name}.v"))
-
-
-def check_bound(max_grad_norm: float) -> None:
-    """Raise ValueError for a bound on the gradients' norm that bounds nothing."""
-    if not 0.0 <= max_grad_norm < math.inf:
-        raise ValueError(f"max_grad_norm should be >=0, {max_grad_norm} was provided instead")
 
 
 def flatten_gradients(gradients: Any) -> Flat:

@@ -26,7 +26,6 @@ from nested_core.optim.gradients import (
     LeafStates,
     all_finite,
     array_specs,
-    check_bound,
     check_gathered_parameters,
     check_gradients,
     clip_factor,
@@ -86,8 +85,7 @@ class Tiered(Optimizer):
         max_grad_norm: float = 0.0,
     ) -> None:
         super().__init__()
-        clock.check_tiers(tiers, slow_gradients, accumulate)
-        check_bound(max_grad_norm)
+        clock.check_options(tiers, slow_gradients, accumulate, max_grad_norm)
         # What was asked for
         self.tiers = tuple(tiers)
         self.gathers = slow_gradients == "accumulate"

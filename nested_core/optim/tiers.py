@@ -140,12 +140,8 @@ def _by_pattern(names: Sequence[str], rules: Sequence[Assignment]) -> dict[str, 
                 f"nested.assignments: the pattern {rule.match!r} matched no trainable parameter. "
                 f"Names look like {names[0]!r}."
             )
-    tensors: dict[str, int] = {}
-    for name in names:
-        tier = next((rule.tier for rule in rules if re.search(rule.match, name)), None)
-        if tier is not None:
-            tensors[name] = tier
-    return tensors
+    first = {n: next((r.tier for r in rules if re.search(r.match, n)), None) for n in names}
+    return {name: tier for name, tier in first.items() if tier is not None}
 
 
 def _adopt_orphans(names: Sequence[str], tensors: dict[str, int], *, slowest: int) -> None:

@@ -118,7 +118,7 @@ def test_a_checkpoint_older_than_the_last_report_cuts_the_metrics_back(
     assert_same(done, whole)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "muon"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "muon", "lion"])
 def test_an_optimizer_of_mlx_goes_on_where_it_was(tmp_path: Path, optimizer: str) -> None:
     changes: dict[str, Any] = {"iters": 4, "val_batches": 0, "nested": {"frequencies": [1, 2]}}
     whole = train_example(tmp_path / "whole", optimizer=optimizer, **changes)
