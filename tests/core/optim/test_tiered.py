@@ -14,9 +14,12 @@ from mlx import optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from nested_core import NestedAdamW, Tier, TierStats
-from nested_core.errors import DamagedError
+from nested_core.config.loading import parse_config
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.optim.gradients import clip_factor, gradient_evidence
 from nested_core.optim.tiered import Tiered
+from nested_core.optim.tiers import TierMap
+from nested_core.training.build import build_optimizer
 
 OPTIMIZERS = {
     "sgd": lambda: optimizers.SGD(1e-2, momentum=0.9),
@@ -316,3 +319,15 @@ def test_a_state_of_another_layout_is_refused_in_one_paragraph(layout: int | Non
         f"This optimizer state has layout {layout or 1}, of another release; this one reads "
         "layout 2. Go on with the release that wrote it, or start a new run."
     )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "arguments"), [("adam", {"betas": [0.9]}), ("muon", {"ns_steps": "five"})]
+)
+def test_arguments_that_mlx_refuses_at_a_step_are_a_configuration_error(
+    optimizer: str, arguments: dict[str, Any]
+) -> None:
+    settings = {"optimizer": optimizer, "optimizer_config": {optimizer: arguments}}
+    config = parse_config(settings, source="")
+    with pytest.raises(ConfigError, match=r"^optimizer_config or lr_schedule: "):
+        build_optimizer(config, TierMap((1,), {"a": 0}))
