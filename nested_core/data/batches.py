@@ -77,20 +77,19 @@ class BatchPlan:
 
 
 def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Bool]:
-    """Tokens int32 [batch_size, width + 1], padded with 0, and supervised bool [batch_size, width].
+    """Tokens int32 [batch_size, width + 1], padded with 0; target_mask bool [batch_size, width].
 
-    inputs = tokens[:, :-1], targets = tokens[:, 1:]; supervised[:, j] is about the target in column
-    j, which is token j + 1. Neither padding nor a missing row has a supervised target.
+    inputs = tokens[:, :-1], targets = tokens[:, 1:]; target_mask[:, j] is about the target in
+    column j, which is token j + 1. It is false at padding and in rows without an example.
     """
     tokens = np.zeros((batch_size, batch.width + 1), np.int32)
-    supervised = np.zeros((batch_size, batch.width), np.bool_)
+    target_mask = np.zeros((batch_size, batch.width), np.bool_)
     for place, row in enumerate(batch.rows):
         example = split.example(row)
         tokens[place, : len(example)] = example
-        learnt = split.example_mask(row)[1:]
-        supervised[place, : len(learnt)] = learnt
+        target_mask[place, : len(example) - 1] = split.example_mask(row)[1:]
     split.give_back()
-    return tokens, supervised
+    return tokens, target_mask
 
 
 def evaluation_batches(

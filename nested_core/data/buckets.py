@@ -42,7 +42,7 @@ class Buckets:
 def fill_buckets(
     lengths: npt.ArrayLike, batch_size: int, max_seq_length: int | None = None
 ) -> Buckets:
-    """Sort the rows into buckets of whole batches; ValueError where there is no row.
+    """Sort the rows into buckets of whole batches; ValueError without any row.
 
     Every batch is full but the last, of the shortest rows, where empty ones cost least. The padding
     share is 1 - input tokens / (batch size * width), over one epoch.

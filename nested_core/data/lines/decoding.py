@@ -42,35 +42,35 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     return row
 
 
-def repeats_a_key(raw: bytes, found: int) -> bool:
-    """Whether this valid JSON has more strings than the `found` ones, keys and values, in it.
+def repeats_a_key(raw: bytes, count: int) -> bool:
+    """Whether this valid JSON has more strings, keys and values, than the `count` decoded ones.
 
     The decoder keeps the last of two equal keys and says nothing. Counting quotes finds it at a
     tenth of the cost of decoding again, for each one delimits a string or follows a backslash.
     """
-    if raw.count(b'"') == 2 * found:
+    if raw.count(b'"') == 2 * count:
         return False
     unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return unescaped.count(b'"') != 2 * found
+    return unescaped.count(b'"') != 2 * count
 
 
 def strings(value: Any) -> list[str]:
     """Every string of a JSON value, keys included."""
-    found: list[str] = []
-    _gather_strings(value, found)
-    return found
+    texts: list[str] = []
+    _gather_strings(value, texts)
+    return texts
 
 
-def _gather_strings(value: Any, found: list[str]) -> None:
+def _gather_strings(value: Any, texts: list[str]) -> None:
     if isinstance(value, str):
-        found.append(value)
+        texts.append(value)
     elif isinstance(value, dict):
-        found.extend(value)
+        texts.extend(value)
         for item in value.values():
-            _gather_strings(item, found)
+            _gather_strings(item, texts)
     elif isinstance(value, list):
         for item in value:
-            _gather_strings(item, found)
+            _gather_strings(item, texts)
 
 
 def _refuse_repeated_key(raw: bytes) -> None:
@@ -87,9 +87,9 @@ def _refuse_repeated_key(raw: bytes) -> None:
 
 def _refuse_no_number(text: str) -> None:
     """Python writes and reads NaN and Infinity, which JSON does not have."""
-    for found in _NO_NUMBER.finditer(text):
-        if word := found[1]:
-            where = f"column {found.start() + 1}"
+    for match in _NO_NUMBER.finditer(text):
+        if word := match[1]:
+            where = f"column {match.start() + 1}"
             raise LineProblem("bad-json", f"not valid JSON at {where}: {word} is no JSON number")
 
 
@@ -97,8 +97,8 @@ def _why_not_an_object(raw: bytes, error: ValidationError) -> LineProblem:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return _why_not_json(raw, str(first["ctx"]["error"]))
-    found = type(first["input"]).__name__
-    return LineProblem("not-an-object", f"expected a JSON object {{...}}, found a {found}")
+    name = type(first["input"]).__name__
+    return LineProblem("not-an-object", f"expected a JSON object {{...}}, found a {name}")
 
 
 def _why_not_json(raw: bytes, reason: str) -> LineProblem:

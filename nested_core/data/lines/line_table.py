@@ -15,7 +15,7 @@ import polars as pl
 
 from nested_core.data.lines.examples import WHITE_SPACE, Features
 from nested_core.data.lines.rows import BLANK_TURN, Row, plain_row, read_line
-from nested_core.data.lines.sensitive import find_kinds
+from nested_core.data.lines.sensitive_data import find_sensitive
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 
@@ -26,7 +26,7 @@ SCHEMA: dict[str, type[pl.DataType]] = {
     "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
     "prompt": pl.UInt64,  # equal for equal prompts
     "folded": pl.UInt64,  # equal for contents that differ in case and white space only
-    "sensitive": pl.UInt32,  # what it may hold, see sensitive.KINDS
+    "sensitive": pl.UInt32,  # what it may hold, see SENSITIVE_PATTERNS
     "has_control": pl.Boolean,
     "has_replacement": pl.Boolean,
     "has_crlf": pl.Boolean,
@@ -67,7 +67,7 @@ def read_range(path: Path, byte_range: ByteRange, features: Features) -> tuple[p
     columns: dict[str, Any] = {
         **rows,
         **keys,
-        "sensitive": find_kinds(text),
+        "sensitive": find_sensitive(text),
         "has_control": _hold_controls(raw, text),
         "has_replacement": text.str.contains(_REPLACEMENT, literal=True).fill_null(value=False),
         "has_crlf": raw.bin.ends_with(b"\r"),

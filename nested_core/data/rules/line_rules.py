@@ -10,7 +10,7 @@ from functools import cache
 
 import polars as pl
 
-from nested_core.data.lines.sensitive import KINDS
+from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
 from nested_core.data.rules.dataset_report import Severity
 from nested_core.data.rules.rule_table import Rule, RuleTable
 
@@ -153,14 +153,15 @@ _SENSITIVE_CHECKS = {
 
 def _sensitive_rule(bit: int) -> Rule:
     """The rule for one kind of secret or personal data, once a file; its value is never shown."""
-    check, message = _SENSITIVE_CHECKS[KINDS[bit].group]
+    pattern = SENSITIVE_PATTERNS[bit]
+    check, message = _SENSITIVE_CHECKS[pattern.group]
     is_absent = pl.col("sensitive") // 2**bit % 2 == 0
-    return Rule(check, "warning", is_absent, message.format(kind=KINDS[bit].name), once=True)
+    return Rule(check, "warning", is_absent, message.format(kind=pattern.name), once=True)
 
 
 SENSITIVE_DATA_RULES = RuleTable(
     columns={"sensitive": pl.UInt32},
-    rules=tuple(map(_sensitive_rule, range(len(KINDS)))),
+    rules=tuple(map(_sensitive_rule, range(len(SENSITIVE_PATTERNS)))),
 )
 
 

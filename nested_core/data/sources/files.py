@@ -24,7 +24,7 @@ from nested_core.data.sources.formats import (
     read_gzip,
     read_parquet,
 )
-from nested_core.data.sources.hub import Tables, open_listed, open_named
+from nested_core.data.sources.hub import HubTables, open_listed, open_named
 from nested_core.errors import ConfigError
 
 _READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[NumberedLine]]] = {
@@ -76,7 +76,7 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
     )
 
 
-def _open_tables(tables: Tables, spool: Path) -> dict[str, SplitFile]:
+def _open_tables(tables: HubTables, spool: Path) -> dict[str, SplitFile]:
     return {
         split: _write_lines(name, lines, spool / f"{split}.jsonl")
         for split, (name, lines) in tables.items()

@@ -78,8 +78,8 @@ def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Numbered
     del raw
     position = _skip_space(text, 0)
     if not text.startswith("[", position):
-        found = repr(text[position]) if position < len(text) else "nothing"
-        reason = f"expected an array of objects, [{{...}}, ...], found {found}"
+        first = repr(text[position]) if position < len(text) else "nothing"
+        reason = f"expected an array of objects, [{{...}}, ...], found {first}"
         raise Damaged(1, f"{reason}; name a file with an object a line .jsonl")
     decoder = json.JSONDecoder()
     number = 0
@@ -100,8 +100,8 @@ def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Numbered
 
 
 def _skip_space(text: str, position: int) -> int:
-    found = _NO_SPACE.search(text, position)
-    return found.start() if found else len(text)
+    match = _NO_SPACE.search(text, position)
+    return match.start() if match else len(text)
 
 
 def _element_end(decoder: json.JSONDecoder, text: str, start: int, number: int) -> int:

@@ -17,10 +17,10 @@ from nested_core.data.sources.formats import NumberedLine, json_line
 from nested_core.errors import ConfigError, shorten
 
 # By split: its name in findings, and its lines.
-Tables = dict[str, tuple[str, Iterable[NumberedLine]]]
+HubTables = dict[str, tuple[str, Iterable[NumberedLine]]]
 
 
-def open_named(name: str, *, trust_remote_code: bool) -> Tables:
+def open_named(name: str, *, trust_remote_code: bool) -> HubTables:
     """The train, valid and test that a data set has; all of its columns, as they are."""
     tables = _load(name, "data", {}, trust_remote_code=trust_remote_code)
     return {
@@ -28,13 +28,13 @@ def open_named(name: str, *, trust_remote_code: bool) -> Tables:
     }
 
 
-def open_listed(entries: Sequence[HubDataset], *, trust_remote_code: bool) -> Tables:
+def open_listed(entries: Sequence[HubDataset], *, trust_remote_code: bool) -> HubTables:
     """The splits of all entries, one after the other, with their columns named as by default.
 
     Where the entries have different formats, completions become the chats that mlx-lm makes of
     them. `test_split` is read where it is given.
     """
-    opened: Tables = {}
+    opened: HubTables = {}
     for split in SPLITS:
         chosen = [(entry, getattr(entry, f"{split}_split")) for entry in entries]
         chosen = [(entry, part) for entry, part in chosen if part is not None]

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from nested_core.data.dataset import load_dataset
-from nested_core.data.lines.sensitive import KINDS, find_kinds
+from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS, find_sensitive
 from nested_core.data.settings import DataSettings
 from tests.core.data.conftest import WriteData
 
@@ -78,9 +78,9 @@ LOOK_ALIKES = [
 
 
 def kinds_in(text: str) -> list[str]:
-    bits = find_kinds(pl.Series([None, text], dtype=pl.String))
+    bits = find_sensitive(pl.Series([None, text], dtype=pl.String))
     assert bits[0] == 0
-    return [kind.name for place, kind in enumerate(KINDS) if bits[1] >> place & 1]
+    return [kind.name for place, kind in enumerate(SENSITIVE_PATTERNS) if bits[1] >> place & 1]
 
 
 @pytest.mark.parametrize(("kind", "text"), [(k, text) for k in HOLDING for text in HOLDING[k]])
@@ -95,7 +95,7 @@ def test_what_only_looks_alike_is_left_alone(text: str) -> None:
 
 
 def test_every_kind_is_tried() -> None:
-    assert {kind.name for kind in KINDS} == set(HOLDING)
+    assert {kind.name for kind in SENSITIVE_PATTERNS} == set(HOLDING)
 
 
 def test_a_file_is_told_once_a_kind_with_the_count_and_the_first_lines(
@@ -187,11 +187,11 @@ STARTS = ["", "-----BEGIN ", "password ", "a@", "eyJaaaaaaaa.eyJaaaaaaaa", "ghp_
 
 def longest_search(characters: int) -> dict[str, float]:
     """The processor seconds that each pattern takes for the worst of the hostile texts."""
-    worst = dict.fromkeys([kind.name for kind in KINDS], 0.0)
+    worst = dict.fromkeys([kind.name for kind in SENSITIVE_PATTERNS], 0.0)
     for start in STARTS:
         for piece in PIECES:
             text = start + piece * (characters // len(piece))
-            for kind in KINDS:
+            for kind in SENSITIVE_PATTERNS:
                 began = time.process_time()
                 kind.is_in(text)
                 worst[kind.name] = max(worst[kind.name], time.process_time() - began)

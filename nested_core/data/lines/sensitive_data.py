@@ -1,7 +1,7 @@
-"""Texts -> which of them look as if they held a secret or somebody's personal data, by kind.
+"""Texts -> which of them look as if they held a secret or somebody's personal data.
 
-Says that something is there, never what it is. A kind is told from its look-alikes by its own form,
-and where it has one by its checksum.
+Says that something is there, never what it is. Keys and numbers are told from their look-alikes by
+their form, and by their checksum if they have one.
 """
 
 from __future__ import annotations
@@ -14,66 +14,64 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-_IBAN_LENGTHS = {
-    **{"AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22},
-    **{"BR": 29, "CH": 21, "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "DO": 28, "EE": 20},
-    **{"EG": 29, "ES": 24, "FI": 18, "FO": 18, "FR": 27, "GB": 22, "GE": 22, "GI": 23, "GL": 18},
-    **{"GR": 27, "GT": 28, "HR": 21, "HU": 28, "IE": 22, "IL": 23, "IS": 26, "IT": 27, "JO": 30},
-    **{"KW": 30, "KZ": 20, "LB": 28, "LI": 21, "LT": 20, "LU": 20, "LV": 21, "MC": 27, "MD": 24},
-    **{"ME": 22, "MK": 19, "MT": 31, "NL": 18, "NO": 15, "PK": 24, "PL": 28, "PT": 25, "QA": 29},
-    **{"RO": 24, "RS": 22, "SA": 24, "SE": 24, "SI": 19, "SK": 24, "SM": 27, "TN": 24, "TR": 26},
-    **{"UA": 29, "VA": 22},
-}
+_IBANS = (
+    "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 CH21 CR22 CY28 CZ24 DE22 DK18 DO28 EE20 "
+    "EG29 ES24 FI18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IS26 IT27 JO30 "
+    "KW30 KZ20 LB28 LI21 LT20 LU20 LV21 MC27 MD24 ME22 MK19 MT31 NL18 NO15 PK24 PL28 PT25 QA29 "
+    "RO24 RS22 SA24 SE24 SI19 SK24 SM27 TN24 TR26 UA29 VA22"
+)
+_IBAN_LENGTHS = {iban[:2]: int(iban[2:]) for iban in _IBANS.split()}  # by country
 # Beginnings of card numbers by issuer, and their lengths (ISO/IEC 7812).
 _CARD = re.compile(
     r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]|2[3-6])\d{14}|(?:222[1-9]|22[3-9]\d|27[01]\d|2720)\d{12}"
     r"|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}|(?:6011|64[4-9]\d|65\d\d|352[89]|35[3-8]\d)\d{12}"
 )
+IsMatch = Callable[[str], object]
 _FILES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".js", ".css", ".py", ".html")
 
 
-def _always(found: str) -> bool:
+def _always(value: str) -> bool:
     return True
 
 
-def _is_mixed(found: str) -> bool:
+def _is_mixed(value: str) -> bool:
     """Whether it has small letters, capitals and digits, as random keys have and words have not."""
-    return all(re.search(kind, found) for kind in ("[a-z]", "[A-Z]", "[0-9]"))
+    return all(re.search(characters, value) for characters in ("[a-z]", "[A-Z]", "[0-9]"))
 
 
-def _is_cased(found: str) -> bool:
-    return not found.islower() and not found.isupper()
+def _is_cased(value: str) -> bool:
+    return not value.islower() and not value.isupper()
 
 
-def _is_password(found: str) -> bool:
+def _is_password(value: str) -> bool:
     """Whether a value that is assigned is one: letters and digits, no program text, no stand-in."""
-    if re.search(r"[()\[\]{}<>$*%]|\.\.\.|(?i:example|your|xxx|changeme|placeholder)", found):
+    if re.search(r"[()\[\]{}<>$*%]|\.\.\.|(?i:example|your|xxx|changeme|placeholder)", value):
         return False
-    return bool(re.search("[A-Za-z]", found) and re.search("[0-9]", found))
+    return bool(re.search("[A-Za-z]", value) and re.search("[0-9]", value))
 
 
-def _is_address(found: str) -> bool:
-    return not found.startswith("git@") and not found.lower().endswith(_FILES)
+def _is_address(value: str) -> bool:
+    return not value.startswith("git@") and not value.lower().endswith(_FILES)
 
 
-def _is_phone(found: str) -> bool:
-    digits = re.sub(r"\D", "", found)
-    is_grouped = re.search(r"\d[ .()-]+\d", found) is not None
+def _is_phone(value: str) -> bool:
+    digits = re.sub(r"\D", "", value)
+    is_grouped = re.search(r"\d[ .()-]+\d", value) is not None
     return 8 <= len(digits) <= 15 and (is_grouped or len(digits) >= 10)
 
 
-def _is_card(found: str) -> bool:
+def _is_card(value: str) -> bool:
     """Whether the issuer is known and the check digit is right (Luhn)."""
-    digits = re.sub(r"\D", "", found)
+    digits = re.sub(r"\D", "", value)
     if _CARD.fullmatch(digits) is None:
         return False
     doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]
     return (sum(doubled) + sum(int(digit) for digit in digits[-1::-2])) % 10 == 0
 
 
-def _is_iban(found: str) -> bool:
+def _is_iban(value: str) -> bool:
     """Whether the country's length and the two check digits are right (ISO 13616)."""
-    account = found.replace(" ", "")
+    account = value.replace(" ", "")
     length = _IBAN_LENGTHS.get(account[:2], 0)
     if not length or len(account) < length:
         return False
@@ -82,25 +80,25 @@ def _is_iban(found: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What is looked for: its form, and what a match must be besides (its last group, or all)."""
+class SensitivePattern:
+    """One thing to look for: a pattern, and a test of what matches (its last group, or all)."""
 
     name: str
     group: Literal["secret", "personal"]
     form: re.Pattern[str]
-    is_one: Callable[[str], object] = _always
+    is_match: IsMatch = _always
 
     def is_in(self, text: str) -> bool:
         """Whether the text holds one."""
-        return any(self.is_one(match[match.lastindex or 0]) for match in self.form.finditer(text))
+        return any(self.is_match(match[match.lastindex or 0]) for match in self.form.finditer(text))
 
 
-def _secret(name: str, form: str, is_one: Callable[[str], object] = _always) -> Kind:
-    return Kind(name, "secret", re.compile(form), is_one)
+def _secret(name: str, form: str, is_match: IsMatch = _always) -> SensitivePattern:
+    return SensitivePattern(name, "secret", re.compile(form), is_match)
 
 
-def _personal(name: str, form: str, is_one: Callable[[str], object] = _always) -> Kind:
-    return Kind(name, "personal", re.compile(form), is_one)
+def _personal(name: str, form: str, is_match: IsMatch = _always) -> SensitivePattern:
+    return SensitivePattern(name, "personal", re.compile(form), is_match)
 
 
 _ASSIGNED = (
@@ -114,8 +112,8 @@ _PHONE = (
     r"(?<![\w+.-])(?:\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}"
     r"|(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4})(?![\w-]|\.\d)"
 )
-# By what must be in a text for any of the kinds below it: one search of many texts at once.
-_KINDS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+# By what must be in a text for any of them to match: one search of many texts at once.
+_PATTERNS_BY_HINT: tuple[tuple[str, tuple[SensitivePattern, ...]], ...] = (
     (
         "-----BEGIN|AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|xox[abeoprs]-|AIza|sk-|hf_|eyJ",
         (
@@ -158,18 +156,18 @@ _KINDS: tuple[tuple[str, tuple[Kind, ...]], ...] = (
         ),
     ),
 )
-KINDS = tuple(kind for _, kinds in _KINDS for kind in kinds)
+SENSITIVE_PATTERNS = tuple(pattern for _, patterns in _PATTERNS_BY_HINT for pattern in patterns)
 
 
-def find_kinds(texts: pl.Series) -> pl.Series:
-    """For each text the kinds that it holds, UInt32: bit n stands for KINDS[n]; null holds none."""
-    found = np.zeros(len(texts), np.uint32)
-    bit = 0
-    for hint, kinds in _KINDS:
+def find_sensitive(texts: pl.Series) -> pl.Series:
+    """What each text holds, UInt32: bit n stands for SENSITIVE_PATTERNS[n]; 0 for null."""
+    bits = np.zeros(len(texts), np.uint32)
+    first = 0
+    for hint, patterns in _PATTERNS_BY_HINT:
         where = texts.str.contains(hint).fill_null(value=False).arg_true()
         for index, text in zip(where.to_list(), texts.gather(where), strict=True):
-            for place, kind in enumerate(kinds, start=bit):
-                if kind.is_in(text):
-                    found[index] |= 1 << place
-        bit += len(kinds)
-    return pl.Series(found)
+            for bit, pattern in enumerate(patterns, start=first):
+                if pattern.is_in(text):
+                    bits[index] |= 1 << bit
+        first += len(patterns)
+    return pl.Series(bits)
