@@ -1,11 +1,11 @@
-"""The flow: validate, load, train, gate, and for what passed register and promote."""
+"""The Prefect flow of a fine-tune: `pipeline.finetune`, with each step as a task."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from prefect import flow, runtime
+from prefect import flow, get_run_logger, runtime
 from prefect.states import Cancelled, Completed, Failed, State
 from pydantic import Field
 
@@ -15,8 +15,10 @@ from flows.roots import confine_configuration, confined
 from flows.stopping import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected, TrainingStopped
-from nested_core.pipeline import steps
-from nested_core.pipeline.continual import champion_or_none, unchanged_since
+from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.pipeline.finetune import FinetuneResult, Hooks
+from nested_core.pipeline.finetune import finetune as run_finetune
+from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 from tasks.events import emit
 from tasks.gate import gate
@@ -52,20 +54,83 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     settings = config.configuration()
     confine_configuration(settings)
     run = _open(config)
-    is_begun = run.is_begun()
-    with run.locked():
-        steps.begin(settings, run, resume=is_begun)
+    try:
+        result = run_finetune(settings, run, TaskHooks(), resume=run.is_begun())
+    except TrainingStopped as error:
+        return Cancelled(message=f"resumable by a retry of this flow run: {error}")
+    except GateRejected as error:
+        message = describe_rejection(run)
+        if settings.registry.name is not None:
+            payload = {"run_dir": str(run.path.resolve()), "reason": message}
+            emit("rejected", settings.registry.name, payload)
+        return Failed(message=message, data=error)
+    return Completed(message=_describe(result))
+
+
+class TaskHooks(Hooks):
+    """Each step of a fine-tune as a Prefect task, with the links and events around it."""
+
+    def on_message(self, message: str) -> None:
+        """Log what a step waits for outside of its task."""
+        get_run_logger().info("%s", message)
+
+    def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
+        """Begin, and link the run directory from the flow run's page."""
+        super().begin(config, run, resume=resume)
         link_run(run.path)
-        validate(settings, run.path)
-        champion = unchanged_since(settings, run)
-        if champion is not None:
-            return Completed(message=f"skipped: data unchanged since {champion}")
-        load(settings, run.path)
-        try:
-            _train(settings, run)
-        except TrainingStopped as error:
-            return Cancelled(message=f"resumable by a retry of this flow run: {error}")
-        return _judge_and_publish(settings, run)
+
+    def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        """The task `validate`."""
+        validate(config, run.path)
+
+    def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        """The task `load`."""
+        load(config, run.path)
+
+    def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
+        """The task `train`; at SIGINT or SIGTERM it saves a checkpoint."""
+        stopper = Stopper()
+        with stopper.installed(run):
+            result = train(config, run.path, stopper.watch)
+            stopper.release()
+        return result
+
+    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
+        """The task `gate`."""
+        gate(config, run.path)
+        return read_verdict(run.gate)
+
+    def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
+        """Log the loss on the test set."""
+        loss = super().measure_test(config, run)
+        get_run_logger().info("Test loss %.4f", loss)
+        return loss
+
+    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
+        """The task `register`, and the event that promotion listens to."""
+        version = register(config, run.path, champion)
+        registry = config.registry
+        payload = {
+            "version": version,
+            "run_dir": str(run.path.resolve()),
+            "registry": str(Path(str(registry.path)).resolve()),
+        }
+        emit("verified", str(registry.name), payload)
+        return version
+
+    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
+        """The task `promote`."""
+        return promote(config.registry, version, champion)
+
+
+def _describe(result: FinetuneResult) -> str:
+    """The message of a flow run that completed."""
+    if result.unchanged_since is not None:
+        return f"skipped: data unchanged since {result.unchanged_since}"
+    loss = describe_loss(result.run)
+    if result.version is None:
+        return f"passed the gate: {loss}"
+    return f"verified {short(result.version)}: {loss}; {result.promotion or 'registered'}"
 
 
 def _open(config: FinetuneParameters) -> RunDirectory:
@@ -80,38 +145,3 @@ def _open(config: FinetuneParameters) -> RunDirectory:
     begun = sorted(RUNS.glob(f"*-{key}"))
     path = begun[0] if begun else RUNS / new_run_name(runtime.flow_run.scheduled_start_time, key)
     return open_run(path, resume=RunDirectory(path).is_begun())
-
-
-def _train(settings: FineTuneConfig, run: RunDirectory) -> None:
-    """Train; at SIGINT or SIGTERM, which Prefect sends to cancel, a checkpoint is written first."""
-    stopper = Stopper()
-    with stopper.installed(run):
-        train(settings, run.path, stopper.watch)
-        stopper.release()
-
-
-def _judge_and_publish(settings: FineTuneConfig, run: RunDirectory) -> State[Any]:
-    """What became of the adapter; nothing but the gate happens without a registry."""
-    registry = settings.registry
-    if registry.path is None or registry.name is None:
-        return _judge(settings, run) or Completed(message=f"passed the gate: {describe_loss(run)}")
-    champion = champion_or_none(Path(registry.path), registry.name)
-    rejected = _judge(settings, run)
-    where = {"run_dir": str(run.path.resolve())}
-    if rejected is not None:
-        emit("rejected", registry.name, where | {"reason": rejected.message})
-        return rejected
-    version = register(settings, run.path, champion)
-    where["registry"] = str(Path(registry.path).resolve())
-    emit("verified", registry.name, {"version": version} | where)
-    done = "registered" if registry.promote == "never" else promote(registry, version, champion)
-    return Completed(message=f"verified {short(version)}: {describe_loss(run)}; {done}")
-
-
-def _judge(settings: FineTuneConfig, run: RunDirectory) -> State[Any] | None:
-    """Failed, with the reasons and without a new try, where the gate rejects; else None."""
-    try:
-        gate(settings, run.path)
-    except GateRejected as error:
-        return Failed(message=describe_rejection(run), data=error)
-    return None

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from nested_core.optim.pytree import UpdateReport, apply_flat_updates_to_nested, verify_updates
     from nested_core.optim.tiered import NestedAdam, NestedAdamW
     from nested_core.optim.tiers import TierMap, assign_tiers
+    from nested_core.pipeline.finetune import FinetuneResult, Hooks, finetune
     from nested_core.storage.adapter import Adapter, read_adapter
+    from nested_core.storage.run_directory import open_run
 
 __all__ = [
     "Adapter",
@@ -35,7 +37,9 @@ __all__ = [
     "DamagedError",
     "DatasetError",
     "FineTuneConfig",
+    "FinetuneResult",
     "GateRejected",
+    "Hooks",
     "NestedAdam",
     "NestedAdamW",
     "NestedTuneError",
@@ -49,7 +53,9 @@ __all__ = [
     "UpdateReport",
     "apply_flat_updates_to_nested",
     "assign_tiers",
+    "finetune",
     "load_config",
+    "open_run",
     "prepare",
     "read_adapter",
     "verify_updates",
@@ -64,6 +70,8 @@ _HOMES = {
     "optim.tiered": ("NestedAdam", "NestedAdamW"),
     "optim.pytree": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tiers": ("TierMap", "assign_tiers"),
+    "pipeline.finetune": ("FinetuneResult", "Hooks", "finetune"),
+    "storage.run_directory": ("open_run",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -12,7 +12,6 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
-from nested_core.gate.held_out_loss import measure_test
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 
@@ -22,14 +21,12 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
     """Judge adapter/ against initial/ and write gate.json; GateRejected where it did not pass."""
     run = RunDirectory(run_dir)
     try:
-        verdict = steps.judge(config, run)
+        verdict = steps.judge(config, run, on_wait=get_run_logger().info)
     except GateRejected:
         _show(json.loads(run.gate.read_bytes()))
         raise
     _show(verdict.to_json())
     get_run_logger().info("The gate: %s", verdict.summary())
-    if config.test:
-        get_run_logger().info("Test loss %.4f", measure_test(config, run))
     return run.gate
 
 

@@ -17,7 +17,7 @@ from tasks.retrying import RUN_DELAYS, retried
 def load(config: FineTuneConfig, run_dir: Path) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)
-    steps.load(config, run)
+    steps.load(config, run, on_wait=get_run_logger().info)
     get_run_logger().info("The initial adapter is in %s.", run.initial)
     if note := describe_start(config, run):
         get_run_logger().info("%s", note)

@@ -15,8 +15,7 @@ from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.pipeline import steps as pipeline
-from nested_core.pipeline.device_lock import exclusive_device
+from nested_core.pipeline import steps
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics import read_metrics
@@ -79,8 +78,8 @@ class PrefectProgress:
         if loss is None or time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
             return
         self._logged_at = time.monotonic()
-        steps = f"step {trainer.current_step} of {trainer.steps}"
-        self._logger.info("%s: train loss %.4f", steps, loss)
+        done, total = trainer.current_step, trainer.steps
+        self._logger.info("step %d of %d: train loss %.4f", done, total, loss)
 
     def _update(self, artifact: UUID, percent: float) -> None:
         is_due = percent - self._shown_percent >= PERCENT_BETWEEN_UPDATES or percent >= 100.0
@@ -113,8 +112,7 @@ def train(
             watch(trainer)
 
     try:
-        with exclusive_device(get_run_logger().info, config.training.processes):
-            result = pipeline.train(config, run, progress, begin)
+        result = steps.train(config, run, progress, begin, on_wait=get_run_logger().info)
     finally:
         progress.finish()
     show_losses(read_metrics(run.metrics))

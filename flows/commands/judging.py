@@ -54,7 +54,7 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """The state of a run, its last losses, and the verdict if there is one."""
-    from nested_core.pipeline.steps import read_run_config
+    from nested_core.config.resume import read_run_config
     from nested_core.training.metrics import read_metrics
 
     config = read_run_config(run)

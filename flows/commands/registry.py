@@ -54,9 +54,9 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
     from nested_core.config.registry import RegistrySection
+    from nested_core.config.resume import read_run_config
     from nested_core.pipeline.continual import champion_or_none
     from nested_core.pipeline.publishing import confirm_verdict, register_run
-    from nested_core.pipeline.steps import read_run_config
     from nested_core.registry import UNSET, promote
     from nested_core.registry.name_folders import check_name
 

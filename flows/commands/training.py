@@ -14,7 +14,6 @@ from flows.commands.flags import add_config_flags, add_run_flags, config_from
 from flows.stopping import Stopper
 from flows.terminal import (
     ProgressLine,
-    describe_tiers,
     print_table,
     print_tiers,
     say,
@@ -87,55 +86,47 @@ def _refuse_showing(arguments: argparse.Namespace) -> None:
 
 
 def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Validate, load, train and judge in this process."""
-    from nested_core.gate.held_out_loss import measure_test
-    from nested_core.pipeline import steps
-    from nested_core.pipeline.continual import describe_start, unchanged_since
-    from nested_core.pipeline.device_lock import exclusive_device
+    """Run the whole pipeline in this process."""
+    from flows.commands.terminal_hooks import TerminalHooks
+    from nested_core.pipeline.finetune import finetune
 
     config = config_from(arguments)
     run = _open(arguments)
     stopper = Stopper()
-
-    def begin(trainer: Any) -> None:
-        stopper.watch(trainer)
-        say(describe_tiers(trainer.tier_stats()))
-        say(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
-
-    with run.locked(), stopper.installed(run):
+    with stopper.installed(run):
         say(f"run directory: {run.path}")
-        steps.begin(config, run, resume=arguments.resume)
-        warnings = steps.validate(config, run, ProgressLine()).describe_warnings()
-        if warnings:
-            say(f"{warnings} (all: {run.dataset})")
-        champion = unchanged_since(config, run)
-        if champion is not None:
-            return _skipped(arguments, run, champion)
-        steps.load(config, run)
-        if note := describe_start(config, run):
-            say(note)
-        with exclusive_device(say, config.training.processes), watching(run.metrics):
-            result = steps.train(config, run, on_start=begin)
-        stopper.release()
-        verdict = steps.judge(config, run)
-        test_loss = measure_test(config, run) if config.test else None
+        result = finetune(config, run, TerminalHooks(stopper), resume=arguments.resume)
+
+    def document() -> dict[str, Any]:
+        """The result as --json prints it."""
+        if result.training is None or result.verdict is None:
+            return {
+                "run_dir": str(run.path),
+                "skipped": True,
+                "unchanged_since": result.unchanged_since,
+            }
+        return asdict(result.training) | {
+            "verdict": "passed",
+            "summary": result.verdict.summary(),
+            "test_loss": result.test_loss,
+            "version": result.version,
+            "promotion": result.promotion,
+        }
 
     def show() -> None:
         """The tiers, the verdict in a line, and where the adapter is."""
-        print_tiers(verdict.to_json())
-        print(f"{verdict.summary()}\nadapter: {run.adapter}")
-        if test_loss is not None:
-            print(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
+        if result.verdict is None:
+            print(f"skipped: data unchanged since {result.unchanged_since}")
+            return
+        print_tiers(result.verdict.to_json())
+        print(f"{result.verdict.summary()}\nadapter: {run.adapter}")
+        if result.test_loss is not None:
+            print(f"Test loss {result.test_loss:.3f}, Test ppl {math.exp(result.test_loss):.3f}.")
+        if result.version is not None:
+            done = result.promotion or "registered"
+            print(f"{config.registry.name} {result.version}: {done}")
 
-    judged = {"verdict": "passed", "summary": verdict.summary(), "test_loss": test_loss}
-    return answer(arguments, lambda: asdict(result) | judged, show)
-
-
-def _skipped(arguments: argparse.Namespace, run: RunDirectory, champion: str) -> Callable[[], int]:
-    """A run that has nothing to add to the champion is a success."""
-    document = {"run_dir": str(run.path), "skipped": True, "unchanged_since": champion}
-    text = f"skipped: data unchanged since {champion}"
-    return answer(arguments, lambda: document, lambda: print(text))
+    return answer(arguments, document, show)
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -1,4 +1,4 @@
-"""Which keys of a configuration may differ between a run and its resumption."""
+"""The configuration that a run began with, and which of its keys may differ on resumption."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.keys import keys_of
+from nested_core.config.loading import parse_config, read_yaml
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import RunDirectory
 
 MAX_SHOWN = 10
+
+
+def read_run_config(run: RunDirectory) -> FineTuneConfig:
+    """The configuration that a run was started with; ConfigError if `run` is no run directory."""
+    run.require_begun()
+    values = {key: value for key, value in read_yaml(run.config).items() if value is not None}
+    return parse_config(values, source=str(run.config))
 
 
 def refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) -> None:

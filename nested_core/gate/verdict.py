@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 Code = Literal[
     "unchanged",
@@ -126,3 +129,8 @@ class Verdict:
             return ""
         before, after = self.validation.loss_before, self.validation.loss_after
         return f", validation loss {before:.4g} -> {after:.4g}"
+
+
+def read_verdict(path: Path) -> Verdict:
+    """The verdict in a gate.json that this run's gate wrote."""
+    return TypeAdapter(Verdict).validate_json(path.read_bytes())

@@ -1,8 +1,8 @@
-"""One training process at a time on one device, by a lock of the operating system.
+"""One run at a time computes on one GPU, by a lock of the operating system.
 
-A work pool's limit holds only while the server knows what runs: after a crash of worker or server a
-training may go on that nobody counts. The lock goes with the process that holds it, however that
-one ends. A CPU is not locked, for the system shares it out itself.
+A work pool's limit holds only while the server knows what runs: after a crash of the worker or the
+server, a run may go on that nobody counts. The operating system releases the lock when the process
+that holds it ends, in whatever way. A CPU is not locked: the system shares it out itself.
 """
 
 from __future__ import annotations
@@ -15,32 +15,39 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import mlx.core as mx
+
 from nested_core import backend
 from nested_core.storage.strict_files import user_folder
 
-VARIABLE = (
-    "NESTED_TUNE_DEVICE_LOCK"  # a name of a device to lock in place of the one found, or "off"
-)
+# The name of a device to lock in place of the one that is found, or "off".
+VARIABLE = "NESTED_TUNE_DEVICE_LOCK"
 SECONDS_BETWEEN_TRIES = 0.5
 
 OnWait = Callable[[str], None]
 
 
 @contextmanager
-def exclusive_device(on_wait: OnWait | None = None, ranks: int = 1) -> Iterator[None]:
-    """Hold this process's device, or one for each rank, while the block runs.
+def exclusive_device(on_wait: OnWait | None = None, processes: int = 1) -> Iterator[None]:
+    """Hold this process's GPU, or one for each of several processes, while the block runs.
 
-    It waits for whoever holds one; `on_wait` is called then, once a device, with a line that names
-    the holder. Several are taken in one order, so that nobody waits in a circle.
+    Waits for another process that holds one; `on_wait` is then called, once a device, with a line
+    that names that process. Several devices are always taken in the same order, so that two runs
+    never wait for each other. When the block ends, memory that MLX keeps for reuse is freed.
     """
+    devices = sorted(device_names(processes))
     with ExitStack() as stack:
-        for device in sorted(device_names(ranks)):
-            stack.enter_context(_held(device, on_wait))
-        yield
+        for device in devices:
+            stack.enter_context(_locked(device, on_wait))
+        try:
+            yield
+        finally:
+            if devices:
+                mx.clear_cache()
 
 
 @contextmanager
-def _held(device: str, on_wait: OnWait | None) -> Iterator[None]:
+def _locked(device: str, on_wait: OnWait | None) -> Iterator[None]:
     path = lock_path(device)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
@@ -52,23 +59,23 @@ def _held(device: str, on_wait: OnWait | None) -> Iterator[None]:
         os.close(descriptor)
 
 
-def device_names(ranks: int = 1) -> tuple[str, ...]:
-    """What names the devices of so many ranks on this machine; none where they are CPUs.
+def device_names(processes: int = 1) -> tuple[str, ...]:
+    """The names of the GPUs that so many processes use on this machine; empty on a CPU.
 
-    On CUDA each has its own, the first of CUDA_VISIBLE_DEVICES; a Mac has one for all.
+    On CUDA each process has its own, the first ones of CUDA_VISIBLE_DEVICES; a Mac has one GPU.
     """
-    given = os.environ.get(VARIABLE)
-    if given is not None:
-        return () if given == "off" else (given,)
+    configured = os.environ.get(VARIABLE)
+    if configured is not None:
+        return () if configured == "off" else (configured,)
     if backend.device() == "cpu":
         return ()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") if backend.has_cuda() else "0"
-    listed = visible.split(",") if visible else map(str, range(ranks))
-    return tuple(f"gpu-{number.strip()}" for number in listed)[:ranks]
+    listed = visible.split(",") if visible else map(str, range(processes))
+    return tuple(f"gpu-{number.strip()}" for number in listed)[:processes]
 
 
 def lock_path(device: str) -> Path:
-    """The lock's file, in this user's runtime folder, named after the device."""
+    """The lock file of a device, in this user's runtime folder."""
     folder = user_folder(
         f"the lock of device {device}",
         f"Set XDG_RUNTIME_DIR to a folder of your own, or {VARIABLE}=off to train unlocked.",
@@ -78,13 +85,13 @@ def lock_path(device: str) -> Path:
 
 
 def _acquire(descriptor: int, device: str, path: Path, on_wait: OnWait | None) -> None:
-    has_told = False
+    has_reported = False
     while True:
         try:
             return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if on_wait is not None and not has_told:
+            if on_wait is not None and not has_reported:
                 holder = path.read_text() or "unknown"
                 on_wait(f"device {device} is in use by process {holder}: waiting until it is free")
-            has_told = True
+            has_reported = True
             time.sleep(SECONDS_BETWEEN_TRIES)

@@ -1,7 +1,7 @@
 """The steps of a fine-tune, each from disk to disk: validate, load, train, judge.
 
-What a step needs from the one before it reads from the run directory. `nested-tune train` calls
-them in turn, and a Prefect flow calls them as tasks.
+A step reads what it needs of the one before from the run directory. `pipeline.finetune` calls them
+in turn; a Prefect flow calls each as a task. A step that computes with the model holds the device.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.loading import parse_config, read_yaml, render_config
-from nested_core.config.resume import refuse_differences
+from nested_core.backend import warn_if_unprepared
+from nested_core.config.loading import render_config
+from nested_core.config.resume import read_run_config, refuse_differences
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
+from nested_core.gate.held_out_loss import measure_test as test_loss
 from nested_core.gate.held_out_loss import refuse_other_data
 from nested_core.models.base_model import base_fingerprint, find_model, load_base
 from nested_core.models.lora_attachment import (
@@ -31,8 +33,9 @@ from nested_core.models.lora_attachment import (
 )
 from nested_core.optim.tiers import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
-from nested_core.pipeline.launch.hosts import count_ranks
-from nested_core.pipeline.launch.launcher import train_in_ranks
+from nested_core.pipeline.device_lock import OnWait, exclusive_device
+from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.pipeline.launch.rank_group import train_in_ranks
 from nested_core.storage.adapter import (
     WEIGHTS_NAME,
     export_adapter,
@@ -63,7 +66,10 @@ from nested_core.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training ended with; result.json. `evidence` is what the gate holds the folder to."""
+    """What training ended with, as in result.json.
+
+    evidence: SHA-256 of the files that training wrote; the gate compares the folder with them.
+    """
 
     run_dir: str
     step: int
@@ -77,12 +83,12 @@ class TrainResult:
 
 
 def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
-    """Write the resolved configuration, or on resume see that it is the same in what matters.
+    """Write the resolved configuration; on resume, refuse one that differs in a key that matters.
 
-    Until an adapter was made from it there is nothing to contradict. Call only under the run's
-    lock, and once: what is there by then without `resume` is another's.
+    A run without an initial adapter takes any configuration. Call it once, under the run's lock:
+    a configuration that is there by then without `resume` was written by another process.
     """
-    count_ranks(config)  # what cannot be used is found before anything is done
+    count_ranks(config)  # refuses a hostfile that cannot be used, before anything is written
     if config.adapter_path is not None:
         require_writable(Path(config.adapter_path))
     remove_leftovers(run.path)
@@ -98,13 +104,6 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     write_bytes(run.config, render_config(config))
 
 
-def read_run_config(run: RunDirectory) -> FineTuneConfig:
-    """The configuration that a run was started with."""
-    run.require_begun()
-    values = {key: value for key, value in read_yaml(run.config).items() if value is not None}
-    return parse_config(values, source=str(run.config))
-
-
 def validate(
     config: FineTuneConfig, run: RunDirectory, on_progress: OnProgress | None = None
 ) -> DatasetReport:
@@ -115,13 +114,19 @@ def validate(
     return report
 
 
-def load(config: FineTuneConfig, run: RunDirectory) -> None:
+def load(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> None:
     """Write the initial adapter and the tier of each tensor.
 
-    It is fresh, from resume_adapter_file, or where `continual` says so the champion.
+    It is fresh, from resume_adapter_file, or where `continual` says so the champion. Holds the
+    device meanwhile; `on_wait` is told who has it.
     """
     if run.initial.exists() and run.tiers.exists():
         return
+    with exclusive_device(on_wait):
+        _load(config, run)
+
+
+def _load(config: FineTuneConfig, run: RunDirectory) -> None:
     model, _ = load_base(config, as_stored=True)
     attach_adapter(model, config)
     base = base_fingerprint(find_model(config.model))
@@ -134,7 +139,7 @@ def load(config: FineTuneConfig, run: RunDirectory) -> None:
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable(model), described)
     tiers = _assign(config, model)
-    build_optimizer(config, tiers)  # what it cannot be made from is found before training
+    build_optimizer(config, tiers)  # refuses unusable arguments before training begins
     write_json(run.tiers, tiers.to_json())
 
 
@@ -151,19 +156,24 @@ def train(
     run: RunDirectory,
     callback: TrainingCallback | None = None,
     on_start: Callable[[Any], None] | None = None,
+    on_wait: OnWait | None = None,
 ) -> TrainResult:
     """Train from the initial adapter, or from the last sound checkpoint, to the end.
 
-    `on_start` is handed the trainer before its first step, so that a signal can stop it; where the
-    configuration asks for several processes, their `RankGroup`, which answers as a trainer does.
+    `on_start` is called with the trainer before its first step, so that a signal can stop it; where
+    the configuration asks for several processes, with their `RankGroup`, which has a trainer's
+    methods. Holds the device, or one for each process, meanwhile; `on_wait` is told who has it.
     """
+    warn_if_unprepared()
     if run.result.exists() and _is_complete(config, run):
         return read_result(run)
     ranks = count_ranks(config)
-    if ranks > 1:
+    with exclusive_device(on_wait, ranks):
+        if ranks == 1:
+            trainer = _train(config, run, SINGLE_PROCESS, callback, on_start)
+            return _publish_result(run, trainer)
         train_in_ranks(config, run, ranks, callback, on_start)
         return read_result(run)
-    return _publish(run, _train(config, run, SINGLE_PROCESS, callback, on_start))
 
 
 def train_as_rank(
@@ -173,10 +183,10 @@ def train_as_rank(
     callback: TrainingCallback,
     on_start: Callable[[Trainer], None],
 ) -> None:
-    """`train` as one rank among others; the one that leads reports, and writes the result."""
+    """`train` in one of several processes; the main one reports and writes the result."""
     trainer = _train(config, run, world, callback, on_start)
     if world.is_main:
-        _publish(run, trainer)
+        _publish_result(run, trainer)
 
 
 def _train(
@@ -194,7 +204,7 @@ def _train(
     callbacks = with_reporting(config, run.path, callback) if world.is_main else None
     trainer = build_trainer(config, run, model, splits, callbacks, world)
     if world.is_main:
-        for earlier in (run.gate, run.result):  # of a run that is now made longer
+        for earlier in (run.gate, run.result):  # the run is made longer: both are out of date
             earlier.unlink(missing_ok=True)
     if on_start is not None:
         on_start(trainer)
@@ -203,9 +213,10 @@ def _train(
 
 
 def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
-    """Whether the run has ended, and not before an `iters` that was raised since.
+    """Whether the run ended, with the `iters` that the configuration asks for now.
 
-    A checkpoint that says so is verified; one that is trained on from is, where it is read.
+    A checkpoint that says so is verified; one that training goes on from is verified when it is
+    read for that.
     """
 
     def has_ended(state: Mapping[str, Any]) -> bool:
@@ -217,8 +228,8 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
     return checkpoint is not None and has_ended(checkpoint.state)
 
 
-def _publish(run: RunDirectory, trainer: Trainer) -> TrainResult:
-    """Offer the best adapter by validation loss, else the last, and say so in result.json."""
+def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
+    """Publish the best adapter by validation loss, or the last one; write result.json."""
     state = trainer.state
     best = state.best_step if trainer.method.offers_best else None
     step = state.step if best is None else best
@@ -247,9 +258,13 @@ def read_result(run: RunDirectory) -> TrainResult:
     return TrainResult(**values | {"red_flags": tuple(values["red_flags"])})
 
 
-def judge(config: FineTuneConfig, run: RunDirectory) -> Verdict:
-    """Judge the run's adapter and write gate.json; GateRejected where it did not pass."""
-    verdict = judge_run(config, run)
+def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> Verdict:
+    """Judge the run's adapter and write gate.json; GateRejected where it did not pass.
+
+    Holds the device meanwhile: the gate loads the base model, and so does the process of its proof.
+    """
+    with exclusive_device(on_wait):
+        verdict = judge_run(config, run)
     write_json(run.gate, verdict.to_json())
     if not verdict.has_passed:
         raise GateRejected(
@@ -257,3 +272,9 @@ def judge(config: FineTuneConfig, run: RunDirectory) -> Verdict:
             f"evidence is in {run.gate}."
         )
     return verdict
+
+
+def measure_test(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> float:
+    """Mean loss of the run's adapter on test.jsonl, in nats a supervised token, for `test`."""
+    with exclusive_device(on_wait):
+        return test_loss(config, run)

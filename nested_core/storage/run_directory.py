@@ -114,8 +114,12 @@ def new_run_name(started: datetime | None = None, key: str | None = None) -> str
     return f"{moment:%Y%m%dT%H%M%SZ}-{digits}"
 
 
-def open_run(path: Path, *, resume: bool) -> RunDirectory:
-    """The run directory at `path`, to be begun or resumed; ConfigError if it cannot be."""
+def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
+    """The run directory at `path`: a new one, or with `resume` one to go on with.
+
+    Raises ConfigError where there is a run and `resume` is not given, or the other way round.
+    """
+    path = Path(path)
     run = RunDirectory(path)
     if run.is_begun() and not resume:
         raise ConfigError(

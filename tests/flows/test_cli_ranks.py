@@ -24,7 +24,7 @@ pytestmark = [
 
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run")
 SECONDS_TO_END = 15
-PROGRAM = "nested_core.pipeline.worker"
+PROGRAM = "nested_core.pipeline.rank_worker"
 
 
 def ranks_of(folder: Path) -> dict[int, int]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.pipeline import steps
@@ -152,7 +153,7 @@ def test_a_configuration_that_was_edited_after_the_verdict_is_damage(
 ) -> None:
     edit_config(judged, values)
     with pytest.raises(DamagedError, match=r"gate\.json was not given on the config\.yaml that "):
-        confirm_verdict(steps.read_run_config(judged), judged)
+        confirm_verdict(read_run_config(judged), judged)
 
 
 def edit_config(run: RunDirectory, values: dict[str, Any]) -> None:
@@ -165,7 +166,7 @@ def test_so_is_one_that_was_edited_between_training_and_the_verdict(
     edit_config(run, {"learning_rate": 1.0})
     steps.judge(config, run)
     with pytest.raises(DamagedError, match=r"config\.yaml"):
-        confirm_verdict(steps.read_run_config(run), run)
+        confirm_verdict(read_run_config(run), run)
 
 
 def test_a_digest_of_other_data_in_the_report_is_damage(
@@ -190,11 +191,11 @@ def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_no
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
     steps.begin(config, judged, resume=True)
-    confirm_verdict(steps.read_run_config(judged), judged)
+    confirm_verdict(read_run_config(judged), judged)
     bounds = config.gate.model_copy(update={"max_val_loss_increase": 0.5})
     other = config.model_copy(update={"gate": bounds})
     steps.begin(other, judged, resume=True)
     with pytest.raises(DamagedError, match=r"config\.yaml.* judge the run again with --resume"):
-        confirm_verdict(steps.read_run_config(judged), judged)
+        confirm_verdict(read_run_config(judged), judged)
     steps.judge(other, judged)
-    confirm_verdict(steps.read_run_config(judged), judged)
+    confirm_verdict(read_run_config(judged), judged)

@@ -1,4 +1,4 @@
-"""A rank as nested_core.pipeline.worker is one, but rank 1 goes astray at step 3.
+"""A rank as nested_core.pipeline.rank_worker is one, but rank 1 goes astray at step 3.
 
 ASTRAY=bit changes one element of its parameters, after the step, by the smallest amount; ASTRAY=nan
 makes its gradients of that step not finite.
@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from nested_core.pipeline.worker import main
+from nested_core.pipeline.rank_worker import main
 from nested_core.training.engine import Engine
 
 STEP = 3

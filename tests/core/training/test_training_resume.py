@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import (
     ConfigError,
@@ -237,7 +238,7 @@ def test_a_run_that_made_no_adapter_yet_takes_the_corrected_configuration(tmp_pa
     run = open_run(tmp_path / "run", resume=True)
     steps.begin(corrected, run, resume=True)
     steps.load(corrected, run)
-    assert steps.read_run_config(run) == corrected
+    assert read_run_config(run) == corrected
     assert train(corrected, run).result.step == 8
 
 

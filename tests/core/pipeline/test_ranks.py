@@ -17,13 +17,13 @@ from pydantic import ValidationError
 from nested_core.config.resume import refuse_differences
 from nested_core.errors import ConfigError
 from nested_core.pipeline import steps
-from nested_core.pipeline.launch import hosts
-from nested_core.pipeline.launch.hosts import (
+from nested_core.pipeline.launch import mlx_launch
+from nested_core.pipeline.launch.mlx_launch import (
     count_ranks,
     free_ports,
     launch_command,
-    own_device,
-    own_temporary_folder,
+    rank_device,
+    rank_temporary_folder,
 )
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.distributed import SINGLE_PROCESS, World, checksum, pack_sums, unpack_sums
@@ -147,24 +147,24 @@ def test_a_port_that_somebody_has_is_not_taken(monkeypatch: pytest.MonkeyPatch) 
     free = free_ports(2)
     with socket.socket() as held:
         held.bind(("127.0.0.1", free + 1))
-        monkeypatch.setattr(hosts, "PORTS", [free])
+        monkeypatch.setattr(mlx_launch, "PORTS", [free])
         with pytest.raises(OSError, match="no 2 free ports"):
             free_ports(2)
         assert free_ports(1) == free
 
 
 def test_a_rank_takes_its_device_of_those_that_its_parent_was_given() -> None:
-    assert [own_device({"NESTED_TUNE_DEVICES": "6,4"}, rank) for rank in (0, 1)] == ["6", "4"]
-    assert own_device({}, 1) is None
+    assert [rank_device({"NESTED_TUNE_DEVICES": "6,4"}, rank) for rank in (0, 1)] == ["6", "4"]
+    assert rank_device({}, 1) is None
 
 
 def test_ranks_do_not_compile_kernels_into_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folders = [own_temporary_folder(rank) for rank in (1, 2)]
+    folders = [rank_temporary_folder(rank) for rank in (1, 2)]
     assert folders[0] != folders[1]
-    assert folders[0] == own_temporary_folder(1)
+    assert folders[0] == rank_temporary_folder(1)
     assert folders[0].parent.stat().st_mode & 0o777 == 0o700
 
 
@@ -175,4 +175,4 @@ def test_kernels_are_not_kept_where_a_link_leads(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"nested-tune-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="Set TMPDIR"):
-        own_temporary_folder(1)
+        rank_temporary_folder(1)

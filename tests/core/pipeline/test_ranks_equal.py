@@ -12,8 +12,8 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import RanksDiffer
 from nested_core.pipeline import steps
-from nested_core.pipeline.launch import hosts
-from nested_core.pipeline.launch.launcher import RankGroup
+from nested_core.pipeline.launch import mlx_launch
+from nested_core.pipeline.launch.rank_group import RankGroup
 from nested_core.storage.checkpoint import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
@@ -109,7 +109,7 @@ def test_the_run_directory_is_that_of_one_process_and_passes_the_gate(pair: Pair
 
 def go_astray(monkeypatch: pytest.MonkeyPatch, how: str) -> FineTuneConfig:
     """Have rank 1 do at step 3 what astray.py describes."""
-    monkeypatch.setattr(hosts, "PROGRAM", (str(Path(__file__).with_name("astray.py")),))
+    monkeypatch.setattr(mlx_launch, "PROGRAM", (str(Path(__file__).with_name("astray.py")),))
     monkeypatch.setenv("ASTRAY", how)
     training = {"processes": 2, "max_grad_norm": 1.0}
     return example_config(

@@ -1,4 +1,7 @@
-"""How many ranks a configuration asks for, and the `mlx.launch` command that starts them."""
+"""The `mlx.launch` command that starts a run's ranks: how many, where, with which environment.
+
+A rank is one of the processes that train together.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.storage.strict_files import user_folder
 
-PROGRAM = ("-m", "nested_core.pipeline.worker")
+PROGRAM = ("-m", "nested_core.pipeline.rank_worker")
 DEVICES = "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
-HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")  # never an option of ssh
-FORM = (
+HOST_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")  # never an option of ssh
+MESSAGE_PREFIX = "@nested-tune "  # of the lines on standard output that are a rank's messages
+EXPECTED_HOSTFILE = (
     'It should list two hosts or more, as mlx.launch reads them: [{"ssh": "host1", "ips": '
     '["10.0.0.1"]}, ...].'
 )
@@ -35,12 +39,10 @@ def count_ranks(config: FineTuneConfig) -> int:
         return config.training.processes
     path = Path(config.training.hostfile)
     hosts = _read_hosts(path)
-    strange = [host for host in hosts if not HOST.fullmatch(host)]
-    if strange or len(hosts) < 2:
-        raise ConfigError(
-            f"training.hostfile: {path} names {f'{strange[0]!r}, no host' if strange else hosts}. "
-            f"{FORM}"
-        )
+    invalid = [host for host in hosts if not HOST_PATTERN.fullmatch(host)]
+    if invalid or len(hosts) < 2:
+        named = f"{invalid[0]!r}, which is no host name" if invalid else hosts
+        raise ConfigError(f"training.hostfile: {path} names {named}. {EXPECTED_HOSTFILE}")
     if config.batch_size % len(hosts):
         raise ConfigError(
             f"training.hostfile: the {len(hosts)} hosts of {path} share each batch, and do not "
@@ -50,7 +52,7 @@ def count_ranks(config: FineTuneConfig) -> int:
 
 
 def _read_hosts(path: Path) -> list[str]:
-    """The names that mlx.launch would give to ssh (mlx/_distributed_utils/common.py, Hostfile)."""
+    """The host names that mlx.launch reads (mlx/_distributed_utils/common.py, Hostfile)."""
     try:
         content = json.loads(path.read_bytes())
         hosts = content["hosts"] if isinstance(content, dict) else content
@@ -58,7 +60,7 @@ def _read_hosts(path: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"training.hostfile: {path} cannot be read as a list of hosts: "
-            f"{type(error).__name__} {error}. {FORM}"
+            f"{type(error).__name__} {error}. {EXPECTED_HOSTFILE}"
         ) from error
 
 
@@ -71,20 +73,21 @@ def launch_command(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[st
             "training.processes: there is no mlx.launch beside this Python or on PATH. It comes "
             "with mlx: install that package again."
         )
-    where = [launcher]
+    program = [sys.executable, *PROGRAM, str(run_dir.resolve()), str(ranks)]
     if config.training.hostfile is not None:
-        where += ["--hostfile", str(Path(config.training.hostfile).resolve())]
-    else:
-        port = str(free_ports(ranks))
-        where += ["-n", str(ranks), "--backend", "nccl" if has_cuda() else "ring"]
-        where += ["--starting-port", port, "--nccl-port", port]
-    return [*where, "--", sys.executable, *PROGRAM, str(run_dir.resolve()), str(ranks)]
+        hostfile = str(Path(config.training.hostfile).resolve())
+        return [launcher, "--hostfile", hostfile, "--", *program]
+    backend = "nccl" if has_cuda() else "ring"
+    port = str(free_ports(ranks))
+    ports = ["--starting-port", port, "--nccl-port", port]
+    return [launcher, "-n", str(ranks), "--backend", backend, *ports, "--", *program]
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody has now, on this machine.
+    """The first of `count` consecutive ports that are free on this machine.
 
-    It takes seconds until the ranks listen there: ports that the system hands out are left alone.
+    The ranks listen there only seconds later, so the range that the system assigns ports from is
+    left alone.
     """
     for _ in range(PORT_TRIES):
         first = secrets.choice(PORTS)
@@ -103,8 +106,9 @@ def _is_free(port: int) -> bool:
 
 
 def rank_environment(config: FineTuneConfig) -> dict[str, str]:
-    """This process's environment, for ranks on this machine; each is to see a device of its own."""
-    visible, ranks = os.environ.get("CUDA_VISIBLE_DEVICES"), config.training.processes
+    """The environment for ranks on this machine, with the GPUs that they share out."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ranks = config.training.processes
     if visible is None or config.training.hostfile is not None or not has_cuda():
         return dict(os.environ)
     if len(visible.split(",")) < ranks:
@@ -115,11 +119,12 @@ def rank_environment(config: FineTuneConfig) -> dict[str, str]:
     return os.environ | {DEVICES: visible}
 
 
-def own_temporary_folder(rank: int) -> Path:
-    """Where a rank that does not lead keeps the kernels that MLX compiles for it, from run to run.
+def rank_temporary_folder(rank: int) -> Path:
+    """The temporary folder of a rank other than the main one, kept from run to run.
 
-    MLX writes them in place below $TMPDIR/mlx; two ranks that start together would read what the
-    other has half written. ConfigError where the folder is another user's.
+    MLX writes the kernels that it compiles in place below $TMPDIR/mlx; of two ranks that start
+    together, one could read what the other has half written. ConfigError if the folder is another
+    user's.
     """
     shared = user_folder(f"the kernels of rank {rank}", "Set TMPDIR to a folder of your own.")
     folder = shared / f"rank-{rank}"
@@ -127,7 +132,7 @@ def own_temporary_folder(rank: int) -> Path:
     return folder
 
 
-def own_device(environment: Mapping[str, str], rank: int) -> str | None:
-    """The CUDA device of a rank on this machine, where its parent was given some of them."""
+def rank_device(environment: Mapping[str, str], rank: int) -> str | None:
+    """The CUDA device of a rank on this machine; None if its parent was not given a list."""
     devices = environment.get(DEVICES)
     return None if devices is None else devices.split(",")[rank]

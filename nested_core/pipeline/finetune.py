@@ -1,0 +1,136 @@
+"""A fine-tune from data to champion: the sequence of steps, once for everybody who runs it.
+
+`nested-tune train` calls it with messages for the terminal, the Prefect flow with its tasks in
+place of the steps, and a notebook as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.gate.verdict import Verdict
+from nested_core.pipeline import steps
+from nested_core.pipeline.continual import champion_or_none, describe_start, unchanged_since
+from nested_core.pipeline.publishing import register_run
+from nested_core.pipeline.steps import TrainResult
+from nested_core.registry.promotion_policy import promote_by_policy, target
+from nested_core.storage.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tune that was not stopped or rejected ended with.
+
+    unchanged_since: the champion that was trained on the same data with the same settings; then
+        nothing was trained, and the fields below are None.
+    verdict: the gate's, which passed; it is in gate.json too.
+    training: what training ended with; it is in result.json too.
+    test_loss: mean loss a token of test.jsonl in nats, where `test` asks for it.
+    version: the version in the registry, where one is configured.
+    promotion: "promoted", or why the version was not; None where it is not to be promoted.
+    """
+
+    run: RunDirectory
+    unchanged_since: str | None = None
+    verdict: Verdict | None = None
+    training: TrainResult | None = None
+    test_loss: float | None = None
+    version: str | None = None
+    promotion: str | None = None
+
+
+class Hooks:
+    """What a caller of `finetune` can override: what it is told, and how each step is run."""
+
+    def on_message(self, message: str) -> None:
+        """Called with a line for a person: warnings about the data, what training starts from."""
+
+    def on_data_progress(self, what: str, done: int, total: int) -> None:
+        """Called while the data is read and tokenised: `done` of `total` parts of `what`."""
+
+    def on_training_start(self, trainer: Any) -> None:
+        """Called with the trainer, or the group of processes, before its first step.
+
+        `trainer.stop_training()` stops it gracefully, from any thread.
+        """
+
+    def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
+        """Write or compare the run's configuration."""
+        steps.begin(config, run, resume=resume)
+
+    def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        """Judge the data set; DatasetError where it has an error."""
+        report = steps.validate(config, run, self.on_data_progress)
+        if warnings := report.describe_warnings():
+            self.on_message(f"{warnings} (all: {run.dataset})")
+
+    def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        """Write the initial adapter and the tier of each tensor."""
+        steps.load(config, run, on_wait=self.on_message)
+        if note := describe_start(config, run):
+            self.on_message(note)
+
+    def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
+        """Train to the end; TrainingStopped where somebody asked to stop."""
+        return steps.train(config, run, on_start=self.on_training_start, on_wait=self.on_message)
+
+    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
+        """Judge the adapter; GateRejected where it does not pass."""
+        return steps.judge(config, run, on_wait=self.on_message)
+
+    def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
+        """The loss of the judged adapter on test.jsonl."""
+        return steps.measure_test(config, run, on_wait=self.on_message)
+
+    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
+        """Add the adapter to the registry; return its version."""
+        return register_run(config, run, champion)
+
+    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
+        """Promote the version as `registry.promote` says; return what became of it."""
+        done = promote_by_policy(config.registry, version, champion)
+        return done if isinstance(done, str) else done.outcome
+
+
+def finetune(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    hooks: Hooks | None = None,
+    *,
+    resume: bool = False,
+) -> FinetuneResult:
+    """Validate, load, train and judge; register and promote where a registry is configured.
+
+    Holds the run directory's lock. `resume` goes on with what is in the directory. Raises what the
+    steps raise: ConfigError, DatasetError, TrainingStopped, GateRejected, DamagedError; each leaves
+    a run directory that can be resumed or is complete.
+    """
+    hooks = hooks or Hooks()
+    with run.locked():
+        hooks.begin(config, run, resume=resume)
+        hooks.validate(config, run)
+        unchanged = unchanged_since(config, run)
+        if unchanged is not None:
+            return FinetuneResult(run, unchanged_since=unchanged)
+        hooks.load(config, run)
+        training = hooks.train(config, run)
+        has_registry = config.registry.path is not None
+        champion = champion_or_none(*target(config.registry)) if has_registry else None
+        verdict = hooks.judge(config, run)
+        test_loss = hooks.measure_test(config, run) if config.test else None
+        version = None
+        promotion = None
+        if has_registry:
+            version = hooks.register(config, run, champion)
+            if config.registry.promote != "never":
+                promotion = hooks.promote(config, version, champion)
+        return FinetuneResult(
+            run,
+            verdict=verdict,
+            training=training,
+            test_loss=test_loss,
+            version=version,
+            promotion=promotion,
+        )

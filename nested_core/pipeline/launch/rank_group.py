@@ -1,0 +1,235 @@
+"""Training in several processes, with the methods of a single trainer.
+
+`mlx.launch` starts the ranks and ends the others when one is lost. They send messages on standard
+output and read "stop" from standard input. This process trains nothing, and no rank outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import mlx.core as mx
+
+from nested_core import errors
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
+from nested_core.optim.clock import TierStats
+from nested_core.pipeline.launch import watchdog
+from nested_core.pipeline.launch.mlx_launch import (
+    MESSAGE_PREFIX,
+    launch_command,
+    rank_environment,
+)
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.memory.plan import MemoryPlan
+
+LOST_RANK = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+SECONDS_TO_END = 8.0  # after the first rank ends; then what is left is killed
+LINES_KEPT = 6  # of standard error, for the message about a lost rank
+
+
+class RankGroup:
+    """The ranks of one training, which has a trainer's methods.
+
+    Attributes:
+        ranks: the number of processes.
+        steps, current_step, current_train_loss: as the main rank last reported them.
+        gradient_bytes: bytes of gradients that each rank has sent so far.
+        memory: the main rank's memory plan, known when `on_start` is called.
+    """
+
+    memory: MemoryPlan
+
+    def __init__(self, ranks: int, callback: TrainingCallback | None = None) -> None:
+        self.ranks = ranks
+        self.steps = 1
+        self.current_step = 0
+        self.current_train_loss: float | None = None
+        self.gradient_bytes = 0
+        self._callback = callback
+        self._tiers: list[TierStats] = []
+
+        # How the processes end.
+        self._end_messages: dict[int, dict[str, Any]] = {}
+        self._lost_rank: str | None = None
+        self._last_lines: deque[str] = deque(maxlen=LINES_KEPT)
+
+        # Of the running processes.
+        self._stop_pipe: int | None = None
+        self._killer: threading.Timer | None = None
+
+    def tier_stats(self) -> list[TierStats]:
+        """What each tier held when training began."""
+        return self._tiers
+
+    def stop_training(self) -> None:
+        """Request a graceful stop: all ranks end the same step, the main one saves a checkpoint."""
+        with contextlib.suppress(BrokenPipeError):
+            if self._stop_pipe is not None:
+                os.write(self._stop_pipe, b"stop\n")
+
+    def run(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        on_start: Callable[[Any], None] | None,
+    ) -> None:
+        """Start the ranks and follow them to their end; however this ends, no rank is left."""
+        process = subprocess.Popen(
+            [sys.executable, "-P", watchdog.__file__, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        self._stop_pipe = _require_pipe(process.stdin).fileno()
+        self._killer = threading.Timer(SECONDS_TO_END, _kill_group, [process])
+        self._killer.daemon = True
+        reader = threading.Thread(target=self._show_errors, args=(process.stderr,), daemon=True)
+        reader.start()
+        try:
+            for line in _require_pipe(process.stdout):
+                self._receive(line, on_start)
+            reader.join(SECONDS_TO_END)
+        finally:
+            self._stop_pipe = None
+            self._killer.cancel()
+            _kill_group(process)
+            with process:
+                pass
+
+    def _receive(self, line: str, on_start: Callable[[Any], None] | None) -> None:
+        """Handle one line of the ranks' standard output; a line that is no message is shown."""
+        _, prefix, text = line.rpartition(MESSAGE_PREFIX)
+        if not prefix:
+            print(line, end="", file=sys.stderr)
+            return
+        message = json.loads(text)
+        message_type = message.pop("type")
+        if message_type == "begun":
+            self.steps = message["steps"]
+            self.current_step = message["step"]
+            self._tiers = [TierStats(**tier) for tier in message["tiers"]]
+            self.memory = MemoryPlan(**message["memory"])
+            if on_start is not None:
+                on_start(self)
+        elif message_type == "end":
+            self._end_messages[message["rank"]] = message
+            ended_well = message["error"] in (None, TrainingStopped.__name__)
+            if not ended_well or len(self._end_messages) == self.ranks:
+                self._kill_soon()  # else the others may still be writing
+        else:
+            self._report(message_type, message["info"])
+
+    def _report(self, message_type: str, info: dict[str, Any]) -> None:
+        self.current_step = info.get("step", self.current_step)
+        self.current_train_loss = info.get("train_loss", self.current_train_loss)
+        self.gradient_bytes += info.get("gradient_bytes", 0)
+        if self._callback is None:
+            return
+        if message_type == "train":
+            self._callback.on_train_loss_report(info)
+        else:
+            self._callback.on_val_loss_report(info)
+
+    def _show_errors(self, lines: Any) -> None:
+        """Show what the ranks and mlx.launch write to standard error; keep its last lines."""
+        for line in lines:
+            plain = COLOUR.sub("", line)
+            self._last_lines.append(plain.strip())
+            lost = LOST_RANK.search(plain)
+            if lost and self._lost_rank is None:
+                self._lost_rank = f"Rank {lost[1]} of {self.ranks} {lost[2]}"
+                self._kill_soon()
+            print(plain, end="", file=sys.stderr)
+
+    def _kill_soon(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the timer has been started already
+            if self._killer is not None:
+                self._killer.start()
+
+    def raise_if_unfinished(self, run_dir: Path) -> None:
+        """Raise the error that a rank ended with, or RankLost where a rank ended without a word.
+
+        Of several errors, one that says what was wrong goes before the RankLost of the others.
+        """
+        failures = [
+            message for _, message in sorted(self._end_messages.items()) if message["error"]
+        ]
+        causes = sorted(map(_as_error, failures), key=lambda error: isinstance(error, RankLost))
+        if causes and not isinstance(causes[0], RankLost):
+            raise causes[0]
+        have_all_ended = len(self._end_messages) == self.ranks
+        if not failures and self._lost_rank is None and have_all_ended:
+            return
+        what = self._lost_rank or "A rank ended"
+        last_lines = "\n".join([*map(str, causes), *self._last_lines][:LINES_KEPT])
+        raise RankLost(
+            f"{what} at step {self.current_step} or after it, before training was done; the others "
+            f"were ended with it. Go on from the last checkpoint with the same command, --run-dir "
+            f"{run_dir} --resume. The last lines that were printed:\n{last_lines}"
+        )
+
+
+def _require_pipe(stream: IO[str] | None) -> IO[str]:
+    if stream is None:
+        raise RankLost("A process was started without a pipe.")
+    return stream
+
+
+def _kill_group(process: subprocess.Popen[str]) -> None:
+    """Kill the process group of a process that was not waited for yet: its id is still its own."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _as_error(message: dict[str, Any]) -> Exception:
+    """The error that a rank ended with, of the class that it had there."""
+    error_class = getattr(errors, message["error"], None)
+    if isinstance(error_class, type) and issubclass(error_class, NestedTuneError):
+        return error_class(message["message"])
+    text = f"rank {message['rank']}: {message['message']}"
+    if message["errno"] is not None:
+        return OSError(message["errno"], text)
+    if message["error"] == "MemoryError":
+        return MemoryError(text)
+    return RankLost(f"rank {message['rank']}: {message['error']}: {message['message']}")
+
+
+def train_in_ranks(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    ranks: int,
+    callback: TrainingCallback | None = None,
+    on_start: Callable[[Any], None] | None = None,
+) -> None:
+    """Train in `ranks` processes until result.json is written.
+
+    `on_start` is called with the group before its first step. Raises RankLost where a process was
+    lost, and else what a trainer raises.
+    """
+    group = RankGroup(ranks, callback)
+    mx.clear_cache()  # the memory that loading left on the device is for the ranks
+    group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
+    group.raise_if_unfinished(run.path)
+    print(
+        f"{ranks} ranks, equal to the bit; each gave {group.gradient_bytes:,} bytes of gradients, "
+        f"those of the due tiers, to be summed",
+        file=sys.stderr,
+    )
