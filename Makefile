@@ -30,11 +30,11 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
 	$(BIN)/pytest -m "not reliability and not production" -n auto --dist loadfile
 
-check: $(VENV)/dev.stamp ## format, lint, types, import directions and lengths
+check: $(VENV)/dev.stamp ## format, lint and complexity, types, import directions
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python tests/structure.py
+	$(BIN)/lint-imports
 
 format: $(VENV)/dev.stamp ## format, and repair what lint can repair
 	$(BIN)/ruff format .

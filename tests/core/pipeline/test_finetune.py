@@ -20,7 +20,7 @@ from nested_core.pipeline.device_lock import VARIABLE
 from nested_core.pipeline.finetune import Hooks, finetune
 from nested_core.registry import read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
-from tests.example import example_config
+from tests.example import DATA, example_config
 
 
 class Recording(Hooks):
@@ -38,6 +38,15 @@ class Recording(Hooks):
 def registered(tmp_path: Path, promote: str = "always", **changes: Any) -> FineTuneConfig:
     registry = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": promote}
     return example_config(iters=4, registry=registry, **changes)
+
+
+def data_with_a_test_set(folder: Path) -> str:
+    """The example's training set, of which the last examples are the test set."""
+    lines = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(lines[:-8]))
+    (folder / "test.jsonl").write_text("".join(lines[-8:]))
+    return str(folder)
 
 
 def test_a_fine_tune_from_python_trains_judges_registers_and_promotes(tmp_path: Path) -> None:
@@ -62,7 +71,7 @@ def test_a_version_that_is_not_to_be_promoted_is_registered_alone(tmp_path: Path
 
 def test_without_a_registry_nothing_is_registered(tmp_path: Path) -> None:
     hooks = Recording()
-    config = example_config(iters=4, val_batches=0, test=True)
+    config = example_config(iters=4, data=data_with_a_test_set(tmp_path / "data"), test=True)
     result = finetune(config, open_run(tmp_path / "run"), hooks)
     assert hooks.called[-1] == "judge"
     assert (result.version, result.promotion) == (None, None)
@@ -72,8 +81,8 @@ def test_without_a_registry_nothing_is_registered(tmp_path: Path) -> None:
 
 def test_a_rejected_adapter_is_not_registered(tmp_path: Path) -> None:
     hooks = Recording()
-    config = registered(tmp_path, learning_rate=0.0)
-    with pytest.raises(GateRejected, match="unchanged"):
+    config = registered(tmp_path, gate={"min_relative_change": 1.5})
+    with pytest.raises(GateRejected, match="The gate rejected"):
         finetune(config, open_run(tmp_path / "run"), hooks)
     assert hooks.called[-1] == "judge"
     assert not (tmp_path / "registry").exists()
@@ -121,7 +130,8 @@ def test_every_step_that_computes_waits_for_the_device(
     monkeypatch.setenv(VARIABLE, "test-device")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     nested = {"frequencies": [1, 2], "strategy": "parameter_importance", "probe_batches": 1}
-    config = example_config(iters=4, val_batches=0, nested=nested)
+    data = data_with_a_test_set(tmp_path / "data")
+    config = example_config(iters=4, data=data, nested=nested)
     run = RunDirectory(tmp_path / "run")
     with run.locked():
         steps.begin(config, run, resume=False)
