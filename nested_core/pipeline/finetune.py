@@ -15,7 +15,7 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.continual import champion_or_none, describe_start, unchanged_since
 from nested_core.pipeline.publishing import register_run
 from nested_core.pipeline.steps import TrainResult
-from nested_core.registry.promotion_policy import promote_by_policy, target
+from nested_core.registry.promotion_policy import promote_by_policy, registry_location
 from nested_core.storage.run_directory import RunDirectory
 
 
@@ -117,7 +117,7 @@ def finetune(
         hooks.load(config, run)
         training = hooks.train(config, run)
         has_registry = config.registry.path is not None
-        champion = champion_or_none(*target(config.registry)) if has_registry else None
+        champion = champion_or_none(*registry_location(config.registry)) if has_registry else None
         verdict = hooks.judge(config, run)
         test_loss = hooks.measure_test(config, run) if config.test else None
         version = None
