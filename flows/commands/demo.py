@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +95,29 @@ def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
 
 @contextlib.contextmanager
 def _broken_updates() -> Iterator[None]:
-    """Write updates as the original trainer did: `'.'.join(path)` on a path that is one string.
+    """Have the trainer write updates as the original one did, which loses all of them.
 
-    The product has no switch for this; the demonstration replaces the function that writes.
+    That was `'.'.join(path)` on a path that is one string already, so that no name matched. The
+    product has no switch for this; the demonstration replaces `Trainer.write_back`.
     """
-    from unittest.mock import patch
-
     from mlx.utils import tree_map_with_path
 
-    from nested_core.training import trainer
+    from nested_core.training.trainer import Trainer
 
-    def lose(model: Any, updates: dict[str, Any]) -> None:
+    def lose_updates(self: Trainer, values: Mapping[str, Any]) -> None:
+        parameters = self.model.trainable_parameters()
         changed = tree_map_with_path(
-            lambda path, value: updates.get(".".join(path), value), model.trainable_parameters()
+            lambda path, value: values.get(".".join(path), value), parameters
         )
-        model.update(changed)
+        self.model.update(changed)
 
     say("Training is broken on purpose: updates are computed and never reach the model.")
-    with patch.object(trainer, "apply_flat_updates_to_nested", lose):
+    working = Trainer.write_back
+    Trainer.write_back = lose_updates  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        Trainer.write_back = working  # type: ignore[method-assign]
 
 
 def _read_questions(path: Path) -> list[dict[str, str]]:

@@ -200,8 +200,15 @@ class Trainer:
     def _write(self, engine: Engine) -> Flat:
         """Write into the model, by name, what the steps so far have computed; return all of it."""
         values = engine.values()
-        apply_flat_updates_to_nested(self.model, values)
+        self.write_back(values)
         return values
+
+    def write_back(self, values: Flat) -> None:
+        """Write computed parameters into the model, by dotted name.
+
+        `demo --break-training` replaces this method to show that lost updates are noticed.
+        """
+        apply_flat_updates_to_nested(self.model, values)
 
     def _crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
@@ -236,7 +243,7 @@ class Trainer:
         if is_due and self.optimizer.gathers:
             before = read_parameters(self._refs)
             updates = flatten(self.optimizer.flush(nested(before)))
-            apply_flat_updates_to_nested(self.model, updates)
+            self.write_back(updates)
             flag_updates(self.state, verify_updates(before, updates, self.model), list(updates))
             self.state.note_flush()
 

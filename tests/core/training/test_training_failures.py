@@ -179,12 +179,11 @@ def test_a_base_that_computes_nan_is_not_taken_for_a_learning_rate_too_large(
     assert "learning_rate" not in str(caught.value)
 
 
-def lose(model: Any, updates: dict[str, Any]) -> None:
+def lose(self: trainer.Trainer, updates: dict[str, Any]) -> None:
     """What the original trainer did: `'.'.join(path)` on a path that is one string."""
-    model.update(
-        tree_map_with_path(
-            lambda path, value: updates.get(".".join(path), value), model.trainable_parameters()
-        )
+    parameters = self.model.trainable_parameters()
+    self.model.update(
+        tree_map_with_path(lambda path, value: updates.get(".".join(path), value), parameters)
     )
 
 
@@ -194,7 +193,7 @@ def test_updates_that_never_reach_the_model_raise_a_red_flag_and_the_gate_reject
     config = example_config()
     run = prepare(config, tmp_path / "run")
     with (
-        patch.object(trainer, "apply_flat_updates_to_nested", lose),
+        patch.object(trainer.Trainer, "write_back", lose),
         pytest.warns(SilentUpdateWarning, match="at step 1 14 of 28 computed updates are not in"),
         pytest.warns(SilentUpdateWarning, match="checkpoint of step 8 equals the initial adapter"),
     ):
