@@ -47,7 +47,7 @@ _TOKENIZER_FILES = (
 # All that a line's judgement or tokens may depend on; jinja2 renders the chat templates.
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "mlx-lm", "pydantic", "pandera", "polars")
 # Modules outside of this package that decide what is read, or how a message is worded.
-_OTHER_CODE = ("errors.py", "storage/strict_json.py")
+_OTHER_CODE = ("errors.py", "storage/strict_files.py", "storage/atomic.py")
 _log = logging.getLogger(__name__)
 
 
