@@ -87,7 +87,8 @@ def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[
     for place, row in enumerate(batch.rows):
         example = split.example(row)
         tokens[place, : len(example)] = example
-        target_mask[place, : len(example) - 1] = split.example_mask(row)[1:]
+        targets = split.example_mask(row)[1:]  # of no tokens none, not even the first
+        target_mask[place, : len(targets)] = targets
     split.give_back()
     return tokens, target_mask
 

@@ -17,6 +17,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from benchmarks import padding
 from benchmarks.padding import skewed_lengths
 from nested_core.data.batches import (
+    Batch,
     BatchPlan,
     batch_arrays,
     evaluation_batches,
@@ -211,3 +212,17 @@ def test_a_limited_evaluation_is_fixed_and_spread(
 def test_a_plan_without_examples_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one example"):
         BatchPlan([], 4, 0)
+
+
+def test_an_example_without_tokens_is_a_row_without_targets() -> None:
+    """A chat template may write nothing."""
+    split = TokenizedSplit(
+        tokens=np.arange(1, 5, dtype=np.int32),
+        target_mask=np.array([False, True, True, True]),
+        starts=np.array([0, 4, 4]),
+        lines=np.array([1, 2], np.int32),
+    )
+    tokens, target_mask = batch_arrays(split, Batch(np.array([0, 1], np.int32), 3), 2)
+    assert tokens.tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
+    assert target_mask.tolist() == [[True] * 3, [False] * 3]
+    assert len(split.example(1)) == 0
