@@ -172,7 +172,8 @@ class Tiered(Optimizer):
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
         unused = {i: mx.logical_not(is_due) for i, is_due in due.items() if not self._gathers(i)}
         finite = self._gather(flat, leaves, finite_where_used(groups, unused))
-        updated = self._apply(self._combined(flat, leaves), values, leaves, due, due, finite)
+        combined = self._combined(flat, leaves)
+        updated = self._apply(combined, values, leaves, due=due, ready=due, finite=finite)
         return tree_map_with_path(lambda name, _: updated[name], gradients)
 
     def flush(self, parameters: Any) -> Any:
@@ -195,7 +196,9 @@ class Tiered(Optimizer):
         is_open = {i: self.step % self.tiers[i].frequency != 0 for i in tiers}
         has_chunk = {i: mx.logical_and(is_open[i], gathered[i] > 0) for i in tiers}
         chunks = self._combined({}, leaves)
-        updated = self._apply(chunks, values, leaves, is_open, has_chunk, mx.array(True))
+        updated = self._apply(
+            chunks, values, leaves, due=is_open, ready=has_chunk, finite=mx.array(True)
+        )
         return tree_map_with_path(lambda name, value: updated.get(name, value), parameters)
 
     def get_tier_stats(self) -> list[TierStats]:
@@ -234,6 +237,7 @@ class Tiered(Optimizer):
         gradients: Flat,
         values: Flat,
         leaves: LeafStates,
+        *,
         due: Flags,
         ready: Flags,
         finite: mx.array,
