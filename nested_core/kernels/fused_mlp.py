@@ -107,7 +107,8 @@ def _fused_function(mlp: GatedMLP) -> Any:
     @compute.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
         """The gradients with respect to the input and each factor."""
-        x, g, factors = primals[0], cotangents[0], MLPFactors._make(primals[1:])
+        x, factors = primals[0], MLPFactors._make(primals[1:])
+        g = cotangents[0]
         _, gate_base, up_base, a, z, z_down = outputs
         rank = len(factors.b_gate)
         z_gate, z_up = z[:rank], z[rank:]

@@ -73,8 +73,8 @@ class SharedInput:
         return output
 
     def _compute(self, x: mx.array) -> list[mx.array]:
-        layers, rank_ranges, count = self._layers, self._rank_ranges, len(self._layers)
-        scale = layers[0].scale
+        layers, rank_ranges = self._layers, self._rank_ranges
+        count, scale = len(layers), layers[0].scale
 
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
@@ -86,7 +86,8 @@ class SharedInput:
 
         @project.vjp
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
-            x, b, g = primals[0], primals[1 + count :], cotangents[:count]
+            x, b = primals[0], primals[1 + count :]
+            g = cotangents[:count]
             a, z = outputs[count:]
             dz = project_to_rank(list(zip(b, g, strict=True)), scale)
             dx = input_gradient(layers, x, g, dz, a)
