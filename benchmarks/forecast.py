@@ -103,12 +103,12 @@ def measure(case: Case) -> None:
     from nested_core.config.schema import FineTuneConfig
     from nested_core.kernels.apply import optimized_layers
     from nested_core.models.parameters import trainable_refs
-    from nested_core.training.engine import Engine
-    from nested_core.training.loss.chunked import rule_for
-    from nested_core.training.loss.supervised import SUPERVISED, BatchShape
+    from nested_core.training.loss.interface import BatchShape
+    from nested_core.training.loss.supervised import SUPERVISED
     from nested_core.training.memory.estimate import peak_bytes
     from nested_core.training.memory.layers import read_footprint
     from nested_core.training.memory.plan import profile_of
+    from nested_core.training.step import TrainStep
 
     config, dtype = FineTuneConfig(), mx.bfloat16
     if backend.device() == "cpu":
@@ -123,16 +123,18 @@ def measure(case: Case) -> None:
     target_mask = np.zeros((shape.batch, shape.length), np.bool_)
     target_mask[:, : round(case.share * shape.length)] = True
     with optimized_layers(model, model.layers[: case.recomputed]):
-        rule = rule_for(model, refs, SUPERVISED)
-        footprint = read_footprint(config, model, refs, optimizer, rule)
+        loss_fn = SUPERVISED.for_model(model, refs)
+        footprint = read_footprint(config, model, refs, optimizer, loss_fn)
         batch = BatchShape(shape.batch, shape.length, int(target_mask.sum()))
         expected = peak_bytes(footprint, batch, profile_of(config), case.recomputed)
-        engine = Engine(model, refs, optimizer, tiers, rule)
-        for step in range(STEPS):
+        train_step = TrainStep(
+            model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
+        )
+        for _ in range(STEPS):
             mx.reset_peak_memory()
             due = tuple(range(len(tiers.frequencies)))
-            taken, _ = engine.take([(tokens, target_mask)], due, step, complete=True)
-            mx.eval(taken.updates)
+            result = train_step.run([(tokens, target_mask)], due)
+            mx.eval(result.updates)
     print(json.dumps({"forecast_bytes": expected, "measured_bytes": mx.get_peak_memory()}))
 
 

@@ -71,9 +71,8 @@ def measure(arm: str) -> None:
         from benchmarks.tiers import one_tier, optimizer_for
         from nested_core.kernels.apply import optimized_layers
         from nested_core.models.parameters import trainable_refs
-        from nested_core.training.engine import Engine
-        from nested_core.training.loss.chunked import rule_for
         from nested_core.training.loss.supervised import SUPERVISED
+        from nested_core.training.step import TrainStep
 
         refs = trainable_refs(model)
         tiers = one_tier(refs)
@@ -81,10 +80,13 @@ def measure(arm: str) -> None:
         learnt = np.zeros((1, TOKENS), np.bool_)
         learnt[0, -LEARNT:] = True
         with optimized_layers(model):
-            engine = Engine(model, refs, optimizer, tiers, rule_for(model, refs, SUPERVISED))
-            for step in range(2):
-                taken, _ = engine.take([(tokens, learnt)], (0,), step, complete=True)
-                mx.eval(taken.updates)
+            loss_fn = SUPERVISED.for_model(model, refs)
+            train_step = TrainStep(
+                model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
+            )
+            for _ in range(2):
+                result = train_step.run([(tokens, learnt)], (0,))
+                mx.eval(result.updates)
     print(mx.get_peak_memory())
 
 

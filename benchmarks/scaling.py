@@ -66,12 +66,11 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     import mlx.core as mx
 
     from nested_core.models.parameters import trainable_refs
-    from nested_core.training.engine import Engine
-    from nested_core.training.loss.chunked import rule_for
     from nested_core.training.loss.supervised import SUPERVISED
+    from nested_core.training.step import TrainStep
 
     refs = trainable_refs(model)
-    rule = rule_for(model, refs, SUPERVISED)
+    loss = SUPERVISED.for_model(model, refs)
     generator = np.random.default_rng(0)
 
     def make(due_layers: int, rows: int) -> Callable[[], None]:
@@ -79,11 +78,12 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
         size = (rows, SHAPE.length + 1)
         tokens = generator.integers(0, SHAPE.vocabulary, size).astype(np.int32)
         batch = tokens, np.ones((rows, SHAPE.length), np.bool_)
-        engine = Engine(model, refs, optimizer, tiers, rule)
+        train_step = TrainStep(
+            model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss
+        )
 
         def step() -> None:
-            taken, _ = engine.take([batch], (0,), 0, complete=True)
-            mx.eval(taken.updates)
+            mx.eval(train_step.run([batch], (0,)).updates)
 
         return step
 

@@ -21,7 +21,7 @@ from nested_core.models.parameters import (
     trainable_refs,
 )
 from nested_core.optim.gradients import Flat
-from nested_core.training.loss.supervised import LossRule, MicroBatch
+from nested_core.training.loss.interface import Loss, MicroBatch
 
 VOCABULARY = 96
 SIZES = {
@@ -97,7 +97,7 @@ def batch(rows: int = 4, width: int = 40, share: float = 0.3) -> MicroBatch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule makes of a batch."""
+    """The loss of a batch and its gradients."""
 
     loss: float
     count: int
@@ -107,7 +107,7 @@ class Outcome:
 
 def outcome(
     model: nn.Module,
-    rule: LossRule,
+    loss: Loss,
     batch: MicroBatch,
     *,
     refs: ParameterRefs | None = None,
@@ -117,15 +117,15 @@ def outcome(
     refs = trainable_refs(model) if refs is None else refs
     params = read_parameters(refs)
 
-    def loss(params: Flat, *arrays: mx.array) -> tuple[mx.array, mx.array]:
+    def value_of(params: Flat, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         assign_parameters(refs, params)
-        return rule.function(model, *arrays)
+        return loss.function(model, *arrays)
 
     with restoring_parameters(refs):
-        arrays = rule.arrange(batch)
-        (total, count), gradients = compiled(mx.value_and_grad(loss))(params, *arrays)
+        arrays = loss.prepare_batch(batch)
+        (total, count), gradients = compiled(mx.value_and_grad(value_of))(params, *arrays)
         assign_parameters(refs, params)
-        value, _ = rule.value(model, *arrays)
+        value, _ = loss.evaluate(model, *arrays)
         mx.eval(total, count, gradients, value)
     return Outcome(to_float(total), to_int(count), to_float(value), gradients)
 

@@ -163,7 +163,7 @@ def mlx_lm_loop(model: Any, shape: Shape) -> dict[str, Any]:
 
 
 def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
-    """The engine as the trainer drives it: one step in flight, a report at the end of a window.
+    """Our train step as the trainer drives it: one step in flight, a report at the end of a window.
 
     Ranks are compared bit by bit at the end.
     """
@@ -173,9 +173,8 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     from nested_core.kernels.apply import optimized_layers
     from nested_core.models.parameters import trainable_refs
     from nested_core.training.distributed import SINGLE_PROCESS, join
-    from nested_core.training.engine import Engine
-    from nested_core.training.loss.chunked import rule_for
     from nested_core.training.loss.supervised import SUPERVISED
+    from nested_core.training.step import TrainStep
 
     world = join(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS
     model.train()
@@ -183,13 +182,20 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     is_tiered = "deep" in options or "due" in options
     tiers = thirds(refs, shape.layers, deep=True) if is_tiered else one_tier(refs)
     optimizer = optimizer_for(tiers, refs, RATE)
-    rule = rule_for(model, refs, SUPERVISED)
+    loss_fn = SUPERVISED.for_model(model, refs)
     generator = np.random.default_rng(world.rank)
     size = (16, shape.batch, shape.length + 1)
     batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     learnt = np.ones((shape.batch, shape.length), np.bool_)
     with optimized_layers(model):
-        engine = Engine(model, refs, optimizer, tiers, rule, world=world)
+        train_step = TrainStep(
+            model=model,
+            parameters=refs,
+            optimizer=optimizer,
+            tiers=tiers,
+            loss_fn=loss_fn,
+            world=world,
+        )
         step, in_flight, sent = 0, [mx.array(0)], dict[str, int]()
 
         def window() -> None:
@@ -201,9 +207,9 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
                 if "due" in options:
                     due = tuple(range(int(options["due"])))
                 batch = batches[step % len(batches)], learnt
-                taken, micro = engine.take([batch], due, step, complete=True)
-                sent[",".join(map(str, due))] = taken.bytes_sent
-                total = total + micro[0]["loss"]
+                result = train_step.run([batch], due)
+                sent[",".join(map(str, due))] = result.gradient_bytes
+                total = total + result.micro_batches[0]["loss"]
                 in_flight.append(optimizer.state["nested"]["nonfinite_in_a_row"])
                 in_flight.pop(0).item()
             if not np.isfinite(total.item()):
@@ -212,7 +218,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
         found = measure(window)
         if world.is_single_process:
             return found
-        world.require_equal(engine.held(), step)
+        world.require_equal(train_step.packed.arrays(), step)
         found |= {"is_main": world.is_main, "equal": True, "bytes_sent_by_due_tiers": sent}
         return found | {"joules": None}  # the counter is of one GPU
 

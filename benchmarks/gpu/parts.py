@@ -31,25 +31,25 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
         restoring_parameters,
         trainable_refs,
     )
-    from nested_core.training.loss.chunked import rule_for
     from nested_core.training.loss.supervised import SUPERVISED
 
     model.train()
     refs = trainable_refs(model, dtype=mx.bfloat16)
-    tiers, rule = thirds(refs, shape.layers, deep=True), rule_for(model, refs, SUPERVISED)
+    tiers = thirds(refs, shape.layers, deep=True)
+    loss = SUPERVISED.for_model(model, refs)
     factors = {name: value.astype(mx.bfloat16) for name, value in read_parameters(refs).items()}
     generator = np.random.default_rng(0)
     size = shape.batch, shape.length
     tokens = generator.integers(0, shape.vocabulary, (size[0], size[1] + 1)).astype(np.int32)
-    arrays = rule.arrange((tokens, np.ones(size, np.bool_)))
+    arrays = loss.prepare_batch((tokens, np.ones(size, np.bool_)))
 
-    def loss(wanted: Any, tokens: mx.array, learnt: mx.array) -> Any:
+    def value_of(wanted: Any, tokens: mx.array, target_mask: mx.array) -> Any:
         assign_parameters(refs, factors | wanted)
-        return rule.function(model, tokens, learnt)
+        return loss.function(model, tokens, target_mask)
 
     def seconds_of(due: int) -> list[float]:
         wanted = {name: factors[name] for name in factors if tiers.tensors[name] < due}
-        function: Any = mx.value_and_grad(loss) if due else loss
+        function: Any = mx.value_and_grad(value_of) if due else value_of
         step = mx.compile(function)
 
         def window() -> None:

@@ -1,4 +1,4 @@
-"""Our engine, driven as the trainer drives it: one step in flight, looked at between windows."""
+"""Our train step, driven as the trainer drives it: one step in flight at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from nested_core.kernels.apply import optimized_layers
 from nested_core.models.parameters import ParameterRefs, trainable_refs
 from nested_core.optim.clock import COUNTERS
 from nested_core.optim.tiers import TierMap, assign_tiers
-from nested_core.training.divergence import DivergenceWatch
-from nested_core.training.engine import Engine
-from nested_core.training.loss.chunked import rule_for
-from nested_core.training.loss.supervised import SUPERVISED, MicroBatch
+from nested_core.training.health import DivergenceWatch
+from nested_core.training.loss.interface import MicroBatch
+from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.step import TrainStep
 
 Look = Callable[[float, Mapping[str, mx.array]], None]
 THIRDS = Arm((1, 2, 4))
@@ -42,17 +42,19 @@ def train_ours(
     batches = training_batches(seed, batch)
     model.train()
     with optimized_layers(model):
-        rule = rule_for(model, refs, SUPERVISED)
-        engine = Engine(model, refs, optimizer, tiers, rule)
+        loss_fn = SUPERVISED.for_model(model, refs)
+        train_step = TrainStep(
+            model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
+        )
         watch = DivergenceWatch(NEVER)
         for first in range(1, steps + 1, window):
             began = time.perf_counter()
             for step in range(first, first + window):
-                engine.take([next(batches)], engine.needed(step), step - 1, complete=True)
+                train_step.run([next(batches)], train_step.needed_tiers(step))
                 watch.add(step, optimizer.state[COUNTERS])
-            watch.settle()
-            mx.eval(engine.held())
-            look(time.perf_counter() - began, engine.values())
+            watch.finish()
+            mx.eval(train_step.packed.arrays())
+            look(time.perf_counter() - began, train_step.packed.unpack())
 
 
 def training_batches(seed: int, batch: int) -> Iterator[MicroBatch]:

@@ -30,7 +30,6 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
 from nested_core.training.evaluation import Evaluator, fixed_batches
-from nested_core.training.loss.chunked import rule_for
 from nested_core.training.loss.supervised import SUPERVISED
 
 LISTED_PROBLEMS = 3
@@ -60,7 +59,7 @@ class LoadedBase:
     ) -> list[float]:
         """The mean loss over supervised tokens with each adapter folder, on the same batches."""
         refs = trainable_refs(self.model, dtype=adapter_dtype(self.config, self.model))
-        evaluator = Evaluator(self.model, refs, rule_for(self.model, refs, SUPERVISED))
+        evaluator = Evaluator(self.model, refs, SUPERVISED.for_model(self.model, refs))
         batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
         losses = []
         with optimized_layers(self.model, as_mlx_lm=self.config.training.reference is not None):

@@ -57,10 +57,10 @@ from nested_core.storage.checkpoint import (
 )
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
-from nested_core.training.build import build_optimizer, build_trainer
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.importance import parameter_importance
+from nested_core.training.setup import build_optimizer, prepare_training
 from nested_core.training.trainer import Trainer
 
 
@@ -202,7 +202,9 @@ def _train(
     attach_adapter(model, config)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     callbacks = with_reporting(config, run.path, callback) if world.is_main else None
-    trainer = build_trainer(config, run, model, splits, callbacks, world)
+    setup = prepare_training(config, run, model, splits, callback=callbacks, world=world)
+    trainer = Trainer(setup)
+    trainer.resume()
     if world.is_main:
         for earlier in (run.gate, run.result):  # the run is made longer: both are out of date
             earlier.unlink(missing_ok=True)
@@ -231,7 +233,7 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
 def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
     """Publish the best adapter by validation loss, or the last one; write result.json."""
     state = trainer.state
-    best = state.best_step if trainer.method.offers_best else None
+    best = state.best_step if trainer.batch_schedule.offers_best else None
     step = state.step if best is None else best
     offered = checkpoint_path(run.checkpoints, step)
     publish_adapter(offered, run.adapter)

@@ -1,7 +1,7 @@
-"""How a run draws its batches and when it evaluates: ours here, mlx-lm's in reference.py.
+"""Batch and evaluation schedules: length-bucketed here, mlx-lm's in mlx_lm_reference.py.
 
-A method is a function of the configuration, the data and the position: it keeps nothing that a
-checkpoint would have to hold.
+A schedule follows from the configuration, the data and the position alone: a checkpoint keeps
+nothing of it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,33 @@ from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.evaluation import fixed_batches
-from nested_core.training.loss.supervised import SUPERVISED, BatchShape, LossRule, MicroBatch
+from nested_core.training.loss.interface import BatchShape, MicroBatch
 
 SAMPLED_ROWS = 256
 
 
-class Method(Protocol):
-    """What the trainer asks. Iterations count micro-batches, from 0; steps optimizer steps."""
+class BatchSchedule(Protocol):
+    """What a run trains on and when it is evaluated.
 
-    rule: LossRule
+    An iteration is one micro-batch, counted from 0; a step is one update of the optimizer, over
+    the micro-batches [first, last).
+
+    Attributes:
+        loss_name: the loss to train with, a key of `loss.LOSSES`.
+        iterations: micro-batches of the whole run.
+        steps: optimizer steps of the whole run.
+        offers_best: whether the run offers its best checkpoint by validation loss, or its last.
+        evaluates_after_step: whether evaluations follow the step that they are due at.
+        keeps_random_state: whether random draws continue from step to step, so that a checkpoint
+            has to hold the random key.
+    """
+
+    loss_name: str
     iterations: int
     steps: int
     offers_best: bool
-    evaluates_after: bool
-    draws_in_sequence: bool
+    evaluates_after_step: bool
+    keeps_random_state: bool
 
     def largest_batch(self) -> BatchShape:
         """The shape of the micro-batches that take most memory."""
@@ -39,32 +52,32 @@ class Method(Protocol):
         """The micro-batch of an iteration."""
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """What an evaluation after so many iterations looks at; None is nothing to look at."""
+        """The batches of an evaluation after so many iterations; None if there are none."""
 
-    def begin_step(self, step: int) -> None:
+    def seed_step(self, step: int) -> None:
         """Prepare the random state of an optimizer step."""
 
-    def completes(self, first: int, last: int) -> bool:
-        """Whether the micro-batches [first, last) are a whole optimizer step."""
+    def is_complete_step(self, first: int, last: int) -> bool:
+        """Whether the gradients of these micro-batches are applied."""
 
-    def evaluations_within(self, first: int, last: int) -> list[int]:
-        """Iterations done at evaluations that come before the step [first, last) is applied."""
+    def evaluations_before_step(self, first: int, last: int) -> list[int]:
+        """The evaluations before this step is applied, each as the number of iterations done."""
 
     def reports_within(self, first: int, last: int) -> list[int]:
-        """Iterations done at reports that fall into the step [first, last)."""
+        """The reports within this step, each as the number of iterations done."""
 
 
-class OwnMethod:
-    """Length-bucketed batches, each example once an epoch; remainders are used.
+class BucketedSchedule:
+    """Length-bucketed batches, each example once an epoch, the last partial batch included.
 
-    Evaluations come after the update they are due with, on the same batches every time. Ranks draw
-    the same batches, and each takes its rows of every one.
+    Evaluations follow the step they are due at, on the same batches every time. All ranks draw the
+    same batches, and each takes its own rows.
     """
 
-    rule = SUPERVISED
+    loss_name = "supervised"
     offers_best = True
-    evaluates_after = True
-    draws_in_sequence = False
+    evaluates_after_step = True
+    keeps_random_state = False
 
     def __init__(
         self,
@@ -72,25 +85,31 @@ class OwnMethod:
         splits: Mapping[str, TokenizedSplit],
         world: World = SINGLE_PROCESS,
     ) -> None:
-        self._config, self._world = config, world
-        self._train, self._valid = splits["train"], splits.get("valid")
+        self._config = config
+        self._world = world
+        self._train = splits["train"]
+        self._valid = splits.get("valid")
         self._plan = plan_batches(config, self._train)
-        epochs = config.training.epochs
-        whole = None if epochs is None else math.ceil(epochs * self._plan.batches_per_epoch)
-        self.iterations = config.iters if whole is None else whole
+        self.iterations = config.iters
+        if config.training.epochs is not None:
+            self.iterations = math.ceil(config.training.epochs * self._plan.batches_per_epoch)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
 
     def largest_batch(self) -> BatchShape:
-        """This rank's share of the widest batch, as much of it learnt as its rows ask for at most.
+        """This rank's share of the widest batch, with as many supervised tokens as it can have.
 
-        Of many rows that are as wide, a sample of the longest is looked at.
+        If many rows are as wide as that, a sample of the longest is looked at.
         """
-        buckets, each = self._plan.buckets, self._config.batch_size
-        rows = buckets.rows[: min(int(buckets.starts[1]), max(SAMPLED_ROWS, each))]
-        learnt = sorted(int(self._train.example_mask(row).sum()) for row in rows)
+        buckets = self._plan.buckets
+        batch_size = self._config.batch_size
+        rows = buckets.rows[: min(int(buckets.starts[1]), max(SAMPLED_ROWS, batch_size))]
+        supervised = sorted(int(self._train.example_mask(row).sum()) for row in rows)
         self._train.give_back()
-        size = self._world.size
-        return BatchShape(each // size, buckets.width_at(0), sum(learnt[-each:]) // size)
+        return BatchShape(
+            batch_size // self._world.size,
+            buckets.width_at(0),
+            sum(supervised[-batch_size:]) // self._world.size,
+        )
 
     def micro_batch(self, index: int) -> MicroBatch:
         """A batch of examples of about one length."""
@@ -101,18 +120,23 @@ class OwnMethod:
         config = self._config
         if self._valid is None or len(self._valid) == 0 or config.val_batches == 0:
             return None
-        sizes = config.batch_size, config.val_batches, config.max_seq_length
-        return map(self._world.own_rows, fixed_batches(self._valid, *sizes))
+        batches = fixed_batches(
+            self._valid,
+            batch_size=config.batch_size,
+            max_batches=config.val_batches,
+            max_seq_length=config.max_seq_length,
+        )
+        return map(self._world.own_rows, batches)
 
-    def begin_step(self, step: int) -> None:
-        """Seed from the run's seed and the step, so that nothing is to be restored on resume."""
+    def seed_step(self, step: int) -> None:
+        """Seed from the run's seed and the step: on resume there is nothing to restore."""
         mx.random.seed(self._world.seed(self._config.seed, step))
 
-    def completes(self, first: int, last: int) -> bool:
+    def is_complete_step(self, first: int, last: int) -> bool:
         """A partial accumulation at the end is a step too."""
         return True
 
-    def evaluations_within(self, first: int, last: int) -> list[int]:
+    def evaluations_before_step(self, first: int, last: int) -> list[int]:
         """None: they come after the step."""
         return []
 
@@ -129,12 +153,14 @@ def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchPlan:
     )
 
 
-def make_method(
-    config: FineTuneConfig, splits: Mapping[str, TokenizedSplit], world: World = SINGLE_PROCESS
-) -> Method:
-    """Our way of drawing batches and evaluating, or, under `training.reference`, mlx-lm's."""
+def make_batch_schedule(
+    config: FineTuneConfig,
+    splits: Mapping[str, TokenizedSplit],
+    world: World = SINGLE_PROCESS,
+) -> BatchSchedule:
+    """The length-bucketed schedule, or under `training.reference` mlx-lm's."""
     if config.training.reference is None:
-        return OwnMethod(config, splits, world)
-    from nested_core.training.mlx_lm_reference import ReferenceMethod
+        return BucketedSchedule(config, splits, world)
+    from nested_core.training.mlx_lm_reference import MlxLmSchedule
 
-    return ReferenceMethod(config, splits)
+    return MlxLmSchedule(config, splits)

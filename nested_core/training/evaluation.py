@@ -1,8 +1,10 @@
-"""The mean loss over batches, and logits on fixed prompts, for whatever adapter is given."""
+"""The mean loss over batches, and logits on fixed prompts, for any values of the parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -20,76 +22,91 @@ from nested_core.models.parameters import (
 )
 from nested_core.optim.gradients import Flat
 from nested_core.training.distributed import SINGLE_PROCESS, World
-from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch, first_of
+from nested_core.training.loss.interface import Loss, MicroBatch
+from nested_core.training.loss.output_head import logits_of
+from nested_core.training.loss.supervised import SUPERVISED
 
 Prompts = Sequence[Sequence[int]]
-MAX_PROMPTS, MAX_PROMPT_TOKENS, MAX_COLUMNS = 4, 16, 256
+MAX_PROMPTS = 4
+MAX_PROMPT_TOKENS = 16
+MAX_COLUMNS = 256
 
 
-class EvaluationCut(Exception):  # noqa: N818  # no error: the trainer turns it into a stop
-    """A stop was asked for in the middle of an evaluation; nothing of it counts."""
+class EvaluationInterrupted(Exception):  # noqa: N818  # no error: the trainer turns it into a stop
+    """A stop was requested during an evaluation, and nothing of it counts."""
 
 
+@dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Evaluates adapter tensors in a model that is borrowed; `refs` are their places in it.
+    """Evaluates parameter values in a model, which has its own parameters again afterwards.
 
-    `is_cut` is asked before every batch; once it says so, `loss` raises EvaluationCut. Among ranks
-    each looks at its own rows of every batch, and all get the same loss.
+    Args:
+        model: the model with its adapter attached.
+        parameters: references to the parameters that are evaluated.
+        loss_fn: the loss; sums and means are both reported a token.
+        prompts: token ids of the prompts of `fixed_logits`.
+        is_stop_requested: asked before every batch; if it is true, `loss` raises
+            EvaluationInterrupted.
+        world: the ranks; each evaluates its own rows of every batch, and all get the same loss.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        refs: ParameterRefs,
-        rule: LossRule = SUPERVISED,
-        is_cut: Callable[[], bool] = lambda: False,
-        prompts: Prompts = (),
-        world: World = SINGLE_PROCESS,
-    ) -> None:
-        self._model, self._refs, self._rule = model, refs, rule
-        self._is_cut, self._prompts, self._world = is_cut, prompts, world
-        self._compiled = mx.compile(self._sums)
+    model: nn.Module
+    parameters: ParameterRefs
+    loss_fn: Loss = SUPERVISED
+    prompts: Prompts = field(default=(), kw_only=True)
+    is_stop_requested: Callable[[], bool] = field(default=lambda: False, kw_only=True)
+    world: World = field(default=SINGLE_PROCESS, kw_only=True)
 
-    def loss(self, params: Flat, batches: Iterable[MicroBatch]) -> float:
-        """Mean cross-entropy a supervised token, in nats, with dropout off."""
-        total, count = mx.array(0.0), mx.array(0)
-        with evaluation_mode(self._model), restoring_parameters(self._refs):
+    @cached_property
+    def _compiled_loss(self) -> Callable[..., Any]:
+        return mx.compile(self._batch_loss)
+
+    def loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:
+        """Mean loss a target token, for cross-entropy in nats, without dropout."""
+        total = mx.array(0.0)
+        count = mx.array(0)
+        with evaluation_mode(self.model), restoring_parameters(self.parameters):
             for batch in batches:
-                if self._is_cut():
-                    raise EvaluationCut
-                loss, supervised = self._compiled(params, *self._rule.arrange(batch))
-                total = total + self._rule.weighted(loss, supervised)
-                count = count + supervised
+                if self.is_stop_requested():
+                    raise EvaluationInterrupted
+                loss, tokens = self._compiled_loss(values, *self.loss_fn.prepare_batch(batch))
+                total = total + self.loss_fn.summed(loss, tokens)
+                count = count + tokens
                 mx.eval(total, count)
-        sums = self._world.total({"loss": total, "count": count})
+        sums = self.world.total({"loss": total, "count": count})
         return to_float(sums["loss"] / sums["count"])
 
-    def fixed_logits(self, params: Flat) -> dict[str, Any]:
-        """What the model says next after each prompt, at up to 256 places of its vocabulary.
+    def fixed_logits(self, values: Flat) -> dict[str, Any]:
+        """The model's next-token logits after each prompt, in up to 256 columns of the vocabulary.
 
-        `prompts`, `columns` and `values` (a row a prompt, float32): what a fresh process that loads
-        the published adapter must compute again.
+        `prompts`, `columns` and `values` (one row a prompt, float32): what a fresh process that
+        loads the published adapter must compute again.
         """
-        with evaluation_mode(self._model), restoring_parameters(self._refs):
-            assign_parameters(self._refs, params)
-            rows = [_last_logits(self._model(mx.array([prompt]))) for prompt in self._prompts]
-        size = len(rows[0]) if rows else 0
-        columns = np.linspace(0, size - 1, min(size, MAX_COLUMNS)).astype(int).tolist()
-        values = [row[columns].tolist() for row in rows]
-        prompts = [list(map(int, prompt)) for prompt in self._prompts]
-        return {"prompts": prompts, "columns": columns, "values": values}
+        with evaluation_mode(self.model), restoring_parameters(self.parameters):
+            assign_parameters(self.parameters, values)
+            rows = [_last_logits(self.model(mx.array([prompt]))) for prompt in self.prompts]
+        vocabulary = len(rows[0]) if rows else 0
+        count = min(vocabulary, MAX_COLUMNS)
+        columns = np.linspace(0, vocabulary - 1, count).astype(int).tolist()
+        return {
+            "prompts": [list(map(int, prompt)) for prompt in self.prompts],
+            "columns": columns,
+            "values": [row[columns].tolist() for row in rows],
+        }
 
-    def _sums(self, params: Flat, tokens: mx.array, learnt: mx.array) -> tuple[mx.array, mx.array]:
-        assign_parameters(self._refs, params)
-        return self._rule.value(self._model, tokens, learnt)
+    def _batch_loss(
+        self, values: Flat, tokens: mx.array, target_mask: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        assign_parameters(self.parameters, values)
+        return self.loss_fn.evaluate(self.model, tokens, target_mask)
 
 
 def _last_logits(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.array(first_of(output)[0, -1].astype(mx.float32))
+    return np.array(logits_of(output)[0, -1].astype(mx.float32))
 
 
 def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
-    """How the first examples of the validation set begin, or else those of the training set."""
+    """The first tokens of the first validation examples, or of training ones if there are none."""
     split = splits["valid"] if len(splits.get("valid", ())) else splits["train"]
     examples = [split.example(row) for row in range(min(len(split), MAX_PROMPTS))]
     return [example[:MAX_PROMPT_TOKENS].tolist() for example in examples if len(example)]
@@ -99,5 +116,5 @@ def fixed_batches(
     split: TokenizedSplit, batch_size: int, max_batches: int, max_seq_length: int
 ) -> Iterable[MicroBatch]:
     """The same batches in the same order every time; -1 is all, fewer are spread over lengths."""
-    chosen = evaluation_batches(split, batch_size, max_batches, max_seq_length=max_seq_length)
-    return (batch_arrays(split, batch, batch_size) for batch in chosen)
+    batches = evaluation_batches(split, batch_size, max_batches, max_seq_length=max_seq_length)
+    return (batch_arrays(split, batch, batch_size) for batch in batches)

@@ -1,6 +1,6 @@
-"""How much each parameter matters: its mean squared gradient norm over a few batches.
+"""Parameter importance: the mean squared gradient norm over a few batches.
 
-The probe changes nothing: weights, optimizer and random state are what they were.
+Weights, optimizer and random state stay as they are.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from nested_core.training.loss.supervised import supervised_loss
 def parameter_importance(
     config: FineTuneConfig, model: nn.Module, split: TokenizedSplit
 ) -> dict[str, float]:
-    """Mean over `nested.probe_batches` batches of the squared L2 norm of each leaf's gradient."""
-    refs = trainable_refs(model)
-    params = read_parameters(refs)
+    """Each parameter's squared L2 gradient norm, averaged over `nested.probe_batches` batches."""
+    parameters = trainable_refs(model)
+    values = read_parameters(parameters)
     plan = plan_batches(config, split)
 
-    def mean_loss(values: Flat, tokens: mx.array, mask: mx.array) -> mx.array:
-        assign_parameters(refs, values)
-        loss, count = supervised_loss(model, tokens, mask)
+    def mean_loss(values: Flat, tokens: mx.array, target_mask: mx.array) -> mx.array:
+        assign_parameters(parameters, values)
+        loss, count = supervised_loss(model, tokens, target_mask)
         return loss / count
 
-    totals = {name: 0.0 for name in params}
-    with evaluation_mode(model), restoring_parameters(refs):
+    totals = dict.fromkeys(values, 0.0)
+    with evaluation_mode(model), restoring_parameters(parameters):
         for index in range(config.nested.probe_batches):
-            tokens, mask = plan.arrays(split, index)
-            gradients = mx.grad(mean_loss)(params, mx.array(tokens), mx.array(mask))
+            tokens, target_mask = plan.arrays(split, index)
+            gradients = mx.grad(mean_loss)(values, mx.array(tokens), mx.array(target_mask))
             for name, gradient in gradients.items():
                 totals[name] += to_float(mx.square(gradient).sum())
     return {name: total / config.nested.probe_batches for name, total in totals.items()}

@@ -1,6 +1,6 @@
-"""`training.reference: mlx_lm`: batches, loss and evaluations of mlx_lm.lora, to the bit.
+"""`training.reference: mlx_lm`: batches and evaluations of mlx_lm.lora, to the bit.
 
-Mirrors mlx_lm.tuner.trainer (0.32): iterate_batches, default_loss, evaluate and train.
+Mirrors mlx_lm.tuner.trainer (0.32): iterate_batches, evaluate and train.
 """
 
 from __future__ import annotations
@@ -10,40 +10,45 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
-from nested_core.training.loss.supervised import BatchShape, LossRule, MicroBatch
+from nested_core.training.loss.interface import BatchShape, MicroBatch
 
 PAD_MULTIPLE = 32
 
 
-class ReferenceMethod:
-    """What mlx_lm.lora does: one pad token a row counts, micro-batches weigh the same, remainders
-    are dropped, and each evaluation looks at other rows, before the update it is due with.
+class MlxLmSchedule:
+    """The schedule of mlx_lm.lora.
+
+    One padding token a row counts, all micro-batches weigh the same, a partial batch or
+    accumulation at the end is dropped, and each evaluation draws other rows, before the update
+    that it is due with.
     """
 
-    rule = LossRule(default_loss, is_mean=True)
+    loss_name = "mlx_lm"
     offers_best = False
-    evaluates_after = False
-    draws_in_sequence = True
+    evaluates_after_step = False
+    keeps_random_state = True
 
     def __init__(self, config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]) -> None:
-        self._config, self._train, self._valid = config, splits["train"], splits.get("valid")
+        self._config = config
+        self._train = splits["train"]
+        self._valid = splits.get("valid")
         self.iterations = config.iters
         self.steps = config.iters // config.grad_accumulation_steps
         self._train_batches = _batches_by_key_count(config, "train", splits)
         self._valid_batches = _batches_by_key_count(config, "valid", splits)
+        # mlx_lm draws the orders of both splits from one random state, one after the other.
         self._random = np.random.RandomState(config.seed)
         self._drawn = 0
         self._train_orders: list[np.ndarray] = []
         self._valid_orders: dict[int, np.ndarray] = {}
 
     def largest_batch(self) -> BatchShape:
-        """A whole batch of the longest example; every position has its logits."""
-        width = self._width_of(int(self._train.lengths.max())) - 1
+        """A full batch of the longest example; logits are computed at every position."""
+        width = self._padded_width(int(self._train.lengths.max())) - 1
         return BatchShape(self._config.batch_size, width, self._config.batch_size * width)
 
     def micro_batch(self, index: int) -> MicroBatch:
@@ -54,7 +59,7 @@ class ReferenceMethod:
         return self._arrays(self._train, rows)
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
-        """`val_batches` batches in an order of this evaluation's own."""
+        """`val_batches` batches, in an order that only this evaluation has."""
         valid = self._valid
         if valid is None or not self._valid_batches or self._config.val_batches == 0:
             return None
@@ -63,15 +68,15 @@ class ReferenceMethod:
         count = len(order) if self._config.val_batches == -1 else self._config.val_batches
         return (self._arrays(valid, self._valid_batches[i]) for i in order[:count])
 
-    def begin_step(self, step: int) -> None:
-        """Nothing: the random state goes on from draw to draw, and is in the checkpoint."""
+    def seed_step(self, step: int) -> None:
+        """Nothing: draws continue from step to step, and the checkpoint holds the random key."""
 
-    def completes(self, first: int, last: int) -> bool:
+    def is_complete_step(self, first: int, last: int) -> bool:
         """A partial accumulation at the end is computed and never applied."""
         return last - first == self._config.grad_accumulation_steps
 
-    def evaluations_within(self, first: int, last: int) -> list[int]:
-        """Those before iterations that are due, but for the first, which begins the run."""
+    def evaluations_before_step(self, first: int, last: int) -> list[int]:
+        """Those before the iterations that are due, except the first, which begins the run."""
         return [it - 1 for it in range(max(first + 1, 2), last + 1) if self._is_evaluated(it)]
 
     def reports_within(self, first: int, last: int) -> list[int]:
@@ -93,10 +98,12 @@ class ReferenceMethod:
                 self._valid_orders[self._drawn] = order
 
     def _arrays(self, split: TokenizedSplit, rows: list[int]) -> MicroBatch:
-        """One more than a multiple of 32 tokens wide, at most max_seq_length; in place of a mask,
-        mlx-lm's (offset, length) of each row, both inclusive: what it learns is one stretch."""
+        """Tokens, one more than a multiple of 32 wide, and in place of a mask mlx-lm's bounds.
+
+        The bounds of a row are the first target and the row's length: its targets are contiguous.
+        """
         examples = [split.example(row) for row in rows]
-        width = self._width_of(max(map(len, examples)))
+        width = self._padded_width(max(map(len, examples)))
         tokens = np.zeros((len(rows), width), np.int32)
         for place, example in enumerate(examples):
             tokens[place, : len(example)] = example
@@ -104,7 +111,7 @@ class ReferenceMethod:
         bounds = np.array(list(zip(offsets, map(len, examples), strict=True)), np.int32)
         return tokens, bounds
 
-    def _width_of(self, longest: int) -> int:
+    def _padded_width(self, longest: int) -> int:
         width = 1 + PAD_MULTIPLE * ((longest + PAD_MULTIPLE - 1) // PAD_MULTIPLE)
         return min(width, self._config.max_seq_length)
 
@@ -112,9 +119,9 @@ class ReferenceMethod:
 def _batches_by_key_count(
     config: FineTuneConfig, split: str, splits: Mapping[str, TokenizedSplit]
 ) -> list[list[int]]:
-    """Rows cut into whole batches in mlx-lm's order.
+    """Rows cut into full batches in mlx-lm's order.
 
-    Its sort by length runs before the rows are tokenised and sees the number of their keys.
+    mlx-lm means to sort by length, but sorts rows before they are tokenised, by their key count.
     """
     path = Path(config.data).expanduser() / f"{split}.jsonl"
     if split not in splits:

@@ -1,7 +1,7 @@
-"""Many small tensors as few vectors: one a tier, so that an optimizer step is a handful of kernels.
+"""Packed parameters: a tier's many small tensors as one vector, and how they get back by name.
 
-An adapter has hundreds of tensors, and an optimizer with checks takes some ten kernels for each; on
-a GPU that is as long as the rest of a step. Adam is elementwise, so a vector gives the same values.
+An adapter has hundreds of tensors, and an optimizer runs some ten kernels for each; on a GPU that
+takes as long as the rest of a step. An elementwise optimizer gives the same values for one vector.
 """
 
 from __future__ import annotations
@@ -17,46 +17,48 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 
 from nested_core.kernels.cuda.concatenate import concatenated
+from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.clock import RESERVED_NAMES
 from nested_core.optim.gradients import HAD_GRADIENT, Flat, LeafStates, leaf_states
+from nested_core.optim.pytree import flatten
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
 
-ALIGNED = 8  # elements: 16 bytes of a bfloat16
+ALIGNMENT = 8  # elements: 16 bytes of a bfloat16
 
 
-def nested(flat: Flat) -> Any:
+def unflatten(flat: Flat) -> Any:
     """A flat dictionary of dotted names as the tree that the optimizer's state mirrors."""
     return tree_unflatten(list(flat.items())) if flat else {}
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """Tensors of one tier that are kept as one array: a vector, or the one tensor as it is.
+class PackedArray:
+    """The layout of one array that holds tensors of one tier: a vector, or a single tensor as is.
 
-    A matrix lies in the vector with its short side first, as products with a lora_a want it. Where
-    a size is no multiple of ALIGNED, what is cut out of the vector is copied: kernels load 16 bytes
-    at a time, from an address that has to be a multiple of that.
+    A matrix lies in the vector with its short side first, as products with a lora_a read it. Where
+    a size is no multiple of ALIGNMENT, what is cut out of the vector is copied: kernels load 16
+    bytes at a time, from an address that has to be a multiple of that.
     """
 
     tier: int
     shapes: Mapping[str, tuple[int, ...]]
 
-    def join(self, values: Mapping[str, mx.array]) -> mx.array:
-        """The tensors in one array."""
+    def pack(self, values: Mapping[str, mx.array]) -> mx.array:
+        """The tensors, given by name, in one array."""
         if len(self.shapes) == 1:
             return values[next(iter(self.shapes))]
-        return concatenated([_folded(values[name]) for name in self.shapes])
+        return concatenated([_short_side_first(values[name]) for name in self.shapes])
 
-    def cut(self, array: mx.array) -> Flat:
-        """The tensors by name, as views."""
+    def unpack(self, array: mx.array) -> Flat:
+        """The tensors by name, as views where they are aligned."""
         if len(self.shapes) == 1:
             return {next(iter(self.shapes)): array}
         ends = list(accumulate(math.prod(shape) for shape in self.shapes.values()))
         ranges = pairwise([0, *ends])
-        is_aligned = all(end % ALIGNED == 0 for end in ends)
+        is_aligned = all(end % ALIGNMENT == 0 for end in ends)
         return {
-            name: _unfolded(array[start:end] if is_aligned else array[mx.arange(start, end)], shape)
+            name: _in_shape(array[start:end] if is_aligned else array[mx.arange(start, end)], shape)
             for (name, shape), (start, end) in zip(self.shapes.items(), ranges, strict=True)
         }
 
@@ -65,96 +67,137 @@ def _is_tall(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[0] > shape[1]
 
 
-def _folded(array: mx.array) -> mx.array:
+def _short_side_first(array: mx.array) -> mx.array:
     return array.T if _is_tall(array.shape) else array
 
 
-def _unfolded(vector: mx.array, shape: tuple[int, ...]) -> mx.array:
+def _in_shape(vector: mx.array, shape: tuple[int, ...]) -> mx.array:
     return vector.reshape(shape[::-1]).T if _is_tall(shape) else vector.reshape(shape)
 
 
 class Packing:
-    """Which trainable tensors are kept together, and the optimizer's state for them.
+    """Which trainable tensors are packed into which array, and the optimizer's state likewise.
 
     Args:
         values: the trainable tensors by dotted name.
         tiers: the tier of each.
-        joins: whether a tier's tensors become one vector; else each stays what it is, as it must
-            where the optimizer looks at a tensor's shape, and should where tensors are large.
+        by_tier: pack each tier into one vector. Otherwise each tensor stays as it is, as it must
+            for an optimizer that depends on a tensor's shape, and should where tensors are large.
     """
 
-    def __init__(self, values: Mapping[str, mx.array], tiers: TierMap, *, joins: bool) -> None:
-        self.joins = joins
+    def __init__(self, values: Mapping[str, mx.array], tiers: TierMap, *, by_tier: bool) -> None:
+        self.by_tier = by_tier
+        self.arrays: dict[str, PackedArray] = {}
         shapes = {name: value.shape for name, value in values.items()}
-        if not joins:
-            self.leaves = {n: Leaf(tiers.tensors[n], {n: shape}) for n, shape in shapes.items()}
+        if not by_tier:
+            for name, shape in shapes.items():
+                self.arrays[name] = PackedArray(tiers.tensors[name], {name: shape})
             return
-        self.leaves = {}
         for tier in sorted({tiers.tensors[name] for name in shapes}):
             own = {name: shapes[name] for name in shapes if tiers.tensors[name] == tier}
-            self.leaves[f"tier{tier}"] = Leaf(tier, own)
+            self.arrays[f"tier{tier}"] = PackedArray(tier, own)
 
     def pack(self, values: Mapping[str, mx.array]) -> Flat:
-        """Every tensor, in the arrays that are kept."""
-        return {key: leaf.join(values) for key, leaf in self.leaves.items()}
+        """Every packed array, from all tensors by name."""
+        return {key: array.pack(values) for key, array in self.arrays.items()}
 
     def unpack(self, packed: Mapping[str, mx.array]) -> Flat:
-        """The tensors of some of the arrays, by name."""
+        """The tensors, by name, of some packed arrays."""
         return {
-            n: v for key, array in packed.items() for n, v in self.leaves[key].cut(array).items()
+            name: tensor
+            for key, array in packed.items()
+            for name, tensor in self.arrays[key].unpack(array).items()
         }
 
     def names(self, key: str) -> Mapping[str, tuple[int, ...]]:
-        """The tensors in one of the arrays, with their shapes."""
-        return self.leaves[key].shapes
+        """The names of the tensors in a packed array, with their shapes."""
+        return self.arrays[key].shapes
 
-    def of_tiers(self, tiers: tuple[int, ...]) -> frozenset[str]:
-        """The keys of the arrays that belong to some tiers."""
-        return frozenset(key for key, leaf in self.leaves.items() if leaf.tier in tiers)
+    def keys_of_tiers(self, tiers: tuple[int, ...]) -> frozenset[str]:
+        """The packed arrays that belong to some tiers."""
+        return frozenset(key for key, array in self.arrays.items() if array.tier in tiers)
 
     def pack_optimizer(self, optimizer: Tiered, values: Flat) -> Tiered:
-        """An optimizer of the same formula and the same state for what is kept together."""
-        if not self.joins:
+        """A copy of an optimizer, with its state, for the packed arrays."""
+        if not self.by_tier:
             return optimizer
-        twin = copy.copy(optimizer)
-        twin.tiers = tuple(
-            replace(tier, names=self.of_tiers((i,))) for i, tier in enumerate(optimizer.tiers)
+        packed = copy.copy(optimizer)
+        packed.tiers = tuple(
+            replace(tier, names=self.keys_of_tiers((i,))) for i, tier in enumerate(optimizer.tiers)
         )
-        states = leaf_states(nested(values), optimizer.state)
+        states = leaf_states(unflatten(values), optimizer.state)
         shared = {key: optimizer.state[key] for key in RESERVED_NAMES if key in optimizer.state}
-        twin.state = shared | {
-            key: {
-                part: leaf.join(
-                    {n: mx.broadcast_to(states[n][part], shape) for n, shape in leaf.shapes.items()}
-                )
-                for part in parts
-            }
-            for key, leaf, parts in self._parts(states)
-        }
-        twin.init(self.pack(values))
-        return twin
-
-    def share_clock(self, twin: Tiered, optimizer: Tiered) -> None:
-        """Give the optimizer its twin's clock, learning rate and counters."""
-        for key in RESERVED_NAMES:
-            if key in twin.state:
-                optimizer.state[key] = twin.state[key]
-
-    def unpack_optimizer(self, twin: Tiered, states: LeafStates) -> None:
-        """Put the moments that a twin has reached into an optimizer's `leaf_states`, by name."""
-        if not self.joins:
-            return
-        for key, leaf, parts in self._parts(states):
+        packed.state = shared
+        for key, array, parts in self._state_parts(states):
+            packed.state[key] = {}
             for part in parts:
-                for name, view in leaf.cut(twin.state[key][part]).items():
+                shapes = array.shapes.items()
+                values_of = {n: mx.broadcast_to(states[n][part], shape) for n, shape in shapes}
+                packed.state[key][part] = array.pack(values_of)
+        packed.init(self.pack(values))
+        return packed
+
+    def copy_clock(self, packed: Tiered, optimizer: Tiered) -> None:
+        """Give an optimizer the clock, learning rate and counters of its packed copy."""
+        for key in RESERVED_NAMES:
+            if key in packed.state:
+                optimizer.state[key] = packed.state[key]
+
+    def unpack_optimizer(self, packed: Tiered, states: LeafStates) -> None:
+        """Write the moments of a packed optimizer into the `leaf_states` of the one by name."""
+        if not self.by_tier:
+            return
+        for key, array, parts in self._state_parts(states):
+            for part in parts:
+                for name, view in array.unpack(packed.state[key][part]).items():
                     states[name][part] = mx.max(view) if part == HAD_GRADIENT else view
 
-    def _parts(self, states: Mapping[str, Any]) -> Iterator[tuple[str, Leaf, list[str]]]:
-        """Each array that is kept, with the names of its moments."""
-        for key, leaf in self.leaves.items():
-            yield key, leaf, list(states[next(iter(leaf.shapes))])
+    def _state_parts(
+        self, states: Mapping[str, Any]
+    ) -> Iterator[tuple[str, PackedArray, list[str]]]:
+        """Each packed array with the names of its moments."""
+        for key, array in self.arrays.items():
+            yield key, array, list(states[next(iter(array.shapes))])
 
 
-def packing_for(values: Flat, tiers: TierMap, optimizer: Tiered, *, small: bool) -> Packing:
-    """Vectors where the optimizer is elementwise and the tensors are small, as an adapter's are."""
-    return Packing(values, tiers, joins=small and optimizer.is_elementwise)
+def make_packing(values: Flat, tiers: TierMap, optimizer: Tiered, *, pack_by_tier: bool) -> Packing:
+    """A packing by tier, if that is asked for and the optimizer is elementwise."""
+    return Packing(values, tiers, by_tier=pack_by_tier and optimizer.is_elementwise)
+
+
+class PackedState:
+    """The packed parameters and optimizer that steps advance.
+
+    Between reports, evaluations and checkpoints only these change; the model and the optimizer by
+    name keep the values that were last written into them.
+    """
+
+    def __init__(
+        self,
+        parameters: ParameterRefs,
+        optimizer: Tiered,
+        tiers: TierMap,
+        *,
+        pack_by_tier: bool,
+    ) -> None:
+        values = read_parameters(parameters)
+        self.packing = make_packing(values, tiers, optimizer, pack_by_tier=pack_by_tier)
+        self.parameters = self.packing.pack(values)
+        self.optimizer = self.packing.pack_optimizer(optimizer, values)
+        self._named_optimizer = optimizer
+        self._named_states = leaf_states(unflatten(values), optimizer.state)
+        mx.eval(self.parameters, self.optimizer.state)
+
+    def update(self, updates: Flat) -> None:
+        """Replace packed parameters by their new values, after the packed optimizer's step."""
+        self.parameters = self.parameters | updates
+        self.packing.copy_clock(self.optimizer, self._named_optimizer)
+
+    def arrays(self) -> Flat:
+        """Every array that the next step starts from, which must be equal on all ranks."""
+        return self.parameters | flatten(self.optimizer.state)
+
+    def unpack(self) -> Flat:
+        """The parameters by name; the optimizer by name is given its state as well."""
+        self.packing.unpack_optimizer(self.optimizer, self._named_states)
+        return self.packing.unpack(self.parameters)

@@ -1,42 +1,59 @@
-"""What a training run has done so far: all of it, with the arrays beside it, is a checkpoint."""
+"""What a training run has done so far, and what a checkpoint's state.json records of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from nested_core.optim.clock import TierStats
 from nested_core.storage.atomic import finite_or_none
 
 
 @dataclass
 class TrainingState:
-    """Position, best so far, and the sums of the report that is still open.
+    """Position, best evaluation so far, and the totals of the report that is still open.
 
-    `step` counts optimizer steps, `iteration` micro-batches; the next batch is number `iteration`.
-    The random state of step n is a function of the seed and n, but for a reference run, whose
-    draws follow each other: `random_key` is the key of the next one. `reported` counts the records
-    in metrics.jsonl. A step that is not `observed` was stopped in its evaluation, which is made up
-    for on resume.
+    With the arrays beside it this is all that a resumed run needs.
+
+    Attributes:
+        step: optimizer steps done.
+        iteration: micro-batches done, which is also the number of the next one.
+        observed: whether the evaluation that was due at this step is done; one that was
+            interrupted is repeated on resume.
+        reported: the number of records in metrics.jsonl.
+        random_key: the key of the next random draw, if draws continue from step to step; otherwise
+            the random state of a step follows from the seed and the step.
+        flushed: whether gathered gradients were applied at the end of training; `flush_steps` has
+            the steps of all such flushes.
+        ended: whether training is over, so that only `iters` can make it go on.
     """
 
+    # Position
     step: int = 0
     iteration: int = 0
     trained_tokens: int = 0
-    flushed: bool = False
-    flush_steps: list[int] = field(default_factory=list)
-    ended: bool = False
-    best_step: int | None = None
-    best_val_loss: float | None = None
-    lowest_val_loss: float | None = None
-    evaluations_without_improvement: int = 0
-    val_loss: float | None = None
-    train_loss: float | None = None
-    evaluated_step: int | None = None
     observed: bool = True
     reported: int = 0
     open_report: dict[str, float] = field(default_factory=dict)
     random_key: list[int] | None = None
+
+    # The end
+    flushed: bool = False
+    flush_steps: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    # Losses
+    train_loss: float | None = None
+    val_loss: float | None = None
+    evaluated_step: int | None = None
+    best_step: int | None = None
+    best_val_loss: float | None = None
+    lowest_val_loss: float | None = None
+    evaluations_without_improvement: int = 0
+
+    # Checks
     verified_steps: list[int] = field(default_factory=list)
     red_flags: list[str] = field(default_factory=list)
 
@@ -47,30 +64,62 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TrainingState:
-        """Read what `to_json` wrote; other keys are passed over."""
+        """Read what `to_json` wrote; other keys are ignored."""
         known = {key: value[key] for key in cls.__dataclass_fields__ if key in value}
         return cls(**known)
 
-    def note_flush(self) -> None:
-        """Note that open chunks were applied; what was measured at this step before is void."""
+    def record_flush(self) -> None:
+        """Record that gathered gradients were applied: this step's evaluation no longer holds."""
         self.flushed = True
         self.flush_steps.append(self.step)
         if self.best_step == self.step:
-            self.best_step = self.best_val_loss = None
+            self.best_step = None
+            self.best_val_loss = None
 
     def record_evaluation(self, val_loss: float, *, is_candidate: bool, min_delta: float) -> bool:
-        """Take note of a validation loss; return whether it is the best among the candidates.
+        """Record a validation loss; return whether it is the best among the candidates.
 
         One that is not finite is no improvement, and never the best.
         """
-        self.val_loss, self.evaluated_step = val_loss, self.step
+        self.val_loss = val_loss
+        self.evaluated_step = self.step
         lowest = math.inf if self.lowest_val_loss is None else self.lowest_val_loss
         best = math.inf if self.best_val_loss is None else self.best_val_loss
         if val_loss < lowest - min_delta:
-            self.lowest_val_loss, self.evaluations_without_improvement = val_loss, 0
+            self.lowest_val_loss = val_loss
+            self.evaluations_without_improvement = 0
         else:
             self.evaluations_without_improvement += 1
         is_best = is_candidate and val_loss < best
         if is_best:
-            self.best_step, self.best_val_loss = self.step, val_loss
+            self.best_step = self.step
+            self.best_val_loss = val_loss
         return is_best
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """The content of state.json: the training state, and the evidence that the gate judges by.
+
+    Attributes:
+        state: the training state.
+        wanted_iterations: `iters` as configured; a larger one on resume makes training go on.
+        input_digests: digests of what training began from.
+        tiers: updates applied and skipped so far, a tier.
+        logits: `Evaluator.fixed_logits` of the adapter that was saved.
+    """
+
+    state: TrainingState
+    wanted_iterations: int
+    input_digests: Mapping[str, str]
+    tiers: Sequence[TierStats]
+    logits: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain JSON values; a number that is not finite becomes None."""
+        return self.state.to_json() | {
+            "wanted_iterations": self.wanted_iterations,
+            "found": dict(self.input_digests),
+            "tiers": [asdict(stats) for stats in self.tiers],
+            "logits": finite_or_none(dict(self.logits)),
+        }

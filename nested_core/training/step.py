@@ -1,13 +1,15 @@
-"""One training step as a pure function, compiled once for each set of due tiers.
+"""One optimizer step: forward and backward over its micro-batches, then the update.
 
-The gradient is taken with respect to the due parameters alone, so that the backward pass ends at
-the lowest layer that is due. The model is borrowed: after a step it holds what it held before.
+A step is a pure function of the packed parameters and optimizer state, compiled once for each set
+of due tiers: it substitutes parameters for tracing and restores the model's own afterwards. The
+gradient is taken with respect to the due parameters alone, so that the backward pass ends at the
+lowest layer that is due.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -17,134 +19,206 @@ from nested_core.models.parameters import ParameterRefs, assign_parameters, rest
 from nested_core.optim.gradients import Flat
 from nested_core.optim.pytree import flatten
 from nested_core.optim.tiered import Tiered
-from nested_core.training.distributed import SINGLE_PROCESS, Sums, World, pack_sums, unpack_sums
-from nested_core.training.loss.supervised import LossRule, MicroBatch
-from nested_core.training.packing import Packing, nested
+from nested_core.optim.tiers import TierMap
+from nested_core.training.distributed import (
+    SINGLE_PROCESS,
+    Sums,
+    World,
+    pack_sums,
+    unpack_sums,
+)
+from nested_core.training.loss.interface import Loss, MicroBatch
+from nested_core.training.packing import PackedState, unflatten
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed, not yet evaluated.
+    """What one step computed; the device may still be at it.
 
-    `micro` holds `loss`, `weight` and `tokens` of each micro-batch; `updates` the new value of each
-    due array, as the packing keeps them, and nothing where the step was left incomplete. `votes`
-    is how many ranks ask to stop; None where there is one rank.
+    Attributes:
+        due: the tiers whose gradients were taken.
+        micro_batches: `loss`, `weight` and `tokens` of each micro-batch.
+        before: the due packed parameters before the step.
+        updates: the same after it; both are empty if the step was incomplete.
+        stop_count: on how many ranks a stop was requested; None in a single process.
+        gradient_bytes: the bytes that this rank sent to the others.
     """
 
-    micro: list[Sums]
+    due: tuple[int, ...]
+    micro_batches: list[Sums]
+    before: Flat
     updates: Flat
-    votes: mx.array | None
+    stop_count: mx.array | None
+    gradient_bytes: int
 
 
+@dataclass(kw_only=True, eq=False)
 class TrainStep:
-    """Runs optimizer steps; each is one or more micro-batches and one call of the optimizer.
+    """Takes optimizer steps, each over one or more micro-batches, from what the model holds now.
 
-    `packing` says how the parameters come; `optimizer` holds the state for them as they come.
-    Among ranks, gradients are summed once a step; `bytes_sent` is the size of that vector for each
-    set of due tiers.
+    Args:
+        model: the model with its adapter attached; it stays as it is.
+        parameters: references to its trainable parameters.
+        optimizer: initialised with them.
+        tiers: the tier of each.
+        loss_fn: the loss to train with, in its form for this model.
+        pack_by_tier: pack each tier into one vector; for small tensors, such as an adapter's.
+        uses_dropout: whether the model draws random numbers.
+        world: the ranks, whose gradients are summed once a step.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        refs: ParameterRefs,
-        optimizer: Tiered,
-        packing: Packing,
-        rule: LossRule,
-        *,
-        draws: bool,
-        world: World = SINGLE_PROCESS,
-    ) -> None:
-        self._world, self.bytes_sent = world, dict[tuple[int, ...], int]()
-        self._model, self._refs, self._optimizer = model, refs, optimizer
-        self._packing, self._rule = packing, rule
-        self._places = {name: place for place, name in enumerate(refs)}
-        self._captured = [optimizer.state, mx.random.state] if draws else [optimizer.state]
-        self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}
+    # What is computed
+    model: nn.Module
+    parameters: ParameterRefs
+    optimizer: Tiered
+    tiers: TierMap
+    loss_fn: Loss
+    pack_by_tier: bool = True
+    uses_dropout: bool = False
+    world: World = SINGLE_PROCESS
+
+    # What steps advance
+    packed: PackedState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.packed = PackedState(
+            self.parameters, self.optimizer, self.tiers, pack_by_tier=self.pack_by_tier
+        )
+        self._packing = self.packed.packing
+        self._depth = {name: depth for depth, name in enumerate(self.parameters)}
+        self._captured = [self.packed.optimizer.state]
+        if self.uses_dropout:
+            self._captured.append(mx.random.state)
+        self._compiled: dict[tuple[int, ...], Callable[..., Any]] = {}  # by due tiers
+        self._gradient_bytes: dict[tuple[int, ...], int] = {}
+
+    def needed_tiers(self, step: int) -> tuple[int, ...]:
+        """The tiers whose gradients a step needs: those due, or all if gradients accumulate."""
+        if self.packed.optimizer.gathers:
+            return tuple(range(len(self.tiers.frequencies)))
+        return self.tiers.due(step)
 
     def run(
         self,
-        params: Flat,
         batches: Sequence[MicroBatch],
         due: tuple[int, ...],
         *,
-        complete: bool,
-        asks: bool = False,
+        is_complete: bool = True,
+        stop_requested: bool = False,
     ) -> StepResult:
-        """Take the gradients of the due tiers over all micro-batches; if `complete`, apply them.
+        """Take one optimizer step, without waiting for the device.
 
-        `asks` is this rank's wish to stop, which the others hear of.
+        Args:
+            batches: the micro-batches, whose gradients are added up.
+            due: the tiers to take gradients of.
+            is_complete: whether the gradients are applied; else only the losses are computed.
+            stop_requested: whether a stop is requested on this rank, which the others hear of.
         """
         if due not in self._compiled:
             self._compiled[due] = self._compile(due)
-        step = self._compiled[due]
-        micro: list[Sums] = []
-        carried, updates, votes = None, {}, None
-        wish = None if self._world.is_single_process else mx.array(asks)
-        with restoring_parameters(self._refs):
+        compiled_step = self._compiled[due]
+        params = self.packed.parameters
+        stop_flag = None if self.world.is_single_process else mx.array(stop_requested)
+        micro_batches: list[Sums] = []
+        accumulated, updates, stop_count = None, {}, None
+        with restoring_parameters(self.parameters):
             for index, batch in enumerate(batches):
-                is_last = complete and index == len(batches) - 1
-                arrays = self._rule.arrange(batch)
-                sums, carried, updates, votes = step(params, carried, wish, *arrays, is_last)
-                micro.append(sums)
-        return StepResult(micro, updates, votes)
+                is_last = is_complete and index == len(batches) - 1
+                arrays = self.loss_fn.prepare_batch(batch)
+                sums, accumulated, updates, stop_count = compiled_step(
+                    params, accumulated, stop_flag, *arrays, is_last
+                )
+                micro_batches.append(sums)
+        mx.async_eval(updates, self.packed.optimizer.state, micro_batches, stop_count)
+        self.packed.update(updates)
+        return StepResult(
+            due=due,
+            micro_batches=micro_batches,
+            before={key: params[key] for key in updates},
+            updates=updates,
+            stop_count=stop_count,
+            gradient_bytes=self._gradient_bytes.get(due, 0),
+        )
 
     def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
-        keys = self._packing.of_tiers(due)
+        due_keys = self._packing.keys_of_tiers(due)
 
-        def step(
-            params: Flat, carried: Any, wish: Any, tokens: mx.array, learnt: mx.array, is_last: bool
-        ) -> tuple[Sums, Any, Flat, Any]:
-            """Of one micro-batch: sums, what is carried on, and at the last updates and votes."""
-            wanted = {key: value for key, value in params.items() if key in keys}
-            tensors = self._tensors(params)
-            assign_parameters(self._refs, tensors)
-            of_due = {name: tensors[name] for key in wanted for name in self._packing.names(key)}
-            (loss, count), found = mx.value_and_grad(self._loss)(of_due, tokens, learnt)
-            gradients = self._gradients(found, wanted)
-            weight = self._rule.weight(count)
-            micro = {"loss": loss, "weight": weight, "tokens": count}
-            if carried is not None:
-                gradients = {n: g + carried["gradients"][n] for n, g in gradients.items()}
-                weight = carried["weight"] + weight
+        def train_step(
+            params: Flat,
+            accumulated: dict[str, Any] | None,
+            stop_flag: mx.array | None,
+            tokens: mx.array,
+            target_mask: mx.array,
+            is_last: bool,
+        ) -> tuple[Sums, dict[str, Any] | None, Flat, mx.array | None]:
+            """One micro-batch, and after the last one the update.
+
+            Returns its sums, the accumulated gradients, the updates and the stop count.
+            """
+            due_params = {key: value for key, value in params.items() if key in due_keys}
+            micro_batch, gradients = self._forward_backward(params, due_params, tokens, target_mask)
+            weight = micro_batch["weight"]
+            if accumulated is not None:
+                gradients = {n: g + accumulated["gradients"][n] for n, g in gradients.items()}
+                weight = accumulated["weight"] + weight
             if not is_last:
-                return micro, {"gradients": gradients, "weight": weight}, {}, None
-            votes = None
-            if wish is not None:
-                packed = pack_sums(gradients, weight, wish)
-                self.bytes_sent[due] = packed.nbytes
-                gradients, weight, votes = unpack_sums(self._world.sum_packed(packed), gradients)
-            return micro, None, self._apply(gradients, weight, wanted), votes
+                return micro_batch, {"gradients": gradients, "weight": weight}, {}, None
+            stop_count = None
+            if stop_flag is not None:
+                packed = pack_sums(gradients, weight, stop_flag)
+                self._gradient_bytes[due] = packed.nbytes
+                summed = self.world.sum_packed(packed)
+                gradients, weight, stop_count = unpack_sums(summed, gradients)
+            return micro_batch, None, self._update(gradients, weight, due_params), stop_count
 
-        return mx.compile(step, inputs=self._captured, outputs=self._captured)
+        return mx.compile(train_step, inputs=self._captured, outputs=self._captured)
 
-    def _tensors(self, params: Flat) -> Flat:
+    def _forward_backward(
+        self, params: Flat, due_params: Flat, tokens: mx.array, target_mask: mx.array
+    ) -> tuple[Sums, Flat]:
+        """The sums of one micro-batch, and the packed gradients of the due parameters."""
+        tensors = self._compute_tensors(params)
+        assign_parameters(self.parameters, tensors)
+        due_tensors = {
+            name: tensors[name] for key in due_params for name in self._packing.names(key)
+        }
+        (loss, count), gradients = mx.value_and_grad(self._loss_of)(
+            due_tensors, tokens, target_mask
+        )
+        packed = self._pack_gradients(gradients, due_params)
+        return {"loss": loss, "weight": self.loss_fn.weight(count), "tokens": count}, packed
+
+    def _compute_tensors(self, params: Flat) -> Flat:
         """The parameters by name, in the dtype they compute in: one cast for a whole vector."""
-        low = {key: value.astype(self._dtype_of(key)) for key, value in params.items()}
-        return self._packing.unpack(low)
+        cast = {}
+        for key, value in params.items():
+            first_name = next(iter(self._packing.names(key)))
+            cast[key] = value.astype(self.parameters[first_name].dtype)
+        return self._packing.unpack(cast)
 
-    def _dtype_of(self, key: str) -> mx.Dtype:
-        return self._refs[next(iter(self._packing.names(key)))].dtype
+    def _loss_of(
+        self, due_tensors: Flat, tokens: mx.array, target_mask: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        assign_parameters(self.parameters, due_tensors)
+        return self.loss_fn.function(self.model, tokens, target_mask)
 
-    def _loss(self, wanted: Flat, tokens: mx.array, learnt: mx.array) -> tuple[mx.array, mx.array]:
-        assign_parameters(self._refs, wanted)
-        return self._rule.function(self._model, tokens, learnt)
-
-    def _gradients(self, found: Flat, wanted: Flat) -> Flat:
+    def _pack_gradients(self, gradients: Flat, due_params: Flat) -> Flat:
         """The gradients packed as the parameters are, and in their dtype.
 
-        All are asked for together, the deepest layers' first: the backward pass comes to them in
-        that order, and where one waited for another, the activations it is made of would stay.
+        All are evaluated together, the deepest layers' first: the backward pass gets to them in
+        that order, and if one waited for another, the activations it is made of would stay.
         """
-        keys = sorted(wanted, key=self._depth, reverse=True)
-        joined = [self._packing.leaves[key].join(found) for key in keys]
-        ordered = dict(zip(keys, mx.depends(joined, joined) if joined else [], strict=True))
-        return {key: ordered[key].astype(value.dtype) for key, value in wanted.items()}
 
-    def _depth(self, key: str) -> int:
-        """How far up in the model the last of an array's tensors is."""
-        return max(self._places[name] for name in self._packing.names(key))
+        def depth(key: str) -> int:
+            return max(self._depth[name] for name in self._packing.names(key))
 
-    def _apply(self, gradients: Flat, weight: mx.array, wanted: Flat) -> Flat:
+        keys = sorted(due_params, key=depth, reverse=True)
+        packed = [self._packing.arrays[key].pack(gradients) for key in keys]
+        ordered = dict(zip(keys, mx.depends(packed, packed) if packed else [], strict=True))
+        return {key: ordered[key].astype(value.dtype) for key, value in due_params.items()}
+
+    def _update(self, gradients: Flat, weight: mx.array, due_params: Flat) -> Flat:
+        """The new values of the due parameters."""
         mean = {name: g / weight.astype(g.dtype) for name, g in gradients.items()}
-        return flatten(self._optimizer.apply_gradients(nested(mean), nested(wanted)))
+        updated = self.packed.optimizer.apply_gradients(unflatten(mean), unflatten(due_params))
+        return flatten(updated)

@@ -1,83 +1,83 @@
-"""The training loop: step after step, until done or asked to stop.
+"""The training loop: step after step, until the run is over or a stop is requested.
 
-Before anything looks at the model, what the steps computed is written into it and read back.
+Steps advance packed arrays. Before anything reads the model, such as a report, an evaluation or a
+checkpoint, what the steps computed is written into it by name and read back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import mlx.nn as nn
+import mlx.core as mx
 
-from nested_core.config.schema import FineTuneConfig
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.errors import TrainingStopped
+from nested_core.errors import DamagedError, DatasetError, TrainingStopped
 from nested_core.kernels.apply import optimized_layers
-from nested_core.models.parameters import configured_refs, read_parameters
+from nested_core.models.parameters import read_parameters
 from nested_core.optim.clock import COUNTERS, TierStats
 from nested_core.optim.gradients import Flat
 from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten, verify_updates
-from nested_core.optim.tiered import Tiered
-from nested_core.optim.tiers import TierMap
-from nested_core.storage.checkpoint import Checkpoint
-from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.batching import make_method
-from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.distributed import SINGLE_PROCESS, StopVote, World
-from nested_core.training.divergence import DivergenceWatch
-from nested_core.training.engine import Engine, StepTaken
-from nested_core.training.evaluation import EvaluationCut, Evaluator, choose_prompts
-from nested_core.training.loss.chunked import rule_for
+from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
+from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
+from nested_core.training.health import DivergenceWatch, UpdateCheck, flag_updates
 from nested_core.training.memory.layers import read_footprint
 from nested_core.training.memory.plan import plan_memory
-from nested_core.training.packing import nested
+from nested_core.training.packing import unflatten
 from nested_core.training.recorder import Recorder, restore_random_key
-from nested_core.training.red_flags import flag_updates
+from nested_core.training.setup import TrainingSetup
 from nested_core.training.state import TrainingState
-from nested_core.training.verification import UpdateCheck
+from nested_core.training.step import StepResult, TrainStep
+
+INPUT_NAMES = {
+    "initial": "initial/",
+    "initial_files": "its files",
+    "tiers": "tiers.json",
+    "base": "the base",
+    "data": "the data",
+}
 
 
 class Trainer:
     """Trains the adapter that is attached to a model, in a run directory.
 
-    Args:
-        config: the resolved configuration.
-        run: where metrics and checkpoints go; `initial/` and `tiers.json` are in it.
-        model: the base model with the initial adapter attached (`model.attach_adapter`).
-        splits: the tokenised data; "train" is needed, "valid" is used where there is one.
-        tiers: the tier of every trainable parameter.
-        optimizer: initialised with the model's trainable parameters.
-        found: digests of what training begins from; every checkpoint carries them to the gate.
-        callback: mlx-lm's callback protocol.
-        world: the ranks that train together; the one that leads writes to the run directory.
+    Attributes:
+        state: what has been done so far.
+        memory: the forecast of peak memory, and the layers that are recomputed for it.
+        stop_requested: ends training after the step that is under way.
     """
 
-    def __init__(
-        self,
-        config: FineTuneConfig,
-        run: RunDirectory,
-        model: nn.Module,
-        splits: Mapping[str, TokenizedSplit],
-        tiers: TierMap,
-        optimizer: Tiered,
-        found: Mapping[str, str],
-        callback: TrainingCallback | None = None,
-        world: World = SINGLE_PROCESS,
-    ) -> None:
-        self.config, self.run, self.model = config, run, model
-        self.tiers, self.optimizer, self.stop_requested = tiers, optimizer, False
-        self.state, self.world = TrainingState(), world
-        self._refs = configured_refs(config, model)
-        self.method = make_method(config, splits, world)
-        self._rule = rule_for(model, self._refs, self.method.rule)
-        footprint = read_footprint(config, model, self._refs, optimizer, self._rule)
-        self.memory = plan_memory(config, footprint, self.method.largest_batch(), world.size)
-        self._votes, prompts = StopVote(world, self._is_asked_to_stop), choose_prompts(splits)
-        evaluator = Evaluator(model, self._refs, self._rule, self._votes.now, prompts, world)
-        parts = self._refs, optimizer, self.method, evaluator
-        self._recorder = Recorder(config, run, *parts, found, callback, world)
-        self._check = UpdateCheck(model, optimizer, tiers, world, self._write)
-        self._divergence = DivergenceWatch(config.training.max_nonfinite_steps)
+    def __init__(self, setup: TrainingSetup) -> None:
+        # What is trained, and how
+        self.setup = setup
+        self.config = setup.config
+        self.model = setup.model
+        self.optimizer = setup.optimizer
+        self.batch_schedule = setup.batch_schedule
+        self.world = setup.world
+        footprint = read_footprint(
+            setup.config, setup.model, setup.parameters, setup.optimizer, setup.loss_fn
+        )
+        largest_batch = setup.batch_schedule.largest_batch()
+        self.memory = plan_memory(setup.config, footprint, largest_batch, setup.world.size)
+
+        # Progress, which checkpoints keep
+        self.state = TrainingState()
+
+        # Requests to stop: of this process, and on how many ranks as of the step before
+        self.stop_requested = False
+        self._stop_count: mx.array | None = None
+
+        # Evaluation, reports and checks
+        evaluator = Evaluator(
+            setup.model,
+            setup.parameters,
+            setup.loss_fn,
+            prompts=setup.prompts,
+            is_stop_requested=self._any_rank_requests_stop,
+            world=setup.world,
+        )
+        self._recorder = Recorder(setup, evaluator)
+        self._update_check = UpdateCheck(setup)
+        self._divergence_watch = DivergenceWatch(setup.config.training.max_nonfinite_steps)
 
     @property
     def current_step(self) -> int:
@@ -96,8 +96,8 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps to do in all."""
-        return self.method.steps
+        """Optimizer steps of the whole run."""
+        return self.batch_schedule.steps
 
     def tier_stats(self) -> list[TierStats]:
         """What each tier holds, and its updates so far."""
@@ -107,12 +107,30 @@ class Trainer:
         """Ask for a graceful stop: the step ends, a checkpoint is written, train() raises."""
         self.stop_requested = True
 
-    def _is_asked_to_stop(self) -> bool:
-        """Whether `stop_training` was called, or another process asked by `nested-tune stop`."""
-        return bool(self.stop_requested) or self.run.stop_request.exists()
+    def resume(self) -> None:
+        """Continue from the run's last sound checkpoint; without one, train from the start.
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint: adapter, optimizer, position, best so far and open report."""
+        Raises DamagedError or DatasetError if what the run began from has changed since.
+        """
+        checkpoint = latest_checkpoint(self.setup.run.checkpoints)
+        if checkpoint is not None:
+            self._refuse_changed_inputs(checkpoint.state["found"])
+            self._restore(checkpoint)
+
+    def _refuse_changed_inputs(self, recorded: Mapping[str, str]) -> None:
+        digests = self.setup.input_digests
+        changed = [name for name in recorded if recorded[name] != digests[name]]
+        if not changed:
+            return
+        message = (
+            f"{self.setup.run.path} cannot be resumed: "
+            f"{' and '.join(INPUT_NAMES[name] for name in changed)} changed since it began. Bring "
+            f"back what was there, or start a new run."
+        )
+        raise DatasetError(message) if changed == ["data"] else DamagedError(message)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take over adapter, optimizer, position, best so far and open report."""
         apply_flat_updates_to_nested(self.model, checkpoint.parameters())
         self.optimizer.state = checkpoint.optimizer_state()
         self.optimizer.init(self.model.trainable_parameters())
@@ -124,82 +142,83 @@ class Trainer:
             restore_random_key(self.state.random_key)
 
     def train(self) -> TrainingState:
-        """Run to the end; raises TrainingStopped where it was asked to stop before.
+        """Train to the end of the run.
 
-        Raises TrainingDiverged after `max_nonfinite_steps` non-finite steps in a row.
+        Raises TrainingStopped if a stop is requested before, TrainingDiverged after
+        `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
         self.model.train()
-        layers = self.memory.recomputed_layers(self.model)
-        reference = self.config.training.reference
+        recomputed = self.memory.recomputed_layers(self.model)
+        is_reference = self.config.training.reference is not None
         try:
-            with optimized_layers(self.model, layers, as_mlx_lm=reference is not None):
-                self.world.require_equal(read_parameters(self._refs), self.state.step)
+            with optimized_layers(self.model, recomputed, as_mlx_lm=is_reference):
+                self.world.require_equal(read_parameters(self.setup.parameters), self.state.step)
                 self._recorder.begin(self.state)
-                self._take_steps()
+                self._train_steps()
                 if not self.state.ended:
                     self._finish()
-        except EvaluationCut:
+        except EvaluationInterrupted:
             self.state.ended = False
             self._stop()
         return self.state
 
-    def _take_steps(self) -> None:
-        engine, stopping = self._make_engine(), self._votes.now()
-        if not self.state.observed and not self._is_over():
-            each = self.config.grad_accumulation_steps
-            self._observe((self.state.iteration - 1) // each * each, self.state.iteration)
+    def _train_steps(self) -> None:
+        """Take the run's remaining steps, each with what is due before and after it."""
+        every = self.config.grad_accumulation_steps
+        train_step = self._compile_step()
+        must_stop = self._any_rank_requests_stop()
+        if not self.state.observed and not self._is_over():  # the last evaluation was interrupted
+            self._observe((self.state.iteration - 1) // every * every, self.state.iteration)
         while not self._is_over():
-            if stopping:
+            if must_stop:
                 self._stop()
             first = self.state.iteration
-            last = min(first + self.config.grad_accumulation_steps, self.method.iterations)
-            self._evaluate_within(engine, first, last)
-            taken = self._advance(engine, first, last)
-            stopping = self._votes.after(taken.votes)
-            self._divergence.add(self.state.step, self.optimizer.state[COUNTERS])
-            self._verify(engine, taken, must=stopping or self._is_over())
+            last = min(first + every, self.batch_schedule.iterations)
+            self._evaluate_before(train_step, first, last)
+            result = self._take_step(train_step, first, last)
+            must_stop = self._must_stop_after(result)
+            self._divergence_watch.add(self.state.step, self.optimizer.state[COUNTERS])
+            self._check_updates(train_step, result, first, is_last=must_stop or self._is_over())
             if not self._is_over():
                 self._observe(first, last)
-        self._divergence.settle()
+        self._divergence_watch.finish()
 
-    def _evaluate_within(self, engine: Engine, first: int, last: int) -> None:
-        """The evaluations before a step; cut in one of them, all are made again on resume."""
-        reported = self.state.reported
-        try:
-            for done in self.method.evaluations_within(first, last):
-                self._write(engine)
-                self._recorder.observe(self.state, iteration=done, evaluate=True)
-        except EvaluationCut:
-            self.state.reported = reported
-            raise
+    def _compile_step(self) -> TrainStep:
+        return TrainStep(
+            model=self.model,
+            parameters=self.setup.parameters,
+            optimizer=self.optimizer,
+            tiers=self.setup.tiers,
+            loss_fn=self.setup.loss_fn,
+            pack_by_tier=self.config.fine_tune_type != "full",
+            uses_dropout=self.config.lora_parameters.dropout > 0,
+            world=self.world,
+        )
 
-    def _make_engine(self) -> Engine:
-        joins, draws = self.config.fine_tune_type != "full", self.config.lora_parameters.dropout > 0
-        parts = self.model, self._refs, self.optimizer, self.tiers, self._rule
-        return Engine(*parts, joins=joins, draws=draws, world=self.world)
+    def _take_step(self, train_step: TrainStep, first: int, last: int) -> StepResult:
+        """Take one optimizer step over the micro-batches [first, last)."""
+        step = self.state.step + 1
+        batches = [self.batch_schedule.micro_batch(index) for index in range(first, last)]
+        is_complete = self.batch_schedule.is_complete_step(first, last)
+        self.batch_schedule.seed_step(step)
+        result = train_step.run(
+            batches,
+            train_step.needed_tiers(step),
+            is_complete=is_complete,
+            stop_requested=not self.world.is_single_process and self._is_stop_requested(),
+        )
+        if not train_step.packed.packing.by_tier:  # large tensors are not to be held twice
+            self._write_model(train_step)
+        if is_complete:
+            self.state.step = step
+        self.state.iteration = last
+        self.state.observed = False
+        self._recorder.add_step(self.state, first, result)
+        return result
 
-    def _is_over(self) -> bool:
-        patience = self.config.training.early_stop_patience
-        is_stale = patience and self.state.evaluations_without_improvement >= patience
-        return self.state.iteration >= self.method.iterations or bool(is_stale)
-
-    def _advance(self, engine: Engine, first: int, last: int) -> StepTaken:
-        """Take one optimizer step over micro-batches."""
-        state, step = self.state, self.state.step + 1
-        batches = [self.method.micro_batch(index) for index in range(first, last)]
-        complete = self.method.completes(first, last)
-        self.method.begin_step(step)
-        due, asks = engine.needed(step), self._votes.wish()
-        taken, micro = engine.take(batches, due, first, complete=complete, asks=asks)
-        if not engine.packing.joins:  # large tensors are not to be held twice
-            self._write(engine)
-        state.step, state.iteration, state.observed = state.step + complete, last, False
-        self._recorder.add(state, first, micro, taken.bytes_sent)
-        return taken
-
-    def _write(self, engine: Engine) -> Flat:
-        """Write into the model, by name, what the steps so far have computed; return all of it."""
-        values = engine.values()
+    def _write_model(self, train_step: TrainStep) -> Flat:
+        """Write the parameters, and the optimizer's state, into the model and optimizer by name."""
+        values = train_step.packed.unpack()
         self.write_back(values)
         return values
 
@@ -210,48 +229,107 @@ class Trainer:
         """
         apply_flat_updates_to_nested(self.model, values)
 
-    def _crossed(self, first: int, every: int) -> bool:
+    def _check_updates(
+        self, train_step: TrainStep, result: StepResult, first: int, *, is_last: bool
+    ) -> None:
+        """Write the model and read it back, if anything is to read it or these tiers are new.
+
+        Raises RanksDiffer if the ranks are no longer equal.
+        """
+        config = self.config
+        events = (config.steps_per_report, config.steps_per_eval, config.save_every)
+        is_read = is_last or any(self._has_crossed(first, every) for every in events)
+        if not is_read and self._update_check.has_checked(result.due):
+            return
+        written = self._write_model(train_step)
+        self.world.require_equal(train_step.packed.arrays(), self.state.step)
+        if result.updates:
+            before = train_step.packed.packing.unpack(result.before)
+            expected = {name: written[name] for name in before}
+            self._update_check.check(self.state, result.due, before=before, expected=expected)
+
+    def _evaluate_before(self, train_step: TrainStep, first: int, last: int) -> None:
+        """Make the evaluations before a step; if one is interrupted, resume repeats them all."""
+        reported = self.state.reported
+        try:
+            for done in self.batch_schedule.evaluations_before_step(first, last):
+                self._write_model(train_step)
+                self._recorder.observe(self.state, iteration=done, evaluate=True)
+        except EvaluationInterrupted:
+            self.state.reported = reported
+            raise
+
+    def _observe(self, first: int, last: int) -> None:
+        """Report, evaluate and save what is due after the step [first, last)."""
+        is_evaluation = self._has_crossed(first, self.config.steps_per_eval)
+        self._recorder.observe(
+            self.state,
+            report=last in self.batch_schedule.reports_within(first, last),
+            evaluate=self.batch_schedule.evaluates_after_step and is_evaluation,
+            save=self._has_crossed(first, self.config.save_every),
+        )
+
+    def _has_crossed(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
         return self.state.iteration // every > first // every
 
-    def _observe(self, first: int, last: int) -> None:
-        is_evaluation = self._crossed(first, self.config.steps_per_eval)
-        self._recorder.observe(
-            self.state,
-            report=last in self.method.reports_within(first, last),
-            evaluate=self.method.evaluates_after and is_evaluation,
-            save=self._crossed(first, self.config.save_every),
-        )
-
-    def _verify(self, engine: Engine, taken: StepTaken, *, must: bool) -> None:
-        every = (self.config.steps_per_report, self.config.steps_per_eval, self.config.save_every)
-        is_time = must or any(self._crossed(taken.first_iteration, n) for n in every)
-        self._check.look(engine, taken, self.state, must=is_time)
+    def _is_over(self) -> bool:
+        """Whether all iterations are done, or early stopping has run out of patience."""
+        patience = self.config.training.early_stop_patience
+        is_stale = patience and self.state.evaluations_without_improvement >= patience
+        return self.state.iteration >= self.batch_schedule.iterations or bool(is_stale)
 
     def _finish(self) -> None:
-        """Apply what is still gathered, evaluate what there is then, and keep it."""
+        """Apply gradients that are still gathered, evaluate the result, and save it."""
         self._flush()
         is_evaluated = self.state.evaluated_step == self.state.step and not self.state.flushed
         self.state.ended = True
-        wants = self.method.evaluates_after and not is_evaluated
-        is_open = self._recorder.window.is_open
-        self._recorder.observe(self.state, report=is_open, evaluate=wants, save=True)
+        self._recorder.observe(
+            self.state,
+            report=self._recorder.window.is_open,
+            evaluate=self.batch_schedule.evaluates_after_step and not is_evaluated,
+            save=True,
+        )
 
     def _flush(self) -> None:
-        is_open = any(self.state.step % f for f in self.tiers.frequencies)
-        is_due = is_open and not self.state.flushed  # it is, where the last evaluation was cut
-        if is_due and self.optimizer.gathers:
-            before = read_parameters(self._refs)
-            updates = flatten(self.optimizer.flush(nested(before)))
+        """Apply the gradients that slow tiers have gathered since they were last due."""
+        has_open_chunk = any(self.state.step % f for f in self.setup.tiers.frequencies)
+        if not has_open_chunk or self.state.flushed:  # flushed before an interrupted evaluation
+            return
+        if self.optimizer.gathers:
+            before = read_parameters(self.setup.parameters)
+            updates = flatten(self.optimizer.flush(unflatten(before)))
             self.write_back(updates)
-            flag_updates(self.state, verify_updates(before, updates, self.model), list(updates))
-            self.state.note_flush()
+            report = verify_updates(before, updates, self.model)
+            flag_updates(self.state, report, idle=list(updates))
+            self.state.record_flush()
+
+    def _is_stop_requested(self) -> bool:
+        """Whether this rank is to stop, by `stop_training` or by `nested-tune stop`."""
+        return bool(self.stop_requested) or self.setup.run.stop_request.exists()
+
+    def _any_rank_requests_stop(self) -> bool:
+        """Whether any rank is to stop; this waits for all of them."""
+        return self.world.any(self._is_stop_requested())
+
+    def _must_stop_after(self, result: StepResult) -> bool:
+        """Whether to stop after a step, which all ranks decide alike.
+
+        A rank's request travels with the gradients of a step. The count is read when the next step
+        is under way, so that no rank waits for the device.
+        """
+        if self.world.is_single_process:
+            return self._is_stop_requested()
+        count = self._stop_count
+        self._stop_count = result.stop_count
+        return count is not None and bool(count.item())
 
     def _stop(self) -> None:
+        """Save, and raise TrainingStopped."""
         if self.state.step > 0:
             self._recorder.save(self.state)
-        self.run.stop_request.unlink(missing_ok=True)
+        self.setup.run.stop_request.unlink(missing_ok=True)
         raise TrainingStopped(
-            f"Training was stopped at step {self.state.step} of {self.method.steps}. Go on with "
-            f"the same command, --run-dir {self.run.path} --resume."
+            f"Training was stopped at step {self.state.step} of {self.steps}. Go on with "
+            f"the same command, --run-dir {self.setup.run.path} --resume."
         )

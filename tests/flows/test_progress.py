@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.terminal import ProgressLine, _Watcher, print_table, watching
-from nested_core.training.metrics import append_metrics, cut_back, read_metrics
+from nested_core.training.metrics import append_metrics, read_metrics, truncate_metrics
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_sta
         append_metrics(path, {"step": step, "loss": 1.0})
     watcher = _Watcher(path)
     watcher._read()
-    cut_back(path, 1, 9)
+    truncate_metrics(path, 1, 9)
     for step in range(2, 20):
         append_metrics(path, {"step": step, "loss": step / 3})
     watcher._read()

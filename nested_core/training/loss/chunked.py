@@ -1,7 +1,7 @@
-"""The loss at supervised positions only, in chunks: the logits of a whole batch never exist.
+"""The supervised loss in chunks of the supervised positions: a batch's logits never exist at once.
 
 Each chunk's gradient with respect to the body's output is computed together with its loss, so that
-its logits are gone before the next chunk's are made. The output layer itself is not trained.
+its logits can be freed before the next chunk's exist. The output layer itself is not trained.
 """
 
 from __future__ import annotations
@@ -14,133 +14,140 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.kernels.exponential import exponential
-from nested_core.models.parameters import ParameterRefs
-from nested_core.training.loss.output_head import OutputHead, find_head
-from nested_core.training.loss.supervised import SUPERVISED, Arrays, LossRule, MicroBatch
+from nested_core.training.loss.interface import Arrays, Loss, MicroBatch
+from nested_core.training.loss.output_head import OutputHead
 
 LEAST_POSITIONS = 64
 CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MiB in float32
 LEAST_CHUNK = 128
 
 
-def rule_for(model: nn.Module, refs: ParameterRefs, rule: LossRule) -> LossRule:
-    """Our own loss as it is cheapest to compute for this model; any other rule as it is."""
-    if rule is not SUPERVISED:
-        return rule
-    head = find_head(model, refs)
-    return rule if head is None else positions_rule(head)
+def chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Loss:
+    """The form of `supervised_loss` for a model with this output head.
 
-
-def positions_rule(head: OutputHead, chunk: int | None = None) -> LossRule:
-    """The rule of `supervised_loss` with an output layer that is computed apart.
-
-    `chunk` is the rows of one chunk; None is as many as CHUNK_LOGITS allows.
+    `chunk_rows` is the number of positions in one chunk; None is as many as CHUNK_LOGITS allows.
     """
-    loss = PositionsLoss(head, chunk)
-    return LossRule(loss.with_gradient, is_mean=False, arrange=positions, value_only=loss.value)
+    loss = ChunkedCrossEntropy(head, chunk_rows)
+    return Loss(
+        loss.with_gradient,
+        prepare_batch=supervised_positions,
+        evaluation_function=loss.forward,
+        is_chunked=True,
+    )
 
 
-def positions(batch: MicroBatch) -> Arrays:
-    """Tokens, and the supervised positions of a batch as int32 row numbers, -1 where there is none.
+def supervised_positions(batch: MicroBatch) -> Arrays:
+    """Tokens, and the supervised positions of the flattened batch as int32, padded with -1.
 
-    Their number is a power of two, or that of all positions: few shapes for few traces.
+    Their number is `padded_count`, so that there are few shapes, and with them few traces.
     """
-    tokens, supervised = batch
-    flat = supervised.reshape(-1)
-    found = np.flatnonzero(flat)
-    room = room_for(len(found), flat.size)
-    if room == flat.size:
-        rows = np.where(flat, np.arange(flat.size), -1)
+    tokens, target_mask = batch
+    flat_mask = target_mask.reshape(-1)
+    positions = np.flatnonzero(flat_mask)
+    count = padded_count(len(positions), flat_mask.size)
+    if count == flat_mask.size:
+        rows = np.where(flat_mask, np.arange(flat_mask.size), -1)
     else:
-        rows = np.full(room, -1)
-        rows[: len(found)] = found
+        rows = np.full(count, -1)
+        rows[: len(positions)] = positions
     return mx.array(tokens), mx.array(rows.astype(np.int32))
 
 
-def room_for(found: int, size: int) -> int:
-    """How many positions are computed where `found` of `size` are supervised."""
-    return min(size, max(LEAST_POSITIONS, 1 << max(found - 1, 0).bit_length()))
+def padded_count(supervised: int, size: int) -> int:
+    """How many of `size` positions are computed for so many supervised: a power of two, or all."""
+    return min(size, max(LEAST_POSITIONS, 1 << max(supervised - 1, 0).bit_length()))
 
 
-def rows_at_once(vocabulary: int) -> int:
-    """The rows of one chunk of logits."""
+def rows_per_chunk(vocabulary: int) -> int:
+    """The number of positions whose logits are computed at once."""
     return max(LEAST_CHUNK, 1 << (CHUNK_LOGITS // vocabulary).bit_length() - 1)
 
 
 @dataclass(frozen=True, eq=False)
-class PositionsLoss:
-    """Sum of the cross-entropy over given positions, and their number, as `supervised_loss`."""
+class ChunkedCrossEntropy:
+    """The sum of the cross-entropy over given positions, and their number.
+
+    `rows` are positions in the flattened batch; -1 is padding.
+    """
 
     head: OutputHead
-    chunk: int | None
+    chunk_rows: int | None
 
-    def value(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
-        """The loss alone, the same to the bit."""
-        hidden, targets = self._flat(tokens)
-        total, _ = self._in_chunks(_take(hidden, rows), _take(targets, rows), rows >= 0)
+    def forward(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
+        """The loss alone, the same to the bit as `with_gradient`."""
+        hidden, targets = self._flattened(tokens)
+        total, _ = self._sum_chunks(_gather(hidden, rows), _gather(targets, rows), rows >= 0)
         return total, (rows >= 0).sum()
 
     def with_gradient(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
-        """The loss, differentiable with respect to whatever the body is computed from."""
-        hidden, targets = self._flat(tokens)
+        """The loss, differentiable with respect to whatever the body's output depends on."""
+        hidden, targets = self._flattened(tokens)
 
         @mx.custom_function
         def loss(hidden: mx.array) -> Arrays:
-            chosen, learnt = _take(hidden, rows), rows >= 0
-            return self._in_chunks(chosen, _take(targets, rows), learnt, wants_gradient=True)
+            chosen, mask = _gather(hidden, rows), rows >= 0
+            return self._sum_chunks(chosen, _gather(targets, rows), mask, wants_gradient=True)
 
         @loss.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
             gradient = outputs[1] * cotangents[0].astype(outputs[1].dtype)
-            return _put_back(gradient, rows, hidden.shape[0])
+            return _scatter(gradient, rows, hidden.shape[0])
 
         summed: Any = loss(hidden)
         return summed[0], (rows >= 0).sum()
 
-    def _flat(self, tokens: mx.array) -> Arrays:
-        """The body's output (positions, width), and the token to be predicted at each."""
+    def _flattened(self, tokens: mx.array) -> Arrays:
+        """The body's output (positions, width), and the target token of each position."""
         hidden = self.head.hidden(tokens[:, :-1])
         return hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
 
-    def _in_chunks(
-        self, hidden: mx.array, targets: mx.array, learnt: mx.array, *, wants_gradient: bool = False
+    def _sum_chunks(
+        self, hidden: mx.array, targets: mx.array, mask: mx.array, *, wants_gradient: bool = False
     ) -> Arrays:
-        """The summed loss, and, where it is wanted, its gradient (rows, width)."""
-        rows = self.chunk or rows_at_once(self.head.logits(hidden[:1]).shape[-1])
-        total, gradients, before = mx.array(0.0), [], None
+        """The summed loss and, if it is wanted, its gradient (rows, width)."""
+        rows = self.chunk_rows or rows_per_chunk(self.head.logits(hidden[:1]).shape[-1])
+        total = mx.array(0.0)
+        gradients = []
+        previous = None
         for start in range(0, hidden.shape[0], rows):
             part = hidden[start : start + rows]
-            if before is not None:
-                part = mx.depends(part, before)  # one chunk's logits at a time
-            place = slice(start, start + rows)
-            loss, gradient = self._chunk(part, targets[place], learnt[place])
+            if previous is not None:
+                part = mx.depends(part, previous)  # one chunk's logits at a time
+            chunk = slice(start, start + rows)
+            loss, gradient = self._chunk(part, targets[chunk], mask[chunk])
             total = total + loss
-            before = gradient if wants_gradient else loss
+            previous = gradient if wants_gradient else loss
             gradients.append(gradient)
         return total, mx.concatenate(gradients) if wants_gradient else total
 
-    def _chunk(self, hidden: mx.array, targets: mx.array, learnt: mx.array) -> Arrays:
-        """Loss and gradient of some rows; whichever is not used is not computed."""
+    def _chunk(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
+        """Loss and gradient of one chunk; MLX computes only what is used of them."""
         given = self.head.logits(hidden)
         logits = given.astype(mx.float32)
         largest = logits.max(axis=-1, keepdims=True)
         powers = exponential(logits - largest)  # one exponential serves the loss and the gradient
         total = powers.sum(axis=-1, keepdims=True)
         picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        loss = ((mx.log(total) + (largest - picked))[:, 0] * learnt).sum()
+        loss = ((mx.log(total) + (largest - picked))[:, 0] * mask).sum()
         is_target = mx.arange(logits.shape[-1])[None] == targets[:, None]
-        slope = ((powers / total - is_target) * learnt[:, None]).astype(given.dtype)
+        slope = ((powers / total - is_target) * mask[:, None]).astype(given.dtype)
         _, (gradient,) = mx.vjp(self.head.logits, [hidden], [slope])
         return loss, gradient
 
 
-def _take(values: mx.array, rows: mx.array) -> mx.array:
-    """The rows asked for; some row where there is none; as they are where all are asked for."""
+def _gather(values: mx.array, rows: mx.array) -> mx.array:
+    """values[rows]; padding (-1) gathers row 0 and is masked later.
+
+    If every row is selected the values are returned as they are.
+    """
     return values if rows.size == values.shape[0] else values[mx.maximum(rows, 0)]
 
 
-def _put_back(gradient: mx.array, rows: mx.array, count: int) -> mx.array:
-    """The gradient of `_take`: by a lookup for each of `count` rows, which adds nothing up."""
+def _scatter(gradient: mx.array, rows: mx.array, count: int) -> mx.array:
+    """The gradient of `_gather` with respect to its `count` values.
+
+    It is a lookup for each value, not a sum: no row is selected twice.
+    """
     if rows.size == count:
         return gradient
     places = mx.where(rows < 0, count, rows)

@@ -1,7 +1,7 @@
-"""A model's output layer on its own: logits for the positions that are asked for, and no others.
+"""A model's output head apart from its body: logits for the positions that are asked for alone.
 
-It is found by watching a call, not by names, and used only where its logits are seen to be the
-model's own; whatever the model does after its body (scaling, soft-capping) is in it.
+The head is everything that the model does after its body, soft-capping or scaling included. It is
+found by watching a call of the model, not by names, and used only if its logits are the model's.
 """
 
 from __future__ import annotations
@@ -24,64 +24,64 @@ from nested_core.models.parameters import (
     read_parameters,
     restoring_parameters,
 )
-from nested_core.training.loss.supervised import first_of
 
-DEPTH = 3  # a body lies at most so deep: "model", "language_model.model", "model.norm"
-PROBE = [[1, 2, 3, 4], [4, 3, 1, 2]]
-ROWS = [6, 1, 3]  # of the probe's eight positions, out of order
-ROUNDING = 16  # in units of the dtype's epsilon, of the largest logit
+MAX_DEPTH = 3  # parts of a body's name at most: "model", "language_model.model", "model.norm"
+PROBE_TOKENS = [[1, 2, 3, 4], [4, 3, 1, 2]]
+PROBE_ROWS = [6, 1, 3]  # of the probe's eight positions, out of order
+ROUNDING = 16  # in units of the dtype's epsilon, relative to the largest logit
 
 logger = logging.getLogger(__name__)
 
 
+def logits_of(outputs: Any) -> mx.array:
+    """The logits in a model's output, which may be a tuple that starts with them."""
+    logits: mx.array = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits
+
+
 @dataclass(frozen=True, eq=False)
 class OutputHead:
-    """A model in two parts: the body, whose output is `hidden`, and all that comes after it."""
+    """A model split in two: `body` computes the hidden states, the rest the logits."""
 
     model: nn.Module
     body: nn.Module
 
     def hidden(self, inputs: mx.array) -> mx.array:
         """The body's output (batch, length, width); the logits are never evaluated."""
-        caught: list[mx.array] = []
-        own = type(self.body).__call__
+        outputs: list[mx.array] = []
+        own_call = type(self.body).__call__
 
-        def catch(*args: Any, **kwargs: Any) -> mx.array:
-            caught.append(own(self.body, *args, **kwargs))
-            return caught[-1]
+        def keep_output(*args: Any, **kwargs: Any) -> mx.array:
+            outputs.append(own_call(self.body, *args, **kwargs))
+            return outputs[-1]
 
-        with replaced_call(self.body, catch):
+        with replaced_call(self.body, keep_output):
             self.model(inputs)
-        return caught[-1]
+        return outputs[-1]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (rows, vocabulary) of any rows (rows, width) of the body's output."""
         with replaced_call(self.body, lambda *args, **kwargs: hidden[None]):
-            logits = first_of(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
+            logits = logits_of(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
             return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
 
 
-def find_head(model: nn.Module, refs: ParameterRefs) -> OutputHead | None:
-    """The frozen output layer of a model, or None, with a line in the log that says why."""
+def find_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
+    """The frozen output head of a model; None, with the reason in the log, if it has none."""
     with evaluation_mode(model):
-        return _find_head(model, refs)
-
-
-def _find_head(model: nn.Module, refs: ParameterRefs) -> OutputHead | None:
-    tokens = mx.array(PROBE)
-    logits, seen = _watch(model, tokens)
-    for module, hidden in reversed(seen):
-        if hidden.shape[-1] == logits.shape[-1]:
-            continue
-        head = OutputHead(model, module)
-        rows = hidden.reshape(-1, hidden.shape[-1])[mx.array(ROWS)]
-        expected = logits.reshape(-1, logits.shape[-1])[mx.array(ROWS)]
-        if not _agrees(head, rows, expected):
-            continue
-        if _is_trained(head, rows, refs):
-            logger.info("The output layer is trained: logits are computed at every position.")
-            return None
-        return head
+        logits, outputs = _watch_call(model, mx.array(PROBE_TOKENS))
+        for module, hidden in reversed(outputs):
+            if hidden.shape[-1] == logits.shape[-1]:
+                continue
+            head = OutputHead(model, module)
+            rows = hidden.reshape(-1, hidden.shape[-1])[mx.array(PROBE_ROWS)]
+            expected = logits.reshape(-1, logits.shape[-1])[mx.array(PROBE_ROWS)]
+            if not _agrees(head, rows, expected):
+                continue
+            if _is_trained(head, rows, parameters):
+                logger.info("The output layer is trained: logits are computed at every position.")
+                return None
+            return head
     logger.info(
         "The output layer of %s could not be told apart: logits are computed at every position.",
         type(model).__module__,
@@ -89,50 +89,52 @@ def _find_head(model: nn.Module, refs: ParameterRefs) -> OutputHead | None:
     return None
 
 
-def _watch(model: nn.Module, tokens: mx.array) -> tuple[mx.array, list[tuple[nn.Module, mx.array]]]:
-    """The model's logits, and what its outer modules gave for the whole batch, in that order."""
-    seen: list[tuple[nn.Module, mx.array]] = []
+def _watch_call(
+    model: nn.Module, tokens: mx.array
+) -> tuple[mx.array, list[tuple[nn.Module, mx.array]]]:
+    """The model's logits, and the outputs (batch, length, width) of its outer modules, in order."""
+    outputs: list[tuple[nn.Module, mx.array]] = []
 
-    def noting(module: nn.Module) -> Callable[..., Any]:
-        """The module's own call, which also notes its output where that is of the whole batch."""
-        own = type(module).__call__
+    def keeping_output(module: nn.Module) -> Callable[..., Any]:
+        own_call = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            output = own(module, *args, **kwargs)
+            output = own_call(module, *args, **kwargs)
             if isinstance(output, mx.array) and output.shape[:-1] == tokens.shape:
-                seen.append((module, output))
+                outputs.append((module, output))
             return output
 
         return call
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if name and name.count(".") < DEPTH:
-                stack.enter_context(replaced_call(module, noting(module)))
-        logits = first_of(model(tokens))
-    return logits, seen
+            if name and name.count(".") < MAX_DEPTH:
+                stack.enter_context(replaced_call(module, keeping_output(module)))
+        logits = logits_of(model(tokens))
+    return logits, outputs
 
 
 def _agrees(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
     """Whether the head gives the model's own logits for these rows alone, within rounding."""
     try:
-        found = head.logits(rows)
+        logits = head.logits(rows)
     except (ValueError, TypeError, IndexError, AttributeError):
-        return False  # what comes after this module needs more than its output
-    if found.shape != expected.shape:
+        return False  # what follows this module needs more than its output
+    if logits.shape != expected.shape:
         return False
     bound = ROUNDING * float(mx.finfo(expected.dtype).eps) * to_float(mx.abs(expected).max())
-    return to_float(mx.abs(found - expected).max()) <= bound
+    return to_float(mx.abs(logits - expected).max()) <= bound
 
 
-def _is_trained(head: OutputHead, rows: mx.array, refs: ParameterRefs) -> bool:
-    """Whether the logits of given rows depend on a tensor that is trained."""
+def _is_trained(head: OutputHead, rows: mx.array, parameters: ParameterRefs) -> bool:
+    """Whether the logits of given rows depend on a trainable parameter."""
 
     def total(values: dict[str, mx.array]) -> mx.array:
-        assign_parameters(refs, values)
+        assign_parameters(parameters, values)
         return mx.square(head.logits(rows).astype(mx.float32)).sum()
 
-    with restoring_parameters(refs):
-        gradients = mx.grad(total)(read_parameters(refs))
-    largest = [mx.abs(gradients.pop(name)).max() for name in list(gradients)]  # none is kept
+    with restoring_parameters(parameters):
+        gradients = mx.grad(total)(read_parameters(parameters))
+    # popped, so that each gradient can be freed once its maximum is known
+    largest = [mx.abs(gradients.pop(name)).max() for name in list(gradients)]
     return to_float(mx.stack(largest).max()) > 0

@@ -30,8 +30,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nested_core.kernels.cuda.launch import DTYPE
-from nested_core.training.loss.chunked import room_for
-from nested_core.training.loss.supervised import BatchShape
+from nested_core.training.loss.chunked import padded_count
+from nested_core.training.loss.interface import BatchShape
 
 REFILLED_LAYERS = 1.8  # a layer that is recomputed, and its gradients
 CHUNK_LOGIT_BYTES = 8  # a logit, beside the logit itself, where logits are made in chunks
@@ -142,7 +142,9 @@ def logit_bytes(footprint: ModelFootprint, batch: BatchShape, device: DeviceProf
     tokens = batch.rows * batch.length
     if footprint.chunk_rows is None:
         return (footprint.activation_bytes + ALL_LOGIT_BYTES) * footprint.vocabulary * tokens
-    rows = min(room_for(batch.target_tokens, tokens), device.logit_chunks * footprint.chunk_rows)
+    rows = min(
+        padded_count(batch.target_tokens, tokens), device.logit_chunks * footprint.chunk_rows
+    )
     return (footprint.activation_bytes + CHUNK_LOGIT_BYTES) * footprint.vocabulary * rows
 
 

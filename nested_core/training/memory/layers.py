@@ -20,8 +20,8 @@ from nested_core.kernels.cuda.tiles import has_kernel
 from nested_core.kernels.quantized_linear import dequantized_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.pytree import flatten
-from nested_core.training.loss.chunked import rows_at_once
-from nested_core.training.loss.supervised import LossRule
+from nested_core.training.loss.chunked import rows_per_chunk
+from nested_core.training.loss.interface import Loss
 from nested_core.training.memory.estimate import LayerFootprint, ModelFootprint
 
 MASTER_BYTES = 4  # float32
@@ -42,7 +42,7 @@ def read_footprint(
     model: nn.Module,
     refs: ParameterRefs,
     optimizer: Optimizer,
-    rule: LossRule,
+    loss: Loss,
 ) -> ModelFootprint:
     """What a model, its adapter and its optimizer's state hold, and what a step of them keeps."""
     modules = dict(model.named_modules())
@@ -63,7 +63,7 @@ def read_footprint(
             input_copies=max(1, factor_bytes // activation_bytes),
         ),
         vocabulary=vocabulary,
-        chunk_rows=None if rule.value_only is None else rows_at_once(vocabulary),
+        chunk_rows=rows_per_chunk(vocabulary) if loss.is_chunked else None,
         is_packed=config.fine_tune_type != "full",
         dequantized=max(map(dequantized_bytes, modules.values()), default=0),
     )

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
-from nested_core.training.loss.supervised import BatchShape
+from nested_core.training.loss.interface import BatchShape
 from nested_core.training.memory import estimate
 from nested_core.training.memory.estimate import (
     DeviceProfile,

@@ -12,22 +12,23 @@ import pytest
 from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.models.parameters import trainable_refs
-from nested_core.training.loss.chunked import positions, positions_rule, rule_for
+from nested_core.training.loss.chunked import chunked_cross_entropy, supervised_positions
+from nested_core.training.loss.interface import Loss, MicroBatch
 from nested_core.training.loss.output_head import find_head
-from nested_core.training.loss.supervised import SUPERVISED, LossRule, MicroBatch
+from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 
-def rule_of(model: nn.Module, chunk: int | None = None) -> LossRule:
+def loss_of(model: nn.Module, chunk: int | None = None) -> Loss:
     head = find_head(model, trainable_refs(model))
     assert head is not None
-    return positions_rule(head, chunk)
+    return chunked_cross_entropy(head, chunk)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_loss_at_supervised_positions_is_that_of_full_logits(name: str) -> None:
     model = build(name)
-    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED, rule_of(model, 16)))
+    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED, loss_of(model, 16)))
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert found.count == expected.count == 44
     assert largest_difference(found.gradients, expected.gradients) < 2e-5
@@ -35,7 +36,7 @@ def test_the_loss_at_supervised_positions_is_that_of_full_logits(name: str) -> N
 
 def test_a_quantised_base_and_head_give_the_loss_of_full_logits() -> None:
     model = build("llama", quantized=True)
-    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED, rule_of(model)))
+    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED, loss_of(model)))
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 2e-5
 
@@ -43,7 +44,7 @@ def test_a_quantised_base_and_head_give_the_loss_of_full_logits() -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 16, 63, 64, 1000])
 def test_the_loss_depends_on_the_chunks_within_rounding_only(chunk: int) -> None:
     model = build("llama")
-    whole, found = (outcome(model, rule_of(model, rows), batch()) for rows in (None, chunk))
+    whole, found = (outcome(model, loss_of(model, rows), batch()) for rows in (None, chunk))
     assert found.loss == pytest.approx(whole.loss, rel=2e-6)
     assert largest_difference(found.gradients, whole.gradients) < 2e-5
 
@@ -52,7 +53,7 @@ def test_the_loss_depends_on_the_chunks_within_rounding_only(chunk: int) -> None
 def test_any_share_of_supervised_positions_gives_the_loss_of_full_logits(share: float) -> None:
     model = build("llama")
     given = batch(share=share)
-    expected, found = (outcome(model, r, given) for r in (SUPERVISED, rule_of(model)))
+    expected, found = (outcome(model, r, given) for r in (SUPERVISED, loss_of(model)))
     assert found.count == expected.count == int(given[1].sum())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     if share > 0:
@@ -63,14 +64,14 @@ def test_any_share_of_supervised_positions_gives_the_loss_of_full_logits(share: 
 
 def test_an_evaluation_gives_the_training_loss_to_the_bit() -> None:
     model = build("qwen2")
-    found = outcome(model, rule_of(model, 16), batch())
+    found = outcome(model, loss_of(model, 16), batch())
     assert found.value == found.loss
 
 
 def test_the_loss_is_the_same_compiled_or_not_to_the_bit() -> None:
     model = build("llama")
-    rule = rule_of(model, 16)
-    compiled, plain = outcome(model, rule, batch()), outcome(model, rule, batch(), compiled=run)
+    loss = loss_of(model, 16)
+    compiled, plain = outcome(model, loss, batch()), outcome(model, loss, batch(), compiled=run)
     assert compiled.loss == plain.loss
     for name, gradient in plain.gradients.items():
         assert np.array(gradient).tobytes() == np.array(compiled.gradients[name]).tobytes()
@@ -87,7 +88,7 @@ def run(function: Any) -> Any:
 def test_positions_come_in_powers_of_two_or_all_of_them(supervised: int, expected: int) -> None:
     mask = np.zeros(300, np.bool_)
     mask[np.random.default_rng(0).permutation(300)[:supervised]] = True
-    _, rows = positions((np.zeros((3, 101), np.int32), mask.reshape(3, 100)))
+    _, rows = supervised_positions((np.zeros((3, 101), np.int32), mask.reshape(3, 100)))
     assert rows.shape == (expected,)
     assert [row for row in rows.tolist() if row >= 0] == np.flatnonzero(mask).tolist()  # type: ignore[union-attr,operator]
 
@@ -97,7 +98,7 @@ def test_a_trained_output_layer_keeps_full_logits_and_the_log_says_so(
 ) -> None:
     model = build("qwen3", keys=["self_attn.q_proj", "lm_head"])
     with caplog.at_level(logging.INFO):
-        assert rule_for(model, trainable_refs(model), SUPERVISED) is SUPERVISED
+        assert SUPERVISED.for_model(model, trainable_refs(model)) is SUPERVISED
     assert "The output layer is trained" in caplog.text
 
 
@@ -133,11 +134,11 @@ def test_finding_the_head_leaves_the_model_as_it_was() -> None:
     assert mx.random.state[0].tolist() == before  # type: ignore[index]
 
 
-def peak_memory(rule: LossRule, model: nn.Module, given: MicroBatch) -> float:
+def peak_memory(loss: Loss, model: nn.Module, given: MicroBatch) -> float:
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    outcome(model, rule, given)
+    outcome(model, loss, given)
     return float(mx.get_peak_memory() - before)
 
 
@@ -146,6 +147,6 @@ def test_128_supervised_of_2048_tokens_take_a_third_of_the_memory_of_mlx_lms_los
     tokens, supervised = np.ones((4, 513), np.int32), np.zeros((4, 512), np.bool_)
     supervised[:, -32:] = True
     bounds = np.array([[481, 512]] * 4, np.int32)
-    full = peak_memory(LossRule(default_loss, is_mean=True), model, (tokens, bounds))
-    ours = peak_memory(rule_of(model), model, (tokens, supervised))
+    full = peak_memory(Loss(default_loss, is_mean=True), model, (tokens, bounds))
+    ours = peak_memory(loss_of(model), model, (tokens, supervised))
     assert ours < full / 3

@@ -14,7 +14,7 @@ from nested_core.optim.gradients import Flat, leaf_states
 from nested_core.optim.pytree import flatten
 from nested_core.optim.tiered import NestedAdamW, Tiered
 from nested_core.optim.tiers import TierMap
-from nested_core.training.packing import Leaf, Packing, nested, packing_for
+from nested_core.training.packing import PackedArray, Packing, make_packing, unflatten
 
 SHAPES = {
     "layers.0.a": (8, 3),
@@ -44,7 +44,7 @@ def make(slow_gradients: str, values: Flat) -> NestedAdamW:
         slow_gradients=slow_gradients,
         bias_correction=True,
     )
-    optimizer.init(nested(values))
+    optimizer.init(unflatten(values))
     return optimizer
 
 
@@ -53,7 +53,7 @@ def bits(tree: Any) -> dict[str, bytes]:
 
 
 def apply(optimizer: Any, gradients: Flat, values: Flat) -> Flat:
-    return flatten(optimizer.apply_gradients(nested(gradients), nested(values)))
+    return flatten(optimizer.apply_gradients(unflatten(gradients), unflatten(values)))
 
 
 @pytest.mark.parametrize("slow_gradients", ["skip", "accumulate"])
@@ -62,16 +62,16 @@ def test_packed_steps_give_every_weight_and_moment_of_steps_tensor_by_tensor(
 ) -> None:
     plain_values = values = random_values(0)
     plain, optimizer = make(slow_gradients, values), make(slow_gradients, values)
-    packing = Packing(values, TIERS, joins=True)
-    assert list(packing.leaves) == ["tier0", "tier1", "tier2"]
-    packed, twin = packing.pack(values), packing.pack_optimizer(optimizer, values)
+    packing = Packing(values, TIERS, by_tier=True)
+    assert list(packing.arrays) == ["tier0", "tier1", "tier2"]
+    packed, packed_optimizer = packing.pack(values), packing.pack_optimizer(optimizer, values)
     for step in range(1, 8):
         gradients = random_values(step)
         plain_values = apply(plain, gradients, plain_values)
-        packed = apply(twin, packing.pack(gradients), packed)
-        packing.share_clock(twin, optimizer)
+        packed = apply(packed_optimizer, packing.pack(gradients), packed)
+        packing.copy_clock(packed_optimizer, optimizer)
         values = packing.unpack(packed)
-        packing.unpack_optimizer(twin, leaf_states(nested(values), optimizer.state))
+        packing.unpack_optimizer(packed_optimizer, leaf_states(unflatten(values), optimizer.state))
         assert bits(values) == bits(plain_values)
         ours, theirs = bits(optimizer.state), bits(plain.state)
         del ours[f"{COUNTERS}.grad_norm"], theirs[f"{COUNTERS}.grad_norm"]  # a sum's own order
@@ -85,29 +85,29 @@ def test_an_optimizer_packed_in_the_middle_goes_on_as_it_would_have() -> None:
         gradients = random_values(step)
         apply(straight, gradients, values)
         apply(stopped, gradients, values)
-    packing = Packing(values, TIERS, joins=True)
-    twin = packing.pack_optimizer(stopped, values)
+    packing = Packing(values, TIERS, by_tier=True)
+    packed_optimizer = packing.pack_optimizer(stopped, values)
     gradients = random_values(4)
     expected = apply(straight, gradients, values)
-    assert bits(packing.unpack(apply(twin, packing.pack(gradients), packing.pack(values)))) == bits(
-        expected
-    )
+    assert bits(
+        packing.unpack(apply(packed_optimizer, packing.pack(gradients), packing.pack(values)))
+    ) == bits(expected)
 
 
 def test_a_packed_sgd_keeps_a_mark_of_a_gradient_for_each_tensor() -> None:
     values = random_values(0)
     clocks = [Tier(f, TIERS.names(i)) for i, f in enumerate(TIERS.frequencies)]
     plain, optimizer = (Tiered(lambda: SGD(0.1, momentum=0.9), clocks) for _ in range(2))
-    plain.init(nested(values))
-    optimizer.init(nested(values))
-    packing = packing_for(values, TIERS, optimizer, small=True)
+    plain.init(unflatten(values))
+    optimizer.init(unflatten(values))
+    packing = make_packing(values, TIERS, optimizer, pack_by_tier=True)
     packed, packed_optimizer = packing.pack(values), packing.pack_optimizer(optimizer, values)
     for step in range(1, 4):
         gradients = random_values(step) | {"layers.0.a": mx.zeros((8, 3))}
         values = apply(plain, gradients, values)
         packed = apply(packed_optimizer, packing.pack(gradients), packed)
-    packing.share_clock(packed_optimizer, optimizer)
-    packing.unpack_optimizer(packed_optimizer, leaf_states(nested(values), optimizer.state))
+    packing.copy_clock(packed_optimizer, optimizer)
+    packing.unpack_optimizer(packed_optimizer, leaf_states(unflatten(values), optimizer.state))
     assert bits(packing.unpack(packed)) == bits(values)
     ours, theirs = bits(optimizer.state), bits(plain.state)
     del ours[f"{COUNTERS}.grad_norm"], theirs[f"{COUNTERS}.grad_norm"]  # a sum's own order
@@ -124,9 +124,9 @@ SIDES = {"tall": (48, 8), "wide": (8, 40), "square": (8, 8), "vector": (24,), "d
 def test_what_is_cut_is_what_was_joined_to_the_bit(names: list[str], dtype: mx.Dtype) -> None:
     mx.random.seed(0)
     values = {name: mx.random.normal(SIDES[name]).astype(dtype) for name in names}
-    leaf = Leaf(0, {name: SIDES[name] for name in names})
-    joined = leaf.join({name: values[name] for name in SIDES if name in values})
-    found = leaf.cut(joined)
+    array = PackedArray(0, {name: SIDES[name] for name in names})
+    joined = array.pack({name: values[name] for name in SIDES if name in values})
+    found = array.unpack(joined)
     assert list(found) == names
     assert joined.size == sum(value.size for value in values.values())
     for name, value in values.items():
@@ -142,23 +142,23 @@ def bits_of(array: mx.array) -> Any:
 
 def test_a_tall_matrix_lies_in_the_vector_with_its_short_side_first() -> None:
     values = random_values(0)
-    leaf = Leaf(0, {name: SHAPES[name] for name in ("layers.0.a", "layers.0.b")})
-    vector = np.array(leaf.join(values))
+    array = PackedArray(0, {name: SHAPES[name] for name in ("layers.0.a", "layers.0.b")})
+    vector = np.array(array.pack(values))
     lora_a, lora_b = np.array(values["layers.0.a"]), np.array(values["layers.0.b"])
     assert vector[:24].tolist() == lora_a.T.reshape(-1).tolist()
     assert vector[24:].tolist() == lora_b.reshape(-1).tolist()
-    transposed = np.array(leaf.cut(mx.array(vector))["layers.0.a"].T, copy=False)
+    transposed = np.array(array.unpack(mx.array(vector))["layers.0.a"].T, copy=False)
     assert transposed.shape == (3, 8)
     assert transposed.flags["C_CONTIGUOUS"]
 
 
 @pytest.mark.parametrize(("odd", "views"), [(7, False), (16, True)])
 def test_what_is_cut_begins_where_16_bytes_can_be_loaded(odd: int, views: bool) -> None:
-    leaf = Leaf(0, {"first": (odd,), "second": (2, 8), "third": (24,)})
+    array = PackedArray(0, {"first": (odd,), "second": (2, 8), "third": (24,)})
     vector = mx.random.normal((odd + 40,)).astype(mx.float16)
     mx.eval(vector)
     start = address(vector)
-    starts = [address(each.reshape(-1)) for each in leaf.cut(vector).values()]
+    starts = [address(each.reshape(-1)) for each in array.unpack(vector).values()]
     assert {place % 16 for place in starts} == {start % 16}
     assert all(start <= place < start + vector.nbytes for place in starts) is views
 
@@ -169,31 +169,31 @@ def address(array: mx.array) -> int:
 
 
 def test_a_tensor_that_is_kept_alone_stays_as_it_is() -> None:
-    leaf, value = Leaf(0, {"a": (8, 3)}), mx.ones((8, 3))
-    assert leaf.join({"a": value}) is value
-    assert leaf.cut(value)["a"] is value
+    array, value = PackedArray(0, {"a": (8, 3)}), mx.ones((8, 3))
+    assert array.pack({"a": value}) is value
+    assert array.unpack(value)["a"] is value
 
 
 def test_a_tier_left_out_of_an_update_keeps_its_array() -> None:
     values = random_values(0)
-    packing = Packing(values, TIERS, joins=True)
-    twin = packing.pack_optimizer(make("skip", values), values)
-    given = {key: packing.pack(values)[key] for key in packing.of_tiers((0,))}
-    assert apply(twin, given, packing.pack(values)).keys() == {"tier0"}
+    packing = Packing(values, TIERS, by_tier=True)
+    packed_optimizer = packing.pack_optimizer(make("skip", values), values)
+    given = {key: packing.pack(values)[key] for key in packing.keys_of_tiers((0,))}
+    assert apply(packed_optimizer, given, packing.pack(values)).keys() == {"tier0"}
 
 
 @pytest.mark.parametrize("small", [True, False])
 def test_only_an_elementwise_optimizer_of_small_tensors_is_packed(small: bool) -> None:
     values = random_values(0)
-    assert packing_for(values, TIERS, make("skip", values), small=small).joins is small
+    assert make_packing(values, TIERS, make("skip", values), pack_by_tier=small).by_tier is small
     other = Tiered(lambda: Muon(0.1))
-    assert packing_for(values, TIERS, other, small=small).joins is False
+    assert make_packing(values, TIERS, other, pack_by_tier=small).by_tier is False
 
 
 def test_unpacked_tensors_stay_the_arrays_they_are() -> None:
     values = random_values(0)
-    packing = Packing(values, TIERS, joins=False)
+    packing = Packing(values, TIERS, by_tier=False)
     optimizer = make("skip", values)
     assert packing.pack_optimizer(optimizer, values) is optimizer
     assert all(packing.unpack(packing.pack(values))[name] is values[name] for name in values)
-    assert packing.of_tiers((1, 2)) == {"layers.1.a", "layers.1.b", "layers.2.a"}
+    assert packing.keys_of_tiers((1, 2)) == {"layers.1.a", "layers.1.b", "layers.2.a"}

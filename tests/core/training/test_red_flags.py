@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from nested_core import SilentUpdateWarning, UpdateReport
-from nested_core.training.red_flags import flag_flat_loss, flag_updates, raise_flag
+from nested_core.training.health import flag_flat_loss, flag_updates, raise_flag
 from nested_core.training.state import TrainingState
 
 NAMES = ("layers.0.lora_a", "layers.0.lora_b")

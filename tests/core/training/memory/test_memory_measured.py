@@ -15,8 +15,8 @@ import pytest
 from benchmarks.forecast import CASES
 from benchmarks.gpu.shapes import RANK, SHAPES
 from nested_core import backend
-from nested_core.training.loss.chunked import rows_at_once
-from nested_core.training.loss.supervised import BatchShape
+from nested_core.training.loss.chunked import rows_per_chunk
+from nested_core.training.loss.interface import BatchShape
 from nested_core.training.memory.estimate import LayerFootprint, ModelFootprint, cuda, peak_bytes
 from tests.example import example_settings
 
@@ -56,7 +56,7 @@ def predicted_for_cuda(size: str, rows: int, operations: int, bits: float = 16) 
         activation_bytes=2,
         layers=(layer,) * shape.layers,
         vocabulary=shape.vocabulary,
-        chunk_rows=rows_at_once(shape.vocabulary),
+        chunk_rows=rows_per_chunk(shape.vocabulary),
         dequantized=2 * shape.vocabulary * d if bits < 16 else 0,
     )
     batch = BatchShape(shape.batch, shape.length, shape.tokens)

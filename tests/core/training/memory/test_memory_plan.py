@@ -9,7 +9,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
-from nested_core.training.loss.supervised import BatchShape
+from nested_core.training.loss.interface import BatchShape
 from nested_core.training.memory.estimate import (
     CPU,
     DeviceProfile,

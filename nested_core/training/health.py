@@ -1,0 +1,190 @@
+"""Whether training does anything, and stays sound: checks of its updates, gradients and losses.
+
+A red flag is a warning that is kept in the run's state: something that should have moved did not.
+Whether the run is worth anything the gate decides.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import logging
+import math
+import statistics
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from nested_core.backend import to_float, to_int
+from nested_core.errors import SilentUpdateWarning, TrainingDiverged
+from nested_core.optim.clock import COUNTERS
+from nested_core.optim.gradients import Flat, gradient_evidence
+from nested_core.optim.pytree import UpdateReport, flatten, verify_updates
+from nested_core.storage.adapter import WEIGHTS_NAME
+from nested_core.training.setup import TrainingSetup
+from nested_core.training.state import TrainingState
+
+logger = logging.getLogger(__name__)
+
+
+def raise_flag(state: TrainingState, code: str, message: str) -> None:
+    """Warn, once a run for each code, and keep the message in the state."""
+    if not any(flag.startswith(f"{code}:") for flag in state.red_flags):
+        state.red_flags.append(f"{code}: {message}")
+        warnings.warn(f"{code}: {message}", SilentUpdateWarning, stacklevel=3)
+
+
+def flag_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]) -> None:
+    """Flag updates that are not in the model, and due parameters that did not move.
+
+    `idle` are those that could not move, such as lora_a while lora_b is still zero.
+    """
+    if report.not_applied:
+        raise_flag(
+            state,
+            "updates_not_applied",
+            f"at step {state.step} {len(report.not_applied)} of {report.checked} computed updates "
+            f"are not in the model, {report.not_applied[0]} among them. It is not being trained.",
+        )
+    unmoved = [name for name in report.unmoved if name not in set(idle)]
+    if unmoved and not report.not_applied:
+        raise_flag(
+            state,
+            "parameters_unchanged",
+            f"the update of step {state.step} left {len(unmoved)} of {report.checked} parameters "
+            f"as they were, {unmoved[0]} among them: is the learning rate too small?",
+        )
+
+
+def flag_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: Path) -> None:
+    """Flag a checkpoint whose adapter file equals the initial adapter's, byte for byte.
+
+    Both are written by `storage.adapter.save_arrays`, which gives equal arrays equal bytes. Call it
+    once every tier was due, and not at step 1, where a warm-up may have a learning rate of 0.
+    """
+    if filecmp.cmp(checkpoint / WEIGHTS_NAME, initial / WEIGHTS_NAME, shallow=False):
+        raise_flag(
+            state,
+            "checkpoint_unchanged",
+            f"the checkpoint of step {state.step} equals the initial adapter, byte for byte: "
+            f"nothing has been trained yet.",
+        )
+
+
+def flag_flat_loss(state: TrainingState, losses: Sequence[float], window: int) -> None:
+    """Flag a training loss whose last `window` reports show no movement beyond their noise.
+
+    It moves if the mean of the later half differs from that of the earlier half by more than two
+    standard errors. A loss that lies that far below the first report has converged and is not
+    flagged. Reports whose loss is not finite are left out.
+    """
+    finite = list(filter(math.isfinite, losses))
+    recent = finite[-window:]
+    if len(recent) < window:
+        return
+    early, late = recent[: window // 2], recent[window // 2 :]
+    spread = statistics.pstdev(recent)
+    noise = 2 * spread * (1 / len(early) + 1 / len(late)) ** 0.5
+    is_moving = abs(statistics.fmean(late) - statistics.fmean(early)) > noise
+    has_learned = finite[0] - statistics.fmean(late) > max(2 * spread, 1e-6)
+    if not is_moving and not has_learned:
+        raise_flag(
+            state,
+            "loss_flat",
+            f"the training loss has not moved beyond noise over {window} reports "
+            f"({recent[0]:.4f} to {recent[-1]:.4f}).",
+        )
+
+
+class UpdateCheck:
+    """Reads the updates of steps back from the model, and flags those that are not there."""
+
+    def __init__(self, setup: TrainingSetup) -> None:
+        self._setup = setup
+        self._checked_due: set[tuple[int, ...]] = set()
+
+    def has_checked(self, due: tuple[int, ...]) -> bool:
+        """Whether an update of just these tiers was checked before."""
+        return due in self._checked_due
+
+    def check(
+        self, state: TrainingState, due: tuple[int, ...], *, before: Flat, expected: Flat
+    ) -> None:
+        """Compare the model with what its due parameters were before a step and should be now.
+
+        `before` and `expected` are parameters by name.
+        """
+        self._checked_due.add(due)
+        report = verify_updates(before, expected, self._setup.model)
+        flag_updates(state, report, self._idle_names(state.step, report.unmoved))
+        state.verified_steps.append(state.step)
+
+    def _idle_names(self, step: int, names: Sequence[str]) -> list[str]:
+        """Those that could not move: not due, no rate, a skipped step, or no gradient yet."""
+        if not names:
+            return []
+        optimizer, tiers = self._setup.optimizer, self._setup.tiers
+        was_skipped = to_int(optimizer.state[COUNTERS]["nonfinite_in_a_row"]) > 0
+        has_rate = to_float(optimizer.learning_rate) > 0.0
+        if was_skipped or not has_rate:
+            return list(names)
+        due = tiers.due(step)
+        state = flatten(optimizer.state)
+        evidence = {name: gradient_evidence(state, name) for name in names}
+        return [
+            name
+            for name, array in evidence.items()
+            if tiers.tensors[name] not in due or array is None or not bool(mx.any(array).item())
+        ]
+
+
+class DivergenceWatch:
+    """Logs every step that was skipped for gradients that are not finite; gives up after `limit`.
+
+    The counter of a step is read when the next one is under way, so that reading it waits for
+    nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._unread: list[tuple[int, mx.array]] = []
+
+    def add(self, step: int, counters: Mapping[str, mx.array]) -> None:
+        """Keep a step's counter of skipped steps in a row, and read those of the steps before.
+
+        Raises TrainingDiverged once `limit` steps in a row were skipped.
+        """
+        self._unread.append((step, counters["nonfinite_in_a_row"]))
+        self._read(keep=1)
+
+    def finish(self) -> None:
+        """Read every counter, the last step's included; this waits for the device."""
+        self._read(keep=0)
+
+    def _read(self, *, keep: int) -> None:
+        while len(self._unread) > keep:
+            step, counter = self._unread.pop(0)
+            skipped = to_int(counter)
+            if skipped > 0:
+                logger.warning(
+                    "step %d was skipped: its gradients are not finite (%d in a row)", step, skipped
+                )
+            if skipped >= self._limit:
+                raise TrainingDiverged(_describe_divergence(skipped, step))
+
+
+def _describe_divergence(skipped: int, step: int) -> str:
+    """The message of TrainingDiverged; before the first update, no update can be to blame."""
+    if skipped == step:
+        return (
+            f"The gradients were not finite in any of the first {skipped} steps, so nothing was "
+            f"trained: what the base model computes is not finite. Look for NaN and infinity in "
+            f"its weights, or for a damaged download; training.precision: float32 rules out "
+            f"numbers that are too large for a narrower type."
+        )
+    return (
+        f"The gradients were not finite for {skipped} steps in a row, up to step {step}: training "
+        f"has diverged. Lower learning_rate, set training.max_grad_norm, or look at the data of "
+        f"these steps."
+    )

@@ -1,0 +1,160 @@
+"""Everything that a run trains with, made from its configuration before the first step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from nested_core.config.optimizers import optimizer_classes
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.errors import ConfigError
+from nested_core.models.base_model import base_fingerprint, find_model
+from nested_core.models.parameters import ParameterRefs, configured_refs
+from nested_core.optim.clock import Tier
+from nested_core.optim.schedules import build_learning_rate
+from nested_core.optim.tiered import Tiered
+from nested_core.optim.tiers import TierMap, refuse_tiers_never_due
+from nested_core.storage.adapter import files_sha256, read_adapter
+from nested_core.storage.atomic import file_sha256
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.batching import BatchSchedule, make_batch_schedule
+from nested_core.training.callbacks import TrainingCallback
+from nested_core.training.distributed import SINGLE_PROCESS, World
+from nested_core.training.evaluation import Prompts, choose_prompts
+from nested_core.training.loss import LOSSES
+from nested_core.training.loss.interface import Loss
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingSetup:
+    """Everything that a run trains with; the trainer and its parts take it whole.
+
+    Attributes:
+        config: the resolved configuration.
+        run: where metrics and checkpoints go; `initial/` and `tiers.json` are in it.
+        input_digests: digests of what training begins from; checkpoints carry them to the gate.
+        callback: receives reports and evaluations, as in mlx-lm.
+        model: the base model with the initial adapter attached.
+        parameters: references to its trainable parameters.
+        tiers: the tier of each.
+        optimizer: initialised with them.
+        batch_schedule: what a run trains on, and when it is evaluated.
+        loss_fn: the loss, in its form for this model.
+        prompts: token ids that every checkpoint records the model's logits on.
+        world: the ranks that train together.
+    """
+
+    # The run
+    config: FineTuneConfig
+    run: RunDirectory
+    input_digests: Mapping[str, str]
+    callback: TrainingCallback | None = None
+
+    # The model and how it is updated
+    model: nn.Module
+    parameters: ParameterRefs
+    tiers: TierMap
+    optimizer: Tiered
+
+    # The data and the loss
+    batch_schedule: BatchSchedule
+    loss_fn: Loss
+    prompts: Prompts
+
+    # The processes
+    world: World = SINGLE_PROCESS
+
+
+def prepare_training(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    model: nn.Module,
+    splits: Mapping[str, TokenizedSplit],
+    *,
+    callback: TrainingCallback | None = None,
+    world: World = SINGLE_PROCESS,
+) -> TrainingSetup:
+    """Make the setup of a run that was validated and loaded.
+
+    Args:
+        config: the resolved configuration; its memory limits hold for this process from now on.
+        run: its run directory.
+        model: the base model with the initial adapter attached.
+        splits: the tokenised data; "train" is needed, "valid" is used if it is there.
+        callback: mlx-lm's callback protocol.
+        world: the ranks that train together.
+
+    Raises ConfigError if a tier would never be due.
+    """
+    if config.training.memory_limit_gb is not None:
+        mx.set_memory_limit(int(config.training.memory_limit_gb * 1e9))
+    if config.clear_cache_threshold:
+        mx.set_cache_limit(config.clear_cache_threshold)
+    tiers = TierMap.from_json(json.loads(run.tiers.read_bytes()))
+    optimizer = build_optimizer(config, tiers)
+    optimizer.init(model.trainable_parameters())
+    parameters = configured_refs(config, model)
+    batch_schedule = make_batch_schedule(config, splits, world)
+    refuse_tiers_never_due(tiers.frequencies, batch_schedule.steps)
+    return TrainingSetup(
+        config=config,
+        run=run,
+        input_digests=compute_input_digests(config, run),
+        callback=callback,
+        model=model,
+        parameters=parameters,
+        tiers=tiers,
+        optimizer=optimizer,
+        batch_schedule=batch_schedule,
+        loss_fn=LOSSES[batch_schedule.loss_name].for_model(model, parameters),
+        prompts=choose_prompts(splits),
+        world=world,
+    )
+
+
+def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
+    """Digests of what training begins from: initial adapter, tiers, base model and data."""
+    return {
+        "initial": read_adapter(run.initial).digest(),
+        "initial_files": files_sha256(run.initial),
+        "tiers": file_sha256(run.tiers),
+        "base": base_fingerprint(find_model(config.model)),
+        "data": json.loads(run.dataset.read_bytes())["digest"],
+    }
+
+
+def build_optimizer(config: FineTuneConfig, tiers: TierMap) -> Tiered:
+    """The configured optimizer of mlx.optimizers, with a clock for each tier.
+
+    Raises ConfigError where its arguments or its schedule are unusable.
+    """
+    section = config.nested
+    scales = section.learning_rate_scale or (1.0,) * len(tiers.frequencies)
+    decays = section.weight_decay or (None,) * len(tiers.frequencies)
+    clocks = [
+        Tier(frequency, tiers.names(i), scales[i], decays[i])
+        for i, frequency in enumerate(tiers.frequencies)
+    ]
+    try:
+        make_optimizer = partial(
+            optimizer_classes()[config.optimizer],
+            build_learning_rate(config),
+            **config.optimizer_arguments,
+        )
+        sample = {"w": mx.ones((2, 2))}
+        make_optimizer().apply_gradients(sample, sample)  # some arguments fail at a step alone
+        return Tiered(
+            make_optimizer,
+            clocks,
+            slow_gradients=section.slow_gradients,
+            accumulate=section.accumulate,
+            max_grad_norm=config.training.max_grad_norm,
+        )
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"optimizer_config or lr_schedule: {error}") from error
