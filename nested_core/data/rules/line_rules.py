@@ -138,25 +138,19 @@ LINE_RULES = RuleTable(
     ),
 )
 
-_SENSITIVE_CHECKS = {
-    "secret": (
-        "likely-secret",
-        "what looks like a secret ({kind}) in {{count}} lines: {{places}}; "
-        "take it out, and change it where it is in use",
-    ),
-    "personal": (
-        "personal-data",
-        "what looks like personal data ({kind}) in {{count}} lines: {{places}}",
-    ),
-}
-
 
 def _sensitive_rule(bit: int) -> Rule:
     """The rule for one kind of secret or personal data, once a file; its value is never shown."""
-    pattern = SENSITIVE_PATTERNS[bit]
-    check, message = _SENSITIVE_CHECKS[pattern.group]
     is_absent = pl.col("sensitive") // 2**bit % 2 == 0
-    return Rule(check, "warning", is_absent, message.format(kind=pattern.name), once=True)
+    name = SENSITIVE_PATTERNS[bit].name
+    if SENSITIVE_PATTERNS[bit].group == "personal":
+        message = f"what looks like personal data ({name}) in {{count}} lines: {{places}}"
+        return Rule("personal-data", "warning", is_absent, message, once=True)
+    message = (
+        f"what looks like a secret ({name}) in {{count}} lines: {{places}}; "
+        "take it out, and change it where it is in use"
+    )
+    return Rule("likely-secret", "warning", is_absent, message, once=True)
 
 
 SENSITIVE_DATA_RULES = RuleTable(

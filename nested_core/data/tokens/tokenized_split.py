@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     STARTS: np.dtype("<i8"),
     LINES: np.dtype("<i4"),
 }
-_COPIED_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,24 +87,10 @@ class TokenizedSplit:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-class ExampleWriter:
-    """Appends examples to PREFIX.tokens and their masks to PREFIX.target_mask."""
-
-    def __init__(self, prefix: Path) -> None:
-        self._tokens = _array_path(prefix, TOKENS).open("wb")
-        self._target_mask = _array_path(prefix, TARGET_MASK).open("wb")
-
-    def add(self, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
-        """Append one example; `target_mask` is one byte a token, 0 or 1."""
-        self._tokens.write(np.asarray(tokens, DTYPES[TOKENS]).tobytes())
-        self._target_mask.write(target_mask)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._tokens.close()
-        self._target_mask.close()
+def write_part(part: Path, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
+    """Write examples, one after the other, to PART.tokens and PART.target_mask (a byte a token)."""
+    _array_path(part, TOKENS).write_bytes(np.asarray(tokens, DTYPES[TOKENS]).tobytes())
+    _array_path(part, TARGET_MASK).write_bytes(target_mask)
 
 
 class SplitWriter:
@@ -117,22 +102,18 @@ class SplitWriter:
         self._files[STARTS].write(bytes(DTYPES[STARTS].itemsize))
 
     def join(self, part: Path, lines: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Append what an ExampleWriter wrote under `part`: examples of these lines and lengths."""
+        """Append what `write_part` wrote: examples of these lines and lengths."""
         for name in (TOKENS, TARGET_MASK):
             path = _array_path(part, name)
-            with path.open("rb") as file:
-                while piece := file.read(_COPIED_BYTES):
-                    self._files[name].write(piece)
+            self._files[name].write(path.read_bytes())
             path.unlink()
         ends = self._total + np.cumsum(lengths, dtype=DTYPES[STARTS])
         self._files[STARTS].write(ends.tobytes())
         self._files[LINES].write(lines.astype(DTYPES[LINES]).tobytes())
         self._total += int(lengths.sum())
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Close the files."""
         for file in self._files.values():
             file.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def test_a_missing_file_is_refused(kept: Path, name: str) -> None:
 
 USE = """
 import sys
+from contextlib import closing
 from pathlib import Path
 from nested_core.data.batches import BatchPlan
 from nested_core.data.tokens.tokenized_split import open_tokens
@@ -215,12 +217,13 @@ def peak_megabytes(folder: Path, rows: int) -> float:
 
 def write_arrays(folder: Path, lengths: Any) -> None:
     """Token files of examples of these lengths, as tokenising leaves them."""
-    from nested_core.data.tokens.tokenized_split import ExampleWriter, SplitWriter, seal_tokens
+    from nested_core.data.tokens.tokenized_split import SplitWriter, seal_tokens, write_part
 
     folder.mkdir()
-    with ExampleWriter(folder / "part") as writer:
-        for length in lengths:
-            writer.add(range(length), bytes(length))
-    with SplitWriter(folder / "train") as joined:
-        joined.join(folder / "part", np.arange(len(lengths)), lengths)
+    with closing(SplitWriter(folder / "train")) as joined:
+        for first in range(0, len(lengths), 1_000):
+            some = lengths[first : first + 1_000]
+            tokens = [token for length in some for token in range(length)]
+            write_part(folder / "part", tokens, bytes(len(tokens)))
+            joined.join(folder / "part", np.arange(first, first + len(some)), some)
     seal_tokens(folder)
