@@ -1,7 +1,7 @@
-"""`data_policy`: which sound lines are left out, and what the report says of them.
+"""`data_policy`: which sound lines are left out of training, and the warnings that say so.
 
-A line that the held-out sets have too is dropped from train, never from them: what a run is
-measured on stays what it was.
+A line that is in valid or test too is dropped from train, never from those: the data that a run is
+measured on stays the same.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _REASONS = {
 def choose_lines(
     train: pl.DataFrame, held_out: list[pl.DataFrame], policy: DataPolicy
 ) -> tuple[pl.DataFrame, list[pl.DataFrame], Dropped]:
-    """What of train is dropped for its content, by reason, and the frames as they are to be judged.
+    """The frames to judge, and the lines of train that are dropped for their content, by reason.
 
-    In those the relation that a policy settles is gone, so that no rule finds it any more.
+    In those frames `repeats` is null for what is dropped, so that no rule reports it as well.
     """
     dropped: dict[str, frozenset[int]] = {}
     no_line = pl.lit(None, pl.Int32)

@@ -1,6 +1,6 @@
-"""Rows -> one polars frame over all files, with what only their neighbours can tell about a line.
+"""Lines related to other lines: which line of train each repeats, and the format of its file.
 
-Describes, never judges: which line came first, how many share a habit, the format of a file.
+Adds columns for the rules in line_rules.py; judges nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import polars.selectors as cs
 
 
 def relate_rows(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
-    """The frames of train, valid and test, with file names, each row knowing the lines it repeats.
+    """The frames of train, valid and test with columns that relate each row to other lines.
 
     Adds file, train_file, is_train, file_format, and the train lines `repeats` (equal content),
     `resembles` (equal but for case and white space) and `answers_otherwise` (equal prompt, other
@@ -52,7 +52,7 @@ def _first_lines(contents: pl.Series, valid: pl.DataFrame) -> pl.Series:
 
 
 def _add_file_format(frame: pl.DataFrame) -> pl.DataFrame:
-    """The format of most rows of a file; of the first among equals."""
+    """Add the format of most rows of the file; of two as frequent, the one that comes first."""
     formats = (
         frame.filter(pl.col("format").is_not_null())
         .group_by("file", "format")
@@ -65,7 +65,7 @@ def _add_file_format(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _add_first_in_train(frame: pl.DataFrame, key: str) -> pl.DataFrame:
-    """Line and content of the first row of train with the same key; null keys equal nothing."""
+    """Add line and content of the first row of train with the same key; null matches nothing."""
     content = pl.col("content").first().alias(f"first_content_by_{key}")
     line = pl.col("line").first().alias(f"first_line_by_{key}")
     keys = frame[key].drop_nulls().sort()

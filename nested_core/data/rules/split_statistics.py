@@ -1,6 +1,6 @@
-"""A split counted, for the report: its rows, its roles and its lengths in tokens.
+"""Statistics of a split for the report: rows, roles, lengths in tokens, padding.
 
-Counts what was already judged; the numbers come back as `SplitStats` and as infos for a reader.
+Counts lines that were judged before; the numbers are SplitStats, and findings of severity info.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]"
 def count_split(
     file: str, frame: pl.DataFrame, rejected: int, digest: str, dropped: Dropped
 ) -> SplitStats:
-    """Count one file's frame; `rejected` is its number of lines with an error."""
+    """Statistics of one file's frame; `rejected` is its number of lines with an error."""
     blank = int(frame["is_blank"].sum())
     formats = frame["file_format"].drop_nulls()
     return SplitStats(
