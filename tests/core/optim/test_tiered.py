@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from mlx import optimizers
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from nested_core.training.build import build_optimizer
 
 from nested_core import NestedAdamW, Tier, TierStats
 from nested_core.config.loading import parse_config
@@ -20,6 +19,7 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.optim.gradients import clip_factor, gradient_evidence
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
+from nested_core.training.setup import build_optimizer
 
 OPTIMIZERS = {
     "sgd": lambda: optimizers.SGD(1e-2, momentum=0.9),
