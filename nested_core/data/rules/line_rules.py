@@ -1,6 +1,6 @@
 """The rules for one line of a data set: an error makes it unfit to train on, a warning doubtful.
 
-The columns are those of a line as it is read (lines/reading.py) and of what relates it to other
+The columns are those of a line as it is read (lines/line_table.py) and of what relates it to other
 lines (repeated_lines.py).
 """
 

@@ -34,11 +34,6 @@ class TokenizerSource:
         return _load(self)
 
 
-def tokenizer_source(config: FineTuneConfig) -> TokenizerSource:
-    """Where the configured model's tokenizer is; the model itself is not loaded."""
-    return TokenizerSource(str(find_model(config.model)), config.trust_remote_code)
-
-
 @lru_cache(maxsize=2)
 def _load(source: TokenizerSource) -> Any:
     from mlx_lm.utils import load_config, load_tokenizer
