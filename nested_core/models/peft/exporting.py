@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.models.peft.factors import (
+from nested_core.models.peft.importing import PEFT_WEIGHTS
+from nested_core.models.peft.lora_factors import (
     MLX_LM,
     PEFT,
     Factors,
@@ -18,8 +19,7 @@ from nested_core.models.peft.factors import (
     precision_notes,
     spread,
 )
-from nested_core.models.peft.folders import Conversion, new_adapter_folder, require_free
-from nested_core.models.peft.importing import PEFT_WEIGHTS
+from nested_core.models.peft.output_folder import Conversion, new_adapter_folder, require_free
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest

@@ -8,8 +8,8 @@ from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.base_model import base_fingerprint
-from nested_core.models.peft.base_model import BaseModel
-from nested_core.models.peft.factors import (
+from nested_core.models.peft.base_modules import BaseModules
+from nested_core.models.peft.lora_factors import (
     MLX_LM,
     PEFT,
     Factors,
@@ -18,9 +18,9 @@ from nested_core.models.peft.factors import (
     precision_notes,
     spread,
 )
-from nested_core.models.peft.folders import Conversion, new_adapter_folder, require_free
+from nested_core.models.peft.output_folder import Conversion, new_adapter_folder, require_free
 from nested_core.models.peft.peft_config import REASONS, PeftConfig, read_peft_config
-from nested_core.models.peft.uniform import make_uniform
+from nested_core.models.peft.uniform_rank import make_uniform
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.safetensors_files import Tensor, read_tensors
 
@@ -48,7 +48,7 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
     config, tensors = _read(folder)
     modules = gather(tensors, PEFT, has_magnitude=config.use_dora, path=folder / PEFT_WEIGHTS)
     _require_ranks(config, modules, folder)
-    base = BaseModel.open(model)
+    base = BaseModules.open(model)
     base.require(modules)
     notes = _compare_targets(config, modules, base, folder) + precision_notes(modules)
     uniform = make_uniform(modules, {name: config.scale_of(name) for name in modules})
@@ -116,7 +116,7 @@ def _require_ranks(config: PeftConfig, modules: Mapping[str, Factors], folder: P
 
 
 def _compare_targets(
-    config: PeftConfig, modules: Mapping[str, Factors], base: BaseModel, folder: Path
+    config: PeftConfig, modules: Mapping[str, Factors], base: BaseModules, folder: Path
 ) -> list[str]:
     """The modules with tensors must be those that target_modules and the layers name."""
     targets = config.targets(base.linear_modules())

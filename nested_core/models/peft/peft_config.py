@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what it says of the tensors, and what cannot be said to mlx-lm.
+"""PEFT's adapter_config.json: rank, scale and target modules, and what mlx-lm cannot express.
 
 Keys and defaults are those of peft/config.py and peft/tuners/lora/config.py. A key that would
 change the model and has no counterpart in mlx-lm is refused by name; so is one not known here.
@@ -16,16 +16,24 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.models.peft.factors import listed
+from nested_core.models.peft.lora_factors import listed
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
-# Without a bearing on what a trained adapter computes.
-IGNORED = frozenset(
-    ["auto_mapping", "peft_version", "revision", "inference_mode", "megatron_core"]
-    + ["loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"]
-    + ["qalora_group_size"]
-)
+# They do not change what a trained adapter computes.
+IGNORED = {
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+}
 REASONS = {
     "bias": "the base's biases were trained, and an mlx-lm adapter holds none",
     "lora_bias": "lora_B has a bias, and mlx-lm's lora_b has none",
@@ -52,7 +60,7 @@ Patterns = list[tuple[re.Pattern[str], Number]]
 
 
 class PeftConfig(BaseModel):
-    """A LoRA configuration of PEFT that mlx-lm can carry out: the keys that say how."""
+    """The keys of a LoRA configuration of PEFT that decide what the adapter computes."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
@@ -92,7 +100,7 @@ class PeftConfig(BaseModel):
     def targets(self, names: Iterable[str]) -> set[str] | None:
         """Those of the base's linear modules that PEFT would adapt (check_target_module_exists).
 
-        None where the configuration holds a regular expression of a stranger's: none is run.
+        None if the configuration holds a regular expression: those of a stranger are not run.
         """
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else None
         patterns = patterns or list(self.layers_pattern or [])
@@ -135,10 +143,10 @@ def _first_match(patterns: Patterns[Number], module: str, default: Number) -> Nu
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """Read and judge the configuration in a PEFT adapter's folder.
+    """Read the configuration in a PEFT adapter's folder.
 
-    Raises DamagedError where it is malformed, and ConfigError, with all reasons, where mlx-lm could
-    not do what it says.
+    Raises DamagedError if it is malformed, and ConfigError, with all reasons, if mlx-lm cannot
+    compute what it describes.
     """
     path = folder / CONFIG_NAME
     values = read_adapter_config(path)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.models.peft.factors import Factors
-from nested_core.models.peft.uniform import make_uniform
+from nested_core.models.peft.lora_factors import Factors
+from nested_core.models.peft.uniform_rank import make_uniform
 from nested_core.storage.safetensors_files import Tensor
 
 STORED = {"F32": np.float32, "F16": np.float16}

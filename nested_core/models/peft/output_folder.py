@@ -1,6 +1,6 @@
-"""Where a converted adapter goes: a folder that appears whole or not at all.
+"""The folder that a converted adapter is written to: it appears complete or not at all.
 
-A folder that holds anything is never written to.
+A folder that has anything in it is never written to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nested_core.storage.atomic import new_directory
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: where, its adapter_config.json, how much, and what a person should know."""
+    """A converted adapter: its folder, adapter_config.json, counts, and notes for the user."""
 
     out: Path
     config: dict[str, Any]

@@ -1,7 +1,7 @@
-"""The low-rank factors of each adapted module, whichever program wrote them.
+"""The low-rank factors of each adapted module, as mlx-lm and as PEFT name and store them.
 
-Tensors are turned and renamed as bytes, with no arithmetic; what is not a whole, finite pair of
-matrices (and DoRA's magnitude where there should be one) is refused.
+Tensors are transposed and renamed as bytes, without arithmetic. Every module must have both
+matrices (and DoRA's magnitude, for DoRA), of matching shapes and with finite values.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """How a program names the tensors of a module, and whether its matrices lie the other way."""
+class TensorNaming:
+    """How a program names a module's tensors, and whether it stores the matrices transposed."""
 
     prefix: str
     leaves: Mapping[str, str]
@@ -50,16 +50,16 @@ class Spelling:
                 return module, leaf
         return None
 
-    def spell(self, module: str, leaf: str) -> str:
+    def tensor_name(self, module: str, leaf: str) -> str:
         """The tensor's name in the file."""
         return self.prefix + module + self.leaves[leaf]
 
 
 # mlx_lm/tuner/lora.py and dora.py.
-MLX_LM = Spelling("", {"lora_a": ".lora_a", "lora_b": ".lora_b", "m": ".m"}, False)
+MLX_LM = TensorNaming("", {"lora_a": ".lora_a", "lora_b": ".lora_b", "m": ".m"}, False)
 # peft/tuners/lora/layer.py and utils/save_and_load.py, which drops the adapter's name; A is a
 # Linear(in, r) and B a Linear(r, out), whose weights lie (out, in) in PyTorch.
-PEFT = Spelling(
+PEFT = TensorNaming(
     "base_model.model.",
     {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "m": ".lora_magnitude_vector"},
     True,
@@ -67,21 +67,21 @@ PEFT = Spelling(
 
 
 def gather(
-    tensors: Mapping[str, Tensor], spelling: Spelling, *, has_magnitude: bool, path: Path
+    tensors: Mapping[str, Tensor], naming: TensorNaming, *, has_magnitude: bool, path: Path
 ) -> dict[str, Factors]:
     """The factors by module name, sorted; DamagedError names every tensor that does not belong."""
     modules: dict[str, dict[str, Tensor]] = {}
     problems = []
     for name, tensor in sorted(tensors.items()):
-        place = spelling.parse(name)
+        place = naming.parse(name)
         if place is None:
             problems.append(f"  {name}: no tensor of a LoRA or DoRA module")
             continue
         module, leaf = place
-        modules.setdefault(module, {})[leaf] = _turned(tensor, spelling)
+        modules.setdefault(module, {})[leaf] = _transposed(tensor, naming)
     wanted = ("lora_a", "lora_b", "m") if has_magnitude else ("lora_a", "lora_b")
     for module, leaves in modules.items():
-        problems += _problems(module, leaves, wanted, spelling)
+        problems += _problems(module, leaves, wanted, naming)
     if not modules:
         problems.append("  no tensor at all")
     if problems:
@@ -92,10 +92,10 @@ def gather(
     return {module: Factors(**leaves) for module, leaves in modules.items()}
 
 
-def spread(modules: Mapping[str, Factors], spelling: Spelling) -> dict[str, Tensor]:
-    """The tensors by the names that a program gives them: what `gather` takes apart."""
+def spread(modules: Mapping[str, Factors], naming: TensorNaming) -> dict[str, Tensor]:
+    """The tensors under the names that a program gives them; the inverse of `gather`."""
     return {
-        spelling.spell(module, leaf): _turned(tensor, spelling)
+        naming.tensor_name(module, leaf): _transposed(tensor, naming)
         for module, factors in modules.items()
         for leaf, tensor in vars(factors).items()
         if tensor is not None
@@ -103,7 +103,7 @@ def spread(modules: Mapping[str, Factors], spelling: Spelling) -> dict[str, Tens
 
 
 def precision_notes(modules: Mapping[str, Factors]) -> list[str]:
-    """What to know of DoRA in half precision: the two programs do not compute the same there."""
+    """A note on DoRA in half precision, which the two programs compute differently."""
     magnitudes = [factors for factors in modules.values() if factors.m is not None]
     if all(tensor.dtype == "F32" for factors in magnitudes for tensor in vars(factors).values()):
         return []
@@ -127,28 +127,28 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:MAX_LINE])
 
 
-def _turned(tensor: Tensor, spelling: Spelling) -> Tensor:
-    """A matrix transposed where the program stores it so; anything else as it is."""
-    if not spelling.is_transposed or len(tensor.shape) != 2 or tensor.dtype not in DTYPES:
+def _transposed(tensor: Tensor, naming: TensorNaming) -> Tensor:
+    """The tensor, transposed if it is a matrix and the program stores matrices transposed."""
+    if not naming.is_transposed or len(tensor.shape) != 2 or tensor.dtype not in DTYPES:
         return tensor
     values = np.frombuffer(tensor.data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape).T
     return Tensor(tensor.dtype, values.shape, values.tobytes())
 
 
 def _problems(
-    module: str, leaves: Mapping[str, Tensor], wanted: tuple[str, ...], spelling: Spelling
+    module: str, leaves: Mapping[str, Tensor], wanted: tuple[str, ...], naming: TensorNaming
 ) -> list[str]:
     missing = [leaf for leaf in wanted if leaf not in leaves]
     foreign = [leaf for leaf in leaves if leaf not in wanted]
     if missing or foreign:
-        found = [f"  {spelling.spell(module, leaf)}: missing" for leaf in missing]
+        found = [f"  {naming.tensor_name(module, leaf)}: missing" for leaf in missing]
         return found + [
-            f"  {spelling.spell(module, leaf)}: unexpected, the configuration is not DoRA's"
+            f"  {naming.tensor_name(module, leaf)}: unexpected, the configuration is not DoRA's"
             for leaf in foreign
         ]
     complaints = {leaf: _complaint(leaf, leaves) for leaf in wanted}
     return [
-        f"  {spelling.spell(module, leaf)}: {complaint}"
+        f"  {naming.tensor_name(module, leaf)}: {complaint}"
         for leaf, complaint in complaints.items()
         if complaint is not None
     ]

@@ -1,6 +1,7 @@
-"""One rank and one scale for all modules, as mlx-lm has them, with every product as it was.
+"""Give all modules one rank and one scale, as mlx-lm needs, without changing any product.
 
-Ranks are filled up with zeros; a scale goes into lora_b where that loses no bit, else is refused.
+Lower ranks are padded with zeros; another scale is multiplied into lora_b if that is exact, and
+refused otherwise.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nested_core.errors import ConfigError
-from nested_core.models.peft.factors import Factors
+from nested_core.models.peft.lora_factors import Factors
 from nested_core.storage.safetensors_files import NUMPY_DTYPES, Tensor
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """Factors of one rank under one scale, and what had to be done for that."""
+class UniformFactors:
+    """Factors that share a rank and a scale, and notes on what was changed for that."""
 
     modules: dict[str, Factors]
     rank: int
@@ -27,35 +28,35 @@ class Uniform:
     notes: tuple[str, ...]
 
 
-def make_uniform(modules: Mapping[str, Factors], scales: Mapping[str, float]) -> Uniform:
-    """Give every module the highest rank and the commonest scale.
+def make_uniform(modules: Mapping[str, Factors], scales: Mapping[str, float]) -> UniformFactors:
+    """Give every module the highest rank and the most common scale.
 
-    Raises ConfigError where a scale cannot go into lora_b exactly.
+    Raises ConfigError if a scale cannot be multiplied into lora_b exactly.
     """
     rank = max(factors.rank for factors in modules.values())
     scale = Counter(scales.values()).most_common(1)[0][0]
-    filled = [name for name, factors in modules.items() if factors.rank < rank]
-    folded = [name for name in modules if scales[name] != scale]
+    padded = [name for name, factors in modules.items() if factors.rank < rank]
+    rescaled = [name for name in modules if scales[name] != scale]
     notes = []
-    if filled:
+    if padded:
         notes.append(
-            f"{len(filled)} of {len(modules)} modules have a rank below {rank}: filled up with "
+            f"{len(padded)} of {len(modules)} modules have a rank below {rank}: filled up with "
             f"zeros, which changes no product (mlx-lm has one rank for all)"
         )
-    if folded:
+    if rescaled:
         notes.append(
-            f"{len(folded)} of {len(modules)} modules have another scale than {scale:g}: lora_b is "
-            f"multiplied by a power of two, without rounding (mlx-lm has one scale for all)"
+            f"{len(rescaled)} of {len(modules)} modules have another scale than {scale:g}: lora_b "
+            f"is multiplied by a power of two, without rounding (mlx-lm has one scale for all)"
         )
     uniform = {
-        name: _fill(_fold(name, factors, scales[name], scale), rank)
+        name: _pad_rank(_multiply_scale(name, factors, scales[name], scale), rank)
         for name, factors in modules.items()
     }
-    return Uniform(uniform, rank, scale, tuple(notes))
+    return UniformFactors(uniform, rank, scale, tuple(notes))
 
 
-def _fill(factors: Factors, rank: int) -> Factors:
-    """Columns of lora_a and rows of lora_b of zeros, up to a rank: they add nothing."""
+def _pad_rank(factors: Factors, rank: int) -> Factors:
+    """Pad lora_a with zero columns and lora_b with zero rows; the product stays the same."""
     missing = rank - factors.rank
     if not missing:
         return factors
@@ -72,7 +73,7 @@ def _with_zeros(tensor: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:
     return Tensor(tensor.dtype, wider.shape, wider.tobytes())
 
 
-def _fold(name: str, factors: Factors, own: float, common: float) -> Factors:
+def _multiply_scale(name: str, factors: Factors, own: float, common: float) -> Factors:
     """Put own / common into lora_b: exact for a power of two that keeps every value in range."""
     if own == common:
         return factors

@@ -14,18 +14,18 @@ from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model
-from nested_core.models.peft.factors import MLX_LM, listed
+from nested_core.models.peft.lora_factors import MLX_LM, listed
 
 
 @dataclass(frozen=True)
-class BaseModel:
+class BaseModules:
     """A model whose arrays are not evaluated, and its folder."""
 
     folder: Path
     network: nn.Module
 
     @classmethod
-    def open(cls, model: str) -> BaseModel:
+    def open(cls, model: str) -> BaseModules:
         """Open a local folder or a repository of the hub."""
         from mlx_lm.utils import load_model
 
