@@ -85,15 +85,15 @@ def memory_has_room() -> bool:
 
 @pytest.fixture(autouse=True)
 def _forked_proof(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the gate's proof be a forked process, but in tests/core/gate/test_gate_proof.py."""
-    proof = sys.modules.get("nested_core.gate.proof")  # a test that does not judge needs none
-    if proof is None or request.path.name == "test_gate_proof.py":
-        return
+    """Fork the process that loads an adapter for the gate, but in test_gate_proof.py."""
+    if "nested_core.gate" not in sys.modules or request.path.name == "test_gate_proof.py":
+        return  # a test that judges nothing need not import the gate
+    from nested_core.gate import fresh_process
 
     def run(command: list[str], *, env: dict[str, str], timeout: float, **_: Any) -> Any:
-        assert command[1] == "-P"
+        assert command[:2] == [sys.executable, "-P"]
         done = python(*command[2:], env=env, timeout=timeout)
         return SimpleNamespace(returncode=done.returncode, stderr=done.stderr.encode())
 
     launched = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(proof, "subprocess", launched)
+    monkeypatch.setattr(fresh_process, "subprocess", launched)
