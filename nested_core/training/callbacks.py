@@ -1,4 +1,4 @@
-"""Callbacks in mlx-lm's protocol, several at once, its reporting services among them."""
+"""Training callbacks in mlx-lm's protocol, with the services of `report_to` among them."""
 
 from __future__ import annotations
 
@@ -52,4 +52,4 @@ def with_reporting(
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"report_to: {error}") from error
-    return Callbacks([each for each in (callback, reporting) if each is not None])
+    return Callbacks([one for one in (callback, reporting) if one is not None])

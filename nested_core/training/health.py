@@ -60,8 +60,9 @@ def flag_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]
 def flag_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: Path) -> None:
     """Flag a checkpoint whose adapter file equals the initial adapter's, byte for byte.
 
-    Both are written by `storage.adapter.save_arrays`, which gives equal arrays equal bytes. Call it
-    once every tier was due, and not at step 1, where a warm-up may have a learning rate of 0.
+    Both are written by `storage.safetensors_files.save_arrays`, which writes equal arrays as equal
+    bytes. Call it once every tier was due, and not at step 1, where a warm-up may have a learning
+    rate of 0.
     """
     if filecmp.cmp(checkpoint / WEIGHTS_NAME, initial / WEIGHTS_NAME, shallow=False):
         raise_flag(
@@ -124,7 +125,8 @@ class UpdateCheck:
         """Those that could not move: not due, no rate, a skipped step, or no gradient yet."""
         if not names:
             return []
-        optimizer, tiers = self._setup.optimizer, self._setup.tiers
+        optimizer = self._setup.optimizer
+        tiers = self._setup.tiers
         was_skipped = to_int(optimizer.state[COUNTERS]["nonfinite_in_a_row"]) > 0
         has_rate = to_float(optimizer.learning_rate) > 0.0
         if was_skipped or not has_rate:

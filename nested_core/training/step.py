@@ -120,7 +120,9 @@ class TrainStep:
         params = self.packed.parameters
         stop_flag = None if self.world.is_single_process else mx.array(stop_requested)
         micro_batches: list[Sums] = []
-        accumulated, updates, stop_count = None, {}, None
+        accumulated: dict[str, Any] | None = None
+        updates: Flat = {}
+        stop_count: mx.array | None = None
         with restoring_parameters(self.parameters):
             for index, batch in enumerate(batches):
                 is_last = is_complete and index == len(batches) - 1

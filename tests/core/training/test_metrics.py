@@ -82,7 +82,7 @@ def test_a_line_that_was_cut_anywhere_is_passed_over(path: Path) -> None:
         (2, 2, [0, 1]),
     ],
 )
-def test_cut_back_keeps_so_many_reports_up_to_a_step(
+def test_truncating_keeps_so_many_reports_up_to_a_step(
     path: Path, step: int, count: int, kept: list[int]
 ) -> None:
     before: list[dict[str, Any]] = read_metrics(path)
@@ -99,7 +99,7 @@ def test_after_a_cut_a_half_written_line_is_gone_and_reports_go_on(path: Path) -
     assert [path.name for path in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
-def test_cutting_back_what_is_not_there_makes_an_empty_file(tmp_path: Path) -> None:
+def test_truncating_what_is_not_there_makes_an_empty_file(tmp_path: Path) -> None:
     assert truncate_metrics(tmp_path / "metrics.jsonl", 3, 9) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
