@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
+from mlx_lm.utils import _download
 
-from nested_core.models.base_model import PAGE_BYTES, PAGE_STRIDE, base_fingerprint
+from nested_core.models.base_model import PAGE_BYTES, PAGE_STRIDE, base_fingerprint, find_model
 
 FILES = {
     "config.json": b"{" + b" " * (3 * PAGE_BYTES) + b"}",
@@ -61,3 +63,12 @@ def test_what_a_model_is_not_made_of_is_not_looked_at(folder: Path) -> None:
     before = base_fingerprint(folder)
     (folder / "README.md").write_text("words")
     assert base_fingerprint(folder) == before
+
+
+def test_mlx_lm_still_resolves_a_local_folder_through_the_private_function_used_here(
+    tmp_path: Path,
+) -> None:
+    parameters = list(inspect.signature(_download).parameters.values())
+    assert parameters[0].name == "path_or_hf_repo"
+    assert all(each.default is not inspect.Parameter.empty for each in parameters[1:])
+    assert find_model(str(tmp_path)) == Path(_download(str(tmp_path))) == tmp_path
