@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 from nested_core.config.data import DataPolicy, HubDataset
 from nested_core.data.lines.examples import Features
-from nested_core.data.tokens.example_encoding import Targets
 
 SPLITS = ("train", "valid", "test")
+
+
+# What the loss counts of an example: all of it, the last turn, or every turn of the assistant.
+Targets = Literal["whole", "last", "all"]
 
 
 @dataclass(frozen=True)

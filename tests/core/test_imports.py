@@ -12,6 +12,35 @@ import pytest
 
 LINUX = sys.platform == "linux"
 
+STATE = """
+import json, logging, os, sys, warnings
+
+def mapped():
+    '''The libraries of the process that are none of Python's or of a package's.'''
+    try:
+        lines = open("/proc/self/maps").read().splitlines()
+    except FileNotFoundError:
+        return []
+    paths = {line.split()[-1] for line in lines if ".so" in line}
+    return sorted(path for path in paths if "blas" in path.lower() or "mlx" in path)
+
+def state():
+    import pandera.config, polars
+    return {
+        "environment": dict(os.environ),
+        "pandera": str(pandera.config.get_config_global()),
+        "polars": polars.Config.save(),
+        "logging": [logging.root.level, len(logging.root.handlers), logging.root.manager.disable],
+        "warnings": len(warnings.filters),
+        "libraries": mapped(),
+    }
+
+before = state()
+import nested_core, nested_core.data
+after = state()
+print(json.dumps([before, after, sorted(name for name in sys.modules if name.startswith("mlx"))]))
+"""
+
 
 def ask(code: str, **environment: str) -> Any:
     """What a fresh Python process prints, as JSON."""
@@ -22,6 +51,14 @@ def ask(code: str, **environment: str) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_importing_the_library_leaves_its_host_as_it_was() -> None:
+    settings = {"PANDERA_VALIDATION_ENABLED": "False", "PANDERA_CACHE_DATAFRAME": "True"}
+    before, after, mlx_modules = ask(STATE, **settings)
+    assert before["environment"].items() >= settings.items()
+    assert after == before
+    assert mlx_modules == []
 
 
 LATE = """
@@ -72,6 +109,9 @@ print(json.dumps([code, heavy]), file=sys.__stdout__)
 """
 
 
-def test_status_imports_no_trainer(tmp_path: Path) -> None:
-    for arguments in (["status", str(tmp_path)],):
+def test_status_and_a_refused_promote_import_no_trainer(tmp_path: Path) -> None:
+    for arguments in (
+        ["status", str(tmp_path)],
+        ["promote", str(tmp_path), "--registry", str(tmp_path), "--name", "x"],
+    ):
         assert ask(LIGHT.format(arguments=arguments)) == [2, []]

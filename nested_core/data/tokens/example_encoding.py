@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from nested_core.data.lines.examples import Example
+from nested_core.data.settings import Targets
 
-# What the loss counts of an example: all of it, the last turn, or every turn of the assistant.
-Targets = Literal["whole", "last", "all"]
 Span = tuple[int, int]
 _ANSWER_PROMPT = {"add_generation_prompt": True}  # adds what the template puts before an answer
 

@@ -1,7 +1,7 @@
-"""Runs a command, and ends its process group when standard input ends, as it does with a parent.
+"""Run a command; kill its process group when standard input ends, because the parent is gone.
 
-Started by path, as a script of its own, in a session of its own; it imports nothing of ours. What
-comes on standard input goes on to the command.
+Started by its path, in a session of its own; it imports nothing of ours. Standard input is passed
+on to the command.
 """
 
 from __future__ import annotations
