@@ -66,7 +66,8 @@ LINE_RULES = RuleTable(
             "last-turn-not-assistant",
             "error",
             _CHAT_ROLES.str.contains("^[^ac]*$|[ac]$"),
-            "the turns are {turns}; the last one is what is learnt and must be the assistant's",
+            "the turns are {turns}; the last one is what the model learns "
+            "and must be the assistant's",
         ),
         Rule(
             "tool-without-call",

@@ -94,8 +94,8 @@ TOKEN_RULES = RuleTable(
             "error",
             pl.col("broken_turn") < 0,
             "the chat template writes what comes up to messages[{broken_turn}] otherwise by itself "
-            "than within the whole, so the wrong tokens would be learnt; train without mask_prompt "
-            "and supervise: all, or with another template",
+            "than within the whole, so the loss would count the wrong tokens; train without "
+            "mask_prompt and supervise: all, or with another template",
         ),
         Rule(
             "overlong",
