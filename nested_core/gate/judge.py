@@ -198,8 +198,7 @@ def _proven(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> 
         is_float32=dtype is not None and dtype == mx.float32,
         trusts_remote_code=config.trust_remote_code,
     )
-    proof, reasons = prove(request)
-    return replace(_add(verdict, reasons), proof=proof)
+    return _with_proof(verdict, request)
 
 
 def _proven_without_a_run(verdict: Verdict, before: Adapter, after: Adapter) -> Verdict:
@@ -214,6 +213,10 @@ def _proven_without_a_run(verdict: Verdict, before: Adapter, after: Adapter) -> 
         return _add(verdict, [Reason("base_mismatch", message)])
     is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
     request = ProofRequest(Path(named), before.path, after.path, is_float32=is_float32)
+    return _with_proof(verdict, request)
+
+
+def _with_proof(verdict: Verdict, request: ProofRequest) -> Verdict:
     proof, reasons = prove(request)
     return replace(_add(verdict, reasons), proof=proof)
 

@@ -39,7 +39,7 @@ class Reason:
 class TensorChange:
     """How one tensor changed from the initial to the trained adapter.
 
-    `changed` compares bytes; `max_abs_delta` is None where a value is not finite; `relative_delta`
+    `changed` compares bytes; `max_abs_delta` is None if a value is not finite; `relative_delta`
     is the norm of the difference over the larger of the two norms.
     """
 

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nested_core.errors import NestedTuneError
-from nested_core.registry.champion_link import (
-    LINK_NAME,
-    RECORD_NAME,
-    make_record,
-    read_link,
-    read_prepared,
-    read_record,
-)
+from nested_core.registry import champion_link
 from nested_core.registry.folder_lock import shared
 from nested_core.registry.gate_file import GATE_NAME, read_gate, require_passed
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
@@ -83,9 +76,9 @@ def _take_snapshot(folder: Path) -> Snapshot:
     champion = None
     ledger = Ledger()
     try:
-        champion = read_link(folder)
+        champion = champion_link.read_link(folder)
     except (NestedTuneError, OSError) as error:
-        findings.append(AuditFinding(folder / LINK_NAME, str(error)))
+        findings.append(AuditFinding(folder / champion_link.LINK_NAME, str(error)))
     try:
         ledger = read_ledger(folder)
     except (NestedTuneError, OSError) as error:
@@ -93,8 +86,8 @@ def _take_snapshot(folder: Path) -> Snapshot:
     return Snapshot(
         versions=tuple(registered_versions(folder)),
         champion=champion,
-        prepared=read_prepared(folder),
-        record=read_record(folder),
+        prepared=champion_link.read_prepared(folder),
+        record=champion_link.read_record(folder),
         ledger=ledger,
         findings=tuple(findings),
     )
@@ -160,11 +153,13 @@ def _audit_champion(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
         if last is not None and (last.version, last.previous) == (prepared, champion):
             return  # a crash came between the history and the link
         yield AuditFinding(
-            folder / LINK_NAME,
+            folder / champion_link.LINK_NAME,
             f"points to {champion}, but the history's last line leaves {ledger.champion}: the link "
             "was moved by hand, or the history is not whole",
         )
     recorded = (snapshot.record or {}).get("version")
     is_ahead = prepared is not None and recorded == prepared
-    if snapshot.record != make_record(champion, ledger.changes()) and not is_ahead:
-        yield AuditFinding(folder / RECORD_NAME, "does not say what the link and the history say")
+    if snapshot.record != champion_link.make_record(champion, ledger.changes()) and not is_ahead:
+        yield AuditFinding(
+            folder / champion_link.RECORD_NAME, "does not say what the link and the history say"
+        )

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry.champion_link import read_link, read_prepared
+from nested_core.registry import champion_link
 from nested_core.registry.folder_lock import exclusive, shared
 from nested_core.registry.ledger import Ledger, append, new_entry, read_ledger
 from nested_core.registry.name_folders import VERSIONS, find_name_folder
-from nested_core.registry.recovery import recover
+from nested_core.registry.recovery import State, recover
 from nested_core.registry.versions import REGISTERED_AT, read_provenance, registered_versions
 from nested_core.storage.atomic import (
     RETIRED_PREFIX,
@@ -54,39 +54,34 @@ def collect(
     folder = find_name_folder(registry, name)
     if dry_run:
         with shared(folder):
-            ledger = read_ledger(folder)
-            return _plan(folder, name, read_link(folder), ledger, keep, dry_run=True)
+            state = State(champion_link.read_link(folder), read_ledger(folder))
+            return _plan(folder, name, state, keep, dry_run=True)
     with exclusive(folder):
         leftovers = _leftovers(folder)
         state = recover(folder)
-        plan = _plan(folder, name, state.champion, state.ledger, keep, dry_run=False)
+        plan = _plan(folder, name, state, keep, dry_run=False)
         for version in plan.collected:
             _remove(folder, version, state.champion, by)
     return replace(plan, leftovers=leftovers)
 
 
-def _plan(
-    folder: Path, name: str, champion: str | None, ledger: Ledger, keep: int, *, dry_run: bool
-) -> Collection:
+def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) -> Collection:
+    ledger = state.ledger
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(folder, version, ledger), reverse=True)
-    kept = set(by_age[:keep]) | _needed(folder, champion, ledger)
+    # Both ends of an interrupted change are needed too.
+    needed = {state.champion, ledger.champion, champion_link.read_prepared(folder)}
+    kept = {*by_age[:keep], *needed, ledger.rollback_target()}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return Collection(
         name=name,
-        champion=champion,
+        champion=state.champion,
         collected=collected,
         kept=tuple(version for version in versions if version in kept),
         bytes=sum(_size(folder / VERSIONS / version) for version in collected),
         leftovers=_leftovers(folder),
         is_dry_run=dry_run,
     )
-
-
-def _needed(folder: Path, champion: str | None, ledger: Ledger) -> set[str]:
-    """The champion, what a rollback would go to, and both ends of an interrupted change."""
-    needed = {champion, ledger.champion, ledger.rollback_target(), read_prepared(folder)}
-    return {version for version in needed if version is not None}
 
 
 def _last_use(folder: Path, version: str, ledger: Ledger) -> str:

@@ -40,13 +40,17 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
     """
     versions, champion = list_versions(registry, name), read_champion(registry, name)
     client = _client(tracking_uri)
-    _ensure_model(client, name)
+    if not client.search_registered_models(filter_string=f"name = '{name}'"):
+        client.create_registered_model(name, description="Adapters that passed nested-tune's gate.")
     numbers = _known(client, name)
     added = tuple(version for version in versions if version not in numbers)
     for version in added:
         verify(registry, name, version)
         numbers[version] = _add(client, name, version, version_folder(registry, name, version))
-    _point_alias(client, name, numbers.get(champion) if champion else None)
+    if champion in numbers:
+        client.set_registered_model_alias(name, ALIAS, numbers[champion])
+    else:
+        client.delete_registered_model_alias(name, ALIAS)
     return Export(name, champion, numbers, added)
 
 
@@ -59,11 +63,6 @@ def _client(tracking_uri: str | None) -> Any:
             "MLflow is not installed here. Install the extra: pip install 'nested-tune[mlflow]'."
         ) from error
     return mlflow.MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
-
-
-def _ensure_model(client: Any, name: str) -> None:
-    if not client.search_registered_models(filter_string=f"name = '{name}'"):
-        client.create_registered_model(name, description="Adapters that passed nested-tune's gate.")
 
 
 def _known(client: Any, name: str) -> dict[str, str]:
@@ -95,12 +94,5 @@ def _add(client: Any, name: str, version: str, folder: Path) -> str:
 
 
 def _experiment(client: Any, name: str) -> str:
-    found = client.get_experiment_by_name(name)
-    return str(client.create_experiment(name) if found is None else found.experiment_id)
-
-
-def _point_alias(client: Any, name: str, number: str | None) -> None:
-    if number is None:
-        client.delete_registered_model_alias(name, ALIAS)
-    else:
-        client.set_registered_model_alias(name, ALIAS, number)
+    existing = client.get_experiment_by_name(name)
+    return str(client.create_experiment(name) if existing is None else existing.experiment_id)

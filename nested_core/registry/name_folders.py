@@ -48,7 +48,11 @@ def find_name_folder(registry: Path, name: str) -> Path:
     folder = registry / name
     _refuse_links(folder)
     if file_type(folder / VERSIONS) != "directory":
-        raise ConfigError(_unknown_name(registry, name))
+        listed = list_first(list_names(registry), LISTED_NAMES) or "nothing"
+        raise ConfigError(
+            f"The registry {registry} has no adapter named {name!r}. It holds: {listed}. "
+            "Check the name, or promote a run under it first."
+        )
     return folder
 
 
@@ -117,12 +121,3 @@ def _refuse_links(folder: Path) -> None:
                 f"{path} is a symbolic link to {os.readlink(path)!r}. A registry has no link but "
                 "`champion`: replace it by the directory itself."
             )
-
-
-def _unknown_name(registry: Path, name: str) -> str:
-    known = list_names(registry)
-    listed = list_first(known, LISTED_NAMES) or "nothing"
-    return (
-        f"The registry {registry} has no adapter named {name!r}. It holds: {listed}. "
-        "Check the name, or promote a run under it first."
-    )

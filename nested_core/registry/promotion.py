@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from nested_core.errors import ConfigError
-from nested_core.registry.champion_link import make_record, prepare, swap, write_record
+from nested_core.registry import champion_link
 from nested_core.registry.folder_lock import exclusive
 from nested_core.registry.ledger import Entry, append, new_entry
 from nested_core.registry.name_folders import VERSIONS, find_name_folder
-from nested_core.registry.recovery import RecoveredState, recover
+from nested_core.registry.recovery import State, recover
 from nested_core.registry.versions import PREFIX_PATTERN, resolve_version, verify_version
 
 Outcome = Literal["promoted", "rolled_back", "already_champion", "superseded", "barred"]
@@ -88,12 +88,12 @@ def rollback(registry: Path, name: str, *, to: str | None = None, by: str) -> Pr
     return Promotion("rolled_back", wanted, state.champion)
 
 
-def _verify(folder: Path, version: str, state: RecoveredState) -> str:
+def _verify(folder: Path, version: str, state: State) -> str:
     return verify_version(folder / VERSIONS / version, version, state.ledger.manifests(version))
 
 
 def _refusal(
-    state: RecoveredState, version: str, expected: str | None | Unset, automatic: bool
+    state: State, version: str, expected: str | None | Unset, automatic: bool
 ) -> Literal["already_champion", "superseded", "barred"] | None:
     if version == state.champion:
         return "already_champion"
@@ -110,7 +110,7 @@ def _is_expected(champion: str | None, expected: str | None) -> bool:
     return PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)
 
 
-def _champion_before(folder: Path, state: RecoveredState) -> str:
+def _champion_before(folder: Path, state: State) -> str:
     version = state.ledger.rollback_target()
     if version is None:
         raise ConfigError(
@@ -123,7 +123,7 @@ def _champion_before(folder: Path, state: RecoveredState) -> str:
 
 def _move(folder: Path, version: str, entry: Entry) -> None:
     """Record the change, then make it: a crash in between leaves the old champion standing."""
-    prepare(folder, version)
+    champion_link.prepare(folder, version)
     append(folder, entry)
-    write_record(folder, make_record(version, [entry]))
-    swap(folder)
+    champion_link.write_record(folder, champion_link.make_record(version, [entry]))
+    champion_link.swap(folder)

@@ -9,15 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_core.errors import DamagedError
-from nested_core.registry.champion_link import (
-    LINK_NAME,
-    discard_prepared,
-    make_record,
-    read_link,
-    read_prepared,
-    read_record,
-    write_record,
-)
+from nested_core.registry import champion_link
 from nested_core.registry.ledger import (
     CHANGES,
     LEDGER_NAME,
@@ -37,35 +29,35 @@ ROLLBACK_LINE = b'{"action": "rollback"'
 
 
 @dataclass(frozen=True)
-class RecoveredState:
+class State:
     """The champion of a name, and a history that agrees with it."""
 
     champion: str | None
     ledger: Ledger
 
 
-def recover(folder: Path) -> RecoveredState:
+def recover(folder: Path) -> State:
     """Repair `folder` after a crash and return its state; call only under its lock.
 
     Raises DamagedError if there is a champion that no history knows of.
     """
-    champion = read_link(folder)
+    champion = champion_link.read_link(folder)
     ledger = read_ledger(folder)
     if champion is not None and not ledger.entries:
         raise DamagedError(
-            f"{folder / LINK_NAME} points to {champion[:12]}, and {folder / LEDGER_NAME} does not "
-            "say how it became the champion. Restore the history from a backup, or remove the "
-            "link and promote the version again."
+            f"{folder / champion_link.LINK_NAME} points to {champion[:12]}, and "
+            f"{folder / LEDGER_NAME} does not say how it became the champion. Restore the history "
+            "from a backup, or remove the link and promote the version again."
         )
     if ledger.torn or ledger.champion != champion:
         ledger = _amend(folder, ledger, champion)
-    record = make_record(champion, ledger.changes())
-    if read_record(folder) != record:
-        write_record(folder, record)
-    discard_prepared(folder)
+    record = champion_link.make_record(champion, ledger.changes())
+    if champion_link.read_record(folder) != record:
+        champion_link.write_record(folder, record)
+    champion_link.discard_prepared(folder)
     for place in (folder, folder / VERSIONS):
         remove_leftovers(place)
-    return RecoveredState(champion, ledger)
+    return State(champion, ledger)
 
 
 def _amend(folder: Path, ledger: Ledger, champion: str | None) -> Ledger:
@@ -81,7 +73,7 @@ def _missing_entry(folder: Path, ledger: Ledger, champion: str | None) -> Entry:
     A prepared link is left only by a change that did not reach the link. Without one, a torn line
     or a link that no line leads to means that the link moved and its line was lost.
     """
-    prepared = read_prepared(folder)
+    prepared = champion_link.read_prepared(folder)
     if ledger.champion == champion:
         return new_entry("aborted", prepared, champion, SETTLED_BY)
     last = ledger.entries[-1]

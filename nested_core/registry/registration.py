@@ -58,19 +58,15 @@ def _judged_digest(run_dir: Path) -> str:
     path = run_dir / GATE_NAME
     gate = read_gate(path)
     require_passed(gate, path)
-    for name in (WEIGHTS_NAME, CONFIG_NAME):
-        _require_regular(run_dir / ADAPTER_NAME / name)
+    for file in (run_dir / ADAPTER_NAME / name for name in (WEIGHTS_NAME, CONFIG_NAME)):
+        if file_type(file) not in ("file", "missing"):  # read_adapter says which file is missing
+            raise DamagedError(
+                f"{file} is not a regular file: a version is a copy of files that the run itself "
+                "wrote."
+            )
     digest = read_adapter(run_dir / ADAPTER_NAME).digest()
     require_digest(gate, digest, path)
     return digest
-
-
-def _require_regular(path: Path) -> None:
-    kind = file_type(path)
-    if kind not in ("file", "missing"):  # read_adapter says which file is missing
-        raise DamagedError(
-            f"{path} is not a regular file: a version is a copy of files that the run itself wrote."
-        )
 
 
 def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]) -> None:
