@@ -42,9 +42,9 @@ class Candidate(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
     version: str
     policy: dict[str, Any] | None
-    champion_at_gate: str | None
+    champion_at_gate: str | None = None
     registered_at: str
-    validation_digest: str | None
+    validation_digest: str | None = None
     initial: str | None
     loss_before: float | None
     loss_after: float | None
@@ -67,14 +67,11 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
         fields = {
             "version": version,
             "policy": provenance.get("config", {}).get("registry"),
-            "champion_at_gate": provenance.get("champion_at_gate"),
-            "registered_at": provenance.get("registered_at"),
-            "validation_digest": provenance.get("validation_digest"),
             "initial": gate.get("initial", {}).get("digest"),
             "loss_before": validation.get("loss_before"),
             "loss_after": validation.get("loss_after"),
         }
-        return Candidate.model_validate(fields)
+        return Candidate.model_validate(provenance | fields)
     except (ValueError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DamagedError(f"{folder}: provenance or verdict cannot be read: {reason}.") from error
