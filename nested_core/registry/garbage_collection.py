@@ -84,12 +84,17 @@ def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) ->
     )
 
 
-def _last_use(folder: Path, version: str, ledger: Ledger) -> str:
-    """When a version was registered, became champion or was replaced, whichever came last."""
-    changes = (
-        change for change in ledger.changes() if version in (change.version, change.previous)
-    )
-    return max([_registered_at(folder / VERSIONS / version), *(change.time for change in changes)])
+def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[str, bool]:
+    """When a version was registered, became champion or was replaced, whichever came last.
+
+    The second value puts the version that a change made champion after the one that it replaced.
+    """
+    times = [
+        (change.time, change.version == version)
+        for change in ledger.changes()
+        if version in (change.version, change.previous)
+    ]
+    return max([(_registered_at(folder / VERSIONS / version), True), *times])
 
 
 def _registered_at(place: Path) -> str:

@@ -99,9 +99,10 @@ class Model:
             return "superseded"
         return self.automatically(version, champion)
 
-    def last_use(self, version: str) -> int:
-        ticks = [c.at for c in self.changes if version in (c.version, c.previous)]
-        return max([self.registered[version][0], *ticks])
+    def last_use(self, version: str) -> tuple[int, bool]:
+        used = [c for c in self.changes if version in (c.version, c.previous)]
+        ticks = [(c.at, c.version == version) for c in used]
+        return max([(self.registered[version][0], True), *ticks])
 
     def garbage(self, keep: int) -> set[str]:
         newest = sorted(self.registered, key=self.last_use, reverse=True)[:keep]
