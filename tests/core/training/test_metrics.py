@@ -1,4 +1,4 @@
-"""metrics.jsonl, truncated where training is resumed, and the totals between two reports."""
+"""metrics.jsonl: one line a report, whole lines only, truncated where training is resumed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.training.distributed import Sums, World
-from nested_core.training.metrics import (
-    MetricsWindow,
-    append_metrics,
-    read_metrics,
-    truncate_metrics,
-)
+from nested_core.training.metrics import append_metrics, read_metrics, truncate_metrics
 
 
 @pytest.fixture
@@ -102,56 +96,3 @@ def test_after_a_cut_a_half_written_line_is_gone_and_reports_go_on(path: Path) -
 def test_truncating_what_is_not_there_makes_an_empty_file(tmp_path: Path) -> None:
     assert truncate_metrics(tmp_path / "metrics.jsonl", 3, 9) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
-
-
-class Clock:
-    """A clock that only moves when it is told to."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __call__(self) -> float:
-        return self.seconds
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("nested_core.training.metrics.time.perf_counter", clock)
-    return clock
-
-
-def micro_batch(tokens: int) -> dict[str, mx.array]:
-    return {"loss": mx.array(1.0), "weight": mx.array(tokens), "tokens": mx.array(tokens)}
-
-
-def test_a_report_that_waits_for_the_device_does_not_shorten_the_next_one(clock: Clock) -> None:
-    class SlowWorld(World):
-        """Sums that are ready 0.2 s after they are asked for."""
-
-        def total(self, sums: Sums) -> Sums:
-            clock.seconds += 0.2
-            return sums
-
-    window = MetricsWindow(SlowWorld())
-    rates = []
-    for _ in range(3):
-        window.add(micro_batch(tokens=10))
-        clock.seconds += 0.8
-        with window.paused():
-            rates.append(window.close()["tokens_per_second"])
-    assert rates == pytest.approx([10.0, 10.0, 10.0])
-
-
-def test_pauses_before_and_after_a_report_are_not_training(clock: Clock) -> None:
-    window = MetricsWindow(World())
-    rates = []
-    for _ in range(2):
-        window.add(micro_batch(tokens=10))
-        clock.seconds += 1.0
-        with window.paused():  # an evaluation
-            clock.seconds += 5.0
-        with window.paused():  # a report, and then a checkpoint
-            rates.append(window.close()["tokens_per_second"])
-            clock.seconds += 3.0
-    assert rates == pytest.approx([10.0, 10.0])
