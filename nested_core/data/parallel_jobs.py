@@ -90,11 +90,7 @@ def run_jobs(
     no process is left: close() ends it early.
     """
     if processes < 2 or len(requests) < 2:
-        for done, request in enumerate(requests, start=1):
-            answer = run_job(request)
-            if on_done is not None:
-                on_done(done)
-            yield answer
+        yield from _run_in_this_process(requests, on_done)
         return
     processes = min(processes, len(requests))
     workers: list[_Worker] = []
@@ -129,6 +125,16 @@ def run_jobs(
         threads.shutdown()
         for worker in workers:
             worker.clear_away()
+
+
+def _run_in_this_process(
+    requests: Sequence[dict[str, Any]], on_done: Callable[[int], None] | None
+) -> Iterator[dict[str, Any]]:
+    for done, request in enumerate(requests, start=1):
+        answer = run_job(request)
+        if on_done is not None:
+            on_done(done)
+        yield answer
 
 
 class _Worker:

@@ -28,7 +28,7 @@ LEAST_LENGTH = 64
 plain_attention: Any = base.scaled_dot_product_attention
 
 
-def causal_attention(
+def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function's arguments
     queries: mx.array,
     keys: mx.array,
     values: mx.array,

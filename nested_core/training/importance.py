@@ -19,7 +19,7 @@ from nested_core.models.parameters import (
     trainable_refs,
 )
 from nested_core.optim.gradients import Flat
-from nested_core.training.batching import plan_batches
+from nested_core.training.batch_schedule import plan_batches
 from nested_core.training.loss.supervised import supervised_loss
 
 

@@ -23,7 +23,7 @@ from nested_core.optim.tiers import TierMap, refuse_tiers_never_due
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.atomic import file_sha256
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.batching import BatchSchedule, make_batch_schedule
+from nested_core.training.batch_schedule import BatchSchedule, make_batch_schedule
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.evaluation import Prompts, choose_prompts

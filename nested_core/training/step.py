@@ -145,7 +145,7 @@ class TrainStep:
     def _compile(self, due: tuple[int, ...]) -> Callable[..., Any]:
         due_keys = self._packing.keys_of_tiers(due)
 
-        def train_step(
+        def train_step(  # noqa: PLR0917 -- mx.compile traces positional arguments
             params: Flat,
             accumulated: dict[str, Any] | None,
             stop_flag: mx.array | None,

@@ -103,15 +103,25 @@ def test_training_in_a_process_that_was_not_prepared_is_warned_of_once() -> None
 LIGHT = """
 import json, sys
 from flows.cli import main
-code = main(sys.argv[1:] or {arguments})
-heavy = [name for name in sys.modules if name.startswith("mlx") or name.endswith(".trainer")]
-print(json.dumps([code, heavy]), file=sys.__stdout__)
+code = main({arguments})
+packages = {{name.split(".")[0] for name in sys.modules}}
+print(json.dumps([code, sorted(packages), sorted(sys.modules)]))
 """
 
 
-def test_status_and_a_refused_promote_import_no_trainer(tmp_path: Path) -> None:
-    for arguments in (
-        ["status", str(tmp_path)],
-        ["promote", str(tmp_path), "--registry", str(tmp_path), "--name", "x"],
-    ):
-        assert ask(LIGHT.format(arguments=arguments)) == [2, []]
+@pytest.mark.parametrize(
+    ("command", "unneeded"),
+    [
+        (["status"], {"mlx", "mlx_lm", "transformers", "polars", "prefect"}),
+        (["promote", "--registry", ".", "--name", "x"], {"mlx_lm", "transformers", "prefect"}),
+    ],
+)
+def test_looking_at_a_run_and_promoting_it_load_no_trainer(
+    tmp_path: Path, command: list[str], unneeded: set[str]
+) -> None:
+    arguments = [command[0], str(tmp_path), *command[1:]]
+    code, packages, modules = ask(LIGHT.format(arguments=arguments))
+    assert code == 2  # the folder is no run directory; all that the command needs was loaded
+    assert "nested_core" in packages
+    assert unneeded & {*packages} == set()
+    assert "nested_core.training.trainer" not in modules
