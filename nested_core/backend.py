@@ -33,7 +33,7 @@ LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc allows no more
 KEPT_BYTES = 2**30
 
 # MLX's variables for CUDA, and how many operations a commit has, for models of fewer weights than
-# the key: how they were measured is in benchmarks/README.md, "Operations in a commit".
+# the key: how they were measured is in benchmarks/README.md, "Kernels without graphs".
 GRAPHS_VARIABLE = "MLX_USE_CUDA_GRAPHS"
 COMMIT_VARIABLE = "MLX_MAX_OPS_PER_BUFFER"
 OPERATIONS_PER_COMMIT = {2 * 10**8: "100", 10**9: "25"}
