@@ -84,7 +84,7 @@ def _command(folder: Path, command: str, size: int) -> Callable[[int], float]:
 
 def _start_server(repeat: int) -> float:
     """Seconds until a server answers, alone on the machine; ended again outside of the time."""
-    from flows.embedded import EmbeddedServer
+    from flows.embedded_server import EmbeddedServer
 
     began = time.perf_counter()
     server = EmbeddedServer()

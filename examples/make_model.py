@@ -28,7 +28,7 @@ from pretraining import PretrainingConfig, build_model, pretrain
 from tokenizers import Tokenizer
 
 from nested_core.backend import to_int
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 
 EXAMPLES = Path(__file__).resolve().parent
 MODEL_FOLDER, DATA_FOLDER = "geography-base", "geography"

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 from nested_core.storage import atomic
 
 END, PAD = "<|endoftext|>", "<|pad|>"

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from flows.os_errors import explain
-from flows.stopping import INTERRUPTED
+from flows.stop_signals import INTERRUPTED
 from flows.terminal import say
 from nested_core.errors import ConfigError, NestedTuneError
 
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; importing them takes long enough for a person to press Ctrl-C."""
-    from flows.commands import demo, deploying, doctor, interop, judging, registry, training
+    from flows.commands import demo, deployment, doctor, inspection, peft, registry, training
 
     parser = _Parser(
         prog="nested-tune",
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for module in (demo, training, judging, registry, interop, deploying, doctor):
+    for module in (demo, training, inspection, registry, peft, deployment, doctor):
         module.add_commands(commands, shared)
     return parser
 

@@ -9,10 +9,10 @@ from prefect import flow, get_run_logger, runtime
 from prefect.states import Cancelled, Completed, Failed, State
 from pydantic import Field
 
-from flows.logs import outlive_the_worker
-from flows.outcome import describe_loss, describe_rejection, short
-from flows.roots import confine_configuration, confined
-from flows.stopping import Stopper
+from flows.allowed_folders import confine_configuration, confined
+from flows.prefect_logs import outlive_the_worker
+from flows.state_messages import describe_loss, describe_rejection, short
+from flows.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.gate.verdict import Verdict, read_verdict

@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.states import Completed, Failed, State
 from pydantic import Field
 
-from flows.roots import confined
+from flows.allowed_folders import confined
 from nested_core.config.section import Section
 from nested_core.registry import list_names
 from nested_core.registry.promotion_policy import DAMAGED

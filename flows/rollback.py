@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.states import Completed, State
 from pydantic import Field
 
-from flows.roots import confined
+from flows.allowed_folders import confined
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from tasks.promote import roll_back

@@ -14,10 +14,10 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
+from flows.allowed_folders import allowed_roots
 from flows.checks import Check
 from flows.deploy import full_name, read_yaml
-from flows.roots import allowed_roots
-from flows.shipped import shipped
+from flows.packaged_files import shipped
 
 SECONDS_BETWEEN_HEARTBEATS = 90
 LOCAL = ("127.0.0.1", "localhost", "::1")

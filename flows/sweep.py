@@ -14,9 +14,9 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
-from flows.logs import outlive_the_worker
-from flows.outcome import short
-from flows.roots import confine_configuration
+from flows.allowed_folders import confine_configuration
+from flows.prefect_logs import outlive_the_worker
+from flows.state_messages import short
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
 from nested_core.errors import ConfigError

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
         UpdateNotApplied,
     )
     from nested_core.optim.clock import Tier, TierStats
-    from nested_core.optim.pytree import UpdateReport, apply_flat_updates_to_nested, verify_updates
+    from nested_core.optim.named_updates import (
+        UpdateReport,
+        apply_flat_updates_to_nested,
+        verify_updates,
+    )
     from nested_core.optim.tiered import NestedAdam, NestedAdamW
     from nested_core.optim.tiers import TierMap, assign_tiers
     from nested_core.pipeline.finetune import FinetuneResult, Hooks, finetune

@@ -131,7 +131,7 @@ def _open_openblas() -> str | None:
     return None
 
 
-def choose_operations_per_commit(weights: int) -> None:
+def set_operations_per_commit(weights: int) -> None:
     """Set how many operations MLX commits to a CUDA device at once, by a model's weights.
 
     Few operations cost time where kernels are short; many let the host run ahead of the device and

@@ -8,7 +8,7 @@ from prefect import get_run_logger
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
-from nested_core.pipeline.continual import describe_start
+from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.storage.run_directory import RunDirectory
 from tasks.retrying import RUN_DELAYS, retried
 
@@ -19,6 +19,6 @@ def load(config: FineTuneConfig, run_dir: Path) -> Path:
     run = RunDirectory(run_dir)
     steps.load(config, run, on_wait=get_run_logger().info)
     get_run_logger().info("The initial adapter is in %s.", run.initial)
-    if note := describe_start(config, run):
+    if note := describe_starting_adapter(config, run):
         get_run_logger().info("%s", note)
     return run.initial

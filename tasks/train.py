@@ -18,7 +18,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.metrics import read_metrics
+from nested_core.training.metrics_file import read_metrics
 from nested_core.training.trainer import Trainer
 from tasks.retrying import retried, retry_training
 from tasks.run_page import show_losses

@@ -20,7 +20,7 @@ from nested_core.models.parameters import (
     restoring_parameters,
     trainable_refs,
 )
-from nested_core.optim.gradients import Flat
+from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.interface import Loss, MicroBatch
 
 VOCABULARY = 96

@@ -88,7 +88,7 @@ def _forked_proof(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Fork the process that loads an adapter for the gate, but in test_gate_proof.py."""
     if "nested_core.gate" not in sys.modules or request.path.name == "test_gate_proof.py":
         return  # a test that judges nothing need not import the gate
-    from nested_core.gate import fresh_process
+    from nested_core.gate import fresh_process_check
 
     def run(command: list[str], *, env: dict[str, str], timeout: float, **_: Any) -> Any:
         assert command[:2] == [sys.executable, "-P"]
@@ -96,4 +96,4 @@ def _forked_proof(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         return SimpleNamespace(returncode=done.returncode, stderr=done.stderr.encode())
 
     launched = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(fresh_process, "subprocess", launched)
+    monkeypatch.setattr(fresh_process_check, "subprocess", launched)

@@ -63,10 +63,10 @@ def main(size: str, arm: str) -> None:
     if "batch" in options:
         shape = replace(shape, batch=int(options["batch"]))
     if name in ("ours", FLOOR):
-        from nested_core.backend import choose_operations_per_commit, prepare
+        from nested_core.backend import prepare, set_operations_per_commit
 
         prepare()
-        choose_operations_per_commit(shape.weights)
+        set_operations_per_commit(shape.weights)
     import mlx.core as mx
 
     if "limit" in options:

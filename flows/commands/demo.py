@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.shipped import shipped
+from flows.packaged_files import shipped
 from flows.terminal import draw_curve, print_table, print_tiers, say, watching
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
@@ -82,11 +82,11 @@ def example_config(registry: Path) -> FineTuneConfig:
 
 
 def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
-    from flows.embedded import prefect_server
+    from flows.embedded_server import prefect_server
 
     with prefect_server() as wait_for_server:
         from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.logs import quieten
+        from flows.prefect_logs import quieten
 
         quieten(logging.CRITICAL)  # what a person needs to know of an error is said at the end
         wait_for_server()
@@ -141,7 +141,7 @@ def _ask(
 
 
 def _print_run(run: RunDirectory) -> None:
-    from nested_core.training.metrics import read_metrics
+    from nested_core.training.metrics_file import read_metrics
 
     print(draw_curve(read_metrics(run.metrics)))
     verdict = json.loads(run.gate.read_bytes())

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from flows.checks import Check
-from flows.commands.answer import answer
+from flows.commands.output import answer
 from flows.terminal import print_table
 
 PACKAGES = (

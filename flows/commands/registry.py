@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.answer import answer, tell
+from flows.commands.output import answer, tell
 from flows.terminal import print_table
 from nested_core.errors import DamagedError
 from nested_core.storage.run_directory import RunDirectory
@@ -56,7 +56,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.config.registry import RegistrySection
     from nested_core.config.resume import read_run_config
     from nested_core.pipeline.continual import champion_or_none
-    from nested_core.pipeline.publishing import confirm_verdict, register_run
+    from nested_core.pipeline.publishing import confirm_recorded_verdict, register_run
     from nested_core.registry import UNSET, promote
     from nested_core.registry.name_folders import check_name
 
@@ -64,7 +64,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     run = RunDirectory(arguments.run_dir)
     target = RegistrySection(path=str(arguments.registry), name=arguments.name)
     config = read_run_config(run).model_copy(update={"registry": target})
-    confirm_verdict(config, run)
+    confirm_recorded_verdict(config, run)
     champion = champion_or_none(arguments.registry, arguments.name)
     version = register_run(config, run, champion)
     expected = UNSET if arguments.if_champion is None else arguments.if_champion

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flows.stopping import Stopper
+from flows.stop_signals import Stopper
 from flows.terminal import ProgressLine, describe_tiers, say, watching
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline.finetune import Hooks

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from flows.commands.answer import answer, tell
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
-from flows.stopping import Stopper
+from flows.commands.output import answer, tell
+from flows.stop_signals import Stopper
 from flows.terminal import (
     ProgressLine,
     print_table,
@@ -131,7 +131,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
-    from flows.embedded import prefect_server
+    from flows.embedded_server import prefect_server
 
     config = config_from(arguments)
     run = _open(arguments)
@@ -139,7 +139,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     say(f"run directory: {run.path}")
     with Stopper().installed(run), prefect_server() as wait_for_server:
         from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.logs import quieten
+        from flows.prefect_logs import quieten
 
         quieten(logging.NOTSET)
         wait_for_server()

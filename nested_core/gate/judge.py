@@ -15,9 +15,9 @@ from nested_core import backend
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
-from nested_core.gate.base_fit import base_reasons, config_reasons
-from nested_core.gate.fresh_process import ProofRequest, prove
-from nested_core.gate.lora_effect import effect_reasons, require_factors
+from nested_core.gate.base_compatibility import base_reasons, config_reasons
+from nested_core.gate.fresh_process_check import ProofRequest, prove_in_fresh_process
+from nested_core.gate.lora_effect import effect_reasons, require_lora_factors
 from nested_core.gate.run_evidence import (
     RunEvidence,
     changed_since_judged,
@@ -129,7 +129,7 @@ def _compare(
     changes = compare_tensors(before, after, tiers)
     reasons = structure_reasons(before, after)
     if not _has_any(reasons, INCOMPARABLE):
-        require_factors(after)
+        require_lora_factors(after)
         if not reasons:
             reasons = config_reasons(after)
     if not _has_any(reasons, INCOMPARABLE):
@@ -217,7 +217,7 @@ def _proven_without_a_run(verdict: Verdict, before: Adapter, after: Adapter) -> 
 
 
 def _with_proof(verdict: Verdict, request: ProofRequest) -> Verdict:
-    proof, reasons = prove(request)
+    proof, reasons = prove_in_fresh_process(request)
     return replace(_add(verdict, reasons), proof=proof)
 
 

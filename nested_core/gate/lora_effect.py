@@ -15,10 +15,10 @@ from nested_core.errors import DamagedError
 from nested_core.gate.tensor_diff import differs, frobenius_norm
 from nested_core.gate.verdict import Reason
 from nested_core.storage.adapter import Adapter
-from nested_core.storage.safetensors_files import Tensor
+from nested_core.storage.safetensors_files import StoredTensor
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
-Factors = tuple[Tensor, Tensor]  # lora_a and lora_b of one module
+Factors = tuple[StoredTensor, StoredTensor]  # lora_a and lora_b of one module
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 ROUNDING_FACTOR = 4.0
 FACTORS = ("lora_a", "lora_b")
@@ -35,7 +35,7 @@ def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     return [Reason("no_effect", message, names)]
 
 
-def require_factors(adapter: Adapter) -> None:
+def require_lora_factors(adapter: Adapter) -> None:
     """Raise DamagedError if a lora_a and its lora_b cannot be the factors of one product."""
     for module in _modules(adapter):
         a, b = _pair(adapter.tensors, module)
@@ -53,11 +53,13 @@ def _modules(adapter: Adapter) -> list[str]:
     return sorted(name for name in names if f"{name}.lora_b" in adapter.tensors)
 
 
-def _pair(tensors: Mapping[str, Tensor], module: str) -> Factors:
+def _pair(tensors: Mapping[str, StoredTensor], module: str) -> Factors:
     return tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
 
 
-def _has_moved(module: str, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+def _has_moved(
+    module: str, before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]
+) -> bool:
     magnitude = f"{module}.m"  # DoRA's
     if magnitude in after and differs(before[magnitude], after[magnitude]):
         return True

@@ -15,7 +15,7 @@ import numpy as np
 
 from nested_core.gate.verdict import Code, Reason, TensorChange
 from nested_core.storage.adapter import Adapter
-from nested_core.storage.safetensors_files import Tensor
+from nested_core.storage.safetensors_files import StoredTensor
 
 PIECE = 8192  # values: they fit the first cache, and OpenBLAS starts no threads for so few
 SMALLEST, LARGEST = 1e-20, 1e30  # sums of squares of a piece that float32 computes without loss
@@ -46,7 +46,9 @@ def compare_tensors(
     return [_compare(n, tiers.get(n), initial.tensors[n], trained.tensors[n]) for n in both]
 
 
-def _compare(name: str, tier: int | None, before: Tensor, after: Tensor) -> TensorChange:
+def _compare(
+    name: str, tier: int | None, before: StoredTensor, after: StoredTensor
+) -> TensorChange:
     if before.shape != after.shape:
         is_finite = all(bool(np.isfinite(t.to_numpy()).all()) for t in (before, after))
         return TensorChange(name, tier, True, None, None, is_finite)
@@ -59,7 +61,7 @@ def _compare(name: str, tier: int | None, before: Tensor, after: Tensor) -> Tens
     return TensorChange(name, tier, has_changed, norms.largest_difference, relative, True)
 
 
-def differs(before: Tensor, after: Tensor) -> bool:
+def differs(before: StoredTensor, after: StoredTensor) -> bool:
     """Whether dtype, shape or any byte differs."""
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return True
@@ -67,14 +69,14 @@ def differs(before: Tensor, after: Tensor) -> bool:
     return any(not np.array_equal(a, b) for a, b in _pieces(old, new, 8 * PIECE))
 
 
-def frobenius_norm(tensor: Tensor) -> float:
+def frobenius_norm(tensor: StoredTensor) -> float:
     """The square root of the sum of squares; NaN or infinity if a value is not finite."""
     values = tensor.to_numpy().reshape(-1)
     with np.errstate(all="ignore"):
         return math.sqrt(sum(_squared(a) for a, _ in _pieces(values, values, PIECE)))
 
 
-def _norms(before: Tensor, after: Tensor) -> Norms:
+def _norms(before: StoredTensor, after: StoredTensor) -> Norms:
     """The norms of two tensors of one shape."""
     old, new = (tensor.to_numpy().reshape(-1) for tensor in (before, after))
     dtype = np.float64 if np.float64 in (old.dtype, new.dtype) else np.float32

@@ -13,12 +13,12 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.run_evidence import RunEvidence, TierCounts
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.optim.clock import COUNTERS, check_layout
-from nested_core.optim.gradients import gradient_evidence
+from nested_core.optim.gradient_checks import gradient_evidence
 from nested_core.optim.schedules import build_learning_rate
 from nested_core.optim.tiers import TierMap, expected_updates
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.safetensors_files import Tensor, read_tensors
+from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 from nested_core.storage.strict_files import read_json
 
 MAX_TIERS_BYTES = 16 * 1024 * 1024
@@ -32,8 +32,8 @@ class TierEvidence:
     step: int
     flush_steps: Sequence[int]
     counts: Sequence[TierCounts]
-    optimizer_state: dict[str, Tensor]
-    initial: dict[str, Tensor]
+    optimizer_state: dict[str, StoredTensor]
+    initial: dict[str, StoredTensor]
 
     @classmethod
     def collect(

@@ -11,13 +11,13 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.activation_checkpointing import checkpointed_layers
 from nested_core.kernels.attention import blocked_attention
+from nested_core.kernels.call_tracing import GatedMLP, layers_sharing_input, trace_calls
 from nested_core.kernels.fused_mlp import fusable_mlps, fused_mlps
 from nested_core.kernels.lora_linear import optimized_lora_layers
 from nested_core.kernels.quantized_linear import dequantized_weights
 from nested_core.kernels.rms_norm import frozen_norms
 from nested_core.kernels.rope import rope_from_table
 from nested_core.kernels.swiglu import fused_swiglu
-from nested_core.kernels.tracing import GatedMLP, layers_sharing_input, trace_calls
 
 OPTIMIZATIONS = fused_swiglu, blocked_attention, rope_from_table, frozen_norms, dequantized_weights
 

@@ -15,6 +15,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core import backend
 from nested_core.kernels import lora_linear
+from nested_core.kernels.call_tracing import CallTrace, GatedMLP, find_gated_mlps
 from nested_core.kernels.cuda import mlp as mlp_kernels
 from nested_core.kernels.cuda.concatenate import concatenated
 from nested_core.kernels.cuda.lora_add import LowRankSum, fits_kernels
@@ -22,7 +23,6 @@ from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_r
 from nested_core.kernels.cuda.mlp import gated_gradients_on_cuda, gated_product_on_cuda
 from nested_core.kernels.cuda.tiles import has_kernel, tiles_for
 from nested_core.kernels.patching import replaced_calls
-from nested_core.kernels.tracing import CallTrace, GatedMLP, find_gated_mlps
 
 
 class MLPFactors(NamedTuple):

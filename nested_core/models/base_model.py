@@ -77,7 +77,7 @@ def base_fingerprint(folder: Path) -> str:
 def find_base(config: FineTuneConfig) -> Path:
     """The configured base model's folder; the backend is set up for a model of its size."""
     folder = find_model(config.model)
-    backend.choose_operations_per_commit(count_weights(folder))
+    backend.set_operations_per_commit(count_weights(folder))
     return folder
 
 

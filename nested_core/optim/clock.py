@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.errors import DamagedError
-from nested_core.optim.gradients import ArraySpec
+from nested_core.optim.gradient_checks import ArraySpec
 
 COUNTERS = "nested"
 LAYOUT = 2  # of the state; 1 had no number, and no marks for SGD and others (`had_gradient`)

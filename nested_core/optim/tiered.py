@@ -18,7 +18,7 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 
 from nested_core.optim import clock
 from nested_core.optim.clock import COUNTERS, Tier, TierStats
-from nested_core.optim.gradients import (
+from nested_core.optim.gradient_checks import (
     HAD_GRADIENT,
     ArraySpec,
     Flags,
@@ -35,7 +35,7 @@ from nested_core.optim.gradients import (
     group_by_tier,
     leaf_states,
 )
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 
 # Each element's update depends on that element alone, so tensors may be joined into one vector.
 ELEMENTWISE_OPTIMIZERS = (

@@ -88,7 +88,7 @@ def parent_of(config: FineTuneConfig, initial_digest: str) -> str | None:
     return initial_digest if initial_digest in list_versions(registry, name) else None
 
 
-def describe_start(config: FineTuneConfig, run: RunDirectory) -> str | None:
+def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """One line that says where a run with `continual.from` started; None for other runs."""
     if config.continual.start is None:
         return None

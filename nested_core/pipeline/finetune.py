@@ -12,7 +12,11 @@ from typing import Any
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline import steps
-from nested_core.pipeline.continual import champion_or_none, describe_start, unchanged_since
+from nested_core.pipeline.continual import (
+    champion_or_none,
+    describe_starting_adapter,
+    unchanged_since,
+)
 from nested_core.pipeline.publishing import register_run
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.promotion_policy import promote_by_policy, registry_location
@@ -69,7 +73,7 @@ class Hooks:
     def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """Write the initial adapter and the tier of each tensor."""
         steps.load(config, run, on_wait=self.on_message)
-        if note := describe_start(config, run):
+        if note := describe_starting_adapter(config, run):
             self.on_message(note)
 
     def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:

@@ -15,12 +15,12 @@ from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.atomic import file_sha256
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.metrics import read_metrics
+from nested_core.training.metrics_file import read_metrics
 
 RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 
 
-def confirm_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
+def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
     """Check that gate.json says passed, and that the files of the run bear that out.
 
     Raises ConfigError if nothing was judged, GateRejected if the adapter did not pass, DamagedError

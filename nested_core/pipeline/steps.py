@@ -59,7 +59,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.distributed import SINGLE_PROCESS, World
-from nested_core.training.importance import parameter_importance
+from nested_core.training.parameter_importance import parameter_importance
 from nested_core.training.setup import build_optimizer, prepare_training
 from nested_core.training.trainer import Trainer
 

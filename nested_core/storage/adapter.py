@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import canonical_json, write_bytes, write_json
 from nested_core.storage.safetensors_files import (
-    Tensor,
+    StoredTensor,
     read_tensors,
     refuse_unsafe_format,
     save_arrays,
@@ -56,7 +56,7 @@ class Adapter:
 
     path: Path
     config: dict[str, Any]
-    tensors: dict[str, Tensor]
+    tensors: dict[str, StoredTensor]
     # Not functools.cached_property: in Python 3.11 it has one lock for all, and two are hashed.
     _digests: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 

@@ -42,7 +42,7 @@ UNSAFE = {
 
 
 @dataclass(frozen=True)
-class Tensor:
+class StoredTensor:
     """One tensor as it stands in a safetensors file: dtype ("F32", "BF16" ...), shape and bytes."""
 
     dtype: str
@@ -80,14 +80,14 @@ def refuse_unsafe_format(path: Path) -> None:
         )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
     """Read every tensor of a safetensors file into memory, once its header has been checked."""
     refuse_unsafe_format(path)
     with open_regular(path) as (file, size):
         locations = read_header(file, size, path)
         content = memoryview(read_start(file, size, path))  # its parts are views, not copies
     return {
-        name: Tensor(at.dtype, at.shape, content[at.begin : at.end])
+        name: StoredTensor(at.dtype, at.shape, content[at.begin : at.end])
         for name, at in locations.items()
     }
 

@@ -1,4 +1,4 @@
-"""Batch and evaluation schedules: length-bucketed here, mlx-lm's in mlx_lm_reference.py.
+"""Batch and evaluation schedules: length-bucketed here, mlx-lm's in mlx_lm_batch_schedule.py.
 
 A schedule follows from the configuration, the data and the position alone: a checkpoint keeps
 nothing of it.
@@ -161,6 +161,6 @@ def make_batch_schedule(
     """The length-bucketed schedule, or under `training.reference` mlx-lm's."""
     if config.training.reference is None:
         return BucketedSchedule(config, splits, world)
-    from nested_core.training.mlx_lm_reference import MlxLmSchedule
+    from nested_core.training.mlx_lm_batch_schedule import MlxLmSchedule
 
     return MlxLmSchedule(config, splits)

@@ -20,7 +20,7 @@ from nested_core.models.parameters import (
     evaluation_mode,
     restoring_parameters,
 )
-from nested_core.optim.gradients import Flat
+from nested_core.optim.gradient_checks import Flat
 from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.loss.interface import Loss, MicroBatch
 from nested_core.training.loss.output_head import logits_of

@@ -19,8 +19,8 @@ import mlx.core as mx
 from nested_core.backend import to_float, to_int
 from nested_core.errors import SilentUpdateWarning, TrainingDiverged
 from nested_core.optim.clock import COUNTERS
-from nested_core.optim.gradients import Flat, gradient_evidence
-from nested_core.optim.pytree import UpdateReport, flatten, verify_updates
+from nested_core.optim.gradient_checks import Flat, gradient_evidence
+from nested_core.optim.named_updates import UpdateReport, flatten, verify_updates
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training.setup import TrainingSetup
 from nested_core.training.state import TrainingState

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from nested_core.backend import to_float, to_int
 from nested_core.optim.clock import COUNTERS
-from nested_core.optim.gradients import clip_factor
+from nested_core.optim.gradient_checks import clip_factor
 from nested_core.optim.tiered import Tiered
 from nested_core.training.distributed import Sums, World
 

@@ -19,8 +19,8 @@ from mlx.utils import tree_unflatten
 from nested_core.kernels.cuda.concatenate import concatenated
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.clock import RESERVED_NAMES
-from nested_core.optim.gradients import HAD_GRADIENT, Flat, LeafStates, leaf_states
-from nested_core.optim.pytree import flatten
+from nested_core.optim.gradient_checks import HAD_GRADIENT, Flat, LeafStates, leaf_states
+from nested_core.optim.named_updates import flatten
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
 

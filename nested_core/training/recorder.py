@@ -21,7 +21,7 @@ from nested_core.storage.adapter import (
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.health import flag_flat_loss, flag_unchanged_checkpoint
-from nested_core.training.metrics import append_metrics, read_metrics, truncate_metrics
+from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 from nested_core.training.metrics_window import MetricsWindow, optimizer_metrics, train_info
 from nested_core.training.setup import TrainingSetup
 from nested_core.training.state import CheckpointRecord, TrainingState

@@ -14,8 +14,8 @@ from nested_core.errors import DamagedError, DatasetError, TrainingStopped
 from nested_core.kernels.apply import optimized_layers
 from nested_core.models.parameters import read_parameters
 from nested_core.optim.clock import COUNTERS, TierStats
-from nested_core.optim.gradients import Flat
-from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten, verify_updates
+from nested_core.optim.gradient_checks import Flat
+from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.health import DivergenceWatch, UpdateCheck, flag_updates

@@ -41,9 +41,9 @@ def with_cuda_package(tmp_path: Path) -> str:
 
 ASK = """
 import sys, os
-from nested_core.backend import choose_operations_per_commit, prepare
+from nested_core.backend import set_operations_per_commit, prepare
 prepare()
-choose_operations_per_commit(int(sys.argv[1]))
+set_operations_per_commit(int(sys.argv[1]))
 print(*(os.environ.get(name) for name in ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER")))
 """
 

@@ -13,7 +13,7 @@ import pytest
 
 from nested_core.storage.checkpoint import latest_checkpoint, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.metrics import read_metrics
+from nested_core.training.metrics_file import read_metrics
 from tests.example import write_config
 from tests.flows.conftest import Ended, completed, ended, start
 

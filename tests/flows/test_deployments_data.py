@@ -13,7 +13,7 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import Flow
 
 from flows.finetune import FinetuneParameters
-from flows.shipped import shipped
+from flows.packaged_files import shipped
 from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 

@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from flows.embedded import HOST, EmbeddedServer
+from flows.embedded_server import HOST, EmbeddedServer
 
 SHOW = """
 from contextlib import suppress
 from nested_core.errors import NestedTuneError
-from flows.embedded import EmbeddedServer, prefect_server
+from flows.embedded_server import EmbeddedServer, prefect_server
 begun = []
 start = EmbeddedServer.__init__
 EmbeddedServer.__init__ = lambda self: (start(self), begun.append(self))[0]

@@ -13,12 +13,12 @@ import logging, sys
 from pathlib import Path
 from types import SimpleNamespace
 from prefect.logging.configuration import setup_logging
-from flows import logs
+from flows import prefect_logs
 
 held, deployment = sys.argv[1:]
 setup_logging()
-logs.runtime = SimpleNamespace(deployment=SimpleNamespace(id=deployment or None))
-logs.outlive_the_worker()
+prefect_logs.runtime = SimpleNamespace(deployment=SimpleNamespace(id=deployment or None))
+prefect_logs.outlive_the_worker()
 logging.warning("begun")
 sys.stdin.readline()
 for _ in range(3):

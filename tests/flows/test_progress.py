@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.terminal import ProgressLine, _Watcher, print_table, watching
-from nested_core.training.metrics import append_metrics, read_metrics, truncate_metrics
+from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from flows.roots import confine_configuration, confined
+from flows.allowed_folders import confine_configuration, confined
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.commands.judging import read_status
+from flows.commands.inspection import read_status
 from nested_core.config.gate import GateSection
 from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.pipeline import steps

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.shipped import shipped
+from flows.packaged_files import shipped
 
 FOLDER = shipped("deployments")
 UNITS = ("nested-tune-server.service", "nested-tune-worker@.service")

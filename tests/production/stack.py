@@ -27,7 +27,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows.shipped import shipped
+from flows.packaged_files import shipped
 from tests.example import DATA, MODEL, example_settings
 from tests.production.postgresql import Cluster
 from tests.production.processes import command_of, end, free_port, processes_with, start_logged

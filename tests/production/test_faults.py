@@ -17,7 +17,7 @@ import pytest
 from nested_core import registry as core
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.metrics import read_metrics
+from nested_core.training.metrics_file import read_metrics
 from tests.production.faults import FaultTable
 from tests.production.stack import Stack, wait_for
 from tests.production.test_production import add, announce, champion

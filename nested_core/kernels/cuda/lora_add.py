@@ -89,7 +89,7 @@ def _launch_sums(sums: Sums) -> Sequence[mx.array]:
     missing = SUMS_PER_LAUNCH - len(sums)  # these are of no size
     rows = len(sums[0].base)
     widths = [each.base.shape[1] for each in sums]
-    tiles = [tiles_of(each) for each in sums]
+    tiles = [rank_tiles(each) for each in sums]
     sizes = [size for pair in zip(tiles, widths, strict=True) for size in pair]
     steps, blocks = warp_grid(rows, max(widths))
     return launch(
@@ -110,7 +110,7 @@ def warp_grid(rows: int, width: int) -> tuple[int, tuple[int, int]]:
     return steps, (across, -(-down // steps))
 
 
-def tiles_of(each: LowRankSum) -> int:
+def rank_tiles(each: LowRankSum) -> int:
     """The rank of a sum's factor, in tiles."""
     return each.factor.shape[0] // TILE
 

@@ -79,7 +79,7 @@ def _launch(name: str, outputs: int, *sums: LowRankSum) -> list[mx.array]:
         name,
         [array for each in sums for array in each],
         [((rows, width), DTYPE)] * outputs,
-        [rows, steps, width, *map(lora_add.tiles_of, sums)],
+        [rows, steps, width, *map(lora_add.rank_tiles, sums)],
         blocks=blocks,
         threads=THREADS,
         MOST=lora_add.compiled_tiles(sums),

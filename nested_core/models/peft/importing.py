@@ -22,7 +22,7 @@ from nested_core.models.peft.output_folder import Conversion, new_adapter_folder
 from nested_core.models.peft.peft_config import REASONS, PeftConfig, read_peft_config
 from nested_core.models.peft.uniform_rank import make_uniform
 from nested_core.storage.adapter import write_adapter
-from nested_core.storage.safetensors_files import Tensor, read_tensors
+from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
@@ -71,7 +71,7 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
     return Conversion(out, written, len(modules), len(converted), (*notes, *uniform.notes))
 
 
-def _read(folder: Path) -> tuple[PeftConfig, dict[str, Tensor]]:
+def _read(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
     """Configuration and tensors of a PEFT adapter; only safetensors are opened."""
     if not folder.is_dir():
         raise ConfigError(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nested_core.errors import DamagedError
-from nested_core.storage.safetensors_files import NUMPY_DTYPES, Tensor
+from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 
 DTYPES = ("F32", "F16", "BF16")
 PROBLEMS_SHOWN = 8
@@ -24,9 +24,9 @@ MAX_LINE = 300
 class Factors:
     """One module's tensors as mlx-lm has them: lora_a (in, rank), lora_b (rank, out), m (out)."""
 
-    lora_a: Tensor
-    lora_b: Tensor
-    m: Tensor | None = None
+    lora_a: StoredTensor
+    lora_b: StoredTensor
+    m: StoredTensor | None = None
 
     @property
     def rank(self) -> int:
@@ -67,10 +67,10 @@ PEFT = TensorNaming(
 
 
 def gather(
-    tensors: Mapping[str, Tensor], naming: TensorNaming, *, has_magnitude: bool, path: Path
+    tensors: Mapping[str, StoredTensor], naming: TensorNaming, *, has_magnitude: bool, path: Path
 ) -> dict[str, Factors]:
     """The factors by module name, sorted; DamagedError names every tensor that does not belong."""
-    modules: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, StoredTensor]] = {}
     problems = []
     for name, tensor in sorted(tensors.items()):
         place = naming.parse(name)
@@ -92,7 +92,7 @@ def gather(
     return {module: Factors(**leaves) for module, leaves in modules.items()}
 
 
-def spread(modules: Mapping[str, Factors], naming: TensorNaming) -> dict[str, Tensor]:
+def spread(modules: Mapping[str, Factors], naming: TensorNaming) -> dict[str, StoredTensor]:
     """The tensors under the names that a program gives them; the inverse of `gather`."""
     return {
         naming.tensor_name(module, leaf): _transposed(tensor, naming)
@@ -127,16 +127,16 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:MAX_LINE])
 
 
-def _transposed(tensor: Tensor, naming: TensorNaming) -> Tensor:
+def _transposed(tensor: StoredTensor, naming: TensorNaming) -> StoredTensor:
     """The tensor, transposed if it is a matrix and the program stores matrices transposed."""
     if not naming.is_transposed or len(tensor.shape) != 2 or tensor.dtype not in DTYPES:
         return tensor
     values = np.frombuffer(tensor.data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape).T
-    return Tensor(tensor.dtype, values.shape, values.tobytes())
+    return StoredTensor(tensor.dtype, values.shape, values.tobytes())
 
 
 def _problems(
-    module: str, leaves: Mapping[str, Tensor], wanted: tuple[str, ...], naming: TensorNaming
+    module: str, leaves: Mapping[str, StoredTensor], wanted: tuple[str, ...], naming: TensorNaming
 ) -> list[str]:
     missing = [leaf for leaf in wanted if leaf not in leaves]
     foreign = [leaf for leaf in leaves if leaf not in wanted]
@@ -154,7 +154,7 @@ def _problems(
     ]
 
 
-def _complaint(leaf: str, leaves: Mapping[str, Tensor]) -> str | None:
+def _complaint(leaf: str, leaves: Mapping[str, StoredTensor]) -> str | None:
     """What is wrong with one tensor of a complete module, if anything."""
     tensor = leaves[leaf]
     if tensor.dtype not in DTYPES:

@@ -15,7 +15,7 @@ import numpy as np
 
 from nested_core.errors import ConfigError
 from nested_core.models.peft.lora_factors import Factors
-from nested_core.storage.safetensors_files import NUMPY_DTYPES, Tensor
+from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def _pad_rank(factors: Factors, rank: int) -> Factors:
     )
 
 
-def _with_zeros(tensor: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:
+def _with_zeros(tensor: StoredTensor, *, rows: int = 0, columns: int = 0) -> StoredTensor:
     stored = np.frombuffer(tensor.data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
     wider = np.pad(stored, ((0, rows), (0, columns)))
-    return Tensor(tensor.dtype, wider.shape, wider.tobytes())
+    return StoredTensor(tensor.dtype, wider.shape, wider.tobytes())
 
 
 def _multiply_scale(name: str, factors: Factors, own: float, common: float) -> Factors:
@@ -91,11 +91,11 @@ def _multiply_scale(name: str, factors: Factors, own: float, common: float) -> F
     return replace(factors, lora_b=narrowed)
 
 
-def _narrowed(values: np.ndarray, dtype: str) -> Tensor:
+def _narrowed(values: np.ndarray, dtype: str) -> StoredTensor:
     """Float64 values in a stored dtype, whether they fit or not."""
     with np.errstate(over="ignore", under="ignore"):
         if dtype == "BF16":
             stored = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
         else:
             stored = values.astype(NUMPY_DTYPES[dtype])
-    return Tensor(dtype, stored.shape, stored.tobytes())
+    return StoredTensor(dtype, stored.shape, stored.tobytes())

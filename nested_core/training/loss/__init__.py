@@ -1,12 +1,12 @@
 """Losses by name. To add one, write a module that declares a `Loss`, and register it here.
 
-interface.py says what a loss declares; supervised.py is the default, chunked.py its form that
-computes few logits at a time, through the output head that output_head.py finds in a model;
-mlx_lm.py is the loss of mlx_lm.lora. A batch schedule names the loss that it is trained with.
+interface.py says what a loss declares; supervised.py is the default, chunked_cross_entropy.py its
+form that computes few logits at a time, through the output head that output_head.py finds in a
+model; mlx_lm_loss.py is the loss of mlx_lm.lora. A batch schedule names its loss.
 """
 
 from nested_core.training.loss.interface import Loss
-from nested_core.training.loss.mlx_lm import MLX_LM
+from nested_core.training.loss.mlx_lm_loss import MLX_LM
 from nested_core.training.loss.supervised import SUPERVISED
 
 LOSSES: dict[str, Loss] = {

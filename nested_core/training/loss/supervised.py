@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.training.loss.chunked import chunked_cross_entropy
+from nested_core.training.loss.chunked_cross_entropy import chunked_cross_entropy
 from nested_core.training.loss.interface import Arrays, Loss
 from nested_core.training.loss.output_head import logits_of
 

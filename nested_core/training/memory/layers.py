@@ -19,8 +19,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.kernels.cuda.tiles import has_kernel
 from nested_core.kernels.quantized_linear import dequantized_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
-from nested_core.optim.pytree import flatten
-from nested_core.training.loss.chunked import rows_per_chunk
+from nested_core.optim.named_updates import flatten
+from nested_core.training.loss.chunked_cross_entropy import rows_per_chunk
 from nested_core.training.loss.interface import Loss
 from nested_core.training.memory.estimate import LayerFootprint, ModelFootprint
 

@@ -19,7 +19,7 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.pipeline import steps
-from nested_core.pipeline.publishing import confirm_verdict
+from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
 
@@ -57,7 +57,7 @@ def edit(path: Path, **values: Any) -> None:
 def test_a_verdict_that_the_gate_gave_is_confirmed(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
-    confirm_verdict(config, judged)
+    confirm_recorded_verdict(config, judged)
 
 
 def test_confirming_needs_no_trainer_and_neither_mlx_lm_nor_prefect() -> None:
@@ -77,7 +77,7 @@ def test_a_passed_written_by_hand_over_an_untrained_adapter_is_damage(
     initial = json.loads(judged.gate.read_bytes())["initial"]
     edit(judged.gate, trained=initial)
     with pytest.raises(DamagedError, match="it has changed since"):
-        confirm_verdict(config, judged)
+        confirm_recorded_verdict(config, judged)
 
 
 def test_a_failed_run_is_not_saved_by_the_word_passed(
@@ -90,10 +90,10 @@ def test_a_failed_run_is_not_saved_by_the_word_passed(
         steps.judge(bounds, judged)
     edit(judged.gate, verdict="passed")
     with pytest.raises(DamagedError, match="says passed and gives reasons against it"):
-        confirm_verdict(bounds, judged)
+        confirm_recorded_verdict(bounds, judged)
     edit(judged.gate, reasons=[])
     with pytest.raises(DamagedError, match="says passed, and the files that it judged do not"):
-        confirm_verdict(bounds, judged)
+        confirm_recorded_verdict(bounds, judged)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_verdict_on_something_else_is_damage(
 ) -> None:
     edit(judged.gate, **{key: value})
     with pytest.raises(DamagedError, match=f"not the verdict on the files beside it: {key} differ"):
-        confirm_verdict(config, judged)
+        confirm_recorded_verdict(config, judged)
 
 
 def test_a_report_on_other_data_is_damage_and_a_pipe_keeps_nobody_waiting(
@@ -112,12 +112,12 @@ def test_a_report_on_other_data_is_damage_and_a_pipe_keeps_nobody_waiting(
 ) -> None:
     edit(judged.dataset, digest="0" * 64)
     with pytest.raises(DamagedError, match=r"dataset\.json is not the report on the data"):
-        confirm_verdict(config, judged)
+        confirm_recorded_verdict(config, judged)
     for path in (judged.dataset, judged.gate):
         path.unlink()
         os.mkfifo(path)
         with pytest.raises(DamagedError, match="is no"):
-            confirm_verdict(config, judged)
+            confirm_recorded_verdict(config, judged)
         path.unlink()
         shutil.copyfile(judged.result, path)  # any JSON: gate.json is read first
 
@@ -133,7 +133,7 @@ def test_any_file_that_is_not_as_it_was_judged_is_damage(
     else:
         path.write_bytes(change(path.read_bytes()))
     with pytest.raises(DamagedError, match=re.escape(name.split("/")[0])) as caught:
-        confirm_verdict(config, judged)
+        confirm_recorded_verdict(config, judged)
     assert "\n" not in str(caught.value)
 
 
@@ -153,7 +153,7 @@ def test_a_configuration_that_was_edited_after_the_verdict_is_damage(
 ) -> None:
     edit_config(judged, values)
     with pytest.raises(DamagedError, match=r"gate\.json was not given on the config\.yaml that "):
-        confirm_verdict(read_run_config(judged), judged)
+        confirm_recorded_verdict(read_run_config(judged), judged)
 
 
 def edit_config(run: RunDirectory, values: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def test_so_is_one_that_was_edited_between_training_and_the_verdict(
     edit_config(run, {"learning_rate": 1.0})
     steps.judge(config, run)
     with pytest.raises(DamagedError, match=r"config\.yaml"):
-        confirm_verdict(read_run_config(run), run)
+        confirm_recorded_verdict(read_run_config(run), run)
 
 
 def test_a_digest_of_other_data_in_the_report_is_damage(
@@ -176,7 +176,7 @@ def test_a_digest_of_other_data_in_the_report_is_damage(
     splits["valid"]["digest"] = "0" * 64
     edit(judged.dataset, splits=splits)
     with pytest.raises(DamagedError, match=r"was not given on the dataset\.json that "):
-        confirm_verdict(config, judged)
+        confirm_recorded_verdict(config, judged)
 
 
 def test_a_verdict_without_digests_of_what_it_judged_is_damage(
@@ -184,18 +184,18 @@ def test_a_verdict_without_digests_of_what_it_judged_is_damage(
 ) -> None:
     edit(judged.gate, evidence=None)
     with pytest.raises(DamagedError, match=r"config\.yaml and dataset\.json and result\.json"):
-        confirm_verdict(config, judged)
+        confirm_recorded_verdict(config, judged)
 
 
 def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_none(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
     steps.begin(config, judged, resume=True)
-    confirm_verdict(read_run_config(judged), judged)
+    confirm_recorded_verdict(read_run_config(judged), judged)
     bounds = config.gate.model_copy(update={"max_val_loss_increase": 0.5})
     other = config.model_copy(update={"gate": bounds})
     steps.begin(other, judged, resume=True)
     with pytest.raises(DamagedError, match=r"config\.yaml.* judge the run again with --resume"):
-        confirm_verdict(read_run_config(judged), judged)
+        confirm_recorded_verdict(read_run_config(judged), judged)
     steps.judge(other, judged)
-    confirm_verdict(read_run_config(judged), judged)
+    confirm_recorded_verdict(read_run_config(judged), judged)

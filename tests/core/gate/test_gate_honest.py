@@ -14,7 +14,7 @@ from mlx_lm import convert
 
 from nested_core.errors import GateRejected, SilentUpdateWarning, TrainingStopped
 from nested_core.gate import judge_run, verify_adapters
-from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten
+from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training import trainer

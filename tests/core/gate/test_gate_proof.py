@@ -15,7 +15,7 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
-from nested_core.gate import fresh_process, judge_run, verify_adapters
+from nested_core.gate import fresh_process_check, judge_run, verify_adapters
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.gate.conftest import Rewrite
@@ -24,7 +24,7 @@ from tests.example import MODEL, train_example
 
 
 def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
-    tree = ast.parse(fresh_process.PROGRAM.read_text())
+    tree = ast.parse(fresh_process_check.PROGRAM.read_text())
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name)
         for node in ast.walk(tree)
@@ -173,7 +173,7 @@ def test_a_killed_process_says_nothing_about_the_adapter(
 ) -> None:
     program = tmp_path / "killed.py"
     program.write_text("import os; os.kill(os.getpid(), 9)")
-    monkeypatch.setattr(fresh_process, "PROGRAM", program)
+    monkeypatch.setattr(fresh_process_check, "PROGRAM", program)
     with pytest.raises(NestedTuneError, match="was killed by signal 9") as error:
         verify_adapters(run.initial, run.adapter)
     assert error.value.exit_code == 1
@@ -181,9 +181,9 @@ def test_a_killed_process_says_nothing_about_the_adapter(
 
 def test_the_distance_is_relative_to_how_the_expected_logits_vary() -> None:
     expected = np.array([[101.0, 99.0], [99.0, 101.0]])
-    assert fresh_process.relative_distance(expected, expected) == 0
-    assert fresh_process.relative_distance(expected + 1, expected) == pytest.approx(1.0)
+    assert fresh_process_check.relative_distance(expected, expected) == 0
+    assert fresh_process_check.relative_distance(expected + 1, expected) == pytest.approx(1.0)
     found = copy.copy(expected)
     found[0, 0] = np.nan
-    assert not fresh_process.relative_distance(found, expected) <= 1e9
-    assert fresh_process.relative_distance(expected[:1], expected) == float("inf")
+    assert not fresh_process_check.relative_distance(found, expected) <= 1e9
+    assert fresh_process_check.relative_distance(expected[:1], expected) == float("inf")

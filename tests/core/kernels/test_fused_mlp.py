@@ -13,9 +13,9 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels import fused_mlp
+from nested_core.kernels.call_tracing import GatedMLP, find_gated_mlps, trace_calls
 from nested_core.kernels.fused_mlp import fusable_mlps, fused_call, fused_mlps
-from nested_core.kernels.tracing import GatedMLP, find_gated_mlps, trace_calls
-from nested_core.optim.gradients import Flat
+from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import Outcome, batch, build, largest_difference, outcome
 

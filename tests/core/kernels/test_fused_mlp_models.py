@@ -14,11 +14,11 @@ from nested_core import backend
 from nested_core.kernels import fused_mlp, rms_norm, rope, swiglu
 from nested_core.kernels.activation_checkpointing import checkpointed_layers
 from nested_core.kernels.apply import optimized_layers
+from nested_core.kernels.call_tracing import CallTrace, find_gated_mlps, trace_calls
 from nested_core.kernels.cuda import lora_add, mlp
 from nested_core.kernels.fused_mlp import fusable_mlps, fused_mlps
 from nested_core.kernels.lora_linear import GROUP, OptimizedLoRALinear
 from nested_core.kernels.patching import replaced_call
-from nested_core.kernels.tracing import CallTrace, find_gated_mlps, trace_calls
 from nested_core.models.parameters import trainable_refs
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome

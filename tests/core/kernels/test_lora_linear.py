@@ -13,6 +13,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core import backend
 from nested_core.kernels.activation_checkpointing import checkpointed_layers
+from nested_core.kernels.call_tracing import layers_sharing_input, trace_calls
 from nested_core.kernels.cuda import lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from nested_core.kernels.lora_linear import (
@@ -21,8 +22,7 @@ from nested_core.kernels.lora_linear import (
     check_lora_kernels,
     optimized_lora_layers,
 )
-from nested_core.kernels.tracing import layers_sharing_input, trace_calls
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 

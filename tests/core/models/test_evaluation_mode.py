@@ -12,11 +12,11 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.kernels.tracing import trace_calls
+from nested_core.kernels.call_tracing import trace_calls
 from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.training.evaluation import Evaluator
-from nested_core.training.importance import parameter_importance
 from nested_core.training.loss.output_head import find_head
+from nested_core.training.parameter_importance import parameter_importance
 from tests.architectures import batch, build
 
 

@@ -14,7 +14,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core.errors import UpdateNotApplied
-from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten, verify_updates
+from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 
 Tree = dict[str, Any] | list[Any]
 

@@ -10,7 +10,7 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from nested_core.errors import UpdateNotApplied
-from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten, verify_updates
+from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 
 
 def test_verify_tells_applied_from_not_applied_and_moved_from_unmoved() -> None:

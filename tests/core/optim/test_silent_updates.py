@@ -16,7 +16,7 @@ from mlx import nn
 from mlx.utils import tree_map_with_path, tree_unflatten
 
 from nested_core.errors import UpdateNotApplied
-from nested_core.optim.pytree import apply_flat_updates_to_nested, flatten, verify_updates
+from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "silent-updates.md"
 Updates = dict[str, mx.array]

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from nested_core import NestedAdamW, Tier, TierStats
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.optim.gradients import clip_factor, gradient_evidence
+from nested_core.optim.gradient_checks import clip_factor, gradient_evidence
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers import TierMap
 from nested_core.training.setup import build_optimizer

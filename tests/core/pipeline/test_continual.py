@@ -15,7 +15,11 @@ from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.pipeline import continual, steps
-from nested_core.pipeline.continual import champion_or_none, describe_start, unchanged_since
+from nested_core.pipeline.continual import (
+    champion_or_none,
+    describe_starting_adapter,
+    unchanged_since,
+)
 from nested_core.pipeline.publishing import register_run
 from nested_core.registry import collect, list_versions, promote, read_champion, register
 from nested_core.registry.promotion_policy import promote_by_policy
@@ -83,7 +87,7 @@ def test_without_a_champion_the_first_run_starts_fresh_and_says_so(
     folder: Path, monday: tuple[RunDirectory, str]
 ) -> None:
     run, version = monday
-    note = describe_start(configure(folder, "monday"), run)
+    note = describe_starting_adapter(configure(folder, "monday"), run)
     assert note == "capitals has no champion yet: starting from a fresh adapter"
     assert provenance_of(folder, version)["parent"] is None
 
@@ -102,7 +106,7 @@ def test_the_next_run_starts_from_the_champion_and_is_judged_against_it(
     recorded = provenance_of(folder, version)
     assert (recorded["parent"], recorded["champion_at_gate"]) == (parent, parent)
     assert champion_or_none(folder / "registry", NAME) == version
-    note = describe_start(configure(folder, "tuesday"), run)
+    note = describe_starting_adapter(configure(folder, "tuesday"), run)
     assert note == f"starting from version {parent[:12]} of capitals"
 
 

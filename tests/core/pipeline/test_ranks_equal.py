@@ -17,7 +17,7 @@ from nested_core.pipeline.launch.rank_group import RankGroup
 from nested_core.storage.checkpoint import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
-from nested_core.training.metrics import read_metrics
+from nested_core.training.metrics_file import read_metrics
 from tests.example import example_config, prepare
 
 pytestmark = pytest.mark.timeout(300)  # processes that import everything

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from nested_core import Adapter, ConfigError, DamagedError, read_adapter
 from nested_core.storage.adapter import write_adapter
-from nested_core.storage.safetensors_files import Tensor, load_arrays, read_tensors
+from nested_core.storage.safetensors_files import StoredTensor, load_arrays, read_tensors
 from tests.core.limits import largest_file
 
 CONFIG: dict[str, Any] = {
@@ -83,7 +83,7 @@ class TestRoundTrip:
 
     def test_bfloat16_widens_to_float32_exactly(self) -> None:
         values = mx.array([1.0, -2.5, 1 / 3, 3e38, 0.0], mx.bfloat16)
-        tensor = Tensor("BF16", (5,), np.array(values.view(mx.uint16)).tobytes())
+        tensor = StoredTensor("BF16", (5,), np.array(values.view(mx.uint16)).tobytes())
         assert tensor.to_numpy().tolist() == values.astype(mx.float32).tolist()
 
     def test_tensors_without_elements_and_without_dimensions(self, tmp_path: Path) -> None:
@@ -96,8 +96,11 @@ class TestRoundTrip:
 
 
 class TestDigest:
-    def digest(self, config: dict[str, Any] | None = None, **tensors: Tensor) -> str:
-        both = {"a": Tensor("F32", (2,), VALUES[:8]), "b": Tensor("F32", (2,), VALUES[8:])}
+    def digest(self, config: dict[str, Any] | None = None, **tensors: StoredTensor) -> str:
+        both = {
+            "a": StoredTensor("F32", (2,), VALUES[:8]),
+            "b": StoredTensor("F32", (2,), VALUES[8:]),
+        }
         return Adapter(Path(), CONFIG if config is None else config, both | tensors).digest()
 
     def test_it_does_not_depend_on_the_order_of_bytes_in_the_file(self, tmp_path: Path) -> None:
@@ -139,10 +142,10 @@ class TestDigest:
 
     def test_it_changes_with_every_name_dtype_shape_and_byte(self) -> None:
         changed = [
-            self.digest(c=Tensor("F32", (2,), VALUES[8:])),
-            self.digest(b=Tensor("U32", (2,), VALUES[8:])),
-            self.digest(b=Tensor("F32", (2, 1), VALUES[8:])),
-            self.digest(b=Tensor("F32", (2,), VALUES[:8])),
+            self.digest(c=StoredTensor("F32", (2,), VALUES[8:])),
+            self.digest(b=StoredTensor("U32", (2,), VALUES[8:])),
+            self.digest(b=StoredTensor("F32", (2, 1), VALUES[8:])),
+            self.digest(b=StoredTensor("F32", (2,), VALUES[:8])),
         ]
         assert len({self.digest(), *changed}) == 5
 
@@ -207,7 +210,7 @@ class TestDamage:
 
     def test_a_dtype_that_no_adapter_has_is_refused_when_it_is_used(self) -> None:
         with pytest.raises(DamagedError, match="A tensor has dtype I8, which is not read here"):
-            Tensor("I8", (8,), VALUES[:8]).to_numpy()
+            StoredTensor("I8", (8,), VALUES[:8]).to_numpy()
 
     @pytest.mark.parametrize(
         ("content", "message"),

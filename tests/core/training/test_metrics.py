@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.training.metrics import append_metrics, read_metrics, truncate_metrics
+from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 from mlx.optimizers import SGD, Muon
 
 from nested_core.optim.clock import COUNTERS, Tier
-from nested_core.optim.gradients import Flat, leaf_states
-from nested_core.optim.pytree import flatten
+from nested_core.optim.gradient_checks import Flat, leaf_states
+from nested_core.optim.named_updates import flatten
 from nested_core.optim.tiered import NestedAdamW, Tiered
 from nested_core.optim.tiers import TierMap
 from nested_core.training.packing import PackedArray, Packing, make_packing, unflatten

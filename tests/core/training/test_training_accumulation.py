@@ -16,7 +16,7 @@ from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import load_base
 from nested_core.models.lora_attachment import attach_adapter
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
 from nested_core.storage.safetensors_files import read_tensors
 from tests.example import Finished, train_example

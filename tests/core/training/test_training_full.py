@@ -13,7 +13,7 @@ from mlx_lm import load
 from mlx_lm.utils import quantize_model, save
 
 from nested_core.errors import ConfigError, TrainingStopped
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME, checkpoint_path
 from nested_core.storage.safetensors_files import load_arrays, read_tensors

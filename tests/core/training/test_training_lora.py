@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.base_model import load_base
 from nested_core.models.lora_attachment import attach_adapter, is_adapter_parameter, trainable
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from tests.example import MODEL, Finished, example_config, prepare, train_example

@@ -19,7 +19,7 @@ from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import load_base
 from nested_core.models.lora_attachment import attach_adapter
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.supervised import supervised_loss
 from tests.example import Finished, example_config, train_example
 

@@ -20,10 +20,10 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.kernels.activation_checkpointing import checkpointed_layers
 from nested_core.models.base_model import load_base
 from nested_core.models.lora_attachment import attach_adapter
-from nested_core.optim.pytree import flatten
+from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from nested_core.training.importance import parameter_importance
+from nested_core.training.parameter_importance import parameter_importance
 from nested_core.training.trainer import Trainer
 from tests.example import (
     MODEL,

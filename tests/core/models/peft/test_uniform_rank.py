@@ -8,7 +8,7 @@ import pytest
 from nested_core.errors import ConfigError
 from nested_core.models.peft.lora_factors import Factors
 from nested_core.models.peft.uniform_rank import make_uniform
-from nested_core.storage.safetensors_files import Tensor
+from nested_core.storage.safetensors_files import StoredTensor
 
 STORED = {"F32": np.float32, "F16": np.float16}
 
@@ -16,11 +16,13 @@ STORED = {"F32": np.float32, "F16": np.float16}
 def factors(rank: int, dtype: str = "F32", *, size: float = 1.0) -> Factors:
     values = np.random.default_rng(rank)
 
-    def tensor(*shape: int) -> Tensor:
+    def tensor(*shape: int) -> StoredTensor:
         drawn = (size * values.normal(size=shape)).astype(np.float32)
         if dtype == "BF16":
-            return Tensor(dtype, shape, (drawn.view(np.uint32) >> 16).astype(np.uint16).tobytes())
-        return Tensor(dtype, shape, drawn.astype(STORED[dtype]).tobytes())
+            return StoredTensor(
+                dtype, shape, (drawn.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+            )
+        return StoredTensor(dtype, shape, drawn.astype(STORED[dtype]).tobytes())
 
     return Factors(tensor(6, rank), tensor(rank, 5))
 

@@ -12,7 +12,10 @@ import pytest
 from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.models.parameters import trainable_refs
-from nested_core.training.loss.chunked import chunked_cross_entropy, supervised_positions
+from nested_core.training.loss.chunked_cross_entropy import (
+    chunked_cross_entropy,
+    supervised_positions,
+)
 from nested_core.training.loss.interface import Loss, MicroBatch
 from nested_core.training.loss.output_head import find_head
 from nested_core.training.loss.supervised import SUPERVISED

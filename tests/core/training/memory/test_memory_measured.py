@@ -15,7 +15,7 @@ import pytest
 from benchmarks.forecast import CASES
 from benchmarks.gpu.shapes import RANK, SHAPES
 from nested_core import backend
-from nested_core.training.loss.chunked import rows_per_chunk
+from nested_core.training.loss.chunked_cross_entropy import rows_per_chunk
 from nested_core.training.loss.interface import BatchShape
 from nested_core.training.memory.estimate import LayerFootprint, ModelFootprint, cuda, peak_bytes
 from tests.example import example_settings

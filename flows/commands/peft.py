@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.answer import answer
+from flows.commands.output import answer
 from flows.terminal import say
 from nested_core.storage.run_directory import RunDirectory
 

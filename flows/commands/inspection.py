@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.commands.answer import answer, tell
+from flows.commands.output import answer, tell
 from flows.terminal import print_table
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.storage.run_directory import RunDirectory
@@ -55,7 +55,7 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """The state of a run, its last losses, and the verdict if there is one."""
     from nested_core.config.resume import read_run_config
-    from nested_core.training.metrics import read_metrics
+    from nested_core.training.metrics_file import read_metrics
 
     config = read_run_config(run)
     records = read_metrics(run.metrics)

@@ -26,7 +26,7 @@ from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.safetensors_files import read_tensors
 
-PROGRAM = Path(__file__).with_name("fresh_process_program.py")
+PROGRAM = Path(__file__).with_name("fresh_process_main.py")
 # Relative to the centred norm of the trainer's logits. If the trainer computes in float32 the
 # process does too, with the same kernels; in narrower types the order of sums shows.
 TOLERANCE_FLOAT32 = 1e-3
@@ -59,7 +59,7 @@ class Answers:
     factors: set[str]
 
 
-def prove(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
+def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
     """The evidence for gate.json, and the reasons against the adapter.
 
     Raises NestedTuneError if the process was killed: that says nothing about the adapter.

@@ -18,7 +18,7 @@ from nested_core.models.parameters import (
     restoring_parameters,
     trainable_refs,
 )
-from nested_core.optim.gradients import Flat
+from nested_core.optim.gradient_checks import Flat
 from nested_core.training.batch_schedule import plan_batches
 from nested_core.training.loss.supervised import supervised_loss
 
