@@ -23,7 +23,7 @@ def print_examples(examples: Iterable[ShownExample]) -> None:
     """Print each example below a line that says where it is from and how much of it is learnt."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     for example in examples:
-        learnt = sum(token.is_target for token in example.tokens)
+        learnt = sum(token.supervised for token in example.tokens)
         place = f"{example.file}:{example.line}"
         console.print(f"\n{place}: {len(example.tokens)} tokens, {learnt} learnt ({LEARNT})")
         for line in lay_out(example.tokens, min(WIDTH, console.width)):
@@ -35,14 +35,14 @@ def lay_out(tokens: Sequence[ShownToken], width: int) -> Iterator[Text]:
     digits = max((len(str(token.id)) for token in tokens), default=1)
     line = Text()
     for token in tokens:
-        mark = LEARNT if token.is_target else " "
+        mark = LEARNT if token.supervised else " "
         content = f"{mark}{token.id:>{digits}} {_quote(token.text)}"
         cells = -(-(cell_len(content) + 1) // CELL)
         if line and cell_len(line.plain) + cells * CELL > width:
             yield _trimmed(line)
             line = Text()
         padding = " " * (cells * CELL - cell_len(content))
-        line.append(content, LEARNT_STYLE if token.is_target else "").append(padding)
+        line.append(content, LEARNT_STYLE if token.supervised else "").append(padding)
     if line:
         yield _trimmed(line)
 

@@ -72,7 +72,7 @@ _HOMES = {
     "config.schema": ("FineTuneConfig",),
     "config.loading": ("load_config",),
     "optim.tiered": ("NestedAdam", "NestedAdamW"),
-    "optim.pytree": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
+    "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tiers": ("TierMap", "assign_tiers"),
     "pipeline.finetune": ("FinetuneResult", "Hooks", "finetune"),
     "storage.run_directory": ("open_run",),

@@ -16,7 +16,7 @@ from nested_core.kernels.apply import optimized_layers
 from nested_core.models.parameters import ParameterRefs, trainable_refs
 from nested_core.optim.clock import COUNTERS
 from nested_core.optim.tiers import TierMap, assign_tiers
-from nested_core.training.health import DivergenceWatch
+from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.loss.interface import MicroBatch
 from nested_core.training.loss.supervised import SUPERVISED
 from nested_core.training.step import TrainStep

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_core import backend
-from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.strict_files import read_json
@@ -18,6 +17,8 @@ from nested_core.storage.strict_files import read_json
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
+
+    from nested_core.config.schema import FineTuneConfig
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
 PAGE_BYTES = 4096

@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.models.parameters import trainable_parameters
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from nested_core.storage.safetensors_files import load_arrays
+
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"
@@ -37,7 +40,7 @@ def adapter_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
     """
     if config.training.reference is not None or config.fine_tune_type != "lora":
         return None
-    trained = trainable(model).keys()
+    trained = trainable_parameters(model).keys()
     parameters: Any = tree_flatten(model.parameters())
     dtypes = Counter(
         value.dtype
@@ -68,7 +71,7 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
     if config.fine_tune_type == "full":
         for layer in model.layers[-max(config.num_layers, 0) :]:
             layer.unfreeze()
-        weights = trainable(model)
+        weights = trainable_parameters(model)
         quantised = [n for n, w in weights.items() if not mx.issubdtype(w.dtype, mx.floating)]
         if quantised:
             raise ConfigError(
@@ -83,7 +86,7 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
         config.lora_parameters.model_dump(exclude_none=True),
         use_dora=config.fine_tune_type == "dora",
     )
-    adapter = trainable(model)
+    adapter = trainable_parameters(model)
     foreign = [name for name in adapter if not is_adapter_parameter(name)]
     if foreign or not adapter:
         raise ConfigError(
@@ -109,17 +112,12 @@ def _warn_of_unmatched_keys(model: nn.Module, config: FineTuneConfig) -> None:
         )
 
 
-def trainable(model: nn.Module) -> dict[str, mx.array]:
-    """The trainable parameters of a model, as they are now, by dotted name."""
-    return dict(tree_flatten(model.trainable_parameters()))
-
-
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:
     """Replace all trainable parameters of the model by `tensors`, cast to the dtypes they have.
 
     Raises ConfigError with every name and shape that does not fit.
     """
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     problems = [f"  {name}: missing" for name in parameters.keys() - tensors.keys()]
     problems += [
         f"  {name}: nothing that these settings train" for name in tensors.keys() - parameters

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from nested_core.models.lora_attachment import adapter_dtype, trainable
-
-if TYPE_CHECKING:
-    from nested_core.config.schema import FineTuneConfig
+from mlx.utils import tree_flatten
 
 
 class ParameterRef(NamedTuple):
@@ -27,6 +23,11 @@ ParameterRefs = dict[str, ParameterRef]
 """By dotted parameter name, in the model's order."""
 
 
+def trainable_parameters(model: nn.Module) -> dict[str, mx.array]:
+    """The trainable parameters of a model, as they are now, by dotted name."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
 def trainable_refs(
     model: nn.Module, *, masters: bool = False, dtype: mx.Dtype | None = None
 ) -> ParameterRefs:
@@ -39,18 +40,12 @@ def trainable_refs(
     """
     modules = dict(model.named_modules())
     refs = {}
-    for name, value in trainable(model).items():
+    for name, value in trainable_parameters(model).items():
         parent, _, key = name.rpartition(".")
         refs[name] = ParameterRef(modules[parent], key, dtype or value.dtype)
         if masters:
             modules[parent][key] = value.astype(mx.float32)
     return refs
-
-
-def configured_refs(config: FineTuneConfig, model: nn.Module) -> ParameterRefs:
-    """`trainable_refs` with the dtypes, and the float32 masters, that a configuration asks for."""
-    dtype = adapter_dtype(config, model)
-    return trainable_refs(model, masters=config.has_masters, dtype=dtype)
 
 
 def read_parameters(refs: ParameterRefs) -> dict[str, mx.array]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from nested_core.config.schema import FineTuneConfig
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
+
 
 Schedule = Callable[[mx.array], mx.array]
 

@@ -29,8 +29,8 @@ from nested_core.models.lora_attachment import (
     attach_adapter,
     load_adapter_tensors,
     read_adapter_file,
-    trainable,
 )
+from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.tiers import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, exclusive_device
@@ -137,7 +137,7 @@ def _load(config: FineTuneConfig, run: RunDirectory) -> None:
     if champion is not None:
         load_adapter_tensors(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
     with new_directory(run.initial, replace=True) as folder:
-        write_adapter(folder, trainable(model), described)
+        write_adapter(folder, trainable_parameters(model), described)
     tiers = _assign(config, model)
     build_optimizer(config, tiers)  # refuses unusable arguments before training begins
     write_json(run.tiers, tiers.to_json())
@@ -148,7 +148,7 @@ def _assign(config: FineTuneConfig, model: Any) -> TierMap:
     if config.nested.strategy == "parameter_importance":
         _, splits = load_run_data(config)
         importance = parameter_importance(config, model, splits["train"])
-    return assign_tiers(trainable(model), config.nested, importance)
+    return assign_tiers(trainable_parameters(model), config.nested, importance)
 
 
 def train(

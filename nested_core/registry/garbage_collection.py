@@ -1,6 +1,7 @@
 """Garbage collection: removes versions that are no longer needed, each with a line in the history.
 
-It never removes the champion, what a rollback would go to, or the versions used last. A version
+It never removes the champion, what it replaced last, what a rollback would go to, or the versions
+used last. A version
 that a rollback has barred stays barred, because the history is never shortened.
 """
 
@@ -44,7 +45,7 @@ class Collection:
 def collect(
     registry: Path, name: str, *, by: str, keep: int = DEFAULT_KEEP, dry_run: bool = False
 ) -> Collection:
-    """Remove all versions of `name` but the champion, what a rollback goes to, and the newest.
+    """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
 
     The newest are the `keep` versions that were registered, or were champion, last. A dry run only
     says what would be removed. Raises ConfigError for a negative `keep` and an unknown name.
@@ -69,9 +70,10 @@ def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) ->
     ledger = state.ledger
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(folder, version, ledger), reverse=True)
-    # Both ends of an interrupted change are needed too.
+    # Both ends of an interrupted change are needed too, and both ends of the last one.
     needed = {state.champion, ledger.champion, champion_link.read_prepared(folder)}
-    kept = {*by_age[:keep], *needed, ledger.rollback_target()}
+    replaced = {change.previous for change in ledger.changes()[-1:]}
+    kept = {*by_age[:keep], *needed, *replaced, ledger.rollback_target()}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return Collection(
         name=name,

@@ -2,7 +2,7 @@
 
 trainer.py is the loop, step.py one optimizer step, loss/ what it minimises; setup.py makes what
 they need, batch_schedule.py chooses the batches. recorder.py writes metrics and checkpoints,
-health.py checks that training does something, memory/ predicts its peak. Others use
+health.py and divergence.py check that it does something, memory/ predicts its peak. Others use
 `trainer.Trainer`, `setup.prepare_training`, `evaluation.Evaluator`, `metrics.read_metrics` and
 `distributed.join`.
 """

@@ -15,7 +15,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import base_fingerprint, find_model
-from nested_core.models.parameters import ParameterRefs, configured_refs
+from nested_core.models.lora_attachment import adapter_dtype
+from nested_core.models.parameters import ParameterRefs, trainable_refs
 from nested_core.optim.clock import Tier
 from nested_core.optim.schedules import build_learning_rate
 from nested_core.optim.tiered import Tiered
@@ -99,7 +100,8 @@ def prepare_training(
     tiers = TierMap.from_json(json.loads(run.tiers.read_bytes()))
     optimizer = build_optimizer(config, tiers)
     optimizer.init(model.trainable_parameters())
-    parameters = configured_refs(config, model)
+    dtype = adapter_dtype(config, model)
+    parameters = trainable_refs(model, masters=config.has_masters, dtype=dtype)
     batch_schedule = make_batch_schedule(config, splits, world)
     refuse_tiers_never_due(tiers.frequencies, batch_schedule.steps)
     return TrainingSetup(

@@ -17,8 +17,9 @@ from nested_core.optim.clock import COUNTERS, TierStats
 from nested_core.optim.gradient_checks import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
+from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
-from nested_core.training.health import DivergenceWatch, UpdateCheck, flag_updates
+from nested_core.training.health import UpdateCheck, flag_updates
 from nested_core.training.memory.layers import read_footprint
 from nested_core.training.memory.plan import plan_memory
 from nested_core.training.packing import unflatten

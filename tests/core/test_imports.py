@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
+import nested_core
+
 LINUX = sys.platform == "linux"
+
+
+@pytest.mark.parametrize("name", nested_core.__all__)
+def test_each_public_name_is_there(name: str) -> None:
+    assert getattr(nested_core, name).__name__ == name
+
 
 STATE = """
 import json, logging, os, sys, warnings

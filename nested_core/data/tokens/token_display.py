@@ -19,7 +19,7 @@ class ShownToken:
 
     id: int
     text: str
-    is_target: bool
+    supervised: bool
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ def show_examples(
     for index in range(min(count, len(split))):
         mask = split.example_mask(index).tolist()
         tokens = tuple(
-            ShownToken(token, _decode(token, tokenizer), is_target)
-            for token, is_target in zip(split.example(index).tolist(), mask, strict=True)
+            ShownToken(token, _decode(token, tokenizer), is_supervised)
+            for token, is_supervised in zip(split.example(index).tolist(), mask, strict=True)
         )
         shown.append(ShownExample(file, int(split.lines[index]), tokens))
     return shown

@@ -8,14 +8,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.config.schema import FineTuneConfig
 from nested_core.kernels.cuda.tiles import has_kernel
 from nested_core.kernels.quantized_linear import dequantized_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
@@ -23,6 +22,9 @@ from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.chunked_cross_entropy import rows_per_chunk
 from nested_core.training.loss.interface import Loss
 from nested_core.training.memory.estimate import LayerFootprint, ModelFootprint
+
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
 
 MASTER_BYTES = 4  # float32
 EXPERT_LINEAR = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx_lm.models.switch_layers

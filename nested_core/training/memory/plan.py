@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.nn as nn
 
 from nested_core import backend
-from nested_core.config.schema import FineTuneConfig
 from nested_core.training.loss.interface import BatchShape
 from nested_core.training.memory import estimate
 from nested_core.training.memory.estimate import (
@@ -22,6 +21,9 @@ from nested_core.training.memory.estimate import (
     fewest_recomputed,
     peak_bytes,
 )
+
+if TYPE_CHECKING:
+    from nested_core.config.schema import FineTuneConfig
 
 SHORTEST_SUGGESTION = 32  # tokens
 

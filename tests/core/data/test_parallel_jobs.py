@@ -145,6 +145,7 @@ def test_workers_end_with_their_parent(sent: signal.Signals, tmp_path: Path) -> 
         "class Stop(BaseException): pass\n"
         "def stop(*_): raise Stop\n"
         "signal.signal(signal.SIGTERM, stop)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell may have it ignored
         "list(run_jobs(json.loads(sys.argv[1]), processes=2))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

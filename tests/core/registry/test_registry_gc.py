@@ -230,12 +230,12 @@ def test_reader_meanwhile_is_given_the_new_champion(five, registry, monkeypatch)
     assert read_champion(registry, NAME) == five[4]
 
 
-def test_of_the_two_versions_of_a_rollback_the_one_that_it_left_is_the_older(five, registry):
-    """Both were in use at the time of the change, and no rollback would go to the one left."""
+def test_the_version_that_a_rollback_left_is_kept_until_the_next_change(five, registry):
     for version in five[:3]:
         rollback(registry, NAME, to=version, by="ann")
     for _ in range(4):
         rollback(registry, NAME, by="ann")
     left = history(registry, NAME)[-1]["previous"]
-    assert left in collected(registry, 1)
+    assert left not in collected(registry, 0)
+    assert left in list_versions(registry, NAME)
     assert read_champion(registry, NAME) in list_versions(registry, NAME)

@@ -106,7 +106,8 @@ class Model:
 
     def garbage(self, keep: int) -> set[str]:
         newest = sorted(self.registered, key=self.last_use, reverse=True)[:keep]
-        return self.registered.keys() - set(newest) - {self.champion, self.target()}
+        needed = {self.champion, self.target()} | {change.previous for change in self.changes[-1:]}
+        return self.registered.keys() - set(newest) - needed
 
     def remove(self, version: str) -> None:
         del self.registered[version]

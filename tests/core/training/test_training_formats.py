@@ -63,7 +63,7 @@ def learnt_text(done: Finished) -> str:
     source = TokenizerSource.from_config(done.config)
     _, splits = load_dataset(DataSettings.from_config(done.config), source)
     (example,) = show_examples(splits["train"], "train.jsonl", source.load(), 1)
-    return "".join(token.text for token in example.tokens if token.is_target)
+    return "".join(token.text for token in example.tokens if token.supervised)
 
 
 def test_epochs_use_each_supervised_token_so_often(tmp_path: Path, model: Path) -> None:

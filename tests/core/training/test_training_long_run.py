@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nested_core.models.generation import generate_answers
-from nested_core.models.lora_attachment import trainable
+from nested_core.models.parameters import trainable_parameters
 from nested_core.pipeline import steps
 from nested_core.storage.checkpoint import checkpoint_path
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train
@@ -66,7 +66,7 @@ def test_memory_at_the_end_is_what_it_was_after_20_steps(
 
 
 def test_the_last_checkpoint_holds_what_the_model_holds(long_run: Finished) -> None:
-    held, stored = trainable(long_run.trainer.model), long_run.at(STEPS).tensors
+    held, stored = trainable_parameters(long_run.trainer.model), long_run.at(STEPS).tensors
     assert held.keys() == stored.keys()
     for name, leaf in held.items():
         assert np.array(leaf).tobytes() == stored[name].data

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.base_model import load_base
-from nested_core.models.lora_attachment import attach_adapter, is_adapter_parameter, trainable
+from nested_core.models.lora_attachment import attach_adapter, is_adapter_parameter
+from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
@@ -32,7 +33,7 @@ def test_the_base_holds_the_bytes_it_was_loaded_with_after_training(every_step: 
         now = held.get(name, held.get(f"{module}.linear.{leaf_name}"))
         assert now is not None, name
         assert np.array(now).tobytes() == np.array(leaf).tobytes(), name
-    assert len(flatten(fresh)) + len(trainable(every_step.trainer.model)) == len(held)
+    assert len(flatten(fresh)) + len(trainable_parameters(every_step.trainer.model)) == len(held)
 
 
 def test_the_files_of_the_base_are_not_touched(tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_the_files_of_the_base_are_not_touched(tmp_path: Path) -> None:
 
 
 def test_only_adapter_leaves_are_trainable(every_step: Finished) -> None:
-    names = list(trainable(every_step.trainer.model))
+    names = list(trainable_parameters(every_step.trainer.model))
     assert len(names) == 2 * LAYERS * MODULES
     assert {name.rpartition(".")[2] for name in names} == {"lora_a", "lora_b"}
     assert all(is_adapter_parameter(name) for name in names)
