@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         apply_flat_updates_to_nested,
         verify_updates,
     )
-    from nested_core.optim.tiered import NestedAdam, NestedAdamW
+    from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.optim.tiers import TierMap, assign_tiers
     from nested_core.pipeline.finetune import FinetuneResult, Hooks, finetune
     from nested_core.storage.adapter import Adapter, read_adapter
@@ -51,6 +51,7 @@ __all__ = [
     "Tier",
     "TierMap",
     "TierStats",
+    "Tiered",
     "TrainingDiverged",
     "TrainingStopped",
     "UpdateNotApplied",
@@ -71,7 +72,7 @@ _HOMES = {
     "optim.clock": ("Tier", "TierStats"),
     "config.schema": ("FineTuneConfig",),
     "config.loading": ("load_config",),
-    "optim.tiered": ("NestedAdam", "NestedAdamW"),
+    "optim.tiered": ("NestedAdam", "NestedAdamW", "Tiered"),
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tiers": ("TierMap", "assign_tiers"),
     "pipeline.finetune": ("FinetuneResult", "Hooks", "finetune"),
