@@ -25,8 +25,10 @@ class _ForTerminal(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
         if message.startswith(FAILED):
-            record.msg, record.args = FAILED, ()
-        record.exc_info = record.exc_text = None
+            record.msg = FAILED
+            record.args = ()
+        record.exc_info = None
+        record.exc_text = None
         return record.levelno >= self._level and not message.startswith(SAID_ELSEWHERE)
 
 

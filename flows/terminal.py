@@ -77,7 +77,8 @@ class _Watcher(threading.Thread):
         super().__init__(daemon=True)
         self._metrics = metrics
         self._records: list[dict[str, Any]] = []
-        self._inode, self._offset = -1, 0
+        self._inode = -1
+        self._offset = 0
         self._done = threading.Event()
         self._printed_at = 0.0
         self._has_news = False
@@ -114,7 +115,10 @@ class _Watcher(threading.Thread):
         except FileNotFoundError:
             return
         if inode != self._inode or len(content) < self._offset:
-            self._inode, self._offset, self._records, self._has_news = inode, 0, [], False
+            self._inode = inode
+            self._offset = 0
+            self._records = []
+            self._has_news = False
         whole = content[self._offset : content.rfind(b"\n") + 1]
         self._offset += len(whole)
         new = [json.loads(line) for line in whole.splitlines()]
@@ -124,7 +128,8 @@ class _Watcher(threading.Thread):
     def _print_line(self) -> None:
         if time.monotonic() - self._printed_at < SECONDS_BETWEEN_LINES and not self._done.is_set():
             return
-        self._printed_at, self._has_news = time.monotonic(), False
+        self._printed_at = time.monotonic()
+        self._has_news = False
         record = self._records[-1]
         losses = [f"{label} {_shown(record[key])}" for key, label in _LABELS if key in record]
         errors.print(f"step {record['step']}: {', '.join(losses)}", soft_wrap=True)
@@ -153,7 +158,8 @@ class ProgressLine:
         """Show that `done` of `total` parts of `what` are done."""
         now = time.monotonic()
         if what != self._what:
-            self._began, self._what = self._called_at, what  # what went before has ended
+            self._began = self._called_at  # the work before this has ended
+            self._what = what
         self._called_at = now
         every = POLL_SECONDS if errors.is_terminal else SECONDS_BETWEEN_LINES
         is_due = now - self._shown_at >= every or (done == total and self._shown_at > self._began)
@@ -212,7 +218,8 @@ def describe_tiers(stats: Sequence[TierStats]) -> str:
 
 def print_json(document: Any) -> None:
     """Exactly one JSON document on standard output."""
-    sys.__stdout__ and print(json.dumps(document, indent=2, default=str), file=sys.__stdout__)
+    if sys.__stdout__ is not None:
+        print(json.dumps(document, indent=2, default=str), file=sys.__stdout__)
 
 
 def say(message: str) -> None:
