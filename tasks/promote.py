@@ -45,7 +45,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str) -> str:
 def reconcile(path: Path, name: str) -> dict[str, str]:
     """Promote what an event got lost for; the outcome of each version that never was champion."""
     before = registry.read_champion(path, name)
-    outcomes = promotion_policy.reconcile(path, name)
+    outcomes = promotion_policy.promote_missed(path, name)
     for version, outcome in outcomes.items():
         get_run_logger().info("%s %s: %s", name, version[:12], outcome)
         if outcome == "promoted":

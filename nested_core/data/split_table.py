@@ -16,14 +16,14 @@ from typing import Any
 import polars as pl
 
 from nested_core.data.lines.examples import Features
-from nested_core.data.lines.line_table import RANGE_BYTES, SCHEMA, read_job
+from nested_core.data.lines.line_table import RANGE_BYTES, SCHEMA, read_lines_job
 from nested_core.data.parallel_jobs import OnProgress, line_ranges, processes_for, run_jobs
 from nested_core.data.rules.dropped_lines import Dropped, choose_lines
 from nested_core.data.rules.repeated_lines import relate_rows
 from nested_core.data.settings import SPLITS, DataSettings
 from nested_core.data.sources.files import SplitFile
 
-JOB = f"{read_job.__module__}:{read_job.__name__}"
+JOB = f"{read_lines_job.__module__}:{read_lines_job.__name__}"
 
 
 @dataclass(frozen=True)

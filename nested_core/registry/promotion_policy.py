@@ -125,7 +125,7 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
     return promote_by_policy(section, version, candidate.champion_at_gate)
 
 
-def reconcile(registry: Path, name: str) -> dict[str, str]:
+def promote_missed(registry: Path, name: str) -> dict[str, str]:
     """Promote versions whose event was lost, newest first; a second call changes nothing.
 
     Returns the outcome of each version that never was champion. A damaged version is left alone,

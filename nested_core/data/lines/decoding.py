@@ -33,11 +33,11 @@ def decode_object(raw: bytes) -> dict[str, Any]:
         row = _OBJECT.validate_json(raw)
     except ValidationError as error:
         raise _why_not_an_object(raw, error) from None
-    if repeats_a_key(raw, len(strings(row))):
+    if repeats_a_key(raw, len(string_values(row))):
         _refuse_repeated_key(raw)
     if b"NaN" in raw or b"Infinity" in raw:
         _refuse_no_number(raw.decode())
-    if b"\\u0000" in raw and any("\0" in text for text in strings(row)):
+    if b"\\u0000" in raw and any("\0" in text for text in string_values(row)):
         raise LineProblem("nul-character", "a text holds a NUL character (\\u0000)")
     return row
 
@@ -54,7 +54,7 @@ def repeats_a_key(raw: bytes, count: int) -> bool:
     return unescaped.count(b'"') != 2 * count
 
 
-def strings(value: Any) -> list[str]:
+def string_values(value: Any) -> list[str]:
     """Every string of a JSON value, keys included."""
     texts: list[str] = []
     _gather_strings(value, texts)

@@ -76,7 +76,7 @@ def read_range(path: Path, byte_range: ByteRange, features: Features) -> tuple[p
     return pl.DataFrame(columns, schema=SCHEMA), digests
 
 
-def read_job(request: dict[str, Any]) -> dict[str, Any]:
+def read_lines_job(request: dict[str, Any]) -> dict[str, Any]:
     """`read_range` as a job: writes OUT.rows and OUT.digests, answers how many lines there are."""
     byte_range = ByteRange(*request["byte_range"])
     features = Features(**request["features"])

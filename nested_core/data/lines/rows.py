@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from nested_core.data.lines.decoding import LineProblem, strings
+from nested_core.data.lines.decoding import LineProblem, string_values
 from nested_core.data.lines.examples import (
     Example,
     Features,
@@ -96,7 +96,9 @@ def read_line(raw: bytes, features: Features, *, is_first: bool = False) -> Row:
 def _flatten(example: Example, features: Features) -> Row:
     roles = _role_letters(example)
     content = _content(example, roles)
-    shown = content if example.is_plain else "\n".join(strings([example.messages, example.tools]))
+    shown = (
+        content if example.is_plain else "\n".join(string_values([example.messages, example.tools]))
+    )
     unknown = ", ".join(sorted(example.unknown_keys)) or None
     return Row(example.format, roles, content, shown, _blank_field(example, features), unknown)
 

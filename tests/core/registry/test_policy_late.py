@@ -27,8 +27,8 @@ from nested_core.registry import (
 from nested_core.registry.promotion_policy import (
     promote_as_recorded,
     promote_by_policy,
+    promote_missed,
     read_candidate,
-    reconcile,
 )
 from tests.core.registry.conftest import write_run
 
@@ -101,7 +101,7 @@ def test_what_a_person_rolled_back_is_not_brought_back(add: Add, registry: Path)
     late(registry, second)
     rollback(registry, NAME, by="ann")
     assert late(registry, second) == "superseded"
-    assert reconcile(registry, NAME) == {}
+    assert promote_missed(registry, NAME) == {}
     assert read_champion(registry, NAME) == first
 
 
@@ -112,7 +112,7 @@ def test_a_champion_that_left_and_came_back_still_supersedes(add: Add, registry:
     late(registry, second)
     rollback(registry, NAME, by="ann")
     assert late(registry, forgotten) == "superseded"
-    assert reconcile(registry, NAME) == {forgotten: "superseded"}
+    assert promote_missed(registry, NAME) == {forgotten: "superseded"}
     assert read_champion(registry, NAME) == first
 
 
@@ -120,9 +120,9 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
     first = add(1)
     late(registry, first)
     lost, newer = add(2, first), add(3, first)
-    assert reconcile(registry, NAME) == {newer: "promoted", lost: "superseded"}
+    assert promote_missed(registry, NAME) == {newer: "promoted", lost: "superseded"}
     before = history(registry, NAME)
-    assert reconcile(registry, NAME) == {lost: "superseded"}
+    assert promote_missed(registry, NAME) == {lost: "superseded"}
     assert history(registry, NAME) == before
     assert read_champion(registry, NAME) == newer
 
@@ -130,7 +130,7 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
     versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
     unknown = add(9, None, None)
-    outcomes = reconcile(registry, NAME)
+    outcomes = promote_missed(registry, NAME)
     assert outcomes[versions["never"]] == "registry.promote is never"
     assert outcomes[versions["approve"]].startswith("waiting for approval")
     assert outcomes[unknown] == "its provenance records no policy"
@@ -141,7 +141,7 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     first = add(1)
     late(registry, first)
     worse = add(2, first, "better")
-    assert reconcile(registry, NAME) == {
+    assert promote_missed(registry, NAME) == {
         worse: "validation loss 1.2 is not better than the champion's 1.2"
     }
     better = write_run(tmp_path / "run-3", 3) / "gate.json"
@@ -153,7 +153,7 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     version = register(
         better.parent, registry, NAME, provenance | {"config": {"registry": section}}
     )
-    assert reconcile(registry, NAME)[version] == "promoted"
+    assert promote_missed(registry, NAME)[version] == "promoted"
 
 
 def test_an_event_about_an_unknown_version_is_refused(add: Add, registry: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Pat
         path = registry / NAME / "versions" / version / "provenance.json"
         path.chmod(0o644)
         path.write_text(content or path.read_text() + " ")
-    outcomes = reconcile(registry, NAME)
+    outcomes = promote_missed(registry, NAME)
     assert outcomes[sound] == "promoted"
     assert outcomes[unreadable].startswith("damaged: ")
     assert outcomes[changed].startswith("damaged: ")
@@ -243,7 +243,7 @@ def test_a_version_that_a_gc_takes_meanwhile_keeps_reconcile_from_no_other(
         assert collect(registry, NAME, by="gc", keep=1).collected == (old,)
 
     meanwhile(monkeypatch, step, act)
-    assert reconcile(registry, NAME) == {old: "collected meanwhile", new: "promoted"}
+    assert promote_missed(registry, NAME) == {old: "collected meanwhile", new: "promoted"}
 
 
 def test_a_version_is_not_collected_while_it_is_read(

@@ -25,7 +25,7 @@ from nested_core.registry import (
     rollback,
 )
 from nested_core.registry.promotion import Promotion
-from nested_core.registry.promotion_policy import promote_as_recorded, reconcile
+from nested_core.registry.promotion_policy import promote_as_recorded, promote_missed
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME
 
@@ -177,8 +177,8 @@ class Sequences(RuleBasedStateMachine):
         fresh = [v for v in self.model.registered if v not in was_champion]
         fresh.sort(key=lambda version: self.model.registered[version][0], reverse=True)
         expected = {version: self.model.late(version) for version in fresh}
-        assert reconcile(self.registry, NAME) == expected
-        assert "promoted" not in reconcile(self.registry, NAME).values()
+        assert promote_missed(self.registry, NAME) == expected
+        assert "promoted" not in promote_missed(self.registry, NAME).values()
 
     @precondition(is_there)
     @rule(seed=SEEDS)
