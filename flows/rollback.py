@@ -11,6 +11,7 @@ from pydantic import Field
 from flows.allowed_folders import confined
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
+from nested_core.registry import read_champion
 from tasks.promote import roll_back
 
 
@@ -27,4 +28,5 @@ class RollbackParameters(Section):
 def rollback(config: RollbackParameters) -> State[Any]:
     """Move the champion back; the message says what became of it."""
     registry = confined(config.registry, "registry")
-    return Completed(message=roll_back(registry, config.name, config.to, config.by))
+    champion = read_champion(registry, config.name)
+    return Completed(message=roll_back(registry, config.name, config.to, config.by, champion))

@@ -36,9 +36,13 @@ def promote_approved(
 
 
 @retried("roll-back", "roll-back {name}", REGISTRY_DELAYS)
-def roll_back(path: Path, name: str, to: str | None, by: str) -> str:
-    """Make `to`, or the champion before this one, the champion again."""
-    return _tell(name, to or "the version before", registry.rollback(path, name, to=to, by=by))
+def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | None) -> str:
+    """Make `to`, or the champion before this one, the champion again.
+
+    `champion` is the one to leave: a try after one that failed late does not go back twice.
+    """
+    done = registry.rollback(path, name, to=to, by=by, expected_champion=champion)
+    return _tell(name, to or "the version before", done)
 
 
 @retried("reconcile", "reconcile {name}", REGISTRY_DELAYS)

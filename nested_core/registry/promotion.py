@@ -68,16 +68,29 @@ def promote(
     return Promotion(refusal or "promoted", wanted, state.champion)
 
 
-def rollback(registry: Path, name: str, *, to: str | None = None, by: str) -> Promotion:
+def rollback(
+    registry: Path,
+    name: str,
+    *,
+    to: str | None = None,
+    by: str,
+    expected_champion: str | None | Unset = UNSET,
+) -> Promotion:
     """Make `to`, or the champion before this one, the champion again, after re-hashing it.
 
     Promotions and `to` push a version on a stack, a rollback without it pops one: after A, B, C it
-    goes to B, then to A. Raises ConfigError if nothing is left to go back to, DamagedError for any
-    change on disk.
+    goes to B, then to A. With `expected_champion` the outcome is "superseded" if another version is
+    champion, so that a second try does not go back twice. Raises ConfigError if nothing is left to
+    go back to, DamagedError for any change on disk.
     """
     folder = find_name_folder(registry, name)
     with exclusive(folder):
         state = recover(folder)
+        is_expected = isinstance(expected_champion, Unset) or _is_expected(
+            state.champion, expected_champion
+        )
+        if not is_expected and state.champion is not None:
+            return Promotion("superseded", state.champion, state.champion)
         wanted = _champion_before(folder, state) if to is None else to
         wanted = resolve_version(folder, wanted, state.ledger)
         manifest = _verify(folder, wanted, state)

@@ -121,6 +121,18 @@ def test_rollbacks_go_back_through_the_champions_until_none_is_left(three, regis
     assert third not in (line["version"], line["previous"])
 
 
+def test_a_second_try_of_a_rollback_does_not_go_back_twice(three, registry):
+    first, second, third = three
+    promote(registry, NAME, third, by="ann")
+    for outcome in (
+        Promotion("rolled_back", second, third),
+        Promotion("superseded", second, second),
+    ):
+        assert rollback(registry, NAME, by="bob", expected_champion=third) == outcome
+    assert read_champion(registry, NAME) == second
+    assert first in {line["version"] for line in history(registry, NAME)}
+
+
 def test_a_rollback_to_a_named_version_is_a_step_that_a_rollback_takes_back(three, registry):
     first, second, third = three
     promote(registry, NAME, third, by="ann")
