@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -88,14 +89,16 @@ def _yaml_problem(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def load_config(path: Path | None, flags: Mapping[str, Any]) -> FineTuneConfig:
+def load_config(
+    path: str | Path | None, flags: Mapping[str, Any] = MappingProxyType({})
+) -> FineTuneConfig:
     """Build the configuration from a YAML file, if any, and flags that are not None.
 
     `flags` are by dotted name, such as `nested.fast`. As in mlx_lm.lora, a flag wins over the file
     and a null in the file means the default. Relative paths are kept as they are written: they
     start at the working directory.
     """
-    values = read_yaml(path) if path is not None else {}
+    values = read_yaml(Path(path)) if path is not None else {}
     source = str(path) if path is not None else "the command line"
     for name, value in flags.items():
         section, _, key = name.rpartition(".")
