@@ -23,7 +23,6 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from nested_core import errors
-from nested_core.backend import DISABLE_VARIABLE
 from nested_core.errors import NestedTuneError, WorkerFailed
 
 SMALL_BYTES = 16 * 2**20  # below this, starting processes takes longer than the work
@@ -144,7 +143,6 @@ class _Worker:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # without a name; closed with it
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path),
-            DISABLE_VARIABLE: "1",  # it multiplies nothing
             "TOKENIZERS_PARALLELISM": "false",  # each core has a process of its own already
             "POLARS_MAX_THREADS": "1",
         }
