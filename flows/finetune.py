@@ -59,6 +59,8 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     except TrainingStopped as error:
         return Cancelled(message=f"resumable by a retry of this flow run: {error}")
     except GateRejected as error:
+        if read_verdict(run.gate).has_passed:
+            raise  # the registry refused what this gate let through: that is no verdict on the run
         message = describe_rejection(run)
         if settings.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
