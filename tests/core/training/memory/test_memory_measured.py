@@ -64,7 +64,7 @@ def predicted_for_cuda(size: str, rows: int, operations: int, bits: float = 16) 
 
 
 @pytest.mark.parametrize(("size", "rows", "operations"), H200)
-def test_the_predicted_for_cuda_is_within_a_twentieth_of_what_an_h200_took(
+def test_the_prediction_for_cuda_is_within_a_twentieth_of_what_an_h200_took(
     size: str, rows: int, operations: int
 ) -> None:
     found = predicted_for_cuda(size, rows, operations)
