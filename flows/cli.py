@@ -79,9 +79,9 @@ def _unexpected(error: Exception) -> str:
 def _fail(error: BaseException, code: int, is_debugging: bool, text: str | None = None) -> int:
     if is_debugging:
         traceback.print_exception(error)
-    lines = (text or str(error)).splitlines()
+    lines = (text or str(error)).split("\n")
     shown = lines if len(lines) <= 14 else [*lines[:13], f"... and {len(lines) - 13} more lines"]
-    say("nested-tune: " + "\n".join(shown))
+    say(f"nested-tune: {shown[0]}", *shown[1:])
     return code
 
 

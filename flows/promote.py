@@ -14,6 +14,7 @@ from pydantic import Field
 from flows.allowed_folders import confined
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
+from nested_core.foreign_text import escape_markdown
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import read_candidate
 from tasks.promote import promote_approved, promote_recorded
@@ -69,7 +70,7 @@ def _describe(config: PromoteParameters, champion: str | None) -> str:
     registry = Path(config.registry)
     candidate = read_candidate(registry, config.name, config.version)
     losses = f"loss {candidate.loss_before} before, {candidate.loss_after} after"
-    return (
-        f"Make version `{config.version}` the champion of **{config.name}** in `{registry}`? "
-        f"It passed the gate ({losses}). The champion now is `{champion or 'none'}`."
+    return escape_markdown(
+        f"Make version {config.version} the champion of {config.name} in {registry}? "
+        f"It passed the gate ({losses}). The champion now is {champion or 'none'}."
     )

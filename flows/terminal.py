@@ -1,6 +1,7 @@
 """What a person sees: a loss curve while it falls, tables, and one paragraph for an error.
 
-Progress goes to standard error; without a terminal it is a line now and then.
+Progress goes to standard error; without a terminal it is a line now and then. All that any command
+prints goes through here: text of data, adapters and file names is escaped, and is never markup.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console  # noqa: TID251
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
+
+from nested_core.foreign_text import escape
+from nested_core.storage.atomic import finite_or_none
 
 if TYPE_CHECKING:
     from nested_core.optim.clock import TierStats
@@ -30,7 +34,9 @@ SECONDS_BEFORE_PROGRESS = 2.0
 CURVE_WIDTH, CURVE_HEIGHT = 64, 12
 SMALLEST_LOSS = 1e-6
 
-errors = Console(stderr=True, highlight=False)
+WIDTH_WITHOUT_TERMINAL = 120
+
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def draw_curve(records: Sequence[dict[str, Any]]) -> str:
@@ -132,7 +138,7 @@ class _Watcher(threading.Thread):
         self._has_news = False
         record = self._records[-1]
         losses = [f"{label} {_shown(record[key])}" for key, label in _LABELS if key in record]
-        errors.print(f"step {record['step']}: {', '.join(losses)}", soft_wrap=True)
+        say(f"step {record['step']}: {', '.join(losses)}")
 
 
 _LABELS = (("loss", "training loss"), ("val_loss", "validation loss"))
@@ -176,21 +182,27 @@ class ProgressLine:
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
     """A table on standard output; wide enough not to fold where there is no terminal."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    headers = [Column(name, overflow="fold") for name in columns]
-    table = Table(*headers, title=title or None, title_justify="left")
+    console = output_console(WIDTH_WITHOUT_TERMINAL)
+    headers = [Column(Text(name), overflow="fold") for name in columns]
+    table = Table(*headers, title=Text(escape(title)) if title else None, title_justify="left")
     for row in rows:
         table.add_row(*map(_cell, row))
     console.print(table)
 
 
-def _cell(value: Any) -> str:
+def output_console(width: int) -> Console:
+    """A console for standard output, without markup; `width` holds where it is no terminal."""
+    width_or_none = None if sys.stdout.isatty() else width
+    return Console(highlight=False, markup=False, emoji=False, width=width_or_none)
+
+
+def _cell(value: Any) -> Text:
     """A value as a person reads it: four digits of a number, `-` for none."""
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return Text("yes" if value else "no")
     if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
+        return Text(f"{value:.4g}")
+    return Text("-" if value is None else escape(str(value)))
 
 
 def print_tiers(verdict: dict[str, Any]) -> None:
@@ -217,11 +229,18 @@ def describe_tiers(stats: Sequence[TierStats]) -> str:
 
 
 def print_json(document: Any) -> None:
-    """Exactly one JSON document on standard output."""
+    """Exactly one JSON document on standard output: ASCII, and null for what is not finite."""
     if sys.__stdout__ is not None:
-        print(json.dumps(document, indent=2, default=str), file=sys.__stdout__)
+        text = json.dumps(finite_or_none(document), indent=2, default=str, allow_nan=False)
+        print(text, file=sys.__stdout__)  # noqa: T201
 
 
-def say(message: str) -> None:
-    """A line of progress on standard error."""
-    errors.print(message, soft_wrap=True, markup=False)
+def print_line(text: str) -> None:
+    """A line of a command's result on standard output."""
+    print(escape(text))  # noqa: T201
+
+
+def say(*lines: str) -> None:
+    """A line of progress, or the lines of a paragraph, on standard error."""
+    for line in lines:
+        errors.print(Text(escape(line)), soft_wrap=True)

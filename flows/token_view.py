@@ -5,13 +5,12 @@ Texts are quoted and escaped: no control character of a data set reaches the ter
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.cells import cell_len
-from rich.console import Console
 from rich.text import Text
 
+from flows.terminal import output_console, print_line
 from nested_core.data.tokens.token_display import ShownExample, ShownToken
 
 WIDTH, CELL = 100, 20
@@ -21,11 +20,12 @@ LEARNT, LEARNT_STYLE = "*", "bold green"
 
 def print_examples(examples: Iterable[ShownExample]) -> None:
     """Print each example below a line that says where it is from and how much of it is learnt."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    console = output_console(WIDTH)
     for example in examples:
         learnt = sum(token.supervised for token in example.tokens)
         place = f"{example.file}:{example.line}"
-        console.print(f"\n{place}: {len(example.tokens)} tokens, {learnt} learnt ({LEARNT})")
+        print_line("")
+        print_line(f"{place}: {len(example.tokens)} tokens, {learnt} learnt ({LEARNT})")
         for line in lay_out(example.tokens, min(WIDTH, console.width)):
             console.print(line, soft_wrap=True)
 

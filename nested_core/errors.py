@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nested_core.foreign_text import escape_lines
+
 
 def shorten(value: object, characters: int = 40) -> str:
     """The value as text on one line of at most so many characters, for use in a message."""
@@ -20,9 +22,15 @@ def list_first(values: Sequence[object], count: int) -> str:
 
 
 class NestedTuneError(Exception):
-    """Base of all errors of this project; `exit_code` is what the command line returns."""
+    """Base of all errors of this project; `exit_code` is what the command line returns.
+
+    A message names files, keys and tensors that others named: as text it is safe to show.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return escape_lines(super().__str__())
 
 
 class ConfigError(NestedTuneError):

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
+from tasks.artifacts import MarkdownPage, publish_page, publish_table
 
 
 @task(name="gate", task_run_name="gate {run_dir.name}", retries=0, cache_policy=NO_CACHE)
@@ -32,32 +32,27 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
 
 def _show(verdict: dict[str, Any]) -> None:
     """The verdict as a markdown artifact, the tiers as a table."""
-    create_markdown_artifact(key="gate-verdict", markdown=describe_verdict(verdict))
-    create_table_artifact(key="tier-table", table=verdict["tiers"])
+    publish_page("gate-verdict", describe_verdict(verdict))
+    publish_table("tier-table", verdict["tiers"])
 
 
-def describe_verdict(verdict: dict[str, Any]) -> str:
+def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     """A page of markdown: the verdict, why, the losses, and what became of each tier."""
     tensors = verdict["tensors"]
     changed = sum(tensor["changed"] for tensor in tensors)
-    lines = [f"# {verdict['verdict']}", ""]
-    lines += [f"- `{reason['code']}`: {reason['message']}" for reason in verdict["reasons"]]
+    page = MarkdownPage(verdict["verdict"])
+    page.add_points((reason["code"], reason["message"]) for reason in verdict["reasons"])
     step = f"Adapter of step {verdict['adapter_step']}"
-    lines += ["", f"{step}: {changed} of {len(tensors)} tensors changed."]
+    page.add_paragraph(f"{step}: {changed} of {len(tensors)} tensors changed.")
     if verdict["validation"]:
         before, after = (verdict["validation"][key] for key in ("loss_before", "loss_after"))
-        lines += ["", f"Loss {_rounded(before)} before, {_rounded(after)} after."]
-    lines += ["", *_TIER_HEADER]
-    for tier in verdict["tiers"]:
-        lines.append("| " + " | ".join(str(tier[key]) for key in _TIER_KEYS) + " |")
-    return "\n".join(lines)
+        page.add_paragraph(f"Loss {_rounded(before)} before, {_rounded(after)} after.")
+    page.add_table(TIER_COLUMNS, ([tier[key] for key in TIER_KEYS] for tier in verdict["tiers"]))
+    return page
 
 
-_TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
-_TIER_HEADER = [
-    "| tier | updated every | tensors | changed | expected updates | applied |",
-    "|---|---|---|---|---|---|",
-]
+TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
+TIER_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
 
 
 def _rounded(loss: float | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_link_artifact, create_table_artifact
+from tasks.artifacts import publish_link, publish_table
 
 SHOWN_POINTS = 60
 
@@ -14,12 +14,8 @@ SHOWN_POINTS = 60
 def link_run(run_dir: Path) -> None:
     """The run directory, as a link for who sits at the worker's machine, and as its path."""
     path = run_dir.resolve()
-    create_link_artifact(
-        key="run-directory",
-        link=path.as_uri(),
-        link_text=str(path),
-        description="Everything that this run leaves behind, on the worker's machine.",
-    )
+    description = "Everything that this run leaves behind, on the worker's machine."
+    publish_link("run-directory", path.as_uri(), str(path), description)
 
 
 def show_losses(records: Sequence[dict[str, Any]]) -> None:
@@ -30,4 +26,4 @@ def show_losses(records: Sequence[dict[str, Any]]) -> None:
     ]
     keys = ("step", "loss", "val_loss", "learning_rate")
     rows = [{key: record.get(key) for key in keys} for record in shown]
-    create_table_artifact(key="loss-curve", table=rows, description="From metrics.jsonl.")
+    publish_table("loss-curve", rows, "From metrics.jsonl.")

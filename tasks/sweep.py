@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.registry import RegistrySection
@@ -18,6 +17,7 @@ from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
+from tasks.artifacts import publish_table
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def collect(outcomes: Sequence[Outcome]) -> Outcome | None:
         | {"state": outcome.state, "val_loss": outcome.loss, "result": outcome.message}
         for outcome in outcomes
     ]
-    create_table_artifact(key="sweep-results", table=rows)
+    publish_table("sweep-results", rows)
     verified = [outcome for outcome in outcomes if outcome.has_passed]
     return min(verified, key=lambda o: float("inf") if o.loss is None else o.loss, default=None)
 

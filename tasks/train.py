@@ -12,7 +12,10 @@ from typing import Any
 from uuid import UUID
 
 from prefect import get_run_logger
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import (  # noqa: TID251  # numbers alone
+    create_progress_artifact,
+    update_progress_artifact,
+)
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from prefect import get_run_logger
-from prefect.artifacts import create_table_artifact
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
+from tasks.artifacts import publish_table
 from tasks.retrying import RUN_DELAYS, retried
 
 SHOWN_FINDINGS = 50
@@ -33,8 +33,8 @@ def _show_findings(run: RunDirectory) -> None:
     if run.dataset.exists():
         report = json.loads(run.dataset.read_bytes())
         counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
-        create_table_artifact(
-            key="dataset-report",
-            table=report["findings"][:SHOWN_FINDINGS],
-            description=f"Findings: {counts}. The first {SHOWN_FINDINGS} are shown, errors first.",
+        publish_table(
+            "dataset-report",
+            report["findings"][:SHOWN_FINDINGS],
+            f"Findings: {counts}. The first {SHOWN_FINDINGS} are shown, errors first.",
         )

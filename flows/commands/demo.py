@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.packaged_files import shipped
-from flows.terminal import draw_curve, print_table, print_tiers, say, watching
+from flows.terminal import draw_curve, print_line, print_table, print_tiers, say, watching
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory, new_run_name
@@ -57,10 +57,12 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         """Print how the run went, and the answers before and after."""
         _print_run(run)
         print_table(("question", "before", "after"), rows, title="Held-out countries")
-        print(f"right answers: {right[0]} of {len(rows)} before, {right[1]} of {len(rows)} after")
-        print(f"champion: {champion} -> {os.readlink(champion)}")
-        print(
-            f"talk to it:\n  {_installed('mlx_lm.generate')} --model {config.model} "
+        total = len(rows)
+        print_line(f"right answers: {right[0]} of {total} before, {right[1]} of {total} after")
+        print_line(f"champion: {champion} -> {os.readlink(champion)}")
+        print_line("talk to it:")
+        print_line(
+            f"  {_installed('mlx_lm.generate')} --model {config.model} "
             f'--adapter-path {champion} --prompt "{questions[0]["prompt"]}"'
         )
         return 0
@@ -143,11 +145,12 @@ def _ask(
 def _print_run(run: RunDirectory) -> None:
     from nested_core.training.metrics_file import read_metrics
 
-    print(draw_curve(read_metrics(run.metrics)))
+    for line in draw_curve(read_metrics(run.metrics)).splitlines():
+        print_line(line)
     verdict = json.loads(run.gate.read_bytes())
     print_tiers(verdict)
     losses = verdict["validation"]
-    print(
+    print_line(
         f"gate: {verdict['verdict']}; validation loss {losses['loss_before']:.3f} before, "
         f"{losses['loss_after']:.3f} after"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.output import answer
-from flows.terminal import say
+from flows.terminal import print_line, say
 from nested_core.errors import NestedTuneError
 
 
@@ -47,7 +47,7 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
         ) from error
 
     text = f"deployed: {len(done)} things are in place"
-    return answer(arguments, lambda: {"done": done}, lambda: print(text))
+    return answer(arguments, lambda: {"done": done}, lambda: print_line(text))
 
 
 def _given(path: Path | None) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.output import answer, tell
-from flows.terminal import print_table
+from flows.terminal import print_line, print_table
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.storage.run_directory import RunDirectory
 
@@ -40,7 +40,7 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
         """The change of each tensor, and the verdict in a line."""
         rows = [(t.name, t.changed, t.relative_delta, t.finite) for t in verdict.tensors]
         print_table(("tensor", "changed", "relative change", "finite"), rows)
-        print(verdict.summary())
+        print_line(verdict.summary())
 
     code = 0 if verdict.has_passed else GateRejected.exit_code
     return answer(arguments, verdict.to_json, show, code)

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from flows.terminal import print_json
+from flows.terminal import print_json, print_line
 
 
 def answer(
@@ -36,7 +36,7 @@ def tell(text: str) -> Callable[[], int]:
 
     def finish() -> int:
         """Print the result."""
-        print(text)
+        print_line(text)
         return 0
 
     return finish

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import answer
-from flows.terminal import say
+from flows.terminal import print_line, say
 from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -70,4 +70,4 @@ def _finish(done: Conversion, arguments: argparse.Namespace, strength: str) -> C
         say(f"note: {note}")
 
     text = f"{done.out}: {done.tensors} tensors of {done.modules} modules, {strength}"
-    return answer(arguments, done.to_json, lambda: print(text))
+    return answer(arguments, done.to_json, lambda: print_line(text))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.output import answer, tell
-from flows.terminal import print_table
+from flows.terminal import print_line, print_table
 from nested_core.errors import DamagedError
 from nested_core.storage.run_directory import RunDirectory
 
@@ -124,7 +124,7 @@ def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
         if report.findings:
             print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
         else:
-            print(f"{len(report.versions)} versions, the champion and the history are sound")
+            print_line(f"{len(report.versions)} versions, the champion and the history are sound")
 
     code = DamagedError.exit_code if report.findings else 0
     return answer(arguments, lambda: asdict(report), show, code)
@@ -146,9 +146,11 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
         """Each version that was removed, and how much that is."""
         what = "would remove" if done.is_dry_run else "removed"
         for version in done.collected:
-            print(f"{what} {version}")
-        print(f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB)", end=", ")
-        print(f"kept {len(done.kept)}; {len(done.leftovers)} leftovers of killed processes")
+            print_line(f"{what} {version}")
+        print_line(
+            f"{what} {len(done.collected)} versions ({done.bytes / 1e6:.1f} MB), kept "
+            f"{len(done.kept)}; {len(done.leftovers)} leftovers of killed processes"
+        )
 
     return answer(arguments, lambda: asdict(done), show)
 

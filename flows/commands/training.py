@@ -12,13 +12,7 @@ from typing import Any
 from flows.commands.flags import add_config_flags, add_run_flags, config_from
 from flows.commands.output import answer, tell
 from flows.stop_signals import Stopper
-from flows.terminal import (
-    ProgressLine,
-    print_table,
-    print_tiers,
-    say,
-    watching,
-)
+from flows.terminal import ProgressLine, print_line, print_table, print_tiers, say, watching
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 
@@ -116,15 +110,17 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     def show() -> None:
         """The tiers, the verdict in a line, and where the adapter is."""
         if result.verdict is None:
-            print(f"skipped: data unchanged since {result.unchanged_since}")
+            print_line(f"skipped: data unchanged since {result.unchanged_since}")
             return
         print_tiers(result.verdict.to_json())
-        print(f"{result.verdict.summary()}\nadapter: {run.adapter}")
+        print_line(result.verdict.summary())
+        print_line(f"adapter: {run.adapter}")
         if result.test_loss is not None:
-            print(f"Test loss {result.test_loss:.3f}, Test ppl {math.exp(result.test_loss):.3f}.")
+            loss = result.test_loss
+            print_line(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
         if result.version is not None:
             done = result.promotion or "registered"
-            print(f"{config.registry.name} {result.version}: {done}")
+            print_line(f"{config.registry.name} {result.version}: {done}")
 
     return answer(arguments, document, show)
 

@@ -24,6 +24,7 @@ import mlx.core as mx
 from nested_core import errors
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
+from nested_core.foreign_text import escape
 from nested_core.optim.clock import TierStats
 from nested_core.pipeline.launch import watchdog
 from nested_core.pipeline.launch.mlx_launch import (
@@ -118,7 +119,7 @@ class RankGroup:
         """Handle one line of the ranks' standard output; a line that is no message is shown."""
         _, prefix, text = line.rpartition(MESSAGE_PREFIX)
         if not prefix:
-            print(line, end="", file=sys.stderr)
+            _show_line(line)
             return
         message = json.loads(text)
         message_type = message.pop("type")
@@ -157,7 +158,7 @@ class RankGroup:
             if lost and self._lost_rank is None:
                 self._lost_rank = f"Rank {lost[1]} of {self.ranks} {lost[2]}"
                 self._kill_soon()
-            print(plain, end="", file=sys.stderr)
+            _show_line(plain)
 
     def _kill_soon(self) -> None:
         with contextlib.suppress(RuntimeError):  # the timer has been started already
@@ -185,6 +186,12 @@ class RankGroup:
             f"were ended with it. Go on from the last checkpoint with the same command, --run-dir "
             f"{run_dir} --resume. The last lines that were printed:\n{last_lines}"
         )
+
+
+def _show_line(line: str) -> None:
+    """Write what a rank printed, which may hold text of others, to standard error."""
+    sys.stderr.write(escape(line.removesuffix("\n")) + "\n")
+    sys.stderr.flush()
 
 
 def _require_pipe(stream: IO[str] | None) -> IO[str]:
@@ -228,8 +235,7 @@ def train_in_ranks(
     mx.clear_cache()  # the memory that loading left on the device is for the ranks
     group.run(launch_command(config, ranks, run.path), rank_environment(config), on_start)
     group.raise_if_unfinished(run.path)
-    print(
+    _show_line(
         f"{ranks} ranks, equal to the bit; each gave {group.gradient_bytes:,} bytes of gradients, "
-        f"those of the due tiers, to be summed",
-        file=sys.stderr,
+        f"those of the due tiers, to be summed"
     )
