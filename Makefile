@@ -5,6 +5,9 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
+# Containers often set it; every process would compile a thousand modules that the one before it compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 # The first that runs: a version manager may put names on PATH that do not.
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
