@@ -36,6 +36,8 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.memory.plan import MemoryPlan
 
+WATCHDOG = (sys.executable, "-P", watchdog.__file__)
+LAUNCHER = (sys.executable, "-P", str(Path(watchdog.__file__).with_name("launcher_program.py")))
 LOST_RANK = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 SECONDS_TO_END = 8.0  # after the first rank ends; then what is left is killed
@@ -90,7 +92,7 @@ class RankGroup:
     ) -> None:
         """Start the ranks and follow them to their end; however this ends, no rank is left."""
         process = subprocess.Popen(
-            [sys.executable, "-P", watchdog.__file__, *command],
+            [*WATCHDOG, *LAUNCHER, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -1,0 +1,43 @@
+"""mlx.launch as ranks are started with it: it waits while they compute, and hands on what is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from nested_core.pipeline.launch.mlx_launch import free_ports
+from nested_core.pipeline.launch.rank_group import LAUNCHER
+
+MLX_LAUNCH = os.path.join(os.path.dirname(sys.executable), "mlx.launch")
+SECONDS_OF_SLEEP = 3
+
+
+def launch_two(*command: object, **streams: Any) -> subprocess.Popen[bytes]:
+    """Two ranks of a command, on this machine."""
+    where = ("-n", "2", "--backend", "ring", "--starting-port", str(free_ports(2)))
+    return subprocess.Popen([*LAUNCHER, MLX_LAUNCH, *where, "--", *map(str, command)], **streams)
+
+
+def test_the_launcher_computes_nothing_while_the_ranks_work() -> None:
+    process = launch_two("sleep", SECONDS_OF_SLEEP, stdin=subprocess.PIPE)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.returncode == 0
+    # Without the wait it is all of the seconds; 0.4 s are the import of MLX.
+    assert usage.ru_utime + usage.ru_stime < SECONDS_OF_SLEEP / 2
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_every_rank_gets_what_is_written_and_is_heard(code: int) -> None:
+    program = f"import sys; print('heard ' + sys.stdin.readline()); sys.exit({code})"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = launch_two(sys.executable, "-S", "-c", program, **pipes)
+    output, errors = process.communicate(b"stop\n", timeout=60)
+    assert output.count(b"heard stop") == 2
+    assert errors.count(b"exited with code 3") == (2 if code else 0)
