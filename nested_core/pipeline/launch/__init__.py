@@ -1,6 +1,6 @@
 """Training in several processes: how they are started, followed and ended.
 
-mlx_launch.py makes the command, rank_group.py follows the processes with a trainer's methods. Two are
-programs of their own: launcher_program.py runs mlx.launch without its busy loop, and watchdog.py
-ends all processes when the one that started them is gone.
+mlx_launch.py makes the command, rank_group.py follows the processes with a trainer's methods. Two
+programs of their own are started by path: launcher_program.py runs mlx.launch without its busy
+loop, and watchdog.py ends all processes when the one that started them is gone.
 """

@@ -1,4 +1,4 @@
-"""Run `mlx.launch` without its busy loop: `python launcher_program.py PATH_OF_MLX_LAUNCH ARGUMENTS`.
+"""Run `mlx.launch` without its busy loop: `python launcher_program.py MLX_LAUNCH ARGUMENTS`.
 
 For each rank, mlx.launch waits until there is output to read or until the rank's standard input
 can be written to (mlx 0.32.4, `_launch_with_io` in mlx/_distributed_utils/launch.py). The second is

@@ -1,4 +1,4 @@
-"""mlx.launch as ranks are started with it: it waits while they compute, and hands on what is said."""
+"""mlx.launch as it starts ranks: it waits while they compute, and passes on input and output."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 from typing import Any
-
-import pytest
 
 from nested_core.pipeline.launch.mlx_launch import free_ports
 from nested_core.pipeline.launch.rank_group import LAUNCHER
@@ -33,11 +31,19 @@ def test_the_launcher_computes_nothing_while_the_ranks_work() -> None:
     assert usage.ru_utime + usage.ru_stime < SECONDS_OF_SLEEP / 2
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_every_rank_gets_what_is_written_and_is_heard(code: int) -> None:
-    program = f"import sys; print('heard ' + sys.stdin.readline()); sys.exit({code})"
+def test_every_rank_gets_what_is_written_and_is_heard() -> None:
+    output, _ = reply_to_stop(exit_code=0)
+    assert output.count(b"heard stop") == 2
+
+
+def test_the_exit_code_of_a_rank_is_reported() -> None:
+    _, errors = reply_to_stop(exit_code=3)
+    assert b"exited with code 3" in errors
+
+
+def reply_to_stop(exit_code: int) -> tuple[bytes, bytes]:
+    """Standard output and error of two ranks that print the line that they are sent."""
+    program = f"import sys; print('heard ' + sys.stdin.readline()); sys.exit({exit_code})"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = launch_two(sys.executable, "-S", "-c", program, **pipes)
-    output, errors = process.communicate(b"stop\n", timeout=60)
-    assert output.count(b"heard stop") == 2
-    assert errors.count(b"exited with code 3") == (2 if code else 0)
+    return process.communicate(b"stop\n", timeout=60)
