@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from nested_core import compiled_kernels
+
 if TYPE_CHECKING:
     import mlx.core as mx
 
@@ -63,7 +65,8 @@ _preparation: Preparation | None = None
 def prepare() -> Preparation:
     """Make this process ready for MLX; call it before anything imports mlx. Later calls do nothing.
 
-    On Linux with the MLX build for CPUs it opens OpenBLAS for the whole process, if the system has
+    On Linux kernels are compiled into a folder of this process alone (see compiled_kernels.py).
+    There, with the MLX build for CPUs, it opens OpenBLAS for the whole process, if the system has
     it, and lets freed memory up to 1 GiB stay with the process. With the build for CUDA kernels are
     started without graphs, unless MLX_USE_CUDA_GRAPHS is set. On macOS, where MLX uses Metal and
     Accelerate, none of this is needed. On every platform compiled functions are dropped when the
@@ -98,6 +101,7 @@ def warn_if_unprepared() -> None:
 
 def _prepare_linux() -> Preparation:
     came_too_late = "mlx.core" in sys.modules
+    compiled_kernels.use_private_folder()
     if is_for_cuda():
         os.environ.setdefault(GRAPHS_VARIABLE, "0")
     else:

@@ -18,9 +18,13 @@ from typing import Any
 
 import pytest
 
+from nested_core.compiled_kernels import FOLDER_VARIABLE, cache_folder
+
 _PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))
 atexit.register(shutil.rmtree, _PREFECT_HOME, ignore_errors=True)
 
+# Compiled kernels stay from session to session, in the user's own folder.
+os.environ.setdefault(FOLDER_VARIABLE, str(cache_folder() / "kernels"))
 # Set before anything is imported: Prefect and the tokenizers read them once. Children inherit them.
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -40,7 +44,10 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 from nested_core import backend  # noqa: E402
 
+_FOLDER_OF_ALL_WORKERS = os.environ.get("TMPDIR", "")
 backend.prepare()  # before a test imports mlx
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["TMPDIR"] = _FOLDER_OF_ALL_WORKERS  # of two workers one compiles a kernel
 
 from tests.fork_server import python  # noqa: E402
 from tests.kernels import read_header_once  # noqa: E402

@@ -24,6 +24,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
+from nested_core.compiled_kernels import CACHE_VARIABLE, cache_folder
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
 from nested_core.data.sources.files import SplitFile
@@ -32,7 +33,6 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import canonical_json, file_sha256, temporary_beside, write_json
 
-FOLDER_VARIABLE = "NESTED_TUNE_CACHE"
 REPORT_NAME = "report.json"
 KEPT_SECONDS = 30 * 24 * 3600
 _TOKENIZER_FILES = (
@@ -71,7 +71,7 @@ class DatasetCache:
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}, where judged data sets are kept, cannot be made: {error}. Set "
-                f"{FOLDER_VARIABLE} to a folder that you can write to."
+                f"{CACHE_VARIABLE} to a folder that you can write to."
             ) from error
         _refuse_open_folder(self.folder)
         return CacheEntry(self.folder / _key(settings, files, tokenizer))
@@ -126,12 +126,8 @@ class CacheEntry:
 
 
 def default_cache() -> DatasetCache:
-    """$NESTED_TUNE_CACHE, else nested-tune in $XDG_CACHE_HOME or ~/.cache."""
-    given = os.environ.get(FOLDER_VARIABLE)
-    if given:
-        return DatasetCache(Path(given) / "datasets")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return DatasetCache(Path(base) / "nested-tune" / "datasets")
+    """The folder `datasets` in the folder for caches."""
+    return DatasetCache(cache_folder() / "datasets")
 
 
 def _refuse_open_folder(folder: Path) -> None:
@@ -141,7 +137,7 @@ def _refuse_open_folder(folder: Path) -> None:
         raise ConfigError(
             f"{folder}, where judged data sets are kept, belongs to or can be written by others, "
             f"who could pass any data set as sound. Make it yours alone (chmod 700), or set "
-            f"{FOLDER_VARIABLE} to a folder that is."
+            f"{CACHE_VARIABLE} to a folder that is."
         )
 
 

@@ -145,6 +145,7 @@ class _Worker:
             "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path),
             "TOKENIZERS_PARALLELISM": "false",  # each core has a process of its own already
             "POLARS_MAX_THREADS": "1",
+            "TMPDIR": tempfile.gettempdir(),  # this process's own is for MLX's kernels alone
         }
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM],

@@ -22,11 +22,7 @@ from typing import Any
 from nested_core import backend
 from nested_core.config.resume import read_run_config
 from nested_core.errors import NestedTuneError, TrainingStopped
-from nested_core.pipeline.launch.mlx_launch import (
-    MESSAGE_PREFIX,
-    rank_device,
-    rank_temporary_folder,
-)
+from nested_core.pipeline.launch.mlx_launch import MESSAGE_PREFIX, rank_device
 
 
 def main(run_dir: str, ranks: str) -> int:
@@ -43,7 +39,6 @@ def main(run_dir: str, ranks: str) -> int:
     try:
         if rank > 0:
             _silence_warnings()
-            os.environ["TMPDIR"] = str(rank_temporary_folder(rank))
         with contextlib.redirect_stdout(sys.stderr):
             _train(Path(run_dir), int(ranks))
     except TrainingStopped as error:

@@ -66,6 +66,13 @@ def test_a_unit_runs_as_its_own_user_and_reads_settings_and_secrets(unit: str) -
     ]
 
 
+def test_the_workers_unit_keeps_compiled_kernels_in_a_folder_of_its_own_user() -> None:
+    lines = (FOLDER / "systemd" / UNITS[1]).read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("Environment=NESTED_TUNE_CACHE="))
+    folder = line.rpartition("=")[2]
+    assert f"ReadWritePaths={Path(folder).parent}" in lines
+
+
 @pytest.mark.parametrize("agent", AGENTS, ids=lambda path: path.stem)
 def test_an_agent_has_keys_that_launchd_knows_with_values_of_their_kind(agent: Path) -> None:
     values = plistlib.loads(agent.read_bytes())

@@ -19,7 +19,6 @@ from pathlib import Path
 from nested_core.backend import has_cuda
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.storage.strict_files import user_folder
 
 PROGRAM = ("-m", "nested_core.pipeline.rank_worker")
 DEVICES = "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
@@ -117,19 +116,6 @@ def rank_environment(config: FineTuneConfig) -> dict[str, str]:
             f"{visible!r}."
         )
     return os.environ | {DEVICES: visible}
-
-
-def rank_temporary_folder(rank: int) -> Path:
-    """The temporary folder of a rank other than the main one, kept from run to run.
-
-    MLX writes the kernels that it compiles in place below $TMPDIR/mlx; of two ranks that start
-    together, one could read what the other has half written. ConfigError if the folder is another
-    user's.
-    """
-    shared = user_folder(f"the kernels of rank {rank}", "Set TMPDIR to a folder of your own.")
-    folder = shared / f"rank-{rank}"
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def rank_device(environment: Mapping[str, str], rank: int) -> str | None:

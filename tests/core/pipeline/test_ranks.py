@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from nested_core.pipeline.launch.mlx_launch import (
     free_ports,
     launch_command,
     rank_device,
-    rank_temporary_folder,
 )
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.distributed import SINGLE_PROCESS, World, checksum, pack_sums, unpack_sums
@@ -156,23 +154,3 @@ def test_a_port_that_somebody_has_is_not_taken(monkeypatch: pytest.MonkeyPatch) 
 def test_a_rank_takes_its_device_of_those_that_its_parent_was_given() -> None:
     assert [rank_device({"NESTED_TUNE_DEVICES": "6,4"}, rank) for rank in (0, 1)] == ["6", "4"]
     assert rank_device({}, 1) is None
-
-
-def test_ranks_do_not_compile_kernels_into_one_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folders = [rank_temporary_folder(rank) for rank in (1, 2)]
-    assert folders[0] != folders[1]
-    assert folders[0] == rank_temporary_folder(1)
-    assert folders[0].parent.stat().st_mode & 0o777 == 0o700
-
-
-def test_kernels_are_not_kept_where_a_link_leads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / f"nested-tune-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="Set TMPDIR"):
-        rank_temporary_folder(1)

@@ -1,0 +1,294 @@
+"""A private folder for the kernels that MLX compiles, so that no code of another user is loaded.
+
+On a Linux CPU, MLX compiles kernels with g++ into $TMPDIR/mlx, in place, and loads whatever lies
+there (mlx/backend/cpu/compiled.cpp; with CUDA the same holds for PTX, cuda/jit_module.cpp). So each
+process gets a TMPDIR of its own, with hard links to the kernels that earlier processes recorded by
+their digest when they ended cleanly. No process loads what another one is still writing, and what a
+killed process left is never loaded again.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+
+from nested_core.errors import ConfigError
+
+FOLDER_VARIABLE = "NESTED_TUNE_KERNELS"
+CACHE_VARIABLE = "NESTED_TUNE_CACHE"
+# The TMPDIR that the user had, for child processes: theirs is the kernel folder of their parent.
+OUTER_VARIABLE = "NESTED_TUNE_TMPDIR"
+PROCESS_PREFIX = "nested-tune-kernels-"
+IN_USE_NAME = ".in-use"  # locked for as long as the process of a folder lives
+LOCK_NAME = ".lock"
+LOCK_SECONDS = 10.0
+DIGESTS_NAME = "recorded.json"
+RECORDED_NAME = "recorded"
+GPU_MODELS = Path("/proc/driver/nvidia/gpus")
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+# Of a 64-bit ELF header: where the section headers begin (8 bytes), their size and number (2 each).
+SECTION_OFFSET = slice(0x28, 0x30)
+SECTION_SIZE = slice(0x3A, 0x3C)
+SECTION_COUNT = slice(0x3C, 0x3E)
+ELF_MAGIC = b"\x7fELF"
+
+_log = logging.getLogger(__name__)
+
+
+def use_private_folder() -> Path:
+    """Make TMPDIR a folder that no other process compiles into; temporary files stay elsewhere.
+
+    Python's temporary files go on going where TMPDIR pointed before. Child processes inherit the
+    folder, and have one of their own if they call this too. Where kernels cannot be kept, a log
+    line says why, and they are compiled into a temporary folder that goes with the process.
+    """
+    _keep_temporary_files_outside()
+    try:
+        store = KernelStore(open_store_folder())
+        folder = store.new_process_folder()
+    except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: there is no home
+        _log.warning("MLX compiles its kernels for this process alone, and not again: %s", error)
+        folder = _temporary_folder()
+    else:
+        atexit.register(_record_at_exit, store, folder, os.getpid())
+    os.environ["TMPDIR"] = str(folder)
+    return folder
+
+
+def _keep_temporary_files_outside() -> None:
+    """Have `tempfile` use the user's TMPDIR from now on, here and in child processes."""
+    if Path(os.environ.get("TMPDIR", "")).name.startswith(PROCESS_PREFIX):
+        os.environ["TMPDIR"] = os.environ.get(OUTER_VARIABLE, "")
+    with suppress(FileNotFoundError):  # there is no folder for temporary files at all
+        os.environ[OUTER_VARIABLE] = tempfile.gettempdir()  # which it remembers
+
+
+def _temporary_folder() -> Path:
+    """A folder that goes with this process; a path without a folder if none can be made.
+
+    MLX then says at the first kernel that the folder is missing, and loads nothing.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PROCESS_PREFIX))
+    except OSError as error:
+        _log.warning("No folder for MLX's kernels can be made: %s", error)
+        return Path(os.devnull, PROCESS_PREFIX)
+    atexit.register(_remove_at_exit, folder, os.getpid())
+    return folder
+
+
+def open_store_folder() -> Path:
+    """The folder of this user, MLX version and machine type, made if it is missing (mode 0700).
+
+    It lies in $NESTED_TUNE_KERNELS, else in `kernels` of the folder for caches. ConfigError if the
+    folder is a link, another user's, writable by others, or may not hold programs.
+    """
+    given = os.environ.get(FOLDER_VARIABLE)
+    root = Path(given) if given else cache_folder() / "kernels"
+    root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = root / _machine_type()
+    for directory in (root, folder):
+        directory.mkdir(mode=0o700, exist_ok=True)
+        _refuse_unsafe_folder(directory)
+    return folder
+
+
+def cache_folder() -> Path:
+    """$NESTED_TUNE_CACHE, else nested-tune in $XDG_CACHE_HOME or ~/.cache."""
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nested-tune"
+
+
+def _machine_type() -> str:
+    """What compiled kernels depend on: MLX, the processor's type, the C library and the GPUs."""
+    library = os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else None
+    gpus = sorted(path.read_bytes() for path in GPU_MODELS.glob("*/information"))
+    words = [f"mlx-{metadata.version('mlx')}", platform.machine(), library or "no-glibc"]
+    if gpus:
+        words.append(hashlib.sha256(b"".join(gpus)).hexdigest()[:8])
+    return "-".join(words).replace(" ", "-")
+
+
+def _refuse_unsafe_folder(folder: Path) -> None:
+    """Whoever else can write there, or in the folder above it, could have us load their code."""
+    own, above = folder.lstat(), folder.parent.stat()
+    is_sticky = bool(above.st_mode & stat.S_ISVTX)
+    if not stat.S_ISDIR(own.st_mode):
+        problem = "is a link or no folder"
+    elif own.st_uid != os.getuid():
+        problem = "belongs to another user"
+    elif own.st_mode & OTHERS_WRITE or (above.st_mode & stat.S_IWOTH and not is_sticky):
+        problem = "can be written or replaced by others"
+    elif above.st_uid not in (0, os.getuid()):
+        problem = "lies in another user's folder"
+    elif os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        problem = "is mounted noexec"
+    else:
+        folder.chmod(0o700)
+        return
+    raise ConfigError(
+        f"{folder}, where the kernels that MLX compiles are kept, {problem}: code from there would "
+        f"run in this process. Remove it, or set {FOLDER_VARIABLE} to a folder that is yours alone."
+    )
+
+
+class KernelStore:
+    """Recorded kernels, and a folder for each process that uses them; one writer at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._recorded = folder / RECORDED_NAME
+        self._digests = folder / DIGESTS_NAME
+
+    def new_process_folder(self) -> Path:
+        """A folder that stays locked until this process ends, with links to all that is recorded.
+
+        Removes folders whose processes are gone, and every kernel that is not as it was recorded.
+        """
+        with self._locked():
+            self._remove_abandoned_folders()
+            sound = self._remove_damaged_kernels()
+            folder = Path(tempfile.mkdtemp(prefix=PROCESS_PREFIX, dir=self._folder))
+            _lock(os.open(folder / IN_USE_NAME, os.O_RDWR | os.O_CREAT, 0o600))  # never closed
+            for name in sound:
+                link_or_copy(self._recorded / name, folder / name)
+        return folder
+
+    def record(self, folder: Path) -> None:
+        """Keep the kernels that were compiled in a process's folder, with their digests."""
+        complete = [path for path in (folder / "mlx").rglob("*") if is_complete_kernel(path)]
+        if all((self._recorded / path.relative_to(folder)).exists() for path in complete):
+            return
+        with self._locked():
+            digests = self._read_digests()
+            for path in complete:
+                name = str(path.relative_to(folder))
+                recorded = self._recorded / name
+                if name not in digests or not recorded.exists():
+                    recorded.unlink(missing_ok=True)
+                    link_or_copy(path, recorded)
+                    digests[name] = _digest(path)
+            unfinished = self._digests.with_suffix(".new")
+            unfinished.write_text(json.dumps(digests, indent=0), encoding="utf-8")
+            unfinished.replace(self._digests)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            _lock(descriptor, LOCK_SECONDS)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _remove_abandoned_folders(self) -> None:
+        for folder in self._folder.glob(f"{PROCESS_PREFIX}*"):
+            try:
+                descriptor = os.open(folder / IN_USE_NAME, os.O_RDWR)
+            except FileNotFoundError:  # its process ended before the folder was locked, or just now
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            try:
+                _lock(descriptor)
+                shutil.rmtree(folder, ignore_errors=True)
+            except BlockingIOError:
+                continue  # its process lives
+            finally:
+                os.close(descriptor)
+
+    def _remove_damaged_kernels(self) -> list[str]:
+        """Remove kernels that do not have their recorded digest; return the names of the others."""
+        digests = self._read_digests()
+        sound = []
+        for path in self._recorded.rglob("*"):
+            if path.is_dir() and not path.is_symlink():
+                continue
+            name = str(path.relative_to(self._recorded))
+            if path.is_file() and not path.is_symlink() and digests.get(name) == _digest(path):
+                sound.append(name)
+            else:
+                path.unlink()
+        return sound
+
+    def _read_digests(self) -> dict[str, str]:
+        """The digest of each recorded kernel by its name; empty if the record is damaged."""
+        try:
+            digests = json.loads(self._digests.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return digests if isinstance(digests, dict) else {}
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, or a copy on a file system without such links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
+            raise
+        shutil.copyfile(source, target)
+
+
+def is_complete_kernel(path: Path) -> bool:
+    """Whether a file is what MLX loads again, and not a library that g++ did not finish.
+
+    A linker writes the ELF header and the section headers, which end the file, at last.
+    """
+    if path.suffix in (".ptx", ".txt"):
+        return path.is_file()
+    if path.suffix != ".so":
+        return False
+    with path.open("rb") as file:
+        header = file.read(64)
+        size = file.seek(0, os.SEEK_END)
+    sections = int.from_bytes(header[SECTION_SIZE], "little") * int.from_bytes(
+        header[SECTION_COUNT], "little"
+    )
+    end = int.from_bytes(header[SECTION_OFFSET], "little") + sections
+    return header.startswith(ELF_MAGIC) and sections > 0 and end <= size
+
+
+def _lock(descriptor: int, seconds: float = 0.0) -> None:
+    """Lock a file for this process, waiting at most so many seconds; else BlockingIOError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _record_at_exit(store: KernelStore, folder: Path, process: int) -> None:
+    """Record what was compiled, unless this is a process that was forked from the one meant."""
+    if os.getpid() == process:
+        with suppress(OSError):  # they are compiled again
+            store.record(folder)
+        _remove_at_exit(folder, process)
+
+
+def _remove_at_exit(folder: Path, process: int) -> None:
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
