@@ -25,11 +25,13 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 from flows.packaged_files import shipped
-from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.storage.strict_files import read_regular
 
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 ENTRYPOINT_OF_TRAINING = "flows.finetune.finetune"
 SHOWN_OUTPUT_LINES = 8
+MAX_FILE_BYTES = 1024 * 1024
 
 
 def deploy(
@@ -64,8 +66,9 @@ def deploy(
 def read_yaml(path: Path) -> dict[str, Any]:
     """One of the files of deployments/, or a person's own in its place."""
     try:
-        content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        text = read_regular(path, MAX_FILE_BYTES, follow_links=True)
+        content: dict[str, Any] = yaml.safe_load(text)
+    except (OSError, DamagedError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return content
 

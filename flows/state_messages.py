@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
 
 SHOWN_DIGITS = 6
 SHOWN_REASONS = 3
@@ -17,7 +16,7 @@ def short(version: str) -> str:
 
 def describe_loss(run: RunDirectory) -> str:
     """`val loss 3.1 -> 1.4` from gate.json, or that there was no validation set."""
-    losses = json.loads(run.gate.read_bytes())["validation"]
+    losses = read_json_object(run.gate)["validation"]
     if losses is None:
         return "no validation set"
     return f"val loss {losses['loss_before']:.3g} -> {losses['loss_after']:.3g}"
@@ -25,7 +24,7 @@ def describe_loss(run: RunDirectory) -> str:
 
 def describe_rejection(run: RunDirectory) -> str:
     """`rejected: tier_unchanged tier 2` from gate.json: each code, and the tiers it is about."""
-    verdict = json.loads(run.gate.read_bytes())
+    verdict = read_json_object(run.gate)
     tiers = {tensor["name"]: tensor["tier"] for tensor in verdict["tensors"]}
     parts = []
     for reason in verdict["reasons"][:SHOWN_REASONS]:

@@ -22,8 +22,10 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from nested_core.errors import DamagedError
 from nested_core.foreign_text import escape
 from nested_core.storage.atomic import finite_or_none
+from nested_core.storage.strict_files import open_regular
 
 if TYPE_CHECKING:
     from nested_core.optim.clock import TierStats
@@ -41,8 +43,12 @@ errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 def draw_curve(records: Sequence[dict[str, Any]]) -> str:
     """The losses over the optimizer steps as text, on a logarithmic axis."""
-    points = [(r["step"], r[key], mark) for key, mark in _SERIES for r in records if _has(r, key)]
-    points = [(step, max(loss, SMALLEST_LOSS), mark) for step, loss, mark in points]
+    points = [
+        (record.get("step", 0), max(record[key], SMALLEST_LOSS), mark)
+        for key, mark in _SERIES
+        for record in records
+        if _has(record, key)
+    ]
     if not points:
         return "no loss yet"
     last_step = max(step for step, _, _ in points) or 1
@@ -116,9 +122,9 @@ class _Watcher(threading.Thread):
         It is another file then, which may have grown beyond the old one since it was looked at.
         """
         try:
-            with self._metrics.open("rb") as file:
+            with open_regular(self._metrics) as (file, _):
                 inode, content = os.fstat(file.fileno()).st_ino, file.read()
-        except FileNotFoundError:
+        except (DamagedError, OSError):  # training says what is wrong; here is only shown
             return
         if inode != self._inode or len(content) < self._offset:
             self._inode = inode
@@ -127,7 +133,7 @@ class _Watcher(threading.Thread):
             self._has_news = False
         whole = content[self._offset : content.rfind(b"\n") + 1]
         self._offset += len(whole)
-        new = [json.loads(line) for line in whole.splitlines()]
+        new = [record for line in whole.splitlines() if (record := _record_or_none(line))]
         self._records += new
         self._has_news = self._has_news or bool(new)
 
@@ -138,7 +144,16 @@ class _Watcher(threading.Thread):
         self._has_news = False
         record = self._records[-1]
         losses = [f"{label} {_shown(record[key])}" for key, label in _LABELS if key in record]
-        say(f"step {record['step']}: {', '.join(losses)}")
+        say(f"step {record.get('step', 0)}: {', '.join(losses)}")
+
+
+def _record_or_none(line: bytes) -> dict[str, Any] | None:
+    from nested_core.training.metrics_file import parse_record
+
+    try:
+        return parse_record(line)
+    except ValueError:  # a damaged line, which training leaves out and names
+        return None
 
 
 _LABELS = (("loss", "training loss"), ("val_loss", "validation loss"))

@@ -63,6 +63,10 @@ class DamagedError(NestedTuneError):
     exit_code = 6
 
 
+class MissingFileError(DamagedError):
+    """A file that belongs to an adapter, a checkpoint or a registry and is not there."""
+
+
 class WorkerFailed(NestedTuneError):
     """A process that read or tokenised a part of a data set ended before it was done."""
 

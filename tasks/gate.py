@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
 from tasks.artifacts import MarkdownPage, publish_page, publish_table
 
 
@@ -23,7 +23,7 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
     try:
         verdict = steps.judge(config, run, on_wait=get_run_logger().info)
     except GateRejected:
-        _show(json.loads(run.gate.read_bytes()))
+        _show(read_json_object(run.gate))
         raise
     _show(verdict.to_json())
     get_run_logger().info("The gate: %s", verdict.summary())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
 from tasks.artifacts import publish_table
 
 
@@ -34,7 +34,7 @@ class Outcome:
     @classmethod
     def of(cls, run: RunDirectory, point: dict[str, Any], state: str, message: str) -> Self:
         """Read the verdict from the run directory; without one the run did not pass."""
-        verdict = json.loads(run.gate.read_bytes()) if run.gate.exists() else {}
+        verdict = read_json_object(run.gate) if run.gate.exists() else {}
         has_passed = verdict.get("verdict") == "passed" and state == "Completed"
         loss = (verdict.get("validation") or {}).get("loss_after")
         return cls(str(run.path), point, state, message, has_passed, loss)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from prefect import get_run_logger
@@ -10,6 +9,7 @@ from prefect import get_run_logger
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
 from tasks.artifacts import publish_table
 from tasks.retrying import RUN_DELAYS, retried
 
@@ -31,7 +31,7 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
 def _show_findings(run: RunDirectory) -> None:
     """A table artifact of the findings, whether the data set passed or not."""
     if run.dataset.exists():
-        report = json.loads(run.dataset.read_bytes())
+        report = read_json_object(run.dataset)
         counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
         publish_table(
             "dataset-report",

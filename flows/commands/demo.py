@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -18,8 +17,10 @@ from flows.terminal import draw_curve, print_line, print_table, print_tiers, say
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory, new_run_name
+from nested_core.storage.strict_files import parse_json, read_json_object, read_regular
 
 ADAPTER_NAME = "geography"
+MAX_QUESTIONS_BYTES = 1024 * 1024
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -123,7 +124,8 @@ def _broken_updates() -> Iterator[None]:
 
 
 def _read_questions(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = read_regular(path, MAX_QUESTIONS_BYTES, follow_links=True).splitlines()
+    return [parse_json(line) for line in lines]
 
 
 def _ask(
@@ -147,7 +149,7 @@ def _print_run(run: RunDirectory) -> None:
 
     for line in draw_curve(read_metrics(run.metrics)).splitlines():
         print_line(line)
-    verdict = json.loads(run.gate.read_bytes())
+    verdict = read_json_object(run.gate)
     print_tiers(verdict)
     losses = verdict["validation"]
     print_line(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flows.commands.output import answer, tell
 from flows.terminal import print_line, print_table
-from nested_core.errors import ConfigError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected, MissingFileError
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
+
+MAX_GATE_BYTES = 64 * 1024 * 1024
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -65,8 +67,8 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "run_dir": str(run.path),
         "state": _state(run, holder, verdict),
         "process": holder,
-        "step": last["step"],
-        "iteration": last["iteration"],
+        "step": last.get("step", 0),
+        "iteration": last.get("iteration", 0),
         "iterations": config.iters if config.training.epochs is None else None,
         "current_train_loss": _last(records, "loss"),
         "current_val_loss": _last(records, "val_loss"),
@@ -79,10 +81,15 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
 def _verdict(run: RunDirectory) -> str | None:
     """What the gate said; a run that is made longer takes that away, perhaps just now."""
     try:
-        verdict: str = json.loads(run.gate.read_bytes())["verdict"]
-    except FileNotFoundError:
+        verdict = read_json_object(run.gate, MAX_GATE_BYTES).get("verdict")
+    except MissingFileError:
         return None
-    return verdict
+    if verdict not in ("passed", "failed"):
+        raise DamagedError(
+            f"{run.gate} holds no verdict. Give the command of the run again with --resume: it is "
+            f"judged anew."
+        )
+    return str(verdict)
 
 
 def _state(run: RunDirectory, holder: int | None, verdict: str | None) -> str:

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 from nested_core.config.keys import section_in
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import SectionProblems
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
 
@@ -61,11 +62,14 @@ def _refusal(what: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping of at most 64 KiB, or raise ConfigError saying where it is wrong."""
     try:
-        content = path.read_bytes()
+        with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
+            if size > MAX_YAML_BYTES:
+                raise ConfigError(f"{path} is larger than 64 KiB; that is not a configuration.")
+            content = read_start(file, size, path)
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
-    if len(content) > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} is larger than 64 KiB; that is not a configuration.")
+    except DamagedError as error:
+        raise ConfigError(f"Cannot read the configuration: {error}") from error
     value = parse_yaml(content, source=str(path))
     if value is None:
         return {}

@@ -7,13 +7,12 @@ run directories' owner may not read, and a folder that others may write to is re
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -31,7 +30,8 @@ from nested_core.data.sources.files import SplitFile
 from nested_core.data.tokens.tokenized_split import TokenizedSplit, open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.storage.atomic import canonical_json, file_sha256, temporary_beside, write_json
+from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
+from nested_core.storage.strict_files import read_json, regular_sha256
 
 REPORT_NAME = "report.json"
 KEPT_SECONDS = 30 * 24 * 3600
@@ -87,7 +87,7 @@ class CacheEntry:
         """What is there, or None; what is damaged is taken away, with a warning."""
         try:
             splits = open_tokens(self.folder)
-            report = DatasetReport.from_json(json.loads((self.folder / REPORT_NAME).read_bytes()))
+            report = DatasetReport.from_json(read_json(self.folder / REPORT_NAME, None))
             os.utime(self.folder)
         except (DamagedError, FileNotFoundError) as error:
             if self.folder.exists():  # else there was none, or another process took it away
@@ -165,7 +165,7 @@ def _describe(file: SplitFile) -> dict[str, Any]:
     numbers = None if file.numbers is None else sha256(file.numbers.tobytes()).hexdigest()
     return {
         "name": file.name,
-        "content": file_sha256(file.path),
+        "content": regular_sha256(file.path, follow_links=True),
         "numbers": numbers,
         "problems": sorted(file.problems.items()),
     }
@@ -174,7 +174,7 @@ def _describe(file: SplitFile) -> dict[str, Any]:
 def _tokenizer_files(folder: Path) -> dict[str, str]:
     """Hashes of what a tokenizer may be made from, its template and the model's configuration."""
     paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(paths)}
+    return _file_hashes(folder, sorted(paths))
 
 
 @lru_cache(maxsize=1)
@@ -182,5 +182,12 @@ def _rules_version() -> str:
     """A hash of the code that reads, judges and tokenises: no edit of a rule can be forgotten."""
     root = Path(__file__).parents[1]
     paths = [*sorted((root / "data").rglob("*.py")), *(root / name for name in _OTHER_CODE)]
-    hashes = {path.relative_to(root).as_posix(): file_sha256(path) for path in paths}
-    return sha256(canonical_json(hashes)).hexdigest()
+    return sha256(canonical_json(_file_hashes(root, paths))).hexdigest()
+
+
+def _file_hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of each file, by its path in the folder."""
+    return {
+        path.relative_to(folder).as_posix(): regular_sha256(path, follow_links=True)
+        for path in paths
+    }

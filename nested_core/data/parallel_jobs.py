@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from nested_core import errors
 from nested_core.errors import NestedTuneError, WorkerFailed
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 SMALL_BYTES = 16 * 2**20  # below this, starting processes takes longer than the work
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -54,8 +55,7 @@ def line_ranges(path: Path, size: int) -> list[ByteRange]:
     """Cut a file into ranges of about `size` bytes and whole lines; an empty file has none."""
     ranges = []
     start = 0
-    with path.open("rb") as file:
-        total = file.seek(0, os.SEEK_END)
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, total):
         while start < total:
             file.seek(min(total, start + size) - 1)
             file.readline()

@@ -22,6 +22,7 @@ from nested_core.data.rules.dropped_lines import Dropped, choose_lines
 from nested_core.data.rules.repeated_lines import relate_rows
 from nested_core.data.settings import SPLITS, DataSettings
 from nested_core.data.sources.files import SplitFile
+from nested_core.storage.strict_files import read_regular
 
 JOB = f"{read_lines_job.__module__}:{read_lines_job.__name__}"
 
@@ -105,7 +106,7 @@ def _take_result(request: dict[str, Any]) -> tuple[pl.DataFrame, bytes]:
     """What the job wrote, which is removed from the disk."""
     rows = Path(f"{request['out']}.rows")
     digests = Path(f"{request['out']}.digests")
-    result = pl.read_ipc(rows.read_bytes()), digests.read_bytes()
+    result = pl.read_ipc(read_regular(rows)), read_regular(digests)
     rows.unlink()
     digests.unlink()
     return result

@@ -25,6 +25,7 @@ from nested_core.gate.verdict import Reason
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.safetensors_files import read_tensors
+from nested_core.storage.strict_files import parse_json, read_regular
 
 PROGRAM = Path(__file__).with_name("fresh_process_main.py")
 # Relative to the centred norm of the trainer's logits. If the trainer computes in float32 the
@@ -69,7 +70,8 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     if isinstance(answers, str):
         message = f"mlx_lm.load in a new process could not use the adapter: {answers}"
         return evidence | {"error": answers}, [Reason("unreadable", message)]
-    empty = sorted(answers.factors - read_tensors(request.trained / WEIGHTS_NAME).keys())
+    tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
+    empty = sorted(answers.factors - tensors.keys())
     if empty:
         message = f"mlx_lm.load makes {len(empty)} factors that the adapter has no tensors for"
         return evidence, [Reason("tensor_missing", message, tuple(empty))]
@@ -131,7 +133,7 @@ def _load_and_answer(request: ProofRequest) -> Answers | str:
         problem = _run([str(request_path), str(answer_path)])
         if problem is not None:
             return problem
-        initial, trained = json.loads(answer_path.read_bytes())
+        initial, trained = parse_json(read_regular(answer_path))
     return Answers(
         initial=np.array(initial["logits"], np.float64),
         trained=np.array(trained["logits"], np.float64),

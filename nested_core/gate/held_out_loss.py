@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from nested_core.models.lora_attachment import adapter_dtype, attach_adapter, lo
 from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
+from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
@@ -108,12 +108,12 @@ def measure_general(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
     path = Path(base.config.gate.general_data).expanduser()
     split = _read_general(base.config, path)
     before, after = map(finite_or_none, base.losses((run.initial, run.adapter), split))
-    return GeneralLoss(before, after, str(path), regular_sha256(path))
+    return GeneralLoss(before, after, str(path), regular_sha256(path, follow_links=True))
 
 
 def refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
     """Raise DatasetError if the data is not what dataset.json says was validated."""
-    validated = json.loads(run.dataset.read_bytes())["digest"]
+    validated = read_dataset_record(run.dataset).digest
     if report.digest != validated:
         raise DatasetError(
             f"The data in {report.folder} has changed since it was validated for {run.path}: its "

@@ -51,7 +51,7 @@ def verify_adapters(
 
 
 def _read_and_hash(path: Path) -> Adapter:
-    adapter = read_adapter(path)
+    adapter = read_adapter(path, follow_links=True)
     adapter.digest()  # the adapter keeps it
     return adapter
 

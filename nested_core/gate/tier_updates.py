@@ -15,13 +15,10 @@ from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.optim.clock import COUNTERS, check_layout
 from nested_core.optim.gradient_checks import gradient_evidence
 from nested_core.optim.schedules import build_learning_rate
-from nested_core.optim.tiers import TierMap, expected_updates
+from nested_core.optim.tiers import TierMap, expected_updates, read_tiers
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
-from nested_core.storage.strict_files import read_json
-
-MAX_TIERS_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class TierEvidence:
         layout = optimizer_state.get(f"{COUNTERS}.layout")
         check_layout(None if layout is None else layout.to_mlx())
         return cls(
-            TierMap.from_json(read_json(run.tiers, MAX_TIERS_BYTES)),
+            read_tiers(run.tiers),
             evidence.checkpoint.step,
             evidence.record.flush_steps,
             evidence.record.tiers,

@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
+
+from nested_core.errors import DamagedError
+from nested_core.storage.strict_files import read_regular
 
 Code = Literal[
     "unchanged",
@@ -132,5 +135,8 @@ class Verdict:
 
 
 def read_verdict(path: Path) -> Verdict:
-    """The verdict in a gate.json that this run's gate wrote."""
-    return TypeAdapter(Verdict).validate_json(path.read_bytes())
+    """The verdict in a gate.json that this run's gate wrote; DamagedError if it holds none."""
+    try:
+        return TypeAdapter(Verdict).validate_json(read_regular(path))
+    except ValidationError as error:
+        raise DamagedError(f"{path} holds no verdict: {error.errors()[0]['msg']}.") from error

@@ -46,7 +46,7 @@ def count_weights(folder: Path) -> int:
     """About how many weights are in a model's folder, from file sizes and config.json's bits."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file()]
     try:
-        config = read_json(folder / "config.json", MAX_CONFIG_BYTES)
+        config = read_json(folder / "config.json", MAX_CONFIG_BYTES, follow_links=True)
     except (DamagedError, OSError):
         config = None  # loading the model reports what is wrong with the folder
     quantization = config.get("quantization") if isinstance(config, dict) else None

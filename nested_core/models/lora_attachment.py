@@ -162,7 +162,7 @@ def read_adapter_file(path: Path, base: str) -> dict[str, mx.array]:
         raise ConfigError(
             f"resume_adapter_file: {path} {problem}. Expected a safetensors file of an adapter."
         )
-    arrays = load_arrays(path)
+    arrays = load_arrays(path, follow_links=True)
     broken = [name for name, array in arrays.items() if not mx.isfinite(array).all().item()]
     if broken:
         raise ConfigError(
@@ -171,7 +171,8 @@ def read_adapter_file(path: Path, base: str) -> dict[str, mx.array]:
         )
     made_for = None
     with suppress(DamagedError):  # training reads nothing else from that file
-        made_for = read_adapter_config(path.parent / CONFIG_NAME).get("base_fingerprint")
+        beside = read_adapter_config(path.parent / CONFIG_NAME, follow_links=True)
+        made_for = beside.get("base_fingerprint")
     if made_for not in (None, base):
         warnings.warn(
             f"resume_adapter_file: {path} was made for another base model, says {CONFIG_NAME} "

@@ -6,7 +6,6 @@ A champion whose tensors were trained with another rank, scale, keys or base mod
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json
+from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 
 
@@ -67,9 +67,9 @@ def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
         if champion is None or not config.continual.skip_unchanged or run.initial.exists():
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
-    dataset = json.loads(run.dataset.read_bytes())
+    train = read_dataset_record(run.dataset).splits["train"]
     base = base_fingerprint(find_model(config.model))
-    now = dataset["splits"]["train"]["digest"], settings_digest(config, base)
+    now = train.digest, settings_digest(config, base)
     before = provenance.get("train_digest"), provenance.get("settings_digest")
     return champion if now == before else None
 

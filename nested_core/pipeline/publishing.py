@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -13,8 +12,9 @@ from nested_core.registry import register
 from nested_core.registry.gate_file import read_gate, require_passed
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
-from nested_core.storage.atomic import file_sha256
+from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import regular_sha256
 from nested_core.training.metrics_file import read_metrics
 
 RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
@@ -46,17 +46,18 @@ def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) 
 
     The parent is the version that it was trained from, otherwise the champion that it follows.
     """
-    dataset, gate = json.loads(run.dataset.read_bytes()), read_gate(run.gate)
+    dataset = read_dataset_record(run.dataset)
+    gate = read_gate(run.gate)
     base = read_adapter_config(run.adapter / CONFIG_NAME).get("base_fingerprint")
     return {
         "run_dir": str(run.path.resolve()),
         "config": config.model_dump(mode="json"),
         "settings_digest": settings_digest(config, base),
         "base_fingerprint": base,
-        "dataset_digest": dataset["digest"],
-        "train_digest": dataset["splits"]["train"]["digest"],
+        "dataset_digest": dataset.digest,
+        "train_digest": dataset.splits["train"].digest,
         "validation_digest": _validation_digest(dataset, gate["validation"]),
-        "gate_sha256": file_sha256(run.gate),
+        "gate_sha256": regular_sha256(run.gate),
         "parent": parent_of(config, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
         "training_seconds": _training_seconds(read_metrics(run.metrics)),
@@ -75,11 +76,9 @@ def _training_seconds(records: list[dict[str, Any]]) -> float:
     return seconds
 
 
-def _validation_digest(dataset: dict[str, Any], validation: dict[str, Any] | None) -> str | None:
+def _validation_digest(dataset: DatasetRecord, validation: dict[str, Any] | None) -> str | None:
     """The digest of the examples that the gate measured losses on, or None without any."""
     if validation is None:
         return None
-    splits = dataset["splits"]
-    split = "test" if splits.get("test", {"rows": 0})["rows"] else "valid"
-    digest: str = splits[split]["digest"]
-    return digest
+    test = dataset.splits.get("test")
+    return (test if test is not None and test.rows else dataset.splits["valid"]).digest

@@ -6,11 +6,13 @@ in turn; a Prefect flow calls each as a task. A step that computes with the mode
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from nested_core.backend import warn_if_unprepared
 from nested_core.config.loading import render_config
@@ -19,7 +21,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.errors import ConfigError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.held_out_loss import measure_test as test_loss
 from nested_core.gate.held_out_loss import refuse_other_data
@@ -57,11 +59,14 @@ from nested_core.storage.checkpoint import (
 )
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
+from nested_core.storage.strict_files import read_json
 from nested_core.training.callbacks import TrainingCallback, with_reporting
 from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.parameter_importance import parameter_importance
 from nested_core.training.setup import build_optimizer, prepare_training
 from nested_core.training.trainer import Trainer
+
+MAX_RESULT_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ class TrainResult:
     verified_steps: int
     red_flags: tuple[str, ...]
     evidence: dict[str, str]
+
+
+_RESULT = TypeAdapter(TrainResult)
 
 
 def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
@@ -166,7 +174,10 @@ def train(
     """
     warn_if_unprepared()
     if run.result.exists() and _is_complete(config, run):
-        return read_result(run)
+        try:
+            return read_result(run)
+        except DamagedError as error:  # the checkpoints are sound: it is written again from them
+            warnings.warn(f"{error} It is made again from the checkpoints.", stacklevel=2)
     ranks = count_ranks(config)
     with exclusive_device(on_wait, ranks):
         if ranks == 1:
@@ -255,9 +266,13 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
 
 
 def read_result(run: RunDirectory) -> TrainResult:
-    """Read result.json."""
-    values = json.loads(run.result.read_bytes())
-    return TrainResult(**values | {"red_flags": tuple(values["red_flags"])})
+    """Read result.json; DamagedError if it is not what training wrote."""
+    values = read_json(run.result, MAX_RESULT_BYTES)
+    try:
+        return _RESULT.validate_python(values)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
+        raise DamagedError(f"{run.result}: {where}: {error.errors()[0]['msg']}.") from error
 
 
 def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> Verdict:

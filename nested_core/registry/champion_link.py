@@ -7,7 +7,6 @@ that was moved by hand. A link to anywhere but versions/<digest> is refused.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from pathlib import Path
@@ -17,11 +16,12 @@ from nested_core.errors import DamagedError
 from nested_core.registry.ledger import Entry
 from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.atomic import sync_path, write_json
-from nested_core.storage.strict_files import file_type
+from nested_core.storage.strict_files import file_type, read_json
 
 LINK_NAME = "champion"
 PREPARED_NAME = ".champion-next"
 RECORD_NAME = "champion.json"
+MAX_RECORD_BYTES = 64 * 1024
 RECORD_FIELDS = ("version", "previous", "time", "by")
 TARGET_PATTERN = re.compile(rf"{VERSIONS}/([0-9a-f]{{64}})")
 
@@ -77,8 +77,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if kind != "file":
         return None if kind == "missing" else {}
     try:
-        record = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        record = read_json(path, MAX_RECORD_BYTES)
+    except DamagedError:
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -16,9 +16,9 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, MissingFileError
 from nested_core.storage.atomic import sync_descriptor, sync_path
-from nested_core.storage.strict_files import file_type
+from nested_core.storage.strict_files import file_type, read_regular
 
 LEDGER_NAME = "history.jsonl"
 Action = Literal["promote", "rollback", "aborted", "collected"]
@@ -157,8 +157,8 @@ def read_ledger(folder: Path) -> Ledger:
     if kind not in ("file", "missing"):
         raise DamagedError(f"{path} is no regular file. Restore the history from a backup.")
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+        content = read_regular(path)
+    except MissingFileError:
         return Ledger()
     *lines, rest = content.split(b"\n")
     entries = tuple(_parse(line, path, number) for number, line in enumerate(lines, 1))

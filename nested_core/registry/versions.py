@@ -17,9 +17,8 @@ from nested_core.registry.gate_file import GATE_NAME, read_gate, require_digest,
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from nested_core.storage.atomic import file_sha256
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
-from nested_core.storage.strict_files import file_type, read_json
+from nested_core.storage.strict_files import file_type, read_json, regular_sha256
 
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT = "registered_at"
@@ -157,7 +156,7 @@ def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[AuditFindin
         path = folder / name
         if name not in listed or file_type(path) != "file":
             continue
-        if {"bytes": path.stat().st_size, "sha256": file_sha256(path)} != listed[name]:
+        if {"bytes": path.stat().st_size, "sha256": regular_sha256(path)} != listed[name]:
             yield AuditFinding(path, "has changed since it was written (size or SHA-256)")
 
 

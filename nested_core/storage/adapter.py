@@ -21,7 +21,7 @@ from nested_core.storage.safetensors_files import (
     refuse_unsafe_format,
     save_arrays,
 )
-from nested_core.storage.strict_files import file_type, read_json, regular_sha256
+from nested_core.storage.strict_files import file_type, read_json, read_regular, regular_sha256
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -86,8 +86,8 @@ class Adapter:
         return digest.hexdigest()
 
 
-def read_adapter(path: Path) -> Adapter:
-    """Read an adapter directory.
+def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
+    """Read an adapter directory; its files may be links only with `follow_links`.
 
     Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
     well-formed adapter.
@@ -101,7 +101,8 @@ def read_adapter(path: Path) -> Adapter:
     if file_type(path / WEIGHTS_NAME, follow_links=True) == "missing":
         for other in sorted(path.iterdir()):
             refuse_unsafe_format(other)
-    return Adapter(path, read_adapter_config(path / CONFIG_NAME), read_tensors(path / WEIGHTS_NAME))
+    config = read_adapter_config(path / CONFIG_NAME, follow_links=follow_links)
+    return Adapter(path, config, read_tensors(path / WEIGHTS_NAME, follow_links=follow_links))
 
 
 def files_sha256(folder: Path) -> str:
@@ -110,9 +111,9 @@ def files_sha256(folder: Path) -> str:
     return hashlib.sha256(canonical_json(hashes)).hexdigest()
 
 
-def read_adapter_config(path: Path) -> dict[str, Any]:
+def read_adapter_config(path: Path, *, follow_links: bool = False) -> dict[str, Any]:
     """Read adapter_config.json: at most 1 MiB of JSON, each key once, numbers in bounds."""
-    config = read_json(path, MAX_CONFIG_BYTES)
+    config = read_json(path, MAX_CONFIG_BYTES, follow_links=follow_links)
     try:
         _Meaning.model_validate(config)
     except ValidationError as error:
@@ -139,7 +140,7 @@ def require_writable(adapter_path: Path) -> None:
 def export_snapshot(source: Path, adapter_path: Path, iteration: int) -> None:
     """Copy an adapter as mlx_lm.lora saves one: as the current one, and under its iteration."""
     export_adapter(source, adapter_path)
-    weights = (source / WEIGHTS_NAME).read_bytes()
+    weights = read_regular(source / WEIGHTS_NAME)
     write_bytes(adapter_path / f"{iteration:07d}_{WEIGHTS_NAME}", weights)
 
 
@@ -147,4 +148,4 @@ def export_adapter(source: Path, adapter_path: Path) -> None:
     """Copy an adapter's two files to where mlx_lm.generate --adapter-path finds them."""
     adapter_path.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS_NAME, CONFIG_NAME):
-        write_bytes(adapter_path / name, (source / name).read_bytes())
+        write_bytes(adapter_path / name, read_regular(source / name))

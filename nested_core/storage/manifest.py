@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.storage.atomic import canonical_json, file_sha256, render_json, write_json
-from nested_core.storage.strict_files import parse_json, read_regular
+from nested_core.storage.atomic import canonical_json, render_json, write_json
+from nested_core.storage.strict_files import parse_json, read_regular, regular_sha256
 
 MANIFEST_NAME = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
@@ -81,4 +81,4 @@ def _describe_files(folder: Path) -> dict[str, Any]:
 def _describe_file(path: Path) -> dict[str, Any]:
     if path.is_symlink() or not path.is_file():
         raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": regular_sha256(path)}

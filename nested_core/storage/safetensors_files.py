@@ -80,10 +80,10 @@ def refuse_unsafe_format(path: Path) -> None:
         )
 
 
-def read_tensors(path: Path) -> dict[str, StoredTensor]:
+def read_tensors(path: Path, *, follow_links: bool = False) -> dict[str, StoredTensor]:
     """Read every tensor of a safetensors file into memory, once its header has been checked."""
     refuse_unsafe_format(path)
-    with open_regular(path) as (file, size):
+    with open_regular(path, follow_links=follow_links) as (file, size):
         locations = read_header(file, size, path)
         content = memoryview(read_start(file, size, path))  # its parts are views, not copies
     return {
@@ -92,13 +92,14 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def load_arrays(path: Path) -> dict[str, mx.array]:
+def load_arrays(path: Path, *, follow_links: bool = False) -> dict[str, mx.array]:
     """Every tensor of a safetensors file as an MLX array, read now and through the strict reader.
 
     mx.load would be lazy (a file that changes later changes what was "read") and takes files that
     safetensors refuses.
     """
-    return {name: tensor.to_mlx() for name, tensor in read_tensors(path).items()}
+    tensors = read_tensors(path, follow_links=follow_links)
+    return {name: tensor.to_mlx() for name, tensor in tensors.items()}
 
 
 def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "mlx") -> None:

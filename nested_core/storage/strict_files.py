@@ -1,7 +1,9 @@
-"""Files of unknown origin: what stands at a path, and a file's bytes or JSON read strictly.
+"""The one way to open a file that this process did not write: regular, of bounded size, no link.
 
 Refuses what is no regular file (a pipe would wait, a device would never end), what is too large,
-and JSON that means more than one thing: duplicate keys, NaN, infinity, numbers that overflow.
+and JSON that means more than one thing: duplicate keys, NaN, infinity, numbers that overflow. A
+symbolic link is refused too, unless `follow_links` is given: for paths that a person names, and for
+models and data, which the hub's cache keeps as links.
 """
 
 from __future__ import annotations
@@ -12,19 +14,23 @@ import json
 import math
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
 from nested_core.backend import main_memory_bytes
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, MissingFileError
 
 FileType = Literal["missing", "file", "directory", "link", "other"]
 
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-UNREADABLE = (errno.ELOOP, errno.ENAMETOOLONG, errno.EACCES, errno.ENXIO)
+UNREADABLE = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+UNBOUNDED = sys.maxsize  # of a file that is read piece by piece
+WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def file_type(path: Path, *, follow_links: bool = False) -> FileType:
@@ -48,67 +54,109 @@ def file_type(path: Path, *, follow_links: bool = False) -> FileType:
 
 
 @contextmanager
-def open_regular(path: Path, limit: int | None = None) -> Iterator[tuple[Any, int]]:
+def open_regular(
+    path: Path, limit: int | None = None, *, follow_links: bool = False
+) -> Iterator[tuple[BufferedReader, int]]:
     """Open a regular file for reading; yields it and its size, at most `limit` bytes.
 
-    Without a limit that is this machine's memory. Raises DamagedError for anything else.
+    Without a limit that is this machine's memory. Raises MissingFileError if nothing is there, and
+    DamagedError for anything but a regular file.
     """
+    descriptor = _open_descriptor(path, follow_links=follow_links)
+    try:
+        size = _regular_size(descriptor, path)
+        limit = main_memory_bytes() if limit is None else limit
+        if size > limit:
+            raise DamagedError(f"{path} is larger than {limit} bytes.")
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file, size
+    finally:
+        os.close(descriptor)
+
+
+def _open_descriptor(path: Path, *, follow_links: bool) -> int:
     try:
         # Without O_NONBLOCK, opening a named pipe would wait for its other end.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise DamagedError(f"{path} is missing.") from None
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW))
+    except (FileNotFoundError, ValueError):  # a NUL in the name
+        raise MissingFileError(f"{path} is missing.") from None
     except NotADirectoryError:
         raise DamagedError(f"{path} is not a file.") from None
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise  # it may pass: whoever called can try again
-        raise DamagedError(f"{path} cannot be read: {error.strerror}.") from error
+        raise DamagedError(f"{path} cannot be read: {_refusal(error, path)}.") from error
+
+
+def _refusal(error: OSError, path: Path) -> str:
+    if error.errno == errno.ELOOP and file_type(path) == "link":
+        return "it is a symbolic link, and a regular file belongs there"
+    return str(error.strerror)
+
+
+def _regular_size(descriptor: int, path: Path) -> int:
+    """The size in bytes of an open file; DamagedError if it is not a regular one."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedError(f"{path} is not a file.")
+    return status.st_size
+
+
+def append_regular(path: Path, content: bytes) -> None:
+    """Append to a regular file, made if it is missing; DamagedError if something else is there."""
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise DamagedError(f"{path} is not a file.")
-        limit = main_memory_bytes() if limit is None else limit
-        if status.st_size > limit:
-            raise DamagedError(f"{path} is larger than {limit} bytes.")
-        with open(descriptor, "rb", buffering=0, closefd=False) as file:
-            yield file, status.st_size
+        descriptor = os.open(path, WRITE_FLAGS, 0o666)
+    except OSError as error:
+        if error.errno == errno.EISDIR:
+            raise DamagedError(f"{path} is not a file.") from None
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise DamagedError(f"{path} cannot be written: {_refusal(error, path)}.") from error
+    try:
+        _regular_size(descriptor, path)
+        while content:
+            content = content[os.write(descriptor, content) :]
     finally:
         os.close(descriptor)
 
 
-def read_start(file: Any, size: int, path: Path) -> bytes:
+def read_start(file: BufferedReader, size: int, path: Path) -> bytes:
     """The first `size` bytes of an open file; DamagedError where it has become shorter."""
     file.seek(0)
-    content: bytes = file.read(size)
-    while len(content) < size:  # one call reads at most 2 GiB on Linux
-        more = file.read(size - len(content))
-        if not more:
-            raise DamagedError(f"{path} became shorter while it was read.")
-        content += more
+    content = file.read(size)
+    if len(content) < size:
+        raise DamagedError(f"{path} became shorter while it was read.")
     return content
 
 
-def read_regular(path: Path, limit: int | None = None) -> bytes:
+def read_regular(path: Path, limit: int | None = None, *, follow_links: bool = False) -> bytes:
     """All bytes of a regular file, of at most `limit`; DamagedError where it is not one."""
-    with open_regular(path, limit) as (file, size):
+    with open_regular(path, limit, follow_links=follow_links) as (file, size):
         return read_start(file, size, path)
 
 
-def read_json(path: Path, limit: int | None) -> Any:
+def read_json(path: Path, limit: int | None, *, follow_links: bool = False) -> Any:
     """The value of a JSON file; DamagedError if it is missing, too large or not strict JSON.
 
     `limit` is in bytes; without one, as for a file that we wrote, this machine's memory is it.
     """
     try:
-        return parse_json(read_regular(path, limit))
+        return parse_json(read_regular(path, limit, follow_links=follow_links))
     except ValueError as error:
         raise DamagedError(f"{path} is not valid JSON: {error}.") from error
 
 
-def regular_sha256(path: Path) -> str:
+def read_json_object(path: Path, limit: int | None = None) -> dict[str, Any]:
+    """The fields of a JSON file that holds one object; DamagedError as by `read_json`."""
+    value = read_json(path, limit)
+    if not isinstance(value, dict):
+        raise DamagedError(f"{path} holds a {type(value).__name__}; expected a JSON object.")
+    return value
+
+
+def regular_sha256(path: Path, *, follow_links: bool = False) -> str:
     """SHA-256 of a regular file's bytes, read in pieces; DamagedError if it is not one."""
-    with open_regular(path) as (file, _):
+    with open_regular(path, UNBOUNDED, follow_links=follow_links) as (file, _):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -128,9 +176,11 @@ def parse_json(content: bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in fields if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r:.80} appears twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name!r:.80} appears twice")
+            seen.add(name)
     return fields
 
 

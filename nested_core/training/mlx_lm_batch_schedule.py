@@ -14,6 +14,7 @@ import numpy as np
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 from nested_core.training.loss.interface import BatchShape, MicroBatch
 
 PAD_MULTIPLE = 32
@@ -131,7 +132,7 @@ def _batches_by_key_count(
             "training.reference: mlx_lm's batch order is only followed on a local folder of "
             f".jsonl files; there is no {path}. Convert the data, or leave reference out."
         )
-    with path.open(encoding="utf-8") as lines:
+    with open_regular(path, UNBOUNDED, follow_links=True) as (lines, _):
         key_counts = [len(json.loads(line)) for line in lines if line.strip()]
     rows = sorted(range(len(key_counts)), key=key_counts.__getitem__)
     starts = range(0, len(rows) - config.batch_size + 1, config.batch_size)

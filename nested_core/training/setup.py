@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,11 @@ from nested_core.models.parameters import ParameterRefs, trainable_refs
 from nested_core.optim.clock import Tier
 from nested_core.optim.schedules import build_learning_rate
 from nested_core.optim.tiered import Tiered
-from nested_core.optim.tiers import TierMap, refuse_tiers_never_due
+from nested_core.optim.tiers import TierMap, read_tiers, refuse_tiers_never_due
 from nested_core.storage.adapter import files_sha256, read_adapter
-from nested_core.storage.atomic import file_sha256
+from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import regular_sha256
 from nested_core.training.batch_schedule import BatchSchedule, make_batch_schedule
 from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.distributed import SINGLE_PROCESS, World
@@ -97,7 +97,7 @@ def prepare_training(
         mx.set_memory_limit(int(config.training.memory_limit_gb * 1e9))
     if config.clear_cache_threshold:
         mx.set_cache_limit(config.clear_cache_threshold)
-    tiers = TierMap.from_json(json.loads(run.tiers.read_bytes()))
+    tiers = read_tiers(run.tiers)
     optimizer = build_optimizer(config, tiers)
     optimizer.init(model.trainable_parameters())
     dtype = adapter_dtype(config, model)
@@ -125,9 +125,9 @@ def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str
     return {
         "initial": read_adapter(run.initial).digest(),
         "initial_files": files_sha256(run.initial),
-        "tiers": file_sha256(run.tiers),
+        "tiers": regular_sha256(run.tiers),
         "base": base_fingerprint(find_model(config.model)),
-        "data": json.loads(run.dataset.read_bytes())["digest"],
+        "data": read_dataset_record(run.dataset).digest,
     }
 
 

@@ -28,6 +28,7 @@ from typing_extensions import TypedDict  # pydantic asks for this one below Pyth
 from nested_core.data.lines.decoding import LineProblem, decode_object, repeats_a_key
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal["chat", "completion", "text"]
@@ -165,7 +166,7 @@ def read_examples(
     """
     byte_range = byte_range or ByteRange(0, path.stat().st_size)
     unread = byte_range.end - byte_range.start
-    with path.open("rb") as file:
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         file.seek(byte_range.start)
         for line, raw in enumerate(file, start=first_line):
             unread -= len(raw)

@@ -18,6 +18,7 @@ from nested_core.data.lines.rows import BLANK_TURN, Row, plain_row, read_line
 from nested_core.data.lines.sensitive_data import find_sensitive
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 RANGE_BYTES = 4 * 2**20
 SCHEMA: dict[str, type[pl.DataType]] = {
@@ -49,7 +50,7 @@ def read_range(path: Path, byte_range: ByteRange, features: Features) -> tuple[p
     if the file became shorter.
     """
     size = byte_range.end - byte_range.start
-    with path.open("rb") as file:
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         file.seek(byte_range.start)
         content = file.read(size)
     if len(content) < size:

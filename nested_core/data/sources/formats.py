@@ -11,11 +11,13 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nested_core.errors import shorten
 from nested_core.storage.atomic import finite_or_none
+from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
 
 MAX_EXPANSION = 200  # text of real data sets packs to a tenth, hardly ever to a hundredth
 _FREE_BYTES = 64 * 2**20  # so much may come out of any archive
@@ -44,9 +46,12 @@ class Damaged(Exception):
 
 def read_gzip(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
     """Yield the lines of a .jsonl.gz as they are; it may not grow beyond all measure."""
-    limit = _FREE_BYTES + MAX_EXPANSION * path.stat().st_size
     size = line = 0
-    with gzip.open(path) as file:
+    with (
+        open_regular(path, UNBOUNDED, follow_links=True) as (packed, packed_size),
+        gzip.GzipFile(fileobj=packed) as file,
+    ):
+        limit = _FREE_BYTES + MAX_EXPANSION * packed_size
         while True:
             line += 1
             try:
@@ -68,7 +73,7 @@ def read_gzip(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedL
 
 def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
     """Yield the elements of a .json file, which is one array; all of it is held in memory."""
-    raw = path.read_bytes()
+    raw = read_regular(path, follow_links=True)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -127,7 +132,10 @@ def _place(text: str, position: int) -> str:
 def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
     """Yield the records of a .csv; its first names the columns, and quotes must be balanced."""
     csv.field_size_limit(MAX_LINE_BYTES)  # of the whole process; its own is less than a document
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with (
+        open_regular(path, UNBOUNDED, follow_links=True) as (raw, _),
+        TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
         reader = csv.reader(file, strict=True)
         columns = _header(reader)
         line = reader.line_num + 1

@@ -26,6 +26,7 @@ from nested_core.data.tokens.example_encoding import EncodedExample, Span, encod
 from nested_core.data.tokens.tokenized_split import SplitWriter, write_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import shorten
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 JOB = "nested_core.data.tokens.parallel_tokenization:tokenize_range"
 RANGE_BYTES = 2**20
@@ -122,7 +123,7 @@ def _cut_into_ranges(lines: SoundLines, prefix: Path) -> Iterator[dict[str, Any]
     path = lines.source.path
     first_line = 1
     skip = sorted(lines.source.lines_of(set(lines.skip)))
-    with path.open("rb") as file:
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         for number, byte_range in enumerate(parallel_jobs.line_ranges(path, RANGE_BYTES)):
             next_line = first_line + file.read(byte_range.end - byte_range.start).count(b"\n")
             skipped = skip[bisect_left(skip, first_line) : bisect_left(skip, next_line + 1)]

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from nested_core.data.settings import SPLITS
 from nested_core.errors import DamagedError
 from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
+from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -105,7 +106,7 @@ class SplitWriter:
         """Append what `write_part` wrote: examples of these lines and lengths."""
         for name in (TOKENS, TARGET_MASK):
             path = _array_path(part, name)
-            self._files[name].write(path.read_bytes())
+            self._files[name].write(read_regular(path))
             path.unlink()
         ends = self._total + np.cumsum(lengths, dtype=DTYPES[STARTS])
         self._files[STARTS].write(ends.tobytes())
@@ -155,8 +156,8 @@ def _map_split(prefix: Path) -> TokenizedSplit:
     arrays: dict[str, Any] = {}
     maps = []
     for name, dtype in DTYPES.items():
-        with _array_path(prefix, name).open("rb") as file:
-            if not file.seek(0, os.SEEK_END):  # an empty file cannot be mapped
+        with open_regular(_array_path(prefix, name), UNBOUNDED) as (file, size):
+            if not size:  # an empty file cannot be mapped
                 arrays[name] = np.zeros(0, dtype)
                 continue
             maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

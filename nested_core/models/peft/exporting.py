@@ -51,7 +51,7 @@ def _read(folder: Path) -> Adapter:
     """Read an adapter directory; a version of a registry or a checkpoint is re-hashed first."""
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
-    return read_adapter(folder)
+    return read_adapter(folder, follow_links=True)
 
 
 def _modules(adapter: Adapter) -> dict[str, Factors]:

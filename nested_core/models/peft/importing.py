@@ -86,7 +86,7 @@ def _read(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
             f"Load it in PEFT where you trust it and save_pretrained(..., safe_serialization=True)."
         )
     config = read_peft_config(folder)
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, follow_links=True)
     problems = [
         f"  {name:.150}: {reason}"
         for name in sorted(tensors)

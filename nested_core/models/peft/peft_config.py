@@ -149,7 +149,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
     compute what it describes.
     """
     path = folder / CONFIG_NAME
-    values = read_adapter_config(path)
+    values = read_adapter_config(path, follow_links=True)
     if "peft_type" not in values:
         raise ConfigError(
             f"{path} has no peft_type: it is not a PEFT adapter's configuration. Give the folder "

@@ -5,7 +5,6 @@ A rank is one of the processes that train together.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -18,7 +17,8 @@ from pathlib import Path
 
 from nested_core.backend import has_cuda
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.storage.strict_files import parse_json, read_regular
 
 PROGRAM = ("-m", "nested_core.pipeline.rank_worker")
 DEVICES = "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
@@ -28,6 +28,7 @@ EXPECTED_HOSTFILE = (
     'It should list two hosts or more, as mlx.launch reads them: [{"ssh": "host1", "ips": '
     '["10.0.0.1"]}, ...].'
 )
+MAX_HOSTFILE_BYTES = 16 * 1024 * 1024
 PORTS = range(20000, 32000)  # below those that Linux and macOS give to whoever asks for any
 PORT_TRIES = 50
 
@@ -53,10 +54,10 @@ def count_ranks(config: FineTuneConfig) -> int:
 def _read_hosts(path: Path) -> list[str]:
     """The host names that mlx.launch reads (mlx/_distributed_utils/common.py, Hostfile)."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_regular(path, MAX_HOSTFILE_BYTES, follow_links=True))
         hosts = content["hosts"] if isinstance(content, dict) else content
         return [str(host["ssh"]) for host in hosts]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, DamagedError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"training.hostfile: {path} cannot be read as a list of hosts: "
             f"{type(error).__name__} {error}. {EXPECTED_HOSTFILE}"

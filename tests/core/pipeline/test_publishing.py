@@ -16,8 +16,8 @@ from nested_core.pipeline.publishing import provenance, register_run
 from nested_core.registry import Promotion, promote, read_champion
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import write_adapter
-from nested_core.storage.atomic import file_sha256
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import regular_sha256
 
 NAME = "capitals"
 MakeRun = Callable[..., RunDirectory]
@@ -95,7 +95,7 @@ class TestRegister:
         assert written.items() >= json.loads(json.dumps(provenance(config, second, parent))).items()
         assert written["run_dir"] == str(second.path)
         assert (written["dataset_digest"], written["parent"]) == ("d2", parent)
-        assert written["gate_sha256"] == file_sha256(second.gate)
+        assert written["gate_sha256"] == regular_sha256(second.gate)
         assert written["config"]["registry"]["name"] == NAME
         assert written["packages"]["mlx"].startswith("0.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -15,7 +14,6 @@ import pytest
 
 from nested_core.storage.atomic import (
     canonical_json,
-    file_sha256,
     new_directory,
     remove_leftovers,
     write_bytes,
@@ -235,8 +233,3 @@ def test_a_write_that_fails_names_the_target_and_keeps_the_old_file(tmp_path: Pa
         replace_file(tmp_path)
     assert caught.value.filename == str(tmp_path / "file")
     assert contents(tmp_path) == {"file": OLD}
-
-
-def test_file_sha256_is_that_of_its_bytes(tmp_path: Path) -> None:
-    (tmp_path / "file").write_bytes(NEW)
-    assert file_sha256(tmp_path / "file") == hashlib.sha256(NEW).hexdigest()

@@ -21,10 +21,10 @@ from nested_core.errors import (
 )
 from nested_core.pipeline import steps
 from nested_core.storage import manifest
-from nested_core.storage.atomic import file_sha256
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, checkpoint_path, list_checkpoints
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays, read_tensors
+from nested_core.storage.strict_files import regular_sha256
 from tests.example import (
     MODEL,
     SPEEDS,
@@ -208,11 +208,11 @@ def test_a_resume_hashes_its_newest_checkpoint_once(
     newest = list_checkpoints(done.run.checkpoints)[-1]
     hashed: list[Path] = []
 
-    def count(path: Path) -> str:
+    def count(path: Path, **options: bool) -> str:
         hashed.append(path)
-        return file_sha256(path)
+        return regular_sha256(path, **options)
 
-    monkeypatch.setattr(manifest, "file_sha256", count)
+    monkeypatch.setattr(manifest, "regular_sha256", count)
     longer = example_config(val_batches=0, iters=12)
     steps.begin(longer, done.run, resume=True)
     assert steps.train(longer, done.run).step == 12
