@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import shutil
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit, open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
+from nested_core.storage.kept_hashes import is_private
 from nested_core.storage.strict_files import read_json, regular_sha256
 
 REPORT_NAME = "report.json"
@@ -132,8 +132,7 @@ def default_cache() -> DatasetCache:
 
 def _refuse_open_folder(folder: Path) -> None:
     """Who may write there could give any data set a clean report."""
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    if not is_private(folder):
         raise ConfigError(
             f"{folder}, where judged data sets are kept, belongs to or can be written by others, "
             f"who could pass any data set as sound. Make it yours alone (chmod 700), or set "

@@ -6,11 +6,15 @@ mlx_lm.load takes rank and scale from the configuration, and does not check them
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
+from nested_core.errors import DamagedError
 from nested_core.gate.verdict import Reason
-from nested_core.storage.adapter import Adapter
+from nested_core.models.base_model import base_fingerprint, is_same_base, shorten_fingerprint
+from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.safetensors_files import FLOATING
 
 TENSORS_OF_A_MODULE = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
@@ -64,18 +68,37 @@ def _of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
             yield name
 
 
-def base_reasons(
-    adapter: Adapter, expected: Mapping[str, mx.array], fingerprint: str
-) -> list[Reason]:
-    """A reason if the tensors are not those that mlx-lm would make in the base model.
+def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[Reason]:
+    """A reason if the model in `base` is not the one that adapter_config.json names.
+
+    A configuration without a fingerprint, as mlx_lm.lora writes it, gives none.
+    """
+    recorded = adapter_config.get("base_fingerprint")
+    if recorded is None or is_same_base(recorded, base):
+        return []
+    present = shorten_fingerprint(base_fingerprint(base))
+    message = f"made for the base {shorten_fingerprint(recorded)}, and {base} holds {present}"
+    return [Reason("base_mismatch", message)]
+
+
+def require_same_base(adapter: Path, base: Path) -> None:
+    """Raise DamagedError if the model in `base` is not the one that an adapter folder names."""
+    if reasons := fingerprint_reasons(read_adapter_config(adapter / CONFIG_NAME), base):
+        raise DamagedError(
+            f"{adapter}: {reasons[0].message}. The base model has changed since the adapter "
+            f"was trained and judged, and the verdict does not hold for this one. Bring back the "
+            f"model that was there, or train again on the one that is there now."
+        )
+
+
+def base_reasons(adapter: Adapter, expected: Mapping[str, mx.array], base: Path) -> list[Reason]:
+    """A reason if the adapter is for another base, or its tensors are not those of this one.
 
     `expected` are the trainable parameters of the base with a fresh adapter of this configuration,
-    `fingerprint` is the base's.
+    `base` is its folder.
     """
-    recorded = adapter.config.get("base_fingerprint")
-    if recorded is not None and recorded != fingerprint:
-        message = f"made for the base {recorded[:12]}, and the model there is {fingerprint[:12]}"
-        return [Reason("base_mismatch", message)]
+    if reasons := fingerprint_reasons(adapter.config, base):
+        return reasons
     actual = {name: tensor.shape for name, tensor in adapter.tensors.items()}
     wanted = {name: array.shape for name, array in expected.items()}
     names = actual.keys() | wanted.keys()

@@ -20,7 +20,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.verdict import GeneralLoss, Validation
 from nested_core.kernels.apply import optimized_layers
-from nested_core.models.base_model import base_fingerprint, find_model, load_base
+from nested_core.models.base_model import find_model, load_base
 from nested_core.models.lora_attachment import adapter_dtype, attach_adapter, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, trainable_refs
 from nested_core.storage.adapter import WEIGHTS_NAME
@@ -39,20 +39,20 @@ LISTED_PROBLEMS = 3
 class LoadedBase:
     """A base model with a fresh adapter attached, into which adapters are loaded from files.
 
-    `parameters` are those of the fresh adapter, by name; `fingerprint` is the base's.
+    `folder` is the base's; `parameters` are those of the fresh adapter, by name.
     """
 
     config: FineTuneConfig
     model: nn.Module
     parameters: dict[str, mx.array]
-    fingerprint: str
+    folder: Path
 
     @classmethod
     def load(cls, config: FineTuneConfig, *, as_stored: bool = False) -> LoadedBase:
         """Load the base at the precision of the run, or as it is stored."""
         model, _ = load_base(config, as_stored=as_stored)
         parameters = attach_adapter(model, config)
-        return cls(config, model, parameters, base_fingerprint(find_model(config.model)))
+        return cls(config, model, parameters, find_model(config.model))
 
     def losses(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1

@@ -15,7 +15,7 @@ from nested_core import backend
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
-from nested_core.gate.base_compatibility import base_reasons, config_reasons
+from nested_core.gate.base_compatibility import base_reasons, config_reasons, fingerprint_reasons
 from nested_core.gate.fresh_process_check import ProofRequest, prove_in_fresh_process
 from nested_core.gate.lora_effect import effect_reasons, require_lora_factors
 from nested_core.gate.run_evidence import (
@@ -27,7 +27,7 @@ from nested_core.gate.run_evidence import (
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.verdict import GeneralLoss, JudgedAdapter, Reason, Validation, Verdict
-from nested_core.models.base_model import base_fingerprint, compute_dtype, find_model
+from nested_core.models.base_model import compute_dtype, find_model
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 
@@ -162,7 +162,7 @@ def _with_losses(
     from nested_core.gate.held_out_loss import LoadedBase, measure_general, measure_losses
 
     base = LoadedBase.load(config)
-    misfits = base_reasons(evidence.after, base.parameters, base.fingerprint)
+    misfits = base_reasons(evidence.after, base.parameters, base.folder)
     if misfits:
         return _add(verdict, misfits)
     validation = measure_losses(base, run)
@@ -207,12 +207,13 @@ def _proven_without_a_run(verdict: Verdict, before: Adapter, after: Adapter) -> 
     if not named or not Path(named, "config.json").is_file():
         skipped = f"the base model {named} is not a folder here: nothing was loaded"
         return replace(verdict, proof={"skipped": skipped})
-    recorded, fingerprint = after.config.get("base_fingerprint"), base_fingerprint(Path(named))
-    if recorded is not None and recorded != fingerprint:
-        message = f"made for the base {recorded[:12]}; {named} is {fingerprint[:12]} now"
-        return _add(verdict, [Reason("base_mismatch", message)])
+    base = Path(named)
+    if mismatch := fingerprint_reasons(after.config, base) or fingerprint_reasons(
+        before.config, base
+    ):
+        return _add(verdict, mismatch)
     is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
-    request = ProofRequest(Path(named), before.path, after.path, is_float32=is_float32)
+    request = ProofRequest(base, before.path, after.path, is_float32=is_float32)
     return _with_proof(verdict, request)
 
 

@@ -162,6 +162,11 @@ def _reason(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
     return [Reason(code, f"{len(ordered)} tensors {problem}", ordered)] if ordered else []
 
 
+def _rule(fingerprint: str | None) -> str | None:
+    """The rule that a fingerprint was taken by; None where another program recorded none."""
+    return None if fingerprint is None else fingerprint.rpartition(":")[0]
+
+
 def _configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     before, after = initial.meaning(), trained.meaning()
     base_before, base_after = before.pop("base_fingerprint"), after.pop("base_fingerprint")
@@ -170,7 +175,7 @@ def _configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     if differing:
         pairs = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in differing)
         reasons.append(Reason("config_mismatch", f"adapter_config.json differs in {pairs}"))
-    if base_before is None or base_after is None:  # another program recorded the base's name only
+    if base_before is None or _rule(base_before) != _rule(base_after):  # not to be compared
         base_before, base_after = initial.config.get("model"), trained.config.get("model")
     if base_before != base_after:
         message = f"made for base {base_before}, now for {base_after}"

@@ -6,13 +6,15 @@ MLX is imported by loading alone: workers and the registry's commands ask for fo
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_core import backend
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
-from nested_core.storage.strict_files import read_json
+from nested_core.storage.kept_hashes import kept_sha256
+from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
-PAGE_BYTES = 4096
+RULE = "sha256:"  # begins the fingerprints that cover every byte
+PAGE_BYTES = 4096  # of the rule of earlier releases
 PAGE_STRIDE = 1024 * 1024
 
 
@@ -57,22 +60,73 @@ def count_weights(folder: Path) -> int:
 
 
 def base_fingerprint(folder: Path) -> str:
-    """SHA-256 that tells one base model from another, fast at any size.
+    """What tells one base model from another: "sha256:" and a SHA-256 over all of its files.
 
-    It covers config.json and the model's own code, if any, whole; of every weights file its name,
-    its size and the first 4 KiB of each MiB, so that the start of its header is covered too.
+    The files are config.json, the model's own code, if any, and its weights, each with its name.
+    Hashes of files that have not changed are kept from one call to the next (`kept_hashes`).
+    """
+    paths = _fingerprinted_files(folder)
+    hashes = kept_sha256(paths)
+    named = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
+    return RULE + hashlib.sha256(canonical_json(named)).hexdigest()
+
+
+def is_same_base(recorded: str, folder: Path) -> bool:
+    """Whether `folder` holds the base model that a fingerprint was taken of, by the rule it names.
+
+    Warns of a fingerprint that earlier releases took, which most changes of weights leave as it is.
+    """
+    if recorded.startswith(RULE):
+        return recorded == base_fingerprint(folder)
+    is_same = recorded == sampled_fingerprint(folder)
+    if is_same:
+        warnings.warn(
+            f"The adapter's base was recorded by the rule of an earlier release, which reads 4 KiB "
+            f"of every MiB: {folder} agrees there, and may differ elsewhere.",
+            stacklevel=2,
+        )
+    return is_same
+
+
+def shorten_fingerprint(fingerprint: str) -> str:
+    """A fingerprint's rule and its first 12 digits, for a message."""
+    rule, separator, digest = fingerprint.rpartition(":")
+    return f"{rule}{separator}{digest:.12}"
+
+
+def sampled_fingerprint(folder: Path) -> str:
+    """The fingerprint of earlier releases, which adapters made by them are still compared by.
+
+    SHA-256 over config.json and the model's own code, and over each weights file's name, size and
+    the first 4 KiB of each MiB.
     """
     digest = hashlib.sha256()
-    files = [folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")]
-    for path in sorted(files):
-        size = path.stat().st_size
-        digest.update(canonical_json([path.name, size]))
-        stride = PAGE_STRIDE if path.suffix == ".safetensors" else PAGE_BYTES
-        with path.open("rb") as file:
+    for path in _fingerprinted_files(folder):
+        with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
+            digest.update(canonical_json([path.name, size]))
+            stride = PAGE_STRIDE if path.suffix == ".safetensors" else PAGE_BYTES
             for offset in range(0, size, stride):
                 file.seek(offset)
                 digest.update(file.read(PAGE_BYTES))
     return digest.hexdigest()
+
+
+def _fingerprinted_files(folder: Path) -> list[Path]:
+    return sorted([folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")])
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder of a model that is on this machine already, or None; nothing is fetched."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
 
 
 def find_base(config: FineTuneConfig) -> Path:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.models.base_model import is_same_base
 from nested_core.models.parameters import trainable_parameters
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from nested_core.storage.safetensors_files import load_arrays
@@ -151,11 +152,11 @@ def adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
     }
 
 
-def read_adapter_file(path: Path, base: str) -> dict[str, mx.array]:
+def read_adapter_file(path: Path, base: Path) -> dict[str, mx.array]:
     """The tensors of `resume_adapter_file`, read strictly; they must be finite.
 
-    Warns if adapter_config.json beside it has another base fingerprint than `base`; mlx_lm.lora
-    writes none.
+    Warns if adapter_config.json beside it has the fingerprint of another model than the one in the
+    folder `base`; mlx_lm.lora writes none.
     """
     if not path.is_file():
         problem = f"is a folder; give {path / WEIGHTS_NAME}" if path.is_dir() else "does not exist"
@@ -173,7 +174,7 @@ def read_adapter_file(path: Path, base: str) -> dict[str, mx.array]:
     with suppress(DamagedError):  # training reads nothing else from that file
         beside = read_adapter_config(path.parent / CONFIG_NAME, follow_links=True)
         made_for = beside.get("base_fingerprint")
-    if made_for not in (None, base):
+    if made_for is not None and not is_same_base(made_for, base):
         warnings.warn(
             f"resume_adapter_file: {path} was made for another base model, says {CONFIG_NAME} "
             f"beside it. Its tensors fit this one; what they learned may not.",

@@ -14,7 +14,7 @@ from typing import Any
 from nested_core.config.keys import settings_of_the_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import base_fingerprint, find_model
+from nested_core.models.base_model import find_model, is_same_base, sampled_fingerprint
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import registry_location
@@ -30,11 +30,13 @@ def champion_or_none(registry: Path, name: str) -> str | None:
     return read_champion(registry, name) if name_exists(registry, name) else None
 
 
-def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> Adapter | None:
+def starting_adapter(
+    config: FineTuneConfig, adapter_config: dict[str, Any], base: Path
+) -> Adapter | None:
     """The champion that the run starts from, verified; None if it does not, or there is none yet.
 
-    Raises ConfigError if its configuration is not `adapter_config`, DamagedError if it is not what
-    was registered.
+    Raises ConfigError if its configuration is not `adapter_config` or its base is not the model in
+    `base`, DamagedError if it is not what was registered.
     """
     with _champion(config) as champion:
         if champion is None:
@@ -44,6 +46,9 @@ def starting_adapter(config: FineTuneConfig, adapter_config: dict[str, Any]) -> 
         adapter = read_adapter(version_folder(registry, name, champion))
     before = adapter.meaning()
     now = Adapter(adapter.path, adapter_config, {}).meaning()
+    recorded = before["base_fingerprint"]
+    if recorded is not None and is_same_base(recorded, base):
+        now["base_fingerprint"] = recorded  # of the rule by which it was recorded
     differing = [
         f"  {key}: {before[key]}, now {now[key]}" for key in now if before[key] != now[key]
     ]
@@ -68,8 +73,10 @@ def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
     train = read_dataset_record(run.dataset).splits["train"]
-    base = base_fingerprint(find_model(config.model))
-    now = train.digest, settings_digest(config, base)
+    base, recorded = find_model(config.model), provenance.get("base_fingerprint")
+    if not isinstance(recorded, str) or not is_same_base(recorded, base):
+        return None
+    now = train.digest, settings_digest(config, recorded)
     before = provenance.get("train_digest"), provenance.get("settings_digest")
     return champion if now == before else None
 
@@ -80,19 +87,28 @@ def settings_digest(config: FineTuneConfig, base: str | None) -> str:
     return hashlib.sha256(canonical_json([base, settings])).hexdigest()
 
 
-def parent_of(config: FineTuneConfig, initial_digest: str) -> str | None:
-    """The registered version that a run was trained from; None if it started fresh."""
+def parent_of(config: FineTuneConfig, run: RunDirectory) -> str | None:
+    """The registered version that a run was trained from; None if it started fresh.
+
+    A version of an earlier release has the base's fingerprint by that release's rule in its digest.
+    """
     registry, name = registry_location(config.registry)
     if config.continual.start is None or not name_exists(registry, name):
         return None
-    return initial_digest if initial_digest in list_versions(registry, name) else None
+    versions = list_versions(registry, name)
+    initial = read_adapter(run.initial)
+    if initial.digest() in versions:
+        return initial.digest()
+    sampled = {"base_fingerprint": sampled_fingerprint(find_model(config.model))}
+    digest = Adapter(initial.path, initial.config | sampled, initial.tensors).digest()
+    return digest if digest in versions else None
 
 
 def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """One line that says where a run with `continual.from` started; None for other runs."""
     if config.continual.start is None:
         return None
-    parent = parent_of(config, read_adapter(run.initial).digest())
+    parent = parent_of(config, run)
     name = config.registry.name
     if parent is None:
         return f"{name} has no champion yet: starting from a fresh adapter"

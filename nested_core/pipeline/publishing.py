@@ -7,6 +7,8 @@ from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import confirm_run
+from nested_core.gate.base_compatibility import require_same_base
+from nested_core.models.base_model import local_folder
 from nested_core.pipeline.continual import parent_of, settings_digest
 from nested_core.registry import register
 from nested_core.registry.gate_file import read_gate, require_passed
@@ -23,12 +25,15 @@ RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
     """Check that gate.json says passed, and that the files of the run bear that out.
 
-    Raises ConfigError if nothing was judged, GateRejected if the adapter did not pass, DamagedError
-    if verdict and files do not agree.
+    So must the base model, if it is on this machine. Raises ConfigError if nothing was judged,
+    GateRejected if the adapter did not pass, DamagedError if verdict and files do not agree.
     """
     gate = read_gate(run.gate)
     require_passed(gate, run.gate)
     confirm_run(config, run, gate)
+    base = local_folder(config.model)
+    if base is not None:
+        require_same_base(run.adapter, base)
 
 
 def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
@@ -58,7 +63,7 @@ def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) 
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": _validation_digest(dataset, gate["validation"]),
         "gate_sha256": regular_sha256(run.gate),
-        "parent": parent_of(config, gate["initial"]["digest"]) or champion,
+        "parent": parent_of(config, run) or champion,
         "champion_at_gate": champion,
         "training_seconds": _training_seconds(read_metrics(run.metrics)),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},

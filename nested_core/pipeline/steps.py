@@ -137,11 +137,11 @@ def load(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = Non
 def _load(config: FineTuneConfig, run: RunDirectory) -> None:
     model, _ = load_base(config, as_stored=True)
     attach_adapter(model, config)
-    base = base_fingerprint(find_model(config.model))
+    base = find_model(config.model)
     if config.resume_adapter_file is not None:
         load_adapter_tensors(model, read_adapter_file(Path(config.resume_adapter_file), base))
-    described = adapter_config(config, base)
-    champion = starting_adapter(config, described)
+    described = adapter_config(config, base_fingerprint(base))
+    champion = starting_adapter(config, described, base)
     if champion is not None:
         load_adapter_tensors(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
     with new_directory(run.initial, replace=True) as folder:

@@ -85,13 +85,15 @@ def _open_descriptor(path: Path, *, follow_links: bool) -> int:
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise  # it may pass: whoever called can try again
-        raise DamagedError(f"{path} cannot be read: {_refusal(error, path)}.") from error
+        raise _refusal(error, path, "read") from error
 
 
-def _refusal(error: OSError, path: Path) -> str:
-    if error.errno == errno.ELOOP and file_type(path) == "link":
-        return "it is a symbolic link, and a regular file belongs there"
-    return str(error.strerror)
+def _refusal(error: OSError, path: Path, what: str) -> DamagedError:
+    is_link = error.errno == errno.ELOOP and file_type(path, follow_links=True) != "missing"
+    if is_link or error.errno == errno.EISDIR:
+        reason = ": it is a symbolic link" if is_link else ""
+        return DamagedError(f"{path} is not a file{reason}.")
+    return DamagedError(f"{path} cannot be {what}: {error.strerror}.")
 
 
 def _regular_size(descriptor: int, path: Path) -> int:
@@ -107,11 +109,9 @@ def append_regular(path: Path, content: bytes) -> None:
     try:
         descriptor = os.open(path, WRITE_FLAGS, 0o666)
     except OSError as error:
-        if error.errno == errno.EISDIR:
-            raise DamagedError(f"{path} is not a file.") from None
-        if error.errno not in (errno.ELOOP, errno.ENXIO):
+        if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
             raise
-        raise DamagedError(f"{path} cannot be written: {_refusal(error, path)}.") from error
+        raise _refusal(error, path, "written") from error
     try:
         _regular_size(descriptor, path)
         while content:

@@ -1,0 +1,96 @@
+"""SHA-256 of large files, kept by device, inode, size and change time: the second look is a stat.
+
+The change time (ctime) is set by the kernel at each write and at each change of the times, so that
+a program without root's rights cannot give it back. A hash is kept only if the file had been left
+alone for some seconds, because two writes within one tick of the clock have one change time. What
+changes below the file system, such as a disk that loses bits, is not seen until the entry goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from nested_core.compiled_kernels import cache_folder
+from nested_core.errors import DamagedError
+from nested_core.storage.atomic import write_bytes
+from nested_core.storage.strict_files import open_regular, parse_json, read_start, regular_sha256
+
+FOLDER_NAME = "hashes"
+SETTLED_SECONDS = 2.0
+MAX_ENTRY_BYTES = 4096
+MAX_THREADS = 8
+
+
+def kept_sha256(paths: Sequence[Path]) -> list[str]:
+    """SHA-256 of each file, hashed in threads where it is not known; links are followed.
+
+    A cache that cannot be read or written, or that others may write to, only costs time. Raises
+    DamagedError for what is no regular file, and OSError.
+    """
+    folder = _private_folder()
+    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda path: _sha256(path, folder), paths))
+
+
+def _sha256(path: Path, folder: Path | None) -> str:
+    before = _identity(path)
+    entry = None if folder is None else folder / f"{before['device']:x}-{before['inode']:x}.json"
+    known = None if entry is None else _read_entry(entry, before)
+    if known is not None:
+        return known
+    is_settled = time.time() - before["ctime_ns"] / 1e9 > SETTLED_SECONDS
+    digest = regular_sha256(path, follow_links=True)
+    if entry is not None and is_settled and _identity(path) == before:
+        with suppress(OSError):
+            write_bytes(entry, json.dumps(before | {"sha256": digest}).encode())
+    return digest
+
+
+def _identity(path: Path) -> dict[str, int]:
+    """What tells a file that was changed or replaced from what it was."""
+    status = path.stat()
+    return {
+        "device": status.st_dev,
+        "inode": status.st_ino,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "ctime_ns": status.st_ctime_ns,
+    }
+
+
+def _read_entry(entry: Path, identity: dict[str, int]) -> str | None:
+    """The hash in an entry of this user's about the file as it is now; None for any other."""
+    try:
+        with open_regular(entry, MAX_ENTRY_BYTES) as (file, size):
+            if os.fstat(file.fileno()).st_uid != os.getuid():
+                return None
+            fields = parse_json(read_start(file, size, entry))
+    except (DamagedError, OSError, ValueError):
+        return None
+    if not isinstance(fields, dict) or not isinstance(fields.get("sha256"), str):
+        return None
+    digest: str = fields["sha256"]
+    return digest if fields == identity | {"sha256": digest} else None
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a folder is this user's own, and nobody else may write in it; OSError if missing."""
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _private_folder() -> Path | None:
+    """The folder of the entries, made if it is missing; None if it cannot be used safely."""
+    try:
+        folder = cache_folder() / FOLDER_NAME
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder if is_private(folder) else None
+    except (OSError, RuntimeError):
+        return None
