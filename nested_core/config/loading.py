@@ -6,6 +6,8 @@ YAML with anchors, tags, duplicate keys or more than 64 KiB is refused; `1e-5` i
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from nested_core.config.keys import section_in
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import SectionProblems
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
@@ -68,6 +70,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             content = read_start(file, size, path)
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except MissingFileError as error:
+        reason = os.strerror(errno.ENOENT)
+        raise ConfigError(f"Cannot read the configuration {path}: {reason}.") from error
     except DamagedError as error:
         raise ConfigError(f"Cannot read the configuration: {error}") from error
     value = parse_yaml(content, source=str(path))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flows.commands import inspection
 from flows.commands.inspection import read_status
 from nested_core.config.gate import GateSection
 from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
 from tests.example import Finished, example_config, prepare, stop_after, train
 
 
@@ -58,14 +61,12 @@ def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
 ) -> None:
     run = prepare(example_config(), tmp_path / "run")
     run.gate.write_text('{"verdict": "passed"}')
-    read = Path.read_bytes
 
-    def after(path: Path) -> bytes:
-        if path == run.gate:
-            path.unlink()
-        return read(path)
+    def after(path: Path, limit: int | None = None) -> dict[str, Any]:
+        path.unlink()
+        return read_json_object(path, limit)
 
-    monkeypatch.setattr(Path, "read_bytes", after)
+    monkeypatch.setattr(inspection, "read_json_object", after)
     status = read_status(run)
     assert (status["verdict"], status["state"]) == (None, "resumable")
 

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 from mlx_lm.utils import _download
 
-from nested_core.models.base_model import PAGE_BYTES, PAGE_STRIDE, base_fingerprint, find_model
+from nested_core.models.base_model import (
+    PAGE_BYTES,
+    PAGE_STRIDE,
+    RULE,
+    base_fingerprint,
+    find_model,
+    is_same_base,
+    local_folder,
+    sampled_fingerprint,
+)
+from tests.example import MODEL
 
 FILES = {
     "config.json": b"{" + b" " * (3 * PAGE_BYTES) + b"}",
@@ -40,6 +50,8 @@ def change(path: Path, at: int) -> None:
         ("own_model.py", -1),
         ("model.safetensors", 0),
         ("model.safetensors", PAGE_STRIDE),
+        ("model.safetensors", PAGE_BYTES + 5),
+        ("model.safetensors", 2 * PAGE_STRIDE - 1),
     ],
 )
 def test_another_byte_is_another_base(folder: Path, name: str, at: int) -> None:
@@ -72,3 +84,43 @@ def test_mlx_lm_still_resolves_a_local_folder_through_the_private_function_used_
     assert parameters[0].name == "path_or_hf_repo"
     assert all(each.default is not inspect.Parameter.empty for each in parameters[1:])
     assert find_model(str(tmp_path)) == Path(_download(str(tmp_path))) == tmp_path
+
+
+def test_the_fingerprint_names_its_rule(folder: Path) -> None:
+    rule, digest = base_fingerprint(folder)[: len(RULE)], base_fingerprint(folder)[len(RULE) :]
+    assert rule == "sha256:"
+    assert len(bytes.fromhex(digest)) == 32
+
+
+def test_files_that_are_links_as_in_the_hubs_cache_give_the_same_fingerprint(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    snapshot = tmp_path_factory.mktemp("snapshot")
+    for name in FILES:
+        (snapshot / name).symlink_to(folder / name)
+    assert base_fingerprint(snapshot) == base_fingerprint(folder)
+    assert sampled_fingerprint(snapshot) == sampled_fingerprint(folder)
+
+
+def test_fingerprints_of_earlier_releases_are_what_they_were() -> None:
+    recorded = "054802450fd3d37ae0cbe76d5d9743290f69d8f51a57e0479f4ca1f8354085ed"
+    assert sampled_fingerprint(MODEL) == recorded
+    with pytest.warns(UserWarning, match="reads 4 KiB of every MiB"):
+        assert is_same_base(recorded, MODEL)
+
+
+def test_a_base_is_compared_by_the_rule_that_its_fingerprint_names(folder: Path) -> None:
+    full, sampled = base_fingerprint(folder), sampled_fingerprint(folder)
+    assert is_same_base(full, folder)
+    change(folder / "model.safetensors", PAGE_BYTES + 5)  # the sampled rule does not see it
+    assert not is_same_base(full, folder)
+    with pytest.warns(UserWarning, match="may differ elsewhere"):
+        assert is_same_base(sampled, folder)
+    change(folder / "model.safetensors", 0)
+    assert not is_same_base(sampled, folder)
+
+
+def test_a_model_that_is_not_on_this_machine_is_not_fetched(tmp_path: Path) -> None:
+    assert local_folder(str(tmp_path)) == tmp_path
+    assert local_folder("nobody/no-such-model") is None
+    assert local_folder("../not/a/hub/name") is None
