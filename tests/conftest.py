@@ -25,6 +25,10 @@ atexit.register(shutil.rmtree, _PREFECT_HOME, ignore_errors=True)
 
 # Compiled kernels stay from session to session, in the user's own folder.
 os.environ.setdefault(FOLDER_VARIABLE, str(cache_folder() / "kernels"))
+
+# What is made once for all workers of a session lies in the folder of the process that starts them.
+os.environ.setdefault("NESTED_TUNE_TESTS_SHARED", str(_PREFECT_HOME))
+
 # Set before anything is imported: Prefect and the tokenizers read them once. Children inherit them.
 os.environ.update(
     HF_HUB_OFFLINE="1",

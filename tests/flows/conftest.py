@@ -21,12 +21,19 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
-from prefect.testing.utilities import prefect_test_harness
+from prefect.events.worker import EventsWorker
+from prefect.logging.handlers import APILogWorker
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+    temporary_settings,
+)
 
 from flows import cli
+from flows.embedded_server import EmbeddedServer
 from tests.example import write_config
 from tests.fork_server import python
+from tests.prefect_home import new_prefect_home
 
 PROGRAM = Path(sys.executable).with_name("nested-tune")
 MAX_LINES = 14
@@ -34,11 +41,19 @@ SECONDS = 240  # for a command, on a machine that does much else
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A server with a database of its own; without heartbeats, which cost a second a flow run."""
-    without_heartbeats = temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
-    with prefect_test_harness(server_startup_timeout=90), without_heartbeats:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(new_prefect_home(tmp_path_factory.mktemp("prefect"))))
+        server = EmbeddedServer()
+    server.serve()
+    server.wait()
+    settings = {PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(settings):
         yield
+        APILogWorker.instance().drain()  # the server takes what is held back before it ends
+        EventsWorker.drain_all()
+    server.stop()
 
 
 def flow_run_id(state: State[Any]) -> UUID:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from prefect.settings import get_current_settings
 
 from nested_core.registry import list_versions, read_champion
 from tests.example import write_config
@@ -15,15 +16,19 @@ NAME = "capitals"
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
+def story(
+    prefect_server: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Ended]]:
     """A first run that becomes champion, and three more on the same data."""
     folder = tmp_path_factory.mktemp("continual")
     target = {"path": "registry", "name": NAME}
     settings = {"registry": target, "continual": {"from": "champion"}, "val_batches": 1}
     write_config(folder / "config.yaml", iters=4, **settings)
 
+    server = str(get_current_settings().api.url)
+
     def command(*arguments: object) -> Ended:
-        return completed(*arguments, cwd=folder)
+        return completed(*arguments, cwd=folder, PREFECT_API_URL=server)
 
     return folder, {
         "first": command("train", "-c", "config.yaml", "--run-dir", "first"),

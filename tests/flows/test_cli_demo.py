@@ -17,6 +17,7 @@ from nested_core.registry import history, read_champion
 from nested_core.storage.adapter import read_adapter
 from tests.example import DATA, MODEL
 from tests.flows.conftest import Ended, ended, start
+from tests.prefect_home import new_prefect_home
 
 pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
 
@@ -41,7 +42,8 @@ class Demos:
 def demos(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Demos:
     folder = tmp_path_factory.mktemp("demos")
     server = str(get_current_settings().api.url)
-    whole = start("demo", "--out", "whole", cwd=folder, PREFECT_HOME=str(folder / "prefect"))
+    home = new_prefect_home(folder / "prefect")
+    whole = start("demo", "--out", "whole", cwd=folder, PREFECT_HOME=str(home))
     arguments = ("demo", "--break-training", "--out", "broken")
     broken = start(*arguments, cwd=folder, PREFECT_API_URL=server)
     return Demos(folder, ended(whole), ended(broken))

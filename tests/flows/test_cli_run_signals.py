@@ -18,6 +18,7 @@ from nested_core.storage.checkpoint import latest_checkpoint
 from tests.example import write_config
 from tests.flows.conftest import PROGRAM, completed, ended, start
 from tests.flows.test_cli_signals import wait_until
+from tests.prefect_home import new_prefect_home
 
 pytestmark = pytest.mark.timeout(300)  # several processes, each with a server of its own
 
@@ -65,9 +66,10 @@ def wait_for_no_servers(folder: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_ctrl_c_checkpoints_exits_5_leaves_no_server_and_the_run_goes_on_to_its_end(
-    tmp_path: Path,
+    prefect_server: None, tmp_path: Path
 ) -> None:
     write_config(tmp_path / "config.yaml", iters=5000, val_batches=1, steps_per_report=2)
+    new_prefect_home(tmp_path / "prefect")
     process = session(tmp_path)
     wait_until(process, lambda: is_training(tmp_path))
     assert len(servers_of(tmp_path)) == 2
@@ -80,7 +82,9 @@ def test_ctrl_c_checkpoints_exits_5_leaves_no_server_and_the_run_goes_on_to_its_
     assert checkpoint is not None
     assert f"stopped at step {checkpoint.step} of 5000" in stopped.message()
     assert servers_of(tmp_path) == []
-    resumed = completed(*RUN, "--resume", "--iters", checkpoint.step + 4, cwd=tmp_path)
+    server = str(get_current_settings().api.url)
+    to_an_end = (*RUN, "--resume", "--iters", checkpoint.step + 4)
+    resumed = completed(*to_an_end, cwd=tmp_path, PREFECT_API_URL=server)
     assert resumed.code in (0, 4), resumed.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_bytes())["step"] == (
         checkpoint.step + 4
@@ -97,6 +101,7 @@ def test_neither_a_second_ctrl_c_nor_a_kill_leaves_a_server_behind(tmp_path: Pat
         val_batches=0,
         nested={"frequencies": [1]},
     )
+    new_prefect_home(tmp_path / "prefect")
     process = session(tmp_path)
     wait_until(process, (tmp_path / "run" / "metrics.jsonl").exists)
     time.sleep(1)  # well into the first step
