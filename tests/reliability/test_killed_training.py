@@ -46,7 +46,7 @@ def comparable_metrics(run_dir: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.reliability)])
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.reliability)])
 def test_killed_and_resumed_training_ends_like_the_uninterrupted_run(
     tmp_path: Path, kills: int
 ) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fork_server import python
 
 OFF: tuple[dict[str, str], ...] = (
     {"PANDERA_VALIDATION_ENABLED": "False", "PANDERA_BACKEND": "ibis"},
@@ -17,11 +17,12 @@ OFF: tuple[dict[str, str], ...] = (
     {"PANDERA_USE_NARWHALS_BACKEND": "True"},
 )
 GARBAGE = {"PANDERA_VALIDATION_DEPTH": "garbage", "PANDERA_VALIDATION_ENABLED": "perhaps"}
-COMMAND = ("-m", "flows.cli")
-AFTER_PANDERA = (
-    "-c",
-    "import pandera.polars; from flows.cli import main; raise SystemExit(main())",
-)
+NEW_PROCESS = """
+import sys
+assert "pandera" not in sys.modules  # which reads the variables when it is imported
+"""
+COMMAND = f"{NEW_PROCESS}from flows.cli import main; sys.exit(main())"
+AFTER_PANDERA = f"{NEW_PROCESS}import pandera.polars; from flows.cli import main; sys.exit(main())"
 ROOT = Path(__file__).parents[3]
 
 
@@ -31,16 +32,16 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 
 def validate(
-    folder: Path, environment: dict[str, str], program: tuple[str, ...] = COMMAND
+    folder: Path, environment: dict[str, str], program: str = COMMAND
 ) -> tuple[int, list[dict[str, Any]]]:
-    command = [sys.executable, *program, "validate", "-c", "examples/geography.yaml"]
-    done = subprocess.run(
-        [*command, "--data", str(folder), "--max-seq-length", "40", "--json"],
+    script = folder.with_name("program.py")
+    script.write_text(program)
+    done = python(
+        script,
+        "validate",
+        *("-c", "examples/geography.yaml", "--data", folder, "--max-seq-length", 40, "--json"),
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
     )
     return done.returncode, json.loads(done.stdout)["findings"]
 
