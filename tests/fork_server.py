@@ -56,7 +56,7 @@ def python(
             check=False,
         )
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        code = _server().run(
+        code = start_server().run(
             words, cwd or Path.cwd(), env or os.environ, timeout, (stdout.fileno(), stderr.fileno())
         )
         stdout.seek(0)
@@ -114,7 +114,7 @@ def _start_server() -> ForkServer:
     return ForkServer()
 
 
-def _server() -> ForkServer:
+def start_server() -> ForkServer:
     """The one server of this process, started when it is first needed."""
     with _starting:
         return _start_server()

@@ -6,8 +6,11 @@ data set unless trust_remote_code says so; HF_HUB_OFFLINE is the library's to re
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from nested_core.config.data import HubDataset
@@ -16,6 +19,8 @@ from nested_core.data.settings import SPLITS
 from nested_core.data.sources.formats import NumberedLine, json_line
 from nested_core.errors import ConfigError, shorten
 
+HUB_SECONDS = 10.0  # to answer the first question
+_log = logging.getLogger(__name__)
 # By split: its name in findings, and its lines.
 HubTables = dict[str, tuple[str, Iterable[NumberedLine]]]
 
@@ -64,7 +69,8 @@ def _load(path: str, key: str, arguments: dict[str, Any], *, trust_remote_code: 
             "of the configuration where you have read that code and trust it."
         )
     try:
-        return datasets.load_dataset(path, **arguments)
+        with _offline_if_unreachable(datasets, path):
+            return datasets.load_dataset(path, **arguments)
     except Exception as error:  # whatever the library and the format of the data set may raise
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -73,6 +79,32 @@ def _load(path: str, key: str, arguments: dict[str, Any], *, trust_remote_code: 
             f"{key}: {where}the data set {path!r} could not be loaded from the hub with "
             f"{arguments or 'no arguments'}: {type(error).__name__}: {shorten(error, 300)}"
         ) from error
+
+
+@contextmanager
+def _offline_if_unreachable(datasets: Any, path: str) -> Iterator[None]:
+    """Ask the hub for a data set once; where it cannot be reached, have only cached ones loaded.
+
+    The library asks for each of several files and waits up to 23 seconds for each one to come. A
+    data set that does not exist is the library's RepositoryNotFoundError, at the first question.
+    """
+    hub = import_module("huggingface_hub")
+    errors = import_module("huggingface_hub.errors")
+    packaged = import_module("datasets.packaged_modules")._PACKAGED_DATASETS_MODULES
+    before = datasets.config.HF_HUB_OFFLINE
+    is_elsewhere = path in packaged or "://" in path or Path(path).exists()
+    try:
+        if not before and not is_elsewhere:
+            hub.HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(path, timeout=HUB_SECONDS)
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise
+    except Exception as error:  # of the network or the server: the cache may have the data set
+        _log.warning("The hub does not answer, so only its cache is used: %s", shorten(error, 200))
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _number(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedLine]:

@@ -8,9 +8,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import polars as pl
 import pytest
@@ -21,6 +25,7 @@ from nested_core.config.loading import parse_config
 from nested_core.data.dataset import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.settings import DataSettings
+from nested_core.data.sources.hub import open_named
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 
@@ -210,3 +215,59 @@ def test_one_mapping_is_a_list_of_one() -> None:
     assert one.hf_dataset == (HubDataset(path="a"),) == settings_of([{"path": "a"}]).hf_dataset
     assert settings_of([]).hf_dataset == ()
     assert one.place == "a"
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes an address the hub, for the libraries that read their environment once."""
+    library = importlib.import_module("datasets")
+    constants = importlib.import_module("huggingface_hub.constants")
+
+    def use(address: str) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(library.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(library.config, "HF_ENDPOINT", address)
+
+    return use
+
+
+class HubWithoutSets(BaseHTTPRequestHandler):
+    """A hub that has no data set, and counts who asks."""
+
+    questions: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.questions.append(self.path)
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on standard error."""
+
+
+@needs_library
+def test_a_name_that_the_hub_does_not_have_is_asked_for_once(
+    online: Callable[[str], None],
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), HubWithoutSets) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        online(f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ConfigError, match="could not be loaded from the hub.*NotFound"):
+            open_named("nobody/mistyped", trust_remote_code=False)
+        server.shutdown()
+    assert HubWithoutSets.questions == ["/api/datasets/nobody/mistyped"]
+
+
+@needs_library
+def test_a_hub_that_cannot_be_reached_is_no_wait(online: Callable[[str], None]) -> None:
+    online("http://127.0.0.1:9")  # the port to discard: nobody listens
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="could not be loaded from the hub"):
+        open_named("nobody/mistyped", trust_remote_code=False)
+    assert time.monotonic() - began < 5  # the library alone tries for 23 seconds and longer
+    assert importlib.import_module("datasets").config.HF_HUB_OFFLINE is False

@@ -1,0 +1,84 @@
+"""Proof by volume: `python -m tests.reliability.soak --kills 1000 --corruptions 10000 --queue 500`.
+
+Each volume says its seed and its figures; those of the full runs stand in docs/faults.md. Anything
+that does not hold ends the program with a traceback and the folder that shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+# Before anything is imported: one core, and no hub.
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+from nested_core import backend  # noqa: E402
+
+backend.prepare()
+
+from tests.fork_server import python, start_server  # noqa: E402
+
+# What the commands import; loaded once, so that a forked process begins with its work.
+IMPORTED = ("mlx_lm.utils", "mlx_lm.tuner.lora", "rich.table", "nested_core.pipeline.finetune")
+IMPORTED += ("nested_core.registry", "flows.cli", "flows.commands.demo", "flows.commands.training")
+
+
+def main() -> None:
+    """Run the volumes that are asked for, one after the other."""
+    parser = argparse.ArgumentParser(description="proof by volume")
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="processes to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="nested-tune-soak-"))
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"seed {arguments.seed}, in {folder}", flush=True)
+    if arguments.kills:
+        _timed(lambda: run_kills(folder / "kills", arguments.kills, arguments.seed))
+
+
+def run_kills(folder: Path, kills: int, seed: int) -> str:
+    """Kill the commands of tests/reliability/kills.py so many times; return the figures."""
+    for name in IMPORTED:
+        import_module(name)
+    start_server()
+    fork_the_fresh_process()
+    from tests.reliability.kills import KillSoak
+
+    folder.mkdir()
+    soak = KillSoak(folder, seed)
+    soak.prepare()
+    soak.run(kills)
+    return soak.describe()
+
+
+def fork_the_fresh_process() -> None:
+    """Fork the process that loads an adapter for the gate from a server, which has mlx_lm."""
+    from nested_core.gate import fresh_process_check
+
+    def run(command: list[str], *, env: dict[str, str], timeout: float, **_: Any) -> Any:
+        done = python(*command[2:], env=env, timeout=timeout)
+        return SimpleNamespace(returncode=done.returncode, stderr=done.stderr.encode())
+
+    launched: Any = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+    fresh_process_check.subprocess = launched
+
+
+def _timed(volume: Callable[[], str]) -> None:
+    began = time.monotonic()
+    print(f"{volume()}; {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
