@@ -1,33 +1,27 @@
-"""The Prefect flow of a fine-tune: `pipeline.finetune`, with each step as a task."""
+"""The Prefect flow of a fine-tune: `pipeline.finetune`, with each step as a task.
+
+Importing it loads no mlx. A worker imports it when a run has crashed, to look for hooks, and then
+reports the crash a second time (prefect 3.8.8, runner/_flow_run_executor.py and workers/base.py).
+That report would end a retry that has begun by then, so it must not be long in coming.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefect import flow, get_run_logger, runtime
+from prefect import flow, runtime
 from prefect.states import Cancelled, Completed, Failed, State
 from pydantic import Field
 
 from flows.allowed_folders import confine_configuration, confined
-from flows.prefect_logs import outlive_the_worker
+from flows.prefect_logs import outlive_the_worker, say_errors_in_a_paragraph
 from flows.state_messages import describe_loss, describe_rejection, short
-from flows.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected, TrainingStopped
-from nested_core.gate.verdict import Verdict, read_verdict
-from nested_core.pipeline.finetune import FinetuneResult, Hooks
-from nested_core.pipeline.finetune import finetune as run_finetune
-from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
-from tasks.events import emit
-from tasks.gate import gate
-from tasks.load import load
-from tasks.promote import promote
-from tasks.register import register
-from tasks.run_page import link_run
-from tasks.train import train
-from tasks.validate import validate
+
+if TYPE_CHECKING:
+    from nested_core.pipeline.finetune import FinetuneResult
 
 
 class FinetuneParameters(FineTuneConfig):
@@ -50,7 +44,13 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     `prefect flow-run retry`) finds its run directory by its id and goes on from the last
     checkpoint; the flow never retries by itself, for that would train again.
     """
+    from flows.task_hooks import TaskHooks
+    from nested_core.gate.verdict import read_verdict
+    from nested_core.pipeline.finetune import finetune as run_finetune
+    from tasks.events import emit
+
     outlive_the_worker()
+    say_errors_in_a_paragraph()
     settings = config.configuration()
     confine_configuration(settings)
     run = _open(config)
@@ -67,62 +67,6 @@ def finetune(config: FinetuneParameters) -> State[Any]:
             emit("rejected", settings.registry.name, payload)
         return Failed(message=message, data=error)
     return Completed(message=_describe(result))
-
-
-class TaskHooks(Hooks):
-    """Each step of a fine-tune as a Prefect task, with the links and events around it."""
-
-    def on_message(self, message: str) -> None:
-        """Log what a step waits for outside of its task."""
-        get_run_logger().info("%s", message)
-
-    def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
-        """Begin, and link the run directory from the flow run's page."""
-        super().begin(config, run, resume=resume)
-        link_run(run.path)
-
-    def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
-        """The task `validate`."""
-        validate(config, run.path)
-
-    def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
-        """The task `load`."""
-        load(config, run.path)
-
-    def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
-        """The task `train`; at SIGINT or SIGTERM it saves a checkpoint."""
-        stopper = Stopper()
-        with stopper.installed(run):
-            result = train(config, run.path, stopper.watch)
-            stopper.release()
-        return result
-
-    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
-        """The task `gate`."""
-        gate(config, run.path)
-        return read_verdict(run.gate)
-
-    def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
-        """Log the loss on the test set."""
-        loss = super().measure_test(config, run)
-        get_run_logger().info("Test loss %.4f", loss)
-        return loss
-
-    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
-        """The task `register`, and the event that promotion listens to."""
-        version = register(config, run.path, champion)
-        registry = config.registry
-        payload = {
-            "version": version,
-            "run_dir": str(run.path.resolve()),
-            "registry": str(Path(str(registry.path)).resolve()),
-        }
-        emit("verified", str(registry.name), payload)
-        return version
-
-    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
-        """The task `promote`."""
-        return promote(config.registry, version, champion)
 
 
 def _describe(result: FinetuneResult) -> str:

@@ -9,7 +9,10 @@ from prefect import runtime
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
 
+from nested_core.errors import NestedTuneError
+
 OUTPUTS = (1, 2)
+RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 FAILED = "Finished in state Failed"
 # An error that the state says too, and the command line at its end; events that are sent at exit.
 SAID_ELSEWHERE = ("Encountered exception during execution", "Still processing items")
@@ -37,6 +40,41 @@ def quieten(level: int) -> None:
     setup_logging()  # later calls of it leave the handlers as they are
     for handler in _console_handlers():
         handler.addFilter(_ForTerminal(level))
+
+
+class _InAParagraph(logging.Filter):
+    """Gives a record of one of our own errors its message in place of its traceback, and once.
+
+    The task logs it, and then the flow that the task raised it in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, NestedTuneError):
+            return True
+        if error is self._last:
+            return False
+        self._last = error
+        record.msg = "%s: %s"
+        record.args = (type(error).__name__, error)
+        record.exc_info = None
+        record.exc_text = None
+        return True
+
+
+_in_a_paragraph = _InAParagraph()
+
+
+def say_errors_in_a_paragraph() -> None:
+    """Log errors that a person can cause without a traceback, unless Prefect logs at DEBUG."""
+    for name in RUN_LOGGERS:
+        logger = logging.getLogger(name)
+        if not logger.isEnabledFor(logging.DEBUG):
+            logger.addFilter(_in_a_paragraph)
 
 
 def outlive_the_worker() -> None:

@@ -12,6 +12,7 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.allowed_folders import confined
+from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.foreign_text import escape_markdown
@@ -47,6 +48,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     Completed in every case but damage: the message says what became of it. Resumed, the flow starts
     again from its top, and the answer is there.
     """
+    say_errors_in_a_paragraph()
     registry = confined(config.registry, "registry")
     policy = read_candidate(registry, config.name, config.version).policy or {}
     if not config.requires_approval and policy.get("promote") != "approve":

@@ -9,6 +9,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.allowed_folders import confined
+from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.section import Section
 from nested_core.registry import list_names
 from nested_core.registry.promotion_policy import DAMAGED
@@ -29,6 +30,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     What is damaged keeps no other version or name from its promotion: the flow goes through all of
     them, and then ends Failed, saying what is damaged.
     """
+    say_errors_in_a_paragraph()
     registry = confined(config.registry, "registry")
     names = list_names(registry) if config.names is None else config.names
     states = {name: reconcile_name(registry, name, return_state=True) for name in names}

@@ -9,6 +9,7 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.allowed_folders import confined
+from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion
@@ -27,6 +28,7 @@ class RollbackParameters(Section):
 @flow(name="rollback", retries=0, flow_run_name="rollback {config.name}")
 def rollback(config: RollbackParameters) -> State[Any]:
     """Move the champion back; the message says what became of it."""
+    say_errors_in_a_paragraph()
     registry = confined(config.registry, "registry")
     champion = read_champion(registry, config.name)
     return Completed(message=roll_back(registry, config.name, config.to, config.by, champion))

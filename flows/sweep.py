@@ -15,7 +15,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.allowed_folders import confine_configuration
-from flows.prefect_logs import outlive_the_worker
+from flows.prefect_logs import outlive_the_worker, say_errors_in_a_paragraph
 from flows.state_messages import short
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
@@ -47,6 +47,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     promoted by the base's own policy, against the champion that stood when the sweep began.
     """
     outlive_the_worker()
+    say_errors_in_a_paragraph()
     confine_configuration(config.base)
     target = config.base.registry
     if target.path is None or target.name is None:

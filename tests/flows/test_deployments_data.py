@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import plistlib
+import subprocess
+import sys
 from configparser import ConfigParser
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from flows.packaged_files import shipped
 from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = shipped("deployments")
 PROJECT = yaml.safe_load((FOLDER / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {each["name"]: each for each in PROJECT["deployments"]}
@@ -97,3 +101,10 @@ def test_the_containers_publish_the_server_to_this_machine_alone() -> None:
     compose = yaml.safe_load((FOLDER / "postgresql" / "compose.yaml").read_text())
     assert compose["services"]["server"]["ports"] == ["127.0.0.1:4200:4200"]
     assert "ports" not in compose["services"]["database"]
+
+
+def test_what_a_worker_imports_when_a_run_has_crashed_loads_no_mlx() -> None:
+    code = "import flows.finetune, sys; print({'mlx', 'mlx_lm', 'polars'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == "set()\n"  # so the second report of the crash comes soon

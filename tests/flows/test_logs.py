@@ -1,12 +1,19 @@
-"""A flow process whose worker is gone: nobody reads what it prints, and it goes on."""
+"""Prefect's logs: errors in a paragraph, and a flow process whose worker no longer reads them."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from flows.finetune import FinetuneParameters, finetune
+from flows.prefect_logs import RUN_LOGGERS
+from flows.rollback import RollbackParameters, rollback
+from tests.example import example_settings
 
 PROGRAM = """
 import logging, sys
@@ -50,3 +57,41 @@ def test_a_deployments_run_goes_on_when_its_worker_no_longer_reads_what_it_print
         code = process.wait(60)
     assert (code == 0) == bool(deployment)  # a person's run ends with its reader, as rich has it
     assert held.exists() == bool(deployment)
+
+
+class Lines(logging.Handler):
+    """Keeps what a log would show of each record."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.shown: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.shown.append(self.format(record))
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    handler = Lines()
+    loggers = [logging.getLogger(name) for name in RUN_LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield handler
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_an_error_of_a_flow_or_of_its_task_is_logged_once_in_a_paragraph(
+    tmp_path: Path, lines: Lines
+) -> None:
+    missing = str(tmp_path / "none")
+    state = rollback(RollbackParameters(registry=missing, name="a", by="me"), return_state=True)
+    assert state.is_failed()
+    settings = example_settings(data=missing) | {"run_dir": str(tmp_path / "run")}
+    state = finetune(FinetuneParameters.model_validate(settings), return_state=True)
+    assert state.is_failed()
+    ours = [text for text in lines.shown if text.startswith("ConfigError: ")]
+    assert len(ours) == 2
+    assert all(missing in text and "\n" not in text for text in ours)
+    assert "Traceback" not in "".join(lines.shown)

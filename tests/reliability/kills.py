@@ -190,23 +190,31 @@ def next_arguments(command: Command, scenario: Path) -> tuple[str, ...] | None:
     if command.phase == "train" and (scenario / "run").exists():
         return (*command.arguments, "--resume")
     if command.phase == "rollback":
-        actions = [entry["action"] for entry in registry.history(scenario / "registry", NAME)]
-        champion, changes = champion_and_changes(scenario)
-        if actions[-1:] == ["rollback"] and changes and changes[-1][1] == champion:
+        _, changes = champion_and_changes(scenario)
+        if changes[-1][0] == "rollback":
             return None
     return command.arguments
 
 
 def champion_and_changes(scenario: Path) -> tuple[str | None, list[tuple[str, str]]]:
-    """The champion, and action and version of each change in the ledger that was not aborted."""
+    """The champion, and action and version of each change that took place.
+
+    A change that a kill cut short stands in the ledger, and is marked as aborted by the next writer
+    where its link was not swapped.
+    """
     root = scenario / "registry"
     if not (root / NAME).exists():
         return None, []
-    entries = registry.history(root, NAME)
-    changes = [
-        (e["action"], e["version"]) for e in entries if e["action"] in ("promote", "rollback")
-    ]
-    return registry.read_champion(root, NAME), changes
+    champion = registry.read_champion(root, NAME)
+    changes: list[tuple[str, str]] = []
+    for entry in registry.history(root, NAME):
+        if entry["action"] == "aborted":
+            changes.pop()
+        elif entry["action"] in ("promote", "rollback"):
+            changes.append((entry["action"], entry["version"]))
+    if changes and changes[-1][1] != champion:  # no writer has come since
+        changes.pop()
+    return champion, changes
 
 
 def check_registry(scenario: Path, before: tuple[str | None, list[tuple[str, str]]]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,8 +28,16 @@ backend.prepare()
 from tests.fork_server import python, start_server  # noqa: E402
 
 # What the commands import; loaded once, so that a forked process begins with its work.
-IMPORTED = ("mlx_lm.utils", "mlx_lm.tuner.lora", "rich.table", "nested_core.pipeline.finetune")
-IMPORTED += ("nested_core.registry", "flows.cli", "flows.commands.demo", "flows.commands.training")
+IMPORTED = (
+    "mlx_lm.utils",
+    "mlx_lm.tuner.lora",
+    "rich.table",
+    "nested_core.pipeline.finetune",
+    "nested_core.registry",
+    "flows.cli",
+    "flows.commands.demo",
+    "flows.commands.training",
+)
 
 
 def main() -> None:
@@ -72,7 +79,7 @@ def fork_the_fresh_process() -> None:
         return SimpleNamespace(returncode=done.returncode, stderr=done.stderr.encode())
 
     launched: Any = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
-    fresh_process_check.subprocess = launched
+    vars(fresh_process_check)["subprocess"] = launched
 
 
 def _timed(volume: Callable[[], str]) -> None:
@@ -81,4 +88,4 @@ def _timed(volume: Callable[[], str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,78 @@
+"""The steps of a fine-tune as Prefect tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import get_run_logger
+
+from flows.stop_signals import Stopper
+from nested_core.config.schema import FineTuneConfig
+from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.pipeline.finetune import Hooks
+from nested_core.pipeline.steps import TrainResult
+from nested_core.storage.run_directory import RunDirectory
+from tasks.events import emit
+from tasks.gate import gate
+from tasks.load import load
+from tasks.promote import promote
+from tasks.register import register
+from tasks.run_page import link_run
+from tasks.train import train
+from tasks.validate import validate
+
+
+class TaskHooks(Hooks):
+    """Each step of a fine-tune as a Prefect task, with the links and events around it."""
+
+    def on_message(self, message: str) -> None:
+        """Log what a step waits for outside of its task."""
+        get_run_logger().info("%s", message)
+
+    def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
+        """Begin, and link the run directory from the flow run's page."""
+        super().begin(config, run, resume=resume)
+        link_run(run.path)
+
+    def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        """The task `validate`."""
+        validate(config, run.path)
+
+    def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        """The task `load`."""
+        load(config, run.path)
+
+    def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
+        """The task `train`; at SIGINT or SIGTERM it saves a checkpoint."""
+        stopper = Stopper()
+        with stopper.installed(run):
+            result = train(config, run.path, stopper.watch)
+            stopper.release()
+        return result
+
+    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
+        """The task `gate`."""
+        gate(config, run.path)
+        return read_verdict(run.gate)
+
+    def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
+        """Log the loss on the test set."""
+        loss = super().measure_test(config, run)
+        get_run_logger().info("Test loss %.4f", loss)
+        return loss
+
+    def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
+        """The task `register`, and the event that promotion listens to."""
+        version = register(config, run.path, champion)
+        registry = config.registry
+        payload = {
+            "version": version,
+            "run_dir": str(run.path.resolve()),
+            "registry": str(Path(str(registry.path)).resolve()),
+        }
+        emit("verified", str(registry.name), payload)
+        return version
+
+    def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
+        """The task `promote`."""
+        return promote(config.registry, version, champion)
