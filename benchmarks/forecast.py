@@ -101,7 +101,7 @@ def measure(case: Case) -> None:
     import mlx.core as mx
 
     from nested_core.config.schema import FineTuneConfig
-    from nested_core.kernels.apply import optimized_layers
+    from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import trainable_refs
     from nested_core.training.loss.interface import BatchShape
     from nested_core.training.loss.supervised import SUPERVISED
@@ -122,7 +122,7 @@ def measure(case: Case) -> None:
     tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     target_mask = np.zeros((shape.batch, shape.length), np.bool_)
     target_mask[:, : round(case.share * shape.length)] = True
-    with optimized_layers(model, model.layers[: case.recomputed]):
+    with using_optimized_layers(model, model.layers[: case.recomputed]):
         loss_fn = SUPERVISED.for_model(model, refs)
         footprint = read_footprint(config, model, refs, optimizer, loss_fn)
         batch = BatchShape(shape.batch, shape.length, int(target_mask.sum()))

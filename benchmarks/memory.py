@@ -69,7 +69,7 @@ def measure(arm: str) -> None:
             mx.eval(compiled(mx.array(tokens), lengths), state)
     else:
         from benchmarks.tiers import one_tier, optimizer_for
-        from nested_core.kernels.apply import optimized_layers
+        from nested_core.kernels.optimized_model import using_optimized_layers
         from nested_core.models.parameters import trainable_refs
         from nested_core.training.loss.supervised import SUPERVISED
         from nested_core.training.step import TrainStep
@@ -79,7 +79,7 @@ def measure(arm: str) -> None:
         optimizer = optimizer_for(tiers, refs, RATE)
         learnt = np.zeros((1, TOKENS), np.bool_)
         learnt[0, -LEARNT:] = True
-        with optimized_layers(model):
+        with using_optimized_layers(model):
             loss_fn = SUPERVISED.for_model(model, refs)
             train_step = TrainStep(
                 model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn

@@ -48,12 +48,12 @@ def measure_fits() -> dict[str, dict[str, Any]]:
     """The lines over due layers, with the rows of SHAPE, and over tokens, with all layers due."""
     import mlx.core as mx
 
-    from nested_core.kernels.apply import optimized_layers
+    from nested_core.kernels.optimized_model import using_optimized_layers
 
     model = build(SHAPE, bits=16)
     model.set_dtype(mx.float32)
     model.train()
-    with optimized_layers(model):
+    with using_optimized_layers(model):
         steps = make_steps(model)
         return {
             "due layers": line(time_in_rounds({k: steps(k, SHAPE.batch) for k in range(1, 13)})),
@@ -92,7 +92,7 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
 
 def tiers_of(refs: Any, due_layers: int) -> Any:
     """Tiers and their optimizer: the deepest layers in tier 0, the others in one not asked for."""
-    from nested_core.optim.tiers import TierMap
+    from nested_core.optim.tier_assignment import TierMap
 
     tensors = {n: int(at < SHAPE.layers - due_layers) for n, at in depths(refs).items()}
     tiers = TierMap((1, 2)[: 1 + max(tensors.values())], tensors)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from nested_core.models.parameters import ParameterRefs, read_parameters
-from nested_core.optim.clock import Tier
+from nested_core.optim.tier_assignment import TierMap
+from nested_core.optim.tier_clock import Tier
 from nested_core.optim.tiered import NestedAdam
-from nested_core.optim.tiers import TierMap
 from nested_core.training.packing import unflatten
 
 FREQUENCIES = (1, 2, 4)

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
         TrainingStopped,
         UpdateNotApplied,
     )
-    from nested_core.optim.clock import Tier, TierStats
     from nested_core.optim.named_updates import (
         UpdateReport,
         apply_flat_updates_to_nested,
         verify_updates,
     )
+    from nested_core.optim.tier_assignment import TierMap, assign_tiers
+    from nested_core.optim.tier_clock import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
-    from nested_core.optim.tiers import TierMap, assign_tiers
     from nested_core.pipeline.finetune import FinetuneResult, Hooks, finetune
     from nested_core.storage.adapter import Adapter, read_adapter
     from nested_core.storage.run_directory import open_run
@@ -69,12 +69,12 @@ __all__ = [
 _HOMES = {
     "backend": ("prepare",),
     "storage.adapter": ("Adapter", "read_adapter"),
-    "optim.clock": ("Tier", "TierStats"),
+    "optim.tier_clock": ("Tier", "TierStats"),
     "config.schema": ("FineTuneConfig",),
     "config.loading": ("load_config",),
     "optim.tiered": ("NestedAdam", "NestedAdamW", "Tiered"),
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
-    "optim.tiers": ("TierMap", "assign_tiers"),
+    "optim.tier_assignment": ("TierMap", "assign_tiers"),
     "pipeline.finetune": ("FinetuneResult", "Hooks", "finetune"),
     "storage.run_directory": ("open_run",),
 }

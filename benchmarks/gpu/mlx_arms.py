@@ -170,7 +170,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     import mlx.core as mx
 
     from benchmarks.tiers import one_tier, optimizer_for, thirds
-    from nested_core.kernels.apply import optimized_layers
+    from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import trainable_refs
     from nested_core.training.distributed import SINGLE_PROCESS, join
     from nested_core.training.loss.supervised import SUPERVISED
@@ -187,7 +187,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     size = (16, shape.batch, shape.length + 1)
     batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)
     learnt = np.ones((shape.batch, shape.length), np.bool_)
-    with optimized_layers(model):
+    with using_optimized_layers(model):
         train_step = TrainStep(
             model=model,
             parameters=refs,

@@ -24,7 +24,7 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
     import numpy as np
 
     from benchmarks.tiers import thirds
-    from nested_core.kernels.apply import optimized_layers
+    from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import (
         assign_parameters,
         read_parameters,
@@ -63,7 +63,7 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
         found: list[float] = measure(window)["seconds"]
         return found
 
-    with restoring_parameters(refs), optimized_layers(model):
+    with restoring_parameters(refs), using_optimized_layers(model):
         seconds = [seconds_of(due) for due in range(4)]
     ends = [median_ms(each) for each in seconds]
     thirds_ms = [round(more - less, 3) for less, more in pairwise(ends)]

@@ -12,10 +12,10 @@ import numpy as np
 from benchmarks.tiers import optimizer_for
 from benchmarks.time_to_loss.arms import Arm
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, training_order
-from nested_core.kernels.apply import optimized_layers
+from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import ParameterRefs, trainable_refs
-from nested_core.optim.clock import COUNTERS
-from nested_core.optim.tiers import TierMap, assign_tiers
+from nested_core.optim.tier_assignment import TierMap, assign_tiers
+from nested_core.optim.tier_clock import COUNTERS
 from nested_core.training.divergence import DivergenceWatch
 from nested_core.training.loss.interface import MicroBatch
 from nested_core.training.loss.supervised import SUPERVISED
@@ -41,7 +41,7 @@ def train_ours(
     optimizer = optimizer_for(tiers, refs, rate, arm.learning_rate_scale, arm.slow_gradients)
     batches = training_batches(seed, batch)
     model.train()
-    with optimized_layers(model):
+    with using_optimized_layers(model):
         loss_fn = SUPERVISED.for_model(model, refs)
         train_step = TrainStep(
             model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn

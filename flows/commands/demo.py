@@ -38,7 +38,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Run the flow on the example, then ask the model what it could not generate_answers before."""
+    """Run the flow on the example, then ask the model what it could not answer before."""
     from nested_core.registry.champion_link import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")

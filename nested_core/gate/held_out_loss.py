@@ -19,7 +19,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.verdict import GeneralLoss, Validation
-from nested_core.kernels.apply import optimized_layers
+from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.base_model import find_model, load_base
 from nested_core.models.lora_attachment import adapter_dtype, attach_adapter, load_adapter_tensors
 from nested_core.models.parameters import read_parameters, trainable_refs
@@ -62,7 +62,7 @@ class LoadedBase:
         evaluator = Evaluator(self.model, refs, SUPERVISED.for_model(self.model, refs))
         batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
         losses = []
-        with optimized_layers(self.model, as_mlx_lm=self.config.training.reference is not None):
+        with using_optimized_layers(self.model, as_mlx_lm=self.config.training.reference is not None):
             for adapter in adapters:
                 load_adapter_tensors(self.model, load_arrays(adapter / WEIGHTS_NAME))
                 batches = fixed_batches(split, batch_size, max_batches, max_seq_length)

@@ -12,10 +12,10 @@ from nested_core.backend import to_float
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.run_evidence import RunEvidence, TierCounts
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
-from nested_core.optim.clock import COUNTERS, check_layout
-from nested_core.optim.gradient_checks import gradient_evidence
-from nested_core.optim.schedules import build_learning_rate
-from nested_core.optim.tiers import TierMap, expected_updates, read_tiers
+from nested_core.optim.tier_clock import COUNTERS, require_current_layout
+from nested_core.optim.gradient_checks import find_gradient_mark
+from nested_core.optim.learning_rate_schedules import build_learning_rate
+from nested_core.optim.tier_assignment import TierMap, count_expected_updates, read_tiers
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
@@ -39,7 +39,7 @@ class TierEvidence:
         """Read it from the run directory and its verified checkpoint."""
         optimizer_state = read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME)
         layout = optimizer_state.get(f"{COUNTERS}.layout")
-        check_layout(None if layout is None else layout.to_mlx())
+        require_current_layout(None if layout is None else layout.to_mlx())
         return cls(
             read_tiers(run.tiers),
             evidence.checkpoint.step,
@@ -51,7 +51,7 @@ class TierEvidence:
 
     def had_gradient(self, name: str) -> bool:
         """Whether an update was applied to a parameter with a gradient that was not zero."""
-        evidence = gradient_evidence(self.optimizer_state, name)
+        evidence = find_gradient_mark(self.optimizer_state, name)
         return evidence is not None and bool(np.frombuffer(evidence.data, np.uint8).any())
 
     def left_no_trace(self, name: str) -> bool:
@@ -70,7 +70,7 @@ def tier_changes(evidence: TierEvidence, changes: Sequence[TensorChange]) -> lis
     rows = []
     for tier, frequency in enumerate(evidence.tiers.frequencies):
         own = [change for change in changes if change.tier == tier]
-        expected = expected_updates(evidence.step, frequency, evidence.flush_steps)
+        expected = count_expected_updates(evidence.step, frequency, evidence.flush_steps)
         counts = evidence.counts[tier]
         moved = sum(change.changed for change in own)
         rows.append(

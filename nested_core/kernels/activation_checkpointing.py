@@ -15,21 +15,23 @@ import mlx.nn as nn
 
 
 @contextmanager
-def checkpointed_layers(layers: Sequence[nn.Module]) -> Iterator[None]:
+def checkpointing_layers(layers: Sequence[nn.Module]) -> Iterator[None]:
     """In the block, recompute these layers in the backward pass, and no others of their classes."""
     classes: set[Any] = {type(layer) for layer in layers}
     originals = {layer_class: layer_class.__call__ for layer_class in classes}
     chosen = frozenset(map(id, layers))
     try:
         for layer_class, call in originals.items():
-            layer_class.__call__ = _checkpointed_call(call, chosen)
+            layer_class.__call__ = _checkpoint_call_of_layers(call, chosen)
         yield
     finally:
         for layer_class, call in originals.items():
             layer_class.__call__ = call
 
 
-def _checkpointed_call(call: Callable[..., Any], chosen: frozenset[int]) -> Callable[..., Any]:
+def _checkpoint_call_of_layers(
+    call: Callable[..., Any], chosen: frozenset[int]
+) -> Callable[..., Any]:
     def checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The layer's own call; of a chosen layer only the inputs are kept."""
         if id(layer) not in chosen:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.patching import replaced_calls, replaced_function
+from nested_core.kernels.patching import replacing_calls, replacing_function
 from nested_core.kernels.swiglu import plain_swiglu
 from nested_core.models.parameters import evaluation_mode
 
@@ -62,13 +62,13 @@ class CallTrace:
     owners: list[ModuleCall] = field(default_factory=list)
     swiglus: list[SwigluCall] = field(default_factory=list)
 
-    def single_calls(self) -> list[ModuleCall]:
+    def calls_of_layers_called_once(self) -> list[ModuleCall]:
         """The calls of layers that are called once."""
         called = [id(call.module) for call in self.layers]
         return [call for call in self.layers if called.count(id(call.module)) == 1]
 
 
-def layers_sharing_input(
+def group_layers_by_input(
     trace: CallTrace, exclude: Iterable[LoRALinear] = ()
 ) -> list[list[LoRALinear]]:
     """Groups of LoRALinear layers with one input, and of one rank, scale and dtype.
@@ -77,7 +77,7 @@ def layers_sharing_input(
     """
     groups: dict[tuple[Any, ...], list[LoRALinear]] = {}
     excluded = set(map(id, exclude))
-    for layer, x, _ in trace.single_calls():
+    for layer, x, _ in trace.calls_of_layers_called_once():
         if id(layer) in excluded:
             continue
         rank = layer.lora_b.shape[0]
@@ -88,7 +88,7 @@ def layers_sharing_input(
 
 def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
     """The modules that are gated MLPs of LoRA layers, each of which is called once."""
-    layers = trace.single_calls()
+    layers = trace.calls_of_layers_called_once()
     by_output = {id(call.output): call for call in layers}
     by_input = {id(call.x): call for call in layers}
     owners = {(id(call.x), id(call.output)): call.module for call in trace.owners}
@@ -111,13 +111,13 @@ def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
 def trace_calls(model: nn.Module) -> CallTrace:
     """Call a model with two tokens, in evaluation mode, and record what it calls."""
     trace = CallTrace()
-    with evaluation_mode(model), _recording(model, trace):
+    with evaluation_mode(model), _recording_calls(model, trace):
         model(mx.zeros((1, 2), mx.int32))
     return trace
 
 
 @contextmanager
-def _recording(model: nn.Module, trace: CallTrace) -> Iterator[None]:
+def _recording_calls(model: nn.Module, trace: CallTrace) -> Iterator[None]:
     def recorded(module: nn.Module, calls: list[ModuleCall]) -> Callable[..., Any]:
         """The module's own call, which is recorded where it has one argument."""
         own = type(module).__call__
@@ -136,15 +136,15 @@ def _recording(model: nn.Module, trace: CallTrace) -> Iterator[None]:
         return output
 
     modules = [module for _, module in model.named_modules()]
-    layers = [module for module in modules if _is_lora(module)]
-    owners = [module for module in modules if any(map(_is_lora, module.children().values()))]
+    layers = [module for module in modules if _is_lora_layer(module)]
+    owners = [module for module in modules if any(map(_is_lora_layer, module.children().values()))]
     with (
-        replaced_calls((module, recorded(module, trace.layers)) for module in layers),
-        replaced_calls((module, recorded(module, trace.owners)) for module in owners),
-        replaced_function(model, "swiglu", plain_swiglu, recorded_swiglu),
+        replacing_calls((module, recorded(module, trace.layers)) for module in layers),
+        replacing_calls((module, recorded(module, trace.owners)) for module in owners),
+        replacing_function(model, "swiglu", plain_swiglu, recorded_swiglu),
     ):
         yield
 
 
-def _is_lora(module: Any) -> bool:
+def _is_lora_layer(module: Any) -> bool:
     return type(module) is LoRALinear

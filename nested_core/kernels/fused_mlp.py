@@ -16,13 +16,13 @@ from mlx_lm.tuner.lora import LoRALinear
 from nested_core import backend
 from nested_core.kernels import lora_linear
 from nested_core.kernels.call_tracing import CallTrace, GatedMLP, find_gated_mlps
-from nested_core.kernels.cuda import mlp as mlp_kernels
-from nested_core.kernels.cuda.concatenate import concatenated
-from nested_core.kernels.cuda.lora_add import LowRankSum, fits_kernels
+from nested_core.kernels.cuda import gated_mlp as mlp_kernels
+from nested_core.kernels.cuda.concatenate import concatenate_arrays
+from nested_core.kernels.cuda.gated_mlp import gated_gradients_on_cuda, gated_product_on_cuda
+from nested_core.kernels.cuda.lora_add import LowRankSum, can_use_lora_kernels
 from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
-from nested_core.kernels.cuda.mlp import gated_gradients_on_cuda, gated_product_on_cuda
-from nested_core.kernels.cuda.tiles import has_kernel, tiles_for
-from nested_core.kernels.patching import replaced_calls
+from nested_core.kernels.cuda.rank_tiles import has_kernel_for_rank, tiles_of_smallest_kernel
+from nested_core.kernels.patching import replacing_calls
 
 
 class MLPFactors(NamedTuple):
@@ -36,41 +36,44 @@ class MLPFactors(NamedTuple):
     b_down: mx.array
 
 
-def fusable_mlps(trace: CallTrace) -> list[GatedMLP]:
+def find_fusable_mlps(trace: CallTrace) -> list[GatedMLP]:
     """The gated MLPs of LoRA layers for which there are kernels that agree with MLX."""
     if not backend.has_cuda():
         return []
-    return [mlp for mlp in find_gated_mlps(trace) if _has_kernels(mlp)]
+    return [mlp for mlp in find_gated_mlps(trace) if _mlp_has_kernels(mlp)]
 
 
-def _has_kernels(mlp: GatedMLP) -> bool:
+def _mlp_has_kernels(mlp: GatedMLP) -> bool:
     gate, up, down = (layer.lora_b.shape[0] for layer in mlp.layers)
-    if not (has_kernel(gate) and has_kernel(up) and has_kernel(down)):
+    if not (has_kernel_for_rank(gate) and has_kernel_for_rank(up) and has_kernel_for_rank(down)):
         return False
     lora_linear.check_lora_kernels([gate, up, down, gate + up])
-    variants = {tiles_for(max(gate, up)), tiles_for(max(gate, up, down))}  # forwards, backwards
+    variants = {
+        tiles_of_smallest_kernel(max(gate, up)),
+        tiles_of_smallest_kernel(max(gate, up, down)),
+    }  # forwards, backwards
     kernels = gated_product_on_cuda, gated_gradients_on_cuda
     return all(kernel.is_usable(tiles) for tiles in variants for kernel in kernels)
 
 
 @contextmanager
-def fused_mlps(mlps: Sequence[GatedMLP]) -> Iterator[None]:
+def using_fused_mlps(mlps: Sequence[GatedMLP]) -> Iterator[None]:
     """Compute these modules as one function each while the block runs."""
-    with replaced_calls((mlp.module, fused_call(mlp)) for mlp in mlps):
+    with replacing_calls((mlp.module, make_fused_mlp_call(mlp)) for mlp in mlps):
         yield
 
 
-def fused_call(mlp: GatedMLP) -> Callable[[mx.array], mx.array]:
+def make_fused_mlp_call(mlp: GatedMLP) -> Callable[[mx.array], mx.array]:
     """A call in place of the module's own, which still computes what does not fit the kernels."""
     own: Callable[..., mx.array] = type(mlp.module).__call__
     gate, up, down = mlp.layers
-    function: Any = _fused_function(mlp)
+    function: Any = _make_fused_function(mlp)
 
     def call(x: mx.array) -> mx.array:
         """The MLP's output, (..., width), as one function where it can be."""
         a_factors = [gate.lora_a, up.lora_a, down.lora_a]
         b_factors = [gate.lora_b, up.lora_b, down.lora_b]
-        fits = fits_kernels(x, [a.T for a in a_factors] + b_factors)
+        fits = can_use_lora_kernels(x, [a.T for a in a_factors] + b_factors)
         if not fits or any(map(uses_dropout, mlp.layers)):
             return own(mlp.module, x)
         output: mx.array = function(x.reshape(-1, x.shape[-1]), *a_factors, *b_factors)[0]
@@ -84,7 +87,7 @@ def uses_dropout(layer: LoRALinear) -> bool:
     return bool(layer.dropout.training) and layer.dropout._p_1 < 1
 
 
-def _fused_function(mlp: GatedMLP) -> Any:
+def _make_fused_function(mlp: GatedMLP) -> Any:
     """Down(silu(gate) up), and what the backward pass needs; x and outputs are (rows, width)."""
     gate, up, down = mlp.layers
 
@@ -92,7 +95,7 @@ def _fused_function(mlp: GatedMLP) -> Any:
     def compute(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         """The output, the base outputs of gate and up, both lora_a^T, their z, and z of down."""
         factors = MLPFactors._make(arrays)
-        a = concatenated([factors.a_gate.T, factors.a_up.T]).reshape(-1, x.shape[-1])
+        a = concatenate_arrays([factors.a_gate.T, factors.a_up.T]).reshape(-1, x.shape[-1])
         z = project_to_rank([(a, x)], gate.scale)
         gate_base, up_base = gate.linear(x), up.linear(x)
         rank = len(factors.b_gate)
@@ -101,7 +104,7 @@ def _fused_function(mlp: GatedMLP) -> Any:
             LowRankSum(up_base, z[rank:], factors.b_up),
         )
         z_down = project_to_rank([(factors.a_down.T, inner)], down.scale)
-        (output,) = lora_linear.add_low_rank([down], inner, [z_down], [factors.b_down])
+        (output,) = lora_linear.add_low_rank_products([down], inner, [z_down], [factors.b_down])
         return [output, gate_base, up_base, a, z, z_down]
 
     @compute.vjp

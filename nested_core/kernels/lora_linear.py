@@ -18,10 +18,14 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.cuda import lora_add, lora_matmuls
-from nested_core.kernels.cuda.concatenate import concatenated
-from nested_core.kernels.cuda.lora_add import LowRankSum, fits_kernels, low_rank_sums
+from nested_core.kernels.cuda.concatenate import concatenate_arrays
+from nested_core.kernels.cuda.lora_add import (
+    LowRankSum,
+    can_use_lora_kernels,
+    compute_low_rank_sums,
+)
 from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
-from nested_core.kernels.cuda.tiles import has_kernel, tiles_for
+from nested_core.kernels.cuda.rank_tiles import has_kernel_for_rank, tiles_of_smallest_kernel
 
 GROUP = "_shared_input"
 
@@ -40,11 +44,11 @@ class OptimizedLoRALinear(LoRALinear):
         if dropped is not x:  # the low-rank path alone sees dropout, as in mlx-lm
             z = (dropped @ self.lora_a) * self.scale
             return mx.addmm(self.linear(x), z, self.lora_b)
-        group: SharedInput = vars(self).get(GROUP) or SharedInput([self])
+        group: LayersSharingInput = vars(self).get(GROUP) or LayersSharingInput([self])
         return group.output(self, x)
 
 
-class SharedInput:
+class LayersSharingInput:
     """Layers with one input: x @ [A1 A2 ...] is one product, and so are its gradients.
 
     With z = scale (x @ A)^T, narrow and wide as A^T is, an output is x W + z^T B; with g its
@@ -66,23 +70,25 @@ class SharedInput:
         """
         if self._input is not x or id(layer) not in self._outputs:
             self._input = x
-            self._outputs = dict(zip(map(id, self._layers), self._compute(x), strict=True))
+            self._outputs = dict(zip(map(id, self._layers), self._compute_outputs(x), strict=True))
         output = self._outputs.pop(id(layer))
         if not self._outputs:
             self._input = None
         return output
 
-    def _compute(self, x: mx.array) -> list[mx.array]:
+    def _compute_outputs(self, x: mx.array) -> list[mx.array]:
         layers, rank_ranges = self._layers, self._rank_ranges
         count, scale = len(layers), layers[0].scale
 
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
             """Each layer's output, and what the backward pass needs: all lora_a^T, and z."""
-            a = concatenated([factor.T for factor in factors[:count]]).reshape(-1, x.shape[-1])
+            a = concatenate_arrays([factor.T for factor in factors[:count]]).reshape(
+                -1, x.shape[-1]
+            )
             z = project_to_rank([(a, x)], scale)
             parts = [z[start:end] for start, end in rank_ranges]
-            return [*add_low_rank(layers, x, parts, factors[count:]), a, z]
+            return [*add_low_rank_products(layers, x, parts, factors[count:]), a, z]
 
         @project.vjp
         def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
@@ -100,15 +106,15 @@ class SharedInput:
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs[:count]]
 
 
-def add_low_rank(
+def add_low_rank_products(
     layers: Sequence[LoRALinear], x: mx.array, z: Sequence[mx.array], factors: Sequence[mx.array]
 ) -> Sequence[mx.array]:
     """Each base layer's output plus its z^T @ factor, of (rank, rows) and (rank, width)."""
-    if fits_kernels(x, factors):
+    if can_use_lora_kernels(x, factors):
         bases = [layer.linear(x) for layer in layers]
-        return low_rank_sums(list(map(LowRankSum, bases, z, factors)))
+        return compute_low_rank_sums(list(map(LowRankSum, bases, z, factors)))
     products = [each.T @ b for each, b in zip(z, factors, strict=True)]
-    return [_add_base(layer, x, low) for layer, low in zip(layers, products, strict=True)]
+    return [add_to_base_output(layer, x, low) for layer, low in zip(layers, products, strict=True)]
 
 
 def input_gradient(
@@ -119,8 +125,8 @@ def input_gradient(
     dz is (ranks, rows), a (ranks, width) and g each layer's output gradient. Of x only shape and
     dtype matter, since bases are linear.
     """
-    if fits_kernels(x, [a]):
-        return low_rank_sums([LowRankSum(base_input_gradient(layers, x, g), dz, a)])[0]
+    if can_use_lora_kernels(x, [a]):
+        return compute_low_rank_sums([LowRankSum(base_input_gradient(layers, x, g), dz, a)])[0]
     return base_input_gradient(layers, x, g, dz.T @ a)
 
 
@@ -131,13 +137,13 @@ def base_input_gradient(
     added: mx.array | None = None,
 ) -> mx.array:
     """The sum of the gradients through the frozen base layers, and of `added`."""
-    total = _add_base_gradient(layers[0], x, g[0], added)
+    total = add_to_base_gradient(layers[0], x, g[0], added)
     for layer, gradient in zip(layers[1:], g[1:], strict=True):
-        total = _add_base_gradient(layer, x, gradient, total)
+        total = add_to_base_gradient(layer, x, gradient, total)
     return total
 
 
-def _add_base(layer: LoRALinear, x: mx.array, added: mx.array) -> mx.array:
+def add_to_base_output(layer: LoRALinear, x: mx.array, added: mx.array) -> mx.array:
     """The base layer's output plus `added`, in one matmul where the base is one."""
     base = layer.linear
     if type(base) is nn.Linear and "bias" not in base:
@@ -145,7 +151,7 @@ def _add_base(layer: LoRALinear, x: mx.array, added: mx.array) -> mx.array:
     return base(x) + added
 
 
-def _add_base_gradient(
+def add_to_base_gradient(
     layer: LoRALinear, x: mx.array, g: mx.array, added: mx.array | None
 ) -> mx.array:
     """The gradient through a base layer of any class, plus `added`."""
@@ -159,14 +165,16 @@ def _add_base_gradient(
 
 def check_lora_kernels(ranks: Collection[int]) -> None:
     """Compile and check the kernels for layers of these ranks now, not while a step is traced."""
-    for tiles in sorted({tiles_for(rank) for rank in ranks if has_kernel(rank)}):
-        lora_matmuls.project_on_cuda.is_usable(tiles)
-        lora_matmuls.gradients_on_cuda.is_usable(tiles)
+    for tiles in sorted(
+        {tiles_of_smallest_kernel(rank) for rank in ranks if has_kernel_for_rank(rank)}
+    ):
+        lora_matmuls.project_to_rank_on_cuda.is_usable(tiles)
+        lora_matmuls.factor_gradients_on_cuda.is_usable(tiles)
         lora_add.low_rank_sums_on_cuda.is_usable(tiles)
 
 
 @contextmanager
-def optimized_lora_layers(
+def using_optimized_lora_layers(
     model: nn.Module, groups: Sequence[Sequence[nn.Module]] = ()
 ) -> Iterator[None]:
     """Compute every LoRALinear of a model here; the layers of a group share one input."""
@@ -178,7 +186,7 @@ def optimized_lora_layers(
         for layer in layers:
             layer.__class__ = OptimizedLoRALinear
         for group in groups:
-            shared = SharedInput([m for m in group if isinstance(m, OptimizedLoRALinear)])
+            shared = LayersSharingInput([m for m in group if isinstance(m, OptimizedLoRALinear)])
             for layer in group:
                 object.__setattr__(layer, GROUP, shared)
         yield

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 
 @contextmanager
-def replaced_function(
+def replacing_function(
     model: nn.Module, name: str, original: Any, function: Callable[..., mx.array]
 ) -> Iterator[None]:
     """Have `name` mean `function` in each module of code of the model where it means `original`.
@@ -32,7 +32,7 @@ def replaced_function(
 
 
 @contextmanager
-def replaced_call(
+def replacing_call(
     module: nn.Module, call: Callable[..., Any], method: str = "__call__"
 ) -> Iterator[None]:
     """Have `call` compute what this one module's own call does, or another of its methods."""
@@ -51,9 +51,9 @@ def replaced_call(
 
 
 @contextmanager
-def replaced_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """`replaced_call` for several modules, each with the call that replaces its own."""
+def replacing_calls(calls: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """`replacing_call` for several modules, each with the call that replaces its own."""
     with ExitStack() as stack:
         for module, call in calls:
-            stack.enter_context(replaced_call(module, call))
+            stack.enter_context(replacing_call(module, call))
         yield

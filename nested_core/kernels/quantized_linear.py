@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core import backend
-from nested_core.kernels.patching import replaced_call
+from nested_core.kernels.patching import replacing_call
 
 LEAST_ROWS = 16
 FROZEN_PARAMETERS = {"weight", "scales", "biases"}  # no gradient is taken of these here
@@ -25,7 +25,7 @@ METHODS: dict[type, str] = {nn.QuantizedLinear: "__call__", nn.QuantizedEmbeddin
 
 
 @contextmanager
-def dequantized_weights(model: nn.Module) -> Iterator[None]:
+def multiplying_by_dequantized_weights(model: nn.Module) -> Iterator[None]:
     """Have a model's quantized layers multiply by dequantized weights while the block runs."""
     is_faster = backend.device() == "cpu" or backend.has_cuda()
     with ExitStack() as stack:
@@ -33,22 +33,22 @@ def dequantized_weights(model: nn.Module) -> Iterator[None]:
             method = METHODS.get(type(module))
             if method is None or module.trainable_parameters().keys() & FROZEN_PARAMETERS:
                 continue
-            product = dequantized_product(module, method)
-            stack.enter_context(replaced_call(module, product, method))
+            product = make_dequantized_product(module, method)
+            stack.enter_context(replacing_call(module, product, method))
         yield
 
 
-def dequantized_product(module: Any, method: str) -> Callable[[mx.array], mx.array]:
+def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], mx.array]:
     """A function in place of the method of a quantized layer that multiplies by its weight."""
     own: Callable[..., mx.array] = getattr(type(module), method)
 
     @mx.custom_function
     def multiply(x: mx.array) -> Any:
-        return x @ dequantized_weight(module, x).T
+        return x @ dequantize_weight(module, x).T
 
     @multiply.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
-        return cotangent @ dequantized_weight(module, cotangent)
+        return cotangent @ dequantize_weight(module, cotangent)
 
     def product(x: mx.array) -> mx.array:
         """x @ weight.T, plus the bias if the layer has one."""
@@ -60,7 +60,7 @@ def dequantized_product(module: Any, method: str) -> Callable[[mx.array], mx.arr
     return product
 
 
-def dequantized_weight(module: Any, wanted_by: mx.array) -> mx.array:
+def dequantize_weight(module: Any, wanted_by: mx.array) -> mx.array:
     """A layer's weight (outputs, inputs) in the dtype of its scales, made after `wanted_by`.
 
     Without that dependency mx.compile would make it once for both passes, and keep it.
@@ -76,7 +76,7 @@ def dequantized_weight(module: Any, wanted_by: mx.array) -> mx.array:
     )
 
 
-def dequantized_bytes(module: Any) -> int:
+def dequantized_weight_bytes(module: Any) -> int:
     """Bytes of the dequantized weight of a layer that is computed here; 0 for any other module."""
     is_quantized = isinstance(module, tuple(METHODS))
     if not is_quantized or not mx.issubdtype(module.scales.dtype, mx.floating):

@@ -12,9 +12,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.kernels.cuda.launch import DTYPE, MULTIPROCESSORS, WIDTH, launch
+from nested_core.kernels.cuda.kernel_launch import DTYPE, MULTIPROCESSORS, WIDTH, launch_kernel
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
-from nested_core.kernels.patching import replaced_calls
+from nested_core.kernels.patching import replacing_calls
 
 MAX_THREADS = 128
 COMPILED_LOADS = 1, 2, 4, 8, 16  # loads of a thread that a kernel is compiled for
@@ -24,25 +24,25 @@ LONGEST_ROW = COMPILED_LOADS[-1] * WIDTH * MAX_THREADS  # that a block keeps in 
 InputGradient = Callable[[mx.array, mx.array, float, mx.array], mx.array]
 
 
-def plain_input_gradient(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
+def input_gradient_in_mlx(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
     """The gradient with respect to x, by MLX."""
     return mx.vjp(lambda x: mx.fast.rms_norm(x, weight, eps), [x], [g])[1][0]
 
 
-def _examples(width: int) -> list[tuple[mx.array, mx.array, float, mx.array]]:
+def _example_inputs(width: int) -> list[tuple[mx.array, mx.array, float, mx.array]]:
     """Rows of this width, so many that blocks take several."""
     rows = 2 * MAX_BLOCKS + 5
     x, weight, g = random_arrays((rows, width), (width,), (rows, width))
     return [(x, weight, 1e-5, g)]
 
 
-@checked_kernel("norms", reference=plain_input_gradient, examples=_examples)
+@checked_kernel("norms", reference=input_gradient_in_mlx, examples=_example_inputs)
 def input_gradient_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
     """The same in one kernel, for bfloat16 and rows that fit."""
     n = x.shape[-1]
     threads = min(MAX_THREADS, -(-n // (32 * WIDTH)) * 32)
-    return launch(
-        "norm_back",
+    return launch_kernel(
+        "rms_norm_gradient",
         [x, weight, g],
         [(x.shape, x.dtype)],
         [x.size // n, n, eps],
@@ -52,11 +52,13 @@ def input_gradient_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.arra
     )[0]
 
 
-def _fits(width: int) -> bool:
+def _has_kernel_for_width(width: int) -> bool:
     return width % WIDTH == 0 and width <= LONGEST_ROW
 
 
-def norm_with(module: nn.RMSNorm, input_gradient: InputGradient) -> Callable[[mx.array], mx.array]:
+def make_norm_call(
+    module: nn.RMSNorm, input_gradient: InputGradient
+) -> Callable[[mx.array], mx.array]:
     """A call in place of a norm's own, for a weight that no gradient is taken of."""
 
     @mx.custom_function
@@ -69,7 +71,7 @@ def norm_with(module: nn.RMSNorm, input_gradient: InputGradient) -> Callable[[mx
 
     def call(x: mx.array) -> mx.array:
         """The norm with our backward pass for arrays that fit its kernel, else MLX's own."""
-        if not _fits(x.shape[-1]) or not x.dtype == module.weight.dtype == DTYPE:
+        if not _has_kernel_for_width(x.shape[-1]) or not x.dtype == module.weight.dtype == DTYPE:
             return mx.fast.rms_norm(x, module.weight, module.eps)
         return cast(mx.array, norm(x))
 
@@ -77,14 +79,14 @@ def norm_with(module: nn.RMSNorm, input_gradient: InputGradient) -> Callable[[mx
 
 
 @contextmanager
-def frozen_norms(model: nn.Module) -> Iterator[None]:
+def using_frozen_norms(model: nn.Module) -> Iterator[None]:
     """Compute the backward pass of a model's frozen norms in one kernel while the block runs."""
     norms = [module for _, module in model.named_modules() if type(module) is nn.RMSNorm]
-    with replaced_calls(
-        (module, norm_with(module, input_gradient_on_cuda))
+    with replacing_calls(
+        (module, make_norm_call(module, input_gradient_on_cuda))
         for module in norms
         if not module.trainable_parameters()
-        and _fits(module.weight.size)
+        and _has_kernel_for_width(module.weight.size)
         and input_gradient_on_cuda.is_usable(module.weight.size)
     ):
         yield

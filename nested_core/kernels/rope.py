@@ -18,9 +18,9 @@ import numpy as np
 from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core.backend import to_float
-from nested_core.kernels.cuda.launch import DTYPE, THREADS, WIDTH, launch
+from nested_core.kernels.cuda.kernel_launch import DTYPE, THREADS, WIDTH, launch_kernel
 from nested_core.kernels.cuda.self_check import checked_kernel
-from nested_core.kernels.patching import replaced_calls
+from nested_core.kernels.patching import replacing_calls
 
 ROTATIONS = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
 PROBE_LENGTH = 7  # positions
@@ -28,7 +28,7 @@ PROBE_LENGTH = 7  # positions
 Rotate = Callable[[mx.array, mx.array, bool], mx.array]
 
 
-def plain_rotate(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
+def rotate_in_mlx(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
     """Heads (batch, length, heads, width) rotated by the table's angles, or back, in float32."""
     low, high = mx.split(x.astype(mx.float32), 2, axis=-1)
     c, s = (half[:, None] for half in mx.split(table, 2, axis=-1))
@@ -36,18 +36,18 @@ def plain_rotate(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
     return mx.concatenate([low * c - high * s, low * s + high * c], axis=-1).astype(x.dtype)
 
 
-def _examples() -> list[tuple[mx.array, mx.array, bool]]:
+def _example_inputs() -> list[tuple[mx.array, mx.array, bool]]:
     x = mx.random.normal((2, 5, 8, 48), key=mx.random.key(0)).astype(mx.bfloat16)
-    table = rotation_table(nn.RoPE(48), 5, 48)
+    table = make_rotation_table(nn.RoPE(48), 5, 48)
     return [(x, table, False), (x, table, True)]
 
 
-@checked_kernel("rotary embeddings", reference=plain_rotate, examples=_examples)
+@checked_kernel("rotary embeddings", reference=rotate_in_mlx, examples=_example_inputs)
 def rotate_on_cuda(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
     """The same in one kernel, for bfloat16 and heads whose width is a multiple of 16."""
     batch, length, heads, width = x.shape
-    return launch(
-        "turn",
+    return launch_kernel(
+        "rotate",
         [x, table],
         [(x.shape, x.dtype)],
         [batch * length, length, heads, width // 2, -1.0 if inverse else 1.0],
@@ -56,7 +56,7 @@ def rotate_on_cuda(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
     )[0]
 
 
-def rotation_table(rope: Callable[[mx.array], mx.array], length: int, width: int) -> mx.array:
+def make_rotation_table(rope: Callable[[mx.array], mx.array], length: int, width: int) -> mx.array:
     """What a rotation makes of ones and zeros: cosines and sines (length, width), float32."""
     halves = [mx.ones((1, 1, length, width // 2)), mx.zeros((1, 1, length, width // 2))]
     table = rope(mx.concatenate(halves, axis=-1))[0, 0]
@@ -70,21 +70,21 @@ class RotationTable:
     def __init__(self, rope: Callable[[mx.array], mx.array], width: int) -> None:
         self._rope = rope
         self._width = width
-        self._table = rotation_table(rope, PROBE_LENGTH, width)
+        self._table = make_rotation_table(rope, PROBE_LENGTH, width)
 
-    def key(self) -> bytes:
+    def angles_key(self) -> bytes:
         """Equal for rotations by the same angles, as those of a model's layers are."""
         return np.array(self._table[:PROBE_LENGTH]).tobytes()
 
-    def first(self, length: int) -> mx.array:
+    def for_positions(self, length: int) -> mx.array:
         """Cosines and sines of the first positions (length, width)."""
         if length > len(self._table):
             longer = 2 ** (length - 1).bit_length()
-            self._table = rotation_table(self._rope, longer, self._width)
+            self._table = make_rotation_table(self._rope, longer, self._width)
         return self._table[:length]
 
 
-def rotation_with(
+def make_rotation_call(
     module: nn.Module, rotate: Rotate, tables: dict[bytes, RotationTable]
 ) -> Callable[..., mx.array]:
     """A call in place of a rotation's own: (batch, heads, length, width), from position 0.
@@ -92,17 +92,17 @@ def rotation_with(
     `tables` are those of the rotations before, by their keys: equal rotations share one.
     """
     own: Callable[..., mx.array] = type(module).__call__
-    width = head_width(module)
+    width = rope_head_width(module)
     table = RotationTable(lambda x: own(module, x), width)
-    table = tables.setdefault(table.key(), table)
+    table = tables.setdefault(table.angles_key(), table)
 
     @mx.custom_function
     def rotation(x: mx.array) -> Any:
-        return rotate(x, table.first(x.shape[1]), False)
+        return rotate(x, table.for_positions(x.shape[1]), False)
 
     @rotation.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
-        return rotate(cotangent, table.first(x.shape[1]), True)
+        return rotate(cotangent, table.for_positions(x.shape[1]), True)
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Heads rotated by the table where they fit the kernel, else by the module itself."""
@@ -115,30 +115,30 @@ def rotation_with(
     return call
 
 
-def head_width(module: Any) -> int:
+def rope_head_width(module: Any) -> int:
     """The width of the heads that a rotation is made for, or 0."""
     return int(getattr(module, "dims", 0) or getattr(module, "dim", 0))
 
 
 def rotates_halves(module: nn.Module) -> bool:
     """Whether a module is a rotation of pairs half a head apart, as the kernel computes it."""
-    width = head_width(module)
+    width = rope_head_width(module)
     if not isinstance(module, ROTATIONS) or width % (2 * WIDTH):
         return False
     rope: Any = module
     x = mx.random.normal((1, 3, PROBE_LENGTH, width), key=mx.random.key(0))
-    expected, table = rope(x), rotation_table(rope, PROBE_LENGTH, width)
-    rotated = plain_rotate(x.swapaxes(1, 2), table, False).swapaxes(1, 2)
+    expected, table = rope(x), make_rotation_table(rope, PROBE_LENGTH, width)
+    rotated = rotate_in_mlx(x.swapaxes(1, 2), table, False).swapaxes(1, 2)
     return to_float(mx.abs(rotated - expected).max()) <= 1e-4 * to_float(mx.abs(expected).max())
 
 
 @contextmanager
-def rope_from_table(model: nn.Module) -> Iterator[None]:
+def using_rope_tables(model: nn.Module) -> Iterator[None]:
     """Have a model's rotations computed by the kernel while the block runs."""
     modules = model.named_modules() if rotate_on_cuda.is_usable() else ()
     tables: dict[bytes, RotationTable] = {}
-    with replaced_calls(
-        (module, rotation_with(module, rotate_on_cuda, tables))
+    with replacing_calls(
+        (module, make_rotation_call(module, rotate_on_cuda, tables))
         for _, module in modules
         if rotates_halves(module)
     ):

@@ -15,46 +15,46 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from nested_core import backend
-from nested_core.kernels.cuda.launch import DTYPE, THREADS, WIDTH, launch
+from nested_core.kernels.cuda.kernel_launch import DTYPE, THREADS, WIDTH, launch_kernel
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 from nested_core.kernels.exponential import exponential
-from nested_core.kernels.patching import replaced_function
+from nested_core.kernels.patching import replacing_function
 
 Swiglu = Callable[[mx.array, mx.array], mx.array]
 Gradients = Callable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]
 plain_swiglu: Any = activations.swiglu
 
 
-def plain_gradients(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
+def swiglu_gradients_in_mlx(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
     """The kernel's formula in MLX's operations: gradients with respect to gate and x."""
     a, b, c = gate.astype(mx.float32), x.astype(mx.float32), g.astype(mx.float32)
     s = mx.sigmoid(a)
     return (c * b * (s + a * s * (1 - s))).astype(gate.dtype), (c * a * s).astype(x.dtype)
 
 
-def _examples() -> list[tuple[mx.array, mx.array, mx.array]]:
+def _example_inputs() -> list[tuple[mx.array, mx.array, mx.array]]:
     gate, x, g = random_arrays((37, 72), (37, 72), (37, 72))
     return [(4 * gate, x, g)]
 
 
-@checked_kernel("swiglu", reference=plain_swiglu, examples=lambda: [_examples()[0][:2]])
+@checked_kernel("swiglu", reference=plain_swiglu, examples=lambda: [_example_inputs()[0][:2]])
 def swiglu_on_cuda(gate: mx.array, x: mx.array) -> mx.array:
     """silu(gate) * x in one kernel, for bfloat16 arrays of a multiple of WIDTH elements."""
-    return _elementwise("swiglu", [gate, x], 1)[0]
+    return _launch_elementwise("swiglu", [gate, x], 1)[0]
 
 
-@checked_kernel("swiglu", reference=plain_gradients, examples=_examples)
-def gradients_on_cuda(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
+@checked_kernel("swiglu", reference=swiglu_gradients_in_mlx, examples=_example_inputs)
+def swiglu_gradients_on_cuda(gate: mx.array, x: mx.array, g: mx.array) -> tuple[mx.array, mx.array]:
     """The gradients with respect to gate and x in one kernel, for such arrays."""
-    d_gate, d_x = _elementwise("swiglu_back", [gate, x, g], 2)
+    d_gate, d_x = _launch_elementwise("swiglu_gradients", [gate, x, g], 2)
     return d_gate, d_x
 
 
-def _elementwise(name: str, arrays: list[mx.array], outputs: int) -> list[mx.array]:
+def _launch_elementwise(name: str, arrays: list[mx.array], outputs: int) -> list[mx.array]:
     """Launch a kernel that reads arrays of one shape and dtype, and fills others like them."""
     first = arrays[0]
     loads = first.size // WIDTH
-    return launch(
+    return launch_kernel(
         name,
         arrays,
         [(first.shape, first.dtype)] * outputs,
@@ -64,7 +64,7 @@ def _elementwise(name: str, arrays: list[mx.array], outputs: int) -> list[mx.arr
     )
 
 
-def swiglu_with(forward: Swiglu, gradients: Gradients) -> Swiglu:
+def make_swiglu(forward: Swiglu, gradients: Gradients) -> Swiglu:
     """mlx-lm's swiglu with other passes, for arrays that fit their kernels."""
 
     @mx.custom_function
@@ -107,15 +107,15 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 
 @contextmanager
-def fused_swiglu(model: nn.Module) -> Iterator[None]:
+def using_fused_swiglu(model: nn.Module) -> Iterator[None]:
     """Use the device's fastest swiglu in the code of a model's modules while the block runs."""
     function: Swiglu | None = None
     if backend.device() == "cpu":
         function = swiglu_on_cpu
-    elif swiglu_on_cuda.is_usable() and gradients_on_cuda.is_usable():
-        function = swiglu_with(swiglu_on_cuda, gradients_on_cuda)
+    elif swiglu_on_cuda.is_usable() and swiglu_gradients_on_cuda.is_usable():
+        function = make_swiglu(swiglu_on_cuda, swiglu_gradients_on_cuda)
     if function is None:
         yield
         return
-    with replaced_function(model, "swiglu", plain_swiglu, function):
+    with replacing_function(model, "swiglu", plain_swiglu, function):
         yield

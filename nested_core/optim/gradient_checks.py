@@ -1,4 +1,4 @@
-"""Gradients as flat dictionaries of dotted names: checked, measured, bounded and remembered."""
+"""Gradients as flat dictionaries of dotted names: checked against the parameters, and finite."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from mlx.utils import tree_flatten, tree_map_with_path
 Flat = dict[str, mx.array]
 ArraySpec = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype
 Flags = dict[int, mx.array]
-LeafStates = dict[str, dict[str, mx.array]]
+StateByParameter = dict[str, dict[str, mx.array]]
 Array = TypeVar("Array")
 
 HAD_GRADIENT = "had_gradient"
 
 
-def array_specs(arrays: Mapping[str, mx.array]) -> dict[str, ArraySpec]:
+def shapes_and_dtypes(arrays: Mapping[str, mx.array]) -> dict[str, ArraySpec]:
     """Shape and dtype of each array."""
     return {name: (value.shape, value.dtype) for name, value in arrays.items()}
 
 
-def leaf_states(tree: Any, state: Any) -> LeafStates:
+def optimizer_state_by_parameter(tree: Any, state: Any) -> StateByParameter:
     """The optimizer's state of every leaf of a tree of parameters or gradients, by dotted name."""
-    states: LeafStates = {}
+    states: StateByParameter = {}
     tree_map_with_path(lambda name, _, leaf: states.setdefault(name, leaf), tree, state)
     return states
 
 
-def gradient_evidence(state: Mapping[str, Array], name: str) -> Array | None:
+def find_gradient_mark(state: Mapping[str, Array], name: str) -> Array | None:
     """The array that stays all zero until an update with a gradient that was not zero; or None.
 
     `state` is an optimizer's, flattened, in memory or as it was read from a file. It is the mark
@@ -63,7 +63,7 @@ def check_gradients(gradients: Flat, parameters: Flat, specs: Mapping[str, Array
     `specs` are the shapes and dtypes that the optimizer was initialised with.
     """
     misfits = {
-        name: _misfit(gradient, parameters.get(name), specs.get(name))
+        name: _describe_misfit(gradient, parameters.get(name), specs.get(name))
         for name, gradient in gradients.items()
     }
     problems = [f"  {name}: {misfit}" for name, misfit in misfits.items() if misfit]
@@ -71,7 +71,7 @@ def check_gradients(gradients: Flat, parameters: Flat, specs: Mapping[str, Array
         raise ValueError("Gradients do not fit the parameters:\n" + "\n".join(problems[:10]))
 
 
-def _misfit(
+def _describe_misfit(
     gradient: mx.array, parameter: mx.array | None, initial: ArraySpec | None
 ) -> str | None:
     if parameter is None:
@@ -90,9 +90,9 @@ def _misfit(
     return None
 
 
-def check_gathered_parameters(parameters: Flat, specs: Mapping[str, ArraySpec]) -> None:
+def check_flushed_parameters(parameters: Flat, specs: Mapping[str, ArraySpec]) -> None:
     """Raise ValueError, listing every parameter that is not of the shape and dtype in `specs`."""
-    given = array_specs(parameters)
+    given = shapes_and_dtypes(parameters)
     problems = [
         f"  {name}: {given.get(name, 'missing')}, expected {spec}"
         for name, spec in specs.items()
@@ -105,7 +105,7 @@ def check_gathered_parameters(parameters: Flat, specs: Mapping[str, ArraySpec]) 
         )
 
 
-def group_by_tier(
+def group_gradients_by_tier(
     gradients: Flat, owners: Mapping[str, int], *, every_tier: bool = False
 ) -> dict[int, Flat]:
     """Gradients by tier, fastest first.
@@ -130,24 +130,12 @@ def all_finite(arrays: Iterable[mx.array]) -> mx.array:
     return mx.all(mx.stack([mx.array(True), *(mx.all(mx.isfinite(array)) for array in arrays)]))
 
 
-def finite_where_used(groups: Mapping[int, Flat], unused: Mapping[int, mx.array]) -> mx.array:
+def all_used_gradients_finite(
+    groups: Mapping[int, Flat], unused: Mapping[int, mx.array]
+) -> mx.array:
     """Whether every gradient is finite, but for those of the tiers whose `unused` flag is set."""
     checks = [mx.array(True)]
     for i, group in groups.items():
         finite = all_finite(group.values())
         checks.append(mx.logical_or(finite, unused[i]) if i in unused else finite)
     return mx.all(mx.stack(checks))
-
-
-def due_norm(groups: Mapping[int, Flat], due: Mapping[int, mx.array]) -> mx.array:
-    """The global L2 norm, float32, over the gradients of the tiers that are due."""
-    squares = [mx.array(0.0)]
-    for i, group in groups.items():
-        square = sum(mx.square(g.astype(mx.float32)).sum() for g in group.values())
-        squares.append(mx.where(due[i], square, 0.0))
-    return mx.sqrt(mx.sum(mx.stack(squares)))
-
-
-def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
-    """min(1, max_norm / (norm + 1e-6)), as in mlx.optimizers.clip_grad_norm."""
-    return mx.minimum(max_norm / (norm + 1e-6), 1.0)

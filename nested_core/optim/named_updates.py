@@ -43,7 +43,7 @@ class UpdateReport:
         """Raise UpdateNotApplied, naming the parameters, unless every update is in the tree."""
         if self.not_applied:
             count = len(self.not_applied)
-            names = _some(self.not_applied, count, ", ")
+            names = _join_first(self.not_applied, count, ", ")
             raise UpdateNotApplied(
                 f"{count} of {self.checked} updates were computed and are not in the "
                 f"model: {names}. What the model holds is not what the optimizer computed: look at "
@@ -57,15 +57,17 @@ def flatten(tree: dict[str, Any] | list[Any]) -> dict[str, mx.array]:
     The arrays are the tree's own: one that is later written to in place (`a[:] = b`) changes here.
     Two leaves of one name ("a.b" beside "a" with "b" in it) are a ValueError.
     """
-    pairs = _pairs(tree)
+    pairs = _named_arrays(tree)
     flat = dict(pairs)
     if len(flat) < len(pairs):
         twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-        raise ValueError(f"two leaves of the tree have one name: {_some(twice, len(twice), ', ')}")
+        raise ValueError(
+            f"two leaves of the tree have one name: {_join_first(twice, len(twice), ', ')}"
+        )
     return flat
 
 
-def _pairs(tree: dict[str, Any] | list[Any]) -> list[tuple[str, mx.array]]:
+def _named_arrays(tree: dict[str, Any] | list[Any]) -> list[tuple[str, mx.array]]:
     """Name and array of every leaf that is an array."""
     leaves = tree_flatten(tree.parameters() if isinstance(tree, nn.Module) else tree)
     return [
@@ -82,10 +84,10 @@ def apply_flat_updates_to_nested(nested: Tree, flat: Mapping[str, mx.array]) -> 
     have, a shape or a dtype that differs: all such problems are in one UpdateNotApplied, and then
     nothing has been changed.
     """
-    refs = {name: _find(nested, name) for name in flat}
-    problems = {name: _problem(refs[name], new) for name, new in flat.items()}
+    refs = {name: _find_leaf(nested, name) for name in flat}
+    problems = {name: _why_not_assignable(refs[name], new) for name, new in flat.items()}
     if any(problems.values()):
-        raise UpdateNotApplied(_explain(problems, nested))
+        raise UpdateNotApplied(_join_problems(problems, nested))
     for name, ref in refs.items():
         if ref is not None:
             ref.container[ref.key] = flat[name]
@@ -104,11 +106,11 @@ def verify_updates(
     """
     if missing := [name for name in expected if name not in before]:
         raise ValueError(
-            f"no value before the update is known for: {_some(missing, len(missing), ', ')}"
+            f"no value before the update is known for: {_join_first(missing, len(missing), ', ')}"
         )
     flags = []
     for name, new in expected.items():
-        ref = _find(nested, name)
+        ref = _find_leaf(nested, name)
         leaf = None if ref is None else ref.container[ref.key]
         flags += [_has_equal_bits(leaf, new), _has_equal_bits(leaf, before[name])]
     equal: Any = mx.stack(flags).tolist() if flags else []
@@ -120,7 +122,7 @@ def verify_updates(
     )
 
 
-def _find(tree: Any, name: str) -> LeafRef | None:
+def _find_leaf(tree: Any, name: str) -> LeafRef | None:
     """A reference to the leaf of this name; the keys of a flat dict may have dots in them."""
     node, rest = tree, name
     while True:
@@ -129,7 +131,7 @@ def _find(tree: Any, name: str) -> LeafRef | None:
         if isinstance(node, dict) and rest in node:
             return LeafRef(node, rest)
         word, dot, rest = rest.partition(".")
-        key = _key(node, word)
+        key = _parse_key(node, word)
         if key is None:
             return None
         if not dot:
@@ -137,7 +139,7 @@ def _find(tree: Any, name: str) -> LeafRef | None:
         node = node[key]
 
 
-def _key(node: Any, word: str) -> str | int | None:
+def _parse_key(node: Any, word: str) -> str | int | None:
     """The key or index that one part of a name stands for in a dict or list, or None."""
     if isinstance(node, dict):
         return word if word in node else None
@@ -146,7 +148,7 @@ def _key(node: Any, word: str) -> str | int | None:
     return None
 
 
-def _problem(ref: LeafRef | None, new: Any) -> str | None:
+def _why_not_assignable(ref: LeafRef | None, new: Any) -> str | None:
     """Why an array cannot be put there, or None."""
     if ref is None:
         return "the tree has no such name"
@@ -156,30 +158,31 @@ def _problem(ref: LeafRef | None, new: Any) -> str | None:
     if not isinstance(new, mx.array):
         return f"found {type(new).__name__} as the update, expected an MLX array"
     if (new.shape, new.dtype) != (old.shape, old.dtype):
-        return f"found {_spec(new)} as the update, expected {_spec(old)}"
+        found = _describe_dtype_and_shape(new)
+        return f"found {found} as the update, expected {_describe_dtype_and_shape(old)}"
     return None
 
 
-def _spec(array: mx.array) -> str:
+def _describe_dtype_and_shape(array: mx.array) -> str:
     """Dtype and shape, as in "float32 (8, 64)"."""
     return f"{str(array.dtype).removeprefix('mlx.core.')} {array.shape}"
 
 
-def _explain(problems: Mapping[str, str | None], tree: Any) -> str:
+def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
     """One message for all problems: the first few written out, unknown names with their nearest."""
     faults = {name: fault for name, fault in problems.items() if fault}
-    known = [name for name, _ in _pairs(tree)]
+    known = [name for name, _ in _named_arrays(tree)]
     lines = []
     for name, fault in islice(faults.items(), MAX_NAMED):
         nearest = difflib.get_close_matches(name, known, n=1) if name not in known else []
         lines.append(f"{name}: {fault}" + "".join(f"; the nearest is {near}" for near in nearest))
     return (
         f"{len(faults)} of {len(problems)} updates do not fit the tree, so none was applied:\n  "
-        + _some(lines, len(faults), "\n  ")
+        + _join_first(lines, len(faults), "\n  ")
     )
 
 
-def _some(words: Sequence[str], count: int, separator: str) -> str:
+def _join_first(words: Sequence[str], count: int, separator: str) -> str:
     """The first few of `count` words, and how many more there are."""
     shown = list(words[:MAX_NAMED])
     return separator.join(

@@ -16,26 +16,25 @@ from mlx import optimizers
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map_with_path, tree_unflatten
 
-from nested_core.optim import clock
-from nested_core.optim.clock import COUNTERS, Tier, TierStats
+from nested_core.optim import tier_clock
 from nested_core.optim.gradient_checks import (
     HAD_GRADIENT,
     ArraySpec,
     Flags,
     Flat,
-    LeafStates,
+    StateByParameter,
     all_finite,
-    array_specs,
-    check_gathered_parameters,
+    all_used_gradients_finite,
+    check_flushed_parameters,
     check_gradients,
-    clip_factor,
-    due_norm,
-    finite_where_used,
     flatten_gradients,
-    group_by_tier,
-    leaf_states,
+    group_gradients_by_tier,
+    optimizer_state_by_parameter,
+    shapes_and_dtypes,
 )
+from nested_core.optim.gradient_clipping import clip_gradients, norm_of_due_gradients
 from nested_core.optim.named_updates import flatten
+from nested_core.optim.tier_clock import COUNTERS, Tier, TierStats
 
 # Each element's update depends on that element alone, so tensors may be joined into one vector.
 ELEMENTWISE_OPTIMIZERS = (
@@ -72,7 +71,7 @@ class Tiered(Optimizer):
 
     State: mlx's tree (`step`, `learning_rate`, and each parameter's moments); `sum` for a parameter
     whose gradients are gathered; `had_gradient` for one without a second moment to tell whether a
-    gradient came; and the counters of all tiers (`clock.new_counters`).
+    gradient came; and the counters of all tiers (`tier_clock.new_tier_counters`).
     """
 
     def __init__(
@@ -85,20 +84,21 @@ class Tiered(Optimizer):
         max_grad_norm: float = 0.0,
     ) -> None:
         super().__init__()
-        clock.check_options(tiers, slow_gradients, accumulate, max_grad_norm)
+        tier_clock.check_tiered_options(tiers, slow_gradients, accumulate, max_grad_norm)
         # What was asked for
         self.tiers = tuple(tiers)
-        self.gathers = slow_gradients == "accumulate"
+        self.accumulates = slow_gradients == "accumulate"
         self.accumulate = accumulate
         self.max_grad_norm = max_grad_norm
         # The inner optimizers: formulas and constants; their state is part of this one's
-        self.optimizers = tuple(_make_for_tier(make_optimizer, tier) for tier in tiers)
+        self.optimizers = tuple(_make_inner_optimizer(make_optimizer, tier) for tier in tiers)
         first = self.optimizers[0]
         self._scalars = [name for name in first.state if name != "step"]
         self._schedulers = {
-            name: _returning_array(schedule) for name, schedule in first._schedulers.items()
+            name: _make_schedule_return_array(schedule)
+            for name, schedule in first._schedulers.items()
         }
-        self.state.update({name: _as_array(first.state[name]) for name in self._scalars})
+        self.state.update({name: _to_array(first.state[name]) for name in self._scalars})
         # Known from `init` on
         self._tier_of: dict[str, int] = {}
         self._specs: dict[str, ArraySpec] = {}
@@ -113,10 +113,10 @@ class Tiered(Optimizer):
 
         Raises ValueError for a float16 parameter where the inner optimizer divides by its `eps`,
         for a parameter whose name the state needs itself, and for tiers that do not fit the
-        parameters (`clock.find_owners`); DamagedError for a state of another layout.
+        parameters (`tier_of_each_parameter`); DamagedError for a state of another layout.
         """
         if COUNTERS in self.state:
-            clock.check_layout(self.state[COUNTERS].get("layout"))
+            tier_clock.require_current_layout(self.state[COUNTERS].get("layout"))
         eps = getattr(self.optimizers[0], "eps", None)
         half = [name for name, value in flatten(parameters).items() if value.dtype == mx.float16]
         if half and isinstance(eps, float):
@@ -129,16 +129,16 @@ class Tiered(Optimizer):
     def _init_state(self, parameters: Any) -> None:
         """Reached without `init` from the first gradients, where, as in mlx, float16 passes."""
         flat = flatten(parameters)
-        clock.refuse_reserved(flat)
-        self._tier_of = clock.find_owners(self.tiers, flat)
-        self._specs = array_specs(flat)
+        tier_clock.refuse_reserved_names(flat)
+        self._tier_of = tier_clock.tier_of_each_parameter(self.tiers, flat)
+        self._specs = shapes_and_dtypes(flat)
         super().init(parameters)
         if self.tiers != (Tier(),):  # a drop-in's state is mlx's to the leaf until its first step
-            self.state.setdefault(COUNTERS, clock.new_counters(self.tiers, self.step))
-        for name, leaf in leaf_states(parameters, self.state).items():
+            self.state.setdefault(COUNTERS, tier_clock.new_tier_counters(self.tiers, self.step))
+        for name, leaf in optimizer_state_by_parameter(parameters, self.state).items():
             if not {"m", "v"} <= leaf.keys():  # the v of SGD and Muon holds weight decay, too
                 leaf.setdefault(HAD_GRADIENT, mx.array(0, mx.uint32))
-            if self._gathers(self._tier_of[name]):
+            if self._accumulates(self._tier_of[name]):
                 leaf.setdefault("sum", mx.zeros_like(flat[name]))
 
     def init_single(self, parameter: mx.array, state: dict[str, mx.array]) -> None:
@@ -163,17 +163,21 @@ class Tiered(Optimizer):
         values = flatten(parameters)
         check_gradients(flat, values, self._specs)
         # A drop-in's counters begin here, from the step before it is counted.
-        self.state.setdefault(COUNTERS, clock.new_counters(self.tiers, self.step))
-        groups = group_by_tier(flat, self._tier_of, every_tier=self.gathers)
-        leaves = leaf_states(gradients, self.state)
+        self.state.setdefault(COUNTERS, tier_clock.new_tier_counters(self.tiers, self.step))
+        groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
+        leaves = optimizer_state_by_parameter(gradients, self.state)
         for name, schedule in self._schedulers.items():
             self.state[name] = schedule(self.step)
         self.state["step"] = self.step + 1
         due = {i: self.step % self.tiers[i].frequency == 0 for i in groups}
-        unused = {i: mx.logical_not(is_due) for i, is_due in due.items() if not self._gathers(i)}
-        finite = self._gather(flat, leaves, finite_where_used(groups, unused))
-        combined = self._combined(flat, leaves)
-        updated = self._apply(combined, values, leaves, due=due, ready=due, finite=finite)
+        unused = {
+            i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)
+        }
+        finite = self._accumulate_gradients(flat, leaves, all_used_gradients_finite(groups, unused))
+        combined = self._combine_gradients(flat, leaves)
+        updated = self._apply_to_ready_tiers(
+            combined, values, leaves, due=due, ready=due, finite=finite
+        )
         return tree_map_with_path(lambda name, _: updated[name], gradients)
 
     def flush(self, parameters: Any) -> Any:
@@ -186,57 +190,63 @@ class Tiered(Optimizer):
         if not self._initialized:
             self._init_state(parameters)
         values = flatten(parameters)
-        specs = {n: self._specs[n] for n, tier in self._tier_of.items() if self._gathers(tier)}
-        check_gathered_parameters(values, specs)
-        leaves = leaf_states(
+        specs = {n: self._specs[n] for n, tier in self._tier_of.items() if self._accumulates(tier)}
+        check_flushed_parameters(values, specs)
+        leaves = optimizer_state_by_parameter(
             tree_unflatten([(name, values[name]) for name in specs]) if specs else {}, self.state
         )
-        gathered = self._counters["gathered"]
+        gathered = self._tier_counters["gathered"]
         tiers = {self._tier_of[name] for name in leaves}
         is_open = {i: self.step % self.tiers[i].frequency != 0 for i in tiers}
         has_chunk = {i: mx.logical_and(is_open[i], gathered[i] > 0) for i in tiers}
-        chunks = self._combined({}, leaves)
-        updated = self._apply(
+        chunks = self._combine_gradients({}, leaves)
+        updated = self._apply_to_ready_tiers(
             chunks, values, leaves, due=is_open, ready=has_chunk, finite=mx.array(True)
         )
         return tree_map_with_path(lambda name, value: updated.get(name, value), parameters)
 
     def get_tier_stats(self) -> list[TierStats]:
         """Size of each tier, and its updates so far; reads the counters from the device."""
-        return clock.tier_stats(self.tiers, self._tier_of, self._specs, self._counters)
+        return tier_clock.read_tier_stats(
+            self.tiers, self._tier_of, self._specs, self._tier_counters
+        )
 
     @property
-    def _counters(self) -> Any:
-        return self.state.get(COUNTERS) or clock.new_counters(self.tiers, self.step)
+    def _tier_counters(self) -> Any:
+        return self.state.get(COUNTERS) or tier_clock.new_tier_counters(self.tiers, self.step)
 
-    def _gathers(self, tier: int) -> bool:
-        return self.gathers and self.tiers[tier].frequency > 1
+    def _accumulates(self, tier: int) -> bool:
+        return self.accumulates and self.tiers[tier].frequency > 1
 
-    def _gather(self, flat: Flat, leaves: LeafStates, finite: mx.array) -> mx.array:
+    def _accumulate_gradients(
+        self, flat: Flat, leaves: StateByParameter, finite: mx.array
+    ) -> mx.array:
         """Add to the open chunks; return whether the gradients, and now the sums, are finite."""
         sums = {name: leaf["sum"] + flat[name] for name, leaf in leaves.items() if "sum" in leaf}
         finite = mx.logical_and(finite, all_finite(sums.values()))
-        added = clock.as_counts({self._tier_of[name]: finite for name in sums}, len(self.tiers))
-        self._counters["gathered"] = self._counters["gathered"] + added
+        added = tier_clock.flags_to_counts(
+            {self._tier_of[name]: finite for name in sums}, len(self.tiers)
+        )
+        self._tier_counters["gathered"] = self._tier_counters["gathered"] + added
         for name, total in sums.items():
             leaves[name]["sum"] = mx.where(finite, total, leaves[name]["sum"])
         return finite
 
-    def _combined(self, flat: Flat, leaves: LeafStates) -> Flat:
+    def _combine_gradients(self, flat: Flat, leaves: StateByParameter) -> Flat:
         """The gradients that would be applied now: as given, or the mean or sum of a chunk."""
         combined = {}
         for name, leaf in leaves.items():
             combined[name] = leaf["sum"] if "sum" in leaf else flat[name]
             if "sum" in leaf and self.accumulate == "mean":
-                count = self._counters["gathered"][self._tier_of[name]]
+                count = self._tier_counters["gathered"][self._tier_of[name]]
                 combined[name] = leaf["sum"] / count.astype(leaf["sum"].dtype)
         return combined
 
-    def _apply(
+    def _apply_to_ready_tiers(
         self,
         gradients: Flat,
         values: Flat,
-        leaves: LeafStates,
+        leaves: StateByParameter,
         *,
         due: Flags,
         ready: Flags,
@@ -246,25 +256,28 @@ class Tiered(Optimizer):
 
         A tier that is due and is not updated counts a skipped update.
         """
-        groups = group_by_tier(gradients, self._tier_of)
-        norm = due_norm(groups, ready)
+        groups = group_gradients_by_tier(gradients, self._tier_of)
+        norm = norm_of_due_gradients(groups, ready)
         if self.max_grad_norm > 0:
             finite = mx.logical_and(finite, mx.isfinite(norm))  # squares overflow before values
-            factor = clip_factor(norm, self.max_grad_norm)
-            for tier, group in groups.items():
-                groups[tier] = {name: g * factor.astype(g.dtype) for name, g in group.items()}
+            groups = clip_gradients(groups, norm, self.max_grad_norm)
         applied = {i: mx.logical_and(is_ready, finite) for i, is_ready in ready.items()}
         updated: Flat = {}
         for tier, group in groups.items():
             updated |= self._update_tier(tier, group, values, leaves, applied[tier])
-        clock.count_step(self._counters, due, applied, finite, norm)
+        tier_clock.update_counters(self._tier_counters, due, applied, finite, norm)
         return updated
 
     def _update_tier(
-        self, tier: int, gradients: Flat, values: Flat, leaves: LeafStates, is_applied: mx.array
+        self,
+        tier: int,
+        gradients: Flat,
+        values: Flat,
+        leaves: StateByParameter,
+        is_applied: mx.array,
     ) -> Flat:
         """One tier's parameters after an update by its inner optimizer, where it is applied."""
-        inner = self._inner_at(tier, {name: leaves[name] for name in gradients})
+        inner = self._copy_inner_optimizer(tier, {name: leaves[name] for name in gradients})
         before = {name: values[name] for name in gradients}
         after = inner.apply_gradients(gradients, before)
         for name, gradient in gradients.items():
@@ -281,7 +294,7 @@ class Tiered(Optimizer):
                     leaf[part] = mx.where(is_applied, value, leaf[part])
         return {name: mx.where(is_applied, after[name], before[name]) for name in gradients}
 
-    def _inner_at(self, tier: int, leaves: LeafStates) -> Optimizer:
+    def _copy_inner_optimizer(self, tier: int, leaves: StateByParameter) -> Optimizer:
         """A copy of a tier's optimizer at the tier's update count, with its own copy of the state.
 
         Its schedules are taken away: they have been read, on the training step.
@@ -292,7 +305,7 @@ class Tiered(Optimizer):
         scale = self.tiers[tier].learning_rate_scale
         if scale != 1.0:
             scalars["learning_rate"] = scalars["learning_rate"] * scale
-        count = {"step": self._counters["updates"][tier]}
+        count = {"step": self._tier_counters["updates"][tier]}
         inner.state = count | scalars | {name: dict(leaf) for name, leaf in leaves.items()}
         return inner
 
@@ -357,7 +370,7 @@ class NestedAdamW(NestedAdam):
         )
 
 
-def _make_for_tier(make_optimizer: Callable[[], Optimizer], tier: Tier) -> Optimizer:
+def _make_inner_optimizer(make_optimizer: Callable[[], Optimizer], tier: Tier) -> Optimizer:
     """An inner optimizer with its tier's weight decay; ValueError where it cannot do as asked."""
     inner = make_optimizer()
     name = type(inner).__name__
@@ -374,10 +387,12 @@ def _make_for_tier(make_optimizer: Callable[[], Optimizer], tier: Tier) -> Optim
     return inner
 
 
-def _as_array(value: Any) -> mx.array:
+def _to_array(value: Any) -> mx.array:
     return value if isinstance(value, mx.array) else mx.array(value, mx.float32)
 
 
-def _returning_array(schedule: Callable[[mx.array], Any]) -> Callable[[mx.array], mx.array]:
+def _make_schedule_return_array(
+    schedule: Callable[[mx.array], Any],
+) -> Callable[[mx.array], mx.array]:
     """A schedule may return a plain number; an optimizer's state holds arrays only."""
-    return lambda step: _as_array(schedule(step))
+    return lambda step: _to_array(schedule(step))

@@ -33,7 +33,7 @@ from nested_core.models.lora_attachment import (
     read_adapter_file,
 )
 from nested_core.models.parameters import trainable_parameters
-from nested_core.optim.tiers import TierMap, assign_tiers
+from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, exclusive_device
 from nested_core.pipeline.launch.mlx_launch import count_ranks

@@ -17,9 +17,9 @@ import mlx.core as mx
 
 from nested_core.backend import to_float, to_int
 from nested_core.errors import SilentUpdateWarning
-from nested_core.optim.clock import COUNTERS
-from nested_core.optim.gradient_checks import Flat, gradient_evidence
+from nested_core.optim.gradient_checks import Flat, find_gradient_mark
 from nested_core.optim.named_updates import UpdateReport, flatten, verify_updates
+from nested_core.optim.tier_clock import COUNTERS
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.training.setup import TrainingSetup
 from nested_core.training.state import TrainingState
@@ -130,7 +130,7 @@ class UpdateCheck:
             return list(names)
         due = tiers.due(step)
         state = flatten(optimizer.state)
-        evidence = {name: gradient_evidence(state, name) for name in names}
+        evidence = {name: find_gradient_mark(state, name) for name in names}
         return [
             name
             for name, array in evidence.items()

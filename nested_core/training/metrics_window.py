@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.backend import to_float, to_int
-from nested_core.optim.clock import COUNTERS
-from nested_core.optim.gradient_checks import clip_factor
+from nested_core.optim.gradient_clipping import clip_factor
+from nested_core.optim.tier_clock import COUNTERS
 from nested_core.optim.tiered import Tiered
 from nested_core.training.distributed import Sums, World
 

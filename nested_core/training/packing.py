@@ -16,13 +16,18 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from nested_core.kernels.cuda.concatenate import concatenated
+from nested_core.kernels.cuda.concatenate import concatenate_arrays
 from nested_core.models.parameters import ParameterRefs, read_parameters
-from nested_core.optim.clock import RESERVED_NAMES
-from nested_core.optim.gradient_checks import HAD_GRADIENT, Flat, LeafStates, leaf_states
+from nested_core.optim.gradient_checks import (
+    HAD_GRADIENT,
+    Flat,
+    StateByParameter,
+    optimizer_state_by_parameter,
+)
 from nested_core.optim.named_updates import flatten
+from nested_core.optim.tier_assignment import TierMap
+from nested_core.optim.tier_clock import RESERVED_NAMES
 from nested_core.optim.tiered import Tiered
-from nested_core.optim.tiers import TierMap
 
 ALIGNMENT = 8  # elements: 16 bytes of a bfloat16
 
@@ -48,7 +53,7 @@ class PackedArray:
         """The tensors, given by name, in one array."""
         if len(self.shapes) == 1:
             return values[next(iter(self.shapes))]
-        return concatenated([_short_side_first(values[name]) for name in self.shapes])
+        return concatenate_arrays([_short_side_first(values[name]) for name in self.shapes])
 
     def unpack(self, array: mx.array) -> Flat:
         """The tensors by name, as views where they are aligned."""
@@ -125,7 +130,7 @@ class Packing:
         packed.tiers = tuple(
             replace(tier, names=self.keys_of_tiers((i,))) for i, tier in enumerate(optimizer.tiers)
         )
-        states = leaf_states(unflatten(values), optimizer.state)
+        states = optimizer_state_by_parameter(unflatten(values), optimizer.state)
         shared = {key: optimizer.state[key] for key in RESERVED_NAMES if key in optimizer.state}
         packed.state = shared
         for key, array, parts in self._state_parts(states):
@@ -143,8 +148,8 @@ class Packing:
             if key in packed.state:
                 optimizer.state[key] = packed.state[key]
 
-    def unpack_optimizer(self, packed: Tiered, states: LeafStates) -> None:
-        """Write the moments of a packed optimizer into the `leaf_states` of the one by name."""
+    def unpack_optimizer(self, packed: Tiered, states: StateByParameter) -> None:
+        """Write the moments of a packed optimizer into `optimizer_state_by_parameter`'s dict."""
         if not self.by_tier:
             return
         for key, array, parts in self._state_parts(states):
@@ -185,7 +190,7 @@ class PackedState:
         self.parameters = self.packing.pack(values)
         self.optimizer = self.packing.pack_optimizer(optimizer, values)
         self._named_optimizer = optimizer
-        self._named_states = leaf_states(unflatten(values), optimizer.state)
+        self._named_states = optimizer_state_by_parameter(unflatten(values), optimizer.state)
         mx.eval(self.parameters, self.optimizer.state)
 
     def update(self, updates: Flat) -> None:

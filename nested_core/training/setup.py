@@ -16,10 +16,10 @@ from nested_core.errors import ConfigError
 from nested_core.models.base_model import base_fingerprint, find_model
 from nested_core.models.lora_attachment import adapter_dtype
 from nested_core.models.parameters import ParameterRefs, trainable_refs
-from nested_core.optim.clock import Tier
-from nested_core.optim.schedules import build_learning_rate
+from nested_core.optim.tier_clock import Tier
+from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.optim.tiered import Tiered
-from nested_core.optim.tiers import TierMap, read_tiers, refuse_tiers_never_due
+from nested_core.optim.tier_assignment import TierMap, read_tiers, refuse_tiers_never_due
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory

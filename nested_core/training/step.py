@@ -18,8 +18,8 @@ import mlx.nn as nn
 from nested_core.models.parameters import ParameterRefs, assign_parameters, restoring_parameters
 from nested_core.optim.gradient_checks import Flat
 from nested_core.optim.named_updates import flatten
+from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered
-from nested_core.optim.tiers import TierMap
 from nested_core.training.distributed import (
     SINGLE_PROCESS,
     Sums,
@@ -94,7 +94,7 @@ class TrainStep:
 
     def needed_tiers(self, step: int) -> tuple[int, ...]:
         """The tiers whose gradients a step needs: those due, or all if gradients accumulate."""
-        if self.packed.optimizer.gathers:
+        if self.packed.optimizer.accumulates:
             return tuple(range(len(self.tiers.frequencies)))
         return self.tiers.due(step)
 

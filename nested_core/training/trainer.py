@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from nested_core.errors import DamagedError, DatasetError, TrainingStopped
-from nested_core.kernels.apply import optimized_layers
+from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.base_model import find_model, is_same_base
 from nested_core.models.parameters import read_parameters
-from nested_core.optim.clock import COUNTERS, TierStats
+from nested_core.optim.tier_clock import COUNTERS, TierStats
 from nested_core.optim.gradient_checks import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
@@ -155,7 +155,7 @@ class Trainer:
         recomputed = self.memory.recomputed_layers(self.model)
         is_reference = self.config.training.reference is not None
         try:
-            with optimized_layers(self.model, recomputed, as_mlx_lm=is_reference):
+            with using_optimized_layers(self.model, recomputed, as_mlx_lm=is_reference):
                 self.world.require_equal(read_parameters(self.setup.parameters), self.state.step)
                 self._recorder.begin(self.state)
                 self._train_steps()
@@ -300,7 +300,7 @@ class Trainer:
         has_open_chunk = any(self.state.step % f for f in self.setup.tiers.frequencies)
         if not has_open_chunk or self.state.flushed:  # flushed before an interrupted evaluation
             return
-        if self.optimizer.gathers:
+        if self.optimizer.accumulates:
             before = read_parameters(self.setup.parameters)
             updates = flatten(self.optimizer.flush(unflatten(before)))
             self.write_back(updates)

@@ -1,4 +1,5 @@
 """CUDA kernels (*.cu) and the functions that launch them, each beside its formula in MLX.
 
-`launch` compiles and starts a kernel; `self_check` compares it with its formula before it is used.
+`kernel_launch` compiles and starts a kernel; `self_check` compares it with its formula before
+its first use.
 """

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.launch import THREADS, launch
+from nested_core.kernels.cuda.kernel_launch import THREADS, launch_kernel
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 
 LOAD_BYTES = 16
@@ -18,36 +18,36 @@ ARRAYS_PER_LAUNCH = 32  # their addresses are arguments
 BLOCKS = 4  # for each array
 
 
-def concatenated(arrays: Sequence[mx.array]) -> mx.array:
+def concatenate_arrays(arrays: Sequence[mx.array]) -> mx.array:
     """The elements of arrays of one dtype as a vector, each array row by row."""
     dtype = arrays[0].dtype
     fits = all(array.nbytes % LOAD_BYTES == 0 and array.dtype == dtype for array in arrays)
     if len(arrays) == 1 or not fits or not concatenate_on_cuda.is_usable():
-        return plain_concatenate(arrays)
+        return concatenate_in_mlx(arrays)
     while len(arrays) > 1:
         groups = range(0, len(arrays), ARRAYS_PER_LAUNCH)
         arrays = [concatenate_on_cuda(arrays[i : i + ARRAYS_PER_LAUNCH]) for i in groups]
     return arrays[0].reshape(-1)
 
 
-def plain_concatenate(arrays: Sequence[mx.array]) -> mx.array:
-    """`concatenated` in MLX's operations."""
+def concatenate_in_mlx(arrays: Sequence[mx.array]) -> mx.array:
+    """`concatenate_arrays` in MLX's operations."""
     vectors = [array.reshape(-1) for array in arrays]
     return vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
 
 
-def _examples() -> list[tuple[Sequence[mx.array]]]:
+def _example_inputs() -> list[tuple[Sequence[mx.array]]]:
     sizes = 8, 16384, 24  # loads of the second go round twice
     return [(random_arrays(*((size,) for size in sizes)),)]
 
 
-@checked_kernel("joining arrays", reference=plain_concatenate, examples=_examples)
+@checked_kernel("joining arrays", reference=concatenate_in_mlx, examples=_example_inputs)
 def concatenate_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
-    """`concatenated` in one kernel, for at most ARRAYS_PER_LAUNCH arrays of whole loads."""
+    """`concatenate_arrays` in one kernel, for at most ARRAYS_PER_LAUNCH arrays of whole loads."""
     ends = list(accumulate(array.nbytes // LOAD_BYTES for array in arrays))
     missing = ARRAYS_PER_LAUNCH - len(arrays)
-    return launch(
-        "join",
+    return launch_kernel(
+        "concatenate",
         [*arrays, *[arrays[-1]] * missing],
         [((sum(array.size for array in arrays),), arrays[0].dtype)],
         [*ends, *[ends[-1]] * missing],

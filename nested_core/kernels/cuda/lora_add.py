@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
+from nested_core.kernels.cuda.kernel_launch import DTYPE, MULTIPROCESSORS, THREADS, launch_kernel
+from nested_core.kernels.cuda.rank_tiles import TILE, has_kernel_for_rank, tiles_of_smallest_kernel
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
-from nested_core.kernels.cuda.tiles import TILE, has_kernel, tiles_for
 
 WARP_COLUMNS, WARP_ROWS = 32, 16  # that a warp computes at once: widths are multiples
 MAX_STEPS = 2  # times that a warp computes so many rows
@@ -29,7 +29,7 @@ class LowRankSum(NamedTuple):
     z: mx.array
     factor: mx.array
 
-    def in_float32(self) -> mx.array:
+    def computed_in_float32(self) -> mx.array:
         """The sum in MLX's operations, not rounded to the arrays' dtype."""
         z, factor = self.z.astype(mx.float32), self.factor.astype(mx.float32)
         return self.base.astype(mx.float32) + z.T @ factor
@@ -38,7 +38,7 @@ class LowRankSum(NamedTuple):
 Sums = Sequence[LowRankSum]
 
 
-def fits_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
+def can_use_lora_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
     """Whether x, and (rank, width) factors, are of a dtype and of sizes that the kernels take here.
 
     For others it is faster to have MLX's matmul add the low-rank product.
@@ -46,24 +46,26 @@ def fits_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
     return (
         all(array.dtype == DTYPE for array in (x, *factors))
         and x.size // x.shape[-1] % 2 == 0
-        and all(has_kernel(b.shape[0]) and b.shape[1] % WARP_COLUMNS == 0 for b in factors)
-        and all(low_rank_sums_on_cuda.is_usable(tiles_for(b.shape[0])) for b in factors)
+        and all(has_kernel_for_rank(b.shape[0]) and b.shape[1] % WARP_COLUMNS == 0 for b in factors)
+        and all(
+            low_rank_sums_on_cuda.is_usable(tiles_of_smallest_kernel(b.shape[0])) for b in factors
+        )
     )
 
 
-def low_rank_sums(sums: Sums) -> Sequence[mx.array]:
+def compute_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
     """Each sum, in the dtype of its base, for factors that fit the kernels."""
     if all(each.base.dtype == DTYPE for each in sums):
         return low_rank_sums_on_cuda(sums)
-    return plain_low_rank_sums(sums)
+    return low_rank_sums_in_mlx(sums)
 
 
-def plain_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
-    """`low_rank_sums` in MLX's operations."""
-    return [each.in_float32().astype(each.base.dtype) for each in sums]
+def low_rank_sums_in_mlx(sums: Sums) -> Sequence[mx.array]:
+    """`compute_low_rank_sums` in MLX's operations."""
+    return [each.computed_in_float32().astype(each.base.dtype) for each in sums]
 
 
-def example_sum(rank: int, width: int) -> LowRankSum:
+def random_low_rank_sum(rank: int, width: int) -> LowRankSum:
     """A sum of random numbers whose two terms are of one size; it has 2,010 rows."""
     base, z, factor = random_arrays(
         (2010, width), (rank, 2010), (rank, width), dtype=mx.float32, seed=rank + width
@@ -71,35 +73,35 @@ def example_sum(rank: int, width: int) -> LowRankSum:
     return LowRankSum(base.astype(DTYPE), (z / rank**0.5).astype(DTYPE), factor.astype(DTYPE))
 
 
-def _examples(tiles: int) -> list[tuple[Sums]]:
+def _example_inputs(tiles: int) -> list[tuple[Sums]]:
     """Two widths, with rows left over and warps that compute rows more than once."""
-    return [([example_sum(TILE * tiles, 160), example_sum(TILE, 4128)],)]
+    return [([random_low_rank_sum(TILE * tiles, 160), random_low_rank_sum(TILE, 4128)],)]
 
 
-@checked_kernel("sums of low-rank layers", reference=plain_low_rank_sums, examples=_examples)
+@checked_kernel("sums of low-rank layers", reference=low_rank_sums_in_mlx, examples=_example_inputs)
 def low_rank_sums_on_cuda(sums: Sums) -> Sequence[mx.array]:
-    """`low_rank_sums` by kernels, SUMS_PER_LAUNCH in each; all bases have as many rows."""
+    """`compute_low_rank_sums` by kernels, SUMS_PER_LAUNCH in each; all bases have as many rows."""
     outputs: list[mx.array] = []
     for start in range(0, len(sums), SUMS_PER_LAUNCH):
-        outputs += _launch_sums(sums[start : start + SUMS_PER_LAUNCH])
+        outputs += _launch_low_rank_sums(sums[start : start + SUMS_PER_LAUNCH])
     return outputs
 
 
-def _launch_sums(sums: Sums) -> Sequence[mx.array]:
+def _launch_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
     missing = SUMS_PER_LAUNCH - len(sums)  # these are of no size
     rows = len(sums[0].base)
     widths = [each.base.shape[1] for each in sums]
-    tiles = [rank_tiles(each) for each in sums]
+    tiles = [count_rank_tiles(each) for each in sums]
     sizes = [size for pair in zip(tiles, widths, strict=True) for size in pair]
     steps, blocks = warp_grid(rows, max(widths))
-    return launch(
-        "expand",
+    return launch_kernel(
+        "low_rank_sums",
         [array for each in [*sums, *[sums[0]] * missing] for array in each],
         [*((each.base.shape, DTYPE) for each in sums), *[((0,), DTYPE)] * missing],
         [rows, steps, *sizes, *[0, 0] * missing],
         blocks=(*blocks, len(sums)),
         threads=THREADS,
-        MOST=compiled_tiles(sums),
+        MOST=kernel_tiles(sums),
     )[: len(sums)]
 
 
@@ -110,11 +112,11 @@ def warp_grid(rows: int, width: int) -> tuple[int, tuple[int, int]]:
     return steps, (across, -(-down // steps))
 
 
-def rank_tiles(each: LowRankSum) -> int:
+def count_rank_tiles(each: LowRankSum) -> int:
     """The rank of a sum's factor, in tiles."""
     return each.factor.shape[0] // TILE
 
 
-def compiled_tiles(sums: Sums) -> int:
+def kernel_tiles(sums: Sums) -> int:
     """The tiles of the kernel that takes all of these factors."""
-    return tiles_for(max(each.factor.shape[0] for each in sums))
+    return tiles_of_smallest_kernel(max(each.factor.shape[0] for each in sums))

@@ -13,9 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.launch import DTYPE, MULTIPROCESSORS, THREADS, launch
+from nested_core.kernels.cuda.kernel_launch import DTYPE, MULTIPROCESSORS, THREADS, launch_kernel
+from nested_core.kernels.cuda.rank_tiles import TILE, has_kernel_for_rank, tiles_of_smallest_kernel
 from nested_core.kernels.cuda.self_check import CheckedKernel, checked_kernel, random_arrays
-from nested_core.kernels.cuda.tiles import TILE, has_kernel, tiles_for
 
 PAIRS_PER_LAUNCH = 4
 BLOCK_ROWS = 16  # rows of a wide array that a block reads at once
@@ -31,8 +31,8 @@ def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
 
     m is (rank, width of its own), x (rows, width).
     """
-    fits = _pairs_fit(project_on_cuda, pairs, WARP_DEPTH)
-    project = project_on_cuda if fits else plain_project
+    fits = _can_use_kernel(project_to_rank_on_cuda, pairs, WARP_DEPTH)
+    project = project_to_rank_on_cuda if fits else project_to_rank_in_mlx
     starts = range(0, len(pairs), PAIRS_PER_LAUNCH)
     parts = [project(pairs[i : i + PAIRS_PER_LAUNCH], scale) for i in starts]
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
@@ -41,8 +41,8 @@ def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
 def factor_gradients(pairs: Pairs) -> Sequence[mx.array]:
     """Each pair's z @ x, where z is (rank, rows) and x (rows, width of its own)."""
     has_even_rows = pairs[0][1].shape[0] % 2 == 0  # the kernel reads two neighbours in a row of z
-    fits = has_even_rows and _pairs_fit(gradients_on_cuda, pairs, BLOCK_COLUMNS)
-    multiply = gradients_on_cuda if fits else plain_gradients
+    fits = has_even_rows and _can_use_kernel(factor_gradients_on_cuda, pairs, BLOCK_COLUMNS)
+    multiply = factor_gradients_on_cuda if fits else factor_gradients_in_mlx
     products: list[mx.array] = []
     for _, same_rank in groupby(pairs, key=lambda pair: pair[0].shape[0]):  # one kernel suits all
         group = list(same_rank)
@@ -51,78 +51,80 @@ def factor_gradients(pairs: Pairs) -> Sequence[mx.array]:
     return products
 
 
-def plain_project(pairs: Pairs, scale: float) -> mx.array:
+def project_to_rank_in_mlx(pairs: Pairs, scale: float) -> mx.array:
     """`project_to_rank` in MLX's operations."""
     products = [m @ x.T for m, x in pairs]
     return scale * (products[0] if len(products) == 1 else mx.concatenate(products))
 
 
-def plain_gradients(pairs: Pairs) -> Sequence[mx.array]:
+def factor_gradients_in_mlx(pairs: Pairs) -> Sequence[mx.array]:
     """`factor_gradients` in MLX's operations."""
     return [z @ x for z, x in pairs]
 
 
-def _pairs_fit(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int) -> bool:
+def _can_use_kernel(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int) -> bool:
     """Whether a kernel takes these arrays: bfloat16, ranks of whole tiles, widths that fit."""
     ranks = [narrow.shape[0] for narrow, _ in pairs]
     return (
         all(array.dtype == DTYPE for pair in pairs for array in pair)
-        and all(map(has_kernel, ranks))
+        and all(map(has_kernel_for_rank, ranks))
         and all(x.shape[1] % multiple == 0 for _, x in pairs)
-        and all(map(kernel.is_usable, {tiles_for(rank) for rank in ranks}))
+        and all(map(kernel.is_usable, {tiles_of_smallest_kernel(rank) for rank in ranks}))
     )
 
 
-def _project_examples(tiles: int) -> list[tuple[Pairs, float]]:
+def _example_projections(tiles: int) -> list[tuple[Pairs, float]]:
     """Arrays for which all loops of the kernels go round twice, with an odd number of rows."""
     x, y, a, b = random_arrays((311, 1088), (311, 2176), (TILE * tiles, 1088), (8, 2176))
     return [([(a, x), (b, y)], 1.5)]
 
 
-def _gradient_examples(tiles: int) -> list[tuple[Pairs]]:
+def _example_factor_gradients(tiles: int) -> list[tuple[Pairs]]:
     """The same wide arrays and what they are projected to, without their last row."""
-    ((pairs, scale),) = _project_examples(tiles)
+    ((pairs, scale),) = _example_projections(tiles)
     (_, x), (_, y) = pairs
-    z = plain_project(pairs, scale)[:, :-1]
+    z = project_to_rank_in_mlx(pairs, scale)[:, :-1]
     return [([(z[: TILE * tiles], x[:-1]), (z[TILE * tiles :], y[:-1])],)]
 
 
-@checked_kernel("low-rank layers", reference=plain_project, examples=_project_examples)
-def project_on_cuda(pairs: Pairs, scale: float) -> mx.array:
+@checked_kernel("low-rank layers", reference=project_to_rank_in_mlx, examples=_example_projections)
+def project_to_rank_on_cuda(pairs: Pairs, scale: float) -> mx.array:
     """`project_to_rank` in one kernel, for at most PAIRS_PER_LAUNCH pairs that fit."""
     rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
-    return launch(
-        "narrow",
-        _padded(pairs),
+    return launch_kernel(
+        "project_to_rank",
+        _pad_to_pairs_per_launch(pairs),
         [((sum(m.shape[0] for m, _ in pairs), rows), dtype)],
-        [rows, *_sizes(pairs), float(scale)],
+        [rows, *_tiles_and_widths(pairs), float(scale)],
         blocks=(-(-rows // BLOCK_ROWS), len(pairs)),
         threads=THREADS,
-        MOST=_compiled_tiles(pairs),
+        MOST=_kernel_tiles(pairs),
     )[0]
 
 
-@checked_kernel("low-rank layers", reference=plain_gradients, examples=_gradient_examples)
-def gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
+@checked_kernel(
+    "low-rank layers", reference=factor_gradients_in_mlx, examples=_example_factor_gradients
+)
+def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
     """`factor_gradients` in one kernel and a sum, for at most PAIRS_PER_LAUNCH pairs that fit."""
     rows, dtype = pairs[0][1].shape[0], pairs[0][1].dtype
     shapes = [(z.shape[0], x.shape[1]) for z, x in pairs]
     total = sum(rank * width for rank, width in shapes)
     blocks = sum(width for _, width in shapes) // BLOCK_COLUMNS
-    tiles = _compiled_tiles(pairs)
+    tiles = _kernel_tiles(pairs)
     resident = RESIDENT_BLOCKS if tiles == 1 else RESIDENT_BLOCKS - 1
     most_splits = rows // (BLOCK_ROWS * THREADS // 32)
     splits = max(1, min(resident * MULTIPROCESSORS // blocks, most_splits))
-    (parts,) = launch(
-        "outer",
-        _padded(pairs),
+    (parts,) = launch_kernel(
+        "factor_gradients",
+        _pad_to_pairs_per_launch(pairs),
         [((splits, total), mx.float32)],
-        [rows, *_sizes(pairs)],
+        [rows, *_tiles_and_widths(pairs)],
         blocks=(blocks, splits),
         threads=THREADS,
         MOST=tiles,
     )
-    (summed,) = launch(
+    (summed,) = launch_kernel(
         "sum_of_splits",
         [parts],
         [((total,), dtype)],
@@ -137,17 +139,17 @@ def gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
     return products
 
 
-def _padded(pairs: Pairs) -> list[mx.array]:
+def _pad_to_pairs_per_launch(pairs: Pairs) -> list[mx.array]:
     """The arrays of PAIRS_PER_LAUNCH pairs; what is missing repeats the first one."""
     missing = PAIRS_PER_LAUNCH - len(pairs)
     return [array for pair in [*pairs, *[pairs[0]] * missing] for array in pair]
 
 
-def _sizes(pairs: Pairs) -> list[int]:
+def _tiles_and_widths(pairs: Pairs) -> list[int]:
     """Each pair's tiles and width, 0 for pairs that are missing."""
     sizes = [size for m, x in pairs for size in (m.shape[0] // TILE, x.shape[1])]
     return sizes + [0, 0] * (PAIRS_PER_LAUNCH - len(pairs))
 
 
-def _compiled_tiles(pairs: Pairs) -> int:
-    return tiles_for(max(narrow.shape[0] for narrow, _ in pairs))
+def _kernel_tiles(pairs: Pairs) -> int:
+    return tiles_of_smallest_kernel(max(narrow.shape[0] for narrow, _ in pairs))

@@ -48,12 +48,12 @@ class CheckedKernel(Generic[Inputs, Outputs]):
 
     def is_usable(self, *variant: int) -> bool:
         """Whether this device runs CUDA and the kernel agrees with its reference there."""
-        return backend.has_cuda() and self.agrees(*variant)
+        return backend.has_cuda() and self.agrees_with_reference(*variant)
 
-    def agrees(self, *variant: int) -> bool:
+    def agrees_with_reference(self, *variant: int) -> bool:
         """Whether the kernel gives what its reference does; checked once a process."""
         if variant not in self._checked:
-            trouble = self.disagreement(*variant)
+            trouble = self.describe_disagreement(*variant)
             if trouble is not None:
                 rest = "MLX's own operations are."
                 warnings.warn(
@@ -62,7 +62,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
             self._checked[variant] = trouble is None
         return self._checked[variant]
 
-    def disagreement(self, *variant: int) -> str | None:
+    def describe_disagreement(self, *variant: int) -> str | None:
         """How the kernel differs from its reference on the examples, or None if it does not."""
         for arguments in self.examples(*variant):
             try:
@@ -70,7 +70,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
                 mx.eval(outputs)
             except RuntimeError as error:
                 return f"it failed: {' '.join(str(error).split())[:200]}"
-            difference = _difference(outputs, cast(Any, self.reference)(*arguments))
+            difference = _describe_difference(outputs, cast(Any, self.reference)(*arguments))
             if difference is not None:
                 return difference
         return None
@@ -92,7 +92,7 @@ def random_arrays(
     return [mx.random.normal(shape, key=key).astype(dtype) for shape, key in pairs]
 
 
-def _difference(outputs: Any, expected: Any) -> str | None:
+def _describe_difference(outputs: Any, expected: Any) -> str | None:
     if isinstance(outputs, mx.array):
         outputs, expected = [outputs], [expected]
     for ours, theirs in zip(outputs, expected, strict=True):

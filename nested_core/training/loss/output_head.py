@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.backend import to_float
-from nested_core.kernels.patching import replaced_call
+from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import (
     ParameterRefs,
     assign_parameters,
@@ -55,13 +55,13 @@ class OutputHead:
             outputs.append(own_call(self.body, *args, **kwargs))
             return outputs[-1]
 
-        with replaced_call(self.body, keep_output):
+        with replacing_call(self.body, keep_output):
             self.model(inputs)
         return outputs[-1]
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (rows, vocabulary) of any rows (rows, width) of the body's output."""
-        with replaced_call(self.body, lambda *args, **kwargs: hidden[None]):
+        with replacing_call(self.body, lambda *args, **kwargs: hidden[None]):
             logits = logits_of(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
             return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
 
@@ -109,7 +109,7 @@ def _watch_call(
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name and name.count(".") < MAX_DEPTH:
-                stack.enter_context(replaced_call(module, keeping_output(module)))
+                stack.enter_context(replacing_call(module, keeping_output(module)))
         logits = logits_of(model(tokens))
     return logits, outputs
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nested_core.kernels.cuda.launch import DTYPE
+from nested_core.kernels.cuda.kernel_launch import DTYPE
 from nested_core.training.loss.chunked_cross_entropy import padded_count
 from nested_core.training.loss.interface import BatchShape
 

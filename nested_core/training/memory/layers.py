@@ -15,8 +15,8 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.cuda.tiles import has_kernel
-from nested_core.kernels.quantized_linear import dequantized_bytes
+from nested_core.kernels.cuda.rank_tiles import has_kernel_for_rank
+from nested_core.kernels.quantized_linear import dequantized_weight_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.chunked_cross_entropy import rows_per_chunk
@@ -67,7 +67,7 @@ def read_footprint(
         vocabulary=vocabulary,
         chunk_rows=rows_per_chunk(vocabulary) if loss.is_chunked else None,
         is_packed=config.fine_tune_type != "full",
-        dequantized=max(map(dequantized_bytes, modules.values()), default=0),
+        dequantized=max(map(dequantized_weight_bytes, modules.values()), default=0),
     )
 
 
@@ -142,7 +142,7 @@ def _ends_fused_mlp(modules: Modules, name: str) -> bool:
 
 
 def _has_kernels(module: Any) -> bool:
-    return isinstance(module, LoRALinear) and has_kernel(module.lora_b.shape[0])
+    return isinstance(module, LoRALinear) and has_kernel_for_rank(module.lora_b.shape[0])
 
 
 def _linear_widths(modules: Modules, name: str) -> tuple[int, int] | None:

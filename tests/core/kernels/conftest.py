@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nested_core import backend
-from nested_core.kernels.cuda import concatenate, lora_add, lora_matmuls, mlp
+from nested_core.kernels.cuda import concatenate, gated_mlp, lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 
 
@@ -25,15 +25,15 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     kernels: dict[str, CheckedKernel[Any, Any]] = {
-        "expand": lora_add.low_rank_sums_on_cuda,
-        "forward": mlp.gated_product_on_cuda,
-        "backward": mlp.gated_gradients_on_cuda,
-        "narrow": lora_matmuls.project_on_cuda,
-        "outer": lora_matmuls.gradients_on_cuda,
-        "join": concatenate.concatenate_on_cuda,
+        "low_rank_sums": lora_add.low_rank_sums_on_cuda,
+        "forward": gated_mlp.gated_product_on_cuda,
+        "backward": gated_mlp.gated_gradients_on_cuda,
+        "project_to_rank": lora_matmuls.project_to_rank_on_cuda,
+        "factor_gradients": lora_matmuls.factor_gradients_on_cuda,
+        "concatenate": concatenate.concatenate_on_cuda,
     }
     for name, kernel in kernels.items():
-        monkeypatch.setattr(kernel, "launch", recorded(name, kernel.reference))
-        monkeypatch.setattr(kernel, "agrees", lambda *variant: True)
+        monkeypatch.setattr(kernel, "launch_kernel", recorded(name, kernel.reference))
+        monkeypatch.setattr(kernel, "agrees_with_reference", lambda *variant: True)
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     return calls

@@ -14,7 +14,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels import fused_mlp
 from nested_core.kernels.call_tracing import GatedMLP, find_gated_mlps, trace_calls
-from nested_core.kernels.fused_mlp import fusable_mlps, fused_call, fused_mlps
+from nested_core.kernels.fused_mlp import find_fusable_mlps, make_fused_mlp_call, using_fused_mlps
 from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import Outcome, batch, build, largest_difference, outcome
@@ -42,7 +42,7 @@ def test_loss_and_gradients_are_no_further_from_float32_than_mlx_lms(
     model.set_dtype(mx.bfloat16)
     theirs = outcome(model, SUPERVISED, batch())
     assert kernel_calls == []
-    with fused_mlps(fusable_mlps(trace_calls(model))):
+    with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
         ours = outcome(model, SUPERVISED, batch())
     assert {"forward", "backward"} <= set(kernel_calls)
     model.set_dtype(mx.float32)
@@ -117,9 +117,9 @@ def test_the_function_gives_the_modules_output_and_gradients_in_float32(
     module, x = make(*ranks, bias=bias), normal(*shape)
     expected = gradients(module, module, x)
     own: list[Any] = []
-    monkeypatch.setattr(fused_mlp, "fits_kernels", lambda x, factors: True)
+    monkeypatch.setattr(fused_mlp, "can_use_lora_kernels", lambda x, factors: True)
     monkeypatch.setattr(Gated, "__call__", lambda *args: own.append(args))
-    found = gradients(module, fused_call(of(module)), x)
+    found = gradients(module, make_fused_mlp_call(of(module)), x)
     assert own == []
     assert {name: each.shape for name, each in found.items()} == {
         name: each.shape for name, each in expected.items()
@@ -132,16 +132,18 @@ def test_a_quantised_base_gives_its_gradients_in_float32(monkeypatch: pytest.Mon
     nn.quantize(module, group_size=32, bits=4)
     assert isinstance(module.down.linear, nn.QuantizedLinear)
     expected = gradients(module, module, x)
-    monkeypatch.setattr(fused_mlp, "fits_kernels", lambda x, factors: True)
-    assert largest_difference(gradients(module, fused_call(of(module)), x), expected) < 3e-5
+    monkeypatch.setattr(fused_mlp, "can_use_lora_kernels", lambda x, factors: True)
+    assert (
+        largest_difference(gradients(module, make_fused_mlp_call(of(module)), x), expected) < 3e-5
+    )
 
 
 def test_a_whole_model_in_float32_is_mlx_lms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_mlp, "fits_kernels", lambda x, factors: True)
+    monkeypatch.setattr(fused_mlp, "can_use_lora_kernels", lambda x, factors: True)
     for name, quantized in MODELS:
         model = build(name, quantized=quantized)
         expected = outcome(model, SUPERVISED, batch())
-        with fused_mlps(find_gated_mlps(trace_calls(model))):
+        with using_fused_mlps(find_gated_mlps(trace_calls(model))):
             found = outcome(model, SUPERVISED, batch())
         assert found.loss == pytest.approx(expected.loss, rel=2e-6)
         assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -168,20 +170,20 @@ def test_what_the_kernels_do_not_take_goes_to_the_module(
     mx.random.seed(7)
     expected = module(x)
     mx.random.seed(7)
-    assert mx.array_equal(fused_call(of(module))(x), expected).item()
+    assert mx.array_equal(make_fused_mlp_call(of(module))(x), expected).item()
     assert kernel_calls == []
 
 
 def test_a_dropout_that_is_zero_or_not_training_is_none(kernel_calls: list[str]) -> None:
     x = normal(10, 64, dtype=mx.bfloat16)
-    fused_call(of(make(8, 8, 8, dtype=mx.bfloat16)))(x)
+    make_fused_mlp_call(of(make(8, 8, 8, dtype=mx.bfloat16)))(x)
     assert kernel_calls.count("forward") == 1
     module = make(8, 8, 8, dtype=mx.bfloat16, dropout=0.3)
     module.eval()
-    fused_call(of(module))(x)
+    make_fused_mlp_call(of(module))(x)
     assert kernel_calls.count("forward") == 2
     module.up.train()
-    fused_call(of(module))(x)
+    make_fused_mlp_call(of(module))(x)
     assert kernel_calls.count("forward") == 2
 
 
@@ -189,5 +191,5 @@ def test_factors_of_another_dtype_than_the_input_go_to_the_module(kernel_calls: 
     module = make(8, 8, 8, dtype=mx.bfloat16)
     module.up.lora_b = module.up.lora_b.astype(mx.float32)
     x = normal(10, 64, dtype=mx.bfloat16)
-    assert mx.array_equal(fused_call(of(module))(x), module(x)).item()
+    assert mx.array_equal(make_fused_mlp_call(of(module))(x), module(x)).item()
     assert kernel_calls == []

@@ -12,13 +12,13 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels import fused_mlp, rms_norm, rope, swiglu
-from nested_core.kernels.activation_checkpointing import checkpointed_layers
-from nested_core.kernels.apply import optimized_layers
+from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.call_tracing import CallTrace, find_gated_mlps, trace_calls
-from nested_core.kernels.cuda import lora_add, mlp
-from nested_core.kernels.fused_mlp import fusable_mlps, fused_mlps
+from nested_core.kernels.cuda import gated_mlp, lora_add
+from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
 from nested_core.kernels.lora_linear import GROUP, OptimizedLoRALinear
-from nested_core.kernels.patching import replaced_call
+from nested_core.kernels.optimized_model import using_optimized_layers
+from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import trainable_refs
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
@@ -43,18 +43,20 @@ def kinds_of(model: nn.Module) -> dict[str, tuple[int, type]]:
 @pytest.fixture
 def without_norms_and_ropes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's other kernels disagree, and MLX's own operations are used."""
-    monkeypatch.setattr(rms_norm.input_gradient_on_cuda, "agrees", lambda width: False)
-    monkeypatch.setattr(rope.rotate_on_cuda, "agrees", lambda: False)
-    monkeypatch.setattr(swiglu.swiglu_on_cuda, "agrees", lambda: False)
+    monkeypatch.setattr(
+        rms_norm.input_gradient_on_cuda, "agrees_with_reference", lambda width: False
+    )
+    monkeypatch.setattr(rope.rotate_on_cuda, "agrees_with_reference", lambda: False)
+    monkeypatch.setattr(swiglu.swiglu_on_cuda, "agrees_with_reference", lambda: False)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama")
-    with fused_mlps(fusable_mlps(trace_calls(model))):
+    with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
         expected = outcome(model, SUPERVISED, batch())
         kept = kernel_calls.count("forward")
         kernel_calls.clear()
-        with checkpointed_layers(model.layers):
+        with checkpointing_layers(model.layers):
             found = outcome(model, SUPERVISED, batch())
     assert found.loss == expected.loss
     assert largest_difference(found.gradients, expected.gradients) == 0
@@ -63,14 +65,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(kernel_calls: list[str]
 
 def test_checkpointed_layers_have_their_gated_mlps_found(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama")
-    with checkpointed_layers(model.layers):
-        assert len(fusable_mlps(trace_calls(model))) == 2
+    with checkpointing_layers(model.layers):
+        assert len(find_fusable_mlps(trace_calls(model))) == 2
 
 
 @pytest.mark.parametrize("name", ["llama", "cohere"])
 def test_compiled_equals_uncompiled_to_the_bit(name: str, kernel_calls: list[str]) -> None:
     model = in_bfloat16(name)
-    with fused_mlps(fusable_mlps(trace_calls(model))):
+    with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
         plain = outcome(model, SUPERVISED, batch(), compiled=run)
         compiled = outcome(model, SUPERVISED, batch())
     assert "backward" in kernel_calls
@@ -88,13 +90,13 @@ def test_compiled_equals_uncompiled_to_the_bit(name: str, kernel_calls: list[str
 def test_gradients_of_some_factors_alone_are_those_among_all(
     chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_mlp, "fits_kernels", lambda x, factors: True)
+    monkeypatch.setattr(fused_mlp, "can_use_lora_kernels", lambda x, factors: True)
     model = build("llama")
     everything = trainable_refs(model)
     refs = {name: ref for name, ref in everything.items() if chosen in name}
     assert 0 < len(refs) < len(everything)
     expected = outcome(model, SUPERVISED, batch(), refs=refs)
-    with fused_mlps(find_gated_mlps(trace_calls(model))):
+    with using_fused_mlps(find_gated_mlps(trace_calls(model))):
         found = outcome(model, SUPERVISED, batch(), refs=refs)
     assert found.gradients.keys() == refs.keys()
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -103,7 +105,7 @@ def test_gradients_of_some_factors_alone_are_those_among_all(
 def test_an_adapter_on_mlps_alone_is_taken(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama", keys=[f"mlp.{key}" for key in PROJECTIONS])
     expected = outcome(model, SUPERVISED, batch())
-    with fused_mlps(fusable_mlps(trace_calls(model))):
+    with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
         found = outcome(model, SUPERVISED, batch())
     assert kernel_calls.count("backward") == 2
     assert largest_difference(found.gradients, expected.gradients) < 0.05
@@ -115,7 +117,7 @@ def test_modules_are_given_back_after_an_error(kernel_calls: list[str]) -> None:
     before = kinds_of(model)
 
     def fail_inside() -> None:
-        with optimized_layers(model):
+        with using_optimized_layers(model):
             assert kinds_of(model).keys() == before.keys()
             assert type(model.layers[0].mlp) is not before["model.layers.0.mlp"][1]
             assert type(model.layers[0].mlp.gate_proj) is OptimizedLoRALinear
@@ -137,7 +139,7 @@ def test_a_model_is_traced_once_and_nothing_of_it_is_kept_while_it_is_optimized(
         calls.append(args)
         return own(model, *args)
 
-    with replaced_call(model, counted), optimized_layers(model):
+    with replacing_call(model, counted), using_optimized_layers(model):
         assert len(calls) == 1
         assert not any(isinstance(each, CallTrace) for each in gc.get_objects())
 
@@ -148,7 +150,7 @@ def test_a_fused_mlps_layers_share_with_no_others_in_an_optimized_model(
     name: str, together: int
 ) -> None:
     model = in_bfloat16(name)
-    with optimized_layers(model):
+    with using_optimized_layers(model):
         for layer in model.layers:
             groups = [vars(layer.mlp[key]).get(GROUP) for key in PROJECTIONS]
             gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
@@ -172,7 +174,7 @@ def test_the_gate_and_up_of_a_fused_mlp_share_nothing_where_they_are_not_alike(u
         else:
             up.lora_b = up.lora_b.astype(mx.float32)
     before = kinds_of(model)
-    with optimized_layers(model):
+    with using_optimized_layers(model):
         assert kinds_of(model)["model.layers.0.mlp"] != before["model.layers.0.mlp"]
         for layer in model.layers:
             assert not any(GROUP in vars(layer.mlp[key]) for key in PROJECTIONS)
@@ -184,8 +186,10 @@ def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers
 ) -> None:
     model = in_bfloat16("llama")
     before = kinds_of(model)
-    monkeypatch.setattr(mlp.gated_product_on_cuda, "agrees", lambda tiles: False)
-    with optimized_layers(model):
+    monkeypatch.setattr(
+        gated_mlp.gated_product_on_cuda, "agrees_with_reference", lambda tiles: False
+    )
+    with using_optimized_layers(model):
         inside = kinds_of(model)
         assert GROUP in vars(model.layers[0].mlp.gate_proj)
     assert inside["model.layers.0.mlp"] == before["model.layers.0.mlp"]
@@ -199,9 +203,16 @@ def test_an_optimized_model_gives_mlx_lms_gradients(
 ) -> None:
     model = in_bfloat16(name)
     expected = outcome(model, SUPERVISED, batch())
-    with optimized_layers(model, model.layers if recomputes else ()):
+    with using_optimized_layers(model, model.layers if recomputes else ()):
         found = outcome(model, SUPERVISED, batch())
-    assert set(kernel_calls) == {"expand", "forward", "backward", "narrow", "outer", "join"}
+    assert set(kernel_calls) == {
+        "low_rank_sums",
+        "forward",
+        "backward",
+        "project_to_rank",
+        "factor_gradients",
+        "concatenate",
+    }
     assert found.loss == pytest.approx(expected.loss, rel=2e-3)
     assert largest_difference(found.gradients, expected.gradients) < 0.08
 
@@ -210,7 +221,7 @@ def test_an_optimized_model_gives_mlx_lms_gradients(
 def test_mlps_of_ranks_that_no_kernel_takes_are_not_fused(
     rank: int, kernel_calls: list[str]
 ) -> None:
-    assert fusable_mlps(trace_calls(build("llama", rank=rank))) == []
+    assert find_fusable_mlps(trace_calls(build("llama", rank=rank))) == []
     assert kernel_calls == []
 
 
@@ -218,9 +229,9 @@ def test_without_cuda_no_mlp_is_fused(
     kernel_calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build("llama", rank=8)
-    assert len(fusable_mlps(trace_calls(model))) == 2
+    assert len(find_fusable_mlps(trace_calls(model))) == 2
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
-    assert fusable_mlps(trace_calls(model)) == []
+    assert find_fusable_mlps(trace_calls(model)) == []
 
 
 def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
@@ -232,16 +243,16 @@ def test_all_kernels_of_an_mlp_are_checked_before_it_is_fused(
         layer.mlp.down_proj.lora_a = mx.zeros((128, 40))
         layer.mlp.down_proj.lora_b = mx.zeros((40, 64))
     for bad, count in ((1, 0), (6, 0), (2, 2), (8, 2)):
-        for kernel in (mlp.gated_product_on_cuda, mlp.gated_gradients_on_cuda):
+        for kernel in (gated_mlp.gated_product_on_cuda, gated_mlp.gated_gradients_on_cuda):
             with monkeypatch.context() as patch:
-                patch.setattr(kernel, "agrees", lambda tiles, bad=bad: tiles != bad)
-                assert len(fusable_mlps(trace_calls(model))) == count
+                patch.setattr(kernel, "agrees_with_reference", lambda tiles, bad=bad: tiles != bad)
+                assert len(find_fusable_mlps(trace_calls(model))) == count
 
 
 def test_kernels_are_compiled_for_the_ranks_of_layers_and_for_gates_and_ups_together(
     kernel_calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[int] = []
-    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees", checked.append)
-    fusable_mlps(trace_calls(build("llama", rank=16)))
+    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees_with_reference", checked.append)
+    find_fusable_mlps(trace_calls(build("llama", rank=16)))
     assert set(checked) == {2, 4}

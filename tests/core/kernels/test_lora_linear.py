@@ -12,15 +12,15 @@ import pytest
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core import backend
-from nested_core.kernels.activation_checkpointing import checkpointed_layers
-from nested_core.kernels.call_tracing import layers_sharing_input, trace_calls
+from nested_core.kernels.activation_checkpointing import checkpointing_layers
+from nested_core.kernels.call_tracing import group_layers_by_input, trace_calls
 from nested_core.kernels.cuda import lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from nested_core.kernels.lora_linear import (
     GROUP,
     OptimizedLoRALinear,
     check_lora_kernels,
-    optimized_lora_layers,
+    using_optimized_lora_layers,
 )
 from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.supervised import SUPERVISED
@@ -32,7 +32,9 @@ from tests.architectures import ARCHITECTURES, batch, build, largest_difference,
 def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> None:
     model = build(name)
     expected = outcome(model, SUPERVISED, batch())
-    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model)) if grouped else ()):
+    with using_optimized_lora_layers(
+        model, group_layers_by_input(trace_calls(model)) if grouped else ()
+    ):
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -42,7 +44,9 @@ def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> Non
 def test_a_quantised_base_gives_what_mlx_lm_gives(grouped: bool) -> None:
     model = build("qwen2", quantized=True)
     expected = outcome(model, SUPERVISED, batch())
-    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model)) if grouped else ()):
+    with using_optimized_lora_layers(
+        model, group_layers_by_input(trace_calls(model)) if grouped else ()
+    ):
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -53,7 +57,7 @@ def test_dropout_draws_what_mlx_lm_draws() -> None:
     model.train()
     mx.random.seed(7)
     expected = outcome(model, SUPERVISED, batch(), compiled=run)
-    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model))):
+    with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
         mx.random.seed(7)
         found = outcome(model, SUPERVISED, batch(), compiled=run)
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
@@ -69,8 +73,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model = build("llama")
     expected = outcome(model, SUPERVISED, batch())
     with (
-        checkpointed_layers(model.layers),
-        optimized_lora_layers(model, layers_sharing_input(trace_calls(model))),
+        checkpointing_layers(model.layers),
+        using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))),
     ):
         found = outcome(model, SUPERVISED, batch())
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -78,7 +82,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
 def test_compiled_equals_uncompiled_to_the_bit() -> None:
     model = build("llama")
-    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model))):
+    with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
         plain = outcome(model, SUPERVISED, batch(), compiled=run)
         compiled = outcome(model, SUPERVISED, batch())
     assert compiled.loss == plain.loss
@@ -103,9 +107,9 @@ class CalledTwice(nn.Module):
 def test_a_layer_called_twice_is_in_no_group_and_computes_each_time() -> None:
     model = CalledTwice()
     tokens = mx.zeros((1, 3), mx.int32)
-    assert layers_sharing_input(trace_calls(model)) == []
+    assert group_layers_by_input(trace_calls(model)) == []
     expected = model(tokens)
-    with optimized_lora_layers(model, layers_sharing_input(trace_calls(model))):
+    with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
         assert mx.allclose(model(tokens), expected).item()
 
 
@@ -140,12 +144,12 @@ def test_only_layers_of_one_scale_and_rank_share_their_products(
     kinds: list[tuple[float, int]], together: list[list[int]]
 ) -> None:
     model, tokens = Sharing(*kinds), mx.zeros((2, 5), mx.int32)
-    groups = layers_sharing_input(trace_calls(model))
+    groups = group_layers_by_input(trace_calls(model))
     places = {id(layer): place for place, layer in enumerate(model.layers)}
     assert [[places[id(layer)] for layer in group] for group in groups] == together
     gradient = nn.value_and_grad(model, lambda tokens: model(tokens))
     expected_value, expected = gradient(tokens)
-    with optimized_lora_layers(model, groups):
+    with using_optimized_lora_layers(model, groups):
         value, found = gradient(tokens)
     assert value.item() == pytest.approx(expected_value.item(), rel=2e-6)
     assert len(flatten(expected)) == 2 * len(kinds)
@@ -156,16 +160,16 @@ def test_layers_whose_factors_are_of_other_dtypes_share_nothing() -> None:
     model, tokens = Sharing(*[(2.0, 4)] * 4), mx.zeros((2, 5), mx.int32)
     model.layers[1].lora_a = model.layers[1].lora_a.astype(mx.bfloat16)
     model.layers[2].lora_b = model.layers[2].lora_b.astype(mx.bfloat16)
-    (group,) = layers_sharing_input(trace_calls(model))
+    (group,) = group_layers_by_input(trace_calls(model))
     assert list(map(id, group)) == [id(model.layers[0]), id(model.layers[3])]
     expected = model(tokens)
-    with optimized_lora_layers(model, [group]):
+    with using_optimized_lora_layers(model, [group]):
         assert model(tokens).item() == pytest.approx(expected.item(), rel=2e-6)
 
 
 def test_a_group_lets_go_of_its_input_when_its_last_layer_has_been_asked() -> None:
     model = Sharing((2.0, 4), (2.0, 4))
-    with optimized_lora_layers(model, [model.layers]):
+    with using_optimized_lora_layers(model, [model.layers]):
         mx.eval(model(mx.zeros((2, 5), mx.int32)))
         (group,) = {vars(layer)[GROUP] for layer in model.layers}
         assert (group._input, group._outputs) == (None, {})
@@ -179,7 +183,7 @@ def test_a_group_that_is_given_several_inputs_after_all_computes_each_on_its_own
     x, y = mx.random.normal((1, 3, 64)), mx.random.normal((1, 3, 64))
     calls = [(0, x), (0, x), (1, y), (1, x), (0, x), (1, x)]
     expected = [layers[i](given) for i, given in calls]
-    with optimized_lora_layers(model, [layers]):
+    with using_optimized_lora_layers(model, [layers]):
         found = [layers[i](given) for i, given in calls]
     assert all(mx.allclose(a, b, atol=1e-5).item() for a, b in zip(found, expected, strict=True))
 
@@ -191,7 +195,7 @@ def test_factors_in_another_dtype_than_the_input_are_computed_as_mlx_lm_does() -
     layer.linear.set_dtype(mx.bfloat16)
     expected = layer(x)
     model = nn.Sequential(layer)
-    with optimized_lora_layers(model):
+    with using_optimized_lora_layers(model):
         assert type(layer) is OptimizedLoRALinear
         found = model(x)
     assert found.dtype == mx.bfloat16
@@ -203,7 +207,7 @@ def test_modules_parameters_and_names_are_given_back_after_an_error(tmp_path: Pa
     before = {name: (module, type(module)) for name, module in model.named_modules()}
 
     def fail_inside() -> None:
-        with optimized_lora_layers(model, layers_sharing_input(trace_calls(model))):
+        with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
             assert any(isinstance(m, OptimizedLoRALinear) for _, m in model.named_modules())
             assert dict(model.named_modules()).keys() == before.keys()
             raise RuntimeError("on purpose")
@@ -224,16 +228,16 @@ def test_kernels_are_checked_ahead_for_ranks_that_one_takes_and_on_cuda_alone(
 ) -> None:
     kernels: list[CheckedKernel[Any, Any]] = [
         lora_add.low_rank_sums_on_cuda,
-        lora_matmuls.project_on_cuda,
-        lora_matmuls.gradients_on_cuda,
+        lora_matmuls.project_to_rank_on_cuda,
+        lora_matmuls.factor_gradients_on_cuda,
     ]
     monkeypatch.setattr(backend, "has_cuda", lambda: has_cuda)
     for kernel in kernels:
         checked: list[int] = []
         with monkeypatch.context() as patch:
             for other in kernels:
-                patch.setattr(other, "agrees", lambda tiles: True)
-            patch.setattr(kernel, "agrees", checked.append)
+                patch.setattr(other, "agrees_with_reference", lambda tiles: True)
+            patch.setattr(kernel, "agrees_with_reference", checked.append)
             check_lora_kernels([0, 4, 12, 72])
             assert checked == []
             check_lora_kernels([24, 8, 40, 24])

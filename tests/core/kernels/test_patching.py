@@ -12,7 +12,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama
 
-from nested_core.kernels.patching import replaced_call, replaced_function
+from nested_core.kernels.patching import replacing_call, replacing_function
 from nested_core.kernels.swiglu import plain_swiglu
 from tests.architectures import build
 
@@ -22,7 +22,7 @@ def test_one_module_answers_otherwise_and_the_others_of_its_class_as_before() ->
     other = nn.Linear(2, 2)
     x = mx.ones((1, 2))
     before, weight = module(x), module.weight
-    with replaced_call(module, lambda given, factor=1: given * factor):
+    with replacing_call(module, lambda given, factor=1: given * factor):
         assert issubclass(type(module), nn.Linear)
         assert type(module).__name__ == "Linear"
         assert type(module).__module__ == nn.Linear.__module__
@@ -39,8 +39,8 @@ def test_a_module_is_given_back_after_an_error_and_from_within_another_block() -
     x = mx.ones((1, 2))
 
     def fail_inside() -> None:
-        with replaced_call(module, lambda x: 2 * x):
-            with replaced_call(module, lambda x: 3 * x):
+        with replacing_call(module, lambda x: 2 * x):
+            with replacing_call(module, lambda x: 3 * x):
                 assert module(x).tolist() == [[3.0, 3.0]]
             assert module(x).tolist() == [[2.0, 2.0]]
             raise RuntimeError("on purpose")
@@ -61,7 +61,7 @@ def test_what_answered_is_let_go_of_with_the_block() -> None:
     held = weakref.ref(answer)
     gc.disable()
     try:
-        with replaced_call(nn.Linear(2, 2), answer):
+        with replacing_call(nn.Linear(2, 2), answer):
             del answer
         assert held() is None
     finally:
@@ -73,7 +73,7 @@ def test_a_name_in_the_models_code_is_given_back_after_an_error() -> None:
         return gate
 
     def fail_inside() -> None:
-        with replaced_function(build("llama"), "swiglu", plain_swiglu, ours):
+        with replacing_function(build("llama"), "swiglu", plain_swiglu, ours):
             assert llama.swiglu is ours
             raise RuntimeError("on purpose")
 
@@ -89,7 +89,7 @@ def test_code_that_a_model_brings_along_keeps_its_names_and_mlx_lms_is_changed()
     exec(source, vars(own))  # noqa: S102 -- as mlx_lm.utils.load_model does
     model: Any = build("llama")
     model.layers[0].mlp.__class__ = own.OwnMLP
-    with replaced_function(model, "swiglu", plain_swiglu, lambda gate, x: gate):
+    with replacing_function(model, "swiglu", plain_swiglu, lambda gate, x: gate):
         assert llama.swiglu is not plain_swiglu
         assert own.swiglu is None
     assert llama.swiglu is plain_swiglu

@@ -12,7 +12,7 @@ import pytest
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import quantized_linear
-from nested_core.kernels.quantized_linear import LEAST_ROWS, dequantized_weights
+from nested_core.kernels.quantized_linear import LEAST_ROWS, multiplying_by_dequantized_weights
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
@@ -47,7 +47,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(module: Any, wanted_by: mx.array) -> mx.array:
         raise AssertionError("a weight was dequantized")
 
-    monkeypatch.setattr(quantized_linear, "dequantized_weight", ask)
+    monkeypatch.setattr(quantized_linear, "dequantize_weight", ask)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,7 +57,7 @@ def test_a_linear_layer_gives_mlxs_output_and_gradient(kind: dict[str, Any], bia
     x = normal(3, LEAST_ROWS, 128)
     layer.scales = layer.scales if kind.get("mode") else layer.scales.astype(mx.float32)
     expected = both(layer, x, 96)
-    with dequantized_weights(layer):
+    with multiplying_by_dequantized_weights(layer):
         found = both(layer, x, 96)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.shape == theirs.shape
@@ -70,7 +70,7 @@ def test_an_output_layer_tied_to_a_quantised_embedding_does_too() -> None:
     embedding = nn.QuantizedEmbedding(96, 128, 32, 4)
     x, tokens = normal(2, LEAST_ROWS, 128), mx.array([3, 5])
     expected, words = both(embedding.as_linear, x, 96), embedding(tokens)
-    with dequantized_weights(embedding):
+    with multiplying_by_dequantized_weights(embedding):
         found = both(lambda x: embedding.as_linear(x), x, 96)
         assert mx.array_equal(embedding(tokens), words).item()
     for ours, theirs in zip(found, expected, strict=True):
@@ -82,7 +82,7 @@ def test_a_weight_is_dequantized_for_many_rows_of_the_scales_dtype_and_for_no_ot
     layer = linear()
     few, other = normal(LEAST_ROWS - 1, 128), normal(LEAST_ROWS, 128, dtype=mx.bfloat16)
     expected = layer(few), layer(other)
-    with dequantized_weights(layer):
+    with multiplying_by_dequantized_weights(layer):
         assert mx.array_equal(layer(few), expected[0]).item()
         assert mx.array_equal(layer(other), expected[1]).item()
         with pytest.raises(AssertionError, match="was dequantized"):
@@ -94,7 +94,7 @@ def test_on_metal_mlxs_own_product_is_left_alone(monkeypatch: pytest.MonkeyPatch
     layer = linear()
     monkeypatch.setattr(backend, "device", lambda: "gpu")
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
-    with dequantized_weights(layer):
+    with multiplying_by_dequantized_weights(layer):
         mx.eval(layer(normal(LEAST_ROWS, 128)))
 
 
@@ -109,7 +109,7 @@ def test_a_layer_whose_own_parameters_are_trained_keeps_their_gradients(key: str
         return result
 
     expected = mx.grad(total)(layer[key])
-    with dequantized_weights(layer):
+    with multiplying_by_dequantized_weights(layer):
         found = mx.grad(total)(layer[key])
     assert mx.array_equal(found, expected).item()
     assert to_float(mx.abs(found).max()) > 0
@@ -121,7 +121,7 @@ def test_layers_are_given_back_after_an_error() -> None:
     before = [type(layer) for layer in layers]
 
     def fail_inside() -> None:
-        with dequantized_weights(model):
+        with multiplying_by_dequantized_weights(model):
             now = [type(layer) is kind for layer, kind in zip(layers, before, strict=True)]
             assert now == [False, False, True]
             raise RuntimeError("on purpose")
@@ -135,7 +135,7 @@ def test_layers_are_given_back_after_an_error() -> None:
 def test_a_quantised_model_gives_the_loss_and_gradients_of_mlx(name: str) -> None:
     model = build(name, quantized=True)
     expected = outcome(model, SUPERVISED, batch())
-    with dequantized_weights(model):
+    with multiplying_by_dequantized_weights(model):
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
@@ -146,7 +146,7 @@ def test_dequantized_weights_are_not_kept_for_the_backward_pass() -> None:
     model = nn.Sequential(*[nn.QuantizedLinear(1024, 1024, bias=False) for _ in range(32)])
     x = normal(LEAST_ROWS, 1024)
     mx.eval(model.parameters(), x)
-    with dequantized_weights(model):
+    with multiplying_by_dequantized_weights(model):
         step = mx.compile(mx.grad(lambda x: model(x).square().sum()))
         mx.eval(step(x))
         held = mx.get_active_memory()

@@ -22,8 +22,8 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with CUDA whose kernel agrees with MLX, and MLX's operations in its place."""
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     kernel = rms_norm.input_gradient_on_cuda
-    monkeypatch.setattr(kernel, "agrees", lambda *variant: True)
-    monkeypatch.setattr(kernel, "launch", kernel.reference)
+    monkeypatch.setattr(kernel, "agrees_with_reference", lambda *variant: True)
+    monkeypatch.setattr(kernel, "launch_kernel", kernel.reference)
 
 
 def make(width: int = WIDTH, dtype: mx.Dtype = mx.bfloat16) -> nn.RMSNorm:
@@ -45,7 +45,7 @@ def forbidden(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.arra
 def test_a_norm_with_the_plain_backward_pass_is_mlxs_to_the_bit(dtype: mx.Dtype) -> None:
     module = make(dtype=dtype)
     x, g = normal(3, 5, WIDTH, dtype=dtype), normal(3, 5, WIDTH, dtype=dtype, seed=1)
-    found = mx.vjp(rms_norm.norm_with(module, rms_norm.plain_input_gradient), [x], [g])
+    found = mx.vjp(rms_norm.make_norm_call(module, rms_norm.input_gradient_in_mlx), [x], [g])
     expected = mx.vjp(lambda x: module(x), [x], [g])
     for ours, theirs in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         assert ours.dtype == dtype
@@ -57,7 +57,7 @@ def test_the_plain_backward_pass_is_the_formulas() -> None:
     a, b, c = (each.astype(mx.float32) for each in (x, w, g))
     i = mx.rsqrt((a * a).mean(-1, keepdims=True) + 1e-5)
     expected = b * c * i - a * i**3 * (b * c * a).mean(-1, keepdims=True)
-    found = rms_norm.plain_input_gradient(x, w, 1e-5, g)
+    found = rms_norm.input_gradient_in_mlx(x, w, 1e-5, g)
     assert to_float(mx.abs(found - expected).max()) <= 2**-8 * to_float(mx.abs(expected).max())
 
 
@@ -75,7 +75,7 @@ def test_arrays_that_the_kernel_does_not_take_go_to_mlx(
     width: int, dtype: mx.Dtype, of_weight: mx.Dtype
 ) -> None:
     module = make(width, of_weight)
-    call = rms_norm.norm_with(module, forbidden)
+    call = rms_norm.make_norm_call(module, forbidden)
     x = normal(2, width, dtype=dtype)
     ours, theirs = (mx.grad(lambda x, f=f: f(x).sum())(x) for f in (call, module))
     assert mx.array_equal(call(x), module(x)).item()
@@ -84,7 +84,7 @@ def test_arrays_that_the_kernel_does_not_take_go_to_mlx(
 
 @pytest.mark.parametrize("width", [WIDTH, rms_norm.LONGEST_ROW])
 def test_arrays_that_the_kernel_takes_go_to_it(width: int) -> None:
-    call = rms_norm.norm_with(make(width), forbidden)
+    call = rms_norm.make_norm_call(make(width), forbidden)
     with pytest.raises(AssertionError, match="was asked"):
         mx.grad(lambda x: call(x).sum())(normal(2, width))
 
@@ -99,7 +99,7 @@ def test_a_launch_has_a_block_a_row_up_to_a_number_from_which_each_takes_several
         given.update(grid, numbers=numbers)
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
-    monkeypatch.setattr(rms_norm, "launch", note)
+    monkeypatch.setattr(rms_norm, "launch_kernel", note)
     shape = (rows, 1, WIDTH)
     found = rms_norm.input_gradient_on_cuda(mx.zeros(shape), mx.zeros(WIDTH), 1e-5, mx.zeros(shape))
     assert found.shape == shape
@@ -120,7 +120,7 @@ def test_a_blocks_threads_take_a_whole_row(
         given.update(grid)
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
-    monkeypatch.setattr(rms_norm, "launch", note)
+    monkeypatch.setattr(rms_norm, "launch_kernel", note)
     rms_norm.input_gradient_on_cuda(
         mx.zeros((2, width)), mx.zeros(width), 1e-5, mx.zeros((2, width))
     )
@@ -146,7 +146,7 @@ def several() -> Any:
 def test_only_frozen_rms_norms_are_replaced_and_given_back() -> None:
     model = several()
     before = {name: type(module) for name, module in model.named_modules()}
-    with rms_norm.frozen_norms(model):
+    with rms_norm.using_frozen_norms(model):
         inside = {name: type(module) for name, module in model.named_modules()}
     assert {n for n, kind in inside.items() if kind is not before[n]} == {"frozen", "layers.1"}
     assert {name: type(module) for name, module in model.named_modules()} == before
@@ -157,7 +157,7 @@ def test_norms_are_given_back_after_an_error() -> None:
     model = several()
 
     def fail_inside() -> None:
-        with rms_norm.frozen_norms(model):
+        with rms_norm.using_frozen_norms(model):
             assert type(model.frozen) is not nn.RMSNorm
             raise RuntimeError("on purpose")
 
@@ -176,7 +176,7 @@ def test_a_trained_weight_keeps_its_gradient() -> None:
         return total
 
     expected = mx.grad(loss)(mx.ones(WIDTH, mx.bfloat16))
-    with rms_norm.frozen_norms(model):
+    with rms_norm.using_frozen_norms(model):
         found = mx.grad(loss)(mx.ones(WIDTH, mx.bfloat16))
     assert mx.array_equal(found, expected).item()
     assert to_float(mx.abs(found).max()) > 0
@@ -189,8 +189,8 @@ def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
     for has_cuda, agrees in ((False, True), (True, False)):
         monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: has)
         kernel = rms_norm.input_gradient_on_cuda
-        monkeypatch.setattr(kernel, "agrees", lambda _, agrees=agrees: agrees)
-        with rms_norm.frozen_norms(model):
+        monkeypatch.setattr(kernel, "agrees_with_reference", lambda _, agrees=agrees: agrees)
+        with rms_norm.using_frozen_norms(model):
             assert type(model.frozen) is nn.RMSNorm
 
 
@@ -200,7 +200,7 @@ def test_a_model_with_its_frozen_norms_replaced_gives_the_same_gradients(name: s
     model = build(name)
     model.set_dtype(mx.bfloat16)
     expected = outcome(model, SUPERVISED, batch())
-    with rms_norm.frozen_norms(model):
+    with rms_norm.using_frozen_norms(model):
         assert type(model.layers[0].input_layernorm) is not nn.RMSNorm
         found = outcome(model, SUPERVISED, batch())
     assert found.loss == expected.loss

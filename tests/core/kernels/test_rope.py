@@ -53,7 +53,7 @@ def test_a_rotation_from_its_table_gives_its_output_and_gradient(
     x, g = heads(2, 4, 37, WIDTH, dtype=dtype), heads(2, 4, 37, WIDTH, dtype=dtype, seed=1)
     exact, slope = x.astype(mx.float32), g.astype(mx.float32)
     (expected,), (gradient,) = mx.vjp(lambda x: module(x), [exact], [slope])
-    turned = rope.rotation_with(module, rope.plain_rotate, {})
+    turned = rope.make_rotation_call(module, rope.rotate_in_mlx, {})
 
     def both(x: mx.array, g: mx.array) -> Any:
         outputs, gradients = mx.vjp(turned, [x], [g])
@@ -71,7 +71,7 @@ def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_modu
     name: str,
 ) -> None:
     module = ROTATIONS[name]()
-    call = rope.rotation_with(module, forbidden, {})
+    call = rope.make_rotation_call(module, forbidden, {})
     x = heads(1, 4, 5, WIDTH)
     for count in (1, 3, 4):
         with pytest.raises(AssertionError, match="was asked"):
@@ -84,7 +84,7 @@ def test_positions_dtypes_and_heads_that_the_kernel_does_not_take_go_to_the_modu
 
 
 def test_a_table_is_made_again_only_for_more_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, seen, table_of = [], [], rope.rotation_table
+    made, seen, table_of = [], [], rope.make_rotation_table
 
     def noting(turning: Any, length: int, width: int) -> mx.array:
         made.append(length)
@@ -92,10 +92,10 @@ def test_a_table_is_made_again_only_for_more_positions(monkeypatch: pytest.Monke
 
     def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
         seen.append(table)
-        return rope.plain_rotate(x, table, back)
+        return rope.rotate_in_mlx(x, table, back)
 
-    monkeypatch.setattr(rope, "rotation_table", noting)
-    call = rope.rotation_with(nn.RoPE(WIDTH), turn, {})
+    monkeypatch.setattr(rope, "make_rotation_table", noting)
+    call = rope.make_rotation_call(nn.RoPE(WIDTH), turn, {})
     for length in (5, 9, 5, 16):
         mx.eval(call(heads(1, 4, length, WIDTH)))
     assert made == [rope.PROBE_LENGTH, 16]
@@ -137,7 +137,7 @@ def test_neighbours_parts_odd_widths_and_other_modules_are_no_such_rotation(modu
 def test_a_rotation_of_a_part_of_each_head_goes_to_the_module() -> None:
     module = nn.RoPE(16)
     x = heads(1, 4, 5, WIDTH)
-    assert mx.array_equal(rope.rotation_with(module, forbidden, {})(x), module(x)).item()
+    assert mx.array_equal(rope.make_rotation_call(module, forbidden, {})(x), module(x)).item()
 
 
 def test_without_cuda_a_models_rotations_stay_what_they_are(
@@ -145,7 +145,7 @@ def test_without_cuda_a_models_rotations_stay_what_they_are(
 ) -> None:
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
     model = build("llama")
-    with rope.rope_from_table(model):
+    with rope.using_rope_tables(model):
         assert type(model.layers[0].self_attn.rope) is nn.RoPE
 
 
@@ -157,16 +157,16 @@ def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
 
     def turn(x: mx.array, table: mx.array, back: bool) -> mx.array:
         asked.append(back)
-        return rope.plain_rotate(x, table, back)
+        return rope.rotate_in_mlx(x, table, back)
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(rope.rotate_on_cuda, "agrees", lambda: True)
-    monkeypatch.setattr(rope.rotate_on_cuda, "launch", turn)
+    monkeypatch.setattr(rope.rotate_on_cuda, "agrees_with_reference", lambda: True)
+    monkeypatch.setattr(rope.rotate_on_cuda, "launch_kernel", turn)
     model = build(name)
     model.set_dtype(mx.bfloat16)
     expected = outcome(model, SUPERVISED, batch())
     kinds = {name: type(module) for name, module in model.named_modules()}
-    with rope.rope_from_table(model):
+    with rope.using_rope_tables(model):
         assert type(model.layers[0].self_attn.rope) is not nn.RoPE
         found = outcome(model, SUPERVISED, batch())
     assert {True, False} == set(asked)
@@ -180,9 +180,9 @@ def test_rotations_that_turn_alike_share_a_table_of_the_longest_length_so_far() 
     alike = nn.RoPE(32), nn.RoPE(32)
     other = nn.RoPE(32, base=500.0)
     for module in (*alike, other):
-        rope.rotation_with(module, rope.plain_rotate, known)
+        rope.make_rotation_call(module, rope.rotate_in_mlx, known)
     assert len(known) == 2
     angles = next(iter(known.values()))
     for length in (3, 40, 7):
-        expected = rope.rotation_table(alike[0], length, 32)
-        assert mx.array_equal(angles.first(length), expected).item()
+        expected = rope.make_rotation_table(alike[0], length, 32)
+        assert mx.array_equal(angles.for_positions(length), expected).item()

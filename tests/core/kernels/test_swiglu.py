@@ -11,7 +11,7 @@ from mlx_lm.models import llama
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import swiglu
-from nested_core.kernels.patching import replaced_function
+from nested_core.kernels.patching import replacing_function
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
@@ -22,7 +22,7 @@ def test_the_formula_of_the_swiglu_kernel_gives_mlxs_gradients(dtype: mx.Dtype) 
     gate, x, g = (3 * mx.random.normal((64, 48)).astype(dtype) for _ in range(3))
     exact = [each.astype(mx.float32) for each in (gate, x, g)]
     _, expected = mx.vjp(lambda a, b: swiglu.plain_swiglu(a, b), exact[:2], exact[2:])
-    for ours, theirs in zip(swiglu.plain_gradients(gate, x, g), expected, strict=True):
+    for ours, theirs in zip(swiglu.swiglu_gradients_in_mlx(gate, x, g), expected, strict=True):
         bound = 2e-6 if dtype == mx.float32 else 2**-8  # half a unit in the last place
         assert ours.dtype == dtype
         assert mx.abs(ours - theirs).max().item() <= bound * mx.abs(theirs).max().item()  # type: ignore[operator]
@@ -31,7 +31,7 @@ def test_the_formula_of_the_swiglu_kernel_gives_mlxs_gradients(dtype: mx.Dtype) 
 def test_the_functions_with_the_plain_passes_give_mlxs_output_and_gradients() -> None:
     keys = mx.random.split(mx.random.key(0), 3)
     gate, x, g = (mx.random.normal((5, 48), key=key).astype(mx.bfloat16) for key in keys)
-    ours = swiglu.swiglu_with(swiglu.plain_swiglu, swiglu.plain_gradients)
+    ours = swiglu.make_swiglu(swiglu.plain_swiglu, swiglu.swiglu_gradients_in_mlx)
     found = mx.vjp(ours, [gate, x], [g])
     expected = mx.vjp(lambda a, b: swiglu.plain_swiglu(a, b), [gate, x], [g])
     assert mx.array_equal(found[0][0], expected[0][0]).item()
@@ -45,8 +45,8 @@ def test_a_model_whose_code_names_swiglu_gives_the_same_gradients_with_ours(name
     model = build(name)
     model.set_dtype(mx.bfloat16)
     expected = outcome(model, SUPERVISED, batch())
-    ours = swiglu.swiglu_with(swiglu.plain_swiglu, swiglu.plain_gradients)
-    with replaced_function(model, "swiglu", swiglu.plain_swiglu, ours):
+    ours = swiglu.make_swiglu(swiglu.plain_swiglu, swiglu.swiglu_gradients_in_mlx)
+    with replacing_function(model, "swiglu", swiglu.plain_swiglu, ours):
         used = importlib.import_module(type(model).__module__).__dict__.get("swiglu")
         assert used is not swiglu.plain_swiglu or name == "gemma2"
         found = outcome(model, SUPERVISED, batch())
@@ -66,8 +66,8 @@ def test_arrays_that_the_kernels_do_not_take_go_to_mlx() -> None:
     others = [(mx.ones((3, 5), mx.bfloat16),) * 2, (mx.ones((4, 8)),) * 2]
     others += [(one, one.astype(mx.float16)), (one, row)]
     for ours in (
-        swiglu.swiglu_with(forward, swiglu.plain_gradients),
-        swiglu.swiglu_with(swiglu.plain_swiglu, unwanted),
+        swiglu.make_swiglu(forward, swiglu.swiglu_gradients_in_mlx),
+        swiglu.make_swiglu(swiglu.plain_swiglu, unwanted),
     ):
 
         def total(a: mx.array, b: mx.array, ours: swiglu.Swiglu = ours) -> mx.array:
@@ -92,6 +92,6 @@ def test_on_a_cpu_the_sigmoid_is_kept_and_the_gradients_are_mlxs() -> None:
 @pytest.mark.skipif(backend.device() != "cpu", reason="about a CPU")
 def test_the_models_code_has_our_swiglu_while_the_block_runs() -> None:
     model = build("llama")
-    with swiglu.fused_swiglu(model):
+    with swiglu.using_fused_swiglu(model):
         assert llama.swiglu is swiglu.swiglu_on_cpu
     assert llama.swiglu is swiglu.plain_swiglu

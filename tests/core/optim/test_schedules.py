@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_lm.tuner.utils import build_schedule
 
 from nested_core import FineTuneConfig, NestedAdam
-from nested_core.optim.schedules import build_learning_rate, with_warmup
+from nested_core.optim.learning_rate_schedules import add_warmup, build_learning_rate
 
 SCHEDULES: list[dict[str, Any]] = [
     {"name": "linear_schedule", "arguments": [1e-2, 1e-4, 100]},
@@ -65,7 +65,7 @@ def test_warm_up_over_a_schedule_multiplies_it() -> None:
 
 @given(rate=st.floats(1e-6, 1.0), steps=st.integers(1, 1000), n=st.integers(1, 2000))
 def test_warm_up_is_the_rate_times_n_over_steps_until_one(rate: float, steps: int, n: int) -> None:
-    found = with_warmup(rate, steps)(mx.array(n - 1, mx.uint64)).item()
+    found = add_warmup(rate, steps)(mx.array(n - 1, mx.uint64)).item()
     assert found == pytest.approx(rate * min(1.0, n / steps), rel=1e-6)
     if n >= steps:
         assert found == mx.array(rate).item()

@@ -16,9 +16,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from nested_core import NestedAdamW, Tier, TierStats
 from nested_core.config.loading import parse_config
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.optim.gradient_checks import clip_factor, gradient_evidence
+from nested_core.optim.gradient_checks import find_gradient_mark
+from nested_core.optim.gradient_clipping import clip_factor
+from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered
-from nested_core.optim.tiers import TierMap
 from nested_core.training.setup import build_optimizer
 
 OPTIMIZERS = {
@@ -255,7 +256,7 @@ def test_a_mark_says_whether_an_update_had_a_gradient(name: str) -> None:
 
     def marks() -> list[int]:
         state: dict[str, mx.array] = dict(tree_flatten(optimizer.state))
-        arrays = [gradient_evidence(state, key) for key in ("a", "b")]
+        arrays = [find_gradient_mark(state, key) for key in ("a", "b")]
         return [array.item() for array in arrays if array is not None]  # type: ignore[misc]
 
     seen = []
@@ -270,9 +271,9 @@ def test_adam_says_it_by_its_second_moment() -> None:
     optimizer = NestedAdamW(1e-2)
     optimizer.apply_gradients(matrices(1) | {"a": mx.zeros((3, 2))}, matrices(0))
     state: dict[str, mx.array] = dict(tree_flatten(optimizer.state))
-    assert gradient_evidence(state, "a") is state["a.v"]
+    assert find_gradient_mark(state, "a") is state["a.v"]
     assert not any(name.endswith("had_gradient") for name in state)
-    assert gradient_evidence(state, "unknown") is None
+    assert find_gradient_mark(state, "unknown") is None
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from mlx.optimizers import SGD, Muon
 
-from nested_core.optim.clock import COUNTERS, Tier
-from nested_core.optim.gradient_checks import Flat, leaf_states
+from nested_core.optim.gradient_checks import Flat, optimizer_state_by_parameter
 from nested_core.optim.named_updates import flatten
+from nested_core.optim.tier_assignment import TierMap
+from nested_core.optim.tier_clock import COUNTERS, Tier
 from nested_core.optim.tiered import NestedAdamW, Tiered
-from nested_core.optim.tiers import TierMap
 from nested_core.training.packing import PackedArray, Packing, make_packing, unflatten
 
 SHAPES = {
@@ -71,7 +71,9 @@ def test_packed_steps_give_every_weight_and_moment_of_steps_tensor_by_tensor(
         packed = apply(packed_optimizer, packing.pack(gradients), packed)
         packing.copy_clock(packed_optimizer, optimizer)
         values = packing.unpack(packed)
-        packing.unpack_optimizer(packed_optimizer, leaf_states(unflatten(values), optimizer.state))
+        packing.unpack_optimizer(
+            packed_optimizer, optimizer_state_by_parameter(unflatten(values), optimizer.state)
+        )
         assert bits(values) == bits(plain_values)
         ours, theirs = bits(optimizer.state), bits(plain.state)
         del ours[f"{COUNTERS}.grad_norm"], theirs[f"{COUNTERS}.grad_norm"]  # a sum's own order
@@ -107,7 +109,9 @@ def test_a_packed_sgd_keeps_a_mark_of_a_gradient_for_each_tensor() -> None:
         values = apply(plain, gradients, values)
         packed = apply(packed_optimizer, packing.pack(gradients), packed)
     packing.copy_clock(packed_optimizer, optimizer)
-    packing.unpack_optimizer(packed_optimizer, leaf_states(unflatten(values), optimizer.state))
+    packing.unpack_optimizer(
+        packed_optimizer, optimizer_state_by_parameter(unflatten(values), optimizer.state)
+    )
     assert bits(packing.unpack(packed)) == bits(values)
     ours, theirs = bits(optimizer.state), bits(plain.state)
     del ours[f"{COUNTERS}.grad_norm"], theirs[f"{COUNTERS}.grad_norm"]  # a sum's own order

@@ -17,7 +17,7 @@ from mlx_lm import load
 from nested_core.data.dataset import load_dataset
 from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.kernels.activation_checkpointing import checkpointed_layers
+from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.models.base_model import load_base
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
@@ -158,7 +158,7 @@ def test_only_the_given_layers_are_computed_again(plain: Finished) -> None:
 
     kind.__call__ = counted
     try:
-        with checkpointed_layers(model.layers[1:3]):
+        with checkpointing_layers(model.layers[1:3]):
             gradients = nn.value_and_grad(model, lambda tokens: model(tokens).sum())
             mx.eval(gradients(mx.array([[1, 2, 3]])))
     finally:
@@ -171,7 +171,7 @@ def test_the_classes_are_given_back_after_an_error(plain: Finished) -> None:
     call = kind.__call__
 
     def fail_inside() -> None:
-        with checkpointed_layers(plain.trainer.model.layers):
+        with checkpointing_layers(plain.trainer.model.layers):
             assert kind.__call__ is not call
             raise RuntimeError("on purpose")
 

@@ -11,9 +11,9 @@ import pytest
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels.cuda import lora_add
-from nested_core.kernels.cuda.launch import THREADS
+from nested_core.kernels.cuda.kernel_launch import THREADS
 from nested_core.kernels.cuda.lora_add import LowRankSum
-from nested_core.kernels.cuda.tiles import COMPILED_TILES
+from nested_core.kernels.cuda.rank_tiles import COMPILED_TILES
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 
@@ -51,7 +51,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return True
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees", agrees)
+    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees_with_reference", agrees)
     return kernel_calls
 
 
@@ -72,14 +72,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         )
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
-    monkeypatch.setattr(lora_add, "launch", note)
+    monkeypatch.setattr(lora_add, "launch_kernel", note)
     return launches
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_the_plain_sum_is_a_matmul_on_top_of_the_base(dtype: mx.Dtype) -> None:
     sums = sums_of((8, 64), (24, 96), dtype=dtype)
-    for found, (base, z, factor) in zip(lora_add.plain_low_rank_sums(sums), sums, strict=True):
+    for found, (base, z, factor) in zip(lora_add.low_rank_sums_in_mlx(sums), sums, strict=True):
         exact = [each.astype(mx.float32) for each in (base, z, factor)]
         assert found.dtype == dtype
         assert is_near(found, mx.addmm(exact[0], exact[1].T, exact[2]), ROUNDING[dtype])
@@ -94,7 +94,7 @@ def test_a_layers_output_and_its_inputs_gradient_are_such_sums(dtype: mx.Dtype) 
     output = x @ weight, 1.5 * (x @ a).T, b
     gradient = g @ weight.T, 1.5 * (g @ b.T).T, a.T
     for parts, expected in ((output, y), (gradient, dx)):
-        (found,) = lora_add.plain_low_rank_sums(
+        (found,) = lora_add.low_rank_sums_in_mlx(
             [LowRankSum(*(each.astype(dtype) for each in parts))]
         )
         assert is_near(found, expected, 4 * ROUNDING[dtype])
@@ -103,7 +103,7 @@ def test_a_layers_output_and_its_inputs_gradient_are_such_sums(dtype: mx.Dtype) 
 @pytest.mark.parametrize("rank", [8, 16, 24, 40, 64])
 def test_bfloat16_arrays_of_whole_tiles_are_for_the_kernels(rank: int, on_cuda: list[int]) -> None:
     x = normal(2, 3, 40)
-    assert lora_add.fits_kernels(x, [normal(8, 32), normal(rank, 160)])
+    assert lora_add.can_use_lora_kernels(x, [normal(8, 32), normal(rank, 160)])
     assert set(on_cuda) == {1, min(most for most in COMPILED_TILES if 8 * most >= rank)}
 
 
@@ -131,7 +131,7 @@ def test_other_dtypes_odd_rows_other_ranks_and_uneven_widths_are_not(
     fits, other = normal(8, 64), normal(*factor, dtype=dtypes[1])
     x = normal(*shape, dtype=dtypes[0])
     for factors in ([other], [fits, other], [other, fits]):
-        assert not lora_add.fits_kernels(x, factors)
+        assert not lora_add.can_use_lora_kernels(x, factors)
 
 
 def test_without_cuda_or_a_kernel_that_agrees_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +139,8 @@ def test_without_cuda_or_a_kernel_that_agrees_nothing_is(monkeypatch: pytest.Mon
     for has_cuda, agrees, is_taken in ((1, 1, True), (0, 1, False), (1, 0, False)):
         monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: bool(has))
         kernel = lora_add.low_rank_sums_on_cuda
-        monkeypatch.setattr(kernel, "agrees", lambda _, agrees=agrees: bool(agrees))
-        assert lora_add.fits_kernels(x, [factor]) is is_taken
+        monkeypatch.setattr(kernel, "agrees_with_reference", lambda _, agrees=agrees: bool(agrees))
+        assert lora_add.can_use_lora_kernels(x, [factor]) is is_taken
 
 
 @pytest.mark.parametrize("bad", COMPILED_TILES)
@@ -148,9 +148,13 @@ def test_factors_are_not_for_kernels_of_which_one_disagrees(
     bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees", lambda tiles: tiles != bad)
+    monkeypatch.setattr(
+        lora_add.low_rank_sums_on_cuda, "agrees_with_reference", lambda tiles: tiles != bad
+    )
     for other in (8, 64):
-        assert not lora_add.fits_kernels(normal(6, 40), [normal(8 * bad, 64), normal(other, 64)])
+        assert not lora_add.can_use_lora_kernels(
+            normal(6, 40), [normal(8 * bad, 64), normal(other, 64)]
+        )
 
 
 def test_a_base_of_another_dtype_takes_all_sums_to_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,17 +162,17 @@ def test_a_base_of_another_dtype_takes_all_sums_to_mlx(monkeypatch: pytest.Monke
 
     def note(sums: lora_add.Sums) -> Sequence[mx.array]:
         kernel_calls.append(len(sums))
-        return lora_add.plain_low_rank_sums(sums)
+        return lora_add.low_rank_sums_in_mlx(sums)
 
-    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "launch", note)
+    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "launch_kernel", note)
     sums = sums_of((8, 64), (8, 96))
-    lora_add.low_rank_sums(sums)
+    lora_add.compute_low_rank_sums(sums)
     assert kernel_calls == [2]
     sums[1] = sums[1]._replace(base=sums[1].base.astype(mx.float32))
-    found = lora_add.low_rank_sums(sums)
+    found = lora_add.compute_low_rank_sums(sums)
     assert kernel_calls == [2]
     assert [each.dtype for each in found] == [mx.bfloat16, mx.float32]
-    assert mx.array_equal(found[1], sums[1].in_float32()).item()
+    assert mx.array_equal(found[1], sums[1].computed_in_float32()).item()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ def test_a_launch_has_four_sums_of_which_some_are_of_no_size(
         group = sums[start : start + 4]
         missing = 4 - len(group)
         arrays = [array for each in [*group, *[group[0]] * missing] for array in each]
-        assert given["name"] == "expand"
+        assert given["name"] == "low_rank_sums"
         assert list(map(id, given["inputs"])) == list(map(id, arrays))
         shapes = [each.base.shape for each in group] + [(0,)] * missing
         assert given["outputs"] == [(shape, mx.bfloat16) for shape in shapes]
@@ -212,7 +216,7 @@ def test_a_grid_covers_every_row_and_column_and_no_block_is_for_nothing(width: i
 def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
     launched: list[dict[str, Any]],
 ) -> None:
-    assert str(lora_add.low_rank_sums_on_cuda.disagreement(3)).startswith("it differs by")
+    assert str(lora_add.low_rank_sums_on_cuda.describe_disagreement(3)).startswith("it differs by")
     (given,) = launched
     rows, steps, *sizes = given["numbers"]
     assert steps > 1

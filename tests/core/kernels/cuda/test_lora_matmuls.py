@@ -11,8 +11,12 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels.cuda import lora_matmuls
-from nested_core.kernels.cuda.launch import THREADS
-from nested_core.kernels.cuda.tiles import COMPILED_TILES, has_kernel, tiles_for
+from nested_core.kernels.cuda.kernel_launch import THREADS
+from nested_core.kernels.cuda.rank_tiles import (
+    COMPILED_TILES,
+    has_kernel_for_rank,
+    tiles_of_smallest_kernel,
+)
 
 SIZES = ((8, 64), (16, 128), (8, 192), (64, 64), (24, 128), (8, 64))  # rank and width
 
@@ -45,18 +49,22 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     calls: list[tuple[str, int]] = []
 
     def narrow(pairs: lora_matmuls.Pairs, scale: float) -> mx.array:
-        calls.append(("narrow", len(pairs)))
-        return lora_matmuls.plain_project(pairs, scale)
+        calls.append(("project_to_rank", len(pairs)))
+        return lora_matmuls.project_to_rank_in_mlx(pairs, scale)
 
     def outer(pairs: lora_matmuls.Pairs) -> Sequence[mx.array]:
-        calls.append(("outer", len(pairs)))
-        return lora_matmuls.plain_gradients(pairs)
+        calls.append(("factor_gradients", len(pairs)))
+        return lora_matmuls.factor_gradients_in_mlx(pairs)
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
-    monkeypatch.setattr(lora_matmuls.project_on_cuda, "agrees", lambda tiles: True)
-    monkeypatch.setattr(lora_matmuls.gradients_on_cuda, "agrees", lambda tiles: True)
-    monkeypatch.setattr(lora_matmuls.project_on_cuda, "launch", narrow)
-    monkeypatch.setattr(lora_matmuls.gradients_on_cuda, "launch", outer)
+    monkeypatch.setattr(
+        lora_matmuls.project_to_rank_on_cuda, "agrees_with_reference", lambda tiles: True
+    )
+    monkeypatch.setattr(
+        lora_matmuls.factor_gradients_on_cuda, "agrees_with_reference", lambda tiles: True
+    )
+    monkeypatch.setattr(lora_matmuls.project_to_rank_on_cuda, "launch_kernel", narrow)
+    monkeypatch.setattr(lora_matmuls.factor_gradients_on_cuda, "launch_kernel", outer)
     return calls
 
 
@@ -85,7 +93,9 @@ def test_arrays_that_fit_go_to_the_kernels_at_most_four_pairs_at_once(
     assert [product.shape for product in found] == alike
     for product, (z, x) in zip(found, products, strict=True):
         assert mx.array_equal(product, z @ x).item()
-    assert kernel_calls == [("narrow", n) for n in each] + [("outer", n) for n in each]
+    assert kernel_calls == [("project_to_rank", n) for n in each] + [
+        ("factor_gradients", n) for n in each
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,14 +111,18 @@ def test_neighbours_of_one_rank_go_to_a_kernel_together_and_come_back_in_their_o
     for product, (z, x) in zip(found, pairs, strict=True):
         assert mx.array_equal(product, z @ x).item()
     runs = [len(list(run)) for _, run in groupby(ranks)]
-    assert kernel_calls == [("outer", min(4, n - i)) for n in runs for i in range(0, n, 4)]
+    assert kernel_calls == [
+        ("factor_gradients", min(4, n - i)) for n in runs for i in range(0, n, 4)
+    ]
 
 
 @pytest.mark.parametrize("bad", COMPILED_TILES)
 def test_no_kernel_is_used_that_disagrees_whatever_it_comes_with(
     bad: int, kernel_calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora_matmuls.gradients_on_cuda, "agrees", lambda tiles: tiles != bad)
+    monkeypatch.setattr(
+        lora_matmuls.factor_gradients_on_cuda, "agrees_with_reference", lambda tiles: tiles != bad
+    )
     for other in (8, 64):
         lora_matmuls.factor_gradients(outer_pairs((other, 64), (8 * bad, 64)))
         lora_matmuls.factor_gradients(outer_pairs((8 * bad, 64), (other, 64)))
@@ -116,7 +130,12 @@ def test_no_kernel_is_used_that_disagrees_whatever_it_comes_with(
 
 
 @pytest.mark.parametrize(
-    ("rows", "takers"), [(1, ["narrow"]), (5, ["narrow"]), (2, ["narrow", "outer"])]
+    ("rows", "takers"),
+    [
+        (1, ["project_to_rank"]),
+        (5, ["project_to_rank"]),
+        (2, ["project_to_rank", "factor_gradients"]),
+    ],
 )
 def test_an_odd_number_of_rows_goes_to_mlx_only_where_rows_are_summed(
     rows: int, takers: list[str], kernel_calls: list[tuple[str, int]]
@@ -156,16 +175,16 @@ def test_a_width_of_half_a_block_of_columns_fits_only_where_columns_are_summed(
 ) -> None:
     lora_matmuls.project_to_rank(narrow_pairs((8, 96)), 1.0)
     lora_matmuls.factor_gradients(outer_pairs((8, 96)))
-    assert kernel_calls == [("narrow", 1)]
+    assert kernel_calls == [("project_to_rank", 1)]
 
 
 def test_a_launch_has_four_pairs_of_which_some_are_of_no_height() -> None:
     pairs = narrow_pairs((24, 128), (8, 192))
     (a, x), (b, y) = pairs
-    arrays = lora_matmuls._padded(pairs)
+    arrays = lora_matmuls._pad_to_pairs_per_launch(pairs)
     assert [id(each) for each in arrays] == list(map(id, [a, x, b, y, a, x, a, x]))
-    assert lora_matmuls._sizes(pairs) == [3, 128, 1, 192, 0, 0, 0, 0]
-    assert lora_matmuls._compiled_tiles(pairs) == 3
+    assert lora_matmuls._tiles_and_widths(pairs) == [3, 128, 1, 192, 0, 0, 0, 0]
+    assert lora_matmuls._kernel_tiles(pairs) == 3
 
 
 def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_the_warps_reach(
@@ -177,13 +196,15 @@ def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_th
         shapes[name] = [array.shape for array in inputs] + [shape for shape, _ in outputs]
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
-    monkeypatch.setattr(lora_matmuls, "launch", note)
-    for kernel in (lora_matmuls.project_on_cuda, lora_matmuls.gradients_on_cuda):
-        assert str(kernel.disagreement(3)).startswith("it differs by")
+    monkeypatch.setattr(lora_matmuls, "launch_kernel", note)
+    for kernel in (lora_matmuls.project_to_rank_on_cuda, lora_matmuls.factor_gradients_on_cuda):
+        assert str(kernel.describe_disagreement(3)).startswith("it differs by")
     warps = THREADS // 32
-    assert min(width for _, width in shapes["narrow"][:-1]) > lora_matmuls.WARP_DEPTH * warps
-    assert shapes["narrow"][1][0] % 2 == 1
-    rows, splits = shapes["outer"][1][0], shapes["outer"][-1][0]
+    assert (
+        min(width for _, width in shapes["project_to_rank"][:-1]) > lora_matmuls.WARP_DEPTH * warps
+    )
+    assert shapes["project_to_rank"][1][0] % 2 == 1
+    rows, splits = shapes["factor_gradients"][1][0], shapes["factor_gradients"][-1][0]
     assert splits > 1
     assert rows > splits * lora_matmuls.BLOCK_ROWS * warps
     assert rows % lora_matmuls.BLOCK_ROWS != 0
@@ -191,11 +212,11 @@ def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_th
 
 @pytest.mark.parametrize(("rank", "most"), [(8, 1), (32, 4), (40, 6), (48, 6), (56, 8), (64, 8)])
 def test_a_kernel_is_made_for_the_next_number_of_tiles(rank: int, most: int) -> None:
-    assert lora_matmuls._compiled_tiles(narrow_pairs((8, 64), (rank, 64))) == most
+    assert lora_matmuls._kernel_tiles(narrow_pairs((8, 64), (rank, 64))) == most
 
 
 def test_ranks_of_whole_tiles_up_to_the_largest_have_a_kernel_with_as_many_tiles() -> None:
-    ranks = [rank for rank in range(-8, 200) if has_kernel(rank)]
+    ranks = [rank for rank in range(-8, 200) if has_kernel_for_rank(rank)]
     assert ranks == [8, 16, 24, 32, 40, 48, 56, 64]
-    assert [tiles_for(rank) for rank in ranks] == [1, 2, 3, 4, 6, 6, 8, 8]
-    assert tiles_for(1) == 1
+    assert [tiles_of_smallest_kernel(rank) for rank in ranks] == [1, 2, 3, 4, 6, 6, 8, 8]
+    assert tiles_of_smallest_kernel(1) == 1

@@ -12,7 +12,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels import rms_norm, rope, swiglu
-from nested_core.kernels.cuda import concatenate, lora_add, lora_matmuls, mlp, tiles
+from nested_core.kernels.cuda import concatenate, gated_mlp, lora_add, lora_matmuls, rank_tiles
 from nested_core.kernels.cuda.self_check import CheckedKernel
 
 Fault = Callable[[mx.array], mx.array]
@@ -21,10 +21,10 @@ Fault = Callable[[mx.array], mx.array]
 @pytest.fixture
 def narrower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of fewer columns: only a kernel needs so many, and MLX takes seconds for them."""
-    example = lora_add.example_sum
-    for module in (lora_add, mlp):
+    example = lora_add.random_low_rank_sum
+    for module in (lora_add, gated_mlp):
         monkeypatch.setattr(
-            module, "example_sum", lambda rank, width: example(rank, min(width, 160))
+            module, "random_low_rank_sum", lambda rank, width: example(rank, min(width, 160))
         )
 
 
@@ -39,7 +39,7 @@ class Check:
 
     def with_formula(self, formula: Callable[..., Any]) -> str | None:
         """What the check says of another formula in the kernel's place."""
-        return replace(self.kernel, launch=formula).disagreement(*self.variant)
+        return replace(self.kernel, launch=formula).describe_disagreement(*self.variant)
 
     def with_faults(self, *faults: Fault) -> str | None:
         """What the check says of the formula with a fault in each output."""
@@ -55,18 +55,22 @@ class Check:
 
 
 CHECKS = {
-    "project": Check(lora_matmuls.project_on_cuda, lora_matmuls.plain_project, 1, (3,)),
-    "factor gradients": Check(
-        lora_matmuls.gradients_on_cuda, lora_matmuls.plain_gradients, 2, (3,)
+    "project": Check(
+        lora_matmuls.project_to_rank_on_cuda, lora_matmuls.project_to_rank_in_mlx, 1, (3,)
     ),
-    "low-rank sums": Check(lora_add.low_rank_sums_on_cuda, lora_add.plain_low_rank_sums, 2, (3,)),
-    "mlp": Check(mlp.gated_product_on_cuda, mlp.plain_gated_product, 1, (3,)),
-    "mlp gradients": Check(mlp.gated_gradients_on_cuda, mlp.plain_gated_gradients, 3, (3,)),
+    "factor gradients": Check(
+        lora_matmuls.factor_gradients_on_cuda, lora_matmuls.factor_gradients_in_mlx, 2, (3,)
+    ),
+    "low-rank sums": Check(lora_add.low_rank_sums_on_cuda, lora_add.low_rank_sums_in_mlx, 2, (3,)),
+    "mlp": Check(gated_mlp.gated_product_on_cuda, gated_mlp.gated_product_in_mlx, 1, (3,)),
+    "mlp gradients": Check(
+        gated_mlp.gated_gradients_on_cuda, gated_mlp.gated_gradients_in_mlx, 3, (3,)
+    ),
     "swiglu": Check(swiglu.swiglu_on_cuda, swiglu.plain_swiglu, 1),
-    "swiglu gradients": Check(swiglu.gradients_on_cuda, swiglu.plain_gradients, 2),
-    "rope": Check(rope.rotate_on_cuda, rope.plain_rotate, 2),
-    "norm": Check(rms_norm.input_gradient_on_cuda, rms_norm.plain_input_gradient, 1, (2600,)),
-    "concatenate": Check(concatenate.concatenate_on_cuda, concatenate.plain_concatenate, 1),
+    "swiglu gradients": Check(swiglu.swiglu_gradients_on_cuda, swiglu.swiglu_gradients_in_mlx, 2),
+    "rope": Check(rope.rotate_on_cuda, rope.rotate_in_mlx, 2),
+    "norm": Check(rms_norm.input_gradient_on_cuda, rms_norm.input_gradient_in_mlx, 1, (2600,)),
+    "concatenate": Check(concatenate.concatenate_on_cuda, concatenate.concatenate_in_mlx, 1),
 }
 OUTPUTS = [(name, place) for name, check in CHECKS.items() for place in range(check.outputs)]
 
@@ -114,12 +118,12 @@ def test_the_check_finds_a_result_that_is_transposed(name: str) -> None:
 
 def test_the_checks_find_an_argument_that_is_not_looked_at() -> None:
     formulas: dict[str, Callable[..., Any]] = {
-        "project": lambda pairs, scale: lora_matmuls.plain_project(pairs, 1.0),
-        "rope": lambda x, table, inverse: rope.plain_rotate(x, table, False),
-        "norm": lambda x, weight, eps, g: rms_norm.plain_input_gradient(
+        "project": lambda pairs, scale: lora_matmuls.project_to_rank_in_mlx(pairs, 1.0),
+        "rope": lambda x, table, inverse: rope.rotate_in_mlx(x, table, False),
+        "norm": lambda x, weight, eps, g: rms_norm.input_gradient_in_mlx(
             x, mx.ones_like(weight), eps, g
         ),
-        "concatenate": lambda arrays: concatenate.plain_concatenate(arrays[::-1]),
+        "concatenate": lambda arrays: concatenate.concatenate_in_mlx(arrays[::-1]),
     }
     for name, formula in formulas.items():
         assert "it differs by" in str(CHECKS[name].with_formula(formula))
@@ -135,17 +139,17 @@ def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part:
         )
         return [lost if i == place else each for i, each in enumerate(sums)]
 
-    def gradients(*sums: lora_add.LowRankSum) -> mlp.GatedGradients:
-        return mlp.plain_gated_gradients(*without(sums))
+    def gradients(*sums: lora_add.LowRankSum) -> gated_mlp.GatedGradients:
+        return gated_mlp.gated_gradients_in_mlx(*without(sums))
 
     found = [CHECKS["mlp gradients"].with_formula(gradients)]
     if place < 2:
         found.append(
-            CHECKS["mlp"].with_formula(lambda *sums: mlp.plain_gated_product(*without(sums)))
+            CHECKS["mlp"].with_formula(lambda *sums: gated_mlp.gated_product_in_mlx(*without(sums)))
         )
         found.append(
             CHECKS["low-rank sums"].with_formula(
-                lambda sums: lora_add.plain_low_rank_sums(without(sums))
+                lambda sums: lora_add.low_rank_sums_in_mlx(without(sums))
             )
         )
     assert all("it differs by" in str(each) for each in found)
@@ -155,7 +159,7 @@ def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part:
 def test_the_check_of_concatenation_finds_each_array_that_is_lost(lost: int) -> None:
     def concatenate_others(arrays: Any) -> mx.array:
         kept = [mx.zeros_like(a) if i == lost else a for i, a in enumerate(arrays)]
-        return concatenate.plain_concatenate(kept)
+        return concatenate.concatenate_in_mlx(kept)
 
     assert "it differs by" in str(CHECKS["concatenate"].with_formula(concatenate_others))
 
@@ -175,7 +179,9 @@ def test_a_disagreement_is_measured_by_the_largest_element() -> None:
     expected = [mx.array([0.0, 100.0]), mx.array([[1.0]])]
 
     def found(*arrays: Any) -> str | None:
-        return kernel_of(lambda: [mx.array(each) for each in arrays], expected).disagreement()
+        return kernel_of(
+            lambda: [mx.array(each) for each in arrays], expected
+        ).describe_disagreement()
 
     assert found([1.9, 98.1], [[1.01]]) is None
     assert found([2.5, 100.0], [[1.0]]) == "it differs by 2.5 where elements are up to 100"
@@ -188,11 +194,11 @@ def test_every_example_is_compared() -> None:
     doubled = CheckedKernel(
         "norms", lambda n: mx.array(2.0 * n), lambda n: mx.array(1.0 * n), lambda: [(0,), (3,)]
     )
-    assert doubled.disagreement() == "it differs by 3 where elements are up to 3"
+    assert doubled.describe_disagreement() == "it differs by 3 where elements are up to 3"
 
 
 def test_a_failure_is_told_in_one_line_of_at_most_200_characters() -> None:
-    assert kernel_of(fail).disagreement() == "it failed: line one " + 191 * "x"
+    assert kernel_of(fail).describe_disagreement() == "it failed: line one " + 191 * "x"
 
 
 def test_a_kernel_that_disagrees_is_told_of_in_one_warning_a_process() -> None:
@@ -206,7 +212,7 @@ def test_a_kernel_that_disagrees_is_told_of_in_one_warning_a_process() -> None:
     )
     kernel = kernel_of(fail_at_once)
     with pytest.warns(UserWarning, match="^Our CUDA kernel") as caught:
-        assert [kernel.agrees(), kernel.agrees()] == [False, False]
+        assert [kernel.agrees_with_reference(), kernel.agrees_with_reference()] == [False, False]
     assert [str(each.message) for each in caught] == [message]
     assert launches == [1]
 
@@ -214,7 +220,7 @@ def test_a_kernel_that_disagrees_is_told_of_in_one_warning_a_process() -> None:
 def test_a_sound_kernel_is_used_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernel_of(lambda: []).agrees() is True
+        assert kernel_of(lambda: []).agrees_with_reference() is True
 
 
 def test_each_variant_is_compared_for_itself_and_once() -> None:
@@ -228,7 +234,7 @@ def test_each_variant_is_compared_for_itself_and_once() -> None:
         "norms", lambda n: mx.array(float(n > 1)), lambda n: mx.array(1.0), examples
     )
     with pytest.warns(UserWarning, match="it differs by 1"):
-        assert [kernel.agrees(n) for n in (1, 2, 1, 2)] == [False, True, False, True]
+        assert [kernel.agrees_with_reference(n) for n in (1, 2, 1, 2)] == [False, True, False, True]
     assert compared == [1, 2]
 
 
@@ -246,6 +252,6 @@ def test_without_cuda_a_kernel_is_not_usable_and_not_launched(
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_cuda_the_kernels_agree_with_mlx(name: str) -> None:
     kernel, variant = CHECKS[name].kernel, CHECKS[name].variant
-    of_tiles = [(number,) for number in tiles.COMPILED_TILES]
+    of_tiles = [(number,) for number in rank_tiles.COMPILED_TILES]
     for each in of_tiles if variant == (3,) else [variant]:
-        assert kernel.disagreement(*each) is None
+        assert kernel.describe_disagreement(*each) is None

@@ -8,7 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from nested_core.kernels.quantized_linear import dequantized_bytes, dequantized_weights
+from nested_core.kernels.quantized_linear import (
+    dequantized_weight_bytes,
+    multiplying_by_dequantized_weights,
+)
 from nested_core.training.memory.estimate import LayerFootprint
 from nested_core.training.memory.layers import read_layers
 from tests.architectures import ARCHITECTURES, build
@@ -41,13 +44,18 @@ def test_the_product_of_an_mlp_is_recomputed_where_all_of_it_is_lora_without_dro
 def test_only_quantised_layers_have_a_dequantized_weight() -> None:
     model = build("llama", quantized=True, vocab_size=1000)
     words, down = model.model.embed_tokens, model.layers[0].mlp.down_proj.linear
-    assert (dequantized_bytes(words), dequantized_bytes(down)) == (4 * 1000 * 64, 4 * 64 * 128)
-    assert dequantized_bytes(model.layers[0]) == dequantized_bytes(nn.Linear(4, 4)) == 0
-    assert dequantized_bytes(nn.QuantizedLinear(64, 64, mode="mxfp4")) == 0
-    with dequantized_weights(model):
-        assert dequantized_bytes(words) == 4 * 1000 * 64
+    assert (dequantized_weight_bytes(words), dequantized_weight_bytes(down)) == (
+        4 * 1000 * 64,
+        4 * 64 * 128,
+    )
+    assert (
+        dequantized_weight_bytes(model.layers[0]) == dequantized_weight_bytes(nn.Linear(4, 4)) == 0
+    )
+    assert dequantized_weight_bytes(nn.QuantizedLinear(64, 64, mode="mxfp4")) == 0
+    with multiplying_by_dequantized_weights(model):
+        assert dequantized_weight_bytes(words) == 4 * 1000 * 64
     model.set_dtype(mx.bfloat16)
-    assert dequantized_bytes(words) == 2 * 1000 * 64
+    assert dequantized_weight_bytes(words) == 2 * 1000 * 64
 
 
 def test_inputs_of_layers_that_are_not_trained_are_not_kept() -> None:

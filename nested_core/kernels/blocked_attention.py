@@ -19,7 +19,7 @@ from mlx_lm.models import base
 
 from nested_core import backend
 from nested_core.kernels.exponential import exponential
-from nested_core.kernels.patching import replaced_function
+from nested_core.kernels.patching import replacing_function
 
 NAME = "scaled_dot_product_attention"
 BLOCKS = 4  # in which 5/8 of the scores are computed
@@ -58,7 +58,7 @@ def _attention_in_blocks(queries: mx.array, keys: mx.array, values: mx.array) ->
     are (batch, key heads, 1, length, width).
     """
     outputs, probabilities = [], []
-    for start, end in _block_ranges(queries.shape[3]):
+    for start, end in _query_block_ranges(queries.shape[3]):
         scores = queries[..., start:end, :] @ keys[..., :end, :].swapaxes(-1, -2)
         visible = mx.arange(start, end)[:, None] >= mx.arange(end)
         scores = mx.where(visible, scores, -math.inf)
@@ -76,7 +76,7 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
     """
     queries, keys, values = primals
     output, *probabilities = outputs
-    ranges = _block_ranges(queries.shape[3])
+    ranges = _query_block_ranges(queries.shape[3])
     gradient = mx.contiguous(cotangents[0])
     dq, dk, dv = [], [], []
     for (start, end), p in zip(ranges, probabilities, strict=True):
@@ -87,15 +87,19 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
         dq.append(d_scores @ keys[..., :end, :])
         dk.append(d_scores.swapaxes(-1, -2) @ queries[..., start:end, :])
         dv.append(p.swapaxes(-1, -2) @ g)
-    return mx.concatenate(dq, axis=3), _sum_blocks(dk, ranges), _sum_blocks(dv, ranges)
+    return (
+        mx.concatenate(dq, axis=3),
+        _sum_key_gradients(dk, ranges),
+        _sum_key_gradients(dv, ranges),
+    )
 
 
-def _block_ranges(length: int) -> list[tuple[int, int]]:
+def _query_block_ranges(length: int) -> list[tuple[int, int]]:
     """Start and end of each block of queries; its keys are those from 0 to the same end."""
     return list(pairwise(length * block // BLOCKS for block in range(BLOCKS + 1)))
 
 
-def _sum_blocks(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
+def _sum_key_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
     """The sum of the blocks' gradients, each from 0 to its block's end, over a key's heads."""
     columns = []
     for index, (start, end) in enumerate(ranges):
@@ -106,10 +110,10 @@ def _sum_blocks(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.arra
 
 
 @contextmanager
-def blocked_attention(model: nn.Module) -> Iterator[None]:
+def using_blocked_attention(model: nn.Module) -> Iterator[None]:
     """On a CPU, compute a model's causal attention in blocks of queries inside this context."""
     if backend.device() != "cpu":
         yield
         return
-    with replaced_function(model, NAME, plain_attention, causal_attention):
+    with replacing_function(model, NAME, plain_attention, causal_attention):
         yield

@@ -56,7 +56,7 @@ class TierStats:
     skipped: int
 
 
-def check_options(
+def check_tiered_options(
     tiers: Sequence[Tier], slow_gradients: str, accumulate: str, max_grad_norm: float
 ) -> None:
     """Raise ValueError for options of `Tiered` that mean nothing."""
@@ -73,14 +73,14 @@ def check_options(
         raise ValueError(f"max_grad_norm should be >=0, {max_grad_norm} was provided instead")
 
 
-def refuse_reserved(names: Iterable[str]) -> None:
+def refuse_reserved_names(names: Iterable[str]) -> None:
     """Raise ValueError for parameters whose names the optimizer's state needs itself."""
     taken = [name for name in names if name.split(".")[0] in RESERVED_NAMES]
     if taken:
         raise ValueError(f"Parameters may not be named {taken}: the optimizer's state is.")
 
 
-def find_owners(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
+def tier_of_each_parameter(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
     """The tier of every parameter name.
 
     Raises ValueError for a tier that names an unknown parameter and for a parameter in two tiers.
@@ -108,7 +108,7 @@ def find_owners(tiers: Sequence[Tier], names: Iterable[str]) -> dict[str, int]:
     return owners | {name: rest for name in orphans if rest is not None}
 
 
-def new_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:
+def new_tier_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:
     """The counters of an optimizer that has done `step` steps (none, or in another's state).
 
     uint64 arrays of shape (tiers,): `updates` applied, updates `skipped` for non-finite gradients,
@@ -126,7 +126,7 @@ def new_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.array]:
     }
 
 
-def check_layout(layout: mx.array | None) -> None:
+def require_current_layout(layout: mx.array | None) -> None:
     """Raise DamagedError unless a state's `layout` counter is LAYOUT; a state of old has none."""
     number = 1 if layout is None else layout.item()
     if number != LAYOUT:
@@ -136,13 +136,13 @@ def check_layout(layout: mx.array | None) -> None:
         )
 
 
-def as_counts(flags: Mapping[int, mx.array], tiers: int) -> mx.array:
+def flags_to_counts(flags: Mapping[int, mx.array], tiers: int) -> mx.array:
     """Flags of some tiers as a uint64 vector over all of them, 0 for a tier without a flag."""
     absent = mx.array(False)
     return mx.stack([flags.get(i, absent) for i in range(tiers)]).astype(mx.uint64)
 
 
-def count_step(
+def update_counters(
     counters: dict[str, mx.array],
     due: Mapping[int, mx.array],
     applied: Mapping[int, mx.array],
@@ -151,9 +151,9 @@ def count_step(
 ) -> None:
     """Count one step in place: what was applied, what was due but skipped, and the norm."""
     tiers = counters["updates"].size
-    done = as_counts(applied, tiers)
+    done = flags_to_counts(applied, tiers)
     left_out = {i: is_due & mx.logical_not(applied[i]) for i, is_due in due.items()}
-    skipped = as_counts(left_out, tiers)
+    skipped = flags_to_counts(left_out, tiers)
     row = counters["nonfinite_in_a_row"]
     counters["updates"] = counters["updates"] + done
     counters["skipped"] = counters["skipped"] + skipped
@@ -162,7 +162,7 @@ def count_step(
     counters["grad_norm"] = norm
 
 
-def tier_stats(
+def read_tier_stats(
     tiers: Sequence[Tier],
     owners: Mapping[str, int],
     specs: Mapping[str, ArraySpec],

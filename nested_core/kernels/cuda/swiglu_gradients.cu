@@ -1,7 +1,7 @@
 #include "common.cuh"
 
 // The gradients with respect to gate and x.
-KERNEL swiglu_back(
+KERNEL swiglu_gradients(
     const T* gate, const T* x, const T* g, T* d_gate, T* d_x, int packs) {
   long i = (long)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= packs) return;

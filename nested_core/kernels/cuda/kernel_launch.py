@@ -25,7 +25,7 @@ WIDTH = 8  # elements of a load: 16 bytes of bfloat16
 ArraySpec = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype
 
 
-def launch(
+def launch_kernel(
     name: str,
     inputs: Sequence[mx.array],
     outputs: Sequence[ArraySpec],
@@ -53,24 +53,24 @@ def launch(
     across, down, *planes = blocks
     return mx.fast.precompiled_cuda_kernel(
         name=name,  # MLX tells programs of one name apart by what is in them
-        compiled_source=compiled(name, **macros),
+        compiled_source=compile_kernel(name, **macros),
         inputs=inputs,
         output_shapes=[shape for shape, _ in outputs],
         output_dtypes=[dtype for _, dtype in outputs],
-        scalars=[n if isinstance(n, int) else in_float32(n) for n in numbers],
+        scalars=[n if isinstance(n, int) else round_to_float32(n) for n in numbers],
         grid=(across * threads, down, planes[0] if planes else 1),
         threadgroup=(threads, 1, 1),
         ensure_row_contiguous=True,
     )
 
 
-def in_float32(number: float) -> float:
+def round_to_float32(number: float) -> float:
     """The nearest float32: MLX refuses numbers that are none."""
     return float(np.float32(number))
 
 
 @cache
-def compiled(name: str, **macros: int) -> bytes:
+def compile_kernel(name: str, **macros: int) -> bytes:
     """The compressed program of a source file for this machine's GPU; else a RuntimeError."""
     try:
         from cuda.core import Device, Program, ProgramOptions
@@ -78,19 +78,19 @@ def compiled(name: str, **macros: int) -> bytes:
 
         defined = [(macro, str(value)) for macro, value in macros.items()]
         options = ProgramOptions(arch=f"sm_{Device().arch}", define_macro=defined or None)
-        program = Program(source_text(f"{name}.cu"), "c++", options)
+        program = Program(read_source_with_includes(f"{name}.cu"), "c++", options)
         try:
             cubin = program.compile("cubin", cache=FileStreamProgramCache())
         except OSError:  # nothing can be kept where the home is read-only
             cubin = program.compile("cubin")
-        return compressed(bytes(cubin.code), Device().arch)
+        return compress_program(bytes(cubin.code), Device().arch)
     except ImportError as error:
         raise RuntimeError(f"{error}: install nested-tune[cuda]") from error
     except Exception as error:  # cuda.core's errors have no common base that is public
         raise RuntimeError(str(error)) from error
 
 
-def compressed(cubin: bytes, arch: str) -> bytes:
+def compress_program(cubin: bytes, arch: str) -> bytes:
     """A fat binary of one program for `arch`, such as 90, as small as nvFatbin makes it."""
     from cuda.bindings import nvfatbin
 
@@ -105,7 +105,7 @@ def compressed(cubin: bytes, arch: str) -> bytes:
     return bytes(program)
 
 
-def source_text(file: str) -> str:
+def read_source_with_includes(file: str) -> str:
     """A source file with the text of its includes in their place: the compiler sees no folder."""
     text = (files("nested_core.kernels") / "cuda" / file).read_text()
-    return INCLUDE.sub(lambda include: source_text(include[1]), text)
+    return INCLUDE.sub(lambda include: read_source_with_includes(include[1]), text)

@@ -62,7 +62,7 @@ __device__ inline void product(
 
 // Up to four pairs, side by side in the grid's x; its y splits the rows, and each split has a part
 // of its own in `out`, where the pairs' results follow one another.
-KERNEL outer(
+KERNEL factor_gradients(
     const T* z0, const T* x0, const T* z1, const T* x1, const T* z2, const T* x2, const T* z3,
     const T* x3, float* out, int rows, int n0, int w0, int n1, int w1, int n2, int w2, int n3,
     int w3) {

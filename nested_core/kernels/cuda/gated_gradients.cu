@@ -1,6 +1,6 @@
-#include "expand.cuh"
+#include "low_rank_sum.cuh"
 
-// What `mlp` gives, again, and the gradients with respect to gate and up; its own gradient is a sum
+// What `gated_product` gives, again, and the gradients with respect to gate and up; its own gradient is a sum
 // too.
 __device__ inline void through(float (&gate)[W], float (&up)[W], float (&g)[W]) {
   #pragma unroll
@@ -12,7 +12,7 @@ __device__ inline void through(float (&gate)[W], float (&up)[W], float (&g)[W]) 
   }
 }
 
-KERNEL_BESIDE(MOST == 1 ? 3 : 1) mlp_back(
+KERNEL_BESIDE(MOST == 1 ? 3 : 1) gated_gradients(
     const T* gate, const T* z_gate, const T* b_gate, const T* up, const T* z_up, const T* b_up,
     const T* g, const T* z_g, const T* b_g, T* d_gate, T* d_up, T* out, int rows, int steps,
     int width, int n_gate, int n_up, int n_g) {

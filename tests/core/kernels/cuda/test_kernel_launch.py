@@ -16,13 +16,20 @@ import numpy as np
 import pytest
 
 from nested_core.kernels import rms_norm, rope, swiglu
-from nested_core.kernels.cuda import concatenate, launch, lora_add, lora_matmuls, mlp, tiles
+from nested_core.kernels.cuda import (
+    concatenate,
+    gated_mlp,
+    kernel_launch,
+    lora_add,
+    lora_matmuls,
+    rank_tiles,
+)
 from nested_core.kernels.cuda.self_check import CheckedKernel
 
-FOLDER = Path(launch.__file__).parent
+FOLDER = Path(kernel_launch.__file__).parent
 SOURCES = {path.stem: path.read_text() for path in sorted((FOLDER).glob("*.cu"))}
-COMMON, EXPAND = ((FOLDER / name).read_text() for name in ("common.cuh", "expand.cuh"))
-LAUNCHES = re.compile(r'\b(?:_?launch|_elementwise)\(\s*"(\w+)"')
+COMMON, EXPAND = ((FOLDER / name).read_text() for name in ("common.cuh", "low_rank_sum.cuh"))
+LAUNCHES = re.compile(r'\b(?:launch_kernel|_launch_gated_kernel|_launch_elementwise)\(\s*"(\w+)"')
 KERNEL = re.compile(r"^KERNEL(?:_BESIDE\([^)]*\))? (\w+)\((.*?)\) \{", re.MULTILINE | re.DOTALL)
 TYPE = mx.bfloat16
 
@@ -61,21 +68,21 @@ def test_a_files_one_kernel_has_its_name(name: str) -> None:
 def test_a_source_is_compiled_with_what_it_includes_before_it_once(name: str) -> None:
     first, own = SOURCES[name].split("\n", 1)
     sums = EXPAND.removeprefix('#include "common.cuh"\n')
-    shared = {'#include "common.cuh"': COMMON, '#include "expand.cuh"': COMMON + sums}
-    assert launch.source_text(f"{name}.cu") == shared[first] + own
-    assert "#include" not in launch.source_text(f"{name}.cu")
+    shared = {'#include "common.cuh"': COMMON, '#include "low_rank_sum.cuh"': COMMON + sums}
+    assert kernel_launch.read_source_with_includes(f"{name}.cu") == shared[first] + own
+    assert "#include" not in kernel_launch.read_source_with_includes(f"{name}.cu")
 
 
 def test_widths_and_counts_are_those_of_the_sources() -> None:
-    assert f"constexpr int W = {launch.WIDTH};" in COMMON
-    assert launch.THREADS == 32 * 8
+    assert f"constexpr int W = {kernel_launch.WIDTH};" in COMMON
+    assert kernel_launch.THREADS == 32 * 8
     assert "constexpr int WARPS = 8;" in COMMON
-    assert mx.bfloat16 == launch.DTYPE
+    assert mx.bfloat16 == kernel_launch.DTYPE
     assert "cvt.rn.bf16.f32" in COMMON
     assert ".bf16.bf16.f32" in COMMON
     assert f"threadIdx.x / 32) * {lora_add.WARP_COLUMNS};" in EXPAND
-    assert f"({tiles.TILE} * min(i, n - 1)" in EXPAND
-    for name in ("expand", "mlp", "mlp_back"):
+    assert f"({rank_tiles.TILE} * min(i, n - 1)" in EXPAND
+    for name in ("low_rank_sums", "gated_product", "gated_gradients"):
         assert f"first = blockIdx.y * steps * {lora_add.WARP_ROWS};" in SOURCES[name]
         assert (
             f"first + steps * {lora_add.WARP_ROWS}); row += {lora_add.WARP_ROWS})" in SOURCES[name]
@@ -84,27 +91,38 @@ def test_widths_and_counts_are_those_of_the_sources() -> None:
 
 def macros_of(name: str) -> set[str]:
     """What has to be defined for a kernel."""
-    return set(re.findall(r"\b(?:MOST|PACKS)\b", launch.source_text(f"{name}.cu")))
+    return set(
+        re.findall(r"\b(?:MOST|PACKS)\b", kernel_launch.read_source_with_includes(f"{name}.cu"))
+    )
 
 
 PAIRS = [(of(8, 64), of(40, 64)), (of(24, 128), of(40, 128))]
 PRODUCTS = [(of(8, 300), of(300, 64)), (of(24, 300), of(300, 128))]
 SUMS = [lora_add.LowRankSum(of(40, 64), of(8, 40), of(8, 64))] * 3
 CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
-    "expand": (lora_add, lambda: lora_add.low_rank_sums_on_cuda(SUMS)),
-    "mlp": (mlp, lambda: mlp.gated_product_on_cuda(SUMS[0], SUMS[1])),
-    "mlp_back": (mlp, lambda: mlp.gated_gradients_on_cuda(SUMS[0], SUMS[1], SUMS[2])),
-    "join": (concatenate, lambda: concatenate.concatenate_on_cuda([of(8), of(16), of(8)])),
-    "narrow": (lora_matmuls, lambda: lora_matmuls.project_on_cuda(PAIRS, 2)),
-    "outer": (lora_matmuls, lambda: lora_matmuls.gradients_on_cuda(PRODUCTS)),
-    "sum_of_splits": (lora_matmuls, lambda: lora_matmuls.gradients_on_cuda(PRODUCTS)),
-    "norm_back": (
+    "low_rank_sums": (lora_add, lambda: lora_add.low_rank_sums_on_cuda(SUMS)),
+    "gated_product": (gated_mlp, lambda: gated_mlp.gated_product_on_cuda(SUMS[0], SUMS[1])),
+    "gated_gradients": (
+        gated_mlp,
+        lambda: gated_mlp.gated_gradients_on_cuda(SUMS[0], SUMS[1], SUMS[2]),
+    ),
+    "concatenate": (concatenate, lambda: concatenate.concatenate_on_cuda([of(8), of(16), of(8)])),
+    "project_to_rank": (lora_matmuls, lambda: lora_matmuls.project_to_rank_on_cuda(PAIRS, 2)),
+    "factor_gradients": (lora_matmuls, lambda: lora_matmuls.factor_gradients_on_cuda(PRODUCTS)),
+    "sum_of_splits": (lora_matmuls, lambda: lora_matmuls.factor_gradients_on_cuda(PRODUCTS)),
+    "rms_norm_gradient": (
         rms_norm,
         lambda: rms_norm.input_gradient_on_cuda(of(3, 40), of(40), 1e-5, of(3, 40)),
     ),
-    "turn": (rope, lambda: rope.rotate_on_cuda(of(2, 5, 4, 48), of(5, 48, dtype=mx.float32), True)),
+    "rotate": (
+        rope,
+        lambda: rope.rotate_on_cuda(of(2, 5, 4, 48), of(5, 48, dtype=mx.float32), True),
+    ),
     "swiglu": (swiglu, lambda: swiglu.swiglu_on_cuda(of(4, 8), of(4, 8))),
-    "swiglu_back": (swiglu, lambda: swiglu.gradients_on_cuda(of(4, 8), of(4, 8), of(4, 8))),
+    "swiglu_gradients": (
+        swiglu,
+        lambda: swiglu.swiglu_gradients_on_cuda(of(4, 8), of(4, 8), of(4, 8)),
+    ),
 }
 
 
@@ -116,7 +134,7 @@ def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.Mon
     def note(
         kernel: str,
         inputs: Sequence[mx.array],
-        outputs: Sequence[launch.ArraySpec],
+        outputs: Sequence[kernel_launch.ArraySpec],
         numbers: Sequence[int | float],
         *,
         blocks: Sequence[int],
@@ -131,7 +149,7 @@ def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.Mon
         given[kernel] = kinds + [type(each).__name__ for each in numbers], set(macros)
         return [mx.zeros(shape, kind) for shape, kind in outputs]
 
-    monkeypatch.setattr(module, "launch", note)
+    monkeypatch.setattr(module, "launch_kernel", note)
     call()
     kinds, macros = given[name]
     assert kinds == parameters(name)
@@ -150,21 +168,23 @@ def test_a_grid_is_of_threads_across_and_of_blocks_down_and_deep(
         given.update(arguments)
         return []
 
-    monkeypatch.setattr(launch, "compiled", lambda name, **macros: (name, macros))
+    monkeypatch.setattr(kernel_launch, "compile_kernel", lambda name, **macros: (name, macros))
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", note)
-    launch.launch("expand", [], [((2, 3), TYPE)], [7, 0.1], blocks=blocks, threads=256, MOST=2)
+    kernel_launch.launch_kernel(
+        "low_rank_sums", [], [((2, 3), TYPE)], [7, 0.1], blocks=blocks, threads=256, MOST=2
+    )
     assert given["grid"] == grid
     assert given["threadgroup"] == (256, 1, 1)
-    assert given["compiled_source"] == ("expand", {"MOST": 2})
+    assert given["compiled_source"] == ("low_rank_sums", {"MOST": 2})
     assert given["output_shapes"] == [(2, 3)]
     assert given["output_dtypes"] == [TYPE]
-    assert given["scalars"] == [7, launch.in_float32(0.1)]
+    assert given["scalars"] == [7, kernel_launch.round_to_float32(0.1)]
     assert given["ensure_row_contiguous"] is True
 
 
 @pytest.mark.parametrize("number", [1e-5, 1e-6, 2.0, 1 / 3, -1.0])
 def test_a_number_is_given_as_the_float32_that_is_nearest(number: float) -> None:
-    found = launch.in_float32(number)
+    found = kernel_launch.round_to_float32(number)
     assert type(found) is float
     assert float(np.float32(found)) == found
     assert found == pytest.approx(number, rel=2**-24)
@@ -175,27 +195,27 @@ def test_without_cuda_core_a_person_is_told_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(RuntimeError, match=r": install nested-tune\[cuda\]$"):
-        launch.compiled("join")
+        kernel_launch.compile_kernel("concatenate")
 
 
 def test_a_kernel_without_cuda_core_is_found_to_fail_not_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.core", None)
-    monkeypatch.setattr(launch, "compiled", launch.compiled.__wrapped__)
+    monkeypatch.setattr(kernel_launch, "compile_kernel", kernel_launch.compile_kernel.__wrapped__)
     kernels: list[tuple[CheckedKernel[Any, Any], tuple[int, ...]]] = [
-        (lora_matmuls.project_on_cuda, (3,)),
-        (lora_matmuls.gradients_on_cuda, (3,)),
+        (lora_matmuls.project_to_rank_on_cuda, (3,)),
+        (lora_matmuls.factor_gradients_on_cuda, (3,)),
         (lora_add.low_rank_sums_on_cuda, (3,)),
-        (mlp.gated_product_on_cuda, (3,)),
-        (mlp.gated_gradients_on_cuda, (3,)),
+        (gated_mlp.gated_product_on_cuda, (3,)),
+        (gated_mlp.gated_gradients_on_cuda, (3,)),
         (swiglu.swiglu_on_cuda, ()),
-        (swiglu.gradients_on_cuda, ()),
+        (swiglu.swiglu_gradients_on_cuda, ()),
         (rope.rotate_on_cuda, ()),
         (rms_norm.input_gradient_on_cuda, (2600,)),
         (concatenate.concatenate_on_cuda, ()),
     ]
     for kernel, variant in kernels:
-        trouble = str(kernel.disagreement(*variant))
+        trouble = str(kernel.describe_disagreement(*variant))
         assert trouble.startswith("it failed: ")
         assert trouble.endswith(": install nested-tune[cuda]")

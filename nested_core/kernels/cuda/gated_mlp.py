@@ -9,23 +9,23 @@ from __future__ import annotations
 import mlx.core as mx
 
 from nested_core.kernels.cuda import lora_add
-from nested_core.kernels.cuda.launch import DTYPE, THREADS, launch
-from nested_core.kernels.cuda.lora_add import LowRankSum, example_sum
+from nested_core.kernels.cuda.kernel_launch import DTYPE, THREADS, launch_kernel
+from nested_core.kernels.cuda.lora_add import LowRankSum, random_low_rank_sum
+from nested_core.kernels.cuda.rank_tiles import TILE
 from nested_core.kernels.cuda.self_check import checked_kernel
-from nested_core.kernels.cuda.tiles import TILE
 
 GatedGradients = tuple[mx.array, mx.array, mx.array]  # of gate, of up; the product
 
 
 def gated_product(gate: LowRankSum, up: LowRankSum) -> mx.array:
     """silu(gate) * up, in the dtype of gate's base, for factors that fit the kernels."""
-    compute = gated_product_on_cuda if _have_kernel_dtype(gate, up) else plain_gated_product
+    compute = gated_product_on_cuda if _have_kernel_dtype(gate, up) else gated_product_in_mlx
     return compute(gate, up)
 
 
 def gated_gradients(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> GatedGradients:
     """The gradients with respect to gate and up, and the product again; g is its gradient."""
-    compute = gated_gradients_on_cuda if _have_kernel_dtype(gate, up, g) else plain_gated_gradients
+    compute = gated_gradients_on_cuda if _have_kernel_dtype(gate, up, g) else gated_gradients_in_mlx
     return compute(gate, up, g)
 
 
@@ -33,15 +33,15 @@ def _have_kernel_dtype(*sums: LowRankSum) -> bool:
     return all(each.base.dtype == DTYPE for each in sums)
 
 
-def plain_gated_product(gate: LowRankSum, up: LowRankSum) -> mx.array:
+def gated_product_in_mlx(gate: LowRankSum, up: LowRankSum) -> mx.array:
     """`gated_product` in MLX's operations."""
-    a, b = gate.in_float32(), up.in_float32()
+    a, b = gate.computed_in_float32(), up.computed_in_float32()
     return (a * mx.sigmoid(a) * b).astype(gate.base.dtype)
 
 
-def plain_gated_gradients(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> GatedGradients:
+def gated_gradients_in_mlx(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> GatedGradients:
     """`gated_gradients` in MLX's operations."""
-    a, b, c = gate.in_float32(), up.in_float32(), g.in_float32()
+    a, b, c = gate.computed_in_float32(), up.computed_in_float32(), g.computed_in_float32()
     s = mx.sigmoid(a)
     dtype = gate.base.dtype
     d_gate = c * b * (s + a * s * (1 - s))
@@ -50,37 +50,43 @@ def plain_gated_gradients(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> Ga
     return d_gate.astype(dtype), d_up.astype(dtype), product.astype(dtype)
 
 
-def _examples(tiles: int) -> list[tuple[LowRankSum, LowRankSum, LowRankSum]]:
+def _example_gate_up_gradient(tiles: int) -> list[tuple[LowRankSum, LowRankSum, LowRankSum]]:
     """Gate, up and gradient, with warps that compute rows more than once."""
-    return [(example_sum(TILE * tiles, 4128), example_sum(TILE, 4128), example_sum(TILE, 4128))]
+    return [
+        (
+            random_low_rank_sum(TILE * tiles, 4128),
+            random_low_rank_sum(TILE, 4128),
+            random_low_rank_sum(TILE, 4128),
+        )
+    ]
 
 
-def _product_examples(tiles: int) -> list[tuple[LowRankSum, LowRankSum]]:
-    return [(gate, up) for gate, up, _ in _examples(tiles)]
+def _example_gate_up(tiles: int) -> list[tuple[LowRankSum, LowRankSum]]:
+    return [(gate, up) for gate, up, _ in _example_gate_up_gradient(tiles)]
 
 
-@checked_kernel("gated MLPs", reference=plain_gated_product, examples=_product_examples)
+@checked_kernel("gated MLPs", reference=gated_product_in_mlx, examples=_example_gate_up)
 def gated_product_on_cuda(gate: LowRankSum, up: LowRankSum) -> mx.array:
     """`gated_product` in one kernel."""
-    return _launch("mlp", 1, gate, up)[0]
+    return _launch_gated_kernel("gated_product", 1, gate, up)[0]
 
 
-@checked_kernel("gated MLPs", reference=plain_gated_gradients, examples=_examples)
+@checked_kernel("gated MLPs", reference=gated_gradients_in_mlx, examples=_example_gate_up_gradient)
 def gated_gradients_on_cuda(gate: LowRankSum, up: LowRankSum, g: LowRankSum) -> GatedGradients:
     """`gated_gradients` in one kernel."""
-    d_gate, d_up, product = _launch("mlp_back", 3, gate, up, g)
+    d_gate, d_up, product = _launch_gated_kernel("gated_gradients", 3, gate, up, g)
     return d_gate, d_up, product
 
 
-def _launch(name: str, outputs: int, *sums: LowRankSum) -> list[mx.array]:
+def _launch_gated_kernel(name: str, outputs: int, *sums: LowRankSum) -> list[mx.array]:
     rows, width = sums[0].base.shape
     steps, blocks = lora_add.warp_grid(rows, width)
-    return launch(
+    return launch_kernel(
         name,
         [array for each in sums for array in each],
         [((rows, width), DTYPE)] * outputs,
-        [rows, steps, width, *map(lora_add.rank_tiles, sums)],
+        [rows, steps, width, *map(lora_add.count_rank_tiles, sums)],
         blocks=blocks,
         threads=THREADS,
-        MOST=lora_add.compiled_tiles(sums),
+        MOST=lora_add.kernel_tiles(sums),
     )

@@ -1,7 +1,7 @@
-#include "expand.cuh"
+#include "low_rank_sum.cuh"
 
 // Up to four sums, one in each plane of the grid; a block takes `steps` times 16 rows.
-KERNEL expand(
+KERNEL low_rank_sums(
     const T* x0, const T* z0, const T* b0, const T* x1, const T* z1, const T* b1, const T* x2,
     const T* z2, const T* b2, const T* x3, const T* z3, const T* b3, T* out0, T* out1, T* out2,
     T* out3, int rows, int steps, int n0, int w0, int n1, int w1, int n2, int w2, int n3, int w3) {

@@ -1,4 +1,4 @@
-#include "expand.cuh"
+#include "low_rank_sum.cuh"
 
 // silu(gate) up, where both are sums; a block takes `steps` times 16 rows.
 __device__ inline void gated(float (&gate)[W], const float (&up)[W]) {
@@ -6,7 +6,7 @@ __device__ inline void gated(float (&gate)[W], const float (&up)[W]) {
   for (int k = 0; k < W; ++k) gate[k] *= sigmoid(gate[k]) * up[k];
 }
 
-KERNEL_BESIDE(MOST == 1 ? 4 : 1) mlp(
+KERNEL_BESIDE(MOST == 1 ? 4 : 1) gated_product(
     const T* gate, const T* z_gate, const T* b_gate, const T* up, const T* z_up, const T* b_up,
     T* out, int rows, int steps, int width, int n_gate, int n_up) {
   const int column = column_of_warp(), first = blockIdx.y * steps * 16;

@@ -2,7 +2,7 @@
 
 // x and out are (tokens, heads, 2 half), table (length, 2 half): cosines, then sines; sign is -1 for
 // the way back. A thread has eight pairs of a head.
-KERNEL turn(
+KERNEL rotate(
     const T* x, const float* table, T* out, int tokens, int length, int heads, int half,
     float sign) {
   const int columns = half / W, i = blockIdx.x * blockDim.x + threadIdx.x;

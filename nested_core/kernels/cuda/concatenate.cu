@@ -8,7 +8,7 @@
 #define CASE(i) case i: from = a##i, end = end##i; break;
 #define NEXT(i) case i + 1: start = end##i; break;
 
-KERNEL join(EACH(ARRAY) const uint4* a31, uint4* out, EACH(END) int end31) {
+KERNEL concatenate(EACH(ARRAY) const uint4* a31, uint4* out, EACH(END) int end31) {
   const uint4* from = a31;
   int start = 0, end = end31;
   switch (blockIdx.y) { EACH(CASE) }

@@ -52,7 +52,7 @@ __device__ inline void product(
 
 // Up to four pairs, one in each plane of the grid, their results one above the other in `out`;
 // n is the height of each m in tiles of 8, k its width.
-KERNEL narrow(
+KERNEL project_to_rank(
     const T* m0, const T* x0, const T* m1, const T* x1, const T* m2, const T* x2, const T* m3,
     const T* x3, T* out, int rows, int n0, int k0, int n1, int k1, int n2, int k2, int n3, int k3,
     float scale) {

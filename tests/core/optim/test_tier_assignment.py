@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nested_core import ConfigError, TierMap, assign_tiers
 from nested_core.config.nested import Assignment, NestedSection
-from nested_core.optim.tiers import expected_updates, refuse_tiers_never_due
+from nested_core.optim.tier_assignment import count_expected_updates, refuse_tiers_never_due
 
 PARTS = ("self_attn.q_proj.lora_a", "self_attn.q_proj.lora_b", "mlp.up_proj.lora_a")
 
@@ -181,4 +181,4 @@ def test_expected_updates_count_the_due_steps_and_one_for_a_flushed_chunk(
     due = [n for n in range(1, steps + 1) if n % frequency == 0]
     open_chunk = steps > (due[-1] if due else 0)
     expected = len(due) + (1 if flushed and open_chunk else 0)
-    assert expected_updates(steps, frequency, [steps] if flushed else []) == expected
+    assert count_expected_updates(steps, frequency, [steps] if flushed else []) == expected

@@ -13,8 +13,8 @@ from mlx_lm.models import llama
 from mlx_lm.models.activations import swiglu
 from mlx_lm.tuner.lora import LoRALinear
 
-from nested_core.kernels.activation_checkpointing import checkpointed_layers
-from nested_core.kernels.call_tracing import find_gated_mlps, layers_sharing_input, trace_calls
+from nested_core.kernels.activation_checkpointing import checkpointing_layers
+from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
 from nested_core.kernels.swiglu import plain_swiglu
 from tests.architectures import ARCHITECTURES, build
 
@@ -46,7 +46,7 @@ def test_layers_with_one_input_are_found_by_tracing_not_by_name(
     name: str, expected: list[list[str]]
 ) -> None:
     model = build(name)
-    assert names_of(model, layers_sharing_input(trace_calls(model))) == in_each_layer(*expected)
+    assert names_of(model, group_layers_by_input(trace_calls(model))) == in_each_layer(*expected)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_layers_that_are_to_stay_apart_are_in_no_group(
 ) -> None:
     model = build(name)
     apart = chain(*(mlp.layers for mlp in find_gated_mlps(trace_calls(model))))
-    assert names_of(model, layers_sharing_input(trace_calls(model), apart)) == in_each_layer(
+    assert names_of(model, group_layers_by_input(trace_calls(model), apart)) == in_each_layer(
         *expected
     )
 
@@ -66,7 +66,7 @@ def test_layers_that_are_to_stay_apart_are_in_no_group(
 def test_a_group_of_which_one_layer_is_left_is_none() -> None:
     model = build("llama")
     apart = [layer.mlp.up_proj for layer in model.layers]
-    assert names_of(model, layers_sharing_input(trace_calls(model), apart)) == in_each_layer(
+    assert names_of(model, group_layers_by_input(trace_calls(model), apart)) == in_each_layer(
         ATTENTION
     )
 
@@ -86,9 +86,9 @@ def test_the_gated_mlps_of_an_architecture_are_those_that_are_nothing_else(
 
 def test_gated_mlps_are_found_where_layers_are_under_gradient_checkpointing() -> None:
     model = build("llama")
-    with checkpointed_layers(model.layers):
+    with checkpointing_layers(model.layers):
         found = find_gated_mlps(trace_calls(model))
-        groups = layers_sharing_input(trace_calls(model))
+        groups = group_layers_by_input(trace_calls(model))
     assert names_of(model, [mlp.layers for mlp in found]) == in_each_layer(WHOLE)
     assert names_of(model, groups) == in_each_layer(ATTENTION, MLP)
 
@@ -114,7 +114,7 @@ class CalledTwice(nn.Module):
 
 def test_a_layer_called_twice_is_in_no_group() -> None:
     model = CalledTwice()
-    (group,) = layers_sharing_input(trace_calls(model))
+    (group,) = group_layers_by_input(trace_calls(model))
     assert list(map(id, group)) == [id(model.once), id(model.too)]
 
 
@@ -138,7 +138,7 @@ def test_tracing_leaves_classes_modes_and_the_random_state_as_they_were(mixed: n
     before = state_of(mixed)
     calls = trace_calls(mixed)
     assert len(find_gated_mlps(calls)) == 2
-    assert len(layers_sharing_input(calls)) == 4
+    assert len(group_layers_by_input(calls)) == 4
     assert state_of(mixed) == before
     assert llama.swiglu is plain_swiglu
 

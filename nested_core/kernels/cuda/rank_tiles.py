@@ -6,11 +6,11 @@ TILE = 8  # rows of a factor in one fragment of a matrix instruction
 COMPILED_TILES = 1, 2, 3, 4, 6, 8  # numbers of tiles that a kernel is compiled for
 
 
-def has_kernel(rank: int) -> bool:
+def has_kernel_for_rank(rank: int) -> bool:
     """Whether a factor of this rank fills whole tiles, no more than a kernel is compiled for."""
     return 0 < rank <= TILE * COMPILED_TILES[-1] and rank % TILE == 0
 
 
-def tiles_for(rank: int) -> int:
+def tiles_of_smallest_kernel(rank: int) -> int:
     """The tiles of the smallest kernel that takes factors up to this rank."""
     return min(tiles for tiles in COMPILED_TILES if TILE * tiles >= rank)

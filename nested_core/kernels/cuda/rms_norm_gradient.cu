@@ -4,7 +4,7 @@
 //
 // A block takes row after row of n, a thread up to PACKS loads of it; the weight stays in registers.
 // With i = 1 / sqrt(mean(x^2) + eps): dx = w g i - x i^3 mean(w g x).
-KERNEL norm_back(const T* x, const T* w, const T* g, T* dx, int rows, int n, float eps) {
+KERNEL rms_norm_gradient(const T* x, const T* w, const T* g, T* dx, int rows, int n, float eps) {
   __shared__ float sums[2][2][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Pack weight[PACKS];

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from mlx_lm.models import llama
 
-from nested_core.kernels import attention
-from nested_core.kernels.apply import optimized_layers
+from nested_core.kernels import blocked_attention
 from nested_core.kernels.exponential import exponential
+from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
@@ -31,7 +31,10 @@ def test_causal_attention_in_blocks_gives_mlxs_output_and_gradients(
             lambda *qkv: function(*qkv, None, 0.3, "causal"), [queries, keys, values], [g]
         )
 
-    found, expected = attend(attention.causal_attention), attend(attention.plain_attention)
+    found, expected = (
+        attend(blocked_attention.causal_attention),
+        attend(blocked_attention.plain_attention),
+    )
     for ours, theirs in zip(found[0] + found[1], expected[0] + expected[1], strict=True):
         assert mx.abs(ours - theirs).max().item() <= 2e-6 * mx.abs(theirs).max().item()  # type: ignore[operator]
 
@@ -39,11 +42,13 @@ def test_causal_attention_in_blocks_gives_mlxs_output_and_gradients(
 def test_other_masks_and_lengths_go_to_mlx_lm_as_they_are() -> None:
     x = mx.random.normal((1, 2, 64, 8))
     for mask in (None, mx.ones((64, 64), mx.bool_)):
-        found = attention.causal_attention(x, x, x, None, 0.3, mask)
-        assert mx.array_equal(found, attention.plain_attention(x, x, x, None, 0.3, mask)).item()
-    last = attention.causal_attention(x[:, :, -1:], x, x, None, 0.3, "causal")
+        found = blocked_attention.causal_attention(x, x, x, None, 0.3, mask)
+        assert mx.array_equal(
+            found, blocked_attention.plain_attention(x, x, x, None, 0.3, mask)
+        ).item()
+    last = blocked_attention.causal_attention(x[:, :, -1:], x, x, None, 0.3, "causal")
     assert mx.array_equal(
-        last, attention.plain_attention(x[:, :, -1:], x, x, None, 0.3, "causal")
+        last, blocked_attention.plain_attention(x[:, :, -1:], x, x, None, 0.3, "causal")
     ).item()
 
 
@@ -53,7 +58,7 @@ def test_an_optimized_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
     given = batch(rows=2, width=80)
     expected = outcome(model, SUPERVISED, given)
     kinds = {name: type(module) for name, module in model.named_modules()}
-    with optimized_layers(model):
+    with using_optimized_layers(model):
         found = outcome(model, SUPERVISED, given)
         plain = outcome(model, SUPERVISED, given, compiled=lambda function: function)
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
@@ -61,7 +66,7 @@ def test_an_optimized_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
     assert plain.loss == found.loss
     assert largest_difference(found.gradients, plain.gradients) == 0
     assert {name: type(module) for name, module in model.named_modules()} == kinds
-    assert llama.scaled_dot_product_attention is attention.plain_attention
+    assert llama.scaled_dot_product_attention is blocked_attention.plain_attention
 
 
 def test_the_exponential_is_right_within_the_rounding_of_its_argument() -> None:

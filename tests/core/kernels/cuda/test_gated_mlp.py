@@ -10,8 +10,8 @@ import pytest
 from mlx_lm.models.activations import swiglu
 
 from nested_core.backend import to_float
-from nested_core.kernels.cuda import lora_add, mlp
-from nested_core.kernels.cuda.launch import THREADS
+from nested_core.kernels.cuda import gated_mlp, lora_add
+from nested_core.kernels.cuda.kernel_launch import THREADS
 from nested_core.kernels.cuda.lora_add import LowRankSum
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
@@ -43,9 +43,9 @@ def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(
     dtype: mx.Dtype, size: float
 ) -> None:
     sums = three(dtype, size)
-    gate, up, g = (each.in_float32() for each in sums)
+    gate, up, g = (each.computed_in_float32() for each in sums)
     (output,), (d_gate, d_up) = mx.vjp(lambda a, b: swiglu(a, b), [gate, up], [g])
-    found = [mlp.plain_gated_product(*sums[:2]), *mlp.plain_gated_gradients(*sums)]
+    found = [gated_mlp.gated_product_in_mlx(*sums[:2]), *gated_mlp.gated_gradients_in_mlx(*sums)]
     for ours, theirs in zip(found, (output, d_gate, d_up, output), strict=True):
         assert ours.dtype == dtype
         assert is_near(ours, theirs, ROUNDING[dtype])
@@ -54,7 +54,10 @@ def test_the_plain_passes_are_mlx_lms_swiglu_and_its_gradients(
 def test_gates_far_from_zero_give_numbers() -> None:
     gate, up, g = three(mx.float32)
     gate = gate._replace(base=gate.base.at[0, :2].add(mx.array([-300.0, 300.0])))
-    for each in (mlp.plain_gated_product(gate, up), *mlp.plain_gated_gradients(gate, up, g)):
+    for each in (
+        gated_mlp.gated_product_in_mlx(gate, up),
+        *gated_mlp.gated_gradients_in_mlx(gate, up, g),
+    ):
         assert mx.isfinite(each).all().item()
 
 
@@ -64,11 +67,11 @@ def test_a_low_rank_products_gradient_is_that_of_gate_or_up() -> None:
 
     def output(*parts: mx.array) -> mx.array:
         one, two = LowRankSum(*parts[:3]), LowRankSum(*parts[3:])
-        result: mx.array = swiglu(one.in_float32(), two.in_float32())
+        result: mx.array = swiglu(one.computed_in_float32(), two.computed_in_float32())
         return result
 
-    expected = mx.vjp(output, [*gate, *up], [g.in_float32()])[1]
-    d_gate, d_up, _ = mlp.plain_gated_gradients(gate, up, g)
+    expected = mx.vjp(output, [*gate, *up], [g.computed_in_float32()])[1]
+    d_gate, d_up, _ = gated_mlp.gated_gradients_in_mlx(gate, up, g)
     found = [d_gate, gate.factor @ d_gate.T, gate.z @ d_gate]
     found += [d_up, up.factor @ d_up.T, up.z @ d_up]
     for ours, theirs in zip(found, expected, strict=True):
@@ -82,21 +85,23 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def forward(*sums: LowRankSum) -> mx.array:
         calls.append("forward")
-        return mlp.plain_gated_product(*sums)
+        return gated_mlp.gated_product_in_mlx(*sums)
 
-    def backward(*sums: LowRankSum) -> mlp.GatedGradients:
+    def backward(*sums: LowRankSum) -> gated_mlp.GatedGradients:
         calls.append("backward")
-        return mlp.plain_gated_gradients(*sums)
+        return gated_mlp.gated_gradients_in_mlx(*sums)
 
-    monkeypatch.setattr(mlp.gated_product_on_cuda, "launch", forward)
-    monkeypatch.setattr(mlp.gated_gradients_on_cuda, "launch", backward)
+    monkeypatch.setattr(gated_mlp.gated_product_on_cuda, "launch_kernel", forward)
+    monkeypatch.setattr(gated_mlp.gated_gradients_on_cuda, "launch_kernel", backward)
     return calls
 
 
 def test_bases_of_bfloat16_go_to_the_kernels(kernel_calls: list[str]) -> None:
     sums = three()
-    assert mx.array_equal(mlp.gated_product(*sums[:2]), mlp.plain_gated_product(*sums[:2])).item()
-    found, expected = mlp.gated_gradients(*sums), mlp.plain_gated_gradients(*sums)
+    assert mx.array_equal(
+        gated_mlp.gated_product(*sums[:2]), gated_mlp.gated_product_in_mlx(*sums[:2])
+    ).item()
+    found, expected = gated_mlp.gated_gradients(*sums), gated_mlp.gated_gradients_in_mlx(*sums)
     assert all(mx.array_equal(a, b).item() for a, b in zip(found, expected, strict=True))
     assert kernel_calls == ["forward", "backward"]
 
@@ -109,8 +114,8 @@ def test_a_base_of_another_dtype_goes_to_mlx(
     sums = three()
     sums[place] = sums[place]._replace(base=sums[place].base.astype(other))
     wanted = other if place == 0 else mx.bfloat16
-    assert mlp.gated_product(*sums[:2]).dtype == wanted
-    assert {each.dtype for each in mlp.gated_gradients(*sums)} == {wanted}
+    assert gated_mlp.gated_product(*sums[:2]).dtype == wanted
+    assert {each.dtype for each in gated_mlp.gated_gradients(*sums)} == {wanted}
     assert kernel_calls == ([] if place < 2 else ["forward"])
 
 
@@ -127,7 +132,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         )
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
-    monkeypatch.setattr(mlp, "launch", note)
+    monkeypatch.setattr(gated_mlp, "launch_kernel", note)
     return launches
 
 
@@ -135,8 +140,8 @@ def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
     launched: list[dict[str, Any]],
 ) -> None:
     sums = three()
-    assert mlp.gated_product_on_cuda(*sums[:2]).shape == (20, 96)
-    assert [each.shape for each in mlp.gated_gradients_on_cuda(*sums)] == [(20, 96)] * 3
+    assert gated_mlp.gated_product_on_cuda(*sums[:2]).shape == (20, 96)
+    assert [each.shape for each in gated_mlp.gated_gradients_on_cuda(*sums)] == [(20, 96)] * 3
     for given, taken, outputs in zip(launched, (sums[:2], sums), (1, 3), strict=True):
         arrays = [array for each in taken for array in each]
         assert list(map(id, given["inputs"])) == list(map(id, arrays))
@@ -144,14 +149,14 @@ def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
         assert given["numbers"] == [20, 1, 96, *(rank // 8 for rank in RANKS[: len(taken)])]
         assert given["blocks"] == (1, 2)
         assert (given["threads"], given["MOST"]) == (THREADS, 3)
-    assert [each["name"] for each in launched] == ["mlp", "mlp_back"]
+    assert [each["name"] for each in launched] == ["gated_product", "gated_gradients"]
 
 
 def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
     launched: list[dict[str, Any]],
 ) -> None:
-    for kernel in (mlp.gated_product_on_cuda, mlp.gated_gradients_on_cuda):
-        assert str(kernel.disagreement(4)).startswith("it differs by")
+    for kernel in (gated_mlp.gated_product_on_cuda, gated_mlp.gated_gradients_on_cuda):
+        assert str(kernel.describe_disagreement(4)).startswith("it differs by")
     assert len(launched) == 2
     for given in launched:
         rows, steps, width, *tiles = given["numbers"]

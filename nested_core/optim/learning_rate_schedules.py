@@ -23,10 +23,10 @@ def build_learning_rate(config: FineTuneConfig) -> float | Schedule:
         section = config.lr_schedule.model_dump()
         rate = build_schedule(section | {"arguments": list(section["arguments"])})
     warmup = config.training.warmup_steps
-    return with_warmup(rate, warmup) if warmup else rate
+    return add_warmup(rate, warmup) if warmup else rate
 
 
-def with_warmup(rate: float | Schedule, steps: int) -> Schedule:
+def add_warmup(rate: float | Schedule, steps: int) -> Schedule:
     """rate * min(1, n / steps) at optimizer step n = 1, 2, ...; a schedule is given n - 1."""
 
     def warmed(step: mx.array) -> mx.array:

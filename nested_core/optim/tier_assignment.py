@@ -75,7 +75,7 @@ def read_tiers(path: Path) -> TierMap:
     return TierMap.from_json(fields)
 
 
-def expected_updates(step: int, frequency: int, flush_steps: Sequence[int] = ()) -> int:
+def count_expected_updates(step: int, frequency: int, flush_steps: Sequence[int] = ()) -> int:
     """Updates of a tier after `step` optimizer steps: floor(step / frequency), and each flush.
 
     A flush at a step applies the chunk that was open then; where none was, it adds nothing.
@@ -92,17 +92,17 @@ def assign_tiers(
     `parameter_importance` needs it. Raises ConfigError where a tier would stay empty or a pattern
     matches nothing; warns, by name, of parameters that only the slowest tier was left for.
     """
-    ordered = sorted(names, key=_natural_order)
+    ordered = sorted(names, key=_natural_sort_key)
     if not ordered:
         raise ConfigError("No parameter is trainable: there is nothing to give a tier.")
     count = len(settings.frequencies)
     if settings.strategy == "manual":
-        tensors = _by_pattern(ordered, settings.assignments)
+        tensors = _assign_by_name_pattern(ordered, settings.assignments)
     elif settings.strategy == "parameter_importance":
-        tensors = _by_importance(ordered, importance or {}, count)
+        tensors = _assign_by_importance(ordered, importance or {}, count)
     else:
-        tensors = _by_depth(ordered, settings.fast, count)
-    _adopt_orphans(ordered, tensors, slowest=count - 1)
+        tensors = _assign_by_depth(ordered, settings.fast, count)
+    _assign_parameters_outside_layers(ordered, tensors, slowest=count - 1)
     _refuse_empty_tiers(tensors, count)
     return TierMap(settings.frequencies, {name: tensors[name] for name in ordered})
 
@@ -118,36 +118,36 @@ def refuse_tiers_never_due(frequencies: Sequence[int], steps: int) -> None:
             )
 
 
-def _natural_order(name: str) -> tuple[Any, ...]:
+def _natural_sort_key(name: str) -> tuple[Any, ...]:
     parts = re.split(r"(\d+)", name)
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
 
 
-def _layer_of(name: str) -> int | None:
+def _layer_number(name: str) -> int | None:
     match = LAYER_INDEX.search(name)
     return int(match.group(1)) if match else None
 
 
-def _by_depth(names: Sequence[str], fast: Literal["shallow", "deep"], tiers: int) -> dict[str, int]:
+def _assign_by_depth(names: Sequence[str], fast: Literal["shallow", "deep"], tiers: int) -> dict[str, int]:
     """Contiguous, near-equal groups of the layers that carry trainable parameters."""
-    layers = sorted({layer for name in names if (layer := _layer_of(name)) is not None})
+    layers = sorted({layer for name in names if (layer := _layer_number(name)) is not None})
     ranked = layers if fast == "shallow" else layers[::-1]
-    return _by_rank(names, ranked, tiers)
+    return _assign_by_layer_ranking(names, ranked, tiers)
 
 
-def _by_importance(
+def _assign_by_importance(
     names: Sequence[str], importance: Mapping[str, float], tiers: int
 ) -> dict[str, int]:
     """Layers ranked by the importance of what they hold, the most important fastest."""
     totals: dict[int, float] = {}
     for name in names:
-        layer = _layer_of(name)
+        layer = _layer_number(name)
         if layer is not None:
             totals[layer] = totals.get(layer, 0.0) + importance[name]
-    return _by_rank(names, sorted(totals, key=lambda layer: (-totals[layer], layer)), tiers)
+    return _assign_by_layer_ranking(names, sorted(totals, key=lambda layer: (-totals[layer], layer)), tiers)
 
 
-def _by_rank(names: Sequence[str], ranked_layers: Sequence[int], tiers: int) -> dict[str, int]:
+def _assign_by_layer_ranking(names: Sequence[str], ranked_layers: Sequence[int], tiers: int) -> dict[str, int]:
     """Cut a ranking of layers into `tiers` near-equal runs, tier 0 first."""
     if len(ranked_layers) < tiers:
         raise ConfigError(
@@ -156,11 +156,11 @@ def _by_rank(names: Sequence[str], ranked_layers: Sequence[int], tiers: int) -> 
         )
     size = len(ranked_layers)
     tier_of = {layer: rank * tiers // size for rank, layer in enumerate(ranked_layers)}
-    placed = ((name, _layer_of(name)) for name in names)
+    placed = ((name, _layer_number(name)) for name in names)
     return {name: tier_of[layer] for name, layer in placed if layer is not None}
 
 
-def _by_pattern(names: Sequence[str], rules: Sequence[Assignment]) -> dict[str, int]:
+def _assign_by_name_pattern(names: Sequence[str], rules: Sequence[Assignment]) -> dict[str, int]:
     """The first rule whose pattern is found in the name decides."""
     for rule in rules:
         if not any(re.search(rule.match, name) for name in names):
@@ -172,7 +172,7 @@ def _by_pattern(names: Sequence[str], rules: Sequence[Assignment]) -> dict[str, 
     return {name: tier for name, tier in first.items() if tier is not None}
 
 
-def _adopt_orphans(names: Sequence[str], tensors: dict[str, int], *, slowest: int) -> None:
+def _assign_parameters_outside_layers(names: Sequence[str], tensors: dict[str, int], *, slowest: int) -> None:
     orphans = [name for name in names if name not in tensors]
     if not orphans:
         return

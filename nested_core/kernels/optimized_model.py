@@ -1,0 +1,64 @@
+"""Install the optimized layers and kernels in a model, and remove them when a block ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+
+import mlx.nn as nn
+from mlx_lm.tuner.lora import LoRALinear
+
+from nested_core.kernels.activation_checkpointing import checkpointing_layers
+from nested_core.kernels.blocked_attention import using_blocked_attention
+from nested_core.kernels.call_tracing import GatedMLP, group_layers_by_input, trace_calls
+from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
+from nested_core.kernels.lora_linear import using_optimized_lora_layers
+from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
+from nested_core.kernels.rms_norm import using_frozen_norms
+from nested_core.kernels.rope import using_rope_tables
+from nested_core.kernels.swiglu import using_fused_swiglu
+
+OPTIMIZATIONS = (
+    using_fused_swiglu,
+    using_blocked_attention,
+    using_rope_tables,
+    using_frozen_norms,
+    multiplying_by_dequantized_weights,
+)
+
+
+@contextmanager
+def using_optimized_layers(
+    model: nn.Module, recomputed: Sequence[nn.Module] = (), *, as_mlx_lm: bool = False
+) -> Iterator[None]:
+    """Compute a model with our layers and kernels while the block runs.
+
+    `recomputed` are the layers under gradient checkpointing; `as_mlx_lm` leaves everything else to
+    mlx-lm.
+    """
+    with checkpointing_layers(recomputed):
+        if as_mlx_lm:
+            yield
+            return
+        mlps, groups = _find_mlps_and_shared_inputs(model)
+        with ExitStack() as stack:
+            for optimization in OPTIMIZATIONS:
+                stack.enter_context(optimization(model))
+            stack.enter_context(using_optimized_lora_layers(model, groups))
+            stack.enter_context(using_fused_mlps(mlps))
+            yield
+
+
+def _find_mlps_and_shared_inputs(model: nn.Module) -> tuple[list[GatedMLP], list[list[LoRALinear]]]:
+    """The MLPs to be computed as one function each, and groups of layers that share an input.
+
+    The trace itself is not kept: it holds on to the arrays that the model has now.
+    """
+    trace = trace_calls(model)
+    mlps = find_fusable_mlps(trace)
+    groups = group_layers_by_input(trace, exclude=chain(*(mlp.layers for mlp in mlps)))
+    for mlp in mlps:  # for inputs that do not fit the fused function
+        if mlp.gate_matches_up():
+            groups.append(list(mlp.layers[:2]))
+    return mlps, groups
