@@ -102,7 +102,7 @@ def measure(case: Case) -> None:
 
     from nested_core.config.schema import FineTuneConfig
     from nested_core.kernels.optimized_model import using_optimized_layers
-    from nested_core.models.parameters import trainable_refs
+    from nested_core.models.parameters import reference_trainable_parameters
     from nested_core.training.loss.interface import BatchShape
     from nested_core.training.loss.supervised import SUPERVISED
     from nested_core.training.memory.estimate import peak_bytes
@@ -114,7 +114,7 @@ def measure(case: Case) -> None:
     if backend.device() == "cpu":
         model.set_dtype(mx.float32)
         dtype = mx.float32
-    refs = trainable_refs(model, dtype=dtype)
+    refs = reference_trainable_parameters(model, dtype=dtype)
     tiers = thirds(refs, shape.layers, deep=False) if case.tiered else one_tier(refs)
     optimizer = optimizer_for(tiers, refs, RATE)
     generator = np.random.default_rng(0)

@@ -70,11 +70,11 @@ def measure(arm: str) -> None:
     else:
         from benchmarks.tiers import one_tier, optimizer_for
         from nested_core.kernels.optimized_model import using_optimized_layers
-        from nested_core.models.parameters import trainable_refs
+        from nested_core.models.parameters import reference_trainable_parameters
         from nested_core.training.loss.supervised import SUPERVISED
         from nested_core.training.step import TrainStep
 
-        refs = trainable_refs(model)
+        refs = reference_trainable_parameters(model)
         tiers = one_tier(refs)
         optimizer = optimizer_for(tiers, refs, RATE)
         learnt = np.zeros((1, TOKENS), np.bool_)

@@ -15,7 +15,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.trainer import iterate_batches
 
 from benchmarks.timing import keep
-from nested_core.data.batches import BatchPlan
+from nested_core.data.batches import BatchOrder
 
 ROWS = (2_000, 20_000)
 BATCH_SIZE, MAX_SEQ_LENGTH, SEED = 8, 2048, 0
@@ -55,7 +55,7 @@ class _Examples:
 
 def ours(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> Padding:
     """Every batch of the first epoch of our plan."""
-    plan = BatchPlan(lengths, BATCH_SIZE, SEED, max_seq_length=MAX_SEQ_LENGTH)
+    plan = BatchOrder(lengths, BATCH_SIZE, SEED, max_seq_length=MAX_SEQ_LENGTH)
     batches = [plan.batch(index) for index in range(plan.batches_per_epoch)]
     tokens = sum(int((lengths[batch.rows] - 1).sum()) for batch in batches)
     return _share(tokens, [batch.width for batch in batches])

@@ -65,11 +65,11 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     """For so many due layers, the deepest, and so many rows: one step, waited for."""
     import mlx.core as mx
 
-    from nested_core.models.parameters import trainable_refs
+    from nested_core.models.parameters import reference_trainable_parameters
     from nested_core.training.loss.supervised import SUPERVISED
     from nested_core.training.step import TrainStep
 
-    refs = trainable_refs(model)
+    refs = reference_trainable_parameters(model)
     loss = SUPERVISED.for_model(model, refs)
     generator = np.random.default_rng(0)
 

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from flows.terminal import output_console, print_line
-from nested_core.data.tokens.token_display import ShownExample, ShownToken
+from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
 
 WIDTH, CELL = 100, 20
 LONGEST_TEXT = 60

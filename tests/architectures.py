@@ -17,8 +17,8 @@ from nested_core.models.parameters import (
     ParameterRefs,
     assign_parameters,
     read_parameters,
+    reference_trainable_parameters,
     restoring_parameters,
-    trainable_refs,
 )
 from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.interface import Loss, MicroBatch
@@ -114,7 +114,7 @@ def outcome(
     compiled: Callable[..., Any] = mx.compile,
 ) -> Outcome:
     """Loss and gradients with respect to the adapter."""
-    refs = trainable_refs(model) if refs is None else refs
+    refs = reference_trainable_parameters(model) if refs is None else refs
     params = read_parameters(refs)
 
     def value_of(params: Flat, *arrays: mx.array) -> tuple[mx.array, mx.array]:

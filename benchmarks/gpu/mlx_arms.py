@@ -171,14 +171,14 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
 
     from benchmarks.tiers import one_tier, optimizer_for, thirds
     from nested_core.kernels.optimized_model import using_optimized_layers
-    from nested_core.models.parameters import trainable_refs
+    from nested_core.models.parameters import reference_trainable_parameters
     from nested_core.training.distributed import SINGLE_PROCESS, join
     from nested_core.training.loss.supervised import SUPERVISED
     from nested_core.training.step import TrainStep
 
     world = join(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS
     model.train()
-    refs = trainable_refs(model, dtype=mx.bfloat16)
+    refs = reference_trainable_parameters(model, dtype=mx.bfloat16)
     is_tiered = "deep" in options or "due" in options
     tiers = thirds(refs, shape.layers, deep=True) if is_tiered else one_tier(refs)
     optimizer = optimizer_for(tiers, refs, RATE)

@@ -28,13 +28,13 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
     from nested_core.models.parameters import (
         assign_parameters,
         read_parameters,
+        reference_trainable_parameters,
         restoring_parameters,
-        trainable_refs,
     )
     from nested_core.training.loss.supervised import SUPERVISED
 
     model.train()
-    refs = trainable_refs(model, dtype=mx.bfloat16)
+    refs = reference_trainable_parameters(model, dtype=mx.bfloat16)
     tiers = thirds(refs, shape.layers, deep=True)
     loss = SUPERVISED.for_model(model, refs)
     factors = {name: value.astype(mx.bfloat16) for name, value in read_parameters(refs).items()}

@@ -13,7 +13,7 @@ from benchmarks.tiers import optimizer_for
 from benchmarks.time_to_loss.arms import Arm
 from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, training_order
 from nested_core.kernels.optimized_model import using_optimized_layers
-from nested_core.models.parameters import ParameterRefs, trainable_refs
+from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.optim.tier_clock import COUNTERS
 from nested_core.training.divergence import DivergenceWatch
@@ -36,7 +36,7 @@ def train_ours(
     if arm.frozen:
         freeze_slow(model, arm)
     computed_in = mx.bfloat16 if model.model.norm.weight.dtype == mx.bfloat16 else None
-    refs = trainable_refs(model, dtype=computed_in)
+    refs = reference_trainable_parameters(model, dtype=computed_in)
     tiers = tiers_of(refs, arm)
     optimizer = optimizer_for(tiers, refs, rate, arm.learning_rate_scale, arm.slow_gradients)
     batches = training_batches(seed, batch)
@@ -67,7 +67,7 @@ def training_batches(seed: int, batch: int) -> Iterator[MicroBatch]:
 
 def freeze_slow(model: Any, arm: Arm) -> None:
     """Leave the fast third of the layers trainable, as under tiers of three, and nothing else."""
-    thirds = tiers_of(trainable_refs(model), Arm(THIRDS.frequencies, arm.fast))
+    thirds = tiers_of(reference_trainable_parameters(model), Arm(THIRDS.frequencies, arm.fast))
     modules = dict(model.named_modules())
     for name, tier in thirds.tensors.items():
         if tier > 0:

@@ -29,10 +29,10 @@ def main(models: str, size: str, rows: str, *runs: str) -> None:
     folder, todo = Path(models) / size, [Run(*json.loads(run)) for run in runs]
     if all(run.arm != RIVAL for run in todo):
         from nested_core.backend import prepare, set_operations_per_commit
-        from nested_core.models.base_model import count_weights
+        from nested_core.models.base_model import estimate_weight_count
 
         prepare()
-        set_operations_per_commit(count_weights(folder))
+        set_operations_per_commit(estimate_weight_count(folder))
     if not todo:
         pretrain(folder, SIZES[size])
         return

@@ -41,9 +41,9 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge a data set and write nothing."""
     from flows.token_view import print_examples
-    from nested_core.data.dataset import load_dataset
-    from nested_core.data.settings import DataSettings
-    from nested_core.data.tokens.token_display import show_examples
+    from nested_core.data.data_settings import DataSettings
+    from nested_core.data.dataset_loading import load_dataset
+    from nested_core.data.tokens.examples_for_display import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
 
@@ -55,7 +55,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     examples = []
     if tokenizer is not None and "train" in splits:
         file, count = report.splits["train"].file, arguments.show or 0
-        examples = show_examples(splits["train"], file, tokenizer.load(), count)
+        examples = decode_examples_for_display(splits["train"], file, tokenizer.load(), count)
 
     def document() -> dict[str, Any]:
         """The report, with the examples that --show asks for."""

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.buckets import fill_buckets
+from nested_core.data.length_buckets import sort_into_buckets
 from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
 
 
@@ -25,7 +25,7 @@ class Batch:
     width: int
 
 
-class BatchPlan:
+class BatchOrder:
     """The batches of every epoch: each example once, together with examples of its bucket.
 
     Position is the iteration's index from 0; epoch = index // batches_per_epoch. The permutation of
@@ -43,8 +43,8 @@ class BatchPlan:
     ) -> None:
         self.batch_size = batch_size
         self.seed = seed
-        self.buckets = fill_buckets(lengths, batch_size, max_seq_length)
-        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self.buckets = sort_into_buckets(lengths, batch_size, max_seq_length)
+        self._epoch = lru_cache(maxsize=2)(self._shuffle_epoch)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -64,10 +64,10 @@ class BatchPlan:
         return Batch(rows[start : start + self.batch_size], self.buckets.width_at(start))
 
     def arrays(self, split: TokenizedSplit, index: int) -> tuple[Int32, Bool]:
-        """`batch_arrays` of the batch at a position."""
-        return batch_arrays(split, self.batch(index), self.batch_size)
+        """`make_batch_arrays` of the batch at a position."""
+        return make_batch_arrays(split, self.batch(index), self.batch_size)
 
-    def _plan_epoch(self, epoch: int) -> tuple[Int32, Int32]:
+    def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:
         """The rows, shuffled within each bucket, and the order of their batches."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         rows = self.buckets.rows.copy()
@@ -76,7 +76,7 @@ class BatchPlan:
         return rows, generator.permutation(np.arange(self.batches_per_epoch, dtype=np.int32))
 
 
-def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Bool]:
+def make_batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Bool]:
     """Tokens int32 [batch_size, width + 1], padded with 0; target_mask bool [batch_size, width].
 
     inputs = tokens[:, :-1], targets = tokens[:, 1:]; target_mask[:, j] is about the target in
@@ -89,11 +89,11 @@ def batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[
         tokens[place, : len(example)] = example
         targets = split.example_mask(row)[1:]  # of no tokens none, not even the first
         target_mask[place, : len(targets)] = targets
-    split.give_back()
+    split.release_pages()
     return tokens, target_mask
 
 
-def evaluation_batches(
+def choose_evaluation_batches(
     split: TokenizedSplit,
     batch_size: int,
     max_batches: int = -1,
@@ -107,7 +107,7 @@ def evaluation_batches(
     """
     if not len(split):
         return []
-    buckets = fill_buckets(split.lengths, batch_size, max_seq_length)
+    buckets = sort_into_buckets(split.lengths, batch_size, max_seq_length)
     starts = np.arange(0, len(split), batch_size)
     if 0 <= max_batches < len(starts):
         chosen = np.linspace(0, len(starts) - 1, max_batches).round().astype(np.int64)

@@ -28,7 +28,7 @@ from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 SMALL_BYTES = 16 * 2**20  # below this, starting processes takes longer than the work
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
-_PROGRAM = f"from {__name__} import answer_requests; answer_requests()"
+_PROGRAM = f"from {__name__} import serve_requests; serve_requests()"
 _SHOWN_ERROR_LINES = 9
 
 
@@ -39,19 +39,19 @@ class ByteRange(NamedTuple):
     end: int
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """The cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def processes_for(size: int) -> int:
+def count_processes_for(size: int) -> int:
     """How many processes the work on `size` bytes is worth: at most one a core."""
-    return max(1, min(usable_cores(), size // SMALL_BYTES))
+    return max(1, min(count_usable_cores(), size // SMALL_BYTES))
 
 
-def line_ranges(path: Path, size: int) -> list[ByteRange]:
+def cut_file_into_line_ranges(path: Path, size: int) -> list[ByteRange]:
     """Cut a file into ranges of about `size` bytes and whole lines; an empty file has none."""
     ranges = []
     start = 0
@@ -99,7 +99,7 @@ def run_jobs(
     def run_apart(request: dict[str, Any]) -> dict[str, Any]:
         worker = idle.get()
         try:
-            return worker.answer(request)
+            return worker.send_request(request)
         finally:
             idle.put(worker)
 
@@ -123,7 +123,7 @@ def run_jobs(
             worker.process.kill()
         threads.shutdown()
         for worker in workers:
-            worker.clear_away()
+            worker.close_after_kill()
 
 
 def _run_in_this_process(
@@ -158,14 +158,14 @@ class _Worker:
         self._stdin = self.process.stdin
         self._stdout = self.process.stdout
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def send_request(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send it a request and wait for the answer; raises what the job raised."""
         with suppress(BrokenPipeError):  # then it gives no answer either
             self._stdin.write(json.dumps(request).encode() + b"\n")
             self._stdin.flush()
         line = self._stdout.readline()
         if not line.endswith(b"\n"):
-            raise self._died()
+            raise self._death_error()
         outcome = json.loads(line)
         if "answer" in outcome:
             answer: dict[str, Any] = outcome["answer"]
@@ -175,9 +175,9 @@ class _Worker:
         if "known" in outcome:
             known: type[NestedTuneError] = getattr(errors, outcome["known"])
             raise known(outcome["message"])
-        raise WorkerFailed(f"A data worker failed: {outcome['unknown']}.{self._last_words()}")
+        raise WorkerFailed(f"A data worker failed: {outcome['unknown']}.{self._last_error_lines()}")
 
-    def clear_away(self) -> None:
+    def close_after_kill(self) -> None:
         """Wait for the killed process, so that no zombie stays, and close its pipes."""
         self.process.wait()
         with suppress(BrokenPipeError):  # a part of a request that it did not read
@@ -185,7 +185,7 @@ class _Worker:
         self._stdout.close()
         self._errors.close()
 
-    def _died(self) -> WorkerFailed:
+    def _death_error(self) -> WorkerFailed:
         status = self.process.wait()
         how = f"with exit status {status}"
         if status < 0:
@@ -194,27 +194,27 @@ class _Worker:
             how += ", as when memory runs out"
         return WorkerFailed(
             f"A data worker (process {self.process.pid}) was ended {how}, before its work was "
-            f"done. Nothing was written; start again.{self._last_words()}"
+            f"done. Nothing was written; start again.{self._last_error_lines()}"
         )
 
-    def _last_words(self) -> str:
+    def _last_error_lines(self) -> str:
         """The last lines of its standard error, to stand below a message."""
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4000))
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return "".join(f"\n  {line}" for line in lines[-_SHOWN_ERROR_LINES:])
 
 
-def answer_requests() -> None:
+def serve_requests() -> None:
     """What a worker process does, until standard input ends, as it does when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent's
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)  # what a library prints must not get between the answers
         for line in sys.stdin:
-            answers.write(json.dumps(_outcome(json.loads(line))) + "\n")
+            answers.write(json.dumps(_answer_or_error(json.loads(line))) + "\n")
             answers.flush()
 
 
-def _outcome(request: dict[str, Any]) -> dict[str, Any]:
+def _answer_or_error(request: dict[str, Any]) -> dict[str, Any]:
     """The answer, or the error in a form that the parent can raise again."""
     try:
         return {"answer": run_job(request)}

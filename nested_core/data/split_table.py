@@ -15,16 +15,21 @@ from typing import Any
 
 import polars as pl
 
-from nested_core.data.lines.examples import Features
-from nested_core.data.lines.line_table import RANGE_BYTES, SCHEMA, read_lines_job
-from nested_core.data.parallel_jobs import OnProgress, line_ranges, processes_for, run_jobs
-from nested_core.data.rules.dropped_lines import Dropped, choose_lines
-from nested_core.data.rules.repeated_lines import relate_rows
-from nested_core.data.settings import SPLITS, DataSettings
-from nested_core.data.sources.files import SplitFile
+from nested_core.data.data_settings import SPLITS, DataSettings
+from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.data.lines.line_table import RANGE_BYTES, SCHEMA, run_line_range_job
+from nested_core.data.parallel_jobs import (
+    OnProgress,
+    count_processes_for,
+    cut_file_into_line_ranges,
+    run_jobs,
+)
+from nested_core.data.rules.dropped_lines import Dropped, separate_dropped_lines
+from nested_core.data.rules.repeated_lines import add_repeat_columns
+from nested_core.data.sources.split_files import SplitFile
 from nested_core.storage.strict_files import read_regular
 
-JOB = f"{read_lines_job.__module__}:{read_lines_job.__name__}"
+JOB = f"{run_line_range_job.__module__}:{run_line_range_job.__name__}"
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,20 @@ class SplitTable:
         return formats[0] if len(formats) else None
 
 
-def related_tables(
+def read_tables_with_repeats(
     files: Mapping[str, SplitFile], settings: DataSettings, on_progress: OnProgress | None
 ) -> dict[str, SplitTable]:
     """Read the splits and relate their lines to each other; lines that go are in `dropped`."""
-    tables = read_tables(files, settings.features, on_progress)
-    train, *held_out = relate_rows([(table.file, table.frame) for table in tables.values()])
-    train, held_out, dropped = choose_lines(train, held_out, settings.policy)
+    tables = read_tables(files, settings.field_names, on_progress)
+    train, *held_out = add_repeat_columns([(table.file, table.frame) for table in tables.values()])
+    train, held_out, dropped = separate_dropped_lines(train, held_out, settings.policy)
     frames = dict(zip(tables, [train, *held_out], strict=True))
     related = {name: replace(table, frame=frames[name]) for name, table in tables.items()}
     return related | {"train": replace(related["train"], dropped=dropped)}
 
 
 def read_tables(
-    files: Mapping[str, SplitFile], features: Features, on_progress: OnProgress | None = None
+    files: Mapping[str, SplitFile], features: FieldNames, on_progress: OnProgress | None = None
 ) -> dict[str, SplitTable]:
     """Read train, valid and test, a missing one as empty; raises OSError, and WorkerFailed."""
     frames: dict[str, list[pl.DataFrame]] = {split: [] for split in SPLITS}
@@ -76,7 +81,7 @@ def read_tables(
                 "out": f"{folder}/{split}-{byte_range.start}",
             }
             for split, file in files.items()
-            for byte_range in line_ranges(file.path, RANGE_BYTES)
+            for byte_range in cut_file_into_line_ranges(file.path, RANGE_BYTES)
         ]
         sizes = [request["byte_range"].end - request["byte_range"].start for request in requests]
         total = sum(sizes)
@@ -85,24 +90,24 @@ def read_tables(
             if on_progress is not None:
                 on_progress("reading", sum(sizes[:done]), total)
 
-        answers = run_jobs(requests, processes=processes_for(total), on_done=report_progress)
+        answers = run_jobs(requests, processes=count_processes_for(total), on_done=report_progress)
         with closing(answers):  # type: ignore[type-var]
             for request, _ in zip(requests, answers, strict=True):
-                frame, digests = _take_result(request)
+                frame, digests = _read_and_remove_job_files(request)
                 frames[request["split"]].append(frame)
                 hashers[request["split"]].update(digests)
     return {
         split: SplitTable(
             files[split].name if split in files else f"{split}.jsonl",
             files.get(split),
-            _join(frames[split], files.get(split)),
+            _join_range_frames(frames[split], files.get(split)),
             hashers[split].hexdigest(),
         )
         for split in SPLITS
     }
 
 
-def _take_result(request: dict[str, Any]) -> tuple[pl.DataFrame, bytes]:
+def _read_and_remove_job_files(request: dict[str, Any]) -> tuple[pl.DataFrame, bytes]:
     """What the job wrote, which is removed from the disk."""
     rows = Path(f"{request['out']}.rows")
     digests = Path(f"{request['out']}.digests")
@@ -112,17 +117,17 @@ def _take_result(request: dict[str, Any]) -> tuple[pl.DataFrame, bytes]:
     return result
 
 
-def _join(frames: list[pl.DataFrame], file: SplitFile | None) -> pl.DataFrame:
+def _join_range_frames(frames: list[pl.DataFrame], file: SplitFile | None) -> pl.DataFrame:
     frame = pl.concat([pl.DataFrame(schema=SCHEMA), *frames], rechunk=True)
     frame = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("line"))
     if file is not None and file.problems:
-        frame = _add_problems(frame, file.problems)
+        frame = _add_line_problems(frame, file.problems)
     if file is not None and file.numbers is not None:
         frame = frame.with_columns(pl.Series("line", file.numbers))
     return frame
 
 
-def _add_problems(frame: pl.DataFrame, problems: dict[int, tuple[str, str]]) -> pl.DataFrame:
+def _add_line_problems(frame: pl.DataFrame, problems: dict[int, tuple[str, str]]) -> pl.DataFrame:
     """What was wrong with a line before it was one, in the place of nothing."""
     checks, messages = zip(*problems.values(), strict=True)
     columns = {"line": list(problems), "check": checks, "message": messages}

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from nested_core.errors import DamagedError
 from nested_core.gate.verdict import Reason
-from nested_core.models.base_model import base_fingerprint, is_same_base, shorten_fingerprint
+from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.safetensors_files import FLOATING
 
@@ -76,7 +76,7 @@ def fingerprint_reasons(adapter_config: Mapping[str, Any], base: Path) -> list[R
     recorded = adapter_config.get("base_fingerprint")
     if recorded is None or is_same_base(recorded, base):
         return []
-    present = shorten_fingerprint(base_fingerprint(base))
+    present = shorten_fingerprint(fingerprint_base_model(base))
     message = f"made for the base {shorten_fingerprint(recorded)}, and {base} holds {present}"
     return [Reason("base_mismatch", message)]
 

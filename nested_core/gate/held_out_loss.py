@@ -12,17 +12,21 @@ import mlx.nn as nn
 
 from nested_core.config.data import DataPolicy
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.dataset import load_dataset, load_run_data
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset, load_run_data
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.verdict import GeneralLoss, Validation
 from nested_core.kernels.optimized_model import using_optimized_layers
-from nested_core.models.base_model import find_model, load_base
-from nested_core.models.lora_attachment import adapter_dtype, attach_adapter, load_adapter_tensors
-from nested_core.models.parameters import read_parameters, trainable_refs
+from nested_core.models.base_model import find_model_folder, load_base_model
+from nested_core.models.lora_attachment import (
+    attach_adapter,
+    compute_dtype_of_adapter,
+    load_adapter_tensors,
+)
+from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.dataset_record import read_dataset_record
@@ -50,19 +54,23 @@ class LoadedBase:
     @classmethod
     def load(cls, config: FineTuneConfig, *, as_stored: bool = False) -> LoadedBase:
         """Load the base at the precision of the run, or as it is stored."""
-        model, _ = load_base(config, as_stored=as_stored)
+        model, _ = load_base_model(config, as_stored=as_stored)
         parameters = attach_adapter(model, config)
-        return cls(config, model, parameters, find_model(config.model))
+        return cls(config, model, parameters, find_model_folder(config.model))
 
     def losses(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
     ) -> list[float]:
         """The mean loss over supervised tokens with each adapter folder, on the same batches."""
-        refs = trainable_refs(self.model, dtype=adapter_dtype(self.config, self.model))
+        refs = reference_trainable_parameters(
+            self.model, dtype=compute_dtype_of_adapter(self.config, self.model)
+        )
         evaluator = Evaluator(self.model, refs, SUPERVISED.for_model(self.model, refs))
         batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
         losses = []
-        with using_optimized_layers(self.model, as_mlx_lm=self.config.training.reference is not None):
+        with using_optimized_layers(
+            self.model, as_mlx_lm=self.config.training.reference is not None
+        ):
             for adapter in adapters:
                 load_adapter_tensors(self.model, load_arrays(adapter / WEIGHTS_NAME))
                 batches = fixed_batches(split, batch_size, max_batches, max_seq_length)
@@ -83,7 +91,7 @@ def measure_losses(base: LoadedBase, run: RunDirectory) -> Validation | None:
         return None
     before, after = map(finite_or_none, base.losses((run.initial, run.adapter), split))
     return Validation(
-        before, after, selected_on_same_data=valid is not None and split.is_within(valid)
+        before, after, selected_on_same_data=valid is not None and split.is_subset_of(valid)
     )
 
 

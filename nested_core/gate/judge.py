@@ -27,7 +27,7 @@ from nested_core.gate.run_evidence import (
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.verdict import GeneralLoss, JudgedAdapter, Reason, Validation, Verdict
-from nested_core.models.base_model import compute_dtype, find_model
+from nested_core.models.base_model import compute_dtype, find_model_folder
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.run_directory import RunDirectory
 
@@ -189,7 +189,7 @@ def _proven(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> 
     mx.clear_cache()  # this process has let go of the model; the new one needs the memory
     logits, dtype = evidence.record.logits, compute_dtype(config)
     request = ProofRequest(
-        model=find_model(config.model),
+        model=find_model_folder(config.model),
         initial=evidence.before.path,
         trained=evidence.after.path,
         prompts=logits.prompts,

@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.patching import replacing_calls, replacing_function
 from nested_core.kernels.swiglu import plain_swiglu
-from nested_core.models.parameters import evaluation_mode
+from nested_core.models.parameters import in_evaluation_mode
 
 
 class ModuleCall(NamedTuple):
@@ -111,7 +111,7 @@ def find_gated_mlps(trace: CallTrace) -> list[GatedMLP]:
 def trace_calls(model: nn.Module) -> CallTrace:
     """Call a model with two tokens, in evaluation mode, and record what it calls."""
     trace = CallTrace()
-    with evaluation_mode(model), _recording_calls(model, trace):
+    with in_evaluation_mode(model), _recording_calls(model, trace):
         model(mx.zeros((1, 2), mx.int32))
     return trace
 

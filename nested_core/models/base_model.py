@@ -28,7 +28,7 @@ PAGE_BYTES = 4096  # of the rule of earlier releases
 PAGE_STRIDE = 1024 * 1024
 
 
-def find_model(model: str) -> Path:
+def find_model_folder(model: str) -> Path:
     """The local folder of a model: the path itself, or a hub repository's snapshot."""
     from mlx_lm.utils import _download
 
@@ -45,7 +45,7 @@ def find_model(model: str) -> Path:
         ) from error
 
 
-def count_weights(folder: Path) -> int:
+def estimate_weight_count(folder: Path) -> int:
     """About how many weights are in a model's folder, from file sizes and config.json's bits."""
     files = [path for path in folder.glob("*.safetensors") if path.is_file()]
     try:
@@ -59,7 +59,7 @@ def count_weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in files) * 8 // bits
 
 
-def base_fingerprint(folder: Path) -> str:
+def fingerprint_base_model(folder: Path) -> str:
     """What tells one base model from another: "sha256:" and a SHA-256 over all of its files.
 
     The files are config.json, the model's own code, if any, and its weights, each with its name.
@@ -77,7 +77,7 @@ def is_same_base(recorded: str, folder: Path) -> bool:
     Warns of a fingerprint that earlier releases took, which most changes of weights leave as it is.
     """
     if recorded.startswith(RULE):
-        return recorded == base_fingerprint(folder)
+        return recorded == fingerprint_base_model(folder)
     is_same = recorded == sampled_fingerprint(folder)
     if is_same:
         warnings.warn(
@@ -129,19 +129,19 @@ def local_folder(model: str) -> Path | None:
         return None
 
 
-def find_base(config: FineTuneConfig) -> Path:
+def find_base_model(config: FineTuneConfig) -> Path:
     """The configured base model's folder; the backend is set up for a model of its size."""
-    folder = find_model(config.model)
-    backend.set_operations_per_commit(count_weights(folder))
+    folder = find_model_folder(config.model)
+    backend.set_operations_per_commit(estimate_weight_count(folder))
     return folder
 
 
-def load_base(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Module, Any]:
+def load_base_model(config: FineTuneConfig, *, as_stored: bool = False) -> tuple[nn.Module, Any]:
     """Load model and tokenizer as mlx_lm.load does, at the configured precision or as stored."""
     import mlx.core as mx
     from mlx_lm import load
 
-    folder = find_base(config)
+    folder = find_base_model(config)
     try:
         model, tokenizer = load(
             str(folder),

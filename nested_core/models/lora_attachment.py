@@ -33,7 +33,7 @@ def is_adapter_parameter(name: str) -> bool:
     return marked or lowered.rsplit(".", 1)[-1] == DORA_MAGNITUDE
 
 
-def adapter_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
+def compute_dtype_of_adapter(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
     """The dtype that the LoRA factors compute in; None is their own, float32.
 
     It is bfloat16 if the model's is, for a float32 factor makes every activation float32. It is not
@@ -92,13 +92,14 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
     if foreign or not adapter:
         raise ConfigError(
             f"lora_parameters: {len(adapter)} tensors would train, {foreign[:3]} of them outside "
-            f"the adapter. Layers hold modules like {_module_names(model)[:3]}; name those in keys."
+            f"the adapter. Layers hold modules like {_adapted_module_names(model)[:3]}; name those "
+            f"in keys."
         )
     mx.eval(adapter)
     return adapter
 
 
-def _module_names(model: nn.Module) -> list[str]:
+def _adapted_module_names(model: nn.Module) -> list[str]:
     names = {name for layer in model.layers for name, _ in layer.named_modules() if name}
     return sorted(name for name in names if "." in name) or sorted(names)
 
@@ -139,7 +140,7 @@ def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> N
     model.update(tree_unflatten(cast))
 
 
-def adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
+def make_adapter_config(config: FineTuneConfig, fingerprint: str) -> dict[str, Any]:
     """What adapter_config.json holds: what mlx-lm's loader needs, and the base's fingerprint."""
     lora = config.lora_parameters.model_dump(mode="json", exclude_none=True)
     return {

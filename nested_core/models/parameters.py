@@ -28,7 +28,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def trainable_refs(
+def reference_trainable_parameters(
     model: nn.Module, *, masters: bool = False, dtype: mx.Dtype | None = None
 ) -> ParameterRefs:
     """References to every trainable parameter of a model.
@@ -73,7 +73,7 @@ def restoring_parameters(refs: ParameterRefs) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Turn dropout off in the block; afterwards every module is in the mode it was in before."""
     modes = [(module, module.training) for _, module in model.named_modules()]
     model.eval()

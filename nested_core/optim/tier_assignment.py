@@ -128,7 +128,9 @@ def _layer_number(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _assign_by_depth(names: Sequence[str], fast: Literal["shallow", "deep"], tiers: int) -> dict[str, int]:
+def _assign_by_depth(
+    names: Sequence[str], fast: Literal["shallow", "deep"], tiers: int
+) -> dict[str, int]:
     """Contiguous, near-equal groups of the layers that carry trainable parameters."""
     layers = sorted({layer for name in names if (layer := _layer_number(name)) is not None})
     ranked = layers if fast == "shallow" else layers[::-1]
@@ -144,10 +146,14 @@ def _assign_by_importance(
         layer = _layer_number(name)
         if layer is not None:
             totals[layer] = totals.get(layer, 0.0) + importance[name]
-    return _assign_by_layer_ranking(names, sorted(totals, key=lambda layer: (-totals[layer], layer)), tiers)
+    return _assign_by_layer_ranking(
+        names, sorted(totals, key=lambda layer: (-totals[layer], layer)), tiers
+    )
 
 
-def _assign_by_layer_ranking(names: Sequence[str], ranked_layers: Sequence[int], tiers: int) -> dict[str, int]:
+def _assign_by_layer_ranking(
+    names: Sequence[str], ranked_layers: Sequence[int], tiers: int
+) -> dict[str, int]:
     """Cut a ranking of layers into `tiers` near-equal runs, tier 0 first."""
     if len(ranked_layers) < tiers:
         raise ConfigError(
@@ -172,7 +178,9 @@ def _assign_by_name_pattern(names: Sequence[str], rules: Sequence[Assignment]) -
     return {name: tier for name, tier in first.items() if tier is not None}
 
 
-def _assign_parameters_outside_layers(names: Sequence[str], tensors: dict[str, int], *, slowest: int) -> None:
+def _assign_parameters_outside_layers(
+    names: Sequence[str], tensors: dict[str, int], *, slowest: int
+) -> None:
     orphans = [name for name in names if name not in tensors]
     if not orphans:
         return

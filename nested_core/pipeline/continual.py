@@ -14,7 +14,7 @@ from typing import Any
 from nested_core.config.keys import settings_of_the_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import find_model, is_same_base, sampled_fingerprint
+from nested_core.models.base_model import find_model_folder, is_same_base, sampled_fingerprint
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import registry_location
@@ -73,7 +73,7 @@ def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
     train = read_dataset_record(run.dataset).splits["train"]
-    base, recorded = find_model(config.model), provenance.get("base_fingerprint")
+    base, recorded = find_model_folder(config.model), provenance.get("base_fingerprint")
     if not isinstance(recorded, str) or not is_same_base(recorded, base):
         return None
     now = train.digest, settings_digest(config, recorded)
@@ -99,7 +99,7 @@ def parent_of(config: FineTuneConfig, run: RunDirectory) -> str | None:
     initial = read_adapter(run.initial)
     if initial.digest() in versions:
         return initial.digest()
-    sampled = {"base_fingerprint": sampled_fingerprint(find_model(config.model))}
+    sampled = {"base_fingerprint": sampled_fingerprint(find_model_folder(config.model))}
     digest = Adapter(initial.path, initial.config | sampled, initial.tensors).digest()
     return digest if digest in versions else None
 

@@ -51,7 +51,7 @@ def main(run_dir: str, ranks: str) -> int:
 
 
 def _train(run_dir: Path, ranks: int) -> None:
-    from nested_core.models.base_model import find_base
+    from nested_core.models.base_model import find_base_model
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
     from nested_core.training.distributed import join
@@ -60,7 +60,7 @@ def _train(run_dir: Path, ranks: int) -> None:
     listener.start()
     run = RunDirectory(run_dir)
     config = read_run_config(run)
-    find_base(config)  # before anything is computed
+    find_base_model(config)  # before anything is computed
     world = join(ranks)
     steps.train_as_rank(config, run, world, ReportSender(), listener.watch)
 

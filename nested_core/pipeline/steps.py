@@ -18,18 +18,18 @@ from nested_core.backend import warn_if_unprepared
 from nested_core.config.loading import render_config
 from nested_core.config.resume import read_run_config, refuse_differences
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.dataset import load_run_data
+from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.gate import Verdict, describe_evidence, judge_run
 from nested_core.gate.held_out_loss import measure_test as test_loss
 from nested_core.gate.held_out_loss import refuse_other_data
-from nested_core.models.base_model import base_fingerprint, find_model, load_base
+from nested_core.models.base_model import find_model_folder, fingerprint_base_model, load_base_model
 from nested_core.models.lora_attachment import (
-    adapter_config,
     attach_adapter,
     load_adapter_tensors,
+    make_adapter_config,
     read_adapter_file,
 )
 from nested_core.models.parameters import trainable_parameters
@@ -135,12 +135,12 @@ def load(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = Non
 
 
 def _load(config: FineTuneConfig, run: RunDirectory) -> None:
-    model, _ = load_base(config, as_stored=True)
+    model, _ = load_base_model(config, as_stored=True)
     attach_adapter(model, config)
-    base = find_model(config.model)
+    base = find_model_folder(config.model)
     if config.resume_adapter_file is not None:
         load_adapter_tensors(model, read_adapter_file(Path(config.resume_adapter_file), base))
-    described = adapter_config(config, base_fingerprint(base))
+    described = make_adapter_config(config, fingerprint_base_model(base))
     champion = starting_adapter(config, described, base)
     if champion is not None:
         load_adapter_tensors(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
@@ -207,7 +207,7 @@ def _train(
     callback: TrainingCallback | None,
     on_start: Callable[[Any], None] | None,
 ) -> Trainer:
-    model, _ = load_base(config)
+    model, _ = load_base_model(config)
     report, splits = load_run_data(config)
     refuse_other_data(run, report)
     attach_adapter(model, config)

@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.batches import BatchPlan
+from nested_core.data.batches import BatchOrder
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.evaluation import fixed_batches
@@ -104,7 +104,7 @@ class BucketedSchedule:
         batch_size = self._config.batch_size
         rows = buckets.rows[: min(int(buckets.starts[1]), max(SAMPLED_ROWS, batch_size))]
         supervised = sorted(int(self._train.example_mask(row).sum()) for row in rows)
-        self._train.give_back()
+        self._train.release_pages()
         return BatchShape(
             batch_size // self._world.size,
             buckets.width_at(0),
@@ -146,9 +146,9 @@ class BucketedSchedule:
         return [last] if last // every > first // every else []
 
 
-def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchPlan:
+def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrder:
     """The batches that a configuration trains on, epoch after epoch."""
-    return BatchPlan(
+    return BatchOrder(
         split.lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
     )
 

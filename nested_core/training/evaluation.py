@@ -12,12 +12,12 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.backend import to_float
-from nested_core.data.batches import batch_arrays, evaluation_batches
+from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.models.parameters import (
     ParameterRefs,
     assign_parameters,
-    evaluation_mode,
+    in_evaluation_mode,
     restoring_parameters,
 )
 from nested_core.optim.gradient_checks import Flat
@@ -65,7 +65,7 @@ class Evaluator:
         """Mean loss a target token, for cross-entropy in nats, without dropout."""
         total = mx.array(0.0)
         count = mx.array(0)
-        with evaluation_mode(self.model), restoring_parameters(self.parameters):
+        with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             for batch in batches:
                 if self.is_stop_requested():
                     raise EvaluationInterrupted
@@ -82,7 +82,7 @@ class Evaluator:
         `prompts`, `columns` and `values` (one row a prompt, float32): what a fresh process that
         loads the published adapter must compute again.
         """
-        with evaluation_mode(self.model), restoring_parameters(self.parameters):
+        with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             assign_parameters(self.parameters, values)
             rows = [_last_logits(self.model(mx.array([prompt]))) for prompt in self.prompts]
         vocabulary = len(rows[0]) if rows else 0
@@ -116,5 +116,7 @@ def fixed_batches(
     split: TokenizedSplit, batch_size: int, max_batches: int, max_seq_length: int
 ) -> Iterable[MicroBatch]:
     """The same batches in the same order every time; -1 is all, fewer are spread over lengths."""
-    batches = evaluation_batches(split, batch_size, max_batches, max_seq_length=max_seq_length)
-    return (batch_arrays(split, batch, batch_size) for batch in batches)
+    batches = choose_evaluation_batches(
+        split, batch_size, max_batches, max_seq_length=max_seq_length
+    )
+    return (make_batch_arrays(split, batch, batch_size) for batch in batches)

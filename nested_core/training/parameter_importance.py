@@ -13,10 +13,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.models.parameters import (
     assign_parameters,
-    evaluation_mode,
+    in_evaluation_mode,
     read_parameters,
+    reference_trainable_parameters,
     restoring_parameters,
-    trainable_refs,
 )
 from nested_core.optim.gradient_checks import Flat
 from nested_core.training.batch_schedule import plan_batches
@@ -27,7 +27,7 @@ def parameter_importance(
     config: FineTuneConfig, model: nn.Module, split: TokenizedSplit
 ) -> dict[str, float]:
     """Each parameter's squared L2 gradient norm, averaged over `nested.probe_batches` batches."""
-    parameters = trainable_refs(model)
+    parameters = reference_trainable_parameters(model)
     values = read_parameters(parameters)
     plan = plan_batches(config, split)
 
@@ -37,7 +37,7 @@ def parameter_importance(
         return loss / count
 
     totals = dict.fromkeys(values, 0.0)
-    with evaluation_mode(model), restoring_parameters(parameters):
+    with in_evaluation_mode(model), restoring_parameters(parameters):
         for index in range(config.nested.probe_batches):
             tokens, target_mask = plan.arrays(split, index)
             gradients = mx.grad(mean_loss)(values, mx.array(tokens), mx.array(target_mask))

@@ -13,13 +13,13 @@ from nested_core.config.optimizers import optimizer_classes
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import base_fingerprint, find_model
-from nested_core.models.lora_attachment import adapter_dtype
-from nested_core.models.parameters import ParameterRefs, trainable_refs
-from nested_core.optim.tier_clock import Tier
+from nested_core.models.base_model import find_model_folder, fingerprint_base_model
+from nested_core.models.lora_attachment import compute_dtype_of_adapter
+from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.learning_rate_schedules import build_learning_rate
-from nested_core.optim.tiered import Tiered
 from nested_core.optim.tier_assignment import TierMap, read_tiers, refuse_tiers_never_due
+from nested_core.optim.tier_clock import Tier
+from nested_core.optim.tiered import Tiered
 from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
@@ -100,8 +100,8 @@ def prepare_training(
     tiers = read_tiers(run.tiers)
     optimizer = build_optimizer(config, tiers)
     optimizer.init(model.trainable_parameters())
-    dtype = adapter_dtype(config, model)
-    parameters = trainable_refs(model, masters=config.has_masters, dtype=dtype)
+    dtype = compute_dtype_of_adapter(config, model)
+    parameters = reference_trainable_parameters(model, masters=config.has_masters, dtype=dtype)
     batch_schedule = make_batch_schedule(config, splits, world)
     refuse_tiers_never_due(tiers.frequencies, batch_schedule.steps)
     return TrainingSetup(
@@ -126,7 +126,7 @@ def compute_input_digests(config: FineTuneConfig, run: RunDirectory) -> dict[str
         "initial": read_adapter(run.initial).digest(),
         "initial_files": files_sha256(run.initial),
         "tiers": regular_sha256(run.tiers),
-        "base": base_fingerprint(find_model(config.model)),
+        "base": fingerprint_base_model(find_model_folder(config.model)),
         "data": read_dataset_record(run.dataset).digest,
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nested_core import backend
-from nested_core.models.base_model import count_weights
+from nested_core.models.base_model import estimate_weight_count
 
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = sys.platform == "linux"
@@ -134,7 +134,7 @@ def test_the_weights_of_a_folder_are_counted_by_their_bits(
         os.mkfifo(tmp_path / "config.json")  # nobody ever writes into it
     else:
         (tmp_path / "config.json").write_text(config)
-    assert count_weights(tmp_path) == weights
+    assert estimate_weight_count(tmp_path) == weights
 
 
 LOADED = """

@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.loading import parse_config, read_yaml
-from nested_core.data.lines.decoding import LineProblem
-from nested_core.data.lines.examples import Features, line_body, parse_line
-from nested_core.data.lines.line_table import read_range
+from nested_core.data.lines.example_parsing import FieldNames, parse_line, strip_line
+from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
-from nested_core.data.sources.formats import MAX_LINE_BYTES, Damaged, read_array, read_gzip
+from nested_core.data.sources.file_formats import (
+    MAX_LINE_BYTES,
+    UnreadableRest,
+    read_gzip_jsonl,
+    read_json_array,
+)
 from nested_core.errors import ConfigError, DamagedError, DatasetError
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger
 from nested_core.storage.adapter import read_adapter_config
@@ -87,24 +92,24 @@ def _parse_yaml(content: bytes) -> None:
 
 def _parse_jsonl(content: bytes) -> None:
     path = _file("train.jsonl", content)
-    read_range(path, ByteRange(0, len(content)), Features())
+    read_line_range(path, ByteRange(0, len(content)), FieldNames())
     with warnings.catch_warnings(action="ignore"):
         read_metrics(path)
     for number, line in enumerate(content.split(b"\n")):
-        body = line_body(line, is_first=number == 0)
+        body = strip_line(line, is_first=number == 0)
         with suppress(LineProblem):
-            parse_line(body, Features())
+            parse_line(body, FieldNames())
 
 
 def _parse_gzip(content: bytes) -> None:
     packed = content if content.startswith(GZIP_MAGIC) else gzip.compress(content, mtime=0)
-    for line in read_gzip(_file("train.jsonl.gz", packed)):
+    for line in read_gzip_jsonl(_file("train.jsonl.gz", packed)):
         if len(line.line) > MAX_LINE_BYTES:
             raise AssertionError("a line is longer than any may be")
 
 
 def _parse_array(content: bytes) -> None:
-    for line in read_array(_file("train.json", content)):
+    for line in read_json_array(_file("train.json", content)):
         json.loads(line.line)
 
 
@@ -176,12 +181,14 @@ TARGETS = {
         seconds=20.0,  # PyYAML reads some 50 kB a second
     ),
     "jsonl": FuzzTarget((LINES,), JSON_TOKENS, _parse_jsonl, (DatasetError,)),
-    "array": FuzzTarget((json.dumps(EXAMPLES).encode(),), JSON_TOKENS, _parse_array, (Damaged,)),
+    "array": FuzzTarget(
+        (json.dumps(EXAMPLES).encode(),), JSON_TOKENS, _parse_array, (UnreadableRest,)
+    ),
     "gz": FuzzTarget(
         (LINES, gzip.compress(LINES), gzip.compress(b"\n" * 50_000), gzip.compress(bytes(10**6))),
         (GZIP_MAGIC, b"\x1f\x8b\x08\x1c", b"\0\0\0\xff\xff"),
         _parse_gzip,
-        (Damaged,),
+        (UnreadableRest,),
     ),
     "ledger": FuzzTarget(
         (_ledger_lines(), b""), (*JSON_TOKENS, b'"action"'), _parse_ledger, (DamagedError,)

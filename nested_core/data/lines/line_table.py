@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nested_core.data.lines.examples import WHITE_SPACE, Features
-from nested_core.data.lines.rows import BLANK_TURN, Row, plain_row, read_line
+from nested_core.data.lines.example_parsing import WHITE_SPACE, FieldNames
+from nested_core.data.lines.line_rows import BLANK_TURN, LineRow, parse_line_to_row, parse_plain_row
 from nested_core.data.lines.sensitive_data import find_sensitive
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
@@ -43,7 +43,9 @@ _CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
 _REPLACEMENT = "\ufffd"
 
 
-def read_range(path: Path, byte_range: ByteRange, features: Features) -> tuple[pl.DataFrame, bytes]:
+def read_line_range(
+    path: Path, byte_range: ByteRange, features: FieldNames
+) -> tuple[pl.DataFrame, bytes]:
     """The rows of a range of lines, see SCHEMA, and the SHA-256 of each example in it, joined.
 
     The row of a line does not depend on the range it is read in. Raises OSError, and DatasetError
@@ -60,7 +62,7 @@ def read_range(path: Path, byte_range: ByteRange, features: Features) -> tuple[p
         lines.pop()
     is_start = byte_range.start == 0
     rows = _read_rows(lines, features, is_start=is_start, may_be_plain=b"\\u0000" not in content)
-    digests, keys = _compare_by(rows.pop("content"))
+    digests, keys = _digests_and_keys(rows.pop("content"))
     raw = pl.Series(lines, dtype=pl.Binary)
     text = pl.Series(rows.pop("shown"), dtype=pl.String)
     has_mark = np.zeros(len(lines), bool)
@@ -69,7 +71,7 @@ def read_range(path: Path, byte_range: ByteRange, features: Features) -> tuple[p
         **rows,
         **keys,
         "sensitive": find_sensitive(text),
-        "has_control": _hold_controls(raw, text),
+        "has_control": _find_control_characters(raw, text),
         "has_replacement": text.str.contains(_REPLACEMENT, literal=True).fill_null(value=False),
         "has_crlf": raw.bin.ends_with(b"\r"),
         "has_mark": has_mark,
@@ -77,35 +79,35 @@ def read_range(path: Path, byte_range: ByteRange, features: Features) -> tuple[p
     return pl.DataFrame(columns, schema=SCHEMA), digests
 
 
-def read_lines_job(request: dict[str, Any]) -> dict[str, Any]:
-    """`read_range` as a job: writes OUT.rows and OUT.digests, answers how many lines there are."""
+def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
+    """`read_line_range` as a job: writes OUT.rows and OUT.digests, answers the number of lines."""
     byte_range = ByteRange(*request["byte_range"])
-    features = Features(**request["features"])
-    frame, digests = read_range(Path(request["path"]), byte_range, features)
+    features = FieldNames(**request["features"])
+    frame, digests = read_line_range(Path(request["path"]), byte_range, features)
     frame.write_ipc(f"{request['out']}.rows")
     Path(f"{request['out']}.digests").write_bytes(digests)
     return {"lines": frame.height}
 
 
 def _read_rows(
-    lines: list[bytes], features: Features, *, is_start: bool, may_be_plain: bool
+    lines: list[bytes], features: FieldNames, *, is_start: bool, may_be_plain: bool
 ) -> dict[str, list[Any]]:
-    """The fields of each line's `Row`, as columns."""
-    columns = {name: [default] * len(lines) for name, default in Row._field_defaults.items()}
-    plain = [plain_row(raw, features) if may_be_plain else None for raw in lines]
+    """The fields of each line's `LineRow`, as columns."""
+    columns = {name: [default] * len(lines) for name, default in LineRow._field_defaults.items()}
+    plain = [parse_plain_row(raw, features) if may_be_plain else None for raw in lines]
     columns["format"] = [row and row[0] for row in plain]
     columns["roles"] = [row and row[1] for row in plain]
     columns["content"] = [row and row[2] for row in plain]
     columns["shown"] = list(columns["content"])
     is_doubtful = pl.Series(columns["content"], dtype=pl.String).str.contains(BLANK_TURN)
     for index in is_doubtful.fill_null(value=True).arg_true().to_list():
-        row = read_line(lines[index], features, is_first=is_start and index == 0)
+        row = parse_line_to_row(lines[index], features, is_first=is_start and index == 0)
         for name, value in row._asdict().items():
             columns[name][index] = value
     return columns
 
 
-def _compare_by(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]]:
+def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]]:
     """The digests of the examples, joined, and the keys by which rows are compared."""
     encoded = [None if content is None else content.encode() for content in contents]
     digests = b"".join([sha256(content).digest() for content in encoded if content is not None])
@@ -118,13 +120,13 @@ def _compare_by(contents: list[str | None]) -> tuple[bytes, dict[str, pl.Series]
     content[is_example.to_numpy()] = np.frombuffer(digests, "<u8")[::4]
     keys = {
         "content": pl.Series(content),
-        "prompt": _keys(prompts),
-        "folded": _keys(_fold(encoded)),
+        "prompt": _hash_to_keys(prompts),
+        "folded": _hash_to_keys(_fold_case_and_space(encoded)),
     }
     return digests, keys
 
 
-def _fold(encoded: list[bytes | None]) -> list[bytes | None]:
+def _fold_case_and_space(encoded: list[bytes | None]) -> list[bytes | None]:
     """The contents in small letters and without white space."""
     return [
         None
@@ -138,13 +140,13 @@ def _casefold(content: bytes) -> bytes:
     return content.decode().casefold().encode()
 
 
-def _keys(values: list[bytes | None]) -> pl.Series:
+def _hash_to_keys(values: list[bytes | None]) -> pl.Series:
     """A 64-bit key for each value, the same in every process; null for None."""
     series = pl.Series(values, dtype=pl.Binary)
     return pl.select(pl.when(series.is_not_null()).then(series.hash(seed=0))).to_series()
 
 
-def _hold_controls(raw: pl.Series, text: pl.Series) -> pl.Series:
+def _find_control_characters(raw: pl.Series, text: pl.Series) -> pl.Series:
     """Whether a text holds a control character; most lines cannot, and are not searched."""
     may = (text.str.len_bytes() != text.str.len_chars()) | raw.bin.contains(b"\x7f")
     for escape in (b"\\u", b"\\b", b"\\f"):

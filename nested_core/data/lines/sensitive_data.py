@@ -30,16 +30,16 @@ IsMatch = Callable[[str], object]
 _FILES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".js", ".css", ".py", ".html")
 
 
-def _always(value: str) -> bool:
+def _accept_any(value: str) -> bool:
     return True
 
 
-def _is_mixed(value: str) -> bool:
+def _has_mixed_characters(value: str) -> bool:
     """Whether it has small letters, capitals and digits, as random keys have and words have not."""
     return all(re.search(characters, value) for characters in ("[a-z]", "[A-Z]", "[0-9]"))
 
 
-def _is_cased(value: str) -> bool:
+def _has_upper_and_lower_case(value: str) -> bool:
     return not value.islower() and not value.isupper()
 
 
@@ -86,18 +86,20 @@ class SensitivePattern:
     name: str
     group: Literal["secret", "personal"]
     form: re.Pattern[str]
-    is_match: IsMatch = _always
+    is_match: IsMatch = _accept_any
 
-    def is_in(self, text: str) -> bool:
+    def occurs_in(self, text: str) -> bool:
         """Whether the text holds one."""
         return any(self.is_match(match[match.lastindex or 0]) for match in self.form.finditer(text))
 
 
-def _secret(name: str, form: str, is_match: IsMatch = _always) -> SensitivePattern:
+def _make_secret_pattern(name: str, form: str, is_match: IsMatch = _accept_any) -> SensitivePattern:
     return SensitivePattern(name, "secret", re.compile(form), is_match)
 
 
-def _personal(name: str, form: str, is_match: IsMatch = _always) -> SensitivePattern:
+def _make_personal_pattern(
+    name: str, form: str, is_match: IsMatch = _accept_any
+) -> SensitivePattern:
     return SensitivePattern(name, "personal", re.compile(form), is_match)
 
 
@@ -117,26 +119,36 @@ _PATTERNS_BY_HINT: tuple[tuple[str, tuple[SensitivePattern, ...]], ...] = (
     (
         "-----BEGIN|AKIA|ASIA|gh[pousr]_|github_pat_|glpat-|xox[abeoprs]-|AIza|sk-|hf_|eyJ",
         (
-            _secret("private key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"),
-            _secret("AWS key", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
-            _secret("GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})\b"),
-            _secret("GitLab token", r"\bglpat-([\w-]{20,})", _is_cased),
-            _secret("Slack token", r"\bxox[abeoprs]-([A-Za-z0-9-]{10,})", re.compile(r"\d").search),
-            _secret("Google key", r"\bAIza[\w-]{35}(?![\w-])"),
-            _secret("Anthropic key", r"\bsk-ant-([\w-]{20,})", _is_mixed),
-            _secret("OpenAI key", r"\bsk-(?!ant-)([\w-]{20,})", _is_mixed),
-            _secret("Hugging Face token", r"\bhf_([A-Za-z0-9]{30,})\b", _is_cased),
-            _secret("JSON web token", _WEB_TOKEN, re.compile(r"\beyJ[\w-]{8}").search),
+            _make_secret_pattern(
+                "private key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+            ),
+            _make_secret_pattern("AWS key", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+            _make_secret_pattern(
+                "GitHub token", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})\b"
+            ),
+            _make_secret_pattern(
+                "GitLab token", r"\bglpat-([\w-]{20,})", _has_upper_and_lower_case
+            ),
+            _make_secret_pattern(
+                "Slack token", r"\bxox[abeoprs]-([A-Za-z0-9-]{10,})", re.compile(r"\d").search
+            ),
+            _make_secret_pattern("Google key", r"\bAIza[\w-]{35}(?![\w-])"),
+            _make_secret_pattern("Anthropic key", r"\bsk-ant-([\w-]{20,})", _has_mixed_characters),
+            _make_secret_pattern("OpenAI key", r"\bsk-(?!ant-)([\w-]{20,})", _has_mixed_characters),
+            _make_secret_pattern(
+                "Hugging Face token", r"\bhf_([A-Za-z0-9]{30,})\b", _has_upper_and_lower_case
+            ),
+            _make_secret_pattern("JSON web token", _WEB_TOKEN, re.compile(r"\beyJ[\w-]{8}").search),
         ),
     ),
     (
         "(?i)passw|passphrase|pwd|secret|api[_-]?key|token",
-        (_secret("password", _ASSIGNED, _is_password),),
+        (_make_secret_pattern("password", _ASSIGNED, _is_password),),
     ),
     (
         "@",
         (
-            _personal(
+            _make_personal_pattern(
                 "e-mail address",
                 r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])",
                 _is_address,
@@ -146,9 +158,11 @@ _PATTERNS_BY_HINT: tuple[tuple[str, tuple[SensitivePattern, ...]], ...] = (
     (
         "[0-9][0-9 ().-]{6,}[0-9]",
         (
-            _personal("phone number", _PHONE, _is_phone),
-            _personal("card number", r"(?<![\w.+-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)", _is_card),
-            _personal(
+            _make_personal_pattern("phone number", _PHONE, _is_phone),
+            _make_personal_pattern(
+                "card number", r"(?<![\w.+-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)", _is_card
+            ),
+            _make_personal_pattern(
                 "IBAN",
                 r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
                 _is_iban,
@@ -167,7 +181,7 @@ def find_sensitive(texts: pl.Series) -> pl.Series:
         where = texts.str.contains(hint).fill_null(value=False).arg_true()
         for index, text in zip(where.to_list(), texts.gather(where), strict=True):
             for bit, pattern in enumerate(patterns, start=first):
-                if pattern.is_in(text):
+                if pattern.occurs_in(text):
                     bits[index] |= 1 << bit
         first += len(patterns)
     return pl.Series(bits)

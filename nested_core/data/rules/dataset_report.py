@@ -100,14 +100,14 @@ class DatasetReport:
     @property
     def errors(self) -> tuple[Finding, ...]:
         """The findings that reject the data set."""
-        return self._of("error")
+        return self._findings_of_severity("error")
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
         """The findings that a person should look at."""
-        return self._of("warning")
+        return self._findings_of_severity("warning")
 
-    def _of(self, severity: Severity) -> tuple[Finding, ...]:
+    def _findings_of_severity(self, severity: Severity) -> tuple[Finding, ...]:
         return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def to_json(self) -> dict[str, Any]:
@@ -117,7 +117,10 @@ class DatasetReport:
             "digest": self.digest,
             "splits": {split: asdict(stats) for split, stats in self.splits.items()},
             "findings": [finding.to_json() for finding in self.findings],
-            "counts": {severity: _total(self._of(severity)) for severity in _ORDER},
+            "counts": {
+                severity: _count_findings(self._findings_of_severity(severity))
+                for severity in _ORDER
+            },
         }
 
     @classmethod
@@ -130,15 +133,17 @@ class DatasetReport:
         errors = self.errors
         if not errors:
             return
-        number = _total(errors)
+        number = _count_findings(errors)
         rejected = sum(stats.rejected for stats in self.splits.values())
-        where = f" in {_count(rejected, 'line')}" if rejected else ""
-        lines = [f"The data set {self.folder} is rejected: {_count(number, 'error')}{where}."]
+        where = f" in {_format_count(rejected, 'line')}" if rejected else ""
+        lines = [
+            f"The data set {self.folder} is rejected: {_format_count(number, 'error')}{where}."
+        ]
         lines += [
             f"  {shorten(finding, _SHOWN_CHARACTERS)}" for finding in errors[:_SHOWN_FINDINGS]
         ]
         if number > _SHOWN_FINDINGS:
-            lines.append(f"  and {_count(number - _SHOWN_FINDINGS, 'more error')}.")
+            lines.append(f"  and {_format_count(number - _SHOWN_FINDINGS, 'more error')}.")
         lines.append("Correct these; `nested-tune validate --json` lists them.")
         raise DatasetError("\n".join(lines))
 
@@ -147,13 +152,15 @@ class DatasetReport:
         if not self.warnings:
             return ""
         first = shorten(self.warnings[0], _SHOWN_CHARACTERS)
-        return f"data: {_count(_total(self.warnings), 'warning')}, the first: {first}"
+        return (
+            f"data: {_format_count(_count_findings(self.warnings), 'warning')}, the first: {first}"
+        )
 
 
 _REPORT = TypeAdapter(DatasetReport)
 
 
-def in_order(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
+def sort_findings(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
     """Errors, warnings, infos; in each by file in this order, then by line, unlisted ones last."""
     ranks = {file: rank for rank, file in enumerate(files)}
     return tuple(
@@ -169,10 +176,10 @@ def in_order(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:
     )
 
 
-def _total(findings: Iterable[Finding]) -> int:
+def _count_findings(findings: Iterable[Finding]) -> int:
     """The number of findings, with those that are not listed."""
     return sum(1 if finding.count is None else finding.count for finding in findings)
 
 
-def _count(number: int, noun: str) -> str:
+def _format_count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

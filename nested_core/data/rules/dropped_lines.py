@@ -23,7 +23,7 @@ _REASONS = {
 }
 
 
-def choose_lines(
+def separate_dropped_lines(
     train: pl.DataFrame, held_out: list[pl.DataFrame], policy: DataPolicy
 ) -> tuple[pl.DataFrame, list[pl.DataFrame], Dropped]:
     """The frames to judge, and the lines of train that are dropped for their content, by reason.
@@ -34,21 +34,21 @@ def choose_lines(
     no_line = pl.lit(None, pl.Int32)
     if policy.leakage == "drop":
         leaked = pl.concat([frame["repeats"] for frame in held_out]).drop_nulls().unique().implode()
-        is_leaked = pl.col("line").is_in(leaked) | pl.col("repeats").is_in(leaked)
-        dropped["leakage"] = _lines(train.filter(is_leaked))
+        is_leaked = pl.col("line").occurs_in(leaked) | pl.col("repeats").occurs_in(leaked)
+        dropped["leakage"] = _line_numbers(train.filter(is_leaked))
         train = train.with_columns(repeats=pl.when(~is_leaked).then("repeats"))
         held_out = [frame.with_columns(repeats=no_line) for frame in held_out]
     if policy.duplicates == "drop":
-        dropped["duplicate"] = _lines(train.filter(pl.col("repeats").is_not_null()))
+        dropped["duplicate"] = _line_numbers(train.filter(pl.col("repeats").is_not_null()))
         train = train.with_columns(repeats=no_line)
     return train, held_out, dropped
 
 
-def _lines(frame: pl.DataFrame) -> frozenset[int]:
+def _line_numbers(frame: pl.DataFrame) -> frozenset[int]:
     return frozenset(frame["line"].to_list())
 
 
-def tell_dropped(file: str, dropped: Dropped) -> Iterator[Finding]:
+def describe_dropped_lines(file: str, dropped: Dropped) -> Iterator[Finding]:
     """One warning for each reason, at the first line, with the count and the first lines."""
     for reason, lines in dropped.items():
         if lines:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import polars as pl
 
-from nested_core.data.rules.rule_table import Rule, RuleTable
+from nested_core.data.rules.rule_table import FrameRules, Rule
 
 _IS_TEXT = pl.col("format") == "text"
 
-FILE_RULES = RuleTable(
+FILE_RULES = FrameRules(
     columns={
         "split": pl.String,
         "folder": pl.String,
@@ -57,7 +57,7 @@ FILE_RULES = RuleTable(
     ),
 )
 
-ROW_COUNT_RULES = RuleTable(
+ROW_COUNT_RULES = FrameRules(
     columns={
         "split": pl.String,
         "lines": pl.Int64,

@@ -12,7 +12,7 @@ import polars as pl
 
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
 from nested_core.data.rules.dataset_report import Severity
-from nested_core.data.rules.rule_table import Rule, RuleTable
+from nested_core.data.rules.rule_table import FrameRules, Rule
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.
 # An orphan result (o) counts as one here, for it has a check of its own.
@@ -21,7 +21,7 @@ _ORPHAN = r"o|(?:^|[^cto])t"
 _ROLES = pl.col("roles").cast(pl.String)
 _CHAT_ROLES = pl.when(pl.col("format") == "chat").then(_ROLES)
 
-LINE_RULES = RuleTable(
+LINE_RULES = FrameRules(
     columns={
         "is_train": pl.Boolean,
         "train_file": pl.Categorical,
@@ -140,7 +140,7 @@ LINE_RULES = RuleTable(
 )
 
 
-def _sensitive_rule(bit: int) -> Rule:
+def _make_sensitive_data_rule(bit: int) -> Rule:
     """The rule for one kind of secret or personal data, once a file; its value is never shown."""
     is_absent = pl.col("sensitive") // 2**bit % 2 == 0
     name = SENSITIVE_PATTERNS[bit].name
@@ -154,14 +154,14 @@ def _sensitive_rule(bit: int) -> Rule:
     return Rule("likely-secret", "warning", is_absent, message, once=True)
 
 
-SENSITIVE_DATA_RULES = RuleTable(
+SENSITIVE_DATA_RULES = FrameRules(
     columns={"sensitive": pl.UInt32},
-    rules=tuple(map(_sensitive_rule, range(len(SENSITIVE_PATTERNS)))),
+    rules=tuple(map(_make_sensitive_data_rule, range(len(SENSITIVE_PATTERNS)))),
 )
 
 
 @cache
-def held_out_rules(severity: Severity) -> RuleTable:
+def make_held_out_rules(severity: Severity) -> FrameRules:
     """The rules for one line of test, as it relates to valid."""
     repeated = Rule(
         "test-in-valid",
@@ -170,6 +170,6 @@ def held_out_rules(severity: Severity) -> RuleTable:
         "the same example is in {valid_file}:{line_in_valid}, by which the best checkpoint is "
         "chosen; a loss on it says nothing about new data",
     )
-    return RuleTable(
+    return FrameRules(
         columns={"line_in_valid": pl.Int32, "valid_file": pl.Categorical}, rules=(repeated,)
     )

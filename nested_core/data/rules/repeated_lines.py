@@ -11,7 +11,7 @@ import polars as pl
 import polars.selectors as cs
 
 
-def relate_rows(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
+def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
     """The frames of train, valid and test with columns that relate each row to other lines.
 
     Adds file, train_file, is_train, file_format, and the train lines `repeats` (equal content),
@@ -30,7 +30,7 @@ def relate_rows(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
     frame = _add_file_format(pl.concat(named))
     for key in ("content", "folded", "prompt"):
         frame = _add_first_in_train(frame, key)
-    related = frame.with_columns(**_relations())
+    related = frame.with_columns(**_repeat_column_expressions())
     related = related.drop("content", "folded", "prompt", cs.starts_with("first_"))
     starts = accumulate((frame.height for _, frame in files), initial=0)
     train, valid, test = (
@@ -39,12 +39,12 @@ def relate_rows(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFrame]:
     )
     test = test.with_columns(
         valid_file=pl.lit(files[1][0], pl.Categorical),
-        line_in_valid=_first_lines(named[2]["content"], named[1]),
+        line_in_valid=_first_valid_line_with(named[2]["content"], named[1]),
     )
     return [train, valid, test]
 
 
-def _first_lines(contents: pl.Series, valid: pl.DataFrame) -> pl.Series:
+def _first_valid_line_with(contents: pl.Series, valid: pl.DataFrame) -> pl.Series:
     """The first line of valid with each of these contents, or null."""
     examples = valid.filter(pl.col("content").is_not_null())
     first = examples.group_by("content").agg(pl.col("line").first())
@@ -70,12 +70,12 @@ def _add_first_in_train(frame: pl.DataFrame, key: str) -> pl.DataFrame:
     line = pl.col("line").first().alias(f"first_line_by_{key}")
     keys = frame[key].drop_nulls().sort()
     repeated = keys.filter(keys == keys.shift()).unique()  # grouping all keys takes 300 bytes a row
-    train = frame.filter(pl.col("is_train") & pl.col(key).is_in(repeated.implode()))
+    train = frame.filter(pl.col("is_train") & pl.col(key).occurs_in(repeated.implode()))
     first = train.group_by(key).agg(*((line,) if key == "content" else (line, content)))
     return frame.join(first, on=key, how="left", maintain_order="left")
 
 
-def _relations() -> dict[str, pl.Expr]:
+def _repeat_column_expressions() -> dict[str, pl.Expr]:
     is_own = pl.col("is_train") & (pl.col("first_line_by_content") == pl.col("line"))
     repeats = pl.when(~is_own).then("first_line_by_content")
     is_other = pl.col("first_content_by_folded") != pl.col("content")

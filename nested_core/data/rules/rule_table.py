@@ -24,7 +24,7 @@ _DEPTHS = {"SCHEMA_ONLY", "DATA_ONLY", "SCHEMA_AND_DATA"}
 
 
 @contextmanager
-def _importable_pandera() -> Iterator[None]:
+def _hiding_unknown_validation_depth() -> Iterator[None]:
     """Hide a validation depth that pandera does not know: its import would fail."""
     depth = os.environ.get(_DEPTH_VARIABLE)
     if depth is None or depth in _DEPTHS:
@@ -37,7 +37,7 @@ def _importable_pandera() -> Iterator[None]:
         os.environ[_DEPTH_VARIABLE] = depth
 
 
-with _importable_pandera():
+with _hiding_unknown_validation_depth():
     import pandera.polars as pa
     from pandera.backends.polars.checks import PolarsCheckBackend
     from pandera.backends.polars.components import ColumnBackend
@@ -112,7 +112,7 @@ class _Check(pa.Check):
 
 
 @dataclass(frozen=True)
-class RuleTable:
+class FrameRules:
     """Rules over one frame, and the columns that they read, by name with their types.
 
     A column of flags (Boolean) must not hold null, the others may.
@@ -122,7 +122,7 @@ class RuleTable:
     rules: tuple[Rule, ...]
 
     @cached_property
-    def by_column(self) -> dict[str, list[Rule]]:
+    def rules_by_column(self) -> dict[str, list[Rule]]:
         """The rules by the column that pandera runs them at: the first that they read."""
         rules: dict[str, list[Rule]] = {name: [] for name in self.columns}
         for rule in self.rules:
@@ -130,16 +130,18 @@ class RuleTable:
         return rules
 
     @cached_property
-    def schema(self) -> pa.DataFrameSchema:
+    def make_schema(self) -> pa.DataFrameSchema:
         """The table as a pandera schema."""
         columns = {}
-        for name, rules in self.by_column.items():
-            checks: list[Any] = [_Check(_holds(r.expression), n_failure_cases=1) for r in rules]
+        for name, rules in self.rules_by_column.items():
+            checks: list[Any] = [
+                _Check(_make_check_function(r.expression), n_failure_cases=1) for r in rules
+            ]
             dtype = self.columns[name]
             columns[name] = _Column(dtype, checks, nullable=dtype is not pl.Boolean)
         return _Schema(columns)
 
-    def judge(self, frame: pl.DataFrame, findings: Findings) -> None:
+    def add_findings(self, frame: pl.DataFrame, findings: Findings) -> None:
         """Add a finding for each rule that fails at a row of `frame`.
 
         The frame needs `file` and `line` (null: the whole file) beside the declared columns. Of
@@ -153,7 +155,7 @@ class RuleTable:
             rows = frame.select({"file", "line", *rule.columns})[failing[rule]]
             groups = ["file"] if rule.by is None else ["file", rule.by]
             for group in rows.partition_by(groups, maintain_order=True):
-                findings.listed.extend(_describe(rule, group))
+                findings.listed.extend(_make_findings(rule, group))
                 if rule.severity == "error":
                     lines = group["line"].drop_nulls().to_list()
                     findings.error_lines.setdefault(group["file"][0], set()).update(lines)
@@ -165,33 +167,35 @@ class RuleTable:
             validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA
         ):
             try:
-                self.schema.validate(frame, lazy=True)
+                self.make_schema.validate(frame, lazy=True)
             except SchemaErrors as error:
                 errors = error.schema_errors
         misfits = [e for e in errors if e.reason_code is not SchemaErrorReason.DATAFRAME_CHECK]
         if misfits:
             raise TypeError(f"The rules do not fit their frame: {list_first(misfits, 3)}")
         return {
-            self.by_column[error.schema.name][error.check_index]: pl.arg_where(
+            self.rules_by_column[error.schema.name][error.check_index]: pl.arg_where(
                 ~error.check_output.to_series(), eager=True
             )
             for error in errors
         }
 
 
-def _holds(expression: pl.Expr) -> Callable[[pa.PolarsData], pl.LazyFrame]:
+def _make_check_function(expression: pl.Expr) -> Callable[[pa.PolarsData], pl.LazyFrame]:
     return lambda data: data.lazyframe.select(expression)
 
 
-def _describe(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
+def _make_findings(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
     """The findings of one rule for failing rows of one file."""
     if rule.once:
         place = 0 if rule.worst is None else rows[rule.worst].arg_max() or 0
         lines = list_first(rows["line"].to_list(), _SHOWN_LINES)
-        yield _finding(rule, rows.row(place, named=True) | {"count": rows.height, "places": lines})
+        yield _make_finding(
+            rule, rows.row(place, named=True) | {"count": rows.height, "places": lines}
+        )
         return
     for row in rows.head(LISTED_FINDINGS).iter_rows(named=True):
-        yield _finding(rule, row)
+        yield _make_finding(rule, row)
     rest = rows.height - LISTED_FINDINGS
     if rest > 0:
         row = rows.row(0, named=True)
@@ -200,12 +204,12 @@ def _describe(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
         yield Finding(row["file"], None, rule.severity, name, message, count=rest)
 
 
-def _finding(rule: Rule, row: dict[str, Any]) -> Finding:
-    message = rule.message.format_map(row | {"turns": _spell_out(row.get("roles") or "")})
+def _make_finding(rule: Rule, row: dict[str, Any]) -> Finding:
+    message = rule.message.format_map(row | {"turns": _spell_out_roles(row.get("roles") or "")})
     return Finding(row["file"], row["line"], rule.severity, rule.name.format_map(row), message)
 
 
-def _spell_out(roles: str) -> str:
+def _spell_out_roles(roles: str) -> str:
     """The turns of a conversation in words."""
     turns = [_ROLES[letter] for letter in roles]
     return list_first(turns, _SHOWN_TURNS) or "none"

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 import numpy as np
 import polars as pl
 
-from nested_core.data.buckets import fill_buckets
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.length_buckets import sort_into_buckets
 from nested_core.data.rules.dataset_report import Finding, SplitStats, TokenStats
 from nested_core.data.rules.dropped_lines import Dropped
-from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
 _ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]", "other": "x"}
 
 
-def count_split(
+def make_split_stats(
     file: str, frame: pl.DataFrame, rejected: int, digest: str, dropped: Dropped
 ) -> SplitStats:
     """Statistics of one file's frame; `rejected` is its number of lines with an error."""
@@ -48,7 +48,7 @@ def _count_roles(roles: pl.Series) -> dict[str, int]:
     return {role: count for role, count in counts.items() if count}
 
 
-def count_tokens(facts: TokenFacts, settings: DataSettings) -> TokenStats | None:
+def make_token_stats(facts: TokenFacts, settings: DataSettings) -> TokenStats | None:
     """Lengths after truncation and what it cost; None for a split without examples."""
     if not len(facts.examples):
         return None
@@ -56,7 +56,7 @@ def count_tokens(facts: TokenFacts, settings: DataSettings) -> TokenStats | None
         facts.examples["length"],
         facts.examples["full_length"] - facts.examples["length"],
     )
-    buckets = fill_buckets(lengths, settings.batch_size, settings.max_seq_length)
+    buckets = sort_into_buckets(lengths, settings.batch_size, settings.max_seq_length)
     p50, p95 = np.percentile(lengths, (50, 95), method="inverted_cdf")
     return TokenStats(
         total=int(lengths.sum(dtype=np.int64)),
@@ -71,7 +71,7 @@ def count_tokens(facts: TokenFacts, settings: DataSettings) -> TokenStats | None
     )
 
 
-def describe_split(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
+def describe_split_stats(stats: SplitStats, batch_size: int) -> Iterator[Finding]:
     """The counts as infos: rows, roles, tokens, supervised and padding share, digest."""
     facts = {"rows": f"{stats.rows:,} {stats.format or ''} rows in {stats.lines:,} lines"}
     if gone := sum(map(len, stats.dropped.values())):

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from nested_core.data.rules.rule_table import Rule, RuleTable
-from nested_core.data.settings import DataSettings
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
 FEWEST_FOR_OUTLIERS = 20
 LEAST_RATIO = 4
 
 
-def token_frame(facts: TokenFacts, file: str, settings: DataSettings) -> pl.DataFrame:
+def make_token_frame(facts: TokenFacts, file: str, settings: DataSettings) -> pl.DataFrame:
     """One row for each example, with the columns of TOKEN_RULES."""
     names = facts.examples.dtype.names or ()
     frame = pl.DataFrame({name: np.ascontiguousarray(facts.examples[name]) for name in names})
@@ -30,11 +30,11 @@ def token_frame(facts: TokenFacts, file: str, settings: DataSettings) -> pl.Data
         lost_in_all=lost.cast(pl.Int64).sum(),
         max_seq_length=pl.lit(settings.max_seq_length),
         may_be_cut=pl.lit(settings.policy.overlong != "error"),
-        outlier_bound=pl.lit(outlier_bound(facts.examples["full_length"])),
+        outlier_bound=pl.lit(length_outlier_bound(facts.examples["full_length"])),
     )
 
 
-def outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
+def length_outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
     """The length above which an example is far longer than the rest of its file.
 
     Tukey's outer fence over the logarithms of the lengths, third quartile + 3 * interquartile
@@ -47,14 +47,14 @@ def outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
     return math.floor(min(fence, np.iinfo(np.int32).max))
 
 
-def problem_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
+def template_error_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
     """One row for each line at which the chat template raised."""
     schema = {"line": pl.Int32, "problem": pl.String}
     frame = pl.DataFrame(facts.problems, schema=schema, orient="row")
     return frame.with_columns(file=pl.lit(file))
 
 
-TEMPLATE_RULES = RuleTable(
+TEMPLATE_RULES = FrameRules(
     columns={"problem": pl.String},
     rules=(
         Rule(
@@ -66,7 +66,7 @@ TEMPLATE_RULES = RuleTable(
     ),
 )
 
-TOKEN_RULES = RuleTable(
+TOKEN_RULES = FrameRules(
     columns={
         "full_length": pl.Int32,
         "length": pl.Int32,

@@ -1,4 +1,4 @@
 """Where a data set comes from: files of several formats, or the Hugging Face hub.
 
-`files.open_splits` gives each split as a file of JSON lines, which everything else reads.
+`split_files.open_splits` gives each split as a file of JSON lines, which everything else reads.
 """

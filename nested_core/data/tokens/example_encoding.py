@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from nested_core.data.lines.examples import Example
-from nested_core.data.settings import Targets
+from nested_core.data.data_settings import Targets
+from nested_core.data.lines.example_parsing import Example
 
 Span = tuple[int, int]
 _ANSWER_PROMPT = {"add_generation_prompt": True}  # adds what the template puts before an answer
@@ -50,8 +50,8 @@ def encode_example(example: Example, tokenizer: Any, targets: Targets) -> Encode
     if targets == "whole":
         return EncodedExample(tokens, ((0, len(tokens)),))
     if targets == "last":
-        return _encode_last(example, tokenizer, tokens)
-    return _encode_all(example, tokenizer, tokens)
+        return _encode_with_last_turn_supervised(example, tokenizer, tokens)
+    return _encode_with_all_turns_supervised(example, tokenizer, tokens)
 
 
 def _encode_text(text: str, tokenizer: Any) -> list[int]:
@@ -64,10 +64,10 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
 
 def _apply_template(tokenizer: Any, example: Example, turns: int, **more: Any) -> list[int]:
     """The tokens of the first turns."""
-    return list(_render(tokenizer, example, turns, return_dict=False, **more))
+    return list(_render_template(tokenizer, example, turns, return_dict=False, **more))
 
 
-def _render(tokenizer: Any, example: Example, turns: int, **more: Any) -> Any:
+def _render_template(tokenizer: Any, example: Example, turns: int, **more: Any) -> Any:
     """What the chat template gives for the first turns, or for none."""
     if turns > 0:
         messages = example.messages[:turns]
@@ -76,7 +76,9 @@ def _render(tokenizer: Any, example: Example, turns: int, **more: Any) -> Any:
     return tokenizer.apply_chat_template([[]], tools=example.tools, **more)[0]
 
 
-def _encode_last(example: Example, tokenizer: Any, tokens: list[int]) -> EncodedExample:
+def _encode_with_last_turn_supervised(
+    example: Example, tokenizer: Any, tokens: list[int]
+) -> EncodedExample:
     last = len(example.messages) - 1
     prompt = _ANSWER_PROMPT if example.messages[last]["role"] == "assistant" else {}
     prefix = _apply_template(tokenizer, example, last, **prompt)
@@ -84,7 +86,9 @@ def _encode_last(example: Example, tokenizer: Any, tokens: list[int]) -> Encoded
     return EncodedExample(tokens, ((len(prefix), len(tokens)),), broken_turn)
 
 
-def _encode_all(example: Example, tokenizer: Any, tokens: list[int]) -> EncodedExample:
+def _encode_with_all_turns_supervised(
+    example: Example, tokenizer: Any, tokens: list[int]
+) -> EncodedExample:
     templated = _TemplatedExample(example, tokenizer, tokens)
     spans: list[Span] = []
     for turn, message in enumerate(example.messages):
@@ -119,7 +123,7 @@ class _TemplatedExample:
             self._locate_tokens()
 
     def _locate_tokens(self) -> None:
-        text = self._text_of(len(self._example.messages))
+        text = self._render_first_turns(len(self._example.messages))
         encoding = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         if encoding.ids != self._tokens:
             return
@@ -129,7 +133,10 @@ class _TemplatedExample:
 
     def prefix_length(self, turns: int, **more: Any) -> int | None:
         """How many tokens the first turns make; None if they do not begin the whole."""
-        if self._text and (count := self._locate_prefix(self._text_of(turns, **more))) is not None:
+        if (
+            self._text
+            and (count := self._locate_prefix(self._render_first_turns(turns, **more))) is not None
+        ):
             return count
         prefix = _apply_template(self._tokenizer, self._example, turns, **more)
         return len(prefix) if self._tokens[: len(prefix)] == prefix else None
@@ -139,7 +146,7 @@ class _TemplatedExample:
         count = self._counts.get(len(prefix))
         if count is None or not self._text.startswith(prefix):
             return None
-        added = _added_tokens(self._tokenizer)
+        added = _added_token_ids(self._tokenizer)
         last = next((i for i in range(count - 1, -1, -1) if self._tokens[i] in added), None)
         if last is None:
             return None
@@ -147,13 +154,13 @@ class _TemplatedExample:
         encoding = self._tokenizer.backend_tokenizer.encode(rest, add_special_tokens=False)
         return count if encoding.ids == self._tokens[last:count] else None
 
-    def _text_of(self, turns: int, **more: Any) -> str:
+    def _render_first_turns(self, turns: int, **more: Any) -> str:
         """The text of the first turns."""
-        return str(_render(self._tokenizer, self._example, turns, tokenize=False, **more))
+        return str(_render_template(self._tokenizer, self._example, turns, tokenize=False, **more))
 
 
 @lru_cache(maxsize=2)
-def _added_tokens(tokenizer: Any) -> frozenset[int]:
+def _added_token_ids(tokenizer: Any) -> frozenset[int]:
     """The tokens that are found in a text before it is normalised and split."""
     added = tokenizer.added_tokens_decoder.items()
     return frozenset(token for token, description in added if not description.normalized)

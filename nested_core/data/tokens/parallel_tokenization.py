@@ -18,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from nested_core.data import parallel_jobs
-from nested_core.data.lines.examples import Features, read_examples
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.lines.example_parsing import FieldNames, read_examples
 from nested_core.data.parallel_jobs import ByteRange, OnProgress
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import SplitFile
+from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.example_encoding import EncodedExample, Span, encode_example
-from nested_core.data.tokens.tokenized_split import SplitWriter, write_part
+from nested_core.data.tokens.tokenized_split import SplitWriter, write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import shorten
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
-JOB = "nested_core.data.tokens.parallel_tokenization:tokenize_range"
+JOB = "nested_core.data.tokens.parallel_tokenization:run_tokenization_job"
 RANGE_BYTES = 2**20
 SMALL_BYTES = 4 * 2**20  # below this, starting processes takes longer than the work
 
@@ -87,19 +87,19 @@ def tokenize_splits(
     shared = {
         "job": JOB,
         "tokenizer": asdict(tokenizer),
-        "features": asdict(settings.features),
+        "features": asdict(settings.field_names),
         "max_seq_length": settings.max_seq_length,
         "drops_overlong": settings.policy.overlong == "drop",
-        "targets": settings.targets,
+        "targets": settings.supervised_targets,
     }
     ranges = [
         (split, shared | request)
         for split, lines in splits.items()
-        for request in _cut_into_ranges(lines, folder / split)
+        for request in _make_job_requests(lines, folder / split)
     ]
     if processes is None:
         size = sum(lines.source.path.stat().st_size for lines in splits.values())
-        processes = 1 if size < SMALL_BYTES else parallel_jobs.usable_cores()
+        processes = 1 if size < SMALL_BYTES else parallel_jobs.count_usable_cores()
 
     def report_progress(done: int) -> None:
         if on_progress is not None:
@@ -112,19 +112,21 @@ def tokenize_splits(
         joined = {}
         for split, lines in splits.items():
             writer = stack.enter_context(closing(SplitWriter(folder / split)))
-            joined[split] = _JoinedSplit(lines.source, writer)
+            joined[split] = _SplitJoiner(lines.source, writer)
         for (split, request), answer in zip(ranges, answers, strict=True):
-            joined[split].add(Path(str(request["part"])), answer)
-    return {split: parts.facts() for split, parts in joined.items()}
+            joined[split].add_part(Path(str(request["part"])), answer)
+    return {split: parts.joined_facts() for split, parts in joined.items()}
 
 
-def _cut_into_ranges(lines: SoundLines, prefix: Path) -> Iterator[dict[str, Any]]:
+def _make_job_requests(lines: SoundLines, prefix: Path) -> Iterator[dict[str, Any]]:
     """What each job on a file reads, skips and writes; the lines before it are counted."""
     path = lines.source.path
     first_line = 1
-    skip = sorted(lines.source.lines_of(set(lines.skip)))
+    skip = sorted(lines.source.physical_lines_of(set(lines.skip)))
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
-        for number, byte_range in enumerate(parallel_jobs.line_ranges(path, RANGE_BYTES)):
+        for number, byte_range in enumerate(
+            parallel_jobs.cut_file_into_line_ranges(path, RANGE_BYTES)
+        ):
             next_line = first_line + file.read(byte_range.end - byte_range.start).count(b"\n")
             skipped = skip[bisect_left(skip, first_line) : bisect_left(skip, next_line + 1)]
             yield {
@@ -137,7 +139,7 @@ def _cut_into_ranges(lines: SoundLines, prefix: Path) -> Iterator[dict[str, Any]
             first_line = next_line
 
 
-class _JoinedSplit:
+class _SplitJoiner:
     """The parts of a split, put together in order; lines of the file become numbers for people."""
 
     def __init__(self, source: SplitFile, writer: SplitWriter) -> None:
@@ -147,37 +149,37 @@ class _JoinedSplit:
         self._problems: list[tuple[int, str]] = []
         self._overlong: set[int] = set()
 
-    def add(self, part: Path, answer: dict[str, Any]) -> None:
+    def add_part(self, part: Path, answer: dict[str, Any]) -> None:
         """Append what a job wrote under `part` and answered."""
         examples = np.fromfile(_facts_path(part), EXAMPLE_FACTS)
         _facts_path(part).unlink()
-        examples["line"] = self._numbers(examples["line"])
-        self._writer.join(part, examples["line"], examples["length"])
+        examples["line"] = self._numbers_for_people(examples["line"])
+        self._writer.append_part(part, examples["line"], examples["length"])
         self._examples.append(examples)
-        lines = self._numbers(answer["problem_lines"])
+        lines = self._numbers_for_people(answer["problem_lines"])
         self._problems += zip(lines.tolist(), answer["problems"], strict=True)
-        self._overlong.update(self._numbers(answer["overlong"]).tolist())
+        self._overlong.update(self._numbers_for_people(answer["overlong"]).tolist())
 
-    def _numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    def _numbers_for_people(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
         indices = np.asarray(lines, np.int32)
         numbers = self._source.numbers
         return indices if numbers is None else numbers[indices - 1]
 
-    def facts(self) -> TokenFacts:
+    def joined_facts(self) -> TokenFacts:
         """The facts of all parts."""
         examples = np.concatenate(self._examples)
         return TokenFacts(examples, self._problems, frozenset(self._overlong))
 
 
-def tokenize_range(request: dict[str, Any]) -> dict[str, Any]:
+def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     """The job: a range of lines as tokens, masks and facts in files; the answer names the rest."""
     tokenizer = TokenizerSource(**request["tokenizer"]).load()
-    end_tokens = _end_tokens(tokenizer)
+    end_tokens = _end_of_sequence_tokens(tokenizer)
     part = Path(request["part"])
     max_seq_length = request["max_seq_length"]
     examples = read_examples(
         Path(request["path"]),
-        Features(**request["features"]),
+        FieldNames(**request["features"]),
         set(request["skip"]),
         ByteRange(*request["byte_range"]),
         request["first_line"],
@@ -197,14 +199,14 @@ def tokenize_range(request: dict[str, Any]) -> dict[str, Any]:
             overlong.append(line)
             continue
         tokens = encoded.tokens[:max_seq_length]
-        spans = _cut(encoded.spans, len(tokens))
+        spans = _truncate_spans(encoded.spans, len(tokens))
         start = len(all_tokens)
         all_tokens.extend(tokens)
         target_mask += bytes(len(tokens))
         for begin, end in spans:
             target_mask[start + begin : start + end] = b"\1" * (end - begin)
-        facts.append((line, *_describe(encoded, tokens, spans, end_tokens)))
-    write_part(part, all_tokens, target_mask)
+        facts.append((line, *_make_example_facts(encoded, tokens, spans, end_tokens)))
+    write_token_part(part, all_tokens, target_mask)
     np.array(facts, EXAMPLE_FACTS).tofile(_facts_path(part))
     return {
         "problem_lines": list(problems),
@@ -217,23 +219,23 @@ def _facts_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.facts")
 
 
-def _cut(spans: Iterable[Span], length: int) -> list[Span]:
+def _truncate_spans(spans: Iterable[Span], length: int) -> list[Span]:
     """The spans within the first `length` tokens, without token 0, which nothing predicts."""
     cut = [(max(begin, 1), min(end, length)) for begin, end in spans]
     return [(begin, end) for begin, end in cut if begin < end]
 
 
-def _end_tokens(tokenizer: Any) -> frozenset[int]:
+def _end_of_sequence_tokens(tokenizer: Any) -> frozenset[int]:
     ends = getattr(tokenizer, "eos_token_ids", None) or {tokenizer.eos_token_id}
     return frozenset(ends) - {None}
 
 
-def _describe(
+def _make_example_facts(
     encoded: EncodedExample, tokens: list[int], spans: list[Span], end_tokens: frozenset[int]
 ) -> tuple[int, int, int, int, int, bool]:
     """The fields of EXAMPLE_FACTS after the line; `tokens` are those within max_seq_length."""
     answers = [tokens[begin:end] for begin, end in spans]
-    sizes = [_size_before_end(answer, end_tokens) for answer in answers]
+    sizes = [_tokens_before_eos(answer, end_tokens) for answer in answers]
     has_end = bool(sizes) and all(ends for _, ends in sizes)
     if spans and spans[-1][1] == len(tokens) < len(encoded.tokens):
         sizes[-1] = len(answers[-1]), has_end  # its own end is cut off
@@ -247,7 +249,7 @@ def _describe(
     )
 
 
-def _size_before_end(tokens: list[int], end_tokens: frozenset[int]) -> tuple[int, bool]:
+def _tokens_before_eos(tokens: list[int], end_tokens: frozenset[int]) -> tuple[int, bool]:
     """The tokens before the last end-of-sequence token, or all; and whether there is one."""
     for place in range(len(tokens) - 1, -1, -1):
         if tokens[place] in end_tokens:

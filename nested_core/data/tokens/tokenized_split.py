@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.settings import SPLITS
+from nested_core.data.data_settings import SPLITS
 from nested_core.errors import DamagedError
 from nested_core.storage.manifest import read_manifest, verify_manifest, write_manifest
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
@@ -72,23 +72,23 @@ class TokenizedSplit:
         """The target mask of one example, bool [length], as a view."""
         return self.target_mask[self.starts[index] : self.starts[index + 1]]
 
-    def is_within(self, other: TokenizedSplit) -> bool:
+    def is_subset_of(self, other: TokenizedSplit) -> bool:
         """Whether the tokens of each example are those of an example of `other`."""
         examples = {sha256(other.example(index).tobytes()).digest() for index in range(len(other))}
-        other.give_back()
+        other.release_pages()
         is_within = all(
             sha256(self.example(index).tobytes()).digest() in examples for index in range(len(self))
         )
-        self.give_back()
+        self.release_pages()
         return is_within
 
-    def give_back(self) -> None:
+    def release_pages(self) -> None:
         """Release the memory pages of the mapped files, so that none stay in this process."""
         for mapped in self.maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def write_part(part: Path, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
+def write_token_part(part: Path, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
     """Write examples, one after the other, to PART.tokens and PART.target_mask (a byte a token)."""
     _array_path(part, TOKENS).write_bytes(np.asarray(tokens, DTYPES[TOKENS]).tobytes())
     _array_path(part, TARGET_MASK).write_bytes(target_mask)
@@ -102,8 +102,8 @@ class SplitWriter:
         self._total = 0
         self._files[STARTS].write(bytes(DTYPES[STARTS].itemsize))
 
-    def join(self, part: Path, lines: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Append what `write_part` wrote: examples of these lines and lengths."""
+    def append_part(self, part: Path, lines: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
+        """Append what `write_token_part` wrote: examples of these lines and lengths."""
         for name in (TOKENS, TARGET_MASK):
             path = _array_path(part, name)
             self._files[name].write(read_regular(path))
@@ -119,7 +119,7 @@ class SplitWriter:
             file.close()
 
 
-def seal_tokens(folder: Path) -> dict[str, TokenizedSplit]:
+def seal_and_open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
     """Write the manifest over a folder whose splits are written, and map them."""
     write_manifest(folder, {"kind": "tokens"})
     return _map_splits(folder, os.listdir(folder))
@@ -136,12 +136,12 @@ def open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
         path = folder / name
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
             raise DamagedError(f"{path} is not the file of {expected['bytes']} bytes it was.")
-    _verify_once(folder.resolve(), manifest["digest"])
+    _verify_manifest_once(folder.resolve(), manifest["digest"])
     return _map_splits(folder, manifest["files"])
 
 
 @lru_cache(maxsize=64)
-def _verify_once(folder: Path, digest: str) -> None:
+def _verify_manifest_once(folder: Path, digest: str) -> None:
     """Verify all hashes; `digest` is the manifest's own, so that new files are verified anew."""
     verify_manifest(folder)
 

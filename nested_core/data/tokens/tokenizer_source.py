@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_core.errors import ConfigError, shorten
-from nested_core.models.base_model import find_model
+from nested_core.models.base_model import find_model_folder
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
@@ -27,15 +27,15 @@ class TokenizerSource:
     @classmethod
     def from_config(cls, config: FineTuneConfig) -> TokenizerSource:
         """The tokenizer of the configured model; ConfigError if there is no such model."""
-        return cls(str(find_model(config.model)), config.trust_remote_code)
+        return cls(str(find_model_folder(config.model)), config.trust_remote_code)
 
     def load(self) -> Any:
         """The tokenizer in mlx_lm's wrapper; raises ConfigError if the folder holds none."""
-        return _load(self)
+        return _load_tokenizer(self)
 
 
 @lru_cache(maxsize=2)
-def _load(source: TokenizerSource) -> Any:
+def _load_tokenizer(source: TokenizerSource) -> Any:
     from mlx_lm.utils import load_config, load_tokenizer
 
     folder = Path(source.folder)

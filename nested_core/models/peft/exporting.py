@@ -13,13 +13,17 @@ from nested_core.models.peft.importing import PEFT_WEIGHTS
 from nested_core.models.peft.lora_factors import (
     MLX_LM,
     PEFT,
-    Factors,
-    gather,
-    listed,
-    precision_notes,
-    spread,
+    ModuleFactors,
+    group_by_module,
+    list_first_problems,
+    name_tensors,
+    note_half_precision_dora,
 )
-from nested_core.models.peft.output_folder import Conversion, new_adapter_folder, require_free
+from nested_core.models.peft.output_folder import (
+    Conversion,
+    creating_adapter_folder,
+    require_absent_or_empty,
+)
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
@@ -35,26 +39,30 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     `model` is what PEFT is to load as the base; by default the one in adapter_config.json. Raises
     ConfigError where PEFT has no such adapter, DamagedError where the files are not sound.
     """
-    require_free(out)
-    adapter = _read(folder.resolve())  # once: the champion's link may be swapped meanwhile
-    modules = _modules(adapter)
-    written = _peft_config(adapter, modules, model)
-    tensors = spread(modules, PEFT)
-    with new_adapter_folder(out) as temporary:
+    require_absent_or_empty(out)
+    adapter = _read_mlx_lm_adapter(
+        folder.resolve()
+    )  # once: the champion's link may be swapped meanwhile
+    modules = _read_factors(adapter)
+    written = _make_peft_config(adapter, modules, model)
+    tensors = name_tensors(modules, PEFT)
+    with creating_adapter_folder(out) as temporary:
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, made_for="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
-    return Conversion(out, written, len(modules), len(tensors), tuple(precision_notes(modules)))
+    return Conversion(
+        out, written, len(modules), len(tensors), tuple(note_half_precision_dora(modules))
+    )
 
 
-def _read(folder: Path) -> Adapter:
+def _read_mlx_lm_adapter(folder: Path) -> Adapter:
     """Read an adapter directory; a version of a registry or a checkpoint is re-hashed first."""
     if (folder / MANIFEST_NAME).exists():
         verify_manifest(folder)
     return read_adapter(folder, follow_links=True)
 
 
-def _modules(adapter: Adapter) -> dict[str, Factors]:
+def _read_factors(adapter: Adapter) -> dict[str, ModuleFactors]:
     """The factors, if they are all LoRA or DoRA of linear modules and of the rank that is said."""
     kind = adapter.config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
@@ -65,17 +73,17 @@ def _modules(adapter: Adapter) -> dict[str, Factors]:
     problems = [
         f"  {name}: {reason}"
         for name, tensor in sorted(adapter.tensors.items())
-        if (reason := _foreign(name, len(tensor.shape))) is not None
+        if (reason := _describe_foreign_tensor(name, len(tensor.shape))) is not None
     ]
     if problems:
         raise ConfigError(
             f"{adapter.path} holds LoRA that PEFT has no like of, so nothing was converted:\n"
-            + listed(problems)
+            + list_first_problems(problems)
         )
     path = adapter.path / WEIGHTS_NAME
-    modules = gather(adapter.tensors, MLX_LM, has_magnitude=kind == "dora", path=path)
+    modules = group_by_module(adapter.tensors, MLX_LM, has_magnitude=kind == "dora", path=path)
     ranks = {factors.rank for factors in modules.values()}
-    rank = _parameters(adapter).get("rank")
+    rank = _lora_parameters(adapter).get("rank")
     if ranks != {rank}:
         raise DamagedError(
             f"{adapter.path}: adapter_config.json says rank {rank}, the tensors have "
@@ -84,7 +92,7 @@ def _modules(adapter: Adapter) -> dict[str, Factors]:
     return modules
 
 
-def _foreign(name: str, dimensions: int) -> str | None:
+def _describe_foreign_tensor(name: str, dimensions: int) -> str | None:
     if dimensions > 2:
         return "factors of expert layers, which are separate modules in PEFT"
     if EMBEDDINGS.search(name.rpartition(".")[0]):
@@ -92,15 +100,15 @@ def _foreign(name: str, dimensions: int) -> str | None:
     return None
 
 
-def _parameters(adapter: Adapter) -> dict[str, Any]:
+def _lora_parameters(adapter: Adapter) -> dict[str, Any]:
     return adapter.config.get("lora_parameters") or {}
 
 
-def _peft_config(
-    adapter: Adapter, modules: Mapping[str, Factors], model: str | None
+def _make_peft_config(
+    adapter: Adapter, modules: Mapping[str, ModuleFactors], model: str | None
 ) -> dict[str, Any]:
     """adapter_config.json as PEFT reads it: scale is alpha / r there."""
-    parameters = _parameters(adapter)
+    parameters = _lora_parameters(adapter)
     base = model or adapter.config.get("model")
     if base is None:
         raise ConfigError(
@@ -114,7 +122,7 @@ def _peft_config(
         "revision": None,
         "inference_mode": True,
         "r": parameters["rank"],
-        "lora_alpha": _alpha(adapter),
+        "lora_alpha": _compute_alpha(adapter),
         "lora_dropout": float(parameters.get("dropout") or 0.0),
         "use_rslora": False,
         "use_dora": adapter.config.get("fine_tune_type") == "dora",
@@ -124,12 +132,12 @@ def _peft_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-    } | _targets(modules)
+    } | _make_target_modules(modules)
 
 
-def _alpha(adapter: Adapter) -> float:
+def _compute_alpha(adapter: Adapter) -> float:
     """scale * rank, as a whole number where it is one; it must be finite and above 0."""
-    parameters = _parameters(adapter)
+    parameters = _lora_parameters(adapter)
     scale = parameters.get("scale")
     alpha = 0.0 if scale is None else float(scale) * int(parameters["rank"])
     if not (0 < alpha < math.inf):
@@ -140,7 +148,7 @@ def _alpha(adapter: Adapter) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _targets(modules: Collection[str]) -> dict[str, Any]:
+def _make_target_modules(modules: Collection[str]) -> dict[str, Any]:
     """Names within a layer and the layers, where each layer has the same; else all full names."""
     places = [IN_A_LAYER.fullmatch(module) for module in modules]
     found = [place.group("stack", "layer", "key") for place in places if place is not None]

@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.models.base_model import base_fingerprint
+from nested_core.models.base_model import fingerprint_base_model
 from nested_core.models.peft.base_modules import BaseModules
 from nested_core.models.peft.lora_factors import (
     MLX_LM,
     PEFT,
-    Factors,
-    gather,
-    listed,
-    precision_notes,
-    spread,
+    ModuleFactors,
+    group_by_module,
+    list_first_problems,
+    name_tensors,
+    note_half_precision_dora,
 )
-from nested_core.models.peft.output_folder import Conversion, new_adapter_folder, require_free
+from nested_core.models.peft.output_folder import (
+    Conversion,
+    creating_adapter_folder,
+    require_absent_or_empty,
+)
 from nested_core.models.peft.peft_config import REASONS, PeftConfig, read_peft_config
-from nested_core.models.peft.uniform_rank import make_uniform
+from nested_core.models.peft.uniform_rank import make_rank_and_scale_uniform
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 
@@ -44,15 +48,21 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
     Raises ConfigError where mlx-lm cannot do what the adapter does, DamagedError where the files
     are not a sound adapter.
     """
-    require_free(out)
-    config, tensors = _read(folder)
-    modules = gather(tensors, PEFT, has_magnitude=config.use_dora, path=folder / PEFT_WEIGHTS)
+    require_absent_or_empty(out)
+    config, tensors = _read_peft_adapter(folder)
+    modules = group_by_module(
+        tensors, PEFT, has_magnitude=config.use_dora, path=folder / PEFT_WEIGHTS
+    )
     _require_ranks(config, modules, folder)
     base = BaseModules.open(model)
-    base.require(modules)
-    notes = _compare_targets(config, modules, base, folder) + precision_notes(modules)
-    uniform = make_uniform(modules, {name: config.scale_of(name) for name in modules})
-    num_layers, keys = base.place(modules)
+    base.require_linear(modules)
+    notes = _compare_tensors_with_targets(config, modules, base, folder) + note_half_precision_dora(
+        modules
+    )
+    uniform = make_rank_and_scale_uniform(
+        modules, {name: config.scale_of(name) for name in modules}
+    )
+    num_layers, keys = base.mlx_lm_layers_and_keys(modules)
     if set(keys) == set(modules):
         notes.append("keys hold full names: the modules are not the same ones in the last layers")
     parameters = {"rank": uniform.rank, "scale": uniform.scale, "dropout": config.lora_dropout}
@@ -61,17 +71,17 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
         "fine_tune_type": "dora" if config.use_dora else "lora",
         "num_layers": num_layers,
         "lora_parameters": parameters | {"keys": keys},
-        "base_fingerprint": base_fingerprint(base.folder),
+        "base_fingerprint": fingerprint_base_model(base.folder),
     }
-    converted = spread(uniform.modules, MLX_LM)
-    with new_adapter_folder(out) as temporary:
+    converted = name_tensors(uniform.modules, MLX_LM)
+    with creating_adapter_folder(out) as temporary:
         arrays = {name: tensor.to_mlx() for name, tensor in converted.items()}
         write_adapter(temporary, arrays, written)
-        base.require_fit(temporary, converted)
+        base.require_attachable(temporary, converted)
     return Conversion(out, written, len(modules), len(converted), (*notes, *uniform.notes))
 
 
-def _read(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
+def _read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
     """Configuration and tensors of a PEFT adapter; only safetensors are opened."""
     if not folder.is_dir():
         raise ConfigError(
@@ -96,12 +106,12 @@ def _read(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
     if problems:
         raise ConfigError(
             f"{path} holds tensors that an mlx-lm adapter has no place for, so nothing was "
-            f"converted:\n{listed(problems)}"
+            f"converted:\n{list_first_problems(problems)}"
         )
     return config, tensors
 
 
-def _require_ranks(config: PeftConfig, modules: Mapping[str, Factors], folder: Path) -> None:
+def _require_ranks(config: PeftConfig, modules: Mapping[str, ModuleFactors], folder: Path) -> None:
     """The scale depends on the rank that the configuration says: it must be the tensors'."""
     problems = [
         f"  {name}: rank {factors.rank}, but {config.rank_of(name)} by r and rank_pattern"
@@ -111,15 +121,15 @@ def _require_ranks(config: PeftConfig, modules: Mapping[str, Factors], folder: P
     if problems:
         raise DamagedError(
             f"The tensors in {folder} do not have the ranks of its adapter_config.json:\n"
-            + listed(problems)
+            + list_first_problems(problems)
         )
 
 
-def _compare_targets(
-    config: PeftConfig, modules: Mapping[str, Factors], base: BaseModules, folder: Path
+def _compare_tensors_with_targets(
+    config: PeftConfig, modules: Mapping[str, ModuleFactors], base: BaseModules, folder: Path
 ) -> list[str]:
     """The modules with tensors must be those that target_modules and the layers name."""
-    targets = config.targets(base.linear_modules())
+    targets = config.target_modules_of(base.linear_modules())
     if targets is None:
         return ["the targets are no plain lists of names: no pattern is run, the tensors decide"]
     problems = [f"  {name}: has no tensors" for name in sorted(targets - modules.keys())]
@@ -129,6 +139,6 @@ def _compare_targets(
     if problems:
         raise DamagedError(
             f"The tensors in {folder} are not those of target_modules, exclude_modules and "
-            f"layers_to_transform in its adapter_config.json:\n{listed(problems)}"
+            f"layers_to_transform in its adapter_config.json:\n{list_first_problems(problems)}"
         )
     return []

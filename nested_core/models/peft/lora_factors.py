@@ -21,7 +21,7 @@ MAX_LINE = 300
 
 
 @dataclass(frozen=True)
-class Factors:
+class ModuleFactors:
     """One module's tensors as mlx-lm has them: lora_a (in, rank), lora_b (rank, out), m (out)."""
 
     lora_a: StoredTensor
@@ -42,7 +42,7 @@ class TensorNaming:
     leaves: Mapping[str, str]
     is_transposed: bool
 
-    def parse(self, name: str) -> tuple[str, str] | None:
+    def parse_tensor_name(self, name: str) -> tuple[str, str] | None:
         """A tensor's module and leaf (lora_a, lora_b or m); None where it is neither."""
         for leaf, suffix in self.leaves.items():
             module = name.removeprefix(self.prefix).removesuffix(suffix)
@@ -66,43 +66,45 @@ PEFT = TensorNaming(
 )
 
 
-def gather(
+def group_by_module(
     tensors: Mapping[str, StoredTensor], naming: TensorNaming, *, has_magnitude: bool, path: Path
-) -> dict[str, Factors]:
+) -> dict[str, ModuleFactors]:
     """The factors by module name, sorted; DamagedError names every tensor that does not belong."""
     modules: dict[str, dict[str, StoredTensor]] = {}
     problems = []
     for name, tensor in sorted(tensors.items()):
-        place = naming.parse(name)
+        place = naming.parse_tensor_name(name)
         if place is None:
             problems.append(f"  {name}: no tensor of a LoRA or DoRA module")
             continue
         module, leaf = place
-        modules.setdefault(module, {})[leaf] = _transposed(tensor, naming)
+        modules.setdefault(module, {})[leaf] = _transpose_as_stored(tensor, naming)
     wanted = ("lora_a", "lora_b", "m") if has_magnitude else ("lora_a", "lora_b")
     for module, leaves in modules.items():
-        problems += _problems(module, leaves, wanted, naming)
+        problems += _module_problems(module, leaves, wanted, naming)
     if not modules:
         problems.append("  no tensor at all")
     if problems:
         raise DamagedError(
             f"{path} does not hold a whole adapter as its configuration describes it:\n"
-            + listed(problems)
+            + list_first_problems(problems)
         )
-    return {module: Factors(**leaves) for module, leaves in modules.items()}
+    return {module: ModuleFactors(**leaves) for module, leaves in modules.items()}
 
 
-def spread(modules: Mapping[str, Factors], naming: TensorNaming) -> dict[str, StoredTensor]:
+def name_tensors(
+    modules: Mapping[str, ModuleFactors], naming: TensorNaming
+) -> dict[str, StoredTensor]:
     """The tensors under the names that a program gives them; the inverse of `gather`."""
     return {
-        naming.tensor_name(module, leaf): _transposed(tensor, naming)
+        naming.tensor_name(module, leaf): _transpose_as_stored(tensor, naming)
         for module, factors in modules.items()
         for leaf, tensor in vars(factors).items()
         if tensor is not None
     }
 
 
-def precision_notes(modules: Mapping[str, Factors]) -> list[str]:
+def note_half_precision_dora(modules: Mapping[str, ModuleFactors]) -> list[str]:
     """A note on DoRA in half precision, which the two programs compute differently."""
     magnitudes = [factors for factors in modules.values() if factors.m is not None]
     if all(tensor.dtype == "F32" for factors in magnitudes for tensor in vars(factors).values()):
@@ -113,21 +115,21 @@ def precision_notes(modules: Mapping[str, Factors]) -> list[str]:
     ]
 
 
-def listed(problems: list[str]) -> str:
+def list_first_problems(problems: list[str]) -> str:
     """The first problems, one a line, and how many more there are.
 
     They hold names out of a stranger's file: nothing in them may steer a terminal.
     """
-    shown = [_printable(problem) for problem in problems[:PROBLEMS_SHOWN]]
+    shown = [_escape_unprintable(problem) for problem in problems[:PROBLEMS_SHOWN]]
     more = len(problems) - PROBLEMS_SHOWN
     return "\n".join(shown + ([f"  and {more} more"] if more > 0 else []))
 
 
-def _printable(text: str) -> str:
+def _escape_unprintable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:MAX_LINE])
 
 
-def _transposed(tensor: StoredTensor, naming: TensorNaming) -> StoredTensor:
+def _transpose_as_stored(tensor: StoredTensor, naming: TensorNaming) -> StoredTensor:
     """The tensor, transposed if it is a matrix and the program stores matrices transposed."""
     if not naming.is_transposed or len(tensor.shape) != 2 or tensor.dtype not in DTYPES:
         return tensor
@@ -135,7 +137,7 @@ def _transposed(tensor: StoredTensor, naming: TensorNaming) -> StoredTensor:
     return StoredTensor(tensor.dtype, values.shape, values.tobytes())
 
 
-def _problems(
+def _module_problems(
     module: str, leaves: Mapping[str, StoredTensor], wanted: tuple[str, ...], naming: TensorNaming
 ) -> list[str]:
     missing = [leaf for leaf in wanted if leaf not in leaves]
@@ -146,7 +148,7 @@ def _problems(
             f"  {naming.tensor_name(module, leaf)}: unexpected, the configuration is not DoRA's"
             for leaf in foreign
         ]
-    complaints = {leaf: _complaint(leaf, leaves) for leaf in wanted}
+    complaints = {leaf: _tensor_problem(leaf, leaves) for leaf in wanted}
     return [
         f"  {naming.tensor_name(module, leaf)}: {complaint}"
         for leaf, complaint in complaints.items()
@@ -154,7 +156,7 @@ def _problems(
     ]
 
 
-def _complaint(leaf: str, leaves: Mapping[str, StoredTensor]) -> str | None:
+def _tensor_problem(leaf: str, leaves: Mapping[str, StoredTensor]) -> str | None:
     """What is wrong with one tensor of a complete module, if anything."""
     tensor = leaves[leaf]
     if tensor.dtype not in DTYPES:

@@ -37,10 +37,10 @@ class Conversion:
 
 
 @contextmanager
-def new_adapter_folder(out: Path) -> Iterator[Path]:
+def creating_adapter_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out`, which may exist only as an empty folder."""
     try:
-        require_free(out)
+        require_absent_or_empty(out)
         with new_directory(out) as folder:
             yield folder
             if out.is_dir():
@@ -49,7 +49,7 @@ def new_adapter_folder(out: Path) -> Iterator[Path]:
         raise ConfigError(f"{out} cannot be written: {error.strerror or error}.") from error
 
 
-def require_free(out: Path) -> None:
+def require_absent_or_empty(out: Path) -> None:
     """Raise ConfigError unless `out` does not exist or is an empty folder."""
     if not out.exists() and not out.is_symlink():
         return

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.models.peft.lora_factors import listed
+from nested_core.models.peft.lora_factors import list_first_problems
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
@@ -82,22 +82,25 @@ class PeftConfig(BaseModel):
 
     def rank_of(self, module: str) -> int:
         """The rank that the configuration gives a module."""
-        return _first_match(self._ranks, module, self.r)
+        return _value_of_first_match(self._rank_patterns, module, self.r)
 
     def scale_of(self, module: str) -> float:
         """The factor on B A x: alpha / r, or alpha / sqrt(r) (LoraLayer.update_layer)."""
-        alpha, rank = _first_match(self._alphas, module, self.lora_alpha), self.rank_of(module)
+        alpha, rank = (
+            _value_of_first_match(self._alpha_patterns, module, self.lora_alpha),
+            self.rank_of(module),
+        )
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     @cached_property
-    def _ranks(self) -> Patterns[int]:
-        return _compiled(self.rank_pattern)
+    def _rank_patterns(self) -> Patterns[int]:
+        return _compile_patterns(self.rank_pattern)
 
     @cached_property
-    def _alphas(self) -> Patterns[float]:
-        return _compiled(self.alpha_pattern)
+    def _alpha_patterns(self) -> Patterns[float]:
+        return _compile_patterns(self.alpha_pattern)
 
-    def targets(self, names: Iterable[str]) -> set[str] | None:
+    def target_modules_of(self, names: Iterable[str]) -> set[str] | None:
         """Those of the base's linear modules that PEFT would adapt (check_target_module_exists).
 
         None if the configuration holds a regular expression: those of a stranger are not run.
@@ -112,11 +115,14 @@ class PeftConfig(BaseModel):
         return {
             name
             for name in names
-            if not _ends_in(name, kept)
-            and (name in exact or (_ends_in(name, exact) and self._is_layer(name, patterns)))
+            if not _ends_with_any(name, kept)
+            and (
+                name in exact
+                or (_ends_with_any(name, exact) and self._is_in_layers(name, patterns))
+            )
         }
 
-    def _is_layer(self, name: str, patterns: list[str]) -> bool:
+    def _is_in_layers(self, name: str, patterns: list[str]) -> bool:
         layers = self.layers_to_transform
         if layers is None or layers == []:
             return True
@@ -127,17 +133,17 @@ class PeftConfig(BaseModel):
         return False
 
 
-def _ends_in(name: str, endings: frozenset[str]) -> bool:
+def _ends_with_any(name: str, endings: frozenset[str]) -> bool:
     """Whether the name, or what follows one of its dots, is among the endings."""
     parts = name.split(".")
     return any(".".join(parts[start:]) in endings for start in range(len(parts)))
 
 
-def _compiled(patterns: Mapping[str, Number] | None) -> Patterns[Number]:
+def _compile_patterns(patterns: Mapping[str, Number] | None) -> Patterns[Number]:
     return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
 
 
-def _first_match(patterns: Patterns[Number], module: str, default: Number) -> Number:
+def _value_of_first_match(patterns: Patterns[Number], module: str, default: Number) -> Number:
     """As peft's get_pattern_key: the first pattern that a module's name ends with decides."""
     return next((value for pattern, value in patterns if pattern.match(module)), default)
 
@@ -161,16 +167,16 @@ def read_peft_config(folder: Path) -> PeftConfig:
         problems = [
             f"  {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:20]
         ]
-        raise DamagedError(f"{path} is malformed:\n{listed(problems)}") from error
-    if problems := _refusals(config):
+        raise DamagedError(f"{path} is malformed:\n{list_first_problems(problems)}") from error
+    if problems := _unsupported_settings(config):
         raise ConfigError(
             f"{path} describes an adapter that mlx-lm cannot carry out, so nothing was "
-            f"converted:\n{listed(problems)}"
+            f"converted:\n{list_first_problems(problems)}"
         )
     return config
 
 
-def _refusals(config: PeftConfig) -> list[str]:
+def _unsupported_settings(config: PeftConfig) -> list[str]:
     problems = []
     if config.peft_type != "LORA":
         problems.append(f"  peft_type: {config.peft_type!r:.40}, expected 'LORA'")

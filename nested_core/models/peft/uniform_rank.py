@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nested_core.errors import ConfigError
-from nested_core.models.peft.lora_factors import Factors
+from nested_core.models.peft.lora_factors import ModuleFactors
 from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 
 
@@ -22,13 +22,15 @@ from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 class UniformFactors:
     """Factors that share a rank and a scale, and notes on what was changed for that."""
 
-    modules: dict[str, Factors]
+    modules: dict[str, ModuleFactors]
     rank: int
     scale: float
     notes: tuple[str, ...]
 
 
-def make_uniform(modules: Mapping[str, Factors], scales: Mapping[str, float]) -> UniformFactors:
+def make_rank_and_scale_uniform(
+    modules: Mapping[str, ModuleFactors], scales: Mapping[str, float]
+) -> UniformFactors:
     """Give every module the highest rank and the most common scale.
 
     Raises ConfigError if a scale cannot be multiplied into lora_b exactly.
@@ -49,37 +51,39 @@ def make_uniform(modules: Mapping[str, Factors], scales: Mapping[str, float]) ->
             f"is multiplied by a power of two, without rounding (mlx-lm has one scale for all)"
         )
     uniform = {
-        name: _pad_rank(_multiply_scale(name, factors, scales[name], scale), rank)
+        name: _pad_rank(_move_scale_into_lora_b(name, factors, scales[name], scale), rank)
         for name, factors in modules.items()
     }
     return UniformFactors(uniform, rank, scale, tuple(notes))
 
 
-def _pad_rank(factors: Factors, rank: int) -> Factors:
+def _pad_rank(factors: ModuleFactors, rank: int) -> ModuleFactors:
     """Pad lora_a with zero columns and lora_b with zero rows; the product stays the same."""
     missing = rank - factors.rank
     if not missing:
         return factors
     return replace(
         factors,
-        lora_a=_with_zeros(factors.lora_a, columns=missing),
-        lora_b=_with_zeros(factors.lora_b, rows=missing),
+        lora_a=_pad_with_zeros(factors.lora_a, columns=missing),
+        lora_b=_pad_with_zeros(factors.lora_b, rows=missing),
     )
 
 
-def _with_zeros(tensor: StoredTensor, *, rows: int = 0, columns: int = 0) -> StoredTensor:
+def _pad_with_zeros(tensor: StoredTensor, *, rows: int = 0, columns: int = 0) -> StoredTensor:
     stored = np.frombuffer(tensor.data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
     wider = np.pad(stored, ((0, rows), (0, columns)))
     return StoredTensor(tensor.dtype, wider.shape, wider.tobytes())
 
 
-def _multiply_scale(name: str, factors: Factors, own: float, common: float) -> Factors:
+def _move_scale_into_lora_b(
+    name: str, factors: ModuleFactors, own: float, common: float
+) -> ModuleFactors:
     """Put own / common into lora_b: exact for a power of two that keeps every value in range."""
     if own == common:
         return factors
     ratio = own / common
     values = factors.lora_b.to_numpy().astype(np.float64) * ratio
-    narrowed = _narrowed(values, factors.lora_b.dtype)
+    narrowed = _cast_to_stored_dtype(values, factors.lora_b.dtype)
     is_power_of_two = math.frexp(ratio)[0] == 0.5 and ratio * common == own
     if not is_power_of_two or not np.array_equal(narrowed.to_numpy(), values):
         raise ConfigError(
@@ -91,7 +95,7 @@ def _multiply_scale(name: str, factors: Factors, own: float, common: float) -> F
     return replace(factors, lora_b=narrowed)
 
 
-def _narrowed(values: np.ndarray, dtype: str) -> StoredTensor:
+def _cast_to_stored_dtype(values: np.ndarray, dtype: str) -> StoredTensor:
     """Float64 values in a stored dtype, whether they fit or not."""
     with np.errstate(over="ignore", under="ignore"):
         if dtype == "BF16":

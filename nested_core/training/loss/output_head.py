@@ -20,7 +20,7 @@ from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import (
     ParameterRefs,
     assign_parameters,
-    evaluation_mode,
+    in_evaluation_mode,
     read_parameters,
     restoring_parameters,
 )
@@ -68,7 +68,7 @@ class OutputHead:
 
 def find_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
     """The frozen output head of a model; None, with the reason in the log, if it has none."""
-    with evaluation_mode(model):
+    with in_evaluation_mode(model):
         logits, outputs = _watch_call(model, mx.array(PROBE_TOKENS))
         for module, hidden in reversed(outputs):
             if hidden.shape[-1] == logits.shape[-1]:

@@ -14,8 +14,8 @@ import yaml
 from mlx_lm.tuner import datasets as theirs
 
 from nested_core.config.loading import load_config
-from nested_core.data.dataset import load_dataset
-from nested_core.data.settings import DataSettings
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from tests.core.data.conftest import WriteData
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from nested_core.data.dataset import load_dataset
-from nested_core.data.settings import DataSettings
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from tests.core.data.conftest import WriteData
 
 Expected = tuple[str, int | None, str]

@@ -18,11 +18,11 @@ from benchmarks import padding
 from benchmarks.padding import skewed_lengths
 from nested_core.data.batches import (
     Batch,
-    BatchPlan,
-    batch_arrays,
-    evaluation_batches,
+    BatchOrder,
+    choose_evaluation_batches,
+    make_batch_arrays,
 )
-from nested_core.data.buckets import MAX_WIDTHS, choose_widths, fill_buckets
+from nested_core.data.length_buckets import MAX_WIDTHS, choose_padded_widths, sort_into_buckets
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 
 lengths_lists = st.lists(st.integers(1, 700), min_size=1, max_size=60)
@@ -44,7 +44,7 @@ def split_of(lengths: list[int], learnt: list[bool] | None = None) -> TokenizedS
 def test_each_example_is_used_once_an_epoch(
     lengths: list[int], batch_size: int, seed: int, epoch: int
 ) -> None:
-    plan = BatchPlan(lengths, batch_size, seed)
+    plan = BatchOrder(lengths, batch_size, seed)
     first = epoch * plan.batches_per_epoch
     batches = [plan.batch(first + index) for index in range(plan.batches_per_epoch)]
     assert sorted(np.concatenate([batch.rows for batch in batches])) == list(range(len(lengths)))
@@ -57,7 +57,7 @@ def test_shapes_come_from_the_fixed_set_and_hold_every_token(
     lengths: list[int], batch_size: int, seed: int
 ) -> None:
     split = split_of(lengths)
-    plan = BatchPlan(split.lengths, batch_size, seed, max_seq_length=700)
+    plan = BatchOrder(split.lengths, batch_size, seed, max_seq_length=700)
     seen = 0
     for index in range(plan.batches_per_epoch):
         tokens, supervised = plan.arrays(split, index)
@@ -76,7 +76,7 @@ def test_the_mask_selects_the_supervised_targets_and_never_a_pad_token(
     lengths: list[int], batch_size: int, seed: int, learnt: list[bool]
 ) -> None:
     split = split_of(lengths, learnt)
-    plan = BatchPlan(split.lengths, batch_size, seed)
+    plan = BatchOrder(split.lengths, batch_size, seed)
     expected = split.tokens[split.target_mask]
     found = []
     for index in range(plan.batches_per_epoch):
@@ -94,7 +94,7 @@ def test_no_other_choice_of_so_many_widths_pads_less(
     widths: list[int], counts: list[int], share: float
 ) -> None:
     needed, batches = np.sort(np.array(widths)) * 4, np.array(counts[: len(widths)])
-    found = choose_widths(needed, batches, share * float(needed @ batches))
+    found = choose_padded_widths(needed, batches, share * float(needed @ batches))
 
     def padded(chosen: tuple[int, ...]) -> int:
         return int(np.array(chosen)[np.searchsorted(chosen, needed)] @ batches)
@@ -107,7 +107,7 @@ def test_no_other_choice_of_so_many_widths_pads_less(
 def test_a_bucket_holds_whole_batches_and_every_row_fits_into_its_width(
     lengths: list[int], batch_size: int
 ) -> None:
-    buckets = fill_buckets(lengths, batch_size)
+    buckets = sort_into_buckets(lengths, batch_size)
     assert sorted(buckets.rows) == list(range(len(lengths)))
     assert (buckets.starts[:-1] % batch_size == 0).all()
     assert (np.diff(buckets.widths) < 0).all()
@@ -120,12 +120,17 @@ def test_a_bucket_holds_whole_batches_and_every_row_fits_into_its_width(
 
 def test_widths_are_few_round_where_long_and_no_wider_than_allowed() -> None:
     every = np.repeat(np.arange(1, 2049), 10)
-    buckets = fill_buckets(every, 8, 2048)
+    buckets = sort_into_buckets(every, 8, 2048)
     assert len(buckets.widths) <= MAX_WIDTHS
     assert (buckets.widths[buckets.widths > 1024] % 16 == 0).all()
-    assert fill_buckets([2048, 1030, 300, 100], 1, 2048).widths.tolist() == [2048, 1040, 300, 99]
-    assert fill_buckets([2048], 1, 2040).widths.tolist() == [2040]
-    assert fill_buckets([20] * 64, 4).widths.tolist() == [19]
+    assert sort_into_buckets([2048, 1030, 300, 100], 1, 2048).widths.tolist() == [
+        2048,
+        1040,
+        300,
+        99,
+    ]
+    assert sort_into_buckets([2048], 1, 2040).widths.tolist() == [2040]
+    assert sort_into_buckets([20] * 64, 4).widths.tolist() == [19]
 
 
 @pytest.mark.parametrize(("rows", "theirs"), [(2_000, 0.6), (20_000, 0.6)])
@@ -134,7 +139,7 @@ def test_padding_of_skewed_lengths_is_at_most_three_per_cent(rows: int, theirs: 
     found = padding.ours(lengths)
     assert found.share <= 0.03
     assert found.shapes <= MAX_WIDTHS
-    expected = fill_buckets(lengths, padding.BATCH_SIZE, padding.MAX_SEQ_LENGTH).padding_share
+    expected = sort_into_buckets(lengths, padding.BATCH_SIZE, padding.MAX_SEQ_LENGTH).padding_share
     assert found.share == pytest.approx(expected, abs=1e-12)
     assert padding.theirs(CacheDataset(padding._Examples(lengths))).share > theirs
 
@@ -142,7 +147,7 @@ def test_padding_of_skewed_lengths_is_at_most_three_per_cent(rows: int, theirs: 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_epochs_and_seeds_differ(seed: int) -> None:
     lengths = [20] * 64
-    plan, other = BatchPlan(lengths, 4, seed), BatchPlan(lengths, 4, seed + 1)
+    plan, other = BatchOrder(lengths, 4, seed), BatchOrder(lengths, 4, seed + 1)
     orders = [
         [row for index in range(16) for row in some.batch(epoch * 16 + index).rows]
         for some, epoch in ((plan, 0), (plan, 1), (other, 0))
@@ -156,15 +161,15 @@ def test_epochs_and_seeds_differ(seed: int) -> None:
 
 FINGERPRINT = """
 import hashlib, numpy as np
-from nested_core.data.batches import BatchPlan
-plan = BatchPlan(np.random.default_rng(5).integers(2, 900, 333), 8, 42)
+from nested_core.data.batches import BatchOrder
+plan = BatchOrder(np.random.default_rng(5).integers(2, 900, 333), 8, 42)
 batches = [plan.batch(index) for index in {order}]
 print(hashlib.sha256(repr([(b.rows.tolist(), b.width) for b in batches]).encode()).hexdigest())
 """
 
 
 def test_the_same_index_gives_the_same_batch_in_a_fresh_process() -> None:
-    plan = BatchPlan(np.random.default_rng(5).integers(2, 900, 333), 8, 42)
+    plan = BatchOrder(np.random.default_rng(5).integers(2, 900, 333), 8, 42)
     order = [200, 3, 41, 42, 3]
     batches = [plan.batch(index) for index in order]
     text = repr([(batch.rows.tolist(), batch.width) for batch in batches])
@@ -182,12 +187,12 @@ def test_the_same_index_gives_the_same_batch_in_a_fresh_process() -> None:
 @given(lengths_lists, batch_sizes)
 def test_evaluation_uses_every_row_in_order_of_length(lengths: list[int], batch_size: int) -> None:
     split = split_of(lengths)
-    batches = evaluation_batches(split, batch_size)
+    batches = choose_evaluation_batches(split, batch_size)
     rows = np.concatenate([batch.rows for batch in batches])
     assert sorted(rows) == list(range(len(lengths)))
     assert (np.diff(split.lengths[rows]) <= 0).all()
     for batch in batches:
-        tokens, supervised = batch_arrays(split, batch, batch_size)
+        tokens, supervised = make_batch_arrays(split, batch, batch_size)
         assert tokens.shape == (batch_size, batch.width + 1)
         assert not supervised[len(batch.rows) :].any()
 
@@ -197,9 +202,9 @@ def test_a_limited_evaluation_is_fixed_and_spread(
     lengths: list[int], batch_size: int, limit: int
 ) -> None:
     split = split_of(lengths)
-    everything = evaluation_batches(split, batch_size)
-    some = evaluation_batches(split, batch_size, limit)
-    again = evaluation_batches(split, batch_size, limit)
+    everything = choose_evaluation_batches(split, batch_size)
+    some = choose_evaluation_batches(split, batch_size, limit)
+    again = choose_evaluation_batches(split, batch_size, limit)
     assert len(some) == min(limit, len(everything))
     assert [batch.rows.tolist() for batch in some] == [batch.rows.tolist() for batch in again]
     rows = [row for batch in some for row in batch.rows]
@@ -211,7 +216,7 @@ def test_a_limited_evaluation_is_fixed_and_spread(
 
 def test_a_plan_without_examples_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one example"):
-        BatchPlan([], 4, 0)
+        BatchOrder([], 4, 0)
 
 
 def test_an_example_without_tokens_is_a_row_without_targets() -> None:
@@ -222,7 +227,7 @@ def test_an_example_without_tokens_is_a_row_without_targets() -> None:
         starts=np.array([0, 4, 4]),
         lines=np.array([1, 2], np.int32),
     )
-    tokens, target_mask = batch_arrays(split, Batch(np.array([0, 1], np.int32), 3), 2)
+    tokens, target_mask = make_batch_arrays(split, Batch(np.array([0, 1], np.int32), 3), 2)
     assert tokens.tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
     assert target_mask.tolist() == [[True] * 3, [False] * 3]
     assert len(split.example(1)) == 0

@@ -18,12 +18,12 @@ from unittest.mock import Mock
 import pytest
 
 from nested_core.config.data import DataPolicy
-from nested_core.data import cache as caching
-from nested_core.data import dataset
-from nested_core.data.cache import KEPT_SECONDS, DatasetCache, default_cache
-from nested_core.data.dataset import load_dataset
+from nested_core.data import dataset_cache as caching
+from nested_core.data import dataset_loading
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_cache import KEPT_SECONDS, DatasetCache, open_user_cache
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.settings import DataSettings
 from nested_core.data.tokens import tokenized_split
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -54,7 +54,7 @@ def test_the_second_load_gives_the_same_report_and_the_same_tokens_without_judgi
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, tokens = load_dataset(settings, tokenizer, cache=cache)
-    monkeypatch.setattr("nested_core.data.dataset._validate", None)
+    monkeypatch.setattr("nested_core.data.dataset_loading._import_and_validate", None)
     second, again = load_dataset(settings, tokenizer, cache=cache)
     assert second == first
     assert again["train"].tokens.tolist() == tokens["train"].tokens.tolist()
@@ -126,7 +126,7 @@ def test_other_rules_are_another_entry(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load_dataset(settings, tokenizer, cache=cache)
-    monkeypatch.setattr(caching, "_rules_version", lambda: "the next release")
+    monkeypatch.setattr(caching, "_hash_data_code", lambda: "the next release")
     load_dataset(settings, tokenizer, cache=cache)
     assert len(entries(cache)) == 2
 
@@ -144,7 +144,7 @@ def test_a_damaged_entry_is_told_and_made_again(
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    tokenized_split._verify_once.cache_clear()  # as in another process
+    tokenized_split._verify_manifest_once.cache_clear()  # as in another process
     with caplog.at_level(logging.WARNING):
         second, tokens = load_dataset(settings, tokenizer, cache=cache)
     assert second == first
@@ -175,7 +175,7 @@ def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_t
     cache: DatasetCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    judge = dataset._validate
+    judge = dataset_loading._import_and_validate
     found: list[tuple[DatasetReport, dict[str, TokenizedSplit]]] = []
     places: list[int] = []
 
@@ -185,7 +185,7 @@ def test_of_two_that_make_the_same_entry_at_once_the_first_stays_and_both_have_t
         places.extend(path.stat().st_ino for path in entries(cache) if path.name[0] != ".")
         return judge(*arguments, **options)
 
-    monkeypatch.setattr(dataset, "_validate", meanwhile)
+    monkeypatch.setattr(dataset_loading, "_import_and_validate", meanwhile)
     report, tokens = load_dataset(settings, tokenizer, cache=cache)
     assert report == found[0][0]
     assert tokens["train"].tokens.tolist() == found[0][1]["train"].tokens.tolist()
@@ -220,7 +220,11 @@ def test_a_maker_that_fails_leaves_nothing(
     cache: DatasetCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dataset, "write_report", Mock(side_effect=OSError(28, "No space left")))
+    monkeypatch.setattr(
+        dataset_loading,
+        "write_report_beside_tokens",
+        Mock(side_effect=OSError(28, "No space left")),
+    )
     with pytest.raises(OSError, match="No space left"):
         load_dataset(settings, tokenizer, cache=cache)
     assert entries(cache) == []
@@ -329,14 +333,14 @@ def test_data_that_changes_while_it_is_judged_is_not_kept_as_what_it_was(
     cache: DatasetCache,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    judge, path = dataset._validate, Path(settings.data, "train.jsonl")
+    judge, path = dataset_loading._import_and_validate, Path(settings.data, "train.jsonl")
     before = path.read_bytes()
 
     def changed(*arguments: Any, **options: Any) -> DatasetReport:
         path.write_bytes(before + b'{"text": "more of it"}\n')
         return judge(*arguments, **options)
 
-    monkeypatch.setattr(dataset, "_validate", changed)
+    monkeypatch.setattr(dataset_loading, "_import_and_validate", changed)
     with pytest.raises(DatasetError, match="changed while it was judged"):
         load_dataset(settings, tokenizer, cache=cache)
     monkeypatch.undo()
@@ -356,9 +360,9 @@ def test_an_entry_in_use_stays(
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_CACHE", "/given")
-    assert default_cache().folder == Path("/given/datasets")
+    assert open_user_cache().folder == Path("/given/datasets")
     monkeypatch.delenv("NESTED_TUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert default_cache().folder == Path("/cache/nested-tune/datasets")
+    assert open_user_cache().folder == Path("/cache/nested-tune/datasets")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache().folder == Path.home() / ".cache" / "nested-tune" / "datasets"
+    assert open_user_cache().folder == Path.home() / ".cache" / "nested-tune" / "datasets"

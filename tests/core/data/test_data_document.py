@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
-from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES, held_out_rules
-from nested_core.data.rules.rule_table import RuleTable
+from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES, make_held_out_rules
+from nested_core.data.rules.rule_table import FrameRules
 from nested_core.data.rules.token_rules import TEMPLATE_RULES, TOKEN_RULES
 
 ROOT = Path(__file__).parents[3]
@@ -21,7 +21,7 @@ NAMED = re.compile(
 TABLES = (
     LINE_RULES,
     SENSITIVE_DATA_RULES,
-    held_out_rules("error"),
+    make_held_out_rules("error"),
     FILE_RULES,
     ROW_COUNT_RULES,
     TEMPLATE_RULES,
@@ -48,14 +48,16 @@ def test_every_check_is_documented() -> None:
 
 def test_most_checks_are_expressions_in_a_pandera_schema() -> None:
     in_schemas = {
-        rule.name for table in TABLES for rules in table.by_column.values() for rule in rules
+        rule.name for table in TABLES for rules in table.rules_by_column.values() for rule in rules
     }
-    checks = sum(len(column.checks) for table in TABLES for column in table.schema.columns.values())
+    checks = sum(
+        len(column.checks) for table in TABLES for column in table.make_schema.columns.values()
+    )
     assert checks == sum(len(table.rules) for table in TABLES)
     assert len(in_schemas & documented_checks()) >= 28
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_a_table_declares_the_columns_that_its_rules_read_and_no_others(table: RuleTable) -> None:
+def test_a_table_declares_the_columns_that_its_rules_read_and_no_others(table: FrameRules) -> None:
     read = {name for rule in table.rules for name in rule.columns}
     assert read == set(table.columns)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from nested_core.data.dataset import load_dataset
-from nested_core.data.settings import DataSettings
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer

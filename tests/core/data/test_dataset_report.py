@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from nested_core.data.dataset import load_dataset
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 from tests.core.data.conftest import WriteData
@@ -126,8 +126,8 @@ def test_the_digest_does_not_depend_on_how_the_json_is_written(write_data: Write
 def test_switching_pandera_off_from_outside_changes_nothing(write_data: WriteData) -> None:
     folder = write_data(train=[*GOOD, {"messages": []}, GOOD[0]], valid=[GOOD[1]])
     script = (
-        "import json, sys; from nested_core.data.dataset import load_dataset; "
-        "from nested_core.data.settings import DataSettings; "
+        "import json, sys; from nested_core.data.dataset_loading import load_dataset; "
+        "from nested_core.data.data_settings import DataSettings; "
         "print(json.dumps(load_dataset(DataSettings(sys.argv[1]), None)[0].to_json()))"
     )
     switched_off = {
@@ -149,7 +149,7 @@ def test_switching_pandera_off_from_outside_changes_nothing(write_data: WriteDat
 def test_naming_the_package_loads_no_pandera_no_polars_and_no_mlx() -> None:
     script = (
         "import sys; before = set(sys.modules); import nested_core.data; "
-        "import nested_core.data.rules.dataset_report, nested_core.data.lines.rows; "
+        "import nested_core.data.rules.dataset_report, nested_core.data.lines.line_rows; "
         "print(sorted({name.split('.')[0] for name in set(sys.modules) - before} "
         "& {'pandera', 'polars', 'mlx_lm', 'transformers'}))"
     )

@@ -14,10 +14,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nested_core.data.dataset import load_dataset
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources import formats
+from nested_core.data.sources import file_formats
 from nested_core.errors import ConfigError
 
 Found = tuple[str, int | None, str]
@@ -311,7 +311,7 @@ def test_damage_is_named_with_its_place(name: str, tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_FREE_BYTES", 1000)
+    monkeypatch.setattr(file_formats, "_FREE_BYTES", 1000)
     line = b'{"text": "' + b"a" * 10_000 + b'"}\n'
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(line * 3000))
     report = judge(tmp_path, batch_size=1)
@@ -323,7 +323,7 @@ def test_a_gzip_bomb_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_line_without_an_end_is_cut_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 5000)
+    monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 5000)
     content = b'{"text": "one"}\n' + b"a" * 9000
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(content))
     finding = judge(tmp_path, batch_size=1).errors[0]

@@ -22,10 +22,10 @@ from mlx_lm.tuner import datasets as theirs
 
 from nested_core.config.data import HubDataset
 from nested_core.config.loading import parse_config
-from nested_core.data.dataset import load_dataset
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources.hub import open_named
+from nested_core.data.sources.hub_datasets import open_dataset_by_name
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 
@@ -167,8 +167,8 @@ def test_no_network_is_asked_for_when_offline(monkeypatch: pytest.MonkeyPatch) -
         "import socket\n"
         "def refuse(*_): raise SystemExit('a connection was tried')\n"
         "socket.socket.connect = refuse\n"
-        "from nested_core.data.dataset import load_dataset\n"
-        "from nested_core.data.settings import DataSettings\n"
+        "from nested_core.data.dataset_loading import load_dataset\n"
+        "from nested_core.data.data_settings import DataSettings\n"
         "load_dataset(DataSettings('org/no-such-name'), None)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -258,7 +258,7 @@ def test_a_name_that_the_hub_does_not_have_is_asked_for_once(
         Thread(target=server.serve_forever, daemon=True).start()
         online(f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(ConfigError, match="could not be loaded from the hub.*NotFound"):
-            open_named("nobody/mistyped", trust_remote_code=False)
+            open_dataset_by_name("nobody/mistyped", trust_remote_code=False)
         server.shutdown()
     assert HubWithoutSets.questions == ["/api/datasets/nobody/mistyped"]
 
@@ -268,6 +268,6 @@ def test_a_hub_that_cannot_be_reached_is_no_wait(online: Callable[[str], None]) 
     online("http://127.0.0.1:9")  # the port to discard: nobody listens
     began = time.monotonic()
     with pytest.raises(ConfigError, match="could not be loaded from the hub"):
-        open_named("nobody/mistyped", trust_remote_code=False)
+        open_dataset_by_name("nobody/mistyped", trust_remote_code=False)
     assert time.monotonic() - began < 5  # the library alone tries for 23 seconds and longer
     assert importlib.import_module("datasets").config.HF_HUB_OFFLINE is False

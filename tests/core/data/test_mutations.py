@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.data.dataset import load_dataset
-from nested_core.data.lines.decoding import LineProblem
-from nested_core.data.lines.examples import Features, parse_line
-from nested_core.data.lines.line_table import read_range
-from nested_core.data.lines.rows import read_line
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.lines.example_parsing import FieldNames, parse_line
+from nested_core.data.lines.json_decoding import LineProblem
+from nested_core.data.lines.line_rows import parse_line_to_row
+from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
-from nested_core.data.settings import DataSettings
 
 MUTATIONS = 2000
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -87,7 +87,7 @@ def test_mutated_files_never_raise_and_never_lose_a_line(tmp_path: Path) -> None
     for _ in range(MUTATIONS):
         content = mutate(SEED_FILE, dice)
         path.write_bytes(content)
-        frame, digests = read_range(path, ByteRange(0, len(content)), Features())
+        frame, digests = read_line_range(path, ByteRange(0, len(content)), FieldNames())
         expected = content.count(b"\n") + (not content.endswith(b"\n") and bool(content))
         assert frame.height == expected
         for row in frame.iter_rows(named=True):
@@ -140,7 +140,7 @@ def test_2000_mutations_of_each_format_account_for_every_line(suffix: str, tmp_p
 
 @given(st.binary(max_size=200))
 def test_any_bytes_make_a_row(raw: bytes) -> None:
-    row = read_line(raw, Features())
+    row = parse_line_to_row(raw, FieldNames())
     assert row.is_blank or row.check or row.format
 
 
@@ -160,7 +160,7 @@ json_values = st.recursive(
 
 def problem_of(raw: bytes) -> LineProblem | None:
     try:
-        parse_line(raw, Features())
+        parse_line(raw, FieldNames())
     except LineProblem as problem:
         return problem
     return None
@@ -170,7 +170,7 @@ def problem_of(raw: bytes) -> LineProblem | None:
 def test_any_json_is_an_example_or_a_problem(value: object) -> None:
     raw = json.dumps(value).encode()
     problem = problem_of(raw)
-    row = read_line(raw, Features())
+    row = parse_line_to_row(raw, FieldNames())
     assert row.check == (problem and problem.check)
     assert (row.format is None) == (problem is not None)
 

@@ -17,7 +17,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.data.parallel_jobs import line_ranges, processes_for, run_jobs, usable_cores
+from nested_core.data.parallel_jobs import (
+    count_processes_for,
+    count_usable_cores,
+    cut_file_into_line_ranges,
+    run_jobs,
+)
 from nested_core.errors import DatasetError, WorkerFailed
 
 JOBS = "tests.core.data.jobs"
@@ -184,7 +189,7 @@ def test_workers_start_from_any_folder(tmp_path: Path, monkeypatch: pytest.Monke
 def test_spans_cover_a_file_in_whole_lines(content: bytes, size: int) -> None:
     path = Path(os.environ["PYTEST_SPANS"])
     path.write_bytes(content)
-    spans = line_ranges(path, size)
+    spans = cut_file_into_line_ranges(path, size)
     pieces = [content[span.start : span.end] for span in spans]
     assert all(pieces)
     assert b"".join(pieces) == content
@@ -199,10 +204,10 @@ def _spans_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_spans_end_at_lines(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"aa\nbb\ncccccc\nd")
-    assert line_ranges(path, 3) == [(0, 3), (3, 6), (6, 13), (13, 14)]
-    assert line_ranges(path, 4) == [(0, 6), (6, 13), (13, 14)]
+    assert cut_file_into_line_ranges(path, 3) == [(0, 3), (3, 6), (6, 13), (13, 14)]
+    assert cut_file_into_line_ranges(path, 4) == [(0, 6), (6, 13), (13, 14)]
 
 
 def test_small_work_is_worth_one_process() -> None:
-    assert processes_for(1000) == processes_for(20 * 2**20) == 1
-    assert processes_for(10**9) == usable_cores()
+    assert count_processes_for(1000) == count_processes_for(20 * 2**20) == 1
+    assert count_processes_for(10**9) == count_usable_cores()

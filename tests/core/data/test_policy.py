@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from nested_core.config.data import DataPolicy
-from nested_core.data.dataset import load_dataset
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.settings import DataSettings
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer

@@ -10,15 +10,15 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nested_core.data.dataset import load_dataset
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport, Findings
-from nested_core.data.rules.rule_table import LISTED_FINDINGS, Rule, RuleTable
-from nested_core.data.settings import DataSettings
+from nested_core.data.rules.rule_table import LISTED_FINDINGS, FrameRules, Rule
 from nested_core.errors import DatasetError
 from nested_core.storage.atomic import canonical_json
 from tests.core.data.conftest import WriteData
 
-TABLE = RuleTable(
+TABLE = FrameRules(
     columns={"size": pl.Int32, "is_good": pl.Boolean},
     rules=(
         Rule("small", "warning", pl.col("size") < 10, "{size} is too large"),
@@ -27,11 +27,11 @@ TABLE = RuleTable(
 )
 
 
-def judged(table: RuleTable, **columns: list[Any]) -> Findings:
+def judged(table: FrameRules, **columns: list[Any]) -> Findings:
     findings = Findings()
     height = len(next(iter(columns.values())))
     frame = pl.DataFrame(columns, schema_overrides={"size": pl.Int32})
-    table.judge(
+    table.add_findings(
         frame.with_columns(file=pl.lit("a"), line=pl.int_range(1, height + 1, dtype=pl.Int32)),
         findings,
     )
@@ -54,7 +54,7 @@ def test_one_finding_stands_for_all_rows_of_a_habit_at_the_first_or_the_worst() 
         Rule("first", "warning", pl.col("size") < 10, "{count}: {places}", once=True),
         Rule("worst", "warning", pl.col("size") < 10, "{size}", once=True, worst="size"),
     )
-    table = RuleTable(columns={"size": pl.Int32}, rules=rules)
+    table = FrameRules(columns={"size": pl.Int32}, rules=rules)
     found = [(f.line, f.message) for f in judged(table, size=[1, 11, 12, 11, 20, 13, 14]).listed]
     assert found == [(2, "6: 2, 3, 4, 5, 6, ..."), (5, "20")]
 
@@ -70,7 +70,7 @@ def test_one_finding_stands_for_all_rows_of_a_habit_at_the_first_or_the_worst() 
 def test_a_frame_that_does_not_fit_is_an_error_and_never_a_pass(columns: dict[str, Any]) -> None:
     frame = pl.DataFrame(columns).with_columns(file=pl.lit("a"), line=pl.lit(1))
     with pytest.raises(TypeError, match="do not fit"):
-        TABLE.judge(frame, Findings())
+        TABLE.add_findings(frame, Findings())
 
 
 def test_at_most_a_thousand_findings_of_a_check_are_listed_and_the_rest_are_counted() -> None:

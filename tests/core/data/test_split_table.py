@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core.data import split_table
-from nested_core.data.dataset import load_dataset
-from nested_core.data.lines.examples import Features
-from nested_core.data.lines.line_table import read_range
-from nested_core.data.lines.rows import BLANK_TURN, plain_row, read_line
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.data.lines.line_rows import BLANK_TURN, parse_line_to_row, parse_plain_row
+from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import SplitFile
+from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.split_table import read_tables
 from nested_core.errors import DatasetError, WorkerFailed
 from tests.core.data.conftest import WriteData
@@ -44,7 +44,7 @@ def test_ranges_and_processes_change_nothing(
     settings = DataSettings(str(write_data(train=LINES, valid=[*HELD_OUT, GOOD[1]], test=[])))
     expected = load_dataset(settings, None)[0].to_json()
     monkeypatch.setattr(split_table, "RANGE_BYTES", size)
-    monkeypatch.setattr(split_table, "processes_for", lambda _: processes)
+    monkeypatch.setattr(split_table, "count_processes_for", lambda _: processes)
     assert load_dataset(settings, None)[0].to_json() == expected
 
 
@@ -52,7 +52,7 @@ def test_a_file_that_becomes_shorter_is_not_read_as_if_it_ended_there(tmp_path: 
     path = tmp_path / "train.jsonl"
     path.write_bytes(b'{"text": "a"}\n')
     with pytest.raises(DatasetError, match=r"train\.jsonl became shorter while it was read"):
-        read_range(path, ByteRange(0, 20), Features())
+        read_line_range(path, ByteRange(0, 20), FieldNames())
 
 
 def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
@@ -63,7 +63,7 @@ def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
     folder = write_data(train=GOOD, valid=HELD_OUT)
     monkeypatch.setattr("tempfile.tempdir", str(private))
     monkeypatch.setattr(split_table, "JOB", "tests.core.data.jobs:die")
-    monkeypatch.setattr(split_table, "processes_for", lambda _: 2)
+    monkeypatch.setattr(split_table, "count_processes_for", lambda _: 2)
     with pytest.raises(WorkerFailed, match="ended by SIGKILL"):
         load_dataset(DataSettings(str(folder)), None)
     assert list(private.iterdir()) == []
@@ -72,14 +72,14 @@ def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
 def test_the_digest_is_over_the_examples_row_by_row(write_data: WriteData) -> None:
     """A change of it makes every run that was validated before start anew."""
     folder = write_data(train=[*GOOD, b"{bad", b""])
-    found = read_tables({"train": SplitFile("train.jsonl", folder / "train.jsonl")}, Features())
+    found = read_tables({"train": SplitFile("train.jsonl", folder / "train.jsonl")}, FieldNames())
     spaced = write_data(
         train=[b"", *[json.dumps(row, indent=None).encode() + b"  " for row in GOOD]]
     )
-    again = read_tables({"train": SplitFile("train.jsonl", spaced / "train.jsonl")}, Features())
+    again = read_tables({"train": SplitFile("train.jsonl", spaced / "train.jsonl")}, FieldNames())
     assert found["train"].digest == again["train"].digest
     other = write_data(train=[*GOOD[1:], GOOD[0]])
-    moved = read_tables({"train": SplitFile("train.jsonl", other / "train.jsonl")}, Features())
+    moved = read_tables({"train": SplitFile("train.jsonl", other / "train.jsonl")}, FieldNames())
     assert moved["train"].digest != found["train"].digest
 
 
@@ -111,7 +111,7 @@ def test_the_quick_path_reads_what_the_exact_one_reads(
     example: dict[str, Any], ascii_: bool
 ) -> None:
     raw = json.dumps(example, ensure_ascii=ascii_).encode()
-    plain, row = plain_row(raw, Features()), read_line(raw, Features())
+    plain, row = parse_plain_row(raw, FieldNames()), parse_line_to_row(raw, FieldNames())
     if plain is not None:
         assert plain == (row.format, row.roles, row.content)
         assert row.shown == row.content
@@ -123,5 +123,7 @@ def test_the_quick_path_reads_what_the_exact_one_reads(
 @pytest.mark.parametrize("name", GOOD_LINES)
 def test_rows_of_every_range_have_one_schema(name: str, write_data: WriteData) -> None:
     folder = write_data(train=[GOOD_LINES[name]])
-    gathered = read_tables({"train": SplitFile("train.jsonl", folder / "train.jsonl")}, Features())
+    gathered = read_tables(
+        {"train": SplitFile("train.jsonl", folder / "train.jsonl")}, FieldNames()
+    )
     assert gathered["train"].frame.schema == gathered["valid"].frame.schema

@@ -10,9 +10,9 @@ import pytest
 from tokenizers.pre_tokenizers import Metaspace
 
 from nested_core.config.loading import parse_config
-from nested_core.data.dataset import load_dataset
-from nested_core.data.lines.examples import Example
-from nested_core.data.settings import DataSettings
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.lines.example_parsing import Example
 from nested_core.data.tokens.example_encoding import EncodedExample, encode_example
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource

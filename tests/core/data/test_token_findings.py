@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.data.dataset import load_dataset
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport, Finding
-from nested_core.data.rules.token_rules import outlier_bound
-from nested_core.data.settings import DataSettings
+from nested_core.data.rules.token_rules import length_outlier_bound
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
@@ -84,12 +84,12 @@ def test_an_example_far_longer_than_the_rest_is_named_with_how_many_there_are(
 
 def test_the_bound_of_outliers_is_the_outer_fence_on_a_logarithmic_scale() -> None:
     even = np.full(100, 50, np.int32)
-    assert outlier_bound(even) == 200
+    assert length_outlier_bound(even) == 200
     spread = np.array([100] * 50 + [200] * 50, np.int32)
-    assert outlier_bound(spread) == 200 * 2**3
-    assert outlier_bound(even[:19]) > 2_000_000_000
+    assert length_outlier_bound(spread) == 200 * 2**3
+    assert length_outlier_bound(even[:19]) > 2_000_000_000
     skewed = np.random.default_rng(0).lognormal(5.3, 0.9, 20_000).clip(8, 8192).astype(np.int32)
-    assert outlier_bound(skewed) > skewed.max()
+    assert length_outlier_bound(skewed) > skewed.max()
 
 
 def test_truncation_says_how_many_the_worst_and_the_tokens_lost(

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nested_core.data.cache import DatasetCache
-from nested_core.data.dataset import load_dataset
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import SplitFile
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_cache import DatasetCache
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.parallel_tokenization import SoundLines, tokenize_splits
 from nested_core.data.tokens.tokenized_split import open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -156,7 +156,7 @@ def test_files_that_nobody_keeps_are_gone_and_can_still_be_read(
     _, splits = load_dataset(DataSettings(str(folder)), tokenizer)
     assert list(private.iterdir()) == []
     train = splits["train"]
-    train.give_back()
+    train.release_pages()
     assert tokenizer.load().decode(train.example(8).tolist()) == "8 is here.<|end|>"
 
 
@@ -188,10 +188,10 @@ USE = """
 import sys
 from contextlib import closing
 from pathlib import Path
-from nested_core.data.batches import BatchPlan
+from nested_core.data.batches import BatchOrder
 from nested_core.data.tokens.tokenized_split import open_tokens
 split = open_tokens(Path(sys.argv[1]))["train"]
-plan = BatchPlan(split.lengths, 8, 0)
+plan = BatchOrder(split.lengths, 8, 0)
 for index in range(plan.batches_per_epoch):
     plan.arrays(split, index)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -217,13 +217,17 @@ def peak_megabytes(folder: Path, rows: int) -> float:
 
 def write_arrays(folder: Path, lengths: Any) -> None:
     """Token files of examples of these lengths, as tokenising leaves them."""
-    from nested_core.data.tokens.tokenized_split import SplitWriter, seal_tokens, write_part
+    from nested_core.data.tokens.tokenized_split import (
+        SplitWriter,
+        seal_and_open_tokens,
+        write_token_part,
+    )
 
     folder.mkdir()
     with closing(SplitWriter(folder / "train")) as joined:
         for first in range(0, len(lengths), 1_000):
             some = lengths[first : first + 1_000]
             tokens = [token for length in some for token in range(length)]
-            write_part(folder / "part", tokens, bytes(len(tokens)))
+            write_token_part(folder / "part", tokens, bytes(len(tokens)))
             joined.join(folder / "part", np.arange(first, first + len(some)), some)
-    seal_tokens(folder)
+    seal_and_open_tokens(folder)

@@ -11,10 +11,10 @@ import pytest
 from mlx_lm.tuner.datasets import CacheDataset, create_dataset
 from mlx_lm.tuner.trainer import iterate_batches
 
-from nested_core.data.batches import evaluation_batches
-from nested_core.data.dataset import load_dataset
-from nested_core.data.lines.examples import Features, read_examples
-from nested_core.data.settings import DataSettings
+from nested_core.data.batches import choose_evaluation_batches
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.lines.example_parsing import FieldNames, read_examples
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
@@ -145,7 +145,7 @@ def test_rows_with_an_error_are_left_out_and_the_order_is_kept(
 def test_a_file_that_changes_after_it_was_judged_is_refused(write_data: WriteData) -> None:
     path = write_data(train=[{"text": "a"}, b'{"text": 5}']) / "train.jsonl"
     with pytest.raises(DatasetError, match=r"train.jsonl:2 changed while it was read: text"):
-        list(read_examples(path, Features(), skip=set()))
+        list(read_examples(path, FieldNames(), skip=set()))
 
 
 def test_an_empty_split_is_an_empty_split(
@@ -155,4 +155,4 @@ def test_an_empty_split_is_an_empty_split(
     split = load_dataset(DataSettings(str(folder)), tokenizer)[1]["valid"]
     assert len(split) == 0
     assert split.lengths.tolist() == []
-    assert evaluation_batches(split, 4) == []
+    assert choose_evaluation_batches(split, 4) == []

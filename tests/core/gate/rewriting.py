@@ -15,7 +15,7 @@ import mlx.core as mx
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import describe_evidence
 from nested_core.gate.held_out_loss import LoadedBase
-from nested_core.models.parameters import trainable_refs
+from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.storage.adapter import read_adapter_config
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.checkpoint import (
@@ -77,7 +77,7 @@ def trainers_logits(
 ) -> dict[str, Any]:
     """What a trainer would have recorded that had these tensors in its model."""
     model = LoadedBase.load(config).model
-    refs = trainable_refs(model)
+    refs = reference_trainable_parameters(model)
     fitting = {name: value for name, value in tensors.items() if name in refs}
     evaluator = Evaluator(model, refs, prompts=prompts)
     logits: dict[str, Any] = finite_or_none(evaluator.fixed_logits(fitting))

@@ -33,7 +33,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "concatenate": concatenate.concatenate_on_cuda,
     }
     for name, kernel in kernels.items():
-        monkeypatch.setattr(kernel, "launch_kernel", recorded(name, kernel.reference))
+        monkeypatch.setattr(kernel, "launch", recorded(name, kernel.reference))
         monkeypatch.setattr(kernel, "agrees_with_reference", lambda *variant: True)
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     return calls

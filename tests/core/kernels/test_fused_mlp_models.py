@@ -19,7 +19,7 @@ from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
 from nested_core.kernels.lora_linear import GROUP, OptimizedLoRALinear
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.kernels.patching import replacing_call
-from nested_core.models.parameters import trainable_refs
+from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
@@ -92,7 +92,7 @@ def test_gradients_of_some_factors_alone_are_those_among_all(
 ) -> None:
     monkeypatch.setattr(fused_mlp, "can_use_lora_kernels", lambda x, factors: True)
     model = build("llama")
-    everything = trainable_refs(model)
+    everything = reference_trainable_parameters(model)
     refs = {name: ref for name, ref in everything.items() if chosen in name}
     assert 0 < len(refs) < len(everything)
     expected = outcome(model, SUPERVISED, batch(), refs=refs)

@@ -161,7 +161,7 @@ def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     monkeypatch.setattr(rope.rotate_on_cuda, "agrees_with_reference", lambda: True)
-    monkeypatch.setattr(rope.rotate_on_cuda, "launch_kernel", turn)
+    monkeypatch.setattr(rope.rotate_on_cuda, "launch", turn)
     model = build(name)
     model.set_dtype(mx.bfloat16)
     expected = outcome(model, SUPERVISED, batch())

@@ -12,8 +12,8 @@ from nested_core.models.base_model import (
     PAGE_BYTES,
     PAGE_STRIDE,
     RULE,
-    base_fingerprint,
-    find_model,
+    find_model_folder,
+    fingerprint_base_model,
     is_same_base,
     local_folder,
     sampled_fingerprint,
@@ -55,26 +55,26 @@ def change(path: Path, at: int) -> None:
     ],
 )
 def test_another_byte_is_another_base(folder: Path, name: str, at: int) -> None:
-    before = base_fingerprint(folder)
+    before = fingerprint_base_model(folder)
     change(folder / name, at)
-    assert base_fingerprint(folder) != before
+    assert fingerprint_base_model(folder) != before
     change(folder / name, at)
-    assert base_fingerprint(folder) == before
+    assert fingerprint_base_model(folder) == before
 
 
 def test_code_or_weights_that_come_or_go_are_another_base(folder: Path) -> None:
-    before = base_fingerprint(folder)
+    before = fingerprint_base_model(folder)
     (folder / "more.py").write_bytes(b"")
-    with_more = base_fingerprint(folder)
+    with_more = fingerprint_base_model(folder)
     assert with_more != before
     (folder / "more.py").rename(folder / "model-2.safetensors")
-    assert base_fingerprint(folder) not in (before, with_more)
+    assert fingerprint_base_model(folder) not in (before, with_more)
 
 
 def test_what_a_model_is_not_made_of_is_not_looked_at(folder: Path) -> None:
-    before = base_fingerprint(folder)
+    before = fingerprint_base_model(folder)
     (folder / "README.md").write_text("words")
-    assert base_fingerprint(folder) == before
+    assert fingerprint_base_model(folder) == before
 
 
 def test_mlx_lm_still_resolves_a_local_folder_through_the_private_function_used_here(
@@ -83,11 +83,14 @@ def test_mlx_lm_still_resolves_a_local_folder_through_the_private_function_used_
     parameters = list(inspect.signature(_download).parameters.values())
     assert parameters[0].name == "path_or_hf_repo"
     assert all(each.default is not inspect.Parameter.empty for each in parameters[1:])
-    assert find_model(str(tmp_path)) == Path(_download(str(tmp_path))) == tmp_path
+    assert find_model_folder(str(tmp_path)) == Path(_download(str(tmp_path))) == tmp_path
 
 
 def test_the_fingerprint_names_its_rule(folder: Path) -> None:
-    rule, digest = base_fingerprint(folder)[: len(RULE)], base_fingerprint(folder)[len(RULE) :]
+    rule, digest = (
+        fingerprint_base_model(folder)[: len(RULE)],
+        fingerprint_base_model(folder)[len(RULE) :],
+    )
     assert rule == "sha256:"
     assert len(bytes.fromhex(digest)) == 32
 
@@ -98,7 +101,7 @@ def test_files_that_are_links_as_in_the_hubs_cache_give_the_same_fingerprint(
     snapshot = tmp_path_factory.mktemp("snapshot")
     for name in FILES:
         (snapshot / name).symlink_to(folder / name)
-    assert base_fingerprint(snapshot) == base_fingerprint(folder)
+    assert fingerprint_base_model(snapshot) == fingerprint_base_model(folder)
     assert sampled_fingerprint(snapshot) == sampled_fingerprint(folder)
 
 
@@ -110,7 +113,7 @@ def test_fingerprints_of_earlier_releases_are_what_they_were() -> None:
 
 
 def test_a_base_is_compared_by_the_rule_that_its_fingerprint_names(folder: Path) -> None:
-    full, sampled = base_fingerprint(folder), sampled_fingerprint(folder)
+    full, sampled = fingerprint_base_model(folder), sampled_fingerprint(folder)
     assert is_same_base(full, folder)
     change(folder / "model.safetensors", PAGE_BYTES + 5)  # the sampled rule does not see it
     assert not is_same_base(full, folder)

@@ -13,7 +13,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.kernels.call_tracing import trace_calls
-from nested_core.models.parameters import read_parameters, trainable_refs
+from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.loss.output_head import find_head
 from nested_core.training.parameter_importance import parameter_importance
@@ -21,12 +21,12 @@ from tests.architectures import batch, build
 
 
 def evaluated(model: nn.Module) -> None:
-    refs = trainable_refs(model)
+    refs = reference_trainable_parameters(model)
     Evaluator(model, refs).loss(read_parameters(refs), [batch()])
 
 
 def asked(model: nn.Module) -> None:
-    refs = trainable_refs(model)
+    refs = reference_trainable_parameters(model)
     Evaluator(model, refs, prompts=[[1, 2, 3]]).fixed_logits(read_parameters(refs))
 
 
@@ -39,7 +39,7 @@ def probed(model: nn.Module) -> None:
 
 USES: dict[str, Callable[[nn.Module], Any]] = {
     "watching": trace_calls,
-    "head": lambda model: find_head(model, trainable_refs(model)),
+    "head": lambda model: find_head(model, reference_trainable_parameters(model)),
     "loss": evaluated,
     "logits": asked,
     "probe": probed,

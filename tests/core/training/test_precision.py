@@ -9,9 +9,9 @@ import mlx.core as mx
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.models.base_model import load_base
-from nested_core.models.lora_attachment import adapter_dtype, attach_adapter
-from nested_core.models.parameters import read_parameters, trainable_refs
+from nested_core.models.base_model import load_base_model
+from nested_core.models.lora_attachment import attach_adapter, compute_dtype_of_adapter
+from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.storage.adapter import read_adapter
 from nested_core.training.loss.supervised import SUPERVISED
 from tests.architectures import batch, build, outcome
@@ -20,9 +20,9 @@ from tests.example import example_config, train_example
 
 def dtype_of(**changes: Any) -> mx.Dtype | None:
     config: FineTuneConfig = example_config(**changes)
-    model, _ = load_base(config)
+    model, _ = load_base_model(config)
     attach_adapter(model, config)
-    return adapter_dtype(config, model)
+    return compute_dtype_of_adapter(config, model)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_gradients_of_cast_factors_arrive_in_the_masters_float32() -> None:
         if "lora_a" in module:
             module.lora_a = module.lora_a.astype(mx.float32)
             module.lora_b = module.lora_b.astype(mx.float32)
-    refs = trainable_refs(model, dtype=mx.bfloat16)
+    refs = reference_trainable_parameters(model, dtype=mx.bfloat16)
     found = outcome(model, SUPERVISED, batch(), refs=refs)
     assert {gradient.dtype for gradient in found.gradients.values()} == {mx.float32}
     assert {value.dtype for value in read_parameters(refs).values()} == {mx.float32}

@@ -11,10 +11,10 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from nested_core.data.dataset import load_dataset
-from nested_core.data.settings import DataSettings
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.models.base_model import load_base
+from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
 from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
@@ -81,7 +81,7 @@ def test_micro_batches_of_unequal_token_counts_give_the_gradient_of_one_big_batc
 
 def gradients_by_example(done: Finished) -> list[tuple[int, Moments]]:
     """Supervised tokens and summed gradient of every example, without any of our training code."""
-    model, _ = load_base(done.config)
+    model, _ = load_base_model(done.config)
     attach_adapter(model, done.config)
     settings = DataSettings.from_config(done.config)
     tokenizer = TokenizerSource.from_config(done.config)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from nested_core.data.dataset import load_dataset
-from nested_core.data.settings import DataSettings
-from nested_core.data.tokens.token_display import show_examples
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.tokens.examples_for_display import decode_examples_for_display
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.pipeline import steps
 from tests.example import Finished, example_config, train_example
@@ -62,7 +62,7 @@ def learnt_text(done: Finished) -> str:
     """The text of the supervised tokens of the first example."""
     source = TokenizerSource.from_config(done.config)
     _, splits = load_dataset(DataSettings.from_config(done.config), source)
-    (example,) = show_examples(splits["train"], "train.jsonl", source.load(), 1)
+    (example,) = decode_examples_for_display(splits["train"], "train.jsonl", source.load(), 1)
     return "".join(token.text for token in example.tokens if token.supervised)
 
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.models.base_model import load_base
+from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, is_adapter_parameter
 from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.named_updates import flatten
@@ -26,7 +26,7 @@ LAYERS, MODULES = 6, 7  # of the base: q, k, v, o, gate, up and down in each lay
 
 
 def test_the_base_holds_the_bytes_it_was_loaded_with_after_training(every_step: Finished) -> None:
-    fresh, _ = load_base(every_step.config)
+    fresh, _ = load_base_model(every_step.config)
     held = flatten(every_step.trainer.model)
     for name, leaf in flatten(fresh).items():
         module, _, leaf_name = name.rpartition(".")
@@ -105,7 +105,7 @@ def test_adapter_tensors_are_float32_where_the_base_computes_in_bfloat16(
     fine_tune_type: str,
 ) -> None:
     config = example_config(fine_tune_type=fine_tune_type, training={"precision": "bfloat16"})
-    model, _ = load_base(config)
+    model, _ = load_base_model(config)
     leaves = attach_adapter(model, config)
     assert {leaf.dtype for leaf in leaves.values()} == {mx.float32}
     frozen = {leaf.dtype for name, leaf in flatten(model).items() if name not in leaves}

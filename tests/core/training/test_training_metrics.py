@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.batches import BatchPlan
-from nested_core.data.dataset import load_dataset
-from nested_core.data.settings import DataSettings
+from nested_core.data.batches import BatchOrder
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.models.base_model import load_base
+from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.supervised import supervised_loss
@@ -93,10 +93,10 @@ def test_the_learning_rate_of_a_warm_up_is_rate_times_min_1_n_over_w(
 
 def _expected_norm(config: FineTuneConfig, due: set[int], tiers: dict[str, int]) -> float:
     """The global norm of the first step's gradients of the due tiers, by nn.value_and_grad."""
-    model, _ = load_base(config)
+    model, _ = load_base_model(config)
     attach_adapter(model, config)
     _, splits = load_dataset(DataSettings.from_config(config), TokenizerSource.from_config(config))
-    plan = BatchPlan(splits["train"].lengths, config.batch_size, config.seed)
+    plan = BatchOrder(splits["train"].lengths, config.batch_size, config.seed)
     tokens, supervised = (mx.array(part) for part in plan.arrays(splits["train"], 0))
 
     def mean_loss(tokens: mx.array, supervised: mx.array) -> mx.array:

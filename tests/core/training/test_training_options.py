@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from mlx_lm import load
 
-from nested_core.data.dataset import load_dataset
-from nested_core.data.settings import DataSettings
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
-from nested_core.models.base_model import load_base
+from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
@@ -66,7 +66,7 @@ def random_state() -> list[int]:
 
 def test_the_importance_probe_changes_no_weight_no_random_state_and_no_mode() -> None:
     config = example_config(nested=IMPORTANCE, lora_parameters={"dropout": 0.3})
-    model, _ = load_base(config)
+    model, _ = load_base_model(config)
     attach_adapter(model, config)
     tokenizer = TokenizerSource.from_config(config)
     split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
@@ -87,7 +87,7 @@ def test_importance_puts_whole_layers_into_tiers_the_most_important_fastest(
     config = example_config(nested=IMPORTANCE)
     run = prepare(config, tmp_path / "run")
     tiers = json.loads(run.tiers.read_bytes())["tensors"]
-    model, _ = load_base(config)
+    model, _ = load_base_model(config)
     attach_adapter(model, config)
     tokenizer = TokenizerSource.from_config(config)
     split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]

@@ -36,7 +36,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     monkeypatch.setattr(concatenate.concatenate_on_cuda, "agrees_with_reference", lambda: True)
-    monkeypatch.setattr(concatenate.concatenate_on_cuda, "launch_kernel", join)
+    monkeypatch.setattr(concatenate.concatenate_on_cuda, "launch", join)
     return counts
 
 

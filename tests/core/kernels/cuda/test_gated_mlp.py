@@ -91,8 +91,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append("backward")
         return gated_mlp.gated_gradients_in_mlx(*sums)
 
-    monkeypatch.setattr(gated_mlp.gated_product_on_cuda, "launch_kernel", forward)
-    monkeypatch.setattr(gated_mlp.gated_gradients_on_cuda, "launch_kernel", backward)
+    monkeypatch.setattr(gated_mlp.gated_product_on_cuda, "launch", forward)
+    monkeypatch.setattr(gated_mlp.gated_gradients_on_cuda, "launch", backward)
     return calls
 
 

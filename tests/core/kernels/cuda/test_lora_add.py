@@ -164,7 +164,7 @@ def test_a_base_of_another_dtype_takes_all_sums_to_mlx(monkeypatch: pytest.Monke
         kernel_calls.append(len(sums))
         return lora_add.low_rank_sums_in_mlx(sums)
 
-    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "launch_kernel", note)
+    monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "launch", note)
     sums = sums_of((8, 64), (8, 96))
     lora_add.compute_low_rank_sums(sums)
     assert kernel_calls == [2]

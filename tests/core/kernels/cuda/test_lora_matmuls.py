@@ -63,8 +63,8 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     monkeypatch.setattr(
         lora_matmuls.factor_gradients_on_cuda, "agrees_with_reference", lambda tiles: True
     )
-    monkeypatch.setattr(lora_matmuls.project_to_rank_on_cuda, "launch_kernel", narrow)
-    monkeypatch.setattr(lora_matmuls.factor_gradients_on_cuda, "launch_kernel", outer)
+    monkeypatch.setattr(lora_matmuls.project_to_rank_on_cuda, "launch", narrow)
+    monkeypatch.setattr(lora_matmuls.factor_gradients_on_cuda, "launch", outer)
     return calls
 
 

@@ -102,7 +102,7 @@ def test_modules_ranks_and_scales_are_those_of_peft_in_random_configurations() -
     assert len(cases) == TARGET_CASES
     for case in cases:
         found, answers = config(**case["config"]), case["answers"]
-        assert found.targets(GOLDEN_NAMES) == set(answers["targets"])
+        assert found.target_modules_of(GOLDEN_NAMES) == set(answers["targets"])
         ranks = [found.rank_of(name) for name in GOLDEN_NAMES]
         assert ranks == answers["rank_pattern"]
         scales = [alpha / rank for alpha, rank in zip(answers["alpha_pattern"], ranks, strict=True)]

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from nested_core.errors import ConfigError
-from nested_core.models.peft.lora_factors import Factors
-from nested_core.models.peft.uniform_rank import make_uniform
+from nested_core.models.peft.lora_factors import ModuleFactors
+from nested_core.models.peft.uniform_rank import make_rank_and_scale_uniform
 from nested_core.storage.safetensors_files import StoredTensor
 
 STORED = {"F32": np.float32, "F16": np.float16}
 
 
-def factors(rank: int, dtype: str = "F32", *, size: float = 1.0) -> Factors:
+def factors(rank: int, dtype: str = "F32", *, size: float = 1.0) -> ModuleFactors:
     values = np.random.default_rng(rank)
 
     def tensor(*shape: int) -> StoredTensor:
@@ -24,10 +24,10 @@ def factors(rank: int, dtype: str = "F32", *, size: float = 1.0) -> Factors:
             )
         return StoredTensor(dtype, shape, drawn.astype(STORED[dtype]).tobytes())
 
-    return Factors(tensor(6, rank), tensor(rank, 5))
+    return ModuleFactors(tensor(6, rank), tensor(rank, 5))
 
 
-def product(one: Factors, scale: float) -> np.ndarray:
+def product(one: ModuleFactors, scale: float) -> np.ndarray:
     a, b = (t.to_numpy().astype(np.float64) for t in (one.lora_a, one.lora_b))
     return scale * (a @ b)
 
@@ -36,7 +36,7 @@ def product(one: Factors, scale: float) -> np.ndarray:
 def test_products_are_the_same_to_the_last_bit(dtype: str) -> None:
     modules = {"a": factors(4, dtype), "b": factors(2, dtype), "c": factors(4, dtype)}
     scales = {"a": 2.0, "b": 0.5, "c": 2.0}
-    done = make_uniform(modules, scales)
+    done = make_rank_and_scale_uniform(modules, scales)
     assert (done.rank, done.scale) == (4, 2.0)
     for name, before in modules.items():
         after = done.modules[name]
@@ -52,7 +52,7 @@ def test_products_are_the_same_to_the_last_bit(dtype: str) -> None:
 
 def test_nothing_is_done_where_all_are_alike() -> None:
     modules = {"a": factors(3), "b": factors(3)}
-    done = make_uniform(modules, {"a": 0.3, "b": 0.3})
+    done = make_rank_and_scale_uniform(modules, {"a": 0.3, "b": 0.3})
     assert (done.modules, done.rank, done.scale, done.notes) == (modules, 3, 0.3, ())
 
 
@@ -64,6 +64,6 @@ def test_nothing_is_done_where_all_are_alike() -> None:
 def test_a_scale_that_would_round_is_refused(scale: float, dtype: str, size: float) -> None:
     modules = {"a": factors(2), "b": factors(2), "odd": factors(2, dtype, size=size)}
     with pytest.raises(ConfigError) as error:
-        make_uniform(modules, {"a": 1.0, "b": 1.0, "odd": scale})
+        make_rank_and_scale_uniform(modules, {"a": 1.0, "b": 1.0, "odd": scale})
     assert str(error.value).startswith(f"odd has the scale {scale:g} and most modules have 1 ")
     assert "cannot be put into lora_b without rounding" in str(error.value)

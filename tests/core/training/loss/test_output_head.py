@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.trainer import default_loss
 
-from nested_core.models.parameters import trainable_refs
+from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.training.loss.chunked_cross_entropy import (
     chunked_cross_entropy,
     supervised_positions,
@@ -23,7 +23,7 @@ from tests.architectures import ARCHITECTURES, batch, build, largest_difference,
 
 
 def loss_of(model: nn.Module, chunk: int | None = None) -> Loss:
-    head = find_head(model, trainable_refs(model))
+    head = find_head(model, reference_trainable_parameters(model))
     assert head is not None
     return chunked_cross_entropy(head, chunk)
 
@@ -101,7 +101,7 @@ def test_a_trained_output_layer_keeps_full_logits_and_the_log_says_so(
 ) -> None:
     model = build("qwen3", keys=["self_attn.q_proj", "lm_head"])
     with caplog.at_level(logging.INFO):
-        assert SUPERVISED.for_model(model, trainable_refs(model)) is SUPERVISED
+        assert SUPERVISED.for_model(model, reference_trainable_parameters(model)) is SUPERVISED
     assert "The output layer is trained" in caplog.text
 
 
@@ -122,7 +122,7 @@ def test_an_output_layer_that_mixes_positions_is_not_taken_for_one(
 ) -> None:
     model = MixedAfterwards()
     with caplog.at_level(logging.INFO):
-        assert find_head(model, trainable_refs(model)) is None
+        assert find_head(model, reference_trainable_parameters(model)) is None
     assert "could not be told apart" in caplog.text
 
 
@@ -131,7 +131,7 @@ def test_finding_the_head_leaves_the_model_as_it_was() -> None:
     model.train()
     kinds = {name: type(module) for name, module in model.named_modules()}
     before = mx.random.state[0].tolist()  # type: ignore[index]
-    assert find_head(model, trainable_refs(model)) is not None
+    assert find_head(model, reference_trainable_parameters(model)) is not None
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert model.training is True
     assert mx.random.state[0].tolist() == before  # type: ignore[index]

@@ -21,7 +21,7 @@ _NEVER = 2**62
 
 
 @dataclass(frozen=True, eq=False)
-class Buckets:
+class LengthBuckets:
     """All rows, longest first, in stretches that are padded to one width.
 
     rows: int32 [n]; starts: int64 [k + 1], where in `rows` each bucket begins and the last ends,
@@ -39,9 +39,9 @@ class Buckets:
         return int(self.widths[np.searchsorted(self.starts, start, "right") - 1])
 
 
-def fill_buckets(
+def sort_into_buckets(
     lengths: npt.ArrayLike, batch_size: int, max_seq_length: int | None = None
-) -> Buckets:
+) -> LengthBuckets:
     """Sort the rows into buckets of whole batches; ValueError without any row.
 
     Every batch is full but the last, of the shortest rows, where empty ones cost least. The padding
@@ -51,20 +51,20 @@ def fill_buckets(
     if not len(needed):
         raise ValueError("a batch plan needs at least one example, and there is none")
     rows = np.argsort(-needed, kind="stable").astype(np.int32)
-    longest = _round_up(needed[rows[::batch_size]])
+    longest = _round_up_widths(needed[rows[::batch_size]])
     if max_seq_length is not None:
         longest = longest.clip(max=max_seq_length)
     tokens = int(needed.sum())
     widths, counts = np.unique(longest, return_counts=True)
-    chosen = choose_widths(widths, counts, tokens / batch_size)
+    chosen = choose_padded_widths(widths, counts, tokens / batch_size)
     places = np.searchsorted(chosen, longest)  # of each batch, the narrowest width that holds it
     firsts = np.flatnonzero(np.diff(places, prepend=-1))
     starts = np.append(firsts * batch_size, len(rows)).astype(np.int64)
     padded = int(chosen[places].sum()) * batch_size
-    return Buckets(rows, starts, chosen[places[firsts]], batch_size, 1 - tokens / padded)
+    return LengthBuckets(rows, starts, chosen[places[firsts]], batch_size, 1 - tokens / padded)
 
 
-def _round_up(needed: Int64) -> Int64:
+def _round_up_widths(needed: Int64) -> Int64:
     """Every width up to 128, multiples of 2 up to 256, of 4 up to 512, and so on.
 
     Long widths are multiples that kernels like, and no more than 64 an octave are chosen from.
@@ -76,7 +76,7 @@ def _round_up(needed: Int64) -> Int64:
     return widths
 
 
-def choose_widths(widths: Int64, counts: Int64, tokens: float) -> Int64:
+def choose_padded_widths(widths: Int64, counts: Int64, tokens: float) -> Int64:
     """The fewest of these ascending widths under which the padding share is low enough.
 
     `counts` are the batches that need each width, `tokens` what they hold at most a row. With k

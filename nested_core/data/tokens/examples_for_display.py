@@ -31,7 +31,7 @@ class ShownExample:
     tokens: tuple[ShownToken, ...]
 
 
-def show_examples(
+def decode_examples_for_display(
     split: TokenizedSplit, file: str, tokenizer: Any, count: int
 ) -> list[ShownExample]:
     """The first examples of a split, at most `count`; `tokenizer` is the one it was made with."""
@@ -39,14 +39,14 @@ def show_examples(
     for index in range(min(count, len(split))):
         mask = split.example_mask(index).tolist()
         tokens = tuple(
-            ShownToken(token, _decode(token, tokenizer), is_supervised)
+            ShownToken(token, _decode_token(token, tokenizer), is_supervised)
             for token, is_supervised in zip(split.example(index).tolist(), mask, strict=True)
         )
         shown.append(ShownExample(file, int(split.lines[index]), tokens))
     return shown
 
 
-def _decode(token: int, tokenizer: Any) -> str:
+def _decode_token(token: int, tokenizer: Any) -> str:
     name = str(tokenizer.convert_ids_to_tokens(token))
     if _SPACE_MARK in name:
         return name.replace(_SPACE_MARK, " ")

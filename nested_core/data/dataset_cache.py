@@ -23,9 +23,9 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from nested_core.compiled_kernels import CACHE_VARIABLE, cache_folder
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import SplitFile
+from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.tokenized_split import TokenizedSplit, open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
@@ -51,7 +51,7 @@ _OTHER_CODE = ("errors.py", "storage/strict_files.py", "storage/atomic.py")
 _log = logging.getLogger(__name__)
 
 
-def write_report(folder: Path, report: DatasetReport) -> None:
+def write_report_beside_tokens(folder: Path, report: DatasetReport) -> None:
     """Put the report beside the tokens, before they are sealed together."""
     write_json(folder / REPORT_NAME, report.to_json())
 
@@ -62,7 +62,7 @@ class DatasetCache:
 
     folder: Path
 
-    def entry(
+    def entry_for(
         self, settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
     ) -> CacheEntry:
         """The place of a data set's judgement and tokens; ConfigError for an unsafe folder."""
@@ -73,8 +73,8 @@ class DatasetCache:
                 f"{self.folder}, where judged data sets are kept, cannot be made: {error}. Set "
                 f"{CACHE_VARIABLE} to a folder that you can write to."
             ) from error
-        _refuse_open_folder(self.folder)
-        return CacheEntry(self.folder / _key(settings, files, tokenizer))
+        _refuse_folder_writable_by_others(self.folder)
+        return CacheEntry(self.folder / _cache_key(settings, files, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class CacheEntry:
 
     folder: Path
 
-    def read(self) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
+    def read_report_and_tokens(self) -> tuple[DatasetReport, dict[str, TokenizedSplit]] | None:
         """What is there, or None; what is damaged is taken away, with a warning."""
         try:
             splits = open_tokens(self.folder)
@@ -92,11 +92,11 @@ class CacheEntry:
         except (DamagedError, FileNotFoundError) as error:
             if self.folder.exists():  # else there was none, or another process took it away
                 _log.warning("The cached data set is damaged and is made again: %s", error)
-                self.take_away()
+                self.remove()
             return None
         return report, splits
 
-    def take_away(self) -> None:
+    def remove(self) -> None:
         """Rename before removing: nobody finds half an entry in its place."""
         aside = temporary_beside(self.folder)
         with suppress(FileNotFoundError):  # another process was faster
@@ -104,14 +104,14 @@ class CacheEntry:
         shutil.rmtree(aside, ignore_errors=True)
 
     @contextmanager
-    def made(self) -> Iterator[Path]:
+    def creating(self) -> Iterator[Path]:
         """A folder to write in that becomes the entry; entries long unused are removed first.
 
         Several processes may make the same one at once. The first to end stays, and the folders of
         the others go: what they hold is the same, and their maps of it stay good. Nothing is
         synced, because an entry that a power failure cut short is found damaged and made again.
         """
-        _remove_unused(self.folder.parent)
+        _remove_unused_entries(self.folder.parent)
         unpublished = temporary_beside(self.folder)
         unpublished.mkdir()
         try:
@@ -125,12 +125,12 @@ class CacheEntry:
             shutil.rmtree(unpublished, ignore_errors=True)
 
 
-def default_cache() -> DatasetCache:
+def open_user_cache() -> DatasetCache:
     """The folder `datasets` in the folder for caches."""
     return DatasetCache(cache_folder() / "datasets")
 
 
-def _refuse_open_folder(folder: Path) -> None:
+def _refuse_folder_writable_by_others(folder: Path) -> None:
     """Who may write there could give any data set a clean report."""
     if not is_private(folder):
         raise ConfigError(
@@ -140,27 +140,29 @@ def _refuse_open_folder(folder: Path) -> None:
         )
 
 
-def _remove_unused(folder: Path) -> None:
+def _remove_unused_entries(folder: Path) -> None:
     oldest = time.time() - KEPT_SECONDS
     for entry in os.scandir(folder):
         with suppress(FileNotFoundError):  # another process was faster
             if entry.stat().st_mtime < oldest:
-                CacheEntry(Path(entry.path)).take_away()
+                CacheEntry(Path(entry.path)).remove()
 
 
-def _key(settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource) -> str:
+def _cache_key(
+    settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
+) -> str:
     inputs: dict[str, Any] = {
         "settings": to_jsonable_python(settings),
-        "files": {split: _describe(file) for split, file in files.items()},
+        "files": {split: _describe_file_for_key(file) for split, file in files.items()},
         "tokenizer": asdict(tokenizer),
-        "tokenizer_files": _tokenizer_files(Path(tokenizer.folder)),
-        "rules": _rules_version(),
+        "tokenizer_files": _hash_tokenizer_files(Path(tokenizer.folder)),
+        "rules": _hash_data_code(),
         "libraries": {name: version(name) for name in _LIBRARIES},
     }
     return sha256(canonical_json(inputs)).hexdigest()
 
 
-def _describe(file: SplitFile) -> dict[str, Any]:
+def _describe_file_for_key(file: SplitFile) -> dict[str, Any]:
     numbers = None if file.numbers is None else sha256(file.numbers.tobytes()).hexdigest()
     return {
         "name": file.name,
@@ -170,14 +172,14 @@ def _describe(file: SplitFile) -> dict[str, Any]:
     }
 
 
-def _tokenizer_files(folder: Path) -> dict[str, str]:
+def _hash_tokenizer_files(folder: Path) -> dict[str, str]:
     """Hashes of what a tokenizer may be made from, its template and the model's configuration."""
     paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
     return _file_hashes(folder, sorted(paths))
 
 
 @lru_cache(maxsize=1)
-def _rules_version() -> str:
+def _hash_data_code() -> str:
     """A hash of the code that reads, judges and tokenises: no edit of a rule can be forgotten."""
     root = Path(__file__).parents[1]
     paths = [*sorted((root / "data").rglob("*.py")), *(root / name for name in _OTHER_CODE)]

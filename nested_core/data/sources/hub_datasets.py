@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.config.data import HubDataset
-from nested_core.data.lines.examples import as_messages
-from nested_core.data.settings import SPLITS
-from nested_core.data.sources.formats import NumberedLine, json_line
+from nested_core.data.data_settings import SPLITS
+from nested_core.data.lines.example_parsing import completion_to_messages
+from nested_core.data.sources.file_formats import NumberedLine, row_to_json_line
 from nested_core.errors import ConfigError, shorten
 
 HUB_SECONDS = 10.0  # to answer the first question
@@ -25,15 +25,19 @@ _log = logging.getLogger(__name__)
 HubTables = dict[str, tuple[str, Iterable[NumberedLine]]]
 
 
-def open_named(name: str, *, trust_remote_code: bool) -> HubTables:
+def open_dataset_by_name(name: str, *, trust_remote_code: bool) -> HubTables:
     """The train, valid and test that a data set has; all of its columns, as they are."""
-    tables = _load(name, "data", {}, trust_remote_code=trust_remote_code)
+    tables = _load_hub_split(name, "data", {}, trust_remote_code=trust_remote_code)
     return {
-        split: (f"{name}:{split}", _number(tables[split])) for split in SPLITS if split in tables
+        split: (f"{name}:{split}", _number_rows(tables[split]))
+        for split in SPLITS
+        if split in tables
     }
 
 
-def open_listed(entries: Sequence[HubDataset], *, trust_remote_code: bool) -> HubTables:
+def open_configured_datasets(
+    entries: Sequence[HubDataset], *, trust_remote_code: bool
+) -> HubTables:
     """The splits of all entries, one after the other, with their columns named as by default.
 
     Where the entries have different formats, completions become the chats that mlx-lm makes of
@@ -46,15 +50,19 @@ def open_listed(entries: Sequence[HubDataset], *, trust_remote_code: bool) -> Hu
         tables = []
         for entry, part in chosen:
             arguments = {**entry.config, "split": part}
-            table = _load(entry.path, "hf_dataset", arguments, trust_remote_code=trust_remote_code)
+            table = _load_hub_split(
+                entry.path, "hf_dataset", arguments, trust_remote_code=trust_remote_code
+            )
             tables.append((entry, table))
         if tables:
             name = " + ".join(f"{entry.path}:{part}" for entry, part in chosen)
-            opened[split] = (name, _number(_join(tables)))
+            opened[split] = (name, _number_rows(_chain_rows(tables)))
     return opened
 
 
-def _load(path: str, key: str, arguments: dict[str, Any], *, trust_remote_code: bool) -> Any:
+def _load_hub_split(
+    path: str, key: str, arguments: dict[str, Any], *, trust_remote_code: bool
+) -> Any:
     try:
         datasets = import_module("datasets")  # an extra: absent from most environments
     except ImportError:
@@ -107,24 +115,24 @@ def _offline_if_unreachable(datasets: Any, path: str) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _number(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedLine]:
+def _number_rows(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedLine]:
     for number, row in enumerate(rows, start=1):
-        yield NumberedLine(number, json_line(row))
+        yield NumberedLine(number, row_to_json_line(row))
 
 
-def _join(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, Any]]:
-    formats = {_is_completion(entry, table) for entry, table in tables}
+def _chain_rows(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, Any]]:
+    formats = {_holds_completions(entry, table) for entry, table in tables}
     for entry, table in tables:
-        as_chat = len(formats) > 1 and _is_completion(entry, table)
+        as_chat = len(formats) > 1 and _holds_completions(entry, table)
         for row in table:
-            yield _rename(row, entry, as_chat=as_chat)
+            yield _rename_fields(row, entry, as_chat=as_chat)
 
 
-def _is_completion(entry: HubDataset, table: Any) -> bool:
+def _holds_completions(entry: HubDataset, table: Any) -> bool:
     return {entry.prompt_feature, entry.completion_feature} <= set(table.column_names)
 
 
-def _rename(row: dict[str, Any], entry: HubDataset, *, as_chat: bool) -> dict[str, Any]:
+def _rename_fields(row: dict[str, Any], entry: HubDataset, *, as_chat: bool) -> dict[str, Any]:
     """The row with the fields under their default names, and its other columns that stay free."""
     names = {
         entry.prompt_feature: "prompt",
@@ -135,7 +143,7 @@ def _rename(row: dict[str, Any], entry: HubDataset, *, as_chat: bool) -> dict[st
     fields = {names[column]: value for column, value in row.items() if column in names}
     if as_chat:
         prompt, completion = fields.pop("prompt"), fields.pop("completion")
-        fields["messages"] = as_messages(prompt, completion)
+        fields["messages"] = completion_to_messages(prompt, completion)
     others = {
         column: value
         for column, value in row.items()

@@ -1,4 +1,4 @@
-"""One line of JSONL -> one flat `Row`: what the rules need to know of it, and its text to compare.
+"""One line of JSONL -> one flat `LineRow`: what the rules need to know, and its text to compare.
 
 Never raises on content: what is wrong with a line stands in its row. Knows no other line.
 """
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from nested_core.data.lines.decoding import LineProblem, string_values
-from nested_core.data.lines.examples import (
+from nested_core.data.lines.example_parsing import (
     Example,
-    Features,
-    calls_tools,
-    line_body,
+    FieldNames,
+    is_tool_calling_message,
     parse_line,
-    plain_chat,
-    plain_fields,
+    parse_plain_chat,
+    parse_plain_fields,
+    strip_line,
 )
+from nested_core.data.lines.json_decoding import LineProblem, collect_strings
 
 _LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.
@@ -34,7 +34,7 @@ _role_of = itemgetter("role")
 _content_of = itemgetter("content")
 
 
-class Row(NamedTuple):
+class LineRow(NamedTuple):
     """One line. `content` is all that is tokenised as one text, `shown` the texts in it."""
 
     format: str | None = None  # None: blank, or no example in it
@@ -49,20 +49,20 @@ class Row(NamedTuple):
     message: str | None = None
 
 
-def plain_row(raw: bytes, features: Features) -> tuple[str, str, str] | None:
+def parse_plain_row(raw: bytes, features: FieldNames) -> tuple[str, str, str] | None:
     """(format, roles, content) of a line as almost all are, in one pass; None for all others.
 
     Its caller looks at many lines at once for what is left out here: the line must not hold an
-    escaped NUL, and a content in which BLANK_TURN is found is for `read_line` to judge.
+    escaped NUL, and a content in which BLANK_TURN is found is for `parse_line_to_row` to judge.
     """
     try:
         if raw.startswith(b'{"messages"') or b'"role"' in raw:
-            messages = plain_chat(raw, features.chat)
+            messages = parse_plain_chat(raw, features.chat)
             if not messages:
                 return None
-            letters = _plain_letters("".join(map(_role_of, messages)))
+            letters = _letters_of_roles("".join(map(_role_of, messages)))
             return "chat", letters, "\0".join((letters, *map(_content_of, messages)))
-        fields = plain_fields(raw, features)
+        fields = parse_plain_fields(raw, features)
     except ValidationError:
         return None
     if fields is None:
@@ -74,55 +74,59 @@ def plain_row(raw: bytes, features: Features) -> tuple[str, str, str] | None:
 
 
 @lru_cache(maxsize=10_000)
-def _plain_letters(roles: str) -> str:
+def _letters_of_roles(roles: str) -> str:
     """The letters of role names that stand one after the other."""
     for name, letter in _LETTERS.items():
         roles = roles.replace(name, letter)
     return roles
 
 
-def read_line(raw: bytes, features: Features, *, is_first: bool = False) -> Row:
+def parse_line_to_row(raw: bytes, features: FieldNames, *, is_first: bool = False) -> LineRow:
     """Flatten one line, with or without its line end, into a row; never raises."""
-    body = line_body(raw, is_first=is_first)
+    body = strip_line(raw, is_first=is_first)
     if not body:
-        return Row(is_blank=True)
+        return LineRow(is_blank=True)
     try:
         example = parse_line(body, features)
     except LineProblem as problem:
-        return Row(check=problem.check, message=problem.message)
-    return _flatten(example, features)
+        return LineRow(check=problem.check, message=problem.message)
+    return _flatten_example(example, features)
 
 
-def _flatten(example: Example, features: Features) -> Row:
-    roles = _role_letters(example)
-    content = _content(example, roles)
+def _flatten_example(example: Example, features: FieldNames) -> LineRow:
+    roles = _letters_of_turns(example)
+    content = _text_to_compare(example, roles)
     shown = (
-        content if example.is_plain else "\n".join(string_values([example.messages, example.tools]))
+        content
+        if example.is_plain
+        else "\n".join(collect_strings([example.messages, example.tools]))
     )
     unknown = ", ".join(sorted(example.unknown_keys)) or None
-    return Row(example.format, roles, content, shown, _blank_field(example, features), unknown)
+    return LineRow(
+        example.format, roles, content, shown, _name_first_blank_field(example, features), unknown
+    )
 
 
-def _role_letters(example: Example) -> str:
+def _letters_of_turns(example: Example) -> str:
     """One letter a turn; a tool's result whose id no call before it has is an orphan."""
     letters = ""
     ids: set[str] = set()
     for message in example.messages:
         letter = _LETTERS.get(message["role"], _OTHER_ROLE)
-        if calls_tools(message):
+        if is_tool_calling_message(message):
             letter = _CALL
-            ids = _ids(message["tool_calls"])
+            ids = _tool_call_ids(message["tool_calls"])
         elif letter == "t" and ids and message.get("tool_call_id") not in ids | {None}:
             letter = _ORPHAN
         letters += letter
     return letters
 
 
-def _ids(calls: list[dict[str, Any]]) -> set[str]:
+def _tool_call_ids(calls: list[dict[str, Any]]) -> set[str]:
     return {str(call["id"]) for call in calls if call.get("id") is not None}
 
 
-def _content(example: Example, roles: str) -> str:
+def _text_to_compare(example: Example, roles: str) -> str:
     """All that is tokenised as one text; the last NUL in it ends the prompt.
 
     Fields are joined by NUL, which no sound line contains, so that unequal examples stay unequal.
@@ -135,7 +139,7 @@ def _content(example: Example, roles: str) -> str:
     return f"{before}\0{_as_json(example.messages[-1:])}"
 
 
-def _blank_field(example: Example, features: Features) -> str | None:
+def _name_first_blank_field(example: Example, features: FieldNames) -> str | None:
     """The name of the first field without any text; a system's or a tool's turn may be empty."""
     if example.format == "text":
         return None if example.text.strip() else features.text
@@ -143,7 +147,7 @@ def _blank_field(example: Example, features: Features) -> str | None:
         content = message.get("content")
         if content and not content.isspace():
             continue
-        if message["role"] in ("user", "assistant") and not calls_tools(message):
+        if message["role"] in ("user", "assistant") and not is_tool_calling_message(message):
             if example.format == "completion":
                 return (features.prompt, features.completion)[index]
             return f"{features.chat}[{index}].content"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from nested_core.config.data import DataPolicy, HubDataset
-from nested_core.data.lines.examples import Features
+from nested_core.data.lines.example_parsing import FieldNames
 
 SPLITS = ("train", "valid", "test")
 
@@ -40,19 +40,19 @@ class DataSettings:
         return cls(**elsewhere, **{name: getattr(config, name) for name in names})
 
     @property
-    def targets(self) -> Targets:
+    def supervised_targets(self) -> Targets:
         """What is learnt of each example."""
         if self.supervise == "all":
             return "all"
         return "last" if self.mask_prompt else "whole"
 
     @property
-    def features(self) -> Features:
+    def field_names(self) -> FieldNames:
         """The JSON keys to read; those of hub's data sets are renamed to the default ones."""
         allows_any_role = self.policy.roles == "template"
         if self.hf_dataset:
-            return Features(allows_any_role=allows_any_role)
-        return Features(
+            return FieldNames(allows_any_role=allows_any_role)
+        return FieldNames(
             self.prompt_feature,
             self.completion_feature,
             self.text_feature,
@@ -66,6 +66,6 @@ class DataSettings:
         return frozenset({self.chat_feature, "tools"})
 
     @property
-    def place(self) -> str:
+    def describe_source(self) -> str:
         """Where the data comes from, for people."""
         return ", ".join(entry.path for entry in self.hf_dataset) or self.data

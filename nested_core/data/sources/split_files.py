@@ -15,21 +15,25 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.settings import SPLITS, DataSettings
-from nested_core.data.sources.formats import (
-    Damaged,
+from nested_core.data.data_settings import SPLITS, DataSettings
+from nested_core.data.sources.file_formats import (
     NumberedLine,
-    read_array,
+    UnreadableRest,
     read_csv,
-    read_gzip,
+    read_gzip_jsonl,
+    read_json_array,
     read_parquet,
 )
-from nested_core.data.sources.hub import HubTables, open_listed, open_named
+from nested_core.data.sources.hub_datasets import (
+    HubTables,
+    open_configured_datasets,
+    open_dataset_by_name,
+)
 from nested_core.errors import ConfigError
 
 _READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[NumberedLine]]] = {
-    ".jsonl.gz": read_gzip,
-    ".json": read_array,
+    ".jsonl.gz": read_gzip_jsonl,
+    ".json": read_json_array,
     ".csv": read_csv,
     ".parquet": read_parquet,
 }
@@ -50,7 +54,7 @@ class SplitFile:
     numbers: npt.NDArray[np.int32] | None = None  # by line of `path`; None: they are the same
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)  # by line: check, message
 
-    def lines_of(self, numbers: set[int]) -> set[int]:
+    def physical_lines_of(self, numbers: set[int]) -> set[int]:
         """The lines of `path`, from 1, that have these numbers."""
         if self.numbers is None:
             return numbers
@@ -65,25 +69,31 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
     folder = Path(settings.data).expanduser()
     is_trusted = settings.trust_remote_code
     if settings.hf_dataset:
-        return _open_tables(open_listed(settings.hf_dataset, trust_remote_code=is_trusted), spool)
+        return _write_hub_tables(
+            open_configured_datasets(settings.hf_dataset, trust_remote_code=is_trusted), spool
+        )
     if folder.is_dir():
-        return _open_folder(folder, settings.json_keys, spool)
+        return _open_split_folder(folder, settings.json_keys, spool)
     if _HUB_NAME.fullmatch(settings.data) and not folder.exists():
-        return _open_tables(open_named(settings.data, trust_remote_code=is_trusted), spool)
+        return _write_hub_tables(
+            open_dataset_by_name(settings.data, trust_remote_code=is_trusted), spool
+        )
     raise ConfigError(
         f"data: {settings.data!r} is not a folder here; expected one with train.jsonl (or "
         f"{', '.join(SUFFIXES[1:])}), and best valid and test beside it."
     )
 
 
-def _open_tables(tables: HubTables, spool: Path) -> dict[str, SplitFile]:
+def _write_hub_tables(tables: HubTables, spool: Path) -> dict[str, SplitFile]:
     return {
-        split: _write_lines(name, lines, spool / f"{split}.jsonl")
+        split: _write_split_lines(name, lines, spool / f"{split}.jsonl")
         for split, (name, lines) in tables.items()
     }
 
 
-def _open_folder(folder: Path, json_keys: frozenset[str], spool: Path) -> dict[str, SplitFile]:
+def _open_split_folder(
+    folder: Path, json_keys: frozenset[str], spool: Path
+) -> dict[str, SplitFile]:
     files = {}
     for split in SPLITS:
         paths = [path for suffix in SUFFIXES if lexists(path := folder / f"{split}{suffix}")]
@@ -93,21 +103,21 @@ def _open_folder(folder: Path, json_keys: frozenset[str], spool: Path) -> dict[s
                 f"data: {folder} holds {names}; each would be the {split} split. Keep one of them."
             )
         if paths:
-            files[split] = _open_file(paths[0], json_keys, spool)
+            files[split] = _open_split_file(paths[0], json_keys, spool)
     return files
 
 
-def _open_file(path: Path, json_keys: frozenset[str], spool: Path) -> SplitFile:
+def _open_split_file(path: Path, json_keys: frozenset[str], spool: Path) -> SplitFile:
     spooled = spool / f"{path.name}.jsonl"
     if not path.is_file():  # a pipe would be waited for without end
-        return _no_file(path, spooled)
+        return _make_split_of_unreadable_path(path, spooled)
     suffix = path.name[path.name.index(".") :]
     if suffix == ".jsonl":
         return SplitFile(path.name, path)
-    return _write_lines(path.name, _READERS[suffix](path, json_keys), spooled)
+    return _write_split_lines(path.name, _READERS[suffix](path, json_keys), spooled)
 
 
-def _no_file(path: Path, spooled: Path) -> SplitFile:
+def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
     """A split of one empty line, whose problem says what stands in the place of a file."""
     what = "a folder" if path.is_dir() else "a pipe, a device or a socket"
     what = what if path.exists() else "a link that leads nowhere"
@@ -116,7 +126,7 @@ def _no_file(path: Path, spooled: Path) -> SplitFile:
     return SplitFile(path.name, spooled, problems={1: problem})
 
 
-def _write_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:
+def _write_split_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:
     """Write the lines of a split to `path`; damage becomes the last of them."""
     numbers = array("i")
     problems: dict[int, tuple[str, str]] = {}
@@ -127,7 +137,7 @@ def _write_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitF
                 spooled.write(line + b"\n")
                 if problem is not None:
                     problems[len(numbers)] = problem
-        except Damaged as damage:
+        except UnreadableRest as damage:
             numbers.append(damage.number)
             spooled.write(b"\n")
             message = f"{damage.message}; nothing from there on was read"

@@ -27,22 +27,22 @@ class LineProblem(Exception):
         self.message = message
 
 
-def decode_object(raw: bytes) -> dict[str, Any]:
+def decode_json_object(raw: bytes) -> dict[str, Any]:
     """Decode one JSON object; raises LineProblem, nothing else."""
     try:
         row = _OBJECT.validate_json(raw)
     except ValidationError as error:
-        raise _why_not_an_object(raw, error) from None
-    if repeats_a_key(raw, len(string_values(row))):
+        raise _explain_decoding_error(raw, error) from None
+    if has_repeated_key(raw, len(collect_strings(row))):
         _refuse_repeated_key(raw)
     if b"NaN" in raw or b"Infinity" in raw:
-        _refuse_no_number(raw.decode())
-    if b"\\u0000" in raw and any("\0" in text for text in string_values(row)):
+        _refuse_nan_and_infinity(raw.decode())
+    if b"\\u0000" in raw and any("\0" in text for text in collect_strings(row)):
         raise LineProblem("nul-character", "a text holds a NUL character (\\u0000)")
     return row
 
 
-def repeats_a_key(raw: bytes, count: int) -> bool:
+def has_repeated_key(raw: bytes, count: int) -> bool:
     """Whether this valid JSON has more strings, keys and values, than the `count` decoded ones.
 
     The decoder keeps the last of two equal keys and says nothing. Counting quotes finds it at a
@@ -54,23 +54,23 @@ def repeats_a_key(raw: bytes, count: int) -> bool:
     return unescaped.count(b'"') != 2 * count
 
 
-def string_values(value: Any) -> list[str]:
+def collect_strings(value: Any) -> list[str]:
     """Every string of a JSON value, keys included."""
     texts: list[str] = []
-    _gather_strings(value, texts)
+    _append_strings(value, texts)
     return texts
 
 
-def _gather_strings(value: Any, texts: list[str]) -> None:
+def _append_strings(value: Any, texts: list[str]) -> None:
     if isinstance(value, str):
         texts.append(value)
     elif isinstance(value, dict):
         texts.extend(value)
         for item in value.values():
-            _gather_strings(item, texts)
+            _append_strings(item, texts)
     elif isinstance(value, list):
         for item in value:
-            _gather_strings(item, texts)
+            _append_strings(item, texts)
 
 
 def _refuse_repeated_key(raw: bytes) -> None:
@@ -85,7 +85,7 @@ def _refuse_repeated_key(raw: bytes) -> None:
     json.loads(raw, object_pairs_hook=refuse)
 
 
-def _refuse_no_number(text: str) -> None:
+def _refuse_nan_and_infinity(text: str) -> None:
     """Python writes and reads NaN and Infinity, which JSON does not have."""
     for match in _NO_NUMBER.finditer(text):
         if word := match[1]:
@@ -93,15 +93,15 @@ def _refuse_no_number(text: str) -> None:
             raise LineProblem("bad-json", f"not valid JSON at {where}: {word} is no JSON number")
 
 
-def _why_not_an_object(raw: bytes, error: ValidationError) -> LineProblem:
+def _explain_decoding_error(raw: bytes, error: ValidationError) -> LineProblem:
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
-        return _why_not_json(raw, str(first["ctx"]["error"]))
+        return _explain_invalid_json(raw, str(first["ctx"]["error"]))
     name = type(first["input"]).__name__
     return LineProblem("not-an-object", f"expected a JSON object {{...}}, found a {name}")
 
 
-def _why_not_json(raw: bytes, reason: str) -> LineProblem:
+def _explain_invalid_json(raw: bytes, reason: str) -> LineProblem:
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -112,12 +112,12 @@ def _why_not_json(raw: bytes, reason: str) -> LineProblem:
     what, _, position = reason.partition(" at line 1 column ")
     before = raw[: max(int(position) - 1, 0)] if position.isdecimal() else b""
     column = len(before.decode(errors="ignore")) + 1  # of the character that the byte belongs to
-    if _holds_half_a_surrogate_pair(text):
+    if _has_lone_surrogate(text):
         return LineProblem("lone-surrogate", f"half of a surrogate pair before column {column}")
     return LineProblem("bad-json", f"not valid JSON at column {column}: {what}")
 
 
-def _holds_half_a_surrogate_pair(text: str) -> bool:
+def _has_lone_surrogate(text: str) -> bool:
     """Whether Python's lenient decoder reads the line, into a text that UTF-8 cannot hold."""
     try:
         json.dumps(json.loads(text), ensure_ascii=False).encode()

@@ -11,12 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.cache import DatasetCache, default_cache, write_report
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_cache import DatasetCache, open_user_cache, write_report_beside_tokens
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import SplitFile, open_splits
-from nested_core.data.tokens.tokenized_split import TokenizedSplit, seal_tokens
+from nested_core.data.sources.split_files import SplitFile, open_splits
+from nested_core.data.tokens.tokenized_split import TokenizedSplit, seal_and_open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 
@@ -27,7 +27,7 @@ def load_run_data(
     """`load_dataset` for the configured data set, with the user's cache."""
     settings = DataSettings.from_config(config)
     tokenizer = TokenizerSource.from_config(config)
-    return load_dataset(settings, tokenizer, on_progress, cache=default_cache())
+    return load_dataset(settings, tokenizer, on_progress, cache=open_user_cache())
 
 
 def load_dataset(
@@ -47,25 +47,29 @@ def load_dataset(
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         files = open_splits(settings, Path(spool))
         if tokenizer is None:
-            return _validate(settings, files, on_progress), {}
+            return _import_and_validate(settings, files, on_progress), {}
         if cache is None:
             with TemporaryDirectory(prefix="nested-tune-") as private:
                 folder = Path(private)
-                report = _validate(settings, files, on_progress, tokenizer=tokenizer, folder=folder)
-                return report, seal_tokens(folder)
-        entry = cache.entry(settings, files, tokenizer)
-        cached = entry.read()
+                report = _import_and_validate(
+                    settings, files, on_progress, tokenizer=tokenizer, folder=folder
+                )
+                return report, seal_and_open_tokens(folder)
+        entry = cache.entry_for(settings, files, tokenizer)
+        cached = entry.read_report_and_tokens()
         if cached is not None:
             return cached
-        with entry.made() as folder:
-            report = _validate(settings, files, on_progress, tokenizer=tokenizer, folder=folder)
-            write_report(folder, report)
-            if cache.entry(settings, files, tokenizer) != entry:  # else it is kept as another's
+        with entry.creating() as folder:
+            report = _import_and_validate(
+                settings, files, on_progress, tokenizer=tokenizer, folder=folder
+            )
+            write_report_beside_tokens(folder, report)
+            if cache.entry_for(settings, files, tokenizer) != entry:  # else it is kept as another's
                 raise DatasetError(f"{settings.data} changed while it was judged. Start again.")
-            return report, seal_tokens(folder)
+            return report, seal_and_open_tokens(folder)
 
 
-def _validate(
+def _import_and_validate(
     settings: DataSettings,
     files: Mapping[str, SplitFile],
     on_progress: OnProgress | None,
@@ -74,6 +78,6 @@ def _validate(
     folder: Path | None = None,
 ) -> DatasetReport:
     """`validate_dataset`, imported when it is needed: its libraries take a second."""
-    from nested_core.data.validation import validate_dataset
+    from nested_core.data.dataset_validation import validate_dataset
 
     return validate_dataset(settings, files, on_progress, tokenizer=tokenizer, folder=folder)

@@ -13,31 +13,35 @@ from pathlib import Path
 
 import polars as pl
 
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import (
     DatasetReport,
     Findings,
     Severity,
     SplitStats,
-    in_order,
+    sort_findings,
 )
-from nested_core.data.rules.dropped_lines import tell_dropped
+from nested_core.data.rules.dropped_lines import describe_dropped_lines
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.line_rules import (
     LINE_RULES,
     SENSITIVE_DATA_RULES,
-    held_out_rules,
+    make_held_out_rules,
 )
-from nested_core.data.rules.split_statistics import count_split, count_tokens, describe_split
+from nested_core.data.rules.split_statistics import (
+    describe_split_stats,
+    make_split_stats,
+    make_token_stats,
+)
 from nested_core.data.rules.token_rules import (
     TEMPLATE_RULES,
     TOKEN_RULES,
-    problem_frame,
-    token_frame,
+    make_token_frame,
+    template_error_frame,
 )
-from nested_core.data.settings import DataSettings
-from nested_core.data.sources.files import SplitFile
-from nested_core.data.split_table import SplitTable, related_tables
+from nested_core.data.sources.split_files import SplitFile
+from nested_core.data.split_table import SplitTable, read_tables_with_repeats
 from nested_core.data.tokens.example_encoding import has_chat_template
 from nested_core.data.tokens.parallel_tokenization import SoundLines, TokenFacts, tokenize_splits
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
@@ -55,43 +59,43 @@ def validate_dataset(
     folder: Path | None = None,
 ) -> DatasetReport:
     """Read and judge every line; with a tokenizer, write the tokens of sound lines to a folder."""
-    tables = related_tables(files, settings, on_progress)
+    tables = read_tables_with_repeats(files, settings, on_progress)
     has_template = tokenizer is None or has_chat_template(tokenizer.load())
     findings = Findings()
-    _judge_lines(tables, settings, findings)
-    _judge_files(tables, settings, findings, lacks_template=not has_template)
-    tables = _without_rejected(tables, findings)
+    _apply_line_rules(tables, settings, findings)
+    _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
+    tables = _remove_rejected_from_dropped(tables, findings)
     facts: dict[str, TokenFacts] = {}
     if tokenizer is not None and folder is not None:
-        sound = _sound_lines(tables, findings, has_template=has_template)
+        sound = _lines_to_tokenize(tables, findings, has_template=has_template)
         facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, counted in facts.items():
         file = tables[split].file
-        TEMPLATE_RULES.judge(problem_frame(counted, file), findings)
-        TOKEN_RULES.judge(token_frame(counted, file, settings), findings)
+        TEMPLATE_RULES.add_findings(template_error_frame(counted, file), findings)
+        TOKEN_RULES.add_findings(make_token_frame(counted, file, settings), findings)
         if counted.overlong:
             dropped = {**tables[split].dropped, "overlong": counted.overlong}
             tables[split] = replace(tables[split], dropped=dropped)
-    _judge_row_counts(tables, settings, findings)
+    _apply_row_count_rules(tables, settings, findings)
     for table in tables.values():
-        findings.listed.extend(tell_dropped(table.file, table.dropped))
+        findings.listed.extend(describe_dropped_lines(table.file, table.dropped))
     return _make_report(settings, tables, findings, facts)
 
 
-def _judge_lines(tables: Tables, settings: DataSettings, findings: Findings) -> None:
+def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:
     """Add what is wrong or doubtful line by line."""
     for table in tables.values():
         frame = table.frame
         if settings.policy.roles == "template":  # then no rule has roles to judge
             frame = frame.with_columns(roles=pl.lit(None, frame.schema["roles"]))
-        LINE_RULES.judge(frame, findings)
-        SENSITIVE_DATA_RULES.judge(frame.filter(pl.col("sensitive") != 0), findings)
+        LINE_RULES.add_findings(frame, findings)
+        SENSITIVE_DATA_RULES.add_findings(frame.filter(pl.col("sensitive") != 0), findings)
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
-    held_out_rules(severity).judge(tables["test"].frame, findings)
+    make_held_out_rules(severity).add_findings(tables["test"].frame, findings)
 
 
-def _judge_files(
+def _apply_file_rules(
     tables: Tables, settings: DataSettings, findings: Findings, *, lacks_template: bool
 ) -> None:
     """Add what is wrong or doubtful about a split as a whole."""
@@ -100,7 +104,7 @@ def _judge_files(
             "file": table.file,
             "line": None,
             "split": split,
-            "folder": settings.place,
+            "folder": settings.describe_source,
             "is_present": table.source is not None,
             "format": table.format,
             "mask_prompt": settings.mask_prompt,
@@ -110,10 +114,10 @@ def _judge_files(
         for split, table in tables.items()
     ]
     frame = pl.DataFrame(rows, schema_overrides={"line": pl.Int32, "format": pl.String})
-    FILE_RULES.judge(frame, findings)
+    FILE_RULES.add_findings(frame, findings)
 
 
-def _without_rejected(tables: Tables, findings: Findings) -> dict[str, SplitTable]:
+def _remove_rejected_from_dropped(tables: Tables, findings: Findings) -> dict[str, SplitTable]:
     """The tables with no line in `dropped` that has an error: such a line is rejected instead."""
     remaining = {}
     for split, table in tables.items():
@@ -123,7 +127,7 @@ def _without_rejected(tables: Tables, findings: Findings) -> dict[str, SplitTabl
     return remaining
 
 
-def _sound_lines(
+def _lines_to_tokenize(
     tables: Tables, findings: Findings, *, has_template: bool
 ) -> dict[str, SoundLines]:
     """The lines to tokenise: neither rejected nor dropped, of splits that can be tokenised."""
@@ -136,7 +140,7 @@ def _sound_lines(
     }
 
 
-def _judge_row_counts(tables: Tables, settings: DataSettings, findings: Findings) -> None:
+def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Findings) -> None:
     """Add what is wrong with how many rows a split has without the lines that are dropped."""
     rows = [
         {
@@ -152,7 +156,7 @@ def _judge_row_counts(tables: Tables, settings: DataSettings, findings: Findings
     ]
     schema = {"line": pl.Int32, "lines": pl.Int64, "rows": pl.Int64, "batch_size": pl.Int64}
     if rows:
-        ROW_COUNT_RULES.judge(pl.DataFrame(rows, schema_overrides=schema), findings)
+        ROW_COUNT_RULES.add_findings(pl.DataFrame(rows, schema_overrides=schema), findings)
 
 
 def _make_report(
@@ -166,12 +170,14 @@ def _make_report(
         if table.source is None:
             continue
         rejected = len(findings.lines_with_errors(table.file))
-        stats = count_split(table.file, table.frame, rejected, table.digest, table.dropped)
+        stats = make_split_stats(table.file, table.frame, rejected, table.digest, table.dropped)
         if split in facts:
-            stats = replace(stats, tokens=count_tokens(facts[split], settings))
+            stats = replace(stats, tokens=make_token_stats(facts[split], settings))
         splits[split] = stats
-        findings.listed.extend(describe_split(stats, settings.batch_size))
+        findings.listed.extend(describe_split_stats(stats, settings.batch_size))
     digests = {split: stats.digest for split, stats in splits.items()}
     digest = sha256(canonical_json(digests)).hexdigest()
     files = [table.file for table in tables.values()]
-    return DatasetReport(settings.place, digest, splits, in_order(findings.listed, files))
+    return DatasetReport(
+        settings.describe_source, digest, splits, sort_findings(findings.listed, files)
+    )

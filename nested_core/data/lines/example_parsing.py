@@ -25,7 +25,7 @@ from pydantic import (
 )
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.decoding import LineProblem, decode_object, repeats_a_key
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_object, has_repeated_key
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
@@ -36,7 +36,7 @@ WHITE_SPACE = b" \t\n\r"
 
 
 @dataclass(frozen=True)
-class Features:
+class FieldNames:
     """The JSON keys that hold the fields, as in mlx-lm's `*_feature` settings; and the roles."""
 
     prompt: str = "prompt"
@@ -57,20 +57,20 @@ class Example(NamedTuple):
     is_plain: bool = True  # no tools, and each message is a role and a content
 
 
-def calls_tools(message: Any) -> bool:
+def is_tool_calling_message(message: Any) -> bool:
     """Whether this is an assistant's turn that calls tools; it may then have no content."""
     if not isinstance(message, dict) or message.get("role") != "assistant":
         return False
     return bool(message.get("tool_calls"))
 
 
-def as_messages(prompt: str, completion: str) -> list[dict[str, Any]]:
+def completion_to_messages(prompt: str, completion: str) -> list[dict[str, Any]]:
     """A completion as the two-turn chat that mlx-lm makes of it."""
     user = {"role": "user", "content": prompt}
     return [user, {"role": "assistant", "content": completion}]
 
 
-def _names_a_function(value: dict[str, Any]) -> dict[str, Any]:
+def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
     function = value.get("function", value)
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
@@ -89,7 +89,7 @@ def _check_role(value: Any, check_known: Callable[[Any], str], info: ValidationI
 
 
 _STRICT = ConfigDict(strict=True, extra="ignore")
-_Function = Annotated[dict[str, Any], AfterValidator(_names_a_function)]
+_Function = Annotated[dict[str, Any], AfterValidator(_require_function_name)]
 
 
 @with_config(ConfigDict(strict=True, extra="forbid"))
@@ -101,44 +101,44 @@ class _PlainMessage(TypedDict):
 
 
 @with_config(_STRICT)
-class _Speaking(TypedDict):
+class _TextMessage(TypedDict):
     role: Annotated[Role, WrapValidator(_check_role)]
     content: str
     tool_call_id: NotRequired[str | None]
 
 
 @with_config(_STRICT)
-class _Calling(TypedDict):
+class _ToolCallMessage(TypedDict):
     role: Literal["assistant"]
     content: NotRequired[str | None]
     tool_calls: list[_Function]
 
 
 _Message = Annotated[
-    Annotated[_Speaking, Tag("speaking")] | Annotated[_Calling, Tag("calling")],
-    Discriminator(lambda message: "calling" if calls_tools(message) else "speaking"),
+    Annotated[_TextMessage, Tag("speaking")] | Annotated[_ToolCallMessage, Tag("calling")],
+    Discriminator(lambda message: "calling" if is_tool_calling_message(message) else "speaking"),
 ]
 
 
 @with_config(_STRICT)
-class _Chat(TypedDict):
+class _ChatLine(TypedDict):
     chat: list[_Message]
     tools: NotRequired[list[_Function] | None]
 
 
 @with_config(_STRICT)
-class _Completion(TypedDict):
+class _CompletionLine(TypedDict):
     prompt: str
     completion: str
     tools: NotRequired[list[_Function] | None]
 
 
 @with_config(_STRICT)
-class _Text(TypedDict):
+class _TextLine(TypedDict):
     text: str
 
 
-_FIELDS = {"chat": _Chat, "completion": _Completion, "text": _Text}
+_FIELDS = {"chat": _ChatLine, "completion": _CompletionLine, "text": _TextLine}
 _CHECKED = {name: TypeAdapter[Any](fields) for name, fields in _FIELDS.items()}
 # The validators inside the adapters: on this path an adapter's own call costs a tenth of the time.
 _PLAIN_CHAT = TypeAdapter(dict[str, list[_PlainMessage]]).validator
@@ -154,7 +154,7 @@ _KEYS_OF_ROLE = {
 
 def read_examples(
     path: Path,
-    features: Features,
+    features: FieldNames,
     skip: set[int],
     byte_range: ByteRange | None = None,
     first_line: int = 1,
@@ -172,7 +172,7 @@ def read_examples(
             unread -= len(raw)
             if unread < 0:
                 return
-            body = line_body(raw, is_first=line == 1)
+            body = strip_line(raw, is_first=line == 1)
             if not body or line in skip:
                 continue
             try:
@@ -182,35 +182,35 @@ def read_examples(
                 raise DatasetError(reason) from None
 
 
-def line_body(raw: bytes, *, is_first: bool) -> bytes:
+def strip_line(raw: bytes, *, is_first: bool) -> bytes:
     """The line without white space around it, and the first without a byte-order mark."""
     if is_first:
         raw = raw.removeprefix(codecs.BOM_UTF8)
     return raw.strip(WHITE_SPACE)
 
 
-def parse_line(raw: bytes, features: Features) -> Example:
+def parse_line(raw: bytes, features: FieldNames) -> Example:
     """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
-    row = decode_object(raw)
-    return _check_types(row, _choose_format(row, features), features)
+    row = decode_json_object(raw)
+    return _validate_example(row, _choose_format(row, features), features)
 
 
-def plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:
+def parse_plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:
     """The turns of a chat without tools and extras, else None; ValidationError for the rest."""
     row: dict[str, Any] = _PLAIN_CHAT.validate_json(raw)
     messages: list[dict[str, Any]] | None = row.get(key)
     if messages is None or len(row) != 1:
         return None
     strings = 1 + 4 * len(messages)
-    if raw.count(b'"') != 2 * strings and repeats_a_key(raw, strings):  # most need no call
+    if raw.count(b'"') != 2 * strings and has_repeated_key(raw, strings):  # most need no call
         return None
     return messages
 
 
-def plain_fields(raw: bytes, features: Features) -> tuple[Format, str, list[str]] | None:
-    """Format, roles and texts of a completion or a text without extras; as `plain_chat`."""
+def parse_plain_fields(raw: bytes, features: FieldNames) -> tuple[Format, str, list[str]] | None:
+    """Format, roles and texts of a completion or a text without extras; as `parse_plain_chat`."""
     row = _PLAIN_FIELDS.validate_json(raw)
-    if repeats_a_key(raw, 2 * len(row)):
+    if has_repeated_key(raw, 2 * len(row)):
         return None
     if len(row) == 2 and features.prompt in row and features.completion in row:
         return "completion", "ua", [row[features.prompt], row[features.completion]]
@@ -219,7 +219,7 @@ def plain_fields(raw: bytes, features: Features) -> tuple[Format, str, list[str]
     return None
 
 
-def _choose_format(row: dict[str, Any], features: Features) -> Format:
+def _choose_format(row: dict[str, Any], features: FieldNames) -> Format:
     """The format by the keys that are there, in mlx-lm's order (tuner/datasets.py)."""
     has_prompt, has_completion = features.prompt in row, features.completion in row
     if has_prompt and has_completion:
@@ -236,7 +236,7 @@ def _choose_format(row: dict[str, Any], features: Features) -> Format:
     raise LineProblem("unknown-format", f"expected {expected}{features.text!r}; found {present}")
 
 
-def _check_types(row: dict[str, Any], name: Format, features: Features) -> Example:
+def _validate_example(row: dict[str, Any], name: Format, features: FieldNames) -> Example:
     """The example in a decoded line of this format; raises LineProblem for a wrong type."""
     keys = {field: getattr(features, field, field) for field in _FIELDS[name].__annotations__}
     fields = {field: row[key] for field, key in keys.items() if key in row}
@@ -244,36 +244,36 @@ def _check_types(row: dict[str, Any], name: Format, features: Features) -> Examp
         context = _ANY_ROLE if features.allows_any_role else None
         _CHECKED[name].validate_python(fields, context=context)
     except ValidationError as error:
-        raise _describe(error, keys) from None
+        raise _describe_validation_error(error, keys) from None
     unknown = set(row.keys() - keys.values())
     if name == "text":
         return Example(name, [], text=fields["text"], unknown_keys=frozenset(unknown))
     if name == "completion":
-        messages = as_messages(fields["prompt"], fields["completion"])
+        messages = completion_to_messages(fields["prompt"], fields["completion"])
     else:
         messages = fields["chat"]
     odd = [turn for turn in messages if turn.keys() != _PLAIN_KEYS]
-    unknown |= {f"{features.chat}[].{key}" for turn in odd for key in _unknown(turn)}
+    unknown |= {f"{features.chat}[].{key}" for turn in odd for key in _unknown_message_keys(turn)}
     tools = fields.get("tools")
-    is_plain = tools is None and all(_keys_in_use(turn) == _PLAIN_KEYS for turn in odd)
+    is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_KEYS for turn in odd)
     return Example(name, messages, tools, "", frozenset(unknown), is_plain)
 
 
-def _unknown(message: dict[str, Any]) -> set[str]:
-    return _keys_in_use(message) - _KEYS_OF_ROLE.get(message["role"], _MESSAGE_KEYS)
+def _unknown_message_keys(message: dict[str, Any]) -> set[str]:
+    return _non_null_keys(message) - _KEYS_OF_ROLE.get(message["role"], _MESSAGE_KEYS)
 
 
-def _keys_in_use(message: dict[str, Any]) -> set[str]:
+def _non_null_keys(message: dict[str, Any]) -> set[str]:
     """Its keys but for null ones: a table gives each turn the keys that any turn has."""
     return {key for key, value in message.items() if value is not None}
 
 
-def _describe(error: ValidationError, keys: dict[str, str]) -> LineProblem:
+def _describe_validation_error(error: ValidationError, keys: dict[str, str]) -> LineProblem:
     """The first of pydantic's errors as the problem of this line, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
     path = [part for part in first["loc"] if part not in ("speaking", "calling")]
-    check = _check_name(first["type"], path, first["input"])
+    check = _name_of_failed_check(first["type"], path, first["input"])
     place = keys[str(path[0])] + "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in path[1:]
     )
@@ -282,18 +282,18 @@ def _describe(error: ValidationError, keys: dict[str, str]) -> LineProblem:
         return LineProblem(check, f"{place} is missing{more}")
     expected = first["msg"].removeprefix("Value error, ")
     expected = expected[0].lower() + expected[1:]
-    shown = _show(first["input"], check)
+    shown = _show_without_content(first["input"], check)
     return LineProblem(check, f"{place}: {expected}, found {shown}{more}")
 
 
-def _show(value: Any, check: str) -> str:
+def _show_without_content(value: Any, check: str) -> str:
     """A role's name, of anything else the type: a value may be large, and private."""
     if check == "unknown-role":
         return repr(shorten(value))
     return "null" if value is None else f"a {type(value).__name__}"
 
 
-def _check_name(error_type: str, path: list[int | str], value: Any) -> str:
+def _name_of_failed_check(error_type: str, path: list[int | str], value: Any) -> str:
     if error_type == "missing":
         return "missing-field"
     if "tool_calls" in path:

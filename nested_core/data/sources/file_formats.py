@@ -35,7 +35,7 @@ class NumberedLine(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-class Damaged(Exception):
+class UnreadableRest(Exception):
     """A file that cannot be read any further: from which number on, and why."""
 
     def __init__(self, number: int, message: str) -> None:
@@ -44,7 +44,7 @@ class Damaged(Exception):
         self.message = message
 
 
-def read_gzip(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
+def read_gzip_jsonl(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
     """Yield the lines of a .jsonl.gz as they are; it may not grow beyond all measure."""
     size = line = 0
     with (
@@ -57,21 +57,23 @@ def read_gzip(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedL
             try:
                 raw = file.readline(MAX_LINE_BYTES + 1)
             except EOFError:
-                raise Damaged(line, "the gzip file is cut off in this line") from None
+                raise UnreadableRest(line, "the gzip file is cut off in this line") from None
             except (gzip.BadGzipFile, zlib.error) as error:
-                raise Damaged(line, f"the gzip file is damaged: {shorten(error, 80)}") from None
+                raise UnreadableRest(
+                    line, f"the gzip file is damaged: {shorten(error, 80)}"
+                ) from None
             if not raw:
                 return
             size += len(raw)
             if len(raw) > MAX_LINE_BYTES:
-                raise Damaged(line, f"the line is longer than {MAX_LINE_BYTES:,} bytes")
+                raise UnreadableRest(line, f"the line is longer than {MAX_LINE_BYTES:,} bytes")
             if size > limit:
                 reason = f"it unpacks to more than {MAX_EXPANSION} times its size"
-                raise Damaged(line, f"{reason}; if that is meant, unpack it yourself")
+                raise UnreadableRest(line, f"{reason}; if that is meant, unpack it yourself")
             yield NumberedLine(line, raw.removesuffix(b"\n"))
 
 
-def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
+def read_json_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
     """Yield the elements of a .json file, which is one array; all of it is held in memory."""
     raw = read_regular(path, follow_links=True)
     try:
@@ -79,29 +81,33 @@ def read_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Numbered
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{raw[error.start]:02x} in line {line}"
-        raise Damaged(1, f"{byte} is not UTF-8; save the file as UTF-8") from None
+        raise UnreadableRest(1, f"{byte} is not UTF-8; save the file as UTF-8") from None
     del raw
     position = _skip_space(text, 0)
     if not text.startswith("[", position):
         first = repr(text[position]) if position < len(text) else "nothing"
         reason = f"expected an array of objects, [{{...}}, ...], found {first}"
-        raise Damaged(1, f"{reason}; name a file with an object a line .jsonl")
+        raise UnreadableRest(1, f"{reason}; name a file with an object a line .jsonl")
     decoder = json.JSONDecoder()
     number = 0
     position = _skip_space(text, position + 1)
     while number or not text.startswith("]", position):
         number += 1
-        start, position = position, _element_end(decoder, text, position, number)
+        start, position = position, _find_element_end(decoder, text, position, number)
         yield NumberedLine(number, text[start:position].translate(_WITHOUT_LINE_ENDS).encode())
         position = _skip_space(text, position)
         if text.startswith("]", position):
             break
         if not text.startswith(",", position):
-            raise Damaged(number + 1, f"expected a comma or ] at {_place(text, position)}")
+            raise UnreadableRest(
+                number + 1, f"expected a comma or ] at {_describe_position(text, position)}"
+            )
         position = _skip_space(text, position + 1)
     position = _skip_space(text, position + 1)
     if position < len(text):
-        raise Damaged(number + 1, f"text after the array at {_place(text, position)}")
+        raise UnreadableRest(
+            number + 1, f"text after the array at {_describe_position(text, position)}"
+        )
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -109,22 +115,22 @@ def _skip_space(text: str, position: int) -> int:
     return match.start() if match else len(text)
 
 
-def _element_end(decoder: json.JSONDecoder, text: str, start: int, number: int) -> int:
+def _find_element_end(decoder: json.JSONDecoder, text: str, start: int, number: int) -> int:
     try:
         return decoder.raw_decode(text, start)[1]
     except json.JSONDecodeError as error:
         if text.startswith("]", start):
-            message = f"a comma before the closing ] at {_place(text, start)}"
-            raise Damaged(number, message) from None
-        where = _place(text, min(error.pos, len(text)))
-        raise Damaged(number, f"not valid JSON at {where}: {error.msg}") from None
+            message = f"a comma before the closing ] at {_describe_position(text, start)}"
+            raise UnreadableRest(number, message) from None
+        where = _describe_position(text, min(error.pos, len(text)))
+        raise UnreadableRest(number, f"not valid JSON at {where}: {error.msg}") from None
     except (RecursionError, ValueError) as error:
-        where = _place(text, start)
+        where = _describe_position(text, start)
         reason = "nested too deep" if isinstance(error, RecursionError) else "a number too long"
-        raise Damaged(number, f"the value at {where} is {reason}") from None
+        raise UnreadableRest(number, f"the value at {where} is {reason}") from None
 
 
-def _place(text: str, position: int) -> str:
+def _describe_position(text: str, position: int) -> str:
     line = text.count("\n", 0, position) + 1
     return f"line {line} column {position - text.rfind(chr(10), 0, position)}"
 
@@ -137,33 +143,37 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
         TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
     ):
         reader = csv.reader(file, strict=True)
-        columns = _header(reader)
+        columns = _read_csv_header(reader)
         line = reader.line_num + 1
         while True:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
                 where = f"in lines {line} to {reader.line_num}" if reader.line_num > line else ""
-                raise Damaged(line, f"not valid CSV {where or 'in this line'}: {error}") from None
+                raise UnreadableRest(
+                    line, f"not valid CSV {where or 'in this line'}: {error}"
+                ) from None
             if cells is None:
                 return
-            yield NumberedLine(line, *_csv_line(columns, cells, json_keys))
+            yield NumberedLine(line, *_csv_cells_to_json_line(columns, cells, json_keys))
             line = reader.line_num + 1
 
 
-def _header(reader: Iterator[list[str]]) -> list[str]:
+def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
     try:
         columns = next(reader, None)
     except csv.Error as error:
-        raise Damaged(1, f"the header is not valid CSV: {error}") from None
+        raise UnreadableRest(1, f"the header is not valid CSV: {error}") from None
     if not columns:
-        raise Damaged(1, "expected a header with the names of the columns, found nothing")
+        raise UnreadableRest(1, "expected a header with the names of the columns, found nothing")
     if len(set(columns)) < len(columns):
-        raise Damaged(1, f"two columns of the header have one name: {shorten(', '.join(columns))}")
+        raise UnreadableRest(
+            1, f"two columns of the header have one name: {shorten(', '.join(columns))}"
+        )
     return columns
 
 
-def _csv_line(
+def _csv_cells_to_json_line(
     columns: list[str], cells: list[str], json_keys: frozenset[str]
 ) -> tuple[bytes, tuple[str, str] | None]:
     if not cells:
@@ -199,13 +209,13 @@ def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Number
         while (rows := frame.slice(number, _PARQUET_ROWS).collect()).height:
             for row in rows.iter_rows(named=True):
                 number += 1
-                yield NumberedLine(number, json_line(row))
+                yield NumberedLine(number, row_to_json_line(row))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = shorten(error, 100) or type(error).__name__
-        raise Damaged(number + 1, f"the parquet file cannot be read: {reason}") from None
+        raise UnreadableRest(number + 1, f"the parquet file cannot be read: {reason}") from None
 
 
-def json_line(row: dict[str, Any]) -> bytes:
+def row_to_json_line(row: dict[str, Any]) -> bytes:
     """A row of a table as a line of JSON; what JSON does not know, such as a time, as its text.
 
     Bytes become an object, for they are no text, and NaN, with which tables mark what is missing,
@@ -217,8 +227,8 @@ def json_line(row: dict[str, Any]) -> bytes:
         return _as_json(finite_or_none(row)).encode()
 
 
-def _describe(value: object) -> object:
+def _to_json_value(value: object) -> object:
     return {"bytes": len(value)} if isinstance(value, bytes) else str(value)
 
 
-_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_describe).encode
+_as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_to_json_value).encode
