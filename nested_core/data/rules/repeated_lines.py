@@ -70,7 +70,7 @@ def _add_first_in_train(frame: pl.DataFrame, key: str) -> pl.DataFrame:
     line = pl.col("line").first().alias(f"first_line_by_{key}")
     keys = frame[key].drop_nulls().sort()
     repeated = keys.filter(keys == keys.shift()).unique()  # grouping all keys takes 300 bytes a row
-    train = frame.filter(pl.col("is_train") & pl.col(key).occurs_in(repeated.implode()))
+    train = frame.filter(pl.col("is_train") & pl.col(key).is_in(repeated.implode()))
     first = train.group_by(key).agg(*((line,) if key == "content" else (line, content)))
     return frame.join(first, on=key, how="left", maintain_order="left")
 

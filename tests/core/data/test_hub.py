@@ -214,7 +214,7 @@ def test_one_mapping_is_a_list_of_one() -> None:
     one = settings_of({"path": "a"})
     assert one.hf_dataset == (HubDataset(path="a"),) == settings_of([{"path": "a"}]).hf_dataset
     assert settings_of([]).hf_dataset == ()
-    assert one.place == "a"
+    assert one.describe_source == "a"
 
 
 @pytest.fixture

@@ -229,5 +229,5 @@ def write_arrays(folder: Path, lengths: Any) -> None:
             some = lengths[first : first + 1_000]
             tokens = [token for length in some for token in range(length)]
             write_token_part(folder / "part", tokens, bytes(len(tokens)))
-            joined.join(folder / "part", np.arange(first, first + len(some)), some)
+            joined.append_part(folder / "part", np.arange(first, first + len(some)), some)
     seal_and_open_tokens(folder)

@@ -62,7 +62,7 @@ def names(*endings: str, layers: Any = range(12)) -> set[str]:
     ],
 )
 def test_the_modules_that_are_named(values: dict[str, Any], expected: set[str]) -> None:
-    assert config(**values).targets(NAMES) == expected
+    assert config(**values).target_modules_of(NAMES) == expected
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_modules_that_are_named(values: dict[str, Any], expected: set[str]) 
     ],
 )
 def test_a_regular_expression_is_not_run(values: dict[str, Any]) -> None:
-    assert config(**values).targets(NAMES) is None
+    assert config(**values).target_modules_of(NAMES) is None
 
 
 def test_ranks_and_alphas_by_pattern_the_first_that_fits() -> None:
