@@ -58,7 +58,7 @@ def write_report_beside_tokens(folder: Path, report: DatasetReport) -> None:
 
 @dataclass(frozen=True)
 class DatasetCache:
-    """A folder of entries, one a data set; see `default_cache`."""
+    """A folder of entries, one a data set; see `open_user_cache`."""
 
     folder: Path
 

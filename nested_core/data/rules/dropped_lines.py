@@ -34,7 +34,7 @@ def separate_dropped_lines(
     no_line = pl.lit(None, pl.Int32)
     if policy.leakage == "drop":
         leaked = pl.concat([frame["repeats"] for frame in held_out]).drop_nulls().unique().implode()
-        is_leaked = pl.col("line").is_in(leaked) | pl.col("repeats").occurs_in(leaked)
+        is_leaked = pl.col("line").is_in(leaked) | pl.col("repeats").is_in(leaked)
         dropped["leakage"] = _line_numbers(train.filter(is_leaked))
         train = train.with_columns(repeats=pl.when(~is_leaked).then("repeats"))
         held_out = [frame.with_columns(repeats=no_line) for frame in held_out]
