@@ -103,12 +103,12 @@ def measure(case: Case) -> None:
     from nested_core.config.schema import FineTuneConfig
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.loss.interface import BatchShape
-    from nested_core.training.loss.supervised import SUPERVISED
-    from nested_core.training.memory.estimate import peak_bytes
-    from nested_core.training.memory.layers import read_footprint
-    from nested_core.training.memory.plan import profile_of
-    from nested_core.training.step import TrainStep
+    from nested_core.training.loss.loss_interface import BatchShape
+    from nested_core.training.loss.supervised_loss import SUPERVISED
+    from nested_core.training.memory.memory_plan import device_profile_for
+    from nested_core.training.memory.model_footprint import read_footprint
+    from nested_core.training.memory.peak_estimate import estimate_peak_bytes
+    from nested_core.training.train_step import TrainStep
 
     config, dtype = FineTuneConfig(), mx.bfloat16
     if backend.device() == "cpu":
@@ -126,7 +126,9 @@ def measure(case: Case) -> None:
         loss_fn = SUPERVISED.for_model(model, refs)
         footprint = read_footprint(config, model, refs, optimizer, loss_fn)
         batch = BatchShape(shape.batch, shape.length, int(target_mask.sum()))
-        expected = peak_bytes(footprint, batch, profile_of(config), case.recomputed)
+        expected = estimate_peak_bytes(
+            footprint, batch, device_profile_for(config), case.recomputed
+        )
         train_step = TrainStep(
             model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
         )

@@ -71,8 +71,8 @@ def measure(arm: str) -> None:
         from benchmarks.tiers import one_tier, optimizer_for
         from nested_core.kernels.optimized_model import using_optimized_layers
         from nested_core.models.parameters import reference_trainable_parameters
-        from nested_core.training.loss.supervised import SUPERVISED
-        from nested_core.training.step import TrainStep
+        from nested_core.training.loss.supervised_loss import SUPERVISED
+        from nested_core.training.train_step import TrainStep
 
         refs = reference_trainable_parameters(model)
         tiers = one_tier(refs)

@@ -66,8 +66,8 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     import mlx.core as mx
 
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.loss.supervised import SUPERVISED
-    from nested_core.training.step import TrainStep
+    from nested_core.training.loss.supervised_loss import SUPERVISED
+    from nested_core.training.train_step import TrainStep
 
     refs = reference_trainable_parameters(model)
     loss = SUPERVISED.for_model(model, refs)

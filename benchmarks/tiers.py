@@ -9,7 +9,7 @@ from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tier_clock import Tier
 from nested_core.optim.tiered import NestedAdam
-from nested_core.training.packing import unflatten
+from nested_core.training.parameter_packing import unflatten_names
 
 FREQUENCIES = (1, 2, 4)
 
@@ -21,11 +21,11 @@ def optimizer_for(
     scales: Sequence[float] | None = None,
     slow_gradients: Literal["skip", "accumulate"] = "skip",
 ) -> NestedAdam:
-    """The NestedAdam that a configuration with these settings builds (training/setup.py)."""
+    """The NestedAdam that a configuration with these settings builds (training/training_setup.py)."""
     each = scales or (1.0,) * len(tiers.frequencies)
     clocks = [Tier(f, tiers.names(i), each[i]) for i, f in enumerate(tiers.frequencies)]
     optimizer = NestedAdam(rate, tiers=clocks, slow_gradients=slow_gradients)
-    optimizer.init(unflatten(read_parameters(refs)))
+    optimizer.init(unflatten_names(read_parameters(refs)))
     return optimizer
 
 

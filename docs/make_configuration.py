@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from nested_core.config.keys import Key, keys_of
+from nested_core.config.key_properties import Key, iterate_keys
+from nested_core.config.resume import may_differ_on_resume
 from nested_core.config.schema import FineTuneConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -34,7 +35,7 @@ TABLE = """\
 
 def render_page() -> str:
     """The page: a table of the top level, then one for each section and list of sections."""
-    keys = list(keys_of(FineTuneConfig))
+    keys = list(iterate_keys(FineTuneConfig))
     parts = [HEAD, "\n## Top level\n\n", TABLE, *_rows(keys, "")]
     for key in keys:
         if key.section is not None:
@@ -48,7 +49,7 @@ def _rows(keys: list[Key], section: str) -> Iterator[str]:
         parent, _, name = key.name.rpartition(".")
         if parent == section:
             meaning = _escape(f"{key.field.description}{_choices(key)}")
-            resume = "may differ" if key.may_differ_on_resume else "fixed"
+            resume = "may differ" if may_differ_on_resume(key) else "fixed"
             adapter = "changes it" if key.changes_adapter else "same"
             yield f"| `{name}` | {_default(key)} | {meaning} | {resume} | {adapter} |\n"
 

@@ -33,7 +33,7 @@ def allowed_roots() -> tuple[Path, ...]:
     return tuple(Path(folder).resolve() for folder in listed or ["."])
 
 
-def confined(path: str, what: str) -> Path:
+def require_allowed(path: str, what: str) -> Path:
     """The path as it was given; ConfigError where a deployment's run may not use it.
 
     Symbolic links are followed first: one that leads out of the roots is refused.
@@ -50,17 +50,17 @@ def confined(path: str, what: str) -> Path:
     return Path(path)
 
 
-def confine_configuration(config: FineTuneConfig) -> None:
+def require_allowed_paths(config: FineTuneConfig) -> None:
     """Check every path of a configuration; a model or data set of the hub is no path."""
     if runtime.deployment.id is None:
         return
     for name, rule, value in _path_values(config):
         if rule == "local_or_hub":
-            _confine_unless_on_hub(value, name)
+            _require_allowed_unless_on_hub(value, name)
         else:
-            confined(value, name)
+            require_allowed(value, name)
     for index, entry in enumerate(config.hf_dataset):
-        _confine_arguments(entry, f"hf_dataset[{index}].config")
+        _require_allowed_arguments(entry, f"hf_dataset[{index}].config")
 
 
 def _path_values(section: Section, prefix: str = "") -> Iterator[tuple[str, PathRule, str]]:
@@ -79,25 +79,27 @@ def _path_values(section: Section, prefix: str = "") -> Iterator[tuple[str, Path
             yield key, rule, value
 
 
-def _confine_unless_on_hub(value: str, what: str) -> None:
+def _require_allowed_unless_on_hub(value: str, what: str) -> None:
     """OWNER/NAME is the hub's where nothing lies here under that name."""
     if not HUB_NAME.fullmatch(value) or os.path.lexists(value):
-        confined(value, what)
+        require_allowed(value, what)
 
 
-def _confine_arguments(entry: HubDataset, what: str) -> None:
+def _require_allowed_arguments(entry: HubDataset, what: str) -> None:
     """`datasets` reads the folders and files that its arguments name too."""
     folders = [Path(), Path(entry.path)]  # a relative name starts at either
     for key in FOLDERS_OF_DATASETS:
-        for value in _texts(entry.config.get(key)):
-            _confine_below(folders, value, f"{what}.{key}")
-    folders += [base / text for base in folders for text in _texts(entry.config.get("data_dir"))]
-    for value in _texts(entry.config.get("data_files")):
+        for value in _strings_in(entry.config.get(key)):
+            _require_below(folders, value, f"{what}.{key}")
+    folders += [
+        base / text for base in folders for text in _strings_in(entry.config.get("data_dir"))
+    ]
+    for value in _strings_in(entry.config.get("data_files")):
         if not REMOTE.match(value):
-            _confine_below(folders, value, f"{what}.data_files")
+            _require_below(folders, value, f"{what}.data_files")
 
 
-def _confine_below(folders: list[Path], value: str, what: str) -> None:
+def _require_below(folders: list[Path], value: str, what: str) -> None:
     """A path or pattern, wherever it may start; what a pattern matches now is followed too."""
     if "://" in value or "::" in value or "~" in value:
         raise ConfigError(
@@ -105,18 +107,18 @@ def _confine_below(folders: list[Path], value: str, what: str) -> None:
             f"them: other addresses can name files that this worker may not read."
         )
     for folder in folders:
-        confined(str(folder / value), what)
+        require_allowed(str(folder / value), what)
         for found in glob.iglob(str(folder / value), recursive=True):
-            confined(found, what)
+            require_allowed(found, what)
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _strings_in(value: Any) -> Iterator[str]:
     """Every string in an argument that may be one, a list of them, or a mapping to either."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for each in value.values():
-            yield from _texts(each)
+            yield from _strings_in(each)
     elif isinstance(value, list | tuple):
         for each in value:
-            yield from _texts(each)
+            yield from _strings_in(each)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from flows.os_errors import explain
 from flows.stop_signals import INTERRUPTED
-from flows.terminal import say
+from flows.terminal import print_progress
 from nested_core.errors import ConfigError, NestedTuneError
 
 
@@ -81,12 +81,12 @@ def _fail(error: BaseException, code: int, is_debugging: bool, text: str | None 
         traceback.print_exception(error)
     lines = (text or str(error)).split("\n")
     shown = lines if len(lines) <= 14 else [*lines[:13], f"... and {len(lines) - 13} more lines"]
-    say(f"nested-tune: {shown[0]}", *shown[1:])
+    print_progress(f"nested-tune: {shown[0]}", *shown[1:])
     return code
 
 
 def _show_warning(message: Any, *args: Any, **kwargs: Any) -> None:
-    say(f"warning: {message}")
+    print_progress(f"warning: {message}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
-from flows.packaged_files import shipped
+from flows.packaged_files import packaged_folder
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.storage.strict_files import read_regular
 
@@ -48,7 +48,7 @@ def deploy(
             "PREFECT_API_URL is not set: there is no server to deploy to. Start one (see "
             "deployments/README.md) and set PREFECT_API_URL, as in deployments/settings.env."
         )
-    project = read_yaml(file or shipped("deployments") / "prefect.yaml")
+    project = read_yaml(file or packaged_folder("deployments") / "prefect.yaml")
     with get_client(sync_client=True) as client:
         yield from _make_work_pools(client)
         paused = {a.name for a in client.read_automations() if not a.enabled}
@@ -74,7 +74,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _make_work_pools(client: SyncPrefectClient) -> Iterator[str]:
-    for wanted in read_yaml(shipped("deployments") / "work-pools.yaml")["work_pools"]:
+    for wanted in read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]:
         try:
             pool = client.read_work_pool(wanted["name"])
             yield f"work pool {pool.name}: there already, limit {pool.concurrency_limit}"
@@ -134,7 +134,7 @@ def _describe(client: SyncPrefectClient, deployment: dict[str, Any]) -> str:
 
 def _put_automations(client: SyncPrefectClient, notify: str | None) -> Iterator[str]:
     block = None if notify is None else _find_block(client, notify)
-    for wanted in read_yaml(shipped("deployments") / "automations.yaml")["automations"]:
+    for wanted in read_yaml(packaged_folder("deployments") / "automations.yaml")["automations"]:
         message = wanted.pop("notify", None)
         if message is not None and block is not None:
             notifying = {"type": "send-notification", "block_document_id": block}

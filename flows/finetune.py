@@ -13,9 +13,9 @@ from prefect import flow, runtime
 from prefect.states import Cancelled, Completed, Failed, State
 from pydantic import Field
 
-from flows.allowed_folders import confine_configuration, confined
-from flows.prefect_logs import outlive_the_worker, say_errors_in_a_paragraph
-from flows.state_messages import describe_loss, describe_rejection, short
+from flows.allowed_folders import require_allowed, require_allowed_paths
+from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
+from flows.state_messages import describe_loss, describe_rejection, shorten_version
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
@@ -47,15 +47,15 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     from flows.task_hooks import TaskHooks
     from nested_core.gate.verdict import read_verdict
     from nested_core.pipeline.finetune import finetune as run_finetune
-    from tasks.events import emit
+    from tasks.events import emit_adapter_event
 
-    outlive_the_worker()
+    tolerate_closed_output()
     say_errors_in_a_paragraph()
     settings = config.configuration()
-    confine_configuration(settings)
+    require_allowed_paths(settings)
     run = _open(config)
     try:
-        result = run_finetune(settings, run, TaskHooks(), resume=run.is_begun())
+        result = run_finetune(settings, run, TaskHooks(), resume=run.is_nonempty())
     except TrainingStopped as error:
         return Cancelled(message=f"resumable by a retry of this flow run: {error}")
     except GateRejected as error:
@@ -64,7 +64,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
         message = describe_rejection(run)
         if settings.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
-            emit("rejected", settings.registry.name, payload)
+            emit_adapter_event("rejected", settings.registry.name, payload)
         return Failed(message=message, data=error)
     return Completed(message=_describe(result))
 
@@ -76,18 +76,18 @@ def _describe(result: FinetuneResult) -> str:
     loss = describe_loss(result.run)
     if result.version is None:
         return f"passed the gate: {loss}"
-    return f"verified {short(result.version)}: {loss}; {result.promotion or 'registered'}"
+    return f"verified {shorten_version(result.version)}: {loss}; {result.promotion or 'registered'}"
 
 
 def _open(config: FinetuneParameters) -> RunDirectory:
     """The directory given, or one keyed by the flow run's id, which a retry finds again."""
     if config.run_dir is not None:
-        path = confined(config.run_dir, "run_dir")
-        is_retry = (runtime.flow_run.run_count or 1) > 1 and RunDirectory(path).is_begun()
+        path = require_allowed(config.run_dir, "run_dir")
+        is_retry = (runtime.flow_run.run_count or 1) > 1 and RunDirectory(path).is_nonempty()
         return open_run(path, resume=config.resume or is_retry)
     # The end of the id: the front of it is the time in some versions of UUID. A retry has another
     # scheduled start, so that a directory that is there already is found by the id alone.
     key = str(runtime.flow_run.id).replace("-", "")[-8:]
     begun = sorted(RUNS.glob(f"*-{key}"))
     path = begun[0] if begun else RUNS / new_run_name(runtime.flow_run.scheduled_start_time, key)
-    return open_run(path, resume=RunDirectory(path).is_begun())
+    return open_run(path, resume=RunDirectory(path).is_nonempty())

@@ -7,7 +7,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 
-def shipped(name: str) -> Path:
+def packaged_folder(name: str) -> Path:
     """The folder of data of this name, "examples" or "deployments"."""
     installed = PACKAGE / "_shipped" / name
     return installed if installed.is_dir() else PACKAGE.parent / name

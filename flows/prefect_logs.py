@@ -35,7 +35,7 @@ class _ForTerminal(logging.Filter):
         return record.levelno >= self._level and not message.startswith(SAID_ELSEWHERE)
 
 
-def quieten(level: int) -> None:
+def show_logs_from_level(level: int) -> None:
     """Show Prefect's records from `level` on; what failed, the command line says at its end."""
     setup_logging()  # later calls of it leave the handlers as they are
     for handler in _console_handlers():
@@ -77,7 +77,7 @@ def say_errors_in_a_paragraph() -> None:
             logger.addFilter(_in_a_paragraph)
 
 
-def outlive_the_worker() -> None:
+def tolerate_closed_output() -> None:
     """Have a deployment's run go on where nobody reads its output any more.
 
     It prints into a pipe that its worker reads. A worker that is killed leaves its runs alone, but

@@ -11,7 +11,7 @@ from prefect.input import RunInput
 from prefect.states import Completed, State
 from pydantic import Field
 
-from flows.allowed_folders import confined
+from flows.allowed_folders import require_allowed
 from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
@@ -49,7 +49,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     again from its top, and the answer is there.
     """
     say_errors_in_a_paragraph()
-    registry = confined(config.registry, "registry")
+    registry = require_allowed(config.registry, "registry")
     policy = read_candidate(registry, config.name, config.version).policy or {}
     if not config.requires_approval and policy.get("promote") != "approve":
         return Completed(message=promote_recorded(registry, config.name, config.version))
@@ -57,7 +57,9 @@ def promote(config: PromoteParameters) -> State[Any]:
     if config.version == champion:
         return Completed(message="already_champion")
     answer = suspend_flow_run(
-        wait_for_input=Approval.with_initial_data(description=_describe(config, champion)),
+        wait_for_input=Approval.with_initial_data(
+            description=_describe_for_approval(config, champion)
+        ),
         timeout=SECONDS_TO_APPROVE,
         key=f"approval-{champion or 'none'}",
     )
@@ -67,7 +69,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     return Completed(message=outcome)
 
 
-def _describe(config: PromoteParameters, champion: str | None) -> str:
+def _describe_for_approval(config: PromoteParameters, champion: str | None) -> str:
     """What the person who approves reads."""
     registry = Path(config.registry)
     candidate = read_candidate(registry, config.name, config.version)

@@ -8,12 +8,12 @@ from prefect import flow
 from prefect.states import Completed, Failed, State
 from pydantic import Field
 
-from flows.allowed_folders import confined
+from flows.allowed_folders import require_allowed
 from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.section import Section
 from nested_core.registry import list_names
 from nested_core.registry.promotion_policy import DAMAGED
-from tasks.promote import reconcile as reconcile_name
+from tasks.promote import promote_missed as reconcile_name
 
 
 class ReconcileParameters(Section):
@@ -31,7 +31,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     them, and then ends Failed, saying what is damaged.
     """
     say_errors_in_a_paragraph()
-    registry = confined(config.registry, "registry")
+    registry = require_allowed(config.registry, "registry")
     names = list_names(registry) if config.names is None else config.names
     states = {name: reconcile_name(registry, name, return_state=True) for name in names}
     problems = [f"{name}: {state.message}" for name, state in states.items() if state.is_failed()]

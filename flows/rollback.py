@@ -8,7 +8,7 @@ from prefect import flow
 from prefect.states import Completed, State
 from pydantic import Field
 
-from flows.allowed_folders import confined
+from flows.allowed_folders import require_allowed
 from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
@@ -29,6 +29,6 @@ class RollbackParameters(Section):
 def rollback(config: RollbackParameters) -> State[Any]:
     """Move the champion back; the message says what became of it."""
     say_errors_in_a_paragraph()
-    registry = confined(config.registry, "registry")
+    registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
     return Completed(message=roll_back(registry, config.name, config.to, config.by, champion))

@@ -17,7 +17,7 @@ from prefect.settings import get_current_settings
 from flows.allowed_folders import allowed_roots
 from flows.checks import Check
 from flows.deploy import full_name, read_yaml
-from flows.packaged_files import shipped
+from flows.packaged_files import packaged_folder
 
 SECONDS_BETWEEN_HEARTBEATS = 90
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -83,7 +83,7 @@ def _database() -> Check:
 
 
 def _pools(client: SyncPrefectClient) -> Iterator[Check]:
-    for wanted in read_yaml(shipped("deployments") / "work-pools.yaml")["work_pools"]:
+    for wanted in read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]:
         name = wanted["name"]
         try:
             pool = client.read_work_pool(name)
@@ -109,7 +109,7 @@ def _workers(client: SyncPrefectClient, pool: str) -> Check:
 
 
 def _deployments(client: SyncPrefectClient) -> Check:
-    project = read_yaml(shipped("deployments") / "prefect.yaml")
+    project = read_yaml(packaged_folder("deployments") / "prefect.yaml")
     missing, limits = [], []
     for deployment in project["deployments"]:
         try:
@@ -144,7 +144,7 @@ def _automations(client: SyncPrefectClient) -> Check:
 
 def _wanted_automations() -> list[str]:
     """The names of all that are put in place without --notify."""
-    folder = shipped("deployments")
+    folder = packaged_folder("deployments")
     own: list[dict[str, Any]] = read_yaml(folder / "automations.yaml")["automations"]
     project = read_yaml(folder / "prefect.yaml")["deployments"]
     triggers = [trigger["name"] for each in project for trigger in each.get("triggers", ())]

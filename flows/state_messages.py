@@ -9,7 +9,7 @@ SHOWN_DIGITS = 6
 SHOWN_REASONS = 3
 
 
-def short(version: str) -> str:
+def shorten_version(version: str) -> str:
     """The start of a version, as it is shown."""
     return version[:SHOWN_DIGITS]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flows.terminal import say
+from flows.terminal import print_progress
 from nested_core.errors import TrainingStopped
 from nested_core.storage.run_directory import RunDirectory
 
@@ -43,7 +43,7 @@ class Stopper:
             raise _StopNow
 
     @contextmanager
-    def installed(self, run: RunDirectory) -> Iterator[None]:
+    def handling_signals(self, run: RunDirectory) -> Iterator[None]:
         """Handle the signals while the block works on a run; TrainingStopped where one came.
 
         Signals reach the main thread alone: in any other the block only runs.
@@ -62,7 +62,7 @@ class Stopper:
             raise TrainingStopped(
                 f"Stopped outside of training: what was done so far is on disk. Go on with the "
                 f"same command, --run-dir {run.path} --resume."
-                if run.is_begun()
+                if run.is_nonempty()
                 else "Stopped before anything was done. Begin again with the same command."
             ) from None
         finally:
@@ -78,7 +78,7 @@ class Stopper:
         if self._trainer is None:
             raise _StopNow
         self._trainer.stop_training()
-        say("stopping: the step in hand is finished and a checkpoint written")
+        print_progress("stopping: the step in hand is finished and a checkpoint written")
 
 
 def _exit_at_the_second(receive: int) -> None:

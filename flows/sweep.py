@@ -14,16 +14,16 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
-from flows.allowed_folders import confine_configuration
-from flows.prefect_logs import outlive_the_worker, say_errors_in_a_paragraph
-from flows.state_messages import short
+from flows.allowed_folders import require_allowed_paths
+from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
+from flows.state_messages import shorten_version
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
 from nested_core.errors import ConfigError
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.storage.run_directory import RunDirectory
 from tasks.promote import promote
-from tasks.sweep import Outcome, collect, find_version
+from tasks.sweep_results import SweepRunResult, find_registered_version, pick_best_run
 
 SECONDS_BETWEEN_LOOKS = 2.0
 MOST_RUNS = 256
@@ -46,9 +46,9 @@ def sweep(config: SweepParameters) -> State[Any]:
     The runs register what the gate verified and promote nothing; the best by validation loss is
     promoted by the base's own policy, against the champion that stood when the sweep began.
     """
-    outlive_the_worker()
+    tolerate_closed_output()
     say_errors_in_a_paragraph()
-    confine_configuration(config.base)
+    require_allowed_paths(config.base)
     target = config.base.registry
     if target.path is None or target.name is None:
         raise ConfigError("sweep: base.registry.path and name are needed to compare what came out.")
@@ -56,20 +56,24 @@ def sweep(config: SweepParameters) -> State[Any]:
     points = list(grid_points(config.grid))
     if len(points) > MOST_RUNS:
         raise ConfigError(f"sweep: the grid has {len(points)} points, at most {MOST_RUNS}.")
-    run_ids = [_start(config, index, point) for index, point in enumerate(points)]
-    ended = [_wait(run_id) for run_id in run_ids]
+    run_ids = [_start_run(config, index, point) for index, point in enumerate(points)]
+    ended = [_wait_for_run(run_id) for run_id in run_ids]
     outcomes = [
-        Outcome.of(_run_directory(index), point, run.state_name or "", str(run.state.message))
+        SweepRunResult.read_from_run(
+            _run_directory_of(index), point, run.state_name or "", str(run.state.message)
+        )
         for index, (point, run) in enumerate(zip(points, ended, strict=True))
         if run.state is not None
     ]
-    best = collect(outcomes)
+    best = pick_best_run(outcomes)
     if best is None:
         return Failed(message=f"none of {len(points)} runs passed the gate")
-    version = find_version(target, best)
+    version = find_registered_version(target, best)
     done = promote(target, version, champion)
     verified = sum(outcome.has_passed for outcome in outcomes)
-    what = f"{verified} of {len(points)} verified; best {short(version)}: {best.describe()}"
+    what = (
+        f"{verified} of {len(points)} verified; best {shorten_version(version)}: {best.describe()}"
+    )
     return Completed(message=f"{what}; {done}")
 
 
@@ -80,7 +84,7 @@ def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:
     return [dict(zip(keys, values, strict=True)) for values in combinations]
 
 
-def with_values(base: dict[str, Any], point: dict[str, JsonValue]) -> dict[str, Any]:
+def apply_grid_point(base: dict[str, Any], point: dict[str, JsonValue]) -> dict[str, Any]:
     """The base's values with those of a point; `nested.fast` is the key `fast` of `nested`."""
     values = dict(base)
     for key, value in point.items():
@@ -94,20 +98,20 @@ def with_values(base: dict[str, Any], point: dict[str, JsonValue]) -> dict[str, 
     return values
 
 
-def _run_directory(index: int) -> RunDirectory:
+def _run_directory_of(index: int) -> RunDirectory:
     """Known before the run starts, so that its result is found; the same for a retried sweep."""
     key = str(runtime.flow_run.id).replace("-", "")[-8:]
     return RunDirectory(Path("runs") / f"sweep-{key}" / f"{index:03d}")
 
 
-def _start(config: SweepParameters, index: int, point: dict[str, JsonValue]) -> Any:
+def _start_run(config: SweepParameters, index: int, point: dict[str, JsonValue]) -> Any:
     """Start the run of a point; a sweep that is run again finds the one it started before."""
-    values = with_values(config.base.model_dump(mode="json"), point)
+    values = apply_grid_point(config.base.model_dump(mode="json"), point)
     values["registry"] = values["registry"] | {"promote": "never"}
     FineTuneConfig.model_validate(values)  # a point that cannot run is found before any is started
     started = run_deployment(
         config.deployment,
-        parameters={"config": values | {"run_dir": str(_run_directory(index).path)}},
+        parameters={"config": values | {"run_dir": str(_run_directory_of(index).path)}},
         timeout=0,
         idempotency_key=f"{runtime.flow_run.id}-{index}",
         flow_run_name=f"{index:03d} " + ", ".join(f"{k}={v}" for k, v in point.items()),
@@ -116,7 +120,7 @@ def _start(config: SweepParameters, index: int, point: dict[str, JsonValue]) -> 
     return started.id  # type: ignore[union-attr]  # the sync call returns no coroutine
 
 
-def _wait(run_id: Any) -> FlowRun:
+def _wait_for_run(run_id: Any) -> FlowRun:
     with get_client(sync_client=True) as client:
         while True:
             run = client.read_flow_run(run_id)

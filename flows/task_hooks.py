@@ -12,12 +12,12 @@ from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
-from tasks.events import emit
+from tasks.events import emit_adapter_event
 from tasks.gate import gate
 from tasks.load import load
 from tasks.promote import promote
 from tasks.register import register
-from tasks.run_page import link_run
+from tasks.run_page import create_run_link
 from tasks.train import train
 from tasks.validate import validate
 
@@ -32,7 +32,7 @@ class TaskHooks(Hooks):
     def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
         """Begin, and link the run directory from the flow run's page."""
         super().begin(config, run, resume=resume)
-        link_run(run.path)
+        create_run_link(run.path)
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """The task `validate`."""
@@ -45,7 +45,7 @@ class TaskHooks(Hooks):
     def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
         """The task `train`; at SIGINT or SIGTERM it saves a checkpoint."""
         stopper = Stopper()
-        with stopper.installed(run):
+        with stopper.handling_signals(run):
             result = train(config, run.path, stopper.watch)
             stopper.release()
         return result
@@ -70,7 +70,7 @@ class TaskHooks(Hooks):
             "run_dir": str(run.path.resolve()),
             "registry": str(Path(str(registry.path)).resolve()),
         }
-        emit("verified", str(registry.name), payload)
+        emit_adapter_event("verified", str(registry.name), payload)
         return version
 
     def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:

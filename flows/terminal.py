@@ -47,7 +47,7 @@ def draw_curve(records: Sequence[dict[str, Any]]) -> str:
         (record.get("step", 0), max(record[key], SMALLEST_LOSS), mark)
         for key, mark in _SERIES
         for record in records
-        if _has(record, key)
+        if _has_number(record, key)
     ]
     if not points:
         return "no loss yet"
@@ -67,14 +67,14 @@ def draw_curve(records: Sequence[dict[str, Any]]) -> str:
 _SERIES = (("loss", "·"), ("val_loss", "o"))
 
 
-def _has(record: dict[str, Any], key: str) -> bool:
+def _has_number(record: dict[str, Any], key: str) -> bool:
     return record.get(key) is not None
 
 
 @contextmanager
-def watching(metrics: Path) -> Iterator[None]:
+def showing_metrics(metrics: Path) -> Iterator[None]:
     """Show what is appended to a run's metrics.jsonl while the block runs."""
-    watcher = _Watcher(metrics)
+    watcher = _MetricsFollower(metrics)
     watcher.start()
     try:
         yield
@@ -82,7 +82,7 @@ def watching(metrics: Path) -> Iterator[None]:
         watcher.finish()
 
 
-class _Watcher(threading.Thread):
+class _MetricsFollower(threading.Thread):
     """Follows metrics.jsonl: what is shown is what is on disk."""
 
     def __init__(self, metrics: Path) -> None:
@@ -143,8 +143,8 @@ class _Watcher(threading.Thread):
         self._printed_at = time.monotonic()
         self._has_news = False
         record = self._records[-1]
-        losses = [f"{label} {_shown(record[key])}" for key, label in _LABELS if key in record]
-        say(f"step {record.get('step', 0)}: {', '.join(losses)}")
+        losses = [f"{label} {_format_loss(record[key])}" for key, label in _LABELS if key in record]
+        print_progress(f"step {record.get('step', 0)}: {', '.join(losses)}")
 
 
 def _record_or_none(line: bytes) -> dict[str, Any] | None:
@@ -159,7 +159,7 @@ def _record_or_none(line: bytes) -> dict[str, Any] | None:
 _LABELS = (("loss", "training loss"), ("val_loss", "validation loss"))
 
 
-def _shown(loss: float | None) -> str:
+def _format_loss(loss: float | None) -> str:
     """JSON has no NaN: metrics.jsonl holds null in its place."""
     return "not finite" if loss is None else f"{loss:.4f}"
 
@@ -201,7 +201,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title:
     headers = [Column(Text(name), overflow="fold") for name in columns]
     table = Table(*headers, title=Text(escape(title)) if title else None, title_justify="left")
     for row in rows:
-        table.add_row(*map(_cell, row))
+        table.add_row(*map(_format_cell, row))
     console.print(table)
 
 
@@ -211,7 +211,7 @@ def output_console(width: int) -> Console:
     return Console(highlight=False, markup=False, emoji=False, width=width_or_none)
 
 
-def _cell(value: Any) -> Text:
+def _format_cell(value: Any) -> Text:
     """A value as a person reads it: four digits of a number, `-` for none."""
     if isinstance(value, bool):
         return Text("yes" if value else "no")
@@ -255,7 +255,7 @@ def print_line(text: str) -> None:
     print(escape(text))  # noqa: T201
 
 
-def say(*lines: str) -> None:
+def print_progress(*lines: str) -> None:
     """A line of progress, or the lines of a paragraph, on standard error."""
     for line in lines:
         errors.print(Text(escape(line)), soft_wrap=True)

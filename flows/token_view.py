@@ -26,32 +26,32 @@ def print_examples(examples: Iterable[ShownExample]) -> None:
         place = f"{example.file}:{example.line}"
         print_line("")
         print_line(f"{place}: {len(example.tokens)} tokens, {learnt} learnt ({LEARNT})")
-        for line in lay_out(example.tokens, min(WIDTH, console.width)):
+        for line in lay_out_tokens(example.tokens, min(WIDTH, console.width)):
             console.print(line, soft_wrap=True)
 
 
-def lay_out(tokens: Sequence[ShownToken], width: int) -> Iterator[Text]:
+def lay_out_tokens(tokens: Sequence[ShownToken], width: int) -> Iterator[Text]:
     """Lines of at most `width` columns; a token takes one cell, or as many as its text needs."""
     digits = max((len(str(token.id)) for token in tokens), default=1)
     line = Text()
     for token in tokens:
         mark = LEARNT if token.supervised else " "
-        content = f"{mark}{token.id:>{digits}} {_quote(token.text)}"
+        content = f"{mark}{token.id:>{digits}} {_quote_token(token.text)}"
         cells = -(-(cell_len(content) + 1) // CELL)
         if line and cell_len(line.plain) + cells * CELL > width:
-            yield _trimmed(line)
+            yield _trim_line(line)
             line = Text()
         padding = " " * (cells * CELL - cell_len(content))
         line.append(content, LEARNT_STYLE if token.supervised else "").append(padding)
     if line:
-        yield _trimmed(line)
+        yield _trim_line(line)
 
 
-def _trimmed(line: Text) -> Text:
+def _trim_line(line: Text) -> Text:
     line.rstrip()
     return line
 
 
-def _quote(text: str) -> str:
+def _quote_token(text: str) -> str:
     quoted = repr(text)
     return quoted if len(quoted) <= LONGEST_TEXT else f"{quoted[:LONGEST_TEXT]}..."

@@ -12,7 +12,7 @@ from prefect.events import emit_event
 Happening = Literal["verified", "rejected", "promoted", "rolled_back"]
 
 
-def emit(happening: Happening, name: str, payload: dict[str, Any]) -> None:
+def emit_adapter_event(happening: Happening, name: str, payload: dict[str, Any]) -> None:
     """Emit `adapter.HAPPENING` on the resource `adapter.NAME`."""
     resource = {"prefect.resource.id": f"adapter.{name}", "prefect.resource.name": name}
     emit_event(f"adapter.{happening}", resource=resource, payload=payload)

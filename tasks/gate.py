@@ -23,14 +23,14 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
     try:
         verdict = steps.judge(config, run, on_wait=get_run_logger().info)
     except GateRejected:
-        _show(read_json_object(run.gate))
+        _create_verdict_artifacts(read_json_object(run.gate))
         raise
-    _show(verdict.to_json())
+    _create_verdict_artifacts(verdict.to_json())
     get_run_logger().info("The gate: %s", verdict.summary())
     return run.gate
 
 
-def _show(verdict: dict[str, Any]) -> None:
+def _create_verdict_artifacts(verdict: dict[str, Any]) -> None:
     """The verdict as a markdown artifact, the tiers as a table."""
     publish_page("gate-verdict", describe_verdict(verdict))
     publish_table("tier-table", verdict["tiers"])
@@ -46,7 +46,7 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     page.add_paragraph(f"{step}: {changed} of {len(tensors)} tensors changed.")
     if verdict["validation"]:
         before, after = (verdict["validation"][key] for key in ("loss_before", "loss_after"))
-        page.add_paragraph(f"Loss {_rounded(before)} before, {_rounded(after)} after.")
+        page.add_paragraph(f"Loss {_round_loss(before)} before, {_round_loss(after)} after.")
     page.add_table(TIER_COLUMNS, ([tier[key] for key in TIER_KEYS] for tier in verdict["tiers"]))
     return page
 
@@ -55,5 +55,5 @@ TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "app
 TIER_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
 
 
-def _rounded(loss: float | None) -> str:
+def _round_loss(loss: float | None) -> str:
     return "none" if loss is None else f"{loss:.4g}"

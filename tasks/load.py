@@ -10,10 +10,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.storage.run_directory import RunDirectory
-from tasks.retrying import RUN_DELAYS, retried
+from tasks.retrying import RUN_DELAYS, retried_task
 
 
-@retried("load", "load {config.model}", RUN_DELAYS)
+@retried_task("load", "load {config.model}", RUN_DELAYS)
 def load(config: FineTuneConfig, run_dir: Path) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)

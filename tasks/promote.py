@@ -9,59 +9,59 @@ from prefect import get_run_logger
 from nested_core import registry
 from nested_core.config.registry import RegistrySection
 from nested_core.registry import Promotion, promotion_policy
-from tasks.events import emit
-from tasks.retrying import REGISTRY_DELAYS, retried
+from tasks.events import emit_adapter_event
+from tasks.retrying import REGISTRY_DELAYS, retried_task
 
 
-@retried("promote", "promote {section.name} {version:.12}", REGISTRY_DELAYS)
+@retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_DELAYS)
 def promote(section: RegistrySection, version: str, expected_champion: str | None) -> str:
     """Promote by policy; return the outcome, or why nothing was promoted."""
     done = promotion_policy.promote_by_policy(section, version, expected_champion)
-    return _tell(str(section.name), version, done)
+    return _log_and_emit(str(section.name), version, done)
 
 
-@retried("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_DELAYS)
+@retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_DELAYS)
 def promote_recorded(path: Path, name: str, version: str) -> str:
     """Promote by the policy that was recorded with the version."""
-    return _tell(name, version, promotion_policy.promote_as_recorded(path, name, version))
+    return _log_and_emit(name, version, promotion_policy.promote_as_recorded(path, name, version))
 
 
-@retried("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_DELAYS)
+@retried_task("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_DELAYS)
 def promote_approved(
     path: Path, name: str, version: str, by: str, expected_champion: str | None
 ) -> str:
     """Promote what a person has approved, while the champion is the one it was shown against."""
     done = registry.promote(path, name, version, by=by, expected_champion=expected_champion)
-    return _tell(name, version, done)
+    return _log_and_emit(name, version, done)
 
 
-@retried("roll-back", "roll-back {name}", REGISTRY_DELAYS)
+@retried_task("roll-back", "roll-back {name}", REGISTRY_DELAYS)
 def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | None) -> str:
     """Make `to`, or the champion before this one, the champion again.
 
     `champion` is the one to leave: a try after one that failed late does not go back twice.
     """
     done = registry.rollback(path, name, to=to, by=by, expected_champion=champion)
-    return _tell(name, to or "the version before", done)
+    return _log_and_emit(name, to or "the version before", done)
 
 
-@retried("reconcile", "reconcile {name}", REGISTRY_DELAYS)
-def reconcile(path: Path, name: str) -> dict[str, str]:
+@retried_task("reconcile", "reconcile {name}", REGISTRY_DELAYS)
+def promote_missed(path: Path, name: str) -> dict[str, str]:
     """Promote what an event got lost for; the outcome of each version that never was champion."""
     before = registry.read_champion(path, name)
     outcomes = promotion_policy.promote_missed(path, name)
     for version, outcome in outcomes.items():
         get_run_logger().info("%s %s: %s", name, version[:12], outcome)
         if outcome == "promoted":
-            emit("promoted", name, {"version": version, "previous": before})
+            emit_adapter_event("promoted", name, {"version": version, "previous": before})
     return outcomes
 
 
-def _tell(name: str, version: str, done: Promotion | str) -> str:
+def _log_and_emit(name: str, version: str, done: Promotion | str) -> str:
     """Log what became of it, and emit an event where the champion has moved."""
     outcome = done if isinstance(done, str) else done.outcome
     get_run_logger().info("%s %s: %s", name, version[:12], outcome)
     if isinstance(done, Promotion) and outcome in ("promoted", "rolled_back"):
         payload = {"version": done.version, "previous": done.previous}
-        emit("promoted" if outcome == "promoted" else "rolled_back", name, payload)
+        emit_adapter_event("promoted" if outcome == "promoted" else "rolled_back", name, payload)
     return outcome

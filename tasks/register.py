@@ -9,10 +9,10 @@ from prefect import get_run_logger
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline.publishing import register_run
 from nested_core.storage.run_directory import RunDirectory
-from tasks.retrying import REGISTRY_DELAYS, retried
+from tasks.retrying import REGISTRY_DELAYS, retried_task
 
 
-@retried("register", "register {config.registry.name}", REGISTRY_DELAYS)
+@retried_task("register", "register {config.registry.name}", REGISTRY_DELAYS)
 def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> str:
     """Register the run's adapter; return its version. Doing it twice changes nothing.
 

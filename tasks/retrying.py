@@ -36,7 +36,7 @@ def retry_training(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> boo
     return is_passing(error) or isinstance(error, MemoryError)
 
 
-def retried(
+def retried_task(
     name: str, run_name: str, delays: Sequence[float], condition: Condition = retry_on_passing_error
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a task that is tried again after each of the delays, and never cached."""

@@ -11,14 +11,14 @@ from tasks.artifacts import publish_link, publish_table
 SHOWN_POINTS = 60
 
 
-def link_run(run_dir: Path) -> None:
+def create_run_link(run_dir: Path) -> None:
     """The run directory, as a link for who sits at the worker's machine, and as its path."""
     path = run_dir.resolve()
     description = "Everything that this run leaves behind, on the worker's machine."
     publish_link("run-directory", path.as_uri(), str(path), description)
 
 
-def show_losses(records: Sequence[dict[str, Any]]) -> None:
+def create_loss_table(records: Sequence[dict[str, Any]]) -> None:
     """The losses over the steps as a table, thinned to what fits a page; the last is always in."""
     every = -(-len(records) // SHOWN_POINTS) or 1
     shown = [

@@ -23,8 +23,8 @@ from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.trainer import Trainer
-from tasks.retrying import retried, retry_training
-from tasks.run_page import show_losses
+from tasks.retrying import retried_task, retry_training
+from tasks.run_page import create_loss_table
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -91,7 +91,7 @@ class PrefectProgress:
             update_progress_artifact(artifact_id=artifact, progress=percent)
 
 
-@retried(
+@retried_task(
     "train",
     "train {config.iters} iterations, tiers {config.nested.frequencies}",
     delays=(5, 30),
@@ -118,7 +118,7 @@ def train(
         result = steps.train(config, run, progress, begin, on_wait=get_run_logger().info)
     finally:
         progress.finish()
-    show_losses(read_metrics(run.metrics))
+    create_loss_table(read_metrics(run.metrics))
     for flag in result.red_flags:
         get_run_logger().warning("red flag: %s", flag)
     return result

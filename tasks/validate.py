@@ -11,12 +11,12 @@ from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from tasks.artifacts import publish_table
-from tasks.retrying import RUN_DELAYS, retried
+from tasks.retrying import RUN_DELAYS, retried_task
 
 SHOWN_FINDINGS = 50
 
 
-@retried("validate", "validate {config.data}", RUN_DELAYS)
+@retried_task("validate", "validate {config.data}", RUN_DELAYS)
 def validate(config: FineTuneConfig, run_dir: Path) -> Path:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
     run = RunDirectory(run_dir)

@@ -21,7 +21,7 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradient_checks import Flat
-from nested_core.training.loss.interface import Loss, MicroBatch
+from nested_core.training.loss.loss_interface import Loss, MicroBatch
 
 VOCABULARY = 96
 SIZES = {

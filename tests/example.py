@@ -15,8 +15,8 @@ from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.checkpoint import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.callbacks import TrainingCallback
 from nested_core.training.metrics_file import read_metrics
+from nested_core.training.report_callbacks import TrainingCallback
 from nested_core.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -172,11 +172,11 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     from benchmarks.tiers import one_tier, optimizer_for, thirds
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.distributed import SINGLE_PROCESS, join
-    from nested_core.training.loss.supervised import SUPERVISED
-    from nested_core.training.step import TrainStep
+    from nested_core.training.loss.supervised_loss import SUPERVISED
+    from nested_core.training.rank_communication import SINGLE_PROCESS, join_ranks
+    from nested_core.training.train_step import TrainStep
 
-    world = join(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS
+    world = join_ranks(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS
     model.train()
     refs = reference_trainable_parameters(model, dtype=mx.bfloat16)
     is_tiered = "deep" in options or "due" in options
@@ -218,7 +218,7 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
         found = measure(window)
         if world.is_single_process:
             return found
-        world.require_equal(train_step.packed.arrays(), step)
+        world.require_equal_on_ranks(train_step.packed.arrays(), step)
         found |= {"is_main": world.is_main, "equal": True, "bytes_sent_by_due_tiers": sent}
         return found | {"joules": None}  # the counter is of one GPU
 

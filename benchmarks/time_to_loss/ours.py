@@ -16,10 +16,10 @@ from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.optim.tier_clock import COUNTERS
-from nested_core.training.divergence import DivergenceWatch
-from nested_core.training.loss.interface import MicroBatch
-from nested_core.training.loss.supervised import SUPERVISED
-from nested_core.training.step import TrainStep
+from nested_core.training.loss.loss_interface import MicroBatch
+from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.nonfinite_steps import NonfiniteStepWatch
+from nested_core.training.train_step import TrainStep
 
 Look = Callable[[float, Mapping[str, mx.array]], None]
 THIRDS = Arm((1, 2, 4))
@@ -46,7 +46,7 @@ def train_ours(
         train_step = TrainStep(
             model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
         )
-        watch = DivergenceWatch(NEVER)
+        watch = NonfiniteStepWatch(NEVER)
         for first in range(1, steps + 1, window):
             began = time.perf_counter()
             for step in range(first, first + window):

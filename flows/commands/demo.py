@@ -12,8 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.packaged_files import shipped
-from flows.terminal import draw_curve, print_line, print_table, print_tiers, say, watching
+from flows.packaged_files import packaged_folder
+from flows.terminal import (
+    draw_curve,
+    print_line,
+    print_progress,
+    print_table,
+    print_tiers,
+    showing_metrics,
+)
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory, new_run_name
@@ -44,15 +51,17 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
     run = RunDirectory(out / "runs" / new_run_name())
     config = example_config(out / "registry")
-    say(f"Fine-tuning {config.model} on {config.data}, tiers {list(config.nested.frequencies)}.")
-    say(f"run directory: {run.path}")
-    breaking = _broken_updates() if arguments.break_training else contextlib.nullcontext()
-    with breaking, watching(run.metrics):
+    print_progress(
+        f"Fine-tuning {config.model} on {config.data}, tiers {list(config.nested.frequencies)}."
+    )
+    print_progress(f"run directory: {run.path}")
+    breaking = _breaking_updates() if arguments.break_training else contextlib.nullcontext()
+    with breaking, showing_metrics(run.metrics):
         _run_flow(config, run)
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
-    questions = _read_questions(shipped("examples") / "geography" / "held_out.jsonl")
-    say("Asking about countries that were never trained on, before and after.")
-    rows, right = _ask(config, champion, questions)
+    questions = _read_questions(packaged_folder("examples") / "geography" / "held_out.jsonl")
+    print_progress("Asking about countries that were never trained on, before and after.")
+    rows, right = _generate_before_and_after(config, champion, questions)
 
     def finish() -> int:
         """Print how the run went, and the answers before and after."""
@@ -63,7 +72,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         print_line(f"champion: {champion} -> {os.readlink(champion)}")
         print_line("talk to it:")
         print_line(
-            f"  {_installed('mlx_lm.generate')} --model {config.model} "
+            f"  {_path_of_program('mlx_lm.generate')} --model {config.model} "
             f'--adapter-path {champion} --prompt "{questions[0]["prompt"]}"'
         )
         return 0
@@ -71,14 +80,14 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     return finish
 
 
-def _installed(program: str) -> str:
+def _path_of_program(program: str) -> str:
     """How to call a program that came with us: by its path where the shell would not find it."""
     return program if shutil.which(program) else str(Path(sys.executable).with_name(program))
 
 
 def example_config(registry: Path) -> FineTuneConfig:
     """The example's configuration, with its paths where it is installed."""
-    examples = shipped("examples")
+    examples = packaged_folder("examples")
     paths = {"model": str(examples / "geography-base"), "data": str(examples / "geography")}
     target = {"path": str(registry), "name": ADAPTER_NAME, "promote": "always"}
     return load_config(examples / "geography.yaml", paths | {"registry": target})
@@ -89,15 +98,17 @@ def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
 
     with prefect_server() as wait_for_server:
         from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.prefect_logs import quieten
+        from flows.prefect_logs import show_logs_from_level
 
-        quieten(logging.CRITICAL)  # what a person needs to know of an error is said at the end
+        show_logs_from_level(
+            logging.CRITICAL
+        )  # what a person needs to know of an error is said at the end
         wait_for_server()
         finetune(FinetuneParameters(**config.model_dump(), run_dir=str(run.path)))
 
 
 @contextlib.contextmanager
-def _broken_updates() -> Iterator[None]:
+def _breaking_updates() -> Iterator[None]:
     """Have the trainer write updates as the original one did, which loses all of them.
 
     That was `'.'.join(path)` on a path that is one string already, so that no name matched. The
@@ -114,7 +125,7 @@ def _broken_updates() -> Iterator[None]:
         )
         self.model.update(changed)
 
-    say("Training is broken on purpose: updates are computed and never reach the model.")
+    print_progress("Training is broken on purpose: updates are computed and never reach the model.")
     working = Trainer.write_back
     Trainer.write_back = lose_updates  # type: ignore[method-assign]
     try:
@@ -128,7 +139,7 @@ def _read_questions(path: Path) -> list[dict[str, str]]:
     return [parse_json(line) for line in lines]
 
 
-def _ask(
+def _generate_before_and_after(
     config: FineTuneConfig, champion: Path, questions: list[dict[str, str]]
 ) -> tuple[list[tuple[str, str, str]], tuple[int, int]]:
     from nested_core.models.generation import generate_answers

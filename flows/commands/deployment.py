@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import answer
-from flows.terminal import print_line, say
+from flows.commands.command_output import result_printer
+from flows.terminal import print_line, print_progress
 from nested_core.errors import NestedTuneError
 
 
@@ -36,9 +36,9 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
 
     done = []
     try:
-        for line in deploy(arguments.file, _given(arguments.config), arguments.notify):
+        for line in deploy(arguments.file, _read_given_keys(arguments.config), arguments.notify):
             done.append(line)
-            say(line)
+            print_progress(line)
     except httpx.HTTPError as error:
         raise NestedTuneError(
             f"The server did not take it ({type(error).__name__}: {str(error):.300}). Expected a "
@@ -47,10 +47,10 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
         ) from error
 
     text = f"deployed: {len(done)} things are in place"
-    return answer(arguments, lambda: {"done": done}, lambda: print_line(text))
+    return result_printer(arguments, lambda: {"done": done}, lambda: print_line(text))
 
 
-def _given(path: Path | None) -> dict[str, Any] | None:
+def _read_given_keys(path: Path | None) -> dict[str, Any] | None:
     """The keys that a configuration file gives, once the whole of it was found sound."""
     from nested_core.config.loading import load_config, read_yaml
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from flows.checks import Check
-from flows.commands.output import answer
+from flows.commands.command_output import result_printer
 from flows.terminal import print_table
 
 PACKAGES = (
@@ -46,7 +46,7 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         """The checks as a table."""
         print_table(("check", "", "seen", "what to do"), rows)
 
-    return answer(arguments, lambda: document, show, code=0 if is_fine else 1)
+    return result_printer(arguments, lambda: document, show, code=0 if is_fine else 1)
 
 
 def _python() -> Check:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.commands.output import answer, tell
+from flows.commands.command_output import result_printer, text_printer
 from flows.terminal import print_line, print_table
 from nested_core.errors import ConfigError, DamagedError, GateRejected, MissingFileError
 from nested_core.storage.run_directory import RunDirectory
@@ -45,13 +45,15 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
         print_line(verdict.summary())
 
     code = 0 if verdict.has_passed else GateRejected.exit_code
-    return answer(arguments, verdict.to_json, show, code)
+    return result_printer(arguments, verdict.to_json, show, code)
 
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     """Say where a run stands, from its folder."""
     status = read_status(RunDirectory(arguments.run_dir))
-    return answer(arguments, lambda: status, lambda: print_table(("", ""), list(status.items())))
+    return result_printer(
+        arguments, lambda: status, lambda: print_table(("", ""), list(status.items()))
+    )
 
 
 def read_status(run: RunDirectory) -> dict[str, Any]:
@@ -62,23 +64,23 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     config = read_run_config(run)
     records = read_metrics(run.metrics)
     last = records[-1] if records else {"step": 0, "iteration": 0}
-    verdict, holder = _verdict(run), run.holder()
+    verdict, holder = _read_verdict(run), run.holder()
     return {
         "run_dir": str(run.path),
-        "state": _state(run, holder, verdict),
+        "state": _describe_state(run, holder, verdict),
         "process": holder,
         "step": last.get("step", 0),
         "iteration": last.get("iteration", 0),
         "iterations": config.iters if config.training.epochs is None else None,
-        "current_train_loss": _last(records, "loss"),
-        "current_val_loss": _last(records, "val_loss"),
-        "learning_rate": _last(records, "learning_rate"),
-        "updates": _last(records, "updates"),
+        "current_train_loss": _last_value(records, "loss"),
+        "current_val_loss": _last_value(records, "val_loss"),
+        "learning_rate": _last_value(records, "learning_rate"),
+        "updates": _last_value(records, "updates"),
         "verdict": verdict,
     }
 
 
-def _verdict(run: RunDirectory) -> str | None:
+def _read_verdict(run: RunDirectory) -> str | None:
     """What the gate said; a run that is made longer takes that away, perhaps just now."""
     try:
         verdict = read_json_object(run.gate, MAX_GATE_BYTES).get("verdict")
@@ -92,7 +94,7 @@ def _verdict(run: RunDirectory) -> str | None:
     return str(verdict)
 
 
-def _state(run: RunDirectory, holder: int | None, verdict: str | None) -> str:
+def _describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -> str:
     if holder is not None:
         return "running"
     if verdict is not None:
@@ -100,7 +102,7 @@ def _state(run: RunDirectory, holder: int | None, verdict: str | None) -> str:
     return "trained" if run.result.exists() else "resumable"
 
 
-def _last(records: list[dict[str, Any]], key: str) -> Any:
+def _last_value(records: list[dict[str, Any]], key: str) -> Any:
     return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
 
 
@@ -112,4 +114,4 @@ def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:
     if holder is None:
         raise ConfigError(f"{run.path} is not being trained by any process: nothing to stop.")
     run.stop_request.touch()
-    return tell(f"asked process {holder} to stop after its current step")
+    return text_printer(f"asked process {holder} to stop after its current step")

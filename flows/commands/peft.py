@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import answer
-from flows.terminal import print_line, say
+from flows.commands.command_output import result_printer
+from flows.terminal import print_line, print_progress
 from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ def run_import(arguments: argparse.Namespace) -> Callable[[], int]:
 
     done = import_peft(arguments.folder, arguments.out, arguments.model)
     parameters = done.config["lora_parameters"]
-    return _finish(done, arguments, f"rank {parameters['rank']}, scale {parameters['scale']:g}")
+    return _report_conversion(
+        done, arguments, f"rank {parameters['rank']}, scale {parameters['scale']:g}"
+    )
 
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -61,13 +63,17 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     run = RunDirectory(arguments.folder)
     folder = run.adapter if run.config.is_file() else arguments.folder
     done = export_peft(folder, arguments.out, arguments.model)
-    return _finish(done, arguments, f"r {done.config['r']}, alpha {done.config['lora_alpha']:g}")
+    return _report_conversion(
+        done, arguments, f"r {done.config['r']}, alpha {done.config['lora_alpha']:g}"
+    )
 
 
-def _finish(done: Conversion, arguments: argparse.Namespace, strength: str) -> Callable[[], int]:
+def _report_conversion(
+    done: Conversion, arguments: argparse.Namespace, strength: str
+) -> Callable[[], int]:
     """Say what is to be known of a conversion, and in the end what was written."""
     for note in done.notes:
-        say(f"note: {note}")
+        print_progress(f"note: {note}")
 
     text = f"{done.out}: {done.tensors} tensors of {done.modules} modules, {strength}"
-    return answer(arguments, done.to_json, lambda: print_line(text))
+    return result_printer(arguments, done.to_json, lambda: print_line(text))

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.commands.output import answer, tell
+from flows.commands.command_output import result_printer, text_printer
 from flows.terminal import print_line, print_table
 from nested_core.errors import DamagedError
 from nested_core.storage.run_directory import RunDirectory
@@ -75,7 +75,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
         by=getpass.getuser(),
         expected_champion=expected,
     )
-    return _tell_change(done)
+    return _print_change(done)
 
 
 def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -83,12 +83,12 @@ def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.registry import rollback
 
     done = rollback(arguments.registry, arguments.name, to=arguments.to, by=getpass.getuser())
-    return _tell_change(done)
+    return _print_change(done)
 
 
-def _tell_change(done: Promotion) -> Callable[[], int]:
+def _print_change(done: Promotion) -> Callable[[], int]:
     """The champion after a change, and the one before it."""
-    return tell(f"{done.outcome}: {done.version} (before: {done.previous or 'none'})")
+    return text_printer(f"{done.outcome}: {done.version} (before: {done.previous or 'none'})")
 
 
 def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -101,14 +101,14 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
     def show() -> None:
         """A line for each change, with versions shortened."""
         columns = ("time", "action", "version", "previous", "by")
-        rows = [[_short(entry.get(column)) for column in columns] for entry in entries]
-        print_table(columns, rows, title=f"{arguments.name}: champion {_short(champion)}")
+        rows = [[_shorten_version(entry.get(column)) for column in columns] for entry in entries]
+        print_table(columns, rows, title=f"{arguments.name}: champion {_shorten_version(champion)}")
 
     document = {"name": arguments.name, "champion": champion, "history": entries}
-    return answer(arguments, lambda: document, show)
+    return result_printer(arguments, lambda: document, show)
 
 
-def _short(value: Any) -> Any:
+def _shorten_version(value: Any) -> Any:
     is_digest = isinstance(value, str) and len(value) == 64
     return value[:12] if is_digest else value
 
@@ -127,14 +127,14 @@ def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
             print_line(f"{len(report.versions)} versions, the champion and the history are sound")
 
     code = DamagedError.exit_code if report.findings else 0
-    return answer(arguments, lambda: asdict(report), show, code)
+    return result_printer(arguments, lambda: asdict(report), show, code)
 
 
 def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
     """Remove versions, but never the champion, nor what a rollback would go to."""
-    from nested_core.registry import collect
+    from nested_core.registry import collect_garbage
 
-    done = collect(
+    done = collect_garbage(
         arguments.registry,
         arguments.name,
         by=getpass.getuser(),
@@ -152,7 +152,7 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
             f"{len(done.kept)}; {len(done.leftovers)} leftovers of killed processes"
         )
 
-    return answer(arguments, lambda: asdict(done), show)
+    return result_printer(arguments, lambda: asdict(done), show)
 
 
 def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -162,6 +162,6 @@ def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
     done = export_to_mlflow(arguments.registry, arguments.name, arguments.tracking_uri)
     number = done.numbers.get(done.champion) if done.champion else None
     champion = f"champion: version {number}" if number else "no champion"
-    return tell(
+    return text_printer(
         f"{len(done.added)} of {len(done.numbers)} versions added to {done.name}; {champion}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flows.stop_signals import Stopper
-from flows.terminal import ProgressLine, describe_tiers, say, watching
+from flows.terminal import ProgressLine, describe_tiers, print_progress, showing_metrics
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.steps import TrainResult
@@ -21,7 +21,7 @@ class TerminalHooks(Hooks):
 
     def on_message(self, message: str) -> None:
         """Show a line."""
-        say(message)
+        print_progress(message)
 
     def on_data_progress(self, what: str, done: int, total: int) -> None:
         """Show how much of the data is read and tokenised."""
@@ -30,12 +30,12 @@ class TerminalHooks(Hooks):
     def on_training_start(self, trainer: Any) -> None:
         """Let signals stop the trainer; show its tiers and the memory that it will need."""
         self._stopper.watch(trainer)
-        say(describe_tiers(trainer.tier_stats()))
-        say(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
+        print_progress(describe_tiers(trainer.tier_stats()))
+        print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
 
     def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
         """Train, and show the losses as they are written."""
-        with watching(run.metrics):
+        with showing_metrics(run.metrics):
             result = super().train(config, run)
         self._stopper.release()
         return result

@@ -9,10 +9,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from flows.commands.flags import add_config_flags, add_run_flags, config_from
-from flows.commands.output import answer, tell
+from flows.commands.command_output import result_printer, text_printer
+from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
 from flows.stop_signals import Stopper
-from flows.terminal import ProgressLine, print_line, print_table, print_tiers, say, watching
+from flows.terminal import (
+    ProgressLine,
+    print_line,
+    print_progress,
+    print_table,
+    print_tiers,
+    showing_metrics,
+)
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 
@@ -47,7 +54,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
 
-    config = config_from(arguments)
+    config = load_config_from_flags(arguments)
     _refuse_showing(arguments)
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
@@ -68,7 +75,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         print_table(("severity", "file", "line", "check", "message"), rows)
         print_examples(examples)
 
-    return answer(arguments, document, show, DatasetError.exit_code if report.errors else 0)
+    return result_printer(arguments, document, show, DatasetError.exit_code if report.errors else 0)
 
 
 def _refuse_showing(arguments: argparse.Namespace) -> None:
@@ -84,11 +91,11 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.commands.terminal_hooks import TerminalHooks
     from nested_core.pipeline.finetune import finetune
 
-    config = config_from(arguments)
+    config = load_config_from_flags(arguments)
     run = _open(arguments)
     stopper = Stopper()
-    with stopper.installed(run):
-        say(f"run directory: {run.path}")
+    with stopper.handling_signals(run):
+        print_progress(f"run directory: {run.path}")
         result = finetune(config, run, TerminalHooks(stopper), resume=arguments.resume)
 
     def document() -> dict[str, Any]:
@@ -122,30 +129,30 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
             done = result.promotion or "registered"
             print_line(f"{config.registry.name} {result.version}: {done}")
 
-    return answer(arguments, document, show)
+    return result_printer(arguments, document, show)
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
     from flows.embedded_server import prefect_server
 
-    config = config_from(arguments)
+    config = load_config_from_flags(arguments)
     run = _open(arguments)
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
-    say(f"run directory: {run.path}")
-    with Stopper().installed(run), prefect_server() as wait_for_server:
+    print_progress(f"run directory: {run.path}")
+    with Stopper().handling_signals(run), prefect_server() as wait_for_server:
         from flows.finetune import FinetuneParameters, finetune  # while the server starts
-        from flows.prefect_logs import quieten
+        from flows.prefect_logs import show_logs_from_level
 
-        quieten(logging.NOTSET)
+        show_logs_from_level(logging.NOTSET)
         wait_for_server()
-        with watching(run.metrics):
+        with showing_metrics(run.metrics):
             state = finetune(FinetuneParameters(**parameters), return_state=True)
     if state.is_cancelled():
         raise TrainingStopped(f"The flow run was cancelled, {state.message}")
     state.result()  # raises what made it fail
-    say(str(state.message))
-    return tell(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
+    print_progress(str(state.message))
+    return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
 
 
 def _open(arguments: argparse.Namespace) -> RunDirectory:

@@ -14,7 +14,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 DEVICE_PATTERN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
-def why_no_name(name: str) -> str | None:
+def why_invalid_adapter_name(name: str) -> str | None:
     """What is wrong with a name, and what was expected; None where it is one."""
     if NAME_PATTERN.fullmatch(name) is None:
         return (

@@ -5,7 +5,6 @@ YAML with anchors, tags, duplicate keys or more than 64 KiB is refused; `1e-5` i
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
@@ -15,11 +14,10 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from nested_core.config.keys import section_in
+from nested_core.config.error_messages import explain_validation_error
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.section import SectionProblems
 from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_start
 
@@ -33,9 +31,9 @@ class _PlainLoader(yaml.SafeLoader):
         """The node, where it has neither an anchor, nor an alias, nor a tag."""
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
-            raise _refusal("an anchor or alias (& or *)", event.start_mark)
+            raise _yaml_error("an anchor or alias (& or *)", event.start_mark)
         if getattr(event, "tag", None) is not None:
-            raise _refusal("a tag (!)", event.start_mark)
+            raise _yaml_error("a tag (!)", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -43,7 +41,7 @@ class _PlainLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise _refusal(f"the key {key.value!r} twice", key.start_mark)
+                raise _yaml_error(f"the key {key.value!r} twice", key.start_mark)
             seen.add(str(key.value))
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
@@ -57,7 +55,7 @@ _PlainLoader.add_implicit_resolver(
 )
 
 
-def _refusal(what: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
+def _yaml_error(what: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=f"{what} is not allowed here", problem_mark=mark)
 
 
@@ -88,10 +86,10 @@ def parse_yaml(text: str | bytes, *, source: str = "the value") -> Any:
     try:
         return _PlainLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source} is not usable YAML: {_yaml_problem(error)}.") from error
+        raise ConfigError(f"{source} is not usable YAML: {_describe_yaml_error(error)}.") from error
 
 
-def _yaml_problem(error: Exception) -> str:
+def _describe_yaml_error(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
@@ -124,45 +122,10 @@ def parse_config(values: Mapping[str, Any], *, source: str) -> FineTuneConfig:
     try:
         return FineTuneConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(explain(error, FineTuneConfig, source)) from error
+        raise ConfigError(explain_validation_error(error, FineTuneConfig, source)) from error
 
 
 def render_config(config: FineTuneConfig) -> bytes:
     """The bytes of config.yaml: every key with the value that it came to."""
     values = config.model_dump(mode="json")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()
-
-
-def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """Turn a validation error into lines of "key: what is wrong", with suggestions."""
-    problems = error.errors(include_url=False)
-    lines = [line for problem in problems for line in _explain_one(dict(problem), model)]
-    shown = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
-    return f"The configuration in {source} cannot be used:\n" + "\n".join(shown)
-
-
-def _explain_one(problem: dict[str, Any], model: type[BaseModel]) -> list[str]:
-    location = problem["loc"]
-    key = ".".join(str(part) for part in location)
-    if problem["type"] == "extra_forbidden":
-        return [f"  {key}: unknown key{_suggestion(location, model)}"]
-    prefix = f"  {key}: " if key else "  "
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, SectionProblems):
-        return [f"{prefix}{message}" for message in cause.problems]
-    message = problem["msg"].removeprefix("Value error, ")
-    value = "" if problem["type"] == "value_error" else f"; found {problem['input']!r:.80}"
-    return [f"{prefix}{message}{value}"]
-
-
-def _suggestion(location: tuple[Any, ...], model: type[BaseModel]) -> str:
-    for part in location[:-1]:
-        if isinstance(part, str):
-            fields = {field.alias or name: field for name, field in model.model_fields.items()}
-            inner = section_in(fields[part].annotation) if part in fields else None
-            if inner is None:
-                return ""
-            model = inner
-    names = [field.alias or name for name, field in model.model_fields.items()]
-    close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""

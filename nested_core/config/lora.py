@@ -14,7 +14,7 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 Modules = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-def _add_alpha(schema: dict[str, Any]) -> None:
+def _add_alpha_to_schema(schema: dict[str, Any]) -> None:
     """Forms that are made from the schema (Prefect's) take alpha too."""
     described = "scale times rank, as PEFT has it; in place of scale"
     schema["properties"]["alpha"] = {"title": "Alpha", "type": "number", "description": described}
@@ -28,7 +28,7 @@ class LoraParameters(Section):
     section for a mapping.
     """
 
-    model_config = ConfigDict(json_schema_extra=_add_alpha)
+    model_config = ConfigDict(json_schema_extra=_add_alpha_to_schema)
 
     rank: PositiveInt = key(RANK, "inner dimension of the two factors")
     dropout: Dropout = key(0.0, "share of the inputs left out in training")
@@ -39,7 +39,7 @@ class LoraParameters(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _alpha_is_a_scale(cls, values: Any) -> Any:
+    def _convert_alpha(cls, values: Any) -> Any:
         if not isinstance(values, dict) or "alpha" not in values:
             return values
         others = {key: value for key, value in values.items() if key != "alpha"}

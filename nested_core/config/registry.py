@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat
 
-from nested_core.config.adapter_names import NAME_PATTERN, why_no_name
+from nested_core.config.adapter_names import NAME_PATTERN, why_invalid_adapter_name
 from nested_core.config.section import Section, key
 
 AdapterName = Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")]
@@ -34,7 +34,7 @@ class RegistrySection(Section):
             yield "registry needs both path and name, or neither"
         if self.promote != "never" and self.path is None:
             yield f"promote: {self.promote} needs a registry path and name"
-        if self.name is not None and (reason := why_no_name(self.name)):
+        if self.name is not None and (reason := why_invalid_adapter_name(self.name)):
             yield reason
 
 

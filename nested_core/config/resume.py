@@ -6,7 +6,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.keys import keys_of
+from nested_core.config.key_properties import Key, iterate_keys
 from nested_core.config.loading import parse_config, read_yaml
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
@@ -27,11 +27,13 @@ def refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) 
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     free = {
         key.name
-        for key in keys_of(FineTuneConfig)
-        if key.may_differ_on_resume and not key.is_section
+        for key in iterate_keys(FineTuneConfig)
+        if may_differ_on_resume(key) and not key.is_section
     }
     lines = [
-        line for key in before for line in _differences(key, before[key], after.get(key), free)
+        line
+        for key in before
+        for line in _forbidden_differences(key, before[key], after.get(key), free)
     ]
     if lines:
         more = [f"  and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
@@ -42,12 +44,19 @@ def refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) 
         )
 
 
-def _differences(name: str, before: Any, after: Any, free: Set[str]) -> Iterator[str]:
+def may_differ_on_resume(key: Key) -> bool:
+    """Whether a run may be resumed with another value of this key."""
+    return key.affects in ("length", "output")
+
+
+def _forbidden_differences(name: str, before: Any, after: Any, free: Set[str]) -> Iterator[str]:
     """A line for a key that differs and is not free to, or for each such key in a section."""
     if before == after or name in free:
         return
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before | after:
-            yield from _differences(f"{name}.{key}", before.get(key), after.get(key), free)
+            yield from _forbidden_differences(
+                f"{name}.{key}", before.get(key), after.get(key), free
+            )
     else:
         yield f"  {name}: {before} in the run, {after} now"

@@ -64,7 +64,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Without this `iters: true` would be 1."""
         values = value if isinstance(value, list | tuple) else (value,)
         if cls.model_fields[str(info.field_name)].annotation is not bool:

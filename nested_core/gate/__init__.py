@@ -6,14 +6,14 @@ model, losses on held-out examples, fusing, and the proof from a fresh process.
 """
 
 from nested_core.gate.judge import confirm_run, judge_run, verify_adapters
-from nested_core.gate.run_evidence import describe_evidence
+from nested_core.gate.run_evidence import digests_for_result
 from nested_core.gate.verdict import Reason, Verdict
 
 __all__ = [
     "Reason",
     "Verdict",
     "confirm_run",
-    "describe_evidence",
+    "digests_for_result",
     "judge_run",
     "verify_adapters",
 ]

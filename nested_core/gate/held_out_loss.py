@@ -33,8 +33,8 @@ from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.training.evaluation import Evaluator, fixed_batches
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.evaluation import Evaluator, load_evaluation_batches
+from nested_core.training.loss.supervised_loss import SUPERVISED
 
 LISTED_PROBLEMS = 3
 
@@ -73,12 +73,12 @@ class LoadedBase:
         ):
             for adapter in adapters:
                 load_adapter_tensors(self.model, load_arrays(adapter / WEIGHTS_NAME))
-                batches = fixed_batches(split, batch_size, max_batches, max_seq_length)
-                losses.append(evaluator.loss(read_parameters(refs), batches))
+                batches = load_evaluation_batches(split, batch_size, max_batches, max_seq_length)
+                losses.append(evaluator.mean_loss(read_parameters(refs), batches))
         return losses
 
 
-def measure_losses(base: LoadedBase, run: RunDirectory) -> Validation | None:
+def measure_validation_losses(base: LoadedBase, run: RunDirectory) -> Validation | None:
     """Mean loss with the initial and with the trained adapter; None without held-out data.
 
     The examples are those of test.jsonl, or without one the validation set, by which the best
@@ -119,7 +119,7 @@ def measure_general(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
     return GeneralLoss(before, after, str(path), regular_sha256(path, follow_links=True))
 
 
-def refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
+def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
     """Raise DatasetError if the data is not what dataset.json says was validated."""
     validated = read_dataset_record(run.dataset).digest
     if report.digest != validated:
@@ -132,7 +132,7 @@ def refuse_other_data(run: RunDirectory, report: DatasetReport) -> None:
 def _filled_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, TokenizedSplit]:
     """The splits that have examples, of the data that the run was validated with."""
     report, splits = load_run_data(config)
-    refuse_other_data(run, report)
+    require_validated_data(run, report)
     return {name: split for name, split in splits.items() if len(split)}
 
 

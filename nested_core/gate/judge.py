@@ -22,7 +22,7 @@ from nested_core.gate.run_evidence import (
     RunEvidence,
     changed_since_judged,
     collect_evidence,
-    describe_judged,
+    digests_for_verdict,
 )
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
@@ -62,7 +62,7 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     Raises DamagedError if the folder is not as training left it.
     """
     verdict, evidence = _judge_files(config, run)
-    verdict = replace(verdict, evidence=describe_judged(config, run))
+    verdict = replace(verdict, evidence=digests_for_verdict(config, run))
     if not _has_any(verdict.reasons, INCOMPARABLE | {"base_mismatch"}):
         verdict = _with_losses(verdict, config, run, evidence)
     if verdict.has_passed and config.gate.check_fused:
@@ -159,13 +159,17 @@ def _with_losses(
 ) -> Verdict:
     """Add whether the tensors fit the base, and the losses with either adapter."""
     # Here, because `promote` confirms a verdict without a model, and need not wait for mlx-lm.
-    from nested_core.gate.held_out_loss import LoadedBase, measure_general, measure_losses
+    from nested_core.gate.held_out_loss import (
+        LoadedBase,
+        measure_general,
+        measure_validation_losses,
+    )
 
     base = LoadedBase.load(config)
     misfits = base_reasons(evidence.after, base.parameters, base.folder)
     if misfits:
         return _add(verdict, misfits)
-    validation = measure_losses(base, run)
+    validation = measure_validation_losses(base, run)
     general = measure_general(base, run)
     reasons = _loss_reasons(validation, general, config.gate)
     return replace(_add(verdict, reasons), validation=validation, general=general)

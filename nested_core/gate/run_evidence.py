@@ -57,7 +57,7 @@ class RecordedLogits(BaseModel):
     values: list[list[float | None]]
 
 
-class CheckpointRecord(BaseModel):
+class CheckpointEvidence(BaseModel):
     """What the gate needs of a checkpoint's state.json."""
 
     model_config = ConfigDict(strict=True)
@@ -74,10 +74,10 @@ class RunEvidence:
     before: Adapter
     after: Adapter
     checkpoint: Checkpoint
-    record: CheckpointRecord
+    record: CheckpointEvidence
 
 
-def describe_evidence(run: RunDirectory, offered: Path) -> dict[str, str]:
+def digests_for_result(run: RunDirectory, offered: Path) -> dict[str, str]:
     """What result.json records of the run: digests of the offered checkpoint and the metrics."""
     return {
         "checkpoint": str(read_manifest(offered)["digest"]),
@@ -85,7 +85,7 @@ def describe_evidence(run: RunDirectory, offered: Path) -> dict[str, str]:
     }
 
 
-def describe_judged(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
+def digests_for_verdict(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
     """What gate.json records of the run: SHA-256 of files that the verdict rests on, by name.
 
     For config.yaml it is the digest of the configuration that the run is judged under, whatever
@@ -110,8 +110,8 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
     result = _parse(ResultRecord, read_json(run.result, MAX_RESULT_BYTES), run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(offered)
-    record = _parse(CheckpointRecord, checkpoint.state, offered / STATE_NAME)
-    if describe_evidence(run, offered) != result.evidence:
+    record = _parse(CheckpointEvidence, checkpoint.state, offered / STATE_NAME)
+    if digests_for_result(run, offered) != result.evidence:
         raise DamagedError(
             f"{offered} or {run.metrics} is not what training wrote: result.json holds other "
             f"digests. Bring back what was there, or train again."

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.keys import settings_of_the_adapter
+from nested_core.config.key_properties import adapter_settings
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, is_same_base, sampled_fingerprint
@@ -38,7 +38,7 @@ def starting_adapter(
     Raises ConfigError if its configuration is not `adapter_config` or its base is not the model in
     `base`, DamagedError if it is not what was registered.
     """
-    with _champion(config) as champion:
+    with _holding_configured_champion(config) as champion:
         if champion is None:
             return None
         registry, name = registry_location(config.registry)
@@ -62,13 +62,13 @@ def starting_adapter(
     return adapter
 
 
-def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
+def champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """The champion, if it was trained on this run's data with the same settings, else None.
 
     None as well if `continual.skip_unchanged` is off or the run has begun to train.
     Raises DamagedError if the champion's provenance cannot be read.
     """
-    with _champion(config) as champion:
+    with _holding_configured_champion(config) as champion:
         if champion is None or not config.continual.skip_unchanged or run.initial.exists():
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
@@ -83,11 +83,11 @@ def unchanged_since(config: FineTuneConfig, run: RunDirectory) -> str | None:
 
 def settings_digest(config: FineTuneConfig, base: str | None) -> str:
     """SHA-256 over the base model's fingerprint and every setting that can change the adapter."""
-    settings = settings_of_the_adapter(config)
+    settings = adapter_settings(config)
     return hashlib.sha256(canonical_json([base, settings])).hexdigest()
 
 
-def parent_of(config: FineTuneConfig, run: RunDirectory) -> str | None:
+def parent_version_of(config: FineTuneConfig, run: RunDirectory) -> str | None:
     """The registered version that a run was trained from; None if it started fresh.
 
     A version of an earlier release has the base's fingerprint by that release's rule in its digest.
@@ -108,7 +108,7 @@ def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str 
     """One line that says where a run with `continual.from` started; None for other runs."""
     if config.continual.start is None:
         return None
-    parent = parent_of(config, run)
+    parent = parent_version_of(config, run)
     name = config.registry.name
     if parent is None:
         return f"{name} has no champion yet: starting from a fresh adapter"
@@ -116,7 +116,7 @@ def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str 
 
 
 @contextmanager
-def _champion(config: FineTuneConfig) -> Iterator[str | None]:
+def _holding_configured_champion(config: FineTuneConfig) -> Iterator[str | None]:
     """The champion that the run starts from; no gc removes it while the block runs."""
     if config.continual.start is None or not name_exists(*registry_location(config.registry)):
         yield None

@@ -28,7 +28,7 @@ OnWait = Callable[[str], None]
 
 
 @contextmanager
-def exclusive_device(on_wait: OnWait | None = None, processes: int = 1) -> Iterator[None]:
+def locking_devices(on_wait: OnWait | None = None, processes: int = 1) -> Iterator[None]:
     """Hold this process's GPU, or one for each of several processes, while the block runs.
 
     Waits for another process that holds one; `on_wait` is then called, once a device, with a line
@@ -38,7 +38,7 @@ def exclusive_device(on_wait: OnWait | None = None, processes: int = 1) -> Itera
     devices = sorted(device_names(processes))
     with ExitStack() as stack:
         for device in devices:
-            stack.enter_context(_locked(device, on_wait))
+            stack.enter_context(_locking_device(device, on_wait))
         try:
             yield
         finally:
@@ -47,11 +47,11 @@ def exclusive_device(on_wait: OnWait | None = None, processes: int = 1) -> Itera
 
 
 @contextmanager
-def _locked(device: str, on_wait: OnWait | None) -> Iterator[None]:
+def _locking_device(device: str, on_wait: OnWait | None) -> Iterator[None]:
     path = lock_path(device)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        _acquire(descriptor, device, path, on_wait)
+        _acquire_lock(descriptor, device, path, on_wait)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         yield
@@ -84,7 +84,7 @@ def lock_path(device: str) -> Path:
     return folder / f"device-{hashlib.sha256(device.encode()).hexdigest()[:16]}.lock"
 
 
-def _acquire(descriptor: int, device: str, path: Path, on_wait: OnWait | None) -> None:
+def _acquire_lock(descriptor: int, device: str, path: Path, on_wait: OnWait | None) -> None:
     has_reported = False
     while True:
         try:

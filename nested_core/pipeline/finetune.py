@@ -14,8 +14,8 @@ from nested_core.gate.verdict import Verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import (
     champion_or_none,
+    champion_trained_alike,
     describe_starting_adapter,
-    unchanged_since,
 )
 from nested_core.pipeline.publishing import register_run
 from nested_core.pipeline.steps import TrainResult
@@ -37,7 +37,7 @@ class FinetuneResult:
     """
 
     run: RunDirectory
-    unchanged_since: str | None = None
+    champion_trained_alike: str | None = None
     verdict: Verdict | None = None
     training: TrainResult | None = None
     test_loss: float | None = None
@@ -115,7 +115,7 @@ def finetune(
     with run.locked():
         hooks.begin(config, run, resume=resume)
         hooks.validate(config, run)
-        unchanged = unchanged_since(config, run)
+        unchanged = champion_trained_alike(config, run)
         if unchanged is not None:
             return FinetuneResult(run, unchanged_since=unchanged)
         hooks.load(config, run)

@@ -9,7 +9,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import confirm_run
 from nested_core.gate.base_compatibility import require_same_base
 from nested_core.models.base_model import local_folder
-from nested_core.pipeline.continual import parent_of, settings_digest
+from nested_core.pipeline.continual import parent_version_of, settings_digest
 from nested_core.registry import register
 from nested_core.registry.gate_file import read_gate, require_passed
 from nested_core.registry.promotion_policy import registry_location
@@ -43,10 +43,12 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     say that the adapter passed.
     """
     path, name = registry_location(config.registry)
-    return register(run.path, path, name, provenance(config, run, champion))
+    return register(run.path, path, name, make_provenance(config, run, champion))
 
 
-def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) -> dict[str, Any]:
+def make_provenance(
+    config: FineTuneConfig, run: RunDirectory, champion: str | None
+) -> dict[str, Any]:
     """The content of provenance.json: configuration, data, base, gate, parent and tool versions.
 
     The parent is the version that it was trained from, otherwise the champion that it follows.
@@ -63,7 +65,7 @@ def provenance(config: FineTuneConfig, run: RunDirectory, champion: str | None) 
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": _validation_digest(dataset, gate["validation"]),
         "gate_sha256": regular_sha256(run.gate),
-        "parent": parent_of(config, run) or champion,
+        "parent": parent_version_of(config, run) or champion,
         "champion_at_gate": champion,
         "training_seconds": _training_seconds(read_metrics(run.metrics)),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},

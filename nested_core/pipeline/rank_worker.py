@@ -54,14 +54,14 @@ def _train(run_dir: Path, ranks: int) -> None:
     from nested_core.models.base_model import find_base_model
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory
-    from nested_core.training.distributed import join
+    from nested_core.training.rank_communication import join_ranks
 
     listener = StopListener()
     listener.start()
     run = RunDirectory(run_dir)
     config = read_run_config(run)
     find_base_model(config)  # before anything is computed
-    world = join(ranks)
+    world = join_ranks(ranks)
     steps.train_as_rank(config, run, world, ReportSender(), listener.watch)
 
 
@@ -74,11 +74,11 @@ def _silence_warnings() -> None:
 def _send_end(rank: int, error: BaseException | None, code: int) -> int:
     name = None if error is None else type(error).__name__
     number = error.errno if isinstance(error, OSError) else None
-    send("end", rank=rank, error=name, message=str(error), errno=number)
+    send_message("end", rank=rank, error=name, message=str(error), errno=number)
     return code
 
 
-def send(message_type: str, **values: Any) -> None:
+def send_message(message_type: str, **values: Any) -> None:
     """Send one message to the process that started the ranks, in one write."""
     os.write(1, f"{MESSAGE_PREFIX}{json.dumps({'type': message_type} | values)}\n".encode())
 
@@ -88,11 +88,11 @@ class ReportSender:
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Send a training report."""
-        send("train", info=train_info)
+        send_message("train", info=train_info)
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         """Send an evaluation."""
-        send("val", info=val_info)
+        send_message("val", info=val_info)
 
 
 class StopListener(threading.Thread):
@@ -110,7 +110,7 @@ class StopListener(threading.Thread):
             trainer.stop_training()
         if trainer.world.is_main:
             tiers = [asdict(stats) for stats in trainer.tier_stats()]
-            send(
+            send_message(
                 "begun",
                 step=trainer.current_step,
                 steps=trainer.steps,

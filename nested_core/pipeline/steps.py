@@ -22,9 +22,9 @@ from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.gate import Verdict, describe_evidence, judge_run
+from nested_core.gate import Verdict, digests_for_result, judge_run
 from nested_core.gate.held_out_loss import measure_test as test_loss
-from nested_core.gate.held_out_loss import refuse_other_data
+from nested_core.gate.held_out_loss import require_validated_data
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model, load_base_model
 from nested_core.models.lora_attachment import (
     attach_adapter,
@@ -35,7 +35,7 @@ from nested_core.models.lora_attachment import (
 from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.pipeline.continual import starting_adapter
-from nested_core.pipeline.device_lock import OnWait, exclusive_device
+from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
 from nested_core.storage.adapter import (
@@ -60,11 +60,11 @@ from nested_core.storage.checkpoint import (
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import read_json
-from nested_core.training.callbacks import TrainingCallback, with_reporting
-from nested_core.training.distributed import SINGLE_PROCESS, World
-from nested_core.training.parameter_importance import parameter_importance
-from nested_core.training.setup import build_optimizer, prepare_training
+from nested_core.training.parameter_importance import measure_parameter_importance
+from nested_core.training.rank_communication import SINGLE_PROCESS, World
+from nested_core.training.report_callbacks import TrainingCallback, add_reporting_services
 from nested_core.training.trainer import Trainer
+from nested_core.training.training_setup import build_optimizer, prepare_training
 
 MAX_RESULT_BYTES = 64 * 1024 * 1024
 
@@ -130,7 +130,7 @@ def load(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = Non
     """
     if run.initial.exists() and run.tiers.exists():
         return
-    with exclusive_device(on_wait):
+    with locking_devices(on_wait):
         _load(config, run)
 
 
@@ -146,16 +146,16 @@ def _load(config: FineTuneConfig, run: RunDirectory) -> None:
         load_adapter_tensors(model, {name: t.to_mlx() for name, t in champion.tensors.items()})
     with new_directory(run.initial, replace=True) as folder:
         write_adapter(folder, trainable_parameters(model), described)
-    tiers = _assign(config, model)
+    tiers = _assign_tiers(config, model)
     build_optimizer(config, tiers)  # refuses unusable arguments before training begins
     write_json(run.tiers, tiers.to_json())
 
 
-def _assign(config: FineTuneConfig, model: Any) -> TierMap:
+def _assign_tiers(config: FineTuneConfig, model: Any) -> TierMap:
     importance = None
     if config.nested.strategy == "parameter_importance":
         _, splits = load_run_data(config)
-        importance = parameter_importance(config, model, splits["train"])
+        importance = measure_parameter_importance(config, model, splits["train"])
     return assign_tiers(trainable_parameters(model), config.nested, importance)
 
 
@@ -179,7 +179,7 @@ def train(
         except DamagedError as error:  # the checkpoints are sound: it is written again from them
             warnings.warn(f"{error} It is made again from the checkpoints.", stacklevel=2)
     ranks = count_ranks(config)
-    with exclusive_device(on_wait, ranks):
+    with locking_devices(on_wait, ranks):
         if ranks == 1:
             trainer = _train(config, run, SINGLE_PROCESS, callback, on_start)
             return _publish_result(run, trainer)
@@ -209,10 +209,10 @@ def _train(
 ) -> Trainer:
     model, _ = load_base_model(config)
     report, splits = load_run_data(config)
-    refuse_other_data(run, report)
+    require_validated_data(run, report)
     attach_adapter(model, config)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
-    callbacks = with_reporting(config, run.path, callback) if world.is_main else None
+    callbacks = add_reporting_services(config, run.path, callback) if world.is_main else None
     setup = prepare_training(config, run, model, splits, callback=callbacks, world=world)
     trainer = Trainer(setup)
     trainer.resume()
@@ -244,7 +244,7 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
 def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
     """Publish the best adapter by validation loss, or the last one; write result.json."""
     state = trainer.state
-    best = state.best_step if trainer.batch_schedule.offers_best else None
+    best = state.best_step if trainer.step_schedule.offers_best else None
     step = state.step if best is None else best
     offered = checkpoint_path(run.checkpoints, step)
     publish_adapter(offered, run.adapter)
@@ -259,7 +259,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
         best_val_loss=state.best_val_loss,
         verified_steps=len(state.verified_steps),
         red_flags=tuple(state.red_flags),
-        evidence=describe_evidence(run, offered),
+        evidence=digests_for_result(run, offered),
     )
     write_json(run.result, finite_or_none(asdict(result)))
     return result
@@ -280,7 +280,7 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
 
     Holds the device meanwhile: the gate loads the base model, and so does the process of its proof.
     """
-    with exclusive_device(on_wait):
+    with locking_devices(on_wait):
         verdict = judge_run(config, run)
     write_json(run.gate, verdict.to_json())
     if not verdict.has_passed:
@@ -293,5 +293,5 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
 
 def measure_test(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> float:
     """Mean loss of the run's adapter on test.jsonl, in nats a supervised token, for `test`."""
-    with exclusive_device(on_wait):
+    with locking_devices(on_wait):
         return test_loss(config, run)

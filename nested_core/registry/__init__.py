@@ -7,7 +7,7 @@ what a crash left. Promotion by policy is in `promotion_policy`, the copy for ML
 """
 
 from nested_core.registry.audit_report import AuditReport, audit
-from nested_core.registry.garbage_collection import Collection, collect
+from nested_core.registry.garbage_collection import GarbageReport, collect_garbage
 from nested_core.registry.name_folders import list_names
 from nested_core.registry.promotion import UNSET, Promotion, Unset, promote, rollback
 from nested_core.registry.queries import (
@@ -24,12 +24,12 @@ from nested_core.registry.versions import AuditFinding
 __all__ = [
     "UNSET",
     "AuditReport",
-    "Collection",
+    "GarbageReport",
     "AuditFinding",
     "Promotion",
     "Unset",
     "audit",
-    "collect",
+    "collect_garbage",
     "history",
     "holding_champion",
     "list_names",

@@ -30,7 +30,7 @@ DEFAULT_KEEP = 10
 
 
 @dataclass(frozen=True)
-class Collection:
+class GarbageReport:
     """The versions that a gc removed, or would remove, and the leftovers of crashes."""
 
     name: str
@@ -42,9 +42,9 @@ class Collection:
     is_dry_run: bool
 
 
-def collect(
+def collect_garbage(
     registry: Path, name: str, *, by: str, keep: int = DEFAULT_KEEP, dry_run: bool = False
-) -> Collection:
+) -> GarbageReport:
     """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
 
     The newest are the `keep` versions that were registered, or were champion, last. A dry run only
@@ -66,7 +66,7 @@ def collect(
     return replace(plan, leftovers=leftovers)
 
 
-def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) -> Collection:
+def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) -> GarbageReport:
     ledger = state.ledger
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(folder, version, ledger), reverse=True)
@@ -75,7 +75,7 @@ def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) ->
     replaced = {change.previous for change in ledger.changes()[-1:]}
     kept = {*by_age[:keep], *needed, *replaced, ledger.rollback_target()}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
-    return Collection(
+    return GarbageReport(
         name=name,
         champion=state.champion,
         collected=collected,

@@ -106,7 +106,7 @@ class Ledger:
                 effective.pop()
         return effective
 
-    def barred(self) -> set[str]:
+    def barred_versions(self) -> set[str]:
         """Versions that a rollback left and that nobody has promoted by name since."""
         barred: set[str] = set()
         for change in self.changes():
@@ -118,14 +118,14 @@ class Ledger:
 
     def versions(self) -> set[str]:
         """Every version that was champion and was not collected since."""
-        standing = self._standing().keys()
+        standing = self._manifests_by_version().keys()
         return {v for change in self.changes() if (v := change.version) in standing}
 
     def manifests(self, version: str) -> set[str]:
         """The manifest hashes that were recorded for `version` as it is there now."""
-        return self._standing().get(version, set())
+        return self._manifests_by_version().get(version, set())
 
-    def _standing(self) -> dict[str, set[str]]:
+    def _manifests_by_version(self) -> dict[str, set[str]]:
         """Manifest hashes by version, since it was last collected: it may be registered anew."""
         manifests: dict[str, set[str]] = {}
         for entry in self.entries:

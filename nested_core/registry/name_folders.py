@@ -10,7 +10,7 @@ import errno
 import os
 from pathlib import Path
 
-from nested_core.config.adapter_names import why_no_name
+from nested_core.config.adapter_names import why_invalid_adapter_name
 from nested_core.errors import ConfigError, DamagedError, list_first, shorten
 from nested_core.registry.folder_lock import exclusive
 from nested_core.storage.atomic import sync_path
@@ -31,7 +31,7 @@ UNUSABLE_PATH = {
 
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` is 1 to 64 letters, digits, `.`, `_` or `-`, and portable."""
-    reason = why_no_name(name)
+    reason = why_invalid_adapter_name(name)
     if reason is not None:
         raise ConfigError(reason)
 

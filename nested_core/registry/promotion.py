@@ -110,7 +110,7 @@ def _refusal(
 ) -> Literal["already_champion", "superseded", "barred"] | None:
     if version == state.champion:
         return "already_champion"
-    if automatic and version in state.ledger.barred():
+    if automatic and version in state.ledger.barred_versions():
         return "barred"
     if not isinstance(expected, Unset) and not _is_expected(state.champion, expected):
         return "superseded"

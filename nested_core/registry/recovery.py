@@ -50,7 +50,7 @@ def recover(folder: Path) -> State:
             "from a backup, or remove the link and promote the version again."
         )
     if ledger.torn or ledger.champion != champion:
-        ledger = _amend(folder, ledger, champion)
+        ledger = _complete_history(folder, ledger, champion)
     record = champion_link.make_record(champion, ledger.changes())
     if champion_link.read_record(folder) != record:
         champion_link.write_record(folder, record)
@@ -60,7 +60,7 @@ def recover(folder: Path) -> State:
     return State(champion, ledger)
 
 
-def _amend(folder: Path, ledger: Ledger, champion: str | None) -> Ledger:
+def _complete_history(folder: Path, ledger: Ledger, champion: str | None) -> Ledger:
     if ledger.torn:
         cut_torn_line(folder, ledger)
     append(folder, _missing_entry(folder, ledger, champion))

@@ -45,17 +45,17 @@ class RunDirectory:
         self.stop_request = path / "stop.request"  # who makes this file asks training to stop
         self.lock = path / "run.lock"  # locked while a process works here; has its id
 
-    def is_begun(self) -> bool:
+    def is_nonempty(self) -> bool:
         """Whether anything is in the directory yet."""
         return self.path.is_dir() and any(self.path.iterdir())
 
-    def is_marked(self) -> bool:
+    def has_run_files(self) -> bool:
         """Whether a run has left a file of its own here; a config.yaml alone may be anybody's."""
         return any(path.is_file() for path in (self.lock, self.dataset, self.tiers))
 
     def require_begun(self) -> None:
         """Raise ConfigError if this is not a run directory."""
-        if not self.config.is_file() or not self.is_marked():
+        if not self.config.is_file() or not self.has_run_files():
             missing = "run.lock, dataset.json or tiers.json"
             if not self.config.is_file():
                 missing = "config.yaml"
@@ -121,14 +121,14 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     """
     path = Path(path)
     run = RunDirectory(path)
-    if run.is_begun() and not resume:
+    if run.is_nonempty() and not resume:
         raise ConfigError(
             f"{path} is not empty. A run is never written over: add --resume to go on with it, or "
             f"give a --run-dir that does not exist yet."
         )
-    if resume and not run.is_begun():
+    if resume and not run.is_nonempty():
         raise ConfigError(f"{path} holds nothing to resume. Leave --resume out to start it.")
-    if resume and path.is_dir() and not run.is_marked():
+    if resume and path.is_dir() and not run.has_run_files():
         raise ConfigError(
             f"{path} is not a run directory: it is not empty, and has no run.lock, dataset.json or "
             f"tiers.json as a run leaves them. Nothing there is touched; give the --run-dir of the "

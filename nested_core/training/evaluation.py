@@ -12,7 +12,8 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.backend import to_float
-from nested_core.data.batches import choose_evaluation_batches, make_batch_arrays
+from nested_core.data.batch_arrays import make_batch_arrays
+from nested_core.data.batch_order import choose_evaluation_batches
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.models.parameters import (
     ParameterRefs,
@@ -21,10 +22,10 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradient_checks import Flat
-from nested_core.training.distributed import SINGLE_PROCESS, World
-from nested_core.training.loss.interface import Loss, MicroBatch
-from nested_core.training.loss.output_head import logits_of
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.loss_interface import Loss, MicroBatch
+from nested_core.training.loss.output_head import extract_logits
+from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.rank_communication import SINGLE_PROCESS, World
 
 Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS = 4
@@ -61,7 +62,7 @@ class Evaluator:
     def _compiled_loss(self) -> Callable[..., Any]:
         return mx.compile(self._batch_loss)
 
-    def loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:
+    def mean_loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:
         """Mean loss a target token, for cross-entropy in nats, without dropout."""
         total = mx.array(0.0)
         count = mx.array(0)
@@ -73,7 +74,7 @@ class Evaluator:
                 total = total + self.loss_fn.summed(loss, tokens)
                 count = count + tokens
                 mx.eval(total, count)
-        sums = self.world.total({"loss": total, "count": count})
+        sums = self.world.sum_over_ranks({"loss": total, "count": count})
         return to_float(sums["loss"] / sums["count"])
 
     def fixed_logits(self, values: Flat) -> dict[str, Any]:
@@ -84,7 +85,9 @@ class Evaluator:
         """
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             assign_parameters(self.parameters, values)
-            rows = [_last_logits(self.model(mx.array([prompt]))) for prompt in self.prompts]
+            rows = [
+                _logits_of_last_token(self.model(mx.array([prompt]))) for prompt in self.prompts
+            ]
         vocabulary = len(rows[0]) if rows else 0
         count = min(vocabulary, MAX_COLUMNS)
         columns = np.linspace(0, vocabulary - 1, count).astype(int).tolist()
@@ -101,8 +104,8 @@ class Evaluator:
         return self.loss_fn.evaluate(self.model, tokens, target_mask)
 
 
-def _last_logits(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.array(logits_of(output)[0, -1].astype(mx.float32))
+def _logits_of_last_token(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.array(extract_logits(output)[0, -1].astype(mx.float32))
 
 
 def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
@@ -112,7 +115,7 @@ def choose_prompts(splits: Mapping[str, TokenizedSplit]) -> Prompts:
     return [example[:MAX_PROMPT_TOKENS].tolist() for example in examples if len(example)]
 
 
-def fixed_batches(
+def load_evaluation_batches(
     split: TokenizedSplit, batch_size: int, max_batches: int, max_seq_length: int
 ) -> Iterable[MicroBatch]:
     """The same batches in the same order every time; -1 is all, fewer are spread over lengths."""

@@ -14,7 +14,7 @@ from nested_core.backend import to_float, to_int
 from nested_core.optim.gradient_clipping import clip_factor
 from nested_core.optim.tier_clock import COUNTERS
 from nested_core.optim.tiered import Tiered
-from nested_core.training.distributed import Sums, World
+from nested_core.training.rank_communication import Sums, World
 
 
 class MetricsWindow:
@@ -47,7 +47,7 @@ class MetricsWindow:
         }
         self._earlier_tokens = int(sums["tokens"])  # of another process, whose time is not known
         self.is_open = self._earlier_tokens > 0
-        self._leave_to_main()
+        self._zero_sums_unless_main()
 
     def restart_clock(self) -> None:
         """Count time from now."""
@@ -55,7 +55,7 @@ class MetricsWindow:
         self._paused_seconds = 0.0
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def pausing_clock(self) -> Iterator[None]:
         """Leave the block's time out: evaluations and checkpoints are not training.
 
         If the clock restarts in the block, only the time since then counts as a pause.
@@ -64,7 +64,7 @@ class MetricsWindow:
         yield
         self._paused_seconds += time.perf_counter() - max(paused_at, self._started)
 
-    def add(self, micro_batch: Mapping[str, mx.array]) -> None:
+    def add_micro_batch(self, micro_batch: Mapping[str, mx.array]) -> None:
         """Add one micro-batch's loss, weight and tokens, not yet evaluated."""
         self.sums = {name: total + micro_batch[name] for name, total in self.sums.items()}
         self.is_open = True
@@ -74,14 +74,14 @@ class MetricsWindow:
         """Add the bytes of gradients that a step sent to the other ranks."""
         self._gradient_bytes += sent
 
-    def open_sums(self) -> dict[str, float]:
+    def sums_for_checkpoint(self) -> dict[str, float]:
         """The totals so far, exactly, as a checkpoint keeps them."""
         self._sum_ranks()
         sums = {name: to_float(total) for name, total in self.sums.items()}
-        self._leave_to_main()
+        self._zero_sums_unless_main()
         return sums
 
-    def close(self) -> dict[str, Any]:
+    def close_and_report(self) -> dict[str, Any]:
         """The report of this window; the next one begins."""
         self._sum_ranks()
         mx.eval(self.sums)
@@ -99,9 +99,9 @@ class MetricsWindow:
         return report
 
     def _sum_ranks(self) -> None:
-        self.sums = self._world.total(self.sums)
+        self.sums = self._world.sum_over_ranks(self.sums)
 
-    def _leave_to_main(self) -> None:
+    def _zero_sums_unless_main(self) -> None:
         """The sum over the ranks is the main rank's; the others begin again at zero."""
         if not self._world.is_main:
             self.sums = _zero_sums()
@@ -117,7 +117,7 @@ def _zero_sums() -> Sums:
     return {"loss": mx.array(0.0), "weight": mx.array(0), "tokens": mx.array(0)}
 
 
-def optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
+def read_optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
     """What the last step really used: learning rate, gradient norm before and after clipping."""
     counters = optimizer.state[COUNTERS]
     norm = counters["grad_norm"]
@@ -134,7 +134,7 @@ def optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
     }
 
 
-def train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
+def make_train_info(step: int, iteration: int, record: dict[str, Any]) -> dict[str, Any]:
     """A report as mlx-lm's on_train_loss_report receives it, with the optimizer step added."""
     info = {
         "iteration": iteration,

@@ -15,7 +15,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
-from nested_core.training.loss.interface import BatchShape, MicroBatch
+from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
 
 PAD_MULTIPLE = 32
 
@@ -54,20 +54,20 @@ class MlxLmSchedule:
 
     def micro_batch(self, index: int) -> MicroBatch:
         """A batch of this epoch's order."""
-        self._draw_until(index + 1)
+        self._draw_batch_order_until(index + 1)
         epoch, position = divmod(index, len(self._train_batches))
         rows = self._train_batches[self._train_orders[epoch][position]]
-        return self._arrays(self._train, rows)
+        return self._make_batch_arrays(self._train, rows)
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """`val_batches` batches, in an order that only this evaluation has."""
         valid = self._valid
         if valid is None or not self._valid_batches or self._config.val_batches == 0:
             return None
-        self._draw_until(iteration + 1)
+        self._draw_batch_order_until(iteration + 1)
         order = self._valid_orders[iteration + 1]
         count = len(order) if self._config.val_batches == -1 else self._config.val_batches
-        return (self._arrays(valid, self._valid_batches[i]) for i in order[:count])
+        return (self._make_batch_arrays(valid, self._valid_batches[i]) for i in order[:count])
 
     def seed_step(self, step: int) -> None:
         """Nothing: draws continue from step to step, and the checkpoint holds the random key."""
@@ -78,27 +78,27 @@ class MlxLmSchedule:
 
     def evaluations_before_step(self, first: int, last: int) -> list[int]:
         """Those before the iterations that are due, except the first, which begins the run."""
-        return [it - 1 for it in range(max(first + 1, 2), last + 1) if self._is_evaluated(it)]
+        return [it - 1 for it in range(max(first + 1, 2), last + 1) if self._is_evaluated_at(it)]
 
     def reports_within(self, first: int, last: int) -> list[int]:
         """At every multiple of `steps_per_report`, within an accumulation too."""
         every = self._config.steps_per_report
         return [it for it in range(first + 1, last + 1) if it % every == 0]
 
-    def _is_evaluated(self, it: int) -> bool:
+    def _is_evaluated_at(self, it: int) -> bool:
         return it == 1 or it % self._config.steps_per_eval == 0 or it == self.iterations
 
-    def _draw_until(self, it: int) -> None:
+    def _draw_batch_order_until(self, it: int) -> None:
         """Draw what np.random gives mlx_lm.lora up to iteration `it`, from 1, in its order."""
         while self._drawn < it:
             if self._drawn % len(self._train_batches) == 0:
                 self._train_orders.append(self._random.permutation(len(self._train_batches)))
             self._drawn += 1
-            if self._valid_batches and self._is_evaluated(self._drawn):
+            if self._valid_batches and self._is_evaluated_at(self._drawn):
                 order = self._random.permutation(len(self._valid_batches))
                 self._valid_orders[self._drawn] = order
 
-    def _arrays(self, split: TokenizedSplit, rows: list[int]) -> MicroBatch:
+    def _make_batch_arrays(self, split: TokenizedSplit, rows: list[int]) -> MicroBatch:
         """Tokens, one more than a multiple of 32 wide, and in place of a mask mlx-lm's bounds.
 
         The bounds of a row are the first target and the row's length: its targets are contiguous.

@@ -19,17 +19,17 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 from nested_core.optim.gradient_checks import Flat
-from nested_core.training.batch_schedule import plan_batches
-from nested_core.training.loss.supervised import supervised_loss
+from nested_core.training.loss.supervised_loss import supervised_loss
+from nested_core.training.step_schedule import make_batch_order
 
 
-def parameter_importance(
+def measure_parameter_importance(
     config: FineTuneConfig, model: nn.Module, split: TokenizedSplit
 ) -> dict[str, float]:
     """Each parameter's squared L2 gradient norm, averaged over `nested.probe_batches` batches."""
     parameters = reference_trainable_parameters(model)
     values = read_parameters(parameters)
-    plan = plan_batches(config, split)
+    plan = make_batch_order(config, split)
 
     def mean_loss(values: Flat, tokens: mx.array, target_mask: mx.array) -> mx.array:
         assign_parameters(parameters, values)

@@ -18,16 +18,17 @@ from nested_core.optim.gradient_checks import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
 from nested_core.optim.tier_clock import COUNTERS, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
-from nested_core.training.divergence import DivergenceWatch
+from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
-from nested_core.training.health import UpdateCheck, flag_updates
-from nested_core.training.memory.layers import read_footprint
-from nested_core.training.memory.plan import plan_memory
-from nested_core.training.packing import unflatten
-from nested_core.training.recorder import Recorder, restore_random_key
-from nested_core.training.setup import TrainingSetup
-from nested_core.training.state import TrainingState
-from nested_core.training.step import StepResult, TrainStep
+from nested_core.training.memory.memory_plan import plan_memory
+from nested_core.training.memory.model_footprint import read_footprint
+from nested_core.training.nonfinite_steps import NonfiniteStepWatch
+from nested_core.training.parameter_packing import unflatten_names
+from nested_core.training.run_recorder import RunRecorder, restore_random_key
+from nested_core.training.silent_failure_checks import UpdateCheck, warn_of_lost_updates
+from nested_core.training.train_step import StepResult, TrainStep
+from nested_core.training.training_setup import TrainingSetup
+from nested_core.training.training_state import TrainingState
 
 INPUT_NAMES = {
     "initial": "initial/",
@@ -53,12 +54,12 @@ class Trainer:
         self.config = setup.config
         self.model = setup.model
         self.optimizer = setup.optimizer
-        self.batch_schedule = setup.batch_schedule
+        self.step_schedule = setup.step_schedule
         self.world = setup.world
         footprint = read_footprint(
             setup.config, setup.model, setup.parameters, setup.optimizer, setup.loss_fn
         )
-        largest_batch = setup.batch_schedule.largest_batch()
+        largest_batch = setup.step_schedule.largest_batch()
         self.memory = plan_memory(setup.config, footprint, largest_batch, setup.world.size)
 
         # Progress, which checkpoints keep
@@ -77,9 +78,9 @@ class Trainer:
             is_stop_requested=self._any_rank_requests_stop,
             world=setup.world,
         )
-        self._recorder = Recorder(setup, evaluator)
+        self._recorder = RunRecorder(setup, evaluator)
         self._update_check = UpdateCheck(setup)
-        self._divergence_watch = DivergenceWatch(setup.config.training.max_nonfinite_steps)
+        self._divergence_watch = NonfiniteStepWatch(setup.config.training.max_nonfinite_steps)
 
     @property
     def current_step(self) -> int:
@@ -99,7 +100,7 @@ class Trainer:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.batch_schedule.steps
+        return self.step_schedule.steps
 
     def tier_stats(self) -> list[TierStats]:
         """What each tier holds, and its updates so far."""
@@ -154,18 +155,20 @@ class Trainer:
         `max_nonfinite_steps` steps in a row whose gradients are not finite.
         """
         self.model.train()
-        recomputed = self.memory.recomputed_layers(self.model)
+        recomputed = self.memory.layers_to_recompute(self.model)
         is_reference = self.config.training.reference is not None
         try:
             with using_optimized_layers(self.model, recomputed, as_mlx_lm=is_reference):
-                self.world.require_equal(read_parameters(self.setup.parameters), self.state.step)
+                self.world.require_equal_on_ranks(
+                    read_parameters(self.setup.parameters), self.state.step
+                )
                 self._recorder.begin(self.state)
                 self._train_steps()
                 if not self.state.ended:
                     self._finish()
         except EvaluationInterrupted:
             self.state.ended = False
-            self._stop()
+            self._save_and_raise_stopped()
         return self.state
 
     def _train_steps(self) -> None:
@@ -174,19 +177,21 @@ class Trainer:
         train_step = self._compile_step()
         must_stop = self._any_rank_requests_stop()
         if not self.state.observed and not self._is_over():  # the last evaluation was interrupted
-            self._observe((self.state.iteration - 1) // every * every, self.state.iteration)
+            self._record_what_is_due(
+                (self.state.iteration - 1) // every * every, self.state.iteration
+            )
         while not self._is_over():
             if must_stop:
-                self._stop()
+                self._save_and_raise_stopped()
             first = self.state.iteration
-            last = min(first + every, self.batch_schedule.iterations)
+            last = min(first + every, self.step_schedule.iterations)
             self._evaluate_before(train_step, first, last)
             result = self._take_step(train_step, first, last)
             must_stop = self._must_stop_after(result)
-            self._divergence_watch.add(self.state.step, self.optimizer.state[COUNTERS])
+            self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS])
             self._check_updates(train_step, result, first, is_last=must_stop or self._is_over())
             if not self._is_over():
-                self._observe(first, last)
+                self._record_what_is_due(first, last)
         self._divergence_watch.finish()
 
     def _compile_step(self) -> TrainStep:
@@ -204,9 +209,9 @@ class Trainer:
     def _take_step(self, train_step: TrainStep, first: int, last: int) -> StepResult:
         """Take one optimizer step over the micro-batches [first, last)."""
         step = self.state.step + 1
-        batches = [self.batch_schedule.micro_batch(index) for index in range(first, last)]
-        is_complete = self.batch_schedule.is_complete_step(first, last)
-        self.batch_schedule.seed_step(step)
+        batches = [self.step_schedule.micro_batch(index) for index in range(first, last)]
+        is_complete = self.step_schedule.is_complete_step(first, last)
+        self.step_schedule.seed_step(step)
         result = train_step.run(
             batches,
             train_step.needed_tiers(step),
@@ -244,11 +249,11 @@ class Trainer:
         """
         config = self.config
         events = (config.steps_per_report, config.steps_per_eval, config.save_every)
-        is_read = is_last or any(self._has_crossed(first, every) for every in events)
+        is_read = is_last or any(self._has_completed_multiple(first, every) for every in events)
         if not is_read and self._update_check.has_checked(result.due):
             return
         written = self._write_model(train_step)
-        self.world.require_equal(train_step.packed.arrays(), self.state.step)
+        self.world.require_equal_on_ranks(train_step.packed.arrays(), self.state.step)
         if result.updates:
             before = train_step.packed.packing.unpack(result.before)
             expected = {name: written[name] for name in before}
@@ -258,56 +263,56 @@ class Trainer:
         """Make the evaluations before a step; if one is interrupted, resume repeats them all."""
         reported = self.state.reported
         try:
-            for done in self.batch_schedule.evaluations_before_step(first, last):
+            for done in self.step_schedule.evaluations_before_step(first, last):
                 self._write_model(train_step)
-                self._recorder.observe(self.state, iteration=done, evaluate=True)
+                self._recorder.record_what_is_due(self.state, iteration=done, evaluate=True)
         except EvaluationInterrupted:
             self.state.reported = reported
             raise
 
-    def _observe(self, first: int, last: int) -> None:
+    def _record_what_is_due(self, first: int, last: int) -> None:
         """Report, evaluate and save what is due after the step [first, last)."""
-        is_evaluation = self._has_crossed(first, self.config.steps_per_eval)
-        self._recorder.observe(
+        is_evaluation = self._has_completed_multiple(first, self.config.steps_per_eval)
+        self._recorder.record_what_is_due(
             self.state,
-            report=last in self.batch_schedule.reports_within(first, last),
-            evaluate=self.batch_schedule.evaluates_after_step and is_evaluation,
-            save=self._has_crossed(first, self.config.save_every),
+            report=last in self.step_schedule.reports_within(first, last),
+            evaluate=self.step_schedule.evaluates_after_step and is_evaluation,
+            save=self._has_completed_multiple(first, self.config.save_every),
         )
 
-    def _has_crossed(self, first: int, every: int) -> bool:
+    def _has_completed_multiple(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
         return self.state.iteration // every > first // every
 
     def _is_over(self) -> bool:
         """Whether all iterations are done, or early stopping has run out of patience."""
+        has_all_iterations = self.state.iteration >= self.step_schedule.iterations
         patience = self.config.training.early_stop_patience
-        is_stale = patience and self.state.evaluations_without_improvement >= patience
-        return self.state.iteration >= self.batch_schedule.iterations or bool(is_stale)
+        return has_all_iterations or is_out_of_patience(self.state, patience)
 
     def _finish(self) -> None:
         """Apply gradients that are still gathered, evaluate the result, and save it."""
-        self._flush()
+        self._apply_open_gradients()
         is_evaluated = self.state.evaluated_step == self.state.step and not self.state.flushed
         self.state.ended = True
-        self._recorder.observe(
+        self._recorder.record_what_is_due(
             self.state,
             report=self._recorder.window.is_open,
-            evaluate=self.batch_schedule.evaluates_after_step and not is_evaluated,
+            evaluate=self.step_schedule.evaluates_after_step and not is_evaluated,
             save=True,
         )
 
-    def _flush(self) -> None:
+    def _apply_open_gradients(self) -> None:
         """Apply the gradients that slow tiers have gathered since they were last due."""
         has_open_chunk = any(self.state.step % f for f in self.setup.tiers.frequencies)
         if not has_open_chunk or self.state.flushed:  # flushed before an interrupted evaluation
             return
         if self.optimizer.accumulates:
             before = read_parameters(self.setup.parameters)
-            updates = flatten(self.optimizer.flush(unflatten(before)))
+            updates = flatten(self.optimizer.flush(unflatten_names(before)))
             self.write_back(updates)
             report = verify_updates(before, updates, self.model)
-            flag_updates(self.state, report, idle=list(updates))
+            warn_of_lost_updates(self.state, report, idle=list(updates))
             self.state.record_flush()
 
     def _is_stop_requested(self) -> bool:
@@ -316,7 +321,7 @@ class Trainer:
 
     def _any_rank_requests_stop(self) -> bool:
         """Whether any rank is to stop; this waits for all of them."""
-        return self.world.any(self._is_stop_requested())
+        return self.world.any_rank(self._is_stop_requested())
 
     def _must_stop_after(self, result: StepResult) -> bool:
         """Whether to stop after a step, which all ranks decide alike.
@@ -330,10 +335,10 @@ class Trainer:
         self._stop_count = result.stop_count
         return count is not None and bool(count.item())
 
-    def _stop(self) -> None:
+    def _save_and_raise_stopped(self) -> None:
         """Save, and raise TrainingStopped."""
         if self.state.step > 0:
-            self._recorder.save(self.state)
+            self._recorder.save_checkpoint(self.state)
         self.setup.run.stop_request.unlink(missing_ok=True)
         raise TrainingStopped(
             f"Training was stopped at step {self.state.step} of {self.steps}. Go on with "

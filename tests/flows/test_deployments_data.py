@@ -16,12 +16,12 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import Flow
 
 from flows.finetune import FinetuneParameters
-from flows.packaged_files import shipped
+from flows.packaged_files import packaged_folder
 from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = shipped("deployments")
+FOLDER = packaged_folder("deployments")
 PROJECT = yaml.safe_load((FOLDER / "prefect.yaml").read_text())
 DEPLOYMENTS: dict[str, dict[str, Any]] = {each["name"]: each for each in PROJECT["deployments"]}
 POOLS = yaml.safe_load((FOLDER / "work-pools.yaml").read_text())["work_pools"]

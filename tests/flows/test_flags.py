@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from mlx_lm import lora
 
-from flows.commands.flags import add_config_flags, config_from
+from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from nested_core import ConfigError, FineTuneConfig
 
 
 def configured(*words: str) -> FineTuneConfig:
     parser = argparse.ArgumentParser()
     add_config_flags(parser)
-    return config_from(parser.parse_args(words))
+    return load_config_from_flags(parser.parse_args(words))
 
 
 def test_every_flag_of_mlx_lm_is_there_with_the_same_kind_of_value() -> None:

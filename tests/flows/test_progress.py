@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.terminal import ProgressLine, _Watcher, print_table, watching
+from flows.terminal import ProgressLine, _MetricsFollower, print_table, showing_metrics
 from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 
 
@@ -52,7 +52,7 @@ def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_sta
     path = tmp_path / "metrics.jsonl"
     for step in range(5):
         append_metrics(path, {"step": step, "loss": 1.0})
-    watcher = _Watcher(path)
+    watcher = _MetricsFollower(path)
     watcher._read()
     truncate_metrics(path, 1, 9)
     for step in range(2, 20):
@@ -65,7 +65,7 @@ def test_a_loss_that_is_not_finite_is_said_to_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     append_metrics(tmp_path / "metrics.jsonl", {"step": 0, "val_loss": math.nan})
-    with watching(tmp_path / "metrics.jsonl"):
+    with showing_metrics(tmp_path / "metrics.jsonl"):
         pass
     assert capsys.readouterr().err == "step 0: validation loss not finite\n"
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 
-from flows.allowed_folders import confine_configuration, confined
+from flows.allowed_folders import require_allowed, require_allowed_paths
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 
@@ -51,20 +51,20 @@ def hub(path: str, **arguments: Any) -> FineTuneConfig:
 def test_names_of_the_hub_addresses_and_paths_inside_are_allowed(
     home: Path, allowed: FineTuneConfig
 ) -> None:
-    confine_configuration(allowed)
+    require_allowed_paths(allowed)
 
 
 @pytest.mark.parametrize("key", ["model", "data", "resume_adapter_file", "adapter_path"])
 @pytest.mark.parametrize("path", ["/etc", "../secret.jsonl", "link.jsonl", "linked/secret.jsonl"])
 def test_a_path_that_leads_outside_is_refused_in_every_key(home: Path, key: str, path: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}: {path} is outside of the folders"):
-        confine_configuration(config(**{key: path}))
+        require_allowed_paths(config(**{key: path}))
 
 
 @pytest.mark.parametrize("path", ["/etc", "..", "../../etc", "linked", "./linked/home/../.."])
 def test_a_data_set_outside_is_refused_by_its_path(home: Path, path: str) -> None:
     with pytest.raises(ConfigError, match=r"^hf_dataset\[0\]\.path: .* is outside of the folders"):
-        confine_configuration(hub(path))
+        require_allowed_paths(hub(path))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_data_files_outside_are_refused_however_they_are_written(
     home: Path, loader: str, files: Any
 ) -> None:
     with pytest.raises(ConfigError, match=r"^hf_dataset\[0\]\.config\.data_files: .* is outside"):
-        confine_configuration(hub(loader, data_files=files))
+        require_allowed_paths(hub(loader, data_files=files))
 
 
 @pytest.mark.parametrize(
@@ -101,35 +101,35 @@ def test_data_files_outside_are_refused_however_they_are_written(
 )
 def test_an_address_that_can_name_a_local_file_is_refused(home: Path, address: str) -> None:
     with pytest.raises(ConfigError, match="is neither a path nor an https:// or hf:// address"):
-        confine_configuration(hub("json", data_files=address))
+        require_allowed_paths(hub("json", data_files=address))
 
 
 @pytest.mark.parametrize("key", ["data_dir", "cache_dir"])
 @pytest.mark.parametrize("path", ["/etc", "..", "linked"])
 def test_a_folder_of_the_loader_outside_is_refused(home: Path, key: str, path: str) -> None:
     with pytest.raises(ConfigError, match=rf"^hf_dataset\[0\]\.config\.{key}: .* is outside"):
-        confine_configuration(hub("json", **{key: path}))
+        require_allowed_paths(hub("json", **{key: path}))
 
 
 def test_files_that_start_at_a_folder_given_beside_them_are_followed(home: Path) -> None:
     with pytest.raises(ConfigError, match="is outside of the folders"):
-        confine_configuration(hub("json", data_dir="data", data_files="../../secret.jsonl"))
+        require_allowed_paths(hub("json", data_dir="data", data_files="../../secret.jsonl"))
 
 
 def test_a_run_at_a_command_line_goes_where_its_person_may(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PREFECT__RUNTIME__DEPLOYMENT__ID")
-    confine_configuration(hub("json", data_files="/etc/passwd"))
-    assert confined("/etc", "data") == Path("/etc")
+    require_allowed_paths(hub("json", data_files="/etc/passwd"))
+    assert require_allowed("/etc", "data") == Path("/etc")
 
 
 def test_roots_of_the_environment_replace_the_folder_of_the_run(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(home.parent))
-    confine_configuration(hub("json", data_files="/".join([str(home.parent), "secret.jsonl"])))
+    require_allowed_paths(hub("json", data_files="/".join([str(home.parent), "secret.jsonl"])))
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(home / "data"))
-    confine_configuration(config(model="owner/model", data="owner/data-set"))
+    require_allowed_paths(config(model="owner/model", data="owner/data-set"))
     with pytest.raises(ConfigError, match="^data: "):
-        confine_configuration(config(data="other/../../x"))
+        require_allowed_paths(config(data="other/../../x"))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.packaged_files import shipped
+from flows.packaged_files import packaged_folder
 
-FOLDER = shipped("deployments")
+FOLDER = packaged_folder("deployments")
 UNITS = ("nested-tune-server.service", "nested-tune-worker@.service")
 AGENTS = sorted((FOLDER / "launchd").glob("*.plist"))
 # launchd.plist(5): the keys that ours use, and what each of them takes.

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flows.sweep import grid_points, with_values
+from flows.sweep import apply_grid_point, grid_points
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
-from tasks.sweep import Outcome
+from tasks.sweep_results import SweepRunResult
 from tests.example import example_config
 
 
@@ -23,7 +23,7 @@ def test_the_grid_has_every_combination_in_the_order_of_the_keys_names() -> None
 
 def test_a_point_changes_its_keys_and_leaves_the_rest_of_a_section() -> None:
     base = example_config().model_dump(mode="json")
-    values = with_values(base, {"seed": 7, "nested.fast": "deep"})
+    values = apply_grid_point(base, {"seed": 7, "nested.fast": "deep"})
     assert values["seed"] == 7
     assert values["nested"] == base["nested"] | {"fast": "deep"}
     assert base["nested"]["fast"] == "shallow"
@@ -31,10 +31,10 @@ def test_a_point_changes_its_keys_and_leaves_the_rest_of_a_section() -> None:
 
 def test_a_key_in_a_section_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="no section 'nseted'"):
-        with_values(example_config().model_dump(mode="json"), {"nseted.fast": "deep"})
+        apply_grid_point(example_config().model_dump(mode="json"), {"nseted.fast": "deep"})
 
 
 def test_a_run_without_a_verdict_has_not_passed(tmp_path: Path) -> None:
-    outcome = Outcome.of(RunDirectory(tmp_path), {"seed": 1}, "Crashed", "killed")
+    outcome = SweepRunResult.read_from_run(RunDirectory(tmp_path), {"seed": 1}, "Crashed", "killed")
     assert not outcome.has_passed
     assert outcome.loss is None

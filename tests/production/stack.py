@@ -27,7 +27,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from flows.packaged_files import shipped
+from flows.packaged_files import packaged_folder
 from tests.example import DATA, MODEL, example_settings
 from tests.production.postgresql import Cluster
 from tests.production.processes import command_of, end, free_port, processes_with, start_logged
@@ -69,7 +69,7 @@ class Stack:
     @property
     def environment(self) -> dict[str, str]:
         """The shipped settings, with this test's port, secrets and folders."""
-        lines = (shipped("deployments") / "settings.env").read_text().splitlines()
+        lines = (packaged_folder("deployments") / "settings.env").read_text().splitlines()
         values = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
         return values | {
             "PREFECT_API_URL": self.url,

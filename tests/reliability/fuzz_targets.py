@@ -117,7 +117,7 @@ def _parse_ledger(content: bytes) -> None:
     ledger = read_ledger(_file(LEDGER_NAME, content).parent)
     ledger.changes()
     ledger.rollback_target()
-    ledger.barred()
+    ledger.barred_versions()
     ledger.versions()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from nested_core.registry import (
     audit,
-    collect,
+    collect_garbage,
     history,
     list_versions,
     promote,
@@ -146,7 +146,7 @@ def test_failure_at_a_call_of_gc_leaves_a_version_whole_or_collects_it(
 ) -> None:
     first, second, third = versions
     for copy, has_returned in each_call(
-        memory, failure, stride, lambda place: collect(place, NAME, by="ann", keep=0)
+        memory, failure, stride, lambda place: collect_garbage(place, NAME, by="ann", keep=0)
     ):
         assert read_champion(copy, NAME) == second
         assert audit(copy, NAME).findings == ()
@@ -154,7 +154,7 @@ def test_failure_at_a_call_of_gc_leaves_a_version_whole_or_collects_it(
         assert not (is_there and has_returned)
         was_said = history(copy, NAME)[-1]["action"] == "collected"
         assert is_there or was_said
-        assert collect(copy, NAME, by="bob", keep=0).collected == (third,) * is_there
+        assert collect_garbage(copy, NAME, by="bob", keep=0).collected == (third,) * is_there
         assert list_versions(copy, NAME) == sorted((first, second))
         assert_settled(copy)
 

@@ -26,18 +26,22 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
 from nested_core.foreign_text import escape
 from nested_core.optim.tier_clock import TierStats
-from nested_core.pipeline.launch import watchdog
+from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import (
     MESSAGE_PREFIX,
     launch_command,
     rank_environment,
 )
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.memory.plan import MemoryPlan
+from nested_core.training.memory.memory_plan import MemoryPlan
+from nested_core.training.report_callbacks import TrainingCallback
 
-WATCHDOG = (sys.executable, "-P", watchdog.__file__)
-LAUNCHER = (sys.executable, "-P", str(Path(watchdog.__file__).with_name("launcher_program.py")))
+WATCHDOG = (sys.executable, "-P", end_with_parent.__file__)
+LAUNCHER = (
+    sys.executable,
+    "-P",
+    str(Path(end_with_parent.__file__).with_name("launcher_program.py")),
+)
 LOST_RANK = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 SECONDS_TO_END = 8.0  # after the first rank ends; then what is left is killed
@@ -136,7 +140,7 @@ class RankGroup:
             self._end_messages[message["rank"]] = message
             ended_well = message["error"] in (None, TrainingStopped.__name__)
             if not ended_well or len(self._end_messages) == self.ranks:
-                self._kill_soon()  # else the others may still be writing
+                self._kill_after_grace_period()  # else the others may still be writing
         else:
             self._report(message_type, message["info"])
 
@@ -159,10 +163,10 @@ class RankGroup:
             lost = LOST_RANK.search(plain)
             if lost and self._lost_rank is None:
                 self._lost_rank = f"Rank {lost[1]} of {self.ranks} {lost[2]}"
-                self._kill_soon()
+                self._kill_after_grace_period()
             _show_line(plain)
 
-    def _kill_soon(self) -> None:
+    def _kill_after_grace_period(self) -> None:
         with contextlib.suppress(RuntimeError):  # the timer has been started already
             if self._killer is not None:
                 self._killer.start()
@@ -175,7 +179,9 @@ class RankGroup:
         failures = [
             message for _, message in sorted(self._end_messages.items()) if message["error"]
         ]
-        causes = sorted(map(_as_error, failures), key=lambda error: isinstance(error, RankLost))
+        causes = sorted(
+            map(_message_to_error, failures), key=lambda error: isinstance(error, RankLost)
+        )
         if causes and not isinstance(causes[0], RankLost):
             raise causes[0]
         have_all_ended = len(self._end_messages) == self.ranks
@@ -208,7 +214,7 @@ def _kill_group(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _as_error(message: dict[str, Any]) -> Exception:
+def _message_to_error(message: dict[str, Any]) -> Exception:
     """The error that a rank ended with, of the class that it had there."""
     error_class = getattr(errors, message["error"], None)
     if isinstance(error_class, type) and issubclass(error_class, NestedTuneError):

@@ -5,9 +5,9 @@ form that computes few logits at a time, through the output head that output_hea
 model; mlx_lm_loss.py is the loss of mlx_lm.lora. A batch schedule names its loss.
 """
 
-from nested_core.training.loss.interface import Loss
+from nested_core.training.loss.loss_interface import Loss
 from nested_core.training.loss.mlx_lm_loss import MLX_LM
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED
 
 LOSSES: dict[str, Loss] = {
     "supervised": SUPERVISED,

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.kernels.exponential import exponential
-from nested_core.training.loss.interface import Arrays, Loss, MicroBatch
+from nested_core.training.loss.loss_interface import Arrays, Loss, MicroBatch
 from nested_core.training.loss.output_head import OutputHead
 
 LEAST_POSITIONS = 64
@@ -22,7 +22,7 @@ CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MiB in float32
 LEAST_CHUNK = 128
 
 
-def chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Loss:
+def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Loss:
     """The form of `supervised_loss` for a model with this output head.
 
     `chunk_rows` is the number of positions in one chunk; None is as many as CHUNK_LOGITS allows.
@@ -30,21 +30,21 @@ def chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Lo
     loss = ChunkedCrossEntropy(head, chunk_rows)
     return Loss(
         loss.with_gradient,
-        prepare_batch=supervised_positions,
+        prepare_batch=find_supervised_positions,
         evaluation_function=loss.forward,
         is_chunked=True,
     )
 
 
-def supervised_positions(batch: MicroBatch) -> Arrays:
+def find_supervised_positions(batch: MicroBatch) -> Arrays:
     """Tokens, and the supervised positions of the flattened batch as int32, padded with -1.
 
-    Their number is `padded_count`, so that there are few shapes, and with them few traces.
+    Their number is `round_up_position_count`, so that there are few shapes, and with them few traces.
     """
     tokens, target_mask = batch
     flat_mask = target_mask.reshape(-1)
     positions = np.flatnonzero(flat_mask)
-    count = padded_count(len(positions), flat_mask.size)
+    count = round_up_position_count(len(positions), flat_mask.size)
     if count == flat_mask.size:
         rows = np.where(flat_mask, np.arange(flat_mask.size), -1)
     else:
@@ -53,7 +53,7 @@ def supervised_positions(batch: MicroBatch) -> Arrays:
     return mx.array(tokens), mx.array(rows.astype(np.int32))
 
 
-def padded_count(supervised: int, size: int) -> int:
+def round_up_position_count(supervised: int, size: int) -> int:
     """How many of `size` positions are computed for so many supervised: a power of two, or all."""
     return min(size, max(LEAST_POSITIONS, 1 << max(supervised - 1, 0).bit_length()))
 
@@ -75,28 +75,30 @@ class ChunkedCrossEntropy:
 
     def forward(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """The loss alone, the same to the bit as `with_gradient`."""
-        hidden, targets = self._flattened(tokens)
-        total, _ = self._sum_chunks(_gather(hidden, rows), _gather(targets, rows), rows >= 0)
+        hidden, targets = self._flatten_batch(tokens)
+        total, _ = self._sum_chunks(
+            _gather_rows(hidden, rows), _gather_rows(targets, rows), rows >= 0
+        )
         return total, (rows >= 0).sum()
 
     def with_gradient(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """The loss, differentiable with respect to whatever the body's output depends on."""
-        hidden, targets = self._flattened(tokens)
+        hidden, targets = self._flatten_batch(tokens)
 
         @mx.custom_function
         def loss(hidden: mx.array) -> Arrays:
-            chosen, mask = _gather(hidden, rows), rows >= 0
-            return self._sum_chunks(chosen, _gather(targets, rows), mask, wants_gradient=True)
+            chosen, mask = _gather_rows(hidden, rows), rows >= 0
+            return self._sum_chunks(chosen, _gather_rows(targets, rows), mask, wants_gradient=True)
 
         @loss.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
             gradient = outputs[1] * cotangents[0].astype(outputs[1].dtype)
-            return _scatter(gradient, rows, hidden.shape[0])
+            return _scatter_rows(gradient, rows, hidden.shape[0])
 
         summed: Any = loss(hidden)
         return summed[0], (rows >= 0).sum()
 
-    def _flattened(self, tokens: mx.array) -> Arrays:
+    def _flatten_batch(self, tokens: mx.array) -> Arrays:
         """The body's output (positions, width), and the target token of each position."""
         hidden = self.head.hidden(tokens[:, :-1])
         return hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
@@ -114,13 +116,13 @@ class ChunkedCrossEntropy:
             if previous is not None:
                 part = mx.depends(part, previous)  # one chunk's logits at a time
             chunk = slice(start, start + rows)
-            loss, gradient = self._chunk(part, targets[chunk], mask[chunk])
+            loss, gradient = self._compute_chunk(part, targets[chunk], mask[chunk])
             total = total + loss
             previous = gradient if wants_gradient else loss
             gradients.append(gradient)
         return total, mx.concatenate(gradients) if wants_gradient else total
 
-    def _chunk(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
+    def _compute_chunk(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
         """Loss and gradient of one chunk; MLX computes only what is used of them."""
         given = self.head.logits(hidden)
         logits = given.astype(mx.float32)
@@ -135,7 +137,7 @@ class ChunkedCrossEntropy:
         return loss, gradient
 
 
-def _gather(values: mx.array, rows: mx.array) -> mx.array:
+def _gather_rows(values: mx.array, rows: mx.array) -> mx.array:
     """values[rows]; padding (-1) gathers row 0 and is masked later.
 
     If every row is selected the values are returned as they are.
@@ -143,8 +145,8 @@ def _gather(values: mx.array, rows: mx.array) -> mx.array:
     return values if rows.size == values.shape[0] else values[mx.maximum(rows, 0)]
 
 
-def _scatter(gradient: mx.array, rows: mx.array, count: int) -> mx.array:
-    """The gradient of `_gather` with respect to its `count` values.
+def _scatter_rows(gradient: mx.array, rows: mx.array, count: int) -> mx.array:
+    """The gradient of `_gather_rows` with respect to its `count` values.
 
     It is a lookup for each value, not a sum: no row is selected twice.
     """

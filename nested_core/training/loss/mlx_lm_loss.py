@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from mlx_lm.tuner.trainer import default_loss
 
-from nested_core.training.loss.interface import Loss
+from nested_core.training.loss.loss_interface import Loss
 
 MLX_LM = Loss(default_loss, is_mean=True)

@@ -33,7 +33,7 @@ ROUNDING = 16  # in units of the dtype's epsilon, relative to the largest logit
 logger = logging.getLogger(__name__)
 
 
-def logits_of(outputs: Any) -> mx.array:
+def extract_logits(outputs: Any) -> mx.array:
     """The logits in a model's output, which may be a tuple that starts with them."""
     logits: mx.array = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits
@@ -62,23 +62,23 @@ class OutputHead:
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits (rows, vocabulary) of any rows (rows, width) of the body's output."""
         with replacing_call(self.body, lambda *args, **kwargs: hidden[None]):
-            logits = logits_of(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
+            logits = extract_logits(self.model(mx.zeros((1, hidden.shape[0]), mx.int32)))
             return logits.squeeze(0)  # [0] would copy them, and scatter their gradient
 
 
-def find_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
+def find_output_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
     """The frozen output head of a model; None, with the reason in the log, if it has none."""
     with in_evaluation_mode(model):
-        logits, outputs = _watch_call(model, mx.array(PROBE_TOKENS))
+        logits, outputs = _record_module_outputs(model, mx.array(PROBE_TOKENS))
         for module, hidden in reversed(outputs):
             if hidden.shape[-1] == logits.shape[-1]:
                 continue
             head = OutputHead(model, module)
             rows = hidden.reshape(-1, hidden.shape[-1])[mx.array(PROBE_ROWS)]
             expected = logits.reshape(-1, logits.shape[-1])[mx.array(PROBE_ROWS)]
-            if not _agrees(head, rows, expected):
+            if not _computes_same_logits(head, rows, expected):
                 continue
-            if _is_trained(head, rows, parameters):
+            if _has_trained_parameters(head, rows, parameters):
                 logger.info("The output layer is trained: logits are computed at every position.")
                 return None
             return head
@@ -89,7 +89,7 @@ def find_head(model: nn.Module, parameters: ParameterRefs) -> OutputHead | None:
     return None
 
 
-def _watch_call(
+def _record_module_outputs(
     model: nn.Module, tokens: mx.array
 ) -> tuple[mx.array, list[tuple[nn.Module, mx.array]]]:
     """The model's logits, and the outputs (batch, length, width) of its outer modules, in order."""
@@ -110,11 +110,11 @@ def _watch_call(
         for name, module in model.named_modules():
             if name and name.count(".") < MAX_DEPTH:
                 stack.enter_context(replacing_call(module, keeping_output(module)))
-        logits = logits_of(model(tokens))
+        logits = extract_logits(model(tokens))
     return logits, outputs
 
 
-def _agrees(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
+def _computes_same_logits(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
     """Whether the head gives the model's own logits for these rows alone, within rounding."""
     try:
         logits = head.logits(rows)
@@ -126,7 +126,7 @@ def _agrees(head: OutputHead, rows: mx.array, expected: mx.array) -> bool:
     return to_float(mx.abs(logits - expected).max()) <= bound
 
 
-def _is_trained(head: OutputHead, rows: mx.array, parameters: ParameterRefs) -> bool:
+def _has_trained_parameters(head: OutputHead, rows: mx.array, parameters: ParameterRefs) -> bool:
     """Whether the logits of given rows depend on a trainable parameter."""
 
     def total(values: dict[str, mx.array]) -> mx.array:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nested_core import ConfigError, FineTuneConfig
-from nested_core.config.keys import keys_of, settings_of_the_adapter
+from nested_core.config.key_properties import adapter_settings, iterate_keys
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import refuse_differences
 from nested_core.config.section import Section, key
@@ -99,7 +99,7 @@ def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_
 def test_the_digest_is_over_the_same_settings_as_when_the_keys_were_listed_by_name() -> None:
     config = parse_config(CHANGED | {"optimizer": "adam"}, source="a test")
     values = config.model_dump(mode="json", exclude=NOT_IN_THE_DIGEST)
-    settings = settings_of_the_adapter(config)
+    settings = adapter_settings(config)
     assert settings.keys() == values.keys()
     assert all(settings[name] == values[name] for name in values if name != "training")
     assert settings["training"].items() <= values["training"].items()
@@ -121,16 +121,16 @@ class Outer(Section):
 
 
 def test_a_key_of_a_section_has_its_own_place_or_else_the_section_s() -> None:
-    assert {each.name: each.affects for each in keys_of(Outer)} == {
+    assert {each.name: each.affects for each in iterate_keys(Outer)} == {
         "inner": "training",
         "inner.rate": "training",
         "inner.report": "output",
     }
-    assert settings_of_the_adapter(Outer()) == {"inner": {"rate": 1.0}}
+    assert adapter_settings(Outer()) == {"inner": {"rate": 1.0}}
 
 
 def test_every_key_has_a_sentence() -> None:
-    assert [each.name for each in keys_of(FineTuneConfig) if not each.field.description] == []
+    assert [each.name for each in iterate_keys(FineTuneConfig) if not each.field.description] == []
 
 
 def test_the_page_of_the_configuration_is_what_the_schema_says() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate import describe_evidence
+from nested_core.gate import digests_for_result
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.storage.adapter import read_adapter_config
@@ -87,5 +87,5 @@ def trainers_logits(
 def vouch(run: RunDirectory, offered: Path) -> None:
     """Let result.json hold the digests of what now stands in the folder, as training does."""
     result = json.loads(run.result.read_bytes())
-    result["evidence"] = describe_evidence(run, offered)
+    result["evidence"] = digests_for_result(run, offered)
     run.result.write_text(json.dumps(result))

@@ -20,7 +20,7 @@ from nested_core.kernels.lora_linear import GROUP, OptimizedLoRALinear
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import reference_trainable_parameters
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"

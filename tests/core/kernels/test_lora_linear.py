@@ -23,7 +23,7 @@ from nested_core.kernels.lora_linear import (
     using_optimized_lora_layers,
 )
 from nested_core.optim.named_updates import flatten
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 

@@ -13,7 +13,7 @@ from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import quantized_linear
 from nested_core.kernels.quantized_linear import LEAST_ROWS, multiplying_by_dequantized_weights
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
 KINDS: list[dict[str, Any]] = [

@@ -11,7 +11,7 @@ import pytest
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import rms_norm
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
 WIDTH = 40

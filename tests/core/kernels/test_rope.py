@@ -13,7 +13,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import rope
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
 WIDTH = 48

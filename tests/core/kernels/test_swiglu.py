@@ -12,7 +12,7 @@ from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import swiglu
 from nested_core.kernels.patching import replacing_function
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED
 from tests.architectures import batch, build, largest_difference, outcome
 
 

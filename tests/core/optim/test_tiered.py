@@ -20,7 +20,7 @@ from nested_core.optim.gradient_checks import find_gradient_mark
 from nested_core.optim.gradient_clipping import clip_factor
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered
-from nested_core.training.setup import build_optimizer
+from nested_core.training.training_setup import build_optimizer
 
 OPTIMIZERS = {
     "sgd": lambda: optimizers.SGD(1e-2, momentum=0.9),

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from nested_core.pipeline.rank_worker import main
-from nested_core.training.step import TrainStep
+from nested_core.training.train_step import TrainStep
 
 STEP = 3
 

@@ -17,11 +17,11 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import (
     champion_or_none,
+    champion_trained_alike,
     describe_starting_adapter,
-    unchanged_since,
 )
 from nested_core.pipeline.publishing import register_run
-from nested_core.registry import collect, list_versions, promote, read_champion, register
+from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
@@ -115,7 +115,7 @@ def unchanged(folder: Path, path: Path, data: str, **changes: Any) -> str | None
     path.mkdir()
     steps.begin(config, run, resume=False)
     steps.validate(config, run)
-    return unchanged_since(config, run)
+    return champion_trained_alike(config, run)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_other_data_or_settings_are_a_reason_to_train(
 def test_a_run_that_has_begun_to_train_is_not_skipped_when_resumed(
     folder: Path, tuesday: tuple[RunDirectory, str]
 ) -> None:
-    assert unchanged_since(configure(folder, "tuesday"), tuesday[0]) is None
+    assert champion_trained_alike(configure(folder, "tuesday"), tuesday[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_champion_is_not_collected_while_a_run_reads_it(
     def change() -> None:
         for version in others:
             promote(registry, NAME, version, by="ann")
-        collect(registry, NAME, by="gc", keep=0)
+        collect_garbage(registry, NAME, by="gc", keep=0)
 
     other_process = threading.Thread(target=change)
 
@@ -249,7 +249,7 @@ def test_a_champion_is_not_collected_while_a_run_reads_it(
     steps.begin(config, run, resume=False)
     steps.validate(config, run)
     if step == "read_provenance":
-        assert unchanged_since(config, run) == tuesday[1]
+        assert champion_trained_alike(config, run) == tuesday[1]
     else:
         steps.load(config, run)
         assert read_adapter(run.initial).digest() == tuesday[1]

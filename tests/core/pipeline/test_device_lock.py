@@ -13,7 +13,7 @@ import pytest
 
 from nested_core import backend
 from nested_core.errors import ConfigError
-from nested_core.pipeline.device_lock import VARIABLE, device_names, exclusive_device, lock_path
+from nested_core.pipeline.device_lock import VARIABLE, device_names, lock_path, locking_devices
 
 HOLD = (
     "import sys, time\n"
@@ -43,7 +43,7 @@ def test_a_second_process_waits_names_the_holder_and_goes_on_when_that_one_is_ki
         holder.send_signal(signal.SIGKILL)
 
     began = time.monotonic()
-    with exclusive_device(kill_the_holder):
+    with locking_devices(kill_the_holder):
         assert time.monotonic() - began < 5
         assert lock_path("test-device").read_text() == str(os.getpid())
     holder.communicate()
@@ -53,9 +53,9 @@ def test_a_second_process_waits_names_the_holder_and_goes_on_when_that_one_is_ki
 
 
 def test_another_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with exclusive_device():
+    with locking_devices():
         monkeypatch.setenv(VARIABLE, "another")
-        with exclusive_device(pytest.fail):
+        with locking_devices(pytest.fail):
             pass
 
 
@@ -64,7 +64,7 @@ def test_a_cpu_is_shared_and_off_locks_nothing(
 ) -> None:
     monkeypatch.setenv(VARIABLE, "off")
     assert device_names(2) == ()
-    with exclusive_device(pytest.fail), exclusive_device(pytest.fail):
+    with locking_devices(pytest.fail), locking_devices(pytest.fail):
         assert list(tmp_path.iterdir()) == []
 
 
@@ -79,7 +79,7 @@ def test_each_rank_on_cuda_has_a_device_of_its_own_and_one_process_takes_the_fir
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4,5")
     assert device_names(2) == ("gpu-6", "gpu-4")
     assert device_names() == ("gpu-6",)
-    with exclusive_device(pytest.fail, 2):
+    with locking_devices(pytest.fail, 2):
         assert lock_path("gpu-6").read_text() == lock_path("gpu-4").read_text() == str(os.getpid())
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from nested_core import ConfigError, DamagedError, FineTuneConfig, GateRejected, read_adapter
 from nested_core.pipeline.continual import champion_or_none
-from nested_core.pipeline.publishing import provenance, register_run
+from nested_core.pipeline.publishing import make_provenance, register_run
 from nested_core.registry import Promotion, promote, read_champion
 from nested_core.registry.promotion_policy import promote_by_policy
 from nested_core.storage.adapter import write_adapter
@@ -92,7 +92,10 @@ class TestRegister:
         folder = tmp_path / "registry" / NAME / "versions" / version
         written = json.loads((folder / "provenance.json").read_text())
         assert version == read_adapter(second.adapter).digest()
-        assert written.items() >= json.loads(json.dumps(provenance(config, second, parent))).items()
+        assert (
+            written.items()
+            >= json.loads(json.dumps(make_provenance(config, second, parent))).items()
+        )
         assert written["run_dir"] == str(second.path)
         assert (written["dataset_digest"], written["parent"]) == ("d2", parent)
         assert written["gate_sha256"] == regular_sha256(second.gate)
@@ -105,10 +108,10 @@ class TestRegister:
         lines = [{"iteration": i, "iterations_per_second": speed} for i, speed in reports]
         lines.insert(0, {"iteration": 0, "val_loss": 3.0})
         run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert provenance(configure(), run, None)["training_seconds"] == 2.0 + 5.0
+        assert make_provenance(configure(), run, None)["training_seconds"] == 2.0 + 5.0
 
     def test_a_first_version_has_no_parent(self, make_run: MakeRun, configure: Configure) -> None:
-        assert provenance(configure(), make_run(1.0), None)["parent"] is None
+        assert make_provenance(configure(), make_run(1.0), None)["parent"] is None
 
     def test_a_rejected_run_is_not_registered(
         self, make_run: MakeRun, configure: Configure, tmp_path: Path

@@ -24,7 +24,13 @@ from nested_core.pipeline.launch.mlx_launch import (
     rank_device,
 )
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.distributed import SINGLE_PROCESS, World, checksum, pack_sums, unpack_sums
+from nested_core.training.rank_communication import (
+    SINGLE_PROCESS,
+    World,
+    checksum,
+    pack_gradients_for_sum,
+    unpack_summed_gradients,
+)
 from tests.example import example_config
 
 
@@ -40,16 +46,16 @@ def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
 
 def test_dropout_differs_from_rank_to_rank_and_the_first_rank_draws_as_one_process() -> None:
     seeds = [World(4, rank).seed(7, 3) for rank in range(4)]
-    assert seeds[0] == 7 * 2**32 + 3 == SINGLE_PROCESS.seed(7, 3)
+    assert seeds[0] == 7 * 2**32 + 3 == SINGLE_PROCESS.seed_of_step(7, 3)
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**64 for seed in seeds)
 
 
 def test_a_packed_step_comes_back_as_it_was() -> None:
     gradients = {"a": mx.arange(6.0).reshape(2, 3), "b": mx.array([7.0, 8.0], mx.bfloat16)}
-    packed = pack_sums(gradients, mx.array(12), mx.array(True))
+    packed = pack_gradients_for_sum(gradients, mx.array(12), mx.array(True))
     assert (packed.dtype, packed.nbytes) == (mx.float32, 4 * (6 + 2 + 2))
-    found, weight, votes = unpack_sums(packed, gradients)
+    found, weight, votes = unpack_summed_gradients(packed, gradients)
     assert {n: (g.tolist(), g.dtype) for n, g in found.items()} == {
         n: (g.tolist(), g.dtype) for n, g in gradients.items()
     }

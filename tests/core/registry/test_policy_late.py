@@ -15,7 +15,7 @@ from nested_core.config.registry import RegistrySection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     Promotion,
-    collect,
+    collect_garbage,
     history,
     list_versions,
     promote,
@@ -240,7 +240,7 @@ def test_a_version_that_a_gc_takes_meanwhile_keeps_reconcile_from_no_other(
     old, new = add(1), add(2)
 
     def act() -> None:
-        assert collect(registry, NAME, by="gc", keep=1).collected == (old,)
+        assert collect_garbage(registry, NAME, by="gc", keep=1).collected == (old,)
 
     meanwhile(monkeypatch, step, act)
     assert promote_missed(registry, NAME) == {old: "collected meanwhile", new: "promoted"}
@@ -250,7 +250,9 @@ def test_a_version_is_not_collected_while_it_is_read(
     add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = add(1)
-    gc = threading.Thread(target=collect, args=(registry, NAME), kwargs={"by": "gc", "keep": 0})
+    gc = threading.Thread(
+        target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}
+    )
 
     def act() -> None:
         gc.start()
@@ -269,7 +271,7 @@ def test_a_champion_that_was_replaced_and_collected_meanwhile_supersedes_and_is_
     for each in (judged_against, *others):
         promote(registry, NAME, each, by="ann")
     version = add(3, judged_against)
-    assert collect(registry, NAME, by="gc", keep=1).collected == (judged_against,)
+    assert collect_garbage(registry, NAME, by="gc", keep=1).collected == (judged_against,)
     section = RegistrySection(path=str(registry), name=NAME, promote="better")
     done = promote_by_policy(section, version, judged_against)
     assert done == Promotion("superseded", version, others[-1])

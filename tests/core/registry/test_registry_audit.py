@@ -10,7 +10,7 @@ import pytest
 from nested_core.errors import DamagedError
 from nested_core.registry import (
     audit,
-    collect,
+    collect_garbage,
     history,
     promote,
     read_champion,
@@ -189,7 +189,7 @@ def test_directory_in_place_of_champion_json_is_damage_until_it_is_removed(
     for call in (
         lambda: promote(registry, NAME, three[2], by="ann"),
         lambda: rollback(registry, NAME, by="ann"),
-        lambda: collect(registry, NAME, by="ann"),
+        lambda: collect_garbage(registry, NAME, by="ann"),
         lambda: register(make_run(9), registry, NAME, {}),
     ):
         with pytest.raises(DamagedError, match=r"champion\.json is a directory.* Remove it") as e:

@@ -13,7 +13,7 @@ import pytest
 from nested_core.errors import ConfigError
 from nested_core.registry import (
     audit,
-    collect,
+    collect_garbage,
     history,
     list_versions,
     promote,
@@ -110,12 +110,12 @@ def test_gc_beside_promoters_and_readers_leaves_a_sound_registry_at_every_moment
                 with suppress(ConfigError):  # collected before it was promoted
                     promote(registry, NAME, version, by="ann")
             elif index == 1:
-                collect(registry, NAME, by="gc", keep=0)
+                collect_garbage(registry, NAME, by="gc", keep=0)
             else:
                 assert audit(registry, NAME).findings == ()
                 assert read_champion(registry, NAME) is not None
 
     in_processes(3, work)
-    collect(registry, NAME, by="gc", keep=0)
+    collect_garbage(registry, NAME, by="gc", keep=0)
     assert len(list_versions(registry, NAME)) == 2
     assert_settled(registry)

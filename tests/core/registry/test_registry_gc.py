@@ -14,7 +14,7 @@ from nested_core.registry import (
     audit,
     audit_report,
     champion_link,
-    collect,
+    collect_garbage,
     history,
     list_versions,
     promote,
@@ -37,7 +37,7 @@ def five(add, registry) -> list[str]:
 
 
 def collected(registry: Path, keep: int) -> set[str]:
-    return set(collect(registry, NAME, by="ann", keep=keep).collected)
+    return set(collect_garbage(registry, NAME, by="ann", keep=keep).collected)
 
 
 def test_champion_and_what_a_rollback_goes_to_are_never_removed(five, registry):
@@ -90,7 +90,7 @@ def test_registering_a_version_makes_it_the_newest(five, registry, make_run):
 
 def test_history_says_what_was_collected_and_who_is_champion(five, registry):
     before = (registry / NAME / "history.jsonl").read_bytes()
-    collect(registry, NAME, by="bob", keep=4)
+    collect_garbage(registry, NAME, by="bob", keep=4)
     lines = history(registry, NAME)
     assert (registry / NAME / "history.jsonl").read_bytes().startswith(before)
     assert len(lines) == 4
@@ -106,7 +106,7 @@ def test_history_says_what_was_collected_and_who_is_champion(five, registry):
 
 
 def test_audit_agrees_afterwards_and_a_second_gc_finds_nothing(five, registry):
-    collect(registry, NAME, by="ann", keep=0)
+    collect_garbage(registry, NAME, by="ann", keep=0)
     assert audit(registry, NAME).is_sound
     before = (registry / NAME / "history.jsonl").read_bytes()
     assert collected(registry, 0) == set()
@@ -117,11 +117,11 @@ def test_audit_agrees_afterwards_and_a_second_gc_finds_nothing(five, registry):
 def test_dry_run_names_the_same_and_touches_nothing(five, registry):
     (registry / NAME / "versions" / ".tmp-abc").mkdir()
     before = {path: path.lstat().st_mtime_ns for path in registry.rglob("*")}
-    plan = collect(registry, NAME, by="ann", keep=3, dry_run=True)
+    plan = collect_garbage(registry, NAME, by="ann", keep=3, dry_run=True)
     assert {path: path.lstat().st_mtime_ns for path in registry.rglob("*")} == before
     assert plan.is_dry_run
     assert plan.leftovers == ("versions/.tmp-abc",)
-    done = collect(registry, NAME, by="ann", keep=3)
+    done = collect_garbage(registry, NAME, by="ann", keep=3)
     assert (done.collected, done.kept, done.bytes) == (plan.collected, plan.kept, plan.bytes)
     assert done.leftovers == plan.leftovers
     assert done.bytes > 1000
@@ -143,13 +143,13 @@ def test_barred_version_that_was_collected_and_registered_again_is_still_barred(
 
 
 def test_collected_version_cannot_be_rolled_back_to(five, registry):
-    collect(registry, NAME, by="ann", keep=0)
+    collect_garbage(registry, NAME, by="ann", keep=0)
     with pytest.raises(ConfigError, match="names no versions"):
         rollback(registry, NAME, to=five[0], by="ann")
 
 
 def test_version_deleted_by_hand_is_still_damage_beside_collected_ones(five, registry):
-    collect(registry, NAME, by="ann", keep=0)
+    collect_garbage(registry, NAME, by="ann", keep=0)
     (registry / NAME / "versions" / five[1]).rename(registry.parent / "gone")
     assert [finding.file.name for finding in audit(registry, NAME).findings] == [five[1]]
     with pytest.raises(DamagedError):
@@ -176,7 +176,7 @@ def test_link_in_the_place_of_a_version_is_removed_and_its_target_left_alone(
 
 def test_negative_keep_is_refused(five, registry):
     with pytest.raises(ConfigError, match="--keep -1"):
-        collect(registry, NAME, by="ann", keep=-1)
+        collect_garbage(registry, NAME, by="ann", keep=-1)
 
 
 def test_gc_before_the_first_promotion_keeps_the_newest(add, registry):

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from nested_core.errors import ConfigError
 from nested_core.registry import (
     audit,
-    collect,
+    collect_garbage,
     history,
     list_versions,
     promote,
@@ -203,7 +203,7 @@ class Sequences(RuleBasedStateMachine):
     @rule(keep=st.integers(0, 4))
     def gc_runs(self, keep: int) -> None:
         garbage = self.model.garbage(keep)
-        assert set(collect(self.registry, NAME, by="ann", keep=keep).collected) == garbage
+        assert set(collect_garbage(self.registry, NAME, by="ann", keep=keep).collected) == garbage
         for version in garbage:
             self.model.remove(version)
 

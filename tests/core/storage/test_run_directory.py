@@ -124,7 +124,7 @@ class TestOpening:
         assert open_run(run.path, resume=False) == run
         run.path.mkdir()
         assert open_run(run.path, resume=False) == run
-        assert not run.is_begun()
+        assert not run.is_nonempty()
 
     def test_what_is_not_empty_needs_resume(self, run: RunDirectory) -> None:
         begin(run)

@@ -9,8 +9,12 @@ import warnings
 import pytest
 
 from nested_core import SilentUpdateWarning, UpdateReport
-from nested_core.training.health import flag_flat_loss, flag_updates, raise_flag
-from nested_core.training.state import TrainingState
+from nested_core.training.silent_failure_checks import (
+    warn_of_flat_loss,
+    warn_of_lost_updates,
+    warn_once,
+)
+from nested_core.training.training_state import TrainingState
 
 NAMES = ("layers.0.lora_a", "layers.0.lora_b")
 
@@ -19,7 +23,7 @@ def flagged(losses: list[float], window: int = 10) -> bool:
     """Whether these reports raise the flag of a flat loss."""
     state = TrainingState()
     try:
-        flag_flat_loss(state, losses, window)
+        warn_of_flat_loss(state, losses, window)
     except SilentUpdateWarning:  # an error here, as every warning is
         return True
     return False
@@ -35,7 +39,7 @@ class TestFlatLoss:
     def test_a_loss_that_stays_exactly_where_it_is(self) -> None:
         state = TrainingState()
         with pytest.warns(SilentUpdateWarning) as caught:
-            flag_flat_loss(state, [2.5] * 10, 10)
+            warn_of_flat_loss(state, [2.5] * 10, 10)
         message = "loss_flat: the training loss has not moved beyond noise over 10 reports "
         assert str(caught[0].message) == f"{message}(2.5000 to 2.5000)."
         assert state.red_flags == [str(caught[0].message)]
@@ -72,7 +76,7 @@ class TestUpdates:
     def test_updates_that_are_not_in_the_model(self) -> None:
         state = TrainingState(step=12)
         with pytest.warns(SilentUpdateWarning) as caught:
-            flag_updates(state, UpdateReport(2, NAMES, NAMES), [])
+            warn_of_lost_updates(state, UpdateReport(2, NAMES, NAMES), [])
         assert [str(warning.message) for warning in caught] == [
             "updates_not_applied: at step 12 2 of 2 computed updates are not in the model, "
             "layers.0.lora_a among them. It is not being trained."
@@ -81,7 +85,7 @@ class TestUpdates:
     def test_due_parameters_that_an_update_left_as_they_were(self) -> None:
         state = TrainingState(step=12)
         with pytest.warns(SilentUpdateWarning) as caught:
-            flag_updates(state, UpdateReport(2, (), NAMES[1:]), [])
+            warn_of_lost_updates(state, UpdateReport(2, (), NAMES[1:]), [])
         assert [str(warning.message) for warning in caught] == [
             "parameters_unchanged: the update of step 12 left 1 of 2 parameters as they were, "
             "layers.0.lora_b among them: is the learning rate too small?"
@@ -89,12 +93,12 @@ class TestUpdates:
 
     def test_parameters_without_a_gradient_yet_may_stay(self) -> None:
         state = TrainingState(step=1)
-        flag_updates(state, UpdateReport(2, (), NAMES[:1]), NAMES[:1])
+        warn_of_lost_updates(state, UpdateReport(2, (), NAMES[:1]), NAMES[:1])
         assert state.red_flags == []
 
     def test_updates_that_took_effect_raise_nothing(self) -> None:
         state = TrainingState(step=1)
-        flag_updates(state, UpdateReport(2, (), ()), [])
+        warn_of_lost_updates(state, UpdateReport(2, (), ()), [])
         assert state.red_flags == []
 
 
@@ -103,7 +107,7 @@ def test_each_kind_of_trouble_is_told_once_a_run() -> None:
     kinds = [("loss", "first"), ("loss", "second"), ("loss_flat", "another kind")]
     with warnings.catch_warnings(record=True, action="always") as caught:
         for kind, message in kinds:
-            raise_flag(state, kind, message)
+            warn_once(state, kind, message)
     assert {warning.category for warning in caught} == {SilentUpdateWarning}
     messages = ["loss: first", "loss_flat: another kind"]
     assert [str(warning.message) for warning in caught] == messages == state.red_flags
@@ -112,5 +116,5 @@ def test_each_kind_of_trouble_is_told_once_a_run() -> None:
 def test_flags_of_an_earlier_process_are_not_told_again() -> None:
     before = TrainingState(red_flags=["loss_flat: before"])
     resumed = TrainingState.from_json(before.to_json())
-    flag_flat_loss(resumed, [2.5] * 10, 10)
+    warn_of_flat_loss(resumed, [2.5] * 10, 10)
     assert resumed.red_flags == ["loss_flat: before"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from nested_core.training.distributed import Sums, World
 from nested_core.training.metrics_window import MetricsWindow
+from nested_core.training.rank_communication import Sums, World
 
 
 class Clock:
@@ -41,10 +41,10 @@ def test_a_report_that_waits_for_the_device_does_not_shorten_the_next_one(clock:
     window = MetricsWindow(SlowWorld())
     rates = []
     for _ in range(3):
-        window.add(micro_batch(tokens=10))
+        window.add_micro_batch(micro_batch(tokens=10))
         clock.seconds += 0.8
-        with window.paused():
-            rates.append(window.close()["tokens_per_second"])
+        with window.pausing_clock():
+            rates.append(window.close_and_report()["tokens_per_second"])
     assert rates == pytest.approx([10.0, 10.0, 10.0])
 
 
@@ -52,11 +52,11 @@ def test_pauses_before_and_after_a_report_are_not_training(clock: Clock) -> None
     window = MetricsWindow(World())
     rates = []
     for _ in range(2):
-        window.add(micro_batch(tokens=10))
+        window.add_micro_batch(micro_batch(tokens=10))
         clock.seconds += 1.0
-        with window.paused():  # an evaluation
+        with window.pausing_clock():  # an evaluation
             clock.seconds += 5.0
-        with window.paused():  # a report, and then a checkpoint
-            rates.append(window.close()["tokens_per_second"])
+        with window.pausing_clock():  # a report, and then a checkpoint
+            rates.append(window.close_and_report()["tokens_per_second"])
             clock.seconds += 3.0
     assert rates == pytest.approx([10.0, 10.0])

@@ -14,7 +14,12 @@ from nested_core.optim.named_updates import flatten
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tier_clock import COUNTERS, Tier
 from nested_core.optim.tiered import NestedAdamW, Tiered
-from nested_core.training.packing import PackedArray, Packing, make_packing, unflatten
+from nested_core.training.parameter_packing import (
+    PackedArray,
+    Packing,
+    make_packing,
+    unflatten_names,
+)
 
 SHAPES = {
     "layers.0.a": (8, 3),
@@ -44,7 +49,7 @@ def make(slow_gradients: str, values: Flat) -> NestedAdamW:
         slow_gradients=slow_gradients,
         bias_correction=True,
     )
-    optimizer.init(unflatten(values))
+    optimizer.init(unflatten_names(values))
     return optimizer
 
 
@@ -53,7 +58,7 @@ def bits(tree: Any) -> dict[str, bytes]:
 
 
 def apply(optimizer: Any, gradients: Flat, values: Flat) -> Flat:
-    return flatten(optimizer.apply_gradients(unflatten(gradients), unflatten(values)))
+    return flatten(optimizer.apply_gradients(unflatten_names(gradients), unflatten_names(values)))
 
 
 @pytest.mark.parametrize("slow_gradients", ["skip", "accumulate"])
@@ -72,7 +77,7 @@ def test_packed_steps_give_every_weight_and_moment_of_steps_tensor_by_tensor(
         packing.copy_clock(packed_optimizer, optimizer)
         values = packing.unpack(packed)
         packing.unpack_optimizer(
-            packed_optimizer, optimizer_state_by_parameter(unflatten(values), optimizer.state)
+            packed_optimizer, optimizer_state_by_parameter(unflatten_names(values), optimizer.state)
         )
         assert bits(values) == bits(plain_values)
         ours, theirs = bits(optimizer.state), bits(plain.state)
@@ -100,8 +105,8 @@ def test_a_packed_sgd_keeps_a_mark_of_a_gradient_for_each_tensor() -> None:
     values = random_values(0)
     clocks = [Tier(f, TIERS.names(i)) for i, f in enumerate(TIERS.frequencies)]
     plain, optimizer = (Tiered(lambda: SGD(0.1, momentum=0.9), clocks) for _ in range(2))
-    plain.init(unflatten(values))
-    optimizer.init(unflatten(values))
+    plain.init(unflatten_names(values))
+    optimizer.init(unflatten_names(values))
     packing = make_packing(values, TIERS, optimizer, pack_by_tier=True)
     packed, packed_optimizer = packing.pack(values), packing.pack_optimizer(optimizer, values)
     for step in range(1, 4):
@@ -110,7 +115,7 @@ def test_a_packed_sgd_keeps_a_mark_of_a_gradient_for_each_tensor() -> None:
         packed = apply(packed_optimizer, packing.pack(gradients), packed)
     packing.copy_clock(packed_optimizer, optimizer)
     packing.unpack_optimizer(
-        packed_optimizer, optimizer_state_by_parameter(unflatten(values), optimizer.state)
+        packed_optimizer, optimizer_state_by_parameter(unflatten_names(values), optimizer.state)
     )
     assert bits(packing.unpack(packed)) == bits(values)
     ours, theirs = bits(optimizer.state), bits(plain.state)

@@ -13,7 +13,7 @@ from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, compute_dtype_of_adapter
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.storage.adapter import read_adapter
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED
 from tests.architectures import batch, build, outcome
 from tests.example import example_config, train_example
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.batches import BatchOrder
+from nested_core.data.batch_order import BatchOrder
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
-from nested_core.training.loss.supervised import supervised_loss
+from nested_core.training.loss.supervised_loss import supervised_loss
 from tests.example import Finished, example_config, train_example
 
 RATE = 2e-3

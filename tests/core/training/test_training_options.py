@@ -23,7 +23,7 @@ from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from nested_core.training.parameter_importance import parameter_importance
+from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.trainer import Trainer
 from tests.example import (
     MODEL,
@@ -72,11 +72,11 @@ def test_the_importance_probe_changes_no_weight_no_random_state_and_no_mode() ->
     split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
     model.train()
     weights, random = weights_of(model), random_state()
-    first = parameter_importance(config, model, split)
+    first = measure_parameter_importance(config, model, split)
     assert weights_of(model) == weights
     assert random_state() == random
     assert model.training is True
-    assert parameter_importance(config, model, split) == first
+    assert measure_parameter_importance(config, model, split) == first
     assert all(first[name] == 0 for name in first if name.endswith("lora_a"))
     assert all(first[name] > 0 for name in first if name.endswith("lora_b"))
 
@@ -91,7 +91,7 @@ def test_importance_puts_whole_layers_into_tiers_the_most_important_fastest(
     attach_adapter(model, config)
     tokenizer = TokenizerSource.from_config(config)
     split = load_dataset(DataSettings.from_config(config), tokenizer)[1]["train"]
-    importance = parameter_importance(config, model, split)
+    importance = measure_parameter_importance(config, model, split)
     by_layer: dict[int, float] = dict.fromkeys(range(6), 0.0)
     for name, value in importance.items():
         by_layer[int(name.split(".")[2])] += value
@@ -137,7 +137,7 @@ def test_recomputing_any_number_of_layers_gives_the_same_bits(
     def choose(trainer: Trainer) -> None:
         assert (trainer.memory.recomputed, trainer.memory.layers) == (6, 6)
         trainer.memory = replace(trainer.memory, recomputed=recomputed)
-        assert len(trainer.memory.recomputed_layers(trainer.model)) == recomputed
+        assert len(trainer.memory.layers_to_recompute(trainer.model)) == recomputed
 
     config = example_config(grad_checkpoint=True, **LOSSES)
     done = train(config, prepare(config, tmp_path / "run"), on_start=choose)

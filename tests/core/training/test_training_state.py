@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.training.state import TrainingState
+from nested_core.training.early_stopping import count_improvement
+from nested_core.training.training_state import TrainingState
 
 
 def evaluated(losses: list[float], *, min_delta: float = 0.0) -> TrainingState:
@@ -18,7 +19,8 @@ def evaluated(losses: list[float], *, min_delta: float = 0.0) -> TrainingState:
     state = TrainingState()
     for step, loss in enumerate(losses):
         state.step = step
-        state.record_evaluation(loss, is_candidate=step > 0, min_delta=min_delta)
+        state.record_evaluation(loss, is_candidate=step > 0)
+        count_improvement(state, loss, min_delta=min_delta)
     return state
 
 
@@ -36,7 +38,7 @@ def test_the_untrained_start_is_never_the_best() -> None:
 def test_only_a_new_best_among_the_candidates_is_told_as_one() -> None:
     state = TrainingState()
     answers = [
-        state.record_evaluation(loss, is_candidate=is_candidate, min_delta=0.0)
+        state.record_evaluation(loss, is_candidate=is_candidate)
         for loss, is_candidate in [(1.0, False), (3.0, True), (3.0, True), (2.0, True)]
     ]
     assert answers == [False, True, False, True]

@@ -13,19 +13,19 @@ from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.training.loss.chunked_cross_entropy import (
-    chunked_cross_entropy,
-    supervised_positions,
+    find_supervised_positions,
+    make_chunked_cross_entropy,
 )
-from nested_core.training.loss.interface import Loss, MicroBatch
-from nested_core.training.loss.output_head import find_head
-from nested_core.training.loss.supervised import SUPERVISED
+from nested_core.training.loss.loss_interface import Loss, MicroBatch
+from nested_core.training.loss.output_head import find_output_head
+from nested_core.training.loss.supervised_loss import SUPERVISED
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 
 def loss_of(model: nn.Module, chunk: int | None = None) -> Loss:
-    head = find_head(model, reference_trainable_parameters(model))
+    head = find_output_head(model, reference_trainable_parameters(model))
     assert head is not None
-    return chunked_cross_entropy(head, chunk)
+    return make_chunked_cross_entropy(head, chunk)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -91,7 +91,7 @@ def run(function: Any) -> Any:
 def test_positions_come_in_powers_of_two_or_all_of_them(supervised: int, expected: int) -> None:
     mask = np.zeros(300, np.bool_)
     mask[np.random.default_rng(0).permutation(300)[:supervised]] = True
-    _, rows = supervised_positions((np.zeros((3, 101), np.int32), mask.reshape(3, 100)))
+    _, rows = find_supervised_positions((np.zeros((3, 101), np.int32), mask.reshape(3, 100)))
     assert rows.shape == (expected,)
     assert [row for row in rows.tolist() if row >= 0] == np.flatnonzero(mask).tolist()  # type: ignore[union-attr,operator]
 
@@ -122,7 +122,7 @@ def test_an_output_layer_that_mixes_positions_is_not_taken_for_one(
 ) -> None:
     model = MixedAfterwards()
     with caplog.at_level(logging.INFO):
-        assert find_head(model, reference_trainable_parameters(model)) is None
+        assert find_output_head(model, reference_trainable_parameters(model)) is None
     assert "could not be told apart" in caplog.text
 
 
@@ -131,7 +131,7 @@ def test_finding_the_head_leaves_the_model_as_it_was() -> None:
     model.train()
     kinds = {name: type(module) for name, module in model.named_modules()}
     before = mx.random.state[0].tolist()  # type: ignore[index]
-    assert find_head(model, reference_trainable_parameters(model)) is not None
+    assert find_output_head(model, reference_trainable_parameters(model)) is not None
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert model.training is True
     assert mx.random.state[0].tolist() == before  # type: ignore[index]

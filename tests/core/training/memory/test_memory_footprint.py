@@ -12,13 +12,13 @@ from nested_core.kernels.quantized_linear import (
     dequantized_weight_bytes,
     multiplying_by_dequantized_weights,
 )
-from nested_core.training.memory.estimate import LayerFootprint
-from nested_core.training.memory.layers import read_layers
+from nested_core.training.memory.model_footprint import read_layer_footprints
+from nested_core.training.memory.peak_estimate import LayerFootprint
 from tests.architectures import ARCHITECTURES, build
 
 
 def layers_of(model: nn.Module, **settings: Any) -> tuple[LayerFootprint, ...]:
-    return read_layers(model, dict(model.named_modules()), **settings)
+    return read_layer_footprints(model, dict(model.named_modules()), **settings)
 
 
 def test_a_llamas_layer_is_read_as_the_docstring_says() -> None:

@@ -16,8 +16,13 @@ from benchmarks.forecast import CASES
 from benchmarks.gpu.shapes import RANK, SHAPES
 from nested_core import backend
 from nested_core.training.loss.chunked_cross_entropy import rows_per_chunk
-from nested_core.training.loss.interface import BatchShape
-from nested_core.training.memory.estimate import LayerFootprint, ModelFootprint, cuda, peak_bytes
+from nested_core.training.loss.loss_interface import BatchShape
+from nested_core.training.memory.peak_estimate import (
+    LayerFootprint,
+    ModelFootprint,
+    cuda_profile,
+    estimate_peak_bytes,
+)
 from tests.example import example_settings
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -60,7 +65,7 @@ def predicted_for_cuda(size: str, rows: int, operations: int, bits: float = 16) 
         dequantized=2 * shape.vocabulary * d if bits < 16 else 0,
     )
     batch = BatchShape(shape.batch, shape.length, shape.tokens)
-    return peak_bytes(footprint, batch, cuda(operations)) / 2**30
+    return estimate_peak_bytes(footprint, batch, cuda_profile(operations)) / 2**30
 
 
 @pytest.mark.parametrize(("size", "rows", "operations"), H200)

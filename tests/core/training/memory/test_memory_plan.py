@@ -9,17 +9,17 @@ import pytest
 
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
-from nested_core.training.loss.interface import BatchShape
-from nested_core.training.memory.estimate import (
+from nested_core.training.loss.loss_interface import BatchShape
+from nested_core.training.memory.memory_plan import MemoryPlan, device_profile_for, plan_for_device
+from nested_core.training.memory.peak_estimate import (
     CPU,
     DeviceProfile,
     LayerFootprint,
     ModelFootprint,
-    cuda,
-    fewest_recomputed,
-    peak_bytes,
+    cuda_profile,
+    estimate_peak_bytes,
+    fewest_recomputed_layers,
 )
-from nested_core.training.memory.plan import MemoryPlan, plan, profile_of
 
 # T = 6 tokens. A layer keeps 4 * (6 * (10 + 1 * 3) + 0.5 * 2 * 2 * 3 * 3) = 384 bytes, its input
 # is 4 * 6 * 4 = 96, the loss takes (4 + 12) * 7 * 6 = 672.
@@ -53,42 +53,42 @@ WIDE = BatchShape(rows=8, length=256, target_tokens=2048)
 
 
 def test_the_peak_of_a_small_case_is_what_a_hand_computes() -> None:
-    assert peak_bytes(SMALL, BATCH, PLAIN) == HELD + 2 * 384 + 672 + 384
+    assert estimate_peak_bytes(SMALL, BATCH, PLAIN) == HELD + 2 * 384 + 672 + 384
 
 
 def test_a_recomputed_layer_keeps_its_input_alone() -> None:
     wordy = replace(SMALL, vocabulary=70)
-    assert peak_bytes(wordy, BATCH, PLAIN, 1) == HELD + 384 + 96 + 6720 + 384
-    assert peak_bytes(wordy, BATCH, PLAIN, 2) == HELD + 2 * 96 + 6720 + 384
+    assert estimate_peak_bytes(wordy, BATCH, PLAIN, 1) == HELD + 384 + 96 + 6720 + 384
+    assert estimate_peak_bytes(wordy, BATCH, PLAIN, 2) == HELD + 2 * 96 + 6720 + 384
 
 
 def test_where_the_loss_is_small_a_recomputed_layer_is_the_peak() -> None:
     tiny = replace(SMALL, vocabulary=1)
-    assert peak_bytes(tiny, BATCH, PLAIN, 2) == int(HELD + 2 * 96 + 384 + 1.8 * 384)
+    assert estimate_peak_bytes(tiny, BATCH, PLAIN, 2) == int(HELD + 2 * 96 + 384 + 1.8 * 384)
 
 
 def test_only_the_logits_that_are_asked_for_count_and_no_more_than_the_chunks_in_flight() -> None:
     many = BatchShape(rows=8, length=128, target_tokens=100)  # 128 positions are computed
     few = replace(SMALL, chunk_rows=32)
-    whole = peak_bytes(SMALL, many, PLAIN) - 16 * 7 * 1024
-    assert peak_bytes(replace(SMALL, chunk_rows=1024), many, PLAIN) == whole + 12 * 7 * 128
-    assert peak_bytes(few, many, PLAIN) == whole + 12 * 7 * 2 * 32
+    whole = estimate_peak_bytes(SMALL, many, PLAIN) - 16 * 7 * 1024
+    assert estimate_peak_bytes(replace(SMALL, chunk_rows=1024), many, PLAIN) == whole + 12 * 7 * 128
+    assert estimate_peak_bytes(few, many, PLAIN) == whole + 12 * 7 * 2 * 32
 
 
 def test_an_update_of_large_weights_is_the_peak_where_it_is_more() -> None:
     full = replace(SMALL, trained=10_000, moments=20_000, is_packed=False)
-    assert peak_bytes(full, BATCH, PLAIN) == 1000 + 20_000 + 3 * 10_000 + 20_000
+    assert estimate_peak_bytes(full, BATCH, PLAIN) == 1000 + 20_000 + 3 * 10_000 + 20_000
 
 
 def test_layers_below_the_lowest_trained_one_keep_nothing() -> None:
     frozen = replace(LAYER, is_trained=False)
     below = replace(SMALL, layers=(frozen, frozen, LAYER, LAYER))
     between = replace(SMALL, layers=(LAYER, frozen))
-    assert peak_bytes(below, BATCH, PLAIN) == peak_bytes(SMALL, BATCH, PLAIN)
-    assert peak_bytes(between, BATCH, PLAIN) == peak_bytes(SMALL, BATCH, PLAIN)
+    assert estimate_peak_bytes(below, BATCH, PLAIN) == estimate_peak_bytes(SMALL, BATCH, PLAIN)
+    assert estimate_peak_bytes(between, BATCH, PLAIN) == estimate_peak_bytes(SMALL, BATCH, PLAIN)
 
 
-@pytest.mark.parametrize("device", [CPU, cuda(25)], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("device", [CPU, cuda_profile(25)], ids=["cpu", "cuda"])
 @pytest.mark.parametrize(
     "more",
     [
@@ -105,12 +105,15 @@ def test_layers_below_the_lowest_trained_one_keep_nothing() -> None:
 def test_more_of_anything_needs_more(device: DeviceProfile, more: dict[str, Any]) -> None:
     given: dict[str, Any] = {"footprint": MIDDLE, "batch": WIDE} | more
     is_less = given.pop("less", False)
-    changed, before = peak_bytes(**given, device=device), peak_bytes(MIDDLE, WIDE, device)
+    changed, before = (
+        estimate_peak_bytes(**given, device=device),
+        estimate_peak_bytes(MIDDLE, WIDE, device),
+    )
     assert changed < before if is_less else changed > before
 
 
 def test_each_layer_that_is_recomputed_needs_less() -> None:
-    peaks = [peak_bytes(MIDDLE, WIDE, CPU, n) for n in range(13)]
+    peaks = [estimate_peak_bytes(MIDDLE, WIDE, CPU, n) for n in range(13)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[12] < 0.5 * peaks[0]
 
@@ -121,22 +124,28 @@ def test_a_device_that_recomputes_products_keeps_less_of_bfloat16_and_of_nothing
     half = replace(wide, activation_bytes=2)
     recomputing = replace(PLAIN, recomputes_mlp_product=True)
     one = 2 * 6 * 2  # bytes of the products of one layer
-    assert peak_bytes(half, BATCH, PLAIN) - peak_bytes(half, BATCH, recomputing) == 3 * one
-    assert peak_bytes(wide, BATCH, PLAIN) == peak_bytes(wide, BATCH, recomputing)
+    assert (
+        estimate_peak_bytes(half, BATCH, PLAIN) - estimate_peak_bytes(half, BATCH, recomputing)
+        == 3 * one
+    )
+    assert estimate_peak_bytes(wide, BATCH, PLAIN) == estimate_peak_bytes(wide, BATCH, recomputing)
 
 
 def test_the_largest_quantised_weight_counts_as_often_as_a_device_dequantizes_it() -> None:
     quantized = replace(SMALL, dequantized=500)
-    assert peak_bytes(quantized, BATCH, PLAIN) == peak_bytes(SMALL, BATCH, PLAIN)
+    assert estimate_peak_bytes(quantized, BATCH, PLAIN) == estimate_peak_bytes(SMALL, BATCH, PLAIN)
     twice = replace(PLAIN, dequantized_weights=2)
-    assert peak_bytes(quantized, BATCH, twice) == peak_bytes(SMALL, BATCH, PLAIN) + 2 * 500
+    assert (
+        estimate_peak_bytes(quantized, BATCH, twice)
+        == estimate_peak_bytes(SMALL, BATCH, PLAIN) + 2 * 500
+    )
 
 
 def test_a_device_that_runs_ahead_has_more_in_flight() -> None:
     ahead = replace(PLAIN, layers_in_flight=9)
-    assert peak_bytes(SMALL, BATCH, ahead) == HELD + 2 * 384 + 672 + 2 * 384
+    assert estimate_peak_bytes(SMALL, BATCH, ahead) == HELD + 2 * 384 + 672 + 2 * 384
     further = replace(ahead, max_in_flight_ratio=1.5)
-    assert peak_bytes(SMALL, BATCH, further) == HELD + 2 * 384 + 672 + 3 * 384
+    assert estimate_peak_bytes(SMALL, BATCH, further) == HELD + 2 * 384 + 672 + 3 * 384
 
 
 REFERENCE: dict[str, Any] = {"training": {"reference": "mlx_lm"}}
@@ -149,7 +158,7 @@ def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
     monkeypatch.setattr(backend, "device", lambda: device)
     monkeypatch.setattr(backend, "has_cuda", lambda: has_cuda)
     ours, theirs = (
-        profile_of(FineTuneConfig.model_validate(changes)) for changes in ({}, REFERENCE)
+        device_profile_for(FineTuneConfig.model_validate(changes)) for changes in ({}, REFERENCE)
     )
     assert ours.recomputes_mlp_product == has_cuda
     assert ours.dequantized_weights == (4 if has_cuda or device == "cpu" else 0)
@@ -159,25 +168,25 @@ def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
 
 def planned(capacity: float, **changes: Any) -> MemoryPlan:
     config = FineTuneConfig.model_validate(changes)
-    return plan(config, MIDDLE, WIDE, CPU, int(capacity))
+    return plan_for_device(config, MIDDLE, WIDE, CPU, int(capacity))
 
 
 LIMITED: dict[str, Any] = {"grad_checkpoint": True, "training": {"memory_limit_gb": 1}}
 
 
 def test_what_fits_is_said_in_one_line_without_advice() -> None:
-    needed = peak_bytes(MIDDLE, WIDE, CPU)
+    needed = estimate_peak_bytes(MIDDLE, WIDE, CPU)
     assert planned(16e9).describe() == f"memory: needs about {needed / 1e9:.2g} GB of 16.0 GB"
 
 
 def test_what_does_not_fit_names_each_setting_that_would_with_its_own_figure() -> None:
-    capacity = 0.5 * peak_bytes(MIDDLE, WIDE, CPU)
+    capacity = 0.5 * estimate_peak_bytes(MIDDLE, WIDE, CPU)
     found = planned(capacity)
     assert not found.fits
-    shorter = peak_bytes(MIDDLE, BatchShape(8, 64, 512), CPU)
+    shorter = estimate_peak_bytes(MIDDLE, BatchShape(8, 64, 512), CPU)
     assert dict(found.suggestions) == {
-        "grad_checkpoint: true": peak_bytes(MIDDLE, WIDE, CPU, 12),
-        "batch_size: 2": peak_bytes(MIDDLE, BatchShape(2, 256, 512), CPU),
+        "grad_checkpoint: true": estimate_peak_bytes(MIDDLE, WIDE, CPU, 12),
+        "batch_size: 2": estimate_peak_bytes(MIDDLE, BatchShape(2, 256, 512), CPU),
         "max_seq_length: 64": shorter,
     }
     assert all(needed <= capacity for _, needed in found.suggestions)
@@ -187,24 +196,24 @@ def test_what_does_not_fit_names_each_setting_that_would_with_its_own_figure() -
 
 def test_where_nothing_would_fit_the_least_there_is_is_named() -> None:
     text = planned(60e6).describe()
-    least = peak_bytes(MIDDLE, BatchShape(1, 256, 256), CPU, 12) / 1e9
+    least = estimate_peak_bytes(MIDDLE, BatchShape(1, 256, 256), CPU, 12) / 1e9
     both = "grad_checkpoint: true with batch_size: 1"
     assert text.endswith(f"; not even {both} (about {least:.2g} GB) would fit")
 
 
 def test_under_a_limit_only_as_many_layers_are_recomputed_as_are_needed() -> None:
-    capacity = 0.7 * peak_bytes(MIDDLE, WIDE, CPU)
+    capacity = 0.7 * estimate_peak_bytes(MIDDLE, WIDE, CPU)
     found = planned(capacity, **LIMITED)
     assert 0 < found.recomputed < 12
     assert found.fits
-    assert peak_bytes(MIDDLE, WIDE, CPU, found.recomputed - 1) > capacity
+    assert estimate_peak_bytes(MIDDLE, WIDE, CPU, found.recomputed - 1) > capacity
     assert f", with {found.recomputed} of 12 layers recomputed" in found.describe()
 
 
 def test_no_layer_is_recomputed_where_all_fits_and_all_are_where_nothing_does() -> None:
     assert planned(16e9, **LIMITED).recomputed == 0
     assert planned(1e6, **LIMITED).recomputed == 12
-    assert fewest_recomputed(MIDDLE, WIDE, CPU, 16e9) == 0
+    assert fewest_recomputed_layers(MIDDLE, WIDE, CPU, 16e9) == 0
 
 
 def test_without_a_limit_or_as_mlx_lm_does_every_layer_is_recomputed() -> None:
@@ -219,5 +228,5 @@ def test_the_layers_recomputed_are_the_lowest_that_train() -> None:
         layers = tuple("abcdef")
 
     model: Any = Model()
-    chosen = [MemoryPlan(1, 2, number, layers=4).recomputed_layers(model) for number in (0, 2, 4)]
+    chosen = [MemoryPlan(1, 2, number, layers=4).layers_to_recompute(model) for number in (0, 2, 4)]
     assert list(map("".join, chosen)) == ["", "cd", "abcdef"]  # type: ignore[arg-type]

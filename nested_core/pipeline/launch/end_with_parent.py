@@ -16,14 +16,14 @@ import threading
 def main(command: list[str]) -> None:
     """Run the command to its end, or to that of whoever started this."""
     process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    threading.Thread(target=_end_with, args=(process,), daemon=True).start()
+    threading.Thread(target=_exit_when_process_ends, args=(process,), daemon=True).start()
     assert process.stdin is not None  # noqa: S101 -- it was asked for
     while words := os.read(0, 4096):
         os.write(process.stdin.fileno(), words)
     os.killpg(0, signal.SIGKILL)
 
 
-def _end_with(process: subprocess.Popen[bytes]) -> None:
+def _exit_when_process_ends(process: subprocess.Popen[bytes]) -> None:
     os._exit(abs(process.wait()))
 
 

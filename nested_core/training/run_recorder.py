@@ -19,16 +19,24 @@ from nested_core.storage.adapter import (
     read_adapter_config,
 )
 from nested_core.storage.safetensors_files import load_arrays
+from nested_core.training.early_stopping import count_improvement
 from nested_core.training.evaluation import Evaluator
-from nested_core.training.health import flag_flat_loss, flag_unchanged_checkpoint
 from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
-from nested_core.training.metrics_window import MetricsWindow, optimizer_metrics, train_info
-from nested_core.training.setup import TrainingSetup
-from nested_core.training.state import CheckpointRecord, TrainingState
-from nested_core.training.step import StepResult
+from nested_core.training.metrics_window import (
+    MetricsWindow,
+    make_train_info,
+    read_optimizer_metrics,
+)
+from nested_core.training.silent_failure_checks import (
+    warn_of_flat_loss,
+    warn_of_unchanged_checkpoint,
+)
+from nested_core.training.train_step import StepResult
+from nested_core.training.training_setup import TrainingSetup
+from nested_core.training.training_state import CheckpointState, TrainingState
 
 
-class Recorder:
+class RunRecorder:
     """Reports, evaluates and saves; it reads the model and the optimizer and changes neither.
 
     All ranks call it, since what is reported is summed over them; the main one writes.
@@ -53,20 +61,20 @@ class Recorder:
         if state.open_report:
             self.window.reopen(state.open_report)
         if not is_resumed:
-            self._append(state, {"iteration": 0} | self._evaluate(state, 0))
+            self._append_metrics_record(state, {"iteration": 0} | self._evaluate(state, 0))
         self.window.restart_clock()
 
     def add_step(self, state: TrainingState, first: int, result: StepResult) -> None:
         """Add a step's micro-batches, from number `first`, with the reports between them."""
         self.window.add_gradient_bytes(result.gradient_bytes)
         last = first + len(result.micro_batches)
-        reports = set(self.setup.batch_schedule.reports_within(first, last)) - {last}
+        reports = set(self.setup.step_schedule.reports_within(first, last)) - {last}
         for done, micro_batch in enumerate(result.micro_batches, start=first + 1):
-            self.window.add(micro_batch)
+            self.window.add_micro_batch(micro_batch)
             if done in reports:
-                self.observe(state, iteration=done, report=True)
+                self.record_what_is_due(state, iteration=done, report=True)
 
-    def observe(
+    def record_what_is_due(
         self,
         state: TrainingState,
         *,
@@ -81,64 +89,65 @@ class Recorder:
         then.
         """
         done = state.iteration if iteration is None else iteration
-        with self.window.paused():
+        with self.window.pausing_clock():
             evaluation = self._evaluate(state, done) if evaluate else {}
-        with self.window.paused():
+        with self.window.pausing_clock():
             state.observed = True
             record = (self._report(state, done) if report else {}) | evaluation
             if record:
-                self._append(state, {"iteration": done} | record)
+                self._append_metrics_record(state, {"iteration": done} | record)
             is_best = evaluate and state.best_step == state.step
-            if save or (is_best and self.setup.batch_schedule.offers_best):
-                self.save(state)
+            if save or (is_best and self.setup.step_schedule.offers_best):
+                self.save_checkpoint(state)
 
-    def _append(self, state: TrainingState, record: dict[str, Any]) -> None:
+    def _append_metrics_record(self, state: TrainingState, record: dict[str, Any]) -> None:
         if self.setup.world.is_main:
             append_metrics(self.setup.run.metrics, {"step": state.step} | record)
         state.reported += 1
 
     def _report(self, state: TrainingState, iteration: int) -> dict[str, Any]:
-        record = self.window.close() | optimizer_metrics(self.setup.optimizer)
+        record = self.window.close_and_report() | read_optimizer_metrics(self.setup.optimizer)
         state.train_loss = record["loss"]
         state.trained_tokens += record.pop("tokens")
         self._losses.append(record["loss"])
-        flag_flat_loss(state, self._losses, self.setup.config.training.flat_loss_reports)
+        warn_of_flat_loss(state, self._losses, self.setup.config.training.flat_loss_reports)
         record["trained_tokens"] = state.trained_tokens
         record["peak_memory_gb"] = mx.get_peak_memory() / 1e9
         if self.setup.callback is not None:
-            self.setup.callback.on_train_loss_report(train_info(state.step, iteration, record))
+            self.setup.callback.on_train_loss_report(make_train_info(state.step, iteration, record))
         return record
 
     def _evaluate(self, state: TrainingState, iteration: int) -> dict[str, Any]:
-        batches = self.setup.batch_schedule.validation_batches(iteration)
+        batches = self.setup.step_schedule.validation_batches(iteration)
         if batches is None:
             return {}
         started = time.perf_counter()
-        val_loss = self._evaluator.loss(read_parameters(self.setup.parameters), batches)
+        val_loss = self._evaluator.mean_loss(read_parameters(self.setup.parameters), batches)
         state.record_evaluation(
             val_loss,
             is_candidate=all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats()),
-            min_delta=self.setup.config.training.min_delta,
         )
+        min_delta = self.setup.config.training.min_delta
+        count_improvement(state, val_loss, min_delta=min_delta)
         seconds = time.perf_counter() - started
         if self.setup.callback is not None:
             info = {"iteration": iteration, "val_loss": val_loss, "val_time": seconds}
             self.setup.callback.on_val_loss_report(info)
         return {"val_loss": val_loss}
 
-    def save(self, state: TrainingState) -> None:
+    def save_checkpoint(self, state: TrainingState) -> None:
         """Write a checkpoint and remove those that are no longer to be kept."""
-        state.open_report = self.window.open_sums()
+        state.open_report = self.window.sums_for_checkpoint()
         setup = self.setup
         if not setup.world.is_main:
             return
-        if setup.batch_schedule.keeps_random_state:
-            state.random_key = random_key()
+        if setup.step_schedule.keeps_random_state:
+            state.random_key = read_random_key()
         values = read_parameters(setup.parameters)
         dtypes = self._published_dtypes
         adapter = {name: value.astype(dtypes[name]) for name, value in values.items()}
         masters = {name: v for name, v in values.items() if v.dtype != dtypes[name]}
-        record = CheckpointRecord(
+        record = CheckpointState(
             state,
             wanted_iterations=setup.config.iters,
             input_digests=setup.input_digests,
@@ -154,7 +163,7 @@ class Recorder:
             state=record.to_json(),
         )
         if state.step >= max(2, *(tier.frequency for tier in setup.optimizer.tiers)):
-            flag_unchanged_checkpoint(state, path, setup.run.initial)
+            warn_of_unchanged_checkpoint(state, path, setup.run.initial)
         if setup.config.adapter_path is not None:
             export_snapshot(path, Path(setup.config.adapter_path), state.iteration)
         checkpoint.prune_checkpoints(
@@ -164,7 +173,7 @@ class Recorder:
         )
 
 
-def random_key() -> list[int]:
+def read_random_key() -> list[int]:
     """The key of MLX's next random draw in this thread, as two 32-bit words."""
     state: Any = mx.random.state
     words: list[int] = np.array(state[0]).tolist()

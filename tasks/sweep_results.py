@@ -21,7 +21,7 @@ from tasks.artifacts import publish_table
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SweepRunResult:
     """What one run of a sweep came to; the loss is the gate's, None without a validation set."""
 
     run_dir: str
@@ -32,7 +32,9 @@ class Outcome:
     loss: float | None
 
     @classmethod
-    def of(cls, run: RunDirectory, point: dict[str, Any], state: str, message: str) -> Self:
+    def read_from_run(
+        cls, run: RunDirectory, point: dict[str, Any], state: str, message: str
+    ) -> Self:
         """Read the verdict from the run directory; without one the run did not pass."""
         verdict = read_json_object(run.gate) if run.gate.exists() else {}
         has_passed = verdict.get("verdict") == "passed" and state == "Completed"
@@ -46,7 +48,7 @@ class Outcome:
 
 
 @task(name="collect", task_run_name="collect the sweep's results", cache_policy=NO_CACHE)
-def collect(outcomes: Sequence[Outcome]) -> Outcome | None:
+def pick_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None:
     """Show all as a table; return the verified run of the lowest validation loss, or None."""
     rows = [
         outcome.point
@@ -58,7 +60,7 @@ def collect(outcomes: Sequence[Outcome]) -> Outcome | None:
     return min(verified, key=lambda o: float("inf") if o.loss is None else o.loss, default=None)
 
 
-def find_version(section: RegistrySection, outcome: Outcome) -> str:
+def find_registered_version(section: RegistrySection, outcome: SweepRunResult) -> str:
     """The version that a run registered: its adapter's digest."""
     registry, name = registry_location(section)
     version = read_adapter(RunDirectory(Path(outcome.run_dir)).adapter).digest()

@@ -21,24 +21,24 @@ from nested_core.optim.gradient_checks import Flat, find_gradient_mark
 from nested_core.optim.named_updates import UpdateReport, flatten, verify_updates
 from nested_core.optim.tier_clock import COUNTERS
 from nested_core.storage.adapter import WEIGHTS_NAME
-from nested_core.training.setup import TrainingSetup
-from nested_core.training.state import TrainingState
+from nested_core.training.training_setup import TrainingSetup
+from nested_core.training.training_state import TrainingState
 
 
-def raise_flag(state: TrainingState, code: str, message: str) -> None:
+def warn_once(state: TrainingState, code: str, message: str) -> None:
     """Warn, once a run for each code, and keep the message in the state."""
     if not any(flag.startswith(f"{code}:") for flag in state.red_flags):
         state.red_flags.append(f"{code}: {message}")
         warnings.warn(f"{code}: {message}", SilentUpdateWarning, stacklevel=3)
 
 
-def flag_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]) -> None:
+def warn_of_lost_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]) -> None:
     """Flag updates that are not in the model, and due parameters that did not move.
 
     `idle` are those that could not move, such as lora_a while lora_b is still zero.
     """
     if report.not_applied:
-        raise_flag(
+        warn_once(
             state,
             "updates_not_applied",
             f"at step {state.step} {len(report.not_applied)} of {report.checked} computed updates "
@@ -46,7 +46,7 @@ def flag_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]
         )
     unmoved = [name for name in report.unmoved if name not in set(idle)]
     if unmoved and not report.not_applied:
-        raise_flag(
+        warn_once(
             state,
             "parameters_unchanged",
             f"the update of step {state.step} left {len(unmoved)} of {report.checked} parameters "
@@ -54,7 +54,7 @@ def flag_updates(state: TrainingState, report: UpdateReport, idle: Sequence[str]
         )
 
 
-def flag_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: Path) -> None:
+def warn_of_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: Path) -> None:
     """Flag a checkpoint whose adapter file equals the initial adapter's, byte for byte.
 
     Both are written by `storage.safetensors_files.save_arrays`, which writes equal arrays as equal
@@ -62,7 +62,7 @@ def flag_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: P
     rate of 0.
     """
     if filecmp.cmp(checkpoint / WEIGHTS_NAME, initial / WEIGHTS_NAME, shallow=False):
-        raise_flag(
+        warn_once(
             state,
             "checkpoint_unchanged",
             f"the checkpoint of step {state.step} equals the initial adapter, byte for byte: "
@@ -70,7 +70,7 @@ def flag_unchanged_checkpoint(state: TrainingState, checkpoint: Path, initial: P
         )
 
 
-def flag_flat_loss(state: TrainingState, losses: Sequence[float], window: int) -> None:
+def warn_of_flat_loss(state: TrainingState, losses: Sequence[float], window: int) -> None:
     """Flag a training loss whose last `window` reports show no movement beyond their noise.
 
     It moves if the mean of the later half differs from that of the earlier half by more than two
@@ -87,7 +87,7 @@ def flag_flat_loss(state: TrainingState, losses: Sequence[float], window: int) -
     is_moving = abs(statistics.fmean(late) - statistics.fmean(early)) > noise
     has_learned = finite[0] - statistics.fmean(late) > max(2 * spread, 1e-6)
     if not is_moving and not has_learned:
-        raise_flag(
+        warn_once(
             state,
             "loss_flat",
             f"the training loss has not moved beyond noise over {window} reports "
@@ -115,10 +115,12 @@ class UpdateCheck:
         """
         self._checked_due.add(due)
         report = verify_updates(before, expected, self._setup.model)
-        flag_updates(state, report, self._idle_names(state.step, report.unmoved))
+        warn_of_lost_updates(
+            state, report, self._parameters_that_cannot_move(state.step, report.unmoved)
+        )
         state.verified_steps.append(state.step)
 
-    def _idle_names(self, step: int, names: Sequence[str]) -> list[str]:
+    def _parameters_that_cannot_move(self, step: int, names: Sequence[str]) -> list[str]:
         """Those that could not move: not due, no rate, a skipped step, or no gradient yet."""
         if not names:
             return []

@@ -20,15 +20,15 @@ from nested_core.optim.gradient_checks import Flat
 from nested_core.optim.named_updates import flatten
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.optim.tiered import Tiered
-from nested_core.training.distributed import (
+from nested_core.training.loss.loss_interface import Loss, MicroBatch
+from nested_core.training.parameter_packing import PackedState, unflatten_names
+from nested_core.training.rank_communication import (
     SINGLE_PROCESS,
     Sums,
     World,
-    pack_sums,
-    unpack_sums,
+    pack_gradients_for_sum,
+    unpack_summed_gradients,
 )
-from nested_core.training.loss.interface import Loss, MicroBatch
-from nested_core.training.packing import PackedState, unflatten
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ class TrainStep:
                 return micro_batch, {"gradients": gradients, "weight": weight}, {}, None
             stop_count = None
             if stop_flag is not None:
-                packed = pack_sums(gradients, weight, stop_flag)
+                packed = pack_gradients_for_sum(gradients, weight, stop_flag)
                 self._gradient_bytes[due] = packed.nbytes
                 summed = self.world.sum_packed(packed)
-                gradients, weight, stop_count = unpack_sums(summed, gradients)
+                gradients, weight, stop_count = unpack_summed_gradients(summed, gradients)
             return micro_batch, None, self._update(gradients, weight, due_params), stop_count
 
         return mx.compile(train_step, inputs=self._captured, outputs=self._captured)
@@ -184,7 +184,7 @@ class TrainStep:
         due_tensors = {
             name: tensors[name] for key in due_params for name in self._packing.names(key)
         }
-        (loss, count), gradients = mx.value_and_grad(self._loss_of)(
+        (loss, count), gradients = mx.value_and_grad(self._loss_of_micro_batch)(
             due_tensors, tokens, target_mask
         )
         packed = self._pack_gradients(gradients, due_params)
@@ -198,7 +198,7 @@ class TrainStep:
             cast[key] = value.astype(self.parameters[first_name].dtype)
         return self._packing.unpack(cast)
 
-    def _loss_of(
+    def _loss_of_micro_batch(
         self, due_tensors: Flat, tokens: mx.array, target_mask: mx.array
     ) -> tuple[mx.array, mx.array]:
         assign_parameters(self.parameters, due_tensors)
@@ -222,5 +222,7 @@ class TrainStep:
     def _update(self, gradients: Flat, weight: mx.array, due_params: Flat) -> Flat:
         """The new values of the due parameters."""
         mean = {name: g / weight.astype(g.dtype) for name, g in gradients.items()}
-        updated = self.packed.optimizer.apply_gradients(unflatten(mean), unflatten(due_params))
+        updated = self.packed.optimizer.apply_gradients(
+            unflatten_names(mean), unflatten_names(due_params)
+        )
         return flatten(updated)

@@ -13,16 +13,16 @@ from typing import Protocol
 import mlx.core as mx
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.batches import BatchOrder
+from nested_core.data.batch_order import BatchOrder
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
-from nested_core.training.distributed import SINGLE_PROCESS, World
-from nested_core.training.evaluation import fixed_batches
-from nested_core.training.loss.interface import BatchShape, MicroBatch
+from nested_core.training.evaluation import load_evaluation_batches
+from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
+from nested_core.training.rank_communication import SINGLE_PROCESS, World
 
 SAMPLED_ROWS = 256
 
 
-class BatchSchedule(Protocol):
+class StepSchedule(Protocol):
     """What a run trains on and when it is evaluated.
 
     An iteration is one micro-batch, counted from 0; a step is one update of the optimizer, over
@@ -89,7 +89,7 @@ class BucketedSchedule:
         self._world = world
         self._train = splits["train"]
         self._valid = splits.get("valid")
-        self._plan = plan_batches(config, self._train)
+        self._plan = make_batch_order(config, self._train)
         self.iterations = config.iters
         if config.training.epochs is not None:
             self.iterations = math.ceil(config.training.epochs * self._plan.batches_per_epoch)
@@ -120,7 +120,7 @@ class BucketedSchedule:
         config = self._config
         if self._valid is None or len(self._valid) == 0 or config.val_batches == 0:
             return None
-        batches = fixed_batches(
+        batches = load_evaluation_batches(
             self._valid,
             batch_size=config.batch_size,
             max_batches=config.val_batches,
@@ -130,7 +130,7 @@ class BucketedSchedule:
 
     def seed_step(self, step: int) -> None:
         """Seed from the run's seed and the step: on resume there is nothing to restore."""
-        mx.random.seed(self._world.seed(self._config.seed, step))
+        mx.random.seed(self._world.seed_of_step(self._config.seed, step))
 
     def is_complete_step(self, first: int, last: int) -> bool:
         """A partial accumulation at the end is a step too."""
@@ -146,18 +146,18 @@ class BucketedSchedule:
         return [last] if last // every > first // every else []
 
 
-def plan_batches(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrder:
+def make_batch_order(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrder:
     """The batches that a configuration trains on, epoch after epoch."""
     return BatchOrder(
         split.lengths, config.batch_size, config.seed, max_seq_length=config.max_seq_length
     )
 
 
-def make_batch_schedule(
+def make_step_schedule(
     config: FineTuneConfig,
     splits: Mapping[str, TokenizedSplit],
     world: World = SINGLE_PROCESS,
-) -> BatchSchedule:
+) -> StepSchedule:
     """The length-bucketed schedule, or under `training.reference` mlx-lm's."""
     if config.training.reference is None:
         return BucketedSchedule(config, splits, world)

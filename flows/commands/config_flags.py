@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from nested_core.config.keys import Key, keys_of
+from nested_core.config.key_properties import Key, iterate_keys
 from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig
 
@@ -30,7 +30,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
             groups[section] = parser.add_argument_group(section)
         flag = "--" + key.name.replace("_", "-")
         help_text = str(key.field.description).replace("%", "%%")  # % is argparse's own
-        group, form = groups[section], _form_of(key)
+        group, form = groups[section], _argparse_options(key)
         group.add_argument(flag, dest=_destination(key), default=None, help=help_text, **form)
         if section and "_" in key.name:  # as it is spelled in YAML, too
             form = {name: value for name, value in form.items() if name != "metavar"}
@@ -42,7 +42,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 def _keys_with_flags() -> list[Key]:
     """Every key but sections, whose keys have flags, and keys of lists, which are given whole."""
-    keys = list(keys_of(FineTuneConfig))
+    keys = list(iterate_keys(FineTuneConfig))
     lists = tuple(f"{key.name}." for key in keys if key.section and not key.is_section)
     return [key for key in keys if not key.is_section and not key.name.startswith(lists)]
 
@@ -52,7 +52,7 @@ def _destination(key: Key) -> str:
     return f"config.{key.name}"
 
 
-def _form_of(key: Key) -> dict[str, Any]:
+def _argparse_options(key: Key) -> dict[str, Any]:
     """How argparse reads a key's flag."""
     value_type = _value_type(key.field.annotation)
     if key.name == "clear_cache_threshold":
@@ -86,7 +86,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
 
 
-def config_from(arguments: argparse.Namespace) -> FineTuneConfig:
+def load_config_from_flags(arguments: argparse.Namespace) -> FineTuneConfig:
     """The configuration of a command line: flag, then YAML, then default."""
     flags = {key.name: getattr(arguments, _destination(key)) for key in _keys_with_flags()}
     return load_config(

@@ -30,40 +30,35 @@ class Key:
         return self.section is not None and self.field.annotation is self.section
 
     @property
-    def may_differ_on_resume(self) -> bool:
-        """Whether a run may be resumed with another value."""
-        return self.affects in ("length", "output")
-
-    @property
     def changes_adapter(self) -> bool:
         """Whether another value, under the same model and data, can give another adapter."""
         return self.affects in ("training", "length")
 
 
-def keys_of(
+def iterate_keys(
     section: type[BaseModel], prefix: str = "", affects: Affects = "training"
 ) -> Iterator[Key]:
     """Every key of a section and of the sections in it, each section before its keys."""
     for name, field in section.model_fields.items():
         extra: Any = field.json_schema_extra or {}
-        inner = section_in(field.annotation)
+        inner = section_in_annotation(field.annotation)
         key = Key(prefix + (field.alias or name), field, extra.get("affects", affects), inner)
         yield key
         if inner is not None:
-            yield from keys_of(inner, f"{key.name}.", key.affects)
+            yield from iterate_keys(inner, f"{key.name}.", key.affects)
 
 
-def section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in_annotation(annotation: Any) -> type[BaseModel] | None:
     """The section in a field's type: `Section`, `Section | None` or `tuple[Section, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    sections = (section_in(part) for part in get_args(annotation))
+    sections = (section_in_annotation(part) for part in get_args(annotation))
     return next((section for section in sections if section is not None), None)
 
 
-def settings_of_the_adapter(config: Section) -> dict[str, Any]:
+def adapter_settings(config: Section) -> dict[str, Any]:
     """The values of the keys that can change the adapter, as JSON; data and model left out."""
-    keys = {key.name: key for key in keys_of(type(config))}
+    keys = {key.name: key for key in iterate_keys(type(config))}
 
     def select(values: dict[str, Any], prefix: str) -> dict[str, Any]:
         selected = {}

@@ -13,7 +13,7 @@ from nested_core.errors import TrainingDiverged
 logger = logging.getLogger(__name__)
 
 
-class DivergenceWatch:
+class NonfiniteStepWatch:
     """Logs every step that was skipped for gradients that are not finite; gives up after `limit`.
 
     The counter of a step is read when the next one is under way, so that reading it waits for
@@ -24,19 +24,19 @@ class DivergenceWatch:
         self._limit = limit
         self._unread: list[tuple[int, mx.array]] = []
 
-    def add(self, step: int, counters: Mapping[str, mx.array]) -> None:
+    def add_step(self, step: int, counters: Mapping[str, mx.array]) -> None:
         """Keep a step's counter of skipped steps in a row, and read those of the steps before.
 
         Raises TrainingDiverged once `limit` steps in a row were skipped.
         """
         self._unread.append((step, counters["nonfinite_in_a_row"]))
-        self._read(keep=1)
+        self._read_counters(keep=1)
 
     def finish(self) -> None:
         """Read every counter, the last step's included; this waits for the device."""
-        self._read(keep=0)
+        self._read_counters(keep=0)
 
-    def _read(self, *, keep: int) -> None:
+    def _read_counters(self, *, keep: int) -> None:
         while len(self._unread) > keep:
             step, counter = self._unread.pop(0)
             skipped = to_int(counter)

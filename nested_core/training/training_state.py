@@ -76,20 +76,14 @@ class TrainingState:
             self.best_step = None
             self.best_val_loss = None
 
-    def record_evaluation(self, val_loss: float, *, is_candidate: bool, min_delta: float) -> bool:
+    def record_evaluation(self, val_loss: float, *, is_candidate: bool) -> bool:
         """Record a validation loss; return whether it is the best among the candidates.
 
-        One that is not finite is no improvement, and never the best.
+        One that is not finite is never the best.
         """
         self.val_loss = val_loss
         self.evaluated_step = self.step
-        lowest = math.inf if self.lowest_val_loss is None else self.lowest_val_loss
         best = math.inf if self.best_val_loss is None else self.best_val_loss
-        if val_loss < lowest - min_delta:
-            self.lowest_val_loss = val_loss
-            self.evaluations_without_improvement = 0
-        else:
-            self.evaluations_without_improvement += 1
         is_best = is_candidate and val_loss < best
         if is_best:
             self.best_step = self.step
@@ -98,7 +92,7 @@ class TrainingState:
 
 
 @dataclass(frozen=True)
-class CheckpointRecord:
+class CheckpointState:
     """The content of state.json: the training state, and the evidence that the gate judges by.
 
     Attributes:

@@ -12,7 +12,7 @@ from typing import Any
 from flows.terminal import print_json, print_line
 
 
-def answer(
+def result_printer(
     arguments: argparse.Namespace,
     document: Callable[[], Any],
     show: Callable[[], object],
@@ -31,7 +31,7 @@ def answer(
     return finish
 
 
-def tell(text: str) -> Callable[[], int]:
+def text_printer(text: str) -> Callable[[], int]:
     """What prints the text of a command that has no --json, and returns 0."""
 
     def finish() -> int:

@@ -24,12 +24,12 @@ from nested_core.storage.adapter import files_sha256, read_adapter
 from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.training.batch_schedule import BatchSchedule, make_batch_schedule
-from nested_core.training.callbacks import TrainingCallback
-from nested_core.training.distributed import SINGLE_PROCESS, World
 from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss import LOSSES
-from nested_core.training.loss.interface import Loss
+from nested_core.training.loss.loss_interface import Loss
+from nested_core.training.rank_communication import SINGLE_PROCESS, World
+from nested_core.training.report_callbacks import TrainingCallback
+from nested_core.training.step_schedule import StepSchedule, make_step_schedule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,7 +45,7 @@ class TrainingSetup:
         parameters: references to its trainable parameters.
         tiers: the tier of each.
         optimizer: initialised with them.
-        batch_schedule: what a run trains on, and when it is evaluated.
+        step_schedule: what a run trains on, and when it is evaluated.
         loss_fn: the loss, in its form for this model.
         prompts: token ids that every checkpoint records the model's logits on.
         world: the ranks that train together.
@@ -64,7 +64,7 @@ class TrainingSetup:
     optimizer: Tiered
 
     # The data and the loss
-    batch_schedule: BatchSchedule
+    step_schedule: StepSchedule
     loss_fn: Loss
     prompts: Prompts
 
@@ -102,8 +102,8 @@ def prepare_training(
     optimizer.init(model.trainable_parameters())
     dtype = compute_dtype_of_adapter(config, model)
     parameters = reference_trainable_parameters(model, masters=config.has_masters, dtype=dtype)
-    batch_schedule = make_batch_schedule(config, splits, world)
-    refuse_tiers_never_due(tiers.frequencies, batch_schedule.steps)
+    step_schedule = make_step_schedule(config, splits, world)
+    refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
     return TrainingSetup(
         config=config,
         run=run,
@@ -113,8 +113,8 @@ def prepare_training(
         parameters=parameters,
         tiers=tiers,
         optimizer=optimizer,
-        batch_schedule=batch_schedule,
-        loss_fn=LOSSES[batch_schedule.loss_name].for_model(model, parameters),
+        step_schedule=step_schedule,
+        loss_fn=LOSSES[step_schedule.loss_name].for_model(model, parameters),
         prompts=choose_prompts(splits),
         world=world,
     )

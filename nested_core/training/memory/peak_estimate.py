@@ -30,8 +30,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nested_core.kernels.cuda.kernel_launch import DTYPE
-from nested_core.training.loss.chunked_cross_entropy import padded_count
-from nested_core.training.loss.interface import BatchShape
+from nested_core.training.loss.chunked_cross_entropy import round_up_position_count
+from nested_core.training.loss.loss_interface import BatchShape
 
 REFILLED_LAYERS = 1.8  # a layer that is recomputed, and its gradients
 CHUNK_LOGIT_BYTES = 8  # a logit, beside the logit itself, where logits are made in chunks
@@ -68,7 +68,7 @@ CPU = DeviceProfile(score_share=5 / 8, mlp_arrays=1, layers_in_flight=1.5)
 METAL = DeviceProfile(score_share=1, mlp_arrays=2, layers_in_flight=2, dequantized_weights=0)
 
 
-def cuda(operations: int) -> DeviceProfile:
+def cuda_profile(operations: int) -> DeviceProfile:
     """A CUDA device to which MLX commits `operations` operations at once."""
     return DeviceProfile(
         score_share=0,
@@ -125,7 +125,7 @@ class ModelFootprint:
         return self.layers[first:]
 
 
-def kept_bytes(
+def bytes_kept_for_backward(
     footprint: ModelFootprint, layer: LayerFootprint, batch: BatchShape, device: DeviceProfile
 ) -> float:
     """What one layer that is not recomputed keeps for the backward pass."""
@@ -137,23 +137,24 @@ def kept_bytes(
     return footprint.activation_bytes * (batch.rows * batch.length * kept + scores)
 
 
-def logit_bytes(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> int:
+def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> int:
     """The logits that exist at once, and what the loss computes from them."""
     tokens = batch.rows * batch.length
     if footprint.chunk_rows is None:
         return (footprint.activation_bytes + ALL_LOGIT_BYTES) * footprint.vocabulary * tokens
     rows = min(
-        padded_count(batch.target_tokens, tokens), device.logit_chunks * footprint.chunk_rows
+        round_up_position_count(batch.target_tokens, tokens),
+        device.logit_chunks * footprint.chunk_rows,
     )
     return (footprint.activation_bytes + CHUNK_LOGIT_BYTES) * footprint.vocabulary * rows
 
 
-def peak_bytes(
+def estimate_peak_bytes(
     footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, recomputed: int = 0
 ) -> int:
     """The peak of a step that recomputes the `recomputed` lowest of the trained layers."""
     layers = footprint.trained_layers
-    kept = [kept_bytes(footprint, layer, batch, device) for layer in layers]
+    kept = [bytes_kept_for_backward(footprint, layer, batch, device) for layer in layers]
     largest = max(kept, default=0.0)
     resident = footprint.weights + footprint.moments
     if footprint.is_packed:
@@ -162,7 +163,7 @@ def peak_bytes(
     inputs = footprint.activation_bytes * tokens * sum(e.width for e in layers[:recomputed])
     max_in_flight = device.max_in_flight_ratio * len(layers)
     in_flight = min(device.layers_in_flight, max_in_flight) * largest
-    logits = logit_bytes(footprint, batch, device)
+    logits = bytes_of_logits(footprint, batch, device)
     dequantized = device.dequantized_weights * footprint.dequantized
     forward = sum(kept[recomputed:]) + inputs + (logits + dequantized) + in_flight
     backward = inputs + in_flight + REFILLED_LAYERS * largest if recomputed else 0.0
@@ -170,10 +171,10 @@ def peak_bytes(
     return int(resident + max(forward, backward, update))
 
 
-def fewest_recomputed(
+def fewest_recomputed_layers(
     footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, limit: float
 ) -> int:
     """The fewest recomputed layers whose peak is within `limit` bytes; all if no number is."""
     layers = len(footprint.trained_layers)
-    peaks = ((n, peak_bytes(footprint, batch, device, n)) for n in range(layers))
+    peaks = ((n, estimate_peak_bytes(footprint, batch, device, n)) for n in range(layers))
     return next((n for n, peak in peaks if peak <= limit), layers)

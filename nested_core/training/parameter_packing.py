@@ -32,7 +32,7 @@ from nested_core.optim.tiered import Tiered
 ALIGNMENT = 8  # elements: 16 bytes of a bfloat16
 
 
-def unflatten(flat: Flat) -> Any:
+def unflatten_names(flat: Flat) -> Any:
     """A flat dictionary of dotted names as the tree that the optimizer's state mirrors."""
     return tree_unflatten(list(flat.items())) if flat else {}
 
@@ -53,7 +53,7 @@ class PackedArray:
         """The tensors, given by name, in one array."""
         if len(self.shapes) == 1:
             return values[next(iter(self.shapes))]
-        return concatenate_arrays([_short_side_first(values[name]) for name in self.shapes])
+        return concatenate_arrays([_transpose_if_tall(values[name]) for name in self.shapes])
 
     def unpack(self, array: mx.array) -> Flat:
         """The tensors by name, as views where they are aligned."""
@@ -63,7 +63,9 @@ class PackedArray:
         ranges = pairwise([0, *ends])
         is_aligned = all(end % ALIGNMENT == 0 for end in ends)
         return {
-            name: _in_shape(array[start:end] if is_aligned else array[mx.arange(start, end)], shape)
+            name: _view_in_shape(
+                array[start:end] if is_aligned else array[mx.arange(start, end)], shape
+            )
             for (name, shape), (start, end) in zip(self.shapes.items(), ranges, strict=True)
         }
 
@@ -72,11 +74,11 @@ def _is_tall(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[0] > shape[1]
 
 
-def _short_side_first(array: mx.array) -> mx.array:
+def _transpose_if_tall(array: mx.array) -> mx.array:
     return array.T if _is_tall(array.shape) else array
 
 
-def _in_shape(vector: mx.array, shape: tuple[int, ...]) -> mx.array:
+def _view_in_shape(vector: mx.array, shape: tuple[int, ...]) -> mx.array:
     return vector.reshape(shape[::-1]).T if _is_tall(shape) else vector.reshape(shape)
 
 
@@ -130,7 +132,7 @@ class Packing:
         packed.tiers = tuple(
             replace(tier, names=self.keys_of_tiers((i,))) for i, tier in enumerate(optimizer.tiers)
         )
-        states = optimizer_state_by_parameter(unflatten(values), optimizer.state)
+        states = optimizer_state_by_parameter(unflatten_names(values), optimizer.state)
         shared = {key: optimizer.state[key] for key in RESERVED_NAMES if key in optimizer.state}
         packed.state = shared
         for key, array, parts in self._state_parts(states):
@@ -190,7 +192,7 @@ class PackedState:
         self.parameters = self.packing.pack(values)
         self.optimizer = self.packing.pack_optimizer(optimizer, values)
         self._named_optimizer = optimizer
-        self._named_states = optimizer_state_by_parameter(unflatten(values), optimizer.state)
+        self._named_states = optimizer_state_by_parameter(unflatten_names(values), optimizer.state)
         mx.eval(self.parameters, self.optimizer.state)
 
     def update(self, updates: Flat) -> None:

@@ -1,4 +1,4 @@
-"""Which examples train together at which step, and the arrays that hold them.
+"""The order of batches: which rows are in which batch, shuffled anew for each epoch.
 
 Stateless: batch `index` follows from the lengths, the seed and the index alone, so that a resumed
 run needs no replay. Few fixed shapes, for `mx.compile` keeps one trace for each.
@@ -6,23 +6,15 @@ run needs no replay. Few fixed shapes, for `mx.compile` keeps one trace for each
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from nested_core.data.batch_arrays import Batch, make_batch_arrays
 from nested_core.data.length_buckets import sort_into_buckets
 from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The rows of one batch, int32 [at most batch_size], and the width of its inputs in tokens."""
-
-    rows: Int32
-    width: int
 
 
 class BatchOrder:
@@ -74,23 +66,6 @@ class BatchOrder:
         for start, end in pairwise(self.buckets.starts):
             generator.shuffle(rows[start:end])
         return rows, generator.permutation(np.arange(self.batches_per_epoch, dtype=np.int32))
-
-
-def make_batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Bool]:
-    """Tokens int32 [batch_size, width + 1], padded with 0; target_mask bool [batch_size, width].
-
-    inputs = tokens[:, :-1], targets = tokens[:, 1:]; target_mask[:, j] is about the target in
-    column j, which is token j + 1. It is false at padding and in rows without an example.
-    """
-    tokens = np.zeros((batch_size, batch.width + 1), np.int32)
-    target_mask = np.zeros((batch_size, batch.width), np.bool_)
-    for place, row in enumerate(batch.rows):
-        example = split.example(row)
-        tokens[place, : len(example)] = example
-        targets = split.example_mask(row)[1:]  # of no tokens none, not even the first
-        target_mask[place, : len(targets)] = targets
-    split.release_pages()
-    return tokens, target_mask
 
 
 def choose_evaluation_batches(

@@ -14,7 +14,7 @@ import numpy as np
 
 from nested_core.errors import ConfigError, RanksDiffer
 from nested_core.optim.gradient_checks import Flat
-from nested_core.training.loss.interface import MicroBatch
+from nested_core.training.loss.loss_interface import MicroBatch
 
 Sums = dict[str, mx.array]
 GOLDEN_RATIO = 0x9E3779B9  # times 2**32: it spreads the seeds of neighbouring ranks
@@ -43,7 +43,7 @@ class World:
         tokens, target_mask = batch
         return tokens[self.rank :: self.size], target_mask[self.rank :: self.size]
 
-    def seed(self, seed: int, step: int) -> int:
+    def seed_of_step(self, seed: int, step: int) -> int:
         """A step's seed: each rank has its own, and rank 0 the one of a single process."""
         return (seed ^ (self.rank * GOLDEN_RATIO % 2**32)) * 2**32 + step
 
@@ -52,7 +52,7 @@ class World:
         summed: mx.array = mx.distributed.all_sum(packed, group=self.group)
         return summed
 
-    def total(self, sums: Sums) -> Sums:
+    def sum_over_ranks(self, sums: Sums) -> Sums:
         """Scalars summed over the ranks; this waits for all of them."""
         if self.is_single_process:
             return sums
@@ -60,13 +60,13 @@ class World:
         mx.eval(totals)
         return totals
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; this waits for all of them."""
         if self.is_single_process:
             return flag
         return bool(mx.distributed.all_sum(mx.array(int(flag)), group=self.group).item())
 
-    def require_equal(self, arrays: Mapping[str, mx.array], step: int) -> None:
+    def require_equal_on_ranks(self, arrays: Mapping[str, mx.array], step: int) -> None:
         """Raise RanksDiffer, naming ranks and arrays, if a bit differs from rank to rank."""
         if self.is_single_process:
             return
@@ -104,7 +104,7 @@ def checksum(array: mx.array) -> mx.array:
     return (bits * (mx.arange(bits.size, dtype=mx.uint32) * 2 + 1)).sum()
 
 
-def join(expected: int) -> World:
+def join_ranks(expected: int) -> World:
     """Join the ranks that `mlx.launch` started; ConfigError if they are not as many as expected."""
     backend = "nccl" if mx.cuda.is_available() else "any"
     group = mx.distributed.init(strict=True, backend=backend)
@@ -116,15 +116,15 @@ def join(expected: int) -> World:
     return World(group.size(), group.rank(), group)
 
 
-def pack_sums(gradients: Flat, weight: mx.array, stop_requested: mx.array) -> mx.array:
+def pack_gradients_for_sum(gradients: Flat, weight: mx.array, stop_requested: mx.array) -> mx.array:
     """A step's gradients in one float32 vector, then their weight and this rank's stop request."""
     parts = [gradient.astype(mx.float32).reshape(-1) for gradient in gradients.values()]
     ends = [value.astype(mx.float32).reshape(1) for value in (weight, stop_requested)]
     return mx.concatenate([*parts, *ends])
 
 
-def unpack_sums(packed: mx.array, gradients: Flat) -> tuple[Flat, mx.array, mx.array]:
-    """`pack_sums` undone: gradients shaped as those given, their weight, and the stop count."""
+def unpack_summed_gradients(packed: mx.array, gradients: Flat) -> tuple[Flat, mx.array, mx.array]:
+    """`pack_gradients_for_sum` undone: gradients shaped as those given, their weight, and the stop count."""
     unpacked = {}
     start = 0
     for name, gradient in gradients.items():

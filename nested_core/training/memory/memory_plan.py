@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.nn as nn
 
 from nested_core import backend
-from nested_core.training.loss.interface import BatchShape
-from nested_core.training.memory import estimate
-from nested_core.training.memory.estimate import (
+from nested_core.training.loss.loss_interface import BatchShape
+from nested_core.training.memory import peak_estimate
+from nested_core.training.memory.peak_estimate import (
     DeviceProfile,
     ModelFootprint,
-    fewest_recomputed,
-    peak_bytes,
+    estimate_peak_bytes,
+    fewest_recomputed_layers,
 )
 
 if TYPE_CHECKING:
@@ -49,17 +49,19 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The predicted peak, the capacity, and the settings that would fit, on one line."""
-        text = f"memory: needs about {_gigabytes(self.needed)} of {_gigabytes(self.capacity)}"
+        text = f"memory: needs about {_format_gigabytes(self.needed)} of {_format_gigabytes(self.capacity)}"
         if 0 < self.recomputed < self.layers:
             text += f", with {self.recomputed} of {self.layers} layers recomputed"
         if self.fits:
             return text
-        *others, last = [f"{name} (about {_gigabytes(peak)})" for name, peak in self.suggestions]
+        *others, last = [
+            f"{name} (about {_format_gigabytes(peak)})" for name, peak in self.suggestions
+        ]
         if self.suggestions[-1][1] > self.capacity:
             return f"{text}; not even {last} would fit"
         return f"{text}; try {', '.join(others)} or {last}" if others else f"{text}; try {last}"
 
-    def recomputed_layers(self, model: nn.Module) -> Sequence[nn.Module]:
+    def layers_to_recompute(self, model: nn.Module) -> Sequence[nn.Module]:
         """The layers to recompute: the lowest that train.
 
         Their turn comes last in the backward pass, when what the others kept is free again.
@@ -72,7 +74,7 @@ class MemoryPlan:
         return chosen
 
 
-def _gigabytes(size: float) -> str:
+def _format_gigabytes(size: float) -> str:
     gigabytes = size / 1e9
     return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{gigabytes:.2g} GB"
 
@@ -86,10 +88,12 @@ def plan_memory(
     """
     limit = config.training.memory_limit_gb
     capacity = backend.memory_bytes() if limit is None else int(limit * 1e9)
-    return plan(config, footprint, batch, profile_of(config), capacity, processes=processes)
+    return plan_for_device(
+        config, footprint, batch, device_profile_for(config), capacity, processes=processes
+    )
 
 
-def plan(
+def plan_for_device(
     config: FineTuneConfig,
     footprint: ModelFootprint,
     batch: BatchShape,
@@ -106,13 +110,13 @@ def plan(
     layers = len(footprint.trained_layers)
     wanted = layers
     if config.training.memory_limit_gb is not None and config.training.reference is None:
-        wanted = fewest_recomputed(footprint, batch, device, capacity)
+        wanted = fewest_recomputed_layers(footprint, batch, device, capacity)
     recomputed = wanted if config.grad_checkpoint else 0
-    needed = peak_bytes(footprint, batch, device, recomputed)
+    needed = estimate_peak_bytes(footprint, batch, device, recomputed)
     if needed <= capacity:
         return MemoryPlan(needed, capacity, recomputed, layers)
 
-    fewer_rows, shorter = list(_fewer_rows(batch)), list(_shorter(batch))
+    fewer_rows, shorter = list(_batches_of_fewer_rows(batch)), list(_shorter_batches(batch))
     alternatives = [
         [(f"batch_size: {each.rows * processes}", each, recomputed) for each in fewer_rows],
         [(f"max_seq_length: {each.length}", each, recomputed) for each in shorter],
@@ -121,25 +125,27 @@ def plan(
         alternatives.insert(0, [("grad_checkpoint: true", batch, wanted)])
     suggestions = []
     for settings in alternatives:  # of each key, the first value that fits
-        peaks = ((name, peak_bytes(footprint, b, device, count)) for name, b, count in settings)
+        peaks = (
+            (name, estimate_peak_bytes(footprint, b, device, count)) for name, b, count in settings
+        )
         fitting = next((each for each in peaks if each[1] <= capacity), None)
         if fitting is not None:
             suggestions.append(fitting)
     if not suggestions:
         smallest = fewer_rows[-1] if fewer_rows else batch
         setting = f"grad_checkpoint: true with batch_size: {smallest.rows * processes}"
-        suggestions.append((setting, peak_bytes(footprint, smallest, device, layers)))
+        suggestions.append((setting, estimate_peak_bytes(footprint, smallest, device, layers)))
     return MemoryPlan(needed, capacity, recomputed, layers, tuple(suggestions))
 
 
-def _fewer_rows(batch: BatchShape) -> Iterator[BatchShape]:
+def _batches_of_fewer_rows(batch: BatchShape) -> Iterator[BatchShape]:
     rows = batch.rows // 2
     while rows >= 1:
         yield replace(batch, rows=rows, target_tokens=batch.target_tokens * rows // batch.rows)
         rows //= 2
 
 
-def _shorter(batch: BatchShape) -> Iterator[BatchShape]:
+def _shorter_batches(batch: BatchShape) -> Iterator[BatchShape]:
     length = batch.length // 2
     while length >= SHORTEST_SUGGESTION:
         target_tokens = min(batch.target_tokens, batch.rows * length)
@@ -147,13 +153,13 @@ def _shorter(batch: BatchShape) -> Iterator[BatchShape]:
         length //= 2
 
 
-def profile_of(config: FineTuneConfig) -> DeviceProfile:
+def device_profile_for(config: FineTuneConfig) -> DeviceProfile:
     """The profile of the default device, without our kernels under `training.reference`."""
     is_plain = config.training.reference is not None
     if backend.has_cuda():
-        device = estimate.cuda(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
+        device = peak_estimate.cuda_profile(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
         plain = replace(device, recomputes_mlp_product=False, dequantized_weights=0)
         return plain if is_plain else device
-    device = estimate.CPU if backend.device() == "cpu" else estimate.METAL
+    device = peak_estimate.CPU if backend.device() == "cpu" else peak_estimate.METAL
     plain = replace(device, score_share=1, mlp_arrays=2, dequantized_weights=0)
     return plain if is_plain else device

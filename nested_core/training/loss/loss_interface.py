@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.models.parameters import ParameterRefs
-from nested_core.training.loss.output_head import OutputHead, find_head
+from nested_core.training.loss.output_head import OutputHead, find_output_head
 
 MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens, target mask
 Arrays = tuple[mx.array, mx.array]
@@ -62,7 +62,7 @@ class Loss:
         """The form of this loss for a model: through its output head alone, if it has one."""
         if self.with_output_head is None:
             return self
-        head = find_head(model, parameters)
+        head = find_output_head(model, parameters)
         return self if head is None else self.with_output_head(head)
 
     @property

@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.training.loss.chunked_cross_entropy import chunked_cross_entropy
-from nested_core.training.loss.interface import Arrays, Loss
-from nested_core.training.loss.output_head import logits_of
+from nested_core.training.loss.chunked_cross_entropy import make_chunked_cross_entropy
+from nested_core.training.loss.loss_interface import Arrays, Loss
+from nested_core.training.loss.output_head import extract_logits
 
 
 def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arrays:
@@ -24,9 +24,9 @@ def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arra
     Returns:
         Both as scalars: float32 sum in nats, int32 count.
     """
-    logits = logits_of(model(tokens[:, :-1]))
+    logits = extract_logits(model(tokens[:, :-1]))
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
     return (losses * target_mask).sum(), target_mask.sum()
 
 
-SUPERVISED = Loss(supervised_loss, with_output_head=chunked_cross_entropy)
+SUPERVISED = Loss(supervised_loss, with_output_head=make_chunked_cross_entropy)

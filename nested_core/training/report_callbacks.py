@@ -20,7 +20,7 @@ class TrainingCallback(Protocol):
         """Called with the validation loss at every evaluation."""
 
 
-class Callbacks:
+class CallbackGroup:
     """Calls each of several callbacks in turn."""
 
     def __init__(self, callbacks: Sequence[TrainingCallback]) -> None:
@@ -37,9 +37,9 @@ class Callbacks:
             callback.on_val_loss_report(val_info)
 
 
-def with_reporting(
+def add_reporting_services(
     config: FineTuneConfig, folder: Path, callback: TrainingCallback | None
-) -> Callbacks:
+) -> CallbackGroup:
     """The caller's callback together with the services of `report_to` (wandb, swanlab)."""
     from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
@@ -52,4 +52,4 @@ def with_reporting(
         )
     except (ImportError, ValueError) as error:
         raise ConfigError(f"report_to: {error}") from error
-    return Callbacks([one for one in (callback, reporting) if one is not None])
+    return CallbackGroup([one for one in (callback, reporting) if one is not None])

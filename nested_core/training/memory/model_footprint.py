@@ -20,8 +20,8 @@ from nested_core.kernels.quantized_linear import dequantized_weight_bytes
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.named_updates import flatten
 from nested_core.training.loss.chunked_cross_entropy import rows_per_chunk
-from nested_core.training.loss.interface import Loss
-from nested_core.training.memory.estimate import LayerFootprint, ModelFootprint
+from nested_core.training.loss.loss_interface import Loss
+from nested_core.training.memory.peak_estimate import LayerFootprint, ModelFootprint
 
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
@@ -48,7 +48,7 @@ def read_footprint(
 ) -> ModelFootprint:
     """What a model, its adapter and its optimizer's state hold, and what a step of them keeps."""
     modules = dict(model.named_modules())
-    activation_bytes = activation_size(modules.values(), refs)
+    activation_bytes = bytes_per_activation(modules.values(), refs)
     factor_bytes = max(ref.dtype.size for ref in refs.values())
     embeddings = (nn.Embedding, nn.QuantizedEmbedding)
     words = [m.weight.shape[0] for m in modules.values() if isinstance(m, embeddings)]
@@ -58,7 +58,7 @@ def read_footprint(
         trained=MASTER_BYTES * sum(value.size for value in read_parameters(refs).values()),
         moments=sum(value.nbytes for value in flatten(optimizer.state).values()),
         activation_bytes=activation_bytes,
-        layers=read_layers(
+        layers=read_layer_footprints(
             model,
             modules,
             uses_dropout=config.lora_parameters.dropout > 0,
@@ -71,7 +71,7 @@ def read_footprint(
     )
 
 
-def activation_size(modules: Iterable[nn.Module], refs: ParameterRefs) -> int:
+def bytes_per_activation(modules: Iterable[nn.Module], refs: ParameterRefs) -> int:
     """Bytes of an activation: of the dtype of most frozen arrays, else of the trained ones."""
     trained = {(id(ref.module), ref.key) for ref in refs.values()}
     frozen = [v for m in modules for key, v in own_arrays(m).items() if (id(m), key) not in trained]
@@ -86,7 +86,7 @@ def own_arrays(module: nn.Module) -> dict[str, mx.array]:
     return {key: value for key, value in module.items() if isinstance(value, mx.array)}
 
 
-def read_layers(
+def read_layer_footprints(
     model: nn.Module, modules: Modules, *, uses_dropout: bool = False, input_copies: int = 1
 ) -> tuple[LayerFootprint, ...]:
     """The footprints of a model's layers, in their order.
@@ -107,10 +107,14 @@ def read_layers(
             layers[layer][parts[depth]] = module
     if uses_dropout:
         input_copies += 1
-    return tuple(_read_layer(each, uses_dropout, input_copies) for each in layers.values())
+    return tuple(
+        _read_layer_footprint(each, uses_dropout, input_copies) for each in layers.values()
+    )
 
 
-def _read_layer(modules: Modules, uses_dropout: bool, input_copies: int) -> LayerFootprint:
+def _read_layer_footprint(
+    modules: Modules, uses_dropout: bool, input_copies: int
+) -> LayerFootprint:
     linears = {name: widths for name in modules if (widths := _linear_widths(modules, name))}
     inner = {name: name.rpartition(".")[2] in INNER for name in linears}
     trained = [name for name in linears if _is_trained(modules[name])]
@@ -138,10 +142,10 @@ def _ends_fused_mlp(modules: Modules, name: str) -> bool:
     parent, _, leaf = name.rpartition(".")
     code = sys.modules.get(type(modules.get(parent)).__module__)  # None: code of the model's own
     layers = [modules.get(f"{parent}.{each}") for each in (*GATE_AND_UP, leaf)]
-    return leaf == "down_proj" and hasattr(code, "swiglu") and all(map(_has_kernels, layers))
+    return leaf == "down_proj" and hasattr(code, "swiglu") and all(map(_lora_has_kernels, layers))
 
 
-def _has_kernels(module: Any) -> bool:
+def _lora_has_kernels(module: Any) -> bool:
     return isinstance(module, LoRALinear) and has_kernel_for_rank(module.lora_b.shape[0])
 
 
