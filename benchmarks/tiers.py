@@ -21,7 +21,7 @@ def optimizer_for(
     scales: Sequence[float] | None = None,
     slow_gradients: Literal["skip", "accumulate"] = "skip",
 ) -> NestedAdam:
-    """The NestedAdam that a configuration with these settings builds (training/training_setup.py)."""
+    """The NestedAdam of a configuration with these settings (training/training_setup.py)."""
     each = scales or (1.0,) * len(tiers.frequencies)
     clocks = [Tier(f, tiers.names(i), each[i]) for i, f in enumerate(tiers.frequencies)]
     optimizer = NestedAdam(rate, tiers=clocks, slow_gradients=slow_gradients)

@@ -1,6 +1,6 @@
 """Which tier each trainable parameter belongs to, and when a tier is due.
 
-Tier 0 is the fastest. Whole layers stay together under `layer_depth` and `measure_parameter_importance`.
+Tier 0 is the fastest. Whole layers stay together under `layer_depth` and `parameter_importance`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def assign_tiers(
     """Give every trainable parameter a tier.
 
     `importance` maps a parameter to its mean squared gradient norm over a few batches; the strategy
-    `measure_parameter_importance` needs it. Raises ConfigError where a tier would stay empty or a pattern
+    `parameter_importance` needs it. Raises ConfigError where a tier would stay empty or a pattern
     matches nothing; warns, by name, of parameters that only the slowest tier was left for.
     """
     ordered = sorted(names, key=_natural_sort_key)

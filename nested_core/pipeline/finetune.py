@@ -37,7 +37,7 @@ class FinetuneResult:
     """
 
     run: RunDirectory
-    champion_trained_alike: str | None = None
+    unchanged_since: str | None = None
     verdict: Verdict | None = None
     training: TrainResult | None = None
     test_loss: float | None = None

@@ -124,7 +124,7 @@ def pack_gradients_for_sum(gradients: Flat, weight: mx.array, stop_requested: mx
 
 
 def unpack_summed_gradients(packed: mx.array, gradients: Flat) -> tuple[Flat, mx.array, mx.array]:
-    """`pack_gradients_for_sum` undone: gradients shaped as those given, their weight, and the stop count."""
+    """Undo `pack_gradients_for_sum`: gradients in these shapes, their weight, the stop count."""
     unpacked = {}
     start = 0
     for name, gradient in gradients.items():

@@ -1,4 +1,4 @@
-"""Batch and evaluation schedules: length-bucketed here, mlx-lm's in mlx_lm_batch_schedule.py.
+"""What each step trains on and when it is evaluated; mlx-lm's way is in mlx_lm_batch_schedule.py.
 
 A schedule follows from the configuration, the data and the position alone: a checkpoint keeps
 nothing of it.

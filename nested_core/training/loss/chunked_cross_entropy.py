@@ -39,7 +39,7 @@ def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) 
 def find_supervised_positions(batch: MicroBatch) -> Arrays:
     """Tokens, and the supervised positions of the flattened batch as int32, padded with -1.
 
-    Their number is `round_up_position_count`, so that there are few shapes, and with them few traces.
+    Their number is `round_up_position_count`: there are few shapes, and so few traces.
     """
     tokens, target_mask = batch
     flat_mask = target_mask.reshape(-1)

@@ -1,5 +1,5 @@
 """Peak memory of a training step: predicted before the first step, with settings that would fit.
 
-`layers` reads a loaded model's shapes, `estimate` turns them into bytes by arithmetic, and `plan`
-compares these with the memory there is and chooses the layers to recompute.
+`model_footprint` reads a loaded model's shapes, `peak_estimate` turns them into bytes, and
+`memory_plan` compares these with the memory there is and chooses the layers to recompute.
 """

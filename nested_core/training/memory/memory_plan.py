@@ -49,7 +49,8 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The predicted peak, the capacity, and the settings that would fit, on one line."""
-        text = f"memory: needs about {_format_gigabytes(self.needed)} of {_format_gigabytes(self.capacity)}"
+        needed, capacity = _format_gigabytes(self.needed), _format_gigabytes(self.capacity)
+        text = f"memory: needs about {needed} of {capacity}"
         if 0 < self.recomputed < self.layers:
             text += f", with {self.recomputed} of {self.layers} layers recomputed"
         if self.fits:

@@ -45,7 +45,7 @@ def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
 
 
 def test_dropout_differs_from_rank_to_rank_and_the_first_rank_draws_as_one_process() -> None:
-    seeds = [World(4, rank).seed(7, 3) for rank in range(4)]
+    seeds = [World(4, rank).seed_of_step(7, 3) for rank in range(4)]
     assert seeds[0] == 7 * 2**32 + 3 == SINGLE_PROCESS.seed_of_step(7, 3)
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**64 for seed in seeds)
