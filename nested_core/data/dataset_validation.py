@@ -1,7 +1,7 @@
 """A data set read, judged by the rules, and its sound lines tokenised: the whole of a validation.
 
 Refuses nothing by itself: the report says what is wrong. polars and pandera take a second to
-import; a data set in the cache does without this module, see dataset.py.
+import; a data set in the cache does without this module, see dataset_loading.py.
 """
 
 from __future__ import annotations
