@@ -157,7 +157,7 @@ def _cache_key(
         "tokenizer": asdict(tokenizer),
         "tokenizer_files": _hash_tokenizer_files(Path(tokenizer.folder)),
         "rules": _hash_data_code(),
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": _library_versions(),
     }
     return sha256(canonical_json(inputs)).hexdigest()
 
@@ -176,6 +176,12 @@ def _hash_tokenizer_files(folder: Path) -> dict[str, str]:
     """Hashes of what a tokenizer may be made from, its template and the model's configuration."""
     paths = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
     return _file_hashes(folder, sorted(paths))
+
+
+@lru_cache(maxsize=1)
+def _library_versions() -> dict[str, str]:
+    """The versions of the libraries that tokens depend on; each is read from a file of metadata."""
+    return {name: version(name) for name in _LIBRARIES}
 
 
 @lru_cache(maxsize=1)
