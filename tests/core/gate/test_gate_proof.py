@@ -23,6 +23,11 @@ from tests.core.gate.pairs import codes, judge_pair, learned, trained_tensors
 from tests.example import MODEL, train_example
 
 
+@pytest.fixture
+def new_process() -> None:
+    """The gate starts its process as for a user; in all other tests it is forked (conftest.py)."""
+
+
 def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
     tree = ast.parse(fresh_process_check.PROGRAM.read_text())
     imported = {
@@ -34,7 +39,7 @@ def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
 
 
 def test_a_run_is_proven_against_what_its_trainer_computed(
-    config: FineTuneConfig, run: RunDirectory
+    new_process: None, config: FineTuneConfig, run: RunDirectory
 ) -> None:
     verdict = judge_run(config, run)
     assert verdict.has_passed
@@ -111,7 +116,7 @@ def test_an_effect_too_small_for_any_logit_is_no_effect(
 
 
 def test_an_adapter_that_plain_mlx_lm_cannot_load_is_unreadable(
-    run: RunDirectory, tmp_path: Path
+    new_process: None, run: RunDirectory, tmp_path: Path
 ) -> None:
     for side in (run.initial, run.adapter):
         folder = Path(shutil.copytree(side, tmp_path / side.name))
@@ -169,7 +174,7 @@ def test_verify_loads_both_adapters_where_the_base_is_at_hand(run: RunDirectory)
 
 
 def test_a_killed_process_says_nothing_about_the_adapter(
-    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new_process: None, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "killed.py"
     program.write_text("import os; os.kill(os.getpid(), 9)")
