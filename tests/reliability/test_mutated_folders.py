@@ -18,6 +18,7 @@ from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import train_example, write_config
+from tests.fork_server import python
 from tests.reliability.mutations import MUTATIONS, copy_run, delete_a_folder, mutate
 
 SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
@@ -65,8 +66,7 @@ def test_every_mutated_folder_is_detected_with_exit_code_6(
 
 def judged_again(config: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
     """`train --resume` of a finished run, which judges it again."""
-    command = [str(PROGRAM), "train", "-c", str(config), "--run-dir", str(run_dir), "--resume"]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return python(PROGRAM, "train", "-c", config, "--run-dir", run_dir, "--resume")
 
 
 def in_pairs(original: Path, folder: Path, count: int) -> Iterator[tuple[str, Path]]:
