@@ -24,6 +24,7 @@ SLOW_FILES = (  # names of modules, without their folders
     "test_cli_train",
     "test_cli_signals",
     "test_cli_run",
+    "test_soak_slice",
     "test_embedded_server",
     "test_finetune_flow",
     "test_ranks_in_flow",

@@ -245,14 +245,14 @@ def a_configuration_that_means_something_else(run: RunDirectory, dice: random.Ra
     _replace(path, json.dumps(config).encode())
 
 
-BYTES = [flip_a_bit, flip_a_bit_near_the_start, flip_many_bits, truncate, zero_a_range, zero_it_all]
-BYTES += [append, insert, repeat_a_piece]
+BYTE_EDITS = [flip_a_bit, flip_a_bit_near_the_start, flip_many_bits, truncate, zero_a_range]
+BYTE_EDITS += [zero_it_all, append, insert, repeat_a_piece]
 FILES: list[Mutation] = [delete_a_file, delete_a_folder, a_folder_in_a_files_place, rename_a_file]
 FILES += [add_to_the_checkpoint, link_in_the_checkpoint, swap_two_files, swap_two_folders]
 FILES += [adapter_over_its_initial_file, edit_the_manifest, another_manifest_that_agrees]
 FILES += [edited_state_and_its_manifest, edited_tensors_and_their_manifest]
 FILES += [a_configuration_that_means_the_same, a_configuration_that_means_something_else]
-MUTATIONS: list[Mutation] = [*map(_edit, BYTES), *FILES]
+MUTATIONS: list[Mutation] = [*map(_edit, BYTE_EDITS), *FILES]
 
 
 def mutate(original: Path, target: Path, number: int) -> tuple[str, RunDirectory]:

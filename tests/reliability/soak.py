@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,7 +45,9 @@ def main() -> None:
     """Run the volumes that are asked for, one after the other."""
     parser = argparse.ArgumentParser(description="proof by volume")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="processes to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--corruptions", type=int, default=0, metavar="N", help="files to corrupt")
+    parser.add_argument("--queue", type=int, default=0, metavar="N", help="runs to queue")
+    parser.add_argument("--seed", type=int, default=0, help="of random moments and corruptions")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="nested-tune-soak-"))
@@ -53,6 +56,14 @@ def main() -> None:
     print(f"seed {arguments.seed}, in {folder}", flush=True)
     if arguments.kills:
         _timed(lambda: run_kills(folder / "kills", arguments.kills, arguments.seed))
+    if arguments.corruptions:
+        from tests.reliability.corruptions import corrupt_registries, corrupt_runs
+
+        half = arguments.corruptions // 2
+        _timed(lambda: corrupt_runs(folder / "runs", arguments.corruptions - half, arguments.seed))
+        _timed(lambda: corrupt_registries(folder / "registries", half, arguments.seed))
+    if arguments.queue:
+        _timed(lambda: run_queue(arguments.queue))
 
 
 def run_kills(folder: Path, kills: int, seed: int) -> str:
@@ -68,6 +79,18 @@ def run_kills(folder: Path, kills: int, seed: int) -> str:
     soak.prepare()
     soak.run(kills)
     return soak.describe()
+
+
+def run_queue(runs: int) -> str:
+    """Queue runs for two workers on PostgreSQL, as `make soak` does; return the figures."""
+    test = Path(__file__).parents[1] / "production" / "test_soak.py"
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "soak", "-s", "-q", str(test)],
+        env=os.environ | {"SOAK_RUNS": str(runs)},
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    return f"{runs} queued runs, none stuck, none promoted twice"
 
 
 def fork_the_fresh_process() -> None:

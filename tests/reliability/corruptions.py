@@ -1,0 +1,83 @@
+"""Random corruptions of a finished run and of a registry, by the thousand: each one is found."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from nested_core import registry
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import DamagedError
+from nested_core.pipeline import steps
+from nested_core.storage.run_directory import RunDirectory
+from tests.example import train_example
+from tests.reliability.mutations import BYTE_EDITS, mutate
+
+NAME = "geography"
+SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+SMALL_RUN = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
+
+
+def corrupt_runs(folder: Path, count: int, seed: int) -> str:
+    """Mutate adapters and checkpoints; the gate must refuse each before it judges."""
+    done = train_example(folder / "run", **SMALL_RUN)
+    assert steps.judge(done.config, done.run).has_passed
+    kinds: Counter[str] = Counter()
+    for number in range(seed, seed + count):
+        name, run = mutate(done.run.path, folder / "copy", number)
+        assert is_refused(done.config, run), f"mutation {number}, {name}, passed: {run.path}"
+        shutil.rmtree(run.path)
+        kinds[name] += 1
+    return f"{count} corruptions of adapters and checkpoints of {len(kinds)} kinds, all refused"
+
+
+def is_refused(config: FineTuneConfig, run: RunDirectory) -> bool:
+    """Whether the gate finds damage, before it judges; any other error is a crash."""
+    try:
+        steps.judge(config, run)
+    except DamagedError as damage:
+        return len(str(damage)) < 2000
+    return False
+
+
+def corrupt_registries(folder: Path, count: int, seed: int) -> str:
+    """Change bytes of one file of a registry with three versions; an audit must find each."""
+    original = folder / "registry"
+    for number in range(3):
+        run = train_example(folder / f"version-{number}", **SMALL_RUN, seed=number)
+        assert steps.judge(run.config, run.run).has_passed
+        version = registry.register(run.run.path, original, NAME, {"number": number})
+        registry.promote(original, NAME, version, by="soak")
+    files = [
+        path.relative_to(original)
+        for path in sorted(original.rglob("*"))
+        if path.is_file() and not path.is_symlink() and path.name != ".lock"
+    ]
+    damaged: Counter[str] = Counter()
+    for number in range(seed, seed + count):
+        dice = random.Random(number)
+        copy = folder / "copy"
+        shutil.copytree(original, copy, symlinks=True, copy_function=os.link)
+        path = copy / dice.choice(files)
+        before = path.read_bytes()
+        content = bytearray(before)
+        while bytes(content) == before:
+            dice.choice(BYTE_EDITS)(content, dice)
+        path.parent.chmod(0o755)
+        path.unlink()
+        path.write_bytes(content)
+        assert is_found(copy), f"corruption {number} of {path} was not found"
+        damaged[path.name] += 1
+        shutil.rmtree(copy)
+    return f"{count} corruptions of {len(damaged)} files of a registry, all found by an audit"
+
+
+def is_found(root: Path) -> bool:
+    """Whether an audit has something against a registry, or refuses to read it."""
+    try:
+        return bool(registry.audit(root, NAME).findings)
+    except DamagedError:
+        return True

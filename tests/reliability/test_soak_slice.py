@@ -1,0 +1,33 @@
+"""A slice of the proof by volume: every kill is made good, to the bit, and every corruption found.
+
+What is asserted stands in kills.py and corruptions.py; docs/faults.md has the figures of the whole.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FULL = [pytest.mark.reliability, pytest.mark.timeout(7200)]
+
+
+@pytest.mark.parametrize(
+    ("volume", "count", "figures"),
+    [
+        pytest.param("--kills", 5, "5 kills in 1 scenario", marks=pytest.mark.timeout(600)),
+        pytest.param("--kills", 100, "100 kills in ", marks=FULL),
+        pytest.param("--corruptions", 1000, "500 corruptions of 6 files of a reg", marks=FULL),
+    ],
+)
+def test_what_was_killed_or_corrupted_is_made_good_or_found(
+    tmp_path: Path, volume: str, count: int, figures: str
+) -> None:
+    command = [sys.executable, "-m", "tests.reliability.soak", volume, str(count)]
+    command += ["--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert figures in done.stdout
