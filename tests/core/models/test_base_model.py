@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from mlx_lm.utils import _download
 
+from nested_core.errors import ConfigError
 from nested_core.models.base_model import (
     PAGE_BYTES,
     PAGE_STRIDE,
@@ -15,10 +18,11 @@ from nested_core.models.base_model import (
     find_model_folder,
     fingerprint_base_model,
     is_same_base,
+    load_base_model,
     local_folder,
     sampled_fingerprint,
 )
-from tests.example import MODEL
+from tests.example import MODEL, example_config
 
 FILES = {
     "config.json": b"{" + b" " * (3 * PAGE_BYTES) + b"}",
@@ -127,3 +131,21 @@ def test_a_model_that_is_not_on_this_machine_is_not_fetched(tmp_path: Path) -> N
     assert local_folder(str(tmp_path)) == tmp_path
     assert local_folder("nobody/no-such-model") is None
     assert local_folder("../not/a/hub/name") is None
+
+
+def test_code_in_a_models_folder_is_run_only_where_the_configuration_trusts_it(
+    tmp_path: Path,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps(config | {"model_file": "own.py"}))
+    (model / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'trace')!r}).touch()\n"
+        f"from mlx_lm.models.{config['model_type']} import Model, ModelArgs\n"
+    )
+    with pytest.raises(ConfigError, match="own.py"):
+        load_base_model(example_config(model=str(model)))
+    assert not (tmp_path / "trace").exists()
+    load_base_model(example_config(model=str(model), trust_remote_code=True))
+    assert (tmp_path / "trace").exists()
