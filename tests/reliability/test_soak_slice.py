@@ -18,7 +18,7 @@ FULL = [pytest.mark.reliability, pytest.mark.timeout(7200)]
 @pytest.mark.parametrize(
     ("volume", "count", "figures"),
     [
-        pytest.param("--kills", 5, "5 kills in 1 scenario", marks=pytest.mark.timeout(600)),
+        pytest.param("--kills", 5, "5 kills in ", marks=pytest.mark.timeout(600)),
         pytest.param("--kills", 100, "100 kills in ", marks=FULL),
         pytest.param("--corruptions", 1000, "500 corruptions of 6 files of a reg", marks=FULL),
     ],
