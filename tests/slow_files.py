@@ -13,6 +13,7 @@ from pathlib import Path
 SLOW_FILES = (  # names of modules, without their folders
     "test_cli_ranks",
     "test_reference",
+    "test_soak_slice",
     "test_cli_run_signals",
     "test_cli_demo",
     "test_ranks_equal",
@@ -22,7 +23,6 @@ SLOW_FILES = (  # names of modules, without their folders
     "test_training_resume",
     "test_cli_registry",
     "test_cache",
-    "test_killed_training",
     "test_packaging",
     "test_registry_crashes",
     "test_gate_proof",
@@ -30,7 +30,6 @@ SLOW_FILES = (  # names of modules, without their folders
     "test_cli_train",
     "test_cli_signals",
     "test_cli_run",
-    "test_soak_slice",
     "test_training_formats",
     "test_finetune_flow",
     "test_ranks_in_flow",
