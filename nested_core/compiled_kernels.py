@@ -69,12 +69,27 @@ def use_private_folder() -> Path:
     return folder
 
 
+def outer_environment() -> dict[str, str]:
+    """This process's environment with the TMPDIR that it was started with, if it was prepared.
+
+    It is for child processes that compute nothing with MLX, or that prepare themselves.
+    """
+    outer = os.environ.get(OUTER_VARIABLE)
+    return dict(os.environ) if outer is None else os.environ | {"TMPDIR": outer}
+
+
 def _keep_temporary_files_outside() -> None:
     """Have `tempfile` use the user's TMPDIR from now on, here and in child processes."""
-    if Path(os.environ.get("TMPDIR", "")).name.startswith(PROCESS_PREFIX):
+    if _is_for_kernels(os.environ.get("TMPDIR")):  # inherited
         os.environ["TMPDIR"] = os.environ.get(OUTER_VARIABLE, "")
+    if _is_for_kernels(tempfile.tempdir):  # asked for before
+        tempfile.tempdir = None
     with suppress(FileNotFoundError):  # there is no folder for temporary files at all
         os.environ[OUTER_VARIABLE] = tempfile.gettempdir()  # which it remembers
+
+
+def _is_for_kernels(folder: str | None) -> bool:
+    return folder is not None and Path(folder).name.startswith(PROCESS_PREFIX)
 
 
 def _temporary_folder() -> Path:

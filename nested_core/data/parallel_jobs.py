@@ -23,6 +23,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from nested_core import errors
+from nested_core.compiled_kernels import outer_environment
 from nested_core.errors import NestedTuneError, WorkerFailed
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
@@ -141,11 +142,10 @@ class _Worker:
 
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # without a name; closed with it
-        environment = os.environ | {
+        environment = outer_environment() | {
             "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path),
             "TOKENIZERS_PARALLELISM": "false",  # each core has a process of its own already
             "POLARS_MAX_THREADS": "1",
-            "TMPDIR": tempfile.gettempdir(),  # this process's own is for MLX's kernels alone
         }
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM],

@@ -29,8 +29,8 @@ STEPS = 240
 LONG: dict[str, Any] = {"iters": STEPS, "save_every": 10, "val_batches": 1, "steps_per_eval": 120}
 SLOT_IS_FREE_WITHIN = 120
 SECONDS_UNTIL_LAUNCHD_KILLS = 20  # launchd.plist(5), ExitTimeOut
-# A worker reports the end of a run's process a second time, some seconds after the run has its
-# state: a retry before that would be taken for the run that ended.
+# A worker reports the end of a run's process a second time, after it has imported the flow: a retry
+# before that would be taken for the run that ended.
 SECONDS_UNTIL_THE_WORKER_IS_DONE = 3
 
 
