@@ -22,15 +22,15 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from nested_core.compiled_kernels import CACHE_VARIABLE, cache_folder
+from nested_core.compiled_kernels import cache_folder
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.tokenized_split import TokenizedSplit, open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
-from nested_core.storage.kept_hashes import is_private
+from nested_core.storage.private_folder import make_private_folder
 from nested_core.storage.strict_files import read_json, regular_sha256
 
 REPORT_NAME = "report.json"
@@ -66,14 +66,7 @@ class DatasetCache:
         self, settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
     ) -> CacheEntry:
         """The place of a data set's judgement and tokens; ConfigError for an unsafe folder."""
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.folder}, where judged data sets are kept, cannot be made: {error}. Set "
-                f"{CACHE_VARIABLE} to a folder that you can write to."
-            ) from error
-        _refuse_folder_writable_by_others(self.folder)
+        make_private_folder(self.folder, "judged data sets", "pass any data set as sound")
         return CacheEntry(self.folder / _cache_key(settings, files, tokenizer))
 
 
@@ -128,16 +121,6 @@ class CacheEntry:
 def open_user_cache() -> DatasetCache:
     """The folder `datasets` in the folder for caches."""
     return DatasetCache(cache_folder() / "datasets")
-
-
-def _refuse_folder_writable_by_others(folder: Path) -> None:
-    """Who may write there could give any data set a clean report."""
-    if not is_private(folder):
-        raise ConfigError(
-            f"{folder}, where judged data sets are kept, belongs to or can be written by others, "
-            f"who could pass any data set as sound. Make it yours alone (chmod 700), or set "
-            f"{CACHE_VARIABLE} to a folder that is."
-        )
 
 
 def _remove_unused_entries(folder: Path) -> None:

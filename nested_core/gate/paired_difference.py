@@ -76,7 +76,7 @@ def compare_pairs(first: Values, second: Values, weights: Values | None = None) 
     The interval is the expanded percentile interval of the bootstrap (Hesterberg, "What teachers
     should know about the bootstrap", The American Statistician 69, 2015, section 3.2): the plain
     one is too narrow by what Student's t adds to a normal distribution, and by sqrt((n - 1) / n).
-    docs/gate.md has its measured coverage beside four others'.
+    docs/noise.md has its measured coverage beside four others'.
 
     Raises ValueError for no examples, vectors of unequal lengths, values that are not finite, and
     weights that are not above 0.
@@ -122,7 +122,7 @@ def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
     means = np.empty(resamples)
     for start in range(0, resamples, rows):
         end = min(start + rows, resamples)
-        drawn = random.integers(0, examples, (end - start, examples))
+        drawn = random.integers(0, examples, (end - start, examples), np.int32)
         total = examples if weights is None else weights[drawn].sum(axis=1)
         means[start:end] = sums[drawn].sum(axis=1) / total
     return means

@@ -1,22 +1,270 @@
-"""Greedy answers to prompts, by plain mlx_lm.load and mlx_lm.generate."""
+"""Answers of a language model to prompts: greedy or sampled, many at a time.
+
+The batches are mlx_lm's own (mlx_lm.generate.BatchGenerator), with the prompts in as they come and
+each answer ending by itself. A model that mlx_lm cannot batch soundly answers one prompt at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+BATCH_SIZE = 32
+FEWEST_REPEATS = 4
+PROBE_PROMPTS = ((1, 2, 3, 4, 5, 6, 7), (7, 3), (5, 4, 3, 2))
+ROUNDING = 16  # in units of the dtype's epsilon, relative to the largest log-probability
+OnAnswered = Callable[[int], None]
+Sampler = Callable[["mx.array"], "mx.array"] | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are generated.
+
+    max_tokens: of an answer, its end not counted.
+    stop: texts at which an answer ends; they are not part of it.
+    temperature: 0 takes the likeliest token; above it, tokens are drawn.
+    seed: of those draws.
+    """
+
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    text: without the stop and what came after it.
+    tokens: how many were generated, without the end of the text.
+    is_endless: it was cut off at max_tokens, or at the end of the model's context.
+    is_repeated: it is one token, again and again.
+    """
+
+    text: str
+    tokens: int
+    is_endless: bool
+    is_repeated: bool
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to read in it."""
+        return not self.text.strip()
 
 
 def generate_answers(
     model: str, prompts: Sequence[str], *, adapter: Path | None = None, max_tokens: int = 32
 ) -> list[str]:
-    """One greedy answer a prompt, sent as a user's message in the model's chat template."""
-    from mlx_lm import generate, load
+    """One greedy answer a prompt, sent as a user's message in the model's chat template.
+
+    Model and adapter are loaded by plain mlx_lm.load.
+    """
+    from mlx_lm import load
 
     loaded, tokenizer = load(model, adapter_path=None if adapter is None else str(adapter))[:2]
-    answers = []
-    for prompt in prompts:
-        message = [{"role": "user", "content": prompt}]
-        tokens = tokenizer.apply_chat_template(message, add_generation_prompt=True)
-        text = generate(loaded, tokenizer, prompt=tokens, max_tokens=max_tokens, verbose=False)
-        answers.append(text.strip())
-    return answers
+    tokens = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )
+        for prompt in prompts
+    ]
+    answers = answer_prompts(loaded, tokenizer, tokens, Sampling(max_tokens))
+    return [answer.text.strip() for answer in answers]
+
+
+def answer_prompts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    context: int | None = None,
+    on_answered: OnAnswered | None = None,
+) -> list[Answer]:
+    """Answer each prompt, given in token ids, of which it must have at least one.
+
+    `context` is the most tokens that the model can see, prompt and answer together: an answer ends
+    there. The random state of mlx is as it was afterwards. `on_answered` gets the number of prompts
+    answered so far.
+    """
+    longest = sampling.max_tokens
+    unfinished = [
+        _UnfinishedAnswer(
+            prompt=list(prompt),
+            limit=longest if context is None else min(longest, context - len(prompt)),
+            stop=sampling.stop,
+            detokenizer=tokenizer.detokenizer,
+        )
+        for prompt in prompts
+    ]
+    answer = _answer_in_batches if can_batch(model) else _answer_one_by_one
+    with _seeded(sampling.seed):
+        finished = answer(model, tokenizer.eos_token_ids, unfinished, _sampler(sampling))
+        for count, _ in enumerate(finished, start=1):
+            if on_answered is not None:
+                on_answered(count)
+    return [answer.finish() for answer in unfinished]
+
+
+@dataclass
+class _UnfinishedAnswer:
+    """A prompt and the tokens of its answer so far."""
+
+    prompt: list[int]
+    limit: int
+    stop: tuple[str, ...]
+    detokenizer: Any
+    tokens: list[int] = field(default_factory=list)
+    is_endless: bool = False
+
+    def add(self, token: int) -> None:
+        """One more token, which is not the end of the text."""
+        self.tokens.append(token)
+        self.detokenizer.add_token(token)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether its text has come to a stop."""
+        return any(text in self.detokenizer.text for text in self.stop)
+
+    def finish(self) -> Answer:
+        """The answer, cut off at the first stop."""
+        self.detokenizer.finalize()
+        text: str = self.detokenizer.text
+        is_endless = self.is_endless and not self.has_stopped
+        ends = [position for stop in self.stop if (position := text.find(stop)) >= 0]
+        is_repeated = len(self.tokens) >= FEWEST_REPEATS and len(set(self.tokens)) == 1
+        return Answer(text[: min(ends, default=None)], len(self.tokens), is_endless, is_repeated)
+
+
+def _answer_in_batches(
+    model: nn.Module,
+    ends: Collection[int],
+    unfinished: Sequence[_UnfinishedAnswer],
+    sampler: Sampler,
+) -> Iterator[_UnfinishedAnswer]:
+    """Fill the answers, BATCH_SIZE at a time, and yield each when it is done."""
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(
+        model,
+        stop_tokens=[[end] for end in ends],
+        sampler=sampler,
+        completion_batch_size=BATCH_SIZE,
+    )
+    try:
+        uids = generator.insert(
+            [answer.prompt for answer in unfinished], [answer.limit for answer in unfinished]
+        )
+        by_uid = dict(zip(uids, unfinished, strict=True))
+        while responses := generator.next_generated():
+            stopped = []
+            for response in responses:
+                answer = by_uid[response.uid]
+                answer.is_endless = response.finish_reason == "length"
+                if response.finish_reason != "stop":
+                    answer.add(response.token)
+                if response.finish_reason is None and answer.has_stopped:
+                    stopped.append(response.uid)
+                if response.finish_reason is not None or stopped[-1:] == [response.uid]:
+                    yield answer
+            if stopped:
+                generator.remove(stopped)
+    finally:
+        generator.close()
+
+
+def _answer_one_by_one(
+    model: nn.Module,
+    ends: Collection[int],
+    unfinished: Sequence[_UnfinishedAnswer],
+    sampler: Sampler,
+) -> Iterator[_UnfinishedAnswer]:
+    """The same, a prompt at a time."""
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    for answer in unfinished:
+        steps = generate_step(
+            mx.array(answer.prompt), model, max_tokens=answer.limit, sampler=sampler
+        )
+        answer.is_endless = True
+        for token, _ in steps:
+            if int(token) in ends:
+                answer.is_endless = False
+                break
+            answer.add(int(token))
+            if answer.has_stopped:
+                break
+        yield answer
+
+
+def can_batch(model: nn.Module) -> bool:
+    """Whether mlx_lm's batches of unequal prompts give this model's own log-probabilities.
+
+    Not every cache can be batched, and some models take the mask of a batch for something else:
+    mlx_lm's Gemma 2 raises, or with as many prompts as key heads it answers wrongly.
+    """
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import make_prompt_cache
+
+    if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
+        return False
+    try:
+        batched = _probe_batch(model)
+    except (ValueError, TypeError, AttributeError, NotImplementedError):
+        return False
+    for prompt, rows in zip(PROBE_PROMPTS, batched, strict=True):
+        alone = [row for _, row in generate_step(mx.array(prompt), model, max_tokens=len(rows))]
+        expected = mx.stack(alone)
+        bound = ROUNDING * float(mx.finfo(expected.dtype).eps) * mx.abs(expected).max()
+        if not bool(mx.all(mx.abs(mx.stack(rows) - expected) <= bound).item()):
+            return False
+    return True
+
+
+def _probe_batch(model: nn.Module) -> list[list[mx.array]]:
+    """The log-probabilities of two greedy tokens after each of PROBE_PROMPTS, in one batch."""
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(model, max_tokens=2)
+    try:
+        uids = generator.insert([list(prompt) for prompt in PROBE_PROMPTS])
+        rows: dict[int, list[mx.array]] = {uid: [] for uid in uids}
+        while responses := generator.next_generated():
+            for response in responses:
+                rows[response.uid].append(response.logprobs)
+    finally:
+        generator.close()
+    return [rows[uid] for uid in uids]
+
+
+def _sampler(sampling: Sampling) -> Sampler:
+    from mlx_lm.sample_utils import make_sampler
+
+    return make_sampler(temp=sampling.temperature) if sampling.temperature else None
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed, and put mlx's random state back as it was."""
+    import mlx.core as mx
+
+    random: Any = mx.random  # its state is a list of one key
+    key = mx.array(random.state[0])
+    mx.eval(key)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.state[0][:] = key

@@ -110,7 +110,8 @@ def test_an_interval_of_twelve_skewed_losses_is_wider_than_the_plain_percentile_
     assert found.smallest_visible == (found.high - found.low) / 2
 
 
-def test_planted_losses_of_answers_are_seen_and_equal_exchange_is_not() -> None:
+def test_planted_losses_of_answers_are_seen_and_equal_exchange_is_not(monkeypatch) -> None:
+    monkeypatch.setattr(paired_difference, "RESAMPLES", 2_000)
     refused = sum(
         compare_pairs(*scores_of(0.125, 0.025, seed)).is_below(0) for seed in range(SEEDS)
     )
@@ -122,7 +123,7 @@ def test_planted_losses_of_answers_are_seen_and_equal_exchange_is_not() -> None:
 
 
 def test_two_adapters_swapped_at_random_by_example_are_rarely_told_apart(monkeypatch) -> None:
-    monkeypatch.setattr(paired_difference, "RESAMPLES", 500)
+    monkeypatch.setattr(paired_difference, "RESAMPLES", 1_000)
     random = np.random.default_rng(7)
     losses = np.stack([random.exponential(2, 84), random.exponential(2, 84)])
     swapped = random.random((1_000, 84)) < 0.5

@@ -1,0 +1,126 @@
+"""Answers that a model gave before, under everything that they depend on.
+
+The base and the champion are asked the same questions night after night; a night pays for its own
+candidate alone. Scores are not kept: a suite's scorer may change where its prompts do not. An entry
+that is damaged is made again, and a folder that others may write to is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from nested_core.compiled_kernels import cache_folder
+from nested_core.data.dataset_cache import KEPT_SECONDS
+from nested_core.errors import DamagedError
+from nested_core.gate.answers.suite_answers import EncodedSuite
+from nested_core.models.generation import Answer
+from nested_core.storage.atomic import canonical_json, write_json
+from nested_core.storage.private_folder import make_private_folder
+from nested_core.storage.strict_files import read_json, regular_sha256
+
+MAX_BYTES = 256 * 2**20
+_LIBRARIES = ("mlx", "mlx-lm", "transformers", "tokenizers")
+# What decides how a prompt is answered.
+_CODE = ("models/generation.py", "gate/answers/suite_answers.py")
+_ANSWERS = TypeAdapter(list[Answer], config=ConfigDict(strict=True, extra="forbid"))
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AnsweringModel:
+    """The model that answers, by content.
+
+    base: the base model's fingerprint.
+    adapter: the adapter's digest; None for the base alone.
+    computation: device and dtype, on which the last bits of the logits depend.
+    """
+
+    base: str
+    adapter: str | None
+    computation: str
+
+
+@dataclass(frozen=True)
+class AnswerCache:
+    """A folder with a file for each model and suite that was asked; see `default_cache`."""
+
+    folder: Path
+
+    def fetch(
+        self,
+        model: AnsweringModel,
+        encoded: EncodedSuite,
+        answer: Callable[[], Sequence[Answer]],
+    ) -> tuple[Answer, ...]:
+        """The answers that are kept, or those that `answer` gives now, which are kept then.
+
+        Raises ConfigError if the folder is not this user's alone.
+        """
+        make_private_folder(self.folder, "answers", "have any adapter look better than another")
+        path = self.folder / f"{_key(model, encoded)}.json"
+        kept = _read(path)
+        if kept is not None and len(kept) == len(encoded.prompts):
+            return kept
+        answers = tuple(answer())
+        rows = [asdict(given) for given in answers]
+        self._remove_unused()
+        write_json(path, {"digest": _digest(rows), "answers": rows})
+        return answers
+
+    def _remove_unused(self) -> None:
+        oldest = time.time() - KEPT_SECONDS
+        for path in self.folder.glob("*.json"):
+            with suppress(FileNotFoundError):  # another process was faster
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
+
+
+def default_cache() -> AnswerCache:
+    """The folder `answers` in the folder for caches."""
+    return AnswerCache(cache_folder() / "answers")
+
+
+def _read(path: Path) -> tuple[Answer, ...] | None:
+    if not path.exists():
+        return None
+    try:
+        entry = read_json(path, MAX_BYTES)
+        if entry["digest"] != _digest(entry["answers"]):
+            raise DamagedError(f"{path} is not what was written.")
+        answers = tuple(_ANSWERS.validate_json(canonical_json(entry["answers"])))
+        os.utime(path)
+    except (DamagedError, ValidationError, KeyError, TypeError, FileNotFoundError) as error:
+        _log.warning("The cached answers are damaged and are made again: %s", error)
+        return None
+    return answers
+
+
+def _digest(rows: Sequence[dict[str, Any]]) -> str:
+    return sha256(canonical_json(rows)).hexdigest()
+
+
+def _key(model: AnsweringModel, encoded: EncodedSuite) -> str:
+    root = Path(__file__).parents[2]
+    inputs = {
+        "model": asdict(model),
+        "prompts": encoded.prompts,
+        "choices": encoded.choices,
+        "texts": [question.choices for question in encoded.suite.questions],
+        "context": encoded.context,
+        "sampling": asdict(encoded.suite.sampling),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "code": {name: regular_sha256(root / name) for name in _CODE},
+    }
+    return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,240 @@
+"""What a model answers to the questions of a suite, and how right each answer is.
+
+A question of `choice` is answered without generating: the model says which of its choices is the
+likeliest after the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from nested_core.errors import DatasetError
+from nested_core.gate.answers.scorers import ScoringMethod, score_answers
+from nested_core.gate.answers.suites import Question, bad_questions, read_suite
+from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
+from nested_core.models.parameters import evaluation_mode
+from nested_core.storage.strict_files import regular_sha256
+from nested_core.training.loss.output_head import logits_of
+
+# Logits of one batch of choices at once: 256 MiB in float32.
+_LOGITS_AT_ONCE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite as it is configured and read: its questions, how to answer and how to score them."""
+
+    name: str
+    method: ScoringMethod
+    questions: tuple[Question, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @classmethod
+    def read(cls, name: str, method: ScoringMethod, sampling: Sampling | None = None) -> Self:
+        """Read its file. Raises ConfigError without a file, DatasetError for bad lines."""
+        questions = read_suite(method.place, method.score)
+        return cls(name, method, questions, sampling or Sampling())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the suite's file."""
+        return regular_sha256(self.method.place)
+
+
+@dataclass(frozen=True)
+class SuiteAnswers:
+    """One model's answers to a suite.
+
+    answers: in the order of the questions; for `choice` the text of the likeliest choice, or an
+    empty one where two are equally likely.
+    scores: of each answer, from 0 to 1.
+    """
+
+    answers: tuple[Answer, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The share of right answers."""
+        return sum(self.scores) / len(self.scores)
+
+    def describe_odd(self) -> dict[str, int]:
+        """How many answers are empty, never end, and are one token again and again."""
+        return {
+            "empty": sum(answer.is_empty for answer in self.answers),
+            "endless": sum(answer.is_endless for answer in self.answers),
+            "repeated": sum(answer.is_repeated for answer in self.answers),
+        }
+
+
+@dataclass(frozen=True)
+class EncodedSuite:
+    """A suite's prompts in token ids, and for `choice` each choice as the tokens that follow."""
+
+    suite: Suite
+    prompts: tuple[tuple[int, ...], ...]
+    choices: tuple[tuple[tuple[int, ...], ...], ...]
+    context: int | None
+
+    @classmethod
+    def encode(cls, suite: Suite, tokenizer: Any, context: int | None) -> Self:
+        """Encode every question.
+
+        context: the most tokens that the model can see; None where it is not known.
+        Raises DatasetError, with the questions, for prompts that do not fit into it or that the
+        chat template does not take.
+        """
+        prompts: list[tuple[int, ...]] = []
+        choices: list[tuple[tuple[int, ...], ...]] = []
+        problems = []
+        for question in suite.questions:
+            place = f"{suite.method.place}:{question.line}"
+            try:
+                prompt = _encode_prompt(question, tokenizer)
+            except Exception as error:  # a template may raise anything
+                reason = f"{type(error).__name__}: {error}"
+                problems.append(f"{place}: the chat template does not take it: {reason}"[:300])
+                continue
+            following = tuple(
+                _encode_choice(question, text, tokenizer) for text in question.choices
+            )
+            longest = len(prompt) + max(map(len, following), default=1)
+            if context is not None and longest > context:
+                problems.append(
+                    f"{place}: with its answer it has {longest:,} tokens or more, and the model "
+                    f"sees {context:,}"
+                )
+            if not prompt or not all(following):
+                problems.append(f"{place}: nothing is left of it in tokens")
+            prompts.append(prompt)
+            choices.append(following)
+        if problems:
+            summary = f"{suite.method.place} cannot be asked of this model."
+            raise DatasetError(bad_questions(summary, problems))
+        return cls(suite, tuple(prompts), tuple(choices), context)
+
+    def answer(
+        self, model: nn.Module, tokenizer: Any, on_answered: OnAnswered | None = None
+    ) -> tuple[Answer, ...]:
+        """The model's answers, in the order of the questions."""
+        with evaluation_mode(model):
+            if self.suite.method.score == "choice":
+                return self._choose(model)
+            sampling, context = self.suite.sampling, self.context
+            answers = answer_prompts(
+                model, tokenizer, self.prompts, sampling, context=context, on_answered=on_answered
+            )
+        return tuple(answers)
+
+    def _choose(self, model: nn.Module) -> tuple[Answer, ...]:
+        likelihoods = self.log_likelihoods(model)
+        chosen = [
+            _likeliest(question.choices, sums)
+            for question, sums in zip(self.suite.questions, likelihoods, strict=True)
+        ]
+        return tuple(Answer(text, 0, is_endless=False, is_repeated=False) for text in chosen)
+
+    def log_likelihoods(self, model: nn.Module) -> list[tuple[float, ...]]:
+        """The summed log-probability in nats of each choice after its prompt, for each question."""
+        rows = [
+            (index, prompt, choice)
+            for index, prompt in enumerate(self.prompts)
+            for choice in self.choices[index]
+        ]
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row][1]) + len(rows[row][2]))
+        sums = np.zeros(len(rows))
+        start = 0
+        size = 1
+        while start < len(order):
+            batch = order[start : start + size]
+            pairs = [rows[row][1:] for row in batch]
+            found, vocabulary = _sum_log_probabilities(model, pairs)
+            sums[batch] = found
+            start += len(batch)
+            width = len(pairs[-1][0]) + len(pairs[-1][1])
+            size = max(1, min(64, _LOGITS_AT_ONCE // (width * vocabulary)))
+        split = iter(sums.tolist())
+        return [tuple(next(split) for _ in choices) for choices in self.choices]
+
+    def score(self, answers: Sequence[Answer]) -> SuiteAnswers:
+        """Score answers to this suite; DatasetError if a scorer that came with it fails."""
+        questions = self.suite.questions
+        if self.suite.method.score == "choice":
+            scores = [
+                float(answer.text in question.accepted)
+                for question, answer in zip(questions, answers, strict=True)
+            ]
+        else:
+            texts = [answer.text for answer in answers]
+            scores = score_answers(self.suite.method, questions, texts)
+        return SuiteAnswers(tuple(answers), tuple(scores))
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The most tokens that a model can see, by its config.json; None where that does not say."""
+    for section in (config, config.get("text_config")):
+        length = section.get("max_position_embeddings") if isinstance(section, Mapping) else None
+        if isinstance(length, int) and not isinstance(length, bool) and length > 0:
+            return length
+    return None
+
+
+def _encode_prompt(question: Question, tokenizer: Any) -> tuple[int, ...]:
+    """A text as it stands, with the start that the tokenizer gives texts, or a chat's turns."""
+    if not isinstance(question.prompt, str):
+        turns = list(question.prompt)
+        return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
+    start = tokenizer.bos_token
+    has_start = start is not None and question.prompt.startswith(start)
+    return tuple(tokenizer.encode(question.prompt, add_special_tokens=not has_start))
+
+
+def _encode_choice(question: Question, choice: str, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that a choice adds to its prompt.
+
+    A text is encoded with its prompt, as it would be read; where a token reaches over the border,
+    and after a chat's prompt, the choice is encoded by itself.
+    """
+    if isinstance(question.prompt, str):
+        prompt = _encode_prompt(question, tokenizer)
+        start = tokenizer.bos_token
+        has_start = start is not None and question.prompt.startswith(start)
+        both = tokenizer.encode(question.prompt + choice, add_special_tokens=not has_start)
+        if tuple(both[: len(prompt)]) == prompt:
+            return tuple(both[len(prompt) :])
+    return tuple(tokenizer.encode(choice, add_special_tokens=False))
+
+
+def _sum_log_probabilities(
+    model: nn.Module, pairs: Sequence[Sequence[Sequence[int]]]
+) -> tuple[list[float], int]:
+    """The log-probability of each continuation after its prompt, and the size of the vocabulary."""
+    rows = [[*prompt, *following] for prompt, following in pairs]
+    width = max(map(len, rows)) - 1
+    inputs = np.zeros((len(rows), width), np.int32)
+    for row, tokens in enumerate(rows):
+        inputs[row, : len(tokens) - 1] = tokens[:-1]
+    logits = logits_of(model(mx.array(inputs)))
+    sums = []
+    for row, (prompt, following) in enumerate(pairs):
+        start = len(prompt) - 1
+        needed = logits[row, start : start + len(following)].astype(mx.float32)
+        targets = mx.array(list(following))[:, None]
+        log_probabilities = mx.take_along_axis(needed, targets, axis=-1).squeeze(-1)
+        sums.append((log_probabilities - mx.logsumexp(needed, axis=-1)).sum())
+    return mx.stack(sums).tolist(), int(logits.shape[-1])  # type: ignore[return-value]
+
+
+def _likeliest(choices: Sequence[str], sums: Sequence[float]) -> str:
+    """The choice with the largest sum; empty where two share it or a sum is not a number."""
+    best = max(sums)
+    if not np.isfinite(best) or np.isnan(sums).any() or list(sums).count(best) > 1:
+        return ""
+    return choices[list(sums).index(best)]

@@ -1,0 +1,276 @@
+"""A suite's file, a question a line, read strictly: every bad line is reported with its number.
+
+A line is a JSON object with "prompt" (a text, as it stands) or "messages" (through the chat
+template), "expected", what its score needs besides, and "id" where the question has a name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nested_core.data.lines.decoding import LineProblem, decode_object
+from nested_core.data.lines.examples import line_body
+from nested_core.errors import ConfigError, DamagedError, DatasetError, list_first, shorten
+from nested_core.storage.strict_files import file_type, read_regular
+
+Score = Literal["exact", "contains", "regex", "number", "json", "choice", "python"]
+Turn = dict[str, str]
+MAX_BYTES = 64 * 2**20
+LISTED_PROBLEMS = 8
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a suite.
+
+    line: its line in the file, counted from 1.
+    name: its "id", or without one the line's number.
+    prompt: a text as it stands, or the turns of a chat.
+    accepted: the right answers: texts, numbers, or for `json` at most one object of fields.
+    tolerance: how far a `number` may be off.
+    choices: the answers that `choice` weighs against each other.
+    fields: the line as it was read, which a Python scorer gets.
+    """
+
+    line: int
+    name: str
+    prompt: str | tuple[Turn, ...]
+    accepted: tuple[Any, ...]
+    tolerance: float
+    choices: tuple[str, ...]
+    fields: dict[str, Any]
+
+
+class _Line(BaseModel):
+    """What a line of any suite may hold."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    id: str | int | None = None
+    prompt: Annotated[str, Field(min_length=1)] | None = None
+    messages: Annotated[list[_Turn], Field(min_length=1)] | None = None
+    expected: Any = None
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected a prompt or messages, and not both")
+        if self.messages and self.messages[-1].role not in ("user", "tool"):
+            raise ValueError("the last message is what is answered, and must be the user's")
+        return self
+
+    def accepted(self) -> tuple[Any, ...]:
+        """The right answers; ValueError if `expected` cannot be one."""
+        raise NotImplementedError
+
+
+class _Turn(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class _TextLine(_Line):
+    """A line of `exact` or `contains`."""
+
+    def accepted(self) -> tuple[str, ...]:
+        """Texts; a number stands for how JSON writes it."""
+        texts = [
+            value if isinstance(value, str) else json.dumps(value)
+            for value in _alternatives(self.expected, (str, int, float), "a text")
+        ]
+        if not all(text.strip() for text in texts):
+            raise ValueError("expected: a text without any letter is no answer")
+        return tuple(texts)
+
+
+class _RegexLine(_Line):
+    def accepted(self) -> tuple[str, ...]:
+        """Patterns of Python's re."""
+        patterns = _alternatives(self.expected, (str,), "a regular expression")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"expected: {shorten(pattern)!r} is no regular expression: {error}"
+                ) from None
+        return tuple(patterns)
+
+
+class _NumberLine(_Line):
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+
+    def accepted(self) -> tuple[float, ...]:
+        """Numbers."""
+        return tuple(_alternatives(self.expected, (int, float), "a number"))
+
+
+class _ChoiceLine(_Line):
+    choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
+
+    def accepted(self) -> tuple[str, ...]:
+        """One or more of the choices."""
+        accepted = tuple(_alternatives(self.expected, (str,), "one of the choices"))
+        if len(set(self.choices)) < len(self.choices):
+            raise ValueError("choices: one stands there twice")
+        if strangers := [text for text in accepted if text not in self.choices]:
+            raise ValueError(f"expected: {shorten(strangers[0])!r} is none of the choices")
+        return accepted
+
+
+class _JsonLine(_Line):
+    # pydantic's BaseModel has an attribute `schema`
+    json_schema: dict[str, Any] | bool = Field(alias="schema")
+
+    def accepted(self) -> tuple[dict[str, Any], ...]:
+        """The fields that must be equal, if there are any."""
+        _refuse_no_schema(self.json_schema)
+        if self.expected is None:
+            return ()
+        if not isinstance(self.expected, dict):
+            raise ValueError("expected: for a json score, an object of fields that must be equal")
+        return (self.expected,)
+
+
+class _PythonLine(_Line):
+    def accepted(self) -> tuple[Any, ...]:
+        """Whatever the function makes of it."""
+        return (self.expected,)
+
+
+_LINES: dict[Score, type[_Line]] = {
+    "exact": _TextLine,
+    "contains": _TextLine,
+    "regex": _RegexLine,
+    "number": _NumberLine,
+    "json": _JsonLine,
+    "choice": _ChoiceLine,
+    "python": _PythonLine,
+}
+
+
+def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
+    """The questions of a suite's file, in the order of its lines.
+
+    Raises ConfigError if there is no such file, and DatasetError, with every line that is bad, if
+    it is not a suite for this score. Blank lines are passed over.
+    """
+    if file_type(path, follow_links=True) != "file":
+        raise ConfigError(f"gate.tasks: {path} is not a file; expected a suite, a .jsonl file.")
+    try:
+        content = read_regular(path, MAX_BYTES)
+    except DamagedError as error:
+        raise DatasetError(f"gate.tasks: {error}") from error
+    questions: list[Question] = []
+    problems: list[str] = []
+    for line, raw in enumerate(content.split(b"\n"), start=1):
+        body = line_body(raw, is_first=line == 1)
+        if not body:
+            continue
+        try:
+            questions.append(_read_question(body, line, score))
+        except (LineProblem, ValueError) as problem:
+            problems.append(f"{path}:{line}: {problem}")
+    problems += _repeated_names(path, questions)
+    if not questions and not problems:
+        problems.append(f"{path}: there is no question in it")
+    if problems:
+        raise DatasetError(bad_questions(f"{path} is no suite of {score} questions.", problems))
+    return tuple(questions)
+
+
+def bad_questions(summary: str, problems: Sequence[str]) -> str:
+    """One paragraph on a suite: what is wrong, with the first places and how many more."""
+    listed = [f"  {problem}" for problem in problems[:LISTED_PROBLEMS]]
+    if len(problems) > LISTED_PROBLEMS:
+        listed.append(f"  and {len(problems) - LISTED_PROBLEMS:,} more")
+    return "\n".join([f"gate.tasks: {summary} Nothing was judged.", *listed])
+
+
+def _read_question(body: bytes, line: int, score: Score) -> Question:
+    fields = decode_object(body)
+    try:
+        read = _LINES[score].model_validate(fields)
+        accepted = read.accepted()
+    except ValidationError as error:
+        raise ValueError(_first_problem(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    turns = None if read.messages is None else tuple(turn.model_dump() for turn in read.messages)
+    return Question(
+        line=line,
+        name=str(line if read.id is None else read.id),
+        prompt=read.prompt or turns or "",
+        accepted=accepted,
+        tolerance=getattr(read, "tolerance", 0.0),
+        choices=tuple(getattr(read, "choices", ())),
+        fields=fields,
+    )
+
+
+def _alternatives(value: Any, types: tuple[type, ...], what: str) -> list[Any]:
+    """One accepted answer or a list of them; ValueError if one is of another type."""
+    values = value if isinstance(value, list) else [value]
+    fits = [isinstance(item, types) and not isinstance(item, bool) for item in values]
+    if not values or not all(fits):
+        found = "an empty list" if not values else shorten(json.dumps(values[fits.index(False)]))
+        raise ValueError(f"expected: {what} or a list of them, found {found}")
+    return values
+
+
+def _refuse_no_schema(schema: dict[str, Any] | bool) -> None:
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    named = schema.get("$schema") if isinstance(schema, dict) else None
+    if named is not None and validator_for({"$schema": str(named)}, default=None) is None:
+        raise ValueError(f"schema: {shorten(named)!r} is no JSON Schema that is known")
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        place = ".".join(["schema", *map(str, error.absolute_path)])
+        raise ValueError(f"{place} is no JSON schema: {shorten(error.message, 160)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first of pydantic's errors in words, and how many more there are."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    place = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{place}: there is no such key in a question of this score{more}"
+    if first["type"] == "missing":
+        return f"{place} is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}{more}" if place else f"{message}{more}"
+
+
+def _repeated_names(path: Path, questions: Sequence[Question]) -> list[str]:
+    """A problem for each question whose own id another one has."""
+    first: dict[str, int] = {}
+    problems = []
+    for question in questions:
+        if question.fields.get("id") is None:
+            continue
+        line = first.setdefault(question.name, question.line)
+        if line != question.line:
+            place = f"{path}:{question.line}"
+            problems.append(f"{place}: the id {shorten(question.name)!r} is that of line {line}")
+    return problems
+
+
+def name_questions(questions: Sequence[Question], count: int = 5) -> str:
+    """The first questions by name, and how many more there are."""
+    shown = list_first([question.name for question in questions], count)
+    return shown if len(questions) <= count else f"{shown} ({len(questions)} in all)"

@@ -1,0 +1,30 @@
+"""Folders of results that are kept between runs, and that nobody else may write to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nested_core.compiled_kernels import CACHE_VARIABLE
+from nested_core.errors import ConfigError
+from nested_core.storage.kept_hashes import is_private
+
+
+def make_private_folder(folder: Path, contents: str, danger: str) -> None:
+    """Make the folder if it is missing, and refuse one that others own or may write to.
+
+    `contents` says what is kept there, and `danger` what who may write there could do. Raises
+    ConfigError.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}, where {contents} are kept, cannot be made: {error}. Set "
+            f"{CACHE_VARIABLE} to a folder that you can write to."
+        ) from error
+    if not is_private(folder):
+        raise ConfigError(
+            f"{folder}, where {contents} are kept, belongs to or can be written by others, "
+            f"who could {danger}. Make it yours alone (chmod 700), or set "
+            f"{CACHE_VARIABLE} to a folder that is."
+        )

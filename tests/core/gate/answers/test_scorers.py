@@ -1,0 +1,198 @@
+"""Scores of answers; what a suite brings along may raise, hang, print or die, and never passes."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nested_core.errors import DatasetError
+from nested_core.gate.answers import scorers
+from nested_core.gate.answers.scorers import ScoringMethod, last_number, normalise, score_answers
+from nested_core.gate.answers.scoring_process import first_json_value
+from nested_core.gate.answers.suites import Score, read_suite
+from tests.core.gate.answers.test_suites import write
+
+OBJECT = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
+
+
+def score(tmp_path: Path, method: Score, answer: str, function: str | None = None, **fields):
+    """The score of one answer to one question."""
+    path = write(tmp_path / "suite.jsonl", {"prompt": "?", "id": "first"} | fields)
+    questions = read_suite(path, method)
+    return score_answers(ScoringMethod(path, method, function), questions, [answer])[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "fields", "expected"),
+    [
+        ("exact", "  Port\n Louis ", {"expected": "Port Louis"}, 1),
+        ("exact", "Cafe\u0301", {"expected": "Caf\u00e9"}, 1),
+        ("exact", "suva", {"expected": "Suva"}, 0),
+        ("exact", "Suva.", {"expected": ["Nadi", "Suva."]}, 1),
+        ("contains", "It is  Port\tLouis.", {"expected": "Port Louis"}, 1),
+        ("contains", "It is Suva.", {"expected": ["suva", "Nadi"]}, 0),
+        ("number", "3 and 4 make 7.", {"expected": 7}, 1),
+        ("number", "7 and then 3", {"expected": 7}, 0),
+        ("number", "about $1,234.50!", {"expected": 1234.5}, 1),
+        ("number", "0.31", {"expected": 0.3, "tolerance": 0.01}, 1),
+        ("number", "0.311", {"expected": 0.3, "tolerance": 0.01}, 0),
+        ("number", "none", {"expected": 0}, 0),
+        ("regex", "in 1874, Suva", {"expected": r"\d{4}, S"}, 1),
+        ("regex", "in 1874", {"expected": [r"^\d", "x"]}, 0),
+        ("json", 'Here: {"city": "Suva"} {"city": 1}', {"schema": OBJECT}, 1),
+        ("json", '```json\n{"city": 4}\n```', {"schema": OBJECT}, 0),
+        ("json", "nothing", {"schema": True}, 0),
+        ("json", '{"city": "a", "n": 1.0}', {"schema": OBJECT, "expected": {"n": 1}}, 1),
+        ("json", '{"city": "a", "n": true}', {"schema": OBJECT, "expected": {"n": 1}}, 0),
+        ("json", '{"city": "a"}', {"schema": OBJECT, "expected": {"n": 1}}, 0),
+        ("json", "[1]", {"schema": {}, "expected": {"n": 1}}, 0),
+    ],
+)
+def test_scores(tmp_path, method, answer, fields, expected) -> None:
+    assert score(tmp_path, method, answer, **fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("-5", "-5"),
+        ("\u22125 degrees", "-5"),
+        ("3-4", "4"),
+        ("2.5e3", "2500"),
+        ("1,2", "2"),
+        ("12,345,678 people", "12345678"),
+        (".5", "0.5"),
+        ("It is 42.", "42"),
+        ("2024-11-21", "21"),
+    ],
+)
+def test_the_last_number_of_a_text(text, number) -> None:
+    assert last_number(text) == Decimal(number)
+
+
+@given(st.text())
+@settings(max_examples=50)
+def test_any_text_has_a_normal_form_and_a_last_number_or_none(text) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+    last_number(text)
+
+
+@given(
+    st.decimals(allow_nan=False, allow_infinity=False, min_value=-1_000_000, max_value=1_000_000)
+)
+def test_a_number_is_read_as_it_was_written(number) -> None:
+    assert last_number(f"The answer is {number:f}.") == Decimal(f"{number:f}")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('The 2 items: ["a", "b"]', ["a", "b"]),
+        ('[broken {"a": 1}', {"a": 1}),
+        ("42 it is", 42),
+        ('say "yes"', "yes"),
+        ("true", True),
+        ('[NaN, 1] {"b": 2}', {"b": 2}),
+    ],
+)
+def test_the_first_json_value_of_a_text(text, value) -> None:
+    assert first_json_value(text) == value
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a module of scorers, found in the folder that is worked in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scorers, "QUESTION_SECONDS", 1.0)
+
+    def write_module(body: str) -> str:
+        source = f"def judge(answer, question):\n{textwrap.indent(body, '    ')}\n"
+        (tmp_path / "own_scorers.py").write_text(source)
+        return "own_scorers:judge"
+
+    return write_module
+
+
+def test_a_python_function_gets_the_answer_and_the_line(tmp_path, module) -> None:
+    function = module("return answer == question['expected']['word'] and question['id'] == 'first'")
+    fields = {"expected": {"word": "yes"}}
+    assert score(tmp_path, "python", "yes", function, **fields) == 1
+    assert score(tmp_path, "python", "no", function, **fields) == 0
+
+
+def test_a_function_that_prints_spoils_no_output(tmp_path, module, capfd) -> None:
+    body = (
+        "import os, sys\nprint('{}')\nos.write(1, b'raw')\nprint('x', file=sys.stderr)\nreturn 0.5"
+    )
+    assert score(tmp_path, "python", "a", module(body), expected="a") == 0.5
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("raise RuntimeError('no such answer')", "RuntimeError: no such answer"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import os; os._exit(0)", "its process ended with exit status 0"),
+        ("import os; os.kill(os.getpid(), 9)", "its process was ended by SIGKILL"),
+        ("import time; time.sleep(100)", "it took more than 1 seconds"),
+        ("import re; return bool(re.match('(a+)+$', 'a' * 40 + 'b'))", "it took more than 1 sec"),
+        ("return None", "TypeError: it returned a NoneType, not a number from 0 to 1"),
+        ("return float('nan')", "ValueError: it returned nan, not a number from 0 to 1"),
+        ("return 2", "ValueError: it returned 2, not a number from 0 to 1"),
+        ("return input()", "EOFError"),
+    ],
+)
+def test_a_function_that_fails_is_an_error_that_names_the_question(
+    tmp_path, module, body, problem
+) -> None:
+    with pytest.raises(DatasetError) as error:
+        score(tmp_path, "python", "a", module(body), expected="a")
+    assert f"suite.jsonl:1: the function own_scorers:judge: {problem}" in str(error.value)
+    assert error.value.exit_code == 3
+
+
+@pytest.mark.parametrize("function", ["no_such_module:judge", "json:no_such_function", "json"])
+def test_a_function_that_is_not_there_is_an_error(tmp_path, function) -> None:
+    with pytest.raises(DatasetError, match=rf"the function {function}: \w+Error"):
+        score(tmp_path, "python", "a", function, expected="a")
+
+
+def test_a_child_that_a_function_leaves_behind_holds_nothing_up(tmp_path, module) -> None:
+    body = "import subprocess; subprocess.Popen(['sleep', '100']); return 1"
+    started = time.monotonic()
+    assert score(tmp_path, "python", "a", module(body), expected="a") == 1
+    assert time.monotonic() - started < 30
+
+
+def test_a_pattern_that_takes_for_ever_is_an_error(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(scorers, "QUESTION_SECONDS", 1.0)
+    with pytest.raises(DatasetError, match="the regular expression: it took more than 1 seconds"):
+        score(tmp_path, "regex", "a" * 40 + "b", expected="(a+)+$")
+
+
+@pytest.mark.parametrize(
+    ("schema", "problem"),
+    [
+        ({"$ref": "https://example.invalid/schema"}, "Unresolvable"),
+        ({"$ref": "#"}, "RecursionError"),
+        ({"type": "string", "pattern": "(a+)+$"}, "it took more than 1 seconds"),
+    ],
+)
+def test_a_schema_that_cannot_be_decided_is_an_error(
+    tmp_path, monkeypatch, schema, problem
+) -> None:
+    monkeypatch.setattr(scorers, "QUESTION_SECONDS", 1.0)
+    answer = '"' + "a" * 40 + 'b"'
+    with pytest.raises(DatasetError, match=rf"suite.jsonl:1: the JSON schema: .*{problem}"):
+        score(tmp_path, "json", answer, schema=schema)
+
+
+def test_a_deeply_nested_answer_is_a_wrong_one(tmp_path) -> None:
+    assert score(tmp_path, "json", "[" * 100_000, schema=True) == 0

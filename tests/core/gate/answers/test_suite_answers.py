@@ -1,0 +1,182 @@
+"""A model is asked a suite: choices by likelihood, prompts that fit, answers that are kept."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm import load
+
+from nested_core.errors import ConfigError, DatasetError
+from nested_core.gate.answers.answer_cache import AnswerCache, AnsweringModel, default_cache
+from nested_core.gate.answers.scorers import ScoringMethod
+from nested_core.gate.answers.suite_answers import EncodedSuite, Suite, context_length
+from nested_core.models.generation import Sampling
+from tests.core.gate.answers.test_suites import write
+from tests.example import MODEL
+
+CHOICES = [" Suva", " Paris", " New Delhi", "."]
+ASKED = {"messages": [{"role": "user", "content": "What is the capital of Fiji?"}]}
+
+
+@cache
+def example():
+    return load(str(MODEL))[:2]
+
+
+def encode(tmp_path: Path, score, *lines, sampling=None, context=64) -> EncodedSuite:
+    path = write(tmp_path / "suite.jsonl", *lines)
+    suite = Suite.read("capitals", ScoringMethod(path, score), sampling)
+    return EncodedSuite.encode(suite, example()[1], context)
+
+
+def reference(model, prompt: tuple[int, ...], choice: tuple[int, ...]) -> float:
+    """The summed log-probability in float64 of one choice, from a pass of its own."""
+    tokens = mx.array([[*prompt, *choice]])
+    logits = np.array(model(tokens).astype(mx.float32), np.float64)[0]
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    places = np.arange(len(prompt) - 1, len(prompt) + len(choice) - 1)
+    return float(log_probabilities[places, np.array(choice)].sum())
+
+
+def test_choices_are_weighed_by_the_log_probability_of_a_float64_reference(tmp_path) -> None:
+    model, tokenizer = example()
+    model.set_dtype(mx.float32)
+    lines = [
+        {"prompt": "The capital of Fiji is", "choices": CHOICES, "expected": " Suva"},
+        ASKED | {"choices": ["Suva", "Paris"], "expected": "Suva"},
+        {"prompt": "In", "choices": CHOICES[::-1], "expected": " Suva"},
+    ]
+    encoded = encode(tmp_path, "choice", *lines)
+    found = encoded.log_likelihoods(model)
+    for prompt, choices, sums in zip(encoded.prompts, encoded.choices, found, strict=True):
+        expected = [reference(model, prompt, choice) for choice in choices]
+        np.testing.assert_allclose(sums, expected, rtol=1e-4)
+    result = encoded.score(encoded.answer(model, tokenizer))
+    likeliest = [
+        question.choices[int(np.argmax(sums))]
+        for question, sums in zip(encoded.suite.questions, found, strict=True)
+    ]
+    assert [answer.text for answer in result.answers] == likeliest
+    assert result.scores == tuple(float(text.strip() == "Suva") for text in likeliest)
+
+
+def test_a_tie_between_choices_is_a_wrong_answer(tmp_path) -> None:
+    model, tokenizer = load(str(MODEL))[:2]
+    embedding = model.model.embed_tokens
+    embedding.weight = mx.zeros_like(embedding.weight)
+    line = {"prompt": "In", "choices": [".", "?"], "expected": [".", "?"]}
+    encoded = encode(tmp_path, "choice", line)
+    assert encoded.score(encoded.answer(model, tokenizer)).scores == (0.0,)
+
+
+def test_generated_answers_are_scored_and_odd_ones_counted(tmp_path) -> None:
+    model, tokenizer = example()
+    lines = [ASKED | {"expected": "Suva"}, {"prompt": "The capital of", "expected": "Suva"}]
+    encoded = encode(tmp_path, "contains", *lines, sampling=Sampling(max_tokens=8))
+    result = encoded.score(encoded.answer(model, tokenizer))
+    assert result.mean == sum("Suva" in answer.text for answer in result.answers) / 2
+    assert result.describe_odd().keys() == {"empty", "endless", "repeated"}
+    assert result.describe_odd()["endless"] == sum(a.tokens == 8 for a in result.answers)
+
+
+def test_a_prompt_longer_than_the_context_is_an_error_that_names_the_line(tmp_path) -> None:
+    lines = [{"prompt": "short", "expected": "a"}, {"prompt": "word " * 200, "expected": "a"}]
+    with pytest.raises(DatasetError) as error:
+        encode(tmp_path, "exact", *lines)
+    assert "suite.jsonl:2: with its answer it has" in str(error.value)
+    assert "and the model sees 64" in str(error.value)
+    assert "suite.jsonl:1" not in str(error.value)
+    encode(tmp_path, "exact", *lines, context=None)
+
+
+def test_turns_that_the_template_does_not_take_are_an_error(tmp_path, monkeypatch) -> None:
+    tokenizer = load(str(MODEL))[1]
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    path = write(tmp_path / "suite.jsonl", ASKED | {"expected": "a"})
+    suite = Suite.read("capitals", ScoringMethod(path, "exact"))
+    with pytest.raises(DatasetError, match=r"suite.jsonl:1: the chat template .*no users here"):
+        EncodedSuite.encode(suite, tokenizer, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"text_config": {"max_position_embeddings": 8}}, 8),
+        ({"max_position_embeddings": True, "text_config": 3}, None),
+        ({}, None),
+    ],
+)
+def test_the_context_of_a_model(config, length) -> None:
+    assert context_length(config) == length
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A cache, the models that were asked, and a way to ask through the cache."""
+    cached = AnswerCache(tmp_path / "answers")
+    asked: list[str | None] = []
+
+    def ask(encoded: EncodedSuite, adapter: str | None = None, computation: str = "cpu float32"):
+        def answer():
+            asked.append(adapter)
+            return encoded.answer(*example())
+
+        return cached.fetch(AnsweringModel("base", adapter, computation), encoded, answer)
+
+    return cached, asked, ask
+
+
+def test_a_model_is_asked_the_same_questions_once(tmp_path, asked) -> None:
+    _, models, ask = asked
+    line = ASKED | {"expected": "Suva"}
+    first = encode(tmp_path, "exact", line)
+    answers = ask(first)
+    rescored = encode(tmp_path, "contains", line)  # another scorer of the same prompts
+    assert ask(rescored) == answers
+    assert models == [None]
+    ask(first, "adapter")
+    ask(first, "adapter", "gpu bfloat16")
+    ask(encode(tmp_path, "exact", line, sampling=Sampling(max_tokens=3)))
+    ask(encode(tmp_path, "exact", line, ASKED | {"expected": "a"}))
+    assert models == [None, "adapter", "adapter", None, None]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "other", "empty"])
+def test_damaged_answers_are_made_again(tmp_path, asked, caplog, damage) -> None:
+    cached, models, ask = asked
+    encoded = encode(tmp_path, "exact", ASKED | {"expected": "Suva"})
+    answers = ask(encoded)
+    (path,) = cached.folder.glob("*.json")
+    content = path.read_bytes()
+    damaged = {
+        "flip": content.replace(b'"tokens":', b'"tokems":'),
+        "truncate": content[:-20],
+        "other": content.replace(answers[0].text.encode()[:3], b"Suv"),
+        "empty": b"{}",
+    }
+    path.write_bytes(damaged[damage])
+    with caplog.at_level(logging.WARNING):
+        assert ask(encoded) == answers
+    assert "The cached answers are damaged" in caplog.text
+    assert path.read_bytes() == content
+    assert models == [None, None]
+
+
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path, asked) -> None:
+    cached, _, ask = asked
+    cached.folder.mkdir()
+    cached.folder.chmod(0o777)
+    with pytest.raises(ConfigError, match="could have any adapter look better than another"):
+        ask(encode(tmp_path, "exact", ASKED | {"expected": "Suva"}))
+
+
+def test_where_answers_are_kept(monkeypatch) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", "/given")
+    assert default_cache().folder == Path("/given/answers")
