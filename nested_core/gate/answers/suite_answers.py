@@ -19,9 +19,9 @@ from nested_core.errors import DatasetError
 from nested_core.gate.answers.scorers import ScoringMethod, score_answers
 from nested_core.gate.answers.suites import Question, bad_questions, read_suite
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
-from nested_core.models.parameters import evaluation_mode
+from nested_core.models.parameters import in_evaluation_mode
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.training.loss.output_head import logits_of
+from nested_core.training.loss.output_head import extract_logits
 
 # Logits of one batch of choices at once: 256 MiB in float32.
 _LOGITS_AT_ONCE = 64 * 2**20
@@ -124,7 +124,7 @@ class EncodedSuite:
         self, model: nn.Module, tokenizer: Any, on_answered: OnAnswered | None = None
     ) -> tuple[Answer, ...]:
         """The model's answers, in the order of the questions."""
-        with evaluation_mode(model):
+        with in_evaluation_mode(model):
             if self.suite.method.score == "choice":
                 return self._choose(model)
             sampling, context = self.suite.sampling, self.context
@@ -221,7 +221,7 @@ def _sum_log_probabilities(
     inputs = np.zeros((len(rows), width), np.int32)
     for row, tokens in enumerate(rows):
         inputs[row, : len(tokens) - 1] = tokens[:-1]
-    logits = logits_of(model(mx.array(inputs)))
+    logits = extract_logits(model(mx.array(inputs)))
     sums = []
     for row, (prompt, following) in enumerate(pairs):
         start = len(prompt) - 1

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nested_core.data.lines.decoding import LineProblem, decode_object
-from nested_core.data.lines.examples import line_body
+from nested_core.data.lines.example_parsing import strip_line
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.errors import ConfigError, DamagedError, DatasetError, list_first, shorten
 from nested_core.storage.strict_files import file_type, read_regular
 
@@ -173,7 +173,7 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
     questions: list[Question] = []
     problems: list[str] = []
     for line, raw in enumerate(content.split(b"\n"), start=1):
-        body = line_body(raw, is_first=line == 1)
+        body = strip_line(raw, is_first=line == 1)
         if not body:
             continue
         try:
@@ -197,7 +197,7 @@ def bad_questions(summary: str, problems: Sequence[str]) -> str:
 
 
 def _read_question(body: bytes, line: int, score: Score) -> Question:
-    fields = decode_object(body)
+    fields = decode_json_object(body)
     try:
         read = _LINES[score].model_validate(fields)
         accepted = read.accepted()
