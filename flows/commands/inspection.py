@@ -9,11 +9,8 @@ from typing import Any
 
 from flows.commands.command_output import result_printer, text_printer
 from flows.terminal import print_line, print_table
-from nested_core.errors import ConfigError, DamagedError, GateRejected, MissingFileError
+from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
-
-MAX_GATE_BYTES = 64 * 1024 * 1024
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -81,17 +78,21 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
 
 
 def _read_verdict(run: RunDirectory) -> str | None:
-    """What the gate said; a run that is made longer takes that away, perhaps just now."""
+    """What the gate said; a run that is made longer takes that away, perhaps just now.
+
+    None for a gate.json without its manifest: it was being written, or is an earlier version's.
+    Raises DamagedError if it has changed since.
+    """
+    from nested_core.registry.gate_file import is_bound, read_gate, require_bound
+
     try:
-        verdict = read_json_object(run.gate, MAX_GATE_BYTES).get("verdict")
-    except MissingFileError:
+        gate = read_gate(run.gate)
+        require_bound(run.path, gate)
+    except (ConfigError, DamagedError):
+        if run.gate.exists() and is_bound(run.path):
+            raise
         return None
-    if verdict not in ("passed", "failed"):
-        raise DamagedError(
-            f"{run.gate} holds no verdict. Give the command of the run again with --resume: it is "
-            f"judged anew."
-        )
-    return str(verdict)
+    return str(gate["verdict"])
 
 
 def _describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -> str:

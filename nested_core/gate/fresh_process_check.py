@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from nested_core import backend
-from nested_core.errors import NestedTuneError
+from nested_core.errors import NestedTuneError, shorten
 from nested_core.gate.verdict import Reason
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.safetensors_files import read_tensors
-from nested_core.storage.strict_files import parse_json, read_regular
+from nested_core.storage.strict_files import read_regular
 
 PROGRAM = Path(__file__).with_name("fresh_process_main.py")
 # Relative to the centred norm of the trainer's logits. If the trainer computes in float32 the
@@ -33,6 +33,7 @@ PROGRAM = Path(__file__).with_name("fresh_process_main.py")
 TOLERANCE_FLOAT32 = 1e-3
 TOLERANCE_NARROW = 5e-2
 TIMEOUT_SECONDS = 3600
+LISTED_LINES = 3  # the last lines of the process's error that a message has
 PROMPTS_WITHOUT_DATA = [list(range(start, start + 8)) for start in (1, 9, 17, 25)]
 Rows = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -53,23 +54,26 @@ class ProofRequest:
 
 @dataclass(frozen=True)
 class Answers:
-    """The logits with either adapter, and the factors that the model has with the trained one."""
+    """Logits with either adapter, a row a prompt, and the LoRA factors of the trained model.
+
+    base: the logits of the base model alone; None if those with the initial adapter are finite.
+    """
 
     initial: Rows
     trained: Rows
+    base: Rows | None
     factors: set[str]
 
 
 def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
     """The evidence for gate.json, and the reasons against the adapter.
 
-    Raises NestedTuneError if the process was killed: that says nothing about the adapter.
+    Raises NestedTuneError if the process failed or was killed: that says nothing about the adapter.
     """
     evidence: dict[str, Any] = {"model": str(request.model), "prompts": len(request.prompts)}
     answers = _load_and_answer(request)
-    if isinstance(answers, str):
-        message = f"mlx_lm.load in a new process could not use the adapter: {answers}"
-        return evidence | {"error": answers}, [Reason("unreadable", message)]
+    if isinstance(answers, Reason):
+        return evidence | {"error": answers.message}, [answers]
     tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
     empty = sorted(answers.factors - tensors.keys())
     if empty:
@@ -77,6 +81,8 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
         return evidence, [Reason("tensor_missing", message, tuple(empty))]
     moved = largest_difference(answers.trained, answers.initial)
     evidence |= {"max_abs_difference_from_initial": finite_or_none(moved)}
+    if reason := _non_finite_reason(answers):
+        return evidence, [reason]
     if moved == 0:
         message = "in a new process, the logits on every prompt are those of the initial adapter"
         return evidence, [Reason("no_effect", message)]
@@ -95,6 +101,44 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     return evidence, [Reason("config_mismatch", message)]
 
 
+def _non_finite_reason(answers: Answers) -> Reason | None:
+    """A reason if logits overflowed; the adapter is blamed only for what was finite before it.
+
+    A model may mask a part of its vocabulary by -inf: that is no overflow if it does so without the
+    trained adapter too.
+    """
+    if answers.base is not None and (broken := _count_broken(answers.base)):
+        message = f"{broken} logits of the base model alone are not finite: the base is not sound"
+        return Reason("non_finite", f"in a new process, {message}; the adapter is not to blame")
+    if broken := _count_broken(answers.initial):
+        message = f"{broken} logits with the initial adapter are not finite already"
+        return Reason("non_finite", f"in a new process, {message}; training is not to blame")
+    lost = ~np.isfinite(answers.trained) & np.isfinite(answers.initial)
+    broken = max(_count_broken(answers.trained), int(lost.sum()))
+    if broken:
+        message = f"{broken} of {lost.size} logits with the trained adapter are not finite"
+        return Reason("non_finite", f"in a new process, {message}; those before it are")
+    if is_constant(answers.trained) and not is_constant(answers.initial):
+        message = "every logit with the trained adapter is the same: numbers in the model overflow"
+        return Reason("non_finite", f"in a new process, {message}")
+    return None
+
+
+def _count_broken(logits: Rows) -> int:
+    """Logits that no model gives on purpose: NaN, +inf, and -inf for a whole vocabulary."""
+    is_masked = np.isneginf(logits)
+    is_masked &= ~is_masked.all(axis=-1, keepdims=True)
+    return int((~np.isfinite(logits) & ~is_masked).sum())
+
+
+def is_constant(logits: Rows) -> bool:
+    """Whether every token has the same logit after every prompt, as if activations overflowed.
+
+    An infinite mean square makes the model's normalisation return zeros.
+    """
+    return logits.ndim == 2 and logits.shape[1] > 1 and bool((logits == logits[:, :1]).all())
+
+
 def largest_difference(logits: Rows, other: Rows) -> float:
     """The largest absolute difference; infinity if only one of a pair is finite."""
     if not _are_finite_alike(logits, other):
@@ -109,7 +153,10 @@ def relative_distance(logits: Rows, expected: Rows) -> float:
     if not _are_finite_alike(logits, expected) or not finite.any():
         return math.inf
     size = float(np.linalg.norm(expected[finite] - expected[finite].mean()))
-    return float(np.linalg.norm(logits[finite] - expected[finite])) / size if size else math.inf
+    difference = float(np.linalg.norm(logits[finite] - expected[finite]))
+    if size == 0:
+        return math.inf if difference else 0.0
+    return difference / size
 
 
 def _are_finite_alike(one: Rows, other: Rows) -> bool:
@@ -117,11 +164,12 @@ def _are_finite_alike(one: Rows, other: Rows) -> bool:
     return one.shape == other.shape and bool((np.isfinite(one) == np.isfinite(other)).all())
 
 
-def _load_and_answer(request: ProofRequest) -> Answers | str:
-    """What the process computed, or the last line of its error."""
+def _load_and_answer(request: ProofRequest) -> Answers | Reason:
+    """What the process computed, or the reason if mlx_lm.load refuses an adapter."""
     document = {
         "model": str(request.model),
-        "adapters": [str(request.initial.resolve()), str(request.trained.resolve())],
+        "initial": str(request.initial.resolve()),
+        "trained": str(request.trained.resolve()),
         "prompts": [list(prompt) for prompt in request.prompts],
         "columns": list(request.columns),
         "dtype": "float32" if request.is_float32 else None,
@@ -130,19 +178,24 @@ def _load_and_answer(request: ProofRequest) -> Answers | str:
     with tempfile.TemporaryDirectory(prefix="nested-tune-proof-") as folder:
         request_path, answer_path = Path(folder, "request.json"), Path(folder, "answer.json")
         request_path.write_text(json.dumps(document), encoding="utf-8")
-        problem = _run([str(request_path), str(answer_path)])
-        if problem is not None:
-            return problem
-        initial, trained = parse_json(read_regular(answer_path))
+        _run([str(request_path), str(answer_path)])
+        answers = json.loads(read_regular(answer_path))  # with NaN, as Python writes it
+    if "refused" in answers:
+        error = shorten(answers["error"], 300)
+        side = answers["refused"]
+        message = f"mlx_lm.load in a new process could not use the {side} adapter: {error}"
+        return Reason("unreadable", message)
+    base = answers["base"]
     return Answers(
-        initial=np.array(initial["logits"], np.float64),
-        trained=np.array(trained["logits"], np.float64),
-        factors=set(trained["factors"]),
+        initial=np.array(answers["initial"]["logits"], np.float64),
+        trained=np.array(answers["trained"]["logits"], np.float64),
+        base=None if base is None else np.array(base["logits"], np.float64),
+        factors=set(answers["trained"]["factors"]),
     )
 
 
-def _run(arguments: Sequence[str]) -> str | None:
-    """Run the program; None if it succeeded, else the last line of its error."""
+def _run(arguments: Sequence[str]) -> None:
+    """Run the program; NestedTuneError if it gave no answer, which is never the adapter's fault."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(PROGRAM), *arguments],
@@ -160,10 +213,15 @@ def _run(arguments: Sequence[str]) -> str | None:
             f"The process that loads base and adapter for the gate was killed by signal "
             f"{-done.returncode}; most often memory was short. Judge again with --resume."
         )
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1][:300] if lines else "no message"
+    if done.returncode > 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        problem = shorten(" ".join(lines[-LISTED_LINES:]) or "it gave no message", 400)
+        raise NestedTuneError(
+            f"The process that loads base and adapter for the gate failed: {problem}. This says "
+            f"nothing about the adapter, and there is no verdict. Look for room in "
+            f"{tempfile.gettempdir()}, memory, open files and the C++ compiler, and judge again: "
+            f"a run with --resume."
+        )
 
 
 def _environment() -> dict[str, str]:

@@ -1,6 +1,8 @@
 """The program of the fresh process: loads base and adapter by mlx_lm.load, as any user's would.
 
-It reads a request and writes its answer, both JSON. It imports nothing of this project.
+It reads a request and writes its answer, both JSON: logits, or that an adapter cannot be used. An
+error that ends it is the machine's or the base model's, and says nothing about an adapter. It
+imports nothing of this project.
 """
 
 import json
@@ -11,15 +13,37 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm import load
 
+INFINITY = float("inf")
 
-def answer(request: dict[str, Any], adapter: str) -> dict[str, Any]:
-    """The names of the model's LoRA factors, and a row of logits for each prompt."""
-    model = load(
+
+class AdapterRefused(Exception):  # noqa: N818  # an answer, not an error of this program
+    """mlx_lm.load takes the base model alone, and not with this adapter."""
+
+
+def load_model(request: dict[str, Any], adapter: str | None) -> Any:
+    """The base model, with an adapter unless that is None."""
+    return load(
         request["model"],
         tokenizer_config={"trust_remote_code": request["trust_remote_code"]},
         adapter_path=adapter,
         trust_remote_code=request["trust_remote_code"],
     )[0]
+
+
+def load_with_adapter(request: dict[str, Any], adapter: str) -> Any:
+    """The same, blaming the adapter only for errors that the base model alone does not give.
+
+    An OSError, MemoryError or RuntimeError (MLX's for memory, files and compilers) blames nobody.
+    """
+    try:
+        return load_model(request, adapter)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        load_model(request, None)
+        raise AdapterRefused(f"{type(error).__name__}: {error}") from error
+
+
+def answer(request: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The names of the model's LoRA factors, and a row of logits for each prompt."""
     if request["dtype"] is not None:
         model.set_dtype(getattr(mx, request["dtype"]))
     rows = []
@@ -33,11 +57,25 @@ def answer(request: dict[str, Any], adapter: str) -> dict[str, Any]:
     return {"factors": factors, "logits": rows}
 
 
+def answer_all(request: dict[str, Any]) -> dict[str, Any]:
+    """An answer with either adapter, and without any if the first one's logits are not finite."""
+    answers: dict[str, Any] = {"base": None}
+    for side in ("initial", "trained"):
+        try:
+            model = load_with_adapter(request, request[side])
+        except AdapterRefused as refusal:
+            return {"refused": side, "error": str(refusal)}
+        answers[side] = answer(request, model)
+    if not all(abs(logit) < INFINITY for row in answers["initial"]["logits"] for logit in row):
+        answers["base"] = answer(request, load_model(request, None))
+    return answers
+
+
 def main(request_path: str, answer_path: str) -> None:
-    """Answer one request, for each of its adapters in turn."""
+    """Answer one request."""
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
-    answers = [answer(request, adapter) for adapter in request["adapters"]]
+    answers = answer_all(request)
     with open(answer_path, "w", encoding="utf-8") as file:
         json.dump(answers, file)
 

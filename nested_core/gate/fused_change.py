@@ -6,9 +6,9 @@ difference of the two weights is compared with the difference computed in float3
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,10 +16,11 @@ import mlx.nn as nn
 from nested_core.backend import to_float
 from nested_core.gate.verdict import Reason
 from nested_core.models.lora_attachment import load_adapter_tensors
+from nested_core.registry.gate_file import MIN_FUSED_SHARE
 
-MIN_SHARE = 0.5  # of the whole change
 MIN_SHARE_OF_A_MODULE = 0.1
 Parameters = Mapping[str, mx.array]
+Overflow = Literal["before", "after"]  # with the initial adapter already, or the trained one alone
 
 
 @dataclass(frozen=True)
@@ -42,35 +43,71 @@ def judge_fused(
 
     `model` is the base as stored with an adapter attached; its modules are float32 afterwards.
     """
-    changes = {
+    measured = {
         name: _measure(model, module, before, after)
         for name, module in model.named_modules()
         if hasattr(module, "fuse")
     }
+    overflowing = {n: change for n, change in measured.items() if isinstance(change, str)}
+    changes = {n: change for n, change in measured.items() if isinstance(change, FusedChange)}
     squared_norm = sum(change.squared_norm for change in changes.values())
     inner_product = sum(change.inner_product for change in changes.values())
     whole = FusedChange(squared_norm, inner_product)
     erased = sorted(n for n, change in changes.items() if change.share < MIN_SHARE_OF_A_MODULE)
-    evidence = {"modules": len(changes), "carried_share": whole.share, "erased_modules": erased}
-    if not erased and whole.share >= MIN_SHARE:
+    evidence = {"modules": len(measured), "carried_share": whole.share, "erased_modules": erased}
+    if overflowing:
+        return evidence, _overflow_reasons(overflowing, after)
+    if not erased and whole.share >= MIN_FUSED_SHARE:
         return evidence, []
     message = (
-        f"fused into the base, {whole.share:.1%} of the change is left (at least {MIN_SHARE:.0%} "
-        f"is asked for) and {len(erased)} of {len(changes)} modules lose theirs: use the adapter "
-        f"unfused, or fuse with --dequantize"
+        f"fused into the base, {whole.share:.1%} of the change is left (at least "
+        f"{MIN_FUSED_SHARE:.0%} is asked for) and {len(erased)} of {len(changes)} modules lose "
+        f"theirs: use the adapter unfused, or fuse with --dequantize"
     )
-    tensors = tuple(name for name in sorted(after) if name.rpartition(".")[0] in erased)
-    return evidence, [Reason("no_effect", message, tensors)]
+    return evidence, [Reason("no_effect", message, _tensors_of(erased, after))]
 
 
-def _measure(model: nn.Module, module: Any, before: Parameters, after: Parameters) -> FusedChange:
+def _tensors_of(modules: Collection[str], adapter: Parameters) -> tuple[str, ...]:
+    return tuple(name for name in sorted(adapter) if name.rpartition(".")[0] in modules)
+
+
+def _overflow_reasons(overflowing: Mapping[str, Overflow], after: Parameters) -> list[Reason]:
+    """A reason each for weights that the initial adapter, and that the trained one, overflows."""
+    reasons = []
+    for overflow, adapter in (("before", "initial"), ("after", "trained")):
+        modules = [name for name, side in overflowing.items() if side == overflow]
+        if modules:
+            message = (
+                f"fused into the base with the {adapter} adapter, the weights of {len(modules)} "
+                f"modules are not finite"
+            )
+            reasons.append(Reason("non_finite", message, _tensors_of(modules, after)))
+    return reasons
+
+
+def _measure(
+    model: nn.Module, module: Any, before: Parameters, after: Parameters
+) -> FusedChange | Overflow:
+    """The change of one module, or with which adapter its fused weight is not finite."""
     fused = [_weight(module.fuse()) for _ in _loaded(model, before, after)]
     module.set_dtype(mx.float32)
     exact = [module.fuse(dequantize=True).weight for _ in _loaded(model, before, after)]
+    if not _are_finite(fused[0], exact[0]):
+        return "before"
     exact_change = exact[1] - exact[0]
     fused_change = fused[1] - fused[0]
-    squared_norm = to_float((exact_change * exact_change).sum())
-    return FusedChange(squared_norm, to_float((exact_change * fused_change).sum()))
+    if not _are_finite(exact_change, fused_change):
+        return "after"
+    # In units of the largest change, so that no square overflows float32 or vanishes.
+    unit = max(to_float(mx.abs(exact_change).max()), to_float(mx.abs(fused_change).max())) or 1.0
+    exact_change = exact_change / unit
+    fused_change = fused_change / unit
+    squared_norm = to_float((exact_change * exact_change).sum()) * unit**2
+    return FusedChange(squared_norm, to_float((exact_change * fused_change).sum()) * unit**2)
+
+
+def _are_finite(*arrays: mx.array) -> bool:
+    return all(bool(mx.isfinite(array).all().item()) for array in arrays)
 
 
 def _loaded(model: nn.Module, before: Parameters, after: Parameters) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,23 +16,24 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.gate.base_compatibility import base_reasons, config_reasons, fingerprint_reasons
 from nested_core.gate.fresh_process_check import ProofRequest, prove_in_fresh_process
-from nested_core.gate.lora_effect import effect_reasons, require_lora_factors
-from nested_core.gate.run_evidence import (
-    RunEvidence,
-    changed_since_judged,
-    collect_evidence,
-    digests_for_verdict,
-)
+from nested_core.gate.lora_effect import effect_reasons, overflow_reasons, require_lora_factors
+from nested_core.gate.loss_bounds import loss_reasons
+from nested_core.gate.recorded_verdict import require_same_verdict
+from nested_core.gate.run_evidence import RunEvidence, collect_evidence, describe_config
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
-from nested_core.gate.verdict import GeneralLoss, JudgedAdapter, Reason, Validation, Verdict
+from nested_core.gate.training_divergence import Divergence, collapse_reason, find_divergence
+from nested_core.gate.verdict import Code, JudgedAdapter, Reason, Verdict
 from nested_core.models.base_model import compute_dtype, find_model_folder
+from nested_core.registry.gate_file import require_bound
 from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 
 # With one of these, tensors cannot be compared with each other or loaded into a model.
 MISMATCHES = {"tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"}
 INCOMPARABLE = MISMATCHES | {"non_finite"}
+DIVERGENCE_CODES = {"non_finite", "loss_regressed"}
 
 
 def verify_adapters(
@@ -62,43 +62,81 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     Raises DamagedError if the folder is not as training left it.
     """
     verdict, evidence = _judge_files(config, run)
-    verdict = replace(verdict, evidence=digests_for_verdict(config, run))
+    files = evidence.files | {run.config.name: describe_config(config)}
+    verdict = replace(verdict, judged_files=files)
+    divergence = _find_divergence(config, run, evidence)
     if not _has_any(verdict.reasons, INCOMPARABLE | {"base_mismatch"}):
         verdict = _with_losses(verdict, config, run, evidence)
+    if not _has_any(verdict.reasons, INCOMPARABLE | {"unchanged", "base_mismatch"}):
+        verdict = _with_divergence(verdict, evidence, divergence)
     if verdict.has_passed and config.gate.check_fused:
         verdict = _with_fused(verdict, config, evidence)
-    return _proven(verdict, config, evidence) if verdict.has_passed else verdict
+    if verdict.has_passed:
+        verdict = _proven(verdict, config, evidence)
+        if divergence is not None and divergence.has_risen:
+            verdict = replace(verdict, reasons=tuple(map(_as_divergence, verdict.reasons)))
+    return replace(verdict, reasons=_explained(verdict.reasons, divergence))
+
+
+def _find_divergence(
+    config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
+) -> Divergence | None:
+    # Here, because `promote` confirms a verdict without anything that trains.
+    from nested_core.training.metrics_file import read_metrics
+
+    records = read_metrics(run.metrics)
+    return find_divergence(records, evidence.checkpoint.step, config.learning_rate)
+
+
+def _with_divergence(
+    verdict: Verdict, evidence: RunEvidence, divergence: Divergence | None
+) -> Verdict:
+    """Add that training broke the model, and without held-out data that its loss left."""
+    reason = collapse_reason(evidence.record.logits)
+    if reason is None and verdict.validation is None and divergence and divergence.is_certain:
+        code: Code = "non_finite" if divergence.loss is None else "loss_regressed"
+        reason = Reason(code, "the training loss is far above where it began")
+    return verdict if reason is None else replace(verdict, reasons=(reason, *verdict.reasons))
+
+
+def _as_divergence(reason: Reason) -> Reason:
+    """The proof's reason, as one of a run that diverged: rounding is as large as its weights."""
+    is_rounding = reason.code == "config_mismatch"
+    return replace(reason, code="loss_regressed") if is_rounding else reason
+
+
+def _explained(reasons: tuple[Reason, ...], divergence: Divergence | None) -> tuple[Reason, ...]:
+    """The reasons, of which the first about values or losses says where training diverged."""
+    index = next((i for i, r in enumerate(reasons) if r.code in DIVERGENCE_CODES), None)
+    if divergence is None or index is None:
+        return reasons
+    explained = replace(reasons[index], message=f"{reasons[index].message}; {divergence}")
+    return (*reasons[:index], explained, *reasons[index + 1 :])
 
 
 def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str, Any]) -> None:
     """Raise DamagedError unless the run's files bear out `recorded`, a gate.json that says passed.
 
-    All checks that need no model are done again, so that a verdict written by hand is worth
-    nothing. The losses and the proof are taken as they are recorded.
+    The manifest must hold their digests, and all checks that need no model are done again, so that
+    a verdict written by hand is worth nothing. The losses and the proof are taken as they are
+    recorded, where they agree with the configuration and the data.
     """
-    verdict, _ = _judge_files(config, run)
+    verdict, evidence = _judge_files(config, run)
     if not verdict.has_passed:
         raise DamagedError(
             f"{run.gate} says passed, and the files that it judged do not: {verdict.summary()}. "
             f"Judge the run again with --resume."
         )
-    now = json.loads(json.dumps(verdict.to_json()))
-    wrong = [key for key in ("adapter_step", "tiers") if recorded.get(key) != now[key]]
-    for side in ("initial", "trained"):
-        judged = recorded.get(side)
-        if not isinstance(judged, dict) or judged.get("digest") != now[side]["digest"]:
-            wrong.append(side)
-    if wrong:
+    bound = require_bound(run.path, recorded)
+    files = evidence.files | {run.config.name: describe_file(run.config)}
+    names = sorted({*files, *bound} - {run.gate.name})
+    if changed := [name for name in names if files.get(name) != bound.get(name)]:
         raise DamagedError(
-            f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} "
-            f"differ. Judge the run again with --resume."
+            f"{run.gate} was not given on the {' and '.join(changed)} that {run.path} holds: "
+            f"{run.manifest.name} has other digests of them. Bring back what was there, or judge "
+            f"the run again with --resume."
         )
-    if changed := changed_since_judged(run, recorded.get("evidence")):
-        raise DamagedError(
-            f"{run.gate} was not given on the {' and '.join(changed)} that {run.path} holds: it "
-            f"has other digests of them. Bring back what was there, or judge the run again with "
-            f"--resume."
-        )
+    require_same_verdict(verdict, recorded, run)
 
 
 def _judge_files(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, RunEvidence]:
@@ -133,9 +171,9 @@ def _compare(
         if not reasons:
             reasons = config_reasons(after)
     if not _has_any(reasons, INCOMPARABLE):
-        reasons += change_reasons(changes, bounds.min_relative_change)
+        reasons += change_reasons(before, changes, bounds.min_relative_change)
         if not reasons:
-            reasons = effect_reasons(before, after)
+            reasons = overflow_reasons(before, after) or effect_reasons(before, after)
     return Verdict(
         reasons=tuple(reasons),
         adapter_step=step,
@@ -171,7 +209,7 @@ def _with_losses(
         return _add(verdict, misfits)
     validation = measure_validation_losses(base, run)
     general = measure_general(base, run)
-    reasons = _loss_reasons(validation, general, config.gate)
+    reasons = loss_reasons(validation, general, config.gate)
     return replace(_add(verdict, reasons), validation=validation, general=general)
 
 
@@ -224,28 +262,3 @@ def _proven_without_a_run(verdict: Verdict, before: Adapter, after: Adapter) -> 
 def _with_proof(verdict: Verdict, request: ProofRequest) -> Verdict:
     proof, reasons = prove_in_fresh_process(request)
     return replace(_add(verdict, reasons), proof=proof)
-
-
-def _loss_reasons(
-    validation: Validation | None, general: GeneralLoss | None, bounds: GateSection
-) -> list[Reason]:
-    reasons = []
-    limit = bounds.max_val_loss_increase
-    if validation is not None and not _is_within(validation, limit):
-        losses = f"{validation.loss_before} -> {validation.loss_after}"
-        message = f"loss {losses}; gate.max_val_loss_increase is {limit:g}"
-        reasons.append(Reason("loss_regressed", message))
-    general_limit = bounds.max_general_loss_increase
-    if general is not None and general_limit is not None and not _is_within(general, general_limit):
-        losses = f"{general.loss_before} -> {general.loss_after}"
-        message = (
-            f"loss on general text {losses}; gate.max_general_loss_increase is {general_limit:g}"
-        )
-        reasons.append(Reason("forgetting", message))
-    return reasons
-
-
-def _is_within(losses: Validation | GeneralLoss, increase: float) -> bool:
-    """Whether both losses are finite, and the second exceeds the first by at most this share."""
-    before, after = losses.loss_before, losses.loss_after
-    return before is not None and after is not None and after <= before * (1 + increase)

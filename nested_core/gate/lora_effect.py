@@ -22,6 +22,7 @@ Factors = tuple[StoredTensor, StoredTensor]  # lora_a and lora_b of one module
 ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 ROUNDING_FACTOR = 4.0
 FACTORS = ("lora_a", "lora_b")
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 SAMPLED = 64  # rows and columns of a product that are compared before the whole of it
 
 
@@ -33,6 +34,40 @@ def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     names = tuple(f"{module}.{leaf}" for module in idle for leaf in FACTORS)
     message = f"the product lora_a @ lora_b of {len(idle)} modules did not move, {idle[0]} first"
     return [Reason("no_effect", message, names)]
+
+
+def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
+    """Reasons for modules whose update scale * lora_a @ lora_b is beyond the range of float32.
+
+    A module that overflows with the initial adapter already is told as the initial adapter's.
+    """
+    before = {module for module in _modules(initial) if _overflows(initial, module)}
+    after = {module for module in _modules(trained) if _overflows(trained, module)} - before
+    reasons = []
+    for modules, whose in ((before, "the initial adapter's"), (after, "the trained adapter's")):
+        if modules:
+            first, *_ = ordered = sorted(modules)
+            names = tuple(f"{module}.{leaf}" for module in ordered for leaf in FACTORS)
+            message = (
+                f"{whose} scale * lora_a @ lora_b overflows float32 in {len(modules)} modules, "
+                f"{first} first"
+            )
+            reasons.append(Reason("non_finite", message, names))
+    return reasons
+
+
+def _overflows(adapter: Adapter, module: str) -> bool:
+    """Whether an element of scale * lora_a @ lora_b is beyond float32; all factors are finite."""
+    a, b = _pair(adapter.tensors, module)
+    scale = adapter.meaning()["scale"] or 1.0
+    if scale * frobenius_norm(a) * frobenius_norm(b) <= LARGEST_FLOAT32:
+        return False  # no element is larger than the product of the norms (Cauchy-Schwarz)
+    left, right = _factors((a, b), None)
+    with np.errstate(all="ignore"):
+        return any(
+            not (scale * np.abs(left[:, row : row + SAMPLED] @ right) <= LARGEST_FLOAT32).all()
+            for row in range(0, left.shape[1], SAMPLED)
+        )
 
 
 def require_lora_factors(adapter: Adapter) -> None:

@@ -7,6 +7,7 @@ from. Damage (exit 6) never gets a verdict.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +18,13 @@ from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.storage.adapter import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
+    ADAPTER_FILES,
     Adapter,
-    files_sha256,
+    combined_sha256,
     read_adapter,
 )
 from nested_core.storage.checkpoint import STATE_NAME, Checkpoint, checkpoint_path, read_checkpoint
-from nested_core.storage.manifest import read_manifest
+from nested_core.storage.manifest import MANIFEST_NAME, FileEntry, describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json, regular_sha256
 
@@ -69,12 +69,16 @@ class CheckpointEvidence(BaseModel):
 
 @dataclass(frozen=True)
 class RunEvidence:
-    """Both adapters of a run, the checkpoint that the trained one comes from, and its record."""
+    """Both adapters of a run, the checkpoint that the trained one comes from, and its record.
+
+    files: the entries of all that was read for a manifest, by their path in the run directory.
+    """
 
     before: Adapter
     after: Adapter
     checkpoint: Checkpoint
     record: CheckpointEvidence
+    files: dict[str, FileEntry]
 
 
 def digests_for_result(run: RunDirectory, offered: Path) -> dict[str, str]:
@@ -83,26 +87,6 @@ def digests_for_result(run: RunDirectory, offered: Path) -> dict[str, str]:
         "checkpoint": str(read_manifest(offered)["digest"]),
         "metrics": regular_sha256(run.metrics),
     }
-
-
-def digests_for_verdict(config: FineTuneConfig, run: RunDirectory) -> dict[str, str]:
-    """What gate.json records of the run: SHA-256 of files that the verdict rests on, by name.
-
-    For config.yaml it is the digest of the configuration that the run is judged under, whatever
-    the file says by now. result.json holds the digests of all other files.
-    """
-    return {
-        run.config.name: hashlib.sha256(render_config(config)).hexdigest(),
-        run.dataset.name: regular_sha256(run.dataset),
-        run.result.name: regular_sha256(run.result),
-    }
-
-
-def changed_since_judged(run: RunDirectory, recorded: Any) -> list[str]:
-    """The names of files whose digests differ from those that gate.json recorded."""
-    digests = recorded if isinstance(recorded, dict) else {}
-    paths = (run.config, run.dataset, run.result)
-    return [path.name for path in paths if digests.get(path.name) != regular_sha256(path)]
 
 
 def collect_evidence(run: RunDirectory) -> RunEvidence:
@@ -116,12 +100,26 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
             f"{offered} or {run.metrics} is not what training wrote: result.json holds other "
             f"digests. Bring back what was there, or train again."
         )
-    _require_inputs(run, record.input_digests, offered)
-    _require_offered(run, offered)
+    files = _describe_files(run, offered)
+    _require_inputs(run, record.input_digests, offered, files)
+    _require_offered(run, offered, files)
     before, after = read_adapter(run.initial), read_adapter(run.adapter)
     if before.digest() != record.input_digests.get("initial"):
         raise DamagedError(f"{run.initial} is not the adapter that {offered} was trained from.")
-    return RunEvidence(before, after, checkpoint, record)
+    return RunEvidence(before, after, checkpoint, record, files)
+
+
+def _describe_files(run: RunDirectory, offered: Path) -> dict[str, FileEntry]:
+    """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
+    paths = [run.dataset, run.tiers, run.metrics, run.result, offered / MANIFEST_NAME]
+    paths += [folder / name for folder in (run.initial, run.adapter) for name in ADAPTER_FILES]
+    return {path.relative_to(run.path).as_posix(): describe_file(path) for path in paths}
+
+
+def describe_config(config: FineTuneConfig) -> FileEntry:
+    """The entry of config.yaml as it would hold this configuration, whatever the file says now."""
+    content = render_config(config)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _parse(model: type[Model], value: Any, path: Path) -> Model:
@@ -133,25 +131,28 @@ def _parse(model: type[Model], value: Any, path: Path) -> Model:
         raise DamagedError(f"{path}: {where}: {first['msg']}.") from error
 
 
-def _require_inputs(run: RunDirectory, digests: dict[str, str], offered: Path) -> None:
+def _require_inputs(
+    run: RunDirectory, digests: dict[str, str], offered: Path, files: Mapping[str, FileEntry]
+) -> None:
     """Compare what training began from with the digests in its checkpoint."""
-    if files_sha256(run.initial) != digests.get("initial_files"):
+    hashes = {name: files[f"{run.initial.name}/{name}"]["sha256"] for name in ADAPTER_FILES}
+    if combined_sha256(hashes) != digests.get("initial_files"):
         raise DamagedError(
             f"{run.initial} is not the adapter that training began from: its digest has changed "
             f"since. Without the true initial adapter nothing can be proven; train again."
         )
-    if regular_sha256(run.tiers) != digests.get("tiers"):
+    if files[run.tiers.name]["sha256"] != digests.get("tiers"):
         raise DamagedError(f"{run.tiers} has changed since training began.")
     dataset = read_json(run.dataset, None)  # as large as the number of findings made it
     if not isinstance(dataset, dict) or dataset.get("digest") != digests.get("data"):
         raise DamagedError(f"{run.dataset} is not the report on the data that {offered} has seen.")
 
 
-def _require_offered(run: RunDirectory, offered: Path) -> None:
+def _require_offered(run: RunDirectory, offered: Path, files: Mapping[str, FileEntry]) -> None:
     """Compare the adapter with the checkpoint's manifest, against which its files were hashed."""
     listed = read_manifest(offered)["files"]
-    for name in (WEIGHTS_NAME, CONFIG_NAME):
-        if name not in listed or regular_sha256(run.adapter / name) != listed[name]["sha256"]:
+    for name in ADAPTER_FILES:
+        if listed.get(name) != files[f"{run.adapter.name}/{name}"]:
             raise DamagedError(
                 f"{run.adapter} is not the adapter of {offered}: it has changed since."
             )

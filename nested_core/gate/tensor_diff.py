@@ -7,7 +7,7 @@ if the numbers of a piece are too small or too large for that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,14 +134,21 @@ def structure_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     ]
 
 
-def change_reasons(changes: Iterable[TensorChange], min_relative_change: float) -> list[Reason]:
-    """Reasons for values that are not finite, and for a change of nothing or below the bound."""
-    changes = list(changes)
-    broken = _reason(
-        "non_finite", [c.name for c in changes if not c.finite], "hold NaN or infinity"
-    )
-    if broken:
-        return broken
+def change_reasons(
+    initial: Adapter, changes: Sequence[TensorChange], min_relative_change: float
+) -> list[Reason]:
+    """Reasons for values that are not finite, and for a change of nothing or below the bound.
+
+    Tensors that are not finite in `initial` already are told apart: training is not to blame.
+    """
+    broken = {change.name for change in changes if not change.finite}
+    from_the_start = {n for n in broken if not math.isfinite(frobenius_norm(initial.tensors[n]))}
+    reasons = [
+        *_reason("non_finite", from_the_start, "of the initial adapter hold NaN or infinity"),
+        *_reason("non_finite", broken - from_the_start, "hold NaN or infinity"),
+    ]
+    if reasons:
+        return reasons
     names = tuple(change.name for change in changes)
     if not any(change.changed for change in changes):
         message = f"all {len(changes)} tensors equal the initial adapter, byte for byte"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
+from nested_core.storage.manifest import FileEntry
 from nested_core.storage.strict_files import read_regular
 
 Code = Literal[
@@ -96,7 +98,7 @@ class JudgedAdapter:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The content of gate.json; `evidence` is the SHA-256 of files of the run, by name."""
+    """The content of gate.json, and the entries of the judged files for the run's manifest."""
 
     reasons: tuple[Reason, ...]
     adapter_step: int | None
@@ -109,7 +111,7 @@ class Verdict:
     general: GeneralLoss | None = None
     fused: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
-    evidence: dict[str, str] | None = None
+    judged_files: Mapping[str, FileEntry] = field(default_factory=dict, compare=False)
 
     @property
     def has_passed(self) -> bool:
@@ -118,7 +120,9 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The content of gate.json."""
-        return {"verdict": "passed" if self.has_passed else "failed"} | asdict(self)
+        fields = asdict(self)
+        del fields["judged_files"]
+        return {"verdict": "passed" if self.has_passed else "failed"} | fields
 
     def summary(self) -> str:
         """One line: the codes, or what changed."""

@@ -11,7 +11,7 @@ from nested_core.gate.base_compatibility import require_same_base
 from nested_core.models.base_model import local_folder
 from nested_core.pipeline.continual import parent_version_of, settings_digest
 from nested_core.registry import register
-from nested_core.registry.gate_file import read_gate, require_passed
+from nested_core.registry.gate_file import read_gate, require_consistent, require_passed
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
@@ -31,6 +31,7 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
     gate = read_gate(run.gate)
     require_passed(gate, run.gate)
     confirm_run(config, run, gate)
+    require_consistent(gate, run.gate)
     base = local_folder(config.model)
     if base is not None:
         require_same_base(run.adapter, base)

@@ -21,7 +21,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
 from nested_core.gate import Verdict, digests_for_result, judge_run
 from nested_core.gate.held_out_loss import measure_test as test_loss
 from nested_core.gate.held_out_loss import require_validated_data
@@ -38,6 +38,7 @@ from nested_core.pipeline.continual import starting_adapter
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.pipeline.launch.rank_group import train_in_ranks
+from nested_core.registry.gate_file import write_gate
 from nested_core.storage.adapter import (
     WEIGHTS_NAME,
     export_adapter,
@@ -217,7 +218,8 @@ def _train(
     trainer = Trainer(setup)
     trainer.resume()
     if world.is_main:
-        for earlier in (run.gate, run.result):  # the run is made longer: both are out of date
+        # The run is made longer: what it ended with is out of date.
+        for earlier in (run.manifest, run.gate, run.result):
             earlier.unlink(missing_ok=True)
     if on_start is not None:
         on_start(trainer)
@@ -279,10 +281,18 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
     """Judge the run's adapter and write gate.json; GateRejected where it did not pass.
 
     Holds the device meanwhile: the gate loads the base model, and so does the process of its proof.
+    What fails for the machine is an error to try again, and nothing is written.
     """
     with locking_devices(on_wait):
-        verdict = judge_run(config, run)
-    write_json(run.gate, verdict.to_json())
+        try:
+            verdict = judge_run(config, run)
+        except (MemoryError, RuntimeError) as error:  # MLX's own, for memory, files and compilers
+            raise NestedTuneError(
+                f"The gate could not compute with {run.adapter}, and gives no verdict: {error}. "
+                f"Look for memory, room in the temporary folder and the C++ compiler, and judge "
+                f"again with --resume."
+            ) from error
+    write_gate(run.path, verdict.to_json(), verdict.judged_files)
     if not verdict.has_passed:
         raise GateRejected(
             f"The gate rejected {run.adapter}: {verdict.summary()}. Nothing was registered; the "

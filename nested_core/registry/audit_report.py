@@ -13,7 +13,7 @@ from pathlib import Path
 from nested_core.errors import NestedTuneError
 from nested_core.registry import champion_link
 from nested_core.registry.folder_lock import shared
-from nested_core.registry.gate_file import GATE_NAME, read_gate, require_passed
+from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.name_folders import VERSIONS, find_name_folder
 from nested_core.registry.versions import (
@@ -118,7 +118,9 @@ def _version_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditF
     try:
         findings = version_findings(place, version, ledger.manifests(version))
         if not findings:
-            require_passed(read_gate(place / GATE_NAME), place / GATE_NAME)
+            gate = read_gate(place / GATE_NAME)
+            require_passed(gate, place / GATE_NAME)
+            require_consistent(gate, place / GATE_NAME)
     except (NestedTuneError, OSError) as error:
         return [AuditFinding(place, str(error))]
     return findings

@@ -1,16 +1,169 @@
-"""Reading gate.json: the verdict on an adapter, and the digest of the adapter that was judged."""
+"""gate.json: the verdict on a run, bound by RUN_DIR/MANIFEST.json to the files that it rests on.
+
+The manifest holds the size and SHA-256 of gate.json and of each file that was judged. It finds
+accidents and partial edits; whoever can write the whole folder can make another one that agrees.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.storage.atomic import write_json
+from nested_core.storage.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    describe_file,
+    read_manifest,
+    write_manifest,
+)
 from nested_core.storage.strict_files import file_type, read_json
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024
 LISTED_REASONS = 5
+MIN_FUSED_SHARE = 0.5  # of the whole change, that fusing must leave
+JUDGE_AGAIN = "`nested-tune train --resume` judges the run again."
+
+
+class _Losses(BaseModel):
+    """The losses of a verdict that passed: both are numbers."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    loss_before: float
+    loss_after: float
+
+
+class _Tensor(BaseModel):
+    model_config = ConfigDict(strict=True)
+    changed: bool
+    finite: bool
+
+
+class _Tier(BaseModel):
+    model_config = ConfigDict(strict=True)
+    changed: int = Field(ge=1)
+    expected_updates: int
+    applied_updates: int
+    skipped_updates: int
+
+
+class _Proof(BaseModel):
+    """What the fresh process found; `skipped` if the base model was not there to load."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    skipped: str | None = None
+    error: None = None
+    max_abs_difference_from_initial: float | None = None
+    relative_distance_from_trainer: float = 0.0
+    tolerance: float = 0.0
+
+    def contradictions(self) -> Iterator[str]:
+        """Why these numbers are no proof."""
+        if not self.max_abs_difference_from_initial:
+            yield "the proof found no change of a logit"
+        if self.relative_distance_from_trainer > self.tolerance:
+            yield "the proof's logits are not the trainer's"
+
+
+class _Fused(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    carried_share: float = Field(ge=MIN_FUSED_SHARE)
+    erased_modules: list[str] = Field(max_length=0)
+
+
+class _Thresholds(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    max_val_loss_increase: float | None = None
+    max_general_loss_increase: float | None = None
+
+
+class _Passed(BaseModel):
+    """The fields of a "passed" gate.json that must agree; earlier versions lack some of them."""
+
+    model_config = ConfigDict(strict=True)
+    tensors: list[_Tensor] = []
+    tiers: list[_Tier] = []
+    validation: _Losses | None = None
+    general: _Losses | None = None
+    proof: _Proof | None = None
+    fused: _Fused | None = None
+    thresholds: _Thresholds | None = None
+
+    def contradictions(self) -> Iterator[str]:
+        """What is said in one field, and excluded by "passed" or another one."""
+        if self.tensors and not any(tensor.changed for tensor in self.tensors):
+            yield "no tensor changed"
+        if not all(tensor.finite for tensor in self.tensors):
+            yield "a tensor is not finite"
+        for number, tier in enumerate(self.tiers):
+            if tier.applied_updates + tier.skipped_updates != tier.expected_updates:
+                yield f"the updates of tier {number} do not add up"
+        bounds = self.thresholds or _Thresholds()
+        if _has_risen(self.validation, bounds.max_val_loss_increase):
+            yield "the loss rose beyond its bound"
+        if _has_risen(self.general, bounds.max_general_loss_increase):
+            yield "the loss on general text rose beyond its bound"
+        if self.proof is not None and self.proof.skipped is None:
+            yield from self.proof.contradictions()
+
+
+def _has_risen(losses: _Losses | None, bound: float | None) -> bool:
+    if losses is None or bound is None:
+        return False
+    return not is_within(losses.loss_before, losses.loss_after, bound)
+
+
+def is_within(before: float | None, after: float | None, increase: float) -> bool:
+    """Whether both losses are finite, and the second exceeds the first by at most this share."""
+    return before is not None and after is not None and after <= before * (1 + increase)
+
+
+def write_gate(run_dir: Path, gate: Mapping[str, Any], judged: Mapping[str, FileEntry]) -> None:
+    """Write gate.json, and the manifest that binds it to the files that were judged.
+
+    `judged` has the entries of those files, by their path in the run directory. A crash in between
+    leaves a gate.json without a manifest, which is no verdict yet.
+    """
+    (run_dir / MANIFEST_NAME).unlink(missing_ok=True)
+    write_json(run_dir / GATE_NAME, gate)
+    files = {**judged, GATE_NAME: describe_file(run_dir / GATE_NAME)}
+    write_manifest(run_dir, _facts(gate), files)
+
+
+def _facts(gate: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kind": "verdict on a run", "verdict": gate["verdict"]}
+
+
+def is_bound(run_dir: Path) -> bool:
+    """Whether there is a manifest beside gate.json; a run judged by an earlier version has none."""
+    return file_type(run_dir / MANIFEST_NAME) != "missing"
+
+
+def require_bound(run_dir: Path, gate: Mapping[str, Any]) -> dict[str, FileEntry]:
+    """The entries of the files that the verdict rests on, by their path in the run directory.
+
+    Raises DamagedError if the manifest is missing or damaged, or gate.json is not the one that it
+    was written with.
+    """
+    path = run_dir / GATE_NAME
+    if not is_bound(run_dir):
+        raise DamagedError(
+            f"{run_dir / MANIFEST_NAME} is missing: nothing says that {path} is the verdict on the "
+            f"files beside it, as in a run that an earlier version judged. {JUDGE_AGAIN}"
+        )
+    manifest = read_manifest(run_dir)
+    files: dict[str, FileEntry] = manifest["files"]
+    if manifest["facts"] != _facts(gate) or files.get(GATE_NAME) != describe_file(path):
+        raise DamagedError(
+            f"{path} has changed since the verdict was given: {MANIFEST_NAME} beside it holds "
+            f"another digest of it. Bring back what was there; {JUDGE_AGAIN}"
+        )
+    return files
 
 
 def read_gate(path: Path) -> dict[str, Any]:
@@ -42,6 +195,20 @@ def require_passed(gate: dict[str, Any], path: Path) -> None:
         f"(see {path}). Only an adapter that passed enters a registry; mend what the reasons name "
         "and train again."
     )
+
+
+def require_consistent(gate: dict[str, Any], path: Path) -> None:
+    """Raise DamagedError if a "passed" verdict contradicts itself, which no gate writes."""
+    try:
+        problems = list(_Passed.model_validate(gate).contradictions())
+    except ValidationError as error:
+        first = error.errors()[0]
+        problems = [f"{'.'.join(map(str, first['loc']))}: {first['msg']}"]
+    if problems:
+        raise DamagedError(
+            f"{path} says passed and contradicts itself: {'; '.join(problems[:LISTED_REASONS])}. "
+            f"It was edited; {JUDGE_AGAIN}"
+        )
 
 
 def require_digest(gate: dict[str, Any], digest: str, path: Path) -> None:

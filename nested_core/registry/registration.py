@@ -12,7 +12,15 @@ from typing import Any
 
 from nested_core.errors import DamagedError
 from nested_core.registry.folder_lock import exclusive
-from nested_core.registry.gate_file import GATE_NAME, read_gate, require_digest, require_passed
+from nested_core.registry.gate_file import (
+    GATE_NAME,
+    JUDGE_AGAIN,
+    read_gate,
+    require_bound,
+    require_consistent,
+    require_digest,
+    require_passed,
+)
 from nested_core.registry.name_folders import VERSIONS, check_name, create_name_folder
 from nested_core.registry.recovery import recover
 from nested_core.registry.versions import (
@@ -22,9 +30,9 @@ from nested_core.registry.versions import (
     verify_version,
     version_facts,
 )
-from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.atomic import new_directory, write_json
-from nested_core.storage.manifest import write_manifest
+from nested_core.storage.manifest import read_manifest, write_manifest
 from nested_core.storage.strict_files import file_type
 
 ADAPTER_NAME = "adapter"
@@ -58,7 +66,7 @@ def _judged_digest(run_dir: Path) -> str:
     path = run_dir / GATE_NAME
     gate = read_gate(path)
     require_passed(gate, path)
-    for file in (run_dir / ADAPTER_NAME / name for name in (WEIGHTS_NAME, CONFIG_NAME)):
+    for file in (run_dir / ADAPTER_NAME / name for name in ADAPTER_FILES):
         if file_type(file) not in ("file", "missing"):  # read_adapter says which file is missing
             raise DamagedError(
                 f"{file} is not a regular file: a version is a copy of files that the run itself "
@@ -66,15 +74,31 @@ def _judged_digest(run_dir: Path) -> str:
             )
     digest = read_adapter(run_dir / ADAPTER_NAME).digest()
     require_digest(gate, digest, path)
+    require_bound(run_dir, gate)
+    require_consistent(gate, path)
     return digest
 
 
 def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]) -> None:
-    for name in (WEIGHTS_NAME, CONFIG_NAME):
+    for name in ADAPTER_FILES:
         shutil.copyfile(run_dir / ADAPTER_NAME / name, folder / name)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
     registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
     write_json(folder / PROVENANCE_NAME, provenance | {REGISTERED_AT: registered_at})
     write_manifest(folder, version_facts(version))
+    _require_judged(folder, run_dir)
     for name in FILES:
         (folder / name).chmod(READ_ONLY)
+
+
+def _require_judged(folder: Path, run_dir: Path) -> None:
+    """Raise DamagedError unless the copies are of the files that the run's verdict rests on."""
+    copied = read_manifest(folder)["files"]
+    judged = require_bound(run_dir, read_gate(folder / GATE_NAME))
+    sources = {name: f"{ADAPTER_NAME}/{name}" for name in ADAPTER_FILES} | {GATE_NAME: GATE_NAME}
+    for name, source in sources.items():
+        if copied[name] != judged.get(source):
+            raise DamagedError(
+                f"{run_dir / source} has changed since the verdict was given: the run's manifest "
+                f"holds another digest of it. Bring back what was there; {JUDGE_AGAIN}"
+            )

@@ -25,6 +25,7 @@ from nested_core.storage.strict_files import file_type, read_json, read_regular,
 
 WEIGHTS_NAME = "adapters.safetensors"
 CONFIG_NAME = "adapter_config.json"
+ADAPTER_FILES = (WEIGHTS_NAME, CONFIG_NAME)
 MAX_CONFIG_BYTES = 1024 * 1024
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
@@ -107,8 +108,12 @@ def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
 
 def files_sha256(folder: Path) -> str:
     """SHA-256 over the bytes of an adapter directory's two files, whatever they mean."""
-    hashes = {name: regular_sha256(folder / name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    return hashlib.sha256(canonical_json(hashes)).hexdigest()
+    return combined_sha256({name: regular_sha256(folder / name) for name in ADAPTER_FILES})
+
+
+def combined_sha256(hashes: Mapping[str, str]) -> str:
+    """SHA-256 over the hashes of an adapter directory's two files, by their names."""
+    return hashlib.sha256(canonical_json(dict(hashes))).hexdigest()
 
 
 def read_adapter_config(path: Path, *, follow_links: bool = False) -> dict[str, Any]:

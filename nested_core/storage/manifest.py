@@ -1,13 +1,15 @@
-"""A manifest names every file of a folder with its size and SHA-256, and hashes itself.
+"""A manifest names files of a folder with their sizes and SHA-256, and hashes itself.
 
-Reading refuses a folder with a file that is missing, extra or changed, the manifest included.
+`verify_manifest` refuses a folder with a file that is missing, extra or changed, the manifest
+included. The manifest of a run directory names what its verdict rests on (`registry.gate_file`).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, render_json, write_json
@@ -15,11 +17,18 @@ from nested_core.storage.strict_files import parse_json, read_regular, regular_s
 
 MANIFEST_NAME = "MANIFEST.json"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+FileEntry: TypeAlias = dict[str, Any]  # "bytes" and "sha256" of a file
 
 
-def write_manifest(folder: Path, facts: dict[str, Any]) -> str:
-    """Write MANIFEST.json over the files now in `folder`, with `facts`; return its digest."""
-    body = {"facts": facts, "files": _describe_files(folder)}
+def write_manifest(
+    folder: Path, facts: dict[str, Any], files: Mapping[str, FileEntry] | None = None
+) -> str:
+    """Write MANIFEST.json with `facts`, over `files` or all that is in `folder`; return its digest.
+
+    `files` has the entries of files by their path in `folder`, as `describe_file` gives them.
+    """
+    listed = _describe_files(folder) if files is None else dict(sorted(files.items()))
+    body = {"facts": facts, "files": listed}
     digest = _body_digest(body)
     write_json(folder / MANIFEST_NAME, body | {"digest": digest})
     return digest
@@ -38,7 +47,7 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     for name in sorted(found - listed.keys()):
         raise DamagedError(f"{folder / name} is not listed in {MANIFEST_NAME}: it does not belong.")
     for name, expected in listed.items():
-        if _describe_file(folder / name) != expected:
+        if describe_file(folder / name) != expected:
             raise DamagedError(
                 f"{folder / name} has changed since it was written (size or SHA-256)."
             )
@@ -75,10 +84,11 @@ def _list_files(folder: Path) -> set[str]:
 
 
 def _describe_files(folder: Path) -> dict[str, Any]:
-    return {name: _describe_file(folder / name) for name in sorted(_list_files(folder))}
+    return {name: describe_file(folder / name) for name in sorted(_list_files(folder))}
 
 
-def _describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> FileEntry:
+    """The size and SHA-256 of a regular file; DamagedError if it is none, or is a link."""
     if path.is_symlink() or not path.is_file():
         raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
     return {"bytes": path.stat().st_size, "sha256": regular_sha256(path)}

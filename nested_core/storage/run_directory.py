@@ -40,6 +40,7 @@ class RunDirectory:
         self.adapter = path / "adapter"  # the adapter that the run offers
         self.result = path / "result.json"  # what training ended with; written last
         self.gate = path / "gate.json"  # the verdict
+        self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
 
         # What other processes see.
         self.stop_request = path / "stop.request"  # who makes this file asks training to stop

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from flows.commands import inspection
 from flows.commands.inspection import read_status
 from nested_core.config.gate import GateSection
-from nested_core.errors import GateRejected, TrainingStopped
+from nested_core.errors import DamagedError, GateRejected, TrainingStopped
 from nested_core.pipeline import steps
+from nested_core.registry import gate_file
+from nested_core.storage import strict_files
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
 from tests.example import Finished, example_config, prepare, stop_after, train
 
 
@@ -60,15 +60,30 @@ def test_a_verdict_that_a_resumed_run_takes_away_meanwhile_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepare(example_config(), tmp_path / "run")
-    run.gate.write_text('{"verdict": "passed"}')
+    gate_file.write_gate(run.path, {"verdict": "passed"}, {})
+    read = strict_files.read_json
 
-    def after(path: Path, limit: int | None = None) -> dict[str, Any]:
-        path.unlink()
-        return read_json_object(path, limit)
+    def after(path: Path, limit: int | None) -> Any:
+        run.manifest.unlink()
+        run.gate.unlink()
+        return read(path, limit)
 
-    monkeypatch.setattr(inspection, "read_json_object", after)
+    monkeypatch.setattr(gate_file, "read_json", after)
     status = read_status(run)
     assert (status["verdict"], status["state"]) == (None, "resumable")
+
+
+def test_a_verdict_without_its_manifest_is_none_and_an_edited_one_is_damage(
+    tmp_path: Path,
+) -> None:
+    run = prepare(example_config(), tmp_path / "run")
+    gate_file.write_gate(run.path, {"verdict": "passed"}, {})
+    assert read_status(run)["verdict"] == "passed"
+    run.gate.write_text('{"verdict": "failed"}')
+    with pytest.raises(DamagedError, match=r"gate\.json has changed since the verdict was given"):
+        read_status(run)
+    run.manifest.unlink()
+    assert read_status(run)["verdict"] is None
 
 
 def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(

@@ -443,9 +443,20 @@ def a_worse_adapter(scene: Scene) -> None:
     scene.rewrite(change_adapter=lambda t: t.update({n: v + 0.5 for n, v in t.items()}))
 
 
-@case("loss_regressed")
-def finite_weights_without_a_finite_loss(scene: Scene) -> None:
+@case("non_finite")
+def finite_weights_whose_product_overflows(scene: Scene) -> None:
     scene.rewrite(change_adapter=lambda t: t.update({n: v + 1e30 for n, v in t.items()}))
+
+
+@case("non_finite")
+def finite_products_that_overflow_in_the_model(scene: Scene) -> None:
+    scene.rewrite(change_adapter=lambda t: t.update({n: v + 1e17 for n, v in t.items()}))
+
+
+@case("non_finite")
+def one_module_whose_product_overflows(scene: Scene) -> None:
+    name = scene.names(2, "lora_b")[0]
+    scene.rewrite(change_adapter=lambda t: t.update({name: t[name] * 0 + 3e38}))
 
 
 @case("loss_regressed")

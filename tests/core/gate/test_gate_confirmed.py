@@ -20,6 +20,9 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.registry import register
+from nested_core.registry.gate_file import read_gate, write_gate
+from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
 
@@ -52,6 +55,12 @@ def judged(passed: Path, tmp_path: Path) -> RunDirectory:
 
 def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_bytes()) | values))
+
+
+def edit_bound(run: RunDirectory, **values: Any) -> None:
+    """Edit gate.json as somebody would who makes a new manifest too."""
+    gate = read_gate(run.gate)
+    write_gate(run.path, gate | values, read_manifest(run.path)["files"])
 
 
 def test_a_verdict_that_the_gate_gave_is_confirmed(
@@ -88,21 +97,34 @@ def test_a_failed_run_is_not_saved_by_the_word_passed(
     )
     with pytest.raises(GateRejected):
         steps.judge(bounds, judged)
-    edit(judged.gate, verdict="passed")
+    edit_bound(judged, verdict="passed")
     with pytest.raises(DamagedError, match="says passed and gives reasons against it"):
         confirm_recorded_verdict(bounds, judged)
-    edit(judged.gate, reasons=[])
+    edit_bound(judged, reasons=[])
     with pytest.raises(DamagedError, match="says passed, and the files that it judged do not"):
         confirm_recorded_verdict(bounds, judged)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("adapter_step", 4), ("tiers", []), ("initial", {"digest": "0" * 64})]
+    ("key", "value"),
+    [
+        ("adapter_step", 4),
+        ("tiers", []),
+        ("tensors", []),
+        ("thresholds", {"max_val_loss_increase": 9.0}),
+        ("thresholds", None),
+        ("initial", {"digest": "0" * 64}),
+        ("validation", None),
+        ("proof", None),
+        ("proof", {"skipped": "the base model is not here"}),
+        ("fused", {"carried_share": 0.9, "erased_modules": []}),
+        ("general", {"loss_before": 2.0, "loss_after": 1.0}),
+    ],
 )
 def test_a_verdict_on_something_else_is_damage(
     judged: RunDirectory, config: FineTuneConfig, key: str, value: Any
 ) -> None:
-    edit(judged.gate, **{key: value})
+    edit_bound(judged, **{key: value})
     with pytest.raises(DamagedError, match=f"not the verdict on the files beside it: {key} differ"):
         confirm_recorded_verdict(config, judged)
 
@@ -179,11 +201,96 @@ def test_a_digest_of_other_data_in_the_report_is_damage(
         confirm_recorded_verdict(config, judged)
 
 
-def test_a_verdict_without_digests_of_what_it_judged_is_damage(
+def test_a_verdict_of_an_earlier_version_has_to_be_given_again(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
-    edit(judged.gate, evidence=None)
-    with pytest.raises(DamagedError, match=r"config\.yaml and dataset\.json and result\.json"):
+    judged.manifest.unlink()
+    with pytest.raises(DamagedError, match="is missing.*--resume` judges the run again") as caught:
+        confirm_recorded_verdict(config, judged)
+    assert "\n" not in str(caught.value)
+    steps.judge(config, judged)
+    confirm_recorded_verdict(config, judged)
+
+
+def test_the_manifest_lists_all_that_the_verdict_rests_on(judged: RunDirectory) -> None:
+    listed = read_manifest(judged.path)
+    own = [name for name in FILES if name.startswith("checkpoints") and "MANIFEST" not in name]
+    assert set(listed["files"]) == {"gate.json", *FILES} - set(own)
+    assert listed["facts"] == {"kind": "verdict on a run", "verdict": "passed"}
+
+
+@pytest.mark.parametrize("byte", range(0, 100, 7))
+def test_one_changed_byte_of_the_verdict_or_its_manifest_is_damage(
+    judged: RunDirectory, config: FineTuneConfig, byte: int
+) -> None:
+    path = (judged.gate, judged.manifest)[byte % 2]
+    content = bytearray(path.read_bytes())
+    place = byte * len(content) // 100
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises((DamagedError, GateRejected), match=re.escape(path.name)):
+        confirm_recorded_verdict(config, judged)
+
+
+def times(factor: float) -> Callable[[dict[str, Any]], Any]:
+    def change(gate: dict[str, Any]) -> None:
+        losses = gate["validation"]
+        losses["loss_after"] = factor * losses["loss_before"]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (times(3), "the loss rose beyond its bound"),
+        (lambda gate: gate["validation"].update(loss_after=None), "validation.loss_after"),
+        (lambda gate: gate["validation"].update(loss_before="4"), "validation.loss_before"),
+        (lambda gate: gate["proof"].update(error="none"), "proof.error"),
+        (lambda gate: gate["proof"].update(max_abs_difference_from_initial=0), "no change of a"),
+        (lambda gate: gate["proof"].update(max_abs_difference_from_initial=None), "no change of"),
+        (lambda gate: gate["proof"].update(relative_distance_from_trainer=0.01), "not the trainer"),
+    ],
+)
+def test_a_verdict_that_contradicts_itself_is_damage_under_a_manifest_that_agrees(
+    judged: RunDirectory,
+    config: FineTuneConfig,
+    change: Callable[[dict[str, Any]], Any],
+    problem: str,
+    tmp_path: Path,
+) -> None:
+    gate = read_gate(judged.gate)
+    change(gate)
+    write_gate(judged.path, gate, read_manifest(judged.path)["files"])
+    with pytest.raises(DamagedError, match=f"contradicts itself.*{problem}"):
+        confirm_recorded_verdict(config, judged)
+    with pytest.raises(DamagedError, match=f"contradicts itself.*{problem}"):
+        register(judged.path, tmp_path / "registry", "capitals", {})
+    assert not (tmp_path / "registry").exists()
+
+
+def test_a_verdict_that_was_edited_is_not_registered(judged: RunDirectory, tmp_path: Path) -> None:
+    judged.gate.write_text(judged.gate.read_text().replace("selected", "rejected", 1))
+    with pytest.raises(DamagedError, match=r"gate\.json has changed since the verdict was given"):
+        register(judged.path, tmp_path / "registry", "capitals", {})
+    judged.manifest.unlink()
+    with pytest.raises(DamagedError, match=r"MANIFEST\.json is missing"):
+        register(judged.path, tmp_path / "registry", "capitals", {})
+    assert not (tmp_path / "registry").exists()
+
+
+def test_norms_that_another_machine_rounds_otherwise_are_the_same(
+    judged: RunDirectory, config: FineTuneConfig
+) -> None:
+    tensors = read_gate(judged.gate)["tensors"]
+    edit_bound(
+        judged, tensors=[t | {"relative_delta": t["relative_delta"] * 1.00001} for t in tensors]
+    )
+    confirm_recorded_verdict(config, judged)
+    edit_bound(
+        judged, tensors=[t | {"relative_delta": t["relative_delta"] * 1.001} for t in tensors]
+    )
+    with pytest.raises(DamagedError, match="tensors differ"):
         confirm_recorded_verdict(config, judged)
 
 

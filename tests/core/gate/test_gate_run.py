@@ -202,9 +202,10 @@ def test_a_loss_may_rise_by_the_share_that_is_configured(
 def test_finite_weights_whose_loss_is_not_finite_are_rejected(
     config: FineTuneConfig, run: RunDirectory, rewrite: Rewrite
 ) -> None:
-    rewrite(change_adapter=lambda t: t.update({name: v + 1e30 for name, v in t.items()}))
+    rewrite(change_adapter=lambda t: t.update({name: v + 1e17 for name, v in t.items()}))
     verdict = judge(config, run)
-    assert codes(verdict) == ["loss_regressed"]
+    assert codes(verdict) == ["non_finite"]
+    assert "-> not finite with the trained adapter" in verdict.reasons[0].message
     assert verdict.validation is not None
     assert verdict.validation.loss_after is None
 

@@ -14,8 +14,10 @@ from nested_core import ConfigError, DamagedError, FineTuneConfig, GateRejected,
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.pipeline.publishing import make_provenance, register_run
 from nested_core.registry import Promotion, promote, read_champion
+from nested_core.registry.gate_file import write_gate
 from nested_core.registry.promotion_policy import promote_by_policy
-from nested_core.storage.adapter import write_adapter
+from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
+from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import regular_sha256
 
@@ -45,8 +47,12 @@ def make_run(tmp_path: Path) -> MakeRun:
         trained = {"path": "adapter", "digest": read_adapter(run.adapter).digest()}
         initial = {"path": "initial", "digest": initial_digest}
         gate: Any = {"verdict": verdict, "reasons": [], "initial": initial}
-        run.gate.write_text(json.dumps(gate | {"trained": trained, "validation": validation}))
-        dataset = {"digest": data, "splits": {n: {"digest": data} for n in ("train", "valid")}}
+        judged = {f"adapter/{name}": describe_file(run.adapter / name) for name in ADAPTER_FILES}
+        write_gate(run.path, gate | {"trained": trained, "validation": validation}, judged)
+        dataset = {
+            "digest": data,
+            "splits": {n: {"digest": data, "rows": 1} for n in ("train", "valid")},
+        }
         run.dataset.write_text(json.dumps(dataset))
         return run
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nested_core.registry import promote, register
-from nested_core.storage.adapter import read_adapter
+from nested_core.registry import gate_file, promote, register
+from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
+from nested_core.storage.manifest import describe_file
 
 MakeRun = Callable[..., Path]
 
@@ -41,7 +42,7 @@ def write_run(run_dir: Path, seed: int, verdict: str = "passed") -> Path:
 
 
 def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
-    """A gate.json in DESIGN's shape."""
+    """A gate.json in DESIGN's shape, bound to the adapter."""
     reasons = [{"code": "unchanged", "message": "Nothing moved.", "tensors": []}]
     gate = {
         "verdict": verdict,
@@ -53,7 +54,10 @@ def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
         "tiers": [],
         "validation": {"loss_before": 4.1, "loss_after": 1.2, "selected_on_same_data": True},
     }
-    (run_dir / "gate.json").write_text(json.dumps(gate))
+    judged = [run_dir / "adapter" / name for name in ADAPTER_FILES]
+    gate_file.write_gate(
+        run_dir, gate, {f"adapter/{path.name}": describe_file(path) for path in judged}
+    )
 
 
 @pytest.fixture

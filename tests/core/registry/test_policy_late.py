@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from nested_core.registry import (
     register,
     rollback,
 )
+from nested_core.registry.gate_file import read_gate, require_bound, write_gate
 from nested_core.registry.promotion_policy import (
     promote_as_recorded,
     promote_by_policy,
@@ -144,15 +144,13 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     assert promote_missed(registry, NAME) == {
         worse: "validation loss 1.2 is not better than the champion's 1.2"
     }
-    better = write_run(tmp_path / "run-3", 3) / "gate.json"
-    gate = json.loads(better.read_text())
+    better = write_run(tmp_path / "run-3", 3)
+    gate = read_gate(better / "gate.json")
     gate["validation"]["loss_after"] = 0.5
-    better.write_text(json.dumps(gate))
+    write_gate(better, gate, require_bound(better, gate))
     section = {"promote": "better", "path": "x", "name": "y"}
     provenance = {"champion_at_gate": first, "validation_digest": "d1"}
-    version = register(
-        better.parent, registry, NAME, provenance | {"config": {"registry": section}}
-    )
+    version = register(better, registry, NAME, provenance | {"config": {"registry": section}})
     assert promote_missed(registry, NAME)[version] == "promoted"
 
 

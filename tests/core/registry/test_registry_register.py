@@ -90,7 +90,7 @@ def test_unreadable_gate_is_damage(make_run, registry, content):
 def test_gate_with_two_verdicts_is_damage(make_run, registry):
     run = make_run(verdict="failed")
     gate = (run / "gate.json").read_text()
-    (run / "gate.json").write_text(gate[:-1] + ', "verdict": "passed"}')
+    (run / "gate.json").write_text(gate.rstrip()[:-1] + ', "verdict": "passed"}')
     with pytest.raises(DamagedError, match="twice"):
         register(run, registry, "capitals", {})
 

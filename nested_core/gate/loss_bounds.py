@@ -1,0 +1,49 @@
+"""The losses with the initial and with the trained adapter against the bounds of the gate."""
+
+from __future__ import annotations
+
+from nested_core.config.gate import GateSection
+from nested_core.gate.verdict import GeneralLoss, Reason, Validation
+from nested_core.registry.gate_file import is_within
+
+
+def loss_reasons(
+    validation: Validation | None, general: GeneralLoss | None, bounds: GateSection
+) -> list[Reason]:
+    """Reasons for losses that are not finite, and for those that rose beyond their bounds.
+
+    One that is not finite with the initial adapter already is told as such.
+    """
+    reasons = []
+    if validation is not None:
+        limit = bounds.max_val_loss_increase
+        if reason := _non_finite_reason(validation, "loss"):
+            reasons.append(reason)
+        elif not is_within(validation.loss_before, validation.loss_after, limit):
+            losses = f"{validation.loss_before} -> {validation.loss_after}"
+            message = f"loss {losses}; gate.max_val_loss_increase is {limit:g}"
+            reasons.append(Reason("loss_regressed", message))
+    if general is not None:
+        general_limit = bounds.max_general_loss_increase
+        if reason := _non_finite_reason(general, "loss on general text"):
+            reasons.append(reason)
+        elif general_limit is not None and not is_within(
+            general.loss_before, general.loss_after, general_limit
+        ):
+            losses = f"{general.loss_before} -> {general.loss_after}"
+            message = (
+                f"loss on general text {losses}; "
+                f"gate.max_general_loss_increase is {general_limit:g}"
+            )
+            reasons.append(Reason("forgetting", message))
+    return reasons
+
+
+def _non_finite_reason(losses: Validation | GeneralLoss, what: str) -> Reason | None:
+    if losses.loss_before is None:
+        message = f"{what} with the initial adapter is not finite already; training is not to blame"
+        return Reason("non_finite", message)
+    if losses.loss_after is None:
+        message = f"{what} {losses.loss_before} -> not finite with the trained adapter"
+        return Reason("non_finite", message)
+    return None

@@ -1,0 +1,86 @@
+"""Whether a recorded verdict is the one that its run's files give, field by field."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nested_core.errors import DamagedError
+from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW
+from nested_core.gate.verdict import Verdict
+from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
+from nested_core.storage.run_directory import RunDirectory
+
+NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
+TOLERANCES = (TOLERANCE_FLOAT32, TOLERANCE_NARROW)
+NORMS = ("max_abs_delta", "relative_delta")
+
+
+def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: RunDirectory) -> None:
+    """Raise DamagedError if `recorded` differs from `verdict`, which was given without a model.
+
+    Losses and proof are not computed again; they must be there if configuration and data ask for
+    them.
+    """
+    wrong = list(_differing(verdict, recorded))
+    wrong += _absent(verdict, recorded, read_dataset_record(run.dataset))
+    if wrong:
+        raise DamagedError(
+            f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} differ. "
+            f"Judge the run again with --resume."
+        )
+
+
+def _differing(verdict: Verdict, recorded: Mapping[str, Any]) -> Iterator[str]:
+    """The fields that were computed again, and came out otherwise."""
+    now = json.loads(json.dumps(verdict.to_json()))
+    for key in ("adapter_step", "thresholds", "tiers"):
+        if recorded.get(key) != now[key]:
+            yield key
+    if not _are_same_tensors(recorded.get("tensors"), now["tensors"]):
+        yield "tensors"
+    for side in ("initial", "trained"):
+        judged = recorded.get(side)
+        if not isinstance(judged, dict) or judged.get("digest") != now[side]["digest"]:
+            yield side
+
+
+def _are_same_tensors(recorded: Any, now: list[dict[str, Any]]) -> bool:
+    if not isinstance(recorded, list) or len(recorded) != len(now):
+        return False
+    return all(_is_same_tensor(*pair) for pair in zip(recorded, now, strict=True))
+
+
+def _is_same_tensor(recorded: Any, now: dict[str, Any]) -> bool:
+    if not isinstance(recorded, dict) or recorded.keys() != now.keys():
+        return False
+    exact = now.keys() - set(NORMS)
+    return all(recorded[key] == now[key] for key in exact) and all(
+        _is_close(recorded[key], now[key]) for key in NORMS
+    )
+
+
+def _is_close(recorded: Any, now: float | None) -> bool:
+    if now is None or not isinstance(recorded, int | float):
+        return recorded is now
+    return math.isclose(recorded, now, rel_tol=NORM_TOLERANCE)
+
+
+def _absent(verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecord) -> Iterator[str]:
+    """The fields that are there, or not, against what was configured and what data there is."""
+    bounds = verdict.thresholds or {}
+    held_out = any(dataset.splits[n].rows for n in ("valid", "test") if n in dataset.splits)
+    expected = {
+        "validation": held_out,
+        "general": bounds.get("general_data") is not None,
+        "fused": bool(bounds.get("check_fused")),
+        "proof": True,
+    }
+    for key, is_expected in expected.items():
+        if isinstance(recorded.get(key), dict) is not is_expected:
+            yield key
+    proof = recorded.get("proof")
+    if isinstance(proof, dict) and proof.get("tolerance") not in TOLERANCES:
+        yield "proof"  # or it was not held against the trainer's logits

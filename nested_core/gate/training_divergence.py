@@ -1,0 +1,104 @@
+"""Where a run's training diverged, from its metrics: for the gate's messages, and as a reason.
+
+The metrics say at which step the loss left; the logits that the trainer recorded with the offered
+checkpoint say whether its model still computed anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import numpy as np
+
+from nested_core.gate.fresh_process_check import is_constant
+from nested_core.gate.run_evidence import RecordedLogits
+from nested_core.gate.verdict import Reason
+
+# A loss has left if it is above the first one by more than half of it and a nat a token.
+RISE_SHARE = 1.5
+RISE_NATS = 1.0
+LASTING_REPORTS = 3  # fewer reports of a risen training loss may be noise of the batches
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The report from which on a run's losses or gradients are not those of training any more.
+
+    step: the optimizer step of that report.
+    first_loss, loss: of the first report, and of this one; None if not finite.
+    has_risen: whether the loss left, and not the gradient alone.
+    reports: how many reports there are from this one on.
+    """
+
+    step: int
+    learning_rate: float
+    first_loss: float | None
+    loss: float | None
+    has_risen: bool
+    reports: int
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the metrics alone show it, without held-out losses."""
+        return self.has_risen and (self.loss is None or self.reports >= LASTING_REPORTS)
+
+    def __str__(self) -> str:
+        """What happened, in one sentence that names the step and the learning rate."""
+        if self.has_risen:
+            loss = "not finite" if self.loss is None else f"{self.loss:.4g}"
+            first = "" if self.first_loss is None else f" after {self.first_loss:.4g} at first"
+            what = f"the loss left by step {self.step}: {loss}{first}"
+        else:
+            what = f"from step {self.step} on no gradient was left"
+        return f"training diverged at learning_rate {self.learning_rate:g}: {what}; lower the rate"
+
+
+def find_divergence(
+    records: Sequence[Report], adapter_step: int, learning_rate: float
+) -> Divergence | None:
+    """The divergence that lasted to `adapter_step`, the step that the adapter comes from.
+
+    `learning_rate` is the configured one, for a report that has none. None for training that came
+    back, or never left.
+    """
+    reports = [record for record in records if record["step"] <= adapter_step]
+    for key in ("val_loss", "loss"):
+        losses = [record for record in reports if key in record]
+        first = next((r[key] for r in losses if r[key] is not None), None)
+        off = _last_run(losses, [_has_left(record[key], first) for record in losses])
+        if off:
+            rate = off[0].get("learning_rate") or learning_rate
+            return Divergence(off[0]["step"], rate, first, off[0][key], True, len(off))
+    steps = [record for record in reports if "grad_norm" in record]
+    off = _last_run(steps, [record["grad_norm"] in (None, 0.0) for record in steps])
+    if not off:
+        return None
+    rate = off[0].get("learning_rate") or learning_rate
+    return Divergence(off[0]["step"], rate, None, off[0].get("loss"), False, len(off))
+
+
+def _has_left(loss: float | None, first: float | None) -> bool:
+    return loss is None or (first is not None and loss > RISE_SHARE * first + RISE_NATS)
+
+
+def _last_run(reports: Sequence[Report], is_off: Sequence[bool]) -> Sequence[Report]:
+    """The reports at the end that are all off, oldest first."""
+    count = len(list(takewhile(bool, reversed(is_off))))
+    return reports[len(reports) - count :]
+
+
+def collapse_reason(logits: RecordedLogits) -> Reason | None:
+    """A reason if the trainer's own model gave no logits, or the same one for every token."""
+    values = np.array(logits.values, np.float64)  # None becomes NaN
+    if values.ndim != 2 or not values.size:
+        return None
+    if not np.isfinite(values).any():
+        return Reason("non_finite", "no logit that the trainer computed with it is finite")
+    if is_constant(values):
+        message = "every logit that the trainer computed with it is the same: numbers overflowed"
+        return Reason("non_finite", message)
+    return None

@@ -1,0 +1,226 @@
+"""Numbers that overflow: told as such wherever the gate computes, and of whose adapter they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nested_core.config.gate import GateSection
+from nested_core.config.schema import FineTuneConfig
+from nested_core.gate import fresh_process_check, verify_adapters
+from nested_core.gate.fresh_process_check import Answers
+from nested_core.gate.fused_change import judge_fused
+from nested_core.gate.held_out_loss import LoadedBase
+from nested_core.gate.loss_bounds import loss_reasons
+from nested_core.gate.verdict import GeneralLoss, Validation
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
+from tests.core.gate.pairs import A2, CONFIG, A, B, Tensors, codes, judge_pair, trained_tensors
+from tests.example import MODEL
+
+NAN, INF = math.nan, math.inf
+Arrays = dict[str, mx.array]
+
+
+@pytest.fixture
+def pair(run: RunDirectory, tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
+    """The run's two adapters, either changed by a function, and for another base model."""
+
+    def make(
+        trained: Callable[[Arrays], None] | None = None,
+        initial: Callable[[Arrays], None] | None = None,
+        model: Path = MODEL,
+    ) -> tuple[Path, Path]:
+        for folder, change in ((run.initial, initial), (run.adapter, trained)):
+            tensors = load_arrays(folder / "adapters.safetensors")
+            if change is not None:
+                change(tensors)
+                save_arrays(folder / "adapters.safetensors", tensors)
+            config = json.loads((folder / "adapter_config.json").read_bytes())
+            del config["base_fingerprint"]
+            (folder / "adapter_config.json").write_text(json.dumps(config | {"model": str(model)}))
+        return run.initial, run.adapter
+
+    return make
+
+
+def to(leaf: str, value: float) -> Callable[[Arrays], None]:
+    """Every tensor of a leaf at one value."""
+
+    def change(tensors: Arrays) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith(leaf):
+                tensors[name] = mx.full(tensor.shape, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (to("lora_b", 3e38), "scale * lora_a @ lora_b overflows float32"),
+        (to("lora_a", 3e38), "logits with the trained adapter are not finite"),
+        (to("lora_b", 1e36), "logits with the trained adapter are not finite"),
+        (to("down_proj.lora_b", 1e21), "every logit with the trained adapter is the same"),
+    ],
+)
+def test_weights_under_which_no_logit_is_finite_do_not_pass_verify(
+    pair: Callable[..., tuple[Path, Path]], change: Callable[[Arrays], None], message: str
+) -> None:
+    verdict = verify_adapters(*pair(change))
+    assert codes(verdict) == ["non_finite"]
+    assert message in verdict.reasons[0].message
+
+
+def test_a_base_that_is_not_finite_is_told_as_such(
+    pair: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "base"))
+    weights = load_arrays(folder / "model.safetensors")
+    name = next(name for name in sorted(weights) if "norm" in name)
+    weights[name] = weights[name] * NAN
+    save_arrays(folder / "model.safetensors", weights)
+    (reason,) = verify_adapters(*pair(model=folder)).reasons
+    assert reason.code == "non_finite"
+    assert "of the base model alone are not finite" in reason.message
+    assert "the adapter is not to blame" in reason.message
+
+
+def test_an_initial_adapter_that_is_not_finite_is_told_as_such(
+    pair: Callable[..., tuple[Path, Path]],
+) -> None:
+    (reason,) = verify_adapters(*pair(initial=to("lora_b", 1e36))).reasons
+    assert reason.code == "non_finite"
+    assert "with the initial adapter are not finite already" in reason.message
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_tensors_of_the_initial_adapter_that_are_not_finite_are_told_apart(
+    tmp_path: Path, value: float
+) -> None:
+    before, after = trained_tensors(), trained_tensors()
+    before[A][0, 0] = after[A][0, 0] = value
+    after[A2][1, 1] = value
+    verdict = judge_pair(tmp_path, before, after)
+    assert codes(verdict) == ["non_finite", "non_finite"]
+    assert [reason.tensors for reason in verdict.reasons] == [(A,), (A2,)]
+    assert "1 tensors of the initial adapter hold NaN" in verdict.reasons[0].message
+
+
+def filled(a: float, b: float) -> Tensors:
+    tensors = trained_tensors()
+    tensors[A][:], tensors[B][:] = a, b
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "overflows"),
+    [
+        (1e20, 1e20, True),
+        (3e38, 2e-2, True),  # 4 of them times 20: 4.8e38
+        (2e18, 2e18, False),  # 3.2e38
+        (2e18, 2.2e18, True),
+        (3e38, 1e-30, False),
+        (1e19, -1e19, True),
+    ],
+)
+def test_a_product_beyond_float32_is_not_finite_without_a_model(
+    tmp_path: Path, a: float, b: float, overflows: bool
+) -> None:
+    config = CONFIG | {"model": "none"}
+    verdict = judge_pair(tmp_path, trained_tensors(), filled(a, b), (config, config))
+    assert ("non_finite" in codes(verdict)) is overflows
+    if overflows:
+        assert verdict.reasons[0].tensors == (A, B)
+        assert "the trained adapter's scale * lora_a @ lora_b" in verdict.reasons[0].message
+
+
+def test_a_product_that_overflowed_before_training_is_the_initial_adapters(tmp_path: Path) -> None:
+    after = filled(1e20, 1e20)
+    after[A2] += 1
+    verdict = judge_pair(tmp_path, filled(1e20, 1e20), after)
+    assert codes(verdict) == ["non_finite"]
+    assert "the initial adapter's scale" in verdict.reasons[0].message
+
+
+def rows(*values: float) -> np.ndarray:
+    return np.array([values, values])
+
+
+@pytest.mark.parametrize(
+    ("initial", "trained", "base", "message"),
+    [
+        (rows(1, 2, 3), rows(1, 2, NAN), None, "2 of 6 logits with the trained adapter"),
+        (rows(1, 2, 3), rows(1, 2, INF), None, "2 of 6 logits with the trained adapter"),
+        (rows(1, 2, 3), rows(1, 2, -INF), None, "2 of 6 logits with the trained adapter"),
+        (rows(1, 2, -INF), rows(2, 2.5, -INF), rows(1, 2, -INF), None),  # a masked vocabulary
+        (rows(1, 2, -INF), rows(2, NAN, -INF), rows(1, 2, -INF), "2 of 6 logits with the trained"),
+        (rows(1, 2, NAN), rows(2, 2.5, 3), rows(1, 2, 3), "2 logits with the initial adapter"),
+        (rows(1, 2, NAN), rows(2, 2.5, NAN), rows(1, 2, NAN), "2 logits of the base model alone"),
+        (rows(-INF, -INF), rows(1, 2), rows(-INF, -INF), "4 logits of the base model alone"),
+        (rows(1, 2, 3), rows(5, 5, 5), None, "every logit with the trained adapter is the same"),
+        (rows(1, 1, 1), rows(5, 5, 5), None, None),  # as before training
+    ],
+)
+def test_whose_logits_are_not_finite(
+    initial: np.ndarray, trained: np.ndarray, base: np.ndarray | None, message: str | None
+) -> None:
+    reason = fresh_process_check._non_finite_reason(Answers(initial, trained, base, set()))
+    assert (reason is None) is (message is None)
+    if reason is not None:
+        assert reason.code == "non_finite"
+        assert str(message) in reason.message
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (2.0, None, "2.0 -> not finite with the trained adapter"),
+        (None, 2.0, "with the initial adapter is not finite already"),
+        (None, None, "with the initial adapter is not finite already"),
+    ],
+)
+def test_losses_that_are_not_finite_are_no_regression(
+    before: float | None, after: float | None, message: str
+) -> None:
+    bounds = GateSection(max_val_loss_increase=1e9)
+    validation = Validation(before, after, selected_on_same_data=True)
+    general = GeneralLoss(before, after, "general.jsonl", "0" * 64)
+    reasons = loss_reasons(validation, general, bounds)
+    assert [reason.code for reason in reasons] == ["non_finite", "non_finite"]
+    assert all(message in reason.message for reason in reasons)
+    assert "general text" in reasons[1].message
+
+
+@pytest.mark.parametrize("is_initial", [True, False])
+def test_fused_weights_that_overflow_are_not_finite(
+    config: FineTuneConfig, run: RunDirectory, is_initial: bool
+) -> None:
+    before = load_arrays(run.initial / "adapters.safetensors")
+    after = load_arrays(run.adapter / "adapters.safetensors")
+    name = next(name for name in after if name.endswith("lora_b"))
+    for tensors in (before, after) if is_initial else (after,):
+        tensors[name] = mx.full(tensors[name].shape, 3e38)
+    evidence, reasons = judge_fused(LoadedBase.load(config, as_stored=True).model, before, after)
+    assert [reason.code for reason in reasons] == ["non_finite"]
+    assert f"with the {'initial' if is_initial else 'trained'} adapter" in reasons[0].message
+    assert name in reasons[0].tensors
+    assert math.isfinite(evidence["carried_share"])  # JSON has no word for what is not
+
+
+def test_a_fused_change_whose_square_overflows_is_measured(
+    config: FineTuneConfig, run: RunDirectory
+) -> None:
+    before = load_arrays(run.initial / "adapters.safetensors")
+    after = {name: value * 1e10 for name, value in before.items()}
+    after |= {n: mx.full(v.shape, 1e15) for n, v in after.items() if n.endswith("lora_b")}
+    evidence, reasons = judge_fused(LoadedBase.load(config, as_stored=True).model, before, after)
+    assert reasons == []
+    assert evidence["carried_share"] == pytest.approx(1, abs=1e-2)
