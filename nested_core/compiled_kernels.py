@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import stat
 import tempfile
@@ -134,7 +133,7 @@ def _machine_type() -> str:
     """What compiled kernels depend on: MLX, the processor's type, the C library and the GPUs."""
     library = os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else None
     gpus = sorted(path.read_bytes() for path in GPU_MODELS.glob("*/information"))
-    words = [f"mlx-{metadata.version('mlx')}", platform.machine(), library or "no-glibc"]
+    words = [f"mlx-{metadata.version('mlx')}", os.uname().machine, library or "no-glibc"]
     if gpus:
         words.append(hashlib.sha256(b"".join(gpus)).hexdigest()[:8])
     return "-".join(words).replace(" ", "-")
@@ -170,6 +169,7 @@ class KernelStore:
         self._folder = folder
         self._recorded = folder / RECORDED_NAME
         self._digests = folder / DIGESTS_NAME
+        self._linked: set[str] = set()  # what the folder of this process began with
 
     def new_process_folder(self) -> Path:
         """A folder that stays locked until this process ends, with links to all that is recorded.
@@ -183,22 +183,26 @@ class KernelStore:
             _lock(os.open(folder / IN_USE_NAME, os.O_RDWR | os.O_CREAT, 0o600))  # never closed
             for name in sound:
                 link_or_copy(self._recorded / name, folder / name)
+        self._linked = set(sound)
         return folder
 
     def record(self, folder: Path) -> None:
         """Keep the kernels that were compiled in a process's folder, with their digests."""
-        complete = [path for path in (folder / "mlx").rglob("*") if is_complete_kernel(path)]
-        if all((self._recorded / path.relative_to(folder)).exists() for path in complete):
+        new = [
+            name
+            for name in file_names(folder)
+            if name not in self._linked and is_complete_kernel(folder / name)
+        ]
+        if not new:
             return
         with self._locked():
             digests = self._read_digests()
-            for path in complete:
-                name = str(path.relative_to(folder))
+            for name in new:
                 recorded = self._recorded / name
                 if name not in digests or not recorded.exists():
                     recorded.unlink(missing_ok=True)
-                    link_or_copy(path, recorded)
-                    digests[name] = _digest(path)
+                    link_or_copy(folder / name, recorded)
+                    digests[name] = _digest(recorded)
             unfinished = self._digests.with_suffix(".new")
             unfinished.write_text(json.dumps(digests, indent=0), encoding="utf-8")
             unfinished.replace(self._digests)
@@ -231,11 +235,10 @@ class KernelStore:
         """Remove kernels that do not have their recorded digest; return the names of the others."""
         digests = self._read_digests()
         sound = []
-        for path in self._recorded.rglob("*"):
-            if path.is_dir() and not path.is_symlink():
-                continue
-            name = str(path.relative_to(self._recorded))
-            if path.is_file() and not path.is_symlink() and digests.get(name) == _digest(path):
+        for name in file_names(self._recorded):
+            path = self._recorded / name
+            is_regular = stat.S_ISREG(path.lstat().st_mode)
+            if is_regular and digests.get(name) == _digest(path):
                 sound.append(name)
             else:
                 path.unlink()
@@ -250,11 +253,19 @@ class KernelStore:
         return digests if isinstance(digests, dict) else {}
 
 
+def file_names(folder: Path) -> list[str]:
+    """What is below a folder and is no folder, by its path from there."""
+    start = len(str(folder)) + 1
+    return [f"{place}/{name}"[start:] for place, _, names in os.walk(folder) for name in names]
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """A hard link, or a copy on a file system without such links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True)
+        link_or_copy(source, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV):
             raise

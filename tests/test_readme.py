@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The README's Python runs as it stands there, and the tests that documents name are there."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.example import write_config
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "SECURITY.md", *(ROOT / "docs").glob("*.md")])
 
 
 def test_the_six_lines_train_judge_and_read_the_verdict(tmp_path: Path) -> None:
@@ -32,3 +35,23 @@ def test_the_six_lines_train_judge_and_read_the_verdict(tmp_path: Path) -> None:
     assert adapter == "runs/first/adapter"
     assert (tmp_path / "registry" / "capitals" / "champion").resolve().name == version
     assert promotion == "promoted"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.name))
+def test_every_test_that_a_document_names_is_there(document: Path) -> None:
+    """`test_file.py`, `test_file.py::test_name`, and `::test_name` of the file named before."""
+    file = ""
+    for named, function in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", document.read_text()):
+        file = named or file
+        paths = list((ROOT / "tests").rglob(file)) if file else []
+        assert paths or not file, f"{document.name} names {file}, which is not in tests/"
+        if function:
+            found = any(f"def {function}(" in path.read_text() for path in paths)
+            assert found, f"{document.name}: {file} has no {function}"
+
+
+def test_each_line_about_trust_names_its_test() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    table = text.partition("| who, or what |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) > 8
+    assert [line for line in table if "`test_" not in line.rpartition("|")[0]] == []

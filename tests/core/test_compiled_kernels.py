@@ -165,16 +165,18 @@ def test_what_was_recorded_is_there_for_the_next_process(store: KernelStore) -> 
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("edit", ["flipped", "truncated", "replaced by a link", "not recorded"])
+@pytest.mark.parametrize("edit", ["flipped", "truncated", "a link", "a pipe", "not recorded"])
 def test_a_kernel_without_its_recorded_digest_is_removed(
     store: KernelStore, tmp_path: Path, edit: str
 ) -> None:
     (recorded,) = (tmp_path / "kernels").rglob("recorded/**/*.so")
     content = recorded.read_bytes()
     recorded.unlink()
-    if edit == "replaced by a link":
+    if edit == "a link":
         (tmp_path / "elsewhere").write_bytes(content)
         recorded.symlink_to(tmp_path / "elsewhere")
+    elif edit == "a pipe":
+        os.mkfifo(recorded)
     elif edit == "not recorded":
         recorded = recorded.with_name("libother.so")
         recorded.write_bytes(content)
