@@ -9,28 +9,14 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
-
-from nested_core.errors import ConfigError, DamagedError
-from nested_core.storage.strict_files import read_json
+from nested_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from nested_core.config.nested import Assignment, NestedSection
 
-MAX_TIERS_BYTES = 16 * 1024 * 1024
 LAYER_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-
-
-class _TiersFile(TypedDict):
-    frequencies: list[Annotated[int, Field(ge=1, strict=True)]]
-    tensors: dict[str, Annotated[int, Field(ge=0, strict=True)]]
-
-
-_TIERS = TypeAdapter(_TiersFile)
 
 
 @dataclass(frozen=True)
@@ -59,20 +45,6 @@ class TierMap:
     def from_json(cls, value: Mapping[str, Any]) -> TierMap:
         """Read what `to_json` wrote."""
         return cls(tuple(value["frequencies"]), dict(value["tensors"]))
-
-
-def read_tiers(path: Path) -> TierMap:
-    """Read tiers.json; DamagedError if it is not what `TierMap.to_json` gives."""
-    value = read_json(path, MAX_TIERS_BYTES)
-    try:
-        fields = _TIERS.validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise DamagedError(f"{path} holds no tiers ({where}: {first['msg']}).") from error
-    if any(tier >= len(fields["frequencies"]) for tier in fields["tensors"].values()):
-        raise DamagedError(f"{path} names a tier that has no frequency.")
-    return TierMap.from_json(fields)
 
 
 def count_expected_updates(step: int, frequency: int, flush_steps: Sequence[int] = ()) -> int:
