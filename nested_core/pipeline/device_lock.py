@@ -7,7 +7,6 @@ that holds it ends, in whatever way. A CPU is not locked: the system shares it o
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from nested_core import backend
+from nested_core.storage.lock_file import OnBusy, holder_lock, read_holder
 from nested_core.storage.strict_files import user_folder
 
 # The name of a device to lock in place of the one that is found, or "off".
@@ -38,25 +38,14 @@ def locking_devices(on_wait: OnWait | None = None, processes: int = 1) -> Iterat
     devices = sorted(device_names(processes))
     with ExitStack() as stack:
         for device in devices:
-            stack.enter_context(_locking_device(device, on_wait))
+            path = lock_path(device)
+            on_busy = _report_once(device, path, on_wait)
+            stack.enter_context(holder_lock(path, mode=0o600, on_busy=on_busy))
         try:
             yield
         finally:
             if devices:
                 mx.clear_cache()
-
-
-@contextmanager
-def _locking_device(device: str, on_wait: OnWait | None) -> Iterator[None]:
-    path = lock_path(device)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        _acquire_lock(descriptor, device, path, on_wait)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def device_names(processes: int = 1) -> tuple[str, ...]:
@@ -84,14 +73,16 @@ def lock_path(device: str) -> Path:
     return folder / f"device-{hashlib.sha256(device.encode()).hexdigest()[:16]}.lock"
 
 
-def _acquire_lock(descriptor: int, device: str, path: Path, on_wait: OnWait | None) -> None:
+def _report_once(device: str, path: Path, on_wait: OnWait | None) -> OnBusy:
+    """What calls `on_wait` the first time that the device is found locked, and waits a little."""
     has_reported = False
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if on_wait is not None and not has_reported:
-                holder = path.read_text() or "unknown"
-                on_wait(f"device {device} is in use by process {holder}: waiting until it is free")
-            has_reported = True
-            time.sleep(SECONDS_BETWEEN_TRIES)
+
+    def on_busy() -> None:
+        nonlocal has_reported
+        if on_wait is not None and not has_reported:
+            holder = read_holder(path) or "unknown"
+            on_wait(f"device {device} is in use by process {holder}: waiting until it is free")
+        has_reported = True
+        time.sleep(SECONDS_BETWEEN_TRIES)
+
+    return on_busy

@@ -249,7 +249,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
     best = state.best_step if trainer.step_schedule.offers_best else None
     step = state.step if best is None else best
     offered = checkpoint_path(run.checkpoints, step)
-    publish_adapter(offered, run.adapter)
+    publish_adapter(offered, run.adapter, confirm=run.require_lock)
     if trainer.config.adapter_path is not None:
         export_adapter(run.adapter, Path(trainer.config.adapter_path))
     result = TrainResult(
@@ -263,7 +263,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
         red_flags=tuple(state.red_flags),
         evidence=digests_for_result(run, offered),
     )
-    write_json(run.result, finite_or_none(asdict(result)))
+    write_json(run.result, finite_or_none(asdict(result)), confirm=run.require_lock)
     return result
 
 
@@ -292,6 +292,7 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
                 f"Look for memory, room in the temporary folder and the C++ compiler, and judge "
                 f"again with --resume."
             ) from error
+    run.require_lock()
     write_gate(run.path, verdict.to_json(), verdict.judged_files)
     if not verdict.has_passed:
         raise GateRejected(

@@ -11,13 +11,15 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
 RETIRED_PREFIX = ".old-"
+
+Confirm = Callable[[], None]  # raises where what is being written may no longer take effect
 
 
 def sync_descriptor(descriptor: int) -> None:
@@ -46,14 +48,19 @@ def temporary_beside(target: Path) -> Path:
     return target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
 
 
-def write_bytes(target: Path, content: bytes) -> None:
-    """Replace `target` with `content`, atomically and durably."""
+def write_bytes(target: Path, content: bytes, *, confirm: Confirm | None = None) -> None:
+    """Replace `target` with `content`, atomically and durably.
+
+    `confirm` is called just before the new content takes effect; what it raises leaves the old.
+    """
     temporary = temporary_beside(target)
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             sync_descriptor(file.fileno())
+        if confirm is not None:
+            confirm()
         temporary.replace(target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -82,31 +89,36 @@ def finite_or_none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(target: Path, value: Any) -> None:
-    """Replace `target` with readable JSON."""
-    write_bytes(target, render_json(value))
+def write_json(target: Path, value: Any, *, confirm: Confirm | None = None) -> None:
+    """Replace `target` with readable JSON, as `write_bytes` does."""
+    write_bytes(target, render_json(value), confirm=confirm)
 
 
 @contextmanager
-def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_directory(
+    target: Path, *, replace: bool = False, confirm: Confirm | None = None
+) -> Iterator[Path]:
     """Yield a temporary directory that becomes `target` when the block ends without an error.
 
     Every file written into it is synced first. With `replace`, a directory already at `target` is
     moved aside and removed once the new one stands; otherwise an existing target is an error.
+    `confirm` is called just before the directory takes its place; what it raises leaves the old.
     """
     temporary = temporary_beside(target)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _publish(temporary, target, replace=replace)
+        _publish(temporary, target, replace=replace, confirm=confirm)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _publish(temporary: Path, target: Path, *, replace: bool) -> None:
+def _publish(temporary: Path, target: Path, *, replace: bool, confirm: Confirm | None) -> None:
     for path in (*temporary.rglob("*"), temporary):
         sync_path(path)
+    if confirm is not None:
+        confirm()
     retired = target.with_name(RETIRED_PREFIX + target.name)
     _restore_retired(retired)
     if not replace and target.exists():

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from nested_core.errors import DamagedError
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, write_adapter
-from nested_core.storage.atomic import new_directory, write_json
+from nested_core.storage.atomic import Confirm, new_directory, write_json
 from nested_core.storage.manifest import verify_manifest, write_manifest
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from nested_core.storage.strict_files import read_json
@@ -64,15 +64,17 @@ def write_checkpoint(
     optimizer_state: Any,
     state: Mapping[str, Any],
     masters: Mapping[str, mx.array] | None = None,
+    confirm: Confirm | None = None,
 ) -> Path:
     """Write one checkpoint durably under its step's name and return its path.
 
     `adapter` holds the tensors as they are published; `masters` the float32 values of those that
-    are trained in a wider dtype than they are published in.
+    are trained in a wider dtype than they are published in. `confirm` is called just before the
+    checkpoint takes its name; what it raises leaves no checkpoint.
     """
     target = checkpoint_path(folder, state["step"])
     folder.mkdir(parents=True, exist_ok=True)
-    with new_directory(target, replace=True) as temporary:
+    with new_directory(target, replace=True, confirm=confirm) as temporary:
         write_adapter(temporary, adapter, adapter_config)
         optimizer = dict(tree_flatten(optimizer_state))
         optimizer |= {MASTERS + name: array for name, array in (masters or {}).items()}
@@ -142,8 +144,8 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep_steps: Collection[in
             shutil.rmtree(path)
 
 
-def publish_adapter(checkpoint: Path, target: Path) -> None:
+def publish_adapter(checkpoint: Path, target: Path, *, confirm: Confirm | None = None) -> None:
     """Copy the adapter of a checkpoint, byte for byte, to an adapter directory."""
-    with new_directory(target, replace=True) as temporary:
+    with new_directory(target, replace=True, confirm=confirm) as temporary:
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             shutil.copyfile(checkpoint / name, temporary / name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import time
@@ -13,10 +12,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from nested_core.errors import ConfigError
+from nested_core.storage.lock_file import (
+    LockFile,
+    OnBusy,
+    holder_lock,
+    read_holder,
+    shared_lock,
+    watch_lock,
+)
 
 RUNS = Path("runs")  # where runs are kept without --run-dir
 LOCK_ATTEMPTS = 10
 LOCK_PAUSE_SECONDS = 0.02
+
+# The locks that this process works under, by run directory. A lock belongs to a process: whichever
+# part of it opens the run directory anew works under the same one.
+_LOCKS: dict[Path, LockFile] = {}
 
 
 @dataclass
@@ -70,42 +81,60 @@ class RunDirectory:
         """Hold the run's lock; ConfigError names the process that holds it already."""
         _require_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._acquire(descriptor)
+        with holder_lock(self.lock, on_busy=self._refuse_after_a_moment()) as lock:
             self.stop_request.unlink(missing_ok=True)  # meant for whoever held it before
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _acquire(self, descriptor: int) -> None:
-        """Take the lock; a process that only reads it (`holder`) is gone within a few tries."""
-        for attempt in range(LOCK_ATTEMPTS):
+            key = self.path.resolve()
+            _LOCKS[key] = lock
             try:
-                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(LOCK_PAUSE_SECONDS if attempt < LOCK_ATTEMPTS - 1 else 0)
-        holder = self.lock.read_text() or "unknown"
-        raise ConfigError(
-            f"{self.path} is in use by process {holder}: two processes may not work on one run "
-            f"directory. Wait for it, stop it with `nested-tune stop`, or give another --run-dir."
-        )
+                yield
+            finally:
+                _LOCKS.pop(key, None)
+
+    @contextmanager
+    def locked_for_reading(self) -> Iterator[None]:
+        """Keep other processes from working on the run; several may read it at once.
+
+        Nothing is written, and a run without a lock file is only read. ConfigError names the
+        process that works on it.
+        """
+        with shared_lock(self.lock, on_busy=self._refuse_after_a_moment()):
+            yield
+
+    def watch_lock(self) -> None:
+        """Have `require_lock` watch the lock that the process which started this one holds."""
+        lock = watch_lock(self.lock)
+        if lock is not None:
+            _LOCKS[self.path.resolve()] = lock
+
+    def require_lock(self) -> None:
+        """Raise DamagedError if this process had the run's lock and its file is gone since.
+
+        Another process may have begun to work here then. To be called before what is written for
+        good: a checkpoint, an adapter, a verdict.
+        """
+        lock = _LOCKS.get(self.path.resolve())
+        if lock is not None:
+            lock.require_current()
 
     def holder(self) -> int | None:
         """The id of the process that has the lock now, or None; several may ask at once."""
-        try:
-            descriptor = os.open(self.lock, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return int(self.lock.read_text() or 0)
-        finally:
-            os.close(descriptor)
-        return None
+        return read_holder(self.lock)
+
+    def _refuse_after_a_moment(self) -> OnBusy:
+        """What waits for those who only look at the lock (`holder`), and refuses anybody else."""
+        attempts = iter(range(1, LOCK_ATTEMPTS))
+
+        def on_busy() -> None:
+            if next(attempts, None) is not None:
+                time.sleep(LOCK_PAUSE_SECONDS)
+                return
+            raise ConfigError(
+                f"{self.path} is in use by process {self.holder() or 'unknown'}: two processes may "
+                "not work on one run directory. Wait for it, stop it with `nested-tune stop`, or "
+                "give another --run-dir."
+            )
+
+        return on_busy
 
 
 def new_run_name(started: datetime | None = None, key: str | None = None) -> str:

@@ -161,6 +161,7 @@ class RunRecorder:
             adapter_config=read_adapter_config(setup.run.initial / CONFIG_NAME),
             optimizer_state=setup.optimizer.state,
             state=record.to_json(),
+            confirm=setup.run.require_lock,
         )
         if state.step >= max(2, *(tier.frequency for tier in setup.optimizer.tiers)):
             warn_of_unchanged_checkpoint(state, path, setup.run.initial)

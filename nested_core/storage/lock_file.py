@@ -1,0 +1,212 @@
+"""Lock files: one process at a time works in a folder or on a device, through flock.
+
+The operating system releases a lock when its process ends, so that a killed process blocks nobody.
+A lock belongs to a file, not to its name: if somebody removes the file, the next process makes and
+locks another one. So a process that has locked a file checks that this file is the one at the path,
+and checks it again (`require_current`) just before each write that takes effect.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.storage.strict_files import file_type
+
+# A link is refused, a pipe not waited for, and a program that is started does not keep the lock.
+OPEN_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+HOLDER_BYTES = 32  # more than any process id has
+
+NOT_REGULAR = {errno.ELOOP, errno.EISDIR, errno.ENXIO}
+NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
+
+OnBusy = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class LockFile:
+    """A lock file that this process has locked, by its path and open descriptor."""
+
+    path: Path
+    descriptor: int
+
+    def is_current(self) -> bool:
+        """Whether the locked file is the one at the path: nobody has removed or replaced it."""
+        try:
+            there = os.stat(self.path, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(os.fstat(self.descriptor), there)
+
+    def require_current(self) -> None:
+        """Raise DamagedError if another process could have the lock too by now."""
+        if not self.is_current():
+            raise DamagedError(
+                f"{self.path} was removed or replaced while this process had it locked: another "
+                "process may be writing here. Nothing more is written; find out what removes lock "
+                "files (a cleaner of old files?), then run the command again."
+            )
+
+    def write_holder(self) -> None:
+        """Write this process's id into the file, for those who find it locked."""
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, str(os.getpid()).encode(), 0)
+
+
+@contextmanager
+def exclusive_lock(
+    path: Path, *, mode: int = 0o666, on_busy: OnBusy | None = None
+) -> Iterator[LockFile]:
+    """Lock the file at `path`, made if it is missing, for this process alone.
+
+    Waits as long as it takes. `on_busy` is called instead whenever another process has the lock: it
+    waits a while, or raises. Raises DamagedError for anything but a regular file, ConfigError where
+    the file cannot be made or its file system has no locks.
+    """
+    lock = _lock(path, os.O_RDWR | os.O_CREAT, mode, fcntl.LOCK_EX, on_busy)
+    try:
+        yield lock
+    finally:
+        os.close(lock.descriptor)
+
+
+@contextmanager
+def shared_lock(path: Path, *, on_busy: OnBusy | None = None) -> Iterator[LockFile | None]:
+    """Keep exclusive locks off the file at `path`; readers may share it.
+
+    Yields None, without a lock, for a file that is missing or that this user may not read.
+    """
+    lock = None
+    with suppress(FileNotFoundError, PermissionError):
+        lock = _lock(path, os.O_RDONLY, 0, fcntl.LOCK_SH, on_busy)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            os.close(lock.descriptor)
+
+
+@contextmanager
+def holder_lock(
+    path: Path, *, mode: int = 0o666, on_busy: OnBusy | None = None
+) -> Iterator[LockFile]:
+    """`exclusive_lock`, with this process's id in the file.
+
+    A file that has a second name is replaced first: what the other name means is left as it is.
+    """
+    while True:
+        with exclusive_lock(path, mode=mode, on_busy=on_busy) as lock:
+            if os.fstat(lock.descriptor).st_nlink > 1:
+                os.unlink(path)
+                continue
+            lock.write_holder()
+            yield lock
+            return
+
+
+def watch_lock(path: Path) -> LockFile | None:
+    """The lock file at `path` that another process has locked on behalf of this one, opened.
+
+    None if the file is missing. It stays open, so that no other file can pass for it.
+    """
+    try:
+        return LockFile(path, _open(path, os.O_RDONLY, 0))
+    except FileNotFoundError:
+        return None
+
+
+def read_holder(path: Path) -> int | None:
+    """The id of the process that has locked the file at `path`, or None if none has.
+
+    0 where the file does not say which. Several processes may ask at once.
+    """
+
+    def stop() -> None:
+        raise BlockingIOError
+
+    try:
+        with shared_lock(path, on_busy=stop):
+            return None
+    except BlockingIOError:
+        return _written_holder(path)
+
+
+def _written_holder(path: Path) -> int:
+    descriptor = _open(path, os.O_RDONLY, 0)
+    try:
+        written = os.read(descriptor, HOLDER_BYTES)
+    finally:
+        os.close(descriptor)
+    return int(written) if written.isdigit() else 0
+
+
+def _lock(path: Path, flags: int, mode: int, operation: int, on_busy: OnBusy | None) -> LockFile:
+    """Open and lock the file at `path`, until the one that is locked is the one at the path."""
+    while True:
+        lock = LockFile(path, _open(path, flags, mode))
+        try:
+            _acquire(lock, operation, on_busy)
+            if lock.is_current():
+                return lock
+        except BaseException:
+            os.close(lock.descriptor)
+            raise
+        os.close(lock.descriptor)
+
+
+def _open(path: Path, flags: int, mode: int) -> int:
+    try:
+        descriptor = os.open(path, flags | OPEN_SAFELY, mode)
+    except OSError as error:
+        if error.errno in NOT_REGULAR:
+            raise _not_regular(path) from error
+        if flags & os.O_CREAT and error.errno in NOT_WRITABLE:
+            raise _not_writable(error, path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return descriptor
+
+
+def _acquire(lock: LockFile, operation: int, on_busy: OnBusy | None) -> None:
+    try:
+        while True:
+            try:
+                return fcntl.flock(lock.descriptor, operation | (fcntl.LOCK_NB if on_busy else 0))
+            except BlockingIOError:
+                if on_busy is None:
+                    raise
+                on_busy()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise ConfigError(
+            f"{lock.path} cannot be locked ({error.strerror}): its file system has no file locks, "
+            "and several processes could overwrite one another's work. Mount it with locks, or "
+            "move the folder."
+        ) from error
+
+
+def _not_regular(path: Path) -> NestedTuneError:
+    names = {"link": "a symbolic link", "directory": "a directory"}
+    name = names.get(file_type(path), "no regular file")
+    return DamagedError(
+        f"{path} is {name}. Expected the file of a lock. Remove it: a lock's file holds "
+        "nothing that is needed, and is made again."
+    )
+
+
+def _not_writable(error: OSError, path: Path) -> NestedTuneError:
+    return ConfigError(
+        f"{path.parent} cannot be written ({error.strerror}). Expected a folder in which you may "
+        "create files: check its owner, its permissions and how it is mounted."
+    )

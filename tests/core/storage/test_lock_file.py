@@ -1,0 +1,213 @@
+"""Lock files: what is locked is the file at the path, and nothing else is opened or written."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nested_core.errors import DamagedError
+from nested_core.pipeline.device_lock import VARIABLE, exclusive_device, lock_path
+from nested_core.registry import audit, collect, history, promote, register, rollback
+from nested_core.storage.lock_file import (
+    exclusive_lock,
+    holder_lock,
+    read_holder,
+    shared_lock,
+)
+from nested_core.storage.run_directory import RunDirectory
+from tests.core.registry.conftest import write_run
+
+REMOVED = r"lock was removed or replaced while this process had it locked"
+SECONDS = 5.0
+
+
+def make_link(path: Path) -> None:
+    path.symlink_to(path.with_name("victim"))
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def make_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # the name of a socket has at most 107 bytes
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path.name)
+    os.chdir(here)
+
+
+def make_device_link(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+NO_LOCK_FILES = [make_link, make_pipe, make_directory, make_socket, make_device_link]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "victim").write_text("precious")
+    return tmp_path / "a.lock"
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def replace(path: Path) -> None:
+    path.unlink()
+    path.touch()
+
+
+@pytest.mark.timeout(20)  # a pipe would be waited for without end
+@pytest.mark.parametrize("make", NO_LOCK_FILES)
+def test_what_is_no_regular_file_is_damage_for_every_lock_and_is_left_as_it_is(
+    path: Path, make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(path)
+    monkeypatch.setenv(VARIABLE, "test-device")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path.parent))
+    os.rename(path, lock_path("test-device"))
+    device = lock_path("test-device")
+    run = RunDirectory(path.parent / "run")
+    registry = path.parent / "registry"
+    version = register(write_run(path.parent / "judged", 1), registry, "capitals", {})
+    run.path.mkdir()
+    make(run.lock)
+    (registry / "capitals" / ".lock").unlink()
+    make(registry / "capitals" / ".lock")
+    for place, call in (
+        (device, lambda: exclusive_device().__enter__()),
+        (run.lock, lambda: run.locked().__enter__()),
+        (run.lock, lambda: run.locked_for_reading().__enter__()),
+        (run.lock, run.holder),
+        (registry, lambda: promote(registry, "capitals", version, by="ann")),
+        (registry, lambda: rollback(registry, "capitals", by="ann")),
+        (registry, lambda: collect(registry, "capitals", by="ann")),
+        (registry, lambda: register(path.parent / "judged", registry, "capitals", {})),
+        (registry, lambda: history(registry, "capitals")),
+        (registry, lambda: audit(registry, "capitals")),
+    ):
+        before = stat.S_IFMT(run.lock.lstat().st_mode)
+        with pytest.raises(DamagedError, match=str(place)) as caught:
+            call()
+        assert "Expected the file of a lock. Remove it" in str(caught.value)
+        assert stat.S_IFMT(run.lock.lstat().st_mode) == before
+    assert (path.parent / "victim").read_text() == "precious"
+
+
+def test_a_second_name_of_a_lock_keeps_its_content(path: Path) -> None:
+    os.link(path.with_name("victim"), path)
+    with holder_lock(path):
+        assert path.read_text() == str(os.getpid())
+        assert read_holder(path) == os.getpid()
+    assert path.with_name("victim").read_text() == "precious"
+
+
+def test_a_program_that_is_started_does_not_keep_the_lock(path: Path) -> None:
+    with exclusive_lock(path) as lock:
+        assert not os.get_inheritable(lock.descriptor)
+
+
+@pytest.mark.parametrize("lose", [remove, replace])
+@pytest.mark.parametrize("lock", [exclusive_lock, holder_lock])
+def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(
+    path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
+) -> None:
+    with lock(path) as held:  # type: ignore[attr-defined]
+        held.require_current()
+        lose(path)
+        with pytest.raises(DamagedError, match=REMOVED):
+            held.require_current()
+
+
+@pytest.mark.parametrize("lose", [remove, replace])
+@pytest.mark.parametrize("lock", [exclusive_lock, holder_lock, shared_lock])
+def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(
+    path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
+) -> None:
+    """The waiting one gets the removed file first: it must not go in with that."""
+    entered, order = threading.Event(), []
+
+    def wait() -> None:
+        with lock(path):  # type: ignore[attr-defined]
+            order.append("waiting")
+
+    flock, waiting = fcntl.flock, threading.Thread(target=wait)
+
+    def noted(descriptor: int, operation: int) -> None:
+        entered.set()
+        flock(descriptor, operation)
+
+    with pytest.MonkeyPatch.context() as patch, exclusive_lock(path):
+        patch.setattr(fcntl, "flock", noted)
+        waiting.start()
+        assert entered.wait(SECONDS)
+        lose(path)
+        patch.undo()
+        with exclusive_lock(path):  # a newcomer has the file that is there now
+            order.append("newcomer")
+            newcomer = os.stat(path).st_ino
+            patch.setattr(fcntl, "flock", flock)
+        assert os.stat(path).st_ino == newcomer
+    waiting.join(SECONDS)
+    assert order == ["newcomer", "waiting"]
+
+
+def test_an_id_that_is_none_is_no_holder_and_not_read_without_end(path: Path) -> None:
+    with holder_lock(path) as lock:
+        for content in (b"", b"12a", b"\x1b[2J", b"9" * 100_000_000, "٣".encode()):
+            os.ftruncate(lock.descriptor, 0)
+            os.pwrite(lock.descriptor, content, 0)
+            assert read_holder(path) in (0, int("9" * 32))
+    assert read_holder(path) is None
+    assert read_holder(path.with_name("missing")) is None
+
+
+class TestRun:
+    def test_a_checkpoint_a_result_and_a_verdict_ask_for_the_lock_of_the_run(
+        self, tmp_path: Path
+    ) -> None:
+        run = RunDirectory(tmp_path / "run")
+        run.require_lock()  # a notebook that locks nothing is not held up
+        with run.locked():
+            RunDirectory(run.path).require_lock()
+            run.lock.unlink()
+            with pytest.raises(DamagedError, match=REMOVED):
+                RunDirectory(run.path).require_lock()
+            with RunDirectory(run.path).locked():
+                pass
+        run.require_lock()
+
+    def test_a_rank_watches_the_lock_of_the_process_that_started_it(self, tmp_path: Path) -> None:
+        run, rank = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+        with run.locked():
+            rank.watch_lock()
+            rank.require_lock()
+            replace(run.lock)
+            with pytest.raises(DamagedError, match=REMOVED):
+                rank.require_lock()
+
+    def test_readers_share_a_run_that_nobody_works_on_and_write_nothing(
+        self, tmp_path: Path
+    ) -> None:
+        run = RunDirectory(tmp_path / "run")
+        run.path.mkdir()
+        with run.locked_for_reading():
+            assert list(run.path.iterdir()) == []
+        run.stop_request.touch()
+        run.lock.write_text("7")
+        with run.locked_for_reading(), run.locked_for_reading():
+            assert run.holder() is None
+        assert (run.lock.read_text(), run.stop_request.exists()) == ("7", True)
