@@ -8,6 +8,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -138,31 +139,31 @@ def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(
     path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
 ) -> None:
     """The waiting one gets the removed file first: it must not go in with that."""
-    entered, order = threading.Event(), []
+    asked, inside = threading.Event(), threading.Event()
 
     def wait() -> None:
-        with lock(path):  # type: ignore[attr-defined]
-            order.append("waiting")
+        with lock(path) as held:  # type: ignore[attr-defined]
+            held.require_current()
+            inside.set()
 
     flock, waiting = fcntl.flock, threading.Thread(target=wait)
 
     def noted(descriptor: int, operation: int) -> None:
-        entered.set()
+        asked.set()
         flock(descriptor, operation)
 
-    with pytest.MonkeyPatch.context() as patch, exclusive_lock(path):
-        patch.setattr(fcntl, "flock", noted)
-        waiting.start()
-        assert entered.wait(SECONDS)
-        lose(path)
-        patch.undo()
-        with exclusive_lock(path):  # a newcomer has the file that is there now
-            order.append("newcomer")
-            newcomer = os.stat(path).st_ino
-            patch.setattr(fcntl, "flock", flock)
-        assert os.stat(path).st_ino == newcomer
-    waiting.join(SECONDS)
-    assert order == ["newcomer", "waiting"]
+    first, newcomer = ExitStack(), ExitStack()
+    with newcomer:
+        with first, pytest.MonkeyPatch.context() as patch:
+            first.enter_context(exclusive_lock(path))
+            patch.setattr(fcntl, "flock", noted)
+            waiting.start()
+            assert asked.wait(SECONDS)
+            lose(path)
+            newcomer.enter_context(exclusive_lock(path))
+        assert not inside.wait(0.2)
+    assert inside.wait(SECONDS)
+    waiting.join()
 
 
 def test_an_id_that_is_none_is_no_holder_and_not_read_without_end(path: Path) -> None:
