@@ -32,6 +32,9 @@ def promote_approved(
 ) -> str:
     """Promote what a person has approved, while the champion is the one it was shown against."""
     done = registry.promote(path, name, version, by=by, expected_champion=expected_champion)
+    warning = promotion_policy.warn_if_worse(path, name, done)
+    if warning is not None:
+        get_run_logger().warning("%s", warning)
     return _log_and_emit(name, version, done)
 
 

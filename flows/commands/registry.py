@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import result_printer, text_printer
-from flows.terminal import print_line, print_table
+from flows.terminal import print_line, print_table, say
 from nested_core.errors import DamagedError
 from nested_core.storage.run_directory import RunDirectory
 
@@ -55,26 +55,20 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
     from nested_core.config.registry import RegistrySection
     from nested_core.config.resume import read_run_config
-    from nested_core.pipeline.continual import champion_or_none
-    from nested_core.pipeline.publishing import confirm_recorded_verdict, register_run
-    from nested_core.registry import UNSET, promote
+    from nested_core.pipeline.publishing import register_and_promote_run
+    from nested_core.registry import UNSET
     from nested_core.registry.name_folders import check_name
+    from nested_core.registry.promotion_policy import warn_if_worse
 
     check_name(arguments.name)
     run = RunDirectory(arguments.run_dir)
     target = RegistrySection(path=str(arguments.registry), name=arguments.name)
     config = read_run_config(run).model_copy(update={"registry": target})
-    confirm_recorded_verdict(config, run)
-    champion = champion_or_none(arguments.registry, arguments.name)
-    version = register_run(config, run, champion)
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
-    done = promote(
-        arguments.registry,
-        arguments.name,
-        version,
-        by=getpass.getuser(),
-        expected_champion=expected,
-    )
+    done = register_and_promote_run(config, run, by=getpass.getuser(), expected_champion=expected)
+    warning = warn_if_worse(arguments.registry, arguments.name, done)
+    if warning is not None:
+        say(f"warning: {warning}")
     return _print_change(done)
 
 

@@ -9,8 +9,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import confirm_run
 from nested_core.gate.base_compatibility import require_same_base
 from nested_core.models.base_model import local_folder
-from nested_core.pipeline.continual import parent_version_of, settings_digest
-from nested_core.registry import register
+from nested_core.pipeline.continual import champion_or_none, parent_version_of, settings_digest
+from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
 from nested_core.registry.gate_file import read_gate, require_consistent, require_passed
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
@@ -45,6 +45,28 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     """
     path, name = registry_location(config.registry)
     return register(run.path, path, name, make_provenance(config, run, champion))
+
+
+def register_and_promote_run(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    *,
+    by: str,
+    expected_champion: str | None | Unset = UNSET,
+) -> Promotion:
+    """Add the adapter of a run that was judged to the registry, and make it the champion.
+
+    For a person, who decides over the policy. Holds the run for reading, and the registry from the
+    one to the other. Raises what `confirm_recorded_verdict`, `register` and `promote` raise, and
+    ConfigError while another process works on the run.
+    """
+    path, name = registry_location(config.registry)
+    with run.locked_for_reading():
+        confirm_recorded_verdict(config, run)
+        recorded = make_provenance(config, run, champion_or_none(path, name))
+        return register_and_promote(
+            run.path, path, name, recorded, by=by, expected_champion=expected_champion
+        )
 
 
 def make_provenance(

@@ -9,13 +9,21 @@ what a crash left. Promotion by policy is in `promotion_policy`, the copy for ML
 from nested_core.registry.audit_report import AuditReport, audit
 from nested_core.registry.garbage_collection import GarbageReport, collect_garbage
 from nested_core.registry.name_folders import list_names
-from nested_core.registry.promotion import UNSET, Promotion, Unset, promote, rollback
+from nested_core.registry.promotion import (
+    UNSET,
+    Promotion,
+    Unset,
+    promote,
+    register_and_promote,
+    rollback,
+)
 from nested_core.registry.queries import (
     history,
     holding_champion,
     list_versions,
     read_champion,
     read_changes,
+    read_changes_since,
     verify,
 )
 from nested_core.registry.registration import register
@@ -36,8 +44,10 @@ __all__ = [
     "list_versions",
     "promote",
     "read_changes",
+    "read_changes_since",
     "read_champion",
     "register",
+    "register_and_promote",
     "rollback",
     "verify",
 ]

@@ -12,6 +12,13 @@ from pathlib import Path
 
 from nested_core.errors import NestedTuneError
 from nested_core.registry import champion_link
+from nested_core.registry.champion_record import (
+    RECORD_NAME,
+    find_disagreement,
+    is_unrecorded,
+    make_record,
+    read_record,
+)
 from nested_core.registry.folder_lock import shared
 from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
@@ -65,7 +72,7 @@ def audit(registry: Path, name: str) -> AuditReport:
         *snapshot.findings,
     ]
     if not snapshot.findings:
-        findings += [*_audit_order(folder, snapshot.ledger), *_audit_champion(folder, snapshot)]
+        findings += _audit_champion(folder, snapshot)
     is_open = snapshot.prepared is not None and snapshot.prepared != snapshot.champion
     unfinished = snapshot.prepared if is_open else None
     return AuditReport(name, snapshot.champion, snapshot.versions, tuple(findings), unfinished)
@@ -83,11 +90,15 @@ def _take_snapshot(folder: Path) -> Snapshot:
         ledger = read_ledger(folder)
     except (NestedTuneError, OSError) as error:
         findings.append(AuditFinding(folder / LEDGER_NAME, str(error)))
+    record = read_record(folder)
+    if not findings:
+        disagreement = find_disagreement(folder, champion, record, ledger)
+        findings += [] if disagreement is None else [disagreement]
     return Snapshot(
         versions=tuple(registered_versions(folder)),
         champion=champion,
         prepared=champion_link.read_prepared(folder),
-        record=champion_link.read_record(folder),
+        record=record,
         ledger=ledger,
         findings=tuple(findings),
     )
@@ -135,18 +146,6 @@ def _audit_listing(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
         yield AuditFinding(folder / VERSIONS / version, "was champion, and its folder is gone")
 
 
-def _audit_order(folder: Path, ledger: Ledger) -> Iterator[AuditFinding]:
-    champion: str | None = None
-    for number, entry in enumerate(ledger.entries, 1):
-        if entry.action != "aborted" and entry.previous != champion:
-            yield AuditFinding(
-                folder / LEDGER_NAME,
-                f"line {number} replaced {entry.previous}, but the line before it left {champion}: "
-                "a line was removed or edited",
-            )
-        champion = entry.champion_after
-
-
 def _audit_champion(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
     """Compare the link with the last line of the history, and champion.json with both."""
     champion, ledger, prepared = snapshot.champion, snapshot.ledger, snapshot.prepared
@@ -159,9 +158,6 @@ def _audit_champion(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
             f"points to {champion}, but the history's last line leaves {ledger.champion}: the link "
             "was moved by hand, or the history is not whole",
         )
-    recorded = (snapshot.record or {}).get("version")
-    is_ahead = prepared is not None and recorded == prepared
-    if snapshot.record != champion_link.make_record(champion, ledger.changes()) and not is_ahead:
-        yield AuditFinding(
-            folder / champion_link.RECORD_NAME, "does not say what the link and the history say"
-        )
+    is_unfinished = is_unrecorded(champion, snapshot.record, ledger)
+    if snapshot.record != make_record(champion, ledger) and not is_unfinished:
+        yield AuditFinding(folder / RECORD_NAME, "does not say what the link and the history say")

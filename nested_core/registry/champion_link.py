@@ -1,4 +1,4 @@
-"""The champion: a relative symbolic link, replaced by one rename, and the file champion.json.
+"""The champion: a relative symbolic link to a version, replaced by one rename.
 
 The next link is prepared beside it first, so that an interrupted change can be told from a link
 that was moved by hand. A link to anywhere but versions/<digest> is refused.
@@ -10,19 +10,14 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.registry.ledger import Entry
 from nested_core.registry.name_folders import VERSIONS
-from nested_core.storage.atomic import sync_path, write_json
-from nested_core.storage.strict_files import file_type, read_json
+from nested_core.storage.atomic import Confirm, sync_path
+from nested_core.storage.strict_files import file_type
 
 LINK_NAME = "champion"
 PREPARED_NAME = ".champion-next"
-RECORD_NAME = "champion.json"
-MAX_RECORD_BYTES = 64 * 1024
-RECORD_FIELDS = ("version", "previous", "time", "by")
 TARGET_PATTERN = re.compile(rf"{VERSIONS}/([0-9a-f]{{64}})")
 
 
@@ -48,8 +43,12 @@ def prepare(folder: Path, version: str) -> None:
     sync_path(folder)
 
 
-def swap(folder: Path) -> None:
-    """Rename the prepared link to `champion`: a reader sees the old one or the new one."""
+def swap(folder: Path, *, confirm: Confirm) -> None:
+    """Rename the prepared link to `champion`: a reader sees the old one or the new one.
+
+    `confirm` is called just before, and raises where another process could be writing.
+    """
+    confirm()
     os.replace(folder / PREPARED_NAME, folder / LINK_NAME)
     sync_path(folder)
 
@@ -60,44 +59,6 @@ def discard_prepared(folder: Path) -> None:
     if file_type(path) != "missing":
         path.unlink()
         sync_path(folder)
-
-
-def make_record(champion: str | None, changes: list[Entry]) -> dict[str, Any] | None:
-    """The content of champion.json: the last change that made this version the champion."""
-    if champion is None:
-        return None
-    made_by = next((change for change in reversed(changes) if change.version == champion), None)
-    return {field: getattr(made_by, field, None) for field in RECORD_FIELDS} | {"version": champion}
-
-
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read champion.json; an unreadable one counts as empty, because the link decides."""
-    path = folder / RECORD_NAME
-    kind = file_type(path)
-    if kind != "file":
-        return None if kind == "missing" else {}
-    try:
-        record = read_json(path, MAX_RECORD_BYTES)
-    except DamagedError:
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def write_record(folder: Path, record: dict[str, Any] | None) -> None:
-    """Replace champion.json, or remove it if there is no champion.
-
-    Raises DamagedError for a directory in its place, which cannot be replaced in one step.
-    """
-    path = folder / RECORD_NAME
-    if file_type(path) == "directory":
-        raise DamagedError(
-            f"{path} is a directory. Expected the file that says who made the champion, and when. "
-            "Remove it: the history says the same, and the file is written anew from there."
-        )
-    if record is not None:
-        write_json(path, record)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _read_target(path: Path) -> str | None:

@@ -1,23 +1,30 @@
 """Garbage collection: removes versions that are no longer needed, each with a line in the history.
 
-It never removes the champion, what it replaced last, what a rollback would go to, or the versions
-used last. A version
-that a rollback has barred stays barred, because the history is never shortened.
+It never removes the champion, what it replaced last, what a rollback would go to, the versions
+used last, or one that is new and may still be promoted. A version that a rollback has barred stays
+barred, because the history is never shortened.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import champion_link
+from nested_core.registry.champion_record import make_record, write_record
 from nested_core.registry.folder_lock import exclusive, shared
-from nested_core.registry.ledger import Ledger, append, new_entry, read_ledger
+from nested_core.registry.ledger import Ledger, append, new_entry
 from nested_core.registry.name_folders import VERSIONS, find_name_folder
-from nested_core.registry.recovery import State, recover
-from nested_core.registry.versions import REGISTERED_AT, read_provenance, registered_versions
+from nested_core.registry.recovery import State, read_state, recover
+from nested_core.registry.versions import (
+    REGISTERED_AFTER,
+    REGISTERED_AT,
+    read_provenance,
+    registered_versions,
+)
 from nested_core.storage.atomic import (
     RETIRED_PREFIX,
     TEMPORARY_PREFIX,
@@ -25,8 +32,10 @@ from nested_core.storage.atomic import (
     sync_path,
     temporary_beside,
 )
+from nested_core.storage.lock_file import LockFile
 
 DEFAULT_KEEP = 10
+TIME_TO_DECIDE = timedelta(hours=1)  # between a version's registration and its promotion
 
 
 @dataclass(frozen=True)
@@ -47,22 +56,23 @@ def collect_garbage(
 ) -> GarbageReport:
     """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
 
-    The newest are the `keep` versions that were registered, or were champion, last. A dry run only
-    says what would be removed. Raises ConfigError for a negative `keep` and an unknown name.
+    The newest are the `keep` versions that were registered, or were champion, last. Kept as well is
+    a version that was registered less than an hour ago and has not been champion since: its
+    promotion may be under way. A dry run only says what would be removed. Raises ConfigError for a
+    negative `keep` and an unknown name.
     """
     if keep < 0:
         raise ConfigError(f"--keep {keep}: expected the number of versions to keep, 0 or more.")
     folder = find_name_folder(registry, name)
     if dry_run:
         with shared(folder):
-            state = State(champion_link.read_link(folder), read_ledger(folder))
-            return _plan(folder, name, state, keep, dry_run=True)
-    with exclusive(folder):
+            return _plan(folder, name, read_state(folder), keep, dry_run=True)
+    with exclusive(folder) as lock:
         leftovers = _leftovers(folder)
-        state = recover(folder)
+        state = recover(folder, lock)
         plan = _plan(folder, name, state, keep, dry_run=False)
         for version in plan.collected:
-            _remove(folder, version, state.champion, by)
+            state = _remove(folder, version, state, by, lock)
     return replace(plan, leftovers=leftovers)
 
 
@@ -73,7 +83,8 @@ def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) ->
     # Both ends of an interrupted change are needed too, and both ends of the last one.
     needed = {state.champion, ledger.champion, champion_link.read_prepared(folder)}
     replaced = {change.previous for change in ledger.changes()[-1:]}
-    kept = {*by_age[:keep], *needed, *replaced, ledger.rollback_target()}
+    undecided = {version for version in versions if _is_undecided(folder, version, ledger)}
+    kept = {*by_age[:keep], *needed, *replaced, *undecided, ledger.rollback_target()}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return GarbageReport(
         name=name,
@@ -86,38 +97,63 @@ def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) ->
     )
 
 
-def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[str, bool]:
+def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[int, int, str]:
     """When a version was registered, became champion or was replaced, whichever came last.
 
-    The second value puts the version that a change made champion after the one that it replaced.
+    Told by places in the history, whatever the clocks were: the number of the change, then whether
+    the version was replaced in it (0), became champion (1), or was registered after it (2).
     """
-    times = [
-        (change.time, change.version == version)
-        for change in ledger.changes()
+    changes = ledger.changes()
+    uses = [
+        (number, int(change.version == version), "")
+        for number, change in enumerate(changes, 1)
         if version in (change.version, change.previous)
     ]
-    return max([(_registered_at(folder / VERSIONS / version), True), *times])
+    registered_at, registered_after = _registration(folder / VERSIONS / version)
+    since = ledger.changes_since(registered_after)
+    if since is None:  # registered by an earlier release: the clocks decide
+        since = [change for change in changes if change.time > registered_at]
+    return max([(len(changes) - len(since), 2, registered_at), *uses])
 
 
-def _registered_at(place: Path) -> str:
+def _is_undecided(folder: Path, version: str, ledger: Ledger) -> bool:
+    """Whether a version is new and was not champion since it was registered."""
+    if version in ledger.versions():
+        return False
     try:
-        moment = read_provenance(place).get(REGISTERED_AT)
+        registered_at = datetime.fromisoformat(_registration(folder / VERSIONS / version)[0])
+        return datetime.now(UTC) - registered_at < TIME_TO_DECIDE
+    except (ValueError, TypeError):  # no time, or one without a zone
+        return False
+
+
+def _registration(place: Path) -> tuple[str, str]:
+    """When a version was registered, and after which line; empty strings if it is not known."""
+    try:
+        provenance = read_provenance(place)
     except (DamagedError, OSError):
-        return ""  # an audit reports it; here it counts as the oldest
-    return moment if isinstance(moment, str) else ""
+        return "", ""  # an audit reports it; here it counts as the oldest
+    moment, line = (provenance.get(key) for key in (REGISTERED_AT, REGISTERED_AFTER))
+    return moment if isinstance(moment, str) else "", line if isinstance(line, str) else ""
 
 
-def _remove(folder: Path, version: str, champion: str | None, by: str) -> None:
-    """Record the removal, hide the version by one rename, then delete it.
+def _remove(folder: Path, version: str, state: State, by: str, lock: LockFile) -> State:
+    """Record the removal, hide the version by one rename, then delete it; return the new state.
 
     A crash after the record leaves a whole version, which the next gc removes; a crash after the
     rename leaves files that every writer clears away.
     """
-    append(folder, new_entry("collected", version, champion, by))
+    confirm = lock.require_current
+    entry = new_entry("collected", version, state.champion, by)
+    ledger = append(folder, state.ledger, entry, confirm=confirm)
+    record = make_record(state.champion, ledger)
+    write_record(folder, record, confirm=confirm)
     place = folder / VERSIONS / version
+    confirm()
     os.rename(place, temporary_beside(place))
     sync_path(folder / VERSIONS)
     remove_leftovers(folder / VERSIONS)
+    return State(state.champion, record, ledger)
 
 
 def _leftovers(folder: Path) -> tuple[str, ...]:

@@ -1,14 +1,17 @@
 """The ledger, history.jsonl: a line for each change of the champion and each version collected.
 
-It is only appended to. A last line without its line end was torn by a crash before its change took
-effect: readers ignore it, and the next writer removes it. Any other unreadable line is damage.
+It is only appended to. Each line holds the SHA-256 of the line before it, the first such line that
+of all before it, and champion.json that of the last line: an edit anywhere is found by who reads.
+A last line without its line end was torn by a crash before its change took effect: readers ignore
+it, and the next writer removes it. Any other line that cannot be read or does not follow is damage.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, MissingFileError
-from nested_core.storage.atomic import sync_descriptor, sync_path
+from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
 from nested_core.storage.strict_files import file_type, read_regular
 
 LEDGER_NAME = "history.jsonl"
@@ -31,7 +34,8 @@ class Entry:
 
     `previous` is the champion before it, and after it too if the action is `aborted` (`version`
     did not become the champion) or `collected` (`version` was removed). `explicit` marks a rollback
-    that named its version (`--to`); histories of earlier releases lack it.
+    that named its version (`--to`); histories of earlier releases lack it, and the hash of the
+    line before (its bytes with the line end).
     """
 
     action: Action
@@ -42,6 +46,7 @@ class Entry:
     manifest: str | None = None
     automatic: bool = False
     explicit: bool = False
+    previous_line_sha256: str | None = None
 
     @property
     def champion_after(self) -> str | None:
@@ -54,11 +59,37 @@ ENTRY = TypeAdapter(Entry)
 
 @dataclass(frozen=True)
 class Ledger:
-    """The history as read: its entries, the bytes that they take, and a torn line after them."""
+    """The history as read: its entries, the bytes that they take, and a torn line after them.
+
+    end_sha256: the hash that the next line has to hold: the last line's, or without a chain yet
+        that of all bytes.
+    """
 
     entries: tuple[Entry, ...] = ()
     whole_bytes: int = 0
     torn: bytes = b""
+    end_sha256: str = hashlib.sha256().hexdigest()
+
+    @property
+    def last_line_sha256(self) -> str | None:
+        """The hash that champion.json has to hold; None if no line is chained yet."""
+        is_chained = bool(self.entries) and self.entries[-1].previous_line_sha256 is not None
+        return self.end_sha256 if is_chained else None
+
+    def before_last(self) -> Ledger:
+        """The history as it was before its last line."""
+        *entries, last = self.entries
+        end = last.previous_line_sha256 or self.end_sha256
+        return Ledger(tuple(entries), end_sha256=end)
+
+    def changes_since(self, end_sha256: str) -> list[Entry] | None:
+        """The changes after the line with that hash; None if no line has it."""
+        if end_sha256 == self.end_sha256:
+            return []
+        for number, entry in enumerate(self.entries):
+            if entry.previous_line_sha256 == end_sha256:
+                return Ledger(self.entries[number:]).changes()
+        return None
 
     @property
     def champion(self) -> str | None:
@@ -160,34 +191,49 @@ def read_ledger(folder: Path) -> Ledger:
         content = read_regular(path)
     except MissingFileError:
         return Ledger()
-    *lines, rest = content.split(b"\n")
+    *lines, torn = content.split(b"\n")
     entries = tuple(_parse(line, path, number) for number, line in enumerate(lines, 1))
-    return Ledger(entries, len(content) - len(rest), rest)
+    whole_bytes = len(content) - len(torn)
+    end_sha256 = _check_chain(path, lines, entries)
+    return Ledger(entries, whole_bytes, torn, end_sha256)
 
 
-def append(folder: Path, entry: Entry) -> None:
-    """Add a line and force it onto the disk before returning."""
+def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> Ledger:
+    """Add a line to the history as it was read, force it onto the disk, and return the new history.
+
+    `confirm` is called just before, and raises where another process could be writing.
+    """
     path = folder / LEDGER_NAME
+    entry = replace(entry, previous_line_sha256=ledger.end_sha256)
     line = json.dumps(asdict(entry)).encode() + b"\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        is_first = os.fstat(descriptor).st_size == 0
+        size = os.fstat(descriptor).st_size
+        if size != ledger.whole_bytes:
+            raise DamagedError(
+                f"{path} had {ledger.whole_bytes} bytes when it was read under the lock, and has "
+                f"{size} now: something writes to it without the lock. Nothing was changed."
+            )
+        confirm()
         _write_all(descriptor, line)
         sync_descriptor(descriptor)
     finally:
         os.close(descriptor)
-    if is_first:
+    if size == 0:
         sync_path(folder)
+    end_sha256 = hashlib.sha256(line).hexdigest()
+    return Ledger((*ledger.entries, entry), ledger.whole_bytes + len(line), b"", end_sha256)
 
 
-def cut_torn_line(folder: Path, ledger: Ledger) -> None:
-    """Remove what a crash left after the last whole line."""
+def cut_torn_line(folder: Path, ledger: Ledger) -> Ledger:
+    """Remove what a crash left after the last whole line; return the history without it."""
     descriptor = os.open(folder / LEDGER_NAME, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(descriptor, ledger.whole_bytes)
         sync_descriptor(descriptor)
     finally:
         os.close(descriptor)
+    return replace(ledger, torn=b"")
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
@@ -206,3 +252,33 @@ def _parse(line: bytes, path: Path, number: int) -> Entry:
             "Expected one JSON object a line, as promote and rollback write it; restore the file "
             "from a backup."
         ) from error
+
+
+def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> str:
+    """Check that each line follows the one before; return the hash that the next has to hold."""
+    champion: str | None = None
+    end = hashlib.sha256()  # of all lines up to the first that is chained, then of the last line
+    is_chained = False
+    for number, (line, entry) in enumerate(zip(lines, entries, strict=True), 1):
+        claimed = entry.previous_line_sha256
+        if claimed is None and is_chained:
+            raise _not_following(path, number, f"has no hash of line {number - 1}")
+        if claimed is not None and claimed != end.hexdigest():
+            before = f"line {number - 1}" if is_chained else "what is before it"
+            raise _not_following(path, number, f"does not hold the hash of {before}")
+        if entry.action != "aborted" and entry.previous != champion:
+            problem = f"replaced {entry.previous}, but the line before it left {champion}"
+            raise _not_following(path, number, problem)
+        if claimed is not None:
+            is_chained = True
+            end = hashlib.sha256()
+        end.update(line + b"\n")
+        champion = entry.champion_after
+    return end.hexdigest()
+
+
+def _not_following(path: Path, number: int, problem: str) -> DamagedError:
+    return DamagedError(
+        f"{path}, line {number} {problem}: a line was removed, added or edited. Nothing is decided "
+        "by this history and nothing written to it; restore the file from a backup."
+    )

@@ -9,15 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nested_core.errors import ConfigError
 from nested_core.registry import champion_link
+from nested_core.registry.champion_record import make_record, write_record
 from nested_core.registry.folder_lock import exclusive
-from nested_core.registry.ledger import Entry, append, new_entry
-from nested_core.registry.name_folders import VERSIONS, find_name_folder
+from nested_core.registry.ledger import Entry, Ledger, append, new_entry
+from nested_core.registry.name_folders import (
+    VERSIONS,
+    check_name,
+    create_name_folder,
+    find_name_folder,
+)
 from nested_core.registry.recovery import State, recover
+from nested_core.registry.registration import add_version, judged_digest
 from nested_core.registry.versions import PREFIX_PATTERN, resolve_version, verify_version
+from nested_core.storage.lock_file import LockFile
 
 Outcome = Literal["promoted", "rolled_back", "already_champion", "superseded", "barred"]
 
@@ -57,15 +65,54 @@ def promote(
     change on disk, GateRejected for a verdict that is not "passed".
     """
     folder = find_name_folder(registry, name)
-    with exclusive(folder):
-        state = recover(folder)
+    with exclusive(folder) as lock:
+        state = recover(folder, lock)
         wanted = resolve_version(folder, version, state.ledger)
-        manifest = _verify(folder, wanted, state)
-        refusal = _refusal(state, wanted, expected_champion, automatic)
-        if refusal is None:
-            entry = new_entry("promote", wanted, state.champion, by)
-            _move(folder, wanted, replace(entry, manifest=manifest, automatic=automatic))
-    return Promotion(refusal or "promoted", wanted, state.champion)
+        change = _Change(by, expected_champion, automatic)
+        return _promote(folder, wanted, change, state, lock)
+
+
+def register_and_promote(
+    run_dir: Path,
+    registry: Path,
+    name: str,
+    provenance: dict[str, Any],
+    *,
+    by: str,
+    expected_champion: str | None | Unset = UNSET,
+) -> Promotion:
+    """`register` and `promote` under one lock: no gc comes between the two.
+
+    Raises what the two raise.
+    """
+    check_name(name)
+    version = judged_digest(run_dir)
+    folder = create_name_folder(registry, name)
+    with exclusive(folder) as lock:
+        state = recover(folder, lock)
+        add_version(folder, version, run_dir, provenance, state=state, lock=lock)
+        return _promote(folder, version, _Change(by, expected_champion), state, lock)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Who asks for a promotion, and while which champion stands."""
+
+    by: str
+    expected_champion: str | None | Unset
+    automatic: bool = False
+
+
+def _promote(
+    folder: Path, version: str, change: _Change, state: State, lock: LockFile
+) -> Promotion:
+    manifest = _verify(folder, version, state)
+    refusal = _refusal(state, version, change.expected_champion, change.automatic)
+    if refusal is None:
+        entry = new_entry("promote", version, state.champion, change.by)
+        entry = replace(entry, manifest=manifest, automatic=change.automatic)
+        _move(folder, entry, state.ledger, lock)
+    return Promotion(refusal or "promoted", version, state.champion)
 
 
 def rollback(
@@ -84,8 +131,8 @@ def rollback(
     go back to, DamagedError for any change on disk.
     """
     folder = find_name_folder(registry, name)
-    with exclusive(folder):
-        state = recover(folder)
+    with exclusive(folder) as lock:
+        state = recover(folder, lock)
         is_expected = isinstance(expected_champion, Unset) or _is_expected(
             state.champion, expected_champion
         )
@@ -97,7 +144,8 @@ def rollback(
         if wanted == state.champion:
             return Promotion("already_champion", wanted, state.champion)
         entry = new_entry("rollback", wanted, state.champion, by)
-        _move(folder, wanted, replace(entry, manifest=manifest, explicit=to is not None))
+        entry = replace(entry, manifest=manifest, explicit=to is not None)
+        _move(folder, entry, state.ledger, lock)
     return Promotion("rolled_back", wanted, state.champion)
 
 
@@ -134,9 +182,10 @@ def _champion_before(folder: Path, state: State) -> str:
     return version
 
 
-def _move(folder: Path, version: str, entry: Entry) -> None:
+def _move(folder: Path, entry: Entry, ledger: Ledger, lock: LockFile) -> None:
     """Record the change, then make it: a crash in between leaves the old champion standing."""
+    version = str(entry.version)
     champion_link.prepare(folder, version)
-    append(folder, entry)
-    champion_link.write_record(folder, champion_link.make_record(version, [entry]))
-    champion_link.swap(folder)
+    ledger = append(folder, ledger, entry, confirm=lock.require_current)
+    write_record(folder, make_record(version, ledger), confirm=lock.require_current)
+    champion_link.swap(folder, confirm=lock.require_current)

@@ -6,19 +6,21 @@ The decision rests on the version's own files. `promote` re-hashes them before t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nested_core.config.registry import RegistrySection
-from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
 from nested_core.registry import (
     Promotion,
     list_versions,
     promote,
     read_champion,
     read_changes,
+    read_changes_since,
     verify,
 )
 from nested_core.registry.folder_lock import shared
@@ -44,6 +46,7 @@ class Candidate(BaseModel):
     policy: dict[str, Any] | None
     champion_at_gate: str | None = None
     registered_at: str
+    registered_after: str | None = None
     validation_digest: str | None = None
     initial: str | None
     loss_before: float | None
@@ -101,6 +104,56 @@ def promote_by_policy(
     )
 
 
+@dataclass(frozen=True)
+class LossComparison:
+    """Validation losses of a version and of the champion, in nats a token, on the same examples."""
+
+    loss: float
+    champion_loss: float
+
+
+def compare_losses(
+    registry: Path, name: str, candidate: Candidate, champion: str
+) -> LossComparison | None:
+    """The losses of a version and of the champion; None if they were not measured on the same data.
+
+    The verdict on a version that was trained from the champion holds the champion's loss too; else
+    both must have been judged on the same examples. Raises DamagedError for a champion that is not
+    what was registered.
+    """
+    champion_loss = candidate.loss_before
+    if candidate.initial != champion:
+        verify(registry, name, champion)
+        rival = read_candidate(registry, name, champion)
+        if rival.validation_digest != candidate.validation_digest:
+            return None
+        champion_loss = rival.loss_after
+    if candidate.loss_after is None or champion_loss is None:
+        return None
+    return LossComparison(candidate.loss_after, champion_loss)
+
+
+def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
+    """A warning about a promotion by a person to a version with a higher loss on the same data.
+
+    None where the champion has not changed, or the two cannot be compared.
+    """
+    if done.outcome != "promoted" or done.previous is None:
+        return None
+    try:
+        candidate = read_candidate(registry, name, done.version)
+        losses = compare_losses(registry, name, candidate, done.previous)
+    except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
+        return None
+    if losses is None or losses.loss <= losses.champion_loss:
+        return None
+    return (
+        f"version {done.version[:12]} has a higher validation loss on the same data, "
+        f"{losses.loss:.4g}, than the champion that it replaced, {done.previous[:12]}, "
+        f"{losses.champion_loss:.4g}. To go back: nested-tune rollback {name} --registry {registry}"
+    )
+
+
 def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | str:
     """Promote by the policy, and against the champion, that were recorded with the version.
 
@@ -113,8 +166,12 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
         return Promotion("already_champion", version, champion)
     if candidate.policy is None:
         return "its provenance records no policy"
-    changes = read_changes(registry, name)
-    if changes and changes[-1].time >= candidate.registered_at:
+    if read_changes_since(
+        registry,
+        name,
+        registered_after=candidate.registered_after,
+        registered_at=candidate.registered_at,
+    ):
         return Promotion("superseded", version, champion)
     location = {"path": str(registry), "name": name}
     try:
@@ -187,14 +244,12 @@ def _not_better(section: RegistrySection, candidate: Candidate, champion: str) -
 
     The verdict on a version that was trained from the champion holds the champion's loss too.
     """
-    best, loss = candidate.loss_before, candidate.loss_after
-    if candidate.initial != champion:
-        registry, name = registry_location(section)
-        verify(registry, name, champion)
-        rival = read_candidate(registry, name, champion)
-        if rival.validation_digest != candidate.validation_digest:
-            return "the champion was validated on other data: the losses cannot be compared"
-        best = rival.loss_after
-    if loss is None or best is None or loss >= best - section.min_improvement:
-        return f"validation loss {loss} is not better than the champion's {best}"
-    return None
+    registry, name = registry_location(section)
+    if candidate.loss_after is None:
+        return "there is no validation loss to compare with the champion's"
+    losses = compare_losses(registry, name, candidate, champion)
+    if losses is None:
+        return "the champion was validated on other data: the losses cannot be compared"
+    if losses.loss < losses.champion_loss - section.min_improvement:
+        return None
+    return f"validation loss {losses.loss} is not better than the champion's {losses.champion_loss}"

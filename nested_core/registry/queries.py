@@ -13,6 +13,7 @@ from nested_core.registry.champion_link import LINK_NAME, read_link
 from nested_core.registry.folder_lock import shared
 from nested_core.registry.ledger import Entry, read_ledger
 from nested_core.registry.name_folders import VERSIONS, find_name_folder
+from nested_core.registry.recovery import read_state
 from nested_core.registry.versions import registered_versions, verify_version
 from nested_core.storage.strict_files import file_type
 
@@ -58,14 +59,31 @@ def read_changes(registry: Path, name: str) -> list[Entry]:
     """Every change of the champion that took effect, oldest first."""
     folder = find_name_folder(registry, name)
     with shared(folder):
-        return read_ledger(folder).changes()
+        return read_state(folder).ledger.changes()
+
+
+def read_changes_since(
+    registry: Path, name: str, *, registered_after: str | None, registered_at: str
+) -> list[Entry]:
+    """Every change of the champion that took effect after a version was registered, oldest first.
+
+    Told by the place in the history that the version's provenance records. Versions of earlier
+    releases record only the time; then the clocks of the machines that wrote the two decide.
+    """
+    folder = find_name_folder(registry, name)
+    with shared(folder):
+        ledger = read_state(folder).ledger
+    since = None if registered_after is None else ledger.changes_since(registered_after)
+    if since is not None:
+        return since
+    return [change for change in ledger.changes() if change.time >= registered_at]
 
 
 def verify(registry: Path, name: str, version: str) -> None:
     """Re-hash one version; DamagedError if it is not what was registered."""
     folder = find_name_folder(registry, name)
     with shared(folder):
-        recorded = read_ledger(folder).manifests(version)
+        recorded = read_state(folder).ledger.manifests(version)
         verify_version(folder / VERSIONS / version, version, recorded)
 
 

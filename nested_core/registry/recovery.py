@@ -1,19 +1,27 @@
-"""Recovery after a crash: every writer first brings the history into agreement with the link.
+"""Recovery after a crash: every writer first brings history, champion.json and link to agree.
 
-An interrupted change is marked `aborted`; a history that is behind the link is completed.
+A change that did not reach the link is marked `aborted`. A history that does not end as
+champion.json says is refused: what is in it was not written here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nested_core.errors import DamagedError
 from nested_core.registry import champion_link
+from nested_core.registry.champion_record import (
+    find_disagreement,
+    is_unrecorded,
+    make_record,
+    read_record,
+    write_record,
+)
 from nested_core.registry.ledger import (
     CHANGES,
     LEDGER_NAME,
-    Action,
     Entry,
     Ledger,
     append,
@@ -23,63 +31,77 @@ from nested_core.registry.ledger import (
 )
 from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.atomic import remove_leftovers
+from nested_core.storage.lock_file import LockFile
 
 SETTLED_BY = "nested-tune (settling a change that was cut short)"
-ROLLBACK_LINE = b'{"action": "rollback"'
 
 
 @dataclass(frozen=True)
 class State:
-    """The champion of a name, and a history that agrees with it."""
+    """The champion of a name, champion.json, and a history that ends as that says."""
 
     champion: str | None
+    record: dict[str, Any] | None
     ledger: Ledger
 
 
-def recover(folder: Path) -> State:
+def read_state(folder: Path) -> State:
+    """Read link, champion.json and history; call under the folder's lock, shared or not.
+
+    Raises DamagedError for a history that was edited, or a champion that no history knows of.
+    """
+    state = State(
+        champion_link.read_link(folder),
+        read_record(folder),
+        read_ledger(folder),
+    )
+    if state.champion is not None and not state.ledger.entries:
+        raise DamagedError(
+            f"{folder / champion_link.LINK_NAME} points to {state.champion[:12]}, and "
+            f"{folder / LEDGER_NAME} does not say how it became the champion. Restore the history "
+            "from a backup, or remove the link and champion.json and promote the version again."
+        )
+    problem = find_disagreement(folder, state.champion, state.record, state.ledger)
+    if problem is not None:
+        raise DamagedError(str(problem))
+    return state
+
+
+def recover(folder: Path, lock: LockFile) -> State:
     """Repair `folder` after a crash and return its state; call only under its lock.
 
-    Raises DamagedError if there is a champion that no history knows of.
+    Raises DamagedError where `read_state` does: nothing is changed then.
     """
-    champion = champion_link.read_link(folder)
-    ledger = read_ledger(folder)
-    if champion is not None and not ledger.entries:
-        raise DamagedError(
-            f"{folder / champion_link.LINK_NAME} points to {champion[:12]}, and "
-            f"{folder / LEDGER_NAME} does not say how it became the champion. Restore the history "
-            "from a backup, or remove the link and promote the version again."
-        )
+    state = read_state(folder)
+    champion, ledger = state.champion, state.ledger
+    confirm = lock.require_current
+    if is_unrecorded(champion, state.record, ledger):  # one line ahead at most, at any moment
+        write_record(folder, make_record(champion, ledger), confirm=confirm)
     if ledger.torn or ledger.champion != champion:
-        ledger = _complete_history(folder, ledger, champion)
-    record = champion_link.make_record(champion, ledger.changes())
-    if champion_link.read_record(folder) != record:
-        champion_link.write_record(folder, record)
+        entry = _missing_entry(folder, ledger, champion)
+        if ledger.torn:
+            confirm()
+            ledger = cut_torn_line(folder, ledger)
+        ledger = append(folder, ledger, entry, confirm=confirm)
+    record = make_record(champion, ledger)
+    if read_record(folder) != record:
+        write_record(folder, record, confirm=confirm)
     champion_link.discard_prepared(folder)
     for place in (folder, folder / VERSIONS):
         remove_leftovers(place)
-    return State(champion, ledger)
-
-
-def _complete_history(folder: Path, ledger: Ledger, champion: str | None) -> Ledger:
-    if ledger.torn:
-        cut_torn_line(folder, ledger)
-    append(folder, _missing_entry(folder, ledger, champion))
-    return read_ledger(folder)
+    return State(champion, record, ledger)
 
 
 def _missing_entry(folder: Path, ledger: Ledger, champion: str | None) -> Entry:
     """The line that brings the history to `champion`, which the link points to already.
 
-    A prepared link is left only by a change that did not reach the link. Without one, a torn line
-    or a link that no line leads to means that the link moved and its line was lost.
+    Where the last line leaves another champion, the link did not follow it yet, or somebody has
+    moved the link by hand.
     """
-    prepared = champion_link.read_prepared(folder)
     if ledger.champion == champion:
-        return new_entry("aborted", prepared, champion, SETTLED_BY)
+        return new_entry("aborted", champion_link.read_prepared(folder), champion, SETTLED_BY)
     last = ledger.entries[-1]
-    was_begun = last.action in CHANGES and last.previous == champion
-    if was_begun and (prepared is not None or not ledger.torn):
+    if last.action in CHANGES and last.previous == champion:
         return new_entry("aborted", last.version, champion, SETTLED_BY)
-    action: Action = "rollback" if ledger.torn.startswith(ROLLBACK_LINE) else "promote"
-    completed = new_entry(action, champion, ledger.champion, SETTLED_BY)
-    return replace(completed, automatic=action == "promote")
+    moved = new_entry("promote", champion, ledger.champion, SETTLED_BY)
+    return replace(moved, automatic=True)

@@ -22,47 +22,71 @@ from nested_core.registry.gate_file import (
     require_passed,
 )
 from nested_core.registry.name_folders import VERSIONS, check_name, create_name_folder
-from nested_core.registry.recovery import recover
+from nested_core.registry.recovery import State, recover
 from nested_core.registry.versions import (
     FILES,
     PROVENANCE_NAME,
+    REGISTERED_AFTER,
     REGISTERED_AT,
     verify_version,
     version_facts,
 )
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.atomic import new_directory, write_json
+from nested_core.storage.lock_file import LockFile
 from nested_core.storage.manifest import read_manifest, write_manifest
 from nested_core.storage.strict_files import file_type
 
 ADAPTER_NAME = "adapter"
-READ_ONLY = 0o444
+READ_BITS = 0o444
 
 
 def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any]) -> str:
     """Add the adapter of a finished run as a version of `name`; return the version (its digest).
 
-    The provenance is recorded with the time. A sound version that exists already stays as it is,
-    with its first verdict and provenance.
+    The provenance is recorded with the time and the end of the history. A sound version that exists
+    already stays as it is, with its first verdict and provenance.
     Raises ConfigError for a run without a verdict or a bad name, GateRejected if the verdict is not
     "passed", DamagedError if adapter, verdict or an existing version do not agree.
     """
     check_name(name)
-    version = _judged_digest(run_dir)
+    version = judged_digest(run_dir)
     folder = create_name_folder(registry, name)
-    with exclusive(folder):
-        recorded = recover(folder).ledger.manifests(version)
-        target = folder / VERSIONS / version
-        if file_type(target) != "missing":
-            verify_version(target, version, recorded)
-            return version
-        with new_directory(target) as unpublished:
-            _fill(unpublished, run_dir, version, provenance)
-            verify_version(unpublished, version, set())
+    with exclusive(folder) as lock:
+        state = recover(folder, lock)
+        add_version(folder, version, run_dir, provenance, state=state, lock=lock)
     return version
 
 
-def _judged_digest(run_dir: Path) -> str:
+def add_version(
+    folder: Path,
+    version: str,
+    run_dir: Path,
+    provenance: dict[str, Any],
+    *,
+    state: State,
+    lock: LockFile,
+) -> None:
+    """Copy a run's adapter to `versions/`, or check the version that is there; under the lock.
+
+    `version` is the run's `judged_digest`, and `state` what `recover` returned.
+    """
+    target = folder / VERSIONS / version
+    if file_type(target) != "missing":
+        verify_version(target, version, state.ledger.manifests(version))
+        return
+    registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
+    position = {REGISTERED_AT: registered_at, REGISTERED_AFTER: state.ledger.end_sha256}
+    with new_directory(target, confirm=lock.require_current) as unpublished:
+        _fill(unpublished, run_dir, version, provenance | position)
+        verify_version(unpublished, version, set())
+
+
+def judged_digest(run_dir: Path) -> str:
+    """The digest of the adapter that a finished run offers, which its gate has judged and passed.
+
+    Raises what `register` raises for a run.
+    """
     path = run_dir / GATE_NAME
     gate = read_gate(path)
     require_passed(gate, path)
@@ -83,12 +107,12 @@ def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any])
     for name in ADAPTER_FILES:
         shutil.copyfile(run_dir / ADAPTER_NAME / name, folder / name)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
-    registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
-    write_json(folder / PROVENANCE_NAME, provenance | {REGISTERED_AT: registered_at})
+    write_json(folder / PROVENANCE_NAME, provenance)
     write_manifest(folder, version_facts(version))
     _require_judged(folder, run_dir)
     for name in FILES:
-        (folder / name).chmod(READ_ONLY)
+        path = folder / name
+        path.chmod(path.stat().st_mode & READ_BITS)  # made under the umask, which says who reads
 
 
 def _require_judged(folder: Path, run_dir: Path) -> None:

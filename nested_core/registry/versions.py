@@ -22,6 +22,7 @@ from nested_core.storage.strict_files import file_type, read_json, regular_sha25
 
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT = "registered_at"
+REGISTERED_AFTER = "registered_after"  # the history's `end_sha256` at that moment: no clock lies
 MAX_PROVENANCE_BYTES = 64 * 1024 * 1024
 CONTENT = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
 FILES = (*CONTENT, MANIFEST_NAME)

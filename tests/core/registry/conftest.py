@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nested_core.registry import gate_file, promote, register
+from nested_core.registry import garbage_collection, gate_file, promote, register
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.manifest import describe_file
 
@@ -58,6 +59,12 @@ def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
     gate_file.write_gate(
         run_dir, gate, {f"adapter/{path.name}": describe_file(path) for path in judged}
     )
+
+
+@pytest.fixture
+def no_time_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gc takes versions that were registered just now, too."""
+    monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from nested_core.registry import (
     Promotion,
     collect_garbage,
     history,
+    ledger,
     list_versions,
     promote,
     promotion_policy,
     read_champion,
     register,
+    registration,
     rollback,
 )
 from nested_core.registry.gate_file import read_gate, require_bound, write_gate
@@ -30,11 +33,15 @@ from nested_core.registry.promotion_policy import (
     promote_missed,
     read_candidate,
 )
+from nested_core.storage.manifest import write_manifest
 from tests.core.registry.conftest import write_run
 
 NAME = "capitals"
 SECONDS_FOR_A_GC = 1.0  # it takes some milliseconds, and all of this where it has to wait
 Add = Callable[..., str]
+
+
+pytestmark = pytest.mark.usefixtures("no_time_to_decide")
 
 
 @pytest.fixture
@@ -273,3 +280,45 @@ def test_a_champion_that_was_replaced_and_collected_meanwhile_supersedes_and_is_
     section = RegistrySection(path=str(registry), name=NAME, promote="better")
     done = promote_by_policy(section, version, judged_against)
     assert done == Promotion("superseded", version, others[-1])
+
+
+@pytest.mark.parametrize("behind", ["the machine that changed the champion", "that registered"])
+def test_a_clock_that_is_behind_changes_nothing_in_what_is_superseded(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, behind: str
+) -> None:
+    """Whether the champion changed since a version was registered is told by the history."""
+    first, second = add(1), add(2)
+    promote(registry, NAME, first, by="ann")
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2001, 1, 1, tzinfo=UTC)
+
+    with monkeypatch.context() as patch:
+        if behind == "that registered":
+            patch.setattr(registration, "datetime", Clock)
+        candidate, other = add(3, first), add(4, first)
+    assert late(registry, candidate) == "promoted"
+    rollback(registry, NAME, to=first, by="ann")
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "datetime", Clock)
+        promote(registry, NAME, second, by="ann")
+        rollback(registry, NAME, to=first, by="ann")
+    assert late(registry, other) == "superseded"
+    assert read_champion(registry, NAME) == first
+
+
+def test_versions_of_an_earlier_release_are_judged_by_the_clocks(add: Add, registry: Path) -> None:
+    first, second, third = add(1), add(2), add(3)
+    for version in (first, second, third):
+        folder = registry / NAME / "versions" / version
+        provenance = json.loads((folder / "provenance.json").read_text())
+        del provenance["registered_after"]
+        for name in ("provenance.json", "MANIFEST.json"):
+            (folder / name).unlink()
+        (folder / "provenance.json").write_text(json.dumps(provenance))
+        write_manifest(folder, {"kind": "adapter version", "version": version})
+    assert late(registry, second) == "promoted"
+    assert late(registry, third) == "superseded"
+    assert collect_garbage(registry, NAME, by="gc", keep=2).collected == (first,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,7 @@ from nested_core.registry import (
     register,
     rollback,
 )
-
-NAME = "capitals"
+from tests.core.registry.states import NAME, chained_line, make_earlier_release
 
 
 def move_link(registry: Path, version: str | None) -> None:
@@ -81,8 +81,9 @@ def test_link_moved_by_hand_to_a_barred_version_does_not_lift_the_bar(three, reg
 def test_last_line_without_its_link_is_marked_aborted(three, registry):
     first, second, third = three
     line = history(registry, NAME)[-1] | {"version": third, "previous": second}
-    with (registry / NAME / "history.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    content = chained_line(registry, line)
+    with (registry / NAME / "history.jsonl").open("ab") as file:
+        file.write(content)
     assert rollback(registry, NAME, by="ann").version == first
     assert actions(registry)[2:] == [
         ("promote", third, second),
@@ -107,28 +108,35 @@ def test_torn_last_line_is_left_out_by_readers_and_marked_by_the_next_writer(
 
 
 @pytest.mark.parametrize("action", ["promote", "rollback"])
-def test_lost_end_of_a_line_whose_link_stands_is_completed(three, registry, action):
-    first, second, third = three
+def test_lost_end_of_a_line_whose_link_stands_is_damage(three, registry, action):
+    """No crash leaves that: a line is on the disk before champion.json and link speak of it."""
+    first, _, third = three
     promote(registry, NAME, third, by="ann")
     if action == "rollback":
         rollback(registry, NAME, to=first, by="ann")
     path = registry / NAME / "history.jsonl"
-    before = actions(registry)
     path.write_bytes(path.read_bytes()[:-20])
-    assert found_files(registry) >= {"champion"}
-    rollback(registry, NAME, to=second, by="ann")
-    assert actions(registry)[:-1] == before
-    assert audit(registry, NAME).is_sound
+    assert found_files(registry) == {"history.jsonl"}
+    before = path.read_bytes()
+    with pytest.raises(DamagedError, match=r"history\.jsonl: line \d was edited, or lines after"):
+        rollback(registry, NAME, to=three[1], by="ann")
+    assert path.read_bytes() == before
 
 
-def test_line_removed_from_the_middle_is_found(three, registry):
+@pytest.mark.parametrize("is_chained", [True, False])
+def test_line_removed_from_the_middle_is_found(three, registry, is_chained):
     promote(registry, NAME, three[2], by="ann")
+    if not is_chained:
+        make_earlier_release(registry)
     path = registry / NAME / "history.jsonl"
     first, _, last = path.read_text().splitlines(keepends=True)
     path.write_text(first + last)
     findings = audit(registry, NAME).findings
     assert [finding.file.name for finding in findings] == ["history.jsonl"]
-    assert "line 2 replaced" in findings[0].message
+    problem = "line 2 does not hold the hash of line 1" if is_chained else "line 2 replaced"
+    assert problem in findings[0].message
+    with pytest.raises(DamagedError, match=problem):
+        promote(registry, NAME, three[0], by="ann")
 
 
 @pytest.mark.parametrize(
@@ -164,12 +172,36 @@ def test_missing_history_is_damage_and_a_removed_link_starts_over(three, registr
     with pytest.raises(DamagedError, match="does not say how it became the champion"):
         promote(registry, NAME, three[2], by="ann")
     move_link(registry, None)
+    with pytest.raises(DamagedError, match=r"history\.jsonl: line 1 is missing.* to begin anew"):
+        promote(registry, NAME, three[2], by="ann")
+    (registry / NAME / "champion.json").unlink()
     assert promote(registry, NAME, three[2], by="ann").outcome == "promoted"
     assert audit(registry, NAME).is_sound
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"version": "x"}', None])
-def test_champion_json_that_says_something_else_is_found_and_mended(three, registry, content):
+def test_champion_json_without_the_hash_is_damage_until_a_person_writes_it(
+    three, registry, content
+):
+    path = registry / NAME / "champion.json"
+    sound = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert found_files(registry) == {"champion.json"}
+    with pytest.raises(DamagedError, match="does not hold the hash of the last line") as caught:
+        promote(registry, NAME, three[1], by="ann")
+    told = re.search(r"write (\{.*\}) into champion.json", str(caught.value))
+    assert told is not None
+    path.write_text(told[1])
+    promote(registry, NAME, three[1], by="ann")
+    assert path.read_bytes() == sound
+    assert audit(registry, NAME).is_sound
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"version": "x"}', None])
+def test_champion_json_of_an_earlier_release_is_found_and_mended(three, registry, content):
+    make_earlier_release(registry)
     path = registry / NAME / "champion.json"
     path.unlink()
     if content is not None:
@@ -177,6 +209,15 @@ def test_champion_json_that_says_something_else_is_found_and_mended(three, regis
     assert found_files(registry) == {"champion.json"}
     promote(registry, NAME, three[1], by="ann")
     assert audit(registry, NAME).is_sound
+
+
+def test_champion_json_whose_hash_is_right_is_written_anew_from_the_history(three, registry):
+    path = registry / NAME / "champion.json"
+    sound = path.read_bytes()
+    path.write_bytes(sound.replace(b'"ann"', b'"bob"'))
+    assert found_files(registry) == {"champion.json"}
+    promote(registry, NAME, three[1], by="ann")
+    assert path.read_bytes() == sound
 
 
 def test_directory_in_place_of_champion_json_is_damage_until_it_is_removed(
@@ -198,6 +239,7 @@ def test_directory_in_place_of_champion_json_is_damage_until_it_is_removed(
     assert found_files(registry) == {"champion.json"}
     assert (read_champion(registry, NAME), actions(registry)) == (three[1], entries)
     path.rmdir()
+    path.write_bytes(sound)
     rollback(registry, NAME, to=three[1], by="ann")
     assert path.read_bytes() == sound
     assert audit(registry, NAME).is_sound
@@ -212,7 +254,7 @@ def test_directory_in_place_of_champion_json_before_any_champion_is_damage(add, 
     assert found_files(registry) == {"champion.json"}
 
 
-def test_link_in_place_of_champion_json_is_replaced_and_its_target_left_alone(
+def test_link_in_place_of_champion_json_is_damage_and_its_target_left_alone(
     three, registry, tmp_path
 ):
     path, outside = registry / NAME / "champion.json", tmp_path / "outside.json"
@@ -221,8 +263,9 @@ def test_link_in_place_of_champion_json_is_replaced_and_its_target_left_alone(
     path.symlink_to(outside)
     assert found_files(registry) == {"champion.json"}
     before = outside.read_bytes()
-    promote(registry, NAME, three[2], by="ann")
-    assert not path.is_symlink()
+    with pytest.raises(DamagedError, match=r"champion\.json: does not hold the hash"):
+        promote(registry, NAME, three[2], by="ann")
+    assert path.is_symlink()
     assert outside.read_bytes() == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,21 @@ from nested_core.registry import (
     audit_report,
     champion_link,
     collect_garbage,
+    garbage_collection,
     history,
+    ledger,
     list_versions,
     promote,
     queries,
     read_champion,
     register,
+    registration,
     rollback,
 )
 from nested_core.registry.versions import AuditFinding, version_findings
 from tests.core.registry.states import NAME, assert_settled
+
+pytestmark = pytest.mark.usefixtures("no_time_to_decide")
 
 
 @pytest.fixture
@@ -34,6 +40,17 @@ def five(add, registry) -> list[str]:
     for version in versions[:3]:
         promote(registry, NAME, version, by="ann")
     return versions
+
+
+def clock_of(year: int) -> type[datetime]:
+    """A clock that stands in another year."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(year, 1, 1, tzinfo=UTC)
+
+    return Clock
 
 
 def collected(registry: Path, keep: int) -> set[str]:
@@ -239,3 +256,62 @@ def test_the_version_that_a_rollback_left_is_kept_until_the_next_change(five, re
     assert left not in collected(registry, 0)
     assert left in list_versions(registry, NAME)
     assert read_champion(registry, NAME) in list_versions(registry, NAME)
+
+
+class TestTimeToDecide:
+    """What is new is kept until it may have been promoted."""
+
+    @pytest.fixture(autouse=True)
+    def an_hour(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(hours=1))
+
+    def test_a_version_between_register_and_promote_is_kept(self, five, registry):
+        plan = collect_garbage(registry, NAME, by="ann", keep=0, dry_run=True)
+        assert plan.collected == (five[0],)
+        assert collected(registry, 0) == {five[0]}
+        assert promote(registry, NAME, five[3], by="ann").outcome == "promoted"
+
+    @pytest.mark.parametrize(("minutes", "is_kept"), [(59, True), (61, False), (-600, True)])
+    def test_it_is_kept_for_an_hour_and_where_the_clock_has_gone_back(
+        self, five, registry, monkeypatch, minutes, is_kept
+    ):
+        now = datetime.now(UTC) + timedelta(minutes=minutes)
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> datetime:
+                return now
+
+        monkeypatch.setattr(garbage_collection, "datetime", Clock)
+        assert (five[3] not in collected(registry, 0)) == is_kept
+
+    def test_one_that_was_champion_since_it_was_registered_is_not_new(self, five, registry):
+        promote(registry, NAME, five[3], by="ann")
+        promote(registry, NAME, five[4], by="ann")
+        promote(registry, NAME, five[2], by="ann")
+        assert five[3] in collected(registry, 0)
+
+    @pytest.mark.parametrize("moment", [None, 7, "yesterday", "2026-01-01T00:00:00"])
+    def test_one_that_does_not_say_when_it_was_registered_is_not_new(self, five, registry, moment):
+        path = registry / NAME / "versions" / five[4] / "provenance.json"
+        path.chmod(0o644)
+        path.write_text(json.dumps({"registered_at": moment}))
+        assert five[4] in collected(registry, 0)
+
+
+def test_versions_used_last_are_kept_whatever_the_clocks_were(five, registry, monkeypatch):
+    """The machine that made the last two changes has a clock that is years behind."""
+    monkeypatch.setattr(ledger, "datetime", clock_of(2001))
+    promote(registry, NAME, five[3], by="ann")
+    promote(registry, NAME, five[0], by="ann")
+    promote(registry, NAME, five[1], by="ann")
+    assert collected(registry, 3) == {five[2], five[4]}
+    assert audit(registry, NAME).is_sound
+
+
+def test_a_version_registered_by_a_machine_whose_clock_is_behind_is_the_newest(
+    five, registry, make_run, monkeypatch
+):
+    monkeypatch.setattr(registration, "datetime", clock_of(2001))
+    newest = register(make_run(9), registry, NAME, {})
+    assert newest not in collected(registry, 1)

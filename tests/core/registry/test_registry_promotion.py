@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from datetime import UTC, datetime
@@ -20,8 +21,7 @@ from nested_core.registry import (
 )
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import read_manifest
-
-NAME = "capitals"
+from tests.core.registry.states import NAME, make_earlier_release
 
 
 def test_first_promotion_points_a_relative_link_at_the_version(add, registry):
@@ -60,7 +60,9 @@ def test_history_is_one_json_object_a_line(three, registry):
 def test_champion_json_tells_the_last_change(three, registry):
     record = json.loads((registry / NAME / "champion.json").read_text())
     last = history(registry, NAME)[-1]
-    assert record == {field: last[field] for field in ("version", "previous", "time", "by")}
+    line = (registry / NAME / "history.jsonl").read_bytes().splitlines(keepends=True)[-1]
+    end = {"last_line_sha256": hashlib.sha256(line).hexdigest()}
+    assert record == {f: last[f] for f in ("version", "previous", "time", "by")} | end
 
 
 def test_promoting_the_champion_again_changes_nothing(three, registry):
@@ -156,11 +158,7 @@ def test_a_history_of_an_earlier_release_is_read_and_its_rollbacks_are_told_apar
     promote(registry, NAME, third, by="ann")
     rollback(registry, NAME, by="ann")
     rollback(registry, NAME, to=third, by="ann")  # what a second plain one did then
-    path = registry / NAME / "history.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        del line["explicit"]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    make_earlier_release(registry, "explicit")
     assert audit(registry, NAME).is_sound
     assert [rollback(registry, NAME, by="ann").version for _ in range(2)] == [second, first]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected
-from nested_core.registry import list_versions, read_champion, register
+from nested_core.registry import list_versions, promote, read_champion, register
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.manifest import verify_manifest
 
@@ -32,6 +34,7 @@ def test_version_is_the_digest_of_the_adapter_and_holds_its_proof(make_run, regi
     provenance = json.loads((folder / "provenance.json").read_text())
     registered_at = datetime.fromisoformat(provenance.pop("registered_at"))
     assert timedelta(0) <= datetime.now(UTC) - registered_at < timedelta(minutes=1)
+    assert provenance.pop("registered_after") == hashlib.sha256(b"").hexdigest()
     assert provenance == {"dataset": "d1"}
     assert verify_manifest(folder) == {"kind": "adapter version", "version": version}
 
@@ -39,6 +42,23 @@ def test_version_is_the_digest_of_the_adapter_and_holds_its_proof(make_run, regi
 def test_files_of_a_version_are_read_only(add, registry):
     folder = registry / "capitals" / "versions" / add(1)
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o444}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o400), (0o027, 0o440), (0o002, 0o444)])
+def test_files_of_a_version_are_read_by_those_whom_the_umask_lets(
+    make_run, registry, monkeypatch, umask, mode
+):
+    run, before = make_run(1), os.umask(umask)
+    try:
+        version = register(run, registry, "capitals", {})
+        promote(registry, "capitals", version, by="ann")
+    finally:
+        os.umask(before)
+    folder = registry / "capitals"
+    files = (folder / "versions" / version).iterdir()
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {mode}
+    for name in (".lock", "history.jsonl", "champion.json"):  # a group that promotes writes them
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o666 & ~umask
 
 
 def test_registering_promotes_nothing(add, registry):

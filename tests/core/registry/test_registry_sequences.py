@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -29,6 +30,7 @@ from nested_core.registry.promotion_policy import promote_as_recorded, promote_m
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME
 
+pytestmark = pytest.mark.usefixtures("no_time_to_decide")
 SEEDS = st.integers(0, 4)
 MEMORY = Path("/dev/shm")
 

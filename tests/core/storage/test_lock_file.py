@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError
-from nested_core.pipeline.device_lock import VARIABLE, exclusive_device, lock_path
-from nested_core.registry import audit, collect, history, promote, register, rollback
+from nested_core.pipeline.device_lock import VARIABLE, locking_devices, lock_path
+from nested_core.registry import audit, collect_garbage, history, promote, register, rollback
 from nested_core.storage.lock_file import (
     exclusive_lock,
     holder_lock,
@@ -89,13 +89,13 @@ def test_what_is_no_regular_file_is_damage_for_every_lock_and_is_left_as_it_is(
     (registry / "capitals" / ".lock").unlink()
     make(registry / "capitals" / ".lock")
     for place, call in (
-        (device, lambda: exclusive_device().__enter__()),
+        (device, lambda: locking_devices().__enter__()),
         (run.lock, lambda: run.locked().__enter__()),
         (run.lock, lambda: run.locked_for_reading().__enter__()),
         (run.lock, run.holder),
         (registry, lambda: promote(registry, "capitals", version, by="ann")),
         (registry, lambda: rollback(registry, "capitals", by="ann")),
-        (registry, lambda: collect(registry, "capitals", by="ann")),
+        (registry, lambda: collect_garbage(registry, "capitals", by="ann")),
         (registry, lambda: register(path.parent / "judged", registry, "capitals", {})),
         (registry, lambda: history(registry, "capitals")),
         (registry, lambda: audit(registry, "capitals")),

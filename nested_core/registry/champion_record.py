@@ -1,0 +1,118 @@
+"""champion.json: who made the champion and when, and the hash of the history's last line.
+
+The hash is what the history's end is held to. After a crash it may be that of the line before: a
+change writes the history, then champion.json, then the link. Any other difference is damage.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import DamagedError
+from nested_core.registry.ledger import LEDGER_NAME, Ledger
+from nested_core.registry.versions import AuditFinding
+from nested_core.storage.atomic import Confirm, write_json
+from nested_core.storage.strict_files import file_type, read_json
+
+RECORD_NAME = "champion.json"
+MAX_RECORD_BYTES = 64 * 1024
+HASH_FIELD = "last_line_sha256"
+FIELDS = ("version", "previous", "time", "by")
+IS_DIRECTORY = (
+    "is a directory. Expected the file that says who made the champion, and when. Remove it, and "
+    "restore the file from a backup."
+)
+
+
+def make_record(champion: str | None, ledger: Ledger) -> dict[str, Any] | None:
+    """The content of champion.json: the last change that made this version the champion.
+
+    None, for no file, before the first line of the history.
+    """
+    if champion is None and ledger.last_line_sha256 is None:
+        return None
+    changes = reversed(ledger.changes())
+    made_by = next((change for change in changes if change.version == champion), None)
+    record = {field: getattr(made_by, field, None) for field in FIELDS} | {"version": champion}
+    if ledger.last_line_sha256 is None:  # written by an earlier release, and not changed since
+        return record
+    return record | {HASH_FIELD: ledger.last_line_sha256}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """Read champion.json; None if it is missing, {} if it cannot be read."""
+    path = folder / RECORD_NAME
+    kind = file_type(path)
+    if kind != "file":
+        return None if kind == "missing" else {}
+    try:
+        record = read_json(path, MAX_RECORD_BYTES)
+    except DamagedError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(folder: Path, record: dict[str, Any] | None, *, confirm: Confirm) -> None:
+    """Replace champion.json, or remove it if there is nothing to record.
+
+    `confirm` is called just before, and raises where another process could be writing. Raises
+    DamagedError for a directory in the file's place, which cannot be replaced in one step.
+    """
+    path = folder / RECORD_NAME
+    if file_type(path) == "directory":
+        raise DamagedError(f"{path} {IS_DIRECTORY}")
+    if record is not None:
+        write_json(path, record, confirm=confirm)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_unrecorded(champion: str | None, record: dict[str, Any] | None, ledger: Ledger) -> bool:
+    """Whether a crash came after the history's last line and before champion.json and the link."""
+    if ledger.last_line_sha256 is None or ledger.torn:
+        return False
+    before = ledger.before_last()
+    # The second: a change that got as far as champion.json, and was then marked aborted.
+    earlier = (make_record(champion, before), make_record(before.champion, before))
+    return ledger.entries[-1].previous == champion and record in earlier
+
+
+def find_disagreement(
+    folder: Path, champion: str | None, record: dict[str, Any] | None, ledger: Ledger
+) -> AuditFinding | None:
+    """Why the history does not end as champion.json says, unless a crash can have left it so."""
+    recorded = (record or {}).get(HASH_FIELD)
+    if recorded != ledger.last_line_sha256:
+        if is_unrecorded(champion, record, ledger):
+            return None
+        return _wrong_end(folder, recorded, ledger)
+    if ledger.torn and ledger.champion != champion:
+        number = len(ledger.entries) + 1
+        message = f"line {number} is cut, though the link leads to its version already"
+        return AuditFinding(folder / LEDGER_NAME, f"{message}. Restore the file from a backup.")
+    return None
+
+
+def _wrong_end(folder: Path, recorded: Any, ledger: Ledger) -> AuditFinding:
+    path, history, last = folder / RECORD_NAME, folder / LEDGER_NAME, len(ledger.entries)
+    if file_type(path) == "directory":
+        return AuditFinding(path, IS_DIRECTORY)
+    if ledger.last_line_sha256 is None:
+        message = (
+            f"line {last + 1} is missing: {RECORD_NAME} holds the hash of a line that is not there."
+            " Restore the file from a backup; to begin anew, remove the link and champion.json."
+        )
+        return AuditFinding(history, message)
+    accept = (
+        "Restore the folder from a backup; or, if the history is right as it stands, write "
+        f'{{"{HASH_FIELD}": "{ledger.last_line_sha256}"}} into {RECORD_NAME}.'
+    )
+    if recorded is None:
+        missing = f"does not hold the hash of the last line of {LEDGER_NAME}, line {last}"
+        return AuditFinding(path, f"{missing}. {accept}")
+    earlier = [n for n, e in enumerate(ledger.entries, 1) if e.previous_line_sha256 == recorded]
+    what = f"line {last} was edited, or lines after it were removed"
+    if earlier:
+        what = f"line {earlier[0]} and what follows was added by something else"
+    return AuditFinding(history, f"{what}: {RECORD_NAME} holds the hash of another line. {accept}")
