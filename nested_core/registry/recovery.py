@@ -63,7 +63,8 @@ def read_state(folder: Path) -> State:
         )
     problem = find_disagreement(folder, state.champion, state.record, state.ledger)
     if problem is not None:
-        raise DamagedError(str(problem))
+        separator = ", " if problem.message.startswith("line ") else " "
+        raise DamagedError(f"{problem.file}{separator}{problem.message}")
     return state
 
 

@@ -1,4 +1,7 @@
-"""A kill, a torn write, EIO or ENOSPC at every system call of a change of the registry, in turn."""
+"""A failure at every system call of a change of the registry, in turn: the old state or the new.
+
+A kill, a torn write, and the errors that a file system answers with: EIO, ENOSPC, EINTR, EMFILE.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +18,16 @@ import pytest
 from nested_core.registry import (
     audit,
     collect_garbage,
+    garbage_collection,
     history,
     list_versions,
     promote,
     read_champion,
     register,
+    register_and_promote,
     rollback,
 )
+from nested_core.registry.registration import judged_digest
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_old_or_new_and_whole, assert_settled
 from tests.core.registry.system_calls import Failure, can_fail, can_trace, interrupted_at
@@ -32,15 +39,20 @@ pytestmark = [
 ]
 FAILURES = [
     pytest.param(failure, marks=pytest.mark.skipif(not can_fail(failure), reason="Linux, x86_64"))
-    for failure in ("kill", "torn", "EIO", "ENOSPC")
+    for failure in ("kill", "torn", "EIO", "ENOSPC", "EINTR", "EMFILE")
 ]
-EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 23
+EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 37
 
 
 @pytest.fixture(autouse=True)
 def _can_be_traced() -> None:
     if not can_trace():
         pytest.skip("this machine lets no process be traced (ptrace)")
+
+
+@pytest.fixture(autouse=True)
+def _gc_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
 
 
 @pytest.fixture
@@ -82,7 +94,7 @@ def each_call(
 
 @pytest.mark.parametrize("stride", [SAMPLE, EVERY_CALL])
 @pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("change", ["promote", "rollback"])
+@pytest.mark.parametrize("change", ["promote", "rollback", "register_and_promote"])
 def test_failure_at_a_call_leaves_the_old_or_the_new_champion_and_the_next_change_settles(
     memory: Path,
     versions: tuple[str, str, str],
@@ -92,9 +104,15 @@ def test_failure_at_a_call_leaves_the_old_or_the_new_champion_and_the_next_chang
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     first, old, third = versions
+    run = write_run(memory / "run-9", 9)
+    fourth = judged_digest(run)
     actions: dict[str, tuple[str, Callable[[Path], object]]] = {
         "promote": (third, lambda place: promote(place, NAME, third, by="ann")),
         "rollback": (first, lambda place: rollback(place, NAME, by="ann")),
+        "register_and_promote": (
+            fourth,
+            lambda place: register_and_promote(run, place, NAME, {}, by="ann"),
+        ),
     }
     new, action = actions[change]
     points = {old: 0, new: 0}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,32 @@ import mlx.core as mx
 import pytest
 
 from nested_core import ConfigError, DamagedError, FineTuneConfig, GateRejected, read_adapter
+from nested_core.pipeline import publishing
 from nested_core.pipeline.continual import champion_or_none
-from nested_core.pipeline.publishing import make_provenance, register_run
-from nested_core.registry import Promotion, promote, read_champion
+from nested_core.pipeline.publishing import (
+    make_provenance,
+    register_and_promote_run,
+    register_run,
+)
+from nested_core.registry import (
+    Promotion,
+    collect_garbage,
+    garbage_collection,
+    list_versions,
+    promote,
+    promotion,
+    read_champion,
+    registration,
+)
 from nested_core.registry.gate_file import write_gate
-from nested_core.registry.promotion_policy import promote_by_policy
+from nested_core.registry.promotion_policy import promote_by_policy, warn_if_worse
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import regular_sha256
 
 NAME = "capitals"
+SECONDS_FOR_A_GC = 0.5  # it takes some milliseconds, and all of this where it has to wait
 MakeRun = Callable[..., RunDirectory]
 Configure = Callable[..., FineTuneConfig]
 
@@ -229,3 +247,98 @@ class TestPolicy:
         path.write_text(path.read_text().replace("1.0", "9.0"))
         with pytest.raises(DamagedError, match="gate.json: has changed"):
             publish(make_run(2.0, loss=2.0), promote="better")
+
+
+class TestPromotionByAPerson:
+    """`nested-tune promote RUN_DIR`: one lock from register to promote, and a warning if worse."""
+
+    @pytest.fixture
+    def by_hand(
+        self, configure: Configure, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[[RunDirectory], Promotion]:
+        """Promote a run whose files were written by hand: they hold no evidence to confirm."""
+        monkeypatch.setattr(publishing, "confirm_recorded_verdict", lambda config, run: None)
+        return lambda run: register_and_promote_run(configure(), run, by="ann")
+
+    @pytest.mark.parametrize(
+        ("before", "after", "is_warned"),
+        [(3.458, 4.075, True), (3.458, 3.4581, True), (3.458, 3.458, False), (4.0, 3.0, False)],
+    )
+    def test_a_higher_loss_on_the_same_data_is_promoted_with_a_warning(
+        self,
+        make_run: MakeRun,
+        by_hand: Any,
+        tmp_path: Path,
+        before: float,
+        after: float,
+        is_warned: bool,
+    ) -> None:
+        registry = tmp_path / "registry"
+        first = by_hand(make_run(1.0, loss=before))
+        assert warn_if_worse(registry, NAME, first) is None
+        done = by_hand(make_run(2.0, loss=after))
+        assert done.outcome == "promoted"
+        warning = warn_if_worse(registry, NAME, done)
+        assert (warning is not None) == is_warned
+        if warning is not None:
+            assert f"a higher validation loss on the same data, {after:.4g}, than the" in warning
+            assert f"{first.version[:12]}, {before:.4g}. To go back: nested-tune roll" in warning
+        assert warn_if_worse(registry, NAME, by_hand(make_run(3.0, loss=0.5))) is None
+
+    def test_losses_on_other_data_or_none_are_no_reason_to_warn(
+        self, make_run: MakeRun, by_hand: Any, tmp_path: Path
+    ) -> None:
+        by_hand(make_run(1.0, loss=1.0))
+        for run in (make_run(2.0, loss=5.0, data="d2"), make_run(3.0, loss=None)):
+            assert warn_if_worse(tmp_path / "registry", NAME, by_hand(run)) is None
+
+    def test_a_champion_that_is_damaged_is_replaced_without_a_comparison(
+        self, make_run: MakeRun, by_hand: Any, tmp_path: Path
+    ) -> None:
+        first = by_hand(make_run(1.0, loss=1.0))
+        path = tmp_path / "registry" / NAME / "versions" / first.version / "gate.json"
+        path.chmod(0o644)
+        path.write_text("{")
+        done = by_hand(make_run(2.0, loss=5.0))
+        assert warn_if_worse(tmp_path / "registry", NAME, done) is None
+
+    def test_better_refuses_what_a_person_is_warned_of(
+        self, make_run: MakeRun, by_hand: Any, publish: Any
+    ) -> None:
+        by_hand(make_run(1.0, loss=3.458))
+        refused = publish(make_run(2.0, loss=4.075), promote="better")
+        assert refused == "validation loss 4.075 is not better than the champion's 3.458"
+
+    def test_a_gc_that_keeps_nothing_comes_before_or_after_and_never_between(
+        self,
+        make_run: MakeRun,
+        by_hand: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        registry = tmp_path / "registry"
+        monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
+        by_hand(make_run(1.0))
+        gc = threading.Thread(target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0})
+        add_version = registration.add_version
+
+        def after(*arguments: Any, **options: Any) -> None:
+            add_version(*arguments, **options)
+            gc.start()
+            gc.join(SECONDS_FOR_A_GC)  # it has to wait for the lock
+
+        monkeypatch.setattr(promotion, "add_version", after)
+        assert by_hand(make_run(2.0)).outcome == "promoted"
+        gc.join()
+        assert len(list_versions(registry, NAME)) == 2
+
+    def test_a_run_that_another_process_works_on_is_refused(
+        self, make_run: MakeRun, by_hand: Any, tmp_path: Path
+    ) -> None:
+        run = make_run(1.0)
+        with run.locked(), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+            by_hand(run)
+        assert not (tmp_path / "registry").exists()
+        before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+        assert by_hand(run).outcome == "promoted"
+        assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,11 @@ def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
 
 
 @pytest.fixture
-def no_time_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_time_to_decide() -> Iterator[None]:
     """A gc takes versions that were registered just now, too."""
-    monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
+        yield
 
 
 @pytest.fixture

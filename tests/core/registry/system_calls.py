@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from nested_core.errors import NestedTuneError
 
-Failure = Literal["kill", "torn", "EIO", "ENOSPC"]
+Failure = Literal["kill", "torn", "EIO", "ENOSPC", "EINTR", "EMFILE"]
 
 TRACEME, POKEUSER, SYSCALL, SETOPTIONS, GET_SYSCALL_INFO = 0, 6, 24, 0x4200, 0x420E
 TRACE_SYSGOOD, EXIT_KILL = 0x1, 0x100000

@@ -47,7 +47,7 @@ def clock_of(year: int) -> type[datetime]:
 
     class Clock(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
+        def now(cls, tz: Any = None) -> Any:
             return datetime(year, 1, 1, tzinfo=UTC)
 
     return Clock
@@ -262,7 +262,7 @@ class TestTimeToDecide:
     """What is new is kept until it may have been promoted."""
 
     @pytest.fixture(autouse=True)
-    def an_hour(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def an_hour(self, no_time_to_decide: None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(hours=1))
 
     def test_a_version_between_register_and_promote_is_kept(self, five, registry):
@@ -279,7 +279,7 @@ class TestTimeToDecide:
 
         class Clock(datetime):
             @classmethod
-            def now(cls, tz: Any = None) -> datetime:
+            def now(cls, tz: Any = None) -> Any:
                 return now
 
         monkeypatch.setattr(garbage_collection, "datetime", Clock)

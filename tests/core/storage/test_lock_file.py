@@ -10,12 +10,15 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nested_core.errors import DamagedError
+from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import VARIABLE, locking_devices, lock_path
 from nested_core.registry import audit, collect_garbage, history, promote, register, rollback
+from nested_core.storage.checkpoint import list_checkpoints
 from nested_core.storage.lock_file import (
     exclusive_lock,
     holder_lock,
@@ -24,6 +27,7 @@ from nested_core.storage.lock_file import (
 )
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.registry.conftest import write_run
+from tests.example import example_config
 
 REMOVED = r"lock was removed or replaced while this process had it locked"
 SECONDS = 5.0
@@ -190,6 +194,24 @@ class TestRun:
             with RunDirectory(run.path).locked():
                 pass
         run.require_lock()
+
+    @pytest.mark.parametrize("lose", [remove, replace])
+    def test_training_that_lost_its_lock_writes_no_checkpoint_more(
+        self, tmp_path: Path, lose: Callable[[Path], None]
+    ) -> None:
+        config, run = example_config(iters=8, save_every=2), RunDirectory(tmp_path / "run")
+
+        def lose_it(trainer: Any) -> None:
+            lose(run.lock)
+
+        with run.locked():
+            steps.begin(config, run, resume=False)
+            steps.validate(config, run)
+            steps.load(config, run)
+            with pytest.raises(DamagedError, match=REMOVED):
+                steps.train(config, run, on_start=lose_it)
+        assert list_checkpoints(run.checkpoints) == []
+        assert not run.result.exists()
 
     def test_a_rank_watches_the_lock_of_the_process_that_started_it(self, tmp_path: Path) -> None:
         run, rank = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
