@@ -9,15 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import re
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from nested_core.errors import DamagedError
 from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.atomic import Confirm, sync_path
-from nested_core.storage.strict_files import file_type
 
 LINK_NAME = "champion"
-PREPARED_NAME = ".champion-next"
+PREPARED_PREFIX = ".champion-next"
 TARGET_PATTERN = re.compile(rf"{VERSIONS}/([0-9a-f]{{64}})")
 
 
@@ -31,34 +32,45 @@ def read_link(folder: Path) -> str | None:
 
 def read_prepared(folder: Path) -> str | None:
     """The version that an unfinished change was to make the champion."""
-    try:
-        return _read_target(folder / PREPARED_NAME)
-    except DamagedError:
-        return None
+    for path in _prepared_links(folder):
+        with suppress(DamagedError):
+            return _read_target(path)
+    return None
 
 
-def prepare(folder: Path, version: str) -> None:
-    """Put the next link beside the champion, durably; readers ignore it."""
-    os.symlink(f"{VERSIONS}/{version}", folder / PREPARED_NAME)
+def prepare(folder: Path, version: str) -> Path:
+    """Put the next link beside the champion, durably; readers ignore it. Its name is new."""
+    path = folder / f"{PREPARED_PREFIX}{uuid.uuid4().hex[:8]}"
+    os.symlink(f"{VERSIONS}/{version}", path)
     sync_path(folder)
+    return path
 
 
-def swap(folder: Path, *, confirm: Confirm) -> None:
+def swap(folder: Path, prepared: Path, *, confirm: Confirm) -> None:
     """Rename the prepared link to `champion`: a reader sees the old one or the new one.
 
     `confirm` is called just before, and raises where another process could be writing.
     """
     confirm()
-    os.replace(folder / PREPARED_NAME, folder / LINK_NAME)
+    os.replace(prepared, folder / LINK_NAME)
     sync_path(folder)
+
+
+def claim_prepared(folder: Path) -> None:
+    """Rename a link that another process has prepared, so that `swap` fails there from now on."""
+    for path in _prepared_links(folder):
+        path.rename(folder / f"{PREPARED_PREFIX}{uuid.uuid4().hex[:8]}")
 
 
 def discard_prepared(folder: Path) -> None:
     """Remove a prepared link that never became the champion."""
-    path = folder / PREPARED_NAME
-    if file_type(path) != "missing":
+    for path in _prepared_links(folder):
         path.unlink()
         sync_path(folder)
+
+
+def _prepared_links(folder: Path) -> list[Path]:
+    return [folder / name for name in os.listdir(folder) if name.startswith(PREPARED_PREFIX)]
 
 
 def _read_target(path: Path) -> str | None:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
+from nested_core.storage.lock_file import lock_open_file
 from nested_core.storage.strict_files import file_type, read_regular
 
 LEDGER_NAME = "history.jsonl"
@@ -208,6 +209,7 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
     line = json.dumps(asdict(entry)).encode() + b"\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
+        lock_open_file(descriptor, path)  # held while the size is what was read
         size = os.fstat(descriptor).st_size
         if size != ledger.whole_bytes:
             raise DamagedError(

@@ -185,7 +185,7 @@ def _champion_before(folder: Path, state: State) -> str:
 def _move(folder: Path, entry: Entry, ledger: Ledger, lock: LockFile) -> None:
     """Record the change, then make it: a crash in between leaves the old champion standing."""
     version = str(entry.version)
-    champion_link.prepare(folder, version)
+    prepared = champion_link.prepare(folder, version)
     ledger = append(folder, ledger, entry, confirm=lock.require_current)
     write_record(folder, make_record(version, ledger), confirm=lock.require_current)
-    champion_link.swap(folder, confirm=lock.require_current)
+    champion_link.swap(folder, prepared, confirm=lock.require_current)

@@ -73,9 +73,14 @@ def recover(folder: Path, lock: LockFile) -> State:
 
     Raises DamagedError where `read_state` does: nothing is changed then.
     """
+    confirm = lock.require_current
+    confirm()
+    # What somebody without the lock has prepared can no longer take effect from here on.
+    champion_link.claim_prepared(folder)
+    for place in (folder, folder / VERSIONS):
+        remove_leftovers(place)
     state = read_state(folder)
     champion, ledger = state.champion, state.ledger
-    confirm = lock.require_current
     if is_unrecorded(champion, state.record, ledger):  # one line ahead at most, at any moment
         write_record(folder, make_record(champion, ledger), confirm=confirm)
     if ledger.torn or ledger.champion != champion:
@@ -88,8 +93,6 @@ def recover(folder: Path, lock: LockFile) -> State:
     if read_record(folder) != record:
         write_record(folder, record, confirm=confirm)
     champion_link.discard_prepared(folder)
-    for place in (folder, folder / VERSIONS):
-        remove_leftovers(place)
     return State(champion, record, ledger)
 
 

@@ -112,6 +112,14 @@ def holder_lock(
             return
 
 
+def lock_open_file(descriptor: int, path: Path) -> None:
+    """Lock a file that is open for writing until it is closed; ConfigError if it has no locks.
+
+    For a file that is never removed, so that the one at `path` stays the same.
+    """
+    _flock(descriptor, path, fcntl.LOCK_EX)
+
+
 def watch_lock(path: Path) -> LockFile | None:
     """The lock file at `path` that another process has locked on behalf of this one, opened.
 
@@ -178,19 +186,23 @@ def _open(path: Path, flags: int, mode: int) -> int:
 
 
 def _acquire(lock: LockFile, operation: int, on_busy: OnBusy | None) -> None:
+    while True:
+        try:
+            return _flock(lock.descriptor, lock.path, operation | (fcntl.LOCK_NB if on_busy else 0))
+        except BlockingIOError:
+            if on_busy is None:
+                raise
+            on_busy()
+
+
+def _flock(descriptor: int, path: Path, operation: int) -> None:
     try:
-        while True:
-            try:
-                return fcntl.flock(lock.descriptor, operation | (fcntl.LOCK_NB if on_busy else 0))
-            except BlockingIOError:
-                if on_busy is None:
-                    raise
-                on_busy()
+        fcntl.flock(descriptor, operation)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         raise ConfigError(
-            f"{lock.path} cannot be locked ({error.strerror}): its file system has no file locks, "
+            f"{path} cannot be locked ({error.strerror}): its file system has no file locks, "
             "and several processes could overwrite one another's work. Mount it with locks, or "
             "move the folder."
         ) from error

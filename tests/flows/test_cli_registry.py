@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -65,6 +66,19 @@ def test_promoting_a_run_registers_it_and_makes_it_champion(
     assert story["first"].stdout == f"promoted: {versions[0]} (before: none)\n"
     assert story["second"].code == 0
     assert story["second"].stdout == f"promoted: {versions[1]} (before: {versions[0]})\n"
+
+
+def test_a_promotion_to_a_higher_loss_on_the_same_data_is_a_success_with_a_warning(
+    story: dict[str, Ended], folder: Path
+) -> None:
+    gates = [json.loads((folder / run / "gate.json").read_text()) for run in ("first", "second")]
+    first, second = (gate["validation"]["loss_after"] for gate in gates)
+    assert second > first  # it was trained for half as long
+    assert story["second"].code == 0
+    warning = " ".join(story["second"].stderr.split())
+    assert f"a higher validation loss on the same data, {second:.4g}, than the champion" in warning
+    assert f"{first:.4g}. To go back: nested-tune rollback {NAME} --registry registry" in warning
+    assert "warning" not in story["first"].stderr
 
 
 def test_a_promotion_for_another_champion_is_superseded_and_a_success(

@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State
 from nested_core import registry as core
 from nested_core.config.registry import RegistrySection
 from nested_core.pipeline import steps
-from nested_core.registry.champion_link import PREPARED_NAME
+from nested_core.registry.champion_link import PREPARED_PREFIX
 from nested_core.storage.run_directory import RunDirectory
 from tasks.gate import gate
 from tasks.load import load
@@ -90,7 +90,7 @@ def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
     registry = tmp_path / "registry"
     policy = {"config": {"registry": {"path": "r", "name": "capitals", "promote": "always"}}}
     version = core.register(write_run(tmp_path / "run", 1), registry, "capitals", policy)
-    (registry / "capitals" / PREPARED_NAME).mkdir()  # where the next pointer is written first
+    (registry / "capitals" / PREPARED_PREFIX).mkdir()  # where the next pointer is written first
     section = RegistrySection(path=str(registry), name="capitals", promote="always")
     given = (section, version, None) if task is promote else (registry, "capitals", version)
     state, count = tries(task, *given)

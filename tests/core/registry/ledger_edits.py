@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Outcome = Literal["refused", "mended", "torn", "same"]
+Outcome = Literal["refused", "mended", "torn", "crash", "same"]
 OTHER = "f" * 64
 
 
@@ -17,7 +17,8 @@ class Edit:
     """New contents of the two files (None: removed), and what must become of them.
 
     refused: audit and every writer name the file. mended: audit finds it, and the next writer
-    leaves the bytes that were there before. torn: a line that was never finished, which the next
+    leaves the bytes that were there before. crash: what a crash before champion.json leaves, which
+    the next writer mends without a finding of audit. torn: a line that was never finished, which the next
     writer marks. same: the file means what it meant.
     """
 
@@ -42,11 +43,11 @@ def ledger_edits(history: bytes, record: bytes) -> Iterator[Edit]:
     for added in (b"\n", b"{}\n", b"\0" * 64 + b"\n", b"[" * 100_000 + b"\n", b" \n"):
         yield Edit(f"added: {added[:9]!r}", history + added, record)
     for name, edited_record in _edited_records(record, lines):
-        outcome = _outcome(edited_record, record)
+        outcome = _outcome(edited_record, record, lines)
         yield Edit(f"champion.json: {name}", history, edited_record, outcome)
 
 
-def _outcome(content: bytes | None, record: bytes) -> Outcome:
+def _outcome(content: bytes | None, record: bytes, lines: list[bytes]) -> Outcome:
     """Whether the hash in champion.json is what it was, and all else too."""
     try:
         now, before = json.loads(content or b""), json.loads(record)
@@ -54,6 +55,8 @@ def _outcome(content: bytes | None, record: bytes) -> Outcome:
         return "refused"
     if now == before:
         return "same"
+    if now == before | {"last_line_sha256": hashlib.sha256(lines[-2]).hexdigest()}:
+        return "crash"  # the last line changes no champion
     is_recorded = (
         isinstance(now, dict) and now.get("last_line_sha256") == before["last_line_sha256"]
     )

@@ -128,7 +128,7 @@ def assert_mended(registry: Path, edit: Edit, sound: dict[str, bytes]) -> None:
         assert lines.startswith(sound["history.jsonl"]), edit.name
         added = history(registry, NAME)[sound["history.jsonl"].count(b"\n") :]
         assert [(e["action"], e["previous"]) for e in added] == [("aborted", champion)], edit.name
-    elif edit.outcome == "mended":
+    elif edit.outcome in ("mended", "crash"):
         assert contents(registry / NAME) == sound, edit.name
     assert_settled(registry)
 
