@@ -16,10 +16,11 @@ OTHER = "f" * 64
 class Edit:
     """New contents of the two files (None: removed), and what must become of them.
 
-    refused: audit and every writer name the file. mended: audit finds it, and the next writer
-    leaves the bytes that were there before. crash: what a crash before champion.json leaves, which
-    the next writer mends without a finding of audit. torn: a line that was never finished, which the next
-    writer marks. same: the file means what it meant.
+    refused: audit and every writer name the file.
+    mended: audit finds it, and the next writer leaves the bytes that were there before.
+    crash: what a crash before champion.json leaves; mended without a finding.
+    torn: a line that was never finished, which the next writer marks.
+    same: the file means what it meant.
     """
 
     name: str
