@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import result_printer, text_printer
-from flows.terminal import print_line, print_table, say
+from flows.terminal import print_line, print_progress, print_table
 from nested_core.errors import DamagedError
 from nested_core.storage.run_directory import RunDirectory
 
@@ -68,7 +68,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     done = register_and_promote_run(config, run, by=getpass.getuser(), expected_champion=expected)
     warning = warn_if_worse(arguments.registry, arguments.name, done)
     if warning is not None:
-        say(f"warning: {warning}")
+        print_progress(f"warning: {warning}")
     return _print_change(done)
 
 

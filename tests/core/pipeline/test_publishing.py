@@ -319,7 +319,9 @@ class TestPromotionByAPerson:
         registry = tmp_path / "registry"
         monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
         by_hand(make_run(1.0))
-        gc = threading.Thread(target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0})
+        gc = threading.Thread(
+            target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}
+        )
         add_version = registration.add_version
 
         def after(*arguments: Any, **options: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
-from nested_core.pipeline.device_lock import VARIABLE, locking_devices, lock_path
+from nested_core.pipeline.device_lock import VARIABLE, lock_path, locking_devices
 from nested_core.registry import audit, collect_garbage, history, promote, register, rollback
 from nested_core.storage.checkpoint import list_checkpoints
 from nested_core.storage.lock_file import (
