@@ -102,6 +102,7 @@ class RunRecorder:
 
     def _append_metrics_record(self, state: TrainingState, record: dict[str, Any]) -> None:
         if self.setup.world.is_main:
+            self.setup.run.require_lock()
             append_metrics(self.setup.run.metrics, {"step": state.step} | record)
         state.reported += 1
 
