@@ -41,7 +41,7 @@ FAILURES = [
     pytest.param(failure, marks=pytest.mark.skipif(not can_fail(failure), reason="Linux, x86_64"))
     for failure in ("kill", "torn", "EIO", "ENOSPC", "EINTR", "EMFILE")
 ]
-EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 37
+EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 67
 
 
 @pytest.fixture(autouse=True)
