@@ -17,8 +17,8 @@ from nested_core.pipeline.device_lock import VARIABLE, device_names, lock_path, 
 
 HOLD = (
     "import sys, time\n"
-    "from nested_core.pipeline.device_lock import exclusive_device\n"
-    "with exclusive_device():\n"
+    "from nested_core.pipeline.device_lock import locking_devices\n"
+    "with locking_devices():\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"
 )

@@ -96,8 +96,8 @@ def test_the_public_names_run_it(tmp_path: Path) -> None:
 
 HOLD = (
     "import time\n"
-    "from nested_core.pipeline.device_lock import exclusive_device\n"
-    "with exclusive_device():\n"
+    "from nested_core.pipeline.device_lock import locking_devices\n"
+    "with locking_devices():\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"
 )
