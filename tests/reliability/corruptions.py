@@ -10,8 +10,10 @@ from pathlib import Path
 
 from nested_core import registry
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, GateRejected
 from nested_core.pipeline import steps
+from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.storage.manifest import read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import train_example
 from tests.reliability.mutations import BYTE_EDITS, mutate
@@ -32,6 +34,40 @@ def corrupt_runs(folder: Path, count: int, seed: int) -> str:
         shutil.rmtree(run.path)
         kinds[name] += 1
     return f"{count} corruptions of adapters and checkpoints of {len(kinds)} kinds, all refused"
+
+
+def corrupt_verdicts(folder: Path, count: int, seed: int) -> str:
+    """Change bytes of one file that a verdict rests on, or of it; promoting must refuse each."""
+    done = train_example(folder / "run", **SMALL_RUN)
+    steps.judge(done.config, done.run)
+    confirm_recorded_verdict(done.config, done.run)
+    files = [*read_manifest(done.run.path)["files"], done.run.manifest.name]
+    damaged: Counter[str] = Counter()
+    for number in range(seed, seed + count):
+        name = random.Random(number).choice(files)
+        run = RunDirectory(folder / "copy")
+        shutil.copytree(done.run.path, run.path, copy_function=os.link)
+        change_bytes(run.path / name, number)
+        try:
+            confirm_recorded_verdict(done.config, run)
+        except (DamagedError, GateRejected):
+            damaged[name] += 1
+        else:
+            raise AssertionError(f"corruption {number} of {run.path / name} was not found")
+        shutil.rmtree(run.path)
+    return f"{count} corruptions of {len(damaged)} files of a verdict, none would be promoted"
+
+
+def change_bytes(path: Path, number: int) -> None:
+    """Replace a file by one with other bytes; its other hard links stay as they are."""
+    dice = random.Random(number)
+    before = path.read_bytes()
+    content = bytearray(before)
+    while bytes(content) == before:
+        dice.choice(BYTE_EDITS)(content, dice)
+    path.parent.chmod(0o755)
+    path.unlink()
+    path.write_bytes(content)
 
 
 def is_refused(config: FineTuneConfig, run: RunDirectory) -> bool:
@@ -58,17 +94,10 @@ def corrupt_registries(folder: Path, count: int, seed: int) -> str:
     ]
     damaged: Counter[str] = Counter()
     for number in range(seed, seed + count):
-        dice = random.Random(number)
         copy = folder / "copy"
         shutil.copytree(original, copy, symlinks=True, copy_function=os.link)
-        path = copy / dice.choice(files)
-        before = path.read_bytes()
-        content = bytearray(before)
-        while bytes(content) == before:
-            dice.choice(BYTE_EDITS)(content, dice)
-        path.parent.chmod(0o755)
-        path.unlink()
-        path.write_bytes(content)
+        path = copy / random.Random(number).choice(files)
+        change_bytes(path, number)
         assert is_found(copy), f"corruption {number} of {path} was not found"
         damaged[path.name] += 1
         shutil.rmtree(copy)
@@ -81,3 +110,6 @@ def is_found(root: Path) -> bool:
         return bool(registry.audit(root, NAME).findings)
     except DamagedError:
         return True
+
+
+VOLUMES = {"runs": corrupt_runs, "verdicts": corrupt_verdicts, "registries": corrupt_registries}

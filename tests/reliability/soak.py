@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,11 +59,12 @@ def main() -> None:
     if arguments.kills:
         _timed(lambda: run_kills(folder / "kills", arguments.kills, arguments.seed))
     if arguments.corruptions:
-        from tests.reliability.corruptions import corrupt_registries, corrupt_runs
+        from tests.reliability.corruptions import VOLUMES
 
-        half = arguments.corruptions // 2
-        _timed(lambda: corrupt_runs(folder / "runs", arguments.corruptions - half, arguments.seed))
-        _timed(lambda: corrupt_registries(folder / "registries", half, arguments.seed))
+        for number, (name, corrupt) in enumerate(VOLUMES.items()):
+            count = arguments.corruptions * (number + 1) // len(VOLUMES)
+            count -= arguments.corruptions * number // len(VOLUMES)
+            _timed(partial(corrupt, folder / name, count, arguments.seed))
     if arguments.queue:
         _timed(lambda: run_queue(arguments.queue))
 

@@ -20,7 +20,7 @@ FULL = [pytest.mark.reliability, pytest.mark.timeout(7200)]
     [
         pytest.param("--kills", 5, "5 kills in ", marks=pytest.mark.timeout(600)),
         pytest.param("--kills", 100, "100 kills in ", marks=FULL),
-        pytest.param("--corruptions", 1000, "500 corruptions of 6 files of a reg", marks=FULL),
+        pytest.param("--corruptions", 999, "333 corruptions of 12 files of a verdict", marks=FULL),
     ],
 )
 def test_what_was_killed_or_corrupted_is_made_good_or_found(
