@@ -50,6 +50,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from flows.token_view import print_examples
     from nested_core.data.data_settings import DataSettings
     from nested_core.data.dataset_loading import load_dataset
+    from nested_core.data.rules.finding_groups import group_findings
     from nested_core.data.tokens.examples_for_display import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
@@ -70,9 +71,10 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         return report.to_json() | (shown if arguments.show else {})
 
     def show() -> None:
-        """The findings as a table, then the examples."""
-        rows = [(f.severity, f.file, f.line, f.check, f.message) for f in report.findings]
-        print_table(("severity", "file", "line", "check", "message"), rows)
+        """The findings as a table, a row for each check and cause, then the examples."""
+        groups = group_findings(report.findings)
+        rows = [(g.severity, g.file, g.shown_lines, g.count, g.check, g.message) for g in groups]
+        print_table(("severity", "file", "line", "count", "check", "message"), rows)
         print_examples(examples)
 
     return result_printer(arguments, document, show, DatasetError.exit_code if report.errors else 0)

@@ -26,6 +26,7 @@ from pydantic import (
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object, has_repeated_key
+from nested_core.data.lines.other_formats import describe_conversion, describe_sharegpt
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
@@ -230,10 +231,16 @@ def _choose_format(row: dict[str, Any], features: FieldNames) -> Format:
         return "text"
     if has_prompt or has_completion:
         missing = features.completion if has_prompt else features.prompt
-        raise LineProblem("missing-field", f"{missing} is missing")
+        raise LineProblem("missing-field", f"{missing} is missing{_conversion_hint(row, features)}")
     expected = f"{features.prompt!r} and {features.completion!r}, {features.chat!r} or "
     present = shorten(", ".join(row) or "nothing")
-    raise LineProblem("unknown-format", f"expected {expected}{features.text!r}; found {present}")
+    hint = _conversion_hint(row, features)
+    message = f"expected {expected}{features.text!r}; found {present}{hint}"
+    raise LineProblem("unknown-format", message)
+
+
+def _conversion_hint(row: dict[str, Any], features: FieldNames) -> str:
+    return describe_conversion(row, prompt=features.prompt, completion=features.completion)
 
 
 def _validate_example(row: dict[str, Any], name: Format, features: FieldNames) -> Example:
@@ -244,7 +251,8 @@ def _validate_example(row: dict[str, Any], name: Format, features: FieldNames) -
         context = _ANY_ROLE if features.allows_any_role else None
         _CHECKED[name].validate_python(fields, context=context)
     except ValidationError as error:
-        raise _describe_validation_error(error, keys) from None
+        hint = describe_sharegpt(row) if name == "chat" else ""
+        raise _describe_validation_error(error, keys, hint) from None
     unknown = set(row.keys() - keys.values())
     if name == "text":
         return Example(name, [], text=fields["text"], unknown_keys=frozenset(unknown))
@@ -268,7 +276,9 @@ def _non_null_keys(message: dict[str, Any]) -> set[str]:
     return {key for key, value in message.items() if value is not None}
 
 
-def _describe_validation_error(error: ValidationError, keys: dict[str, str]) -> LineProblem:
+def _describe_validation_error(
+    error: ValidationError, keys: dict[str, str], hint: str
+) -> LineProblem:
     """The first of pydantic's errors as the problem of this line, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
@@ -279,7 +289,7 @@ def _describe_validation_error(error: ValidationError, keys: dict[str, str]) -> 
     )
     more = f" (and {len(problems) - 1} more in this line)" if len(problems) > 1 else ""
     if check == "missing-field":
-        return LineProblem(check, f"{place} is missing{more}")
+        return LineProblem(check, f"{place} is missing{more}{hint}")
     expected = first["msg"].removeprefix("Value error, ")
     expected = expected[0].lower() + expected[1:]
     shown = _show_without_content(first["input"], check)

@@ -1,0 +1,67 @@
+"""Rows in formats of other programs (Alpaca, ShareGPT, other names of fields): how to convert them.
+
+Looks at the keys of a row, and at whether they hold texts or turns; never at a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from nested_core.errors import shorten
+
+_PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "user")
+_COMPLETIONS = (
+    *("completion", "response", "answer", "output", "assistant", "solution", "target"),
+    "chosen",
+)
+_TEXTS = ("content", "document", "body", "story", "code")
+PLACE = "docs/data.md, Other formats"
+
+
+def describe_conversion(row: Mapping[str, Any], *, prompt: str, completion: str) -> str:
+    """What to set or to convert, after a semicolon; empty for a row of no format known here.
+
+    `prompt` and `completion` are the keys that are configured for these fields.
+    """
+    if sharegpt := describe_sharegpt(row):
+        return sharegpt
+    if chat := next((key for key, value in row.items() if _holds_turns(value, "role")), None):
+        return f"; {shorten(chat)} holds turns: set chat_feature: {shorten(chat)}"
+    if {"instruction", "output"} <= row.keys() and row.get("input"):
+        return (
+            "; this is Alpaca's: write instruction and input into one prompt, output into "
+            f"completion ({PLACE})"
+        )
+    found = {
+        "prompt_feature": (_first_text(row, _PROMPTS), prompt),
+        "completion_feature": (_first_text(row, _COMPLETIONS), completion),
+    }
+    names = [name for name, _ in found.values()]
+    if None not in names:
+        settings = [f"{key}: {name}" for key, (name, now) in found.items() if name != now]
+        return f"; set {' and '.join(settings)}"
+    text = _first_text(row, _TEXTS) if names == [None, None] else None
+    return f"; set text_feature: {text}" if text is not None else ""
+
+
+def describe_sharegpt(row: Mapping[str, Any]) -> str:
+    """How turns {from, value} become turns {role, content}; empty where there are none."""
+    key = next((key for key, value in row.items() if _holds_turns(value, "from")), None)
+    if key is None:
+        return ""
+    return (
+        f"; {shorten(key)} is ShareGPT's: make each turn {{from, value}} a turn {{role, content}} "
+        f"under messages, human as user and gpt as assistant ({PLACE})"
+    )
+
+
+def _holds_turns(value: Any, key: str) -> bool:
+    """Whether this is a list of objects of which the first has the key, as turns do."""
+    return (
+        isinstance(value, list) and bool(value) and isinstance(value[0], dict) and key in value[0]
+    )
+
+
+def _first_text(row: Mapping[str, Any], names: Collection[str]) -> str | None:
+    return next((name for name in names if isinstance(row.get(name), str)), None)

@@ -1,0 +1,126 @@
+"""A fault of every line is read once: findings by check and cause, and how to convert a format."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.data.lines.example_parsing import FieldNames
+from nested_core.data.lines.line_rows import parse_line_to_row
+from nested_core.data.rules.dataset_report import Finding
+from nested_core.data.rules.finding_groups import SHOWN_CAUSES, group_findings
+from tests.core.data.conftest import WriteData
+from tests.flows.conftest import called
+
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "Alpaca": (
+        {"instruction": "Add.", "input": "", "output": "2"},
+        "set prompt_feature: instruction and completion_feature: output",
+    ),
+    "Alpaca with input": (
+        {"instruction": "Add.", "input": "1 and 1", "output": "2"},
+        "this is Alpaca's: write instruction and input into one prompt, output into completion",
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        "conversations is ShareGPT's: make each turn {from, value} a turn {role, content}",
+    ),
+    "ShareGPT under messages": (
+        {"messages": [{"from": "human", "value": "a"}]},
+        "messages is ShareGPT's",
+    ),
+    "a chat under another name": (
+        {"dialogue": [{"role": "user", "content": "a"}]},
+        "dialogue holds turns: set chat_feature: dialogue",
+    ),
+    "question and answer": (
+        {"id": 1, "question": "a", "answer": "b"},
+        "set prompt_feature: question and completion_feature: answer",
+    ),
+    "a prompt and a response": (
+        {"prompt": "a", "response": "b"},
+        "completion is missing; set completion_feature: response",
+    ),
+    "text by another name": ({"content": "a"}, "set text_feature: content"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_line_of_another_format_says_how_to_convert_it(name: str) -> None:
+    row, expected = ROWS[name]
+    assert expected in str(parse_line_to_row(json.dumps(row).encode(), FieldNames()).message)
+
+
+def test_no_hint_where_nothing_is_known_of_the_format() -> None:
+    message = str(parse_line_to_row(b'{"x": 1, "y": [2]}', FieldNames()).message)
+    assert message.endswith("found x, y")
+    unknown_role = b'{"messages": [{"role": "wizard", "content": "a"}]}'
+    assert "set" not in str(parse_line_to_row(unknown_role, FieldNames()).message)
+
+
+def test_the_hint_names_only_what_is_configured_otherwise() -> None:
+    features = FieldNames(prompt="question")
+    message = str(parse_line_to_row(b'{"prompt": "a", "completion": "b"}', features).message)
+    assert message.endswith("; set prompt_feature: prompt")
+
+
+@pytest.mark.parametrize("name", ["Alpaca with input", "ShareGPT"])
+def test_the_script_of_the_documentation_makes_sound_lines(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(ROWS[name][0]) + "\n"))
+    exec(script, {})  # noqa: S102  # the documentation's own text
+    assert parse_line_to_row(capsys.readouterr().out.encode(), FieldNames()).check is None
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_five_thousand_lines_of_one_wrong_format_are_one_row(
+    name: str, write_data: WriteData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_data(train=[ROWS[name][0]] * 5_000, valid=[{"text": "a"}])
+    arguments = ("validate", "--data", folder, "--no-tokenize", "--model", tmp_path)
+    done = called(*arguments, cwd=tmp_path)
+    assert done.code == 3
+    assert len(done.stdout.splitlines()) < 40
+    (row,) = (line for line in done.stdout.splitlines() if "│ error" in line)
+    assert re.search(r"train\.jsonl │ 1, 2, 3, \.\.\. │ 5,?000 ", row)
+    called(*arguments, "--json", cwd=tmp_path)
+    findings = json.loads(capfd.readouterr().out)["findings"]
+    assert len([f for f in findings if f["line"]]) == 1_000
+
+
+def finding(line: int | None, message: str, count: int | None = None) -> Finding:
+    return Finding("train.jsonl", line, "error", "bad-json", message, count)
+
+
+def test_numbers_make_no_cause_of_their_own_and_the_rest_of_a_check_counts() -> None:
+    findings = [finding(n, f"not valid JSON at column {n}") for n in range(1, 1001)]
+    (group,) = group_findings([*findings, finding(None, "400 more of these", count=400)])
+    assert (group.count, group.shown_lines) == (1400, "1, 2, 3, ...")
+    assert group.message == "not valid JSON at column 1"
+
+
+def test_of_many_causes_the_first_are_shown_and_the_rest_is_one_row() -> None:
+    groups = group_findings(finding(n, "cause " + "x" * n) for n in range(1, 101))
+    assert len(groups) == SHOWN_CAUSES + 1
+    assert groups[-1].count == 100 - SHOWN_CAUSES
+    assert groups[-1].message == "of other causes; the first: cause xxxxxx"
+
+
+def test_checks_and_files_stay_apart_and_in_order() -> None:
+    other = Finding("valid.jsonl", 7, "error", "bad-json", "a")
+    warning = Finding("train.jsonl", 2, "warning", "duplicate", "the same example as line 1")
+    groups = group_findings([finding(1, "a"), finding(3, "a"), other, warning])
+    assert [(g.file, g.check, g.count, g.shown_lines) for g in groups] == [
+        ("train.jsonl", "bad-json", 2, "1, 3"),
+        ("valid.jsonl", "bad-json", 1, "7"),
+        ("train.jsonl", "duplicate", 1, "2"),
+    ]
