@@ -30,7 +30,7 @@ REMOTE = re.compile(r"(https?|hf)://(?!.*::)")  # anything else with :// or :: m
 def allowed_roots() -> tuple[Path, ...]:
     """The folders that paths in parameters must lie in, resolved."""
     listed = [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
-    return tuple(Path(folder).resolve() for folder in listed or ["."])
+    return tuple(Path(os.path.realpath(folder)) for folder in listed or ["."])
 
 
 def require_allowed(path: str, what: str) -> Path:
@@ -41,7 +41,7 @@ def require_allowed(path: str, what: str) -> Path:
     if runtime.deployment.id is None:
         return Path(path)
     roots = allowed_roots()
-    if not any(Path(path).resolve().is_relative_to(root) for root in roots):
+    if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
         listed = ", ".join(map(str, roots))
         raise ConfigError(
             f"{what}: {path} is outside of the folders that this worker may use ({listed}). Give a "

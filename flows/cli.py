@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from flows.os_errors import explain
+from flows.os_errors import explain, explain_file_limit
 from flows.stop_signals import INTERRUPTED
 from flows.terminal import print_progress
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.foreign_text import escape
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    is_debugging = "--debug" in arguments
     warnings.showwarning = _show_warning
     try:
+        _refuse_undecodable(arguments)
         parsed, unknown = build_parser().parse_known_args(arguments)
         if unknown:
             place = f"nested-tune {parsed.command} --help"
@@ -59,27 +60,44 @@ def main(argv: Sequence[str] | None = None) -> int:
             finish = parsed.run(parsed)
         return int(finish() if callable(finish) else finish)
     except NestedTuneError as error:
-        return _fail(error, error.exit_code, is_debugging)
+        return _fail(error, error.exit_code, arguments)
     except KeyboardInterrupt as error:
-        return _fail(error, INTERRUPTED, is_debugging, "interrupted")
+        return _fail(error, INTERRUPTED, arguments, "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        text, code = explain(error) or (_unexpected(error), 1)
-        return _fail(error, code, is_debugging, text)
+        text, code = explain(error)
+        return _fail(error, code, arguments, text)
+    except ValueError as error:
+        text_or_none = explain_file_limit(error)
+        code = 1 if text_or_none is None else ConfigError.exit_code
+        return _fail(error, code, arguments, text_or_none or _unexpected(error))
     except Exception as error:  # the last line of defence: a person gets a paragraph
-        return _fail(error, 1, is_debugging, _unexpected(error))
+        return _fail(error, 1, arguments, _unexpected(error))
+
+
+def _refuse_undecodable(arguments: Sequence[str]) -> None:
+    """Refuse names that no configuration, report or ledger can hold, for these are UTF-8."""
+    for argument in arguments:
+        if any("\udc80" <= character <= "\udcff" for character in argument):
+            raise ConfigError(f"{argument} is not UTF-8: give a name that is, or rename the file.")
 
 
 def _unexpected(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {error}. --debug shows where it came from."
 
 
-def _fail(error: BaseException, code: int, is_debugging: bool, text: str | None = None) -> int:
-    if is_debugging:
+def _fail(
+    error: BaseException, code: int, arguments: Sequence[str], text: str | None = None
+) -> int:
+    if "--debug" in arguments:
         traceback.print_exception(error)
-    lines = (text or str(error)).split("\n")
+    text = text or str(error)
+    for argument in arguments:
+        if "\n" in argument:  # the name of a file may forge no line
+            text = text.replace(argument, escape(argument))
+    lines = text.split("\n")
     shown = lines if len(lines) <= 14 else [*lines[:13], f"... and {len(lines) - 13} more lines"]
     print_progress(f"nested-tune: {shown[0]}", *shown[1:])
     return code

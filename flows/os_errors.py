@@ -3,25 +3,84 @@
 from __future__ import annotations
 
 import errno
+import os
+import resource
 
 from nested_core.errors import ConfigError
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+# What is wrong with a path itself, by error: what to do about it.
+WRONG_PATHS = {
+    errno.ENAMETOOLONG: "A name may have 255 bytes, a path some 4,000: give a shorter one",
+    errno.ENOENT: "Give a path that exists, or make its folder first",
+    errno.ENOTDIR: "A part of it is a file where a folder is needed: give another path",
+    errno.EISDIR: "It is a folder, and a file is needed: give another path",
+    errno.ELOOP: "Its links lead round in a circle, or are too many: give the path that they mean",
+    errno.EEXIST: "Something stands there already: give another path, or move it away",
+    errno.ENOTEMPTY: "The folder is not empty: give another path, or move away what is in it",
+    errno.EXDEV: "It crosses from one file system to another: give a path on one of them",
+    errno.EINVAL: "It is nothing that can be read or written in this way: give a file or a folder",
+    errno.EILSEQ: "This file system takes no such name: give a name in UTF-8",
+    errno.ENXIO: "It is a device or a pipe without another end: give a file",
+    errno.ENODEV: "It is a device that is not there: give a file",
+    errno.ENOTSUP: "This file system does not do what is needed: give a path on another",
+    errno.EBUSY: "Another program uses it: wait for that, or give another path",
+    errno.ETXTBSY: "It is a program that runs: give another path",
+}
+LONGEST_SHOWN_PATH = 1_000
+OPEN_FILES = 4_096  # mlx_lm/utils.py
 
 
-def explain(error: OSError) -> tuple[str, int] | None:
-    """The paragraph and the exit code; None of what a person has no part in."""
-    place = error.filename2 or error.filename or "a file"
+def explain(error: OSError) -> tuple[str, int]:
+    """The paragraph and the exit code: 2 where another path or right is needed, else 1."""
+    place, reason = describe_place(error), error.strerror or str(error)
     if error.errno in NO_SPACE:
         return (
-            f"{place} cannot be written ({error.strerror}). What stood on the disk before is as it "
+            f"{place} cannot be written ({reason}). What stood on the disk before is as it "
             f"was. Make room and give the command again; a run that has begun goes on from its "
             f"last checkpoint with its --run-dir and --resume."
         ), 1
     if error.errno in NOT_ALLOWED:
         return (
-            f"{place} cannot be read or written ({error.strerror}). Check its owner, its "
+            f"{place} cannot be read or written ({reason}). Check its owner, its "
             f"permissions and those of its folder, and how it is mounted, or give another path."
         ), ConfigError.exit_code
-    return None
+    if error.errno in WRONG_PATHS:
+        advice = WRONG_PATHS[error.errno]
+        return f"{place} cannot be used ({reason}). {advice}.", ConfigError.exit_code
+    if error.errno in NO_RESOURCES:
+        return (
+            f"The system gave no more of what {place} needed ({reason}). End other programs, or "
+            f"raise the limits of this one (`ulimit -n` for open files), and give the command "
+            f"again."
+        ), 1
+    return (
+        f"{place} cannot be read or written ({reason}). That is the disk's, the network's or the "
+        f"system's: look there, and give the command again; a run that has begun goes on from its "
+        f"last checkpoint with its --run-dir and --resume."
+    ), 1
+
+
+def explain_file_limit(error: ValueError) -> str | None:
+    """The paragraph where mlx-lm could not set its limit of open files, as it does on import."""
+    if "maximum limit" not in str(error):  # resource.setrlimit
+        return None
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"This process may open {hard:,} files at a time, and mlx-lm asks for {OPEN_FILES:,} when "
+        f"it is imported. Raise the hard limit (`ulimit -Hn {OPEN_FILES}`, LimitNOFILE in a "
+        f"systemd unit, /etc/security/limits.conf) and give the command again."
+    )
+
+
+def describe_place(error: OSError) -> str:
+    """The path that an error is about, the target of a copy, at most LONGEST_SHOWN_PATH long."""
+    place = error.filename2 or error.filename
+    if place is None or isinstance(place, int):
+        return "a file or a connection"
+    text = os.fsdecode(place)
+    if len(text) <= LONGEST_SHOWN_PATH:
+        return text
+    return f"{text[:LONGEST_SHOWN_PATH]}... ({len(os.fsencode(text)):,} bytes)"

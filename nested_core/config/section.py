@@ -72,3 +72,11 @@ class Section(BaseModel):
                 if isinstance(item, bool):
                     raise ValueError(f"true and false mean nothing here; found {item}")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _texts_hold_no_nul(cls, value: Any) -> Any:
+        """No path, name or pattern can have one in it."""
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a NUL character is in no path and no name; take it out")
+        return value

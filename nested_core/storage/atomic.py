@@ -12,12 +12,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 TEMPORARY_PREFIX = ".tmp-"
 RETIRED_PREFIX = ".old-"
+MAX_NAME_BYTES = 255  # of a file system's names; a temporary one fits wherever its target does
 
 Confirm = Callable[[], None]  # raises where what is being written may no longer take effect
 
@@ -45,7 +46,29 @@ def sync_path(path: Path) -> None:
 
 def temporary_beside(target: Path) -> Path:
     """A new name in the target's folder, on the same file system, that no reader opens."""
-    return target.parent / f"{TEMPORARY_PREFIX}{target.name}-{uuid.uuid4().hex[:8]}"
+    suffix = f"-{uuid.uuid4().hex[:8]}"
+    kept = MAX_NAME_BYTES - len(TEMPORARY_PREFIX) - len(suffix)
+    return target.parent / f"{TEMPORARY_PREFIX}{_shortened(target.name, kept)}{suffix}"
+
+
+def _shortened(name: str, size: int) -> str:
+    """A name's first characters, as many as fit into `size` bytes."""
+    while len(os.fsencode(name)) > size:
+        name = name[:-1]
+    return name
+
+
+@contextmanager
+def errors_name(target: Path, temporary: Path) -> Iterator[None]:
+    """Name the target in an error about its temporary file or folder, or about what is in that."""
+    try:
+        yield
+    except OSError as error:
+        name = os.fsdecode(error.filename or temporary)  # a write names no file
+        if Path(name).is_relative_to(temporary):
+            error.filename = str(target / Path(name).relative_to(temporary))
+            error.filename2 = None
+        raise
 
 
 def write_bytes(target: Path, content: bytes, *, confirm: Confirm | None = None) -> None:
@@ -54,19 +77,19 @@ def write_bytes(target: Path, content: bytes, *, confirm: Confirm | None = None)
     `confirm` is called just before the new content takes effect; what it raises leaves the old.
     """
     temporary = temporary_beside(target)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            sync_descriptor(file.fileno())
-        if confirm is not None:
-            confirm()
-        temporary.replace(target)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename = str(target)  # a write names no file, and the temporary one is gone
-        raise
+    with errors_name(target, temporary):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                sync_descriptor(file.fileno())
+            if confirm is not None:
+                confirm()
+            temporary.replace(target)
+        except BaseException:
+            with suppress(OSError):  # of a name too long there is none to remove
+                temporary.unlink(missing_ok=True)
+            raise
     sync_path(target.parent)
 
 
@@ -105,13 +128,14 @@ def new_directory(
     `confirm` is called just before the directory takes its place; what it raises leaves the old.
     """
     temporary = temporary_beside(target)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        _publish(temporary, target, replace=replace, confirm=confirm)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with errors_name(target, temporary):
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            _publish(temporary, target, replace=replace, confirm=confirm)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _publish(temporary: Path, target: Path, *, replace: bool, confirm: Confirm | None) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import resource
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from flows.os_errors import explain
+from flows.os_errors import WRONG_PATHS, explain
 from tests.example import write_config
 from tests.flows.conftest import PROGRAM, Ended, completed
 
+PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 24, 24  # linux/prctl.h, linux/capability.h
 LIMIT_KIB = 40  # of a file: more than any report of the example's run, less than its adapter
 
 
@@ -23,7 +27,7 @@ def refused(number: int) -> OSError:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_exit_1_and_says_how_to_go_on(number: int) -> None:
-    text, code = explain(refused(number)) or ("", 0)
+    text, code = explain(refused(number))
     assert code == 1
     assert text.startswith(f"run/config.yaml cannot be written ({os.strerror(number)})")
     assert "--resume" in text
@@ -31,18 +35,64 @@ def test_a_full_disk_is_exit_1_and_says_how_to_go_on(number: int) -> None:
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
 def test_missing_rights_are_exit_2_and_name_the_path(number: int) -> None:
-    text, code = explain(refused(number)) or ("", 0)
+    text, code = explain(refused(number))
     assert code == 2
     assert text.startswith(f"run/config.yaml cannot be read or written ({os.strerror(number)})")
 
 
-def test_an_error_of_the_device_is_nothing_that_a_person_did() -> None:
-    assert explain(refused(errno.EIO)) is None
+@pytest.mark.parametrize("number", sorted(WRONG_PATHS))
+def test_a_path_that_cannot_be_used_is_exit_2_and_says_what_to_give(number: int) -> None:
+    text, code = explain(refused(number))
+    assert code == 2
+    assert text.startswith(f"run/config.yaml cannot be used ({os.strerror(number)}). ")
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", sorted(errno.errorcode))
+def test_no_error_of_the_system_is_unexpected(number: int) -> None:
+    text, code = explain(refused(number))
+    assert "run/config.yaml" in text
+    assert os.strerror(number) in text
+    assert code in (1, 2)
+
+
+def test_an_error_of_the_device_is_exit_1_and_says_how_to_go_on() -> None:
+    text, code = explain(refused(errno.EIO))
+    assert code == 1
+    assert "--resume" in text
+
+
+def test_an_error_without_number_or_path_is_a_paragraph_too() -> None:
+    assert explain(OSError("no free ports"))[0].startswith(
+        "a file or a connection cannot be read or written (no free ports)"
+    )
+
+
+def test_a_hard_limit_of_open_files_below_mlx_lms_is_told_in_one_sentence(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.yaml")
+    done = subprocess.run(
+        [PROGRAM, "validate", "-c", "config.yaml"],
+        cwd=tmp_path,
+        preexec_fn=limit_open_files,  # noqa: PLW1509
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    message = Ended(done.returncode, done.stdout, done.stderr).message()
+    assert "This process may open 1,024 files at a time" in message
+    assert "ulimit -Hn 4096" in message
+
+
+def limit_open_files() -> None:
+    """The limits of a careful system, and no right to raise them, which root has."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_RESOURCE, 0, 0, 0)
 
 
 def test_of_a_copy_the_file_that_could_not_be_written_is_named() -> None:
     error = OSError(errno.ENOSPC, "No space left on device", "from", None, "to")
-    text, _ = explain(error) or ("", 0)
+    text, _ = explain(error)
     assert text.startswith("to cannot be written")
 
 

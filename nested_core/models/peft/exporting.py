@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -40,9 +41,8 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     ConfigError where PEFT has no such adapter, DamagedError where the files are not sound.
     """
     require_absent_or_empty(out)
-    adapter = _read_mlx_lm_adapter(
-        folder.resolve()
-    )  # once: the champion's link may be swapped meanwhile
+    # Once: the champion's link may be swapped meanwhile.
+    adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
     modules = _read_factors(adapter)
     written = _make_peft_config(adapter, modules, model)
     tensors = name_tensors(modules, PEFT)

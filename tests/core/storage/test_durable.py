@@ -233,3 +233,25 @@ def test_a_write_that_fails_names_the_target_and_keeps_the_old_file(tmp_path: Pa
         replace_file(tmp_path)
     assert caught.value.filename == str(tmp_path / "file")
     assert contents(tmp_path) == {"file": OLD}
+
+
+def test_a_name_as_long_as_the_system_takes_can_be_written(tmp_path: Path) -> None:
+    for name in ("a" * 255, "é" * 127):
+        write_bytes(tmp_path / name, b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("name", ["a" * 256, "folder/absent/x"])
+def test_an_error_names_the_target_and_never_a_temporary_file(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    for write in (lambda: write_bytes(target, b"x"), lambda: _write_folder(target / "y")):
+        (tmp_path / "folder").touch()
+        with pytest.raises(OSError, match="File name too long|Not a directory") as caught:
+            write()
+        assert str(caught.value.filename).startswith(str(target))
+        assert ".tmp-" not in str(caught.value)
+
+
+def _write_folder(target: Path) -> None:
+    with new_directory(target):
+        pass
