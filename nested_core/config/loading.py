@@ -1,6 +1,7 @@
 """From YAML and flags to a FineTuneConfig: precedence is flag, then YAML, then default.
 
-YAML with anchors, tags, duplicate keys or more than 64 KiB is refused; `1e-5` is a number.
+YAML with anchors, tags, merges, duplicate keys or more than 64 KiB is refused. Plain words are what
+YAML 1.2 takes them for: true and false, null, 12, 1.5 and 1e-5; all else is text.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
+MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -34,12 +36,17 @@ class _PlainLoader(yaml.SafeLoader):
             raise _yaml_error("an anchor or alias (& or *)", event.start_mark)
         if getattr(event, "tag", None) is not None:
             raise _yaml_error("a tag (!)", event.start_mark)
+        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _OCTAL.match(event.value):
+            what = f"{event.value}, which is octal to some readers and decimal to others,"
+            raise _yaml_error(what, event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """The mapping, once it is seen that no key stands there twice."""
         seen: set[str] = set()
         for key, _ in node.value:
+            if key.tag == MERGE_TAG:
+                raise _yaml_error("a merge (<<)", key.start_mark)
             if str(key.value) in seen:
                 raise _yaml_error(f"the key {key.value!r} twice", key.start_mark)
             seen.add(str(key.value))
@@ -47,15 +54,30 @@ class _PlainLoader(yaml.SafeLoader):
         return mapping
 
 
-# The same pattern that mlx_lm.lora gives its loader, so that 1e-5 is a number (lora.py).
-_PlainLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)$"),
-    list("-+0123456789."),
+_OCTAL = re.compile(r"^[-+]?0[0-9_]+$")
+# What a plain scalar is, by its first characters: YAML 1.2's core schema in decimal, with exponents
+# as mlx_lm.lora's loader takes them (1e-5). YAML 1.1 alone takes yes, on and off for booleans, 010
+# for 8, 1_000 for 1000, 1:30:00 for 5400 and 2026-11-21 for a date: here they are texts.
+_SCALARS: tuple[tuple[str, str, str], ...] = (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("null", r"^(?:~|null|Null|NULL)$", "~nN"),
+    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
+    (
+        "float",
+        r"^(?:[-+]?(?:0|[1-9][0-9]*)(?:\.[0-9]*(?:[eE][-+]?[0-9]+)?|[eE][-+]?[0-9]+)"
+        r"|[-+]?\.[0-9]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+0123456789.",
+    ),
 )
+_PlainLoader.yaml_implicit_resolvers = {"<": [(MERGE_TAG, re.compile("^<<$"))]}
+for _name, _pattern, _first in _SCALARS:
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first)
+    )
+_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
 
 
-def _yaml_error(what: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
+def _yaml_error(what: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=f"{what} is not allowed here", problem_mark=mark)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core import ConfigError, FineTuneConfig, load_config
-from nested_core.config.loading import MAX_YAML_BYTES, read_yaml, render_config
+from nested_core.config.loading import MAX_YAML_BYTES, parse_yaml, read_yaml, render_config
 
 Write = Callable[[str | bytes], Path]
 yaml_like = st.text("{}[]:,-?|>'\"#%&*!@<= \n\tab1e.~").map(str.encode)
@@ -203,3 +203,64 @@ adapter_path: "adapters"
 def test_what_a_run_keeps_of_a_configuration_is_readable_in_any_language() -> None:
     config = load_config(None, {"model": "módel 模型", "data": "d"})
     assert "model: módel 模型\n" in render_config(config).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<<: {iters: 5}\niters: 7\n",
+        "nested: {<<: {fast: deep}, fast: shallow}\n",
+        "<<: [{iters: 5}, {seed: 1}]\n",
+        "lora_parameters:\n  <<: {rank: 4}\n",
+    ],
+)
+def test_a_merge_is_refused_where_it_stands(write: Write, text: str) -> None:
+    line = text.count("\n", 0, text.index("<<")) + 1
+    refused = refusal(write(text))
+    assert f"line {line}, column " in refused
+    assert "a merge (<<) is not allowed here" in refused
+
+
+@pytest.mark.parametrize("text", ["1:30:00", "0x10", "0b11", "0o10", "190:20:30.15", "1:30"])
+def test_what_only_some_readers_take_for_a_number_is_none(write: Write, text: str) -> None:
+    assert parse_yaml(text) == text
+    assert "iters: " in refusal(write(f"iters: {text}\n"))
+
+
+@pytest.mark.parametrize("text", ["010", "-07", "0_1", "00"])
+def test_a_number_that_may_be_octal_is_refused_and_a_quoted_one_is_text(
+    write: Write, text: str
+) -> None:
+    assert f"{text}, which is octal to some readers" in refusal(write(f"iters: {text}\n"))
+    assert parse_yaml(f"'{text}'") == text
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "no", "y", "n", "2026-11-21", "1_000", "="])
+def test_words_and_dates_of_yaml_1_1_are_text(word: str) -> None:
+    assert parse_yaml(word) == word
+    assert parse_yaml(f"{{{word}: 1}}") == {word: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("12", 12), ("-3", -3), ("+3", 3), ("0", 0), ("1.5", 1.5), ("1.", 1.0), (".5", 0.5)),
+        *(("1e-5", 1e-5), ("1.5E+3", 1500.0), ("-1e5", -1e5), ("0.1", 0.1), ("-.5e1", -5.0)),
+        *(("true", True), ("False", False), ("null", None), ("~", None), ("", None)),
+    ],
+)
+def test_numbers_booleans_and_null_are_what_they_look_like(text: str, value: object) -> None:
+    parsed = parse_yaml(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_a_switch_of_mlx_lms_yaml_may_be_yes_or_on(write: Write) -> None:
+    config = load_config(write("mask_prompt: yes\ngrad_checkpoint: off\niters: 1_000\n"))
+    assert (config.mask_prompt, config.grad_checkpoint, config.iters) == (True, False, 1000)
+
+
+def test_a_nul_in_a_path_is_refused_by_its_key(write: Write) -> None:
+    refused = refusal(write('data: "a\\0b"\nregistry: {path: "r\\0", name: n}\n'))
+    assert "data: a NUL character is in no path" in refused
+    assert "registry.path: a NUL character is in no path" in refused
