@@ -26,6 +26,12 @@ is a flag too, which wins over the file, as are those of a section: `--learning-
 **Resume** says whether a run may be resumed with another value. **Adapter** says whether, in a run
 from the champion (`continual`), another value is a reason to train again; `model` and `data` are
 compared by content instead.
+
+YAML is read strictly: each key once, nothing by reference (no anchors, no `<<`), no tags, at most
+64 KiB. Plain words are what YAML 1.2 takes them for: `true`, `false`, `null` or `~`, decimal
+numbers, and `1e-5`. All else is text: `on`, `yes`, `2026-11-21`, `1:30:00`, `0x10`. A number that
+begins with a zero, such as `010`, is refused: readers differ. A switch takes `yes` and `on` for
+`true`, as in mlx-lm's files.
 """
 TABLE = """\
 | key | default | what it does | resume | adapter |

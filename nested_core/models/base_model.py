@@ -149,7 +149,7 @@ def load_base_model(config: FineTuneConfig, *, as_stored: bool = False) -> tuple
             trust_remote_code=config.trust_remote_code,
             lazy=True,
         )[:2]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
         raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
     dtype = compute_dtype(config)
     if dtype is not None and not as_stored:

@@ -57,6 +57,11 @@ class Example(NamedTuple):
     unknown_keys: frozenset[str] = frozenset()
     is_plain: bool = True  # no tools, and each message is a role and a content
 
+    @property
+    def characters(self) -> int:
+        """About how many characters it has, or more; tools and calls are not counted."""
+        return len(self.text) + sum(len(str(turn.get("content"))) for turn in self.messages)
+
 
 def is_tool_calling_message(message: Any) -> bool:
     """Whether this is an assistant's turn that calls tools; it may then have no content."""

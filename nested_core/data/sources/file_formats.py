@@ -11,7 +11,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +19,14 @@ from nested_core.errors import shorten
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
 
-MAX_EXPANSION = 200  # text of real data sets packs to a tenth, hardly ever to a hundredth
-_FREE_BYTES = 64 * 2**20  # so much may come out of any archive
+# What may come out of a packed file, by its size: text of real data sets packs to a tenth, hardly
+# ever to a hundredth, and has less than a line for each packed byte.
+MAX_EXPANSION = 200
+_FREE_BYTES = 64 * 2**20
+_FREE_LINES = 1_000_000
 MAX_LINE_BYTES = 64 * 2**20
+TOO_LONG = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
+_CHUNK_BYTES = 64 * 2**10
 _PARQUET_ROWS = 10_000  # converted at a time
 _NO_SPACE = re.compile(r"[^ \t\n\r]")
 _WITHOUT_LINE_ENDS = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
@@ -44,14 +49,32 @@ class UnreadableRest(Exception):
         self.message = message
 
 
+class ExpansionLimit:
+    """Counts the lines that come out of a file, and refuses more than its size can account for."""
+
+    def __init__(self, packed_size: int) -> None:
+        self._bytes_left = _FREE_BYTES + MAX_EXPANSION * packed_size
+        self._lines_left = _FREE_LINES + packed_size
+
+    def count(self, line: NumberedLine) -> None:
+        """Count a line; raises UnreadableRest where it is one too many."""
+        self._bytes_left -= len(line.line) + 1
+        self._lines_left -= 1
+        if self._bytes_left < 0:
+            reason = f"it unpacks to more than {MAX_EXPANSION} times its size"
+            raise UnreadableRest(line.number, f"{reason}; if that is meant, unpack it yourself")
+        if self._lines_left < 0:
+            reason = "it unpacks to more lines than it has bytes"
+            raise UnreadableRest(line.number, f"{reason}; if that is meant, unpack it yourself")
+
+
 def read_gzip_jsonl(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
-    """Yield the lines of a .jsonl.gz as they are; it may not grow beyond all measure."""
-    size = line = 0
+    """Yield the lines of a .jsonl.gz as they are."""
+    line = 0
     with (
-        open_regular(path, UNBOUNDED, follow_links=True) as (packed, packed_size),
+        open_regular(path, UNBOUNDED, follow_links=True) as (packed, _size),
         gzip.GzipFile(fileobj=packed) as file,
     ):
-        limit = _FREE_BYTES + MAX_EXPANSION * packed_size
         while True:
             line += 1
             try:
@@ -64,13 +87,48 @@ def read_gzip_jsonl(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Num
                 ) from None
             if not raw:
                 return
-            size += len(raw)
             if len(raw) > MAX_LINE_BYTES:
-                raise UnreadableRest(line, f"the line is longer than {MAX_LINE_BYTES:,} bytes")
-            if size > limit:
-                reason = f"it unpacks to more than {MAX_EXPANSION} times its size"
-                raise UnreadableRest(line, f"{reason}; if that is meant, unpack it yourself")
+                raise UnreadableRest(line, TOO_LONG)
             yield NumberedLine(line, raw.removesuffix(b"\n"))
+
+
+def find_long_line(path: Path) -> int | None:
+    """Where the first line of more than MAX_LINE_BYTES begins in a file of lines, else None.
+
+    From a line's start the last line end within that many bytes is looked for, from their end: all
+    lines before it are short enough, and mostly one small piece is read. A hole of a sparse file is
+    such a line.
+    """
+    start = 0
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
+        while start + MAX_LINE_BYTES < size:
+            end = _last_line_end(file, start, start + MAX_LINE_BYTES + 1)
+            if end is None:
+                return start
+            start = end + 1
+    return None
+
+
+def _last_line_end(file: Any, begin: int, end: int) -> int | None:
+    """The place of the last line end in a range of bytes, or None."""
+    while end > begin:
+        first = max(begin, end - _CHUNK_BYTES)
+        file.seek(first)
+        place: int = file.read(end - first).rfind(b"\n")
+        if place >= 0:
+            return first + place
+        end = first
+    return None
+
+
+def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
+    """Yield the lines of a .jsonl up to the byte where one begins that is too long."""
+    number = 1
+    with open_regular(path, UNBOUNDED, follow_links=True) as (raw, _), BufferedReader(raw) as file:
+        while file.tell() < end:
+            yield NumberedLine(number, file.readline().removesuffix(b"\n"))
+            number += 1
+    raise UnreadableRest(number, TOO_LONG)
 
 
 def read_json_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
@@ -142,7 +200,7 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
         open_regular(path, UNBOUNDED, follow_links=True) as (raw, _),
         TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
     ):
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(_bounded_lines(file), strict=True)
         columns = _read_csv_header(reader)
         line = reader.line_num + 1
         while True:
@@ -157,6 +215,16 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
                 return
             yield NumberedLine(line, *_csv_cells_to_json_line(columns, cells, json_keys))
             line = reader.line_num + 1
+
+
+def _bounded_lines(file: TextIOWrapper) -> Iterator[str]:
+    """The lines of a text file; raises UnreadableRest at one that is too long to be held."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise UnreadableRest(number, TOO_LONG)
+        yield line
 
 
 def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:

@@ -17,11 +17,15 @@ import numpy.typing as npt
 
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.sources.file_formats import (
+    MAX_LINE_BYTES,
+    ExpansionLimit,
     NumberedLine,
     UnreadableRest,
+    find_long_line,
     read_csv,
     read_gzip_jsonl,
     read_json_array,
+    read_lines_before,
     read_parquet,
 )
 from nested_core.data.sources.hub_datasets import (
@@ -112,9 +116,14 @@ def _open_split_file(path: Path, json_keys: frozenset[str], spool: Path) -> Spli
     if not path.is_file():  # a pipe would be waited for without end
         return _make_split_of_unreadable_path(path, spooled)
     suffix = path.name[path.name.index(".") :]
+    size = path.stat().st_size
     if suffix == ".jsonl":
-        return SplitFile(path.name, path)
-    return _write_split_lines(path.name, _READERS[suffix](path, json_keys), spooled)
+        end = find_long_line(path) if size > MAX_LINE_BYTES else None
+        if end is None:
+            return SplitFile(path.name, path)
+        return _write_split_lines(path.name, read_lines_before(path, end), spooled)
+    lines = _READERS[suffix](path, json_keys)
+    return _write_split_lines(path.name, lines, spooled, ExpansionLimit(size))
 
 
 def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
@@ -126,13 +135,18 @@ def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
     return SplitFile(path.name, spooled, problems={1: problem})
 
 
-def _write_split_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:
+def _write_split_lines(
+    name: str, lines: Iterable[NumberedLine], path: Path, limit: ExpansionLimit | None = None
+) -> SplitFile:
     """Write the lines of a split to `path`; damage becomes the last of them."""
     numbers = array("i")
     problems: dict[int, tuple[str, str]] = {}
     with path.open("wb") as spooled:
         try:
-            for number, line, problem in lines:
+            for numbered in lines:
+                if limit is not None:
+                    limit.count(numbered)
+                number, line, problem = numbered
                 numbers.append(number)
                 spooled.write(line + b"\n")
                 if problem is not None:

@@ -18,14 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from nested_core.data import parallel_jobs
-from nested_core.data.data_settings import DataSettings
-from nested_core.data.lines.example_parsing import FieldNames, read_examples
+from nested_core.data.data_settings import DataSettings, Targets
+from nested_core.data.lines.example_parsing import Example, FieldNames, read_examples
 from nested_core.data.parallel_jobs import ByteRange, OnProgress
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.example_encoding import EncodedExample, Span, encode_example
+from nested_core.data.tokens.template_limit import SECONDS, TemplateLimit, TemplateTooSlow
 from nested_core.data.tokens.tokenized_split import SplitWriter, write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import shorten
+from nested_core.errors import ConfigError, shorten
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 JOB = "nested_core.data.tokens.parallel_tokenization:run_tokenization_job"
@@ -173,8 +174,8 @@ class _SplitJoiner:
 
 def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     """The job: a range of lines as tokens, masks and facts in files; the answer names the rest."""
-    tokenizer = TokenizerSource(**request["tokenizer"]).load()
-    end_tokens = _end_of_sequence_tokens(tokenizer)
+    source = TokenizerSource(**request["tokenizer"])
+    end_tokens = _end_of_sequence_tokens(source.load())
     part = Path(request["part"])
     max_seq_length = request["max_seq_length"]
     examples = read_examples(
@@ -189,11 +190,9 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     overlong: list[int] = []
     all_tokens = array("i")
     target_mask = bytearray()
-    for line, example in examples:
-        try:
-            encoded = encode_example(example, tokenizer, request["targets"])
-        except Exception as error:  # a template is its author's program: it may raise anything
-            problems[line] = shorten(f"{type(error).__name__}: {error}", 160)
+    for line, encoded in _encode_examples(examples, source, request["targets"], request["path"]):
+        if isinstance(encoded, str):
+            problems[line] = encoded
             continue
         if request["drops_overlong"] and len(encoded.tokens) > max_seq_length:
             overlong.append(line)
@@ -213,6 +212,31 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         "problems": list(problems.values()),
         "overlong": overlong,
     }
+
+
+def _encode_examples(
+    examples: Iterable[tuple[int, Example]], source: TokenizerSource, targets: Targets, path: str
+) -> Iterator[tuple[int, EncodedExample | str]]:
+    """Each line's example as tokens, or what the chat template raised for it.
+
+    Raises ConfigError where the template does not come to an end.
+    """
+    tokenizer = source.load()
+    with TemplateLimit() as limit:
+        for line, example in examples:
+            try:
+                with limit.watching(example.characters):
+                    encoded = encode_example(example, tokenizer, targets)
+            except TemplateTooSlow:
+                raise ConfigError(
+                    f"model: the chat template in {source.folder} took longer than {SECONDS:g} s "
+                    f"for line {line} of {Path(path).name}, and may never end. Mend the template, "
+                    f"or give another model."
+                ) from None
+            except Exception as error:  # a template is its author's program: it may raise anything
+                yield line, shorten(f"{type(error).__name__}: {error}", 160)
+            else:
+                yield line, encoded
 
 
 def _facts_path(part: Path) -> Path:

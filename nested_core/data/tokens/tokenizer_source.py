@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 
+# Keys of tokenizer_config.json that name a module of mlx-lm, by its package.
+KEYS_OF_PACKAGES = {"chat_templates": "chat_template_type", "tool_parsers": "tool_parser_type"}
+
+
 @dataclass(frozen=True)
 class TokenizerSource:
     """A model's local folder. Its fields are plain values, so that workers can be sent them."""
@@ -43,8 +47,14 @@ def _load_tokenizer(source: TokenizerSource) -> Any:
         ends = load_config(folder).get("eos_token_id")
         extra = {"trust_remote_code": source.trust_remote_code}
         return load_tokenizer(folder, extra, eos_token_ids=ends)
-    except (OSError, ValueError) as error:
-        reason = shorten(error, 300)
+    except MemoryError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself, malformed JSON anything
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
+        if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("mlx_lm."):
+            package, _, name = str(error.name).removeprefix("mlx_lm.").partition(".")
+            key = KEYS_OF_PACKAGES.get(package, package)
+            reason = f"its {key} {shorten(name)!r} is not one that this mlx-lm has"
         raise ConfigError(
             f"model: no tokenizer could be loaded from {folder} ({reason}). Expected the model's "
             f"config.json, tokenizer.json and tokenizer_config.json there."

@@ -1,0 +1,78 @@
+"""A limit on the time that a chat template may take: a model's template is its author's program.
+
+It may loop without end. A thread watches, and raises TemplateTooSlow in the one that renders.
+Python delivers that between two operations: loops end, and one long operation is finished first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SECONDS = 3.0  # of the process's time on the CPU; most templates take less than a millisecond
+SECONDS_A_CHARACTER = 1e-5  # more for what is long: tokenising it counts too
+POLL_SECONDS = 0.25
+
+
+class TemplateTooSlow(BaseException):
+    """A chat template that took longer than its limit; no `except Exception` in it stops this."""
+
+
+class TemplateLimit:
+    """Watches one thread, while a `with` block over `watching` runs in it."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
+        self._deadline: float | None = None  # of the template that is rendered now
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="template limit", daemon=True)
+
+    def __enter__(self) -> TemplateLimit:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._watcher.join()
+
+    @contextmanager
+    def watching(self, characters: int) -> Iterator[None]:
+        """Raise TemplateTooSlow in this block if it takes longer than such a text may take."""
+        self._deadline = time.process_time() + self._seconds + SECONDS_A_CHARACTER * characters
+        try:
+            yield
+        except TemplateTooSlow:
+            raise
+        except BaseException:
+            self._finish()
+            raise
+        self._finish()
+
+    def _finish(self) -> None:
+        """The block has ended; where the watcher has raised at its very end, that is awaited."""
+        with self._lock:
+            has_raised = self._deadline is None
+            self._deadline = None
+        if has_raised:
+            try:
+                while True:
+                    time.sleep(POLL_SECONDS)
+            except TemplateTooSlow:
+                pass
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL_SECONDS):
+            with self._lock:
+                if self._deadline is not None and time.process_time() > self._deadline:
+                    self._deadline = None
+                    _raise_in(self._thread, TemplateTooSlow)
+
+
+def _raise_in(thread: int, error: type[BaseException]) -> None:
+    """Have a thread raise an error at its next operation."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))

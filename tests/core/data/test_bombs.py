@@ -1,0 +1,154 @@
+"""Files and models that would take all time, memory or disk: refused soon, in one sentence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.rules.dataset_report import Finding
+from nested_core.data.sources import file_formats
+from nested_core.data.tokens import parallel_tokenization
+from nested_core.data.tokens.template_limit import TemplateLimit, TemplateTooSlow
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.errors import ConfigError
+from tests.example import MODEL
+
+LINE = b'{"text": "Where is Oslo? In Norway."}\n'
+
+
+def judge(folder: Path) -> tuple[Finding, ...]:
+    return load_dataset(DataSettings(str(folder), batch_size=1), None)[0].errors
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds of real files, at a thousandth of their size."""
+    monkeypatch.setattr(file_formats, "_FREE_LINES", 1_000)
+    monkeypatch.setattr(file_formats, "_FREE_BYTES", 64 * 2**10)
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_a_gzip_of_nothing_but_line_ends_is_cut_off_by_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(LINE * 3 + b"\n" * 60_000))
+    (damage, *_) = [f for f in judge(tmp_path) if f.check == "damaged-file"]
+    assert "it unpacks to more lines than it has bytes" in damage.message
+    size = (tmp_path / "train.jsonl.gz").stat().st_size
+    assert damage.line == 1_000 + size + 1
+
+
+@pytest.mark.usefixtures("small_limits")
+def test_a_parquet_that_repeats_one_row_without_end_is_cut_off_by_its_bytes(tmp_path: Path) -> None:
+    pl.DataFrame({"text": ["a" * 1_000] * 20_000}).write_parquet(tmp_path / "train.parquet")
+    (damage, *_) = [f for f in judge(tmp_path) if f.check == "damaged-file"]
+    assert "it unpacks to more than 200 times its size" in damage.message
+
+
+def test_a_sparse_file_of_forty_gigabytes_is_refused_at_its_hole(tmp_path: Path) -> None:
+    with (tmp_path / "train.jsonl").open("wb") as file:
+        file.write(LINE * 3)
+        file.truncate(40 * 2**30)
+    began = time.process_time()
+    (damage,) = judge(tmp_path)
+    assert (damage.check, damage.line) == ("damaged-file", 4)
+    assert "the line is longer than 67,108,864 bytes" in damage.message
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("size", [99, 100, 101, 250])
+def test_the_first_line_that_is_too_long_is_found_wherever_it_stands(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(file_formats, "_CHUNK_BYTES", 7)
+    path = tmp_path / "lines"
+    for before in (0, 1, 30, 99, 100, 205):
+        lines = [b"x" * min(before, 60), b"y" * 40, b""]
+        head = b"\n".join(lines)
+        path.write_bytes(head + b"z" * size + b"\nend\n")
+        expected = len(head) if size > 100 else None
+        assert file_formats.find_long_line(path) == expected
+
+
+def test_a_csv_whose_line_never_ends_is_damaged_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_formats, "MAX_LINE_BYTES", 1_000)
+    (tmp_path / "train.csv").write_bytes(b"text\na\nb\n" + b"c" * 5_000)
+    (damage, *_) = judge(tmp_path)
+    assert (damage.check, damage.line) == ("damaged-file", 4)
+
+
+@pytest.mark.parametrize("key", ["chat_template_type", "tool_parser_type"])
+@pytest.mark.parametrize("value", ["no_such_thing", "../../os", "\x1b[2J"])
+def test_a_template_or_parser_that_mlx_lm_does_not_have_is_one_sentence(
+    key: str, value: str, tmp_path: Path
+) -> None:
+    folder = model_with(tmp_path, **{key: value})
+    with pytest.raises(ConfigError) as refused:
+        TokenizerSource(str(folder)).load()
+    assert "no tokenizer could be loaded" in str(refused.value)
+    assert "\x1b" not in str(refused.value)
+    if value == "no_such_thing":
+        assert f"its {key} 'no_such_thing' is not one that this mlx-lm has" in str(refused.value)
+
+
+def model_with(folder: Path, **config: Any) -> Path:
+    """The example's model with other keys in tokenizer_config.json."""
+    model = folder / "model"
+    shutil.copytree(MODEL, model)
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | config))
+    return model
+
+
+LOOPS = {
+    "nested loops": "{% for a in range(100000) %}{% for b in range(100000) %}x"
+    "{% endfor %}{% endfor %}",
+    "loops over what it is given": "{% for a in messages[0].content * 1000 %}"
+    "{% for b in messages[0].content * 1000 %}{% for c in messages[0].content * 1000 %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_chat_template_that_loops_is_refused_in_one_message(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel_tokenization, "TemplateLimit", lambda: TemplateLimit(0.5))
+    folder = model_with(tmp_path, chat_template=LOOPS[name])
+    (folder / "chat_template.jinja").write_text(LOOPS[name])
+    row = {"prompt": "Where is Oslo?", "completion": "In Norway."}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=r"line 1 of train.jsonl, and may never end") as refused:
+        load_dataset(DataSettings(str(tmp_path), batch_size=1), TokenizerSource(str(folder)))
+    assert str(folder) in str(refused.value)
+    assert time.process_time() - began < 20
+
+
+def test_a_template_in_time_is_left_alone_and_one_out_of_time_is_ended() -> None:
+    with TemplateLimit(0.3) as limit:
+        for _ in range(3):
+            with limit.watching(0):
+                pass
+        with pytest.raises(TemplateTooSlow), limit.watching(0):
+            burn(60)
+        with limit.watching(10**6):  # ten seconds more
+            burn(0.8)
+        with pytest.raises(ZeroDivisionError), limit.watching(0):
+            print(1 / 0)
+
+
+def burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
