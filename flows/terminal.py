@@ -198,7 +198,7 @@ class ProgressLine:
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:
     """A table on standard output; wide enough not to fold where there is no terminal."""
     console = output_console(WIDTH_WITHOUT_TERMINAL)
-    headers = [Column(Text(name), overflow="fold") for name in columns]
+    headers = [Column(Text(escape(name)), overflow="fold") for name in columns]
     table = Table(*headers, title=Text(escape(title)) if title else None, title_justify="left")
     for row in rows:
         table.add_row(*map(_format_cell, row))

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from flows.terminal import output_console, print_line
 from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
+from nested_core.foreign_text import escape
 
 WIDTH, CELL = 100, 20
 LONGEST_TEXT = 60
@@ -53,5 +54,5 @@ def _trim_line(line: Text) -> Text:
 
 
 def _quote_token(text: str) -> str:
-    quoted = repr(text)
+    quoted = escape(repr(text))
     return quoted if len(quoted) <= LONGEST_TEXT else f"{quoted[:LONGEST_TEXT]}..."

@@ -9,14 +9,17 @@ from pydantic import BaseModel, ValidationError
 
 from nested_core.config.key_properties import section_in_annotation
 from nested_core.config.section import SectionProblems
+from nested_core.foreign_text import escape
 
 
 def explain_validation_error(error: ValidationError, model: type[BaseModel], source: str) -> str:
     """Turn a validation error into lines of "key: what is wrong", with suggestions."""
     problems = error.errors(include_url=False)
-    lines = [line for problem in problems for line in _explain_problem(dict(problem), model)]
+    lines = [
+        escape(line) for problem in problems for line in _explain_problem(dict(problem), model)
+    ]
     shown = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
-    return f"The configuration in {source} cannot be used:\n" + "\n".join(shown)
+    return f"The configuration in {escape(source)} cannot be used:\n" + "\n".join(shown)
 
 
 def _explain_problem(problem: dict[str, Any], model: type[BaseModel]) -> list[str]:
