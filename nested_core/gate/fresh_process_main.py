@@ -17,7 +17,7 @@ INFINITY = float("inf")
 
 
 class AdapterRefused(Exception):  # noqa: N818  # an answer, not an error of this program
-    """mlx_lm.load takes the base model alone, and not with this adapter."""
+    """The base model answers alone, and not with this adapter."""
 
 
 def load_model(request: dict[str, Any], adapter: str | None) -> Any:
@@ -28,18 +28,6 @@ def load_model(request: dict[str, Any], adapter: str | None) -> Any:
         adapter_path=adapter,
         trust_remote_code=request["trust_remote_code"],
     )[0]
-
-
-def load_with_adapter(request: dict[str, Any], adapter: str) -> Any:
-    """The same, blaming the adapter only for errors that the base model alone does not give.
-
-    An OSError, MemoryError or RuntimeError (MLX's for memory, files and compilers) blames nobody.
-    """
-    try:
-        return load_model(request, adapter)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        load_model(request, None)
-        raise AdapterRefused(f"{type(error).__name__}: {error}") from error
 
 
 def answer(request: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -57,15 +45,26 @@ def answer(request: dict[str, Any], model: Any) -> dict[str, Any]:
     return {"factors": factors, "logits": rows}
 
 
+def answer_with(request: dict[str, Any], adapter: str) -> dict[str, Any]:
+    """The answer with an adapter, blaming it only for errors that the base alone does not give.
+
+    An OSError, MemoryError or RuntimeError (MLX's for memory, files and compilers) blames nobody.
+    """
+    try:
+        return answer(request, load_model(request, adapter))
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        answer(request, load_model(request, None))
+        raise AdapterRefused(f"{type(error).__name__}: {error}") from error
+
+
 def answer_all(request: dict[str, Any]) -> dict[str, Any]:
     """An answer with either adapter, and without any if the first one's logits are not finite."""
     answers: dict[str, Any] = {"base": None}
     for side in ("initial", "trained"):
         try:
-            model = load_with_adapter(request, request[side])
+            answers[side] = answer_with(request, request[side])
         except AdapterRefused as refusal:
             return {"refused": side, "error": str(refusal)}
-        answers[side] = answer(request, model)
     if not all(abs(logit) < INFINITY for row in answers["initial"]["logits"] for logit in row):
         answers["base"] = answer(request, load_model(request, None))
     return answers

@@ -112,7 +112,7 @@ def all_edits(document: Any) -> Iterator[tuple[Keys, Any]]:
         value = document
         for key in keys:
             value = value[key]
-        yield from ((keys, edit) for edit in edits(value))
+        yield from ((keys, edit) for edit in edits(value) if edit is REMOVED or edit != value)
 
 
 def is_refused(config: FineTuneConfig, run: RunDirectory) -> bool:

@@ -125,6 +125,18 @@ def test_a_base_that_cannot_be_loaded_is_not_the_adapters_fault(
         verify_adapters(run.initial, run.adapter)
 
 
+def test_a_scale_that_no_layer_can_compute_with_is_unreadable(run: RunDirectory) -> None:
+    """mlx_lm.load takes it, and the first forward pass does not."""
+    for folder in (run.initial, run.adapter):
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_bytes())
+        config["lora_parameters"]["scale"] = None
+        path.write_text(json.dumps(config))
+    (reason,) = verify_adapters(run.initial, run.adapter).reasons
+    assert reason.code == "unreadable"
+    assert "could not use the initial adapter: TypeError" in reason.message
+
+
 @pytest.mark.parametrize("side", ["initial", "trained"])
 def test_an_adapter_that_mlx_lm_refuses_is_unreadable_and_named(
     run: RunDirectory, tmp_path: Path, side: str
