@@ -92,6 +92,7 @@ def recover(folder: Path, lock: LockFile) -> State:
     record = make_record(champion, ledger)
     if read_record(folder) != record:
         write_record(folder, record, confirm=confirm)
+    confirm()
     champion_link.discard_prepared(folder)
     return State(champion, record, ledger)
 
