@@ -118,10 +118,14 @@ def fuzz(name: str, seconds: float, seed: int, folder: Path) -> int:
     while (left := seconds - (time.monotonic() - started)) > 0:
         command = [sys.executable, "-m", "tests.reliability.fuzz", name, "--work", str(folder)]
         child = subprocess.Popen([*command, "--seconds", str(left), "--seed", str(seed + deaths)])
+        before = progress.read()[0]
         if _wait(child, progress) == 0:
             break
         deaths += 1
         count, _, content = progress.read()
+        if count == before:
+            print(f"{name}: the child parsed nothing; see above", file=sys.stderr)
+            return deaths
         answer = f"the process ended with {child.returncode} at input {count}"
         write_finding(folder, content, answer, "It died, or it hung and was killed.")
     count, findings, _ = progress.read()

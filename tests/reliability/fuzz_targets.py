@@ -92,7 +92,8 @@ def _parse_yaml(content: bytes) -> None:
 
 def _parse_jsonl(content: bytes) -> None:
     path = _file("train.jsonl", content)
-    read_line_range(path, ByteRange(0, len(content)), FieldNames())
+    if content:
+        read_line_range(path, ByteRange(0, len(content)), FieldNames())
     with warnings.catch_warnings(action="ignore"):
         read_metrics(path)
     for number, line in enumerate(content.split(b"\n")):
