@@ -13,7 +13,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.adapter import Adapter, read_adapter
-from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.report_callbacks import TrainingCallback

@@ -62,9 +62,10 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     records = read_metrics(run.metrics)
     last = records[-1] if records else {"step": 0, "iteration": 0}
     verdict, holder = _read_verdict(run), run.holder()
+    state = _describe_state(run, holder, verdict)
     return {
         "run_dir": str(run.path),
-        "state": _describe_state(run, holder, verdict),
+        "state": state,
         "process": holder,
         "step": last.get("step", 0),
         "iteration": last.get("iteration", 0),
@@ -73,6 +74,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "current_val_loss": _last_value(records, "val_loss"),
         "learning_rate": _last_value(records, "learning_rate"),
         "updates": _last_value(records, "updates"),
+        "checkpoint": _name_checkpoint(run, state),
         "verdict": verdict,
     }
 
@@ -101,6 +103,20 @@ def _describe_state(run: RunDirectory, holder: int | None, verdict: str | None) 
     if verdict is not None:
         return {"passed": "verified", "failed": "rejected"}[verdict]
     return "trained" if run.result.exists() else "resumable"
+
+
+def _name_checkpoint(run: RunDirectory, state: str) -> str | None:
+    """The checkpoint that the run would go on from: hashed if it is to be, else the newest."""
+    from nested_core.storage.checkpoint_verification import (
+        list_checkpoints,
+        newest_sound_checkpoint,
+    )
+
+    if state == "resumable":
+        path = newest_sound_checkpoint(run.checkpoints)
+    else:
+        path = next(reversed(list_checkpoints(run.checkpoints)), None)
+    return None if path is None else path.name
 
 
 def _last_value(records: list[dict[str, Any]], key: str) -> Any:

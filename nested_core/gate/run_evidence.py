@@ -23,7 +23,8 @@ from nested_core.storage.adapter import (
     combined_sha256,
     read_adapter,
 )
-from nested_core.storage.checkpoint import STATE_NAME, Checkpoint, checkpoint_path, read_checkpoint
+from nested_core.storage.checkpoint import Checkpoint, read_checkpoint
+from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
 from nested_core.storage.manifest import MANIFEST_NAME, FileEntry, describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json, regular_sha256

@@ -52,12 +52,8 @@ from nested_core.storage.atomic import (
     write_bytes,
     write_json,
 )
-from nested_core.storage.checkpoint import (
-    checkpoint_path,
-    latest_checkpoint,
-    latest_state,
-    publish_adapter,
-)
+from nested_core.storage.checkpoint import latest_checkpoint, publish_adapter
+from nested_core.storage.checkpoint_verification import checkpoint_path, latest_state
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import read_json

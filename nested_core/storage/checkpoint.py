@@ -5,11 +5,9 @@ A checkpoint is complete or absent. One that was changed since is named and pass
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 from nested_core.errors import DamagedError
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, write_adapter
 from nested_core.storage.atomic import Confirm, new_directory, write_json
-from nested_core.storage.manifest import verify_manifest, write_manifest
+from nested_core.storage.checkpoint_verification import (
+    STATE_NAME,
+    checkpoint_path,
+    list_checkpoints,
+    verified_state,
+)
+from nested_core.storage.manifest import write_manifest
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
-from nested_core.storage.strict_files import read_json
 
 OPTIMIZER_NAME = "optimizer.safetensors"
-STATE_NAME = "state.json"
-MAX_STATE_BYTES = 64 * 1024 * 1024
 MASTERS = "masters:"  # before the names of float32 masters, beside the optimizer's own
-CHECKPOINT_NAME = re.compile(r"^step-(\d{7,})$")
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,6 @@ class Checkpoint:
         """The optimizer's state tree."""
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
         return tree_unflatten([(n, array) for n, array in arrays if not n.startswith(MASTERS)])
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step stands."""
-    return folder / f"step-{step:07d}"
 
 
 def write_checkpoint(
@@ -86,26 +81,8 @@ def write_checkpoint(
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Verify every byte of a checkpoint and read its state; DamagedError where it was changed."""
-    match = CHECKPOINT_NAME.match(path.name)
-    if match is None:
-        raise DamagedError(f"{path} is not a checkpoint: its name is not step-NNNNNNN.")
-    step = int(match[1])
-    if not path.is_dir():
-        raise DamagedError(f"{path} is not a directory.")
-    if verify_manifest(path).get("step") != step:
-        raise DamagedError(f"{path} holds the manifest of another step.")
-    state = read_json(path / STATE_NAME, MAX_STATE_BYTES)
-    if not isinstance(state, dict) or state.get("step") != step:
-        raise DamagedError(f"{path / STATE_NAME} is not the state of step {step}.")
+    step, state = verified_state(path)
     return Checkpoint(path, step, state)
-
-
-def latest_state(folder: Path) -> dict[str, Any]:
-    """state.json of the newest checkpoint, which is not verified; {} if it cannot be read."""
-    with suppress(DamagedError, IndexError):
-        state = read_json(list_checkpoints(folder)[-1] / STATE_NAME, MAX_STATE_BYTES)
-        return state if isinstance(state, dict) else {}
-    return {}
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -126,14 +103,6 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     if problems:
         raise DamagedError(f"No checkpoint in {folder} is sound. The newest: {problems[0]}")
     return None
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint directories, oldest first."""
-    if not folder.is_dir():
-        return []
-    named = [path for path in folder.iterdir() if CHECKPOINT_NAME.match(path.name)]
-    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def prune_checkpoints(folder: Path, *, keep_last: int, keep_steps: Collection[int]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.storage.checkpoint import latest_checkpoint, list_checkpoints
+from nested_core.storage.checkpoint import latest_checkpoint
+from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
 from tests.example import write_config

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from nested_core.storage.checkpoint import latest_checkpoint, list_checkpoints
+from nested_core.storage.checkpoint import latest_checkpoint
+from nested_core.storage.checkpoint_verification import list_checkpoints
 from tests.example import write_config
 from tests.flows.conftest import completed, ended, start
 

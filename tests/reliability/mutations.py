@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from nested_core.storage.checkpoint import list_checkpoints
+from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.manifest import MANIFEST_NAME, write_manifest
 from nested_core.storage.run_directory import RunDirectory
 

@@ -9,7 +9,8 @@ import pytest
 
 from nested_core.errors import TrainingStopped
 from nested_core.pipeline import steps
-from nested_core.storage.checkpoint import OPTIMIZER_NAME, checkpoint_path
+from nested_core.storage.checkpoint import OPTIMIZER_NAME
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.safetensors_files import read_tensors
 from tests.example import SPEEDS, Finished, prepare, stop_after, train, train_example
 from tests.example import example_config as configure

@@ -18,12 +18,8 @@ from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.storage.adapter import read_adapter_config
 from nested_core.storage.atomic import finite_or_none
-from nested_core.storage.checkpoint import (
-    checkpoint_path,
-    publish_adapter,
-    read_checkpoint,
-    write_checkpoint,
-)
+from nested_core.storage.checkpoint import publish_adapter, read_checkpoint, write_checkpoint
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.evaluation import Evaluator

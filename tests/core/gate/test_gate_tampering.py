@@ -15,7 +15,7 @@ from nested_core.errors import DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.gate.run_evidence import collect_evidence
 from nested_core.pipeline import steps
-from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS
 from tests.example import prepare, train

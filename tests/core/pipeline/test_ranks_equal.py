@@ -14,7 +14,7 @@ from nested_core.errors import RanksDiffer
 from nested_core.pipeline import steps
 from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.rank_group import RankGroup
-from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.metrics_file import read_metrics

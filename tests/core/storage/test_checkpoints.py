@@ -14,14 +14,13 @@ from mlx.utils import tree_flatten
 from nested_core import DamagedError, read_adapter
 from nested_core.storage.atomic import remove_leftovers
 from nested_core.storage.checkpoint import (
-    checkpoint_path,
     latest_checkpoint,
-    list_checkpoints,
     prune_checkpoints,
     publish_adapter,
     read_checkpoint,
     write_checkpoint,
 )
+from nested_core.storage.checkpoint_verification import checkpoint_path, list_checkpoints
 from nested_core.storage.manifest import write_manifest
 from tests.core.registry.faults import copies, failed_at
 

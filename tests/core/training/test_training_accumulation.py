@@ -17,7 +17,8 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
-from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
+from nested_core.storage.checkpoint import OPTIMIZER_NAME
+from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
 from nested_core.storage.safetensors_files import read_tensors
 from tests.example import Finished, train_example
 

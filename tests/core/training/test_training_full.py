@@ -15,7 +15,8 @@ from mlx_lm.utils import quantize_model, save
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
-from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME, checkpoint_path
+from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.safetensors_files import load_arrays, read_tensors
 from tests.example import (
     MODEL,

@@ -13,7 +13,7 @@ import pytest
 from nested_core.models.generation import generate_answers
 from nested_core.models.parameters import trainable_parameters
 from nested_core.pipeline import steps
-from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train
 
 STEPS = 104

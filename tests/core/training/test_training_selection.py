@@ -11,7 +11,11 @@ import pytest
 from nested_core.config.gate import GateSection
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
-from nested_core.storage.checkpoint import STATE_NAME, checkpoint_path, list_checkpoints
+from nested_core.storage.checkpoint_verification import (
+    STATE_NAME,
+    checkpoint_path,
+    list_checkpoints,
+)
 from tests.example import DATA, Finished, train_example
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from nested_core.errors import TrainingStopped
 from nested_core.pipeline import steps
-from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
+from nested_core.storage.checkpoint import OPTIMIZER_NAME
+from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
 from nested_core.storage.safetensors_files import read_tensors
 from nested_core.training.trainer import Trainer
 from tests.example import SPEEDS, Finished, example_config, prepare, train, train_example

@@ -9,7 +9,8 @@ import pytest
 
 from nested_core.errors import ConfigError
 from nested_core.pipeline import steps
-from nested_core.storage.checkpoint import OPTIMIZER_NAME, STATE_NAME, checkpoint_path
+from nested_core.storage.checkpoint import OPTIMIZER_NAME
+from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
 from nested_core.storage.safetensors_files import read_tensors
 from tests.example import Finished, example_config, prepare, train, train_example
 

@@ -1,0 +1,65 @@
+"""Checkpoint folders: their names, and whether one is as it was written; nothing here needs MLX."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nested_core.errors import DamagedError
+from nested_core.storage.manifest import verify_manifest
+from nested_core.storage.strict_files import read_json
+
+STATE_NAME = "state.json"
+MAX_STATE_BYTES = 64 * 1024 * 1024
+CHECKPOINT_NAME = re.compile(r"^step-(\d{7,})$")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step stands."""
+    return folder / f"step-{step:07d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint directories, oldest first."""
+    if not folder.is_dir():
+        return []
+    named = [path for path in folder.iterdir() if CHECKPOINT_NAME.match(path.name)]
+    return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def verified_state(path: Path) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint and its state.json, once every byte of the folder is hashed.
+
+    Raises DamagedError where anything was changed.
+    """
+    match = CHECKPOINT_NAME.match(path.name)
+    if match is None:
+        raise DamagedError(f"{path} is not a checkpoint: its name is not step-NNNNNNN.")
+    step = int(match[1])
+    if path.is_symlink() or not path.is_dir():
+        raise DamagedError(f"{path} is not a directory.")
+    if verify_manifest(path).get("step") != step:
+        raise DamagedError(f"{path} holds the manifest of another step.")
+    state = read_json(path / STATE_NAME, MAX_STATE_BYTES)
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise DamagedError(f"{path / STATE_NAME} is not the state of step {step}.")
+    return step, state
+
+
+def newest_sound_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that training would go on from, or None; damaged ones are passed over."""
+    for path in reversed(list_checkpoints(folder)):
+        with suppress(DamagedError):
+            verified_state(path)
+            return path
+    return None
+
+
+def latest_state(folder: Path) -> dict[str, Any]:
+    """state.json of the newest checkpoint, which is not verified; {} if it cannot be read."""
+    with suppress(DamagedError, IndexError):
+        state = read_json(list_checkpoints(folder)[-1] / STATE_NAME, MAX_STATE_BYTES)
+        return state if isinstance(state, dict) else {}
+    return {}
