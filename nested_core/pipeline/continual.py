@@ -87,7 +87,7 @@ def settings_digest(config: FineTuneConfig, base: str | None) -> str:
     return hashlib.sha256(canonical_json([base, settings])).hexdigest()
 
 
-def parent_version_of(config: FineTuneConfig, run: RunDirectory) -> str | None:
+def parent_version_of(config: FineTuneConfig, run: RunDirectory, initial_digest: str) -> str | None:
     """The registered version that a run was trained from; None if it started fresh.
 
     A version of an earlier release has the base's fingerprint by that release's rule in its digest.
@@ -96,9 +96,9 @@ def parent_version_of(config: FineTuneConfig, run: RunDirectory) -> str | None:
     if config.continual.start is None or not name_exists(registry, name):
         return None
     versions = list_versions(registry, name)
+    if initial_digest in versions or not run.initial.is_dir():
+        return initial_digest if initial_digest in versions else None
     initial = read_adapter(run.initial)
-    if initial.digest() in versions:
-        return initial.digest()
     sampled = {"base_fingerprint": sampled_fingerprint(find_model_folder(config.model))}
     digest = Adapter(initial.path, initial.config | sampled, initial.tensors).digest()
     return digest if digest in versions else None
@@ -108,7 +108,7 @@ def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str 
     """One line that says where a run with `continual.from` started; None for other runs."""
     if config.continual.start is None:
         return None
-    parent = parent_version_of(config, run)
+    parent = parent_version_of(config, run, read_adapter(run.initial).digest())
     name = config.registry.name
     if parent is None:
         return f"{name} has no champion yet: starting from a fresh adapter"

@@ -88,7 +88,7 @@ def make_provenance(
         "train_digest": dataset.splits["train"].digest,
         "validation_digest": _validation_digest(dataset, gate["validation"]),
         "gate_sha256": regular_sha256(run.gate),
-        "parent": parent_version_of(config, run) or champion,
+        "parent": parent_version_of(config, run, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
         "training_seconds": _training_seconds(read_metrics(run.metrics)),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},

@@ -16,7 +16,7 @@ class SplitRecord:
     """One split: the digest of its examples, and how many there are."""
 
     digest: str
-    rows: int
+    rows: int = 0
 
 
 @dataclass(frozen=True)

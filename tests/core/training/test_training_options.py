@@ -226,7 +226,8 @@ def test_an_exported_configuration_says_what_mlx_lm_needs(exported: tuple[Finish
     assert config["fine_tune_type"] == "lora"
     assert config["num_layers"] == -1
     assert config["lora_parameters"] == {"rank": 8, "scale": 2.0, "dropout": 0.0}
-    assert len(config["base_fingerprint"]) == 64
+    rule, _, digest = config["base_fingerprint"].partition(":")
+    assert (rule, len(digest)) == ("sha256", 64)
 
 
 def test_a_base_model_with_code_of_its_own_trains_to_the_loss_of_mlx_lms(tmp_path: Path) -> None:
