@@ -9,17 +9,26 @@ from typing import Any
 from nested_core.config.key_properties import Key, iterate_keys
 from nested_core.config.loading import parse_config, read_yaml
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.run_directory import RunDirectory
 
 MAX_SHOWN = 10
 
 
 def read_run_config(run: RunDirectory) -> FineTuneConfig:
-    """The configuration that a run was started with; ConfigError if `run` is no run directory."""
+    """The configuration that a run was started with.
+
+    Raises ConfigError if `run` is no run directory, DamagedError if its file is no configuration.
+    """
     run.require_begun()
-    values = {key: value for key, value in read_yaml(run.config).items() if value is not None}
-    return parse_config(values, source=str(run.config))
+    try:
+        values = {key: value for key, value in read_yaml(run.config).items() if value is not None}
+        return parse_config(values, source=str(run.config))
+    except ConfigError as error:
+        raise DamagedError(
+            f"{error}\nThe run wrote this file. Bring it back, or remove it: --resume with the "
+            f"configuration that the run began with writes it again."
+        ) from error
 
 
 def refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) -> None:

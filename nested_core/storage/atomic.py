@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from nested_core.errors import DamagedError
+
 TEMPORARY_PREFIX = ".tmp-"
 RETIRED_PREFIX = ".old-"
 MAX_NAME_BYTES = 255  # of a file system's names; a temporary one fits wherever its target does
@@ -63,6 +65,11 @@ def errors_name(target: Path, temporary: Path) -> Iterator[None]:
     """Name the target in an error about its temporary file or folder, or about what is in that."""
     try:
         yield
+    except IsADirectoryError as error:
+        raise DamagedError(
+            f"{target} is a directory, and a file belongs there. Move it away, and give the "
+            f"command again."
+        ) from error
     except OSError as error:
         name = os.fsdecode(error.filename or temporary)  # a write names no file
         if Path(name).is_relative_to(temporary):

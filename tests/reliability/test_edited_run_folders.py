@@ -129,7 +129,8 @@ def resume(case: Case, originals: Originals, tmp_path: Path) -> Counter[str]:
         assert files_sha256(run / "adapter") == files_sha256(originals.run / "adapter"), str(case)
         assert command("status", run, cwd=tmp_path).code == 0, str(case)
     else:
-        require_refusal(case, done)
+        differs = case.file == "config.yaml" and "that differs" in done.stderr
+        require_refusal(case, done, 2 if differs else 6)
     shutil.rmtree(tmp_path / "spoilt")
     return Counter([f"--resume {done.code}"])
 
