@@ -18,14 +18,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from nested_core.data.lines.decoding import LineProblem, decode_object
-from nested_core.data.lines.examples import Features, parse_line
-from nested_core.data.sources.formats import Damaged, read_array, read_csv, read_gzip
 
 import flows
 import nested_core
 from nested_core.config.loading import parse_config, parse_yaml
+from nested_core.data.lines.example_parsing import FieldNames, parse_line
+from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
+from nested_core.data.sources.file_formats import (
+    UnreadableRest,
+    read_csv,
+    read_gzip_jsonl,
+    read_json_array,
+)
 from nested_core.errors import NestedTuneError
 from nested_core.registry.ledger import LEDGER_NAME, read_ledger
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
@@ -33,7 +38,7 @@ from nested_core.storage.safetensors_files import read_tensors
 from nested_core.storage.strict_files import parse_json
 from nested_core.training.metrics_file import read_metrics
 
-REFUSALS = (NestedTuneError, LineProblem, Damaged, ValueError)
+REFUSALS = (NestedTuneError, LineProblem, UnreadableRest, ValueError)
 UNMEASURED_SECONDS = 0.01  # of processor time; what is faster than this is fast enough
 MOST_TIMES = 3.0  # linear is 2, quadratic 4
 TRIES = 4
@@ -139,8 +144,8 @@ def manifest(count: int) -> bytes:
 
 PARSERS = {
     "JSON": Parser(lambda _, content: parse_json(content), JSON_SHAPES, 200_000),
-    "a line": Parser(lambda _, content: decode_object(content), JSON_SHAPES, 200_000),
-    "an example": Parser(lambda _, content: parse_line(content, Features()), JSON_SHAPES, 100_000),
+    "a line": Parser(lambda _, content: decode_json_object(content), JSON_SHAPES, 200_000),
+    "an example": Parser(lambda _, line: parse_line(line, FieldNames()), JSON_SHAPES, 100_000),
     "YAML": Parser(lambda _, content: parse_yaml(content), YAML_SHAPES, 8_000),
     "a configuration": Parser(
         lambda _, content: parse_config(parse_yaml(content), source="x"),
@@ -148,7 +153,7 @@ PARSERS = {
         4_000,
     ),
     "train.json": Parser(
-        lambda path, _: list(read_array(path)),
+        lambda path, _: list(read_json_array(path)),
         {
             "elements": lambda n: b"[" + b"{}," * (n // 3) + b"{}]",
             "line ends": lambda n: b"[" + b"{}\n,\n" * (n // 5) + b"x",
@@ -167,7 +172,7 @@ PARSERS = {
         200_000,
     ),
     "train.jsonl.gz": Parser(
-        lambda path, _: sum(1 for _line in read_gzip(path)),
+        lambda path, _: sum(1 for _line in read_gzip_jsonl(path)),
         {
             "empty lines": lambda n: gzip.compress(b"\n" * n),
             "one line": lambda n: gzip.compress(b"a" * n),

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nested_core import compiled_kernels, registry
-from nested_core.storage.checkpoint import list_checkpoints, read_checkpoint
+from nested_core.storage.checkpoint import read_checkpoint
+from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.manifest import MANIFEST_NAME
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import SPEEDS, write_config
