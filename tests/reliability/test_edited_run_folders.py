@@ -9,8 +9,9 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,13 @@ import pytest
 from nested_core.storage.adapter import files_sha256
 from tests.example import write_config
 from tests.flows.conftest import Ended, called
-from tests.reliability.run_folder_edits import Case, cases
+from tests.reliability.run_folder_edits import (
+    Case,
+    cases,
+    replaced_by_link_to_zeros,
+    replaced_by_pipe,
+    truncated,
+)
 
 SMALL = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
 SMALL_RUN = {"iters": 8, "val_batches": 1, "lora_parameters": SMALL}
@@ -75,7 +82,7 @@ def bounded() -> Iterator[None]:
 
 
 def command(*arguments: object, cwd: Path) -> Ended:
-    with bounded():
+    with bounded(), warnings.catch_warnings(action="always"):  # the command line shows them
         return called(*arguments, cwd=cwd)
 
 
@@ -114,8 +121,6 @@ def look(case: Case, originals: Originals, tmp_path: Path) -> Counter[str]:
         require_refusal(case, promote, 2 if is_absent else 6)
     for name, done in (("status", status), ("stop", stop), ("promote", promote)):
         ends[f"{name} {done.code}"] += 1
-    shutil.rmtree(tmp_path / "spoilt")
-    shutil.rmtree(registry)
     return ends
 
 
@@ -131,7 +136,6 @@ def resume(case: Case, originals: Originals, tmp_path: Path) -> Counter[str]:
     else:
         differs = case.file == "config.yaml" and "that differs" in done.stderr
         require_refusal(case, done, 2 if differs else 6)
-    shutil.rmtree(tmp_path / "spoilt")
     return Counter([f"--resume {done.code}"])
 
 
@@ -147,7 +151,6 @@ def verify(case: Case, originals: Originals, tmp_path: Path) -> Counter[str]:
                 assert is_same or case.edit.__name__ == "replaced_by_another_runs", str(case)
     elif done.code != 4:
         require_refusal(case, done)
-    shutil.rmtree(tmp_path / "spoilt")
     return Counter([f"verify {done.code}"])
 
 
@@ -160,14 +163,34 @@ def every(count: int | None, all_cases: list[Case]) -> list[Case]:
 FULL = pytest.param(None, marks=[pytest.mark.reliability, pytest.mark.timeout(7200)])
 
 
+def require_all(
+    check: Callable[[Case, Originals, Path], Counter[str]],
+    chosen: list[Case],
+    originals: Originals,
+    tmp_path: Path,
+) -> Counter[str]:
+    """Check each case in a folder of its own; all that went wrong is shown at once."""
+    ends: Counter[str] = Counter()
+    problems = []
+    for number, case in enumerate(chosen):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        try:
+            ends += check(case, originals, folder)
+        except AssertionError as error:
+            problems.append(f"{case}: {error}")
+        shutil.rmtree(folder)
+    print(sorted(ends.items()))
+    assert problems == [], "\n".join(problems)
+    return ends
+
+
 @pytest.mark.parametrize("count", [24, FULL])
 def test_status_stop_and_promote_of_a_spoilt_run_name_the_file_or_change_nothing(
     originals: Originals, tmp_path: Path, count: int | None
 ) -> None:
-    ends: Counter[str] = Counter()
-    for case in every(count, cases(originals.run, originals.other)):
-        ends += look(case, originals, tmp_path)
-    print(sorted(ends.items()))
+    chosen = every(count, cases(originals.run, originals.other))
+    ends = require_all(look, chosen, originals, tmp_path)
     assert ends["promote 6"] > ends["promote 0"]
 
 
@@ -175,10 +198,8 @@ def test_status_stop_and_promote_of_a_spoilt_run_name_the_file_or_change_nothing
 def test_a_spoilt_run_is_resumed_to_the_same_adapter_or_refused_by_the_files_name(
     originals: Originals, tmp_path: Path, count: int | None
 ) -> None:
-    ends: Counter[str] = Counter()
-    for case in every(count, cases(originals.run, originals.other)):
-        ends += resume(case, originals, tmp_path)
-    print(sorted(ends.items()))
+    chosen = every(count, cases(originals.run, originals.other))
+    require_all(resume, chosen, originals, tmp_path)
 
 
 @pytest.mark.parametrize("count", [3, FULL])
@@ -187,10 +208,7 @@ def test_a_spoilt_adapter_folder_never_passes(
 ) -> None:
     all_cases = cases(originals.run, originals.other)
     of_adapters = [case for case in all_cases if case.file.startswith(("initial/", "adapter/"))]
-    ends: Counter[str] = Counter()
-    for case in every(count, of_adapters):
-        ends += verify(case, originals, tmp_path)
-    print(sorted(ends.items()))
+    require_all(verify, every(count, of_adapters), originals, tmp_path)
 
 
 @pytest.mark.parametrize("count", [12, FULL])
@@ -198,34 +216,34 @@ def test_a_spoilt_version_is_named_by_audit_and_never_promoted(
     originals: Originals, tmp_path: Path, count: int | None
 ) -> None:
     first, second = originals.versions()
-    for case in every(count, cases(first, second)):
-        registry = tmp_path / "registry"
+
+    def check(case: Case, originals: Originals, folder: Path) -> Counter[str]:
+        registry = folder / "registry"
         shutil.copytree(originals.registry, registry, symlinks=True)
         version = registry / NAME / "versions" / first.name
         shutil.rmtree(version)
         case.apply(first, second, version)
-        audit = command("audit", NAME, "--registry", registry, cwd=tmp_path)
+        audit = command("audit", NAME, "--registry", registry, cwd=folder)
         assert audit.code == 6, (str(case), audit)
-        rollback = ("rollback", NAME, "--to", first.name, "--registry", registry)
-        done = command(*rollback, cwd=tmp_path)
-        assert done.code in (2, 6), (str(case), done)
-        require_refusal(case, done, done.code)
-        shutil.rmtree(registry)
+        arguments = ("rollback", NAME, "--to", first.name, "--registry", registry)
+        rollback = command(*arguments, cwd=folder)
+        assert rollback.code in (2, 6), (str(case), rollback)
+        return Counter([f"rollback {rollback.code}"])
+
+    require_all(check, every(count, cases(first, second)), originals, tmp_path)
 
 
 def test_a_damaged_result_is_made_again_from_sound_checkpoints(
     originals: Originals, tmp_path: Path
 ) -> None:
-    for name in ("truncated", "replaced_by_pipe", "replaced_by_link_to_zeros"):
-        (case,) = [
-            case
-            for case in cases(originals.run, originals.other)
-            if case.file == "result.json" and case.edit.__name__ == name
-        ]
-        assert resume(case, originals, tmp_path) == Counter({"--resume 0": 1}), name
+    edits = {truncated, replaced_by_pipe, replaced_by_link_to_zeros}
+    all_cases = cases(originals.run, originals.other)
+    chosen = [case for case in all_cases if case.file == "result.json" and case.edit in edits]
+    ends = require_all(resume, chosen, originals, tmp_path)
+    assert ends == Counter({"--resume 0": 3})
 
 
-def test_what_training_left_is_what_the_edits_start_from(originals: Originals) -> None:
+def test_the_edits_start_from_all_that_training_leaves(originals: Originals) -> None:
     names = {case.file for case in cases(originals.run, originals.other)}
     assert {"config.yaml", "gate.json", "metrics.jsonl", "result.json", "run.lock"} <= names
     assert "checkpoints/step-0000008/optimizer.safetensors" in names
