@@ -126,7 +126,7 @@ def parse_ledger(path: Path, _: bytes) -> None:
     ledger = read_ledger(path.parent)
     ledger.changes()
     ledger.rollback_target()
-    ledger.barred()
+    ledger.barred_versions()
     ledger.versions()
 
 
