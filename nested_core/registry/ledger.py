@@ -13,13 +13,13 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, MissingFileError
+from nested_core.registry.champion_stack import ChampionStack
 from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
 from nested_core.storage.strict_files import file_type, read_regular
@@ -103,27 +103,26 @@ class Ledger:
 
     def rollback_target(self) -> str | None:
         """The version that a rollback without `--to` goes to, or None if there is none left."""
-        stack = self._champion_stack()
-        return stack[-2] if len(stack) > 1 else None
+        return self._champion_stack().second()
 
-    def _champion_stack(self) -> list[str]:
-        """The champions that rollbacks go back through; the present one is the last.
+    def _champion_stack(self) -> ChampionStack:
+        """The champions that rollbacks go back through; the present one is on top.
 
         Promotions and `rollback --to` push a version, a plain rollback pops one, and a version that
         was collected cannot be gone back to. In histories without `explicit` a rollback to the
         version below the top counts as plain.
         """
-        stack: list[str] = []
+        stack = ChampionStack()
         for entry in self._effective():
             is_plain = entry.action == "rollback" and not entry.explicit
             if entry.action == "collected":
-                stack = [v for v, _ in groupby(v for v in stack if v != entry.version)]
+                stack.remove(entry.version)
             elif entry.version is None:  # somebody removed the link: nothing to go back to
                 stack.clear()
-            elif is_plain and stack[-2:-1] == [entry.version]:
+            elif is_plain and stack.second() == entry.version:
                 stack.pop()
             else:
-                stack.append(entry.version)
+                stack.push(entry.version)
         return stack
 
     def _effective(self) -> list[Entry]:

@@ -41,7 +41,7 @@ from nested_core.training.metrics_file import read_metrics
 REFUSALS = (NestedTuneError, LineProblem, UnreadableRest, ValueError)
 UNMEASURED_SECONDS = 0.01  # of processor time; what is faster than this is fast enough
 MOST_TIMES = 3.0  # linear is 2, quadratic 4
-TRIES = 4
+TRIES = 3
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -53,15 +53,13 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def growth(make: Callable[[int], Callable[[], object]], size: int) -> float:
-    """How many times longer twice the size takes, at its best of several tries."""
-    once, twice = make(size), make(2 * size)
-    growths = []
-    for _ in range(TRIES):
-        longer = seconds(twice)
-        growths.append(longer / max(seconds(once), 1e-9))
-        if longer < UNMEASURED_SECONDS or growths[-1] < MOST_TIMES:
-            return min(growths[-1], MOST_TIMES)
-    return min(growths)
+    """How many times longer twice the size takes, each at its best; 0 for what takes no time."""
+    twice = make(2 * size)
+    if seconds(twice) < UNMEASURED_SECONDS:
+        return 0.0
+    once = make(size)
+    best = min(seconds(twice) for _ in range(TRIES))
+    return best / max(min(seconds(once) for _ in range(TRIES)), 1e-9)
 
 
 @dataclass(frozen=True)
@@ -143,9 +141,9 @@ def manifest(count: int) -> bytes:
 
 
 PARSERS = {
-    "JSON": Parser(lambda _, content: parse_json(content), JSON_SHAPES, 200_000),
-    "a line": Parser(lambda _, content: decode_json_object(content), JSON_SHAPES, 200_000),
-    "an example": Parser(lambda _, line: parse_line(line, FieldNames()), JSON_SHAPES, 100_000),
+    "JSON": Parser(lambda _, content: parse_json(content), JSON_SHAPES, 60_000),
+    "a line": Parser(lambda _, content: decode_json_object(content), JSON_SHAPES, 60_000),
+    "an example": Parser(lambda _, line: parse_line(line, FieldNames()), JSON_SHAPES, 60_000),
     "YAML": Parser(lambda _, content: parse_yaml(content), YAML_SHAPES, 8_000),
     "a configuration": Parser(
         lambda _, content: parse_config(parse_yaml(content), source="x"),
@@ -159,7 +157,7 @@ PARSERS = {
             "line ends": lambda n: b"[" + b"{}\n,\n" * (n // 5) + b"x",
             "no commas": lambda n: b"[" + b"{}\n" * (n // 3),
         },
-        200_000,
+        60_000,
     ),
     "train.csv": Parser(
         lambda path, _: list(read_csv(path, frozenset())),
@@ -169,7 +167,7 @@ PARSERS = {
             "records": lambda n: b"text\n" + b"a\n" * (n // 2),
             "columns": lambda n: b",".join(b"c%d" % i for i in range(n // 8)),
         },
-        200_000,
+        60_000,
     ),
     "train.jsonl.gz": Parser(
         lambda path, _: sum(1 for _line in read_gzip_jsonl(path)),
@@ -178,7 +176,7 @@ PARSERS = {
             "one line": lambda n: gzip.compress(b"a" * n),
             "members": lambda n: gzip.compress(b"a\n") * (n // 22),
         },
-        200_000,
+        60_000,
     ),
     "metrics.jsonl": Parser(
         lambda path, _: read_metrics(path),
@@ -187,7 +185,7 @@ PARSERS = {
             "damage": lambda n: b"x\n" * (n // 2),
             "one line": lambda n: b"x" * n,
         },
-        200_000,
+        60_000,
     ),
     LEDGER_NAME: Parser(
         parse_ledger,
@@ -202,10 +200,10 @@ PARSERS = {
     "adapters.safetensors": Parser(
         lambda path, _: read_tensors(path),
         {"empty tensors": lambda n: tensors(n // 60), "spaces": lambda n: bytes(8) + b" " * n},
-        200_000,
+        60_000,
     ),
     MANIFEST_NAME: Parser(
-        lambda path, _: read_manifest(path.parent), {"files": lambda n: manifest(n // 40)}, 200_000
+        lambda path, _: read_manifest(path.parent), {"files": lambda n: manifest(n // 40)}, 60_000
     ),
 }
 CASES = [(name, shape) for name, parser in PARSERS.items() for shape in parser.shapes]
@@ -234,6 +232,10 @@ PIECES = (
 )
 
 
+# Never searched for: the beginnings of patterns for names of layers, and for addresses.
+MATCHED_FROM_THE_START = ("(?P<stack>", "(https?|hf)://")
+
+
 def modules(package: ModuleType) -> Iterator[ModuleType]:
     for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         if ".cuda" not in found.name and "_main" not in found.name:
@@ -256,14 +258,16 @@ def test_every_pattern_takes_linear_time() -> None:
     assert len(tried) > 25
     for pattern in tried.values():
         for piece in PIECES:
-            found = growth(lambda size: searching(pattern, piece, size), 20_000)  # noqa: B023
+            found = growth(lambda size: searching(pattern, piece, size), 5_000)  # noqa: B023
             assert found <= MOST_TIMES, (pattern.pattern, piece)
 
 
 def searching(pattern: re.Pattern[Any], piece: str, size: int) -> Callable[[], object]:
-    """A search for all places, and a match of all, of a text that is one piece again and again."""
+    """A search for all places, or a match from the start, in one piece again and again."""
     text: Any = piece * (size // len(piece)) + "!"
     text = text.encode() if isinstance(pattern.pattern, bytes) else text
+    if pattern.pattern.startswith(MATCHED_FROM_THE_START):
+        return lambda: (pattern.match(text), pattern.fullmatch(text))
     return lambda: (sum(1 for _ in pattern.finditer(text)), pattern.fullmatch(text))
 
 

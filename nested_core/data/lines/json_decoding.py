@@ -14,7 +14,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from nested_core.errors import shorten
 
-_NO_NUMBER = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|(NaN|-?Infinity)')  # outside of the texts
+# Outside of the texts; one that never ends is passed over whole, so that none is looked at twice.
+_NO_NUMBER = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|(NaN|-?Infinity)', re.DOTALL)
 _OBJECT = TypeAdapter(dict[str, Any], config=ConfigDict(strict=True))
 
 
