@@ -12,7 +12,7 @@ import pytest
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import judge_run
 from nested_core.gate.training_divergence import Divergence, find_divergence
-from nested_core.storage.checkpoint import checkpoint_path
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.conftest import STEPS, Rewrite
 from tests.core.gate.pairs import codes
