@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nested_core.storage.atomic import remove_leftovers
-from nested_core.storage.checkpoint import latest_checkpoint, list_checkpoints, write_checkpoint
+from nested_core.storage.checkpoint import latest_checkpoint, write_checkpoint
+from nested_core.storage.checkpoint_verification import list_checkpoints
 from tests.core.registry.system_calls import Failure, can_fail, can_trace, interrupted_at
 
 # The children of these forks only write arrays that are there already.

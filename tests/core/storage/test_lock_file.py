@@ -18,7 +18,7 @@ from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import VARIABLE, lock_path, locking_devices
 from nested_core.registry import audit, collect_garbage, history, promote, register, rollback
-from nested_core.storage.checkpoint import list_checkpoints
+from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.lock_file import (
     exclusive_lock,
     holder_lock,
