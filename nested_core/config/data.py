@@ -58,6 +58,9 @@ class DataPolicy(Section):
     )
     duplicates: Literal["keep", "drop"] = key("keep", "training examples that come twice")
     leakage: Literal["error", "drop"] = key("error", "training examples in a held-out set as well")
+    near_duplicates: Literal["warn", "error", "off"] = key(
+        "warn", "held-out examples that nearly are a training example"
+    )
     roles: Literal["strict", "template"] = key(
         "strict", "roles and order of a chat: by our rules, or whatever the chat template takes"
     )

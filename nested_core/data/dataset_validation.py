@@ -28,6 +28,7 @@ from nested_core.data.rules.line_rules import (
     LINE_RULES,
     SENSITIVE_DATA_RULES,
     make_held_out_rules,
+    make_near_duplicate_rules,
 )
 from nested_core.data.rules.split_statistics import (
     describe_split_stats,
@@ -93,6 +94,10 @@ def _apply_line_rules(tables: Tables, settings: DataSettings, findings: Findings
     # Nothing is dropped from a held-out set, so under `drop` there is only something to know.
     severity: Severity = "error" if settings.policy.leakage == "error" else "warning"
     make_held_out_rules(severity).add_findings(tables["test"].frame, findings)
+    near_severity: Severity = "error" if settings.policy.near_duplicates == "error" else "warning"
+    for table in tables.values():
+        if "near" in table.frame.columns:
+            make_near_duplicate_rules(near_severity).add_findings(table.frame, findings)
 
 
 def _apply_file_rules(

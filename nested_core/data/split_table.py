@@ -18,6 +18,7 @@ import polars as pl
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_table import RANGE_BYTES, SCHEMA, run_line_range_job
+from nested_core.data.lines.word_ngrams import SCHEMA as NGRAM_SCHEMA
 from nested_core.data.parallel_jobs import (
     OnProgress,
     count_processes_for,
@@ -25,6 +26,7 @@ from nested_core.data.parallel_jobs import (
     run_jobs,
 )
 from nested_core.data.rules.dropped_lines import Dropped, separate_dropped_lines
+from nested_core.data.rules.near_duplicates import add_near_duplicates, find_near_duplicates
 from nested_core.data.rules.repeated_lines import add_repeat_columns
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.storage.strict_files import read_regular
@@ -56,16 +58,29 @@ def read_tables_with_repeats(
     files: Mapping[str, SplitFile], settings: DataSettings, on_progress: OnProgress | None
 ) -> dict[str, SplitTable]:
     """Read the splits and relate their lines to each other; lines that go are in `dropped`."""
-    tables = read_tables(files, settings.field_names, on_progress)
-    train, *held_out = add_repeat_columns([(table.file, table.frame) for table in tables.values()])
+    has_ngrams = settings.policy.near_duplicates != "off" and len(files) > 1
+    tables = read_tables(files, settings.field_names, on_progress, has_ngrams=has_ngrams)
+    ngrams = [table.frame for table in tables.values()]
+    frames = [frame.drop(NGRAM_SCHEMA, strict=False) for frame in ngrams]
+    files_and_frames = zip([table.file for table in tables.values()], frames, strict=True)
+    train, *held_out = add_repeat_columns(list(files_and_frames))
+    if has_ngrams:
+        near = [find_near_duplicates(ngrams[0], frame) for frame in ngrams[1:]]
+        held_out = list(map(add_near_duplicates, held_out, near))
     train, held_out, dropped = separate_dropped_lines(train, held_out, settings.policy)
-    frames = dict(zip(tables, [train, *held_out], strict=True))
-    related = {name: replace(table, frame=frames[name]) for name, table in tables.items()}
+    related = {
+        name: replace(table, frame=frame)
+        for (name, table), frame in zip(tables.items(), [train, *held_out], strict=True)
+    }
     return related | {"train": replace(related["train"], dropped=dropped)}
 
 
 def read_tables(
-    files: Mapping[str, SplitFile], features: FieldNames, on_progress: OnProgress | None = None
+    files: Mapping[str, SplitFile],
+    features: FieldNames,
+    on_progress: OnProgress | None = None,
+    *,
+    has_ngrams: bool = False,
 ) -> dict[str, SplitTable]:
     """Read train, valid and test, a missing one as empty; raises OSError, and WorkerFailed."""
     frames: dict[str, list[pl.DataFrame]] = {split: [] for split in SPLITS}
@@ -78,6 +93,7 @@ def read_tables(
                 "path": str(file.path),
                 "byte_range": byte_range,
                 "features": asdict(features),
+                "has_ngrams": has_ngrams,
                 "out": f"{folder}/{split}-{byte_range.start}",
             }
             for split, file in files.items()
@@ -100,7 +116,7 @@ def read_tables(
         split: SplitTable(
             files[split].name if split in files else f"{split}.jsonl",
             files.get(split),
-            _join_range_frames(frames[split], files.get(split)),
+            _join_range_frames(frames[split], files.get(split), has_ngrams=has_ngrams),
             hashers[split].hexdigest(),
         )
         for split in SPLITS
@@ -117,8 +133,11 @@ def _read_and_remove_job_files(request: dict[str, Any]) -> tuple[pl.DataFrame, b
     return result
 
 
-def _join_range_frames(frames: list[pl.DataFrame], file: SplitFile | None) -> pl.DataFrame:
-    frame = pl.concat([pl.DataFrame(schema=SCHEMA), *frames], rechunk=True)
+def _join_range_frames(
+    frames: list[pl.DataFrame], file: SplitFile | None, *, has_ngrams: bool
+) -> pl.DataFrame:
+    empty = pl.DataFrame(schema={**SCHEMA, **(NGRAM_SCHEMA if has_ngrams else {})})
+    frame = pl.concat([empty, *frames], rechunk=True)
     frame = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("line"))
     if file is not None and file.problems:
         frame = _add_line_problems(frame, file.problems)

@@ -16,6 +16,7 @@ import polars as pl
 from nested_core.data.lines.example_parsing import WHITE_SPACE, FieldNames
 from nested_core.data.lines.line_rows import BLANK_TURN, LineRow, parse_line_to_row, parse_plain_row
 from nested_core.data.lines.sensitive_data import find_sensitive
+from nested_core.data.lines.word_ngrams import word_ngrams
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
@@ -44,12 +45,12 @@ _REPLACEMENT = "\ufffd"
 
 
 def read_line_range(
-    path: Path, byte_range: ByteRange, features: FieldNames
+    path: Path, byte_range: ByteRange, features: FieldNames, *, has_ngrams: bool = False
 ) -> tuple[pl.DataFrame, bytes]:
     """The rows of a range of lines, see SCHEMA, and the SHA-256 of each example in it, joined.
 
-    The row of a line does not depend on the range it is read in. Raises OSError, and DatasetError
-    if the file became shorter.
+    With `has_ngrams` they have the columns of word_ngrams.SCHEMA too. The row of a line does not
+    depend on the range it is read in. Raises OSError, and DatasetError if the file became shorter.
     """
     size = byte_range.end - byte_range.start
     with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
@@ -76,14 +77,16 @@ def read_line_range(
         "has_crlf": raw.bin.ends_with(b"\r"),
         "has_mark": has_mark,
     }
-    return pl.DataFrame(columns, schema=SCHEMA), digests
+    frame = pl.DataFrame(columns, schema=SCHEMA)
+    return frame.with_columns(**word_ngrams(text)) if has_ngrams else frame, digests
 
 
 def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
     """`read_line_range` as a job: writes OUT.rows and OUT.digests, answers the number of lines."""
     byte_range = ByteRange(*request["byte_range"])
     features = FieldNames(**request["features"])
-    frame, digests = read_line_range(Path(request["path"]), byte_range, features)
+    path, has_ngrams = Path(request["path"]), request["has_ngrams"]
+    frame, digests = read_line_range(path, byte_range, features, has_ngrams=has_ngrams)
     frame.write_ipc(f"{request['out']}.rows")
     Path(f"{request['out']}.digests").write_bytes(digests)
     return {"lines": frame.height}

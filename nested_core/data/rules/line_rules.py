@@ -161,6 +161,21 @@ SENSITIVE_DATA_RULES = FrameRules(
 
 
 @cache
+def make_near_duplicate_rules(severity: Severity) -> FrameRules:
+    """The rules for one line of valid or test, as it resembles a line of train."""
+    is_reported = pl.col("resembles").is_not_null() & (severity == "warning")
+    near = Rule(
+        "near-duplicate",
+        severity,
+        pl.col("near").is_null() | is_reported,
+        "{shared} % of its sequences of words are in {train_file}:{near}, digits and punctuation "
+        "aside; a loss on it says little about new data",
+    )
+    columns = {"near": pl.Int32, "shared": pl.Int32, "resembles": pl.Int32}
+    return FrameRules(columns={**columns, "train_file": pl.Categorical}, rules=(near,))
+
+
+@cache
 def make_held_out_rules(severity: Severity) -> FrameRules:
     """The rules for one line of test, as it relates to valid."""
     repeated = Rule(

@@ -1,0 +1,135 @@
+"""Held-out examples that nearly are a training example are named with the line of train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from nested_core.config.data import DataPolicy
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_dataset
+from nested_core.data.lines.word_ngrams import MOST_NGRAMS, word_ngrams
+from nested_core.data.rules.near_duplicates import find_near_duplicates
+from tests.example import DATA
+
+FOX = "The quick brown fox jumps over the lazy dog near the river every single day"
+ORDER = "Order 17, please: ship it to Berlin by 4 May!"
+OTHER = "Nothing in this sentence is in any other sentence of the whole set"
+
+
+def frame(texts: list[str | None]) -> pl.DataFrame:
+    """The columns of the search for texts, a line each."""
+    series = pl.Series(texts, dtype=pl.String)
+    columns = {"line": range(1, len(texts) + 1), "content": series.hash(), **word_ngrams(series)}
+    return pl.DataFrame(columns, schema_overrides={"line": pl.Int32})
+
+
+def find(train: list[str | None], held_out: list[str | None]) -> list[int | None]:
+    return find_near_duplicates(frame(train), frame(held_out))["near"].to_list()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (FOX.upper() + "!!", 2),
+        (FOX.replace("jumps", "leaps"), 2),
+        ("Please note: " + FOX + ". Thanks", 2),
+        (" ".join(FOX.split()[::-1]), None),
+        ("order 23 please ship it to berlin by 31 may", 3),
+        ("ORDER\u201417 please\u2026 ship it to Berlin by 4 May", 3),
+        ("The quick brown cat sleeps under the old tree near the house", None),
+        (OTHER, None),
+        ("Hello.", 4),
+        ("...", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_what_nearly_is_a_line_of_train(text, line) -> None:
+    assert find([None, FOX, ORDER, "hello"], [text]) == [line]
+
+
+def test_of_equally_near_lines_the_first_is_named_and_of_others_the_nearest() -> None:
+    changed = FOX.replace("jumps", "leaps")
+    assert find([OTHER, changed, FOX, FOX], [FOX + "."]) == [3]
+
+
+def test_a_template_does_not_make_examples_near_duplicates() -> None:
+    template = "Tell me please in one short and polite sentence what the capital of {} is now: {}"
+    names = [f"{letter}{other}ia" for letter in "bcdfghklmn" for other in "aeiou"]
+    train = [template.format(name, name[::-1]) for name in names]
+    assert find(train, [template.format("Fuji", "Suva")]) == [None]
+    assert find(train, [template.format(names[7], names[7][::-1]) + " indeed"]) == [8]
+
+
+def test_long_texts_are_compared_by_a_sample_of_bounded_size() -> None:
+    words = [
+        f"{letter}{other}{third}"
+        for letter in "bcdfghklmn"
+        for other in "aeiou"
+        for third in "rstvw"
+    ]
+    long = " ".join(words * 4 + words[::-1] * 4 + words[::2] * 3 + words[::3] * 3)
+    columns = word_ngrams(pl.Series([long]))
+    assert len(columns["ngrams"][0]) <= 2 * MOST_NGRAMS
+    assert columns["halvings"][0] >= 3
+    changed = long.split()
+    changed[100:110] = ["something"] * 10
+    assert find([OTHER, long], [" ".join(changed)]) == [2]
+
+
+def load(folder: Path, **policy: str):
+    settings = DataSettings(str(folder), batch_size=1, policy=DataPolicy(**policy))
+    return load_dataset(settings, None)[0]
+
+
+def findings(report) -> list[tuple[str, int | None, str, str]]:
+    return [
+        (finding.file, finding.line, finding.severity, finding.message)
+        for finding in report.findings
+        if finding.check == "near-duplicate"
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {
+        "train": [OTHER, FOX, ORDER, OTHER + " but one"],
+        "valid": [FOX + "!", "A text of its own, unlike all the rest"],
+        "test": [OTHER, "Order 9 please ship it to Berlin by 8 May", FOX.lower()],
+    }
+    for name, texts in files.items():
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+def test_by_default_it_is_a_warning(folder) -> None:
+    found = findings(load(folder))
+    assert [entry[:3] for entry in found] == [
+        ("valid.jsonl", 1, "warning"),
+        ("test.jsonl", 2, "warning"),
+        ("test.jsonl", 3, "warning"),
+    ]
+    assert "100 % of its sequences of words are in train.jsonl:2" in found[0][3]
+    assert "are in train.jsonl:3, digits and punctuation aside" in found[1][3]
+    assert found[2][3] == "like train.jsonl:2 but for case and white space"
+
+
+def test_by_policy_it_is_an_error_or_nothing(folder) -> None:
+    errors = [
+        entry[:2]
+        for entry in findings(load(folder, near_duplicates="error"))
+        if entry[2] == "error"
+    ]
+    assert errors == [("valid.jsonl", 1), ("test.jsonl", 2), ("test.jsonl", 3)]
+    assert [entry[:2] for entry in findings(load(folder, near_duplicates="off"))] == [
+        ("test.jsonl", 3)
+    ]
+
+
+def test_the_shipped_examples_have_none() -> None:
+    assert findings(load(DATA)) == []
