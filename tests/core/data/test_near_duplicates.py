@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -20,14 +22,14 @@ ORDER = "Order 17, please: ship it to Berlin by 4 May!"
 OTHER = "Nothing in this sentence is in any other sentence of the whole set"
 
 
-def frame(texts: list[str | None]) -> pl.DataFrame:
+def frame(texts: Sequence[str | None]) -> pl.DataFrame:
     """The columns of the search for texts, a line each."""
     series = pl.Series(texts, dtype=pl.String)
     columns = {"line": range(1, len(texts) + 1), "content": series.hash(), **word_ngrams(series)}
     return pl.DataFrame(columns, schema_overrides={"line": pl.Int32})
 
 
-def find(train: list[str | None], held_out: list[str | None]) -> list[int | None]:
+def find(train: Sequence[str | None], held_out: Sequence[str | None]) -> list[int | None]:
     return find_near_duplicates(frame(train), frame(held_out))["near"].to_list()
 
 
@@ -81,7 +83,7 @@ def test_long_texts_are_compared_by_a_sample_of_bounded_size() -> None:
     assert find([OTHER, long], [" ".join(changed)]) == [2]
 
 
-def load(folder: Path, **policy: str):
+def load(folder: Path, **policy: Any):
     settings = DataSettings(str(folder), batch_size=1, policy=DataPolicy(**policy))
     return load_dataset(settings, None)[0]
 
