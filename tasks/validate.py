@@ -7,6 +7,7 @@ from pathlib import Path
 from prefect import get_run_logger
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import DatasetError
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
@@ -22,19 +23,20 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
     run = RunDirectory(run_dir)
     try:
         report = steps.validate(config, run)
-    finally:
+    except DatasetError:
         _show_findings(run)
+        raise
+    _show_findings(run)
     get_run_logger().info("The data set passed with %d warnings.", len(report.warnings))
     return run.dataset
 
 
 def _show_findings(run: RunDirectory) -> None:
     """A table artifact of the findings, whether the data set passed or not."""
-    if run.dataset.exists():
-        report = read_json_object(run.dataset)
-        counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
-        publish_table(
-            "dataset-report",
-            report["findings"][:SHOWN_FINDINGS],
-            f"Findings: {counts}. The first {SHOWN_FINDINGS} are shown, errors first.",
-        )
+    report = read_json_object(run.dataset)
+    counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
+    publish_table(
+        "dataset-report",
+        report["findings"][:SHOWN_FINDINGS],
+        f"Findings: {counts}. The first {SHOWN_FINDINGS} are shown, errors first.",
+    )

@@ -25,7 +25,7 @@ from flows import prefect_logs
 held, deployment = sys.argv[1:]
 setup_logging()
 prefect_logs.runtime = SimpleNamespace(deployment=SimpleNamespace(id=deployment or None))
-prefect_logs.outlive_the_worker()
+prefect_logs.tolerate_closed_output()
 logging.warning("begun")
 sys.stdin.readline()
 for _ in range(3):

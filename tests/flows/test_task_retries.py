@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import State
 
 from nested_core import registry as core
 from nested_core.config.registry import RegistrySection
+from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
 from nested_core.registry.champion_link import PREPARED_PREFIX
 from nested_core.storage.run_directory import RunDirectory
@@ -63,11 +64,11 @@ def directory_in_place_of(path: Path) -> None:
 CASES: dict[str, tuple[Any, Callable[[RunDirectory], Path], int]] = {
     "validate": (validate, lambda run: run.dataset, 3),
     "train": (train, lambda run: run.result, 3),
-    "register": (register, lambda run: run.dataset, 4),
     "gate": (gate, lambda run: run.gate, 1),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*made again from the checkpoints")
 @pytest.mark.parametrize("name", CASES)
 def test_an_io_error_that_may_pass_is_tried_again_as_the_table_says(
     run: RunDirectory, tmp_path: Path, name: str
@@ -76,11 +77,21 @@ def test_an_io_error_that_may_pass_is_tried_again_as_the_table_says(
     target = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "always"}
     config = example_config(iters=4, val_batches=0, registry=target)
     directory_in_place_of(place(run))
-    more = [None] if name == "register" else []
-    state, count = tries(task, config, run.path, *more)
+    state, count = tries(task, config, run.path)
     assert count == expected
     with pytest.raises(IsADirectoryError):
         state.result()
+
+
+def test_damage_is_not_tried_again(run: RunDirectory, tmp_path: Path) -> None:
+    target = {"path": str(tmp_path / "registry"), "name": "capitals", "promote": "always"}
+    config = example_config(iters=4, val_batches=0, registry=target)
+    directory_in_place_of(run.dataset)
+    state, count = tries(register, config, run.path, None)
+    assert count == 1
+    with pytest.raises(DamagedError, match=r"dataset\.json"):
+        state.result()
+    assert (register.retries, register.retry_condition_fn) == (3, retry_on_passing_error)
 
 
 @pytest.mark.parametrize("task", [promote, promote_recorded])

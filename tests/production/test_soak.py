@@ -33,6 +33,7 @@ LINES_EVERY = 60.0
 # Four steps: each of the tiers [1, 2, 4] is updated at the last of them.
 TINY: dict[str, Any] = {"iters": 4, "steps_per_report": 4, "steps_per_eval": 4, "save_every": 4}
 PAGE = 200
+ASKED_EARLY = "the database system is starting up"  # what pg_isready hears while it waits
 # Two of the server's recorders met: the one that lost tries again, and says "discarding event" only
 # where that fails too (prefect/server/services/task_run_recorder.py, record_bulk_task_run_events).
 TRIED_AGAIN = 'duplicate key value violates unique constraint "pk_task_run"'
@@ -140,7 +141,8 @@ def test_every_scheduled_run_ends_and_the_registry_agrees(stack: Stack) -> None:
     assert errors_in(stack.folder / "server.log") == []
     assert "discarding event" not in (stack.folder / "server.log").read_text()
     in_database = errors_in(stack.database.folder / "log")
-    assert [line for line in in_database if TRIED_AGAIN not in line] == []
+    harmless = (TRIED_AGAIN, ASKED_EARLY)
+    assert [line for line in in_database if not any(word in line for word in harmless)] == []
 
 
 def report(stack: Stack, seconds: float) -> None:
