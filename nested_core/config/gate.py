@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat
 
@@ -23,6 +23,12 @@ class GateSection(Section):
     )
     max_general_loss_increase: NonNegativeFloat | None = key(None, "relative, on general_data")
     check_fused: bool = key(False, "judge the adapter fused into the base model too")
+
+    noise: Literal["paired", "none"] = key(
+        "paired",
+        "paired: a loss that rises beyond its bound counts where the 95 % interval of the paired "
+        "differences leaves out 0; none: the bound alone",
+    )
 
     def problems(self) -> Iterator[str]:
         """The general text and its bound come together."""

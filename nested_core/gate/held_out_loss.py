@@ -9,16 +9,20 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from nested_core.config.data import DataPolicy
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.batch_arrays import make_batch_arrays
+from nested_core.data.batch_order import choose_evaluation_batches
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.verdict import GeneralLoss, Validation
+from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.verdict import GeneralLoss
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.base_model import find_model_folder, load_base_model
 from nested_core.models.lora_attachment import (
@@ -33,7 +37,7 @@ from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.training.evaluation import Evaluator, load_evaluation_batches
+from nested_core.training.evaluation import Evaluator, Vector
 from nested_core.training.loss.supervised_loss import SUPERVISED
 
 LISTED_PROBLEMS = 3
@@ -60,38 +64,82 @@ class LoadedBase:
 
     def losses(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
-    ) -> list[float]:
-        """The mean loss over supervised tokens with each adapter folder, on the same batches."""
+    ) -> list[tuple[Vector, Vector]]:
+        """Of each adapter folder, the summed loss and the supervised tokens of each example.
+
+        Both float64 [n], in the order of the split; 0 for examples that are in none
+        of the `max_batches` batches; -1 is all of them.
+        """
         refs = reference_trainable_parameters(
             self.model, dtype=compute_dtype_of_adapter(self.config, self.model)
         )
         evaluator = Evaluator(self.model, refs, SUPERVISED.for_model(self.model, refs))
         batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
+        batches = choose_evaluation_batches(
+            split, batch_size, max_batches, max_seq_length=max_seq_length
+        )
         losses = []
         with using_optimized_layers(
             self.model, as_mlx_lm=self.config.training.reference is not None
         ):
             for adapter in adapters:
                 load_adapter_tensors(self.model, load_arrays(adapter / WEIGHTS_NAME))
-                batches = load_evaluation_batches(split, batch_size, max_batches, max_seq_length)
-                losses.append(evaluator.mean_loss(read_parameters(refs), batches))
+                sums, tokens = np.zeros(len(split)), np.zeros(len(split))
+                values = read_parameters(refs)
+                for batch in batches:
+                    arrays = make_batch_arrays(split, batch, batch_size)
+                    row_sums, row_tokens = evaluator.row_losses(values, arrays)
+                    sums[batch.rows] = row_sums[: len(batch.rows)]
+                    tokens[batch.rows] = row_tokens[: len(batch.rows)]
+                losses.append((sums, tokens))
         return losses
 
+    def mean_losses(
+        self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
+    ) -> list[float]:
+        """The mean loss over supervised tokens with each adapter folder, on the same batches."""
+        losses = self.losses(adapters, split, max_batches)
+        return [float(sums.sum() / tokens.sum()) for sums, tokens in losses]
 
-def measure_validation_losses(base: LoadedBase, run: RunDirectory) -> Validation | None:
-    """Mean loss with the initial and with the trained adapter; None without held-out data.
 
-    The examples are those of test.jsonl, or without one the validation set, by which the best
-    checkpoint was chosen: `selected_on_same_data` says so, of a test set within it as well.
+@dataclass(frozen=True)
+class HeldOutExamples:
+    """The examples that the gate measures losses on, and the data set's file that they are in.
+
+    They are those of test.jsonl, or without one the validation set, by which the best checkpoint
+    was chosen: `selected_on_same_data` says so, of a test set within it as well.
     """
-    splits = _filled_splits(base.config, run)
+
+    split: TokenizedSplit
+    file: str
+    selected_on_same_data: bool
+
+
+def choose_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> HeldOutExamples | None:
+    """The held-out examples of the data that the run was validated with; None without any."""
+    splits = _filled_splits(config, run)
     valid = splits.get("valid")
-    split = splits.get("test", valid)
+    name = "test" if "test" in splits else "valid"
+    split = splits.get(name)
     if split is None:
         return None
-    before, after = map(finite_or_none, base.losses((run.initial, run.adapter), split))
-    return Validation(
-        before, after, selected_on_same_data=valid is not None and split.is_subset_of(valid)
+    is_selected = valid is not None and split.is_subset_of(valid)
+    return HeldOutExamples(split, f"{name}.jsonl", selected_on_same_data=is_selected)
+
+
+def measure_example_losses(
+    base: LoadedBase, run: RunDirectory, held_out: HeldOutExamples
+) -> ExampleLosses:
+    """The loss of each held-out example with the initial and with the trained adapter."""
+    before, after = base.losses((run.initial, run.adapter), held_out.split)
+    has_target = before[1] > 0
+    tokens = before[1][has_target]
+    return ExampleLosses(
+        file=held_out.file,
+        lines=held_out.split.lines[has_target].astype(np.int64),
+        tokens=tokens,
+        before=before[0][has_target] / tokens,
+        after=after[0][has_target] / tokens,
     )
 
 
@@ -103,7 +151,7 @@ def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
     split = _filled_splits(config, run).get("test")
     if split is None:
         raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
-    return LoadedBase.load(config).losses((run.adapter,), split, config.test_batches)[0]
+    return LoadedBase.load(config).mean_losses((run.adapter,), split, config.test_batches)[0]
 
 
 def measure_general(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
@@ -115,7 +163,7 @@ def measure_general(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
         return None
     path = Path(base.config.gate.general_data).expanduser()
     split = _read_general(base.config, path)
-    before, after = map(finite_or_none, base.losses((run.initial, run.adapter), split))
+    before, after = map(finite_or_none, base.mean_losses((run.initial, run.adapter), split))
     return GeneralLoss(before, after, str(path), regular_sha256(path, follow_links=True))
 
 

@@ -23,7 +23,7 @@ from nested_core.gate.run_evidence import RunEvidence, collect_evidence, describ
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.training_divergence import Divergence, collapse_reason, find_divergence
-from nested_core.gate.verdict import Code, JudgedAdapter, Reason, Verdict
+from nested_core.gate.verdict import Code, JudgedAdapter, Reason, Validation, Verdict
 from nested_core.models.base_model import compute_dtype, find_model_folder
 from nested_core.registry.gate_file import require_bound
 from nested_core.storage.adapter import Adapter, read_adapter
@@ -129,6 +129,8 @@ def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str
         )
     bound = require_bound(run.path, recorded)
     files = evidence.files | {run.config.name: describe_file(run.config)}
+    if run.gate_losses.name in bound or isinstance(recorded.get("validation"), dict):
+        files[run.gate_losses.name] = describe_file(run.gate_losses)
     names = sorted({*files, *bound} - {run.gate.name})
     if changed := [name for name in names if files.get(name) != bound.get(name)]:
         raise DamagedError(
@@ -153,7 +155,7 @@ def _judge_files(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, Ru
     rows = tier_changes(tiers, verdict.tensors)
     if not _has_any(verdict.reasons, {"unchanged", "non_finite"}):
         verdict = _add(verdict, update_reasons(config, tiers, rows, verdict.tensors))
-    return replace(verdict, tiers=tuple(rows)), evidence
+    return replace(verdict, tiers=tuple(rows), last_step=evidence.last_step), evidence
 
 
 def _compare(
@@ -199,18 +201,27 @@ def _with_losses(
     # Here, because `promote` confirms a verdict without a model, and need not wait for mlx-lm.
     from nested_core.gate.held_out_loss import (
         LoadedBase,
+        choose_held_out_examples,
+        measure_example_losses,
         measure_general,
-        measure_validation_losses,
     )
 
     base = LoadedBase.load(config)
     misfits = base_reasons(evidence.after, base.parameters, base.folder)
     if misfits:
         return _add(verdict, misfits)
-    validation = measure_validation_losses(base, run)
+    held_out = choose_held_out_examples(config, run)
+    losses = validation = None
+    if held_out is not None:
+        losses = measure_example_losses(base, run, held_out)
+        validation = Validation.from_losses(
+            losses, selected_on_same_data=held_out.selected_on_same_data
+        )
     general = measure_general(base, run)
     reasons = loss_reasons(validation, general, config.gate)
-    return replace(_add(verdict, reasons), validation=validation, general=general)
+    return replace(
+        _add(verdict, reasons), validation=validation, general=general, example_losses=losses
+    )
 
 
 def _with_fused(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nested_core.config.gate import GateSection
-from nested_core.gate.verdict import GeneralLoss, Reason, Validation
+from nested_core.gate.verdict import GeneralLoss, Reason, Validation, describe_examples
 from nested_core.registry.gate_file import is_within
 
 
@@ -19,9 +19,17 @@ def loss_reasons(
         limit = bounds.max_val_loss_increase
         if reason := _non_finite_reason(validation, "loss"):
             reasons.append(reason)
-        elif not is_within(validation.loss_before, validation.loss_after, limit):
+        elif not is_within(
+            validation.loss_before,
+            validation.loss_after,
+            limit,
+            validation.interval if bounds.noise == "paired" else None,
+        ):
             losses = f"{validation.loss_before} -> {validation.loss_after}"
-            message = f"loss {losses}; gate.max_val_loss_increase is {limit:g}"
+            message = (
+                f"loss {losses} on {describe_examples(validation)}{describe_noise(validation)}; "
+                f"gate.max_val_loss_increase is {limit:g}"
+            )
             reasons.append(Reason("loss_regressed", message))
     if general is not None:
         general_limit = bounds.max_general_loss_increase
@@ -47,3 +55,13 @@ def _non_finite_reason(losses: Validation | GeneralLoss, what: str) -> Reason | 
         message = f"{what} {losses.loss_before} -> not finite with the trained adapter"
         return Reason("non_finite", message)
     return None
+
+
+def describe_noise(validation: Validation) -> str:
+    """The paired difference and what it says, after the losses; nothing if there is none."""
+    if validation.difference is None:
+        return ""
+    if validation.interval is None:
+        return f", {validation.difference:+.4g}; so few examples can show no difference"
+    low, high = validation.interval
+    return f", {validation.difference:+.4g} with a 95 % interval of {low:+.4g} to {high:+.4g}"

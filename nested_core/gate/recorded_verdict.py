@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from nested_core.errors import DamagedError
+from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW
-from nested_core.gate.verdict import Verdict
+from nested_core.gate.verdict import Validation, Verdict
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 
@@ -21,11 +23,12 @@ NORMS = ("max_abs_delta", "relative_delta")
 def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: RunDirectory) -> None:
     """Raise DamagedError if `recorded` differs from `verdict`, which was given without a model.
 
-    Losses and proof are not computed again; they must be there if configuration and data ask for
-    them.
+    Losses of single examples and the proof are not computed again; they must be there if
+    configuration and data ask for them. All figures of losses are, from those of the examples.
     """
     wrong = list(_differing(verdict, recorded))
     wrong += _absent(verdict, recorded, read_dataset_record(run.dataset))
+    wrong += _differing_losses(recorded, run)
     if wrong:
         raise DamagedError(
             f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} differ. "
@@ -36,7 +39,7 @@ def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: Run
 def _differing(verdict: Verdict, recorded: Mapping[str, Any]) -> Iterator[str]:
     """The fields that were computed again, and came out otherwise."""
     now = json.loads(json.dumps(verdict.to_json()))
-    for key in ("adapter_step", "thresholds", "tiers"):
+    for key in ("adapter_step", "last_step", "thresholds", "tiers"):
         if recorded.get(key) != now[key]:
             yield key
     if not _are_same_tensors(recorded.get("tensors"), now["tensors"]):
@@ -84,3 +87,27 @@ def _absent(verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecor
     proof = recorded.get("proof")
     if isinstance(proof, dict) and proof.get("tolerance") not in TOLERANCES:
         yield "proof"  # or it was not held against the trainer's logits
+
+
+def _differing_losses(recorded: Mapping[str, Any], run: RunDirectory) -> Iterator[str]:
+    """The figures of held-out losses that gate-losses.jsonl does not give."""
+    validation = recorded.get("validation")
+    if not isinstance(validation, dict):
+        return
+    losses = read_example_losses(run.gate_losses)
+    now = asdict(Validation.from_losses(losses, selected_on_same_data=False))
+    for key in now.keys() - {"selected_on_same_data"}:
+        if not _is_close_figure(validation.get(key), now[key]):
+            yield f"validation.{key}"
+
+
+def _is_close_figure(recorded: Any, now: Any) -> bool:
+    if isinstance(now, tuple):
+        return (
+            isinstance(recorded, list)
+            and len(recorded) == len(now)
+            and all(map(_is_close_figure, recorded, now))
+        )
+    if not isinstance(now, float) or not isinstance(recorded, int | float):
+        return bool(recorded == now)
+    return math.isclose(recorded, now, rel_tol=NORM_TOLERANCE, abs_tol=NORM_TOLERANCE**2)

@@ -38,6 +38,7 @@ class ResultRecord(BaseModel):
 
     model_config = ConfigDict(strict=True)
     adapter_step: int
+    step: int
     evidence: dict[str, str]
 
 
@@ -73,6 +74,7 @@ class RunEvidence:
     """Both adapters of a run, the checkpoint that the trained one comes from, and its record.
 
     files: the entries of all that was read for a manifest, by their path in the run directory.
+    last_step: the optimizer step that training ended with.
     """
 
     before: Adapter
@@ -80,6 +82,7 @@ class RunEvidence:
     checkpoint: Checkpoint
     record: CheckpointEvidence
     files: dict[str, FileEntry]
+    last_step: int
 
 
 def digests_for_result(run: RunDirectory, offered: Path) -> dict[str, str]:
@@ -107,7 +110,7 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
     before, after = read_adapter(run.initial), read_adapter(run.adapter)
     if before.digest() != record.input_digests.get("initial"):
         raise DamagedError(f"{run.initial} is not the adapter that {offered} was trained from.")
-    return RunEvidence(before, after, checkpoint, record, files)
+    return RunEvidence(before, after, checkpoint, record, files, result.step)
 
 
 def _describe_files(run: RunDirectory, offered: Path) -> dict[str, FileEntry]:

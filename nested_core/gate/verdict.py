@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
+from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.paired_difference import PairedDifference
+from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.manifest import FileEntry
 from nested_core.storage.strict_files import read_regular
 
@@ -71,11 +75,53 @@ class TierChange:
 
 @dataclass(frozen=True)
 class Validation:
-    """The loss of the initial and of the trained adapter on one recorded list of examples."""
+    """The loss of the initial and of the trained adapter on one recorded list of examples.
+
+    file: the file of the data set that holds the examples.
+    examples: how many there are; RUN_DIR/gate-losses.jsonl has the losses of each.
+    difference, standard_error, interval: of the paired differences after minus before, in nats a
+        token; None with a loss that is not finite, and the last two with fewer than 5 examples.
+    smallest_visible: the smallest difference that the examples could have told from none.
+    losses_sha256: of gate-losses.jsonl.
+    """
 
     loss_before: float | None
     loss_after: float | None
     selected_on_same_data: bool
+    file: str | None = None
+    examples: int | None = None
+    difference: float | None = None
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+    smallest_visible: float | None = None
+    losses_sha256: str | None = None
+
+    @classmethod
+    def from_losses(cls, losses: ExampleLosses, *, selected_on_same_data: bool) -> Validation:
+        """The figures of the losses of each example."""
+        compared = losses.compare(losses.before)
+        return cls(
+            loss_before=finite_or_none(losses.mean(losses.before)),
+            loss_after=finite_or_none(losses.mean(losses.after)),
+            selected_on_same_data=selected_on_same_data,
+            file=losses.file,
+            examples=len(losses),
+            losses_sha256=hashlib.sha256(losses.render()).hexdigest(),
+            **difference_figures(compared),
+        )
+
+
+def difference_figures(compared: PairedDifference | None) -> dict[str, Any]:
+    """difference, standard_error, interval and smallest_visible, None where there is no figure."""
+    names = ("difference", "standard_error", "interval", "smallest_visible")
+    if compared is None:
+        return dict.fromkeys(names)
+    figures = compared.to_json()
+    interval = figures["interval"]
+    return figures | {
+        "interval": None if interval is None else tuple(interval),
+        "smallest_visible": compared.smallest_visible if compared.is_measurable else None,
+    }
 
 
 @dataclass(frozen=True)
@@ -106,12 +152,14 @@ class Verdict:
     trained: JudgedAdapter
     tensors: tuple[TensorChange, ...]
     tiers: tuple[TierChange, ...] = ()
+    last_step: int | None = None
     validation: Validation | None = None
     thresholds: dict[str, Any] | None = None
     general: GeneralLoss | None = None
     fused: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
     judged_files: Mapping[str, FileEntry] = field(default_factory=dict, compare=False)
+    example_losses: ExampleLosses | None = field(default=None, compare=False)
 
     @property
     def has_passed(self) -> bool:
@@ -120,22 +168,37 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The content of gate.json."""
-        fields = asdict(self)
+        fields = asdict(replace(self, example_losses=None))
         del fields["judged_files"]
+        del fields["example_losses"]
         return {"verdict": "passed" if self.has_passed else "failed"} | fields
 
     def summary(self) -> str:
         """One line: the codes, or what changed."""
-        if self.has_passed:
-            changed = sum(tensor.changed for tensor in self.tensors)
-            return f"passed: {changed} of {len(self.tensors)} tensors changed{self._loss_note()}"
-        return "rejected: " + "; ".join(f"{r.code} ({r.message})" for r in self.reasons[:4])
+        if not self.has_passed:
+            return "rejected: " + "; ".join(f"{r.code} ({r.message})" for r in self.reasons[:4])
+        changed = sum(tensor.changed for tensor in self.tensors)
+        tensors = f"{changed} of {len(self.tensors)} tensors changed"
+        if self.validation is not None:
+            return f"passed: {tensors}, validation loss {self._describe_losses(self.validation)}"
+        if self.tiers:  # a run, not any two adapters
+            return f"passed: changed and sound; quality not measured ({tensors})"
+        return f"passed: {tensors}"
 
-    def _loss_note(self) -> str:
-        if self.validation is None:
-            return ""
-        before, after = self.validation.loss_before, self.validation.loss_after
-        return f", validation loss {before:.4g} -> {after:.4g}"
+    def _describe_losses(self, validation: Validation) -> str:
+        of_all = "" if self.last_step is None else f" of {self.last_step}"
+        return (
+            f"{validation.loss_before:.4g} -> {validation.loss_after:.4g} "
+            f"({describe_examples(validation)}, step {self.adapter_step}{of_all})"
+        )
+
+
+def describe_examples(validation: Validation) -> str:
+    """The data that losses were measured on: "test.jsonl, 84 examples"."""
+    if validation.examples is None:
+        return "held-out examples"
+    noun = "example" if validation.examples == 1 else "examples"
+    return f"{validation.file}, {validation.examples} {noun}"
 
 
 def read_verdict(path: Path) -> Verdict:

@@ -30,8 +30,8 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
     """
     gate = read_gate(run.gate)
     require_passed(gate, run.gate)
-    confirm_run(config, run, gate)
     require_consistent(gate, run.gate)
+    confirm_run(config, run, gate)
     base = local_folder(config.model)
     if base is not None:
         require_same_base(run.adapter, base)

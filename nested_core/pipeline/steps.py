@@ -54,6 +54,7 @@ from nested_core.storage.atomic import (
 )
 from nested_core.storage.checkpoint import latest_checkpoint, publish_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path, latest_state
+from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import read_json
@@ -215,7 +216,7 @@ def _train(
     trainer.resume()
     if world.is_main:
         # The run is made longer: what it ended with is out of date.
-        for earlier in (run.manifest, run.gate, run.result):
+        for earlier in (run.manifest, run.gate, run.gate_losses, run.result):
             earlier.unlink(missing_ok=True)
     if on_start is not None:
         on_start(trainer)
@@ -289,7 +290,13 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
                 f"again with --resume."
             ) from error
     run.require_lock()
-    write_gate(run.path, verdict.to_json(), verdict.judged_files)
+    run.manifest.unlink(missing_ok=True)  # no verdict is bound to losses that are written anew
+    run.gate_losses.unlink(missing_ok=True)
+    judged = dict(verdict.judged_files)
+    if verdict.example_losses is not None:
+        write_bytes(run.gate_losses, verdict.example_losses.render())
+        judged[run.gate_losses.name] = describe_file(run.gate_losses)
+    write_gate(run.path, verdict.to_json(), judged)
     if not verdict.has_passed:
         raise GateRejected(
             f"The gate rejected {run.adapter}: {verdict.summary()}. Nothing was registered; the "

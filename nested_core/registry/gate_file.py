@@ -6,9 +6,9 @@ accidents and partial edits; whoever can write the whole folder can make another
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,7 @@ class _Losses(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     loss_before: float
     loss_after: float
+    interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
 
 
 class _Tensor(BaseModel):
@@ -78,6 +79,7 @@ class _Fused(BaseModel):
 
 class _Thresholds(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    noise: Literal["paired", "none"] = "none"  # what releases without the key judged by
     max_val_loss_increase: float | None = None
     max_general_loss_increase: float | None = None
 
@@ -104,7 +106,8 @@ class _Passed(BaseModel):
             if tier.applied_updates + tier.skipped_updates != tier.expected_updates:
                 yield f"the updates of tier {number} do not add up"
         bounds = self.thresholds or _Thresholds()
-        if _has_risen(self.validation, bounds.max_val_loss_increase):
+        is_paired = bounds.noise == "paired"
+        if _has_risen(self.validation, bounds.max_val_loss_increase, is_paired=is_paired):
             yield "the loss rose beyond its bound"
         if _has_risen(self.general, bounds.max_general_loss_increase):
             yield "the loss on general text rose beyond its bound"
@@ -112,15 +115,29 @@ class _Passed(BaseModel):
             yield from self.proof.contradictions()
 
 
-def _has_risen(losses: _Losses | None, bound: float | None) -> bool:
+def _has_risen(losses: _Losses | None, bound: float | None, *, is_paired: bool = False) -> bool:
     if losses is None or bound is None:
         return False
-    return not is_within(losses.loss_before, losses.loss_after, bound)
+    interval = losses.interval if is_paired else None
+    return not is_within(losses.loss_before, losses.loss_after, bound, interval)
 
 
-def is_within(before: float | None, after: float | None, increase: float) -> bool:
-    """Whether both losses are finite, and the second exceeds the first by at most this share."""
-    return before is not None and after is not None and after <= before * (1 + increase)
+def is_within(
+    before: float | None,
+    after: float | None,
+    increase: float,
+    interval: Sequence[float] | None = None,
+) -> bool:
+    """Whether both losses are finite, and the second exceeds the first by at most this share.
+
+    A rise beyond that is chance where the 95 % interval of the paired differences, which holds the
+    rise itself, holds 0 too. Without an interval the share alone counts.
+    """
+    if before is None or after is None:
+        return False
+    if after <= before * (1 + increase):
+        return True
+    return interval is not None and interval[0] <= 0 and after - before <= interval[1]
 
 
 def write_gate(run_dir: Path, gate: Mapping[str, Any], judged: Mapping[str, FileEntry]) -> None:

@@ -51,6 +51,7 @@ class RunDirectory:
         self.adapter = path / "adapter"  # the adapter that the run offers
         self.result = path / "result.json"  # what training ended with; written last
         self.gate = path / "gate.json"  # the verdict
+        self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
 
         # What other processes see.

@@ -32,6 +32,7 @@ def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) 
         loss.with_gradient,
         prepare_batch=find_supervised_positions,
         evaluation_function=loss.forward,
+        token_losses=loss.token_losses,
         is_chunked=True,
     )
 
@@ -81,6 +82,14 @@ class ChunkedCrossEntropy:
         )
         return total, (rows >= 0).sum()
 
+    def token_losses(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
+        """The loss of each position, float32 like `rows`, 0 for padding; and `rows` themselves."""
+        hidden, targets = self._flatten_batch(tokens)
+        losses, _ = self._compute_chunks(
+            _gather_rows(hidden, rows), _gather_rows(targets, rows), rows >= 0
+        )
+        return mx.concatenate(losses), rows
+
     def with_gradient(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """The loss, differentiable with respect to whatever the body's output depends on."""
         hidden, targets = self._flatten_batch(tokens)
@@ -107,8 +116,20 @@ class ChunkedCrossEntropy:
         self, hidden: mx.array, targets: mx.array, mask: mx.array, *, wants_gradient: bool = False
     ) -> Arrays:
         """The summed loss and, if it is wanted, its gradient (rows, width)."""
-        rows = self.chunk_rows or rows_per_chunk(self.head.logits(hidden[:1]).shape[-1])
+        losses, gradients = self._compute_chunks(
+            hidden, targets, mask, wants_gradient=wants_gradient
+        )
         total = mx.array(0.0)
+        for loss in losses:
+            total = total + loss.sum()
+        return total, mx.concatenate(gradients) if wants_gradient else total
+
+    def _compute_chunks(
+        self, hidden: mx.array, targets: mx.array, mask: mx.array, *, wants_gradient: bool = False
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """The losses (rows of the chunk,) and gradients (rows, width) of each chunk, in order."""
+        rows = self.chunk_rows or rows_per_chunk(self.head.logits(hidden[:1]).shape[-1])
+        losses = []
         gradients = []
         previous = None
         for start in range(0, hidden.shape[0], rows):
@@ -117,24 +138,24 @@ class ChunkedCrossEntropy:
                 part = mx.depends(part, previous)  # one chunk's logits at a time
             chunk = slice(start, start + rows)
             loss, gradient = self._compute_chunk(part, targets[chunk], mask[chunk])
-            total = total + loss
-            previous = gradient if wants_gradient else loss
+            losses.append(loss)
             gradients.append(gradient)
-        return total, mx.concatenate(gradients) if wants_gradient else total
+            previous = gradient if wants_gradient else loss
+        return losses, gradients
 
     def _compute_chunk(self, hidden: mx.array, targets: mx.array, mask: mx.array) -> Arrays:
-        """Loss and gradient of one chunk; MLX computes only what is used of them."""
+        """Losses and gradient of one chunk; MLX computes only what is used of them."""
         given = self.head.logits(hidden)
         logits = given.astype(mx.float32)
         largest = logits.max(axis=-1, keepdims=True)
         powers = exponential(logits - largest)  # one exponential serves the loss and the gradient
         total = powers.sum(axis=-1, keepdims=True)
         picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        loss = ((mx.log(total) + (largest - picked))[:, 0] * mask).sum()
+        losses = (mx.log(total) + (largest - picked))[:, 0] * mask
         is_target = mx.arange(logits.shape[-1])[None] == targets[:, None]
         slope = ((powers / total - is_target) * mask[:, None]).astype(given.dtype)
         _, (gradient,) = mx.vjp(self.head.logits, [hidden], [slope])
-        return loss, gradient
+        return losses, gradient
 
 
 def _gather_rows(values: mx.array, rows: mx.array) -> mx.array:

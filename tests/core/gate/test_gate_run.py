@@ -58,7 +58,9 @@ def test_gate_json_has_the_keys_of_design(config: FineTuneConfig, run: RunDirect
     assert all(set(row) == tensor for row in document["tensors"])
     tier = {"tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates"}
     assert all(set(row) == tier | {"skipped_updates"} for row in document["tiers"])
-    assert set(document["validation"]) == {"loss_before", "loss_after", "selected_on_same_data"}
+    losses = {"loss_before", "loss_after", "selected_on_same_data", "file", "examples"}
+    paired = {"difference", "standard_error", "interval", "smallest_visible", "losses_sha256"}
+    assert set(document["validation"]) == losses | paired
 
 
 def test_judging_twice_gives_the_same_file(config: FineTuneConfig, run: RunDirectory) -> None:

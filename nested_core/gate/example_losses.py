@@ -1,0 +1,114 @@
+"""The loss of every held-out example, as RUN_DIR/gate-losses.jsonl keeps it.
+
+A line an example: file, line, supervised tokens, and mean losses in nats a token with the initial
+adapter, the trained adapter, and the champion at the time of the gate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from nested_core.errors import DamagedError
+from nested_core.gate.paired_difference import PairedDifference, compare_pairs
+from nested_core.storage.strict_files import read_regular
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class _Line(BaseModel):
+    """A line of gate-losses.jsonl; a loss that is not finite is null."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
+    file: str
+    line: int
+    tokens: int = Field(gt=0)
+    before: float | None
+    after: float | None
+    champion: float | None
+
+
+_LINES = TypeAdapter(list[_Line])
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleLosses:
+    """Losses of the same held-out examples with two adapters, or three.
+
+    file: the name of the data set's file that holds the examples.
+    lines: the line of each example in it, int64 (n,).
+    tokens: supervised tokens of each example, all above 0, float64 (n,).
+    before, after, champion: mean losses in nats a token, float64 (n,); NaN where not finite.
+        `champion` is None where no champion was judged.
+    """
+
+    file: str
+    lines: np.ndarray[Any, np.dtype[np.int64]]
+    tokens: Vector
+    before: Vector
+    after: Vector
+    champion: Vector | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def mean(self, losses: Vector) -> float:
+        """The mean loss a token over all examples; NaN if one of them is not finite."""
+        return float(self.tokens @ losses / self.tokens.sum())
+
+    def compare(self, other: Vector) -> PairedDifference | None:
+        """The trained adapter's losses minus others of the same examples; below 0 is better.
+
+        None where a loss is not finite, or there is no example.
+        """
+        if not len(self) or not np.isfinite([other, self.after]).all():
+            return None
+        return compare_pairs(other, self.after, self.tokens)
+
+    def render(self) -> bytes:
+        """The content of gate-losses.jsonl."""
+        return "".join(f"{json.dumps(line)}\n" for line in self._lines()).encode()
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        champion = self.champion if self.champion is not None else np.full(len(self), np.nan)
+        columns = (self.lines, self.tokens, self.before, self.after, champion)
+        for line, tokens, *losses in zip(*(column.tolist() for column in columns), strict=True):
+            before, after, of_champion = (loss if np.isfinite(loss) else None for loss in losses)
+            yield {
+                "file": self.file,
+                "line": line,
+                "tokens": int(tokens),
+                "before": before,
+                "after": after,
+                "champion": of_champion,
+            }
+
+
+def read_example_losses(path: Path) -> ExampleLosses:
+    """Read gate-losses.jsonl; DamagedError if it is missing or holds anything else."""
+    content = read_regular(path)
+    try:
+        lines = _LINES.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DamagedError(f"{path}: {where}: {first['msg']}.") from error
+    has_champion = any(line.champion is not None for line in lines)
+    return ExampleLosses(
+        file=lines[0].file if lines else "",
+        lines=np.array([line.line for line in lines], np.int64),
+        tokens=np.array([line.tokens for line in lines], np.float64),
+        before=_vector([line.before for line in lines]),
+        after=_vector([line.after for line in lines]),
+        champion=_vector([line.champion for line in lines]) if has_champion else None,
+    )
+
+
+def _vector(losses: list[float | None]) -> Vector:
+    return np.array([np.nan if loss is None else loss for loss in losses], np.float64)

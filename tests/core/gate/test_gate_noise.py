@@ -1,0 +1,170 @@
+"""Held-out losses example by example: what is kept, and a rise that is chance is no regression."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core.config.gate import GateSection
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import DamagedError
+from nested_core.gate.example_losses import ExampleLosses, read_example_losses
+from nested_core.gate.held_out_loss import LoadedBase, choose_held_out_examples
+from nested_core.gate.loss_bounds import loss_reasons
+from nested_core.gate.paired_difference import compare_pairs
+from nested_core.gate.verdict import Validation
+from nested_core.pipeline import steps
+from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.registry.gate_file import read_gate, require_consistent, write_gate
+from nested_core.storage.manifest import describe_file, read_manifest
+from nested_core.storage.run_directory import RunDirectory
+
+STRICT = GateSection(noise="none")
+
+
+def losses_of(differences: list[float]) -> ExampleLosses:
+    """Examples of 10 tokens whose loss of 2 nats changed by these differences."""
+    before = np.full(len(differences), 2.0)
+    lines = np.arange(1, len(differences) + 1)
+    tokens = np.full(len(differences), 10.0)
+    return ExampleLosses("valid.jsonl", lines, tokens, before, before + np.array(differences))
+
+
+def validation_of(differences: list[float]) -> Validation:
+    return Validation.from_losses(losses_of(differences), selected_on_same_data=True)
+
+
+def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
+    validation = validation_of([0.5, -0.4, 0.3, -0.3, 0.1, -0.1] * 2)
+    assert validation.loss_after > validation.loss_before  # type: ignore[operator]
+    assert loss_reasons(validation, None, GateSection()) == []
+    (reason,) = loss_reasons(validation, None, STRICT)
+    assert reason.code == "loss_regressed"
+
+
+def test_a_rise_beyond_bound_and_noise_is_refused_with_its_figures_and_its_data() -> None:
+    validation = validation_of([0.2, 0.25, 0.3, 0.35] * 3)
+    (reason,) = loss_reasons(validation, None, GateSection())
+    assert reason.message.startswith("loss 2.0 -> 2.275 on valid.jsonl, 12 examples, +0.275 with a")
+    assert "95 % interval of +0.2" in reason.message
+    assert loss_reasons(validation, None, GateSection(max_val_loss_increase=0.2)) == []
+
+
+def test_with_too_few_examples_for_an_interval_the_bound_counts_alone() -> None:
+    validation = validation_of([0.2, -0.1])
+    assert (validation.interval, validation.smallest_visible) == (None, None)
+    (reason,) = loss_reasons(validation, None, GateSection())
+    assert "2 examples, +0.05; so few examples can show no difference" in reason.message
+
+
+def test_the_losses_of_each_example_are_kept_and_give_the_figures(
+    config: FineTuneConfig, run: RunDirectory
+) -> None:
+    verdict = steps.judge(config, run)
+    losses = read_example_losses(run.gate_losses)
+    validation = read_gate(run.gate)["validation"]
+    held_out = choose_held_out_examples(config, run)
+    assert held_out is not None
+    assert losses.lines.tolist() == held_out.split.lines.tolist()
+    assert (losses.file, losses.champion) == ("valid.jsonl", None)
+    assert validation["examples"] == len(losses) == len(held_out.split)
+    paired = compare_pairs(losses.before, losses.after, losses.tokens)
+    assert validation["interval"] == [paired.low, paired.high]
+    assert validation["difference"] == paired.mean
+    before, after = validation["loss_before"], validation["loss_after"]
+    assert after - before == pytest.approx(paired.mean)
+    assert validation["losses_sha256"] == describe_file(run.gate_losses)["sha256"]
+    assert f"(valid.jsonl, {len(losses)} examples, step 8 of 8)" in verdict.summary()
+
+
+def test_an_examples_loss_is_the_one_that_it_has_alone(
+    config: FineTuneConfig, run: RunDirectory
+) -> None:
+    held_out = choose_held_out_examples(config, run)
+    assert held_out is not None
+    alone = config.model_copy(update={"batch_size": 1})
+    (together,) = LoadedBase.load(config).losses([run.adapter], held_out.split)
+    (single,) = LoadedBase.load(alone).losses([run.adapter], held_out.split)
+    np.testing.assert_allclose(together[0], single[0], rtol=1e-4)
+    np.testing.assert_array_equal(together[1], single[1])
+
+
+def test_a_verdict_of_a_rise_within_noise_is_confirmed_and_registered_where_noise_counts(
+    config: FineTuneConfig, run: RunDirectory
+) -> None:
+    steps.judge(config, run)
+    gate = read_gate(run.gate)
+    gate["validation"] |= {"loss_before": 2.0, "loss_after": 2.01, "interval": [-0.02, 0.04]}
+    require_consistent(gate, run.gate)
+    gate["thresholds"]["noise"] = "none"
+    with pytest.raises(DamagedError, match="the loss rose beyond its bound"):
+        require_consistent(gate, run.gate)
+
+
+def change_one_loss(run: RunDirectory) -> None:
+    lines = run.gate_losses.read_text().splitlines()
+    row = json.loads(lines[0])
+    lines[0] = json.dumps(row | {"after": row["after"] - 0.5})
+    run.gate_losses.write_text("\n".join(lines) + "\n")
+
+
+def drop_one_example(run: RunDirectory) -> None:
+    run.gate_losses.write_text("".join(run.gate_losses.read_text().splitlines(True)[1:]))
+
+
+def write_no_losses(run: RunDirectory) -> None:
+    run.gate_losses.write_text('{"file": "valid.jsonl"}\n')
+
+
+@pytest.mark.parametrize("change", [change_one_loss, drop_one_example, write_no_losses])
+def test_losses_that_were_edited_are_damage_with_or_without_a_manifest_that_agrees(
+    config: FineTuneConfig, run: RunDirectory, change: Callable[[RunDirectory], None]
+) -> None:
+    steps.judge(config, run)
+    change(run)
+    with pytest.raises(DamagedError, match=r"was not given on the gate-losses\.jsonl"):
+        confirm_recorded_verdict(config, run)
+    judged = read_manifest(run.path)["files"]
+    judged[run.gate_losses.name] = describe_file(run.gate_losses)
+    write_gate(run.path, read_gate(run.gate), judged)
+    with pytest.raises(DamagedError, match=r"validation\.|gate-losses\.jsonl: "):
+        confirm_recorded_verdict(config, run)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("interval", [-9.0, -8.0]),
+        ("interval", None),
+        ("difference", 0.0),
+        ("examples", 1),
+        ("file", "test.jsonl"),
+        ("losses_sha256", "0" * 64),
+        ("smallest_visible", 0.0),
+    ],
+)
+def test_figures_that_the_losses_do_not_give_are_damage(
+    config: FineTuneConfig, run: RunDirectory, key: str, value: Any
+) -> None:
+    steps.judge(config, run)
+    gate = read_gate(run.gate)
+    gate["validation"][key] = value
+    write_gate(run.path, gate, read_manifest(run.path)["files"])
+    with pytest.raises(DamagedError, match=rf"validation\.{key}"):
+        confirm_recorded_verdict(config, run)
+
+
+def test_losses_that_are_not_finite_are_null_and_give_no_difference(tmp_path: Path) -> None:
+    losses = losses_of([0.1, np.nan, 0.2])
+    path = tmp_path / "gate-losses.jsonl"
+    path.write_bytes(losses.render())
+    assert json.loads(path.read_text().splitlines()[1])["after"] is None
+    read = read_example_losses(path)
+    np.testing.assert_array_equal(read.after, losses.after)
+    validation = Validation.from_losses(read, selected_on_same_data=False)
+    assert (validation.loss_after, validation.difference) == (None, None)
