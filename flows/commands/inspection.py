@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flows.commands.command_output import result_printer, text_printer
-from flows.terminal import print_line, print_table
+from flows.terminal import ProgressLine, print_line, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.storage.run_directory import RunDirectory
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add the commands of this module."""
-    verify = commands.add_parser("verify", parents=[shared], help="the gate on any two adapters")
-    verify.add_argument("initial", type=Path, metavar="INITIAL")
-    verify.add_argument("trained", type=Path, metavar="TRAINED")
+    verify = commands.add_parser(
+        "verify",
+        parents=[shared],
+        help="the gate on any two adapters, or with --model the audit of adapters from anywhere",
+        usage="%(prog)s INITIAL TRAINED [--json]\n       %(prog)s ADAPTER... --model BASE [--json]",
+    )
+    verify.add_argument(
+        "adapters",
+        nargs="+",
+        type=Path,
+        metavar="ADAPTER",
+        help="INITIAL and TRAINED; with --model, adapters (mlx-lm or PEFT) or folders of adapters",
+    )
+    verify.add_argument(
+        "--model", metavar="BASE", help="the base to audit against: a folder or a hub repository"
+    )
     verify.add_argument("--json", action="store_true", help="the verdict as one JSON document")
     verify.set_defaults(run=run_verify)
     status = commands.add_parser("status", parents=[shared], help="where a run stands")
@@ -30,10 +44,17 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Judge two adapters from their files."""
+    """Judge two adapters from their files, or audit each one against a base."""
+    if arguments.model is not None:
+        return run_audit(arguments)
+    if len(arguments.adapters) != 2:
+        raise ConfigError(
+            f"verify takes two adapters, INITIAL and TRAINED, and {len(arguments.adapters)} were "
+            f"given. To audit adapters without an initial one, add --model BASE."
+        )
     from nested_core.gate import verify_adapters
 
-    verdict = verify_adapters(arguments.initial, arguments.trained)
+    verdict = verify_adapters(*arguments.adapters)
 
     def show() -> None:
         """The change of each tensor, and the verdict in a line."""
@@ -43,6 +64,38 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
 
     code = 0 if verdict.has_passed else GateRejected.exit_code
     return result_printer(arguments, verdict.to_json, show, code)
+
+
+def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Audit adapters, or folders of them, against the base of --model."""
+    from nested_core.gate.adapter_audit import audit_adapters, find_adapters
+
+    searched = [find_adapters(path) for path in arguments.adapters]
+    for folder in (folder for _, skipped in searched for folder in skipped):
+        print_progress(f"note: {folder} holds no adapter and is not audited")
+    folders = [folder for found, _ in searched for folder in found]
+    audits = audit_adapters(folders, arguments.model, ProgressLine())
+
+    def show() -> None:
+        """The modules of one adapter, or a row for each of several, and where reasons are told."""
+        if len(audits) == 1:
+            modules = [(m.name, m.rank, m.scale, m.effect) for m in audits[0].modules]
+            print_table(("module", "rank", "scale", "effect"), modules)
+            print_line(f"{audits[0].verdict}: {audits[0].summary()}")
+        else:
+            parent = os.path.commonpath([Path(audit.path).absolute().parent for audit in audits])
+            rows = [
+                (os.path.relpath(audit.path, parent), audit.verdict, audit.summary())
+                for audit in audits
+            ]
+            columns = ("adapter", "verdict", "changes, or reasons")
+            print_table(columns, rows, title=f"Adapters in {parent} on {arguments.model}")
+        if code:
+            print_line("The reasons are explained in docs/gate.md#one-adapter-alone.")
+
+    code = 0 if all(audit.has_passed for audit in audits) else GateRejected.exit_code
+    document = {"model": arguments.model, "adapters": [audit.to_json() for audit in audits]}
+    return result_printer(arguments, lambda: document, show, code)
 
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:

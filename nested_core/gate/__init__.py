@@ -2,7 +2,8 @@
 
 `judge.py` holds the order of the checks, and `verdict.py` what gate.json says. Each other file is
 one check: the run's files, the tensors, the LoRA products, the tiers' updates, the fit to the base
-model, losses on held-out examples, fusing, and the proof from a fresh process.
+model, losses on held-out examples, fusing, and the proof from a fresh process. The audit of one
+adapter without an initial one is adapter_audit.py, with adapter_layout.py for what it should hold.
 """
 
 from nested_core.gate.judge import confirm_run, judge_run, verify_adapters

@@ -40,10 +40,13 @@ Rows = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class ProofRequest:
-    """Base model, adapters and prompts; `expected` holds the trainer's logits, a row a prompt."""
+    """Base model, adapters and prompts; `expected` holds the trainer's logits, a row a prompt.
+
+    initial: None compares the trained adapter with the base model alone.
+    """
 
     model: Path
-    initial: Path
+    initial: Path | None
     trained: Path
     prompts: Sequence[Sequence[int]] = tuple(PROMPTS_WITHOUT_DATA)
     columns: Sequence[int] = ()
@@ -71,7 +74,7 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     Raises NestedTuneError if the process failed or was killed: that says nothing about the adapter.
     """
     evidence: dict[str, Any] = {"model": str(request.model), "prompts": len(request.prompts)}
-    answers = _load_and_answer(request)
+    answers = load_and_answer(request)
     if isinstance(answers, Reason):
         return evidence | {"error": answers.message}, [answers]
     tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
@@ -81,7 +84,7 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
         return evidence, [Reason("tensor_missing", message, tuple(empty))]
     moved = largest_difference(answers.trained, answers.initial)
     evidence |= {"max_abs_difference_from_initial": finite_or_none(moved)}
-    if reason := _non_finite_reason(answers):
+    if reason := non_finite_reason(answers):
         return evidence, [reason]
     if moved == 0:
         message = "in a new process, the logits on every prompt are those of the initial adapter"
@@ -101,7 +104,7 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     return evidence, [Reason("config_mismatch", message)]
 
 
-def _non_finite_reason(answers: Answers) -> Reason | None:
+def non_finite_reason(answers: Answers) -> Reason | None:
     """A reason if logits overflowed; the adapter is blamed only for what was finite before it.
 
     A model may mask a part of its vocabulary by -inf: that is no overflow if it does so without the
@@ -164,11 +167,11 @@ def _are_finite_alike(one: Rows, other: Rows) -> bool:
     return one.shape == other.shape and bool((np.isfinite(one) == np.isfinite(other)).all())
 
 
-def _load_and_answer(request: ProofRequest) -> Answers | Reason:
+def load_and_answer(request: ProofRequest) -> Answers | Reason:
     """What the process computed, or the reason if mlx_lm.load refuses an adapter."""
     document = {
         "model": str(request.model),
-        "initial": str(request.initial.resolve()),
+        "initial": None if request.initial is None else str(request.initial.resolve()),
         "trained": str(request.trained.resolve()),
         "prompts": [list(prompt) for prompt in request.prompts],
         "columns": list(request.columns),

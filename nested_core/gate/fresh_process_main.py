@@ -45,8 +45,8 @@ def answer(request: dict[str, Any], model: Any) -> dict[str, Any]:
     return {"factors": factors, "logits": rows}
 
 
-def answer_with(request: dict[str, Any], adapter: str) -> dict[str, Any]:
-    """The answer with an adapter, blaming it only for errors that the base alone does not give.
+def answer_with(request: dict[str, Any], adapter: str | None) -> dict[str, Any]:
+    """The answer with an adapter (or none), blaming it only for what the base alone does not give.
 
     An OSError, MemoryError or RuntimeError (MLX's for memory, files and compilers) blames nobody.
     """

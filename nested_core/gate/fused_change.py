@@ -89,7 +89,7 @@ def _measure(
     model: nn.Module, module: Any, before: Parameters, after: Parameters
 ) -> FusedChange | Overflow:
     """The change of one module, or with which adapter its fused weight is not finite."""
-    fused = [_weight(module.fuse()) for _ in _loaded(model, before, after)]
+    fused = [float32_weight(module.fuse()) for _ in _loaded(model, before, after)]
     module.set_dtype(mx.float32)
     exact = [module.fuse(dequantize=True).weight for _ in _loaded(model, before, after)]
     if not _are_finite(fused[0], exact[0]):
@@ -117,10 +117,10 @@ def _loaded(model: nn.Module, before: Parameters, after: Parameters) -> Iterator
         yield
 
 
-def _weight(fused: Any) -> mx.array:
-    """The weight that a fused module computes with, in float32."""
-    weight: mx.array = fused.weight
-    if "scales" in fused:
-        format_ = {"group_size": fused.group_size, "bits": fused.bits, "mode": fused.mode}
-        weight = mx.dequantize(weight, fused.scales, fused.get("biases"), **format_)
+def float32_weight(module: Any) -> mx.array:
+    """The weight that a module computes with, dequantized if need be, in float32."""
+    weight: mx.array = module.weight
+    if "scales" in module:
+        format_ = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        weight = mx.dequantize(weight, module.scales, module.get("biases"), **format_)
     return weight.astype(mx.float32)

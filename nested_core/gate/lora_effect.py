@@ -6,6 +6,7 @@ no product. The norm is taken through QR factors in float64; the product itself 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -137,6 +138,14 @@ def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matri
     left = _triangle(np.concatenate([new_a, old_a], axis=2))
     right = _triangle(np.concatenate([new_b, -old_b], axis=1).mT)
     return float(np.linalg.norm(left @ right.mT))
+
+
+def product_norm(tensors: Mapping[str, StoredTensor], module: str) -> float:
+    """Frobenius norm of a module's lora_a @ lora_b; infinity if it is beyond float64."""
+    left, right = _factors(_pair(tensors, module), None)
+    with np.errstate(all="ignore"):
+        norm = float(np.linalg.norm(_triangle(left) @ _triangle(right.mT).mT))
+    return norm if math.isfinite(norm) else math.inf
 
 
 def _triangle(tall: Matrix) -> Matrix:

@@ -49,7 +49,7 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
     are not a sound adapter.
     """
     require_absent_or_empty(out)
-    config, tensors = _read_peft_adapter(folder)
+    config, tensors = read_peft_adapter(folder)
     modules = group_by_module(
         tensors, PEFT, has_magnitude=config.use_dora, path=folder / PEFT_WEIGHTS
     )
@@ -81,7 +81,7 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
     return Conversion(out, written, len(modules), len(converted), (*notes, *uniform.notes))
 
 
-def _read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
+def read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]]:
     """Configuration and tensors of a PEFT adapter; only safetensors are opened."""
     if not folder.is_dir():
         raise ConfigError(

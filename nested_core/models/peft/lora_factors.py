@@ -78,7 +78,7 @@ def group_by_module(
             problems.append(f"  {name}: no tensor of a LoRA or DoRA module")
             continue
         module, leaf = place
-        modules.setdefault(module, {})[leaf] = _transpose_as_stored(tensor, naming)
+        modules.setdefault(module, {})[leaf] = transpose_as_stored(tensor, naming)
     wanted = ("lora_a", "lora_b", "m") if has_magnitude else ("lora_a", "lora_b")
     for module, leaves in modules.items():
         problems += _module_problems(module, leaves, wanted, naming)
@@ -97,7 +97,7 @@ def name_tensors(
 ) -> dict[str, StoredTensor]:
     """The tensors under the names that a program gives them; the inverse of `gather`."""
     return {
-        naming.tensor_name(module, leaf): _transpose_as_stored(tensor, naming)
+        naming.tensor_name(module, leaf): transpose_as_stored(tensor, naming)
         for module, factors in modules.items()
         for leaf, tensor in vars(factors).items()
         if tensor is not None
@@ -129,7 +129,7 @@ def _escape_unprintable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text[:MAX_LINE])
 
 
-def _transpose_as_stored(tensor: StoredTensor, naming: TensorNaming) -> StoredTensor:
+def transpose_as_stored(tensor: StoredTensor, naming: TensorNaming) -> StoredTensor:
     """The tensor, transposed if it is a matrix and the program stores matrices transposed."""
     if not naming.is_transposed or len(tensor.shape) != 2 or tensor.dtype not in DTYPES:
         return tensor

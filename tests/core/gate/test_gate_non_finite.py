@@ -172,7 +172,7 @@ def rows(*values: float) -> np.ndarray:
 def test_whose_logits_are_not_finite(
     initial: np.ndarray, trained: np.ndarray, base: np.ndarray | None, message: str | None
 ) -> None:
-    reason = fresh_process_check._non_finite_reason(Answers(initial, trained, base, set()))
+    reason = fresh_process_check.non_finite_reason(Answers(initial, trained, base, set()))
     assert (reason is None) is (message is None)
     if reason is not None:
         assert reason.code == "non_finite"

@@ -1,0 +1,205 @@
+"""The tensors that an adapter's configuration calls for on a base model, for mlx-lm's and PEFT's.
+
+mlx-lm's own code attaches the modules of an mlx-lm adapter, to a base whose weights are not read; a
+PEFT adapter's are those that its target_modules name. Tensors have mlx-lm's names in both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from nested_core.backend import to_float
+from nested_core.errors import ConfigError, shorten
+from nested_core.gate.fused_change import float32_weight
+from nested_core.gate.verdict import Reason
+from nested_core.models.peft.base_modules import BaseModules
+from nested_core.models.peft.importing import read_peft_adapter
+from nested_core.models.peft.lora_factors import MLX_LM, PEFT, transpose_as_stored
+from nested_core.models.peft.peft_config import PeftConfig
+from nested_core.storage.adapter import CONFIG_NAME, read_adapter, read_adapter_config
+from nested_core.storage.safetensors_files import StoredTensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """An adapter's tensors, and those that its configuration calls for on the base.
+
+    tensors: of the file, under mlx-lm's names and transposed as mlx-lm has them.
+    expected: the shape of each tensor that the configuration calls for.
+    scales: the factor on lora_a @ lora_b, by module.
+    unmatched_keys: keys or target_modules that name no module of the base within reach.
+    refusal: why mlx-lm, or the import from PEFT, takes no such configuration; the fields before it
+        are empty then.
+    """
+
+    format: Literal["mlx-lm", "peft"]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    expected: Mapping[str, Shape] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    unmatched_keys: tuple[str, ...] = ()
+    refusal: Reason | None = None
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether the tensors are meant to be weights of the base: mlx-lm's fine_tune_type full."""
+        return self.format == "mlx-lm" and self.config.get("fine_tune_type") == "full"
+
+
+@dataclass(frozen=True)
+class WeightNorms:
+    """Norms of a module's weight in float32: of all of it, and of each row; its shorter side."""
+
+    frobenius: float
+    rows: np.ndarray[Any, np.dtype[np.float32]]
+    shorter_side: int
+
+
+class AuditedBase:
+    """The base that adapters are audited against: its modules, parameters, and norms of weights."""
+
+    def __init__(self, model: str) -> None:
+        """Open a local folder or a repository of the hub; ConfigError if it cannot be."""
+        self._opened = BaseModules.open(model)
+        self._norms: dict[str, WeightNorms | None] = {}
+        parameters: Any = tree_flatten(self._opened.network.parameters())
+        dtypes = Counter(v.dtype for _, v in parameters if mx.issubdtype(v.dtype, mx.floating))
+        self.folder = self._opened.folder
+        self.modules = dict(self._opened.network.named_modules())
+        self.shapes = {name: tuple(value.shape) for name, value in parameters}
+        self.dtype = dtypes.most_common(1)[0][0]
+        linear = self._opened.linear_modules()
+        self._sides = {name: _in_and_out(self.modules[name]) for name in linear}
+
+    @property
+    def rounding(self) -> float:
+        """The relative distance between neighbouring numbers of the base's dtype."""
+        return float(mx.finfo(self.dtype).eps)
+
+    def weight_norms(self, module: str) -> WeightNorms | None:
+        """Norms of a module's weight, dequantized if need be; None for a module without one.
+
+        The weight is read from disk now, and let go of.
+        """
+        if module not in self._norms:
+            self._norms[module] = _measure_weight(self.modules[module])
+        return self._norms[module]
+
+    def layout_of(self, folder: Path, *, is_peft: bool) -> AdapterLayout:
+        """Read an adapter folder; DamagedError if it is damaged or not safe to read."""
+        return self._peft_layout(folder) if is_peft else self._mlx_lm_layout(folder)
+
+    def _mlx_lm_layout(self, folder: Path) -> AdapterLayout:
+        adapter = read_adapter(folder, follow_links=True)
+        layout = AdapterLayout("mlx-lm", adapter.config, adapter.tensors)
+        if layout.has_whole_weights:
+            shapes = {name: self.shapes[name] for name in adapter.tensors if name in self.shapes}
+            return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, shapes)
+        try:
+            expected, unmatched = self._attach(adapter.config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {shorten(error, 200)}"
+            refusal = Reason(
+                "unreadable", f"mlx-lm cannot attach what {CONFIG_NAME} says: {problem}"
+            )
+            return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, refusal=refusal)
+        scale = float(adapter.config["lora_parameters"]["scale"])
+        scales = dict.fromkeys({name.rpartition(".")[0] for name in expected}, scale)
+        return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, expected, scales, unmatched)
+
+    def _attach(self, config: Mapping[str, Any]) -> tuple[dict[str, Shape], tuple[str, ...]]:
+        """The adapter's tensors that mlx_lm.load would make, and keys that match no module."""
+        from mlx_lm.tuner.utils import linear_to_lora_layers
+
+        network = BaseModules.open(str(self.folder)).network
+        parameters: Any = config["lora_parameters"]
+        is_dora = config.get("fine_tune_type") == "dora"
+        reached = network.layers[-max(config["num_layers"], 0) :]  # as mlx-lm slices them
+        names = {name for layer in reached for name, _ in layer.named_modules()}
+        linear_to_lora_layers(network, config["num_layers"], parameters, use_dora=is_dora)
+        attached: Any = tree_flatten(network.parameters())
+        expected = {
+            name: tuple(value.shape)
+            for name, value in attached
+            if name not in self.shapes and name.rpartition(".")[2] in MLX_LM.leaves
+        }
+        keys = parameters.get("keys") or ()
+        return expected, tuple(key for key in keys if key not in names | self.modules.keys())
+
+    def _peft_layout(self, folder: Path) -> AdapterLayout:
+        try:
+            config, stored = read_peft_adapter(folder)
+        except ConfigError as error:
+            refusal = Reason("unreadable", shorten(error, 300))
+            written = read_adapter_config(folder / CONFIG_NAME, follow_links=True)
+            return AdapterLayout("peft", written, {}, refusal=refusal)
+        tensors = {}
+        for name, tensor in stored.items():
+            place = PEFT.parse_tensor_name(name)
+            own_name = name if place is None else MLX_LM.tensor_name(*place)
+            tensors[own_name] = tensor if place is None else transpose_as_stored(tensor, PEFT)
+        targets = config.target_modules_of(self._sides)
+        if targets is None:  # patterns of a stranger are not run: the tensors decide
+            targets = {name.rpartition(".")[0] for name in tensors} & self._sides.keys()
+        expected = {
+            f"{module}.{leaf}": shape
+            for module in targets
+            for leaf, shape in self._factor_shapes(module, config).items()
+        }
+        return AdapterLayout(
+            "peft",
+            config.model_dump(),
+            tensors,
+            expected,
+            {module: config.scale_of(module) for module in targets},
+            self._unmatched_targets(config),
+        )
+
+    def _factor_shapes(self, module: str, config: PeftConfig) -> dict[str, Shape]:
+        inputs, outputs = self._sides[module]
+        rank = config.rank_of(module)
+        shapes: dict[str, Shape] = {"lora_a": (inputs, rank), "lora_b": (rank, outputs)}
+        return shapes | ({"m": (outputs,)} if config.use_dora else {})
+
+    def _unmatched_targets(self, config: PeftConfig) -> tuple[str, ...]:
+        if not isinstance(config.target_modules, list):
+            return ()
+        return tuple(
+            key
+            for key in config.target_modules
+            if not any(name == key or name.endswith(f".{key}") for name in self._sides)
+        )
+
+
+def _in_and_out(module: nn.Module) -> tuple[int, int]:
+    """Input and output dimensions of a linear module, as mlx-lm's LoRALinear derives them."""
+    outputs, inputs = module.weight.shape
+    if isinstance(module, nn.QuantizedLinear):
+        inputs = inputs * 32 // module.bits
+    return inputs, outputs
+
+
+def _measure_weight(module: nn.Module) -> WeightNorms | None:
+    if "weight" not in module:
+        return None
+    weight = float32_weight(module)
+    norms = WeightNorms(
+        frobenius=to_float(mx.linalg.norm(weight)),
+        rows=np.array(mx.linalg.norm(weight, axis=-1)),
+        shorter_side=min(weight.shape[-2:]),
+    )
+    for key in ("weight", "scales", "biases"):
+        if key in module:
+            module[key] = mx.zeros(0)  # lets go of what was read
+    return norms
