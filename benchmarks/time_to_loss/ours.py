@@ -51,7 +51,7 @@ def train_ours(
             began = time.perf_counter()
             for step in range(first, first + window):
                 train_step.run([next(batches)], train_step.needed_tiers(step))
-                watch.add(step, optimizer.state[COUNTERS])
+                watch.add_step(step, optimizer.state[COUNTERS])
             watch.finish()
             mx.eval(train_step.packed.arrays())
             look(time.perf_counter() - began, train_step.packed.unpack())
