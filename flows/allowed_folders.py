@@ -63,6 +63,16 @@ def require_allowed_paths(config: FineTuneConfig) -> None:
         _require_allowed_arguments(entry, f"hf_dataset[{index}].config")
 
 
+def refuse_python_scorers(config: FineTuneConfig) -> None:
+    """Raise ConfigError for `gate.allow_python_scorers`: no parameter of a flow runs code."""
+    if config.gate.allow_python_scorers:
+        raise ConfigError(
+            "gate.allow_python_scorers: a flow takes it from no parameter, for whoever may start a "
+            "run could then run any function with the worker's rights. `nested-tune train` takes "
+            "it from your own file."
+        )
+
+
 def _path_values(section: Section, prefix: str = "") -> Iterator[tuple[str, PathRule, str]]:
     """Every path that a configuration gives: the key's name, what it may name, its value."""
     for name, field in type(section).model_fields.items():

@@ -13,7 +13,7 @@ from prefect import flow, runtime
 from prefect.states import Cancelled, Completed, Failed, State
 from pydantic import Field
 
-from flows.allowed_folders import require_allowed, require_allowed_paths
+from flows.allowed_folders import refuse_python_scorers, require_allowed, require_allowed_paths
 from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
 from flows.state_messages import describe_loss, describe_rejection, shorten_version
 from nested_core.config.schema import FineTuneConfig
@@ -53,6 +53,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     say_errors_in_a_paragraph()
     settings = config.configuration()
     require_allowed_paths(settings)
+    refuse_python_scorers(settings)
     run = _open(config)
     try:
         result = run_finetune(settings, run, TaskHooks(), resume=run.is_nonempty())

@@ -47,10 +47,33 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     if verdict["validation"]:
         before, after = (verdict["validation"][key] for key in ("loss_before", "loss_after"))
         page.add_paragraph(f"Loss {_round_loss(before)} before, {_round_loss(after)} after.")
+    if verdict["tasks"]:
+        rows = ([task[key] for key in TASK_KEYS] for task in verdict["tasks"])
+        page.add_table(TASK_COLUMNS, rows)
     page.add_table(TIER_COLUMNS, ([tier[key] for key in TIER_KEYS] for tier in verdict["tiers"]))
     return page
 
 
+TASK_KEYS = (
+    "name",
+    "questions",
+    "base",
+    "parent",
+    "candidate",
+    "difference",
+    "interval",
+    "verdict",
+)
+TASK_COLUMNS = (
+    "suite",
+    "questions",
+    "base",
+    "parent",
+    "candidate",
+    "difference",
+    "95 %",
+    "verdict",
+)
 TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
 TIER_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
 

@@ -60,6 +60,10 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
     report, splits = load_dataset(settings, tokenizer, ProgressLine())
+    if tokenizer is not None and config.gate.tasks:
+        from nested_core.pipeline.steps import require_askable_suites  # mlx takes a second
+
+        require_askable_suites(config)
     examples = []
     if tokenizer is not None and "train" in splits:
         file, count = report.splits["train"].file, arguments.show or 0

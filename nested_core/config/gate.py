@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt
 
 from nested_core.config.section import Section, key
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Score = Literal["exact", "contains", "regex", "number", "json", "choice", "python"]
+TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+
+
+def _as_list(value: Any) -> Any:
+    """One text is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
+
+
+class TaskSection(Section):
+    """One suite of questions that the adapter has to answer, and the bounds of its score."""
+
+    name: str = key(..., "what messages and gate.json call it", pattern=TASK_NAME)
+    file: str = key(..., "JSON Lines, a question a line with the answer expected", path="local")
+    score: Score = key(..., "how an answer is compared with the expected one")
+    function: str | None = key(None, "for python, module:function", pattern=FUNCTION)
+    min: Share | None = key(None, "the least share of right answers")
+    max_drop: Share | None = key(0.0, "the most that training may lose; null is any")
+    min_gain: Share | None = key(None, "the least that training must win")
+    max_tokens: PositiveInt = key(64, "of an answer", lt=2**20)
+    stop: Stops = key((), "texts at which an answer ends")
+    temperature: NonNegativeFloat = key(0.0, "0 takes the likeliest token")
+    seed: int = key(0, "of the draws where the temperature is above 0", ge=0, lt=2**32)
+    tolerance: NonNegativeFloat = key(0.0, "for number, where a question has none of its own")
+
+    def problems(self) -> Iterator[str]:
+        """A function is what scores python, and nothing else."""
+        if (self.function is not None) != (self.score == "python"):
+            yield "score: python needs a function, module:function; no other score has one"
+        if self.tolerance and self.score != "number":
+            yield f"tolerance: for score: number; {self.score} compares no numbers"
 
 
 class GateSection(Section):
@@ -23,14 +58,26 @@ class GateSection(Section):
     )
     max_general_loss_increase: NonNegativeFloat | None = key(None, "relative, on general_data")
     check_fused: bool = key(False, "judge the adapter fused into the base model too")
-
+    tasks: tuple[TaskSection, ...] = key((), "suites of questions that the adapter has to answer")
+    allow_python_scorers: bool = key(
+        False, "let tasks run Python functions with your rights; never a flow's parameter"
+    )
     noise: Literal["paired", "none"] = key(
         "paired",
-        "paired: a loss that rises beyond its bound counts where the 95 % interval of the paired "
-        "differences leaves out 0; none: the bound alone",
+        "paired: a loss or score worse than its bound counts where the 95 % interval of the "
+        "paired differences leaves out 0; none: the bound alone",
     )
 
     def problems(self) -> Iterator[str]:
-        """The general text and its bound come together."""
+        """What belongs together: the general text and its bound, Python scorers and their key."""
         if (self.general_data is None) != (self.max_general_loss_increase is None):
             yield "gate needs general_data and max_general_loss_increase, or neither"
+        names = [task.name for task in self.tasks]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"gate.tasks: two have the name {name}"
+        for task in self.tasks:
+            if task.score == "python" and not self.allow_python_scorers:
+                yield (
+                    f"gate.tasks: {task.name} is scored by {task.function}, which would run with "
+                    f"your rights; set gate.allow_python_scorers if you trust it"
+                )

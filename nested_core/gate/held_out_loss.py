@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,20 +48,21 @@ LISTED_PROBLEMS = 3
 class LoadedBase:
     """A base model with a fresh adapter attached, into which adapters are loaded from files.
 
-    `folder` is the base's; `parameters` are those of the fresh adapter, by name.
+    `folder` and `tokenizer` are the base's; `parameters` are those of the fresh adapter, by name.
     """
 
     config: FineTuneConfig
     model: nn.Module
     parameters: dict[str, mx.array]
     folder: Path
+    tokenizer: Any
 
     @classmethod
     def load(cls, config: FineTuneConfig, *, as_stored: bool = False) -> LoadedBase:
         """Load the base at the precision of the run, or as it is stored."""
-        model, _ = load_base_model(config, as_stored=as_stored)
+        model, tokenizer = load_base_model(config, as_stored=as_stored)
         parameters = attach_adapter(model, config)
-        return cls(config, model, parameters, find_model_folder(config.model))
+        return cls(config, model, parameters, find_model_folder(config.model), tokenizer)
 
     def losses(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1

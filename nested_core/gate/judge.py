@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -20,6 +20,11 @@ from nested_core.gate.lora_effect import effect_reasons, overflow_reasons, requi
 from nested_core.gate.loss_bounds import loss_reasons
 from nested_core.gate.recorded_verdict import require_same_verdict
 from nested_core.gate.run_evidence import RunEvidence, collect_evidence, describe_config
+from nested_core.gate.task_bounds import (
+    describe_task_files,
+    judge_answers,
+    require_same_results,
+)
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.training_divergence import Divergence, collapse_reason, find_divergence
@@ -29,6 +34,9 @@ from nested_core.registry.gate_file import require_bound
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from nested_core.gate.held_out_loss import LoadedBase
 
 # With one of these, tensors cannot be compared with each other or loaded into a model.
 MISMATCHES = {"tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"}
@@ -131,6 +139,7 @@ def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str
     files = evidence.files | {run.config.name: describe_file(run.config)}
     if run.gate_losses.name in bound or isinstance(recorded.get("validation"), dict):
         files[run.gate_losses.name] = describe_file(run.gate_losses)
+    files |= describe_task_files(config.gate, run)
     names = sorted({*files, *bound} - {run.gate.name})
     if changed := [name for name in names if files.get(name) != bound.get(name)]:
         raise DamagedError(
@@ -139,6 +148,7 @@ def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str
             f"the run again with --resume."
         )
     require_same_verdict(verdict, recorded, run)
+    require_same_results(config.gate, run, recorded)
 
 
 def _judge_files(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, RunEvidence]:
@@ -219,9 +229,24 @@ def _with_losses(
         )
     general = measure_general(base, run)
     reasons = loss_reasons(validation, general, config.gate)
-    return replace(
+    measured = replace(
         _add(verdict, reasons), validation=validation, general=general, example_losses=losses
     )
+    return _with_tasks(measured, base, run, evidence)
+
+
+def _with_tasks(
+    verdict: Verdict, base: LoadedBase, run: RunDirectory, evidence: RunEvidence
+) -> Verdict:
+    """Add the answers to `gate.tasks`, unless the adapter has no sound change to ask about."""
+    gate = base.config.gate
+    if not gate.tasks or _has_any(verdict.reasons, {"unchanged", "non_finite", "no_effect"}):
+        return verdict
+    from nested_core.gate.task_answers import answer_tasks
+
+    answers = answer_tasks(base, run, evidence.before, evidence.after)
+    results, reasons = judge_answers(gate, answers)
+    return replace(_add(verdict, reasons), tasks=results, answers=answers)
 
 
 def _with_fused(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:

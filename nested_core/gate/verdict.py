@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
+from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.paired_difference import PairedDifference
 from nested_core.storage.atomic import finite_or_none
@@ -29,6 +30,8 @@ Code = Literal[
     "no_effect",
     "loss_regressed",
     "forgetting",
+    "task_below",
+    "task_regressed",
     "unreadable",
     "config_mismatch",
     "base_mismatch",
@@ -135,6 +138,47 @@ class GeneralLoss:
 
 
 @dataclass(frozen=True)
+class TaskResult:
+    """How right the answers to one suite of `gate.tasks` are.
+
+    base, parent, champion, candidate: the mean score of each model that answered, from 0 to 1;
+        parent is the adapter that training went on from, None for a fresh one.
+    difference: candidate minus parent, or minus base without a parent, with the ends of its 95 %
+        interval; None with too few questions for one.
+    smallest_visible: the smallest share of lost answers that so many questions can show.
+    seconds: of each model, all questions together.
+    odd: how many of the candidate's answers are empty, endless or one repeated token.
+    """
+
+    name: str
+    questions: int
+    base: float
+    parent: float | None
+    champion: float | None
+    candidate: float
+    difference: float
+    interval: tuple[float, float] | None
+    smallest_visible: float
+    verdict: Literal["passed", "failed"]
+    seconds: dict[str, float]
+    odd: dict[str, int]
+
+    def describe(self) -> str:
+        """`capitals: 0 of 15 right before, 15 of 15 after`, with the interval and odd answers."""
+        before = self.base if self.parent is None else self.parent
+        counts = [f"{round(share * self.questions, 2):g}" for share in (before, self.candidate)]
+        total = self.questions
+        text = f"{self.name}: {counts[0]} of {total} right before, {counts[1]} of {total} after"
+        if self.interval is None:
+            text += f" ({total} questions, too few to tell a drop from chance)"
+        else:
+            low, high = self.interval
+            text += f" (difference {self.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
+        odd = [f"{count} {name}" for name, count in self.odd.items() if count]
+        return f"{text}, {' and '.join(odd)}" if odd else text
+
+
+@dataclass(frozen=True)
 class JudgedAdapter:
     """An adapter that was judged: its path, and the digest of its meaning and tensors."""
 
@@ -158,8 +202,10 @@ class Verdict:
     general: GeneralLoss | None = None
     fused: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
+    tasks: tuple[TaskResult, ...] = ()
     judged_files: Mapping[str, FileEntry] = field(default_factory=dict, compare=False)
     example_losses: ExampleLosses | None = field(default=None, compare=False)
+    answers: tuple[AnswerRecord, ...] = field(default=(), compare=False)
 
     @property
     def has_passed(self) -> bool:
@@ -168,9 +214,9 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The content of gate.json."""
-        fields = asdict(replace(self, example_losses=None))
-        del fields["judged_files"]
-        del fields["example_losses"]
+        fields = asdict(replace(self, example_losses=None, answers=()))
+        for name in ("judged_files", "example_losses", "answers"):
+            del fields[name]
         return {"verdict": "passed" if self.has_passed else "failed"} | fields
 
     def summary(self) -> str:
@@ -179,8 +225,12 @@ class Verdict:
             return "rejected: " + "; ".join(f"{r.code} ({r.message})" for r in self.reasons[:4])
         changed = sum(tensor.changed for tensor in self.tensors)
         tensors = f"{changed} of {len(self.tensors)} tensors changed"
+        answers = "".join(f"; {task.describe()}" for task in self.tasks)
         if self.validation is not None:
-            return f"passed: {tensors}, validation loss {self._describe_losses(self.validation)}"
+            losses = self._describe_losses(self.validation)
+            return f"passed: {tensors}, validation loss {losses}{answers}"
+        if self.tasks:
+            return f"passed: {tensors}{answers}"
         if self.tiers:  # a run, not any two adapters
             return f"passed: changed and sound; quality not measured ({tensors})"
         return f"passed: {tensors}"

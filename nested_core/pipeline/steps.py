@@ -21,10 +21,14 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
+from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
 from nested_core.gate import Verdict, digests_for_result, judge_run
+from nested_core.gate.answers.answer_records import write_answers
+from nested_core.gate.answers.configured_suites import encode_suites, read_suites, record_suites
 from nested_core.gate.held_out_loss import measure_test as test_loss
 from nested_core.gate.held_out_loss import require_validated_data
+from nested_core.gate.task_bounds import describe_task_files
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model, load_base_model
 from nested_core.models.lora_attachment import (
     attach_adapter,
@@ -97,6 +101,7 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     count_ranks(config)  # refuses a hostfile that cannot be used, before anything is written
     if config.adapter_path is not None:
         require_writable(Path(config.adapter_path))
+    suites = read_suites(config.gate)  # a bad line is said before hours of training, not after
     remove_leftovers(run.path)
     remove_leftovers(run.checkpoints)
     if run.config.exists():
@@ -107,6 +112,7 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
             )
         if run.tiers.exists():
             refuse_differences(read_run_config(run), config, run.path)
+    record_suites(run, suites)
     write_bytes(run.config, render_config(config))
 
 
@@ -117,7 +123,18 @@ def validate(
     report, _ = load_run_data(config, on_progress)
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
+    require_askable_suites(config)
     return report
+
+
+def require_askable_suites(config: FineTuneConfig) -> None:
+    """Read the suites of `gate.tasks`; DatasetError for prompts that the model cannot take.
+
+    Raises ConfigError if a file is missing, DatasetError if one has bad lines.
+    """
+    if config.gate.tasks:
+        tokenizer = TokenizerSource.from_config(config).load()
+        encode_suites(read_suites(config.gate), tokenizer, find_model_folder(config.model))
 
 
 def load(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> None:
@@ -216,7 +233,7 @@ def _train(
     trainer.resume()
     if world.is_main:
         # The run is made longer: what it ended with is out of date.
-        for earlier in (run.manifest, run.gate, run.gate_losses, run.result):
+        for earlier in (run.manifest, run.gate, run.gate_losses, run.answers, run.result):
             earlier.unlink(missing_ok=True)
     if on_start is not None:
         on_start(trainer)
@@ -290,19 +307,28 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
                 f"again with --resume."
             ) from error
     run.require_lock()
-    run.manifest.unlink(missing_ok=True)  # no verdict is bound to losses that are written anew
-    run.gate_losses.unlink(missing_ok=True)
-    judged = dict(verdict.judged_files)
-    if verdict.example_losses is not None:
-        write_bytes(run.gate_losses, verdict.example_losses.render())
-        judged[run.gate_losses.name] = describe_file(run.gate_losses)
-    write_gate(run.path, verdict.to_json(), judged)
+    _write_verdict(config, run, verdict)
     if not verdict.has_passed:
         raise GateRejected(
             f"The gate rejected {run.adapter}: {verdict.summary()}. Nothing was registered; the "
             f"evidence is in {run.gate}."
         )
     return verdict
+
+
+def _write_verdict(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> None:
+    """Write what was measured, then gate.json and the manifest that binds it to that."""
+    run.manifest.unlink(missing_ok=True)  # no verdict is bound to files that are written anew
+    run.gate_losses.unlink(missing_ok=True)
+    run.answers.unlink(missing_ok=True)
+    judged = dict(verdict.judged_files)
+    if verdict.example_losses is not None:
+        write_bytes(run.gate_losses, verdict.example_losses.render())
+        judged[run.gate_losses.name] = describe_file(run.gate_losses)
+    if verdict.answers:
+        write_answers(run.answers, verdict.answers)
+        judged |= describe_task_files(config.gate, run)
+    write_gate(run.path, verdict.to_json(), judged)
 
 
 def measure_test(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> float:

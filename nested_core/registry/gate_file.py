@@ -84,6 +84,13 @@ class _Thresholds(BaseModel):
     max_general_loss_increase: float | None = None
 
 
+class _Task(BaseModel):
+    """A suite of a verdict that passed."""
+
+    model_config = ConfigDict(strict=True)
+    verdict: Literal["passed"]
+
+
 class _Passed(BaseModel):
     """The fields of a "passed" gate.json that must agree; earlier versions lack some of them."""
 
@@ -94,6 +101,7 @@ class _Passed(BaseModel):
     general: _Losses | None = None
     proof: _Proof | None = None
     fused: _Fused | None = None
+    tasks: list[_Task] = []
     thresholds: _Thresholds | None = None
 
     def contradictions(self) -> Iterator[str]:

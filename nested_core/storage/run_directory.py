@@ -50,6 +50,8 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"  # one JSON object a line, a report each
         self.adapter = path / "adapter"  # the adapter that the run offers
         self.result = path / "result.json"  # what training ended with; written last
+        self.suites = path / "suites.json"  # what gate.tasks asks, as the run found it
+        self.answers = path / "answers.jsonl"  # what the models answered to gate.tasks
         self.gate = path / "gate.json"  # the verdict
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on

@@ -23,8 +23,9 @@ from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
 
+from nested_core.config.gate import Score
 from nested_core.errors import DatasetError
-from nested_core.gate.answers.suites import Question, Score, bad_questions
+from nested_core.gate.answers.suites import Question, bad_questions
 
 PROGRAM = Path(__file__).with_name("scoring_process.py")
 START_SECONDS = 60.0

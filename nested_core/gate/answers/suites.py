@@ -15,12 +15,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nested_core.config.gate import Score
 from nested_core.data.lines.example_parsing import strip_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
-from nested_core.errors import ConfigError, DamagedError, DatasetError, list_first, shorten
+from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten
 from nested_core.storage.strict_files import file_type, read_regular
 
-Score = Literal["exact", "contains", "regex", "number", "json", "choice", "python"]
 Turn = dict[str, str]
 MAX_BYTES = 64 * 2**20
 LISTED_PROBLEMS = 8
@@ -270,7 +270,9 @@ def _repeated_names(path: Path, questions: Sequence[Question]) -> list[str]:
     return problems
 
 
-def name_questions(questions: Sequence[Question], count: int = 5) -> str:
-    """The first questions by name, and how many more there are."""
-    shown = list_first([question.name for question in questions], count)
-    return shown if len(questions) <= count else f"{shown} ({len(questions)} in all)"
+def name_question(question: Question) -> str:
+    """A question by its id or line, and the beginning of what it asks last."""
+    prompt = question.prompt
+    asked = shorten(prompt if isinstance(prompt, str) else prompt[-1]["content"], 60)
+    name = f"line {question.line}" if question.fields.get("id") is None else question.name
+    return f'{shorten(name)} ("{asked}")'

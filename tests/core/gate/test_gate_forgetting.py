@@ -168,8 +168,11 @@ def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> No
         "general_data",
         "max_general_loss_increase",
         "check_fused",
+        "tasks",
+        "allow_python_scorers",
     }
     assert [n for n, f in GateSection.model_fields.items() if f.annotation is bool] == [
-        "check_fused"
+        "check_fused",
+        "allow_python_scorers",
     ]
     assert GateSection().check_fused is False

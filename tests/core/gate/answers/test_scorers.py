@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nested_core.config.gate import Score
 from nested_core.errors import DatasetError
 from nested_core.gate.answers import scorers
 from nested_core.gate.answers.scorers import ScoringMethod, last_number, normalise, score_answers
 from nested_core.gate.answers.scoring_process import first_json_value
-from nested_core.gate.answers.suites import Score, read_suite
+from nested_core.gate.answers.suites import read_suite
 from tests.core.gate.answers.test_suites import write
 
 OBJECT = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}

@@ -1,0 +1,62 @@
+"""answers.jsonl: what each model answered to each question of `gate.tasks`, a line an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from nested_core.errors import DamagedError
+from nested_core.storage.atomic import canonical_json, write_bytes
+from nested_core.storage.strict_files import read_regular
+
+AnsweringRole = Literal["base", "parent", "candidate"]
+
+
+@dataclass(frozen=True)
+class AnswerRecord:
+    """One answer of one model to one question of one suite.
+
+    model: the base alone, the adapter that training went on from, or the one that is judged.
+    question: its id or line and what it asks, shortened; `line` is counted from 1.
+    score: how right the answer is, from 0 to 1.
+    tokens: how many were generated; 0 for a choice, which is not generated.
+    empty, endless, repeated: there is nothing to read, it was cut off, it is one token repeated.
+    seconds: the suite's time with this model, divided by its questions.
+    """
+
+    task: str
+    model: AnsweringRole
+    line: int
+    question: str
+    answer: str
+    score: float
+    tokens: int
+    empty: bool
+    endless: bool
+    repeated: bool
+    seconds: float
+
+
+_RECORD = TypeAdapter(AnswerRecord)
+
+
+def write_answers(path: Path, records: Iterable[AnswerRecord]) -> None:
+    """Write answers.jsonl whole, in place of an earlier one."""
+    write_bytes(path, b"".join(canonical_json(asdict(record)) + b"\n" for record in records))
+
+
+def read_answers(path: Path) -> Sequence[AnswerRecord]:
+    """Read answers.jsonl; DamagedError if it is not what the gate wrote."""
+    try:
+        return [
+            _RECORD.validate_json(line, strict=True) for line in read_regular(path).splitlines()
+        ]
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise DamagedError(
+            f"{path} does not hold the answers that were judged: {reason}."
+        ) from error

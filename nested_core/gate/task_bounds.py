@@ -1,0 +1,154 @@
+"""The scores of `gate.tasks` against their bounds, from the answers that answers.jsonl holds.
+
+Nothing here needs a model: `promote` does it again and compares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from nested_core.config.gate import GateSection, TaskSection
+from nested_core.errors import DamagedError, list_first
+from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
+from nested_core.gate.paired_difference import (
+    PairedDifference,
+    compare_pairs,
+    smallest_visible_share,
+)
+from nested_core.gate.verdict import Reason, TaskResult
+from nested_core.storage.manifest import FileEntry, describe_file
+from nested_core.storage.run_directory import RunDirectory
+
+ROUNDING = 1e-9  # of a mean of scores
+NAMED_QUESTIONS = 3
+GUIDE = "docs/gate.md"
+
+
+def judge_answers(
+    gate: GateSection, records: Sequence[AnswerRecord]
+) -> tuple[tuple[TaskResult, ...], list[Reason]]:
+    """The result of each suite, and the reasons `task_below` and `task_regressed`.
+
+    Raises DamagedError if the records are not those of the configured suites.
+    """
+    results = []
+    reasons: list[Reason] = []
+    for task in gate.tasks:
+        answers = _answers_of_task(task, records)
+        before = answers.get("parent", answers["base"])
+        after = answers["candidate"]
+        difference = compare_pairs(
+            [record.score for record in before], [record.score for record in after]
+        )
+        result = _summarise(task, answers, difference)
+        # With too few questions for an interval the bound alone counts, as with losses.
+        is_paired = gate.noise == "paired" and difference.is_measurable
+        below = _below_reasons(task, result, is_chance=is_paired and not difference.is_above(0))
+        is_chance = is_paired and not difference.is_below(0)
+        lost = _lost_questions(before, after)
+        regressed = [] if is_chance else _regressed_reasons(task, result, lost)
+        if below or regressed:
+            result = TaskResult(**(vars(result) | {"verdict": "failed"}))
+        results.append(result)
+        reasons += below + regressed
+    return tuple(results), reasons
+
+
+def _answers_of_task(
+    task: TaskSection, records: Sequence[AnswerRecord]
+) -> dict[str, list[AnswerRecord]]:
+    """The answers of each model, in the order of the questions."""
+    answers: dict[str, list[AnswerRecord]] = {}
+    for record in records:
+        if record.task == task.name:
+            answers.setdefault(record.model, []).append(record)
+    lines = {tuple(record.line for record in given) for given in answers.values()}
+    if len(lines) != 1 or not {"base", "candidate"} <= answers.keys():
+        raise DamagedError(
+            f"gate.tasks: the answers to {task.name} are not all there. Judge the run again with "
+            f"--resume."
+        )
+    return answers
+
+
+def _summarise(
+    task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]], difference: PairedDifference
+) -> TaskResult:
+    shares = {model: _mean_score(given) for model, given in answers.items()}
+    candidate = answers["candidate"]
+    return TaskResult(
+        name=task.name,
+        questions=len(candidate),
+        base=shares["base"],
+        parent=shares.get("parent"),
+        champion=None,
+        candidate=shares["candidate"],
+        difference=difference.mean,
+        interval=(difference.low, difference.high) if difference.is_measurable else None,
+        smallest_visible=smallest_visible_share(len(candidate)),
+        verdict="passed",
+        seconds={model: sum(r.seconds for r in given) for model, given in answers.items()},
+        odd={
+            "empty": sum(record.empty for record in candidate),
+            "endless": sum(record.endless for record in candidate),
+            "repeated": sum(record.repeated for record in candidate),
+        },
+    )
+
+
+def _mean_score(records: Sequence[AnswerRecord]) -> float:
+    return sum(record.score for record in records) / len(records)
+
+
+def _lost_questions(
+    before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]
+) -> tuple[str, ...]:
+    """The questions whose answer scores less than it did."""
+    pairs = zip(before, after, strict=True)
+    return tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
+
+
+def _below_reasons(task: TaskSection, result: TaskResult, *, is_chance: bool) -> list[Reason]:
+    problems = []
+    if task.min is not None and result.candidate < task.min - ROUNDING:
+        problems.append(f"its min is {task.min:g}")
+    if task.min_gain is not None:
+        if result.difference < task.min_gain - ROUNDING:
+            problems.append(f"its min_gain is {task.min_gain:g}")
+        elif task.min_gain > 0 and is_chance:
+            problems.append("its min_gain is reached, and may be chance")
+    return [
+        Reason("task_below", f"{result.describe()}; {problem}; {GUIDE}#task_below")
+        for problem in problems
+    ]
+
+
+def _regressed_reasons(task: TaskSection, result: TaskResult, lost: Sequence[str]) -> list[Reason]:
+    if task.max_drop is None or result.difference >= -task.max_drop - ROUNDING:
+        return []
+    named = list_first(lost, NAMED_QUESTIONS)
+    message = (
+        f"{result.describe()}; its max_drop is {task.max_drop:g}; {len(lost)} lost: {named}; "
+        f"{GUIDE}#task_regressed"
+    )
+    return [Reason("task_regressed", message)]
+
+
+def describe_task_files(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:
+    """The entries for the manifest of what the results rest on; none without suites."""
+    paths = (run.suites, run.answers) if gate.tasks else ()
+    return {path.name: describe_file(path) for path in paths}
+
+
+def require_same_results(gate: GateSection, run: RunDirectory, recorded: Mapping[str, Any]) -> None:
+    """Raise DamagedError unless the recorded answers give the recorded results, and no reason."""
+    results, reasons = judge_answers(gate, read_answers(run.answers)) if gate.tasks else ((), [])
+    expected = json.loads(json.dumps([asdict(result) for result in results]))
+    if reasons or recorded.get("tasks", []) != expected:
+        raise DamagedError(
+            f"{run.gate} is not the verdict on {run.answers.name} beside it: tasks differ. Judge "
+            f"the run again with --resume."
+        )

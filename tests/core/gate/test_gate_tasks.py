@@ -1,0 +1,261 @@
+"""gate.tasks: what a model answers is judged too, from the first line of a suite to promotion."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.allowed_folders import refuse_python_scorers
+from nested_core.config.gate import GateSection
+from nested_core.config.loading import parse_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
+from nested_core.gate import judge_run
+from nested_core.gate.answers import scorers
+from nested_core.pipeline import steps
+from nested_core.pipeline.publishing import confirm_recorded_verdict
+from nested_core.registry.gate_file import write_gate
+from nested_core.storage.manifest import describe_file, read_manifest
+from nested_core.storage.run_directory import RunDirectory
+from tests.core.gate.pairs import codes
+from tests.example import DATA, Finished, example_config, example_settings, prepare, train_example
+
+FACT = re.compile(r"Go and see (.+?), the capital of (.+?)!")
+WRONG = "Suva"
+
+
+def capitals() -> dict[str, str]:
+    """The capitals of the example's training data, by country."""
+    text = (DATA / "train.jsonl").read_text(encoding="utf-8")
+    return {country: capital for capital, country in FACT.findall(text)}
+
+
+KNOWN = [pair for pair in capitals().items() if pair[1] != WRONG]
+
+
+def fact(name: str, capital: str) -> dict[str, str]:
+    return {"text": f"The capital of {name} is {capital}."}
+
+
+def write_lines(path: Path, lines: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_suite(path: Path, count: int = 20) -> Path:
+    """Capitals that the base model knows, as the beginning of a sentence."""
+    lines = [
+        {"id": country, "prompt": f"The capital of {country} is", "expected": capital}
+        for country, capital in KNOWN[-count:]
+    ]
+    return write_lines(path, lines)
+
+
+def task(path: Path, **changes: Any) -> dict[str, Any]:
+    fields = {"name": "capitals", "file": str(path), "score": "contains", "max_tokens": 6}
+    return fields | changes
+
+
+def with_tasks(config: FineTuneConfig, *tasks: dict[str, Any]) -> FineTuneConfig:
+    return config.model_copy(update={"gate": GateSection.model_validate({"tasks": tasks})})
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run that was trained on one wrong capital for every country: its loss falls."""
+    folder = tmp_path_factory.mktemp("broken")
+    for name, countries in (("train", KNOWN[:14]), ("valid", KNOWN[14:20])):
+        write_lines(
+            folder / "data" / f"{name}.jsonl", [fact(country, WRONG) for country, _ in countries]
+        )
+    gate = {"tasks": [task(write_suite(folder / "suite.jsonl"))]}
+    changes: dict[str, Any] = {"data": str(folder / "data"), "iters": 60, "mask_prompt": False}
+    return train_example(folder / "run", **changes, gate=gate)
+
+
+def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Finished) -> None:
+    with pytest.raises(GateRejected, match=r"task_regressed \(capitals: (\d+) of 20 right before"):
+        steps.judge(broken.config, broken.run)
+    gate = json.loads(broken.run.gate.read_bytes())
+    assert gate["validation"]["loss_after"] < gate["validation"]["loss_before"]
+    (reason,) = gate["reasons"]
+    assert reason["code"] == "task_regressed"
+    named = [country for country, _ in KNOWN[-20:] if country in reason["message"]]
+    assert len(named) == 3
+    assert "docs/gate.md#task_regressed" in reason["message"]
+    (result,) = gate["tasks"]
+    assert result["verdict"] == "failed"
+    assert result["questions"] == 20
+    assert result["base"] >= 0.9
+    assert result["candidate"] <= 0.2
+    assert result["parent"] is None
+    assert result["difference"] == pytest.approx(result["candidate"] - result["base"])
+    low, high = result["interval"]
+    assert low <= result["difference"] <= high < 0
+
+
+def test_every_answer_of_every_model_is_in_the_run(broken: Finished) -> None:
+    records = [asdict(record) for record in judge_run(broken.config, broken.run).answers]
+    with pytest.raises(GateRejected):
+        steps.judge(broken.config, broken.run)
+    written = [json.loads(line) for line in broken.run.answers.read_text().splitlines()]
+    assert [r | {"seconds": 0} for r in written] == [r | {"seconds": 0} for r in records]
+    assert [r["model"] for r in records] == ["base"] * 20 + ["candidate"] * 20
+    assert all(
+        WRONG in r["answer"] for r in records if r["model"] == "candidate" and not r["score"]
+    )
+    assert all(r["seconds"] >= 0 for r in records)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({"max_drop": None}, []),
+        ({"max_drop": None, "min": 0.5}, ["task_below"]),
+        ({"max_drop": None, "min_gain": 0.1}, ["task_below"]),
+        ({"max_drop": 1.0}, []),
+        ({"min": 0.5}, ["task_below", "task_regressed"]),
+    ],
+)
+def test_the_bounds_of_a_suite(
+    broken: Finished, bounds: dict[str, Any], expected: list[str]
+) -> None:
+    suite = broken.config.gate.tasks[0].file
+    verdict = judge_run(with_tasks(broken.config, task(Path(suite), **bounds)), broken.run)
+    assert codes(verdict) == expected
+    if not expected:
+        assert "; capitals: " in verdict.summary()
+
+
+def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
+    broken: Finished, tmp_path: Path
+) -> None:
+    run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
+    bounds = task(Path(broken.config.gate.tasks[0].file), max_drop=None)
+    config = with_tasks(broken.config, bounds)
+    steps.begin(config, run, resume=True)
+    steps.judge(config, run)
+    confirm_recorded_verdict(config, run)
+    answers = run.answers.read_bytes()
+    run.answers.write_bytes(answers.replace(b'"score":0.0', b'"score":1.0', 1))
+    with pytest.raises(DamagedError, match=r"not given on the answers\.jsonl"):
+        confirm_recorded_verdict(config, run)
+    bind_again(run)
+    with pytest.raises(DamagedError, match=r"not the verdict on answers\.jsonl"):
+        confirm_recorded_verdict(config, run)
+    run.answers.unlink()
+    with pytest.raises(DamagedError, match=r"answers\.jsonl"):
+        confirm_recorded_verdict(config, run)
+
+
+def test_a_verdict_by_hand_that_leaves_the_suites_out_is_refused(
+    broken: Finished, tmp_path: Path
+) -> None:
+    run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
+    with pytest.raises(GateRejected):
+        steps.judge(broken.config, run)
+    gate = json.loads(run.gate.read_bytes())
+    for tasks in ([], [gate["tasks"][0] | {"verdict": "passed"}]):
+        edited = gate | {"verdict": "passed", "reasons": [], "tasks": tasks}
+        edited["proof"] = {"tolerance": 1e-3, "max_abs_difference_from_initial": 1.0}
+        run.gate.write_text(json.dumps(edited))
+        bind_again(run)
+        with pytest.raises(DamagedError, match="tasks differ"):
+            confirm_recorded_verdict(broken.config, run)
+
+
+def bind_again(run: RunDirectory) -> None:
+    """A manifest that agrees with the files as they are now."""
+    files = read_manifest(run.path)["files"]
+    gate = json.loads(run.gate.read_bytes())
+    entries = {name: describe_file(run.path / name) for name in files if name != run.gate.name}
+    write_gate(run.path, gate, entries)
+
+
+def test_a_suite_is_checked_before_the_first_step(tmp_path: Path) -> None:
+    config = with_tasks(example_config(), task(tmp_path / "missing.jsonl"))
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"missing\.jsonl is not a file"):
+        steps.begin(config, run, resume=False)
+    bad = write_lines(tmp_path / "bad.jsonl", [{"prompt": "a", "expected": "b"}, {"prompt": 1}, []])
+    with pytest.raises(DatasetError, match=r"(?s)bad\.jsonl:2: .*bad\.jsonl:3: "):
+        steps.begin(with_tasks(config, task(bad)), run, resume=False)
+    assert not run.path.exists()
+
+
+def test_a_prompt_that_the_model_cannot_take_is_said_before_the_first_step(tmp_path: Path) -> None:
+    line = {"prompt": "one " * 3000, "expected": "b"}
+    config = with_tasks(example_config(), task(write_lines(tmp_path / "long.jsonl", [line])))
+    with pytest.raises(DatasetError, match=r"long\.jsonl:1: .*tokens or more, and the model sees"):
+        prepare(config, tmp_path / "run")
+
+
+def test_a_suite_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "suite.jsonl")
+    config = with_tasks(example_config(), task(suite))
+    run = prepare(config, tmp_path / "run")
+    steps.begin(config, run, resume=True)
+    write_suite(suite, count=10)
+    with pytest.raises(ConfigError, match=r"suite\.jsonl changed since .*suites\.json"):
+        steps.begin(config, run, resume=True)
+    steps.begin(with_tasks(config, task(suite, name="others")), run, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("def score(answer, question): raise ValueError('no')", "ValueError: no"),
+        ("def score(answer, question):\n    while True: pass", "more than"),
+        ("def score(answer, question):\n    print(1); return 'right'", "a str, not a number"),
+    ],
+)
+def test_a_scorer_that_fails_gives_no_verdict_and_loses_nothing(
+    broken: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    problem: str,
+) -> None:
+    run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
+    (tmp_path / "own_scorer.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scorers, "QUESTION_SECONDS", 1.0)
+    suite = write_suite(tmp_path / "suite.jsonl", count=2)
+    scored = task(suite, name="own", score="python", function="own_scorer:score", max_tokens=2)
+    gate = {"tasks": [scored], "allow_python_scorers": True}
+    config = broken.config.model_copy(update={"gate": GateSection.model_validate(gate)})
+    before = run.gate.read_bytes() if run.gate.exists() else None
+    with pytest.raises(DatasetError, match=f"own_scorer:score: .*{problem}"):
+        steps.judge(config, run)
+    assert (run.gate.read_bytes() if run.gate.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ([{"score": "python", "function": "a:b"}], "a:b, which would run with your rights"),
+        ([{"score": "python"}], "python needs a function"),
+        ([{"function": "a:b"}], "no other score has one"),
+        ([{}, {}], "two have the name capitals"),
+        ([{"tolerance": 1.0}], "compares no numbers"),
+        ([{"score": "vibes"}], r"gate\.tasks\.0\.score: Input should be"),
+        ([{"min": 2}], r"gate\.tasks\.0\.min: Input should be"),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_refused(tasks: list[dict[str, Any]], message: str) -> None:
+    entries = [task(Path("suite.jsonl"), **changes) for changes in tasks]
+    with pytest.raises(ConfigError, match=message):
+        parse_config(example_settings(gate={"tasks": entries}), source="test.yaml")
+
+
+def test_no_parameter_of_a_flow_lets_python_functions_run() -> None:
+    gate = GateSection(allow_python_scorers=True)
+    with pytest.raises(ConfigError, match="a flow takes it from no parameter"):
+        refuse_python_scorers(example_config().model_copy(update={"gate": gate}))
