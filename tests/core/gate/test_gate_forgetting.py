@@ -170,6 +170,7 @@ def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> No
         "check_fused",
         "tasks",
         "allow_python_scorers",
+        "noise",
     }
     assert [n for n, f in GateSection.model_fields.items() if f.annotation is bool] == [
         "check_fused",
