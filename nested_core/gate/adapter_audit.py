@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nested_core import backend
-from nested_core.errors import ConfigError, DamagedError, shorten
+from nested_core.errors import ConfigError, DamagedError, list_first, shorten
 from nested_core.gate.adapter_layout import AdapterLayout, AuditedBase
 from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons
 from nested_core.gate.fresh_process_check import (
@@ -60,8 +60,8 @@ class ModuleEffect:
 class LogitEffect:
     """How far the logits on fixed prompts are from the base's, and how far rounding reaches.
 
-    rounding: the step between numbers of the base's dtype at a prompt's largest logit, of the
-        prompt whose logits moved furthest in these units.
+    rounding: half the step between numbers of the base's dtype at a prompt's largest logit, of
+        the prompt whose logits moved furthest in these units.
     """
 
     prompts: int
@@ -170,7 +170,7 @@ def audit_adapter(folder: Path, base: AuditedBase) -> AdapterAudit:
         (folder / name).exists() for name in (PEFT_WEIGHTS, *PICKLES)
     )
     layout = base.layout_of(folder, is_peft=is_peft)
-    reasons = fingerprint_reasons(layout.config, base.folder) + _structure_reasons(layout, base)
+    reasons = _base_reasons(layout, base) + _structure_reasons(layout, base)
     reasons += _value_reasons(layout)
     effects, effect_reasons = _judge_effects(layout, base)
     reasons += effect_reasons
@@ -191,26 +191,39 @@ def _fused_model_reason(folder: Path) -> Reason | None:
     return Reason("tensor_unexpected", message)
 
 
+def _base_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]:
+    """A reason if what the configuration records of its base does not hold for this one."""
+    if layout.config.get("base_fingerprint") is not None:
+        return fingerprint_reasons(layout.config, base.folder)
+    recorded = layout.config.get("model") or layout.config.get("base_model_name_or_path")
+    other = None if recorded is None else base.find_other_weight(recorded)
+    if other is None:
+        return []
+    message = f"made for {shorten(recorded, 200)}, which has another {other} than {base.folder}"
+    return [Reason("base_mismatch", message)]
+
+
 def _structure_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]:
     """Reasons for tensors that do not fit the base, or not what the configuration calls for."""
     reasons = [] if layout.refusal is None else [layout.refusal]
     if layout.unmatched_keys:
-        keys = ", ".join(layout.unmatched_keys[:3])
-        message = f"{len(layout.unmatched_keys)} keys match no module that the adapter reaches"
-        reasons.append(Reason("config_mismatch", f"{message}: {keys}"))
+        keys = list_first(layout.unmatched_keys, 3)
+        setting = "keys" if layout.format == "mlx-lm" else "target_modules"
+        message = f"{setting} that match no module within reach of the adapter: {keys}"
+        reasons.append(Reason("config_mismatch", message))
     if not layout.tensors and layout.refusal is None:
         return [*reasons, Reason("tensor_missing", "the file holds no tensor at all")]
     if layout.has_whole_weights:
         return reasons + _whole_weight_reasons(layout, base)
     factors = {name for name in layout.tensors if _leaf(name) in MLX_LM.leaves}
     others = layout.tensors.keys() - factors
-    weights = {name for name in others if _leaf(name) in WHOLE_WEIGHTS}
+    weights = {n for n in others if _leaf(n) in WHOLE_WEIGHTS and ".lora_" not in n}
     reasons += _reason(
         "tensor_unexpected",
         weights,
         "are weights of the base or of a fused model where LoRA factors should be",
     )
-    reasons += _reason("tensor_unexpected", others - weights, "are no LoRA factors")
+    reasons += _reason("tensor_unexpected", others - weights, "have no name of a LoRA factor")
     foreign = {name for name in factors if _module(name) not in base.modules}
     reasons += _reason("base_mismatch", foreign, "are of modules that the base does not have")
     if layout.refusal is not None:
@@ -355,7 +368,7 @@ def _judge_logits(
         return effect, []
     message = (
         f"no logit of {effect.prompts} fixed prompts moves beyond the rounding of {effect.dtype}: "
-        f"by {effect.max_abs_difference:.3g} at most, and a step there is {effect.rounding:.3g}"
+        f"by {effect.max_abs_difference:.3g} at most, and rounding by up to {effect.rounding:.3g}"
     )
     return effect, [Reason("no_effect", message)]
 
@@ -370,7 +383,7 @@ def _measure_logits(answers: Answers, base: AuditedBase) -> LogitEffect:
     ]
     moved, largest = max(rows, key=lambda row: row[0] / row[1] if row[1] else row[0])
     dtype = str(base.dtype).removeprefix("mlx.core.")
-    return LogitEffect(len(rows), moved, base.rounding * largest, dtype)
+    return LogitEffect(len(rows), moved, base.rounding / 2 * largest, dtype)
 
 
 def _fits(layout: AdapterLayout, name: str) -> bool:

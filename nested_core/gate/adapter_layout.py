@@ -21,6 +21,7 @@ from nested_core.backend import to_float
 from nested_core.errors import ConfigError, shorten
 from nested_core.gate.fused_change import float32_weight
 from nested_core.gate.verdict import Reason
+from nested_core.models.base_model import fingerprint_base_model, local_folder
 from nested_core.models.peft.base_modules import BaseModules
 from nested_core.models.peft.importing import read_peft_adapter
 from nested_core.models.peft.lora_factors import MLX_LM, PEFT, transpose_as_stored
@@ -73,6 +74,7 @@ class AuditedBase:
         """Open a local folder or a repository of the hub; ConfigError if it cannot be."""
         self._opened = BaseModules.open(model)
         self._norms: dict[str, WeightNorms | None] = {}
+        self._other_weights: dict[str, str | None] = {}
         parameters: Any = tree_flatten(self._opened.network.parameters())
         dtypes = Counter(v.dtype for _, v in parameters if mx.issubdtype(v.dtype, mx.floating))
         self.folder = self._opened.folder
@@ -95,6 +97,34 @@ class AuditedBase:
         if module not in self._norms:
             self._norms[module] = _measure_weight(self.modules[module])
         return self._norms[module]
+
+    def find_other_weight(self, recorded: str) -> str | None:
+        """The name of a weight that differs in the model `recorded`, None if no difference is seen.
+
+        A model that is not on this machine cannot be compared, and of a quantized one only the
+        weights that both hold in one dtype.
+        """
+        if recorded not in self._other_weights:
+            self._other_weights[recorded] = self._compare_with(recorded)
+        return self._other_weights[recorded]
+
+    def _compare_with(self, recorded: str) -> str | None:
+        folder = local_folder(recorded)
+        if folder is None or not (folder / "config.json").is_file():
+            return None
+        if fingerprint_base_model(folder) == fingerprint_base_model(self.folder):
+            return None
+        try:
+            other = _read_parameters(folder)
+        except ConfigError:  # what cannot be opened is not compared
+            return None
+        own = _read_parameters(self.folder)
+        for name in sorted(own.keys() & other.keys(), key=lambda name: own[name].size):
+            value, recorded_value = own.pop(name), other.pop(name)  # each pair is let go of
+            is_comparable = value.dtype == recorded_value.dtype
+            if is_comparable and not bool(mx.array_equal(value, recorded_value).item()):
+                return name
+        return None
 
     def layout_of(self, folder: Path, *, is_peft: bool) -> AdapterLayout:
         """Read an adapter folder; DamagedError if it is damaged or not safe to read."""
@@ -180,6 +210,12 @@ class AuditedBase:
             for key in config.target_modules
             if not any(name == key or name.endswith(f".{key}") for name in self._sides)
         )
+
+
+def _read_parameters(folder: Path) -> dict[str, mx.array]:
+    """The floating point parameters of a model by name, each to be read when it is evaluated."""
+    parameters: Any = tree_flatten(BaseModules.open(str(folder)).network.parameters())
+    return {n: value for n, value in parameters if mx.issubdtype(value.dtype, mx.floating)}
 
 
 def _in_and_out(module: nn.Module) -> tuple[int, int]:

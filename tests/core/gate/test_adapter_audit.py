@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,12 @@ import mlx.core as mx
 import pytest
 
 from flows import cli
-from nested_core.errors import DamagedError
-from nested_core.gate.adapter_audit import audit_adapter
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.gate.adapter_audit import audit_adapter, find_adapters
 from nested_core.gate.adapter_layout import AuditedBase
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.models.peft.adapters import peft_copy, random_adapter
-from tests.example import MODEL
+from tests.example import MODEL, train_example
 
 Arrays = dict[str, mx.array]
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -132,7 +133,10 @@ PLANTED: dict[Callable[[Path], None], tuple[str | None, str]] = {
     nan: ("non_finite", f"1 tensors hold NaN or infinity, {Q_PROJ}.lora_b first"),
     wrong_base: ("base_mismatch", "is [48, 4] for [64, 4]"),
     missing_module: ("tensor_missing", "their modules do nothing"),
-    inert_keys: ("config_mismatch", "1 keys match no module"),
+    inert_keys: (
+        "config_mismatch",
+        "keys that match no module within reach of the adapter: attn.c_attn",
+    ),
     peft: (None, ""),
     dora: (None, ""),
     rescaled: (None, ""),
@@ -225,3 +229,202 @@ def test_one_damaged_adapter_is_exit_6_with_nothing_on_standard_output(
     code, out, err = run_command(capfd, planted / "truncated", "--model", MODEL, "--json")
     assert (code, out) == (6, "")
     assert "is not a sound safetensors file" in err
+
+
+def lora_setting(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["lora_parameters"].update(changes)
+
+
+def drop_scale(config: dict[str, Any]) -> None:
+    config["lora_parameters"]["alpha"] = config["lora_parameters"].pop("scale")
+
+
+def drop_lora_b(tensors: Arrays) -> None:
+    for name in [name for name in tensors if name.endswith("lora_b")]:
+        del tensors[name]
+
+
+def add_whole_model(tensors: Arrays) -> None:
+    tensors |= load_arrays(MODEL / "model.safetensors")
+
+
+def silence_one_module(tensors: Arrays) -> None:
+    tensors[f"{Q_PROJ}.lora_a"] *= 0
+
+
+CONFIG_EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str]] = {
+    "rank": (lora_setting(rank=8), "config_mismatch", "is [64, 4] for [64, 8]"),
+    "a thousand times the scale": (
+        lora_setting(scale=2000.0),
+        "config_mismatch",
+        "more than 100 times their weight",
+    ),
+    "alpha for scale": (drop_scale, "unreadable", "Found 'alpha' instead"),
+    "names of keys cut short": (
+        lora_setting(keys=["q_proj", "up_proj"]),
+        "config_mismatch",
+        "q_proj, up_proj",
+    ),
+    "fewer layers": (
+        lambda config: config.update(num_layers=1),
+        "config_mismatch",
+        "4 tensors are of no module and type",
+    ),
+    "more layers": (
+        lambda config: config.update(num_layers=6),
+        "tensor_missing",
+        "16 tensors are called for",
+    ),
+    "another fingerprint": (
+        lambda config: config.update(base_fingerprint="sha256:" + "0" * 64),
+        "base_mismatch",
+        "made for the base sha256:000000000000",
+    ),
+    "another type": (
+        lambda config: config.update(fine_tune_type="full"),
+        "base_mismatch",
+        "8 tensors are no weights of the base",
+    ),
+}
+TENSOR_EDITS: dict[str, tuple[Callable[[Arrays], Any], str, str]] = {
+    "one inert module": (silence_one_module, "no_effect", "1 modules change nothing"),
+    "no lora_b": (drop_lora_b, "tensor_missing", "4 tensors are called for"),
+    "no tensor": (lambda tensors: tensors.clear(), "tensor_missing", "no tensor at all"),
+    "the whole model saved": (add_whole_model, "tensor_unexpected", "56 tensors are weights"),
+    "too weak for any logit": (scale_lora_b(1e-3), "no_effect", "no logit of 4 fixed prompts"),
+}
+
+
+@pytest.mark.parametrize("edit", CONFIG_EDITS)
+def test_a_configuration_that_does_not_fit_fails(
+    edit: str, tmp_path: Path, base: AuditedBase
+) -> None:
+    change, code, message = CONFIG_EDITS[edit]
+    audit = audit_adapter(change_config(random_adapter(tmp_path / "a"), change), base)
+    assert audit.reasons[0].code == code
+    assert message in audit.summary()
+
+
+@pytest.mark.parametrize("edit", TENSOR_EDITS)
+def test_tensors_that_do_nothing_or_do_not_belong_fail(
+    edit: str, tmp_path: Path, base: AuditedBase
+) -> None:
+    change, code, message = TENSOR_EDITS[edit]
+    audit = audit_adapter(change_tensors(random_adapter(tmp_path / "a"), change), base)
+    assert [reason.code for reason in audit.reasons] == [code]
+    assert message in audit.summary()
+
+
+def peft_zero(tensors: Arrays) -> None:
+    tensors.update({name: value * 0 for name, value in tensors.items()})
+
+
+def peft_nan(tensors: Arrays) -> None:
+    tensors[min(tensors)] *= float("nan")
+
+
+def peft_of_a_narrower_base(tensors: Arrays) -> None:
+    tensors.update({n: v[:, :48] if "lora_A" in n else v for n, v in tensors.items()})
+
+
+def peft_without_a_module(tensors: Arrays) -> None:
+    for name in sorted(tensors)[:2]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (peft_zero, "no_effect"),
+        (peft_nan, "non_finite"),
+        (peft_of_a_narrower_base, "base_mismatch"),
+        (peft_without_a_module, "tensor_missing"),
+        (add_whole_model, "tensor_unexpected"),
+    ],
+)
+def test_peft_adapters_fail_for_the_same_reasons(
+    change: Callable[[Arrays], Any], code: str, tmp_path: Path, base: AuditedBase
+) -> None:
+    audit = audit_adapter(peft_copy(tmp_path / "a", change=change), base)
+    assert [reason.code for reason in audit.reasons] == [code]
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "message"),
+    [
+        ({"target_modules": ["q_proj", "v_proj", "c_attn"]}, "config_mismatch", "reach of the"),
+        ({"r": 8}, "config_mismatch", "is [64, 4] for [64, 8]"),
+        ({"modules_to_save": ["lm_head"]}, "unreadable", "whole modules were trained"),
+    ],
+)
+def test_peft_configurations_that_do_not_fit_fail(
+    settings: dict[str, Any], code: str, message: str, tmp_path: Path, base: AuditedBase
+) -> None:
+    audit = audit_adapter(peft_copy(tmp_path / "a", **settings), base)
+    assert [reason.code for reason in audit.reasons] == [code]
+    assert message in audit.summary()
+
+
+def other_weights(folder: Path) -> Path:
+    """The example's base after some training: other values of the same shapes."""
+    shutil.copytree(MODEL, folder)
+    weights = load_arrays(folder / "model.safetensors")
+    save_arrays(folder / "model.safetensors", {n: v * 1.5 for n, v in weights.items()})
+    return folder
+
+
+def test_a_base_of_the_same_shapes_is_told_apart_where_the_named_one_is_here(
+    tmp_path: Path, base: AuditedBase
+) -> None:
+    recorded = other_weights(tmp_path / "other")
+    audit = audit_adapter(random_adapter(tmp_path / "a", model=str(recorded)), base)
+    assert [reason.code for reason in audit.reasons] == ["base_mismatch"]
+    assert f"made for {recorded}, which has another model." in audit.summary()
+    copied = Path(shutil.copytree(MODEL, tmp_path / "copy"))
+    (copied / "config.json").write_text((copied / "config.json").read_text() + "\n")
+    assert audit_adapter(random_adapter(tmp_path / "b", model=str(copied)), base).has_passed
+    assert audit_adapter(random_adapter(tmp_path / "c", model="org/elsewhere"), base).has_passed
+
+
+def test_a_fused_model_is_no_adapter(tmp_path: Path, base: AuditedBase) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "fused"))
+    audit = audit_adapter(folder, base)
+    assert [reason.code for reason in audit.reasons] == ["tensor_unexpected"]
+    assert "it was fused into its base" in audit.summary()
+
+
+@pytest.mark.parametrize("fine_tune_type", ["lora", "dora", "full"])
+def test_a_run_passes_and_the_adapter_it_began_from_does_not(
+    fine_tune_type: str, tmp_path: Path, base: AuditedBase
+) -> None:
+    rate = 1e-4 if fine_tune_type == "full" else 2e-3
+    run = train_example(tmp_path / "run", fine_tune_type=fine_tune_type, learning_rate=rate).run
+    assert find_adapters(run.path) == ([run.adapter], [])
+    assert audit_adapter(run.adapter, base).reasons == ()
+    assert [reason.code for reason in audit_adapter(run.initial, base).reasons] == ["no_effect"]
+
+
+def test_a_folder_without_an_adapter_is_bad_usage_and_others_beside_adapters_are_named(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ConfigError, match="holds no adapter, nor do the folders in it"):
+        find_adapters(tmp_path)
+    random_adapter(tmp_path / "a")
+    assert find_adapters(tmp_path) == ([tmp_path / "a"], [tmp_path / "notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one"], "verify takes two adapters, INITIAL and TRAINED, and 1 were given"),
+        (["none", "--model", str(MODEL)], "none is not a directory"),
+        ([str(MODEL), "--model", "no/where"], "'no/where' is no local directory"),
+    ],
+)
+def test_bad_usage_is_exit_2(
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run_command(capfd, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
