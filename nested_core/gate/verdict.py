@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import InstanceOf, TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
 from nested_core.gate.answers.answer_records import AnswerRecord
@@ -204,7 +204,7 @@ class Verdict:
     proof: dict[str, Any] | None = None
     tasks: tuple[TaskResult, ...] = ()
     judged_files: Mapping[str, FileEntry] = field(default_factory=dict, compare=False)
-    example_losses: ExampleLosses | None = field(default=None, compare=False)
+    example_losses: InstanceOf[ExampleLosses] | None = field(default=None, compare=False)
     answers: tuple[AnswerRecord, ...] = field(default=(), compare=False)
 
     @property

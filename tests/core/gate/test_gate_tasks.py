@@ -18,6 +18,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.gate.answers import scorers
+from nested_core.gate.verdict import read_verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
 from nested_core.registry.gate_file import write_gate
@@ -141,7 +142,10 @@ def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
     bounds = task(Path(broken.config.gate.tasks[0].file), max_drop=None)
     config = with_tasks(broken.config, bounds)
     steps.begin(config, run, resume=True)
-    steps.judge(config, run)
+    verdict = steps.judge(config, run)
+    written = json.loads(run.gate.read_bytes())
+    assert json.loads(json.dumps(read_verdict(run.gate).to_json())) == written
+    assert written["tasks"] == json.loads(json.dumps(verdict.to_json()))["tasks"]
     confirm_recorded_verdict(config, run)
     answers = run.answers.read_bytes()
     run.answers.write_bytes(answers.replace(b'"score":0.0', b'"score":1.0', 1))
