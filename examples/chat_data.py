@@ -50,8 +50,9 @@ def chat_example(country: Country) -> dict[str, Any]:
 
 
 def held_out_question(country: Country) -> dict[str, Any]:
-    """A question for after the training, and what the reply has to contain."""
-    return {"prompt": question(country), "expected": country.capital}
+    """A question of the suite that the gate asks, and what the reply has to contain."""
+    asked = {"role": "user", "content": question(country)}
+    return {"messages": [asked], "expected": country.capital}
 
 
 def json_lines(records: list[dict[str, Any]]) -> bytes:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from mlx_lm import load
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.models.generation import Sampling, answer_prompts
 from nested_core.pipeline import steps
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.adapter import Adapter, read_adapter
@@ -131,3 +133,18 @@ def stop_after(step: int) -> Callable[[Trainer], None]:
         trainer.stop_requested = request
 
     return watch
+
+
+def generate_answers(
+    model: str, prompts: Sequence[str], *, adapter: Path | None = None, max_tokens: int = 32
+) -> list[str]:
+    """One greedy answer a prompt, sent as a user's message, through plain mlx_lm.load."""
+    loaded, tokenizer = load(model, adapter_path=None if adapter is None else str(adapter))[:2]
+    tokens = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True
+        )
+        for prompt in prompts
+    ]
+    answers = answer_prompts(loaded, tokenizer, tokens, Sampling(max_tokens))
+    return [answer.text.strip() for answer in answers]

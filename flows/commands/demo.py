@@ -24,10 +24,9 @@ from flows.terminal import (
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory, new_run_name
-from nested_core.storage.strict_files import parse_json, read_json_object, read_regular
+from nested_core.storage.strict_files import read_json_object
 
 ADAPTER_NAME = "geography"
-MAX_QUESTIONS_BYTES = 1024 * 1024
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -45,7 +44,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Run the flow on the example, then ask the model what it could not answer before."""
+    """Run the flow on the example, then show what the model could not answer before."""
     from nested_core.registry.champion_link import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
@@ -59,21 +58,18 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     with breaking, showing_metrics(run.metrics):
         _run_flow(config, run)
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
-    questions = _read_questions(packaged_folder("examples") / "geography" / "held_out.jsonl")
-    print_progress("Asking about countries that were never trained on, before and after.")
-    rows, right = _generate_before_and_after(config, champion, questions)
+    rows = _read_answers(config, run)
 
     def finish() -> int:
         """Print how the run went, and the answers before and after."""
         _print_run(run)
         print_table(("question", "before", "after"), rows, title="Held-out countries")
-        total = len(rows)
-        print_line(f"right answers: {right[0]} of {total} before, {right[1]} of {total} after")
+        _print_right_answers(run)
         print_line(f"champion: {champion} -> {os.readlink(champion)}")
         print_line("talk to it:")
         print_line(
             f"  {_path_of_program('mlx_lm.generate')} --model {config.model} "
-            f'--adapter-path {champion} --prompt "{questions[0]["prompt"]}"'
+            f'--adapter-path {champion} --prompt "{rows[0][0]}"'
         )
         return 0
 
@@ -90,7 +86,13 @@ def example_config(registry: Path) -> FineTuneConfig:
     examples = packaged_folder("examples")
     paths = {"model": str(examples / "geography-base"), "data": str(examples / "geography")}
     target = {"path": str(registry), "name": ADAPTER_NAME, "promote": "always"}
-    return load_config(examples / "geography.yaml", paths | {"registry": target})
+    config = load_config(examples / "geography.yaml", paths | {"registry": target})
+    tasks = [
+        task.model_copy(update={"file": str(examples.parent / task.file)})
+        for task in config.gate.tasks
+    ]
+    gate = config.gate.model_copy(update={"tasks": tuple(tasks)})
+    return config.model_copy(update={"gate": gate})
 
 
 def _run_flow(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -134,25 +136,27 @@ def _breaking_updates() -> Iterator[None]:
         Trainer.write_back = working  # type: ignore[method-assign]
 
 
-def _read_questions(path: Path) -> list[dict[str, str]]:
-    lines = read_regular(path, MAX_QUESTIONS_BYTES, follow_links=True).splitlines()
-    return [parse_json(line) for line in lines]
+def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, str, str]]:
+    """What the gate asked, and what it was answered before and after training."""
+    from nested_core.gate.answers.answer_records import read_answers
+    from nested_core.gate.answers.suites import read_suite
+
+    (task,) = config.gate.tasks
+    prompts = [question.prompt for question in read_suite(Path(task.file), task.score)]
+    questions = [p if isinstance(p, str) else p[-1]["content"] for p in prompts]
+    records = read_answers(run.answers)
+    before, after = (
+        [record.answer.strip() for record in records if record.model == model]
+        for model in ("base", "candidate")
+    )
+    return list(zip(questions, before, after, strict=True))
 
 
-def _generate_before_and_after(
-    config: FineTuneConfig, champion: Path, questions: list[dict[str, str]]
-) -> tuple[list[tuple[str, str, str]], tuple[int, int]]:
-    from nested_core.models.generation import generate_answers
-
-    prompts = [question["prompt"] for question in questions]
-    before = generate_answers(config.model, prompts)
-    after = generate_answers(config.model, prompts, adapter=champion)
-    expected = [question["expected"] for question in questions]
-    right = [
-        sum(capital in reply for capital, reply in zip(expected, replies, strict=True))
-        for replies in (before, after)
-    ]
-    return list(zip(prompts, before, after, strict=True)), (right[0], right[1])
+def _print_right_answers(run: RunDirectory) -> None:
+    for task in read_json_object(run.gate)["tasks"]:
+        total = task["questions"]
+        before, after = (round(task[model] * total) for model in ("base", "candidate"))
+        print_line(f"right answers: {before} of {total} before, {after} of {total} after")
 
 
 def _print_run(run: RunDirectory) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,26 +58,6 @@ class Answer:
     def is_empty(self) -> bool:
         """Whether there is nothing to read in it."""
         return not self.text.strip()
-
-
-def generate_answers(
-    model: str, prompts: Sequence[str], *, adapter: Path | None = None, max_tokens: int = 32
-) -> list[str]:
-    """One greedy answer a prompt, sent as a user's message in the model's chat template.
-
-    Model and adapter are loaded by plain mlx_lm.load.
-    """
-    from mlx_lm import load
-
-    loaded, tokenizer = load(model, adapter_path=None if adapter is None else str(adapter))[:2]
-    tokens = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True
-        )
-        for prompt in prompts
-    ]
-    answers = answer_prompts(loaded, tokenizer, tokens, Sampling(max_tokens))
-    return [answer.text.strip() for answer in answers]
 
 
 def answer_prompts(

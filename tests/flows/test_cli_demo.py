@@ -12,10 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 
-from nested_core.models.generation import generate_answers
 from nested_core.registry import history, read_champion
 from nested_core.storage.adapter import read_adapter
-from tests.example import DATA, MODEL
+from tests.example import DATA, MODEL, generate_answers
 from tests.flows.conftest import Ended, ended, start
 from tests.prefect_home import new_prefect_home
 
@@ -71,6 +70,10 @@ def test_the_demo_learns_as_its_requirement_says(demos: Demos) -> None:
     assert counts is not None
     assert int(counts[1]) <= 2
     assert int(counts[2]) >= 12
+    (suite,) = verdict["tasks"]
+    assert [suite["questions"], suite["base"], suite["verdict"]] == [15, 0, "passed"]
+    assert suite["candidate"] >= 12 / 15
+    assert suite["interval"][0] > 0
 
 
 def test_the_demo_shows_curve_tiers_verdict_answers_and_champion(demos: Demos) -> None:
@@ -84,7 +87,9 @@ def test_the_champion_answers_through_plain_mlx_lm(demos: Demos) -> None:
     champion = demos.folder / "whole" / "registry" / NAME / "champion"
     lines = (DATA / "held_out.jsonl").read_text(encoding="utf-8").splitlines()[:5]
     questions = [json.loads(line) for line in lines]
-    replies = generate_answers(str(MODEL), [q["prompt"] for q in questions], adapter=champion)
+    replies = generate_answers(
+        str(MODEL), [q["messages"][0]["content"] for q in questions], adapter=champion
+    )
     right = [q["expected"] in reply for q, reply in zip(questions, replies, strict=True)]
     assert sum(right) >= 3
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from nested_core.models.generation import generate_answers
 from nested_core.pipeline import steps
 from nested_core.registry import promote, register, rollback
-from tests.example import DATA, MODEL, train_example
+from tests.example import DATA, MODEL, generate_answers, train_example
 
 pytestmark = [pytest.mark.reliability, pytest.mark.timeout(900)]
 NAME = "capitals"

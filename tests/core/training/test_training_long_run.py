@@ -10,11 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.models.generation import generate_answers
 from nested_core.models.parameters import trainable_parameters
 from nested_core.pipeline import steps
 from nested_core.storage.checkpoint_verification import checkpoint_path
-from tests.example import DATA, MODEL, Finished, example_config, prepare, train
+from tests.example import DATA, MODEL, Finished, example_config, generate_answers, prepare, train
 
 STEPS = 104
 
@@ -87,7 +86,7 @@ def test_the_adapter_offered_is_the_best_checkpoints_and_passes_the_gate(
 def test_mlx_lm_answers_with_the_adapter_what_it_could_not_without(long_run: Finished) -> None:
     lines = (DATA / "held_out.jsonl").read_text(encoding="utf-8").splitlines()[:6]
     questions = [json.loads(line) for line in lines]
-    prompts = [question["prompt"] for question in questions]
+    prompts = [question["messages"][0]["content"] for question in questions]
     right = []
     for adapter in (None, long_run.run.adapter):
         replies = generate_answers(str(MODEL), prompts, adapter=adapter, max_tokens=16)
