@@ -14,6 +14,7 @@ from nested_core.errors import NestedTuneError
 OUTPUTS = (1, 2)
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 FAILED = "Finished in state Failed"
+PARAGRAPH = "is_an_error_in_a_paragraph"  # attribute of a record that the command line says too
 # An error that the state says too, and the command line at its end; events that are sent at exit.
 SAID_ELSEWHERE = ("Encountered exception during execution", "Still processing items")
 
@@ -32,7 +33,8 @@ class _ForTerminal(logging.Filter):
             record.args = ()
         record.exc_info = None
         record.exc_text = None
-        return record.levelno >= self._level and not message.startswith(SAID_ELSEWHERE)
+        is_said_elsewhere = message.startswith(SAID_ELSEWHERE) or hasattr(record, PARAGRAPH)
+        return record.levelno >= self._level and not is_said_elsewhere
 
 
 def show_logs_from_level(level: int) -> None:
@@ -59,6 +61,7 @@ class _InAParagraph(logging.Filter):
         if error is self._last:
             return False
         self._last = error
+        setattr(record, PARAGRAPH, True)
         record.msg = "%s: %s"
         record.args = (type(error).__name__, error)
         record.exc_info = None

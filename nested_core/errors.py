@@ -67,6 +67,10 @@ class MissingFileError(DamagedError):
     """A file that belongs to an adapter, a checkpoint or a registry and is not there."""
 
 
+class DirectoryInPlaceError(DamagedError, IsADirectoryError):
+    """A directory where a file has to be written: damage, and an I/O error that may pass."""
+
+
 class WorkerFailed(NestedTuneError):
     """A process that read or tokenised a part of a data set ended before it was done."""
 

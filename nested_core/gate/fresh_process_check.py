@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     answers = load_and_answer(request)
     if isinstance(answers, Reason):
         return evidence | {"error": answers.message}, [answers]
+    answers, expected = _where_base_is_finite(answers, request.expected)
+    evidence["prompts"] = len(answers.initial)
     tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
     empty = sorted(answers.factors - tensors.keys())
     if empty:
@@ -89,9 +91,8 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     if moved == 0:
         message = "in a new process, the logits on every prompt are those of the initial adapter"
         return evidence, [Reason("no_effect", message)]
-    if request.expected is None:
+    if expected is None:
         return evidence, []
-    expected = np.array(request.expected, np.float64)  # None becomes NaN
     tolerance = TOLERANCE_FLOAT32 if request.is_float32 else TOLERANCE_NARROW
     distance = relative_distance(answers.trained, expected)
     evidence |= {"relative_distance_from_trainer": finite_or_none(distance), "tolerance": tolerance}
@@ -102,6 +103,28 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
         f"relative distance {distance:.3g}, tolerance {tolerance:g}"
     )
     return evidence, [Reason("config_mismatch", message)]
+
+
+def _where_base_is_finite(
+    answers: Answers, expected: Sequence[Sequence[float | None]] | None
+) -> tuple[Answers, Rows | None]:
+    """The rows of prompts that the base model alone answers; all of them if it answers none.
+
+    A base with a broken embedding, say, answers nothing that has this token, whatever the adapter.
+    """
+    rows = None if expected is None else np.array(expected, np.float64)  # None becomes NaN
+    if answers.base is None:
+        return answers, rows
+    is_sound = np.array([_count_broken(row[None]) == 0 for row in answers.base])
+    if not is_sound.any() or answers.trained.shape != answers.base.shape:
+        return answers, rows
+    sound = replace(
+        answers,
+        initial=answers.initial[is_sound],
+        trained=answers.trained[is_sound],
+        base=answers.base[is_sound],
+    )
+    return sound, None if rows is None else rows[is_sound]
 
 
 def non_finite_reason(answers: Answers) -> Reason | None:

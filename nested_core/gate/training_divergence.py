@@ -44,7 +44,7 @@ class Divergence:
     @property
     def is_certain(self) -> bool:
         """Whether the metrics alone show it, without held-out losses."""
-        return self.has_risen and (self.loss is None or self.reports >= LASTING_REPORTS)
+        return self.has_risen and self.reports >= LASTING_REPORTS
 
     def __str__(self) -> str:
         """What happened, in one sentence that names the step and the learning rate."""

@@ -5,6 +5,7 @@ Nothing is written in place: a temporary name beside the target, fsync, rename, 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import DamagedError
+from nested_core.errors import DirectoryInPlaceError
 
 TEMPORARY_PREFIX = ".tmp-"
 RETIRED_PREFIX = ".old-"
@@ -66,7 +67,7 @@ def errors_name(target: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except IsADirectoryError as error:
-        raise DamagedError(
+        raise DirectoryInPlaceError(
             f"{target} is a directory, and a file belongs there. Move it away, and give the "
             f"command again."
         ) from error
@@ -153,7 +154,7 @@ def _publish(temporary: Path, target: Path, *, replace: bool, confirm: Confirm |
     retired = target.with_name(RETIRED_PREFIX + target.name)
     _restore_retired(retired)
     if not replace and target.exists():
-        raise FileExistsError(f"{target} exists already")
+        raise FileExistsError(errno.EEXIST, "It exists already", str(target))
     if target.exists():
         target.rename(retired)
     try:

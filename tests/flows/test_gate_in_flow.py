@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 from prefect.client.schemas.objects import State
 
-from flows import finetune as flow_module
+from flows import task_hooks
 from flows.finetune import FinetuneParameters, finetune
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
@@ -67,7 +67,7 @@ def sabotaged(
     settings = SETTINGS | {"registry": target, "gate": bounds(case, tmp_path)}
     values = example_settings(**settings) | {"run_dir": str(tmp_path / "run")}
     given = FinetuneParameters.model_validate(values)
-    with patch.object(flow_module, "train", Saboteur(case, trained)):
+    with patch.object(task_hooks, "train", Saboteur(case, trained)):
         yield tmp_path, finetune(given, return_state=True)
 
 

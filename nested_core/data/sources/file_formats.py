@@ -25,7 +25,6 @@ MAX_EXPANSION = 200
 _FREE_BYTES = 64 * 2**20
 _FREE_LINES = 1_000_000
 MAX_LINE_BYTES = 64 * 2**20
-TOO_LONG = f"the line is longer than {MAX_LINE_BYTES:,} bytes"
 _CHUNK_BYTES = 64 * 2**10
 _PARQUET_ROWS = 10_000  # converted at a time
 _NO_SPACE = re.compile(r"[^ \t\n\r]")
@@ -88,7 +87,7 @@ def read_gzip_jsonl(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Num
             if not raw:
                 return
             if len(raw) > MAX_LINE_BYTES:
-                raise UnreadableRest(line, TOO_LONG)
+                raise UnreadableRest(line, _too_long())
             yield NumberedLine(line, raw.removesuffix(b"\n"))
 
 
@@ -128,7 +127,7 @@ def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
         while file.tell() < end:
             yield NumberedLine(number, file.readline().removesuffix(b"\n"))
             number += 1
-    raise UnreadableRest(number, TOO_LONG)
+    raise UnreadableRest(number, _too_long())
 
 
 def read_json_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
@@ -223,7 +222,7 @@ def _bounded_lines(file: TextIOWrapper) -> Iterator[str]:
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
-            raise UnreadableRest(number, TOO_LONG)
+            raise UnreadableRest(number, _too_long())
         yield line
 
 
@@ -300,3 +299,7 @@ def _to_json_value(value: object) -> object:
 
 
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_to_json_value).encode
+
+
+def _too_long() -> str:
+    return f"the line is longer than {MAX_LINE_BYTES:,} bytes"

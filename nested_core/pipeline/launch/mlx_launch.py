@@ -57,7 +57,11 @@ def _read_hosts(path: Path) -> list[str]:
         content = parse_json(read_regular(path, MAX_HOSTFILE_BYTES, follow_links=True))
         hosts = content["hosts"] if isinstance(content, dict) else content
         return [str(host["ssh"]) for host in hosts]
-    except (OSError, DamagedError, ValueError, KeyError, TypeError) as error:
+    except DamagedError as error:
+        raise ConfigError(
+            f"training.hostfile: {path} cannot be read: {error} {EXPECTED_HOSTFILE}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"training.hostfile: {path} cannot be read as a list of hosts: "
             f"{type(error).__name__} {error}. {EXPECTED_HOSTFILE}"

@@ -153,7 +153,6 @@ class TestRefusedYaml:
             (b"model: \xe9\n", r"unacceptable character #x00e9"),
             (b"model: \x00\n", r"unacceptable character #x0000"),
             ("iters: " + "9" * 5000, r"Exceeds the limit \(4300 digits\)"),
-            ("when: 2020-13-45\n", r"month must be in 1\.\.12"),
             ("[" * 60000, r"recursion"),
         ],
     )

@@ -98,7 +98,10 @@ def test_two_reports_above_are_noise_where_nothing_else_speaks() -> None:
     two = find_divergence(reports("loss", 4.0, 9.0, 9.0), 100, 1.0)
     assert two is not None
     assert not two.is_certain
-    lost = find_divergence(reports("loss", 4.0, None), 100, 1.0)
+    skipped = find_divergence(reports("loss", 4.0, None), 100, 1.0)  # one step without a loss
+    assert skipped is not None
+    assert not skipped.is_certain
+    lost = find_divergence(reports("loss", 4.0, None, None, None), 100, 1.0)
     assert lost is not None
     assert lost.is_certain
 

@@ -121,7 +121,7 @@ def test_a_hostfile_counts_and_is_handed_to_mlx_launch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read .*No such file"),
+        (None, "cannot be read: .*hosts.json is missing"),
         ("{", "cannot be read as a list of hosts: JSONDecodeError"),
         (json.dumps(HOSTS[:1]), "two hosts or more"),
         (json.dumps([HOSTS[0], {"ssh": "-oProxyCommand=touch /tmp/x"}]), "'-oProxyCommand.*no ho"),
