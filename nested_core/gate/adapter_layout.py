@@ -138,13 +138,13 @@ class AuditedBase:
             return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, shapes)
         try:
             expected, unmatched = self._attach(adapter.config)
+            scale = float(adapter.config["lora_parameters"]["scale"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {shorten(error, 200)}"
             refusal = Reason(
                 "unreadable", f"mlx-lm cannot attach what {CONFIG_NAME} says: {problem}"
             )
             return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, refusal=refusal)
-        scale = float(adapter.config["lora_parameters"]["scale"])
         scales = dict.fromkeys({name.rpartition(".")[0] for name in expected}, scale)
         return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, expected, scales, unmatched)
 

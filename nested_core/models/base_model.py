@@ -118,8 +118,11 @@ def _fingerprinted_files(folder: Path) -> list[Path]:
 def local_folder(model: str) -> Path | None:
     """The folder of a model that is on this machine already, or None; nothing is fetched."""
     folder = Path(model)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError:  # a name that no file can have
+        return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

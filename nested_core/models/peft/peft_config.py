@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.peft.lora_factors import list_first_problems
@@ -52,7 +52,8 @@ PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 PLAIN_PATTERN = re.compile(r"\^?[\w.-]+")
 MAX_PATTERNS = 2000
 
-Ranks = dict[str, PositiveInt]
+Rank = Annotated[int, Field(gt=0, le=65_536)]  # as in adapter_config.json of mlx-lm
+Ranks = dict[str, Rank]
 Alphas = dict[str, PositiveFloat]
 Layers = list[int] | int
 Number = TypeVar("Number", int, float)
@@ -65,7 +66,7 @@ class PeftConfig(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
 
     peft_type: str
-    r: PositiveInt
+    r: Rank
     lora_alpha: PositiveFloat
     task_type: str | None = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

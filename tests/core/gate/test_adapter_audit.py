@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nested_core.gate.adapter_layout import AuditedBase
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.models.peft.adapters import peft_copy, random_adapter
 from tests.example import MODEL, train_example
+from tests.reliability.adapter_edits import REMOVED, VALUES
 
 Arrays = dict[str, mx.array]
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -428,3 +430,50 @@ def test_bad_usage_is_exit_2(
     code, out, err = run_command(capfd, *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_a_hostile_name_steers_no_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "\x1b[2J\u202ename"
+    change_config(random_adapter(tmp_path / "keys"), lora_setting(keys=[*TWO_KEYS, hostile]))
+    random_adapter(tmp_path / "sound\x1b[31m")
+    code, out, err = run_command(capfd, tmp_path, "--model", MODEL)
+    assert code == 4
+    assert "\\x1b[2J\\u202ename" in out.replace("\n", "")
+    assert all(character.isprintable() or character == "\n" for character in out + err)
+
+
+def set_value(path: tuple[str, ...], value: Any) -> Callable[[dict[str, Any]], None]:
+    """Give a field, of a section perhaps, another value, or take it out."""
+
+    def change(config: dict[str, Any]) -> None:
+        *sections, key = path
+        for section in sections:
+            config = config[section]
+        config.pop(key, None)
+        if value is not REMOVED:
+            config[key] = value
+
+    return change
+
+
+def config_edits() -> Iterator[tuple[Callable[[Path], Path], tuple[str, ...], Any]]:
+    """Every field of both formats' configurations at each of many values that do not belong."""
+    lora = [("lora_parameters", key) for key in ("rank", "scale", "dropout", "keys")]
+    own: list[tuple[str, ...]] = [("fine_tune_type",), ("num_layers",), ("model",), *lora]
+    others = ["r", "lora_alpha", "target_modules", "rank_pattern", "base_model_name_or_path"]
+    for value in VALUES:
+        yield from ((random_adapter, path, value) for path in [*own, ("lora_parameters",)])
+        yield from ((peft_copy, (key,), value) for key in [*others, "use_dora", "peft_type"])
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.reliability)])
+def test_any_value_in_a_configuration_is_an_audit_or_damage(
+    every: int, tmp_path: Path, base: AuditedBase
+) -> None:
+    for index, (make, path, value) in enumerate(list(config_edits())[::every]):
+        folder = change_config(make(tmp_path / str(index)), set_value(path, value))
+        with contextlib.suppress(DamagedError):
+            assert audit_adapter(folder, base).verdict in ("passed", "failed")
