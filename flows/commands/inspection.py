@@ -70,7 +70,7 @@ def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     """Audit adapters, or folders of them, against the base of --model."""
     from nested_core.gate.adapter_audit import audit_adapters, find_adapters
 
-    searched = [find_adapters(path) for path in arguments.adapters]
+    searched = [find_adapters(path, arguments.model) for path in arguments.adapters]
     for folder in (folder for _, skipped in searched for folder in skipped):
         print_progress(f"note: {folder} holds no adapter and is not audited")
     folders = [folder for found, _ in searched for folder in found]

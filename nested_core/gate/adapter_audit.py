@@ -106,10 +106,11 @@ class AdapterAudit:
         return f"{changed}{moved}"
 
 
-def find_adapters(path: Path) -> tuple[list[Path], list[Path]]:
+def find_adapters(path: Path, model: str) -> tuple[list[Path], list[Path]]:
     """The adapter folders that a path stands for, and folders in it that hold none.
 
-    A path is an adapter, a run directory, or a folder of these. Raises ConfigError for another one.
+    A path is an adapter, a run directory, or a folder of these, beside which the base `model` may
+    lie. Raises ConfigError for another path.
     """
     if not path.is_dir() or _is_adapter(path):
         return [path], []  # what is wrong with a file is found by reading it
@@ -118,7 +119,8 @@ def find_adapters(path: Path) -> tuple[list[Path], list[Path]]:
     children = [child for child in sorted(path.iterdir()) if child.is_dir()]
     own = [child for child in children if not child.name.startswith(".")]
     adapters = [_adapter_of_run(child) or child for child in own]
-    found = [adapter for adapter in adapters if _is_adapter(adapter)]
+    base = Path(model).resolve()
+    found = [one for one in adapters if _is_adapter(one) and one.resolve() != base]
     if not found:
         raise ConfigError(
             f"{str(path):.300} holds no adapter, nor do the folders in it. Expected "

@@ -401,7 +401,7 @@ def test_a_run_passes_and_the_adapter_it_began_from_does_not(
 ) -> None:
     rate = 1e-4 if fine_tune_type == "full" else 2e-3
     run = train_example(tmp_path / "run", fine_tune_type=fine_tune_type, learning_rate=rate).run
-    assert find_adapters(run.path) == ([run.adapter], [])
+    assert find_adapters(run.path, str(MODEL)) == ([run.adapter], [])
     assert audit_adapter(run.adapter, base).reasons == ()
     assert [reason.code for reason in audit_adapter(run.initial, base).reasons] == ["no_effect"]
 
@@ -411,9 +411,11 @@ def test_a_folder_without_an_adapter_is_bad_usage_and_others_beside_adapters_are
 ) -> None:
     (tmp_path / "notes").mkdir()
     with pytest.raises(ConfigError, match="holds no adapter, nor do the folders in it"):
-        find_adapters(tmp_path)
+        find_adapters(tmp_path, str(MODEL))
     random_adapter(tmp_path / "a")
-    assert find_adapters(tmp_path) == ([tmp_path / "a"], [tmp_path / "notes"])
+    base = Path(shutil.copytree(MODEL, tmp_path / "base"))
+    others = [base, tmp_path / "notes"]
+    assert find_adapters(tmp_path, str(base)) == ([tmp_path / "a"], others)
 
 
 @pytest.mark.parametrize(
