@@ -14,7 +14,7 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
-from flows.allowed_folders import require_allowed_paths
+from flows.allowed_folders import refuse_python_scorers, require_allowed_paths
 from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
 from flows.state_messages import shorten_version
 from nested_core.config.schema import FineTuneConfig
@@ -49,6 +49,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     tolerate_closed_output()
     say_errors_in_a_paragraph()
     require_allowed_paths(config.base)
+    refuse_python_scorers(config.base)
     target = config.base.registry
     if target.path is None or target.name is None:
         raise ConfigError("sweep: base.registry.path and name are needed to compare what came out.")

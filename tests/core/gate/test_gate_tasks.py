@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, DatasetError, GateRejected
 from nested_core.gate import judge_run
 from nested_core.gate.answers import scorers
+from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
+from nested_core.gate.answers.suite_answers import EncodedSuite
+from nested_core.gate.task_bounds import judge_answers
 from nested_core.gate.verdict import read_verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict
@@ -25,7 +28,15 @@ from nested_core.registry.gate_file import write_gate
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.pairs import codes
-from tests.example import DATA, Finished, example_config, example_settings, prepare, train_example
+from tests.example import (
+    DATA,
+    Finished,
+    example_config,
+    example_settings,
+    prepare,
+    train,
+    train_example,
+)
 
 FACT = re.compile(r"Go and see (.+?), the capital of (.+?)!")
 WRONG = "Suva"
@@ -263,3 +274,70 @@ def test_no_parameter_of_a_flow_lets_python_functions_run() -> None:
     gate = GateSection(allow_python_scorers=True)
     with pytest.raises(ConfigError, match="a flow takes it from no parameter"):
         refuse_python_scorers(example_config().model_copy(update={"gate": gate}))
+
+
+def test_a_run_that_went_on_from_an_adapter_is_compared_with_it_and_pays_for_itself_alone(
+    broken: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(broken.run.adapter / "adapters.safetensors")
+    settings = broken.config.model_dump() | {"resume_adapter_file": file, "iters": 4}
+    config = FineTuneConfig.model_validate(settings)
+    done = train(config, prepare(config, tmp_path / "run"))
+    asked: list[str] = []
+    answer = EncodedSuite.answer
+
+    def count_and_answer(self: EncodedSuite, *arguments: Any) -> Any:
+        asked.append(self.suite.name)
+        return answer(self, *arguments)
+
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(EncodedSuite, "answer", count_and_answer)
+    results = [judge_run(config, done.run).tasks[0] for _ in range(2)]
+    assert asked == ["capitals"] * 4  # base, parent and candidate; then the candidate alone
+    for result in results:
+        assert result.base >= 0.9
+        assert result.parent is not None
+        assert result.parent <= 0.2
+        assert result.difference == pytest.approx(result.candidate - result.parent)
+        assert result.verdict == "passed"
+    assert replace(results[0], seconds={}) == replace(results[1], seconds={})
+
+
+@pytest.mark.parametrize("kind", ["dora", "full"])
+def test_other_kinds_of_adapters_begin_as_the_base_too(tmp_path: Path, kind: str) -> None:
+    suite = write_suite(tmp_path / "suite.jsonl", count=5)
+    config = with_tasks(example_config(fine_tune_type=kind, iters=4), task(suite))
+    run = train(config, prepare(config, tmp_path / "run")).run
+    (result,) = judge_run(config, run).tasks
+    assert result.parent is None
+    assert result.base == 1.0
+
+
+def test_fewer_questions_than_an_interval_needs_are_judged_by_the_bound_alone(
+    broken: Finished, tmp_path: Path
+) -> None:
+    suite = write_suite(tmp_path / "suite.jsonl", count=3)
+    verdict = judge_run(with_tasks(broken.config, task(suite, name="few")), broken.run)
+    assert codes(verdict) == ["task_regressed"]
+    assert "3 questions, too few to tell a drop from chance" in verdict.reasons[0].message
+    assert verdict.tasks[0].interval is None
+
+
+def test_a_drop_that_chance_could_bring_is_no_regression_unless_noise_is_none() -> None:
+    scores: dict[AnsweringRole, list[float]] = {"base": [1.0] * 10, "candidate": [1.0] * 9 + [0.0]}
+    records = [
+        AnswerRecord("capitals", role, line, f"line {line}", "", score, 1, False, False, False, 0.0)
+        for role, given in scores.items()
+        for line, score in enumerate(given, start=1)
+    ]
+    gate = GateSection.model_validate({"tasks": [task(Path("suite.jsonl"))]})
+    (result,), reasons = judge_answers(gate, records)
+    assert not reasons
+    assert result.verdict == "passed"
+    strict = gate.model_copy(update={"noise": "none"})
+    (result,), reasons = judge_answers(strict, records)
+    assert [reason.code for reason in reasons] == ["task_regressed"]
+    assert result.verdict == "failed"
+    assert "1 lost: line 10" in reasons[0].message
+    with pytest.raises(DamagedError, match="the answers to capitals are not all there"):
+        judge_answers(gate, records[:-1])
