@@ -25,6 +25,7 @@ from nested_core.gate.fresh_process_check import (
     largest_difference,
     load_and_answer,
     non_finite_reason,
+    where_base_is_finite,
 )
 from nested_core.gate.lora_effect import LARGEST_FLOAT32, product_norm
 from nested_core.gate.verdict import Code, Reason
@@ -363,6 +364,7 @@ def _judge_logits(
         answers = load_and_answer(request)
     if isinstance(answers, Reason):
         return None, [answers]
+    answers, _ = where_base_is_finite(answers, None)
     if (reason := non_finite_reason(answers)) is not None:
         return None, [reason]
     effect = _measure_logits(answers, base)

@@ -77,7 +77,7 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     answers = load_and_answer(request)
     if isinstance(answers, Reason):
         return evidence | {"error": answers.message}, [answers]
-    answers, expected = _where_base_is_finite(answers, request.expected)
+    answers, expected = where_base_is_finite(answers, request.expected)
     evidence["prompts"] = len(answers.initial)
     tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
     empty = sorted(answers.factors - tensors.keys())
@@ -105,7 +105,7 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     return evidence, [Reason("config_mismatch", message)]
 
 
-def _where_base_is_finite(
+def where_base_is_finite(
     answers: Answers, expected: Sequence[Sequence[float | None]] | None
 ) -> tuple[Answers, Rows | None]:
     """The rows of prompts that the base model alone answers; all of them if it answers none.

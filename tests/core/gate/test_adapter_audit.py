@@ -388,6 +388,23 @@ def test_a_base_of_the_same_shapes_is_told_apart_where_the_named_one_is_here(
     assert audit_adapter(random_adapter(tmp_path / "c", model="org/elsewhere"), base).has_passed
 
 
+@pytest.mark.parametrize(("broken_rows", "prompts"), [([1], 3), ([1, 9, 17, 25], None)])
+def test_a_prompt_that_the_base_cannot_answer_is_not_held_against_an_adapter(
+    broken_rows: list[int], prompts: int | None, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(MODEL, tmp_path / "base"))
+    weights = load_arrays(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][mx.array(broken_rows)] = float("nan")
+    save_arrays(folder / "model.safetensors", weights)
+    audit = audit_adapter(random_adapter(tmp_path / "a", model="x"), AuditedBase(str(folder)))
+    if prompts is None:
+        assert [reason.code for reason in audit.reasons] == ["non_finite"]
+        assert "the base is not sound" in audit.summary()
+    else:
+        assert audit.logits is not None
+        assert (audit.reasons, audit.logits.prompts) == ((), prompts)
+
+
 def test_a_fused_model_is_no_adapter(tmp_path: Path, base: AuditedBase) -> None:
     folder = Path(shutil.copytree(MODEL, tmp_path / "fused"))
     audit = audit_adapter(folder, base)
