@@ -16,14 +16,15 @@ AdapterName = Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")]
 class RegistrySection(Section):
     """Where verified adapters go, and which of them become champion by themselves.
 
-    `better` asks for a loss on the same examples that is lower than the champion's by more than
-    `min_improvement`; `approve` leaves it to a person.
+    `better` asks for a loss that is lower than the champion's on the same held-out examples, with
+    the 95 % interval of the difference beyond `min_improvement`; `approve` leaves it to a person.
     """
 
     path: str | None = key(None, "the registry's folder, on the worker's machine", path="local")
     name: AdapterName | None = key(None, "the adapter's name in the registry")
     promote: Literal["never", "always", "better", "approve"] = key(
-        "never", "whether a verified adapter becomes champion; better: on the same validation data"
+        "never",
+        "whether a verified adapter becomes champion; better: on the same held-out data",
     )
     min_improvement: NonNegativeFloat = key(0.0, "for better: by how much")
     require_validation: bool = key(True, "promote nothing that was not validated")

@@ -6,9 +6,10 @@ adapter, the trained adapter, and the champion at the time of the gate.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nested_core.errors import DamagedError
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
 from nested_core.storage.strict_files import read_regular
 
+PER_EXAMPLE = ("lines", "tokens", "before", "after")
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -45,7 +47,7 @@ class ExampleLosses:
     lines: the line of each example in it, int64 (n,).
     tokens: supervised tokens of each example, all above 0, float64 (n,).
     before, after, champion: mean losses in nats a token, float64 (n,); NaN where not finite.
-        `champion` is None where no champion was judged.
+        `champion` is None where no champion was judged, and NaN for an example left out.
     """
 
     file: str
@@ -71,9 +73,21 @@ class ExampleLosses:
             return None
         return compare_pairs(other, self.after, self.tokens)
 
+    def known_to_champion(self) -> ExampleLosses:
+        """The examples for which there is a loss of the champion."""
+        if self.champion is None:
+            return replace(self, **{name: getattr(self, name)[:0] for name in PER_EXAMPLE})
+        known = np.isfinite(self.champion)
+        columns = {name: getattr(self, name)[known] for name in PER_EXAMPLE}
+        return replace(self, champion=self.champion[known], **columns)
+
     def render(self) -> bytes:
         """The content of gate-losses.jsonl."""
         return "".join(f"{json.dumps(line)}\n" for line in self._lines()).encode()
+
+    def sha256(self) -> str:
+        """Of the content of gate-losses.jsonl."""
+        return hashlib.sha256(self.render()).hexdigest()
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         champion = self.champion if self.champion is not None else np.full(len(self), np.nan)

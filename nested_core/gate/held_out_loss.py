@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from nested_core.data.batch_arrays import make_batch_arrays
 from nested_core.data.batch_order import choose_evaluation_batches
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
+from nested_core.data.example_digests import Digests, digest_examples
 from nested_core.data.rules.dataset_report import DatasetReport
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.example_losses import ExampleLosses
@@ -116,10 +118,20 @@ class HeldOutExamples:
     file: str
     selected_on_same_data: bool
 
+    @cached_property
+    def has_target(self) -> Bool:
+        """Whether each example of the split has a token that the loss counts, bool [n]."""
+        counts = [self.split.example_mask(row).any() for row in range(len(self.split))]
+        return np.array(counts, np.bool_)
 
-def choose_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> HeldOutExamples | None:
-    """The held-out examples of the data that the run was validated with; None without any."""
-    splits = _filled_splits(config, run)
+    @cached_property
+    def digests(self) -> Digests:
+        """The digests of the examples that have such a token, uint64."""
+        return digest_examples(self.split)[self.has_target]
+
+
+def choose_held_out_examples(splits: Mapping[str, TokenizedSplit]) -> HeldOutExamples | None:
+    """The held-out examples among the splits of a run's data; None without any."""
     valid = splits.get("valid")
     name = "test" if "test" in splits else "valid"
     split = splits.get(name)
@@ -134,7 +146,7 @@ def measure_example_losses(
 ) -> ExampleLosses:
     """The loss of each held-out example with the initial and with the trained adapter."""
     before, after = base.losses((run.initial, run.adapter), held_out.split)
-    has_target = before[1] > 0
+    has_target = held_out.has_target
     tokens = before[1][has_target]
     return ExampleLosses(
         file=held_out.file,
@@ -150,7 +162,7 @@ def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
 
     Raises DatasetError if there is no test set.
     """
-    split = _filled_splits(config, run).get("test")
+    split = filled_splits(config, run).get("test")
     if split is None:
         raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
     return LoadedBase.load(config).mean_losses((run.adapter,), split, config.test_batches)[0]
@@ -179,7 +191,7 @@ def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
         )
 
 
-def _filled_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, TokenizedSplit]:
+def filled_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, TokenizedSplit]:
     """The splits that have examples, of the data that the run was validated with."""
     report, splits = load_run_data(config)
     require_validated_data(run, report)

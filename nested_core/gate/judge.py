@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from nested_core import backend
 from nested_core.config.gate import GateSection
@@ -28,6 +29,7 @@ from nested_core.gate.task_bounds import (
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.training_divergence import Divergence, collapse_reason, find_divergence
+from nested_core.gate.training_examples import read_ancestor_examples
 from nested_core.gate.verdict import Code, JudgedAdapter, Reason, Validation, Verdict
 from nested_core.models.base_model import compute_dtype, find_model_folder
 from nested_core.registry.gate_file import require_bound
@@ -137,8 +139,10 @@ def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str
         )
     bound = require_bound(run.path, recorded)
     files = evidence.files | {run.config.name: describe_file(run.config)}
+    written = {run.training_examples}
     if run.gate_losses.name in bound or isinstance(recorded.get("validation"), dict):
-        files[run.gate_losses.name] = describe_file(run.gate_losses)
+        written.add(run.gate_losses)
+    files |= {path.name: describe_file(path) for path in written}
     files |= describe_task_files(config.gate, run)
     names = sorted({*files, *bound} - {run.gate.name})
     if changed := [name for name in names if files.get(name) != bound.get(name)]:
@@ -209,9 +213,12 @@ def _with_losses(
 ) -> Verdict:
     """Add whether the tensors fit the base, and the losses with either adapter."""
     # Here, because `promote` confirms a verdict without a model, and need not wait for mlx-lm.
+    from nested_core.data.example_digests import digest_examples
+    from nested_core.gate.champion_comparison import find_champion, judge_champion
     from nested_core.gate.held_out_loss import (
         LoadedBase,
         choose_held_out_examples,
+        filled_splits,
         measure_example_losses,
         measure_general,
     )
@@ -220,8 +227,11 @@ def _with_losses(
     misfits = base_reasons(evidence.after, base.parameters, base.folder)
     if misfits:
         return _add(verdict, misfits)
-    held_out = choose_held_out_examples(config, run)
-    losses = validation = None
+    splits = filled_splits(config, run)
+    training_examples = digest_examples(splits["train"])
+    files = {run.training_examples.name: np.unique(training_examples).astype("<u8").tobytes()}
+    held_out = choose_held_out_examples(splits)
+    losses = validation = champion = None
     if held_out is not None:
         losses = measure_example_losses(base, run, held_out)
         validation = Validation.from_losses(
@@ -229,8 +239,22 @@ def _with_losses(
         )
     general = measure_general(base, run)
     reasons = loss_reasons(validation, general, config.gate)
+    if held_out is not None and losses is not None and validation is not None:
+        standing = find_champion(config)
+        if standing is not None:
+            ancestors = read_ancestor_examples(config, verdict.initial.digest)
+            seen = np.concatenate([training_examples, ancestors])
+            champion, losses = judge_champion(
+                standing, base, losses, evidence=evidence, held_out=held_out, seen=seen
+            )
+        files[run.gate_losses.name] = losses.render()
+        validation = replace(validation, losses_sha256=losses.sha256())
     measured = replace(
-        _add(verdict, reasons), validation=validation, general=general, example_losses=losses
+        _add(verdict, reasons),
+        validation=validation,
+        champion=champion,
+        general=general,
+        written_files=files,
     )
     return _with_tasks(measured, base, run, evidence)
 

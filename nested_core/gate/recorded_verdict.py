@@ -9,14 +9,15 @@ from dataclasses import asdict
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.gate.example_losses import read_example_losses
+from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW
-from nested_core.gate.verdict import Validation, Verdict
+from nested_core.gate.verdict import ChampionLoss, Validation, Verdict
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 
 NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
 TOLERANCES = (TOLERANCE_FLOAT32, TOLERANCE_NARROW)
+MISSING = "missing"
 NORMS = ("max_abs_delta", "relative_delta")
 
 
@@ -93,12 +94,31 @@ def _differing_losses(recorded: Mapping[str, Any], run: RunDirectory) -> Iterato
     """The figures of held-out losses that gate-losses.jsonl does not give."""
     validation = recorded.get("validation")
     if not isinstance(validation, dict):
+        if recorded.get("champion") is not None:
+            yield "champion"
         return
     losses = read_example_losses(run.gate_losses)
     now = asdict(Validation.from_losses(losses, selected_on_same_data=False))
     for key in now.keys() - {"selected_on_same_data"}:
         if not _is_close_figure(validation.get(key), now[key]):
             yield f"validation.{key}"
+    yield from _differing_champion(recorded.get("champion", MISSING), losses)
+
+
+def _differing_champion(champion: Any, losses: ExampleLosses) -> Iterator[str]:
+    """The figures of the comparison with the champion that the losses do not give."""
+    if champion is None or not isinstance(champion, dict):
+        if champion is not None or losses.champion is not None:
+            yield "champion"
+        return
+    is_compared = losses.champion is not None
+    if is_compared is isinstance(champion.get("not_compared"), str):
+        yield "champion.not_compared"
+    elif is_compared:
+        now = asdict(ChampionLoss.from_losses(str(champion.get("version")), losses))
+        for key in now:
+            if not _is_close_figure(champion.get(key, MISSING), now[key]):
+                yield f"champion.{key}"
 
 
 def _is_close_figure(recorded: Any, now: Any) -> bool:

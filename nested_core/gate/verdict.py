@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import InstanceOf, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError
 from nested_core.gate.answers.answer_records import AnswerRecord
@@ -109,8 +108,46 @@ class Validation:
             selected_on_same_data=selected_on_same_data,
             file=losses.file,
             examples=len(losses),
-            losses_sha256=hashlib.sha256(losses.render()).hexdigest(),
+            losses_sha256=losses.sha256(),
             **difference_figures(compared),
+        )
+
+
+@dataclass(frozen=True)
+class ChampionLoss:
+    """The champion at the time of the gate, on the held-out examples that neither was trained on.
+
+    loss: the champion's mean loss in nats a token; the candidate's is `loss` + `difference`.
+    examples: how many examples were compared; left_out: how many were not, because the champion,
+        the candidate or an ancestor was trained on them.
+    difference, standard_error, interval, smallest_visible: candidate minus champion, as in
+        Validation.
+    not_compared: why there is no comparison; then there are no figures.
+    """
+
+    version: str
+    loss: float | None = None
+    examples: int = 0
+    left_out: int = 0
+    difference: float | None = None
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+    smallest_visible: float | None = None
+    not_compared: str | None = None
+
+    @classmethod
+    def from_losses(cls, version: str, losses: ExampleLosses) -> ChampionLoss:
+        """The figures of losses that hold the champion's, NaN for the examples left out."""
+        shared = losses.known_to_champion()
+        champion = shared.champion
+        if champion is None or not len(shared):
+            return cls(version, left_out=len(losses))
+        return cls(
+            version,
+            loss=finite_or_none(shared.mean(champion)),
+            examples=len(shared),
+            left_out=len(losses) - len(shared),
+            **difference_figures(shared.compare(champion)),
         )
 
 
@@ -188,7 +225,11 @@ class JudgedAdapter:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The content of gate.json, and the entries of the judged files for the run's manifest."""
+    """The content of gate.json, and what belongs beside it.
+
+    judged_files: the entries of the judged files for the run's manifest.
+    written_files: the content of the files that the gate itself writes, by name.
+    """
 
     reasons: tuple[Reason, ...]
     adapter_step: int | None
@@ -198,13 +239,14 @@ class Verdict:
     tiers: tuple[TierChange, ...] = ()
     last_step: int | None = None
     validation: Validation | None = None
+    champion: ChampionLoss | None = None
     thresholds: dict[str, Any] | None = None
     general: GeneralLoss | None = None
     fused: dict[str, Any] | None = None
     proof: dict[str, Any] | None = None
     tasks: tuple[TaskResult, ...] = ()
     judged_files: Mapping[str, FileEntry] = field(default_factory=dict, compare=False)
-    example_losses: InstanceOf[ExampleLosses] | None = field(default=None, compare=False)
+    written_files: Mapping[str, bytes] = field(default_factory=dict, compare=False)
     answers: tuple[AnswerRecord, ...] = field(default=(), compare=False)
 
     @property
@@ -214,8 +256,8 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The content of gate.json."""
-        fields = asdict(replace(self, example_losses=None, answers=()))
-        for name in ("judged_files", "example_losses", "answers"):
+        fields = asdict(replace(self, judged_files={}, written_files={}, answers=()))
+        for name in ("judged_files", "written_files", "answers"):
             del fields[name]
         return {"verdict": "passed" if self.has_passed else "failed"} | fields
 

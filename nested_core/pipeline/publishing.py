@@ -5,9 +5,13 @@ from __future__ import annotations
 from importlib.metadata import version as installed_version
 from typing import Any
 
+import numpy as np
+
 from nested_core.config.schema import FineTuneConfig
+from nested_core.data.example_digests import encode_digests
 from nested_core.gate import confirm_run
 from nested_core.gate.base_compatibility import require_same_base
+from nested_core.gate.training_examples import read_ancestor_examples
 from nested_core.models.base_model import local_folder
 from nested_core.pipeline.continual import champion_or_none, parent_version_of, settings_digest
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
@@ -16,7 +20,7 @@ from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import regular_sha256
+from nested_core.storage.strict_files import read_regular, regular_sha256
 from nested_core.training.metrics_file import read_metrics
 
 RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
@@ -90,9 +94,18 @@ def make_provenance(
         "gate_sha256": regular_sha256(run.gate),
         "parent": parent_version_of(config, run, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
+        "training_examples": _training_examples(config, run, gate["initial"]["digest"]),
         "training_seconds": _training_seconds(read_metrics(run.metrics)),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
     }
+
+
+def _training_examples(config: FineTuneConfig, run: RunDirectory, initial: str) -> str | None:
+    """Digests of what the adapter and its ancestors were trained on; None where none are kept."""
+    if not run.training_examples.is_file():
+        return None
+    own = np.frombuffer(read_regular(run.training_examples), "<u8").astype(np.uint64)
+    return encode_digests(np.concatenate([own, read_ancestor_examples(config, initial)]))
 
 
 def _training_seconds(records: list[dict[str, Any]]) -> float:

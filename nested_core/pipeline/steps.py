@@ -233,7 +233,8 @@ def _train(
     trainer.resume()
     if world.is_main:
         # The run is made longer: what it ended with is out of date.
-        for earlier in (run.manifest, run.gate, run.gate_losses, run.answers, run.result):
+        measured = (run.gate_losses, run.training_examples, run.answers)
+        for earlier in (run.manifest, run.gate, *measured, run.result):
             earlier.unlink(missing_ok=True)
     if on_start is not None:
         on_start(trainer)
@@ -319,12 +320,12 @@ def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = No
 def _write_verdict(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) -> None:
     """Write what was measured, then gate.json and the manifest that binds it to that."""
     run.manifest.unlink(missing_ok=True)  # no verdict is bound to files that are written anew
-    run.gate_losses.unlink(missing_ok=True)
-    run.answers.unlink(missing_ok=True)
+    for earlier in (run.gate_losses, run.training_examples, run.answers):
+        earlier.unlink(missing_ok=True)
     judged = dict(verdict.judged_files)
-    if verdict.example_losses is not None:
-        write_bytes(run.gate_losses, verdict.example_losses.render())
-        judged[run.gate_losses.name] = describe_file(run.gate_losses)
+    for name, content in verdict.written_files.items():
+        write_bytes(run.path / name, content)
+        judged[name] = describe_file(run.path / name)
     if verdict.answers:
         write_answers(run.answers, verdict.answers)
         judged |= describe_task_files(config.gate, run)

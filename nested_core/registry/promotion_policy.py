@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
@@ -34,11 +34,29 @@ COLLECTED = "collected meanwhile"
 Result = TypeVar("Result")
 
 
+class ChampionRecord(BaseModel):
+    """The champion on the candidate's held-out examples, as gate.json records it.
+
+    Losses are in nats a token; `difference` and `interval` are candidate minus champion.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+    version: str
+    loss: float | None = None
+    examples: int = 0
+    left_out: int = 0
+    difference: float | None = None
+    interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    smallest_visible: float | None = None
+    not_compared: str | None = None
+
+
 class Candidate(BaseModel):
     """What a version's files record: its policy, the champion when it was judged, and its losses.
 
     `initial` is the digest of the adapter that training started from, `loss_before` that adapter's
-    loss on the same examples as `loss_after`.
+    loss on the same examples as `loss_after`. `champion` is None where the gate judged none, and
+    `was_champion_judged` is false in a verdict of an earlier release, whose gate judged none ever.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -51,6 +69,10 @@ class Candidate(BaseModel):
     initial: str | None
     loss_before: float | None
     loss_after: float | None
+    file: str | None = None
+    champion: ChampionRecord | None = None
+    was_champion_judged: bool = False
+    noise: Literal["paired", "none"] = "none"
 
 
 def read_candidate(registry: Path, name: str, version: str) -> Candidate:
@@ -73,6 +95,10 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
             "initial": gate.get("initial", {}).get("digest"),
             "loss_before": validation.get("loss_before"),
             "loss_after": validation.get("loss_after"),
+            "file": validation.get("file"),
+            "champion": gate.get("champion"),
+            "was_champion_judged": "champion" in gate,
+            "noise": (gate.get("thresholds") or {}).get("noise", "none"),
         }
         return Candidate.model_validate(provenance | fields)
     except (ValueError, AttributeError, RecursionError) as error:
@@ -117,10 +143,15 @@ def compare_losses(
 ) -> LossComparison | None:
     """The losses of a version and of the champion; None if they were not measured on the same data.
 
-    The verdict on a version that was trained from the champion holds the champion's loss too; else
-    both must have been judged on the same examples. Raises DamagedError for a champion that is not
-    what was registered.
+    The verdict holds the loss of the champion at the time of the gate, and of the adapter that
+    training started from; else both must have been judged on the same examples. Raises DamagedError
+    for a champion that is not what was registered.
     """
+    record = candidate.champion
+    if record is not None and record.version == champion:
+        if record.loss is None or record.difference is None:
+            return None
+        return LossComparison(record.loss + record.difference, record.loss)
     champion_loss = candidate.loss_before
     if candidate.initial != champion:
         verify(registry, name, champion)
@@ -240,16 +271,63 @@ def _refusal(section: RegistrySection, candidate: Candidate, champion: str | Non
 
 
 def _not_better(section: RegistrySection, candidate: Candidate, champion: str) -> str | None:
-    """Why a version is not better than the champion on the same examples, or None if it is.
-
-    The verdict on a version that was trained from the champion holds the champion's loss too.
-    """
-    registry, name = registry_location(section)
+    """Why a version is not better than the champion on the same examples, or None if it is."""
     if candidate.loss_after is None:
         return "there is no validation loss to compare with the champion's"
+    if not candidate.was_champion_judged:
+        return _not_better_by_means(section, candidate, champion)
+    record = candidate.champion
+    if record is None or record.version != champion:
+        return (
+            f"the gate did not judge the champion {champion[:12]} on this version's held-out "
+            f"examples: judge the run again with --resume"
+        )
+    if record.loss is None or record.difference is None:
+        return record.not_compared or "the gate records no comparison with the champion"
+    if candidate.noise == "none":
+        is_better = record.difference < -section.min_improvement
+    else:
+        is_better = record.interval is not None and record.interval[1] < -section.min_improvement
+    if is_better:
+        return None
+    return _describe_comparison(section, candidate, record)
+
+
+def _describe_comparison(
+    section: RegistrySection, candidate: Candidate, record: ChampionRecord
+) -> str:
+    """The figures of a candidate that is not better, and what the examples could have shown."""
+    loss, difference = record.loss or 0.0, record.difference or 0.0
+    data = f"{candidate.file}, {record.examples} examples"
+    if record.left_out:
+        data += f", {record.left_out} left out that an adapter was trained on"
+    wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
+    losses = (
+        f"validation loss {loss + difference:.4g} is not better{wanted} than the champion's "
+        f"{loss:.4g}"
+    )
+    if candidate.noise == "none":
+        return f"{losses} ({data})"
+    if record.interval is None or record.smallest_visible is None:
+        return f"{losses} beyond noise ({data}): so few can show no difference"
+    low, high = record.interval
+    return (
+        f"{losses} beyond noise ({data}): {difference:+.4g} with a 95 % interval of {low:+.4g} to "
+        f"{high:+.4g}; these examples can show no difference below {record.smallest_visible:.2g}"
+    )
+
+
+def _not_better_by_means(
+    section: RegistrySection, candidate: Candidate, champion: str
+) -> str | None:
+    """The same for a verdict of an earlier release, which has mean losses alone."""
+    registry, name = registry_location(section)
     losses = compare_losses(registry, name, candidate, champion)
     if losses is None:
-        return "the champion was validated on other data: the losses cannot be compared"
+        return (
+            "the verdict of an earlier release did not judge the champion on the same examples: "
+            "judge the run again with --resume"
+        )
     if losses.loss < losses.champion_loss - section.min_improvement:
         return None
     return f"validation loss {losses.loss} is not better than the champion's {losses.champion_loss}"

@@ -54,6 +54,7 @@ class RunDirectory:
         self.answers = path / "answers.jsonl"  # what the models answered to gate.tasks
         self.gate = path / "gate.json"  # the verdict
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
+        self.training_examples = path / "training-examples.bin"  # digests, uint64, ascending
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
 
         # What other processes see.

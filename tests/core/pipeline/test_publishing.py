@@ -31,7 +31,7 @@ from nested_core.registry import (
     read_champion,
     registration,
 )
-from nested_core.registry.gate_file import write_gate
+from nested_core.registry.gate_file import read_gate, require_bound, write_gate
 from nested_core.registry.promotion_policy import promote_by_policy, warn_if_worse
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.manifest import describe_file
@@ -200,7 +200,43 @@ class TestPolicy:
     def test_losses_on_other_data_are_not_compared(self, make_run: MakeRun, publish: Any) -> None:
         publish(make_run(1.0, loss=1.0), promote="better")
         result = publish(make_run(2.0, loss=0.5, data="d2"), promote="better")
-        assert result == ("the champion was validated on other data: the losses cannot be compared")
+        assert result == (
+            "the verdict of an earlier release did not judge the champion on the same examples: "
+            "judge the run again with --resume"
+        )
+
+    @pytest.mark.parametrize(
+        ("record", "noise", "improvement", "expected"),
+        [
+            ({"interval": [-0.3, -0.01]}, "paired", 0.0, "promoted"),
+            ({"interval": [-0.3, -0.01]}, "paired", 0.05, "is not better by more than 0.05"),
+            ({"interval": [-0.3, 0.1]}, "paired", 0.0, "-0.1 with a 95 % interval of -0.3 to +0.1"),
+            ({"interval": [-0.3, 0.1]}, "none", 0.0, "promoted"),
+            ({"interval": [-0.3, 0.1]}, "none", 0.2, "0.9 is not better by more than 0.2 than the"),
+            ({"interval": None, "examples": 3}, "paired", 0.0, "3 examples): so few can show no"),
+            ({"left_out": 2}, "paired", 0.0, "84 examples, 2 left out that an adapter was trained"),
+            ({"version": "f" * 64}, "paired", 0.0, "the gate did not judge the champion"),
+            ({"loss": None, "not_compared": "the champion is gone"}, "paired", 0.0, "is gone"),
+        ],
+    )
+    def test_better_is_decided_beyond_noise_where_the_gate_judged_the_champion(
+        self,
+        make_run: MakeRun,
+        publish: Any,
+        record: dict[str, Any],
+        noise: str,
+        improvement: float,
+        expected: str,
+    ) -> None:
+        policy = {"promote": "better", "min_improvement": improvement}
+        champion = publish(make_run(1.0), **policy).version
+        run = make_run(2.0, loss=0.9, data="d2")
+        gate = read_gate(run.gate)
+        compared = {"version": champion, "loss": 1.0, "examples": 84, "difference": -0.1}
+        compared |= {"interval": [-0.3, 0.1], "smallest_visible": 0.2}
+        gate |= {"champion": compared | record, "thresholds": {"noise": noise}}
+        write_gate(run.path, gate, require_bound(run.path, gate))
+        assert expected in outcome(publish(run, **policy))
 
     def test_a_champion_that_changed_meanwhile_supersedes(
         self, make_run: MakeRun, configure: Configure, publish: Any, tmp_path: Path

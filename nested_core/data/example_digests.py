@@ -1,0 +1,48 @@
+"""Digests of single examples, by which rows that an adapter was trained on are recognised.
+
+A digest is the first 8 bytes of a SHA-256 over the example's tokens. A version's provenance holds
+those of all training examples of the adapter and of the versions that it was trained from.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nested_core.data.tokens.tokenized_split import TokenizedSplit
+
+Digests = npt.NDArray[np.uint64]
+DIGEST_BYTES = 8
+MOST_RECORDED = 4_000_000  # 43 MB in provenance.json, which may have 64
+
+
+def digest_examples(split: TokenizedSplit) -> Digests:
+    """The digest of each example of a split, uint64 [n], in its order."""
+    digests = b"".join(
+        sha256(split.example(index).tobytes()).digest()[:DIGEST_BYTES]
+        for index in range(len(split))
+    )
+    split.release_pages()
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def encode_digests(digests: Digests) -> str | None:
+    """Distinct digests as base64 text, in order; None if they are too many to be recorded."""
+    distinct = np.unique(digests)
+    if distinct.size > MOST_RECORDED:
+        return None
+    return base64.b64encode(distinct.astype("<u8").tobytes()).decode()
+
+
+def decode_digests(text: Any) -> Digests:
+    """The digests that `encode_digests` wrote; none for anything else, as None or another type."""
+    try:
+        content = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+        return np.frombuffer(content, "<u8").astype(np.uint64)
+    except (binascii.Error, ValueError):
+        return np.zeros(0, np.uint64)

@@ -1,0 +1,31 @@
+"""What registered versions were trained on, by digest, as their provenance records it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.example_digests import Digests, decode_digests
+from nested_core.errors import DamagedError
+from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
+
+
+def read_training_examples(version: Path) -> Digests:
+    """Digests of what a version and its ancestors were trained on; none where none are recorded.
+
+    Versions of earlier releases record none.
+    """
+    with suppress(DamagedError):  # `audit` and `promote` tell what is damaged
+        return decode_digests(read_provenance(version).get("training_examples"))
+    return decode_digests(None)
+
+
+def read_ancestor_examples(config: FineTuneConfig, initial_digest: str) -> Digests:
+    """Digests of what the registered version that a run started from, if any, was trained on."""
+    path, name = config.registry.path, config.registry.name
+    if path is None or name is None:
+        return decode_digests(None)
+    folder = version_folder(Path(path), name, initial_digest)
+    is_registered = (folder / PROVENANCE_NAME).is_file()
+    return read_training_examples(folder) if is_registered else decode_digests(None)

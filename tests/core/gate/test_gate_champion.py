@@ -1,0 +1,281 @@
+"""The champion at the gate: judged on the candidate's own held-out examples, whatever its data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nested_core.config.loading import render_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.example_digests import (
+    decode_digests,
+    digest_examples,
+    encode_digests,
+)
+from nested_core.errors import DamagedError
+from nested_core.gate.example_losses import read_example_losses
+from nested_core.gate.held_out_loss import (
+    LoadedBase,
+    choose_held_out_examples,
+    filled_splits,
+)
+from nested_core.pipeline import steps
+from nested_core.pipeline.publishing import confirm_recorded_verdict, register_run
+from nested_core.registry import promote, register
+from nested_core.registry.gate_file import read_gate, write_gate
+from nested_core.registry.promotion_policy import promote_by_policy
+from nested_core.storage.adapter import ADAPTER_FILES, read_adapter, write_adapter
+from nested_core.storage.manifest import describe_file, read_manifest
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import load_arrays
+
+NAME = "capitals"
+Champion = Callable[..., str]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Path:
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def config(config: FineTuneConfig, run: RunDirectory, registry: Path) -> FineTuneConfig:
+    """The finished run's configuration, with a registry that promotes what is better."""
+    section = {"path": str(registry), "name": NAME, "promote": "better"}
+    changed = config.model_dump(mode="json") | {"registry": section}
+    made = FineTuneConfig.model_validate(changed)
+    run.config.write_bytes(render_config(made))
+    return made
+
+
+@pytest.fixture
+def make_champion(run: RunDirectory, tmp_path: Path, registry: Path) -> Champion:
+    """Make the champion an adapter that the run's own tensors are changed into, by hand."""
+
+    def make(
+        change: Callable[[mx.array], mx.array], settings: dict[str, Any] | None = None, **said: Any
+    ) -> str:
+        folder = tmp_path / "champion"
+        adapter = folder / "adapter"
+        tensors = load_arrays(run.adapter / "adapters.safetensors")
+        described = json.loads((run.adapter / "adapter_config.json").read_text())
+        adapter.mkdir(parents=True)
+        changed = {name: change(tensor) for name, tensor in tensors.items()}
+        write_adapter(adapter, changed, described | (settings or {}))
+        digest = read_adapter(adapter).digest()
+        gate: dict[str, Any] = {"verdict": "passed", "reasons": [], "initial": {"digest": "0" * 64}}
+        gate |= {"trained": {"digest": digest}, "validation": None, "champion": None}
+        files = {f"adapter/{name}": describe_file(adapter / name) for name in ADAPTER_FILES}
+        write_gate(folder, gate, files)
+        version = register(folder, registry, NAME, said)
+        promote(registry, NAME, version, by="ann")
+        return version
+
+    return make
+
+
+def halve(tensor: mx.array) -> mx.array:
+    return tensor * 0.5
+
+
+def decide(config: FineTuneConfig, run: RunDirectory, champion: str) -> str:
+    version = register_run(config, run, champion)
+    done = promote_by_policy(config.registry, version, champion)
+    return done if isinstance(done, str) else done.outcome
+
+
+def test_a_candidate_better_than_a_champion_of_other_data_is_promoted(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion
+) -> None:
+    champion = make_champion(halve)
+    verdict = steps.judge(config, run)
+    assert verdict.champion is not None
+    assert (verdict.champion.version, verdict.champion.left_out) == (champion, 0)
+    low, high = verdict.champion.interval or (0.0, 0.0)
+    assert low < verdict.champion.difference < high < 0  # type: ignore[operator]
+    losses = read_example_losses(run.gate_losses)
+    assert losses.champion is not None
+    assert losses.mean(losses.champion) == pytest.approx(verdict.champion.loss)
+    assert read_gate(run.gate)["champion"]["interval"] == [low, high]
+    confirm_recorded_verdict(config, run)
+    assert decide(config, run, champion) == "promoted"
+
+
+def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion
+) -> None:
+    champion = make_champion(lambda tensor: tensor * 1.5)  # further along the same way
+    verdict = steps.judge(config, run)
+    assert verdict.has_passed
+    refused = decide(config, run, champion)
+    assert "is not better than the champion's" in refused
+    assert "beyond noise (valid.jsonl, " in refused
+    assert "can show no difference below" in refused
+
+
+def test_the_improvement_that_is_asked_for_is_held_against_the_end_of_the_interval(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion
+) -> None:
+    champion = make_champion(halve)
+    verdict = steps.judge(config, run)
+    assert verdict.champion is not None
+    assert verdict.champion.interval is not None
+    version = register_run(config, run, champion)
+    for share, outcome in ((1.01, "is not better by more than"), (0.99, "promoted")):
+        wanted = -verdict.champion.interval[1] * share
+        section = config.registry.model_copy(update={"min_improvement": wanted})
+        done = promote_by_policy(section, version, champion)
+        assert outcome in (done if isinstance(done, str) else done.outcome)
+
+
+def test_a_champion_of_another_rank_is_judged_with_its_own(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion
+) -> None:
+    rank = config.lora_parameters.rank
+    settings = {
+        "lora_parameters": config.lora_parameters.model_dump(exclude_none=True) | {"rank": 2 * rank}
+    }
+
+    def widen(tensor: mx.array) -> mx.array:
+        axis = tensor.shape.index(rank)
+        return mx.concatenate([tensor, mx.zeros_like(tensor)], axis=axis)
+
+    make_champion(widen, settings)
+    verdict = steps.judge(config, run)
+    assert verdict.champion is not None
+    assert verdict.validation is not None
+    assert verdict.champion.not_compared is None
+    assert verdict.champion.loss == pytest.approx(verdict.validation.loss_after, rel=1e-5)
+
+
+def test_a_champion_of_another_base_is_not_compared_and_not_replaced_by_itself(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion
+) -> None:
+    champion = make_champion(halve, {"base_fingerprint": "sha256:" + "0" * 64})
+    verdict = steps.judge(config, run)
+    assert verdict.has_passed
+    assert verdict.champion is not None
+    assert "made for the base" in str(verdict.champion.not_compared)
+    confirm_recorded_verdict(config, run)
+    assert "does not fit: made for the base" in decide(config, run, champion)
+
+
+def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion
+) -> None:
+    held_out = choose_held_out_examples(filled_splits(config, run))
+    assert held_out is not None
+    seen = held_out.digests[:3]
+    champion = make_champion(halve, training_examples=encode_digests(seen))
+    verdict = steps.judge(config, run)
+    count = len(held_out.split)
+    assert verdict.champion is not None
+    assert (verdict.champion.left_out, verdict.champion.examples) == (3, count - 3)
+    losses = read_example_losses(run.gate_losses)
+    assert losses.champion is not None
+    assert np.isnan(losses.champion).nonzero()[0].tolist() == [0, 1, 2]
+    assert not np.isnan(losses.after).any()
+    confirm_recorded_verdict(config, run)
+    assert decide(config, run, champion) == "promoted"
+
+
+def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion
+) -> None:
+    held_out = choose_held_out_examples(filled_splits(config, run))
+    assert held_out is not None
+    champion = make_champion(halve, training_examples=encode_digests(held_out.digests))
+    verdict = steps.judge(config, run)
+    assert verdict.has_passed
+    confirm_recorded_verdict(config, run)
+    assert "nothing is left to compare by" in decide(config, run, champion)
+
+
+def test_provenance_holds_a_digest_of_every_training_example(
+    config: FineTuneConfig, run: RunDirectory, registry: Path
+) -> None:
+    steps.judge(config, run)
+    version = register_run(config, run, None)
+    path = registry / NAME / "versions" / version / "provenance.json"
+    recorded = decode_digests(json.loads(path.read_text())["training_examples"])
+    own = digest_examples(filled_splits(config, run)["train"])
+    np.testing.assert_array_equal(recorded, np.unique(own))
+
+
+def test_a_champion_that_changed_after_the_gate_supersedes(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion, registry: Path
+) -> None:
+    champion = make_champion(halve)
+    steps.judge(config, run)
+    version = register_run(config, run, champion)
+    gate = read_gate(run.gate)
+    assert gate["champion"]["version"] == champion
+    done = promote_by_policy(config.registry, version, None)
+    assert not isinstance(done, str)
+    assert done.outcome == "superseded"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("loss", 9.0), ("interval", [-9.0, -8.0]), ("left_out", 3), ("not_compared", "no"), (None, 0)],
+)
+def test_a_comparison_that_the_losses_do_not_give_is_damage(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    make_champion: Champion,
+    key: str | None,
+    value: Any,
+) -> None:
+    make_champion(halve)
+    steps.judge(config, run)
+    gate = read_gate(run.gate)
+    gate["champion"] = None if key is None else gate["champion"] | {key: value}
+    write_gate(run.path, gate, read_manifest(run.path)["files"])
+    with pytest.raises(DamagedError, match="champion"):
+        confirm_recorded_verdict(config, run)
+
+
+def test_a_champion_that_training_began_with_has_the_losses_from_before(
+    config: FineTuneConfig, run: RunDirectory, registry: Path, tmp_path: Path
+) -> None:
+    digest = read_adapter(run.initial).digest()
+    folder = tmp_path / "champion"
+    shutil.copytree(run.initial, folder / "adapter")
+    gate: dict[str, Any] = {"verdict": "passed", "reasons": [], "initial": {"digest": "0" * 64}}
+    gate |= {"trained": {"digest": digest}, "validation": None, "champion": None}
+    files = {f"adapter/{n}": describe_file(folder / "adapter" / n) for n in ADAPTER_FILES}
+    write_gate(folder, gate, files)
+    promote(registry, NAME, register(folder, registry, NAME, {}), by="ann")
+    verdict = steps.judge(config, run)
+    assert verdict.champion is not None
+    assert verdict.validation is not None
+    assert verdict.champion.loss == verdict.validation.loss_before
+    assert verdict.champion.difference == verdict.validation.difference
+    confirm_recorded_verdict(config, run)
+
+
+def test_the_champion_costs_one_pass(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    make_champion: Champion,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes: list[int] = []
+    losses = LoadedBase.losses
+
+    def count(self: LoadedBase, adapters: Any, *arguments: Any) -> Any:
+        passes.append(len(adapters))
+        return losses(self, adapters, *arguments)
+
+    monkeypatch.setattr(LoadedBase, "losses", count)
+    steps.judge(config, run)
+    make_champion(halve)
+    steps.judge(config, run)
+    assert passes == [2, 2, 1]
