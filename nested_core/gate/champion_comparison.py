@@ -19,7 +19,7 @@ from nested_core.gate.base_compatibility import base_reasons, fingerprint_reason
 from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_loss import HeldOutExamples, LoadedBase
 from nested_core.gate.run_evidence import RunEvidence
-from nested_core.gate.training_examples import read_training_examples
+from nested_core.gate.training_examples import read_ancestor_examples, read_training_examples
 from nested_core.gate.verdict import ChampionLoss
 from nested_core.registry import holding_champion, verify
 from nested_core.registry.name_folders import name_exists
@@ -63,60 +63,69 @@ def find_champion(config: FineTuneConfig) -> Champion | None:
         return Champion(version, adapter, read_training_examples(folder))
 
 
-def judge_champion(
-    champion: Champion,
-    base: LoadedBase,
-    losses: ExampleLosses,
-    *,
-    evidence: RunEvidence,
-    held_out: HeldOutExamples,
-    seen: Digests,
-) -> tuple[ChampionLoss, ExampleLosses]:
+@dataclass(frozen=True, eq=False)
+class HeldOutComparison:
+    """The held-out examples of a run, their losses, and digests of its training examples."""
+
+    held_out: HeldOutExamples
+    losses: ExampleLosses
+    training_examples: Digests
+
+
+def compare_with_champion(
+    base: LoadedBase, evidence: RunEvidence, examples: HeldOutComparison
+) -> tuple[ChampionLoss | None, ExampleLosses]:
     """What gate.json says of the champion, and the losses with the champion's beside them.
 
-    `seen` are digests of what the candidate and its ancestors were trained on.
+    None without a champion. One that cannot be compared is no error: the result says why.
     """
+    champion, losses = find_champion(base.config), examples.losses
+    if champion is None:
+        return None, losses
+    version = champion.version
     if champion.adapter is None:
-        return ChampionLoss(champion.version, not_compared=champion.problem), losses
-    if reasons := fingerprint_reasons(champion.adapter.config, base.folder):
-        problem = f"the champion {champion.version[:12]} does not fit: {reasons[0].message}"
-        return ChampionLoss(champion.version, not_compared=problem), losses
-    is_seen = np.isin(held_out.digests, np.concatenate([seen, champion.training_examples]))
+        return ChampionLoss(version, not_compared=champion.problem), losses
+    ancestors = read_ancestor_examples(base.config, evidence.before.digest())
+    seen = np.concatenate(
+        [examples.training_examples, ancestors, champion.training_examples], dtype=np.uint64
+    )
+    is_seen = np.isin(examples.held_out.digests, seen)
     if is_seen.all():
         problem = (
             f"each of the {len(losses)} held-out examples of {losses.file} is one that the "
             f"champion, the candidate or an ancestor was trained on: nothing is left to compare by"
         )
-        return ChampionLoss(champion.version, left_out=len(losses), not_compared=problem), losses
+        return ChampionLoss(version, left_out=len(losses), not_compared=problem), losses
     try:
-        measured = _measure(champion.adapter, base, evidence, losses, held_out)
+        measured = _measure(champion.adapter, base, evidence, examples)
     except ConfigError as error:
-        problem = f"the champion {champion.version[:12]} does not fit: {error}"
-        return ChampionLoss(champion.version, not_compared=" ".join(problem.split())), losses
+        problem = f"the champion {version[:12]} does not fit: {' '.join(str(error).split())}"
+        return ChampionLoss(version, not_compared=problem), losses
     if not np.isfinite(measured).all():
-        problem = f"the loss of the champion {champion.version[:12]} is not finite"
-        return ChampionLoss(champion.version, not_compared=problem), losses
+        problem = f"the loss of the champion {version[:12]} is not finite"
+        return ChampionLoss(version, not_compared=problem), losses
     compared = replace(losses, champion=np.where(is_seen, np.nan, measured))
-    return ChampionLoss.from_losses(champion.version, compared), compared
+    return ChampionLoss.from_losses(version, compared), compared
 
 
 def _measure(
-    champion: Adapter,
-    base: LoadedBase,
-    evidence: RunEvidence,
-    losses: ExampleLosses,
-    held_out: HeldOutExamples,
+    champion: Adapter, base: LoadedBase, evidence: RunEvidence, examples: HeldOutComparison
 ) -> Vector:
-    """The champion's mean loss on each example; of other structure, in a base loaded for it."""
+    """The champion's mean loss on each example; of other structure, in a base loaded for it.
+
+    Raises ConfigError for a champion that does not fit the base.
+    """
     if champion.digest() == evidence.before.digest():
-        return losses.before
+        return examples.losses.before
+    if reasons := fingerprint_reasons(champion.config, base.folder):
+        raise ConfigError(reasons[0].message)
     structure, own_structure = champion.meaning(), evidence.after.meaning()
     if any(structure[key] != own_structure[key] for key in STRUCTURE):
         base = LoadedBase.load(_config_of(champion, base.config))
     if reasons := base_reasons(champion, base.parameters, base.folder):
         raise ConfigError(reasons[0].message)
-    ((sums, _),) = base.losses((champion.path,), held_out.split)
-    measured: Vector = sums[held_out.has_target] / losses.tokens
+    ((sums, _),) = base.losses((champion.path,), examples.held_out.split)
+    measured: Vector = sums[examples.held_out.has_target] / examples.losses.tokens
     return measured
 
 

@@ -29,7 +29,6 @@ from nested_core.gate.task_bounds import (
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.training_divergence import Divergence, collapse_reason, find_divergence
-from nested_core.gate.training_examples import read_ancestor_examples
 from nested_core.gate.verdict import Code, JudgedAdapter, Reason, Validation, Verdict
 from nested_core.models.base_model import compute_dtype, find_model_folder
 from nested_core.registry.gate_file import require_bound
@@ -214,7 +213,7 @@ def _with_losses(
     """Add whether the tensors fit the base, and the losses with either adapter."""
     # Here, because `promote` confirms a verdict without a model, and need not wait for mlx-lm.
     from nested_core.data.example_digests import digest_examples
-    from nested_core.gate.champion_comparison import find_champion, judge_champion
+    from nested_core.gate.champion_comparison import HeldOutComparison, compare_with_champion
     from nested_core.gate.held_out_loss import (
         LoadedBase,
         choose_held_out_examples,
@@ -240,13 +239,8 @@ def _with_losses(
     general = measure_general(base, run)
     reasons = loss_reasons(validation, general, config.gate)
     if held_out is not None and losses is not None and validation is not None:
-        standing = find_champion(config)
-        if standing is not None:
-            ancestors = read_ancestor_examples(config, verdict.initial.digest)
-            seen = np.concatenate([training_examples, ancestors])
-            champion, losses = judge_champion(
-                standing, base, losses, evidence=evidence, held_out=held_out, seen=seen
-            )
+        examples = HeldOutComparison(held_out, losses, training_examples)
+        champion, losses = compare_with_champion(base, evidence, examples)
         files[run.gate_losses.name] = losses.render()
         validation = replace(validation, losses_sha256=losses.sha256())
     measured = replace(
