@@ -26,6 +26,7 @@ from nested_core.gate.held_out_loss import (
     choose_held_out_examples,
     filled_splits,
 )
+from nested_core.gate.verdict import read_verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict, register_run
 from nested_core.registry import promote, register
@@ -104,6 +105,7 @@ def test_a_candidate_better_than_a_champion_of_other_data_is_promoted(
     assert losses.champion is not None
     assert losses.mean(losses.champion) == pytest.approx(verdict.champion.loss)
     assert read_gate(run.gate)["champion"]["interval"] == [low, high]
+    assert read_verdict(run.gate).champion == verdict.champion
     confirm_recorded_verdict(config, run)
     assert decide(config, run, champion) == "promoted"
 
@@ -111,7 +113,8 @@ def test_a_candidate_better_than_a_champion_of_other_data_is_promoted(
 def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(
     config: FineTuneConfig, run: RunDirectory, make_champion: Champion
 ) -> None:
-    champion = make_champion(lambda tensor: tensor * 1.5)  # further along the same way
+    key = mx.random.key(0)
+    champion = make_champion(lambda tensor: tensor + 1e-4 * mx.random.normal(tensor.shape, key=key))
     verdict = steps.judge(config, run)
     assert verdict.has_passed
     refused = decide(config, run, champion)
