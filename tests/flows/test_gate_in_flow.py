@@ -18,7 +18,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.verdict import Code
 from nested_core.storage.run_directory import RunDirectory
-from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene
+from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene, suite_bounds
 from tests.example import example_settings, train_example
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -73,7 +73,10 @@ def sabotaged(
 
 def bounds(case: Case, folder: Path) -> dict[str, Any]:
     """The gate's section, where a case is about a bound."""
-    if case.expected[:1] != ("forgetting",):
+    code = case.expected[0] if case.expected else None
+    if code in ("task_below", "task_regressed"):
+        return suite_bounds(folder, code)
+    if code != "forgetting":
         return {}
     general = folder / "general.jsonl"
     general.write_text('{"text": "The capital of France is Paris."}\n')

@@ -7,6 +7,7 @@ lora_a at random, lora_b zero. The pairs of bare adapters are in file_pairs.py.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from tests.core.gate.rewriting import Arrays, rewrite_run
+from tests.example import DATA
 
 DAMAGED = "damaged"  # no verdict at all: exit 6
 STEP = 8
@@ -464,6 +466,33 @@ def the_learned_direction_turned_around(scene: Scene) -> None:
     scene.rewrite(
         change_adapter=lambda t: t.update({n: -v if n.endswith("b") else v for n, v in t.items()})
     )
+
+
+def suite_bounds(folder: Path, code: str) -> dict[str, Any]:
+    """The gate's section with a suite that a worse adapter fails for this reason alone."""
+    text = (DATA / "train.jsonl").read_text(encoding="utf-8")
+    facts = re.findall(r"Go and see (.+?), the capital of (.+?)!", text)
+    lines = [
+        json.dumps({"prompt": f"The capital of {country} is", "expected": capital})
+        for capital, country in facts[:20]
+    ]
+    path = folder / "suite.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    suite = {"name": "capitals", "file": str(path), "score": "contains", "max_tokens": 6}
+    bounds = {"min": 1.0, "max_drop": None} if code == "task_below" else {"max_drop": 0.0}
+    return {"max_val_loss_increase": 1e9, "tasks": [suite | bounds]}
+
+
+@case("task_below")
+def answers_that_became_too_few(scene: Scene) -> FineTuneConfig:
+    a_worse_adapter(scene)
+    return scene.bounded(**suite_bounds(scene.run.path.parent, "task_below"))
+
+
+@case("task_regressed")
+def answers_that_became_worse(scene: Scene) -> FineTuneConfig:
+    a_worse_adapter(scene)
+    return scene.bounded(**suite_bounds(scene.run.path.parent, "task_regressed"))
 
 
 @case("forgetting")
