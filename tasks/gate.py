@@ -46,37 +46,29 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     page.add_paragraph(f"{step}: {changed} of {len(tensors)} tensors changed.")
     if verdict["validation"]:
         before, after = (verdict["validation"][key] for key in ("loss_before", "loss_after"))
-        page.add_paragraph(f"Loss {_round_loss(before)} before, {_round_loss(after)} after.")
+        page.add_paragraph(f"Loss {_round(before)} before, {_round(after)} after.")
     if verdict["tasks"]:
-        rows = ([task[key] for key in TASK_KEYS] for task in verdict["tasks"])
-        page.add_table(TASK_COLUMNS, rows)
+        page.add_table(TASK_COLUMNS, map(_task_row, verdict["tasks"]))
     page.add_table(TIER_COLUMNS, ([tier[key] for key in TIER_KEYS] for tier in verdict["tiers"]))
     return page
 
 
-TASK_KEYS = (
-    "name",
-    "questions",
-    "base",
-    "parent",
-    "candidate",
-    "difference",
-    "interval",
-    "verdict",
-)
-TASK_COLUMNS = (
-    "suite",
-    "questions",
-    "base",
-    "parent",
-    "candidate",
-    "difference",
-    "95 %",
-    "verdict",
-)
+TASK_COLUMNS = ("suite", "questions", "base", "parent", "candidate", "change", "95 %", "verdict")
 TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
 TIER_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
 
 
-def _round_loss(loss: float | None) -> str:
-    return "none" if loss is None else f"{loss:.4g}"
+def _round(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
+
+
+def _task_row(task: dict[str, Any]) -> list[str]:
+    interval = task["interval"]
+    return [
+        task["name"],
+        str(task["questions"]),
+        *(_round(task[model]) for model in ("base", "parent", "candidate")),
+        f"{task['difference']:+.3f}",
+        "none" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
+        task["verdict"],
+    ]

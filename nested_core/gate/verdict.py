@@ -207,7 +207,7 @@ class TaskResult:
         total = self.questions
         text = f"{self.name}: {counts[0]} of {total} right before, {counts[1]} of {total} after"
         if self.interval is None:
-            text += f" ({total} questions, too few to tell a drop from chance)"
+            text += ", too few questions to tell a drop from chance"
         else:
             low, high = self.interval
             text += f" (difference {self.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"

@@ -188,12 +188,16 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
 def _encode_prompt(question: Question, tokenizer: Any) -> tuple[int, ...]:
     """A text as it stands, with the start that the tokenizer gives texts, or a chat's turns."""
-    if not isinstance(question.prompt, str):
+    if isinstance(question.prompt, str):
+        text = question.prompt
+        start = tokenizer.bos_token
+        is_started = start is not None and text.startswith(start)
+    else:
         turns = list(question.prompt)
-        return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True))
-    start = tokenizer.bos_token
-    has_start = start is not None and question.prompt.startswith(start)
-    return tuple(tokenizer.encode(question.prompt, add_special_tokens=not has_start))
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        is_started = True
+    # transformers would warn of a length that is refused here with its line
+    return tuple(tokenizer.encode(text, add_special_tokens=not is_started, verbose=False))
 
 
 def _encode_choice(question: Question, choice: str, tokenizer: Any) -> tuple[int, ...]:

@@ -319,7 +319,9 @@ def test_fewer_questions_than_an_interval_needs_are_judged_by_the_bound_alone(
     suite = write_suite(tmp_path / "suite.jsonl", count=3)
     verdict = judge_run(with_tasks(broken.config, task(suite, name="few")), broken.run)
     assert codes(verdict) == ["task_regressed"]
-    assert "3 questions, too few to tell a drop from chance" in verdict.reasons[0].message
+    assert (
+        "0 of 3 after, too few questions to tell a drop from chance" in verdict.reasons[0].message
+    )
     assert verdict.tasks[0].interval is None
 
 

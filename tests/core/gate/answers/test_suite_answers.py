@@ -95,6 +95,17 @@ def test_a_prompt_longer_than_the_context_is_an_error_that_names_the_line(tmp_pa
     encode(tmp_path, "exact", *lines, context=None)
 
 
+def test_a_chat_is_encoded_as_the_template_does_and_a_long_one_without_a_warning(
+    tmp_path, capfd
+) -> None:
+    turns = [{"role": "user", "content": "word " * 200}]
+    encoded = encode(tmp_path, "exact", {"messages": turns, "expected": "a"}, context=None)
+    tokenizer = example()[1]
+    assert "sequence length" not in capfd.readouterr().err
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
+    assert encoded.prompts == (tuple(expected),)
+
+
 def test_turns_that_the_template_does_not_take_are_an_error(tmp_path, monkeypatch) -> None:
     tokenizer = load(str(MODEL))[1]
     tokenizer.chat_template = "{{ raise_exception('no users here') }}"

@@ -1,0 +1,27 @@
+"""The gate's page beside a flow run: the verdict, and what was answered to each suite."""
+
+from __future__ import annotations
+
+from tasks.gate import describe_verdict
+
+TASK = {
+    "name": "capitals",
+    "questions": 15,
+    "base": 0.0,
+    "parent": None,
+    "candidate": 14 / 15,
+    "difference": 14 / 15,
+    "interval": [0.8, 1.0],
+    "verdict": "passed",
+}
+VERDICT = {"verdict": "passed", "reasons": [], "adapter_step": 8, "tensors": [], "tiers": []}
+
+
+def test_each_suite_is_a_row_of_the_page() -> None:
+    page = str(describe_verdict(VERDICT | {"validation": None, "tasks": [TASK]}))
+    row = "| capitals | 15 | 0 | none | 0.9333 | +0.933 | +0.800 to +1.000 | passed |"
+    assert row in page.replace("\\", "")
+
+
+def test_a_verdict_without_suites_has_no_table_of_them() -> None:
+    assert "suite" not in str(describe_verdict(VERDICT | {"validation": None, "tasks": []}))
