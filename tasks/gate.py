@@ -46,7 +46,11 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     page.add_paragraph(f"{step}: {changed} of {len(tensors)} tensors changed.")
     if verdict["validation"]:
         before, after = (verdict["validation"][key] for key in ("loss_before", "loss_after"))
-        page.add_paragraph(f"Loss {_round(before)} before, {_round(after)} after.")
+        examples = f"{verdict['validation']['file']}, {verdict['validation']['examples']} examples"
+        losses = f"{_round(before)} before, {_round(after)} after"
+        page.add_paragraph(f"Loss {losses} ({examples}).")
+    if verdict["champion"]:
+        page.add_paragraph(_describe_champion(verdict["champion"]))
     if verdict["tasks"]:
         page.add_table(TASK_COLUMNS, map(_task_row, verdict["tasks"]))
     page.add_table(TIER_COLUMNS, ([tier[key] for key in TIER_KEYS] for tier in verdict["tiers"]))
@@ -72,3 +76,18 @@ def _task_row(task: dict[str, Any]) -> list[str]:
         "none" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
         task["verdict"],
     ]
+
+
+def _describe_champion(champion: dict[str, Any]) -> str:
+    """The champion's loss on the same examples, or why there is none."""
+    version = champion["version"][:12]
+    if champion["not_compared"] is not None:
+        return f"Champion {version}: not compared; {champion['not_compared']}."
+    interval = ""
+    if champion["interval"] is not None:
+        low, high = champion["interval"]
+        interval = f", 95 % interval {low:+.4g} to {high:+.4g}"
+    return (
+        f"Champion {version}: loss {_round(champion['loss'])} on the same examples; "
+        f"difference {champion['difference']:+.4g}{interval}."
+    )
