@@ -85,6 +85,8 @@ def compare_with_champion(
     version = champion.version
     if champion.adapter is None:
         return ChampionLoss(version, not_compared=champion.problem), losses
+    if not np.isfinite(losses.after).all():
+        return ChampionLoss(version, not_compared="the candidate's loss is not finite"), losses
     ancestors = read_ancestor_examples(base.config, evidence.before.digest())
     seen = np.concatenate(
         [examples.training_examples, ancestors, champion.training_examples], dtype=np.uint64

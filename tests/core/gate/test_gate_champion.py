@@ -19,7 +19,7 @@ from nested_core.data.example_digests import (
     digest_examples,
     encode_digests,
 )
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, GateRejected
 from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
@@ -36,6 +36,8 @@ from nested_core.storage.adapter import ADAPTER_FILES, read_adapter, write_adapt
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
+from tasks.gate import describe_verdict
+from tests.core.gate.conftest import Rewrite
 
 NAME = "capitals"
 Champion = Callable[..., str]
@@ -282,3 +284,15 @@ def test_the_champion_costs_one_pass(
     make_champion(halve)
     steps.judge(config, run)
     assert passes == [2, 2, 1]
+
+
+def test_a_candidate_whose_loss_is_not_finite_is_compared_with_nobody(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion, rewrite: Rewrite
+) -> None:
+    make_champion(halve)
+    rewrite(change_adapter=lambda t: t.update({name: v + 1e17 for name, v in t.items()}))
+    with pytest.raises(GateRejected, match="non_finite"):
+        steps.judge(config, run)
+    gate = read_gate(run.gate)
+    assert gate["champion"]["not_compared"] == "the candidate's loss is not finite"
+    assert "not compared" in str(vars(describe_verdict(gate)))
