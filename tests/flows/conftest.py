@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from uuid import UUID
 
 import pytest
@@ -131,6 +132,7 @@ def called(*arguments: object, cwd: Path) -> Ended:
     with (
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(stdout),
+        patch.object(sys, "__stdout__", stdout),  # where --json writes its document
         contextlib.redirect_stderr(stderr),
         warnings.catch_warnings(),
     ):
