@@ -94,3 +94,16 @@ def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(
     with pytest.raises(TrainingStopped):
         train(longer, run, on_start=stop_after(12))
     assert read_status(run)["state"] == "resumable"
+
+
+def test_the_checkpoint_that_a_killed_run_goes_on_from_is_named(tmp_path: Path) -> None:
+    config = example_config(val_batches=0, save_every=2, steps_per_report=1)
+    run = RunDirectory(tmp_path / "run")
+    prepare(config, run.path)
+    with pytest.raises(TrainingStopped):
+        train(config, run, on_start=stop_after(5))
+    status = read_status(run)
+    assert (status["state"], Path(status["checkpoint"]).name) == ("resumable", "step-0000005")
+    weights = run.checkpoints / "step-0000005" / "adapters.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert Path(read_status(run)["checkpoint"]).name == "step-0000004"

@@ -93,6 +93,16 @@ def test_after_a_cut_a_half_written_line_is_gone_and_reports_go_on(path: Path) -
     assert [path.name for path in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_damaged_line_in_the_middle_is_named_and_costs_no_other(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b'{"step": 2, "lo\n', *lines[3:]]))
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: 1 of 5 lines are damaged .*: line 3\."):
+        assert steps(path) == [0, 1, 3, 4]
+    with pytest.warns(UserWarning, match=r"line 3\."):
+        assert truncate_metrics(path, 3, 5) == 3
+    assert steps(path) == [0, 1, 3]
+
+
 def test_truncating_what_is_not_there_makes_an_empty_file(tmp_path: Path) -> None:
     assert truncate_metrics(tmp_path / "metrics.jsonl", 3, 9) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
