@@ -14,7 +14,14 @@ TASK = {
     "interval": [0.8, 1.0],
     "verdict": "passed",
 }
-VERDICT = {"verdict": "passed", "reasons": [], "adapter_step": 8, "tensors": [], "tiers": []}
+VERDICT = {
+    "verdict": "passed",
+    "reasons": [],
+    "adapter_step": 8,
+    "tensors": [],
+    "tiers": [],
+    "champion": None,
+}
 
 
 def test_each_suite_is_a_row_of_the_page() -> None:

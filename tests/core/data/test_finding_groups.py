@@ -83,7 +83,7 @@ def test_the_script_of_the_documentation_makes_sound_lines(
 
 @pytest.mark.parametrize("name", ROWS)
 def test_five_thousand_lines_of_one_wrong_format_are_one_row(
-    name: str, write_data: WriteData, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str, write_data: WriteData, tmp_path: Path
 ) -> None:
     folder = write_data(train=[ROWS[name][0]] * 5_000, valid=[{"text": "a"}])
     arguments = ("validate", "--data", folder, "--no-tokenize", "--model", tmp_path)
@@ -92,8 +92,7 @@ def test_five_thousand_lines_of_one_wrong_format_are_one_row(
     assert len(done.stdout.splitlines()) < 40
     (row,) = (line for line in done.stdout.splitlines() if "│ error" in line)
     assert re.search(r"train\.jsonl │ 1, 2, 3, \.\.\. │ 5,?000 ", row)
-    called(*arguments, "--json", cwd=tmp_path)
-    findings = json.loads(capfd.readouterr().out)["findings"]
+    findings = called(*arguments, "--json", cwd=tmp_path).document["findings"]
     assert len([f for f in findings if f["line"]]) == 1_000
 
 
