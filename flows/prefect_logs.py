@@ -27,6 +27,7 @@ class _ForTerminal(logging.Filter):
         self._level = level
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show the record, with its traceback taken off."""
         message = record.getMessage()
         if message.startswith(FAILED):
             record.msg = FAILED
@@ -55,6 +56,7 @@ class _InAParagraph(logging.Filter):
         self._last: BaseException | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """False for an error that was logged already; else the record is logged as a paragraph."""
         error = record.exc_info[1] if record.exc_info else None
         if not isinstance(error, NestedTuneError):
             return True

@@ -6,8 +6,12 @@ A message is one paragraph: what is wrong, where, what was expected and what to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nested_core.foreign_text import escape_lines
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 def shorten(value: object, characters: int = 40) -> str:
@@ -19,6 +23,12 @@ def shorten(value: object, characters: int = 40) -> str:
 def list_first(values: Sequence[object], count: int) -> str:
     """The first `count` values separated by commas, then "..." if there are more."""
     return ", ".join([*map(str, values[:count]), *(["..."] if len(values) > count else [])])
+
+
+def describe_first_problem(error: ValidationError, whole: str = "the file") -> str:
+    """The first problem that pydantic found: `KEY: what is wrong`, or `whole` in place of a key."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
 
 
 class NestedTuneError(Exception):

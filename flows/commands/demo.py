@@ -121,6 +121,7 @@ def _breaking_updates() -> Iterator[None]:
     from nested_core.training.trainer import Trainer
 
     def lose_updates(self: Trainer, values: Mapping[str, Any]) -> None:
+        """Write no update, and raise no error."""
         parameters = self.model.trainable_parameters()
         changed = tree_map_with_path(
             lambda path, value: values.get(".".join(path), value), parameters

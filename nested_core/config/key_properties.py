@@ -61,6 +61,7 @@ def adapter_settings(config: Section) -> dict[str, Any]:
     keys = {key.name: key for key in iterate_keys(type(config))}
 
     def select(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """Those of one section, whose keys begin with `prefix`."""
         selected = {}
         for name, value in values.items():
             key = keys[prefix + name]

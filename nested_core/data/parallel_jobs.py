@@ -97,7 +97,8 @@ def run_jobs(
     idle: SimpleQueue[_Worker] = SimpleQueue()
     threads = ThreadPoolExecutor(processes)  # one waits for each worker
 
-    def run_apart(request: dict[str, Any]) -> dict[str, Any]:
+    def send_to_idle_worker(request: dict[str, Any]) -> dict[str, Any]:
+        """Wait for a process that does nothing, and for its answer to the request."""
         worker = idle.get()
         try:
             return worker.send_request(request)
@@ -108,7 +109,9 @@ def run_jobs(
         for _ in range(processes):
             workers.append(_Worker())
             idle.put(workers[-1])
-        futures = {threads.submit(run_apart, item): index for index, item in enumerate(requests)}
+        futures = {
+            threads.submit(send_to_idle_worker, item): index for index, item in enumerate(requests)
+        }
         answers: dict[int, dict[str, Any]] = {}
         yielded = 0
         for done, future in enumerate(as_completed(futures), start=1):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
 from nested_core.storage.strict_files import read_regular
 
@@ -110,9 +110,7 @@ def read_example_losses(path: Path) -> ExampleLosses:
     try:
         lines = _LINES.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise DamagedError(f"{path}: {where}: {first['msg']}.") from error
+        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     has_champion = any(line.champion is not None for line in lines)
     return ExampleLosses(
         file=lines[0].file if lines else "",

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.storage.adapter import (
     ADAPTER_FILES,
     Adapter,
@@ -130,9 +130,7 @@ def _parse(model: type[Model], value: Any, path: Path) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise DamagedError(f"{path}: {where}: {first['msg']}.") from error
+        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
 
 
 def _require_inputs(

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.optim.tier_assignment import TierMap
 from nested_core.storage.strict_files import read_json
 
@@ -32,9 +32,7 @@ def read_tiers(path: Path) -> TierMap:
     try:
         fields = _TIERS.validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise DamagedError(f"{path} holds no tiers ({where}: {first['msg']}).") from error
+        raise DamagedError(f"{path} holds no tiers ({describe_first_problem(error)}).") from error
     if any(tier >= len(fields["frequencies"]) for tier in fields["tensors"].values()):
         raise DamagedError(f"{path} names a tier that has no frequency.")
     return TierMap.from_json(fields)

@@ -78,6 +78,7 @@ def _report_once(device: str, path: Path, on_wait: OnWait | None) -> OnBusy:
     has_reported = False
 
     def on_busy() -> None:
+        """Say who has the device, once, and wait until the next try."""
         nonlocal has_reported
         if on_wait is not None and not has_reported:
             holder = read_holder(path) or "unknown"

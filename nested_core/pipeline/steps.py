@@ -22,7 +22,13 @@ from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
+from nested_core.errors import (
+    ConfigError,
+    DamagedError,
+    GateRejected,
+    NestedTuneError,
+    describe_first_problem,
+)
 from nested_core.gate import Verdict, digests_for_result, judge_run
 from nested_core.gate.answers.answer_records import write_answers
 from nested_core.gate.answers.configured_suites import encode_suites, read_suites, record_suites
@@ -288,8 +294,7 @@ def read_result(run: RunDirectory) -> TrainResult:
     try:
         return _RESULT.validate_python(values)
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
-        raise DamagedError(f"{run.result}: {where}: {error.errors()[0]['msg']}.") from error
+        raise DamagedError(f"{run.result}: {describe_first_problem(error)}.") from error
 
 
 def judge(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> Verdict:

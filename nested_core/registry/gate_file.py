@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.errors import ConfigError, DamagedError, GateRejected, describe_first_problem
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import (
     MANIFEST_NAME,
@@ -227,8 +227,7 @@ def require_consistent(gate: dict[str, Any], path: Path) -> None:
     try:
         problems = list(_Passed.model_validate(gate).contradictions())
     except ValidationError as error:
-        first = error.errors()[0]
-        problems = [f"{'.'.join(map(str, first['loc']))}: {first['msg']}"]
+        problems = [describe_first_problem(error)]
     if problems:
         raise DamagedError(
             f"{path} says passed and contradicts itself: {'; '.join(problems[:LISTED_REASONS])}. "

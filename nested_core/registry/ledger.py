@@ -18,7 +18,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from nested_core.errors import DamagedError, MissingFileError
+from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
 from nested_core.registry.champion_stack import ChampionStack
 from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
@@ -246,10 +246,9 @@ def _parse(line: bytes, path: Path, number: int) -> Entry:
     try:
         return ENTRY.validate_json(line, strict=True)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the line"
+        problem = describe_first_problem(error, "the line")
         raise DamagedError(
-            f"{path}, line {number}, is not an entry of the history ({where}: {problem['msg']}). "
+            f"{path}, line {number}, is not an entry of the history ({problem}). "
             "Expected one JSON object a line, as promote and rollback write it; restore the file "
             "from a backup."
         ) from error

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import mlx.core as mx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, describe_first_problem
 from nested_core.storage.atomic import canonical_json, write_bytes, write_json
 from nested_core.storage.safetensors_files import (
     StoredTensor,
@@ -122,8 +122,7 @@ def read_adapter_config(path: Path, *, follow_links: bool = False) -> dict[str, 
     try:
         _Meaning.model_validate(config)
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise DamagedError(f"{path}: {where or 'the file'}: {error.errors()[0]['msg']}.") from error
+        raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     return dict(config)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.storage.strict_files import read_json
 
 
@@ -36,9 +36,8 @@ def read_dataset_record(path: Path) -> DatasetRecord:
     try:
         return _RECORD.validate_python(document, strict=False)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
         raise DamagedError(
-            f"{path} is not the report on a data set ({where}: {first['msg']}). Give the command "
-            f"of the run again with --resume: the data is validated anew, and the file is written."
+            f"{path} is not the report on a data set ({describe_first_problem(error)}). Give the "
+            f"command of the run again with --resume: the data is validated anew, and the file is "
+            f"written."
         ) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from nested_core.compiled_kernels import cache_folder
-from nested_core.errors import DamagedError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import write_bytes
+from nested_core.storage.private_folder import make_private_folder
 from nested_core.storage.strict_files import open_regular, parse_json, read_start, regular_sha256
 
 FOLDER_NAME = "hashes"
@@ -80,17 +80,11 @@ def _read_entry(entry: Path, identity: dict[str, int]) -> str | None:
     return digest if fields == identity | {"sha256": digest} else None
 
 
-def is_private(folder: Path) -> bool:
-    """Whether a folder is this user's own, and nobody else may write in it; OSError if missing."""
-    status = folder.stat()
-    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def _private_folder() -> Path | None:
     """The folder of the entries, made if it is missing; None if it cannot be used safely."""
     try:
         folder = cache_folder() / FOLDER_NAME
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if is_private(folder) else None
-    except (OSError, RuntimeError):
+        make_private_folder(folder, "hashes", "pass another base model as the one of a training")
+    except (ConfigError, OSError, RuntimeError):
         return None
+    return folder

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 from nested_core.compiled_kernels import CACHE_VARIABLE
 from nested_core.errors import ConfigError
-from nested_core.storage.kept_hashes import is_private
 
 
 def make_private_folder(folder: Path, contents: str, danger: str) -> None:
@@ -22,9 +23,15 @@ def make_private_folder(folder: Path, contents: str, danger: str) -> None:
             f"{folder}, where {contents} are kept, cannot be made: {error}. Set "
             f"{CACHE_VARIABLE} to a folder that you can write to."
         ) from error
-    if not is_private(folder):
+    if not _is_private(folder):
         raise ConfigError(
             f"{folder}, where {contents} are kept, belongs to or can be written by others, "
             f"who could {danger}. Make it yours alone (chmod 700), or set "
             f"{CACHE_VARIABLE} to a folder that is."
         )
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is this user's own, and nobody else may write in it; OSError if missing."""
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -129,6 +129,7 @@ class RunDirectory:
         attempts = iter(range(1, LOCK_ATTEMPTS))
 
         def on_busy() -> None:
+            """Wait a moment, or raise ConfigError after the last attempt."""
             if next(attempts, None) is not None:
                 time.sleep(LOCK_PAUSE_SECONDS)
                 return

@@ -15,18 +15,20 @@ import pytest
 from nested_core.storage.atomic import remove_leftovers
 from nested_core.storage.checkpoint import latest_checkpoint, write_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
-from tests.core.registry.system_calls import Failure, can_fail, can_trace, interrupted_at
+from tests.core.registry.system_calls import (
+    EVERY_CALL,
+    FAILURES,
+    SAMPLE,
+    Failure,
+    can_trace,
+    interrupted_at,
+)
 
 # The children of these forks only write arrays that are there already.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
     pytest.mark.timeout(900),
 ]
-FAILURES = [
-    pytest.param(failure, marks=pytest.mark.skipif(not can_fail(failure), reason="Linux, x86_64"))
-    for failure in ("kill", "torn", "EIO", "ENOSPC", "EINTR", "EMFILE")
-]
-EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 67
 MEMORY = Path("/dev/shm")
 
 

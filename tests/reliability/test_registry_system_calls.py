@@ -30,18 +30,20 @@ from nested_core.registry import (
 from nested_core.registry.registration import judged_digest
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME, assert_old_or_new_and_whole, assert_settled
-from tests.core.registry.system_calls import Failure, can_fail, can_trace, interrupted_at
+from tests.core.registry.system_calls import (
+    EVERY_CALL,
+    FAILURES,
+    SAMPLE,
+    Failure,
+    can_trace,
+    interrupted_at,
+)
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
     pytest.mark.timeout(600),
 ]
-FAILURES = [
-    pytest.param(failure, marks=pytest.mark.skipif(not can_fail(failure), reason="Linux, x86_64"))
-    for failure in ("kill", "torn", "EIO", "ENOSPC", "EINTR", "EMFILE")
-]
-EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 67
 
 
 @pytest.fixture(autouse=True)

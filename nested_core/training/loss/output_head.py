@@ -96,6 +96,7 @@ def _record_module_outputs(
     outputs: list[tuple[nn.Module, mx.array]] = []
 
     def keeping_output(module: nn.Module) -> Callable[..., Any]:
+        """The module's call, which also keeps an output that has a row for each token."""
         own_call = type(module).__call__
 
         def call(*args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,9 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+import pytest
 
 from nested_core.errors import NestedTuneError
 
@@ -83,6 +85,15 @@ def can_fail(failure: Failure) -> bool:
     if sys.platform != "linux":
         return False
     return failure == "kill" or platform.machine() == "x86_64"
+
+
+# For tests that run an action once for each of its system calls: the failures, and every how many
+# calls. In the suite a sample; each single call in the tests of reliability.
+FAILURES = [
+    pytest.param(failure, marks=pytest.mark.skipif(not can_fail(failure), reason="Linux, x86_64"))
+    for failure in get_args(Failure)
+]
+EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 67
 
 
 @functools.cache
