@@ -7,7 +7,7 @@ from typing import Literal
 
 from nested_core.models.parameters import ParameterRefs, read_parameters
 from nested_core.optim.tier_assignment import TierMap
-from nested_core.optim.tier_clock import Tier
+from nested_core.optim.tier_counters import Tier
 from nested_core.optim.tiered import NestedAdam
 from nested_core.training.parameter_packing import unflatten_names
 

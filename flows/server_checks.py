@@ -15,15 +15,15 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from flows.allowed_folders import allowed_roots
-from flows.checks import Check
 from flows.deploy import full_name, read_yaml
+from flows.doctor_check import Check
 from flows.packaged_files import packaged_folder
 
 SECONDS_BETWEEN_HEARTBEATS = 90
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def check_server() -> Iterator[Check]:
+def iterate_server_checks() -> Iterator[Check]:
     """Every check that needs the server; the first one alone where it does not answer."""
     with get_client(sync_client=True) as client:
         try:

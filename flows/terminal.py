@@ -28,7 +28,7 @@ from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.strict_files import open_regular
 
 if TYPE_CHECKING:
-    from nested_core.optim.tier_clock import TierStats
+    from nested_core.optim.tier_counters import TierStats
 
 SECONDS_BETWEEN_LINES = 2.0
 POLL_SECONDS = 0.25

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         verify_updates,
     )
     from nested_core.optim.tier_assignment import TierMap, assign_tiers
-    from nested_core.optim.tier_clock import Tier, TierStats
+    from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.pipeline.finetune import FinetuneResult, Hooks, finetune
     from nested_core.storage.adapter import Adapter, read_adapter

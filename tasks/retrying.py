@@ -20,24 +20,27 @@ REGISTRY_DELAYS = (2, 5, 15)  # and of one on the registry, which others write t
 LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT})
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether an error may be gone at the next try: I/O, and not about space or rights."""
     return isinstance(error, OSError) and error.errno not in LASTING
 
 
-def retry_on_passing_error(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
-    """Prefect's retry condition: read the exception from the state and ask `is_passing`."""
-    return is_passing(_exception_of(state))
+def retry_on_transient_error(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+    """Prefect's retry condition: read the exception from the state and ask `is_transient`."""
+    return is_transient(_exception_of(state))
 
 
 def retry_training(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     """As above, and on an allocation error that Python sees: training goes on where it was."""
     error = _exception_of(state)
-    return is_passing(error) or isinstance(error, MemoryError)
+    return is_transient(error) or isinstance(error, MemoryError)
 
 
 def retried_task(
-    name: str, run_name: str, delays: Sequence[float], condition: Condition = retry_on_passing_error
+    name: str,
+    run_name: str,
+    delays: Sequence[float],
+    condition: Condition = retry_on_transient_error,
 ) -> Callable[[Callable[P, R]], Task[P, R]]:
     """Make a function a task that is tried again after each of the delays, and never cached."""
     return task(

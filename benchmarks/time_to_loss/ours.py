@@ -15,10 +15,10 @@ from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, trainin
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
-from nested_core.optim.tier_clock import COUNTERS
+from nested_core.optim.tier_counters import COUNTERS
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.loss.supervised_loss import SUPERVISED
-from nested_core.training.nonfinite_steps import NonfiniteStepWatch
+from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.train_step import TrainStep
 
 Look = Callable[[float, Mapping[str, mx.array]], None]

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from flows.checks import Check
 from flows.commands.command_output import result_printer
+from flows.doctor_check import Check
 from flows.terminal import print_table
 
 PACKAGES = (
@@ -34,9 +34,9 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     looks = (_python, _packages, _mlx, _blas, _compiler, _kernels, _prefect, _scheduler, _disk)
     checks = [check() for check in looks]
     if os.environ.get("PREFECT_API_URL"):
-        from flows.server_checks import check_server
+        from flows.server_checks import iterate_server_checks
 
-        checks += check_server()
+        checks += iterate_server_checks()
 
     is_fine = all(check.ok for check in checks)
     document = {"ok": is_fine, "checks": [asdict(check) for check in checks]}

@@ -46,7 +46,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
     """Judge two adapters from their files, or audit each one against a base."""
     if arguments.model is not None:
-        return run_audit(arguments)
+        return run_adapter_audit(arguments)
     if len(arguments.adapters) != 2:
         raise ConfigError(
             f"verify takes two adapters, INITIAL and TRAINED, and {len(arguments.adapters)} were "
@@ -66,7 +66,7 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
     return result_printer(arguments, verdict.to_json, show, code)
 
 
-def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
+def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     """Audit adapters, or folders of them, against the base of --model."""
     from nested_core.gate.adapter_audit import audit_adapters, find_adapters
 
@@ -138,13 +138,17 @@ def _read_verdict(run: RunDirectory) -> str | None:
     None for a gate.json without its manifest: it was being written, or is an earlier version's.
     Raises DamagedError if it has changed since.
     """
-    from nested_core.registry.gate_file import is_bound, read_gate, require_bound
+    from nested_core.registry.gate_file import (
+        has_verdict_manifest,
+        read_gate,
+        require_verdict_manifest,
+    )
 
     try:
         gate = read_gate(run.gate)
-        require_bound(run.path, gate)
+        require_verdict_manifest(run.path, gate)
     except (ConfigError, DamagedError):
-        if run.gate.exists() and is_bound(run.path):
+        if run.gate.exists() and has_verdict_manifest(run.path):
             raise
         return None
     return str(gate["verdict"])

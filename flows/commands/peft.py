@@ -24,7 +24,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     imports.add_argument(
         "--model", required=True, metavar="BASE", help="the base: a folder or a hub repository"
     )
-    imports.set_defaults(run=run_import)
+    imports.set_defaults(run=run_peft_import)
     exports = commands.add_parser(
         "export-peft", parents=[shared], help="an adapter, for PEFT and what reads its format"
     )
@@ -37,7 +37,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     exports.add_argument(
         "--model", metavar="BASE", help="base_model_name_or_path; default: as the adapter says"
     )
-    exports.set_defaults(run=run_export)
+    exports.set_defaults(run=run_peft_export)
     for parser in (imports, exports):
         parser.add_argument(
             "--out", type=Path, required=True, metavar="DIR", help="a new or empty folder"
@@ -45,7 +45,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="the result as one JSON document")
 
 
-def run_import(arguments: argparse.Namespace) -> Callable[[], int]:
+def run_peft_import(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert a PEFT adapter to an mlx-lm adapter directory."""
     from nested_core.models.peft import import_peft
 
@@ -56,7 +56,7 @@ def run_import(arguments: argparse.Namespace) -> Callable[[], int]:
     )
 
 
-def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
+def run_peft_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Convert an mlx-lm adapter directory to a PEFT adapter."""
     from nested_core.models.peft import export_peft
 

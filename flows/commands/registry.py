@@ -31,7 +31,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     rollback.set_defaults(run=run_rollback)
     history = commands.add_parser("history", parents=[shared], help="the changes of the champion")
     audit = commands.add_parser("audit", parents=[shared], help="re-hash every version")
-    for parser, function in ((history, run_history), (audit, run_audit)):
+    for parser, function in ((history, run_history), (audit, run_registry_audit)):
         parser.add_argument("name", metavar="NAME")
         parser.add_argument("--json", action="store_true", help="as one JSON document")
         parser.set_defaults(run=function)
@@ -46,7 +46,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     export.add_argument("name", metavar="NAME")
     export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
-    export.set_defaults(run=run_export)
+    export.set_defaults(run=run_mlflow_export)
     for parser in (promote, rollback, history, audit, gc, export):
         parser.add_argument("--registry", type=Path, required=True, metavar="DIR")
 
@@ -107,7 +107,7 @@ def _shorten_version(value: Any) -> Any:
     return value[:12] if is_digest else value
 
 
-def run_audit(arguments: argparse.Namespace) -> Callable[[], int]:
+def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     """Re-hash every version and the pointer, and compare the history with them."""
     from nested_core.registry import audit
 
@@ -149,7 +149,7 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
     return result_printer(arguments, lambda: asdict(done), show)
 
 
-def run_export(arguments: argparse.Namespace) -> Callable[[], int]:
+def run_mlflow_export(arguments: argparse.Namespace) -> Callable[[], int]:
     """Copy what MLflow's registry lacks, and point its alias at the champion."""
     from nested_core.registry.mlflow_export import export_to_mlflow
 

@@ -1,4 +1,4 @@
-"""validate, train, run, status and stop."""
+"""train, run, status, stop and validate: what is checked before they start, and what they print."""
 
 from __future__ import annotations
 

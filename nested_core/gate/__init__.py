@@ -6,14 +6,14 @@ model, losses on held-out examples, fusing, and the proof from a fresh process. 
 adapter without an initial one is adapter_audit.py, with adapter_layout.py for what it should hold.
 """
 
-from nested_core.gate.judge import confirm_run, judge_run, verify_adapters
+from nested_core.gate.judge import judge_run, recheck_verdict, verify_adapters
 from nested_core.gate.run_evidence import digests_for_result
 from nested_core.gate.verdict import Reason, Verdict
 
 __all__ = [
     "Reason",
     "Verdict",
-    "confirm_run",
+    "recheck_verdict",
     "digests_for_result",
     "judge_run",
     "verify_adapters",

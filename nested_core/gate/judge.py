@@ -31,7 +31,7 @@ from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_rea
 from nested_core.gate.training_divergence import Divergence, collapse_reason, find_divergence
 from nested_core.gate.verdict import Code, JudgedAdapter, Reason, Validation, Verdict
 from nested_core.models.base_model import compute_dtype, find_model_folder
-from nested_core.registry.gate_file import require_bound
+from nested_core.registry.gate_file import require_verdict_manifest
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
@@ -56,7 +56,7 @@ def verify_adapters(
     with ThreadPoolExecutor(2) as pool:
         before, after = pool.map(_read_and_hash, (initial, trained))
     verdict = _compare(before, after, bounds or GateSection(), step=step, tiers={})
-    return _proven_without_a_run(verdict, before, after) if verdict.has_passed else verdict
+    return _prove_effect_without_run(verdict, before, after) if verdict.has_passed else verdict
 
 
 def _read_and_hash(path: Path) -> Adapter:
@@ -75,16 +75,16 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     verdict = replace(verdict, judged_files=files)
     divergence = _find_divergence(config, run, evidence)
     if not _has_any(verdict.reasons, INCOMPARABLE | {"base_mismatch"}):
-        verdict = _with_losses(verdict, config, run, evidence)
+        verdict = _compare_losses(verdict, config, run, evidence)
     if not _has_any(verdict.reasons, INCOMPARABLE | {"unchanged", "base_mismatch"}):
-        verdict = _with_divergence(verdict, evidence, divergence)
+        verdict = _add_divergence(verdict, evidence, divergence)
     if verdict.has_passed and config.gate.check_fused:
-        verdict = _with_fused(verdict, config, evidence)
+        verdict = _check_fused_change(verdict, config, evidence)
     if verdict.has_passed:
-        verdict = _proven(verdict, config, evidence)
+        verdict = _prove_effect(verdict, config, evidence)
         if divergence is not None and divergence.has_risen:
-            verdict = replace(verdict, reasons=tuple(map(_as_divergence, verdict.reasons)))
-    return replace(verdict, reasons=_explained(verdict.reasons, divergence))
+            verdict = replace(verdict, reasons=tuple(map(_name_divergence, verdict.reasons)))
+    return replace(verdict, reasons=_explain_by_divergence(verdict.reasons, divergence))
 
 
 def _find_divergence(
@@ -97,7 +97,7 @@ def _find_divergence(
     return find_divergence(records, evidence.checkpoint.step, config.learning_rate)
 
 
-def _with_divergence(
+def _add_divergence(
     verdict: Verdict, evidence: RunEvidence, divergence: Divergence | None
 ) -> Verdict:
     """Add that training broke the model, and without held-out data that its loss left."""
@@ -108,13 +108,15 @@ def _with_divergence(
     return verdict if reason is None else replace(verdict, reasons=(reason, *verdict.reasons))
 
 
-def _as_divergence(reason: Reason) -> Reason:
+def _name_divergence(reason: Reason) -> Reason:
     """The proof's reason, as one of a run that diverged: rounding is as large as its weights."""
     is_rounding = reason.code == "config_mismatch"
     return replace(reason, code="loss_regressed") if is_rounding else reason
 
 
-def _explained(reasons: tuple[Reason, ...], divergence: Divergence | None) -> tuple[Reason, ...]:
+def _explain_by_divergence(
+    reasons: tuple[Reason, ...], divergence: Divergence | None
+) -> tuple[Reason, ...]:
     """The reasons, of which the first about values or losses says where training diverged."""
     index = next((i for i, r in enumerate(reasons) if r.code in DIVERGENCE_CODES), None)
     if divergence is None or index is None:
@@ -123,7 +125,7 @@ def _explained(reasons: tuple[Reason, ...], divergence: Divergence | None) -> tu
     return (*reasons[:index], explained, *reasons[index + 1 :])
 
 
-def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str, Any]) -> None:
+def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str, Any]) -> None:
     """Raise DamagedError unless the run's files bear out `recorded`, a gate.json that says passed.
 
     The manifest must hold their digests, and all checks that need no model are done again, so that
@@ -136,7 +138,7 @@ def confirm_run(config: FineTuneConfig, run: RunDirectory, recorded: Mapping[str
             f"{run.gate} says passed, and the files that it judged do not: {verdict.summary()}. "
             f"Judge the run again with --resume."
         )
-    bound = require_bound(run.path, recorded)
+    bound = require_verdict_manifest(run.path, recorded)
     files = evidence.files | {run.config.name: describe_file(run.config)}
     written = {run.training_examples}
     if run.gate_losses.name in bound or isinstance(recorded.get("validation"), dict):
@@ -207,7 +209,7 @@ def _add(verdict: Verdict, reasons: list[Reason]) -> Verdict:
     return replace(verdict, reasons=verdict.reasons + tuple(reasons))
 
 
-def _with_losses(
+def _compare_losses(
     verdict: Verdict, config: FineTuneConfig, run: RunDirectory, evidence: RunEvidence
 ) -> Verdict:
     """Add whether the tensors fit the base, and the losses with either adapter."""
@@ -250,10 +252,10 @@ def _with_losses(
         general=general,
         written_files=files,
     )
-    return _with_tasks(measured, base, run, evidence)
+    return _compare_task_answers(measured, base, run, evidence)
 
 
-def _with_tasks(
+def _compare_task_answers(
     verdict: Verdict, base: LoadedBase, run: RunDirectory, evidence: RunEvidence
 ) -> Verdict:
     """Add the answers to `gate.tasks`, unless the adapter has no sound change to ask about."""
@@ -267,7 +269,7 @@ def _with_tasks(
     return replace(_add(verdict, reasons), tasks=results, answers=answers)
 
 
-def _with_fused(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
+def _check_fused_change(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
     """Add whether the change survives fusing into the base as it is stored."""
     from nested_core.gate.fused_change import judge_fused
     from nested_core.gate.held_out_loss import LoadedBase
@@ -280,7 +282,7 @@ def _with_fused(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence)
     return replace(_add(verdict, reasons), fused=fused)
 
 
-def _proven(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
+def _prove_effect(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
     """Add whether a new process computes with the offered adapter what the trainer computed."""
     mx.clear_cache()  # this process has let go of the model; the new one needs the memory
     logits, dtype = evidence.record.logits, compute_dtype(config)
@@ -294,10 +296,10 @@ def _proven(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> 
         is_float32=dtype is not None and dtype == mx.float32,
         trusts_remote_code=config.trust_remote_code,
     )
-    return _with_proof(verdict, request)
+    return _add_proof(verdict, request)
 
 
-def _proven_without_a_run(verdict: Verdict, before: Adapter, after: Adapter) -> Verdict:
+def _prove_effect_without_run(verdict: Verdict, before: Adapter, after: Adapter) -> Verdict:
     """The same for any two adapters, if the base that they name is a folder here."""
     named = after.config.get("model")
     if not named or not Path(named, "config.json").is_file():
@@ -310,9 +312,9 @@ def _proven_without_a_run(verdict: Verdict, before: Adapter, after: Adapter) -> 
         return _add(verdict, mismatch)
     is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
     request = ProofRequest(base, before.path, after.path, is_float32=is_float32)
-    return _with_proof(verdict, request)
+    return _add_proof(verdict, request)
 
 
-def _with_proof(verdict: Verdict, request: ProofRequest) -> Verdict:
+def _add_proof(verdict: Verdict, request: ProofRequest) -> Verdict:
     proof, reasons = prove_in_fresh_process(request)
     return replace(_add(verdict, reasons), proof=proof)

@@ -15,7 +15,7 @@ from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.optim.gradient_checks import find_gradient_mark
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.optim.tier_assignment import TierMap, count_expected_updates
-from nested_core.optim.tier_clock import COUNTERS, require_current_layout
+from nested_core.optim.tier_counters import COUNTERS, require_current_layout
 from nested_core.optim.tiers_file import read_tiers
 from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory

@@ -19,7 +19,7 @@ from nested_core.kernels.call_tracing import CallTrace, GatedMLP, find_gated_mlp
 from nested_core.kernels.cuda import gated_mlp as mlp_kernels
 from nested_core.kernels.cuda.concatenate import concatenate_arrays
 from nested_core.kernels.cuda.gated_mlp import gated_gradients_on_cuda, gated_product_on_cuda
-from nested_core.kernels.cuda.lora_add import LowRankSum, can_use_lora_kernels
+from nested_core.kernels.cuda.lora_add import LowRankSumTerms, can_use_lora_kernels
 from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
 from nested_core.kernels.cuda.rank_tiles import has_kernel_for_rank, tiles_of_smallest_kernel
 from nested_core.kernels.patching import replacing_calls
@@ -100,8 +100,8 @@ def _make_fused_function(mlp: GatedMLP) -> Any:
         gate_base, up_base = gate.linear(x), up.linear(x)
         rank = len(factors.b_gate)
         inner = mlp_kernels.gated_product(
-            LowRankSum(gate_base, z[:rank], factors.b_gate),
-            LowRankSum(up_base, z[rank:], factors.b_up),
+            LowRankSumTerms(gate_base, z[:rank], factors.b_gate),
+            LowRankSumTerms(up_base, z[rank:], factors.b_up),
         )
         z_down = project_to_rank([(factors.a_down.T, inner)], down.scale)
         (output,) = lora_linear.add_low_rank_products([down], inner, [z_down], [factors.b_down])
@@ -118,9 +118,9 @@ def _make_fused_function(mlp: GatedMLP) -> Any:
         dz_down = project_to_rank([(factors.b_down, g)], down.scale)
         d_inner = lora_linear.base_input_gradient([down], gate_base, [g])
         d_gate, d_up, inner = mlp_kernels.gated_gradients(
-            LowRankSum(gate_base, z_gate, factors.b_gate),
-            LowRankSum(up_base, z_up, factors.b_up),
-            LowRankSum(d_inner, dz_down, factors.a_down.T),
+            LowRankSumTerms(gate_base, z_gate, factors.b_gate),
+            LowRankSumTerms(up_base, z_up, factors.b_up),
+            LowRankSumTerms(d_inner, dz_down, factors.a_down.T),
         )
         dz = project_to_rank([(factors.b_gate, d_gate), (factors.b_up, d_up)], gate.scale)
         dx = lora_linear.input_gradient([gate, up], x, [d_gate, d_up], dz, a)

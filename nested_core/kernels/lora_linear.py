@@ -20,7 +20,7 @@ from mlx_lm.tuner.lora import LoRALinear
 from nested_core.kernels.cuda import lora_add, lora_matmuls
 from nested_core.kernels.cuda.concatenate import concatenate_arrays
 from nested_core.kernels.cuda.lora_add import (
-    LowRankSum,
+    LowRankSumTerms,
     can_use_lora_kernels,
     compute_low_rank_sums,
 )
@@ -112,7 +112,7 @@ def add_low_rank_products(
     """Each base layer's output plus its z^T @ factor, of (rank, rows) and (rank, width)."""
     if can_use_lora_kernels(x, factors):
         bases = [layer.linear(x) for layer in layers]
-        return compute_low_rank_sums(list(map(LowRankSum, bases, z, factors)))
+        return compute_low_rank_sums(list(map(LowRankSumTerms, bases, z, factors)))
     products = [each.T @ b for each, b in zip(z, factors, strict=True)]
     return [add_to_base_output(layer, x, low) for layer, low in zip(layers, products, strict=True)]
 
@@ -126,7 +126,7 @@ def input_gradient(
     dtype matter, since bases are linear.
     """
     if can_use_lora_kernels(x, [a]):
-        return compute_low_rank_sums([LowRankSum(base_input_gradient(layers, x, g), dz, a)])[0]
+        return compute_low_rank_sums([LowRankSumTerms(base_input_gradient(layers, x, g), dz, a)])[0]
     return base_input_gradient(layers, x, g, dz.T @ a)
 
 

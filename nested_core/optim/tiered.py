@@ -16,7 +16,7 @@ from mlx import optimizers
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_map_with_path, tree_unflatten
 
-from nested_core.optim import tier_clock
+from nested_core.optim import tier_counters
 from nested_core.optim.gradient_checks import (
     HAD_GRADIENT,
     ArraySpec,
@@ -34,7 +34,7 @@ from nested_core.optim.gradient_checks import (
 )
 from nested_core.optim.gradient_clipping import clip_gradients, norm_of_due_gradients
 from nested_core.optim.named_updates import flatten
-from nested_core.optim.tier_clock import COUNTERS, Tier, TierStats
+from nested_core.optim.tier_counters import COUNTERS, Tier, TierStats
 
 # Each element's update depends on that element alone, so tensors may be joined into one vector.
 ELEMENTWISE_OPTIMIZERS = (
@@ -71,7 +71,7 @@ class Tiered(Optimizer):
 
     State: mlx's tree (`step`, `learning_rate`, and each parameter's moments); `sum` for a parameter
     whose gradients are gathered; `had_gradient` for one without a second moment to tell whether a
-    gradient came; and the counters of all tiers (`tier_clock.new_tier_counters`).
+    gradient came; and the counters of all tiers (`tier_counters.new_tier_counters`).
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Tiered(Optimizer):
         max_grad_norm: float = 0.0,
     ) -> None:
         super().__init__()
-        tier_clock.check_tiered_options(tiers, slow_gradients, accumulate, max_grad_norm)
+        tier_counters.check_tiered_options(tiers, slow_gradients, accumulate, max_grad_norm)
         # What was asked for
         self.tiers = tuple(tiers)
         self.accumulates = slow_gradients == "accumulate"
@@ -116,7 +116,7 @@ class Tiered(Optimizer):
         parameters (`tier_of_each_parameter`); DamagedError for a state of another layout.
         """
         if COUNTERS in self.state:
-            tier_clock.require_current_layout(self.state[COUNTERS].get("layout"))
+            tier_counters.require_current_layout(self.state[COUNTERS].get("layout"))
         eps = getattr(self.optimizers[0], "eps", None)
         half = [name for name, value in flatten(parameters).items() if value.dtype == mx.float16]
         if half and isinstance(eps, float):
@@ -129,12 +129,12 @@ class Tiered(Optimizer):
     def _init_state(self, parameters: Any) -> None:
         """Reached without `init` from the first gradients, where, as in mlx, float16 passes."""
         flat = flatten(parameters)
-        tier_clock.refuse_reserved_names(flat)
-        self._tier_of = tier_clock.tier_of_each_parameter(self.tiers, flat)
+        tier_counters.refuse_reserved_names(flat)
+        self._tier_of = tier_counters.tier_of_each_parameter(self.tiers, flat)
         self._specs = shapes_and_dtypes(flat)
         super().init(parameters)
         if self.tiers != (Tier(),):  # a drop-in's state is mlx's to the leaf until its first step
-            self.state.setdefault(COUNTERS, tier_clock.new_tier_counters(self.tiers, self.step))
+            self.state.setdefault(COUNTERS, tier_counters.new_tier_counters(self.tiers, self.step))
         for name, leaf in optimizer_state_by_parameter(parameters, self.state).items():
             if not {"m", "v"} <= leaf.keys():  # the v of SGD and Muon holds weight decay, too
                 leaf.setdefault(HAD_GRADIENT, mx.array(0, mx.uint32))
@@ -163,7 +163,7 @@ class Tiered(Optimizer):
         values = flatten(parameters)
         check_gradients(flat, values, self._specs)
         # A drop-in's counters begin here, from the step before it is counted.
-        self.state.setdefault(COUNTERS, tier_clock.new_tier_counters(self.tiers, self.step))
+        self.state.setdefault(COUNTERS, tier_counters.new_tier_counters(self.tiers, self.step))
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
         leaves = optimizer_state_by_parameter(gradients, self.state)
         for name, schedule in self._schedulers.items():
@@ -207,13 +207,13 @@ class Tiered(Optimizer):
 
     def get_tier_stats(self) -> list[TierStats]:
         """Size of each tier, and its updates so far; reads the counters from the device."""
-        return tier_clock.read_tier_stats(
+        return tier_counters.read_tier_stats(
             self.tiers, self._tier_of, self._specs, self._tier_counters
         )
 
     @property
     def _tier_counters(self) -> Any:
-        return self.state.get(COUNTERS) or tier_clock.new_tier_counters(self.tiers, self.step)
+        return self.state.get(COUNTERS) or tier_counters.new_tier_counters(self.tiers, self.step)
 
     def _accumulates(self, tier: int) -> bool:
         return self.accumulates and self.tiers[tier].frequency > 1
@@ -224,7 +224,7 @@ class Tiered(Optimizer):
         """Add to the open chunks; return whether the gradients, and now the sums, are finite."""
         sums = {name: leaf["sum"] + flat[name] for name, leaf in leaves.items() if "sum" in leaf}
         finite = mx.logical_and(finite, all_finite(sums.values()))
-        added = tier_clock.flags_to_counts(
+        added = tier_counters.flags_to_counts(
             {self._tier_of[name]: finite for name in sums}, len(self.tiers)
         )
         self._tier_counters["gathered"] = self._tier_counters["gathered"] + added
@@ -265,7 +265,7 @@ class Tiered(Optimizer):
         updated: Flat = {}
         for tier, group in groups.items():
             updated |= self._update_tier(tier, group, values, leaves, applied[tier])
-        tier_clock.update_counters(self._tier_counters, due, applied, finite, norm)
+        tier_counters.update_counters(self._tier_counters, due, applied, finite, norm)
         return updated
 
     def _update_tier(

@@ -9,7 +9,7 @@ import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
-from nested_core.gate import confirm_run
+from nested_core.gate import recheck_verdict
 from nested_core.gate.base_compatibility import require_same_base
 from nested_core.gate.training_examples import read_ancestor_examples
 from nested_core.models.base_model import local_folder
@@ -35,7 +35,7 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
     gate = read_gate(run.gate)
     require_passed(gate, run.gate)
     require_consistent(gate, run.gate)
-    confirm_run(config, run, gate)
+    recheck_verdict(config, run, gate)
     base = local_folder(config.model)
     if base is not None:
         require_same_base(run.adapter, base)

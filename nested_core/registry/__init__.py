@@ -7,9 +7,7 @@ what a crash left. Promotion by policy is in `promotion_policy`, the copy for ML
 """
 
 from nested_core.registry.audit_report import AuditReport, audit
-from nested_core.registry.garbage_collection import GarbageReport, collect_garbage
-from nested_core.registry.name_folders import list_names
-from nested_core.registry.promotion import (
+from nested_core.registry.champion_moves import (
     UNSET,
     Promotion,
     Unset,
@@ -17,6 +15,8 @@ from nested_core.registry.promotion import (
     register_and_promote,
     rollback,
 )
+from nested_core.registry.garbage_collection import GarbageReport, collect_garbage
+from nested_core.registry.name_folders import list_names
 from nested_core.registry.queries import (
     history,
     holding_champion,

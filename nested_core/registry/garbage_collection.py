@@ -18,7 +18,7 @@ from nested_core.registry.champion_record import make_record, write_record
 from nested_core.registry.folder_lock import exclusive, shared
 from nested_core.registry.ledger import Ledger, append, new_entry
 from nested_core.registry.name_folders import VERSIONS, find_name_folder
-from nested_core.registry.recovery import State, read_state, recover
+from nested_core.registry.recovery import RegistryState, read_state, recover
 from nested_core.registry.versions import (
     REGISTERED_AFTER,
     REGISTERED_AT,
@@ -76,7 +76,9 @@ def collect_garbage(
     return replace(plan, leftovers=leftovers)
 
 
-def _plan(folder: Path, name: str, state: State, keep: int, *, dry_run: bool) -> GarbageReport:
+def _plan(
+    folder: Path, name: str, state: RegistryState, keep: int, *, dry_run: bool
+) -> GarbageReport:
     ledger = state.ledger
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(folder, version, ledger), reverse=True)
@@ -137,7 +139,9 @@ def _registration(place: Path) -> tuple[str, str]:
     return moment if isinstance(moment, str) else "", line if isinstance(line, str) else ""
 
 
-def _remove(folder: Path, version: str, state: State, by: str, lock: LockFile) -> State:
+def _remove(
+    folder: Path, version: str, state: RegistryState, by: str, lock: LockFile
+) -> RegistryState:
     """Record the removal, hide the version by one rename, then delete it; return the new state.
 
     A crash after the record leaves a whole version, which the next gc removes; a crash after the
@@ -153,7 +157,7 @@ def _remove(folder: Path, version: str, state: State, by: str, lock: LockFile) -
     os.rename(place, temporary_beside(place))
     sync_path(folder / VERSIONS)
     remove_leftovers(folder / VERSIONS)
-    return State(state.champion, record, ledger)
+    return RegistryState(state.champion, record, ledger)
 
 
 def _leftovers(folder: Path) -> tuple[str, ...]:

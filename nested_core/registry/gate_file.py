@@ -164,19 +164,19 @@ def _facts(gate: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "verdict on a run", "verdict": gate["verdict"]}
 
 
-def is_bound(run_dir: Path) -> bool:
+def has_verdict_manifest(run_dir: Path) -> bool:
     """Whether there is a manifest beside gate.json; a run judged by an earlier version has none."""
     return file_type(run_dir / MANIFEST_NAME) != "missing"
 
 
-def require_bound(run_dir: Path, gate: Mapping[str, Any]) -> dict[str, FileEntry]:
+def require_verdict_manifest(run_dir: Path, gate: Mapping[str, Any]) -> dict[str, FileEntry]:
     """The entries of the files that the verdict rests on, by their path in the run directory.
 
     Raises DamagedError if the manifest is missing or damaged, or gate.json is not the one that it
     was written with.
     """
     path = run_dir / GATE_NAME
-    if not is_bound(run_dir):
+    if not has_verdict_manifest(run_dir):
         raise DamagedError(
             f"{run_dir / MANIFEST_NAME} is missing: nothing says that {path} is the verdict on the "
             f"files beside it, as in a run that an earlier version judged. {JUDGE_AGAIN}"

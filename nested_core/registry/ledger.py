@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, MissingFileError, describe_first_problem
-from nested_core.registry.champion_stack import ChampionStack
+from nested_core.registry.rollback_stack import RollbackStack
 from nested_core.storage.atomic import Confirm, sync_descriptor, sync_path
 from nested_core.storage.lock_file import lock_open_file
 from nested_core.storage.strict_files import file_type, read_regular
@@ -105,14 +105,14 @@ class Ledger:
         """The version that a rollback without `--to` goes to, or None if there is none left."""
         return self._champion_stack().second()
 
-    def _champion_stack(self) -> ChampionStack:
+    def _champion_stack(self) -> RollbackStack:
         """The champions that rollbacks go back through; the present one is on top.
 
         Promotions and `rollback --to` push a version, a plain rollback pops one, and a version that
         was collected cannot be gone back to. In histories without `explicit` a rollback to the
         version below the top counts as plain.
         """
-        stack = ChampionStack()
+        stack = RollbackStack()
         for entry in self._effective():
             is_plain = entry.action == "rollback" and not entry.explicit
             if entry.action == "collected":

@@ -37,7 +37,7 @@ SETTLED_BY = "nested-tune (settling a change that was cut short)"
 
 
 @dataclass(frozen=True)
-class State:
+class RegistryState:
     """The champion of a name, champion.json, and a history that ends as that says."""
 
     champion: str | None
@@ -45,12 +45,12 @@ class State:
     ledger: Ledger
 
 
-def read_state(folder: Path) -> State:
+def read_state(folder: Path) -> RegistryState:
     """Read link, champion.json and history; call under the folder's lock, shared or not.
 
     Raises DamagedError for a history that was edited, or a champion that no history knows of.
     """
-    state = State(
+    state = RegistryState(
         champion_link.read_link(folder),
         read_record(folder),
         read_ledger(folder),
@@ -68,7 +68,7 @@ def read_state(folder: Path) -> State:
     return state
 
 
-def recover(folder: Path, lock: LockFile) -> State:
+def recover(folder: Path, lock: LockFile) -> RegistryState:
     """Repair `folder` after a crash and return its state; call only under its lock.
 
     Raises DamagedError where `read_state` does: nothing is changed then.
@@ -94,7 +94,7 @@ def recover(folder: Path, lock: LockFile) -> State:
         write_record(folder, record, confirm=confirm)
     confirm()
     champion_link.discard_prepared(folder)
-    return State(champion, record, ledger)
+    return RegistryState(champion, record, ledger)
 
 
 def _missing_entry(folder: Path, ledger: Ledger, champion: str | None) -> Entry:

@@ -16,20 +16,20 @@ from nested_core.registry.gate_file import (
     GATE_NAME,
     JUDGE_AGAIN,
     read_gate,
-    require_bound,
     require_consistent,
     require_digest,
     require_passed,
+    require_verdict_manifest,
 )
 from nested_core.registry.name_folders import VERSIONS, check_name, create_name_folder
-from nested_core.registry.recovery import State, recover
+from nested_core.registry.recovery import RegistryState, recover
 from nested_core.registry.versions import (
     FILES,
     PROVENANCE_NAME,
     REGISTERED_AFTER,
     REGISTERED_AT,
     verify_version,
-    version_facts,
+    version_manifest_facts,
 )
 from nested_core.storage.adapter import ADAPTER_FILES, read_adapter
 from nested_core.storage.atomic import new_directory, write_json
@@ -64,7 +64,7 @@ def add_version(
     run_dir: Path,
     provenance: dict[str, Any],
     *,
-    state: State,
+    state: RegistryState,
     lock: LockFile,
 ) -> None:
     """Copy a run's adapter to `versions/`, or check the version that is there; under the lock.
@@ -98,7 +98,7 @@ def judged_digest(run_dir: Path) -> str:
             )
     digest = read_adapter(run_dir / ADAPTER_NAME).digest()
     require_digest(gate, digest, path)
-    require_bound(run_dir, gate)
+    require_verdict_manifest(run_dir, gate)
     require_consistent(gate, path)
     return digest
 
@@ -108,7 +108,7 @@ def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any])
         shutil.copyfile(run_dir / ADAPTER_NAME / name, folder / name)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
     write_json(folder / PROVENANCE_NAME, provenance)
-    write_manifest(folder, version_facts(version))
+    write_manifest(folder, version_manifest_facts(version))
     _require_judged(folder, run_dir)
     for name in FILES:
         path = folder / name
@@ -118,7 +118,7 @@ def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any])
 def _require_judged(folder: Path, run_dir: Path) -> None:
     """Raise DamagedError unless the copies are of the files that the run's verdict rests on."""
     copied = read_manifest(folder)["files"]
-    judged = require_bound(run_dir, read_gate(folder / GATE_NAME))
+    judged = require_verdict_manifest(run_dir, read_gate(folder / GATE_NAME))
     sources = {name: f"{ADAPTER_NAME}/{name}" for name in ADAPTER_FILES} | {GATE_NAME: GATE_NAME}
     for name, source in sources.items():
         if copied[name] != judged.get(source):

@@ -43,7 +43,7 @@ class AuditFinding:
         return f"{self.file}: {self.message}"
 
 
-def version_facts(version: str) -> dict[str, Any]:
+def version_manifest_facts(version: str) -> dict[str, Any]:
     """What a version's manifest says beside the hashes of its files."""
     return {"kind": "adapter version", "version": version}
 
@@ -145,7 +145,9 @@ def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[A
     except DamagedError as error:
         yield AuditFinding(path, f"not readable as a manifest ({error})")
         return
-    if manifest["facts"] != version_facts(version) or set(manifest["files"]) != set(CONTENT):
+    if manifest["facts"] != version_manifest_facts(version) or set(manifest["files"]) != set(
+        CONTENT
+    ):
         yield AuditFinding(path, "belongs to something else than this version")
     if recorded and manifest["digest"] not in recorded:
         yield AuditFinding(path, "is not the manifest that the history recorded for this version")

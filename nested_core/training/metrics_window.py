@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from nested_core.backend import to_float, to_int
 from nested_core.optim.gradient_clipping import clip_factor
-from nested_core.optim.tier_clock import COUNTERS
+from nested_core.optim.tier_counters import COUNTERS
 from nested_core.optim.tiered import Tiered
 from nested_core.training.rank_communication import Sums, World
 

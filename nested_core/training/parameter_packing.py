@@ -26,7 +26,7 @@ from nested_core.optim.gradient_checks import (
 )
 from nested_core.optim.named_updates import flatten
 from nested_core.optim.tier_assignment import TierMap
-from nested_core.optim.tier_clock import RESERVED_NAMES
+from nested_core.optim.tier_counters import RESERVED_NAMES
 from nested_core.optim.tiered import Tiered
 
 ALIGNMENT = 8  # elements: 16 bytes of a bfloat16

@@ -16,13 +16,13 @@ from nested_core.models.base_model import find_model_folder, is_same_base
 from nested_core.models.parameters import read_parameters
 from nested_core.optim.gradient_checks import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
-from nested_core.optim.tier_clock import COUNTERS, TierStats
+from nested_core.optim.tier_counters import COUNTERS, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
 from nested_core.training.memory.memory_plan import plan_memory
 from nested_core.training.memory.model_footprint import read_footprint
-from nested_core.training.nonfinite_steps import NonfiniteStepWatch
+from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.parameter_packing import unflatten_names
 from nested_core.training.run_recorder import RunRecorder, restore_random_key
 from nested_core.training.silent_failure_checks import UpdateCheck, warn_of_lost_updates

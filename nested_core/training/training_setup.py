@@ -18,7 +18,7 @@ from nested_core.models.lora_attachment import compute_dtype_of_adapter
 from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.optim.tier_assignment import TierMap, refuse_tiers_never_due
-from nested_core.optim.tier_clock import Tier
+from nested_core.optim.tier_counters import Tier
 from nested_core.optim.tiered import Tiered
 from nested_core.optim.tiers_file import read_tiers
 from nested_core.storage.adapter import files_sha256, read_adapter

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nested_core.optim.tier_clock import TierStats
+from nested_core.optim.tier_counters import TierStats
 from nested_core.storage.atomic import finite_or_none
 
 

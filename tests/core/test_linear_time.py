@@ -53,7 +53,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def growth(make: Callable[[int], Callable[[], object]], size: int) -> float:
-    """How many times longer eight times the input takes, each at its best; 0 for what takes no time.
+    """How many times longer eight times the input takes, each at its best; 0 if it takes no time.
 
     From a quarter of the size to twice the size, in turn: on a busy machine one doubling alone
     measures anything between 1.5 and 3 of what takes linear time, and of what takes quadratic time

@@ -21,7 +21,7 @@ from tasks.gate import gate
 from tasks.load import load
 from tasks.promote import promote, promote_recorded
 from tasks.register import register
-from tasks.retrying import retry_on_passing_error
+from tasks.retrying import retry_on_transient_error
 from tasks.train import train
 from tasks.validate import validate
 from tests.core.registry.conftest import write_run
@@ -91,7 +91,7 @@ def test_damage_is_not_tried_again(run: RunDirectory, tmp_path: Path) -> None:
     assert count == 1
     with pytest.raises(DamagedError, match=r"dataset\.json"):
         state.result()
-    assert (register.retries, register.retry_condition_fn) == (3, retry_on_passing_error)
+    assert (register.retries, register.retry_condition_fn) == (3, retry_on_transient_error)
 
 
 @pytest.mark.parametrize("task", [promote, promote_recorded])
@@ -119,7 +119,7 @@ def test_a_second_try_completes_where_the_error_has_passed(
 
     def mend_then_ask(*asked: Any) -> bool:
         run.tiers.rmdir()
-        return retry_on_passing_error(*asked)
+        return retry_on_transient_error(*asked)
 
     state, count = tries(
         load.with_options(retry_condition_fn=mend_then_ask), judged.config, run.path

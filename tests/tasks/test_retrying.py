@@ -21,7 +21,7 @@ from tasks.gate import gate
 from tasks.load import load
 from tasks.promote import promote
 from tasks.register import register
-from tasks.retrying import is_passing, retry_on_passing_error, retry_training
+from tasks.retrying import is_transient, retry_on_transient_error, retry_training
 from tasks.train import train
 from tasks.validate import validate
 
@@ -58,43 +58,43 @@ def asked(condition: Any, error: BaseException) -> bool:
 @pytest.mark.parametrize("number", LASTING, ids=errno.errorcode.get)
 def test_an_error_about_space_rights_or_existence_is_not_tried_again(number: int) -> None:
     error = OSError(number, "as raised by the system")
-    assert not is_passing(error)
-    assert not asked(retry_on_passing_error, error)
+    assert not is_transient(error)
+    assert not asked(retry_on_transient_error, error)
     assert not asked(retry_training, error)
 
 
 @pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
 def test_another_io_error_is_tried_again(number: int) -> None:
     error = OSError(number, "as raised by the system")
-    assert is_passing(error)
-    assert asked(retry_on_passing_error, error)
+    assert is_transient(error)
+    assert asked(retry_on_transient_error, error)
     assert asked(retry_training, error)
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
 def test_what_is_no_io_error_is_never_tried_again(error: BaseException) -> None:
-    assert not is_passing(error)
-    assert not asked(retry_on_passing_error, error)
+    assert not is_transient(error)
+    assert not asked(retry_on_transient_error, error)
     assert not asked(retry_training, error)
 
 
 def test_an_allocation_error_is_tried_again_by_training_alone() -> None:
     assert asked(retry_training, MemoryError())
-    assert not asked(retry_on_passing_error, MemoryError())
+    assert not asked(retry_on_transient_error, MemoryError())
 
 
 def test_a_state_without_an_error_is_not_tried_again() -> None:
-    for condition in (retry_on_passing_error, retry_training):
+    for condition in (retry_on_transient_error, retry_training):
         assert not condition(None, None, Completed(data=None))  # type: ignore[arg-type]
 
 
 TABLE: list[tuple[Any, int, Any]] = [
-    (validate, 2, retry_on_passing_error),
-    (load, 2, retry_on_passing_error),
+    (validate, 2, retry_on_transient_error),
+    (load, 2, retry_on_transient_error),
     (train, 2, retry_training),
     (gate, 0, None),
-    (register, 3, retry_on_passing_error),
-    (promote, 3, retry_on_passing_error),
+    (register, 3, retry_on_transient_error),
+    (promote, 3, retry_on_transient_error),
 ]
 
 

@@ -93,19 +93,19 @@ class Rule:
 
 # These compute with polars itself, whatever backend the host program or its environment chose for
 # pandera's own classes.
-class _Schema(pa.DataFrameSchema):
+class _PolarsSchema(pa.DataFrameSchema):
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> DataFrameSchemaBackend:
         return DataFrameSchemaBackend()
 
 
-class _Column(pa.Column):
+class _PolarsColumn(pa.Column):
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> ColumnBackend:
         return ColumnBackend()
 
 
-class _Check(pa.Check):
+class _PolarsCheck(pa.Check):
     @classmethod
     def get_backend(cls, *_: object, **__: object) -> type[PolarsCheckBackend]:
         return PolarsCheckBackend
@@ -135,11 +135,11 @@ class FrameRules:
         columns = {}
         for name, rules in self.rules_by_column.items():
             checks: list[Any] = [
-                _Check(_make_check_function(r.expression), n_failure_cases=1) for r in rules
+                _PolarsCheck(_make_check_function(r.expression), n_failure_cases=1) for r in rules
             ]
             dtype = self.columns[name]
-            columns[name] = _Column(dtype, checks, nullable=dtype is not pl.Boolean)
-        return _Schema(columns)
+            columns[name] = _PolarsColumn(dtype, checks, nullable=dtype is not pl.Boolean)
+        return _PolarsSchema(columns)
 
     def add_findings(self, frame: pl.DataFrame, findings: Findings) -> None:
         """Add a finding for each rule that fails at a row of `frame`.

@@ -22,7 +22,7 @@ LEAST_BLOCKS = 8 * MULTIPROCESSORS  # that are left where a warp computes more t
 SUMS_PER_LAUNCH = 4
 
 
-class LowRankSum(NamedTuple):
+class LowRankSumTerms(NamedTuple):
     """base + z.T @ factor: of (rows, width), (rank, rows) and (rank, width)."""
 
     base: mx.array
@@ -35,7 +35,7 @@ class LowRankSum(NamedTuple):
         return self.base.astype(mx.float32) + z.T @ factor
 
 
-Sums = Sequence[LowRankSum]
+Sums = Sequence[LowRankSumTerms]
 
 
 def can_use_lora_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
@@ -65,12 +65,12 @@ def low_rank_sums_in_mlx(sums: Sums) -> Sequence[mx.array]:
     return [each.computed_in_float32().astype(each.base.dtype) for each in sums]
 
 
-def random_low_rank_sum(rank: int, width: int) -> LowRankSum:
+def random_low_rank_sum(rank: int, width: int) -> LowRankSumTerms:
     """A sum of random numbers whose two terms are of one size; it has 2,010 rows."""
     base, z, factor = random_arrays(
         (2010, width), (rank, 2010), (rank, width), dtype=mx.float32, seed=rank + width
     )
-    return LowRankSum(base.astype(DTYPE), (z / rank**0.5).astype(DTYPE), factor.astype(DTYPE))
+    return LowRankSumTerms(base.astype(DTYPE), (z / rank**0.5).astype(DTYPE), factor.astype(DTYPE))
 
 
 def _example_inputs(tiles: int) -> list[tuple[Sums]]:
@@ -112,7 +112,7 @@ def warp_grid(rows: int, width: int) -> tuple[int, tuple[int, int]]:
     return steps, (across, -(-down // steps))
 
 
-def count_rank_tiles(each: LowRankSum) -> int:
+def count_rank_tiles(each: LowRankSumTerms) -> int:
     """The rank of a sum's factor, in tiles."""
     return each.factor.shape[0] // TILE
 

@@ -25,7 +25,7 @@ from nested_core import errors
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
 from nested_core.foreign_text import escape
-from nested_core.optim.tier_clock import TierStats
+from nested_core.optim.tier_counters import TierStats
 from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import (
     MESSAGE_PREFIX,

@@ -31,7 +31,7 @@ from nested_core.registry import (
     read_champion,
     registration,
 )
-from nested_core.registry.gate_file import read_gate, require_bound, write_gate
+from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from nested_core.registry.promotion_policy import promote_by_policy, warn_if_worse
 from nested_core.storage.adapter import ADAPTER_FILES, write_adapter
 from nested_core.storage.manifest import describe_file
@@ -235,7 +235,7 @@ class TestPolicy:
         compared = {"version": champion, "loss": 1.0, "examples": 84, "difference": -0.1}
         compared |= {"interval": [-0.3, 0.1], "smallest_visible": 0.2}
         gate |= {"champion": compared | record, "thresholds": {"noise": noise}}
-        write_gate(run.path, gate, require_bound(run.path, gate))
+        write_gate(run.path, gate, require_verdict_manifest(run.path, gate))
         assert expected in outcome(publish(run, **policy))
 
     def test_a_champion_that_changed_meanwhile_supersedes(

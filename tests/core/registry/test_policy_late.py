@@ -27,7 +27,7 @@ from nested_core.registry import (
     registration,
     rollback,
 )
-from nested_core.registry.gate_file import read_gate, require_bound, write_gate
+from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from nested_core.registry.promotion_policy import (
     promote_as_recorded,
     promote_by_policy,
@@ -155,7 +155,7 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     better = write_run(tmp_path / "run-3", 3)
     gate = read_gate(better / "gate.json")
     gate["validation"]["loss_after"] = 0.5
-    write_gate(better, gate, require_bound(better, gate))
+    write_gate(better, gate, require_verdict_manifest(better, gate))
     section = {"promote": "better", "path": "x", "name": "y"}
     provenance = {"champion_at_gate": first, "validation_digest": "d1"}
     version = register(better, registry, NAME, provenance | {"config": {"registry": section}})

@@ -25,7 +25,7 @@ from nested_core.registry import (
     register,
     rollback,
 )
-from nested_core.registry.promotion import Promotion
+from nested_core.registry.champion_moves import Promotion
 from nested_core.registry.promotion_policy import promote_as_recorded, promote_missed
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME

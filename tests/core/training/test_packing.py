@@ -12,7 +12,7 @@ from mlx.optimizers import SGD, Muon
 from nested_core.optim.gradient_checks import Flat, optimizer_state_by_parameter
 from nested_core.optim.named_updates import flatten
 from nested_core.optim.tier_assignment import TierMap
-from nested_core.optim.tier_clock import COUNTERS, Tier
+from nested_core.optim.tier_counters import COUNTERS, Tier
 from nested_core.optim.tiered import NestedAdamW, Tiered
 from nested_core.training.parameter_packing import (
     PackedArray,

@@ -12,23 +12,23 @@ from mlx_lm.models.activations import swiglu
 from nested_core.backend import to_float
 from nested_core.kernels.cuda import gated_mlp, lora_add
 from nested_core.kernels.cuda.kernel_launch import THREADS
-from nested_core.kernels.cuda.lora_add import LowRankSum
+from nested_core.kernels.cuda.lora_add import LowRankSumTerms
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 RANKS = 8, 24, 16  # of gate, of up, and of the gradient
 
 
-def sum_of(rank: int, rows: int, width: int, dtype: mx.Dtype, size: float = 1) -> LowRankSum:
+def sum_of(rank: int, rows: int, width: int, dtype: mx.Dtype, size: float = 1) -> LowRankSumTerms:
     keys = mx.random.split(mx.random.key(rank), 3)
     shapes = (rows, width), (rank, rows), (rank, width)
     base, z, factor = (
         mx.random.normal(shape, key=key) for shape, key in zip(shapes, keys, strict=True)
     )
     parts = size * base, size * z / rank**0.5, factor
-    return LowRankSum(*(each.astype(dtype) for each in parts))
+    return LowRankSumTerms(*(each.astype(dtype) for each in parts))
 
 
-def three(dtype: mx.Dtype = mx.bfloat16, size: float = 1) -> list[LowRankSum]:
+def three(dtype: mx.Dtype = mx.bfloat16, size: float = 1) -> list[LowRankSumTerms]:
     return [sum_of(rank, 20, 96, dtype, size) for rank in RANKS]
 
 
@@ -66,7 +66,7 @@ def test_a_low_rank_products_gradient_is_that_of_gate_or_up() -> None:
     gate, up, g = three(mx.float32)
 
     def output(*parts: mx.array) -> mx.array:
-        one, two = LowRankSum(*parts[:3]), LowRankSum(*parts[3:])
+        one, two = LowRankSumTerms(*parts[:3]), LowRankSumTerms(*parts[3:])
         result: mx.array = swiglu(one.computed_in_float32(), two.computed_in_float32())
         return result
 
@@ -83,11 +83,11 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The calls of kernels; MLX is in their place."""
     calls: list[str] = []
 
-    def forward(*sums: LowRankSum) -> mx.array:
+    def forward(*sums: LowRankSumTerms) -> mx.array:
         calls.append("forward")
         return gated_mlp.gated_product_in_mlx(*sums)
 
-    def backward(*sums: LowRankSum) -> gated_mlp.GatedGradients:
+    def backward(*sums: LowRankSumTerms) -> gated_mlp.GatedGradients:
         calls.append("backward")
         return gated_mlp.gated_gradients_in_mlx(*sums)
 

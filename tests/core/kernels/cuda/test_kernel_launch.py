@@ -98,7 +98,7 @@ def macros_of(name: str) -> set[str]:
 
 PAIRS = [(of(8, 64), of(40, 64)), (of(24, 128), of(40, 128))]
 PRODUCTS = [(of(8, 300), of(300, 64)), (of(24, 300), of(300, 128))]
-SUMS = [lora_add.LowRankSum(of(40, 64), of(8, 40), of(8, 64))] * 3
+SUMS = [lora_add.LowRankSumTerms(of(40, 64), of(8, 40), of(8, 64))] * 3
 CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "low_rank_sums": (lora_add, lambda: lora_add.low_rank_sums_on_cuda(SUMS)),
     "gated_product": (gated_mlp, lambda: gated_mlp.gated_product_on_cuda(SUMS[0], SUMS[1])),

@@ -12,7 +12,7 @@ from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels.cuda import lora_add
 from nested_core.kernels.cuda.kernel_launch import THREADS
-from nested_core.kernels.cuda.lora_add import LowRankSum
+from nested_core.kernels.cuda.lora_add import LowRankSumTerms
 from nested_core.kernels.cuda.rank_tiles import COMPILED_TILES
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
@@ -24,10 +24,10 @@ def normal(*shape: int, dtype: mx.Dtype = mx.bfloat16, seed: int = 0) -> mx.arra
 
 def sums_of(
     *sizes: tuple[int, int], rows: int = 6, dtype: mx.Dtype = mx.bfloat16
-) -> list[LowRankSum]:
+) -> list[LowRankSumTerms]:
     """A sum for each rank and width."""
     return [
-        LowRankSum(
+        LowRankSumTerms(
             normal(rows, width, dtype=dtype, seed=3 * i),
             normal(rank, rows, dtype=dtype, seed=3 * i + 1),
             normal(rank, width, dtype=dtype, seed=3 * i + 2),
@@ -95,7 +95,7 @@ def test_a_layers_output_and_its_inputs_gradient_are_such_sums(dtype: mx.Dtype) 
     gradient = g @ weight.T, 1.5 * (g @ b.T).T, a.T
     for parts, expected in ((output, y), (gradient, dx)):
         (found,) = lora_add.low_rank_sums_in_mlx(
-            [LowRankSum(*(each.astype(dtype) for each in parts))]
+            [LowRankSumTerms(*(each.astype(dtype) for each in parts))]
         )
         assert is_near(found, expected, 4 * ROUNDING[dtype])
 

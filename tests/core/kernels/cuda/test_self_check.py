@@ -133,13 +133,13 @@ def test_the_checks_find_an_argument_that_is_not_looked_at() -> None:
 @pytest.mark.parametrize("part", [0, 1, 2])
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_the_checks_find_a_part_of_a_sum_that_is_not_looked_at(place: int, part: int) -> None:
-    def without(sums: lora_add.Sums) -> list[lora_add.LowRankSum]:
+    def without(sums: lora_add.Sums) -> list[lora_add.LowRankSumTerms]:
         lost = sums[place]._replace(
-            **{lora_add.LowRankSum._fields[part]: mx.zeros_like(sums[place][part])}
+            **{lora_add.LowRankSumTerms._fields[part]: mx.zeros_like(sums[place][part])}
         )
         return [lost if i == place else each for i, each in enumerate(sums)]
 
-    def gradients(*sums: lora_add.LowRankSum) -> gated_mlp.GatedGradients:
+    def gradients(*sums: lora_add.LowRankSumTerms) -> gated_mlp.GatedGradients:
         return gated_mlp.gated_gradients_in_mlx(*without(sums))
 
     found = [CHECKS["mlp gradients"].with_formula(gradients)]

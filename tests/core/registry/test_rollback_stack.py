@@ -7,7 +7,7 @@ from itertools import groupby
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.registry.champion_stack import ChampionStack
+from nested_core.registry.rollback_stack import RollbackStack
 
 ACTIONS = st.lists(
     st.tuples(st.sampled_from(["push", "push", "pop", "remove", "clear"]), st.sampled_from("abcd")),
@@ -17,7 +17,7 @@ ACTIONS = st.lists(
 
 @given(actions=ACTIONS)
 def test_it_is_a_list_without_what_was_removed(actions: list[tuple[str, str]]) -> None:
-    stack = ChampionStack()
+    stack = RollbackStack()
     expected: list[str] = []
     for action, version in actions:
         if action == "push":

@@ -22,7 +22,7 @@ from nested_core.registry.name_folders import (
     create_name_folder,
     find_name_folder,
 )
-from nested_core.registry.recovery import State, recover
+from nested_core.registry.recovery import RegistryState, recover
 from nested_core.registry.registration import add_version, judged_digest
 from nested_core.registry.versions import PREFIX_PATTERN, resolve_version, verify_version
 from nested_core.storage.lock_file import LockFile
@@ -104,7 +104,7 @@ class _Change:
 
 
 def _promote(
-    folder: Path, version: str, change: _Change, state: State, lock: LockFile
+    folder: Path, version: str, change: _Change, state: RegistryState, lock: LockFile
 ) -> Promotion:
     manifest = _verify(folder, version, state)
     refusal = _refusal(state, version, change.expected_champion, change.automatic)
@@ -149,12 +149,12 @@ def rollback(
     return Promotion("rolled_back", wanted, state.champion)
 
 
-def _verify(folder: Path, version: str, state: State) -> str:
+def _verify(folder: Path, version: str, state: RegistryState) -> str:
     return verify_version(folder / VERSIONS / version, version, state.ledger.manifests(version))
 
 
 def _refusal(
-    state: State, version: str, expected: str | None | Unset, automatic: bool
+    state: RegistryState, version: str, expected: str | None | Unset, automatic: bool
 ) -> Literal["already_champion", "superseded", "barred"] | None:
     if version == state.champion:
         return "already_champion"
@@ -171,7 +171,7 @@ def _is_expected(champion: str | None, expected: str | None) -> bool:
     return PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)
 
 
-def _champion_before(folder: Path, state: State) -> str:
+def _champion_before(folder: Path, state: RegistryState) -> str:
     version = state.ledger.rollback_target()
     if version is None:
         raise ConfigError(

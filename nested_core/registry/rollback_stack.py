@@ -8,7 +8,7 @@ from __future__ import annotations
 NOTHING = -1
 
 
-class ChampionStack:
+class RollbackStack:
     """Versions from the first champion to the present one, which is on top."""
 
     def __init__(self) -> None:
