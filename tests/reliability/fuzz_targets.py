@@ -21,6 +21,7 @@ from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.sources.file_formats import (
     MAX_LINE_BYTES,
     UnreadableRest,
+    limit_expansion,
     read_gzip_jsonl,
     read_json_array,
 )
@@ -104,7 +105,8 @@ def _parse_jsonl(content: bytes) -> None:
 
 def _parse_gzip(content: bytes) -> None:
     packed = content if content.startswith(GZIP_MAGIC) else gzip.compress(content, mtime=0)
-    for line in read_gzip_jsonl(_file("train.jsonl.gz", packed)):
+    lines = read_gzip_jsonl(_file("train.jsonl.gz", packed))
+    for line in limit_expansion(lines, len(packed), is_packed=True):
         if len(line.line) > MAX_LINE_BYTES:
             raise AssertionError("a line is longer than any may be")
 

@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +19,12 @@ from nested_core.errors import shorten
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regular
 
-# What may come out of a packed file, by its size: text of real data sets packs to a tenth, hardly
-# ever to a hundredth, and has less than a line for each packed byte.
+# What may come out of a file, by its size: text of real data sets packs to a tenth, hardly ever to
+# a hundredth, and a line of it to more than a few bytes.
 MAX_EXPANSION = 200
+PACKED_BYTES_A_LINE = 4
 _FREE_BYTES = 64 * 2**20
-_FREE_LINES = 1_000_000
+_FREE_LINES = 100_000
 MAX_LINE_BYTES = 64 * 2**20
 _CHUNK_BYTES = 64 * 2**10
 _PARQUET_ROWS = 10_000  # converted at a time
@@ -48,23 +49,24 @@ class UnreadableRest(Exception):
         self.message = message
 
 
-class ExpansionLimit:
-    """Counts the lines that come out of a file, and refuses more than its size can account for."""
+def limit_expansion(
+    lines: Iterable[NumberedLine], file_size: int, *, is_packed: bool
+) -> Iterator[NumberedLine]:
+    """Yield the lines of a file of so many bytes; UnreadableRest at more than they account for.
 
-    def __init__(self, packed_size: int) -> None:
-        self._bytes_left = _FREE_BYTES + MAX_EXPANSION * packed_size
-        self._lines_left = _FREE_LINES + packed_size
-
-    def count(self, line: NumberedLine) -> None:
-        """Count a line; raises UnreadableRest where it is one too many."""
-        self._bytes_left -= len(line.line) + 1
-        self._lines_left -= 1
-        if self._bytes_left < 0:
+    Text that is not packed has its lines in itself; a header may still make each of them longer.
+    """
+    bytes_left = _FREE_BYTES + MAX_EXPANSION * file_size
+    lines_left = _FREE_LINES + file_size // PACKED_BYTES_A_LINE
+    for count, line in enumerate(lines, start=1):
+        bytes_left -= len(line.line) + 1
+        if bytes_left < 0:
             reason = f"it unpacks to more than {MAX_EXPANSION} times its size"
             raise UnreadableRest(line.number, f"{reason}; if that is meant, unpack it yourself")
-        if self._lines_left < 0:
-            reason = "it unpacks to more lines than it has bytes"
+        if is_packed and count > lines_left:
+            reason = f"it unpacks to more lines than one for {PACKED_BYTES_A_LINE} of its bytes"
             raise UnreadableRest(line.number, f"{reason}; if that is meant, unpack it yourself")
+        yield line
 
 
 def read_gzip_jsonl(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:

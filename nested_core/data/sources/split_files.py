@@ -18,10 +18,10 @@ import numpy.typing as npt
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.sources.file_formats import (
     MAX_LINE_BYTES,
-    ExpansionLimit,
     NumberedLine,
     UnreadableRest,
     find_long_line,
+    limit_expansion,
     read_csv,
     read_gzip_jsonl,
     read_json_array,
@@ -42,6 +42,7 @@ _READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[NumberedLine]]] = 
     ".parquet": read_parquet,
 }
 SUFFIXES = (".jsonl", *_READERS)
+_PACKED_SUFFIXES = (".jsonl.gz", ".parquet")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -122,8 +123,10 @@ def _open_split_file(path: Path, json_keys: frozenset[str], spool: Path) -> Spli
         if end is None:
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
-    lines = _READERS[suffix](path, json_keys)
-    return _write_split_lines(path.name, lines, spooled, ExpansionLimit(size))
+    lines = limit_expansion(
+        _READERS[suffix](path, json_keys), size, is_packed=suffix in _PACKED_SUFFIXES
+    )
+    return _write_split_lines(path.name, lines, spooled)
 
 
 def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
@@ -135,17 +138,13 @@ def _make_split_of_unreadable_path(path: Path, spooled: Path) -> SplitFile:
     return SplitFile(path.name, spooled, problems={1: problem})
 
 
-def _write_split_lines(
-    name: str, lines: Iterable[NumberedLine], path: Path, limit: ExpansionLimit | None = None
-) -> SplitFile:
+def _write_split_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> SplitFile:
     """Write the lines of a split to `path`; damage becomes the last of them."""
     numbers = array("i")
     problems: dict[int, tuple[str, str]] = {}
     with path.open("wb") as spooled:
         try:
             for numbered in lines:
-                if limit is not None:
-                    limit.count(numbered)
                 number, line, problem = numbered
                 numbers.append(number)
                 spooled.write(line + b"\n")
