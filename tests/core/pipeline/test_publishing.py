@@ -23,11 +23,11 @@ from nested_core.pipeline.publishing import (
 )
 from nested_core.registry import (
     Promotion,
+    champion_moves,
     collect_garbage,
     garbage_collection,
     list_versions,
     promote,
-    promotion,
     read_champion,
     registration,
 )
@@ -365,7 +365,7 @@ class TestPromotionByAPerson:
             gc.start()
             gc.join(SECONDS_FOR_A_GC)  # it has to wait for the lock
 
-        monkeypatch.setattr(promotion, "add_version", after)
+        monkeypatch.setattr(champion_moves, "add_version", after)
         assert by_hand(make_run(2.0)).outcome == "promoted"
         gc.join()
         assert len(list_versions(registry, NAME)) == 2
