@@ -20,8 +20,10 @@ class NonfiniteStepWatch:
     nothing.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, learning_rate: float) -> None:
+        """Make a watch; `learning_rate` is the configured one, which the message names."""
         self._limit = limit
+        self._learning_rate = learning_rate
         self._unread: list[tuple[int, mx.array]] = []
 
     def add_step(self, step: int, counters: Mapping[str, mx.array]) -> None:
@@ -45,10 +47,10 @@ class NonfiniteStepWatch:
                     "step %d was skipped: its gradients are not finite (%d in a row)", step, skipped
                 )
             if skipped >= self._limit:
-                raise TrainingDiverged(_describe_divergence(skipped, step))
+                raise TrainingDiverged(_describe_divergence(skipped, step, self._learning_rate))
 
 
-def _describe_divergence(skipped: int, step: int) -> str:
+def _describe_divergence(skipped: int, step: int, learning_rate: float) -> str:
     """The message of TrainingDiverged; before the first update, no update can be to blame."""
     if skipped == step:
         return (
@@ -59,6 +61,6 @@ def _describe_divergence(skipped: int, step: int) -> str:
         )
     return (
         f"The gradients were not finite for {skipped} steps in a row, up to step {step}: training "
-        f"has diverged. Lower learning_rate, set training.max_grad_norm, or look at the data of "
-        f"these steps."
+        f"has diverged at learning_rate {learning_rate:g}. Lower it, set training.max_grad_norm, "
+        f"or look at the data of these steps."
     )

@@ -80,7 +80,9 @@ class Trainer:
         )
         self._recorder = RunRecorder(setup, evaluator)
         self._update_check = UpdateCheck(setup)
-        self._divergence_watch = NonfiniteStepWatch(setup.config.training.max_nonfinite_steps)
+        self._divergence_watch = NonfiniteStepWatch(
+            setup.config.training.max_nonfinite_steps, setup.config.learning_rate
+        )
 
     @property
     def current_step(self) -> int:
