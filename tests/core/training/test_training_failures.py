@@ -131,7 +131,9 @@ def test_training_that_ends_right_after_the_limit_is_given_up_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     changes: dict[str, Any] = {"iters": 4, "learning_rate": 1e30, "val_batches": 0}
-    with pytest.raises(TrainingDiverged, match=r"3 steps in a row, up to step 4.*learning_rate 1e\+30"):
+    with pytest.raises(
+        TrainingDiverged, match=r"3 steps in a row, up to step 4.*learning_rate 1e\+30"
+    ):
         train_example(tmp_path / "run", training={"max_nonfinite_steps": 3}, **changes)
     assert caplog.messages == [
         f"step {step} was skipped: its gradients are not finite ({row} in a row)"
