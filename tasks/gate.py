@@ -57,7 +57,17 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     return page
 
 
-TASK_COLUMNS = ("suite", "questions", "base", "parent", "candidate", "change", "95 %", "verdict")
+TASK_COLUMNS = (
+    "suite",
+    "questions",
+    "base",
+    "parent",
+    "champion",
+    "candidate",
+    "change",
+    "95 %",
+    "verdict",
+)
 TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
 TIER_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
 
@@ -71,7 +81,7 @@ def _task_row(task: dict[str, Any]) -> list[str]:
     return [
         task["name"],
         str(task["questions"]),
-        *(_round(task[model]) for model in ("base", "parent", "candidate")),
+        *(_round(task[model]) for model in ("base", "parent", "champion", "candidate")),
         f"{task['difference']:+.3f}",
         "none" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
         task["verdict"],

@@ -29,7 +29,7 @@ from nested_core.gate.task_bounds import (
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.training_divergence import Divergence, collapse_reason, find_divergence
-from nested_core.gate.verdict import Code, JudgedAdapter, Reason, Validation, Verdict
+from nested_core.gate.verdict import ChampionLoss, Code, JudgedAdapter, Reason, Validation, Verdict
 from nested_core.models.base_model import compute_dtype, find_model_folder
 from nested_core.registry.gate_file import require_verdict_manifest
 from nested_core.storage.adapter import Adapter, read_adapter
@@ -37,11 +37,13 @@ from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from nested_core.gate.champion_adapter import Champion
     from nested_core.gate.held_out_loss import LoadedBase
 
 # With one of these, tensors cannot be compared with each other or loaded into a model.
 MISMATCHES = {"tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"}
 INCOMPARABLE = MISMATCHES | {"non_finite"}
+NO_HELD_OUT_EXAMPLES = "there are no held-out examples"
 DIVERGENCE_CODES = {"non_finite", "loss_regressed"}
 
 
@@ -215,7 +217,8 @@ def _compare_losses(
     """Add whether the tensors fit the base, and the losses with either adapter."""
     # Here, because `promote` confirms a verdict without a model, and need not wait for mlx-lm.
     from nested_core.data.example_digests import digest_examples
-    from nested_core.gate.champion_comparison import HeldOutComparison, compare_with_champion
+    from nested_core.gate.champion_adapter import UnusableChampion, find_champion
+    from nested_core.gate.champion_losses import HeldOutComparison, compare_with_champion
     from nested_core.gate.held_out_loss import (
         LoadedBase,
         choose_held_out_examples,
@@ -232,7 +235,11 @@ def _compare_losses(
     training_examples = digest_examples(splits["train"])
     files = {run.training_examples.name: np.unique(training_examples).astype("<u8").tobytes()}
     held_out = choose_held_out_examples(splits)
-    losses = validation = champion = None
+    champion = find_champion(base, evidence.after)
+    losses = validation = None
+    champion_loss = None
+    if champion is not None:
+        champion_loss = ChampionLoss(champion.version, not_compared=NO_HELD_OUT_EXAMPLES)
     if held_out is not None:
         losses = measure_example_losses(base, run, held_out)
         validation = Validation.from_losses(
@@ -241,22 +248,28 @@ def _compare_losses(
     general = measure_general(base, run)
     reasons = loss_reasons(validation, general, config.gate)
     if held_out is not None and losses is not None and validation is not None:
-        examples = HeldOutComparison(held_out, losses, training_examples)
-        champion, losses = compare_with_champion(base, evidence, examples)
+        if champion is not None:
+            examples = HeldOutComparison(held_out, losses, training_examples)
+            champion_loss, losses = compare_with_champion(champion, evidence, examples)
         files[run.gate_losses.name] = losses.render()
         validation = replace(validation, losses_sha256=losses.sha256())
     measured = replace(
         _add(verdict, reasons),
         validation=validation,
-        champion=champion,
+        champion=champion_loss,
         general=general,
         written_files=files,
     )
-    return _compare_task_answers(measured, base, run, evidence)
+    rival = None if isinstance(champion, UnusableChampion) else champion
+    return _compare_task_answers(measured, base, run, evidence, rival)
 
 
 def _compare_task_answers(
-    verdict: Verdict, base: LoadedBase, run: RunDirectory, evidence: RunEvidence
+    verdict: Verdict,
+    base: LoadedBase,
+    run: RunDirectory,
+    evidence: RunEvidence,
+    champion: Champion | None,
 ) -> Verdict:
     """Add the answers to `gate.tasks`, unless the adapter has no sound change to ask about."""
     gate = base.config.gate
@@ -264,7 +277,7 @@ def _compare_task_answers(
         return verdict
     from nested_core.gate.task_answers import answer_tasks
 
-    answers = answer_tasks(base, run, evidence.before, evidence.after)
+    answers = answer_tasks(base, run, evidence, champion)
     results, reasons = judge_answers(gate, answers)
     return replace(_add(verdict, reasons), tasks=results, answers=answers)
 

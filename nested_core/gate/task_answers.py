@@ -1,9 +1,9 @@
-"""The answers to `gate.tasks` of the base, of the adapter trained from, and of the trained one."""
+"""The answers to `gate.tasks` of the base, the parent, the champion and the candidate."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,7 +14,9 @@ from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
 from nested_core.gate.answers.configured_suites import encode_suites, read_suites, record_suites
 from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.gate.answers.suites import name_question
+from nested_core.gate.champion_adapter import Champion
 from nested_core.gate.held_out_loss import LoadedBase
+from nested_core.gate.run_evidence import RunEvidence
 from nested_core.models.base_model import compute_dtype, fingerprint_base_model
 from nested_core.models.generation import Answer
 from nested_core.models.lora_attachment import load_adapter_tensors
@@ -22,29 +24,45 @@ from nested_core.storage.adapter import Adapter
 from nested_core.storage.run_directory import RunDirectory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _AskedModel:
-    """The tensors to answer with, and what its answers are kept under; None keeps nothing."""
+    """A base with an adapter; `adapter` is None for the base alone.
+
+    is_asked_anew: whether answers that are kept already do not count; they are kept either way.
+    """
 
     role: AnsweringRole
-    tensors: Callable[[], Mapping[str, mx.array]]
-    cached_as: AnsweringModel | None
+    base: LoadedBase
+    adapter: Adapter | None
+    is_asked_anew: bool = False
 
-    def answer(self, base: LoadedBase, suite: EncodedSuite) -> Sequence[Answer]:
-        """Its answers, from the cache or now; its tensors must be in the model."""
+    def answer(self, suite: EncodedSuite) -> Sequence[Answer]:
+        """Its answers, from the cache or now."""
+        if not self.is_asked_anew:
+            return default_cache().fetch(self._content(), suite, lambda: self._answer_now(suite))
+        answers = self._answer_now(suite)
+        default_cache().store(self._content(), suite, answers)
+        return answers
 
-        def answer_now() -> Sequence[Answer]:
-            return suite.answer(base.model, base.tokenizer)
+    def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
+        tensors = self.base.parameters if self.adapter is None else _arrays(self.adapter)
+        load_adapter_tensors(self.base.model, tensors)
+        return suite.answer(self.base.model, self.base.tokenizer)
 
-        if self.cached_as is None:
-            return answer_now()
-        return default_cache().fetch(self.cached_as, suite, answer_now)
+    def _content(self) -> AnsweringModel:
+        """What its answers are kept under."""
+        config = self.base.config
+        return AnsweringModel(
+            base=fingerprint_base_model(self.base.folder),
+            adapter=None if self.adapter is None else self.adapter.digest(),
+            computation=f"{backend.device()} {compute_dtype(config)} {config.fine_tune_type}",
+        )
 
 
 def answer_tasks(
-    base: LoadedBase, run: RunDirectory, initial: Adapter, trained: Adapter
+    base: LoadedBase, run: RunDirectory, evidence: RunEvidence, champion: Champion | None
 ) -> tuple[AnswerRecord, ...]:
-    """What the base, the initial adapter unless it is fresh, and the trained one answer; scored.
+    """What base, parent (unless the initial adapter is fresh), champion and candidate answer.
 
     Raises ConfigError or DatasetError if a suite is missing, has bad lines, changed since the run
     began or does not fit the model, or if its scorer fails.
@@ -54,24 +72,20 @@ def answer_tasks(
     encoded = encode_suites(suites, base.tokenizer, base.folder)
     return tuple(
         record
-        for asked in _asked_models(base, initial, trained)
-        for record in _ask_model(base, asked, encoded)
+        for asked in _asked_models(base, evidence, champion)
+        for record in _ask_model(asked, encoded)
     )
 
 
-def _asked_models(base: LoadedBase, initial: Adapter, trained: Adapter) -> list[_AskedModel]:
-    config = base.config
-    fingerprint = fingerprint_base_model(base.folder)
-    computation = f"{backend.device()} {compute_dtype(config)} {config.fine_tune_type}"
-
-    def cached_as(digest: str | None) -> AnsweringModel:
-        return AnsweringModel(fingerprint, digest, computation)
-
-    asked = [_AskedModel("base", lambda: base.parameters, cached_as(None))]
-    if not _is_untrained(initial, base.parameters):
-        cached = cached_as(initial.digest())
-        asked.append(_AskedModel("parent", lambda: _arrays(initial), cached))
-    return [*asked, _AskedModel("candidate", lambda: _arrays(trained), None)]
+def _asked_models(
+    base: LoadedBase, evidence: RunEvidence, champion: Champion | None
+) -> list[_AskedModel]:
+    asked = [_AskedModel("base", base, None)]
+    if not _is_untrained(evidence.before, base.parameters):
+        asked.append(_AskedModel("parent", base, evidence.before))
+    if champion is not None:
+        asked.append(_AskedModel("champion", champion.base, champion.adapter))
+    return [*asked, _AskedModel("candidate", base, evidence.after, is_asked_anew=True)]
 
 
 def _is_untrained(adapter: Adapter, fresh: Mapping[str, mx.array]) -> bool:
@@ -90,14 +104,11 @@ def _arrays(adapter: Adapter) -> dict[str, mx.array]:
     return {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
 
 
-def _ask_model(
-    base: LoadedBase, asked: _AskedModel, encoded: Sequence[EncodedSuite]
-) -> list[AnswerRecord]:
-    load_adapter_tensors(base.model, asked.tensors())
+def _ask_model(asked: _AskedModel, encoded: Sequence[EncodedSuite]) -> list[AnswerRecord]:
     records = []
     for suite in encoded:
         start = time.monotonic()
-        answers = asked.answer(base, suite)
+        answers = asked.answer(suite)
         seconds = time.monotonic() - start
         records += _score_answers(suite, asked.role, answers, seconds / len(answers))
     return records

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nested_core.config.gate import GateSection, TaskSection
@@ -38,23 +38,50 @@ def judge_answers(
     reasons: list[Reason] = []
     for task in gate.tasks:
         answers = _answers_of_task(task, records)
-        before = answers.get("parent", answers["base"])
-        after = answers["candidate"]
+        change = ScoreChange.compare(answers.get("parent", answers["base"]), answers["candidate"])
+        result = _summarise(task, answers, change.difference)
+        is_paired = gate.noise == "paired"
+        failures = _below_reasons(task, result, change, is_paired=is_paired)
+        failures += _regressed_reasons(task, result, change, is_paired=is_paired)
+        if "champion" in answers:
+            rivalry = ScoreChange.compare(answers["champion"], answers["candidate"])
+            result = replace(
+                result,
+                champion_difference=rivalry.difference.mean,
+                champion_interval=rivalry.interval,
+            )
+            # A champion that answers as the parent, which it often is, is no second reason.
+            if rivalry != change:
+                failures += _regressed_reasons(
+                    task, result, rivalry, is_paired=is_paired, rival="the champion"
+                )
+        results.append(replace(result, verdict="failed") if failures else result)
+        reasons += failures
+    return tuple(results), reasons
+
+
+@dataclass(frozen=True)
+class ScoreChange:
+    """The paired difference of two models' scores, and the questions that the second one lost."""
+
+    difference: PairedDifference
+    lost: tuple[str, ...]
+
+    @classmethod
+    def compare(cls, before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> ScoreChange:
+        """From the answers of two models to the same questions, in the same order."""
         difference = compare_pairs(
             [record.score for record in before], [record.score for record in after]
         )
-        result = _summarise(task, answers, difference)
-        # With too few questions for an interval the bound alone counts, as with losses.
-        is_paired = gate.noise == "paired" and difference.is_measurable
-        below = _below_reasons(task, result, is_chance=is_paired and not difference.is_above(0))
-        is_chance = is_paired and not difference.is_below(0)
-        lost = _lost_questions(before, after)
-        regressed = [] if is_chance else _regressed_reasons(task, result, lost)
-        if below or regressed:
-            result = TaskResult(**(vars(result) | {"verdict": "failed"}))
-        results.append(result)
-        reasons += below + regressed
-    return tuple(results), reasons
+        pairs = zip(before, after, strict=True)
+        lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
+        return cls(difference, lost)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The ends of the 95 % interval; None with too few questions for one."""
+        difference = self.difference
+        return (difference.low, difference.high) if difference.is_measurable else None
 
 
 def _answers_of_task(
@@ -84,7 +111,7 @@ def _summarise(
         questions=len(candidate),
         base=shares["base"],
         parent=shares.get("parent"),
-        champion=None,
+        champion=shares.get("champion"),
         candidate=shares["candidate"],
         difference=difference.mean,
         interval=(difference.low, difference.high) if difference.is_measurable else None,
@@ -103,15 +130,12 @@ def _mean_score(records: Sequence[AnswerRecord]) -> float:
     return sum(record.score for record in records) / len(records)
 
 
-def _lost_questions(
-    before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]
-) -> tuple[str, ...]:
-    """The questions whose answer scores less than it did."""
-    pairs = zip(before, after, strict=True)
-    return tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
-
-
-def _below_reasons(task: TaskSection, result: TaskResult, *, is_chance: bool) -> list[Reason]:
+def _below_reasons(
+    task: TaskSection, result: TaskResult, change: ScoreChange, *, is_paired: bool
+) -> list[Reason]:
+    # With too few questions for an interval the bound alone counts, as with losses.
+    is_measurable = is_paired and change.difference.is_measurable
+    is_chance = is_measurable and not change.difference.is_above(0)
     problems = []
     if task.min is not None and result.candidate < task.min - ROUNDING:
         problems.append(f"its min is {task.min:g}")
@@ -126,13 +150,28 @@ def _below_reasons(task: TaskSection, result: TaskResult, *, is_chance: bool) ->
     ]
 
 
-def _regressed_reasons(task: TaskSection, result: TaskResult, lost: Sequence[str]) -> list[Reason]:
-    if task.max_drop is None or result.difference >= -task.max_drop - ROUNDING:
+def _regressed_reasons(
+    task: TaskSection,
+    result: TaskResult,
+    change: ScoreChange,
+    *,
+    is_paired: bool,
+    rival: str | None = None,
+) -> list[Reason]:
+    """The reason for a drop beyond `max_drop` and beyond chance; `rival` names who answered more.
+
+    Nobody is named for the adapter that training began from.
+    """
+    difference = change.difference
+    if task.max_drop is None or difference.mean >= -task.max_drop - ROUNDING:
         return []
-    named = list_first(lost, NAMED_QUESTIONS)
+    if is_paired and difference.is_measurable and not difference.is_below(0):
+        return []
+    named = list_first(change.lost, NAMED_QUESTIONS)
+    against = "" if rival is None else f" against {rival}"
     message = (
-        f"{result.describe()}; its max_drop is {task.max_drop:g}; {len(lost)} lost: {named}; "
-        f"{GUIDE}#task_regressed"
+        f"{result.describe()}; its max_drop{against} is {task.max_drop:g}; "
+        f"{len(change.lost)} lost: {named}; {GUIDE}#task_regressed"
     )
     return [Reason("task_regressed", message)]
 
@@ -147,8 +186,18 @@ def require_same_results(gate: GateSection, run: RunDirectory, recorded: Mapping
     """Raise DamagedError unless the recorded answers give the recorded results, and no reason."""
     results, reasons = judge_answers(gate, read_answers(run.answers)) if gate.tasks else ((), [])
     expected = json.loads(json.dumps([asdict(result) for result in results]))
-    if reasons or recorded.get("tasks", []) != expected:
+    if reasons or not _are_same_rows(recorded.get("tasks", []), expected):
         raise DamagedError(
             f"{run.gate} is not the verdict on {run.answers.name} beside it: tasks differ. Judge "
             f"the run again with --resume."
         )
+
+
+def _are_same_rows(recorded: Any, expected: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows are the expected ones; an earlier release left out what is null."""
+    if not isinstance(recorded, list) or len(recorded) != len(expected):
+        return False
+    return all(
+        isinstance(row, dict) and dict.fromkeys(now) | row == now
+        for row, now in zip(recorded, expected, strict=True)
+    )

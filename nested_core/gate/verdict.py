@@ -182,6 +182,8 @@ class TaskResult:
         parent is the adapter that training went on from, None for a fresh one.
     difference: candidate minus parent, or minus base without a parent, with the ends of its 95 %
         interval; None with too few questions for one.
+    champion_difference, champion_interval: candidate minus champion; None where no champion
+        answered.
     smallest_visible: the smallest share of lost answers that so many questions can show.
     seconds: of each model, all questions together.
     odd: how many of the candidate's answers are empty, endless or one repeated token.
@@ -199,6 +201,8 @@ class TaskResult:
     verdict: Literal["passed", "failed"]
     seconds: dict[str, float]
     odd: dict[str, int]
+    champion_difference: float | None = None
+    champion_interval: tuple[float, float] | None = None
 
     def describe(self) -> str:
         """`capitals: 0 of 15 right before, 15 of 15 after`, with the interval and odd answers."""
@@ -211,6 +215,8 @@ class TaskResult:
         else:
             low, high = self.interval
             text += f" (difference {self.difference:+.3f}, 95 % interval {low:+.3f} to {high:+.3f})"
+        if self.champion is not None:
+            text += f", champion {round(self.champion * total, 2):g} of {total}"
         odd = [f"{count} {name}" for name, count in self.odd.items() if count]
         return f"{text}, {' and '.join(odd)}" if odd else text
 

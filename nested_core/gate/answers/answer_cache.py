@@ -1,8 +1,9 @@
 """Answers that a model gave before, under everything that they depend on.
 
 The base and the champion are asked the same questions night after night; a night pays for its own
-candidate alone. Scores are not kept: a suite's scorer may change where its prompts do not. An entry
-that is damaged is made again, and a folder that others may write to is refused.
+candidate alone, whose answers are kept for the nights when it is the champion. Scores are not kept:
+a suite's scorer may change where its prompts do not. An entry that is damaged is made again, and a
+folder that others may write to is refused.
 """
 
 from __future__ import annotations
@@ -68,16 +69,26 @@ class AnswerCache:
 
         Raises ConfigError if the folder is not this user's alone.
         """
-        make_private_folder(self.folder, "answers", "have any adapter look better than another")
-        path = self.folder / f"{_key(model, encoded)}.json"
-        kept = _read(path)
+        kept = _read(self._path(model, encoded))
         if kept is not None and len(kept) == len(encoded.prompts):
             return kept
         answers = tuple(answer())
+        self.store(model, encoded, answers)
+        return answers
+
+    def store(
+        self, model: AnsweringModel, encoded: EncodedSuite, answers: Sequence[Answer]
+    ) -> None:
+        """Keep answers that were given now; ConfigError if the folder is not this user's alone."""
+        path = self._path(model, encoded)
         rows = [asdict(given) for given in answers]
         self._remove_unused()
         write_json(path, {"digest": _digest(rows), "answers": rows})
-        return answers
+
+    def _path(self, model: AnsweringModel, encoded: EncodedSuite) -> Path:
+        """The file of a model and a suite, in a folder that nobody else can write to."""
+        make_private_folder(self.folder, "answers", "have any adapter look better than another")
+        return self.folder / f"{_key(model, encoded)}.json"
 
     def _remove_unused(self) -> None:
         oldest = time.time() - KEPT_SECONDS

@@ -13,14 +13,15 @@ from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, write_bytes
 from nested_core.storage.strict_files import read_regular
 
-AnsweringRole = Literal["base", "parent", "candidate"]
+AnsweringRole = Literal["base", "parent", "champion", "candidate"]
 
 
 @dataclass(frozen=True)
 class AnswerRecord:
     """One answer of one model to one question of one suite.
 
-    model: the base alone, the adapter that training went on from, or the one that is judged.
+    model: the base alone, the adapter that training went on from, the champion at the time of the
+        gate, or the adapter that is judged.
     question: its id or line and what it asks, shortened; `line` is counted from 1.
     score: how right the answer is, from 0 to 1.
     tokens: how many were generated; 0 for a choice, which is not generated.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from nested_core.config.gate import GateSection
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import (
@@ -20,12 +22,16 @@ from nested_core.data.example_digests import (
     encode_digests,
 )
 from nested_core.errors import DamagedError, GateRejected
+from nested_core.gate import judge_run
+from nested_core.gate.answers.answer_records import read_answers
+from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
     filled_splits,
 )
+from nested_core.gate.task_bounds import judge_answers
 from nested_core.gate.verdict import read_verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.publishing import confirm_recorded_verdict, register_run
@@ -38,6 +44,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from tasks.gate import describe_verdict
 from tests.core.gate.conftest import Rewrite
+from tests.core.gate.test_gate_tasks import write_suite
 
 NAME = "capitals"
 Champion = Callable[..., str]
@@ -296,3 +303,89 @@ def test_a_candidate_whose_loss_is_not_finite_is_compared_with_nobody(
     gate = read_gate(run.gate)
     assert gate["champion"]["not_compared"] == "the candidate's loss is not finite"
     assert "not compared" in str(vars(describe_verdict(gate)))
+
+
+def with_suite(config: FineTuneConfig, path: Path, **bounds: Any) -> FineTuneConfig:
+    """The configuration with a suite of capitals that the base model knows."""
+    task = {"name": "capitals", "file": str(write_suite(path)), "score": "contains"}
+    task |= {"max_tokens": 6} | bounds
+    gate = GateSection.model_validate({"tasks": [task]})
+    return config.model_copy(update={"gate": gate})
+
+
+def test_the_champion_answers_the_suites_too_and_only_once(
+    config: FineTuneConfig,
+    run: RunDirectory,
+    make_champion: Champion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = with_suite(config, tmp_path / "suite.jsonl")
+    make_champion(halve)
+    asked: list[str] = []
+    answer = EncodedSuite.answer
+
+    def count_and_answer(self: EncodedSuite, *arguments: Any) -> Any:
+        asked.append(self.suite.name)
+        return answer(self, *arguments)
+
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(EncodedSuite, "answer", count_and_answer)
+    steps.begin(config, run, resume=True)
+    for _ in range(2):
+        (result,) = steps.judge(config, run).tasks
+    assert len(asked) == 4  # base, champion and candidate; then the candidate alone
+    assert result.champion is not None
+    assert result.champion_difference == pytest.approx(result.candidate - result.champion)
+    assert result.champion_interval is not None
+    roles = [record.model for record in read_answers(run.answers)]
+    assert roles == [role for role in ("base", "champion", "candidate") for _ in range(20)]
+    assert f"champion {result.champion * 20:g} of 20" in result.describe()
+    confirm_recorded_verdict(config, run)
+    promote(Path(str(config.registry.path)), NAME, register_run(config, run, None), by="ann")
+    steps.judge(config, run)
+    assert len(asked) == 5  # the champion said the same when it was the candidate
+
+
+def test_a_candidate_that_answers_worse_than_the_champion_is_refused(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion, tmp_path: Path
+) -> None:
+    config = with_suite(config, tmp_path / "suite.jsonl")
+    rank = config.lora_parameters.rank
+    settings = {"lora_parameters": config.lora_parameters.model_dump() | {"rank": 2 * rank}}
+
+    def widen(tensor: mx.array) -> mx.array:
+        return mx.concatenate([tensor, mx.zeros_like(tensor)], axis=tensor.shape.index(rank))
+
+    make_champion(widen, settings)
+    records = judge_run(config, run).answers
+    assert {record.model for record in records} == {"base", "champion", "candidate"}
+    right = {"base": 0.0, "champion": 1.0, "candidate": 0.0}
+    planted = [replace(record, score=right[record.model]) for record in records]
+    (result,), (reason,) = judge_answers(config.gate, planted)
+    assert (reason.code, result.verdict) == ("task_regressed", "failed")
+    assert "its max_drop against the champion is 0; 20 lost: " in reason.message
+    assert (result.difference, result.champion_difference) == (0.0, -1.0)
+    allowed = with_suite(config, tmp_path / "suite.jsonl", max_drop=1.0)
+    assert judge_answers(allowed.gate, planted)[1] == []
+    as_parent = [replace(record, score=right[record.model]) for record in records] + [
+        replace(record, model="parent", score=1.0)
+        for record in records
+        if record.model == "champion"
+    ]
+    assert len(judge_answers(config.gate, as_parent)[1]) == 1
+
+
+@pytest.mark.parametrize("key", ["champion", "champion_difference", "champion_interval"])
+def test_an_edited_score_of_the_champion_is_damage(
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion, tmp_path: Path, key: str
+) -> None:
+    config = with_suite(config, tmp_path / "suite.jsonl")
+    make_champion(halve)
+    steps.begin(config, run, resume=True)
+    steps.judge(config, run)
+    gate = read_gate(run.gate)
+    gate["tasks"][0][key] = None
+    write_gate(run.path, gate, read_manifest(run.path)["files"])
+    with pytest.raises(DamagedError, match="tasks differ"):
+        confirm_recorded_verdict(config, run)

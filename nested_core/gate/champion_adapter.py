@@ -1,0 +1,96 @@
+"""The champion at the time of the gate: its adapter, and a base model that its tensors fit into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.example_digests import Digests
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.gate.base_compatibility import base_reasons, fingerprint_reasons
+from nested_core.gate.held_out_loss import LoadedBase
+from nested_core.gate.training_examples import read_training_examples
+from nested_core.registry import holding_champion, verify
+from nested_core.registry.name_folders import name_exists
+from nested_core.registry.versions import version_folder
+from nested_core.storage.adapter import Adapter, read_adapter
+
+# What an adapter shares with another one that is loaded into the same modules.
+STRUCTURE = ("fine_tune_type", "rank", "scale", "keys", "num_layers")
+
+
+@dataclass(frozen=True, eq=False)
+class Champion:
+    """A champion that can be judged beside the candidate.
+
+    base: the base model to load it into: the candidate's, or one with modules of the champion's own
+        rank, scale and keys.
+    training_examples: digests of what it and its ancestors were trained on, as far as recorded.
+    """
+
+    version: str
+    adapter: Adapter
+    base: LoadedBase
+    training_examples: Digests
+
+
+@dataclass(frozen=True)
+class UnusableChampion:
+    """A champion that cannot be judged, and why: it is damaged, or made for another base."""
+
+    version: str
+    problem: str
+
+
+def find_champion(base: LoadedBase, candidate: Adapter) -> Champion | UnusableChampion | None:
+    """The champion of `registry.name`, verified, read and fitted to the base; None without one."""
+    path, name = base.config.registry.path, base.config.registry.name
+    if path is None or name is None or not name_exists(Path(path), name):
+        return None
+    registry = Path(path)
+    with holding_champion(registry, name) as version:
+        if version is None:
+            return None
+        folder = version_folder(registry, name, version)
+        try:
+            verify(registry, name, version)
+            adapter = read_adapter(folder)
+            adapter.digest()
+        except (ConfigError, DamagedError) as error:
+            problem = f"the champion {version[:12]} is not what was registered: {error}"
+            return UnusableChampion(version, problem)
+        training_examples = read_training_examples(folder)
+    try:
+        own_base = _fit_base(adapter, base, candidate)
+    except ConfigError as error:
+        problem = f"the champion {version[:12]} does not fit: {' '.join(str(error).split())}"
+        return UnusableChampion(version, problem)
+    return Champion(version, adapter, own_base, training_examples)
+
+
+def _fit_base(champion: Adapter, base: LoadedBase, candidate: Adapter) -> LoadedBase:
+    """The base to load the champion into; ConfigError for one that was made for another base."""
+    if reasons := fingerprint_reasons(champion.config, base.folder):
+        raise ConfigError(reasons[0].message)
+    structure = champion.meaning()
+    structure_of_candidate = candidate.meaning()
+    if any(structure[key] != structure_of_candidate[key] for key in STRUCTURE):
+        base = LoadedBase.load(_config_of(champion, base.config))
+    if reasons := base_reasons(champion, base.parameters, base.folder):
+        raise ConfigError(reasons[0].message)
+    return base
+
+
+def _config_of(adapter: Adapter, config: FineTuneConfig) -> FineTuneConfig:
+    """The configuration of a run, with the rank, scale and modules of another adapter."""
+    recorded = adapter.config.get("lora_parameters") or {}
+    known = {"rank": recorded.get("rank"), "scale": recorded.get("scale")}
+    known = {key: value for key, value in known.items() if value is not None}
+    lora = config.lora_parameters.model_copy(update=known | {"modules": recorded.get("keys")})
+    changes = {
+        "fine_tune_type": adapter.config.get("fine_tune_type", "lora"),
+        "num_layers": adapter.config.get("num_layers"),
+        "lora_parameters": lora,
+    }
+    return config.model_copy(update=changes)

@@ -1,0 +1,69 @@
+"""The champion's losses on the candidate's held-out examples, beside the candidate's.
+
+Whatever data the champion was trained or validated on, both are compared on the same examples.
+Examples that one of the two, or a version that it was trained from, has seen in training count for
+neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nested_core.data.example_digests import Digests
+from nested_core.gate.champion_adapter import Champion, UnusableChampion
+from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.gate.held_out_loss import HeldOutExamples
+from nested_core.gate.run_evidence import RunEvidence
+from nested_core.gate.training_examples import read_ancestor_examples
+from nested_core.gate.verdict import ChampionLoss
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutComparison:
+    """The held-out examples of a run, their losses, and digests of its training examples."""
+
+    held_out: HeldOutExamples
+    losses: ExampleLosses
+    training_examples: Digests
+
+
+def compare_with_champion(
+    champion: Champion | UnusableChampion, evidence: RunEvidence, examples: HeldOutComparison
+) -> tuple[ChampionLoss, ExampleLosses]:
+    """What gate.json says of the champion, and the losses with the champion's beside them.
+
+    One that cannot be compared is no error: the result says why.
+    """
+    version, losses = champion.version, examples.losses
+    if isinstance(champion, UnusableChampion):
+        return ChampionLoss(version, not_compared=champion.problem), losses
+    if not np.isfinite(losses.after).all():
+        return ChampionLoss(version, not_compared="the candidate's loss is not finite"), losses
+    ancestors = read_ancestor_examples(champion.base.config, evidence.before.digest())
+    seen = np.concatenate(
+        [examples.training_examples, ancestors, champion.training_examples], dtype=np.uint64
+    )
+    is_seen = np.isin(examples.held_out.digests, seen)
+    if is_seen.all():
+        problem = (
+            f"each of the {len(losses)} held-out examples of {losses.file} is one that the "
+            f"champion, the candidate or an ancestor was trained on: nothing is left to compare by"
+        )
+        return ChampionLoss(version, left_out=len(losses), not_compared=problem), losses
+    measured = _measure(champion, evidence, examples)
+    if not np.isfinite(measured).all():
+        problem = f"the loss of the champion {version[:12]} is not finite"
+        return ChampionLoss(version, not_compared=problem), losses
+    compared = replace(losses, champion=np.where(is_seen, np.nan, measured))
+    return ChampionLoss.from_losses(version, compared), compared
+
+
+def _measure(champion: Champion, evidence: RunEvidence, examples: HeldOutComparison) -> Vector:
+    """The champion's mean loss on each example, in nats a token."""
+    if champion.adapter.digest() == evidence.before.digest():
+        return examples.losses.before
+    ((sums, _),) = champion.base.losses((champion.adapter.path,), examples.held_out.split)
+    measured: Vector = sums[examples.held_out.has_target] / examples.losses.tokens
+    return measured
