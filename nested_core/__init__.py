@@ -69,7 +69,7 @@ __all__ = [
 _HOMES = {
     "backend": ("prepare",),
     "storage.adapter": ("Adapter", "read_adapter"),
-    "optim.tier_clock": ("Tier", "TierStats"),
+    "optim.tier_counters": ("Tier", "TierStats"),
     "config.schema": ("FineTuneConfig",),
     "config.loading": ("load_config",),
     "optim.tiered": ("NestedAdam", "NestedAdamW", "Tiered"),
