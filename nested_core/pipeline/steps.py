@@ -72,6 +72,7 @@ from nested_core.training.parameter_importance import measure_parameter_importan
 from nested_core.training.rank_communication import SINGLE_PROCESS, World
 from nested_core.training.report_callbacks import TrainingCallback, add_reporting_services
 from nested_core.training.trainer import Trainer
+from nested_core.training.training_plan import TrainingPlan, write_plan
 from nested_core.training.training_setup import build_optimizer, prepare_training
 
 MAX_RESULT_BYTES = 64 * 1024 * 1024
@@ -242,10 +243,27 @@ def _train(
         measured = (run.gate_losses, run.training_examples, run.answers)
         for earlier in (run.manifest, run.gate, *measured, run.result):
             earlier.unlink(missing_ok=True)
+        write_plan(run.plan, _make_plan(trainer, report))
     if on_start is not None:
         on_start(trainer)
     trainer.train()
     return trainer
+
+
+def _make_plan(trainer: Trainer, report: DatasetReport) -> TrainingPlan:
+    schedule = trainer.step_schedule
+    has_validation = schedule.validation_examples > 0
+    return TrainingPlan(
+        steps=schedule.steps,
+        iterations=schedule.iterations,
+        first_step=trainer.current_step,
+        frequencies=tuple(tier.frequency for tier in trainer.tier_stats()),
+        offers_best=schedule.offers_best and has_validation,
+        validation_file=report.splits["valid"].file if has_validation else None,
+        validation_examples=schedule.validation_examples,
+        memory_forecast_gb=trainer.memory.needed / 1e9,
+        memory_limit_gb=trainer.memory.capacity / 1e9,
+    )
 
 
 def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:

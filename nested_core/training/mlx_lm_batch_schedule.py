@@ -41,6 +41,9 @@ class MlxLmSchedule:
         self.steps = config.iters // config.grad_accumulation_steps
         self._train_batches = _batches_by_key_count(config, "train", splits)
         self._valid_batches = _batches_by_key_count(config, "valid", splits)
+        self.validation_examples = config.batch_size * self._evaluated_batches(
+            len(self._valid_batches)
+        )
         # mlx_lm draws the orders of both splits from one random state, one after the other.
         self._random = np.random.RandomState(config.seed)
         self._drawn = 0
@@ -66,8 +69,13 @@ class MlxLmSchedule:
             return None
         self._draw_batch_order_until(iteration + 1)
         order = self._valid_orders[iteration + 1]
-        count = len(order) if self._config.val_batches == -1 else self._config.val_batches
+        count = self._evaluated_batches(len(order))
         return (self._make_batch_arrays(valid, self._valid_batches[i]) for i in order[:count])
+
+    def _evaluated_batches(self, available: int) -> int:
+        """How many of the validation batches an evaluation draws."""
+        wanted = self._config.val_batches
+        return available if wanted == -1 else min(wanted, available)
 
     def seed_step(self, step: int) -> None:
         """Nothing: draws continue from step to step, and the checkpoint holds the random key."""

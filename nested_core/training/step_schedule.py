@@ -13,7 +13,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.batch_order import BatchOrder
+from nested_core.data.batch_order import BatchOrder, choose_evaluation_batches
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
 from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
@@ -36,6 +36,7 @@ class StepSchedule(Protocol):
         evaluates_after_step: whether evaluations follow the step that they are due at.
         keeps_random_state: whether random draws continue from step to step, so that a checkpoint
             has to hold the random key.
+        validation_examples: how many examples an evaluation reads.
     """
 
     loss_name: str
@@ -44,6 +45,7 @@ class StepSchedule(Protocol):
     offers_best: bool
     evaluates_after_step: bool
     keeps_random_state: bool
+    validation_examples: int
 
     def largest_batch(self) -> BatchShape:
         """The shape of the micro-batches that take most memory."""
@@ -94,6 +96,7 @@ class BucketedSchedule:
         if config.training.epochs is not None:
             self.iterations = math.ceil(config.training.epochs * self._plan.batches_per_epoch)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
+        self.validation_examples = _count_validation_examples(config, self._valid)
 
     def largest_batch(self) -> BatchShape:
         """This rank's share of the widest batch, with as many supervised tokens as it can have.
@@ -144,6 +147,13 @@ class BucketedSchedule:
         """One, after the step that completes a multiple of `steps_per_report`."""
         every = self._config.steps_per_report
         return [last] if last // every > first // every else []
+
+
+def _count_validation_examples(config: FineTuneConfig, valid: TokenizedSplit | None) -> int:
+    if valid is None:
+        return 0
+    batches = choose_evaluation_batches(valid, config.batch_size, config.val_batches)
+    return sum(len(batch.rows) for batch in batches)
 
 
 def make_batch_order(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrder:
