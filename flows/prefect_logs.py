@@ -9,6 +9,7 @@ from prefect import runtime
 from prefect.logging.configuration import setup_logging
 from prefect.logging.handlers import PrefectConsoleHandler
 
+from flows.terminal import can_redraw, errors
 from nested_core.errors import NestedTuneError
 
 OUTPUTS = (1, 2)
@@ -43,6 +44,8 @@ def show_logs_from_level(level: int) -> None:
     setup_logging()  # later calls of it leave the handlers as they are
     for handler in _console_handlers():
         handler.addFilter(_ForTerminal(level))
+        if can_redraw():
+            handler.console = errors  # its lines go above a live view, and not through it
 
 
 class _InAParagraph(logging.Filter):

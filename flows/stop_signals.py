@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flows.terminal import print_progress
+from flows.terminal import print_progress, show_cursor
 from nested_core.errors import TrainingStopped
 from nested_core.storage.run_directory import RunDirectory
 
@@ -87,5 +87,6 @@ def _exit_at_the_second(receive: int) -> None:
     with open(receive, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if has_come and number[0] == signal.SIGINT:
+                show_cursor()
                 os._exit(INTERRUPTED)
             has_come = has_come or number[0] in SIGNALS

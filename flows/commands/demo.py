@@ -12,15 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.loss_curve import draw_curve
 from flows.packaged_files import packaged_folder
-from flows.terminal import (
-    draw_curve,
-    print_line,
-    print_progress,
-    print_table,
-    print_tiers,
-    showing_metrics,
-)
+from flows.run_follower import showing_run
+from flows.terminal import print_line, print_progress, print_table, print_tiers
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory, new_run_name
@@ -55,7 +50,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     )
     print_progress(f"run directory: {run.path}")
     breaking = _breaking_updates() if arguments.break_training else contextlib.nullcontext()
-    with breaking, showing_metrics(run.metrics):
+    with breaking, showing_run(run):
         _run_flow(config, run)
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
     rows = _read_answers(config, run)

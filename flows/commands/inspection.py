@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import result_printer, text_printer
 from flows.terminal import ProgressLine, print_line, print_progress, print_table
 from nested_core.errors import ConfigError, DamagedError, GateRejected
 from nested_core.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from nested_core.gate.verdict import TensorChange
+
+MODULE_COLUMNS = ("module", "tensors changed", "least change", "most (relative)", "finite")
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -32,6 +38,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--model", metavar="BASE", help="the base to audit against: a folder or a hub repository"
     )
+    verify.add_argument("--all", action="store_true", help="a row for each tensor, too")
     verify.add_argument("--json", action="store_true", help="the verdict as one JSON document")
     verify.set_defaults(run=run_verify)
     status = commands.add_parser("status", parents=[shared], help="where a run stands")
@@ -57,13 +64,34 @@ def run_verify(arguments: argparse.Namespace) -> Callable[[], int]:
     verdict = verify_adapters(*arguments.adapters)
 
     def show() -> None:
-        """The change of each tensor, and the verdict in a line."""
-        rows = [(t.name, t.changed, t.relative_delta, t.finite) for t in verdict.tensors]
-        print_table(("tensor", "changed", "relative change", "finite"), rows)
+        """The verdict in a line, what became of each module, and with --all of each tensor."""
         print_line(verdict.summary())
+        print_table(MODULE_COLUMNS, list(summarise_by_module(verdict.tensors)))
+        if arguments.all:
+            rows = [(t.name, t.changed, t.relative_delta, t.finite) for t in verdict.tensors]
+            print_table(("tensor", "changed", "relative change", "finite"), rows)
+        else:
+            print_line(f"--all shows the {len(verdict.tensors)} tensors, --json everything.")
 
     code = 0 if verdict.has_passed else GateRejected.exit_code
     return result_printer(arguments, verdict.to_json, show, code)
+
+
+def summarise_by_module(tensors: Iterable[TensorChange]) -> Iterator[tuple[object, ...]]:
+    """A row for the tensors that share a module's name in all layers, as in MODULE_COLUMNS.
+
+    `model.layers.3.self_attn.q_proj.lora_a` and those of the other layers are one row,
+    `self_attn.q_proj.lora_a`.
+    """
+    groups: dict[str, list[TensorChange]] = {}
+    for tensor in tensors:
+        module = re.sub(r"^.*?\blayers\.\d+\.", "", tensor.name)
+        groups.setdefault(module, []).append(tensor)
+    for module, group in groups.items():
+        deltas = [t.relative_delta for t in group if t.relative_delta is not None]
+        smallest, largest = (min(deltas), max(deltas)) if deltas else (None, None)
+        changed = f"{sum(t.changed for t in group)} of {len(group)}"
+        yield module, changed, smallest, largest, all(t.finite for t in group)
 
 
 def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:

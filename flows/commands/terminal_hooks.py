@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flows.stop_signals import Stopper
-from flows.terminal import ProgressLine, describe_tiers, print_progress, showing_metrics
+from flows.terminal import ProgressLine, describe_tiers, print_progress
 from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.steps import TrainResult
@@ -34,8 +34,7 @@ class TerminalHooks(Hooks):
         print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
 
     def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
-        """Train, and show the losses as they are written."""
-        with showing_metrics(run.metrics):
-            result = super().train(config, run)
+        """Train; then signals end the process where it is."""
+        result = super().train(config, run)
         self._stopper.release()
         return result

@@ -11,6 +11,7 @@ from typing import Any
 
 from flows.commands.command_output import result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
+from flows.run_follower import showing_run
 from flows.stop_signals import Stopper
 from flows.terminal import (
     ProgressLine,
@@ -18,7 +19,6 @@ from flows.terminal import (
     print_progress,
     print_table,
     print_tiers,
-    showing_metrics,
 )
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
@@ -102,7 +102,8 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     stopper = Stopper()
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
-        result = finetune(config, run, TerminalHooks(stopper), resume=arguments.resume)
+        with showing_run(run):
+            result = finetune(config, run, TerminalHooks(stopper), resume=arguments.resume)
 
     def document() -> dict[str, Any]:
         """The result as --json prints it."""
@@ -152,7 +153,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
 
         show_logs_from_level(logging.NOTSET)
         wait_for_server()
-        with showing_metrics(run.metrics):
+        with showing_run(run):
             state = finetune(FinetuneParameters(**parameters), return_state=True)
     if state.is_cancelled():
         raise TrainingStopped(f"The flow run was cancelled, {state.message}")

@@ -32,6 +32,7 @@ from nested_core.gate.training_divergence import Divergence, collapse_reason, fi
 from nested_core.gate.verdict import ChampionLoss, Code, JudgedAdapter, Reason, Validation, Verdict
 from nested_core.models.base_model import compute_dtype, find_model_folder
 from nested_core.registry.gate_file import require_verdict_manifest
+from nested_core.stages import stages
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
@@ -72,6 +73,7 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
 
     Raises DamagedError if the folder is not as training left it.
     """
+    stages.info("gate: changes of the tensors, updates of the tiers")
     verdict, evidence = _judge_files(config, run)
     files = evidence.files | {run.config.name: describe_config(config)}
     verdict = replace(verdict, judged_files=files)
@@ -227,6 +229,7 @@ def _compare_losses(
         measure_general,
     )
 
+    stages.info("gate: losses on held-out examples, before and after")
     base = LoadedBase.load(config)
     misfits = base_reasons(evidence.after, base.parameters, base.folder)
     if misfits:
@@ -277,6 +280,7 @@ def _compare_task_answers(
         return verdict
     from nested_core.gate.task_answers import answer_tasks
 
+    stages.info("gate: answers to gate.tasks")
     answers = answer_tasks(base, run, evidence, champion)
     results, reasons = judge_answers(gate, answers)
     return replace(_add(verdict, reasons), tasks=results, answers=answers)
@@ -287,6 +291,7 @@ def _check_fused_change(verdict: Verdict, config: FineTuneConfig, evidence: RunE
     from nested_core.gate.fused_change import judge_fused
     from nested_core.gate.held_out_loss import LoadedBase
 
+    stages.info("gate: whether the change survives fusing")
     before, after = (
         {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
         for adapter in (evidence.before, evidence.after)
@@ -297,6 +302,7 @@ def _check_fused_change(verdict: Verdict, config: FineTuneConfig, evidence: RunE
 
 def _prove_effect(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
     """Add whether a new process computes with the offered adapter what the trainer computed."""
+    stages.info("gate: a new process loads the adapter, and must see the change")
     mx.clear_cache()  # this process has let go of the model; the new one needs the memory
     logits, dtype = evidence.record.logits, compute_dtype(config)
     request = ProofRequest(

@@ -259,6 +259,7 @@ def _make_plan(trainer: Trainer, report: DatasetReport) -> TrainingPlan:
         first_step=trainer.current_step,
         frequencies=tuple(tier.frequency for tier in trainer.tier_stats()),
         offers_best=schedule.offers_best and has_validation,
+        training_file=report.splits["train"].file,
         validation_file=report.splits["valid"].file if has_validation else None,
         validation_examples=schedule.validation_examples,
         memory_forecast_gb=trainer.memory.needed / 1e9,

@@ -22,6 +22,7 @@ class TrainingPlan:
     first_step: where this process went on from; 0 is the beginning.
     frequencies: of each tier, the fastest first.
     offers_best: whether the adapter of the lowest validation loss is offered, or the last one.
+    training_file: the file that is trained on.
     validation_file, validation_examples: what each evaluation reads; None and 0 without any.
     memory_forecast_gb, memory_limit_gb: the predicted peak, and what the device or
         `training.memory_limit_gb` allows, in 10^9 bytes.
@@ -32,6 +33,7 @@ class TrainingPlan:
     first_step: int
     frequencies: tuple[int, ...]
     offers_best: bool
+    training_file: str
     validation_file: str | None
     validation_examples: int
     memory_forecast_gb: float

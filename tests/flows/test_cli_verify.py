@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import CommandRun, Ended
+from tests.flows.conftest import CommandRun, Ended, called
 
 Run = Callable[..., Ended]
 
@@ -50,14 +50,23 @@ def test_the_document_has_the_keys_of_design_and_nothing_else_is_printed(
     assert done.stderr == ""
 
 
-def test_a_person_reads_a_table_and_the_verdict(command_run: CommandRun, nested_tune: Run) -> None:
-    run_dir = command_run.run_dir
-    done = nested_tune("verify", run_dir / "initial", run_dir / "adapter")
+def test_a_person_reads_the_verdict_first_and_then_a_row_a_module(
+    command_run: CommandRun,
+) -> None:
+    adapters = [command_run.run_dir / "initial", command_run.run_dir / "adapter"]
+    done = called("verify", *adapters, cwd=command_run.folder)
     assert done.code == 0
-    assert done.stdout.splitlines()[-1] == "passed: 84 of 84 tensors changed"
-    rejected = nested_tune("verify", run_dir / "adapter", run_dir / "adapter")
+    verdict, *table, hint = done.stdout.splitlines()
+    assert verdict == "passed: 84 of 84 tensors changed"
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table if "│" in line]
+    assert len(rows) == 14  # 7 modules, 2 tensors in each of 6 layers
+    assert [rows[0][i] for i in (0, 1, 4)] == ["mlp.down_proj.lora_a", "6 of 6", "yes"]
+    assert hint == "--all shows the 84 tensors, --json everything."
+    with_all = called("verify", *adapters, "--all", cwd=command_run.folder).stdout
+    assert with_all.count("model.layers.") == 84
+    rejected = called("verify", adapters[1], adapters[1], cwd=command_run.folder)
     assert rejected.code == 4
-    assert rejected.stdout.splitlines()[-1].startswith("rejected: unchanged (all 84 tensors")
+    assert rejected.stdout.splitlines()[0].startswith("rejected: unchanged (all 84 tensors")
 
 
 def truncated(path: Path) -> None:

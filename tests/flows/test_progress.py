@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.terminal import ProgressLine, _MetricsFollower, print_table, showing_metrics
+from flows.run_follower import RunFollower, showing_run
+from flows.terminal import ProgressLine, print_table
+from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 
 
@@ -52,21 +54,19 @@ def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_sta
     path = tmp_path / "metrics.jsonl"
     for step in range(5):
         append_metrics(path, {"step": step, "loss": 1.0})
-    watcher = _MetricsFollower(path)
-    watcher._read()
+    watcher = RunFollower(RunDirectory(tmp_path))
     truncate_metrics(path, 1, 9)
     for step in range(2, 20):
         append_metrics(path, {"step": step, "loss": step / 3})
-    watcher._read()
-    assert watcher._records == read_metrics(path)
+    watcher._update()
+    assert watcher.view.records == read_metrics(path)
 
 
 def test_a_loss_that_is_not_finite_is_said_to_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    append_metrics(tmp_path / "metrics.jsonl", {"step": 0, "val_loss": math.nan})
-    with showing_metrics(tmp_path / "metrics.jsonl"):
-        pass
+    with showing_run(RunDirectory(tmp_path)):
+        append_metrics(tmp_path / "metrics.jsonl", {"step": 0, "val_loss": math.nan})
     assert capsys.readouterr().err == "step 0: validation loss not finite\n"
 
 

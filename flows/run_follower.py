@@ -1,0 +1,260 @@
+"""Follows a run from a thread of its own and shows it: a screen in a terminal, else lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.live import Live
+
+from flows.run_view import RunView, draw_screen, format_line, format_seconds
+from flows.terminal import POLL_SECONDS, SECONDS_BETWEEN_LINES, can_redraw, errors, print_progress
+from nested_core.errors import DamagedError, MissingFileError
+from nested_core.stages import stages
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import open_regular, read_json_object
+from nested_core.training.training_plan import read_plan
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult  # noqa: TID251
+
+SHARE_BETWEEN_LINES = 1 / 60  # of the time so far: a long run prints fewer lines an hour
+LONGEST_PAUSE = 60.0
+SHOWN_REASONS = 3
+
+
+@contextmanager
+def showing_run(run: RunDirectory) -> Iterator[None]:
+    """Show what a run reports while the block trains and judges it; the last screen stays."""
+    follower = RunFollower(run)
+    with follower.hearing_stages():
+        follower.start()
+        try:
+            yield
+        finally:
+            follower.finish()
+
+
+class RunFollower(threading.Thread):
+    """Follows a run: what is shown of its training is what plan.json and metrics.jsonl hold.
+
+    What follows training, such as the steps of the gate, is heard from `nested_core.stages`.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        super().__init__(name="follower", daemon=True)
+        self.view = RunView(str(run.path))
+        self._run = run
+        self._can_redraw = can_redraw()
+        self._done = threading.Event()
+        self._lock = threading.RLock()
+
+        # Training begins when there is another plan than before.
+        self._plan_before = _inode(run.plan)
+        self._began_at: float | None = None
+
+        # How far metrics.jsonl was read, and the last record that was printed as a line.
+        self._inode = -1
+        self._offset = 0
+        self._read_metrics()
+        self._printed: dict[str, Any] | None = self.view.last if self.view.records else None
+        self._printed_at = 0.0
+        self._has_offer = False
+
+    @contextmanager
+    def hearing_stages(self) -> Iterator[None]:
+        """Hear what is logged about the steps that follow training while the block runs."""
+        handler = _StageHandler(self)
+        level = stages.level
+        stages.setLevel(logging.INFO)
+        stages.addHandler(handler)
+        stages.propagate = False  # Prefect's log would show it a second time
+        try:
+            yield
+        finally:
+            stages.removeHandler(handler)
+            stages.setLevel(level)
+            stages.propagate = True
+
+    def run(self) -> None:
+        """Poll until told to finish; one last look comes after that."""
+        if self._can_redraw:
+            self._redraw()
+            return
+        while not self._done.wait(POLL_SECONDS):
+            with self._lock:
+                self._update()
+                self._print_line(is_last=False)
+
+    def finish(self) -> None:
+        """Show the rest and how it ended, and stop."""
+        self._done.set()
+        self.join()
+        if not self._can_redraw:
+            with self._lock:
+                self._print_rest()
+
+    def add_stage(self, name: str) -> None:
+        """Show a step that follows training; whoever calls it begins that step now."""
+        with self._lock:
+            if self._began_at is None or not self._can_redraw:
+                self._print_rest()
+                print_progress(name)
+            self._update()
+            self.view.stages.append((name, self.view.seconds))
+
+    # In a terminal
+
+    def _redraw(self) -> None:
+        """Draw the screen anew until the end; before training begins there is none."""
+        while not self._update():
+            if self._done.wait(POLL_SECONDS):
+                return
+        is_last = False
+        while not is_last:
+            size = errors.size
+            with Live(_Screen(self.view), console=errors, auto_refresh=False) as live:
+                while not is_last and errors.size == size:
+                    is_last = self._done.wait(POLL_SECONDS)
+                    with self._lock:
+                        self._update()
+                        if is_last:
+                            self._conclude()
+                    if errors.size == size:
+                        live.refresh()
+            if not is_last:  # lines were wrapped anew: where the screen stood is not known
+                errors.clear()
+
+    def _conclude(self) -> None:
+        """Say how it ended: which adapter is offered, or where training stopped; the verdict."""
+        position = self.view.describe_position()
+        step = _read_value(self._run.result, "adapter_step")
+        if step is None:
+            self.view.outcome = [f"ended before training was done, at {position}"]
+            return
+        self.view.outcome = [self.view.describe_offer(step)]
+        verdict = _read_value(self._run.gate, "verdict")
+        if verdict is not None:
+            reasons = _read_value(self._run.gate, "reasons")
+            codes = ", ".join(reason["code"] for reason in reasons[:SHOWN_REASONS])
+            self.view.outcome.append(f"verdict: {verdict}{f' ({codes})' if codes else ''}")
+
+    # As lines
+
+    def _print_line(self, *, is_last: bool) -> None:
+        """Print the last record if it is new, and an evaluation or the last line long ago."""
+        if not self.view.records or self.view.last == self._printed:
+            return
+        pause = min(
+            max(SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * self.view.seconds), LONGEST_PAUSE
+        )
+        is_due = is_last or "val_loss" in self.view.last
+        if not is_due and time.monotonic() - self._printed_at < pause:
+            return
+        self._printed_at = time.monotonic()
+        self._printed = self.view.last
+        print_progress(format_line(self.view))
+        for line in self.view.describe_samples() if "samples" in self.view.last else ():
+            print_progress(f"  {line}")
+
+    def _print_rest(self) -> None:
+        """Print the last record, and once training is done which adapter it offers."""
+        self._update()
+        self._print_line(is_last=True)
+        step = _read_value(self._run.result, "adapter_step")
+        if self._began_at is None or step is None or self._has_offer:
+            return
+        self._has_offer = True
+        parts = (
+            f"trained {self.view.plan.steps:,} steps" if self.view.plan else "trained",
+            format_seconds(self.view.training_seconds),
+            self.view.describe_memory(),
+            self.view.describe_offer(step),
+        )
+        print_progress(", ".join(filter(None, parts)))
+
+    # From the run directory
+
+    def _update(self) -> bool:
+        """Take in what is new on disk; return whether training has begun."""
+        if self._began_at is None and _inode(self._run.plan) != self._plan_before:
+            self.view.plan = read_plan(self._run.plan)
+            self._began_at = time.monotonic()
+        if self._began_at is not None:
+            self.view.seconds = time.monotonic() - self._began_at
+        if self._read_metrics():
+            self.view.reported_at = self.view.seconds
+        return self._began_at is not None
+
+    def _read_metrics(self) -> bool:
+        """Take in the whole lines that were appended; return whether there were any.
+
+        A file that was cut back is another one, and read from its start: it may have grown beyond
+        the old one since it was looked at.
+        """
+        try:
+            with open_regular(self._run.metrics) as (file, _):
+                inode, content = os.fstat(file.fileno()).st_ino, file.read()
+        except (DamagedError, OSError):  # training says what is wrong; here is only shown
+            return False
+        if inode != self._inode or len(content) < self._offset:
+            self._inode = inode
+            self._offset = 0
+            self.view.records = []
+        lines = content[self._offset : content.rfind(b"\n") + 1]
+        self._offset += len(lines)
+        records = [record for line in lines.splitlines() if (record := _record_or_none(line))]
+        self.view.records += records
+        return bool(records)
+
+
+class _StageHandler(logging.Handler):
+    """Hands on what is logged to a follower."""
+
+    def __init__(self, follower: RunFollower) -> None:
+        super().__init__(logging.INFO)
+        self._follower = follower
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand a record on."""
+        self._follower.add_stage(record.getMessage())
+
+
+class _Screen:
+    """A run's view at the size that the terminal has when it is drawn."""
+
+    def __init__(self, view: RunView) -> None:
+        self._view = view
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield draw_screen(self._view, options.max_width, console.size.height)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
+
+
+def _read_value(path: Path, key: str) -> Any:
+    """A value of a JSON file of the run; None where there is none, which others report."""
+    try:
+        return read_json_object(path).get(key)
+    except (DamagedError, MissingFileError, OSError):
+        return None
+
+
+def _record_or_none(line: bytes) -> dict[str, Any] | None:
+    from nested_core.training.metrics_file import parse_record
+
+    try:
+        return parse_record(line)
+    except ValueError:  # a damaged line, which training leaves out and names
+        return None

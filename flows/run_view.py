@@ -1,0 +1,301 @@
+"""What is shown of a run while it goes on: a screen for a terminal, and lines for a log.
+
+Everything comes from the run directory and from what the gate logs; nothing here waits or prints.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.text import Text
+
+from flows.loss_curve import LABEL_WIDTH, TRAINING_MARK, VALIDATION_MARK, draw_curve
+from nested_core.foreign_text import escape
+from nested_core.training.training_plan import TrainingPlan
+
+SMALLEST_PLOT = 4
+SMALLEST_LAST_PLOT = 8
+LARGEST_PLOT = 24
+BAR_PARTS = "▏▎▍▌▋▊▉"
+SHOWN_SAMPLES = 3
+
+
+@dataclass
+class RunView:
+    """A run as it is watched.
+
+    name: the run directory.
+    plan: what the run set out to do; None for a run of an earlier release.
+    records: of metrics.jsonl so far.
+    stages: what followed training, such as the steps of the gate, with the seconds it began at.
+    outcome: how it ended, a sentence each, once it has.
+    seconds: since training began here; reported_at: the same when the last record came.
+    """
+
+    name: str
+    plan: TrainingPlan | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[tuple[str, float]] = field(default_factory=list)
+    outcome: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    reported_at: float = 0.0
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last record."""
+        return self.records[-1] if self.records else {"step": 0, "iteration": 0}
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds that training took, or has taken so far."""
+        return self.stages[0][1] if self.stages else self.seconds
+
+    def latest(self, key: str) -> Any:
+        """The last value that was reported under a key; None if there is none yet."""
+        return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
+
+    def seconds_left(self) -> float | None:
+        """Seconds to the end of training at the speed so far; None while that is not known."""
+        if self.plan is None or not self.records:
+            return None
+        reported = [r for r in self.records if r["step"] > self.plan.first_step and "loss" in r]
+        if not reported:
+            return None
+        # Evaluations take their time too: hence the clock and not the reported speed.
+        begun = self.plan.first_step / self.plan.steps * self.plan.iterations
+        iteration: int = reported[-1]["iteration"]
+        done = iteration - begun
+        left = self.plan.iterations - iteration
+        return max(0.0, self.reported_at / done * left - (self.seconds - self.reported_at))
+
+    def describe_position(self) -> str:
+        """`step 20 of 120`, and iterations where gradients are accumulated over several."""
+        step, iteration = self.last["step"], self.last.get("iteration", 0)
+        if self.plan is None:
+            return f"step {step:,}"
+        text = f"step {step:,} of {self.plan.steps:,}"
+        if self.plan.iterations != self.plan.steps:
+            text += f" (iteration {iteration:,} of {self.plan.iterations:,})"
+        return text
+
+    def describe_time(self) -> str:
+        """The time that training takes so far, and how much is left."""
+        text = f"{format_seconds(self.training_seconds)} elapsed"
+        left = None if self.stages or self.outcome else self.seconds_left()
+        return text if left is None else f"{text}, about {format_seconds(left)} left"
+
+    def describe_speed(self) -> str:
+        """Learning rate, gradient norm and speed of the last report."""
+        parts = []
+        if (rate := self.latest("learning_rate")) is not None:
+            parts.append(f"learning rate {rate:.3g}")
+        if (norm := self.latest("grad_norm")) is not None:
+            parts.append(f"gradient norm {norm:.3g}")
+        if (speed := self.latest("tokens_per_second")) is not None:
+            parts.append(f"{speed:,.0f} tokens/s")
+        return ", ".join(parts)
+
+    def describe_memory(self) -> str:
+        """Peak memory against what there is."""
+        peak = self.latest("peak_memory_gb")
+        if peak is None:
+            return ""
+        limit = "" if self.plan is None else f" of {self.plan.memory_limit_gb:.3g}"
+        return f"peak memory {peak:.3g}{limit} GB"
+
+    def describe_losses(self) -> list[str]:
+        """The last training and validation loss, each with its data and step."""
+        lines = []
+        report = next((r for r in reversed(self.records) if "loss" in r), None)
+        if report is not None:
+            data = "" if self.plan is None else f"{self.plan.training_file}, "
+            where = f"{data}mean since the last report, step {report['step']:,}"
+            lines.append(f"training loss {format_loss(report['loss'])} ({where})")
+        evaluated = [r for r in self.records if "val_loss" in r]
+        if evaluated:
+            last = evaluated[-1]
+            text = f"validation loss {format_loss(last['val_loss'])}"
+            lines.append(f"{text} ({self._describe_validation()}step {last['step']:,})")
+            finite = [r for r in evaluated if r["val_loss"] is not None]
+            best = min(finite, key=lambda r: r["val_loss"], default=None)
+            if best is not None and best is not last:
+                lines[-1] += f", lowest {format_loss(best['val_loss'])} (step {best['step']:,})"
+        return lines
+
+    def _describe_validation(self) -> str:
+        if self.plan is None or self.plan.validation_file is None:
+            return ""
+        return f"{self.plan.describe_validation()}, "
+
+    def describe_tiers(self) -> str:
+        """Each tier's clock: how often it is updated, and how often it was."""
+        updates = self.latest("updates")
+        if self.plan is None or updates is None:
+            return ""
+        clocks = [
+            f"tier {tier} (every {'step' if every == 1 else every}) {count:,}"
+            for tier, (every, count) in enumerate(zip(self.plan.frequencies, updates, strict=False))
+        ]
+        skipped = sum(self.latest("skipped") or [])
+        return f"updates: {' · '.join(clocks)}" + (f" · skipped {skipped:,}" if skipped else "")
+
+    def describe_samples(self) -> list[str]:
+        """The last answers to the configured prompts."""
+        answered = next((r for r in reversed(self.records) if r.get("samples")), None)
+        if answered is None:
+            return []
+        return [
+            f"{escape(sample['prompt'])} -> {escape(sample['answer'])} (step {answered['step']:,})"
+            for sample in answered["samples"]
+        ]
+
+    def describe_offer(self, adapter_step: int) -> str:
+        """Which step's adapter is offered, and why."""
+        text = f"offered: the adapter of step {adapter_step:,}"
+        evaluated = {
+            r["step"]: r["val_loss"] for r in self.records if "val_loss" in r and r["step"] > 0
+        }
+        if self.plan is None:
+            return text
+        if not self.plan.offers_best or evaluated.get(adapter_step) is None:
+            return f"{text}, the last one"
+        loss = format_loss(evaluated[adapter_step])
+        return (
+            f"{text}, the lowest validation loss of {len(evaluated)} "
+            f"({loss}; {self.plan.describe_validation()})"
+        )
+
+    def describe_stages(self) -> Iterator[str]:
+        """What follows training, a line each, with the seconds that it took."""
+        stages = list(self.stages)  # another thread adds to them
+        for number, (name, began) in enumerate(stages, start=1):
+            is_open = number == len(stages) and not self.outcome
+            ended = self.seconds if number == len(stages) else stages[number][1]
+            yield f"{name} ..." if is_open else f"{name}: {format_seconds(ended - began)}"
+
+
+def format_loss(loss: float | None) -> str:
+    """A loss with four significant digits; JSON has no NaN, and metrics.jsonl null in its place."""
+    return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.4g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`0:07`, `12:05` or `3:12:05`; below ten seconds with a tenth: `0.4 s`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def draw_bar(share: float, width: int) -> str:
+    """A bar that is filled to a share, in eighths of a character."""
+    eighths = int(min(max(share, 0.0), 1.0) * width * 8)
+    whole, rest = divmod(eighths, 8)
+    part = BAR_PARTS[rest - 1] if rest else ""
+    return f"{'█' * whole}{part}".ljust(width, "░")
+
+
+def draw_screen(view: RunView, width: int, height: int) -> Text:
+    """The view for a terminal of `width` columns and `height` lines, of which it leaves one free.
+
+    What does not fit is left out: first samples, then the plot gets smaller. The last screen, with
+    an outcome, may be longer.
+    """
+    head = _head_lines(view, width)
+    body = _body_lines(view, width)
+    axes = 3
+    samples: list[Text] = []
+    for text in view.describe_samples()[:SHOWN_SAMPLES]:
+        if len(head) + len(body) + len(samples) + 1 + axes + SMALLEST_PLOT < height:
+            samples.append(Text(text, "dim"))
+    room = height - 1 - len(head) - len(body) - len(samples) - axes
+    if view.outcome:  # the last screen may scroll
+        room = max(room, SMALLEST_LAST_PLOT)
+    plot = _plot_lines(view, width, min(room, LARGEST_PLOT)) if room >= SMALLEST_PLOT else []
+    lines = [*head, *plot, *body, *samples]
+    if not view.outcome:
+        lines = lines[: max(height - 1, 1)]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    screen = Text("\n").join(lines)
+    screen.no_wrap = True
+    screen.overflow = "crop"
+    return screen
+
+
+def _head_lines(view: RunView, width: int) -> list[Text]:
+    position = view.describe_position()
+    lines = [Text(escape(view.name), "bold")]
+    if view.plan is None:
+        lines.append(Text(position))
+    else:
+        share = view.last.get("iteration", 0) / view.plan.iterations
+        bar = draw_bar(share, max(10, min(40, width - len(position) - 14)))
+        lines.append(Text.assemble("train ", (bar, "cyan"), f" {share:4.0%} {position}"))
+    return [*lines, Text(view.describe_time())]
+
+
+def _plot_lines(view: RunView, width: int, height: int) -> list[Text]:
+    curve = draw_curve(
+        view.records,
+        width=max(10, width - LABEL_WIDTH - 4),
+        height=height,
+        last_step=None if view.plan is None else view.plan.steps,
+    )
+    lines = []
+    for content in curve.split("\n"):
+        line = Text(content)
+        line.highlight_regex(re.escape(TRAINING_MARK), "cyan")
+        line.highlight_regex(rf"(?<![a-z]){VALIDATION_MARK}(?![a-z])", "magenta")
+        lines.append(line)
+    return lines
+
+
+def _body_lines(view: RunView, width: int) -> list[Text]:
+    sentences = [
+        *view.describe_losses(),
+        *_share_a_line([view.describe_speed(), view.describe_memory()], width),
+        view.describe_tiers(),
+        *view.describe_stages(),
+    ]
+    if not view.records and not view.stages:
+        sentences.insert(0, "measuring the loss before training ...")
+    lines = [Text(line) for text in sentences if text for line in _wrap(text, width)]
+    return lines + [Text(line, "bold") for text in view.outcome for line in _wrap(text, width)]
+
+
+def _share_a_line(texts: list[str], width: int) -> list[str]:
+    """The texts on one line if they fit there, else on one each."""
+    line = ", ".join(filter(None, texts))
+    return [line] if len(line) <= width else texts
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent="  ")
+
+
+def format_line(view: RunView) -> str:
+    """The last record on one line, for a log: losses, speed, memory, and the time that is left."""
+    record = view.last
+    parts = []
+    if "loss" in record:
+        parts.append(f"training loss {format_loss(record['loss'])}")
+    if "val_loss" in record:
+        text = f"validation loss {format_loss(record['val_loss'])}"
+        if view.plan is not None and view.plan.validation_file is not None:
+            text += f" ({view.plan.describe_validation()})"
+        parts.append(text)
+    if "loss" in record:
+        parts += filter(None, (view.describe_speed(), view.describe_memory()))
+    if view.plan is not None and record["step"] > 0:
+        parts.append(view.describe_position())
+        left = view.seconds_left()
+        if left is not None and record["step"] < view.plan.steps:
+            parts.append(f"about {format_seconds(left)} left")
+    return f"step {record.get('step', 0)}: {', '.join(parts)}"

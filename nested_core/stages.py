@@ -1,0 +1,7 @@
+"""Which step of judging a run begins now, logged for whoever shows it: `stages.info("...")`."""
+
+from __future__ import annotations
+
+import logging
+
+stages = logging.getLogger("nested_core.stages")

@@ -1,0 +1,121 @@
+"""What a terminal and a log show of a run, from its plan and its records alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+
+from flows.loss_curve import draw_curve
+from flows.run_view import RunView, draw_bar, draw_screen, format_line, format_seconds
+from nested_core.training.training_plan import TrainingPlan
+
+PLAN = TrainingPlan(
+    steps=200,
+    iterations=400,
+    first_step=0,
+    frequencies=(1, 4),
+    offers_best=True,
+    training_file="train.jsonl",
+    validation_file="valid.jsonl",
+    validation_examples=10,
+    memory_forecast_gb=3.1,
+    memory_limit_gb=24.0,
+)
+
+
+def report(step: int, **values: Any) -> dict[str, Any]:
+    losses = {"loss": 8 / step, "learning_rate": 1e-4, "grad_norm": 0.5, "peak_memory_gb": 2.25}
+    counts = {"tokens_per_second": 1234.5, "updates": [step, step // 4], "skipped": [0, 1]}
+    return {"step": step, "iteration": 2 * step} | losses | counts | values
+
+
+RECORDS = [
+    {"step": 0, "iteration": 0, "val_loss": 9.5},
+    report(25),
+    report(50, val_loss=0.5),
+    report(75),
+    report(100, val_loss=0.75),
+]
+
+
+def view_of(*records: dict[str, Any]) -> RunView:
+    return RunView("runs/one", PLAN, list(records), seconds=12.0, reported_at=10.0)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50), (40, 12)])
+def test_a_screen_fits_its_terminal(width: int, height: int) -> None:
+    view = view_of(*RECORDS)
+    view.stages = [("gate: losses on held-out examples, before and after", 11.0)]
+    lines = draw_screen(view, width, height).plain.split("\n")
+    assert len(lines) < height
+    assert max(map(cell_len, lines)) <= width
+
+
+def test_a_screen_tells_of_steps_time_losses_speed_memory_and_tiers() -> None:
+    screen = draw_screen(view_of(*RECORDS), 100, 40).plain
+    for words in (
+        " 50% step 100 of 200 (iteration 200 of 400)",
+        "0:12 elapsed, about 8.0 s left",
+        "training loss 0.08 (train.jsonl, mean since the last report, step 100)",
+        "validation loss 0.75 (valid.jsonl, 10 examples, step 100), lowest 0.5 (step 50)",
+        "learning rate 0.0001, gradient norm 0.5, 1,234 tokens/s, peak memory 2.25 of 24 GB",
+        "updates: tier 0 (every step) 100 · tier 1 (every 4) 25 · skipped 1",
+    ):
+        assert words in screen
+
+
+def test_the_axis_ends_at_the_last_planned_step() -> None:
+    lines = draw_screen(view_of(*RECORDS), 80, 24).plain.split("\n")
+    axis = next(line for line in lines if line.endswith("step 200"))
+    last_mark = max(line.rfind("o") for line in lines if "|" in line)
+    assert last_mark == pytest.approx(10 + (len(axis) - 10) / 2, abs=2)
+
+
+def test_one_loss_is_labelled_once() -> None:
+    assert draw_curve(RECORDS[:1]).count("9.5") == 1
+
+
+def test_what_follows_training_is_listed_with_its_seconds_and_how_it_ended() -> None:
+    view = view_of(*RECORDS)
+    view.stages = [("gate: losses", 10.5), ("gate: proof", 11.25)]
+    assert list(view.describe_stages()) == ["gate: losses: 0.8 s", "gate: proof ..."]
+    view.outcome = [view.describe_offer(50), "verdict: passed"]
+    screen = draw_screen(view, 80, 24).plain
+    assert "offered: the adapter of step 50, the lowest validation loss of 2" in screen
+    assert screen.endswith("verdict: passed")
+    assert screen.count("|") >= 8  # the curve stays readable
+
+
+def test_samples_are_escaped_and_left_out_where_there_is_no_room() -> None:
+    sample = {"prompt": "Who?", "answer": "\x1b[2J[bold]me"}
+    view = view_of(*RECORDS, report(110, samples=[sample]))
+    assert "Who? -> \\x1b[2J[bold]me (step 110)" in draw_screen(view, 80, 40).plain
+    assert "Who?" not in draw_screen(view, 80, 12).plain
+
+
+def test_a_line_has_the_losses_with_their_data_the_speed_the_memory_and_the_time_left() -> None:
+    assert format_line(view_of(*RECORDS)) == (
+        "step 100: training loss 0.08, validation loss 0.75 (valid.jsonl, 10 examples), "
+        "learning rate 0.0001, gradient norm 0.5, 1,234 tokens/s, peak memory 2.25 of 24 GB, "
+        "step 100 of 200 (iteration 200 of 400), about 8.0 s left"
+    )
+
+
+def test_the_time_left_of_a_resumed_run_is_reckoned_from_its_first_step() -> None:
+    view = view_of(*RECORDS)
+    assert view.seconds_left() == pytest.approx(8.0)  # 200 iterations took 10 s, 2 s ago
+    view.plan = TrainingPlan(**(vars(PLAN) | {"first_step": 90}))
+    assert view.seconds_left() == pytest.approx(98.0)  # 20 iterations took 10 s
+
+
+def test_bars_and_times_as_they_are_shown() -> None:
+    assert [draw_bar(share, 4) for share in (0, 0.5, 0.53125, 1)] == [
+        "░░░░",
+        "██░░",
+        "██▏░",
+        "████",
+    ]
+    times = [format_seconds(s) for s in (0.44, 9.9, 75, 3725)]
+    assert times == ["0.4 s", "9.9 s", "1:15", "1:02:05"]
