@@ -105,9 +105,7 @@ def test_the_broken_demo_is_stopped_by_the_gate_with_exit_4(demos: Demos) -> Non
 
 
 def test_the_readme_quotes_the_losses_of_the_broken_demo(demos: Demos) -> None:
-    line = (
-        r"step 120: training loss ([\d.]+), validation loss ([\d.]+) \(valid.jsonl, "
-    )
+    line = r"step 120: training loss ([\d.]+), validation loss ([\d.]+) \(valid.jsonl, "
     quoted = re.findall(line, README.read_text(encoding="utf-8"))
     said = re.findall(line, demos.broken.stderr)
     assert [len(quoted), len(said)] == [1, 1]
