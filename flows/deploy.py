@@ -1,80 +1,119 @@
 """Puts work pools, deployments and automations on a Prefect server, from the data in deployments/.
 
 Doing it again changes nothing that a person has set on the server since: a pool's limit, a schedule
-that was switched on or off, an automation that was paused.
+that was switched on or off, an automation that was paused, the block that alerts are sent to. Two
+at once leave one of everything.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import httpx
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.events.schemas.automations import AutomationCore
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
-from flows.packaged_files import packaged_folder
-from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.storage.strict_files import read_regular
+from flows.alerts import alert_action, alert_block, find_or_make_block
+from flows.deployment_plan import (
+    RECONCILE,
+    DeploymentPlan,
+    adapter_of,
+    full_name,
+    prefect_variables,
+)
+from nested_core.errors import ConfigError, NestedTuneError
 
-HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
-ENTRYPOINT_OF_TRAINING = "flows.finetune.finetune"
+TAG = "nested-tune"
 SHOWN_OUTPUT_LINES = 8
-MAX_FILE_BYTES = 1024 * 1024
+NOBODY_IS_TOLD = (
+    "alerts: NOBODY IS TOLD of a run that failed, crashed or is late. Make a notification block in "
+    "the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or --notify URL"
+)
+PAGE = 200
 
 
-def deploy(
-    file: Path | None = None, config: dict[str, Any] | None = None, notify: str | None = None
-) -> Iterator[str]:
-    """Put everything in place; yields a line for each thing that was done.
-
-    `file` is used instead of deployments/prefect.yaml; `config` holds keys of a fine-tune that win
-    over those written in the deployments that train; `notify` names a notification block as
-    "<type>/<name>".
-    """
+def require_server() -> None:
+    """ConfigError where no server is named."""
     if get_current_settings().api.url is None:
         raise ConfigError(
             "PREFECT_API_URL is not set: there is no server to deploy to. Start one (see "
             "deployments/README.md) and set PREFECT_API_URL, as in deployments/settings.env."
         )
-    project = read_yaml(file or packaged_folder("deployments") / "prefect.yaml")
+
+
+def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
+    """Put everything in place; yields a line for each thing that was done.
+
+    `notify` is where alerts are sent: a notification block as "<type>/<name>", or a webhook's URL.
+    """
     with get_client(sync_client=True) as client:
-        yield from _make_work_pools(client)
-        paused = {a.name for a in client.read_automations() if not a.enabled}
-        _keep_schedules(client, project["deployments"])
-        for deployment in project["deployments"]:
-            if deployment["entrypoint"] == ENTRYPOINT_OF_TRAINING:
-                deployment["parameters"]["config"].update(config or {})
-        _run_prefect_deploy(project)
-        for deployment in project["deployments"]:
+        block = None if notify is None else find_or_make_block(client, notify)
+        yield from _make_work_pools(client, plan.work_pools)
+        there = read_server_deployments(client)
+        outdated = find_outdated(there, plan)
+        _keep_schedules(plan, [*outdated, *there])
+        _run_prefect_deploy(plan.project)
+        for deployment in plan.deployments:
             yield _describe(client, deployment)
-        yield from _put_automations(client, notify)
-        yield from _pause_again(client, paused)
+        for old in outdated:
+            with suppress(ObjectNotFound):  # by another deploy, just now
+                client.delete_deployment(old.response.id)
+            yield f"deployment {old.name}: removed, for an earlier deploy left it"
+        yield from put_automations(client, plan.automations, block)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """One of the files of deployments/, or a person's own in its place."""
-    try:
-        text = read_regular(path, MAX_FILE_BYTES, follow_links=True)
-        content: dict[str, Any] = yaml.safe_load(text)
-    except (OSError, DamagedError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    return content
+@dataclass(frozen=True)
+class ServerDeployment:
+    """A deployment that a server has: FLOW/DEPLOYMENT, and the rest as the server answers."""
+
+    name: str
+    response: DeploymentResponse
+
+    def is_for(self, plan: DeploymentPlan) -> bool:
+        """Whether it is about the plan's adapter, or reconciles all adapters of its registry."""
+        parameters = self.response.parameters
+        adapter = adapter_of(parameters)
+        if adapter is None and self.response.entrypoint == RECONCILE:
+            return bool(parameters.get("config", {}).get("registry") == plan.registry)
+        return adapter == plan.adapter
 
 
-def _make_work_pools(client: SyncPrefectClient) -> Iterator[str]:
-    for wanted in read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]:
+def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]:
+    """All deployments of a server that carry our tag."""
+    responses: list[DeploymentResponse] = []
+    while len(responses) % PAGE == 0:
+        wanted = {"deployments": {"tags": {"all_": [TAG]}}, "limit": PAGE, "offset": len(responses)}
+        page = client.request("POST", "/deployments/filter", json=wanted).json()
+        responses += [DeploymentResponse.model_validate(each) for each in page]
+        if not page:
+            break
+    flows = {flow_id: client.read_flow(flow_id).name for flow_id in {r.flow_id for r in responses}}
+    return [ServerDeployment(f"{flows[r.flow_id]}/{r.name}", r) for r in responses]
+
+
+def find_outdated(there: list[ServerDeployment], plan: DeploymentPlan) -> list[ServerDeployment]:
+    """The deployments of the plan's adapter that the plan does not have."""
+    planned = {full_name(deployment) for deployment in plan.deployments}
+    return [each for each in there if each.name not in planned and each.is_for(plan)]
+
+
+def _make_work_pools(client: SyncPrefectClient, work_pools: list[dict[str, Any]]) -> Iterator[str]:
+    for wanted in work_pools:
         try:
             pool = client.read_work_pool(wanted["name"])
             yield f"work pool {pool.name}: there already, limit {pool.concurrency_limit}"
@@ -85,34 +124,27 @@ def _make_work_pools(client: SyncPrefectClient) -> Iterator[str]:
             yield f"work pool {wanted['name']}: made, limit {wanted['concurrency_limit']}"
 
 
-def _keep_schedules(client: SyncPrefectClient, deployments: list[dict[str, Any]]) -> None:
-    """A schedule that is on the server already stays on or off as it is there."""
-    for deployment in deployments:
-        try:
-            there = client.read_deployment_by_name(full_name(deployment))
-        except ObjectNotFound:
-            continue
-        is_active = {schedule.slug: schedule.active for schedule in there.schedules}
+def _keep_schedules(plan: DeploymentPlan, there: list[ServerDeployment]) -> None:
+    """A schedule stays on or off as the server has it, also in a deployment to be removed."""
+    for deployment in plan.deployments:
+        is_active: dict[str | None, bool] = {}
+        for old in there:
+            is_same_flow = old.response.entrypoint == deployment["entrypoint"]
+            if old.name == full_name(deployment) or (is_same_flow and old.is_for(plan)):
+                is_active |= {s.slug: s.active for s in old.response.schedules if s.slug}
         for schedule in deployment.get("schedules", ()):
             schedule["active"] = is_active.get(schedule.get("slug"), schedule["active"])
 
 
-def full_name(deployment: dict[str, Any]) -> str:
-    """FLOW/DEPLOYMENT; our flows are named as their functions are."""
-    return f"{deployment['entrypoint'].rpartition('.')[2]}/{deployment['name']}"
-
-
 def _run_prefect_deploy(project: dict[str, Any]) -> None:
     """Hand the project to Prefect's own command: its file format is Prefect's to read."""
-    home = os.environ.get(HOME) or str(Path.cwd())
-    interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
         file = Path(folder) / "prefect.yaml"
         file.write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
         command = ["--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *command],
-            env=os.environ | {HOME: home, INTERPRETER: interpreter},
+            env=os.environ | prefect_variables(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -132,37 +164,76 @@ def _describe(client: SyncPrefectClient, deployment: dict[str, Any]) -> str:
     return f"deployment {full_name(deployment)}: in pool {there.work_pool_name}{scheduled}"
 
 
-def _put_automations(client: SyncPrefectClient, notify: str | None) -> Iterator[str]:
-    block = None if notify is None else _find_block(client, notify)
-    for wanted in read_yaml(packaged_folder("deployments") / "automations.yaml")["automations"]:
-        message = wanted.pop("notify", None)
-        if message is not None and block is not None:
-            notifying = {"type": "send-notification", "block_document_id": block}
-            wanted["actions"] = [notifying | message]
-        if not wanted["actions"]:
-            yield f"automation {wanted['name']!r}: left out, for it needs --notify"
-            continue
-        automation = AutomationCore.model_validate(wanted)
-        for old in client.read_automations_by_name(wanted["name"]):
-            client.delete_automation(old.id)
-        client.create_automation(automation)
-        yield f"automation {automation.name!r}: put in place"
+def put_automations(
+    client: SyncPrefectClient, automations: list[dict[str, Any]], block: UUID | None
+) -> Iterator[str]:
+    """Make or update each automation; the last line says so where nobody is told of alerts."""
+    is_told = False
+    for planned in automations:
+        wanted = complete_automation(client, planned, block)
+        yield f"automation {wanted.name!r}: {_put_automation(client, wanted)}"
+        is_told = is_told or ("notify" in planned and wanted.actions[0].type != "do-nothing")
+    if not is_told:
+        yield NOBODY_IS_TOLD
 
 
-def _find_block(client: SyncPrefectClient, notify: str) -> str:
-    kind, _, name = notify.partition("/")
+def complete_automation(
+    client: SyncPrefectClient, planned: dict[str, Any], block: UUID | None
+) -> AutomationCore:
+    """An automation of automations.yaml with the ids of its deployment or notification block.
+
+    Without `block` an alert goes where the server sends it already.
+    """
+    wanted = {key: value for key, value in planned.items() if key != "notify"}
+    there = _read_by_name(client, planned["name"])
+    if "notify" in planned:
+        if block is None and there:
+            block = alert_block(there[0])
+        wanted["actions"] = [alert_action(client, block, planned["notify"])]
+    for action in wanted["actions"]:
+        if "deployment" in action:
+            action["deployment_id"] = _find_deployment_id(client, action.pop("deployment"))
+    wanted["enabled"] = there[0].enabled if there else True
+    return AutomationCore.model_validate(wanted)
+
+
+def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
+    """Make or update the automation of this name, and remove others of its name.
+
+    Two that make it at once see both afterwards, and both keep the one with the lower id.
+    """
+    if _read_by_name(client, wanted.name):
+        done = "put in place" if wanted.enabled else "put in place, and stays paused"
+    else:
+        client.create_automation(wanted)
+        done = "made"
+    kept, *doubled = _read_by_name(client, wanted.name)
+    for automation in doubled:
+        with _ignoring_missing():
+            client.delete_automation(automation.id)
+    with _ignoring_missing():
+        client.update_automation(kept.id, wanted)
+    return done
+
+
+def _find_deployment_id(client: SyncPrefectClient, name: str) -> str:
+    """The id of FLOW/DEPLOYMENT; one that no deployment has where it is missing."""
     try:
-        return str(client.read_block_document_by_name(name, kind).id)
+        return str(client.read_deployment_by_name(name).id)
     except ObjectNotFound:
-        raise ConfigError(
-            f"--notify {notify}: the server has no such block. Make a notification block in the UI "
-            "under Blocks, and name it as TYPE/NAME, such as slack-webhook/ops."
-        ) from None
+        return str(UUID(int=0))
 
 
-def _pause_again(client: SyncPrefectClient, paused: set[str]) -> Iterator[str]:
-    """Automations made anew are switched on; those that a person had paused are paused again."""
-    for automation in client.read_automations():
-        if automation.name in paused and automation.enabled:
-            client.pause_automation(automation.id)
-            yield f"automation {automation.name!r}: stays paused"
+def _read_by_name(client: SyncPrefectClient, name: str) -> list[Automation]:
+    """The automations of a name, in an order that all who read them agree on."""
+    return sorted(client.read_automations_by_name(name), key=lambda automation: automation.id)
+
+
+@contextmanager
+def _ignoring_missing() -> Iterator[None]:
+    """Go on where the server answers that something is not there: another deploy removed it."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.NOT_FOUND:
+            raise

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import flow, runtime
 from prefect.states import Cancelled, Completed, Failed, State
-from pydantic import Field
 
 from flows.allowed_folders import refuse_python_scorers, require_allowed, require_allowed_paths
 from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
 from flows.state_messages import describe_loss, describe_rejection, shorten_version
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.section import key
 from nested_core.errors import GateRejected, TrainingStopped
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 class FinetuneParameters(FineTuneConfig):
     """A fine-tune as the flow takes it: the configuration, and where the run is kept."""
 
-    run_dir: str | None = Field(default=None, description="default: runs/<UTC time>-<flow run id>")
-    resume: bool = Field(default=False, description="go on with the run in run_dir")
+    run_dir: str | None = key(
+        None, "where the run is kept; null: runs/<UTC time>-<flow run id>", in_form=False
+    )
+    resume: bool = key(False, "go on with the run in run_dir", in_form=False)
 
     def configuration(self) -> FineTuneConfig:
         """The configuration alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -9,6 +10,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.allowed_folders import require_allowed
+from flows.early_warnings import warn_of_full_disks, warn_of_old_champions
 from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.section import Section
 from nested_core.registry import list_names
@@ -21,6 +23,9 @@ class ReconcileParameters(Section):
 
     registry: str = Field(description="the registry's folder, on the worker's machine")
     names: tuple[str, ...] | None = Field(default=None, description="default: all of them")
+    stale_after_nights: float | None = Field(
+        default=3.0, gt=0, description="an older champion is told of; null: never"
+    )
 
 
 @flow(name="reconcile", retries=0, flow_run_name="reconcile {config.registry}")
@@ -34,6 +39,9 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     registry = require_allowed(config.registry, "registry")
     names = list_names(registry) if config.names is None else config.names
     states = {name: reconcile_name(registry, name, return_state=True) for name in names}
+    if config.stale_after_nights is not None:
+        warn_of_old_champions(registry, names, config.stale_after_nights)
+    warn_of_full_disks([registry, Path.cwd()])
     problems = [f"{name}: {state.message}" for name, state in states.items() if state.is_failed()]
     decided = {name: state.result() for name, state in states.items() if state.is_completed()}
     problems += [

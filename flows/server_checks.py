@@ -14,8 +14,10 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
+from flows.alerts import alert_block
 from flows.allowed_folders import allowed_roots
-from flows.deploy import full_name, read_yaml
+from flows.deploy import ServerDeployment, read_server_deployments
+from flows.deployment_plan import FINETUNE, adapter_of, full_name, read_yaml, replace_placeholders
 from flows.doctor_check import Check
 from flows.packaged_files import packaged_folder
 
@@ -36,7 +38,7 @@ def iterate_server_checks() -> Iterator[Check]:
         yield _database()
         yield from _pools(client)
         yield _deployments(client)
-        yield _automations(client)
+        yield from _automations(client)
         yield _results()
         yield _roots()
 
@@ -109,46 +111,64 @@ def _workers(client: SyncPrefectClient, pool: str) -> Check:
 
 
 def _deployments(client: SyncPrefectClient) -> Check:
-    project = read_yaml(packaged_folder("deployments") / "prefect.yaml")
-    missing, limits = [], []
-    for deployment in project["deployments"]:
-        try:
-            there = client.read_deployment_by_name(full_name(deployment))
-        except ObjectNotFound:
-            missing.append(full_name(deployment))
-            continue
-        wanted = deployment.get("concurrency_limit", {}).get("limit")
-        limit = there.global_concurrency_limit
-        if wanted is not None and (limit is None or limit.limit != wanted):
-            limits.append(full_name(deployment))
-    count = len(project["deployments"]) - len(missing)
-    seen = f"{count} of {len(project['deployments'])} are there"
+    """Whether each adapter that the server trains has the whole set of deployments."""
+    there = read_server_deployments(client)
+    adapters = sorted(_trained_adapters(there))
+    if not adapters:
+        return Check("deployments", False, "none are there", "nested-tune deploy -c CONFIG")
+    shipped = read_yaml(packaged_folder("deployments") / "prefect.yaml")["deployments"]
+    sets = [replace_placeholders(shipped, {"adapter": a, "registry": ""}) for a in adapters]
+    wanted = {full_name(each): each for deployments in sets for each in deployments}
+    limits_there = {d.name: d.response.global_concurrency_limit for d in there}
+    missing = sorted(wanted.keys() - limits_there.keys())
+    limits = []
+    for name in sorted(wanted.keys() & limits_there.keys()):
+        limit = wanted[name].get("concurrency_limit", {}).get("limit")
+        is_limited = limits_there[name]
+        if limit is not None and (is_limited is None or is_limited.limit != limit):
+            limits.append(name)
+    seen = f"{len(wanted) - len(missing)} of {len(wanted)} are there, for {', '.join(adapters)}"
     seen += f"; missing: {', '.join(missing)}" if missing else ""
     seen += f"; another limit: {', '.join(limits)}" if limits else ""
     is_well = not missing and not limits
-    return Check("deployments", is_well, seen, "" if is_well else "nested-tune deploy")
+    return Check("deployments", is_well, seen, "" if is_well else "nested-tune deploy -c CONFIG")
 
 
-def _automations(client: SyncPrefectClient) -> Check:
-    wanted = _wanted_automations()
-    found = {automation.name: automation.enabled for automation in client.read_automations()}
-    missing = [name for name in wanted if name not in found]
-    paused = [name for name in wanted if found.get(name) is False]
+def _trained_adapters(there: list[ServerDeployment]) -> set[str]:
+    """The adapters that a deployment of the server trains."""
+    trainings = [d.response for d in there if d.response.entrypoint == FINETUNE]
+    return {name for each in trainings if (name := adapter_of(each.parameters)) is not None}
+
+
+def _automations(client: SyncPrefectClient) -> Iterator[Check]:
+    """Whether all automations are in place and on, and whether alerts are sent to anybody."""
+    planned: list[dict[str, Any]] = read_yaml(packaged_folder("deployments") / "automations.yaml")[
+        "automations"
+    ]
+    found = {automation.name: automation for automation in client.read_automations()}
+    missing = [each["name"] for each in planned if each["name"] not in found]
+    paused = [each["name"] for each in planned if each["name"] in found]
+    paused = [name for name in paused if not found[name].enabled]
     if missing:
-        return Check("automations", False, f"missing: {', '.join(missing)}", "nested-tune deploy")
-    if paused:
+        mend = "nested-tune deploy -c CONFIG"
+        yield Check("automations", False, f"missing: {', '.join(missing)}", mend)
+    elif paused:
         mend = f"prefect automation resume '{paused[0]}'"
-        return Check("automations", False, f"paused: {', '.join(paused)}", mend)
-    return Check("automations", True, f"{len(wanted)} are in place")
+        yield Check("automations", False, f"paused: {', '.join(paused)}", mend)
+    else:
+        yield Check("automations", True, f"{len(planned)} are in place")
+    yield check_alerts(client, planned)
 
 
-def _wanted_automations() -> list[str]:
-    """The names of all that are put in place without --notify."""
-    folder = packaged_folder("deployments")
-    own: list[dict[str, Any]] = read_yaml(folder / "automations.yaml")["automations"]
-    project = read_yaml(folder / "prefect.yaml")["deployments"]
-    triggers = [trigger["name"] for each in project for trigger in each.get("triggers", ())]
-    return [automation["name"] for automation in own if automation["actions"]] + triggers
+def check_alerts(client: SyncPrefectClient, planned: list[dict[str, Any]]) -> Check:
+    """Whether alerts are sent to anybody; `planned` is the content of automations.yaml."""
+    names = {each["name"] for each in planned if "notify" in each}
+    alerts = [automation for automation in client.read_automations() if automation.name in names]
+    if any(alert_block(alert) is not None for alert in alerts):
+        return Check("alerts", True, f"{len(alerts)} are sent to a block")
+    seen = "nobody is told of a run that failed, crashed or is late"
+    mend = "nested-tune deploy -c CONFIG --notify TYPE/NAME, or --notify URL"
+    return Check("alerts", False, seen, mend)
 
 
 def _results() -> Check:

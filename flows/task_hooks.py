@@ -6,13 +6,14 @@ from pathlib import Path
 
 from prefect import get_run_logger
 
+from flows.early_warnings import warn_of_full_disks
 from flows.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
-from tasks.events import emit_adapter_event
+from tasks.events import emit_verified_event
 from tasks.gate import gate
 from tasks.load import load
 from tasks.promote import promote
@@ -33,6 +34,7 @@ class TaskHooks(Hooks):
         """Begin, and link the run directory from the flow run's page."""
         super().begin(config, run, resume=resume)
         create_run_link(run.path)
+        warn_of_full_disks([run.path])
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """The task `validate`."""
@@ -70,7 +72,8 @@ class TaskHooks(Hooks):
             "run_dir": str(run.path.resolve()),
             "registry": str(Path(str(registry.path)).resolve()),
         }
-        emit_adapter_event("verified", str(registry.name), payload)
+        is_open = registry.promote == "approve"
+        emit_verified_event(str(registry.name), payload, promotion_is_open=is_open)
         return version
 
     def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.commands.command_output import result_printer
-from flows.terminal import print_line, print_progress
+from flows.terminal import print_line, print_progress, print_table
 from nested_core.errors import NestedTuneError
 
 
@@ -18,27 +18,31 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         "deploy", parents=[shared], help="work pools, deployments and automations, on a server"
     )
     deploy.add_argument(
-        "-c", "--config", type=Path, help="a fine-tune, in place of the shipped example's"
+        "-c",
+        "--config",
+        type=Path,
+        help="a fine-tune with a registry name: it gets a set of its own",
     )
     deploy.add_argument("--file", type=Path, help="your own prefect.yaml, in place of the shipped")
     deploy.add_argument(
-        "--notify", metavar="TYPE/NAME", help="the block that tells a person of rejections"
+        "--notify", metavar="TYPE/NAME|URL", help="where alerts go: a notification block, a webhook"
+    )
+    deploy.add_argument(
+        "--test-alert", action="store_true", help="have the server send one alert, to try it"
+    )
+    deploy.add_argument(
+        "--diff", action="store_true", help="what differs between server and files; change nothing"
     )
     deploy.add_argument("--json", action="store_true", help="what was done as one JSON document")
     deploy.set_defaults(run=run_deploy)
 
 
 def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
-    """Deploy, and say what was done."""
+    """Deploy, and say what was done; or say what would be."""
     import httpx
 
-    from flows.deploy import deploy
-
-    done = []
     try:
-        for line in deploy(arguments.file, _read_given_keys(arguments.config), arguments.notify):
-            done.append(line)
-            print_progress(line)
+        return _print_differences(arguments) if arguments.diff else _deploy(arguments)
     except httpx.HTTPError as error:
         raise NestedTuneError(
             f"The server did not take it ({type(error).__name__}: {str(error):.300}). Expected a "
@@ -46,15 +50,50 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
             "with. `nested-tune doctor` looks at both."
         ) from error
 
-    text = f"deployed: {len(done)} things are in place"
-    return result_printer(arguments, lambda: {"done": done}, lambda: print_line(text))
+
+def _deploy(arguments: argparse.Namespace) -> Callable[[], int]:
+    from prefect.client.orchestration import get_client
+
+    from flows.alerts import send_test_alert
+    from flows.deploy import NOBODY_IS_TOLD, deploy, require_server
+    from flows.deployment_plan import make_plan
+
+    require_server()
+    done = []
+    for line in deploy(make_plan(arguments.file, arguments.config), arguments.notify):
+        done.append(line)
+        print_progress(line)
+    if arguments.test_alert:
+        with get_client(sync_client=True) as client:
+            done.append(send_test_alert(client))
+        print_progress(done[-1])
+
+    def show() -> None:
+        """How much is in place, and loudly where nobody would be told of a bad night."""
+        is_silent = NOBODY_IS_TOLD in done
+        print_line(f"deployed: {len(done) - int(is_silent)} things are in place")
+        if is_silent:
+            print_line(NOBODY_IS_TOLD)
+
+    return result_printer(arguments, lambda: {"done": done}, show)
 
 
-def _read_given_keys(path: Path | None) -> dict[str, Any] | None:
-    """The keys that a configuration file gives, once the whole of it was found sound."""
-    from nested_core.config.loading import load_config, read_yaml
+def _print_differences(arguments: argparse.Namespace) -> Callable[[], int]:
+    from dataclasses import asdict
 
-    if path is None:
-        return None
-    load_config(path, {})
-    return read_yaml(path)
+    from flows.deploy import require_server
+    from flows.deployment_diff import find_differences
+    from flows.deployment_plan import make_plan
+
+    require_server()
+    found = find_differences(make_plan(arguments.file, arguments.config))
+    rows = [(d.name, d.key, d.server, d.file, d.outcome) for d in found]
+
+    def show() -> None:
+        """The differences as a table, or that there are none."""
+        if rows:
+            print_table(("what", "key", "server", "file", "deploy"), rows)
+        else:
+            print_line("the server has what the files say")
+
+    return result_printer(arguments, lambda: {"differences": list(map(asdict, found))}, show)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
-from nested_core.config.section import Section, key
+from nested_core.config.section import Section, key, lay_out_form
 
 RANK = 8
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -18,6 +18,7 @@ def _add_alpha_to_schema(schema: dict[str, Any]) -> None:
     """Forms that are made from the schema (Prefect's) take alpha too."""
     described = "scale times rank, as PEFT has it; in place of scale"
     schema["properties"]["alpha"] = {"title": "Alpha", "type": "number", "description": described}
+    lay_out_form(schema)
 
 
 class LoraParameters(Section):

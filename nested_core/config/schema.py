@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from nested_core.config.data import DataPolicy, HubDatasets
 from nested_core.config.gate import GateSection
@@ -20,7 +20,7 @@ from nested_core.config.optimizers import (
     optimizer_problems,
 )
 from nested_core.config.registry import ContinualSection, RegistrySection
-from nested_core.config.section import Section, key
+from nested_core.config.section import Section, key, lay_out_form
 from nested_core.config.training import TrainingSection
 
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
@@ -38,6 +38,14 @@ class LearningRateSchedule(Section):
     warmup_init: float = key(0.0, "the learning rate that the warm-up starts from")
 
 
+def _require_source_in_form(schema: dict[str, Any]) -> None:
+    """In a form model and data have to be given: mlx-lm's defaults for them are its example's."""
+    lay_out_form(schema)
+    schema["required"] = ["model", "data"]
+    for name in schema["required"]:
+        del schema["properties"][name]["default"]
+
+
 class FineTuneConfig(Section):
     """A whole fine-tune. The top level is mlx-lm's, with mlx-lm's defaults and meanings.
 
@@ -45,61 +53,90 @@ class FineTuneConfig(Section):
     `adapter_path` only where one is given. `train` is implied by the command.
     """
 
+    model_config = ConfigDict(json_schema_extra=_require_source_in_form)
+
     model: str = key(
-        "Qwen/Qwen3-0.6b", "base model: folder or hub name", affects="source", path="local_or_hub"
+        "Qwen/Qwen3-0.6b",
+        "the base model: a folder, or its name on the hub",
+        affects="source",
+        path="local_or_hub",
     )
-    train: bool = key(True, "implied: these commands always train", affects="output")
-    fine_tune_type: Literal["lora", "dora", "full"] = key(
-        "lora", "what is trained: low-rank factors, or every weight of the chosen layers"
-    )
-    optimizer: Optimizer = key(
-        "adam", "an optimizer of mlx: adam, adamw, muon, sgd, adafactor, lion ..."
-    )
-    optimizer_config: dict[str, dict[str, Any]] = key({}, "keyword arguments for each optimizer")
     data: str = key(
         "mlx-community/WikiSQL",
         "a folder with train.jsonl and valid.jsonl, or a data set of the hub",
         affects="source",
         path="local_or_hub",
     )
-    seed: int = key(0, "of the random numbers; the same seed gives the same run", ge=0, lt=2**32)
+    train: bool = key(True, "implied: these commands always train", affects="output", in_form=False)
+    fine_tune_type: Literal["lora", "dora", "full"] = key(
+        "lora", "what is trained: low-rank factors, or every weight of the chosen layers"
+    )
+    optimizer: Optimizer = key(
+        "adam", "an optimizer of mlx: adam, adamw, muon, sgd, adafactor, lion ..."
+    )
+    optimizer_config: dict[str, dict[str, Any]] = key(
+        {}, "keyword arguments for each optimizer", in_form=False
+    )
+    seed: int = key(
+        0, "seed of the random numbers; the same seed gives the same run", ge=0, lt=2**32
+    )
     num_layers: CountOrAll = key(16, "how many of the last layers are trained; -1 is all")
     batch_size: PositiveInt = key(4, "examples in a micro-batch", lt=2**31)
     iters: PositiveInt = key(1000, "micro-batches to train on", affects="length")
     val_batches: CountOrAll = key(25, "batches of an evaluation; -1 is all, 0 is none")
-    learning_rate: PositiveFloat = key(1e-5, "of the optimizer, before schedule and warm-up")
-    steps_per_report: PositiveInt = key(10, "iterations between two reports", affects="output")
+    learning_rate: PositiveFloat = key(
+        1e-5, "step size of the optimizer, before schedule and warm-up"
+    )
+    steps_per_report: PositiveInt = key(
+        10, "iterations between two reports", affects="output", in_form=False
+    )
     steps_per_eval: PositiveInt = key(200, "iterations between two evaluations")
     resume_adapter_file: str | None = key(
         None, "start from this adapters.safetensors, not from a fresh adapter", path="local"
     )
     adapter_path: str | None = key(
-        None, "copy the adapter to this folder too", affects="output", path="local"
+        None,
+        "copy the adapter to this folder too",
+        affects="output",
+        path="local",
+        in_form=False,
     )
     save_every: PositiveInt = key(100, "iterations between two checkpoints", affects="output")
     test: bool = key(False, "compute the loss on test.jsonl at the end", affects="output")
-    test_batches: CountOrAll = key(500, "batches of that loss; -1 is all", affects="output")
+    test_batches: CountOrAll = key(
+        500, "batches of that loss; -1 is all", affects="output", in_form=False
+    )
     max_seq_length: int = key(2048, "tokens after which an example is overlong", ge=2, lt=2**31)
     grad_checkpoint: bool = key(
         False, "compute layers again in the backward pass: less memory, more time"
     )
     grad_accumulation_steps: PositiveInt = key(1, "micro-batches whose gradients make one step")
     clear_cache_threshold: NonNegativeInt = key(
-        0, "bytes of MLX's cache above which it is emptied; 0 is never", affects="output"
+        0,
+        "bytes of MLX's cache above which it is emptied; 0 is never",
+        affects="output",
+        in_form=False,
     )
     lr_schedule: LearningRateSchedule | None = key(None, "schedule of the learning rate")
     lora_parameters: LoraParameters = key(LoraParameters(), "rank, scale and modules of LoRA")
     mask_prompt: bool = key(False, "train on the answers alone")
-    report_to: str | None = key(None, "wandb or swanlab", affects="output")
-    project_name: str | None = key(None, "the project in wandb or swanlab", affects="output")
-    trust_remote_code: bool = key(
-        False, "run code that comes with the model: only if you trust it", affects="source"
+    report_to: str | None = key(
+        None, "report metrics to wandb or swanlab", affects="output", in_form=False
     )
-    prompt_feature: str = key("prompt", "the key of the prompt in a row")
-    completion_feature: str = key("completion", "the key of the completion in a row")
-    text_feature: str = key("text", "the key of plain text in a row")
-    chat_feature: str = key("messages", "the key of the messages in a row")
-    hf_dataset: HubDatasets = key((), "data sets of the hub with their splits")
+    project_name: str | None = key(
+        None, "the project in wandb or swanlab", affects="output", in_form=False
+    )
+    trust_remote_code: bool = key(
+        False,
+        "run code that comes with the model: only if you trust it",
+        affects="source",
+        in_form=False,
+    )
+    prompt_feature: str = key("prompt", "the key of the prompt in a row", in_form=False)
+    completion_feature: str = key("completion", "the key of the completion in a row", in_form=False)
+    text_feature: str = key("text", "the key of plain text in a row", in_form=False)
+    chat_feature: str = key("messages", "the key of the messages in a row", in_form=False)
+    hf_dataset: HubDatasets = key((), "data sets of the hub with their splits", in_form=False)
     nested: NestedSection = key(NestedSection(), "tiers of parameters, each with its own frequency")
     training: TrainingSection = key(TrainingSection(), "clipping, warm-up, early stop, precision")
     data_policy: DataPolicy = key(DataPolicy(), "what becomes of overlong or repeated examples")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Self
 
@@ -23,15 +24,17 @@ def key(
     *,
     affects: Affects | None = None,
     path: PathRule | None = None,
+    in_form: bool = True,
     **constraints: Any,
 ) -> Any:
     """Declare a key: its default (`...` for none), what it does, and what follows from it.
 
     The flag, the Prefect form, docs/configuration.md, what may differ on resume, what makes a
     continual run train again and which paths a deployment may use are derived from this. Without
-    `affects` a key has its section's, and a section "training". `constraints` are pydantic's.
+    `affects` a key has its section's, and a section "training". A key that is not `in_form` can be
+    given everywhere but in the form. `constraints` are pydantic's.
     """
-    facts = {"affects": affects, "path": path}
+    facts = {"affects": affects, "path": path, "in_form": None if in_form else False}
     given: Any = {name: value for name, value in facts.items() if value is not None}
     return Field(default, description=description, json_schema_extra=given or None, **constraints)
 
@@ -44,11 +47,36 @@ class SectionProblems(ValueError):
         super().__init__("; ".join(self.problems))
 
 
+def lay_out_form(schema: dict[str, Any]) -> None:
+    """Make a section's JSON schema the form that a page shows, in the order of the declarations.
+
+    `position` holds the order, for a database keeps none of keys. Help becomes a sentence. A key
+    that is not in the form is a pattern: pages show properties alone, and validators know both.
+    """
+    shown: dict[str, Any] = {}
+    hidden: dict[str, Any] = {}
+    for name, field in schema.get("properties", {}).items():
+        text = str(field.get("description", ""))
+        if text:
+            field["description"] = text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
+        if field.pop("in_form", True):
+            shown[name] = field | {"position": len(shown)}
+        else:
+            hidden[f"^{re.escape(name)}$"] = field
+    schema["properties"] = shown
+    if hidden:
+        schema["patternProperties"] = hidden
+
+
 class Section(BaseModel):
     """A part of the configuration: immutable, and closed to keys it does not know."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
+        json_schema_extra=lay_out_form,
     )
 
     def problems(self) -> Iterator[str]:

@@ -10,6 +10,8 @@ from prefect.client.orchestration import get_client
 from prefect.workers.process import ProcessWorker
 
 from flows.deploy import _make_work_pools
+from flows.deployment_plan import read_yaml
+from flows.packaged_files import packaged_folder
 from tests.flows.conftest import Ended
 
 
@@ -34,15 +36,16 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two machines that start together may deploy together."""
+    pools = read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]
     template = ProcessWorker.get_default_base_job_template
     with get_client(sync_client=True) as client:
 
         def meanwhile() -> Any:
             monkeypatch.undo()
-            list(_make_work_pools(client))
+            list(_make_work_pools(client, pools))
             return template()
 
         monkeypatch.setattr(ProcessWorker, "get_default_base_job_template", meanwhile)
-        first, again = list(_make_work_pools(client)), list(_make_work_pools(client))
+        first, again = list(_make_work_pools(client, pools)), list(_make_work_pools(client, pools))
     assert "made, limit" in first[0]
     assert all("there already" in line for line in [*first[1:], *again])

@@ -12,18 +12,21 @@ from typing import Any
 
 import pytest
 import yaml
-from prefect.events.schemas.automations import AutomationCore
 from prefect.flows import Flow
 
+from flows.deployment_plan import full_name, make_plan
 from flows.finetune import FinetuneParameters
 from flows.packaged_files import packaged_folder
 from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")
-PROJECT = yaml.safe_load((FOLDER / "prefect.yaml").read_text())
-DEPLOYMENTS: dict[str, dict[str, Any]] = {each["name"]: each for each in PROJECT["deployments"]}
+PLAN = make_plan()
+DEPLOYMENTS: dict[str, dict[str, Any]] = {
+    each["name"].removeprefix("geography-"): each for each in PLAN.deployments
+}
 POOLS = yaml.safe_load((FOLDER / "work-pools.yaml").read_text())["work_pools"]
 
 
@@ -55,7 +58,7 @@ def test_each_deployment_that_trains_has_tiers_clipping_and_automatic_promotion(
     config = training_configs()[name]
     assert config.nested.frequencies == (1, 2, 4)
     assert config.training.max_grad_norm == 1.0
-    assert config.registry.promote == "always"
+    assert config.registry.promote == "better"
 
 
 def test_the_nightly_schedule_is_off_until_a_person_switches_it_on() -> None:
@@ -68,11 +71,7 @@ def test_the_nightly_schedule_is_off_until_a_person_switches_it_on() -> None:
 def test_the_automation_that_frees_dead_runs_waits_for_three_heartbeats_and_leaves_approvals() -> (
     None
 ):
-    automations = yaml.safe_load((FOLDER / "automations.yaml").read_text())["automations"]
-    for automation in automations:
-        wanted = {key: value for key, value in automation.items() if key != "notify"}
-        AutomationCore.model_validate(wanted)
-    trigger = automations[0]["trigger"]
+    trigger = PLAN.automations[0]["trigger"]
     assert trigger["within"] == 3 * int(settings()["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     watched = [name for name, each in DEPLOYMENTS.items() if "watched" in each["tags"]]
     assert sorted(watched) == ["hourly", "manual", "nightly", "rollback", "sweep"]
@@ -108,3 +107,93 @@ def test_what_a_worker_imports_when_a_run_has_crashed_loads_no_mlx() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     assert done.stdout == "set()\n"  # so the second report of the crash comes soon
+
+
+SUPPORT = {
+    "model": "a/model",
+    "data": "data/support",
+    "iters": 50,
+    "registry": {"path": "/srv/adapters", "name": "support-bot"},
+}
+
+
+def write(path: Path, **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump(SUPPORT | changes))
+    return path
+
+
+def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_example(
+    tmp_path: Path,
+) -> None:
+    plan = make_plan(config=write(tmp_path / "support.yaml"))
+    names = [full_name(deployment) for deployment in plan.deployments]
+    assert names == [
+        "finetune/support-bot-nightly",
+        "finetune/support-bot-manual",
+        "sweep/support-bot-sweep",
+        "promote/support-bot-approved",
+        "reconcile/support-bot-hourly",
+        "rollback/support-bot-rollback",
+        "promote/auto",
+    ]
+    parameters = [deployment.get("parameters") for deployment in plan.deployments]
+    published = SUPPORT | {"registry": SUPPORT["registry"] | {"promote": "better"}}  # type: ignore[operator]
+    nightly = {"continual": {"from": "champion", "skip_unchanged": True}}
+    assert parameters[0] == {"config": published | nightly}
+    assert parameters[1] == {"config": published}
+    assert parameters[2]["config"]["base"] == published
+    assert parameters[2]["config"]["deployment"] == "finetune/support-bot-manual"
+    approved = {"registry": "/srv/adapters", "name": "support-bot", "requires_approval": True}
+    assert parameters[3] == {"config": approved}
+    assert parameters[4] == {"config": {"registry": "/srv/adapters", "names": ["support-bot"]}}
+    assert parameters[5] == {"config": {"registry": "/srv/adapters", "name": "support-bot"}}
+    assert "geography" not in yaml.safe_dump([plan.project, plan.automations])
+    assert all("support-bot" in each["tags"] for each in plan.deployments[:-1])
+
+
+def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Path) -> None:
+    registry = SUPPORT["registry"] | {"promote": "approve"}  # type: ignore[operator]
+    config = write(tmp_path / "c.yaml", registry=registry, continual={"from": None})
+    nightly = make_plan(config=config).deployments[0]["parameters"]["config"]
+    assert nightly["registry"]["promote"] == "approve"
+    assert nightly["continual"] == {"from": None, "skip_unchanged": True}
+
+
+@pytest.mark.parametrize(
+    "registry", [None, {}, {"promote": "never"}, {"path": "registry", "name": None}]
+)
+def test_a_configuration_without_a_registry_name_is_refused(tmp_path: Path, registry: Any) -> None:
+    with pytest.raises(ConfigError, match=r"c\.yaml: deployments need .* registry\.name"):
+        make_plan(config=write(tmp_path / "c.yaml", registry=registry))
+
+
+def test_a_configuration_that_a_flow_would_refuse_is_refused_before_anything_is_deployed(
+    tmp_path: Path,
+) -> None:
+    config = write(tmp_path / "c.yaml", resume_adapter_file="x.safetensors", iterz=3)
+    with pytest.raises(ConfigError, match="finetune/support-bot-nightly") as refused:
+        make_plan(config=config)
+    assert "did you mean iters?" in str(refused.value)
+
+
+def test_a_file_of_ones_own_names_one_adapter_and_is_left_as_it_is(tmp_path: Path) -> None:
+    training = {"name": "mine", "entrypoint": "flows.finetune.finetune", "tags": ["nested-tune"]}
+    training |= {"work_pool": {"name": "mlx-gpu"}, "parameters": {"config": SUPPORT}}
+    file = tmp_path / "prefect.yaml"
+    file.write_text(yaml.safe_dump({"deployments": [training]}))
+    plan = make_plan(file)
+    assert (plan.adapter, plan.deployments) == ("support-bot", [training])
+    other = SUPPORT | {"registry": {"path": "r", "name": "other"}}
+    second = training | {"name": "second", "parameters": {"config": other}}
+    file.write_text(yaml.safe_dump({"deployments": [training, second]}))
+    with pytest.raises(ConfigError, match="the one adapter that they train"):
+        make_plan(file)
+
+
+def test_alerts_are_told_by_the_type_of_a_state_and_by_no_name_that_is_ours() -> None:
+    """States of ours are named by their outcome; Late is a name that Prefect's server gives."""
+    expected = {event for each in PLAN.automations for event in each["trigger"]["expect"]}
+    of_runs = {event for event in expected if event.startswith("prefect.flow-run.")}
+    assert of_runs == {"prefect.flow-run.*", "prefect.flow-run.Late"}
+    alert = next(each for each in PLAN.automations if "failed or crashed" in each["name"])
+    assert alert["trigger"]["match"]["prefect.state-type"] == ["FAILED", "CRASHED"]

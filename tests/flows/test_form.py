@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import validate
 
 from flows.finetune import finetune
 from flows.promote import promote
@@ -36,3 +37,35 @@ def test_what_can_be_chosen_is_listed_and_other_keys_are_refused() -> None:
     ]
     assert found["NestedSection"]["properties"]["fast"]["enum"] == ["shallow", "deep"]
     assert all(schema["additionalProperties"] is False for schema in found.values())
+
+
+@pytest.mark.parametrize("flow", [finetune, promote, reconcile, rollback, sweep])
+def test_fields_keep_the_order_of_the_schema_and_their_help_is_a_sentence(flow: Any) -> None:
+    for schema in definitions(flow).values():
+        fields = schema.get("properties", {}).values()
+        assert [field["position"] for field in fields] == list(range(len(fields)))
+        for field in fields:
+            help_text = field["description"]
+            assert help_text[0] == help_text[0].upper()
+            assert help_text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("flow", "title"), [(finetune, "FinetuneParameters"), (sweep, "FineTuneConfig")]
+)
+def test_model_and_data_come_first_and_have_to_be_given(flow: Any, title: str) -> None:
+    schema = definitions(flow)[title]
+    assert list(schema["properties"])[:2] == ["model", "data"] == schema["required"]
+    assert not any("default" in schema["properties"][name] for name in schema["required"])
+
+
+def test_what_is_rarely_touched_is_not_shown_and_can_be_given_all_the_same() -> None:
+    schema = parameter_schema(finetune).model_dump()
+    shown = schema["definitions"]["FinetuneParameters"]["properties"]
+    assert not {"train", "run_dir", "resume", "project_name", "trust_remote_code"} & set(shown)
+    assert len(shown) < 30
+    config: dict[str, Any] = {"model": "m", "data": "d", "train": True, "run_dir": "runs/x"}
+    assert validate({"config": config}, schema) == []
+    for wrong in ({"train": "perhaps"}, {"trian": True}, {"model": None}):
+        assert validate({"config": config | wrong}, schema) != []
+    assert validate({"config": {"model": "m"}}, schema) != []

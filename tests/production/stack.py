@@ -130,6 +130,7 @@ class Stack:
             shutil.copytree(source, self.home / "examples" / source.name)
         settings = example_settings(**SMALL)
         settings |= {"model": f"examples/{MODEL.name}", "data": f"examples/{DATA.name}"}
+        settings["registry"] = {"path": "registry", "name": NAME, "promote": "always"}
         (self.home / "small.yaml").write_text(yaml.safe_dump(settings))
 
     def nested_tune(self, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -49,12 +49,12 @@ def announce(stack: Stack, version: str, name: str = NAME, **changes: Any) -> No
 def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> None:
     with stack.connected() as client:
         before = {d.name: d.id for d in client.read_deployments()}
-        (schedule,) = client.read_deployment_by_name("finetune/nightly").schedules
+        (schedule,) = client.read_deployment_by_name(f"finetune/{NAME}-nightly").schedules
         assert schedule.active is False
     again = stack.nested_tune("deploy", "-c", "small.yaml", "--json")
     assert again.returncode == 0, again.stderr
     assert (
-        "deployment finetune/nightly: in pool mlx-gpu, schedule nightly off"
+        "deployment finetune/geography-nightly: in pool mlx-gpu, schedule nightly off"
         in (json.loads(again.stdout)["done"])
     )
     with stack.connected() as client:
@@ -70,13 +70,16 @@ def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> 
 
 def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack: Stack) -> None:
     with stack.connected() as client:
-        there = client.read_deployment_by_name("finetune/nightly")
+        there = client.read_deployment_by_name(f"finetune/{NAME}-nightly")
         (schedule,) = there.schedules
         every_minute = CronSchedule(cron="* * * * *")
         client.update_deployment_schedule(there.id, schedule.id, active=True, schedule=every_minute)
     try:
         first = wait_for(
-            lambda: [r for r in stack.runs_of("finetune/nightly") if r.state_name == "Running"], 150
+            lambda: [
+                r for r in stack.runs_of(f"finetune/{NAME}-nightly") if r.state_name == "Running"
+            ],
+            150,
         )[0]
     finally:
         with stack.connected() as client:
@@ -91,7 +94,7 @@ def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack
 
 
 def test_a_night_without_new_data_is_skipped(stack: Stack) -> None:
-    ended = stack.wait(stack.submit("finetune/nightly"))
+    ended = stack.wait(stack.submit(f"finetune/{NAME}-nightly"))
     assert ended.state is not None
     assert ended.state.message == f"skipped: data unchanged since {champion(stack)}"
     assert len(core.history(stack.registry, NAME)) == 1
@@ -111,7 +114,7 @@ def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(
     stack: Stack,
 ) -> None:
     before, version = champion(stack), add(stack, 2, "approve")
-    run_id = stack.submit("promote/approved", version=version)
+    run_id = stack.submit(f"promote/{NAME}-approved", version=version)
     stack.wait(run_id, "Suspended")
     assert champion(stack) == before
     with stack.connected():
@@ -128,7 +131,7 @@ def test_a_rejected_adapter_fails_its_run_with_the_reason_and_promotes_nothing(
 ) -> None:
     before, versions = champion(stack), core.list_versions(stack.registry, NAME)
     gate = {"min_relative_change": 1e6}  # more than any training does
-    ended = stack.wait(stack.submit("finetune/manual", gate=gate))
+    ended = stack.wait(stack.submit(f"finetune/{NAME}-manual", gate=gate))
     assert ended.state is not None
     assert ended.state.name == "Failed"
     assert str(ended.state.message).startswith("rejected: ")
@@ -138,7 +141,7 @@ def test_a_rejected_adapter_fails_its_run_with_the_reason_and_promotes_nothing(
 
 def test_rollback_goes_back_and_says_who(stack: Stack) -> None:
     previous = core.history(stack.registry, NAME)[-1]["previous"]
-    ended = stack.wait(stack.submit("rollback/rollback", by="bob"))
+    ended = stack.wait(stack.submit(f"rollback/{NAME}-rollback", by="bob"))
     assert ended.state is not None
     assert (ended.state.name, ended.state.message) == ("Completed", "rolled_back")
     assert champion(stack) == previous
@@ -147,10 +150,10 @@ def test_rollback_goes_back_and_says_who(stack: Stack) -> None:
 
 def test_a_sweep_of_four_promotes_the_best_that_the_gate_verified(stack: Stack) -> None:
     with stack.connected() as client:
-        base = client.read_deployment_by_name("sweep/sweep").parameters["config"]["base"]
+        base = client.read_deployment_by_name(f"sweep/{NAME}-sweep").parameters["config"]["base"]
     base |= {"registry": {"path": "registry", "name": NAME, "promote": "always"}}
     grid: dict[str, list[Any]] = {"learning_rate": [2e-3, 1e-3], "nested.fast": ["shallow", "deep"]}
-    run_id = stack.submit("sweep/sweep", base=base | {"iters": 6}, grid=grid)
+    run_id = stack.submit(f"sweep/{NAME}-sweep", base=base | {"iters": 6}, grid=grid)
     ended = stack.wait(run_id, seconds=420)
     assert ended.state is not None
     assert ended.state.name == "Completed", ended.state.message
@@ -171,7 +174,7 @@ def test_a_sweep_of_four_promotes_the_best_that_the_gate_verified(stack: Stack) 
 
 def test_a_path_outside_of_the_allowed_roots_is_refused(stack: Stack) -> None:
     outside = Path(stack.folder) / "elsewhere"
-    ended = stack.wait(stack.submit("finetune/manual", run_dir=str(outside)))
+    ended = stack.wait(stack.submit(f"finetune/{NAME}-manual", run_dir=str(outside)))
     assert ended.state is not None
     assert ended.state.name == "Failed"
     assert "outside of the folders that this worker may use" in str(ended.state.message)

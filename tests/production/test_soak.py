@@ -64,7 +64,7 @@ def is_to_be_rejected(index: int) -> bool:
 def schedule_all(stack: Stack) -> list[UUID]:
     """Every run, scheduled for now; each has a seed of its own, and so an adapter of its own."""
     with stack.connected() as client:
-        there = client.read_deployment_by_name("finetune/manual")
+        there = client.read_deployment_by_name(f"finetune/{NAME}-manual")
         client.update_deployment(there.id, _limit(len(WORKERS)))
         found = []
         for index in range(RUNS):
@@ -132,7 +132,7 @@ def test_every_scheduled_run_ends_and_the_registry_agrees(stack: Stack) -> None:
     ids = schedule_all(stack)
     began = time.monotonic()
     start_workers(stack)
-    trainings = wait_for_all(stack, "finetune/manual", RUNS, SECONDS_A_RUN * RUNS + 120)
+    trainings = wait_for_all(stack, f"finetune/{NAME}-manual", RUNS, SECONDS_A_RUN * RUNS + 120)
     seconds = time.monotonic() - began
     rejected = sum(map(is_to_be_rejected, range(RUNS)))
     assert {run.id for run in trainings} == set(ids)
@@ -195,7 +195,7 @@ def check_tasks(stack: Stack, passed: int) -> None:
 
 def reconciled(stack: Stack, history: list[dict[str, Any]]) -> list[str]:
     """The versions that may have been promoted by the hourly flow: while one of its runs ran."""
-    runs = [run for run in flow_runs(stack, "reconcile/hourly") if run.end_time is not None]
+    runs = [run for run in flow_runs(stack, f"reconcile/{NAME}-hourly") if run.end_time is not None]
     spans = [(run.start_time, run.end_time) for run in runs if run.start_time is not None]
     times = {entry["version"]: datetime.fromisoformat(entry["time"]) for entry in history}
     return [v for v, time in times.items() if any(a <= time <= b for a, b in spans if b)]

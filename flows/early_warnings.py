@@ -1,0 +1,124 @@
+"""Events that warn before a night fails: an old champion, a disk that is nearly full.
+
+They are emitted for as long as their reason lasts; automations.yaml tells a person once a day.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from prefect.events import emit_event
+
+from nested_core.errors import NestedTuneError
+from nested_core.registry import history
+from nested_core.storage.run_directory import RUNS
+from tasks.events import adapter_resource
+
+SMALLEST_FREE_SHARE = 0.1
+CHECKPOINTS_WITH_ROOM = 3
+
+
+class DiskSpace(NamedTuple):
+    """Bytes of a disk, as shutil.disk_usage gives them."""
+
+    total: int
+    used: int
+    free: int
+
+
+def warn_of_old_champions(registry: Path, names: Iterable[str], nights: float) -> None:
+    """Emit `adapter.stale` for each name whose champion is older than so many nights."""
+    for name in names:
+        with suppress(NestedTuneError):  # what is damaged is told by the flow that asks
+            if message := describe_old_champion(registry, name, nights, datetime.now(UTC)):
+                payload = {"message": message, "nights": nights}
+                emit_event("adapter.stale", resource=adapter_resource(name), payload=payload)
+
+
+def describe_old_champion(registry: Path, name: str, nights: float, now: datetime) -> str | None:
+    """A sentence about a champion older than so many nights; None where it is not."""
+    changes = [e for e in history(registry, name) if e["action"] in ("promote", "rollback")]
+    if not changes or changes[-1]["version"] is None:
+        return None
+    since = datetime.fromisoformat(changes[-1]["time"])
+    if now - since <= timedelta(days=nights):
+        return None
+    return (
+        f"{name} has had no new champion since {since:%d %b %Y}: {changes[-1]['version'][:6]} is "
+        f"older than {nights:g} nights. The list of runs says what became of each night."
+    )
+
+
+def warn_of_full_disks(folders: Iterable[Path]) -> None:
+    """Emit `disk.nearly_full` for each disk of these folders that is."""
+    checkpoint_bytes = measure_newest_checkpoint(RUNS)
+    seen: set[int] = set()
+    for folder in folders:
+        with suppress(OSError):  # a folder that is not there yet
+            disk = folder.stat().st_dev
+            if disk in seen:
+                continue
+            seen.add(disk)
+            space = DiskSpace(*shutil.disk_usage(folder))
+            if message := describe_full_disk(space, checkpoint_bytes):
+                host, path = platform.node(), str(folder.resolve())
+                emit_event(
+                    "disk.nearly_full",
+                    resource={
+                        "prefect.resource.id": f"disk.{host}.{disk}",
+                        "prefect.resource.name": f"{path} on {host}",
+                    },
+                    payload={"message": message, "free_bytes": space.free},
+                )
+
+
+def describe_full_disk(space: DiskSpace, checkpoint_bytes: int | None) -> str | None:
+    """A sentence about a disk that is nearly full; None where it is not.
+
+    It is with less than 10 % free, or with room for fewer than three checkpoints.
+    """
+    free_share = space.free / space.total if space.total else 0.0
+    has_room = checkpoint_bytes is None or space.free >= CHECKPOINTS_WITH_ROOM * checkpoint_bytes
+    if free_share >= SMALLEST_FREE_SHARE and has_room:
+        return None
+    sentence = (
+        f"{_show_bytes(space.free)} of {_show_bytes(space.total)} are free ({free_share:.0%})"
+    )
+    if not has_room and checkpoint_bytes is not None:
+        sentence += f", and a checkpoint takes {_show_bytes(checkpoint_bytes)}"
+    return f"{sentence}. Remove old runs, or versions with `nested-tune gc`."
+
+
+def measure_newest_checkpoint(runs: Path) -> int | None:
+    """Bytes of the newest checkpoint of all runs in a folder; None where there is none."""
+    checkpoints = sorted(_iterate_checkpoints(runs))
+    if not checkpoints:
+        return None
+    _, newest = checkpoints[-1]
+    return sum(size for file in newest.iterdir() if (size := _size(file)) is not None)
+
+
+def _iterate_checkpoints(runs: Path) -> Iterator[tuple[float, Path]]:
+    """When each checkpoint was written, and its folder; one may be pruned meanwhile."""
+    for pattern in ("*/checkpoints/step-*", "*/*/checkpoints/step-*"):  # a sweep's lie deeper
+        for folder in runs.glob(pattern):
+            with suppress(OSError):
+                yield folder.stat().st_mtime, folder
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
+
+
+def _show_bytes(count: int) -> str:
+    """Such as 4.1 GB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

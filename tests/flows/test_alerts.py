@@ -1,0 +1,225 @@
+"""Alerts as the shipped automations send them: by a real server, to a webhook on this machine."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.worker import EventsWorker
+from prefect.states import Completed, State
+
+from flows import early_warnings
+from flows.alerts import find_or_make_block, send_test_alert
+from flows.deploy import put_automations
+from flows.deployment_plan import make_plan
+from flows.early_warnings import DiskSpace, describe_full_disk, measure_newest_checkpoint
+from flows.reconcile import ReconcileParameters, reconcile
+from flows.rollback import RollbackParameters, rollback
+from flows.server_checks import check_alerts
+from nested_core import registry as core
+from nested_core.errors import ConfigError, NestedTuneError
+from tests.core.registry.conftest import write_run
+from tests.webhook_server import SECRET_PATH, WebhookServer, serving_webhook
+
+NAME = "support-bot"
+ALERTS = [planned for planned in make_plan().automations if "notify" in planned]
+
+
+@pytest.fixture(scope="module")
+def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
+    """A client of the tests' server, whose alerts are removed at the end."""
+    with get_client(sync_client=True) as made:
+        yield made
+        for automation in made.read_automations():
+            made.delete_automation(automation.id)
+
+
+@pytest.fixture(scope="module")
+def webhook() -> Iterator[WebhookServer]:
+    with serving_webhook() as server:
+        yield server
+
+
+@pytest.fixture
+def told(client: SyncPrefectClient, webhook: WebhookServer) -> list[str]:
+    """The texts that come, now that all alerts go to the webhook."""
+    list(put_automations(client, ALERTS, find_or_make_block(client, webhook.url)))
+    time.sleep(1)  # the server's triggers hear of a change of theirs by an event
+    webhook.status = 200
+    webhook.texts.clear()
+    return webhook.texts
+
+
+@flow(name="night")
+def night() -> None:
+    """A flow to have runs of; it is never run."""
+
+
+def end_run(client: SyncPrefectClient, name: str, state: State[Any], *tags: str) -> None:
+    """Have a run of this name end in a state, as the process of a flow would."""
+    run = client.create_flow_run(night, name=name, tags=["nested-tune", *tags])
+    client.set_flow_run_state(run.id, state, force=True)
+
+
+def wait_for_text(texts: list[str], words: str) -> str:
+    """The one text with these words, once it has come."""
+    deadline = time.monotonic() + 30
+    while not (found := [text for text in texts if words in text]):
+        assert time.monotonic() < deadline, f"{words!r} is in none of {texts}"
+        time.sleep(0.05)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_state_is_called(
+    client: SyncPrefectClient, told: list[str]
+) -> None:
+    rejected = State(type=StateType.FAILED, name="Rejected", message="loss_regressed 0.02 -> 0.03")
+    crashed = State(type=StateType.CRASHED, name="Crashed", message='exited with code -9 "q"')
+    end_run(client, "one, 21 Nov", rejected)
+    end_run(client, "two, 21 Nov", crashed)
+    end_run(client, "three, 21 Nov", State(type=StateType.SCHEDULED, name="Late"))
+    assert "Rejected: one, 21 Nov\nloss_regressed 0.02 -> 0.03" in wait_for_text(told, "one,")
+    assert 'Crashed: two, 21 Nov\nexited with code -9 "q"' in wait_for_text(told, "two,")
+    assert "Late: three, 21 Nov\nIt was to begin at 20" in wait_for_text(told, "three,")
+
+
+def test_a_crash_that_is_reported_twice_is_told_once(
+    client: SyncPrefectClient, told: list[str]
+) -> None:
+    run = client.create_flow_run(night, name="once, 21 Nov", tags=["nested-tune"])
+    for message in ("by the worker", "by the server"):
+        crashed = State(type=StateType.CRASHED, name="Crashed", message=message)
+        client.set_flow_run_state(run.id, crashed, force=True)
+    end_run(client, "after it", State(type=StateType.FAILED, name="Failed"))
+    wait_for_text(told, "after it")
+    assert wait_for_text(told, "once, 21 Nov").startswith("Crashed: once, 21 Nov\nby the worker")
+
+
+def test_where_all_is_well_there_is_silence(
+    client: SyncPrefectClient, told: list[str], tmp_path: Path
+) -> None:
+    for name in ("Promoted", "Verified", "Kept the champion", "Skipped", "Resumed"):
+        end_run(client, name, Completed(name=name, message="val loss 0.02"))
+    cancelled = State(type=StateType.CANCELLED, name="Cancelled", message="by a person")
+    end_run(client, "cancelled", cancelled)
+    registry = tmp_path / "registry"
+    core.register(write_run(tmp_path / "run", 1), registry, NAME, {"config": {}})
+    (version,) = core.list_versions(registry, NAME)
+    core.promote(registry, NAME, version, by="test", expected_champion=None)
+    early_warnings.warn_of_old_champions(registry, [NAME], nights=3)
+    EventsWorker.drain_all()
+    end_run(client, "the last", State(type=StateType.FAILED, name="Failed"))
+    wait_for_text(told, "the last")
+    assert len(told) == 1
+
+
+def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
+    client: SyncPrefectClient,
+    told: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_ROOTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # on one disk with the registry
+    registry, champion = tmp_path / "registry", None
+    for seed in (1, 2):
+        run = write_run(tmp_path / f"run-{seed}", seed)
+        version = core.register(run, registry, NAME, {"config": {}})
+        core.promote(registry, NAME, version, by="test", expected_champion=champion)
+        before, champion = champion, version
+    rollback(RollbackParameters(registry=str(registry), name=NAME, by="bob"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: (100 * 10**9, 97 * 10**9, 3 * 10**9))
+    reconcile(ReconcileParameters(registry=str(registry), stale_after_nights=1e-9))
+    EventsWorker.drain_all()
+    back = wait_for_text(told, "Rolled back")
+    assert back.startswith(f"Rolled back: {NAME}\nThe champion is {str(before)[:6]} again;")
+    assert str(champion)[:6] in back
+    assert f"{NAME} has had no new champion since" in wait_for_text(told, "Old champion")
+    full = wait_for_text(told, "Disk nearly full")
+    assert "3.0 GB of 100.0 GB are free (3%)" in full
+
+
+def test_a_failed_automation_is_told_and_a_failed_alert_is_not_told_for_ever(
+    client: SyncPrefectClient, told: list[str], webhook: WebhookServer
+) -> None:
+    for name in ("nested-tune: promote what was verified", ALERTS[0]["name"]):
+        resource = {"prefect.resource.id": "prefect.automation.1", "prefect.resource.name": name}
+        event = {"event": "prefect.automation.action.failed", "resource": resource}
+        event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
+        event |= {"payload": {"reason": "InvalidJinja"}}
+        client.request("POST", "/events", json=[event]).raise_for_status()
+    end_run(client, "after both", State(type=StateType.FAILED, name="Failed"))
+    wait_for_text(told, "after both")
+    assert "promote what was verified\nInvalidJinja" in wait_for_text(told, "An automation failed")
+
+
+def test_one_test_alert_is_sent_on_demand_and_a_webhook_that_refuses_it_is_an_error(
+    client: SyncPrefectClient, told: list[str], webhook: WebhookServer
+) -> None:
+    assert send_test_alert(client) == "test alert: sent"
+    assert "Nothing is wrong" in told[0]
+    webhook.status = 404
+    with pytest.raises(NestedTuneError, match="the webhook answered 404") as refused:
+        send_test_alert(client)
+    assert SECRET_PATH not in str(refused.value)
+
+
+def test_the_url_of_a_webhook_is_in_a_block_alone(
+    client: SyncPrefectClient, told: list[str]
+) -> None:
+    automations = client.request("POST", "/automations/filter", json={}).text
+    blocks = client.request("POST", "/block_documents/filter", json={}).text
+    assert "nested-tune" in blocks
+    assert SECRET_PATH not in automations + blocks
+
+
+def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(
+    client: SyncPrefectClient, told: list[str]
+) -> None:
+    again = list(put_automations(client, ALERTS, None))
+    assert not any("NOBODY IS TOLD" in line for line in again), "the block of before stays"
+    assert check_alerts(client, ALERTS).ok
+    for automation in client.read_automations():
+        client.delete_automation(automation.id)
+    assert "NOBODY IS TOLD" in list(put_automations(client, ALERTS, None))[-1]
+    assert not check_alerts(client, ALERTS).ok
+    with pytest.raises(ConfigError, match="nobody is told yet"):
+        send_test_alert(client)
+
+
+@pytest.mark.parametrize("notify", ["slack-webhook/nobody", "ftp://example.org/x", "https://"])
+def test_a_block_or_url_that_cannot_be_used_is_refused(
+    client: SyncPrefectClient, notify: str
+) -> None:
+    with pytest.raises(ConfigError, match="--notify"):
+        find_or_make_block(client, notify)
+
+
+@pytest.mark.parametrize(
+    ("free", "checkpoint", "is_full"),
+    [(10, None, False), (9, None, True), (30, 10, False), (29, 10, True)],
+)
+def test_a_disk_is_nearly_full_under_a_tenth_or_without_room_for_three_checkpoints(
+    free: int, checkpoint: int | None, is_full: bool
+) -> None:
+    assert (describe_full_disk(DiskSpace(100, 100 - free, free), checkpoint) is not None) is is_full
+
+
+def test_the_newest_checkpoint_of_all_runs_is_measured(tmp_path: Path) -> None:
+    assert measure_newest_checkpoint(tmp_path) is None
+    for number, run in enumerate(("b", "sweep-1/000", "a")):
+        folder = tmp_path / run / "checkpoints" / "step-0000010"
+        folder.mkdir(parents=True)
+        (folder / "adapters.safetensors").write_bytes(bytes(number + 1))
+        (folder / "optimizer.safetensors").write_bytes(bytes(10))
+    assert measure_newest_checkpoint(tmp_path) == 13
