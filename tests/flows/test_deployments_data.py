@@ -109,7 +109,7 @@ def test_what_a_worker_imports_when_a_run_has_crashed_loads_no_mlx() -> None:
     assert done.stdout == "set()\n"  # so the second report of the crash comes soon
 
 
-SUPPORT = {
+SUPPORT: dict[str, Any] = {
     "model": "a/model",
     "data": "data/support",
     "iters": 50,
@@ -136,8 +136,8 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "rollback/support-bot-rollback",
         "promote/auto",
     ]
-    parameters = [deployment.get("parameters") for deployment in plan.deployments]
-    published = SUPPORT | {"registry": SUPPORT["registry"] | {"promote": "better"}}  # type: ignore[operator]
+    parameters = [deployment["parameters"] for deployment in plan.deployments[:-1]]
+    published = SUPPORT | {"registry": SUPPORT["registry"] | {"promote": "better"}}
     nightly = {"continual": {"from": "champion", "skip_unchanged": True}}
     assert parameters[0] == {"config": published | nightly}
     assert parameters[1] == {"config": published}
@@ -152,7 +152,7 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
 
 
 def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Path) -> None:
-    registry = SUPPORT["registry"] | {"promote": "approve"}  # type: ignore[operator]
+    registry = SUPPORT["registry"] | {"promote": "approve"}
     config = write(tmp_path / "c.yaml", registry=registry, continual={"from": None})
     nightly = make_plan(config=config).deployments[0]["parameters"]["config"]
     assert nightly["registry"]["promote"] == "approve"
@@ -177,7 +177,7 @@ def test_a_configuration_that_a_flow_would_refuse_is_refused_before_anything_is_
 
 
 def test_a_file_of_ones_own_names_one_adapter_and_is_left_as_it_is(tmp_path: Path) -> None:
-    training = {"name": "mine", "entrypoint": "flows.finetune.finetune", "tags": ["nested-tune"]}
+    training: dict[str, Any] = {"name": "mine", "entrypoint": "flows.finetune.finetune"}
     training |= {"work_pool": {"name": "mlx-gpu"}, "parameters": {"config": SUPPORT}}
     file = tmp_path / "prefect.yaml"
     file.write_text(yaml.safe_dump({"deployments": [training]}))

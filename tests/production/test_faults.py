@@ -43,7 +43,7 @@ class Training:
         section = {"path": "registry", "name": name, "promote": "always"}
         values = LONG | {"run_dir": f"runs/{name}", "registry": section} | changes
         self.name, self.steps = name, values["iters"]
-        self.id = stack.submit(f"finetune/{NAME}-manual", **values)
+        self.id = stack.submit("finetune/geography-manual", **values)
 
     def step(self) -> int:
         """The step of the last checkpoint on disk, 0 before the first."""
@@ -290,7 +290,7 @@ def test_the_event_is_lost_and_the_hourly_reconcile_promotes(
     stack: Stack, faults: FaultTable
 ) -> None:
     version = add(stack, 22, name=NAME)
-    ended = stack.wait(stack.submit(f"reconcile/{NAME}-hourly"))
+    ended = stack.wait(stack.submit("reconcile/geography-hourly", names=[NAME]))
     assert ended.state is not None
     assert ended.state.message == f"promoted: {NAME}"
     assert champion(stack, NAME) == version

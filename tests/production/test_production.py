@@ -40,6 +40,7 @@ def announce(stack: Stack, version: str, name: str = NAME, **changes: Any) -> No
     """The event `adapter.verified` for a version."""
     payload = {"version": version, "registry": str(stack.registry), "run_dir": "x"} | changes
     resource = {"prefect.resource.id": f"adapter.{name}", "prefect.resource.name": name}
+    resource |= {"nested-tune.promotion": "open"}
     with stack.connected() as client:
         event = {"event": "adapter.verified", "resource": resource, "payload": payload}
         event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}

@@ -39,7 +39,7 @@ def finished(stack: Stack) -> UUID:
         (data / file.name).write_text("".join([*lines, lines[0]]))  # one example comes twice
     registry = {"path": "registry", "name": PICTURED, "promote": "always"}
     changes = LOOK | {"data": f"examples/{data.name}", "registry": registry}
-    run_id = stack.submit(f"finetune/{NAME}-manual", **changes)
+    run_id = stack.submit("finetune/geography-manual", **changes)
     ended = stack.wait(run_id)
     assert ended.state is not None
     assert ended.state_name == "Completed", ended.state.message

@@ -74,7 +74,7 @@ def test_the_server_listens_on_this_machine_alone(stack: Stack) -> None:
 
 def test_the_workers_token_is_in_no_parameter_log_or_artifact(stack: Stack) -> None:
     registry = {"path": "registry", "name": "tokens", "promote": "always"}
-    stack.wait(stack.submit(f"finetune/{NAME}-manual", registry=registry))
+    stack.wait(stack.submit("finetune/geography-manual", registry=registry))
     assert champion(stack, "tokens") is not None
     seen: dict[str, Any] = {}
     with stack.connected() as client:
@@ -87,7 +87,7 @@ def test_the_workers_token_is_in_no_parameter_log_or_artifact(stack: Stack) -> N
 
 
 def test_no_result_is_kept_as_a_pickle(stack: Stack) -> None:
-    ended = stack.wait(stack.submit(f"finetune/{NAME}-manual", gate={"min_relative_change": 1e6}))
+    ended = stack.wait(stack.submit("finetune/geography-manual", gate={"min_relative_change": 1e6}))
     assert ended.state_name == "Failed"
     kept = [path for path in (stack.folder / "prefect").rglob("storage/*") if path.is_file()]
     assert kept
