@@ -11,6 +11,7 @@ import pytest
 from tests.production.faults import FaultTable
 from tests.production.postgresql import Cluster, find_binaries
 from tests.production.stack import Stack
+from tests.webhook_server import WebhookServer, serving_webhook
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +24,20 @@ def binaries() -> Path:
 
 
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, binaries: Path) -> Iterator[Stack]:
+def webhook() -> Iterator[WebhookServer]:
+    """Where the stack's alerts go."""
+    with serving_webhook() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stack(
+    tmp_path_factory: pytest.TempPathFactory, binaries: Path, webhook: WebhookServer
+) -> Iterator[Stack]:
     """Database, server and workers, started fresh, with everything deployed; all stopped after."""
     made = Stack(tmp_path_factory.mktemp("production"), Cluster(binaries))
     try:
-        made.start()
+        made.start("--notify", webhook.url)
         for pool in ("mlx-gpu", "cpu"):
             made.start_worker(pool)
         yield made

@@ -115,13 +115,13 @@ class Stack:
         log = self.folder / f"worker-{name}.log"
         self.workers[name] = start_logged(command, log, self.home, self.environment | environment)
 
-    def start(self) -> None:
+    def start(self, *flags: str) -> None:
         """Database and server, with everything deployed; no worker yet."""
         self.prepare_home()
         self.database.create()
         self.database.start()
         self.start_server()
-        deployed = self.nested_tune("deploy", "-c", "small.yaml")
+        deployed = self.nested_tune("deploy", "-c", "small.yaml", *flags)
         assert deployed.returncode == 0, deployed.stderr + self.logs()
 
     def prepare_home(self) -> None:

@@ -15,6 +15,7 @@ from websockets.sync.client import connect
 
 from tests.production.stack import AUTH, TOKEN, Stack
 from tests.production.test_production import champion
+from tests.webhook_server import SECRET_PATH
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
 USER, _, PASSWORD = AUTH.partition(":")
@@ -84,6 +85,20 @@ def test_the_workers_token_is_in_no_parameter_log_or_artifact(stack: Stack) -> N
     assert seen["flow_runs"]
     assert seen["logs"]
     assert TOKEN not in json.dumps(seen)
+
+
+def test_the_url_of_the_webhook_is_in_no_log_and_in_no_answer_but_a_block_that_is_asked_for(
+    stack: Stack,
+) -> None:
+    ended = stack.wait(stack.submit("finetune/geography-manual", data="examples/missing"))
+    assert ended.state is not None
+    assert ended.state.is_failed()
+    kinds = ("automations", "block_documents", "deployments", "flow_runs", "events")
+    places: list[Any] = [f"/{kind}/filter" for kind in kinds]
+    with stack.connected() as client:
+        for place in places:
+            assert SECRET_PATH not in client.request("POST", place, json={}).text
+    assert SECRET_PATH not in stack.logs()
 
 
 def test_no_result_is_kept_as_a_pickle(stack: Stack) -> None:
