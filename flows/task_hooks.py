@@ -16,9 +16,9 @@ from nested_core.storage.run_directory import RunDirectory
 from tasks.events import emit_verified_event
 from tasks.gate import gate
 from tasks.load import load
+from tasks.night_page import UNDER_WAY, publish_night
 from tasks.promote import promote
 from tasks.register import register
-from tasks.run_page import create_run_link
 from tasks.train import train
 from tasks.validate import validate
 
@@ -31,10 +31,11 @@ class TaskHooks(Hooks):
         get_run_logger().info("%s", message)
 
     def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
-        """Begin, and link the run directory from the flow run's page."""
+        """Begin, and publish the page of this night, which is replaced when it is over."""
         super().begin(config, run, resume=resume)
-        create_run_link(run.path)
         warn_of_full_disks([run.path])
+        message = "goes on from its last checkpoint" if resume else "begun"
+        publish_night(config, run, UNDER_WAY, message)
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """The task `validate`."""

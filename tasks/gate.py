@@ -13,7 +13,9 @@ from nested_core.errors import GateRejected
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
-from tasks.artifacts import MarkdownPage, publish_page, publish_table
+from tasks.artifact_client import ArtifactClient, artifact_key
+from tasks.markdown_page import MarkdownPage
+from tasks.verdict_text import describe_champion_loss, describe_losses
 
 
 @task(name="gate", task_run_name="gate {run_dir.name}", retries=0, cache_policy=NO_CACHE)
@@ -23,17 +25,20 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
     try:
         verdict = steps.judge(config, run, on_wait=get_run_logger().info)
     except GateRejected:
-        _create_verdict_artifacts(read_json_object(run.gate))
+        _publish_verdict(config, read_json_object(run.gate))
         raise
-    _create_verdict_artifacts(verdict.to_json())
+    _publish_verdict(config, verdict.to_json())
     get_run_logger().info("The gate: %s", verdict.summary())
     return run.gate
 
 
-def _create_verdict_artifacts(verdict: dict[str, Any]) -> None:
-    """The verdict as a markdown artifact, the tiers as a table."""
-    publish_page("gate-verdict", describe_verdict(verdict))
-    publish_table("tier-table", verdict["tiers"])
+def _publish_verdict(config: FineTuneConfig, verdict: dict[str, Any]) -> None:
+    """The verdict as a page of its own: why, the losses, the suites and the tiers."""
+    codes = ", ".join(reason["code"] for reason in verdict["reasons"])
+    description = f"The gate's verdict: {verdict['verdict']}" + (f", {codes}" if codes else "")
+    key = artifact_key(config.registry.name, "gate-verdict")
+    with ArtifactClient() as artifacts:
+        artifacts.publish_page(key, describe_verdict(verdict), description)
 
 
 def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
@@ -45,12 +50,9 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     step = f"Adapter of step {verdict['adapter_step']}"
     page.add_paragraph(f"{step}: {changed} of {len(tensors)} tensors changed.")
     if verdict["validation"]:
-        before, after = (verdict["validation"][key] for key in ("loss_before", "loss_after"))
-        examples = f"{verdict['validation']['file']}, {verdict['validation']['examples']} examples"
-        losses = f"{_round(before)} before, {_round(after)} after"
-        page.add_paragraph(f"Loss {losses} ({examples}).")
+        page.add_paragraph(f"Loss {describe_losses(verdict)}.")
     if verdict["champion"]:
-        page.add_paragraph(_describe_champion(verdict["champion"]))
+        page.add_paragraph(describe_champion_loss(verdict["champion"]))
     if verdict["tasks"]:
         page.add_table(TASK_COLUMNS, map(_task_row, verdict["tasks"]))
     page.add_table(TIER_COLUMNS, ([tier[key] for key in TIER_KEYS] for tier in verdict["tiers"]))
@@ -86,18 +88,3 @@ def _task_row(task: dict[str, Any]) -> list[str]:
         "none" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
         task["verdict"],
     ]
-
-
-def _describe_champion(champion: dict[str, Any]) -> str:
-    """The champion's loss on the same examples, or why there is none."""
-    version = champion["version"][:12]
-    if champion["not_compared"] is not None:
-        return f"Champion {version}: not compared; {champion['not_compared']}."
-    interval = ""
-    if champion["interval"] is not None:
-        low, high = champion["interval"]
-        interval = f", 95 % interval {low:+.4g} to {high:+.4g}"
-    return (
-        f"Champion {version}: loss {_round(champion['loss'])} on the same examples; "
-        f"difference {champion['difference']:+.4g}{interval}."
-    )

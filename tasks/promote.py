@@ -9,6 +9,8 @@ from prefect import get_run_logger
 from nested_core import registry
 from nested_core.config.registry import RegistrySection
 from nested_core.registry import Promotion, promotion_policy
+from nested_core.registry.promotion_policy import registry_location
+from tasks.champion_page import publish_champion
 from tasks.events import emit_adapter_event
 from tasks.retrying import REGISTRY_DELAYS, retried_task
 
@@ -17,13 +19,14 @@ from tasks.retrying import REGISTRY_DELAYS, retried_task
 def promote(section: RegistrySection, version: str, expected_champion: str | None) -> str:
     """Promote by policy; return the outcome, or why nothing was promoted."""
     done = promotion_policy.promote_by_policy(section, version, expected_champion)
-    return _log_and_emit(str(section.name), version, done)
+    registry_path, name = registry_location(section)
+    return _announce(registry_path, name, version, done)
 
 
 @retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_DELAYS)
 def promote_recorded(path: Path, name: str, version: str) -> str:
     """Promote by the policy that was recorded with the version."""
-    return _log_and_emit(name, version, promotion_policy.promote_as_recorded(path, name, version))
+    return _announce(path, name, version, promotion_policy.promote_as_recorded(path, name, version))
 
 
 @retried_task("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_DELAYS)
@@ -35,7 +38,7 @@ def promote_approved(
     warning = promotion_policy.warn_if_worse(path, name, done)
     if warning is not None:
         get_run_logger().warning("%s", warning)
-    return _log_and_emit(name, version, done)
+    return _announce(path, name, version, done)
 
 
 @retried_task("roll-back", "roll-back {name}", REGISTRY_DELAYS)
@@ -45,7 +48,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | No
     `champion` is the one to leave: a try after one that failed late does not go back twice.
     """
     done = registry.rollback(path, name, to=to, by=by, expected_champion=champion)
-    return _log_and_emit(name, to or "the version before", done)
+    return _announce(path, name, to or "the version before", done)
 
 
 @retried_task("reconcile", "reconcile {name}", REGISTRY_DELAYS)
@@ -57,14 +60,16 @@ def promote_missed(path: Path, name: str) -> dict[str, str]:
         get_run_logger().info("%s %s: %s", name, version[:12], outcome)
         if outcome == "promoted":
             emit_adapter_event("promoted", name, {"version": version, "previous": before})
+            publish_champion(path, name)
     return outcomes
 
 
-def _log_and_emit(name: str, version: str, done: Promotion | str) -> str:
-    """Log what became of it, and emit an event where the champion has moved."""
+def _announce(path: Path, name: str, version: str, done: Promotion | str) -> str:
+    """Log what became of it; where the champion has moved, emit an event and publish its page."""
     outcome = done if isinstance(done, str) else done.outcome
     get_run_logger().info("%s %s: %s", name, version[:12], outcome)
     if isinstance(done, Promotion) and outcome in ("promoted", "rolled_back"):
         payload = {"version": done.version, "previous": done.previous}
         emit_adapter_event("promoted" if outcome == "promoted" else "rolled_back", name, payload)
+        publish_champion(path, name)
     return outcome

@@ -17,7 +17,7 @@ from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
-from tasks.artifacts import publish_table
+from tasks.artifact_client import ArtifactClient
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def pick_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None:
         | {"state": outcome.state, "val_loss": outcome.loss, "result": outcome.message}
         for outcome in outcomes
     ]
-    publish_table("sweep-results", rows)
+    description = f"{len(rows)} runs of the sweep: settings, outcome and validation loss"
+    with ArtifactClient() as artifacts:
+        artifacts.publish_table("sweep-results", rows, description)
     verified = [outcome for outcome in outcomes if outcome.has_passed]
     return min(verified, key=lambda o: float("inf") if o.loss is None else o.loss, default=None)
 

@@ -11,7 +11,7 @@ from nested_core.errors import DatasetError
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
-from tasks.artifacts import publish_table
+from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.retrying import RUN_DELAYS, retried_task
 
 SHOWN_FINDINGS = 50
@@ -24,19 +24,21 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
     try:
         report = steps.validate(config, run)
     except DatasetError:
-        _show_findings(run)
+        _publish_findings(config, run)
         raise
-    _show_findings(run)
+    _publish_findings(config, run)
     get_run_logger().info("The data set passed with %d warnings.", len(report.warnings))
     return run.dataset
 
 
-def _show_findings(run: RunDirectory) -> None:
-    """A table artifact of the findings, whether the data set passed or not."""
+def _publish_findings(config: FineTuneConfig, run: RunDirectory) -> None:
+    """A table of the findings, whether the data set passed or not."""
     report = read_json_object(run.dataset)
     counts = ", ".join(f"{count} {severity}" for severity, count in report["counts"].items())
-    publish_table(
-        "dataset-report",
-        report["findings"][:SHOWN_FINDINGS],
-        f"Findings: {counts}. The first {SHOWN_FINDINGS} are shown, errors first.",
-    )
+    with ArtifactClient() as artifacts:
+        artifacts.publish_table(
+            artifact_key(config.registry.name, "dataset-report"),
+            report["findings"][:SHOWN_FINDINGS],
+            f"The data set {config.data}: {counts}. The first {SHOWN_FINDINGS} findings are shown, "
+            "errors first.",
+        )

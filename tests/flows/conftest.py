@@ -42,10 +42,16 @@ SECONDS = 240  # for a command, on a machine that does much else
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the server's database."""
+    return new_prefect_home(tmp_path_factory.mktemp("prefect"))
+
+
+@pytest.fixture(scope="session")
+def prefect_server(prefect_home: Path) -> Iterator[None]:
     """A server with a database of its own; without heartbeats, which cost a second a flow run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(new_prefect_home(tmp_path_factory.mktemp("prefect"))))
+        patch.setenv("PREFECT_HOME", str(prefect_home))
         server = EmbeddedServer()
     server.serve()
     server.wait()

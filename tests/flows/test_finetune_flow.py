@@ -73,14 +73,14 @@ def test_the_flow_run_has_its_artifacts(completed: tuple[Path, State[Any]]) -> N
         artifacts = {
             artifact.key: artifact for artifact in client.read_artifacts(artifact_filter=wanted)
         }
-    assert {"dataset-report", "run-directory", "training-progress"} <= set(artifacts)
-    assert {"loss-curve", "gate-verdict", "tier-table"} <= set(artifacts)
-    assert "# passed" in str(artifacts["gate-verdict"].data)
-    assert [row["applied_updates"] for row in json.loads(str(artifacts["tier-table"].data))] == [
-        8,
-        4,
-        2,
-    ]
+    pages = ("night", "dataset-report", "training-progress", "loss-curve", "gate-verdict")
+    assert set(artifacts) == {f"capitals-{page}" for page in (*pages, "champion")}
+    assert all(artifact.description for artifact in artifacts.values())
+    verdict = str(artifacts["capitals-gate-verdict"].data)
+    assert verdict.startswith("# passed")
+    tiers = [line.split("|")[1:-1] for line in verdict.splitlines()[-3:]]
+    assert [int(tier[-1]) for tier in tiers] == [8, 4, 2]
+    assert artifacts["capitals-night"].task_run_id is None  # V1 shows it above those of tasks
 
 
 def test_a_second_flow_on_the_same_directory_is_refused(completed: tuple[Path, State[Any]]) -> None:
@@ -155,7 +155,10 @@ def test_a_data_set_with_an_error_fails_the_flow_before_training(tmp_path: Path)
     with get_client(sync_client=True) as client:
         wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(state)]))
         keys = [artifact.key for artifact in client.read_artifacts(artifact_filter=wanted)]
-    assert sorted(key for key in keys if key is not None) == ["dataset-report", "run-directory"]
+    assert sorted(key for key in keys if key is not None) == [
+        "capitals-dataset-report",
+        "capitals-night",
+    ]
 
 
 def test_without_a_registry_the_flow_ends_after_the_gate(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from flows import os_errors, terminal, token_view
 from nested_core import errors
 from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
 from nested_core.storage.adapter import CONFIG_NAME, write_adapter
-from tasks import artifacts, log_text
+from tasks import log_text
+from tasks.artifact_client import ArtifactClient
+from tasks.lineage import LineageNode, draw_lineage
+from tasks.markdown_page import MarkdownPage
 from tests.example import MODEL
 from tests.flows.conftest import called
 from tests.hostile_text import HOSTILE, MARK, UNSAFE, assert_safe
@@ -120,29 +123,50 @@ def test_the_logs_of_runs_have_the_filter() -> None:
         assert sum(isinstance(each, log_text.EscapeForeignText) for each in filters) == 1
 
 
+class SentArtifacts(ArtifactClient):
+    """What would be sent to Prefect's server, by key."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, Any] = {}
+        self.descriptions: list[str] = []
+
+    def _send(self, type_name: str, key: str, data: str | float, description: str) -> None:
+        self.data[key] = data
+        self.descriptions.append(description)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
-def test_an_artifact_holds_no_markup_of_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text, made = HOSTILE[name], dict[str, Any]()
-    for kind in ("markdown", "table", "link"):
-        monkeypatch.setattr(
-            artifacts, f"create_{kind}_artifact", lambda **given: made.update(given)
-        )
-    page = artifacts.MarkdownPage(text)
+def test_an_artifact_holds_no_markup_of_others(name: str) -> None:
+    text, sent = HOSTILE[name], SentArtifacts()
+    page = MarkdownPage(text)
+    page.add_heading(text)
     page.add_paragraph(text)
     page.add_points([(text, text)])
+    page.add_facts([(text, text)])
     page.add_table([text], [[text]])
-    artifacts.publish_page("page", page)
-    artifacts.publish_table("table", [{text: text, "loss": 1.5}], text)
-    artifacts.publish_link("link", "file:///a", text, text)
-    lines = made["markdown"].splitlines()
-    assert len(lines) == 9
+    sent.publish_page("page", page, text)
+    sent.publish_table("table", [{text: text, "loss": 1.5}], text)
+    sent.publish_progress("progress", 50.0, text)
+    lines = sent.data["page"].splitlines()
+    assert len(lines) == 13
     assert lines[-1].replace("\\|", "").count("|") == 2
     others = [line.partition("`: ")[2] or line for line in lines]  # a code span holds no markup
-    for shown in (*others, *made["table"][0], made["description"], made["link_text"]):
+    (row,) = json.loads(sent.data["table"])
+    assert len(sent.descriptions) == 3
+    for shown in (*others, *row, *sent.descriptions):
         assert UNSAFE.search(shown) is None
         for markup in ("](", "<img", "<script", "https://", "www."):
             assert re.search(rf"(?<!\\){re.escape(markup)}", shown) is None
-    assert made["table"][0]["loss"] == 1.5
+    assert row["loss"] == "1.5"
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_picture_of_others_names_is_xml_of_ours(name: str) -> None:
+    node = LineageNode(HOSTILE[name], (HOSTILE[name],))
+    drawn = draw_lineage([node], node, node)
+    elements = set(re.findall(r"<[^a-z]*([^ >/]*)", drawn))
+    assert elements == {"svg", "rect", "defs", "marker", "path", "text"}
+    assert UNSAFE.search(drawn) is None
 
 
 @given(st.text(st.characters(codec=None)))

@@ -46,7 +46,8 @@ class Browser:
         flags = [*FLAGS, f"--user-data-dir={folder}", *(["--no-sandbox"] * (os.geteuid() == 0))]
         folder.mkdir()
         command = [program, *flags, "about:blank"]
-        self._process = start_logged(command, folder / "log", folder, {})
+        # A socket's path has about 100 characters at most; importing mlx sets a longer TMPDIR.
+        self._process = start_logged(command, folder / "log", folder, {"TMPDIR": "/tmp"})
         self._numbers = itertools.count(1)
         try:
             self._page = self._connect(folder / "DevToolsActivePort")

@@ -9,6 +9,7 @@ TASK = {
     "questions": 15,
     "base": 0.0,
     "parent": None,
+    "champion": None,
     "candidate": 14 / 15,
     "difference": 14 / 15,
     "interval": [0.8, 1.0],
@@ -26,7 +27,7 @@ VERDICT = {
 
 def test_each_suite_is_a_row_of_the_page() -> None:
     page = str(describe_verdict(VERDICT | {"validation": None, "tasks": [TASK]}))
-    row = "| capitals | 15 | 0 | none | 0.9333 | +0.933 | +0.800 to +1.000 | passed |"
+    row = "| capitals | 15 | 0 | none | none | 0.9333 | +0.933 | +0.800 to +1.000 | passed |"
     assert row in page.replace("\\", "")
 
 

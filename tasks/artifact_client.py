@@ -1,0 +1,117 @@
+"""The artifacts of a flow run on Prefect's server: each published once, and replaced in place.
+
+Prefect's pages show artifacts as markdown, cells and descriptions too. Everything that comes in
+here as text is escaped; the markup is what `MarkdownPage` adds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
+)
+from prefect.utilities.context import get_task_and_flow_run_ids
+
+from nested_core.foreign_text import escape_markdown
+from tasks.markdown_page import MarkdownPage, format_cell
+
+_NOT_IN_KEYS = re.compile("[^a-z0-9]+")
+_DIGEST_DIGITS = 6
+
+
+def artifact_key(adapter: str | None, page: str) -> str:
+    """The key of one of an adapter's pages: `support-bot-night`; without an adapter `night`.
+
+    Prefect lists all artifacts of a key on one page, which is this adapter's history. A key has
+    lower case, digits and dashes only: a name with anything else gets some digits of its digest, so
+    that no two names share a key.
+    """
+    if adapter is None:
+        return page
+    plain = _NOT_IN_KEYS.sub("-", adapter.lower()).strip("-")
+    if plain != adapter:
+        plain = f"{plain}-{hashlib.sha256(adapter.encode()).hexdigest()[:_DIGEST_DIGITS]}"
+    return f"{plain}-{page}"
+
+
+class ArtifactClient:
+    """Publishes artifacts of the run in whose context it is used, over one connection.
+
+    What is published again under a key replaces what was there, in the same row of the server's
+    database; so does what a flow run publishes after it is tried again.
+    """
+
+    def __init__(self) -> None:
+        self._client = get_client(sync_client=True)
+        self._published: dict[str, UUID] = {}
+
+    def __enter__(self) -> Self:
+        self._client.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._client.__exit__(*exception)
+
+    def publish_page(self, key: str, page: MarkdownPage, description: str) -> None:
+        """Put a page beside the flow run."""
+        self._publish("markdown", key, str(page), description)
+
+    def publish_table(self, key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
+        """Put a table beside the flow run; integers, true, false and null stay what they are."""
+        table = [
+            {escape_markdown(name): _table_cell(value) for name, value in row.items()}
+            for row in rows
+        ]
+        self._publish("table", key, json.dumps(table), description)
+
+    def publish_progress(self, key: str, percent: float, description: str) -> None:
+        """Put a progress bar beside the flow run, from 0 to 100."""
+        self._publish("progress", key, percent, description)
+
+    def _publish(self, type_name: str, key: str, data: str | float, description: str) -> None:
+        self._send(type_name, key, data, escape_markdown(description))
+
+    def _send(self, type_name: str, key: str, data: str | float, description: str) -> None:
+        """Send what is escaped already: a new artifact, or a new content of an earlier one."""
+        task_run, flow_run = get_task_and_flow_run_ids()
+        earlier = self._published.get(key) or self._find_earlier(key, flow_run)
+        if earlier is not None:
+            update = ArtifactUpdate(data=data, description=description)
+            self._client.update_artifact(earlier, update)
+            self._published[key] = earlier
+            return
+        created = ArtifactCreate(
+            key=key,
+            type=type_name,
+            description=description,
+            data=data,
+            flow_run_id=flow_run,
+            task_run_id=task_run,
+        )
+        self._published[key] = self._client.create_artifact(created).id
+
+    def _find_earlier(self, key: str, flow_run: UUID | None) -> UUID | None:
+        """What this flow run has published under a key already."""
+        if flow_run is None:
+            return None
+        wanted = ArtifactFilter(
+            key=ArtifactFilterKey(any_=[key]),
+            flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run]),
+        )
+        earlier = self._client.read_artifacts(artifact_filter=wanted, limit=1)
+        return earlier[0].id if earlier else None
+
+
+def _table_cell(value: Any) -> Any:
+    is_plain = value is None or isinstance(value, bool | int)
+    return value if is_plain else escape_markdown(format_cell(value))

@@ -1,0 +1,186 @@
+"""The losses of a run over its steps: in bounded memory, drawn as a picture, and in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.markdown_page import MarkdownPage
+
+MOST_POINTS = 400  # of a curve; above it every second one is dropped
+SHOWN_EVALUATIONS = 12
+WIDTH, HEIGHT = 720, 300
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 40  # margins of the drawing
+LOGARITHMIC_FROM = 20.0  # largest over smallest loss, from which the axis shows powers
+TICKS = 4
+TRAINING_COLOUR, VALIDATION_COLOUR, GRID_COLOUR = "#1f77b4", "#d62728", "#d8d8d8"
+
+Point = tuple[int, float]
+
+
+class Curve:
+    """Losses by step; of many, the first, the last and evenly spaced ones between them."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.last: Point | None = None
+        self.lowest: Point | None = None
+        self._every = 1
+        self._added = 0
+
+    def add(self, step: int, loss: float | None) -> None:
+        """Add a loss in nats a token; one that is not finite has no place on the curve."""
+        if loss is None or not math.isfinite(loss):
+            return
+        self.last = (step, loss)
+        if self.lowest is None or loss < self.lowest[1]:
+            self.lowest = self.last
+        if self._added % self._every == 0:
+            self.points.append(self.last)
+        self._added += 1
+        if len(self.points) > MOST_POINTS:
+            self.points = self.points[::2]
+            self._every *= 2
+
+    def drawn(self) -> list[Point]:
+        """The points to draw: what is kept, and the last one."""
+        points = list(self.points)
+        if self.last is not None and points[-1] != self.last:
+            points.append(self.last)
+        return points
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """The training loss and the validation loss of a run, of which data, up to which step."""
+
+    training: Curve
+    validation: Curve
+
+    @classmethod
+    def of_records(cls, records: Iterable[Mapping[str, Any]]) -> LossCurves:
+        """The losses that metrics.jsonl holds."""
+        curves = cls(Curve(), Curve())
+        for record in records:
+            curves.training.add(record["step"], record.get("loss"))
+            curves.validation.add(record["step"], record.get("val_loss"))
+        return curves
+
+    def describe(self) -> str:
+        """`training loss 0.1234 at step 40; validation loss 0.2345 at step 40, lowest at 30`."""
+        parts = []
+        if self.training.last is not None:
+            step, loss = self.training.last
+            parts.append(f"training loss {loss:.4g} at step {step:,}")
+        if self.validation.last is not None and self.validation.lowest is not None:
+            step, loss = self.validation.last
+            lowest_step, lowest = self.validation.lowest
+            text = f"validation loss {loss:.4g} at step {step:,}"
+            is_lowest = lowest_step == step
+            parts.append(text if is_lowest else f"{text}, lowest {lowest:.4g} at {lowest_step:,}")
+        return "; ".join(parts) or "no report yet"
+
+
+def describe_curves(curves: LossCurves, steps: int, data: str) -> MarkdownPage:
+    """A page of the losses: the latest in words, the picture, and the last evaluations."""
+    page = MarkdownPage("Loss while training")
+    page.add_paragraph(
+        f"In nats a token: {curves.describe()}, of {steps:,} steps. Training loss on train, "
+        f"validation loss on valid of {data}."
+    )
+    page.add_picture(draw_curves(curves, steps), "training and validation loss over steps")
+    rows = curves.validation.drawn()[-SHOWN_EVALUATIONS:]
+    if rows:
+        page.add_table(("step", "validation loss"), rows)
+    return page
+
+
+def draw_curves(curves: LossCurves, steps: int) -> str:
+    """Both losses over the steps as SVG; numbers and our own words alone."""
+    training, validation = curves.training.drawn(), curves.validation.drawn()
+    losses = [loss for _, loss in (*training, *validation)]
+    axis = _LossAxis.over(losses)
+    last_step = max(steps, *(step for step, _ in (*training, *validation)), 1)
+
+    def place(point: Point) -> str:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * point[0] / last_step
+        return f"{x:.1f},{axis.height_of(point[1]):.1f}"
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
+        f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        *axis.draw_grid(),
+        *_draw_steps(last_step),
+        *_draw_curve(training, place, TRAINING_COLOUR, "training loss", LEFT),
+        *_draw_curve(validation, place, VALIDATION_COLOUR, "validation loss", LEFT + 200),
+        "</svg>",
+    ]
+    return "".join(parts)
+
+
+@dataclass(frozen=True)
+class _LossAxis:
+    """The vertical axis: linear, or logarithmic where the losses differ by much."""
+
+    low: float
+    high: float
+    is_logarithmic: bool
+
+    @classmethod
+    def over(cls, losses: Sequence[float]) -> _LossAxis:
+        low, high = min(losses, default=0.0), max(losses, default=1.0)
+        is_logarithmic = low > 0 and high / low >= LOGARITHMIC_FROM
+        if is_logarithmic:
+            return cls(low, high, is_logarithmic)
+        low = min(low, 0.0)
+        return cls(low, high if high > low else low + 1.0, is_logarithmic)
+
+    def height_of(self, loss: float) -> float:
+        """The distance from the upper edge."""
+        share = self._share(loss)
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - share)
+
+    def _share(self, loss: float) -> float:
+        if self.is_logarithmic:
+            return math.log(loss / self.low) / math.log(self.high / self.low)
+        return (loss - self.low) / (self.high - self.low)
+
+    def draw_grid(self) -> Iterable[str]:
+        """A line and its loss, a few times."""
+        for index in range(TICKS + 1):
+            share = index / TICKS
+            loss = self.low + (self.high - self.low) * share
+            if self.is_logarithmic:
+                loss = self.low * (self.high / self.low) ** share
+            y = self.height_of(loss)
+            yield f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID_COLOUR}"/>'
+            yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{loss:.3g}</text>'
+
+
+def _draw_steps(last_step: int) -> Iterable[str]:
+    for index in range(TICKS + 1):
+        x = LEFT + (WIDTH - LEFT - RIGHT) * index / TICKS
+        step = f"{round(last_step * index / TICKS):,}"
+        anchor = "end" if index == TICKS else "middle"
+        yield f'<text x="{x:.1f}" y="{HEIGHT - 20}" text-anchor="{anchor}">{step}</text>'
+    yield f'<text x="{(LEFT + WIDTH) // 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
+
+
+def _draw_curve(
+    points: Sequence[Point], place: Any, colour: str, name: str, legend_x: int
+) -> Iterable[str]:
+    """The curve with a dot at its end, a dot a point where they are few, and its legend."""
+    yield f'<path d="M{legend_x} 16h18" stroke="{colour}" stroke-width="3"/>'
+    latest = f" {points[-1][1]:.4g}" if points else ": none yet"
+    yield f'<text x="{legend_x + 24}" y="20">{name}{latest}</text>'
+    if not points:
+        return
+    line = " ".join(map(place, points))
+    yield f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>'
+    dotted = points if len(points) <= SHOWN_EVALUATIONS else points[-1:]
+    for point in dotted:
+        x, _, y = place(point).partition(",")
+        yield f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>'

@@ -1,0 +1,65 @@
+"""A page of markdown for Prefect's UI, in which text from data and configuration is no markup."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+
+from nested_core.foreign_text import escape, escape_markdown
+
+
+class MarkdownPage:
+    """A page put together from plain text: headings, paragraphs, facts, tables and pictures."""
+
+    def __init__(self, heading: str) -> None:
+        self._lines = [f"# {escape_markdown(heading)}", ""]
+
+    def add_heading(self, text: str) -> None:
+        """Add a heading of the second level."""
+        self._lines += [f"## {escape_markdown(text)}", ""]
+
+    def add_paragraph(self, text: str) -> None:
+        """Add a paragraph of one line."""
+        self._lines += [escape_markdown(text), ""]
+
+    def add_points(self, points: Iterable[tuple[str, str]]) -> None:
+        """Add a list of points: a code, and what there is to say of it."""
+        lines = [f"- `{escape(code).replace('`', '')}`: {escape_markdown(t)}" for code, t in points]
+        self._lines += [*lines, ""]
+
+    def add_facts(self, facts: Iterable[tuple[str, str]]) -> None:
+        """Add a list of facts, a line each: what it is about in bold, and the fact."""
+        lines = [f"- **{escape_markdown(name)}**: {escape_markdown(fact)}" for name, fact in facts]
+        self._lines += [*lines, ""]
+
+    def add_code(self, text: str) -> None:
+        """Add a block of one line that is shown in the letters of a terminal, to be copied."""
+        self._lines += [f"    {escape(text)}", ""]
+
+    def add_table(self, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Add a table, a row for each of `rows`; numbers have 4 significant digits."""
+        self._lines += [_table_line(columns), "|" + "---|" * len(columns)]
+        self._lines += [*map(_table_line, rows), ""]
+
+    def add_picture(self, svg: str, alternative: str) -> None:
+        """Add a drawing, within the page: no browser asks the network for it.
+
+        Of Prefect 3.8's two UIs both show it as a data URI; neither shows SVG among the markdown.
+        """
+        data = base64.b64encode(svg.encode()).decode()
+        self._lines += [f"![{escape_markdown(alternative)}](data:image/svg+xml;base64,{data})", ""]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines).rstrip("\n")
+
+
+def format_cell(value: object) -> str:
+    """A value as a person reads it: 4 significant digits of a number, `-` for none."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "not finite"
+    return "-" if value is None else str(value)
+
+
+def _table_line(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(escape_markdown(format_cell(cell)) for cell in cells)} |"

@@ -1,0 +1,142 @@
+"""The first page of a flow run: what the night came to in six lines, and what it answered."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
+from tasks.artifact_client import ArtifactClient, artifact_key
+from tasks.markdown_page import MarkdownPage
+from tasks.verdict_text import (
+    describe_champion_loss,
+    describe_losses,
+    describe_suite,
+    shorten_digest,
+)
+
+UNDER_WAY = "Under way"
+SHOWN_ANSWERS = 5
+SHOWN_CHARACTERS = 160  # of a question or an answer
+SHOWN_CHECKS = 4
+
+
+def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, message: str) -> None:
+    """Publish the page, or replace it; a server that cannot be reached is only logged.
+
+    `outcome` is the name of the flow run's state, `message` what the state says.
+    """
+    name = config.registry.name
+    description = f"START HERE. {outcome}: {message}"
+    try:
+        page = describe_night(config, run, outcome, message)
+        with ArtifactClient() as artifacts:
+            artifacts.publish_page(artifact_key(name, "night"), page, description)
+    except Exception as error:  # the night is over, and a page of it changes nothing
+        get_run_logger().warning("The page of this night is not up to date: %s", error)
+
+
+def describe_night(
+    config: FineTuneConfig, run: RunDirectory, outcome: str, message: str
+) -> MarkdownPage:
+    """The page, from the files of the run directory that are there."""
+    dataset = _read_or_empty(run.dataset)
+    verdict = _read_or_empty(run.gate)
+    page = MarkdownPage(f"{config.registry.name or 'Fine-tune'}: {outcome}")
+    page.add_facts(
+        [
+            ("Verdict", message),
+            ("Loss", _describe_candidate(verdict)),
+            ("Answers", _describe_answers(verdict)),
+            ("Data", _describe_data(config, dataset)),
+            ("Made of", _describe_ingredients(config, dataset, verdict)),
+            ("Run folder", f"{run.path.resolve()} on the worker's machine"),
+        ]
+    )
+    page.add_paragraph("The same again, on that machine:")
+    page.add_code(f"nested-tune train -c {shlex.quote(str(run.config.resolve()))} --run-dir again")
+    answers = list(_pair_answers(run))
+    if answers:
+        page.add_heading("Answers before and after")
+        page.add_table(("question", "before", "after", "right"), answers)
+    return page
+
+
+def _read_or_empty(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.exists() else {}
+
+
+def _describe_candidate(verdict: Mapping[str, Any]) -> str:
+    """The candidate's loss against what training began from, and against the champion."""
+    if not verdict:
+        return "nothing was judged"
+    if not verdict.get("validation"):
+        return "no validation set, so that no loss was measured"
+    losses = describe_losses(verdict)
+    champion = verdict.get("champion")
+    if champion is None:
+        return f"{losses}. There was no champion to compare with."
+    return f"{losses}. {describe_champion_loss(champion)}"
+
+
+def _describe_answers(verdict: Mapping[str, Any]) -> str:
+    suites = verdict.get("tasks") or []
+    return "; ".join(map(describe_suite, suites)) or "no suite of questions (gate.tasks) was asked"
+
+
+def _describe_data(config: FineTuneConfig, dataset: Mapping[str, Any]) -> str:
+    """Which data, how many examples of each split, and what was found in them."""
+    source = str(config.data)
+    if not dataset:
+        return f"{source}, not read yet"
+    splits = dataset.get("splits") or {}
+    rows = ", ".join(f"{split['rows']:,} {name}" for name, split in splits.items())
+    counts = dataset.get("counts") or {}
+    totals = ", ".join(f"{count} {severity}" for severity, count in counts.items() if count)
+    checks = sorted({finding["check"] for finding in dataset.get("findings") or []})
+    named = f" ({', '.join(checks[:SHOWN_CHECKS])})" if checks else ""
+    return f"{source}: {rows} examples; findings: {totals or 'none'}{named}"
+
+
+def _describe_ingredients(
+    config: FineTuneConfig, dataset: Mapping[str, Any], verdict: Mapping[str, Any]
+) -> str:
+    """The model and the digests of what went in and of what came out."""
+    parts = [f"model {config.model}"]
+    if dataset.get("digest"):
+        parts.append(f"data {shorten_digest(dataset['digest'])}")
+    if verdict.get("initial"):
+        parts.append(f"initial adapter {shorten_digest(verdict['initial']['digest'])}")
+    if verdict.get("trained"):
+        parts.append(f"adapter {shorten_digest(verdict['trained']['digest'])}")
+    return ", ".join(parts)
+
+
+def _pair_answers(run: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
+    """A few questions with the answers before and after; those that changed come first."""
+    if not run.answers.exists():
+        return
+    by_question: dict[tuple[str, int], dict[str, AnswerRecord]] = {}
+    for record in read_answers(run.answers):
+        by_question.setdefault((record.task, record.line), {})[record.model] = record
+    pairs = []
+    for models in by_question.values():
+        before = models.get("parent") or models.get("base")
+        after = models.get("candidate")
+        if before is not None and after is not None:
+            pairs.append((before, after))
+    pairs.sort(key=lambda pair: pair[0].answer == pair[1].answer)
+    for before, after in pairs[:SHOWN_ANSWERS]:
+        scores = f"{before.score:.3g} -> {after.score:.3g}"
+        yield _shorten(after.question), _shorten(before.answer), _shorten(after.answer), scores
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -1,0 +1,188 @@
+"""What a flow run's page shows while it trains: a progress bar, and the loss as a picture.
+
+Both are one row of the server's database each, updated in place. How often depends on the time that
+has passed alone, so that a run of many steps costs no more pages than one of few.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect import get_run_logger
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.metrics_file import read_metrics
+from tasks.artifact_client import ArtifactClient, artifact_key
+from tasks.loss_curve import LossCurves, describe_curves
+
+SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_CHECKS = 0.5
+# Between two updates: at least so long, and so much of the time since the first report.
+LEAST_SECONDS_BETWEEN_UPDATES = 2.0
+SHARE_BETWEEN_UPDATES = 0.1
+SECONDS_TO_FINISH = 5.0
+CURVE_TITLE = "Training and validation loss over the steps, as a picture"
+ON_CONSOLE_ALONE = {"send_to_api": False}  # a line of the log is a row of the database
+
+
+@dataclass
+class TrainingPages:
+    """The two artifacts, what they show, and when they are due.
+
+    `steps` are those of the whole run, `first_step` the one that it went on from.
+    """
+
+    config: FineTuneConfig
+    steps: int
+    first_step: int = 0
+    clock: Callable[[], float] = time.monotonic
+    curves: LossCurves = field(default_factory=lambda: LossCurves.of_records([]))
+
+    def __post_init__(self) -> None:
+        # When training began here, and when the pages are to be shown again
+        self._began_at = self.clock()
+        self._due_at = self._began_at
+
+        # Of the last report
+        self._tokens_per_second: float | None = None
+
+    def add_earlier(self, records: list[dict[str, Any]]) -> None:
+        """Add the reports that a run made before it was stopped, up to where it goes on."""
+        self.curves = LossCurves.of_records(r for r in records if r["step"] <= self.first_step)
+
+    def add_training_loss(self, info: Mapping[str, Any]) -> None:
+        """Add a report as mlx-lm's callbacks receive it; it touches no network."""
+        self.curves.training.add(info.get("step", info["iteration"]), info["train_loss"])
+        self._tokens_per_second = info.get("tokens_per_second")
+
+    def add_validation_loss(self, step: int, loss: float) -> None:
+        """Add an evaluation."""
+        self.curves.validation.add(step, loss)
+
+    def is_due(self) -> bool:
+        """Whether there is something to show, and the last update is long enough ago."""
+        has_report = bool(self.curves.training.points or self.curves.validation.points)
+        return has_report and self.clock() >= self._due_at
+
+    def show(self, artifacts: ArtifactClient, step: int) -> None:
+        """Publish both as of a step; raises what the way to the server raises."""
+        now = self.clock()
+        pause = max(LEAST_SECONDS_BETWEEN_UPDATES, SHARE_BETWEEN_UPDATES * (now - self._began_at))
+        self._due_at = now + pause
+        name = self.config.registry.name
+        percent = 100.0 * min(step / self.steps, 1.0) if self.steps else 100.0
+        artifacts.publish_progress(
+            artifact_key(name, "training-progress"), percent, self.describe(step)
+        )
+        page = describe_curves(self.curves, self.steps, str(self.config.data))
+        description = f"{CURVE_TITLE}: {self.curves.describe()}"
+        artifacts.publish_page(artifact_key(name, "loss-curve"), page, description)
+
+    def describe(self, step: int) -> str:
+        """`step 40 of 120; 3 min left; 1,234 tokens/s`."""
+        parts = [f"Step {step:,} of {self.steps:,}"]
+        done = step - self.first_step
+        if done > 0 and step < self.steps:
+            elapsed = self.clock() - self._began_at
+            parts.append(f"{format_seconds(elapsed / done * (self.steps - step))} left")
+        if self._tokens_per_second is not None:
+            parts.append(f"{self._tokens_per_second:,.0f} tokens/s")
+        return "; ".join(parts)
+
+
+class PrefectProgress:
+    """Follows a trainer from a thread of its own: its pages, and lines on the worker's console.
+
+    Training never waits for the server: while that cannot be reached, only the pages are behind.
+    """
+
+    def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        self._config = config
+        self._run = run
+        self._logger = get_run_logger()
+
+        # The thread, while a trainer is followed
+        self._trainer: Any = None
+        self._pages: TrainingPages | None = None
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+        # What was said, and when
+        self._logged_at = 0.0
+        self._has_warned = False
+
+    def start(self, trainer: Any) -> None:
+        """Follow a trainer, or the group of processes, from its first step on."""
+        self._trainer = trainer
+        self._pages = TrainingPages(self._config, trainer.steps, trainer.current_step)
+        if trainer.current_step > 0:
+            self._pages.add_earlier(read_metrics(self._run.metrics))
+        context = copy_context()  # the run that artifacts belong to
+        self._thread = threading.Thread(
+            target=context.run, args=(self._follow, self._pages), name="progress", daemon=True
+        )
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Show where training ended, and stop following it."""
+        self._done.set()
+        if self._thread is not None:
+            self._thread.join(timeout=SECONDS_TO_FINISH)
+        if self._pages is not None:
+            self._logger.info(
+                "%s: %s",
+                self._pages.describe(self._trainer.current_step),
+                self._pages.curves.describe(),
+            )
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Keep a report for the curve."""
+        if self._pages is not None:
+            self._pages.add_training_loss(train_info)
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Keep an evaluation for the curve."""
+        if self._pages is not None:
+            self._pages.add_validation_loss(self._trainer.current_step, val_info["val_loss"])
+
+    def _follow(self, pages: TrainingPages) -> None:
+        is_last = False
+        with ArtifactClient() as artifacts:
+            while not is_last:
+                is_last = self._done.wait(SECONDS_BETWEEN_CHECKS)
+                self._log(pages)
+                if pages.is_due() or is_last:
+                    self._show(pages, artifacts)
+
+    def _log(self, pages: TrainingPages) -> None:
+        if pages.curves.training.last is None:
+            return
+        if time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
+            return
+        self._logged_at = time.monotonic()
+        description = pages.describe(self._trainer.current_step)
+        self._logger.info("%s: %s", description, pages.curves.describe(), extra=ON_CONSOLE_ALONE)
+
+    def _show(self, pages: TrainingPages, artifacts: ArtifactClient) -> None:
+        try:
+            pages.show(artifacts, self._trainer.current_step)
+        except Exception as error:  # of the server or the way to it; training goes on
+            if not self._has_warned:
+                self._has_warned = True
+                self._logger.warning("The progress of training cannot be shown now: %s", error)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration in its largest two units: "45 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"

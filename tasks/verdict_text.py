@@ -1,0 +1,57 @@
+"""The figures of a verdict in words: the losses with their examples, the champion's, each suite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tasks.markdown_page import format_cell
+
+SHOWN_DIGITS = 12
+
+
+def shorten_digest(digest: str) -> str:
+    """The start of a digest or a version, enough to find it by."""
+    return digest[:SHOWN_DIGITS]
+
+
+def describe_losses(verdict: Mapping[str, Any]) -> str:
+    """`0.0184 before, 0.0213 after, adapter of step 80 (valid.jsonl, 84 examples)`."""
+    losses = verdict["validation"]
+    return (
+        f"{_format_loss(losses['loss_before'])} before, {_format_loss(losses['loss_after'])} "
+        f"after, adapter of step {verdict['adapter_step']} ({losses.get('file')}, "
+        f"{losses.get('examples')} examples)"
+    )
+
+
+def describe_champion_loss(champion: Mapping[str, Any]) -> str:
+    """The champion's loss on the same examples and the candidate's difference, or why not."""
+    version = shorten_digest(champion["version"])
+    if champion["not_compared"] is not None:
+        return f"Champion {version}: not compared; {champion['not_compared']}."
+    if champion["loss"] is None or champion["difference"] is None:
+        return f"Champion {version}: no loss on examples that neither was trained on."
+    interval = ""
+    if champion["interval"] is not None:
+        low, high = champion["interval"]
+        interval = f", 95 % interval {low:+.4g} to {high:+.4g}"
+    return (
+        f"Champion {version}: loss {_format_loss(champion['loss'])} on the same examples; "
+        f"difference {champion['difference']:+.4g}{interval}."
+    )
+
+
+def describe_suite(task: Mapping[str, Any]) -> str:
+    """`capitals: 0 of 15 right before, 14 of 15 after`."""
+    questions = task["questions"]
+    earlier = task["base"] if task["parent"] is None else task["parent"]
+    before, after = (f"{round(share * questions, 2):g}" for share in (earlier, task["candidate"]))
+    text = f"{task['name']}: {before} of {questions} right before, {after} of {questions} after"
+    if task.get("champion") is not None:
+        text += f", champion {round(task['champion'] * questions, 2):g} of {questions}"
+    return text if task["verdict"] == "passed" else f"{text} (failed)"
+
+
+def _format_loss(loss: float | None) -> str:
+    return "not finite" if loss is None else format_cell(float(loss))

@@ -1,0 +1,67 @@
+"""The picture of the losses: from the first report on, of bounded size, with what both came to."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+
+from tasks.loss_curve import MOST_POINTS, Curve, LossCurves, describe_curves, draw_curves
+
+
+def curves_of(count: int) -> LossCurves:
+    records = [{"step": step, "loss": 4.0 / (step + 1)} for step in range(count)]
+    return LossCurves.of_records([*records, {"step": count, "val_loss": 0.123456789}])
+
+
+def test_the_first_report_is_a_picture_already() -> None:
+    drawn = draw_curves(LossCurves.of_records([{"step": 1, "loss": 2.5}]), steps=100)
+    assert drawn.count("<circle") == 1
+    assert "training loss 2.5<" in drawn
+    assert "validation loss: none yet<" in drawn
+
+
+def test_both_losses_are_drawn_with_their_latest_value_in_four_digits() -> None:
+    drawn = draw_curves(curves_of(50), steps=50)
+    assert drawn.count("<polyline") == 2
+    assert "training loss 0.08<" in drawn
+    assert "validation loss 0.1235<" in drawn
+
+
+def test_a_picture_of_many_steps_is_as_small_as_one_of_few() -> None:
+    assert len(draw_curves(curves_of(100_000), steps=100_000)) < 12_000
+
+
+def test_a_curve_keeps_its_ends_and_its_lowest_point() -> None:
+    curve = Curve()
+    for step in range(10 * MOST_POINTS):
+        curve.add(step, 0.5 if step == 77 else 1.0 + step)
+    points = curve.drawn()
+    assert len(points) <= MOST_POINTS + 1
+    assert points[0] == (0, 1.0)
+    assert points[-1] == (10 * MOST_POINTS - 1, 10.0 * MOST_POINTS)
+    assert curve.lowest == (77, 0.5)
+
+
+def test_a_loss_that_is_not_finite_has_no_place_on_the_curve() -> None:
+    records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": None}]
+    curves = LossCurves.of_records(records)
+    assert curves.training.drawn() == [(1, 2.0)]
+    assert "nan" not in draw_curves(curves, steps=3)
+
+
+def test_losses_that_differ_by_much_are_drawn_on_a_logarithmic_axis() -> None:
+    records = [{"step": 1, "loss": 10.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 0.1}]
+    drawn = draw_curves(LossCurves.of_records(records), steps=3)
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)" r', drawn)]
+    assert heights[1] - heights[0] == heights[2] - heights[1]
+
+
+def test_the_page_holds_the_picture_and_needs_no_network() -> None:
+    page = str(describe_curves(curves_of(50), 50, "examples/*bold*"))
+    picture = re.search(r"!\[[^\]]*\]\(data:image/svg\+xml;base64,([^)]*)\)", page)
+    assert picture is not None
+    assert base64.b64decode(picture[1]).startswith(b"<svg")
+    assert "http" not in page
+    assert "validation loss 0.1235 at step 50" in page
+    assert r"examples/\*bold\*" in page
