@@ -37,7 +37,7 @@ class Clock:
 
 
 def replay(artifacts: ArtifactClient, steps: int) -> float:
-    """Report every step, and an evaluation in ten, as hours go by; the processor time of its pages."""
+    """Report every step, and an evaluation in ten, as hours go by; the pages' processor time."""
     clock = Clock()
     config = example_config(registry={"path": "registry", "name": f"replayed-{steps}"})
     pages = TrainingPages(config, steps, clock=clock)
