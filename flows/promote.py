@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from prefect import flow
+from prefect import flow, runtime
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed, State
@@ -15,9 +15,9 @@ from flows.allowed_folders import require_allowed
 from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
-from nested_core.foreign_text import escape_markdown
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import read_candidate
+from tasks.approval_page import approval_key, publish_approval
 from tasks.promote import promote_approved, promote_recorded
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600
@@ -56,25 +56,14 @@ def promote(config: PromoteParameters) -> State[Any]:
     champion = read_champion(registry, config.name)
     if config.version == champion:
         return Completed(message="already_champion")
+    flow_run = UUID(str(runtime.flow_run.id))
+    question = publish_approval(registry, config.name, config.version, champion, flow_run)
     answer = suspend_flow_run(
-        wait_for_input=Approval.with_initial_data(
-            description=_describe_for_approval(config, champion)
-        ),
+        wait_for_input=Approval.with_initial_data(description=question),
         timeout=SECONDS_TO_APPROVE,
-        key=f"approval-{champion or 'none'}",
+        key=approval_key(champion),
     )
     if not answer.approve:
         return Completed(message=f"not approved by {answer.by}")
     outcome = promote_approved(registry, config.name, config.version, answer.by, champion)
     return Completed(message=outcome)
-
-
-def _describe_for_approval(config: PromoteParameters, champion: str | None) -> str:
-    """What the person who approves reads."""
-    registry = Path(config.registry)
-    candidate = read_candidate(registry, config.name, config.version)
-    losses = f"loss {candidate.loss_before} before, {candidate.loss_after} after"
-    return escape_markdown(
-        f"Make version {config.version} the champion of {config.name} in {registry}? "
-        f"It passed the gate ({losses}). The champion now is {champion or 'none'}."
-    )

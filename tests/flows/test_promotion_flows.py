@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.client.schemas.objects import State
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
@@ -94,6 +95,15 @@ def answer(run_id: UUID, **values: Any) -> None:
     resume_flow_run(run_id, run_input=values)
 
 
+def approval_page(run_id: UUID) -> str:
+    """What a person reads who is asked, as of now; the flow run keeps one page of it."""
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+    with get_client(sync_client=True) as client:
+        (page,) = client.read_artifacts(artifact_filter=wanted)
+    assert page.key == f"{NAME}-approval"
+    return str(page.data)
+
+
 @pytest.fixture
 def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     """A flow run that waits for approval of a version, that version, and the champion."""
@@ -105,6 +115,17 @@ def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     assert (state.type.value, state.name) == ("PAUSED", "Suspended")
     assert core.read_champion(registry, NAME) == champion
     return run_id, version, champion
+
+
+def test_a_person_is_asked_with_both_losses_and_short_versions(
+    waiting: tuple[UUID, str, str],
+) -> None:
+    run_id, version, champion = waiting
+    page = approval_page(run_id)
+    assert f"# Make {version[:12]} the champion of {NAME}?" in page
+    assert f"**Candidate**: {version[:12]}: loss 4.1 before, 1.2 after" in page
+    assert f"**Champion**: {champion[:12]}: loss 4.1 before, 1.2 after" in page
+    assert "ASKED AGAIN" not in page
 
 
 def test_approved_by_a_person_a_version_is_promoted_in_that_persons_name(
@@ -130,11 +151,13 @@ def test_not_approved_nothing_is_promoted(waiting: tuple[UUID, str, str], regist
 def test_an_approval_that_was_given_against_another_champion_is_asked_for_again(
     waiting: tuple[UUID, str, str], add: Add, registry: Path
 ) -> None:
-    run_id, version, _ = waiting
+    run_id, version, champion = waiting
     answer(run_id, approve=True, by="ann")
     other = add(3)
     core.promote(registry, NAME, other, by="bob")
     assert execute(run_id).name == "Suspended"
+    why = f"ASKED AGAIN: the champion changed from {champion[:12]} to {other[:12]}"
+    assert why in approval_page(run_id)
     answer(run_id, approve=True, by="ann")
     assert execute(run_id).message == "promoted"
     assert core.history(registry, NAME)[-1]["previous"] == other

@@ -1,0 +1,112 @@
+"""What a person reads who is asked to approve a version: it and the champion, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+
+from nested_core.errors import NestedTuneError
+from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
+from nested_core.registry.promotion_policy import compare_losses, read_candidate
+from nested_core.registry.versions import version_folder
+from nested_core.storage.strict_files import read_json
+from tasks.artifact_client import ArtifactClient, artifact_key
+from tasks.markdown_page import MarkdownPage
+from tasks.verdict_text import describe_champion_loss, describe_losses, describe_suite
+from tasks.verdict_text import shorten_digest as shorten
+
+KEY_PREFIX = "approval-"  # of a pause; the champion that the version was shown against follows
+
+
+def approval_key(champion: str | None) -> str:
+    """The key of the pause in which a person decides against this champion."""
+    return f"{KEY_PREFIX}{champion or 'none'}"
+
+
+def publish_approval(
+    registry: Path, name: str, version: str, champion: str | None, flow_run: UUID
+) -> str:
+    """Put the page beside the flow run; return it as markdown, for the form of the answer."""
+    page = describe_approval(registry, name, version, champion, _read_asked(flow_run))
+    with ArtifactClient() as artifacts:
+        artifacts.publish_page(
+            artifact_key(name, "approval"),
+            page,
+            f"Waits for a person: is {shorten(version)} to be the champion of {name}?",
+        )
+    return str(page)
+
+
+def describe_approval(
+    registry: Path, name: str, version: str, champion: str | None, asked: list[str]
+) -> MarkdownPage:
+    """Candidate and champion with loss and answers; why it asks again, where it has asked before.
+
+    `asked` holds the champions, or "none", that it asked about so far.
+    """
+    verdict = _read_verdict(registry, name, version)
+    page = MarkdownPage(f"Make {shorten(version)} the champion of {name}?")
+    earlier = [one for one in asked if one != (champion or "none")]
+    if earlier:
+        page.add_paragraph(
+            f"ASKED AGAIN: the champion changed from {shorten(earlier[-1])} to "
+            f"{shorten(champion or 'none')} after the last question; an answer given to that one "
+            "promoted nothing."
+        )
+    facts = [("Candidate", f"{shorten(version)}: {_describe_figures(verdict)}")]
+    if champion is None:
+        facts.append(("Champion", "none yet"))
+    else:
+        figures = _describe_figures(_read_verdict(registry, name, champion))
+        facts.append(("Champion", f"{shorten(champion)}: {figures}"))
+        facts.append(("Compared", _compare(registry, name, version, champion, verdict)))
+    facts.append(("Version in full", version))
+    page.add_facts(facts)
+    return page
+
+
+def _describe_figures(verdict: Mapping[str, Any]) -> str:
+    """Losses and answers of one version, when it was judged."""
+    losses = f"loss {describe_losses(verdict)}" if verdict.get("validation") else "no loss measured"
+    suites = [describe_suite(task) for task in verdict.get("tasks") or []]
+    return "; ".join([losses, *suites])
+
+
+def _compare(
+    registry: Path, name: str, version: str, champion: str, verdict: Mapping[str, Any]
+) -> str:
+    """Both losses on the same examples, or that there are none."""
+    measured = verdict.get("champion")
+    if measured is not None and measured["version"] == champion:
+        return describe_champion_loss(measured)
+    try:
+        losses = compare_losses(registry, name, read_candidate(registry, name, version), champion)
+    except NestedTuneError as error:
+        return f"not possible: {error}"
+    if losses is None:
+        return "not possible: the two were not judged on the same examples"
+    change = losses.loss - losses.champion_loss
+    return (
+        f"on the same examples {losses.loss:.4g}, the champion {losses.champion_loss:.4g} "
+        f"({change:+.4g}: {'worse' if change > 0 else 'not worse'})"
+    )
+
+
+def _read_verdict(registry: Path, name: str, version: str) -> dict[str, Any]:
+    verdict: dict[str, Any] = read_json(
+        version_folder(registry, name, version) / GATE_NAME, MAX_GATE_BYTES
+    )
+    return verdict
+
+
+def _read_asked(flow_run: UUID) -> list[str]:
+    """The champions that this flow run has asked about, oldest first, from its states."""
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(flow_run)
+    states.sort(key=lambda state: state.timestamp)
+    keys = [state.state_details.pause_key or "" for state in states if state.is_paused()]
+    return [key.removeprefix(KEY_PREFIX) for key in keys if key.startswith(KEY_PREFIX)]
