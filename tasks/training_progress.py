@@ -19,7 +19,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
 from tasks.artifact_client import ArtifactClient, artifact_key
-from tasks.loss_curve import LossCurves, describe_curves
+from tasks.loss_picture import LossCurves, describe_curves
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.5

@@ -6,7 +6,7 @@ import base64
 import math
 import re
 
-from tasks.loss_curve import MOST_POINTS, Curve, LossCurves, describe_curves, draw_curves
+from tasks.loss_picture import MOST_POINTS, Curve, LossCurves, describe_curves, draw_curves
 
 
 def curves_of(count: int) -> LossCurves:
