@@ -10,7 +10,7 @@ from tasks.loss_picture import MOST_POINTS, Curve, LossCurves, describe_curves, 
 
 
 def curves_of(count: int) -> LossCurves:
-    records = [{"step": step, "loss": 4.0 / (step + 1)} for step in range(count)]
+    records: list[dict[str, float]] = [{"step": s, "loss": 4.0 / (s + 1)} for s in range(count)]
     return LossCurves.of_records([*records, {"step": count, "val_loss": 0.123456789}])
 
 
