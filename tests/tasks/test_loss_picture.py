@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import math
 import re
+from typing import Any
 
 from tasks.loss_picture import MOST_POINTS, Curve, LossCurves, describe_curves, draw_curves
 
@@ -44,7 +45,11 @@ def test_a_curve_keeps_its_ends_and_its_lowest_point() -> None:
 
 
 def test_a_loss_that_is_not_finite_has_no_place_on_the_curve() -> None:
-    records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": None}]
+    records: list[dict[str, Any]] = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": math.nan},
+        {"step": 3, "loss": None},
+    ]
     curves = LossCurves.of_records(records)
     assert curves.training.drawn() == [(1, 2.0)]
     assert "nan" not in draw_curves(curves, steps=3)
