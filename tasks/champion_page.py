@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Self
 
 from prefect import get_run_logger
 
@@ -16,7 +17,6 @@ from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.lineage import (
     LineageNode,
     champion_asset,
-    dataset_asset,
     draw_lineage,
     emit_materialization,
     run_asset,
@@ -25,6 +25,7 @@ from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import describe_losses, describe_suite, shorten_digest
 
 SHOWN_CHANGES = 15
+ACTIONS = {"promote": "promoted", "rollback": "rolled back to"}
 
 
 def publish_champion(registry: Path, name: str) -> None:
@@ -36,84 +37,115 @@ def publish_champion(registry: Path, name: str) -> None:
         version = read_champion(registry, name)
         if version is None:
             return
-        folder = version_folder(registry, name, version)
-        provenance = read_provenance(folder)
-        verdict = read_json(folder / GATE_NAME, MAX_GATE_BYTES)
-        page = describe_champion(name, version, provenance, verdict)
-        changes = history(registry, name)
-        _add_changes(page, registry, name, changes)
-        description = (
-            f"The champion of {name}: {shorten_digest(version)}, {_describe_loss(verdict)}"
-        )
+        champion = _Champion.read(registry, name, version)
         with ArtifactClient() as artifacts:
-            artifacts.publish_page(artifact_key(name, "champion"), page, description)
-        config = provenance.get("config") or {}
-        source = run_asset(name, PurePath(str(provenance.get("run_dir"))).name)
-        metadata = {
-            "version": version,
-            "dataset": dataset_asset(
-                name, str(provenance.get("dataset_digest")), str(config.get("data"))
-            ).key,
-            "parent": provenance.get("parent"),
-        }
-        emit_materialization(champion_asset(name), [source], name, metadata)
-    except Exception as error:
+            artifacts.publish_page(
+                artifact_key(name, "champion"),
+                describe_champion(registry, name, version),
+                f"The champion of {name}: {shorten_digest(version)}, {champion.describe_loss()}",
+            )
+        emit_materialization(
+            champion_asset(name),
+            [run_asset(name, champion.run_folder)],
+            name,
+            {"version": version, "dataset": champion.dataset, "parent": champion.parent},
+        )
+    except Exception as error:  # of the server or the way to it
         get_run_logger().warning("The page of %s's champion is not up to date: %s", name, error)
 
 
-def describe_champion(
-    name: str, version: str, provenance: Mapping[str, Any], verdict: Mapping[str, Any]
-) -> MarkdownPage:
-    """The champion in four lines, and the picture of what it was made of."""
-    config = provenance.get("config") or {}
-    suites = "; ".join(map(describe_suite, verdict.get("tasks") or []))
+def describe_champion(registry: Path, name: str, version: str) -> MarkdownPage:
+    """The champion in four lines, the picture of what it was made of, and those before it."""
+    champion = _Champion.read(registry, name, version)
     page = MarkdownPage(f"{name}: champion {shorten_digest(version)}")
     page.add_facts(
         [
-            ("Loss when it was judged", _describe_loss(verdict)),
-            ("Answers", suites or "no suite of questions (gate.tasks) was asked"),
-            ("Registered", _describe_time(provenance.get("registered_at"))),
-            ("Run folder", str(provenance.get("run_dir"))),
+            ("Loss when it was judged", champion.describe_loss()),
+            ("Answers", champion.describe_answers()),
+            ("Registered (UTC)", _describe_time(champion.provenance.get("registered_at"))),
+            ("Run folder", str(champion.provenance.get("run_dir"))),
         ]
     )
-    parent = provenance.get("parent")
-    sources = [
-        LineageNode(
-            "data set",
-            (str(config.get("data")), shorten_digest(str(provenance.get("dataset_digest")))),
-        ),
-        LineageNode("base model", (str(config.get("model")),)),
-        LineageNode("parent", (shorten_digest(parent) if parent else "a fresh adapter",)),
-    ]
-    run = LineageNode(
-        "run",
-        (PurePath(str(provenance.get("run_dir"))).name, f"step {verdict.get('adapter_step')}"),
-    )
-    champion = LineageNode("champion", (name, shorten_digest(version)))
     page.add_heading("What it was made of")
-    page.add_picture(
-        draw_lineage(sources, run, champion), "data set, model and parent, run, champion"
-    )
+    page.add_picture(champion.draw(), "data set, base model and parent, run, champion")
+    page.add_heading("Champions so far")
+    columns = ("when (UTC)", "what", "version", "validation loss", "by")
+    page.add_table(columns, _list_changes(registry, name))
     return page
 
 
-def _add_changes(
-    page: MarkdownPage, registry: Path, name: str, changes: list[dict[str, Any]]
-) -> None:
-    """A table of the champions so far, the latest first."""
-    moves = [line for line in changes if line["action"] in ("promote", "rollback")]
-    page.add_heading("Champions so far")
-    rows = [
+@dataclass(frozen=True)
+class _Champion:
+    """A version with the record of how it was made, and with its verdict."""
+
+    name: str
+    version: str
+    provenance: Mapping[str, Any]
+    verdict: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, registry: Path, name: str, version: str) -> Self:
+        folder = version_folder(registry, name, version)
+        verdict = read_json(folder / GATE_NAME, MAX_GATE_BYTES)
+        return cls(name, version, read_provenance(folder), verdict)
+
+    @property
+    def run_folder(self) -> str:
+        """The name of the run's folder."""
+        return PurePath(str(self.provenance.get("run_dir"))).name
+
+    @property
+    def dataset(self) -> str | None:
+        """The digest of the data set that it was trained on."""
+        return self.provenance.get("dataset_digest")
+
+    @property
+    def parent(self) -> str | None:
+        """The version that it was trained from, or that was champion before it."""
+        return self.provenance.get("parent")
+
+    def describe_loss(self) -> str:
+        """Its loss before and after training, with the examples."""
+        if not self.verdict.get("validation"):
+            return "no loss was measured"
+        return f"loss {describe_losses(self.verdict)}"
+
+    def describe_answers(self) -> str:
+        """The right answers before and after, of each suite."""
+        suites = "; ".join(map(describe_suite, self.verdict.get("tasks") or []))
+        return suites or "no suite of questions (gate.tasks) was asked"
+
+    def draw(self) -> str:
+        """The picture of what it was made of."""
+        config = self.provenance.get("config") or {}
+        parent = "a fresh adapter" if self.parent is None else shorten_digest(self.parent)
+        data = (str(config.get("data")), shorten_digest(self.dataset or "unknown"))
+        step = f"step {self.verdict.get('adapter_step')}"
+        sources = [
+            LineageNode("data set", data),
+            LineageNode("base model", (str(config.get("model")),)),
+            LineageNode("parent", (parent,)),
+        ]
+        return draw_lineage(
+            sources,
+            LineageNode("run", (self.run_folder, step)),
+            LineageNode("champion", (self.name, shorten_digest(self.version))),
+        )
+
+
+def _list_changes(registry: Path, name: str) -> list[tuple[object, ...]]:
+    """The last changes of the champion as rows, the latest first."""
+    moves = [line for line in history(registry, name) if line["action"] in ACTIONS]
+    return [
         (
             _describe_time(line["time"]),
-            "promoted" if line["action"] == "promote" else "rolled back to",
+            ACTIONS[line["action"]],
             shorten_digest(line["version"] or "none"),
             _read_loss(registry, name, line["version"]),
             line["by"],
         )
         for line in moves[: -SHOWN_CHANGES - 1 : -1]
     ]
-    page.add_table(("when (UTC)", "what", "version", "validation loss", "by"), rows)
 
 
 def _read_loss(registry: Path, name: str, version: str | None) -> float | None:
@@ -125,10 +157,6 @@ def _read_loss(registry: Path, name: str, version: str | None) -> float | None:
         return None
     loss = (read_json(path, MAX_GATE_BYTES).get("validation") or {}).get("loss_after")
     return None if loss is None else float(loss)
-
-
-def _describe_loss(verdict: Mapping[str, Any]) -> str:
-    return describe_losses(verdict) if verdict.get("validation") else "no loss was measured"
 
 
 def _describe_time(time: object) -> str:

@@ -18,11 +18,11 @@ def shorten_digest(digest: str) -> str:
 def describe_losses(verdict: Mapping[str, Any]) -> str:
     """`0.0184 before, 0.0213 after, adapter of step 80 (valid.jsonl, 84 examples)`."""
     losses = verdict["validation"]
-    return (
-        f"{_format_loss(losses['loss_before'])} before, {_format_loss(losses['loss_after'])} "
-        f"after, adapter of step {verdict['adapter_step']} ({losses.get('file')}, "
-        f"{losses.get('examples')} examples)"
-    )
+    before, after = _format_loss(losses["loss_before"]), _format_loss(losses["loss_after"])
+    text = f"{before} before, {after} after, adapter of step {verdict['adapter_step']}"
+    if losses.get("file") is None:  # of an earlier release
+        return text
+    return f"{text} ({losses['file']}, {losses['examples']} examples)"
 
 
 def describe_champion_loss(champion: Mapping[str, Any]) -> str:

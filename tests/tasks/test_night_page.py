@@ -1,0 +1,123 @@
+"""The first page of a run: six lines that tell the night, whatever it came to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord, write_answers
+from nested_core.storage.run_directory import RunDirectory
+from tasks.night_page import UNDER_WAY, describe_night
+from tests.example import example_config
+
+VERDICT: dict[str, Any] = {
+    "verdict": "passed",
+    "reasons": [],
+    "adapter_step": 80,
+    "initial": {"digest": "1417" * 16},
+    "trained": {"digest": "ada9" * 16},
+    "validation": {
+        "loss_before": 3.14159265,
+        "loss_after": 0.0213456789,
+        "file": "valid.jsonl",
+        "examples": 84,
+    },
+    "champion": {
+        "version": "c4a3" * 16,
+        "loss": 0.0184123456,
+        "difference": 0.0029333,
+        "interval": [0.0011, 0.0047],
+        "not_compared": None,
+    },
+    "tasks": [
+        {
+            "name": "capitals",
+            "questions": 15,
+            "base": 0.0,
+            "parent": None,
+            "champion": 1.0,
+            "candidate": 14 / 15,
+            "verdict": "passed",
+        }
+    ],
+}
+DATASET = {
+    "digest": "da7a" * 16,
+    "counts": {"error": 0, "warning": 2, "info": 1},
+    "findings": [{"check": "duplicate"}, {"check": "near_duplicate"}],
+    "splits": {"train": {"rows": 1200}, "valid": {"rows": 84}},
+}
+
+
+def answer(model: AnsweringRole, line: int, text: str) -> AnswerRecord:
+    question = f"Question {line}?"
+    return AnswerRecord(
+        task="capitals",
+        model=model,
+        line=line,
+        question=question,
+        answer=text,
+        score=float(text == "Paris"),
+        tokens=3,
+        empty=False,
+        endless=False,
+        repeated=False,
+        seconds=0.1,
+    )
+
+
+def page_of(folder: Path, outcome: str, message: str) -> str:
+    config = example_config(registry={"path": "registry", "name": "support-bot"})
+    return str(describe_night(config, RunDirectory(folder), outcome, message))
+
+
+def facts_of(page: str) -> dict[str, str]:
+    lines = [line.removeprefix("- **") for line in page.splitlines() if line.startswith("- **")]
+    return {name: fact.replace("\\", "") for name, _, fact in (x.partition("**: ") for x in lines)}
+
+
+def write_files(folder: Path) -> None:
+    (folder / "gate.json").write_text(json.dumps(VERDICT))
+    (folder / "dataset.json").write_text(json.dumps(DATASET))
+    rows = [answer("base", 1, "same"), answer("candidate", 1, "same")]
+    rows += [answer("base", 2, "<b>Rome"), answer("candidate", 2, "Paris")]
+    write_answers(folder / "answers.jsonl", rows)
+
+
+def test_six_lines_tell_the_night(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    page = page_of(tmp_path, "Promoted", "verified ada9ad: promoted")
+    facts = facts_of(page)
+    assert page.startswith("# support-bot: Promoted")
+    assert list(facts) == ["Verdict", "Loss", "Answers", "Data", "Made of", "Run folder"]
+    assert facts["Verdict"] == "verified ada9ad: promoted"
+    assert facts["Loss"] == (
+        "3.142 before, 0.02135 after, adapter of step 80 (valid.jsonl, 84 examples). Champion "
+        "c4a3c4a3c4a3: loss 0.01841 on the same examples; difference +0.002933, 95 % interval "
+        "+0.0011 to +0.0047."
+    )
+    assert facts["Answers"] == ("capitals: 0 of 15 right before, 14 of 15 after, champion 15 of 15")
+    assert facts["Data"].endswith(
+        "1,200 train, 84 valid examples; findings: 2 warning, 1 info (duplicate, near_duplicate)"
+    )
+    for digest in ("da7ada7ada7a", "141714171417", "ada9ada9ada9"):
+        assert digest in facts["Made of"]
+
+
+def test_the_command_that_makes_it_again_is_there_to_copy(tmp_path: Path) -> None:
+    page = page_of(tmp_path, UNDER_WAY, "begun")
+    assert f"    nested-tune train -c {tmp_path / 'config.yaml'} --run-dir again" in page
+
+
+def test_answers_that_changed_come_first_and_are_no_markup(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    rows = page_of(tmp_path, "Promoted", "promoted").splitlines()[-2:]
+    assert rows[0] == r"| Question 2? | \<b\>Rome | Paris | 0 -\> 1 |"
+    assert rows[1].startswith("| Question 1? | same | same |")
+
+
+def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
+    facts = facts_of(page_of(tmp_path, UNDER_WAY, "begun"))
+    assert facts["Loss"] == "nothing was judged"
+    assert facts["Data"].endswith("not read yet")
