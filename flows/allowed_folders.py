@@ -17,8 +17,8 @@ from typing import Any
 from prefect import runtime
 
 from nested_core.config.data import HubDataset
+from nested_core.config.key_properties import iterate_paths
 from nested_core.config.schema import FineTuneConfig
-from nested_core.config.section import PathRule, Section
 from nested_core.errors import ConfigError
 
 VARIABLE = "NESTED_TUNE_ROOTS"
@@ -54,7 +54,7 @@ def require_allowed_paths(config: FineTuneConfig) -> None:
     """Check every path of a configuration; a model or data set of the hub is no path."""
     if runtime.deployment.id is None:
         return
-    for name, rule, value in _path_values(config):
+    for name, rule, value in iterate_paths(config):
         if rule == "local_or_hub":
             _require_allowed_unless_on_hub(value, name)
         else:
@@ -71,22 +71,6 @@ def refuse_python_scorers(config: FineTuneConfig) -> None:
             "run could then run any function with the worker's rights. `nested-tune train` takes "
             "it from your own file."
         )
-
-
-def _path_values(section: Section, prefix: str = "") -> Iterator[tuple[str, PathRule, str]]:
-    """Every path that a configuration gives: the key's name, what it may name, its value."""
-    for name, field in type(section).model_fields.items():
-        value, extra = getattr(section, name), field.json_schema_extra
-        key = prefix + (field.alias or name)
-        if isinstance(value, Section):
-            yield from _path_values(value, f"{key}.")
-        elif isinstance(value, tuple):
-            for index, item in enumerate(value):
-                if isinstance(item, Section):
-                    yield from _path_values(item, f"{key}[{index}].")
-        elif isinstance(extra, dict) and "path" in extra and value is not None:
-            rule: Any = extra["path"]
-            yield key, rule, value
 
 
 def _require_allowed_unless_on_hub(value: str, what: str) -> None:

@@ -26,6 +26,18 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See: {self.prog} --help")
 
 
+class _Commands:
+    """argparse's sub-commands, where the line in the list of commands opens each one's own help."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
+        """Add a command; `help` is its line, a sentence without capital and full stop."""
+        description = f"{help[0].upper()}{help[1:]}."
+        return self._subparsers.add_parser(name, help=help, description=description, **options)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; importing them takes long enough for a person to press Ctrl-C."""
     from flows.commands import demo, deployment, doctor, inspection, peft, registry, training
@@ -33,11 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="nested-tune",
         description="Fine-tuning pipelines for MLX that cannot silently do nothing.",
+        epilog="Start with `nested-tune demo`; then `nested-tune train --model M --data D`.",
     )
     parser.add_argument(
         "--version", action="version", version=f"nested-tune {version('nested-tune')}"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = _Commands(parser)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
     for module in (demo, training, inspection, registry, peft, deployment, doctor):
@@ -51,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         _refuse_undecodable(arguments)
-        parsed, unknown = build_parser().parse_known_args(arguments)
+        parser = build_parser()
+        parsed, unknown = parser.parse_known_args(arguments)
+        if parsed.command is None:
+            parser.print_help(sys.stderr)
+            return ConfigError.exit_code
         if unknown:
             place = f"nested-tune {parsed.command} --help"
             raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}. See: {place}")

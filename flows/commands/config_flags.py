@@ -7,14 +7,20 @@ A key of a section is `--section.key`. What is neither text, number nor switch i
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from nested_core.config.key_properties import Key, iterate_keys
+from pydantic_core import PydanticUndefined
+
+from nested_core.config.key_properties import Key, iterate_keys, iterate_paths
 from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError
 
+REQUIRED = ("model", "data")  # mlx_lm.lora's defaults would be fetched from the hub
+WRITTEN_PATHS = ("adapter_path", "registry.path")  # which need not exist
 MLX_LM_GROUP = "as in mlx_lm.lora; a flag wins over the file"
 
 
@@ -29,7 +35,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
         flag = "--" + key.name.replace("_", "-")
-        help_text = str(key.field.description).replace("%", "%%")  # % is argparse's own
+        help_text = _help_text(key).replace("%", "%%")  # % is argparse's own
         group, form = groups[section], _argparse_options(key)
         group.add_argument(flag, dest=_destination(key), default=None, help=help_text, **form)
         if section and "_" in key.name:  # as it is spelled in YAML, too
@@ -45,6 +51,15 @@ def _keys_with_flags() -> list[Key]:
     keys = list(iterate_keys(FineTuneConfig))
     lists = tuple(f"{key.name}." for key in keys if key.section and not key.is_section)
     return [key for key in keys if not key.is_section and not key.name.startswith(lists)]
+
+
+def _help_text(key: Key) -> str:
+    """What a key does, and its default where it has one."""
+    default = key.field.default
+    if key.name in REQUIRED or default in (None, PydanticUndefined, (), {}):
+        return str(key.field.description)
+    text = str(default).lower() if isinstance(default, bool) else str(default)
+    return f"{key.field.description} (default: {text})"
 
 
 def _destination(key: Key) -> str:
@@ -86,12 +101,53 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
 
 
-def load_config_from_flags(arguments: argparse.Namespace) -> FineTuneConfig:
-    """The configuration of a command line: flag, then YAML, then default."""
-    flags = {key.name: getattr(arguments, _destination(key)) for key in _keys_with_flags()}
-    return load_config(
-        arguments.config, {name: value for name, value in flags.items() if value is not None}
+def load_config_from_flags(
+    arguments: argparse.Namespace, required: Sequence[str] = REQUIRED
+) -> FineTuneConfig:
+    """The configuration of a command line: flag, then YAML, then default.
+
+    Raises ConfigError, too, if no model or data was given, for which mlx_lm.lora would fetch its
+    own, and if a path in the file only exists beside it.
+    """
+    given = {key.name: getattr(arguments, _destination(key)) for key in _keys_with_flags()}
+    flags = {name: value for name, value in given.items() if value is not None}
+    config = load_config(arguments.config, flags)
+    missing = [name for name in required if name not in config.model_fields_set]
+    if config.hf_dataset and "data" in missing:
+        missing.remove("data")
+    if missing:
+        raise ConfigError(_describe_missing(missing, arguments.config))
+    if arguments.config is not None:
+        _refuse_paths_beside_the_file(config, arguments.config, set(flags))
+    return config
+
+
+def _describe_missing(names: list[str], file: Path | None) -> str:
+    expected = {
+        "model": "--model MODEL (a folder, or a name of the Hugging Face hub)",
+        "data": "--data DATA (a folder with train.jsonl, or a data set of the hub)",
+    }
+    where = "on the command line" if file is None else f"in {file} or on the command line"
+    advice = " and ".join(expected[name] for name in names)
+    return (
+        f"No {' and no '.join(names)} given {where}. Give {advice}, or the same keys in a file for "
+        f"-c. `nested-tune demo` needs neither."
     )
+
+
+def _refuse_paths_beside_the_file(config: FineTuneConfig, file: Path, flags: set[str]) -> None:
+    """Paths start at the working directory; say so where one was meant to start at the file."""
+    for name, _, value in iterate_paths(config):
+        path = Path(value).expanduser()
+        if name in flags or name in WRITTEN_PATHS or path.is_absolute() or path.exists():
+            continue
+        beside = file.absolute().parent / path
+        if beside.exists():
+            raise ConfigError(
+                f"{name}: {path.absolute()} does not exist, but {beside} does: paths in {file} "
+                f"start at the working directory, as with mlx_lm.lora. Write the whole path, or "
+                f"start the command in {file.absolute().parent}."
+            )
 
 
 def _parse_size(text: str) -> int:

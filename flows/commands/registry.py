@@ -22,21 +22,17 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     """Add the commands of this module."""
     promote = commands.add_parser("promote", parents=[shared], help="make a run's adapter champion")
     promote.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    promote.add_argument("--name", required=True, help="the adapter's name in the registry")
     promote.add_argument("--if-champion", metavar="VERSION", help="only while this is the champion")
     promote.set_defaults(run=run_promote)
     rollback = commands.add_parser("rollback", parents=[shared], help="go back to a version")
-    rollback.add_argument("name", metavar="NAME")
     rollback.add_argument("--to", metavar="VERSION", help="default: the champion before this one")
     rollback.set_defaults(run=run_rollback)
     history = commands.add_parser("history", parents=[shared], help="the changes of the champion")
     audit = commands.add_parser("audit", parents=[shared], help="re-hash every version")
     for parser, function in ((history, run_history), (audit, run_registry_audit)):
-        parser.add_argument("name", metavar="NAME")
         parser.add_argument("--json", action="store_true", help="as one JSON document")
         parser.set_defaults(run=function)
     gc = commands.add_parser("gc", parents=[shared], help="remove versions that are not needed")
-    gc.add_argument("name", metavar="NAME")
     gc.add_argument("--keep", type=int, default=10, metavar="N", help="newest to keep; default: 10")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     gc.add_argument("--json", action="store_true", help="as one JSON document")
@@ -44,11 +40,21 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     export = commands.add_parser(
         "export-mlflow", parents=[shared], help="copy versions and champion to MLflow's registry"
     )
-    export.add_argument("name", metavar="NAME")
     export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
     export.set_defaults(run=run_mlflow_export)
     for parser in (promote, rollback, history, audit, gc, export):
-        parser.add_argument("--registry", type=Path, required=True, metavar="DIR")
+        add_registry_arguments(parser)
+
+
+def add_registry_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add NAME, which may be given as --name too, and --registry."""
+    help_text = "the adapter's name in the registry"
+    name = parser.add_mutually_exclusive_group(required=True)
+    name.add_argument("name", nargs="?", default=argparse.SUPPRESS, metavar="NAME", help=help_text)
+    name.add_argument("--name", dest="name", metavar="NAME", help="the same")
+    parser.add_argument(
+        "--registry", type=Path, default=Path("registry"), metavar="DIR", help="default: registry"
+    )
 
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:

@@ -55,7 +55,8 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
 
-    config = load_config_from_flags(arguments)
+    required = ["data"] if arguments.no_tokenize else ["model", "data"]
+    config = load_config_from_flags(arguments, required)
     _refuse_showing(arguments)
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)

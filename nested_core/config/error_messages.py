@@ -1,49 +1,135 @@
-"""Messages for a configuration that is refused, with the nearest known key for an unknown one."""
+"""Messages for a configuration that is refused: every problem, with its line and what was meant."""
 
 from __future__ import annotations
 
 import difflib
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from nested_core.config.key_properties import section_in_annotation
+from nested_core.config.key_properties import iterate_keys, section_in_annotation
+from nested_core.config.other_tools import ABSENT_KEYS, RENAMED_KEYS
 from nested_core.config.section import SectionProblems
 from nested_core.foreign_text import escape
 
+MOST_PROBLEMS = 10
+_WORD = re.compile(r"\w+")
 
-def explain_validation_error(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """Turn a validation error into lines of "key: what is wrong", with suggestions."""
-    problems = error.errors(include_url=False)
-    lines = [
-        escape(line) for problem in problems for line in _explain_problem(dict(problem), model)
-    ]
-    shown = lines[:10] + ([f"  and {len(lines) - 10} more"] if len(lines) > 10 else [])
+
+class Problem(NamedTuple):
+    """What is wrong with one key, or with a section's keys together; "" is the top level."""
+
+    key: str
+    message: str
+
+
+def explain_problems(problems: list[Problem], source: str, lines: Mapping[str, int]) -> str:
+    """All problems, one a line: `key: what is wrong`, with its line where the file has the key."""
+    shown = [escape(_add_line(problem, lines)) for problem in problems[:MOST_PROBLEMS]]
+    if len(problems) > MOST_PROBLEMS:
+        shown.append(f"  and {len(problems) - MOST_PROBLEMS} more")
     return f"The configuration in {escape(source)} cannot be used:\n" + "\n".join(shown)
 
 
-def _explain_problem(problem: dict[str, Any], model: type[BaseModel]) -> list[str]:
-    location = problem["loc"]
+def _add_line(problem: Problem, lines: Mapping[str, int]) -> str:
+    """One problem as text; a key of a list has its own line, or that of the key it is in."""
+    key = problem.key
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    place = f" (line {lines[key]})" if key else ""
+    return f"  {problem.key}: {problem.message}{place}" if problem.key else f"  {problem.message}"
+
+
+def find_problems(model: type[BaseModel], values: Mapping[str, Any]) -> list[Problem]:
+    """Every problem that a model finds in values, none if they are right.
+
+    What keys ask of each other is only looked at when each is right by itself. So the values are
+    judged again without the keys that were refused, and what is found then counts too, but where it
+    names one of the refused keys: it may be about the default that took its place.
+    """
+    problems: list[Problem] = []
+    refused: set[str] = set()
+    while True:
+        try:
+            model.model_validate(dict(values))
+            return problems
+        except ValidationError as error:
+            details: list[dict[str, Any]] = [dict(d) for d in error.errors(include_url=False)]
+        for problem in (found for detail in details for found in _describe(detail, model)):
+            if refused.isdisjoint(_WORD.findall(f"{problem.key} {problem.message}")):
+                problems.append(problem)
+        paths = {_path_in(values, detail["loc"]): detail["type"] for detail in details}
+        paths.pop((), None)
+        if not paths:
+            return problems
+        for path, cause in paths.items():
+            values = _without(values, path)
+            if cause != "extra_forbidden":
+                refused.add(path[-1])
+
+
+def _path_in(values: Mapping[str, Any], location: tuple[Any, ...]) -> tuple[str, ...]:
+    """The keys of a problem's location that are in the values, down to the last mapping."""
+    path: list[str] = []
+    inner: Any = values
+    for part in location:
+        if not isinstance(inner, Mapping) or part not in inner:
+            break
+        path.append(part)
+        inner = inner[part]
+    return tuple(path)
+
+
+def _without(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The values without the one at a path."""
+    first, *rest = path
+    others = {key: value for key, value in values.items() if key != first}
+    if rest and first in values:
+        return others | {first: _without(values[first], tuple(rest))}
+    return others
+
+
+def _describe(detail: dict[str, Any], model: type[BaseModel]) -> Iterator[Problem]:
+    """The problems in one entry of pydantic's list."""
+    location = detail["loc"]
     key = ".".join(str(part) for part in location)
-    if problem["type"] == "extra_forbidden":
-        return [f"  {key}: unknown key{_suggest_known_key(location, model)}"]
-    prefix = f"  {key}: " if key else "  "
-    cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, SectionProblems):
-        return [f"{prefix}{message}" for message in cause.problems]
-    message = problem["msg"].removeprefix("Value error, ")
-    value = "" if problem["type"] == "value_error" else f"; found {problem['input']!r:.80}"
-    return [f"{prefix}{message}{value}"]
+    cause = detail.get("ctx", {}).get("error")
+    if detail["type"] == "extra_forbidden":
+        yield Problem(key, f"unknown key{_suggest_known_key(location, model)}")
+    elif isinstance(cause, SectionProblems):
+        yield from (Problem(key, message) for message in cause.problems)
+    else:
+        message = detail["msg"].removeprefix("Value error, ")
+        value = "" if detail["type"] == "value_error" else f"; found {detail['input']!r:.80}"
+        yield Problem(key, f"{message}{value}")
 
 
 def _suggest_known_key(location: tuple[Any, ...], model: type[BaseModel]) -> str:
-    for part in location[:-1]:
-        if isinstance(part, str):
-            fields = {field.alias or name: field for name, field in model.model_fields.items()}
-            inner = section_in_annotation(fields[part].annotation) if part in fields else None
-            if inner is None:
-                return ""
-            model = inner
-    names = [field.alias or name for name, field in model.model_fields.items()]
-    close = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    """What to write for an unknown key: it may be another tool's, another section's, or a typo."""
+    name = str(location[-1])
+    if name in ABSENT_KEYS:
+        return f"; {name} {ABSENT_KEYS[name]}"
+    if name in RENAMED_KEYS:
+        meant, _, remark = RENAMED_KEYS[name].partition("; ")
+        return f"; did you mean {meant}?{remark and f' ({remark})'}"
+    section = _section_at(location[:-1], model)
+    if section is None:
+        return ""
+    names = [field.alias or name for name, field in section.model_fields.items()]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    elsewhere = [key.name for key in iterate_keys(model) if key.name.endswith(f".{name}")]
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    suggestions = [*close, *elsewhere, *similar]
+    return f"; did you mean {suggestions[0]}?" if suggestions else ""
+
+
+def _section_at(path: tuple[Any, ...], model: type[BaseModel]) -> type[BaseModel] | None:
+    """The section that a location's keys lead to, None if they lead to none."""
+    section: type[BaseModel] | None = model
+    for part in path:
+        if isinstance(part, str) and section is not None:
+            fields = {field.alias or name: field for name, field in section.model_fields.items()}
+            section = section_in_annotation(fields[part].annotation) if part in fields else None
+    return section

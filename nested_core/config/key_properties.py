@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nested_core.config.section import Affects, Section
+from nested_core.config.section import Affects, PathRule, Section
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,22 @@ def iterate_keys(
         yield key
         if inner is not None:
             yield from iterate_keys(inner, f"{key.name}.", key.affects)
+
+
+def iterate_paths(section: Section, prefix: str = "") -> Iterator[tuple[str, PathRule, str]]:
+    """Every path that a configuration gives: the key's name, what it may name, its value."""
+    for name, field in type(section).model_fields.items():
+        value, extra = getattr(section, name), field.json_schema_extra
+        key = prefix + (field.alias or name)
+        if isinstance(value, Section):
+            yield from iterate_paths(value, f"{key}.")
+        elif isinstance(value, tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, Section):
+                    yield from iterate_paths(item, f"{key}[{index}].")
+        elif isinstance(extra, dict) and "path" in extra and value is not None:
+            rule: Any = extra["path"]
+            yield key, rule, value
 
 
 def section_in_annotation(annotation: Any) -> type[BaseModel] | None:

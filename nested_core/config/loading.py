@@ -9,15 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
-from nested_core.config.error_messages import explain_validation_error
+from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_start
@@ -81,8 +81,20 @@ def _yaml_error(what: str, mark: Any) -> yaml.MarkedYAMLError:
     return yaml.MarkedYAMLError(problem=f"{what} is not allowed here", problem_mark=mark)
 
 
+class YamlFile(NamedTuple):
+    """A mapping from YAML, and the line of each key by its dotted name, such as `nested.fast`."""
+
+    values: dict[str, Any]
+    lines: Mapping[str, int]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping of at most 64 KiB, or raise ConfigError saying where it is wrong."""
+    return read_yaml_with_lines(path).values
+
+
+def read_yaml_with_lines(path: Path) -> YamlFile:
+    """`read_yaml`, with the lines of the keys."""
     try:
         with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
             if size > MAX_YAML_BYTES:
@@ -95,20 +107,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"Cannot read the configuration {path}: {reason}.") from error
     except DamagedError as error:
         raise ConfigError(f"Cannot read the configuration: {error}") from error
-    value = parse_yaml(content, source=str(path))
+    value, lines = _load_yaml(content, str(path))
     if value is None:
-        return {}
+        return YamlFile({}, {})
     if not isinstance(value, dict):
         raise ConfigError(f"{path} should hold keys and values; found a {type(value).__name__}.")
-    return value
+    return YamlFile(value, lines)
 
 
 def parse_yaml(text: str | bytes, *, source: str = "the value") -> Any:
     """The value of strict YAML: no anchors, tags or duplicate keys; ConfigError names `source`."""
+    return _load_yaml(text, source)[0]
+
+
+def _load_yaml(text: str | bytes, source: str) -> tuple[Any, dict[str, int]]:
+    """The value of strict YAML, and the line of each key of its mappings."""
     try:
-        return _PlainLoader(text).get_single_data()
+        loader = _PlainLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        return loader.construct_document(node), dict(_lines_of_keys(node))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not usable YAML: {_describe_yaml_error(error)}.") from error
+
+
+def _lines_of_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            yield name, key.start_mark.line + 1
+            yield from _lines_of_keys(value, f"{name}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _lines_of_keys(item, f"{prefix}{index}.")
 
 
 def _describe_yaml_error(error: Exception) -> str:
@@ -127,7 +159,7 @@ def load_config(
     and a null in the file means the default. Relative paths are kept as they are written: they
     start at the working directory.
     """
-    values = read_yaml(Path(path)) if path is not None else {}
+    values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"
     for name, value in flags.items():
         section, _, key = name.rpartition(".")
@@ -136,15 +168,23 @@ def load_config(
         elif isinstance(values.get(section) or {}, dict):
             values[section] = (values.get(section) or {}) | {key: value}
     known = {key: value for key, value in values.items() if value is not None}
-    return parse_config(known, source=source)
+    given_by_flag = {name for name, value in flags.items() if value is not None}
+    in_file = {key: line for key, line in lines.items() if key not in given_by_flag}
+    return parse_config(known, source=source, lines=in_file)
 
 
-def parse_config(values: Mapping[str, Any], *, source: str) -> FineTuneConfig:
-    """Check values against the schema; ConfigError lists every problem, one a line."""
+def parse_config(
+    values: Mapping[str, Any], *, source: str, lines: Mapping[str, int] = MappingProxyType({})
+) -> FineTuneConfig:
+    """Check values against the schema; ConfigError lists every problem, one a line.
+
+    `lines` are those of the keys in the file that the values come from.
+    """
     try:
         return FineTuneConfig.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError(explain_validation_error(error, FineTuneConfig, source)) from error
+        problems = find_problems(FineTuneConfig, values)
+        raise ConfigError(explain_problems(problems, source, lines)) from error
 
 
 def render_config(config: FineTuneConfig) -> bytes:

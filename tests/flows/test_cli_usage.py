@@ -26,7 +26,9 @@ def test_version_is_printed_on_standard_output(nested_tune: Run) -> None:
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "no command": ([], "required: COMMAND"),
+    "no model": (["train", "--data", "d"], "No model given on the command line."),
+    "no data": (["validate", "--model", "m"], "No data given on the command line."),
+    "neither": (["run"], "No model and no data given on the command line."),
     "unknown command": (["trane"], "invalid choice: 'trane'"),
     "unknown flag": (
         ["train", "--fast"],
@@ -42,7 +44,12 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no run": (["status", "none"], "none is not a run directory"),
     "no run to stop": (["stop", "none"], "none is not a run directory"),
     "no adapter": (["verify", "none", "none"], "none is not a directory"),
-    "no registry": (["promote", "run", "--name", "a"], "are required: --registry"),
+    "no name": (["promote", "run"], "one of the arguments NAME --name is required"),
+    "two names": (
+        ["history", "a", "--name", "b"],
+        "--name: not allowed with argument NAME",
+    ),
+    "no such registry": (["history", "a"], "There is no registry at registry."),
     "a name with a path": (
         ["promote", "run", "--name=../a", "--registry", "registry"],
         "'../a' is not a name for an adapter",
@@ -116,6 +123,22 @@ def test_a_wrong_command_line_is_one_paragraph_and_exit_2(
 def test_a_wrong_configuration_names_every_key(misconfigured: dict[str, Ended], case: str) -> None:
     assert misconfigured[case].code == 2
     assert all(words in misconfigured[case].message() for words in CONFIGS[case][1])
+
+
+def test_without_a_command_the_help_says_where_to_start(nested_tune: Run) -> None:
+    done = nested_tune()
+    assert done.code == 2
+    assert "Start with `nested-tune demo`" in done.stderr
+    assert "promote" in done.stderr
+
+
+def test_a_path_that_only_exists_beside_the_file_is_named(folder: Path) -> None:
+    (folder / "beside" / "examples").mkdir(parents=True)
+    write_config(folder / "beside" / "lora.yaml", data="examples")
+    done = called("validate", "-c", "beside/lora.yaml", "--no-tokenize", cwd=folder)
+    assert done.code == 2
+    there = folder / "beside" / "examples"
+    assert f"data: {folder / 'examples'} does not exist, but {there} does" in done.message()
 
 
 def test_a_run_directory_that_is_not_empty_is_refused_and_left_alone(

@@ -15,7 +15,7 @@ from nested_core import ConfigError, FineTuneConfig
 def configured(*words: str) -> FineTuneConfig:
     parser = argparse.ArgumentParser()
     add_config_flags(parser)
-    return load_config_from_flags(parser.parse_args(words))
+    return load_config_from_flags(parser.parse_args(["--model", "m", "--data", "d", *words]))
 
 
 def test_every_flag_of_mlx_lm_is_there_with_the_same_kind_of_value() -> None:

@@ -92,7 +92,8 @@ def test_a_path_that_cannot_be_used_is_exit_2_and_named_as_it_was_given(
 
 
 def test_a_message_about_a_long_path_is_not_as_long_as_the_path(folder: Path) -> None:
-    done = called("train", "--run-dir", "/".join(["b" * 200] * 30), "--data", DATA, cwd=folder)
+    named = ("--model", "m", "--data", DATA)
+    done = called("train", "--run-dir", "/".join(["b" * 200] * 30), *named, cwd=folder)
     assert done.code == 2
     assert len(done.message()) < 1_500
     assert "(6,029 bytes)" in done.message()

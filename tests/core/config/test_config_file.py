@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core import ConfigError, FineTuneConfig, load_config
+from nested_core.config.key_properties import iterate_keys
 from nested_core.config.loading import MAX_YAML_BYTES, parse_yaml, read_yaml, render_config
+from nested_core.config.other_tools import ABSENT_KEYS, RENAMED_KEYS
 
 Write = Callable[[str | bytes], Path]
 yaml_like = st.text("{}[]:,-?|>'\"#%&*!@<= \n\tab1e.~").map(str.encode)
@@ -263,3 +265,84 @@ def test_a_nul_in_a_path_is_refused_by_its_key(write: Write) -> None:
     refused = refusal(write('data: "a\\0b"\nregistry: {path: "r\\0", name: n}\n'))
     assert "data: a NUL character is in no path" in refused
     assert "registry.path: a NUL character is in no path" in refused
+
+
+REFUSED = """\
+model: m
+learning_rte: 3
+nested:
+  frequencies: [1, 2]
+  learning_rate_scale: [1]
+batch_size: 3
+hf_dataset:
+  - {path: a, train_split: train, valid_split: valid}
+  - path: b
+    trian_split: train
+training:
+  processes: 2
+  supervise: some
+continual: {from: champion}
+"""
+
+
+def refused_lines(path: Path, **flags: Any) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        load_config(path, flags)
+    return str(error.value).splitlines()[1:]
+
+
+def test_every_problem_is_told_at_once_with_its_line(write: Write) -> None:
+    found = {line.split(":")[0].strip(): line for line in refused_lines(write(REFUSED))}
+    assert found["learning_rte"].endswith("did you mean learning_rate? (line 2)")
+    assert found["nested"].endswith(
+        "learning_rate_scale needs one number a tier (2), got 1 (line 3)"
+    )
+    assert found["hf_dataset.1.trian_split"].endswith("did you mean train_split? (line 10)")
+    assert found["training.supervise"].endswith("found 'some' (line 13)")
+
+
+def test_what_keys_ask_of_each_other_is_told_beside_what_is_wrong_with_one(write: Write) -> None:
+    found = refused_lines(write(REFUSED))
+    assert "  continual.from: champion needs a registry path and name" in found
+    assert any("training.processes 2 does not divide it" in line for line in found)
+
+
+def test_a_default_in_the_place_of_a_refused_value_is_blamed_for_nothing(write: Write) -> None:
+    path = write("registry: {path: 3, name: a}\ncontinual: {from: champion}\n")
+    assert refused_lines(path) == [
+        "  registry.path: Input should be a valid string; found 3 (line 1)"
+    ]
+
+
+def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
+    path = write("iters: 3\nbatch_size: 0\n")
+    assert refused_lines(path, iters=0) == [
+        "  batch_size: Input should be greater than 0; found 0 (line 2)",
+        "  iters: Input should be greater than 0; found 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "answer"),
+    [
+        ("num_epochs", "did you mean training.epochs?"),
+        ("lora_r", "did you mean lora_parameters.rank?"),
+        ("micro_batch_size", "did you mean batch_size?"),
+        ("rank", "did you mean lora_parameters.rank?"),
+        ("epochs", "did you mean training.epochs?"),
+        ("max_steps", "did you mean iters? (it counts micro-batches, theirs counts optimizer"),
+        ("sample_packing", "sample_packing is not offered: "),
+    ],
+)
+def test_a_key_of_another_tool_is_answered_with_ours(
+    write: Write, theirs: str, answer: str
+) -> None:
+    (line,) = refused_lines(write(f"{theirs}: 3\n"))
+    assert line.startswith(f"  {theirs}: unknown key; {answer}")
+
+
+def test_each_key_that_is_answered_with_ours_exists() -> None:
+    known = {key.name for key in iterate_keys(FineTuneConfig)} | {"lora_parameters.alpha"}
+    for theirs, ours in RENAMED_KEYS.items():
+        assert ours.partition("; ")[0] in known, theirs
+    assert not known & (RENAMED_KEYS.keys() | ABSENT_KEYS.keys())

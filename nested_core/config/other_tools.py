@@ -1,0 +1,92 @@
+"""What other trainers call our keys, so that a key of theirs is answered with ours.
+
+Names from axolotl (docs/config-reference), LLaMA-Factory (hparams/*_args.py), TRL and transformers
+(TrainingArguments, SFTConfig), PEFT (LoraConfig) and unsloth (FastLanguageModel).
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+_SCALE = "; scale is alpha / rank, and alpha can be given in its place"
+_ITERS = "; it counts micro-batches, theirs counts optimizer steps"
+_PACKING = "is not offered: batches of examples of similar length waste little (docs/data.md)"
+_QUANTISED = "is not a key here: give a base model that is quantised (mlx_lm.convert -q)"
+_SPLIT = "is not a key here: put the held-out examples into valid.jsonl and test.jsonl"
+_TEMPLATE = "is not a key here: the tokenizer's own chat template is used"
+_WEIGHT_DECAY = (
+    "stands in optimizer_config, such as optimizer_config: {adamw: {weight_decay: 0.01}}"
+)
+_OUTPUT = "is the flag --run-dir here; adapter_path copies the adapter to a folder too"
+
+# Their key -> ours, with a remark behind it where the meaning differs.
+RENAMED_KEYS = MappingProxyType(
+    {
+        "base_model": "model",
+        "model_name": "model",
+        "model_name_or_path": "model",
+        "model_id": "model",
+        "dataset": "data",
+        "datasets": "data",
+        "dataset_path": "data",
+        "train_file": "data",
+        "adapter": "fine_tune_type",
+        "finetuning_type": "fine_tune_type",
+        "lora_r": "lora_parameters.rank",
+        "lora_rank": "lora_parameters.rank",
+        "r": "lora_parameters.rank",
+        "lora_alpha": f"lora_parameters.alpha{_SCALE}",
+        "lora_dropout": "lora_parameters.dropout",
+        "lora_target_modules": "lora_parameters.keys",
+        "lora_target": "lora_parameters.keys",
+        "target_modules": "lora_parameters.keys",
+        "lora_layers": "num_layers",
+        "sequence_len": "max_seq_length",
+        "cutoff_len": "max_seq_length",
+        "max_length": "max_seq_length",
+        "model_max_length": "max_seq_length",
+        "micro_batch_size": "batch_size",
+        "per_device_train_batch_size": "batch_size",
+        "gradient_accumulation_steps": "grad_accumulation_steps",
+        "gradient_checkpointing": "grad_checkpoint",
+        "num_epochs": "training.epochs",
+        "num_train_epochs": "training.epochs",
+        "max_steps": f"iters{_ITERS}",
+        "lr": "learning_rate",
+        "lr_scheduler": "lr_schedule",
+        "lr_scheduler_type": "lr_schedule",
+        "optim": "optimizer",
+        "warmup_ratio": "training.warmup_steps",
+        "bf16": "training.precision",
+        "fp16": "training.precision",
+        "early_stopping_patience": "training.early_stop_patience",
+        "logging_steps": "steps_per_report",
+        "eval_steps": "steps_per_eval",
+        "save_steps": "save_every",
+        "save_total_limit": "training.keep_checkpoints",
+        "random_state": "seed",
+        "train_on_inputs": "mask_prompt; it is the opposite",
+        "train_on_responses_only": "mask_prompt",
+        "completion_only_loss": "mask_prompt",
+        "assistant_only_loss": "mask_prompt",
+        "dataset_text_field": "text_feature",
+        "wandb_project": "project_name",
+    }
+)
+
+# Their key -> what holds in its place.
+ABSENT_KEYS = MappingProxyType(
+    {
+        "sample_packing": _PACKING,
+        "packing": _PACKING,
+        "pad_to_sequence_len": _PACKING,
+        "load_in_4bit": _QUANTISED,
+        "load_in_8bit": _QUANTISED,
+        "val_set_size": _SPLIT,
+        "val_size": _SPLIT,
+        "template": _TEMPLATE,
+        "chat_template": _TEMPLATE,
+        "weight_decay": _WEIGHT_DECAY,
+        "output_dir": _OUTPUT,
+    }
+)
