@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from flows.packaged_files import packaged_folder
-from nested_core.config.error_messages import explain_validation_error
+from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.loading import read_yaml as read_config
 from nested_core.config.section import Section
 from nested_core.errors import ConfigError, DamagedError
@@ -175,8 +174,7 @@ def _require_valid_parameters(deployment: dict[str, Any]) -> None:
     section = sections.get(deployment["entrypoint"])
     if section is None:
         return
-    try:
-        section.model_validate(deployment["parameters"]["config"])
-    except ValidationError as error:
+    problems = find_problems(section, deployment["parameters"]["config"])
+    if problems:
         source = f"deployment {full_name(deployment)}"
-        raise ConfigError(explain_validation_error(error, section, source)) from error
+        raise ConfigError(explain_problems(problems, source, lines={}))
