@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from flows.stop_signals import Stopper
 from flows.terminal import ProgressLine, describe_tiers, print_progress
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import NestedTuneError
+from nested_core.gate.verdict import Verdict
 from nested_core.pipeline.finetune import Hooks
+from nested_core.pipeline.sample_answers import SampleAnswers, answer_samples
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 
@@ -15,9 +19,12 @@ from nested_core.storage.run_directory import RunDirectory
 class TerminalHooks(Hooks):
     """Messages, progress and the loss curve on standard error; signals go to the trainer."""
 
-    def __init__(self, stopper: Stopper) -> None:
+    def __init__(self, stopper: Stopper, *, asks_held_out_prompts: bool) -> None:
+        """`asks_held_out_prompts` is for a person, who is to read what the adapter answers."""
         self._stopper = stopper
+        self._asks_held_out_prompts = asks_held_out_prompts
         self._progress = ProgressLine()
+        self.sample_answers: Sequence[SampleAnswers] = ()
 
     def on_message(self, message: str) -> None:
         """Show a line."""
@@ -38,3 +45,12 @@ class TerminalHooks(Hooks):
         result = super().train(config, run)
         self._stopper.release()
         return result
+
+    def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
+        """Have base and adapter answer a few prompts, then judge."""
+        if config.samples or self._asks_held_out_prompts:
+            try:
+                self.sample_answers = answer_samples(config, run, self.on_message)
+            except (NestedTuneError, MemoryError, RuntimeError, ValueError) as error:
+                print_progress(f"samples: not answered, which is no verdict: {error}")
+        return super().judge(config, run)

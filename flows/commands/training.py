@@ -12,6 +12,7 @@ from typing import Any
 from flows.commands.command_output import result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
 from flows.run_follower import showing_run
+from flows.sample_text import format_sample_answers
 from flows.stop_signals import Stopper
 from flows.terminal import (
     ProgressLine,
@@ -20,7 +21,7 @@ from flows.terminal import (
     print_table,
     print_tiers,
 )
-from nested_core.errors import ConfigError, TrainingStopped
+from nested_core.errors import ConfigError, GateRejected, TrainingStopped
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 
 
@@ -101,10 +102,15 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     config = load_config_from_flags(arguments)
     run = _open(arguments)
     stopper = Stopper()
+    hooks = TerminalHooks(stopper, asks_held_out_prompts=not arguments.json)
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
-        with showing_run(run):
-            result = finetune(config, run, TerminalHooks(stopper), resume=arguments.resume)
+        try:
+            with showing_run(run):
+                result = finetune(config, run, hooks, resume=arguments.resume)
+        except GateRejected:
+            print_progress(*format_sample_answers(hooks.sample_answers))
+            raise
 
     def document() -> dict[str, Any]:
         """The result as --json prints it."""
@@ -118,15 +124,18 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
             "verdict": "passed",
             "summary": result.verdict.summary(),
             "test_loss": result.test_loss,
+            "samples": [asdict(answers) for answers in hooks.sample_answers],
             "version": result.version,
             "promotion": result.promotion,
         }
 
     def show() -> None:
-        """The tiers, the verdict in a line, and where the adapter is."""
+        """Answers to a few prompts, the tiers, the verdict, and where the adapter is."""
         if result.verdict is None:
             print_line(f"skipped: data unchanged since {result.unchanged_since}")
             return
+        for line in format_sample_answers(hooks.sample_answers):
+            print_line(line)
         print_tiers(result.verdict.to_json())
         print_line(result.verdict.summary())
         print_line(f"adapter: {run.adapter}")

@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+)
 
 from nested_core.config.data import DataPolicy, HubDatasets
 from nested_core.config.gate import GateSection
@@ -24,6 +32,7 @@ from nested_core.config.section import Section, key, lay_out_form
 from nested_core.config.training import TrainingSection
 
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
+SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
 Optimizer = Annotated[str, AfterValidator(known_optimizer)]
 
 
@@ -140,6 +149,9 @@ class FineTuneConfig(Section):
     nested: NestedSection = key(NestedSection(), "tiers of parameters, each with its own frequency")
     training: TrainingSection = key(TrainingSection(), "clipping, warm-up, early stop, precision")
     data_policy: DataPolicy = key(DataPolicy(), "what becomes of overlong or repeated examples")
+    samples: tuple[SamplePrompt, ...] = key(
+        (), "prompts answered at each evaluation, to be read", affects="output", max_length=32
+    )
     gate: GateSection = key(GateSection(), "bounds of the gate", affects="output")
     registry: RegistrySection = key(
         RegistrySection(), "where a verified adapter goes", affects="output"

@@ -19,6 +19,7 @@ ALLOWED_IN_A_REFERENCE = frozenset(
         "flat_loss_reports",
         "max_nonfinite_steps",
         "min_delta",
+        "sample_tokens",
         "processes",  # refused with a message of its own
         "hostfile",  # likewise
     }
@@ -43,6 +44,7 @@ class TrainingSection(Section):
     memory_limit_gb: PositiveFloat | None = key(None, "GB of the device's memory to stay within")
     max_nonfinite_steps: PositiveInt = key(5, "steps in a row until the run ends as diverged")
     flat_loss_reports: int = key(10, "warn when the loss has not moved for so many reports", ge=2)
+    sample_tokens: PositiveInt = key(64, "most tokens of an answer to samples", affects="output")
     processes: Processes = key(1, "processes on this machine that share each batch")
     hostfile: str | None = key(None, "mlx.launch's list of machines, for processes", path="local")
     reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")

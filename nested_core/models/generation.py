@@ -6,7 +6,7 @@ each answer ending by itself. A model that mlx_lm cannot batch soundly answers o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -92,6 +92,48 @@ def answer_prompts(
             if on_answered is not None:
                 on_answered(count)
     return [answer.finish() for answer in unfinished]
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The tokens of a chat up to where an answer begins, as mlx_lm.generate encodes a prompt.
+
+    Without a chat template it is the text of the messages, one after the other.
+    """
+    if tokenizer.has_chat_template:
+        tokens: list[int] = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_dict=False
+        )
+        return tokens
+    return list(tokenizer.encode("\n".join(str(message["content"]) for message in messages)))
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of one question of a user."""
+    return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+
+
+def stream_answer(
+    model: nn.Module, tokenizer: Any, prompt: Sequence[int], sampling: Sampling
+) -> Iterator[str]:
+    """The answer to one prompt as it comes, in pieces of text; its stops are not looked for.
+
+    Each piece is computed when it is asked for, so that the model's parameters may be exchanged
+    between two pieces as long as the same ones are there again for the next.
+    """
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    detokenizer = tokenizer.detokenizer
+    steps = generate_step(
+        mx.array(list(prompt)), model, max_tokens=sampling.max_tokens, sampler=_sampler(sampling)
+    )
+    for token, _ in steps:
+        if int(token) in tokenizer.eos_token_ids:
+            break
+        detokenizer.add_token(int(token))
+        yield detokenizer.last_segment
+    detokenizer.finalize()
+    yield detokenizer.last_segment
 
 
 @dataclass

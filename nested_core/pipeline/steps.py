@@ -229,18 +229,20 @@ def _train(
     callback: TrainingCallback | None,
     on_start: Callable[[Any], None] | None,
 ) -> Trainer:
-    model, _ = load_base_model(config)
+    model, tokenizer = load_base_model(config)
     report, splits = load_run_data(config)
     require_validated_data(run, report)
     attach_adapter(model, config)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
     callbacks = add_reporting_services(config, run.path, callback) if world.is_main else None
-    setup = prepare_training(config, run, model, splits, callback=callbacks, world=world)
+    setup = prepare_training(
+        config, run, model, splits, tokenizer=tokenizer, callback=callbacks, world=world
+    )
     trainer = Trainer(setup)
     trainer.resume()
     if world.is_main:
         # The run is made longer: what it ended with is out of date.
-        measured = (run.gate_losses, run.training_examples, run.answers)
+        measured = (run.gate_losses, run.training_examples, run.answers, run.sample_answers)
         for earlier in (run.manifest, run.gate, *measured, run.result):
             earlier.unlink(missing_ok=True)
         write_plan(run.plan, _make_plan(trainer, report))

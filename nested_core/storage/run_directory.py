@@ -53,6 +53,7 @@ class RunDirectory:
         self.result = path / "result.json"  # what training ended with; written last
         self.suites = path / "suites.json"  # what gate.tasks asks, as the run found it
         self.answers = path / "answers.jsonl"  # what the models answered to gate.tasks
+        self.sample_answers = path / "sample-answers.jsonl"  # of base and adapter, to be read
         self.gate = path / "gate.json"  # the verdict
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
         self.training_examples = path / "training-examples.bin"  # digests, uint64, ascending

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nested_core.storage.adapter import (
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.early_stopping import count_improvement
 from nested_core.training.evaluation import Evaluator
+from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 from nested_core.training.metrics_window import (
     MetricsWindow,
@@ -119,9 +120,17 @@ class RunRecorder:
         return record
 
     def _evaluate(self, state: TrainingState, iteration: int) -> dict[str, Any]:
+        """The validation loss, and the answers to `samples`; empty without either."""
         batches = self.setup.step_schedule.validation_batches(iteration)
-        if batches is None:
-            return {}
+        losses = {} if batches is None else self._measure_validation_loss(state, iteration, batches)
+        if not self.setup.world.is_main:
+            return losses
+        values = read_parameters(self.setup.parameters)
+        return losses | self.setup.samples.answer(self.setup.model, self.setup.parameters, values)
+
+    def _measure_validation_loss(
+        self, state: TrainingState, iteration: int, batches: Iterable[MicroBatch]
+    ) -> dict[str, Any]:
         started = time.perf_counter()
         val_loss = self._evaluator.mean_loss(read_parameters(self.setup.parameters), batches)
         state.record_evaluation(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +31,7 @@ from nested_core.training.loss import LOSSES
 from nested_core.training.loss.loss_interface import Loss
 from nested_core.training.rank_communication import SINGLE_PROCESS, World
 from nested_core.training.report_callbacks import TrainingCallback
+from nested_core.training.sample_prompts import SamplePrompts
 from nested_core.training.step_schedule import StepSchedule, make_step_schedule
 
 
@@ -48,6 +50,7 @@ class TrainingSetup:
         optimizer: initialised with them.
         step_schedule: what a run trains on, and when it is evaluated.
         loss_fn: the loss, in its form for this model.
+        samples: prompts that are answered at each evaluation.
         prompts: token ids that every checkpoint records the model's logits on.
         world: the ranks that train together.
     """
@@ -68,6 +71,7 @@ class TrainingSetup:
     step_schedule: StepSchedule
     loss_fn: Loss
     prompts: Prompts
+    samples: SamplePrompts
 
     # The processes
     world: World = SINGLE_PROCESS
@@ -79,6 +83,7 @@ def prepare_training(
     model: nn.Module,
     splits: Mapping[str, TokenizedSplit],
     *,
+    tokenizer: Any,
     callback: TrainingCallback | None = None,
     world: World = SINGLE_PROCESS,
 ) -> TrainingSetup:
@@ -89,6 +94,7 @@ def prepare_training(
         run: its run directory.
         model: the base model with the initial adapter attached.
         splits: the tokenised data; "train" is needed, "valid" is used if it is there.
+        tokenizer: the model's, for the prompts of `samples`.
         callback: mlx-lm's callback protocol.
         world: the ranks that train together.
 
@@ -117,6 +123,7 @@ def prepare_training(
         step_schedule=step_schedule,
         loss_fn=LOSSES[step_schedule.loss_name].for_model(model, parameters),
         prompts=choose_prompts(splits),
+        samples=SamplePrompts.from_config(config, tokenizer),
         world=world,
     )
 

@@ -120,6 +120,12 @@ def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     *printed, modules = done.stdout.splitlines()
     assert modules == "[]"
+    answers = [i for i, line in enumerate(printed) if line.startswith("    adapter:  ")]
+    passed = next(i for i, line in enumerate(printed) if line.startswith("passed: "))
+    assert len(answers) == 3
+    assert max(answers) < passed
+    assert "  I want to see Ecuador. Where to? (valid.jsonl:1)" in printed
+    assert "    expected: Go and see Quito, the capital of Ecuador!" in printed
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed if "│" in line]
     assert [row[:6] for row in rows] == [
         ["0", "every 1", "28 of 28", "4", "4", "0"],

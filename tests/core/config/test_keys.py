@@ -31,6 +31,7 @@ FREE_ON_RESUME = {
     "project_name",
     "clear_cache_threshold",
     "train",
+    "samples",
 }
 NOT_IN_THE_DIGEST = {
     "data",
@@ -48,6 +49,7 @@ NOT_IN_THE_DIGEST = {
     "registry",
     "continual",
     "gate",
+    "samples",
 }
 CHANGED: dict[str, Any] = {
     "fine_tune_type": "dora",
@@ -58,6 +60,7 @@ CHANGED: dict[str, Any] = {
     "hf_dataset": {"path": "owner/name"},
     "nested": {"frequencies": [1, 2]},
     "training": {"keep_checkpoints": 7},
+    "samples": ["Who?"],
     "data_policy": {"overlong": "drop"},
     "gate": {"max_val_loss_increase": 0.5},
     "registry": {"path": "registry", "name": "capitals"},

@@ -1,0 +1,35 @@
+"""Answers to prompts as lines, the base's above the adapter's; what the models wrote is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from nested_core.foreign_text import escape
+
+if TYPE_CHECKING:
+    from nested_core.pipeline.sample_answers import SampleAnswers
+
+LONGEST_TEXT = 300
+TITLE = "Answers to {count}, for you to read (greedy; the gate does not score them):"
+
+
+def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
+    """A title, and for each prompt the prompt, the answers, and the data's own answer."""
+    if not answers:
+        return
+    noun = "prompt" if len(answers) == 1 else "prompts"
+    yield TITLE.format(count=f"{len(answers)} {noun}")
+    for row in answers:
+        yield f"  {_shorten(row.prompt)} ({row.place})"
+        yield f"    base:     {_shorten(row.base)}"
+        if row.parent is not None:
+            yield f"    parent:   {_shorten(row.parent)}"
+        yield f"    adapter:  {_shorten(row.adapter)}"
+        if row.expected is not None:
+            yield f"    expected: {_shorten(row.expected)}"
+
+
+def _shorten(text: str) -> str:
+    shown = escape(text)
+    return shown if len(shown) <= LONGEST_TEXT else f"{shown[:LONGEST_TEXT]}..."

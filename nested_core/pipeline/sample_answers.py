@@ -1,0 +1,109 @@
+"""What base and adapter answer to a few prompts at the end of a run, for a person to read.
+
+The prompts are those of `samples`, or without any three of the held-out data. It costs a load of
+the base model and the answers; nothing rests on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.held_out_prompts import read_held_out_prompts
+from nested_core.errors import DamagedError
+from nested_core.gate.held_out_loss import LoadedBase
+from nested_core.models.generation import Sampling, answer_prompts, encode_messages
+from nested_core.models.lora_attachment import load_adapter_tensors
+from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.stages import stages
+from nested_core.storage.adapter import read_adapter
+from nested_core.storage.atomic import write_bytes
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_regular
+
+HELD_OUT_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class SampleAnswers:
+    """A prompt and its answers.
+
+    expected: the data set's own answer; None for a configured prompt.
+    base, adapter: what the base model and the trained adapter answered.
+    parent: the adapter that training went on from; None for a fresh one, which is the base.
+    place: where the prompt comes from, such as `valid.jsonl:3`.
+    """
+
+    prompt: str
+    expected: str | None
+    base: str
+    parent: str | None
+    adapter: str
+    place: str
+
+
+_RECORD = TypeAdapter(SampleAnswers)
+
+
+def answer_samples(
+    config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None
+) -> list[SampleAnswers]:
+    """Ask the base and the run's adapter, and write RUN_DIR/sample-answers.jsonl.
+
+    Empty for data without prompts. Greedy, at most `training.sample_tokens` tokens an answer.
+    """
+    prompts: Sequence[tuple[Sequence[Mapping[str, Any]], str, str | None, str]]
+    prompts = [([{"role": "user", "content": p}], p, None, "samples") for p in config.samples]
+    if not prompts:
+        held_out = read_held_out_prompts(DataSettings.from_config(config), HELD_OUT_PROMPTS)
+        prompts = [(p.messages, p.text, p.expected, f"{p.file}:{p.line}") for p in held_out]
+    if not prompts:
+        return []
+    stages.info(f"samples: {len(prompts)} prompts, answered by the base and by the adapter")
+    with locking_devices(on_wait):
+        base = LoadedBase.load(config)
+        base.model.eval()
+        encoded = [encode_messages(base.tokenizer, messages) for messages, *_ in prompts]
+
+        def ask(adapter: Path | None) -> list[str]:
+            """The answers with an adapter; None is the base alone."""
+            tensors = base.parameters
+            if adapter is not None:
+                read = read_adapter(adapter).tensors
+                tensors = {name: tensor.to_mlx() for name, tensor in read.items()}
+            load_adapter_tensors(base.model, tensors)
+            sampling = Sampling(config.training.sample_tokens)
+            answers = answer_prompts(base.model, base.tokenizer, encoded, sampling)
+            return [answer.text.strip() for answer in answers]
+
+        of_base = ask(None)
+        has_parent = config.resume_adapter_file is not None or config.continual.start is not None
+        of_parent = ask(run.initial) if has_parent else [None] * len(prompts)
+        of_adapter = ask(run.adapter)
+    rows = [
+        SampleAnswers(text, expected, base_answer, parent, adapter, place)
+        for (_, text, expected, place), base_answer, parent, adapter in zip(
+            prompts, of_base, of_parent, of_adapter, strict=True
+        )
+    ]
+    lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+    write_bytes(run.sample_answers, lines.encode())
+    return rows
+
+
+def read_sample_answers(run: RunDirectory) -> list[SampleAnswers]:
+    """The answers that a run has on disk; none for one that was not asked."""
+    if not run.sample_answers.is_file():
+        return []
+    try:
+        lines = read_regular(run.sample_answers).splitlines()
+        return [_RECORD.validate_json(line) for line in lines]
+    except ValidationError as error:
+        raise DamagedError(f"{run.sample_answers} does not hold answers to prompts.") from error

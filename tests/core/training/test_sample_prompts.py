@@ -1,0 +1,87 @@
+"""`samples`: the answers at each evaluation, in metrics.jsonl, which change nothing in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nested_core.errors import TrainingStopped
+from nested_core.models.base_model import load_base_model
+from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
+from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
+from nested_core.training.sample_prompts import samples_by_step
+from tests.example import (
+    SPEEDS,
+    Finished,
+    example_config,
+    prepare,
+    stop_after,
+    train,
+    train_example,
+)
+
+PROMPTS = ("I want to see Italy. Where to?", "The capital of Peru is Lima.")
+SETTINGS = {"samples": PROMPTS, "steps_per_eval": 4, "training": {"sample_tokens": 12}}
+NOT_COMPARED = (*SPEEDS, "sample_seconds")
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return train_example(tmp_path_factory.mktemp("samples") / "run", **SETTINGS)
+
+
+def test_the_answers_of_each_evaluation_are_those_of_its_adapter_loaded_anew(
+    sampled: Finished,
+) -> None:
+    """At the precision of training, which on a CPU is not the one that mlx_lm loads."""
+    answers = samples_by_step(sampled.metrics())
+    assert list(answers) == [0, 4, 8]
+    model, tokenizer = load_base_model(sampled.config)
+    attach_adapter(model, sampled.config)
+    model.eval()
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    for step in (0, 4, 8):
+        tensors = sampled.at(step).tensors
+        load_adapter_tensors(model, {name: tensor.to_mlx() for name, tensor in tensors.items()})
+        expected = answer_prompts(model, tokenizer, encoded, Sampling(max_tokens=12))
+        assert [sample["answer"] for sample in answers[step]] == [e.text for e in expected]
+        assert [sample["prompt"] for sample in answers[step]] == list(PROMPTS)
+    assert answers[0] != answers[8]
+    assert all(sample["tokens"] <= 12 for sample in answers[8])
+
+
+def test_answering_changes_nothing_that_is_trained(sampled: Finished, tmp_path: Path) -> None:
+    plain = train_example(tmp_path / "run", steps_per_eval=4)
+    assert plain.at(8).digest() == sampled.at(8).digest()
+    keys = (*SPEEDS, "samples", "sample_seconds")
+    assert sampled.metrics(without=keys) == plain.metrics(without=keys)
+
+
+def test_a_reference_run_draws_the_same_random_numbers_with_samples(tmp_path: Path) -> None:
+    settings = {
+        "nested": {"frequencies": [1]},
+        "training": {"reference": "mlx_lm", "max_grad_norm": 0.0},
+        "lora_parameters": {"dropout": 0.3},
+        "iters": 2,
+        "steps_per_eval": 2,
+    }
+    plain = train_example(tmp_path / "plain", **settings)
+    sampled = train_example(tmp_path / "sampled", **settings, samples=PROMPTS[:1])
+    assert sampled.at(2).digest() == plain.at(2).digest()
+    assert list(samples_by_step(sampled.metrics())) == [0, 1]
+
+
+def test_a_resumed_run_has_each_answer_once(sampled: Finished, tmp_path: Path) -> None:
+    config = example_config(**SETTINGS)
+    run = prepare(config, tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        train(config, run, on_start=stop_after(5))
+    resumed = train(config, run)
+    assert resumed.metrics(without=NOT_COMPARED) == sampled.metrics(without=NOT_COMPARED)
+
+
+def test_prompts_are_answered_without_a_validation_set_too(tmp_path: Path) -> None:
+    done = train_example(tmp_path / "run", **SETTINGS | {"val_batches": 0, "iters": 4})
+    assert list(samples_by_step(done.metrics())) == [0, 4]
+    assert not any("val_loss" in record for record in done.metrics())
