@@ -35,7 +35,9 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
 def _publish_verdict(config: FineTuneConfig, verdict: dict[str, Any]) -> None:
     """The verdict as a page of its own: why, the losses, the suites and the tiers."""
     codes = ", ".join(reason["code"] for reason in verdict["reasons"])
-    description = f"The gate's verdict: {verdict['verdict']}" + (f", {codes}" if codes else "")
+    description = (
+        verdict["verdict"] + (f": {codes}" if codes else "") + ". The gate's verdict, with tiers"
+    )
     key = artifact_key(config.registry.name, "gate-verdict")
     with ArtifactClient() as artifacts:
         artifacts.publish_page(key, describe_verdict(verdict), description)

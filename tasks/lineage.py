@@ -26,6 +26,7 @@ MATERIALIZED_BY = "nested-tune"
 
 # The picture: three columns of boxes.
 COLUMN, BOX_WIDTH, BOX_HEIGHT, ROW, MARGIN = 250, 210, 62, 80, 10
+ARROWS_APART = 18
 SHOWN_CHARACTERS = 28
 BOX_COLOUR, LINE_COLOUR, TEXT_COLOUR = "#eef3fa", "#7a8ba3", "#1f2d3d"
 
@@ -92,7 +93,8 @@ def draw_lineage(sources: Sequence[LineageNode], run: LineageNode, champion: Lin
     ]
     for index, source in enumerate(sources):
         center = MARGIN + ROW * index + BOX_HEIGHT / 2
-        parts.append(_draw_arrow(MARGIN + BOX_WIDTH, center, run_x, middle))
+        arrives = middle + ARROWS_APART * (index - (len(sources) - 1) / 2)
+        parts.append(_draw_arrow(MARGIN + BOX_WIDTH, center, run_x, arrives))
         parts.append(_draw_node(source, MARGIN, center))
     parts.append(_draw_arrow(run_x + BOX_WIDTH, middle, champion_x, middle))
     parts.append(_draw_node(run, run_x, middle))

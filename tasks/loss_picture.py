@@ -87,8 +87,8 @@ def describe_curves(curves: LossCurves, steps: int, data: str) -> MarkdownPage:
     """A page of the losses: the latest in words, the picture, and the last evaluations."""
     page = MarkdownPage("Loss while training")
     page.add_paragraph(
-        f"In nats a token: {curves.describe()}, of {steps:,} steps. Training loss on train, "
-        f"validation loss on valid of {data}."
+        f"{curves.describe()}. In nats a token, of {steps:,} steps; training loss on the train "
+        f"split, validation loss on the valid split of {data}."
     )
     page.add_picture(draw_curves(curves, steps), "training and validation loss over steps")
     rows = curves.validation.drawn()[-SHOWN_EVALUATIONS:]

@@ -34,7 +34,7 @@ def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, messa
     `outcome` is the name of the flow run's state, `message` what the state says.
     """
     name = config.registry.name
-    description = f"START HERE. {outcome}: {message}"
+    description = f"{outcome}: {message}"  # a list shows the first 40 characters
     try:
         page = describe_night(config, run, outcome, message)
         with ArtifactClient() as artifacts:
@@ -76,7 +76,7 @@ def _read_or_empty(path: Path) -> dict[str, Any]:
 def _describe_candidate(verdict: Mapping[str, Any]) -> str:
     """The candidate's loss against what training began from, and against the champion."""
     if not verdict:
-        return "nothing was judged"
+        return "not judged yet"
     if not verdict.get("validation"):
         return "no validation set, so that no loss was measured"
     losses = describe_losses(verdict)
@@ -87,6 +87,8 @@ def _describe_candidate(verdict: Mapping[str, Any]) -> str:
 
 
 def _describe_answers(verdict: Mapping[str, Any]) -> str:
+    if not verdict:
+        return "not asked yet"
     suites = verdict.get("tasks") or []
     return "; ".join(map(describe_suite, suites)) or "no suite of questions (gate.tasks) was asked"
 

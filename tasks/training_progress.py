@@ -27,7 +27,7 @@ SECONDS_BETWEEN_CHECKS = 0.5
 LEAST_SECONDS_BETWEEN_UPDATES = 2.0
 SHARE_BETWEEN_UPDATES = 0.1
 SECONDS_TO_FINISH = 5.0
-CURVE_TITLE = "Training and validation loss over the steps, as a picture"
+CURVE_TITLE = "Both over the steps, as a picture"
 ON_CONSOLE_ALONE = {"send_to_api": False}  # a line of the log is a row of the database
 
 
@@ -81,7 +81,7 @@ class TrainingPages:
             artifact_key(name, "training-progress"), percent, self.describe(step)
         )
         page = describe_curves(self.curves, self.steps, str(self.config.data))
-        description = f"{CURVE_TITLE}: {self.curves.describe()}"
+        description = f"{self.curves.describe()}. {CURVE_TITLE}"
         artifacts.publish_page(artifact_key(name, "loss-curve"), page, description)
 
     def describe(self, step: int) -> str:

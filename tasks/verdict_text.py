@@ -16,10 +16,10 @@ def shorten_digest(digest: str) -> str:
 
 
 def describe_losses(verdict: Mapping[str, Any]) -> str:
-    """`0.0184 before, 0.0213 after, adapter of step 80 (valid.jsonl, 84 examples)`."""
+    """`0.0184 before training, 0.0213 after, adapter of step 80 (valid.jsonl, 84 examples)`."""
     losses = verdict["validation"]
     before, after = _format_loss(losses["loss_before"]), _format_loss(losses["loss_after"])
-    text = f"{before} before, {after} after, adapter of step {verdict['adapter_step']}"
+    text = f"{before} before training, {after} after, adapter of step {verdict['adapter_step']}"
     if losses.get("file") is None:  # of an earlier release
         return text
     return f"{text} ({losses['file']}, {losses['examples']} examples)"

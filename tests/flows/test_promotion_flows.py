@@ -123,8 +123,8 @@ def test_a_person_is_asked_with_both_losses_and_short_versions(
     run_id, version, champion = waiting
     page = approval_page(run_id)
     assert f"# Make {version[:12]} the champion of {NAME}?" in page
-    assert f"**Candidate**: {version[:12]}: loss 4.1 before, 1.2 after" in page
-    assert f"**Champion**: {champion[:12]}: loss 4.1 before, 1.2 after" in page
+    assert f"**Candidate**: {version[:12]}: loss 4.1 before training, 1.2 after" in page
+    assert f"**Champion**: {champion[:12]}: loss 4.1 before training, 1.2 after" in page
     assert "ASKED AGAIN" not in page
 
 

@@ -93,7 +93,7 @@ def test_six_lines_tell_the_night(tmp_path: Path) -> None:
     assert list(facts) == ["Verdict", "Loss", "Answers", "Data", "Made of", "Run folder"]
     assert facts["Verdict"] == "verified ada9ad: promoted"
     assert facts["Loss"] == (
-        "3.142 before, 0.02135 after, adapter of step 80 (valid.jsonl, 84 examples). Champion "
+        "3.142 before training, 0.02135 after, adapter of step 80 (valid.jsonl, 84 examples). Champion "
         "c4a3c4a3c4a3: loss 0.01841 on the same examples; difference +0.002933, 95 % interval "
         "+0.0011 to +0.0047."
     )
@@ -119,5 +119,6 @@ def test_answers_that_changed_come_first_and_are_no_markup(tmp_path: Path) -> No
 
 def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
     facts = facts_of(page_of(tmp_path, UNDER_WAY, "begun"))
-    assert facts["Loss"] == "nothing was judged"
+    assert facts["Loss"] == "not judged yet"
+    assert facts["Answers"] == "not asked yet"
     assert facts["Data"].endswith("not read yet")
