@@ -42,7 +42,7 @@ def publish_champion(registry: Path, name: str) -> None:
             artifacts.publish_page(
                 artifact_key(name, "champion"),
                 describe_champion(registry, name, version),
-                f"{shorten_digest(version)}: {champion.describe_loss()}. The champion of {name} now",
+                f"{shorten_digest(version)}: {champion.describe_loss()}. The champion now",
             )
         emit_materialization(
             champion_asset(name),

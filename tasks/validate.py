@@ -39,5 +39,5 @@ def _publish_findings(config: FineTuneConfig, run: RunDirectory) -> None:
         artifacts.publish_table(
             artifact_key(config.registry.name, "dataset-report"),
             report["findings"][:SHOWN_FINDINGS],
-            f"{counts} in {config.data}. The first {SHOWN_FINDINGS} findings are shown, errors first.",
+            f"{counts} in {config.data}. The first {SHOWN_FINDINGS} findings, errors first.",
         )
