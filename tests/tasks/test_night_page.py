@@ -94,8 +94,8 @@ def test_six_lines_tell_the_night(tmp_path: Path) -> None:
     assert facts["Verdict"] == "verified ada9ad: promoted"
     assert facts["Loss"] == (
         "3.142 before training, 0.02135 after, adapter of step 80 (valid.jsonl, 84 examples). "
-        "Champion c4a3c4a3c4a3: loss 0.01841 on the same examples; difference +0.002933, 95 % interval "
-        "+0.0011 to +0.0047."
+        "Champion c4a3c4a3c4a3: loss 0.01841 on the same examples; difference +0.002933, "
+        "95 % interval +0.0011 to +0.0047."
     )
     assert facts["Answers"] == ("capitals: 0 of 15 right before, 14 of 15 after, champion 15 of 15")
     assert facts["Data"].endswith(
