@@ -1,6 +1,6 @@
-"""How often the gate's 95 % intervals hold the truth, and how often lost answers are seen.
+"""How often the gate's 95 % intervals hold the truth.
 
-`python -m benchmarks.paired_intervals` prints both tables of docs/noise.md, in a few minutes. The
+`python -m benchmarks.paired_intervals` prints that table of docs/noise.md, in a few minutes. The
 rivals are Student's t and the other bootstrap intervals, from scipy where it has them.
 """
 
@@ -20,11 +20,6 @@ Interval = tuple[float, float]
 
 TRIALS = {5: 1_500, 12: 1_500, 30: 1_000, 84: 800, 200: 500, 2_000: 200}
 RESAMPLES = 1_000
-QUESTIONS = 200
-SUITES = 20_000
-# Chances that an answer is lost and won.
-EXCHANGES = [(0.125, 0.025), (0.01, 0.01), (0.025, 0.025), (0.05, 0.05), (0.1, 0.1)]
-FIVE_POINTS = [(0.05, 0.0), (0.06, 0.01), (0.075, 0.025), (0.1, 0.05), (0.15, 0.1), (0.25, 0.2)]
 
 
 def few_fall_far(random: np.random.Generator, examples: int) -> Vector:
@@ -104,28 +99,5 @@ def print_coverage() -> None:
             print(f"| {name} | {examples} | " + " | ".join(cells) + " |", flush=True)
 
 
-def print_power() -> None:
-    """How often a drop is seen on 200 questions whose answers are lost and won at random."""
-    random = np.random.default_rng(0)
-    decided: dict[tuple[int, int], tuple[bool, bool]] = {}
-    print("| lost | won | the interval leaves out 0 | exact McNemar |")
-    for lost_chance, won_chance in [*EXCHANGES, *FIVE_POINTS]:
-        rest = 1 - lost_chance - won_chance
-        counts = random.multinomial(QUESTIONS, (lost_chance, won_chance, rest), SUITES)
-        seen = np.array([_decide(int(lost), int(won), decided) for lost, won, _ in counts])
-        interval, exact = seen.mean(axis=0)
-        print(f"| {lost_chance:.1%} | {won_chance:.1%} | {interval:.1%} | {exact:.1%} |")
-
-
-def _decide(lost: int, won: int, decided: dict[tuple[int, int], tuple[bool, bool]]) -> Any:
-    if (lost, won) not in decided:
-        after = np.repeat([-1.0, 1.0, 0.0], (lost, won, QUESTIONS - lost - won))
-        is_below = compare_pairs(np.zeros(QUESTIONS), after).is_below(0)
-        chance = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
-        decided[lost, won] = is_below, bool(chance < 0.05 and lost > won)
-    return decided[lost, won]
-
-
 if __name__ == "__main__":
-    print_power()
     print_coverage()

@@ -1,0 +1,52 @@
+"""Suites whose answers are lost and won as planted: which of them the gate refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.planted_suites import Exchange, PlantedSuite
+from nested_core.gate import paired_difference
+
+LOSING = Exchange(lost=0.125, won=0.025)
+EQUAL = Exchange(lost=0.05, won=0.05)
+HUNDRED = range(100)
+
+
+def count_refused(suite: PlantedSuite, exchange: Exchange, seeds: range) -> int:
+    return sum(suite.judge(exchange, seed).is_refused for seed in seeds)
+
+
+@pytest.mark.reliability
+def test_a_loss_of_ten_points_is_refused_and_an_equal_exchange_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = PlantedSuite(tmp_path)
+    losing, equal = (count_refused(suite, exchange, HUNDRED) for exchange in (LOSING, EQUAL))
+    with capsys.disabled():
+        print(f"\nrefused of 100: {losing} at 12.5 % lost, 2.5 % won; {equal} at 5 % each")
+    assert losing >= 95
+    assert equal <= 5
+
+
+def test_a_few_planted_suites_are_judged_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paired_difference, "RESAMPLES", 1_000)
+    suite = PlantedSuite(tmp_path)
+    assert count_refused(suite, LOSING, range(10)) >= 9
+    assert count_refused(suite, EQUAL, range(10)) <= 1
+
+
+def test_a_drop_within_max_drop_is_let_pass_and_without_noise_every_drop_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paired_difference, "RESAMPLES", 1_000)
+    lenient = PlantedSuite(tmp_path, max_drop=0.2)
+    assert count_refused(lenient, LOSING, range(3)) == 0
+    strict = PlantedSuite(tmp_path, noise="none")
+    verdicts = [strict.judge(EQUAL, seed) for seed in range(6)]
+    dropped = [verdict.lost > verdict.won for verdict in verdicts]
+    assert [verdict.is_refused for verdict in verdicts] == dropped
+    assert 0 < sum(dropped) < 6
