@@ -89,14 +89,20 @@ class PlantedSuite:
         self._answers = folder / "answers.jsonl"
         (self._suite,) = read_suites(self.gate)
 
-    def judge(self, exchange: Exchange, seed: int) -> PlantedVerdict:
-        """Plant which answers are right before and after, and judge them."""
+    def judge(
+        self, exchange: Exchange, seed: int, before: AnsweringRole = "base"
+    ) -> PlantedVerdict:
+        """Plant which answers are right before and after, and judge them.
+
+        before: who gave the earlier answers. Answers of a champion are held against those of a
+            candidate that has lost nothing of its base.
+        """
         chances = np.random.default_rng(seed).random(QUESTIONS)
         is_lost = chances < exchange.lost
         is_won = ~is_lost & (chances < exchange.lost + exchange.won)
+        is_right = {"base": ~is_lost, before: ~is_won, "candidate": ~is_lost}
         records = [
-            *_records_of(self._suite, "base", ~is_won),
-            *_records_of(self._suite, "candidate", ~is_lost),
+            record for role in is_right for record in _records_of(self._suite, role, is_right[role])
         ]
         write_answers(self._answers, records)
         _, reasons = judge_answers(self.gate, read_answers(self._answers))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nested_core.errors import DamagedError
 from nested_core.storage.lock_file import LockFile, exclusive_lock, shared_lock
 
 LOCK_NAME = ".lock"
@@ -14,10 +15,18 @@ LOCK_NAME = ".lock"
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[LockFile]:
-    """Hold `folder` alone. ConfigError if it cannot be written, or its disk has no locks."""
+    """Hold `folder` alone. ConfigError if it cannot be written, or its disk has no locks.
+
+    Damage that the block meets after the lock file was removed is told as that: the next process
+    locks a new file, writes at the same time, and removes what it takes for leftovers.
+    """
     with exclusive_lock(folder / LOCK_NAME) as lock:
         _refresh_listing(folder)
-        yield lock
+        try:
+            yield lock
+        except (DamagedError, FileNotFoundError):
+            lock.require_current()
+            raise
 
 
 @contextmanager

@@ -39,6 +39,17 @@ def test_a_few_planted_suites_are_judged_alike(
     assert count_refused(suite, EQUAL, range(10)) <= 1
 
 
+def test_what_a_champion_answered_and_the_candidate_lost_is_refused_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paired_difference, "RESAMPLES", 1_000)
+    suite = PlantedSuite(tmp_path)
+    for seed in range(3):
+        for exchange in (LOSING, EQUAL):
+            against_champion = suite.judge(exchange, seed, before="champion")
+            assert against_champion == suite.judge(exchange, seed)
+
+
 def test_a_drop_within_max_drop_is_let_pass_and_without_noise_every_drop_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

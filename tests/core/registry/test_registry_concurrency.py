@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     audit,
     collect_garbage,
@@ -20,6 +20,7 @@ from nested_core.registry import (
     read_champion,
     register,
 )
+from nested_core.registry.folder_lock import LOCK_NAME, exclusive
 from nested_core.storage.adapter import read_adapter
 from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME, assert_settled
@@ -120,3 +121,18 @@ def test_gc_beside_promoters_and_readers_leaves_a_sound_registry_at_every_moment
     collect_garbage(registry, NAME, by="gc", keep=0)
     assert len(list_versions(registry, NAME)) == 2
     assert_settled(registry)
+
+
+@pytest.mark.parametrize("damage", [DamagedError("5 bytes are missing"), FileNotFoundError()])
+def test_damage_after_the_lock_was_removed_is_told_as_the_lock(three, registry, damage) -> None:
+    def change(*, removes_lock: bool) -> None:
+        with exclusive(registry / NAME):
+            if removes_lock:
+                (registry / NAME / LOCK_NAME).unlink()
+            raise damage
+
+    with pytest.raises(type(damage)) as caught:
+        change(removes_lock=False)
+    assert caught.value is damage
+    with pytest.raises(DamagedError, match=r"\.lock was removed or replaced"):
+        change(removes_lock=True)
