@@ -60,7 +60,8 @@ def lay_out_form(schema: dict[str, Any]) -> None:
         if text:
             field["description"] = text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
         if field.pop("in_form", True):
-            shown[name] = field | {"position": len(shown)}
+            title = name.replace("_", " ").title()  # which a section's own name would replace
+            shown[name] = {"title": title} | field | {"position": len(shown)}
         else:
             hidden[f"^{re.escape(name)}$"] = field
     schema["properties"] = shown

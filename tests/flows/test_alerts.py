@@ -89,7 +89,8 @@ def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_st
     end_run(client, "two, 21 Nov", crashed)
     end_run(client, "three, 21 Nov", State(type=StateType.SCHEDULED, name="Late"))
     assert "Rejected: one, 21 Nov\nloss_regressed 0.02 -> 0.03" in wait_for_text(told, "one,")
-    assert 'Crashed: two, 21 Nov\nexited with code -9 "q"' in wait_for_text(told, "two,")
+    crash = wait_for_text(told, "two,")
+    assert 'Crashed: two, 21 Nov\nexited with code -9 "q" A fine-tune goes on by itself' in crash
     assert "Late: three, 21 Nov\nIt was to begin at 20" in wait_for_text(told, "three,")
 
 

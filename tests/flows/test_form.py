@@ -44,6 +44,7 @@ def test_fields_keep_the_order_of_the_schema_and_their_help_is_a_sentence(flow: 
     for schema in definitions(flow).values():
         fields = schema.get("properties", {}).values()
         assert [field["position"] for field in fields] == list(range(len(fields)))
+        assert all(field["title"] for field in fields)  # else a page shows the section's own name
         for field in fields:
             help_text = field["description"]
             assert help_text[0] == help_text[0].upper()
