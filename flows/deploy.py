@@ -66,7 +66,7 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
         yield from _make_work_pools(client, plan.work_pools)
         there = read_server_deployments(client)
         outdated = find_outdated(there, plan)
-        _keep_schedules(plan, [*outdated, *there])
+        _keep_schedules(plan, there, outdated)
         _run_prefect_deploy(plan.project)
         for deployment in plan.deployments:
             yield _describe(client, deployment)
@@ -124,14 +124,14 @@ def _make_work_pools(client: SyncPrefectClient, work_pools: list[dict[str, Any]]
             yield f"work pool {wanted['name']}: made, limit {wanted['concurrency_limit']}"
 
 
-def _keep_schedules(plan: DeploymentPlan, there: list[ServerDeployment]) -> None:
-    """A schedule stays on or off as the server has it, also in a deployment to be removed."""
+def _keep_schedules(
+    plan: DeploymentPlan, there: list[ServerDeployment], outdated: list[ServerDeployment]
+) -> None:
+    """A schedule stays on or off as the server has it, else as an outdated deployment has it."""
     for deployment in plan.deployments:
-        is_active: dict[str | None, bool] = {}
-        for old in there:
-            is_same_flow = old.response.entrypoint == deployment["entrypoint"]
-            if old.name == full_name(deployment) or (is_same_flow and old.is_for(plan)):
-                is_active |= {s.slug: s.active for s in old.response.schedules if s.slug}
+        earlier = [d for d in outdated if d.response.entrypoint == deployment["entrypoint"]]
+        earlier += [d for d in there if d.name == full_name(deployment)]
+        is_active = {s.slug: s.active for d in earlier for s in d.response.schedules if s.slug}
         for schedule in deployment.get("schedules", ()):
             schedule["active"] = is_active.get(schedule.get("slug"), schedule["active"])
 

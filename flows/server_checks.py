@@ -119,13 +119,13 @@ def _deployments(client: SyncPrefectClient) -> Check:
     shipped = read_yaml(packaged_folder("deployments") / "prefect.yaml")["deployments"]
     sets = [replace_placeholders(shipped, {"adapter": a, "registry": ""}) for a in adapters]
     wanted = {full_name(each): each for deployments in sets for each in deployments}
-    limits_there = {d.name: d.response.global_concurrency_limit for d in there}
-    missing = sorted(wanted.keys() - limits_there.keys())
+    server_limits = {d.name: d.response.global_concurrency_limit for d in there}
+    missing = sorted(wanted.keys() - server_limits.keys())
     limits = []
-    for name in sorted(wanted.keys() & limits_there.keys()):
+    for name in sorted(wanted.keys() & server_limits.keys()):
         limit = wanted[name].get("concurrency_limit", {}).get("limit")
-        is_limited = limits_there[name]
-        if limit is not None and (is_limited is None or is_limited.limit != limit):
+        server_limit = server_limits[name]
+        if limit is not None and (server_limit is None or server_limit.limit != limit):
             limits.append(name)
     seen = f"{len(wanted) - len(missing)} of {len(wanted)} are there, for {', '.join(adapters)}"
     seen += f"; missing: {', '.join(missing)}" if missing else ""
@@ -146,9 +146,9 @@ def _automations(client: SyncPrefectClient) -> Iterator[Check]:
         "automations"
     ]
     found = {automation.name: automation for automation in client.read_automations()}
-    missing = [each["name"] for each in planned if each["name"] not in found]
-    paused = [each["name"] for each in planned if each["name"] in found]
-    paused = [name for name in paused if not found[name].enabled]
+    names = [each["name"] for each in planned]
+    missing = [name for name in names if name not in found]
+    paused = [name for name in found if not found[name].enabled and name in names]
     if missing:
         mend = "nested-tune deploy -c CONFIG"
         yield Check("automations", False, f"missing: {', '.join(missing)}", mend)
