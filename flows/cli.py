@@ -40,7 +40,16 @@ class _Commands:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; importing them takes long enough for a person to press Ctrl-C."""
-    from flows.commands import demo, deployment, doctor, inspection, peft, registry, training
+    from flows.commands import (
+        chat,
+        demo,
+        deployment,
+        doctor,
+        inspection,
+        peft,
+        registry,
+        training,
+    )
 
     parser = _Parser(
         prog="nested-tune",
@@ -53,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = _Commands(parser)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for module in (demo, training, inspection, registry, peft, deployment, doctor):
+    for module in (demo, training, inspection, chat, registry, peft, deployment, doctor):
         module.add_commands(commands, shared)
     return parser
 

@@ -1,0 +1,93 @@
+"""A base model and an adapter of it in one model, which answers as either of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm import load
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from nested_core.errors import ConfigError
+from nested_core.models.base_model import find_model_folder
+from nested_core.models.generation import Sampling, encode_messages, stream_answer
+from nested_core.storage.adapter import read_adapter
+
+Side = Literal["base", "adapter"]
+SIDES: tuple[Side, Side] = ("base", "adapter")
+Messages = Sequence[Mapping[str, Any]]
+
+
+class BaseAndAdapter:
+    """One model in memory, with the parameters of the base and of the adapter to exchange.
+
+    It computes as it is stored, which is how mlx_lm would serve it.
+    """
+
+    def __init__(self, adapter: Path, *, model: str | None, trust_remote_code: bool) -> None:
+        """`model` is the base; None is the one that the adapter's configuration names.
+
+        Raises ConfigError if the base cannot be loaded or does not fit, DamagedError for a damaged
+        adapter.
+        """
+        read = read_adapter(adapter, follow_links=True)
+        base = find_model_folder(str(model or read.config.get("model")))
+        options = {"trust_remote_code": trust_remote_code}
+        try:
+            self._model, self._tokenizer = load(str(base), tokenizer_config=options, **options)[:2]  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
+        except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
+            raise ConfigError(f"model: {base} could not be loaded: {error}") from error
+        self._parameters = self._attach(read.config, read.tensors)
+        self._model.eval()
+
+    def _attach(
+        self, config: Mapping[str, Any], tensors: Mapping[str, Any]
+    ) -> dict[Side, list[tuple[str, mx.array]]]:
+        """Make room for the adapter; the fresh parameters there leave the base as it is."""
+        kind = config.get("fine_tune_type", "lora")
+        if kind != "full":
+            lora, layers = config["lora_parameters"], int(config["num_layers"])
+            linear_to_lora_layers(self._model, layers, lora, use_dora=kind == "dora")
+        fresh = dict(tree_flatten(self._model.parameters()))
+        misfits = [
+            name
+            for name, tensor in tensors.items()
+            if name not in fresh or tuple(fresh[name].shape) != tuple(tensor.shape)
+        ]
+        if misfits:
+            raise ConfigError(
+                f"The adapter does not fit the base: {len(misfits)} of {len(tensors)} tensors, "
+                f"such as {misfits[0]}. Give the base that it was trained on."
+            )
+        return {
+            "base": [(name, fresh[name]) for name in tensors],
+            "adapter": [(name, tensor.to_mlx()) for name, tensor in tensors.items()],
+        }
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, with whichever parameters answered last."""
+        return self._model
+
+    def stream(
+        self, conversations: Mapping[Side, Messages], sampling: Sampling
+    ) -> Iterator[tuple[Side, str]]:
+        """The answers to two conversations as they come, piece by piece in turn."""
+        answers = {
+            side: stream_answer(
+                self._model, self._tokenizer, encode_messages(self._tokenizer, messages), sampling
+            )
+            for side, messages in conversations.items()
+        }
+        while answers:
+            for side, pieces in list(answers.items()):
+                self._model.load_weights(self._parameters[side], strict=False)
+                piece = next(pieces, None)
+                if piece is None:
+                    del answers[side]
+                elif piece:
+                    yield side, piece

@@ -1,0 +1,69 @@
+"""`chat`: base and adapter answer side by side, as plain mlx_lm would with either of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from flows.chat_view import lay_out, show_answers
+from flows.commands import chat
+from nested_core.registry import register_and_promote
+from tests.example import MODEL, generate_answers
+from tests.flows.conftest import CommandRun, Ended, called
+
+QUESTION = "I want to see Italy. Where to?"
+
+
+def ask(target: object, cwd: Path, *more: object) -> Ended:
+    return called("chat", target, "--max-tokens", 12, *more, cwd=cwd)
+
+
+def test_one_prompt_is_answered_by_both_as_plain_mlx_lm_answers_it(
+    command_run: CommandRun,
+) -> None:
+    done = ask("run", command_run.folder, "--prompt", QUESTION)
+    adapter = command_run.run_dir / "adapter"
+    (base,) = generate_answers(str(MODEL), [QUESTION], max_tokens=12)
+    (trained,) = generate_answers(str(MODEL), [QUESTION], adapter=adapter, max_tokens=12)
+    assert done.code == 0
+    assert done.stdout.splitlines() == [f"base:    {base}", f"adapter: {trained}"]
+    assert base != trained
+
+
+def test_a_champion_is_asked_by_registry_and_name_a_line_at_a_time(
+    command_run: CommandRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_and_promote(command_run.run_dir, tmp_path / "registry", "capitals", {}, by="a test")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n\n/new\n{QUESTION}\n"))
+    done = ask(tmp_path / "registry" / "capitals", tmp_path)
+    assert done.code == 0
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["base", "adapter"] * 2
+    assert lines[:2] == lines[2:]  # a new conversation remembers nothing
+
+
+def test_what_is_no_run_and_no_name_is_said(tmp_path: Path) -> None:
+    done = ask(tmp_path, tmp_path, "--prompt", "x")
+    assert done.code == 2
+    assert "is neither a run directory" in done.message()
+    assert called("chat", tmp_path, "--max-tokens", "0", cwd=tmp_path).code == 2
+
+
+def test_ctrl_c_in_an_answer_ends_with_130(
+    command_run: CommandRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "show_answers", interrupted)
+    assert ask("run", command_run.folder, "--prompt", QUESTION).code == 130
+
+
+def test_text_of_a_model_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    pieces = [("base", "\x1b[2J"), ("adapter", "[red]a\n"), ("adapter", "b")]
+    assert show_answers(pieces) == {"base": "\x1b[2J", "adapter": "[red]a\nb"}
+    assert capsys.readouterr().out == "base:    \\x1b[2J\nadapter: [red]a\\nb\n"
+    cells = [list(column.cells) for column in lay_out({"base": "\x07", "adapter": "[b]"}).columns]
+    assert [str(cell) for column in cells for cell in column] == ["\\x07", "[b]"]
