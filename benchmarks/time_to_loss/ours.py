@@ -46,7 +46,7 @@ def train_ours(
         train_step = TrainStep(
             model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
         )
-        watch = NonfiniteStepWatch(NEVER)
+        watch = NonfiniteStepWatch(NEVER, rate)
         for first in range(1, steps + 1, window):
             began = time.perf_counter()
             for step in range(first, first + window):
