@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,7 @@ backend.prepare()  # before a test imports mlx
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = _FOLDER_OF_ALL_WORKERS  # of two workers one compiles a kernel
 
-from tests.fork_server import python  # noqa: E402
+from tests.fork_server import forking_python, python  # noqa: E402
 from tests.kernels import read_header_once  # noqa: E402
 from tests.slow_files import position  # noqa: E402
 
@@ -92,6 +93,14 @@ def memory_has_room() -> bool:
     system = os.statvfs(MEMORY_FOLDER)
     may_execute = not system.f_flag & os.ST_NOEXEC  # tests write programs and run them
     return may_execute and system.f_bavail * system.f_frsize >= MEMORY_BYTES
+
+
+@pytest.fixture(scope="module")
+def forked_ranks() -> Iterator[None]:
+    """Fork the ranks that a test of this module starts, but not what starts and watches them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", forking_python())
+        yield
 
 
 @pytest.fixture(autouse=True)

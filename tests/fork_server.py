@@ -4,16 +4,20 @@ Importing transformers and mlx_lm takes two seconds of CPU time, more than most 
 process that they start. The server is a plain process without threads of its own; none of this
 project's packages are loaded there but `backend`, which has to come before mlx. A test whose
 subject is a process from its start (signals, imports, each command once) starts a real one.
+
+What a forked process starts by `sys.executable`, as the gate does for its proof, is forked too
+where FORKED_PROGRAMS names it; a test can ask the same of its own process (`forking_python`).
 """
 
 from __future__ import annotations
 
-import array
+import atexit
 import gc
 import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,8 +34,49 @@ from typing import Any
 
 from nested_core import backend
 
-LIBRARIES = ("mlx_lm.utils", "mlx_lm.tuner.lora", "pydantic", "rich.table", "yaml", "pandas")
+LIBRARIES = (
+    "mlx_lm.utils",
+    "mlx_lm.tuner.lora",
+    "mlx_lm.models.llama",
+    "transformers.models.llama.configuration_llama",
+    "pydantic",
+    "rich.table",
+    "yaml",
+    "pandas",
+    "polars",
+    "typeguard",  # pandera imports it; pandera itself reads the environment when it is imported
+)
+FORKED_PROGRAMS = (  # a file's name or a module
+    "fresh_process_main.py",
+    "astray.py",
+    "nested_core.pipeline.rank_worker",
+    "benchmarks.time_to_loss.worker",
+)
 REQUEST_BYTES = 2**20
+SOCKET_NAME, STAND_IN_NAME = "socket", "python"
+
+# In place of the interpreter: has the server run a program, or is the interpreter for any other.
+STAND_IN = """#!{python} -IS
+import json, os, signal, socket, sys
+
+words = sys.argv[1:]
+program = words[1] if words[0] in ("-P", "-m") else words[0]
+if os.path.basename(program) not in {programs!r} or "LD_PRELOAD" in os.environ:
+    os.execv({python!r}, [{python!r}, *words])
+request = {{"command": words, "cwd": os.getcwd(), "env": dict(os.environ)}}
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, {request_bytes})
+server.connect({address!r})
+socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+process = int(server.recv(64))
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: os.kill(process, number))
+code = int(server.recv(64))
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
 
 
 def python(
@@ -64,19 +109,41 @@ def python(
         return subprocess.CompletedProcess(words, code, stdout.read(), stderr.read())
 
 
+def forking_python() -> str:
+    """What may stand in for `sys.executable`: FORKED_PROGRAMS that it runs are forked."""
+    return str(start_server().stand_in) if sys.platform == "linux" else sys.executable
+
+
 class ForkServer:
-    """The server's process, seen from the tests; it ends when its socket is closed."""
+    """The server's process, seen from the tests; it ends when its standard input does.
+
+    A connection is a request, and its two answers: the process id, and later the exit code. The
+    process is killed when the connection is closed before.
+    """
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REQUEST_BYTES)
-        with theirs:
+        folder = Path(tempfile.mkdtemp(prefix="nested-tune-fork-"))
+        atexit.register(_remove_in, os.getpid(), folder)
+        self._address = str(folder / SOCKET_NAME)
+        self.stand_in = folder / STAND_IN_NAME
+        self.stand_in.write_text(
+            STAND_IN.format(
+                python=sys.executable,
+                programs=FORKED_PROGRAMS,
+                request_bytes=REQUEST_BYTES,
+                address=self._address,
+            )
+        )
+        self.stand_in.chmod(0o700)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(self._address)
+            listener.listen(64)
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__)), str(theirs.fileno())],
+                [sys.executable, "-P", str(Path(__file__)), str(listener.fileno()), str(folder)],
                 cwd=Path(__file__).parents[1],
                 env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
             )
 
@@ -90,20 +157,27 @@ class ForkServer:
     ) -> int:
         """The exit code of a program whose standard output and error go to the files given."""
         request = {"command": command, "cwd": str(cwd), "env": dict(env)}
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            rights = array.array("i", [*outputs, theirs.fileno()])
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-            self._socket.sendmsg([json.dumps(request).encode()], ancillary)
-            theirs.close()
-            with ours.makefile("r") as answers:
-                process = int(answers.readline())
-                ours.settimeout(timeout)
-                try:
-                    return int(answers.readline())
-                except TimeoutError as error:
-                    os.kill(process, signal.SIGKILL)
-                    raise subprocess.TimeoutExpired(command, timeout) from error
+        with (
+            open(os.devnull, "rb") as nothing,
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server,
+        ):
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, REQUEST_BYTES)
+            server.connect(self._address)
+            files = [nothing.fileno(), *outputs]
+            socket.send_fds(server, [json.dumps(request).encode()], files)
+            process = int(server.recv(64))
+            server.settimeout(timeout)
+            try:
+                return int(server.recv(64))
+            except TimeoutError as error:
+                os.kill(process, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(command, timeout) from error
+
+
+def _remove_in(process: int, folder: Path) -> None:
+    """Remove a folder at the end of the process given, not of one that was forked from it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 _starting = threading.Lock()
@@ -120,74 +194,109 @@ def start_server() -> ForkServer:
         return _start_server()
 
 
-def serve(requests: socket.socket) -> dict[str, Any] | None:
-    """Fork a process for each request; tell who asked the process id and, later, the exit code.
+def serve(listener: socket.socket) -> dict[str, Any] | None:
+    """Fork a process for each connection, until standard input ends.
 
     Returns None in the server, at its end, and the request in each process that was forked for one.
     """
-    waiting: dict[int, socket.socket] = {}
+    connections: dict[int, socket.socket] = {}  # by the process that was forked for each
     woken, wake_up = socket.socketpair()
     wake_up.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wake_up.fileno())
     with woken, wake_up, selectors.DefaultSelector() as selector:
-        selector.register(requests, selectors.EVENT_READ)
-        selector.register(woken, selectors.EVENT_READ)
+        for source in (listener, woken, sys.stdin):
+            selector.register(source, selectors.EVENT_READ)
         while True:
-            ready = [key.fileobj for key, _ in selector.select()]
-            if woken in ready:
-                woken.recv(2**12)
-                _report_ended(waiting)
-            if requests in ready:
-                message, files, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 3)
-                if not message:
+            for key, _ in selector.select():
+                if key.fileobj is sys.stdin:
                     return None
-                process = os.fork()
-                if process == 0:
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    for other in waiting.values():
-                        other.close()
-                    os.close(files[2])
-                    asked: dict[str, Any] = json.loads(message)
-                    return asked | {"outputs": files[:2]}
-                os.close(files[0])
-                os.close(files[1])
-                waiting[process] = socket.socket(fileno=files[2])
-                waiting[process].sendall(f"{process}\n".encode())
+                if key.fileobj is woken:
+                    woken.recv(2**12)
+                    _report_ended(connections, selector)
+                elif key.fileobj is listener:
+                    connection, _ = listener.accept()
+                    request = _fork_for(connection, connections)
+                    if request is not None:
+                        signal.set_wakeup_fd(-1)
+                        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                        return request
+                    selector.register(connection, selectors.EVENT_READ)
+                elif _kill_abandoned(connections, key.fileobj):
+                    selector.unregister(key.fileobj)
 
 
-def _report_ended(waiting: dict[int, socket.socket]) -> None:
+def _fork_for(
+    connection: socket.socket, connections: dict[int, socket.socket]
+) -> dict[str, Any] | None:
+    """Fork a process for a connection's request, which is returned in the new process alone."""
+    message, files, _, _ = socket.recv_fds(connection, REQUEST_BYTES, 3)
+    process = os.fork() if message else 0
+    if process == 0 and message:
+        for inherited in (connection, *connections.values()):
+            inherited.close()
+        request: dict[str, Any] = json.loads(message)
+        return request | {"files": files}
+    for file in files:
+        os.close(file)
+    if process:
+        connections[process] = connection
+        _answer(connection, process)
+    return None
+
+
+def _answer(connection: socket.socket, number: int) -> None:
+    with suppress(OSError):  # whoever asked has gone
+        connection.send(str(number).encode())
+
+
+def _report_ended(connections: dict[int, socket.socket], selector: selectors.BaseSelector) -> None:
     """Send the exit codes of the processes that have ended."""
-    while waiting and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-        with waiting.pop(ended[0]) as requester, suppress(BrokenPipeError):
-            requester.sendall(f"{os.waitstatus_to_exitcode(ended[1])}\n".encode())
+    while connections and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+        with connections.pop(ended[0]) as connection:
+            with suppress(KeyError):  # its requester has gone
+                selector.unregister(connection)
+            _answer(connection, os.waitstatus_to_exitcode(ended[1]))
 
 
-def become(request: dict[str, Any]) -> None:
+def _kill_abandoned(connections: dict[int, socket.socket], closed: object) -> bool:
+    """Kill the process of a connection that its requester has closed; False if it has ended."""
+    for process, connection in connections.items():
+        if connection is closed:
+            os.kill(process, signal.SIGKILL)
+            return True
+    return False
+
+
+def become(request: dict[str, Any], executable: str) -> None:
     """Be the program that a request names, from here to the end of the process."""
-    for target, file in enumerate(request["outputs"], start=1):
+    for target, file in enumerate(request["files"]):
         os.dup2(file, target)
         os.close(file)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.argv[:] = request["command"]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.executable = executable
+    words = request["command"]
+    sys.argv[:] = words[1:] if words[0] in ("-P", "-m") else words
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def main() -> None:
-    """Import the libraries, then serve until the tests' end of the socket is closed."""
+def main(listener_file: str, folder: str) -> None:
+    """Import the libraries, then serve until standard input, which the tests hold, ends."""
     backend.prepare()
     for name in LIBRARIES:
         if find_spec(name.partition(".")[0]) is not None:
             import_module(name)
     gc.freeze()  # the processes share these objects' memory as long as no collection touches it
-    with socket.socket(fileno=int(sys.argv[1])) as requests:
-        request = serve(requests)
+    with socket.socket(fileno=int(listener_file)) as listener:
+        request = serve(listener)
     if request is not None:
-        become(request)
+        become(request, str(Path(folder, STAND_IN_NAME)))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks.time_to_loss.models import SIZES, is_made, pretrain
+from tests.fork_server import python
 
 pytestmark = pytest.mark.timeout(300)  # seven short processes, each of which imports mlx_lm
 ARMS = ["mlx_lm", "ours"]
@@ -44,19 +44,15 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rows
 
 
-def command_of(rows: Path) -> list[str]:
+def study_of(rows: Path) -> subprocess.CompletedProcess[str]:
+    """One call of the study, whose processes are forked but for those of mlx_lm."""
     options = ["--sizes", "tiny", "--seeds", "1", "--rates", "1e-4", "--arms", *ARMS]
-    return [sys.executable, "-m", "benchmarks.time_to_loss", str(rows), *options]
+    return python("-m", "benchmarks.time_to_loss", rows, *options)
 
 
 def call(rows: Path) -> str:
-    """One call of the study; what it printed."""
-    return run(command_of(rows))
-
-
-def run(command: Sequence[str]) -> str:
-    """Run a command, which must succeed."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """One call of the study, which must succeed; what it printed."""
+    done = study_of(rows)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -83,7 +79,7 @@ def test_rows_of_another_base_model_are_refused(study: Path, tmp_path: Path):
     rows = tmp_path / "ROWS.jsonl"
     rows.write_text(json.dumps(rows_of(study)[0] | {"base": "0" * 16}) + "\n")
     (tmp_path / "models").symlink_to(study.parent / "models")
-    done = subprocess.run(command_of(rows), capture_output=True, text=True, check=False)
+    done = study_of(rows)
     assert done.returncode == 1
     assert "has runs of another model of tiny than" in done.stderr
     assert len(rows_of(rows)) == 1
@@ -110,7 +106,10 @@ def test_it_runs_with_mlx_mlx_lm_and_numpy_alone(study: Path, tmp_path: Path, ar
     rows = tmp_path / "ROWS.jsonl"
     job = json.dumps(["tiny", arm, 0, 1e-3])
     worker = "benchmarks.time_to_loss.worker", str(study.parent / "models"), "tiny", str(rows), job
-    run([sys.executable, "-c", ONLY_THESE, *worker])
+    done = subprocess.run(
+        [sys.executable, "-c", ONLY_THESE, *worker], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
     (row,) = rows_of(rows)
     assert row["losses"][-1] < row["losses"][0]
     assert len(row["losses"]) == len(row["windows"]) + 1 == 4

@@ -10,8 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def completed(*arguments: object, cwd: Path, **environment: str) -> Ended:
 
 
 def called(*arguments: object, cwd: Path) -> Ended:
-    """Call the command line in this process: for what it refuses before any work."""
+    """Call the command line in this process: where a process of its own is not the subject."""
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
         contextlib.chdir(cwd),
@@ -142,24 +141,24 @@ def called(*arguments: object, cwd: Path) -> Ended:
         contextlib.redirect_stderr(stderr),
         warnings.catch_warnings(),
     ):
-        code = cli.main([str(argument) for argument in arguments])
+        warnings.simplefilter("default", UserWarning)  # the command shows them
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:  # of --version and --help
+            code = int(end.code or 0)
     return Ended(code, stdout.getvalue(), stderr.getvalue())
-
-
-def side_by_side(commands: Mapping[str, Sequence[object]], folder: Path) -> dict[str, Ended]:
-    """Run each command to its end in `folder/<name>`, as many at a time as there are cores."""
-
-    def run(name: str) -> Ended:
-        return completed(*commands[name], cwd=folder / name)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(commands, pool.map(run, commands), strict=True))
 
 
 @pytest.fixture
 def nested_tune(tmp_path: Path) -> Callable[..., Ended]:
-    """Run the command line to its end in the test's folder."""
-    return lambda *arguments, **env: completed(*arguments, cwd=tmp_path, **env)
+    """Run the command line to its end in the test's folder; in a process if it has variables."""
+
+    def run(*arguments: object, **environment: str) -> Ended:
+        if environment:
+            return completed(*arguments, cwd=tmp_path, **environment)
+        return called(*arguments, cwd=tmp_path)
+
+    return run
 
 
 @dataclass(frozen=True)

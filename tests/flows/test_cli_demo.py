@@ -15,7 +15,7 @@ from prefect.settings import get_current_settings
 from nested_core.registry import history, read_champion
 from nested_core.storage.adapter import read_adapter
 from tests.example import DATA, MODEL, generate_answers
-from tests.flows.conftest import Ended, ended, start
+from tests.flows.conftest import Ended, completed, ended, start
 from tests.prefect_home import new_prefect_home
 
 pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
@@ -44,8 +44,8 @@ def demos(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Dem
     home = new_prefect_home(folder / "prefect")
     whole = start("demo", "--out", "whole", cwd=folder, PREFECT_HOME=str(home))
     arguments = ("demo", "--break-training", "--out", "broken")
-    broken = start(*arguments, cwd=folder, PREFECT_API_URL=server)
-    return Demos(folder, ended(whole), ended(broken))
+    broken = completed(*arguments, cwd=folder, PREFECT_API_URL=server)
+    return Demos(folder, ended(whole), broken)
 
 
 def test_the_demo_ends_with_exit_0_and_a_champion_that_passed(demos: Demos) -> None:

@@ -13,7 +13,7 @@ import pytest
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import read_adapter
 from tests.example import train_example
-from tests.flows.conftest import CommandRun, Ended, completed
+from tests.flows.conftest import CommandRun, Ended, called
 
 NAME = "capitals"
 Registry = Callable[..., Ended]
@@ -34,7 +34,7 @@ def story(folder: Path) -> dict[str, Ended]:
     """Promote one, promote the other, go back, promote the first again, all by command."""
 
     def command(*arguments: object) -> Ended:
-        return completed(*arguments, "--registry", "registry", cwd=folder)
+        return called(*arguments, "--registry", "registry", cwd=folder)
 
     first = read_adapter(folder / "first" / "adapter").digest()
     return {
@@ -145,7 +145,7 @@ def test_a_version_that_was_changed_is_damage_for_every_command(
     gate.chmod(0o644)
     gate.write_text(gate.read_text() + " ")
     for arguments in (("rollback", NAME, "--to", versions[1]), ("audit", NAME, "--json")):
-        done = completed(*arguments, "--registry", registry, cwd=tmp_path)
+        done = called(*arguments, "--registry", registry, cwd=tmp_path)
         assert done.code == 6, done.stderr
         assert "gate.json" in done.stdout + done.stderr
         assert "Traceback" not in done.stderr
@@ -158,7 +158,7 @@ def test_a_configuration_that_was_edited_after_the_run_is_damage(
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("learning_rate: 0.002", "learning_rate: 0.001"))
     target = ("--registry", tmp_path / "registry", "--name", NAME)
-    done = completed("promote", copy, *target, cwd=tmp_path)
+    done = called("promote", copy, *target, cwd=tmp_path)
     assert done.code == 6
     assert "gate.json was not given on the config.yaml that" in done.message()
     assert not (tmp_path / "registry").exists()
@@ -169,9 +169,9 @@ def test_a_directory_in_place_of_champion_json_is_damage(folder: Path, tmp_path:
     path = registry / NAME / "champion.json"
     path.unlink()
     path.mkdir()
-    back = completed("rollback", NAME, "--registry", registry, cwd=tmp_path)
+    back = called("rollback", NAME, "--registry", registry, cwd=tmp_path)
     assert (back.code, len(back.message().splitlines())) == (6, 1)
-    audited = completed("audit", NAME, "--registry", registry, "--json", cwd=tmp_path)
+    audited = called("audit", NAME, "--registry", registry, "--json", cwd=tmp_path)
     assert audited.code == 6
     assert [finding["file"] for finding in audited.document["findings"]] == [str(path)]
 
@@ -183,7 +183,7 @@ def test_a_run_that_did_not_pass_is_refused_and_nothing_is_made(
     gate = copy / "gate.json"
     gate.write_text(gate.read_text().replace('"verdict": "passed"', '"verdict": "failed"'))
     target = ("--registry", tmp_path / "registry", "--name", NAME)
-    done = completed("promote", copy, *target, cwd=tmp_path)
+    done = called("promote", copy, *target, cwd=tmp_path)
     assert done.code == 4
     assert "gate" in done.message()
     assert not (tmp_path / "registry" / NAME / "champion").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 
 from tests.example import write_config
-from tests.flows.conftest import Ended, ended, start
+from tests.flows.conftest import Ended, completed
 
 pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
 
@@ -46,11 +47,13 @@ def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs
     write_config(folder / "sound.yaml", **changes)
     write_config(folder / "bad.yaml", data="data", **changes)
     server = str(get_current_settings().api.url)
-    started = [
-        start("run", "-c", f"{name}.yaml", "--run-dir", name, cwd=folder, PREFECT_API_URL=server)
-        for name in ("sound", "bad")
-    ]
-    return Runs(folder, *map(ended, started))
+
+    def run(name: str) -> Ended:
+        arguments = ("run", "-c", f"{name}.yaml", "--run-dir", name)
+        return completed(*arguments, cwd=folder, PREFECT_API_URL=server)
+
+    with ThreadPoolExecutor(2) as pool:
+        return Runs(folder, *pool.map(run, ("sound", "bad")))
 
 
 def test_what_failed_is_told_once_and_the_tasks_are_named(runs: Runs) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.example import write_config
-from tests.flows.conftest import Ended, side_by_side
+from tests.flows.conftest import Ended, called
 from tests.formats import write_format, write_model
 
 VALIDATE = ("validate", "-c", "config.yaml")
@@ -40,7 +40,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         if case == "read by a person":
             write_third_line(data / "train.jsonl", strange_chat())
         write_config(folder / case / "config.yaml", model=model, data="data", **changes)
-    return side_by_side({case: command for case, (_, _, command) in CASES.items()}, folder)
+    return {case: called(*command, cwd=folder / case) for case, (_, _, command) in CASES.items()}
 
 
 def strange_chat() -> dict[str, Any]:

@@ -14,8 +14,17 @@ from pathlib import Path
 from nested_core.storage.adapter import read_adapter
 from tests.example import write_config
 from tests.flows.conftest import CommandRun, Ended
+from tests.fork_server import python
 
 Run = Callable[..., Ended]
+TRAIN = ("train", "-c", "config.yaml")
+PROGRAM = """
+import sys
+from flows.cli import main
+code = main(sys.argv[1:])
+print([name for name in sys.modules if name.split('.')[0] == 'prefect'])
+sys.exit(code)
+"""
 
 
 def test_train_json_gives_one_document_on_standard_output(command_run: CommandRun) -> None:
@@ -85,32 +94,19 @@ def test_resuming_a_finished_run_judges_it_again(command_run: CommandRun, tmp_pa
     checkpoint = command_run.run_dir / "checkpoints" / "step-0000008"
     before = (checkpoint / "MANIFEST.json").stat().st_mtime_ns
     gate = (command_run.run_dir / "gate.json").read_bytes()
-    again = subprocess.run(
-        [*TRAIN_WITHOUT_PREFECT, "--run-dir", "run", "--resume"],
-        cwd=command_run.folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    again = python(program, *TRAIN, "--run-dir", "run", "--resume", cwd=command_run.folder)
     assert again.returncode == 0, again.stderr
     assert (checkpoint / "MANIFEST.json").stat().st_mtime_ns == before
     assert (command_run.run_dir / "gate.json").read_bytes() == gate
     assert "[]" in again.stdout.splitlines()[-1]
 
 
-TRAIN_WITHOUT_PREFECT = [
-    sys.executable,
-    "-c",
-    "import sys; from flows.cli import main; code = main(sys.argv[1:]);"
-    "print([name for name in sys.modules if name.split('.')[0] == 'prefect']); sys.exit(code)",
-    *("train", "-c", "config.yaml"),
-]
-
-
 def test_train_never_imports_prefect_and_prints_the_tier_table(tmp_path: Path) -> None:
     write_config(tmp_path / "config.yaml", iters=4, val_batches=1)
     done = subprocess.run(
-        TRAIN_WITHOUT_PREFECT,
+        [sys.executable, "-c", PROGRAM, *TRAIN],
         cwd=tmp_path,
         env=os.environ | {"PYTHONWARNINGS": "error"},
         capture_output=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.example import DATA, write_config
-from tests.flows.conftest import Ended, side_by_side
+from tests.flows.conftest import Ended, called
 
 BAD = {2: "{not json", 4: '{"messages": []}', 5: '{"messages": [{"role": "user"}]}'}
 VALIDATE = ("validate", "-c", "config.yaml")
@@ -58,7 +58,7 @@ def validated(tmp_path_factory: pytest.TempPathFactory) -> Validated:
         data = str(DATA) if name == "sound" else "data"
         write_config(folder / name / "config.yaml", data=data)
     before = {name: listing(folder / name) for name in COMMANDS}
-    outcomes = side_by_side(COMMANDS, folder)
+    outcomes = {name: called(*COMMANDS[name], cwd=folder / name) for name in COMMANDS}
     return Validated(folder, before, {name: listing(folder / name) for name in COMMANDS}, outcomes)
 
 

@@ -232,8 +232,8 @@ def test_a_maker_that_fails_leaves_nothing(
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    """Three processes, which import everything once for all tests that use them."""
-    with ProcessPoolExecutor(3, mp_context=get_context("spawn")) as processes:
+    """Two processes, which import everything once for all tests that use them."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         yield processes
 
 

@@ -20,7 +20,7 @@ from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.metrics_file import read_metrics
 from tests.example import example_config, prepare
 
-pytestmark = pytest.mark.timeout(300)  # processes that import everything
+pytestmark = [pytest.mark.usefixtures("forked_ranks"), pytest.mark.timeout(300)]
 
 STEPS = 10
 TIER_BYTES = 4 * 20_480  # parameters of each tier, float32
@@ -52,7 +52,9 @@ def settings(slow_gradients: str, processes: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=["skip", "accumulate"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forked_ranks: None
+) -> Pair:
     folder, groups = tmp_path_factory.mktemp("ranks"), list[Any]()
     runs = list[RunDirectory]()
     for processes in (1, 2):

@@ -1,7 +1,8 @@
 """`training.reference: mlx_lm` against mlx_lm.lora itself, in a process of its own: equal bits.
 
-A step in bfloat16 on a CPU takes a tenth of a second. Each case therefore trains on small batches,
-for little more than an epoch; `make reliability` has each of them for fifty steps of larger ones.
+A step in bfloat16 on a CPU takes a tenth of a second. Each case therefore trains on few examples in
+small batches, for little more than an epoch; `make reliability` has each of them for fifty steps of
+larger ones.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ print(json.dumps(seen))
 
 SHARED: dict[str, Any] = {
     "model": str(MODEL),
-    "data": str(DATA),
+    "data": "chats",
     "num_layers": -1,
     "batch_size": 2,
-    "iters": 26,
+    "iters": 14,
     "learning_rate": 1e-3,
     "val_batches": 1,
     "steps_per_report": 1,
-    "steps_per_eval": 10,
+    "steps_per_eval": 5,
     "seed": 3,
     "mask_prompt": False,
     "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0},
@@ -68,9 +69,10 @@ CASES: dict[str, dict[str, Any]] = {
     "adafactor": {"optimizer": "adafactor"},
     "schedule-dora": {
         "fine_tune_type": "dora",
-        "lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 15], "warmup": 5},
+        "lr_schedule": {"name": "cosine_decay", "arguments": [1e-3, 9], "warmup": 3},
     },
 }
+EXAMPLES = {"train": 24, "valid": 6}  # an epoch is 12 batches of two
 FIFTY_STEPS = {"batch_size": 4, "iters": 50}
 
 
@@ -86,8 +88,8 @@ def test_every_loss_and_weight_is_that_of_mlx_lm_lora(
     tmp_path: Path, case: str, length: dict[str, Any]
 ) -> None:
     settings = SHARED | CASES[case] | length
-    if settings["data"] == "text":
-        settings["data"] = str(write_text_data(tmp_path / "text"))
+    write_data = {"chats": write_chats, "text": write_texts}[settings["data"]]
+    settings["data"] = str(write_data(tmp_path / "data"))
     theirs = run_mlx_lm(settings | {"train": True, "adapter_path": str(tmp_path / "theirs")})
     ours = train_example(
         tmp_path / "ours",
@@ -113,10 +115,19 @@ def run_mlx_lm(settings: dict[str, Any]) -> list[Any]:
     return reports
 
 
-def write_text_data(folder: Path) -> Path:
+def write_chats(folder: Path) -> Path:
+    """The first of the example's chats."""
+    folder.mkdir()
+    for split, count in EXAMPLES.items():
+        lines = (DATA / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:count]), encoding="utf-8")
+    return folder
+
+
+def write_texts(folder: Path) -> Path:
     """Plain text rows of different lengths, some with more keys than others."""
     folder.mkdir()
-    for split, count in (("train", 22), ("valid", 9)):
+    for split, count in EXAMPLES.items():
         rows = [
             {"text": f"{split} {i}: " + "The capital of Fiji is Suva. " * (1 + i % 5)}
             for i in range(count)
