@@ -152,8 +152,10 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
     from flows.embedded_server import prefect_server
+    from nested_core.training.reporting_services import configured_services
 
     config = load_config_from_flags(arguments)
+    configured_services(config)  # before a server is started
     run = _open(arguments)
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
     print_progress(f"run directory: {run.path}")

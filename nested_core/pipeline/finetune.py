@@ -21,6 +21,10 @@ from nested_core.pipeline.publishing import register_run
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.promotion_policy import promote_by_policy, registry_location
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.reporting_services import (
+    attaching_verdict_at_end,
+    configured_services,
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ def finetune(
     a run directory that can be resumed or is complete.
     """
     hooks = hooks or Hooks()
-    with run.locked():
+    configured_services(config)  # refuses one that is not installed, before there is a folder
+    with run.locked(), attaching_verdict_at_end(config, run):
         hooks.begin(config, run, resume=resume)
         hooks.validate(config, run)
         unchanged = champion_trained_alike(config, run)

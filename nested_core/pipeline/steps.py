@@ -70,7 +70,8 @@ from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import read_json
 from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.rank_communication import SINGLE_PROCESS, World
-from nested_core.training.report_callbacks import TrainingCallback, add_reporting_services
+from nested_core.training.report_callbacks import TrainingCallback
+from nested_core.training.reporting_services import reporting_to_services
 from nested_core.training.trainer import Trainer
 from nested_core.training.training_plan import TrainingPlan, write_plan
 from nested_core.training.training_setup import build_optimizer, prepare_training
@@ -201,11 +202,14 @@ def train(
         except DamagedError as error:  # the checkpoints are sound: it is written again from them
             warnings.warn(f"{error} It is made again from the checkpoints.", stacklevel=2)
     ranks = count_ranks(config)
-    with locking_devices(on_wait, ranks):
+    with (
+        locking_devices(on_wait, ranks),
+        reporting_to_services(config, run, callback) as callbacks,
+    ):
         if ranks == 1:
-            trainer = _train(config, run, SINGLE_PROCESS, callback, on_start)
+            trainer = _train(config, run, SINGLE_PROCESS, callbacks, on_start)
             return _publish_result(run, trainer)
-        train_in_ranks(config, run, ranks, callback, on_start)
+        train_in_ranks(config, run, ranks, callbacks, on_start)
         return read_result(run)
 
 
@@ -234,9 +238,8 @@ def _train(
     require_validated_data(run, report)
     attach_adapter(model, config)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
-    callbacks = add_reporting_services(config, run.path, callback) if world.is_main else None
     setup = prepare_training(
-        config, run, model, splits, tokenizer=tokenizer, callback=callbacks, world=world
+        config, run, model, splits, tokenizer=tokenizer, callback=callback, world=world
     )
     trainer = Trainer(setup)
     trainer.resume()

@@ -48,6 +48,7 @@ class RunDirectory:
         # What training leaves.
         self.checkpoints = path / "checkpoints"
         self.plan = path / "plan.json"  # how many steps, on what, in how much memory
+        self.report_to = path / "report-to.json"  # what services of report_to know the run by
         self.metrics = path / "metrics.jsonl"  # one JSON object a line, a report each
         self.adapter = path / "adapter"  # the adapter that the run offers
         self.result = path / "result.json"  # what training ended with; written last

@@ -1,13 +1,9 @@
-"""Training callbacks in mlx-lm's protocol, with the services of `report_to` among them."""
+"""Training callbacks in mlx-lm's protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
-
-from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError
 
 
 class TrainingCallback(Protocol):
@@ -35,21 +31,3 @@ class CallbackGroup:
         """Pass an evaluation on."""
         for callback in self._callbacks:
             callback.on_val_loss_report(val_info)
-
-
-def add_reporting_services(
-    config: FineTuneConfig, folder: Path, callback: TrainingCallback | None
-) -> CallbackGroup:
-    """The caller's callback together with the services of `report_to` (wandb, swanlab)."""
-    from mlx_lm.tuner.callbacks import get_reporting_callbacks
-
-    try:
-        reporting = get_reporting_callbacks(
-            config.report_to,
-            project_name=config.project_name,
-            log_dir=str(folder),
-            config=config.model_dump(mode="json"),  # type: ignore[arg-type]  # a dict, as it uses it
-        )
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"report_to: {error}") from error
-    return CallbackGroup([one for one in (callback, reporting) if one is not None])

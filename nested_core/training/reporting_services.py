@@ -1,0 +1,263 @@
+"""The services of `report_to`, each through its own client: losses as they come, then the verdict.
+
+What a service knows a run by is kept in RUN_DIR/report-to.json, so that a resumed run goes on in
+the same place and the verdict is added where the losses are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError, DamagedError, MissingFileError
+from nested_core.storage.atomic import write_json
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
+from nested_core.training.report_callbacks import CallbackGroup, TrainingCallback
+
+DEFAULT_PROJECT = "nested-tune"
+
+
+class ReportingService(Protocol):
+    """One service: a run of it is opened, or opened again by `run_id`, and closed."""
+
+    run_id: str
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Send numbers of one iteration."""
+
+    def attach(self, verdict: str, files: Iterable[Path]) -> None:
+        """Add the verdict, and files for who looks at it."""
+
+    def close(self) -> None:
+        """Send what is held back, and end the run there."""
+
+
+class _WeightsAndBiases:
+    def __init__(self, project: str, folder: Path, settings: Any, run_id: str | None) -> None:
+        self._wandb: Any = importlib.import_module("wandb")
+        self._name = folder.name
+        self._run = self._wandb.init(
+            project=project,
+            name=folder.name,
+            dir=str(folder),
+            config=settings,
+            id=run_id,
+            resume="allow",
+        )
+        self.run_id = str(self._run.id)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def attach(self, verdict: str, files: Iterable[Path]) -> None:
+        self._run.summary["verdict"] = verdict
+        artifact = self._wandb.Artifact(f"verdict-{self.run_id}", type="verdict")
+        for file in files:
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _SwanLab:
+    """It has no attachments: the files go as text, which is how it shows them."""
+
+    def __init__(self, project: str, folder: Path, settings: Any, run_id: str | None) -> None:
+        self._swanlab: Any = importlib.import_module("swanlab")
+        self.run_id = run_id or secrets.token_hex(11)[:21]  # it takes 21 characters
+        self._swanlab.init(
+            project=project,
+            experiment_name=folder.name,
+            logdir=str(folder / "swanlog"),
+            config=settings,
+            id=self.run_id,
+            resume="allow",
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._swanlab.log(dict(values), step=step)
+
+    def attach(self, verdict: str, files: Iterable[Path]) -> None:
+        texts = {"verdict": self._swanlab.Text(verdict)} | {
+            file.name: self._swanlab.Text(file.read_text(encoding="utf-8"), caption=file.name)
+            for file in files
+        }
+        self._swanlab.log(texts)
+
+    def close(self) -> None:
+        self._swanlab.finish()
+
+
+class _Trackio:
+    """It goes on with a run of the same name."""
+
+    def __init__(self, project: str, folder: Path, settings: Any, run_id: str | None) -> None:
+        self._trackio: Any = importlib.import_module("trackio")
+        self.run_id = run_id or folder.name
+        self._trackio.init(project=project, name=self.run_id, config=settings, resume="allow")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._trackio.log(dict(values), step=step)
+
+    def attach(self, verdict: str, files: Iterable[Path]) -> None:
+        self._trackio.log({"verdict": verdict})
+        for file in files:
+            self._trackio.log_artifact(str(file), name=file.name, type="verdict")
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+class _Mlflow:
+    def __init__(self, project: str, folder: Path, settings: Any, run_id: str | None) -> None:
+        self._client: Any = importlib.import_module("mlflow").MlflowClient()
+        if run_id is None:
+            experiment = self._client.get_experiment_by_name(project)
+            number = experiment.experiment_id if experiment else None
+            number = number or self._client.create_experiment(project)
+            run_id = self._client.create_run(number, run_name=folder.name).info.run_id
+            self._client.log_dict(run_id, settings, "config.json")
+        self.run_id = str(run_id)
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self.run_id, name, value, step=step)
+
+    def attach(self, verdict: str, files: Iterable[Path]) -> None:
+        self._client.set_tag(self.run_id, "verdict", verdict)
+        for file in files:
+            self._client.log_artifact(self.run_id, str(file))
+
+    def close(self) -> None:
+        self._client.set_terminated(self.run_id)
+
+
+SERVICES: dict[str, Any] = {
+    "wandb": _WeightsAndBiases,
+    "swanlab": _SwanLab,
+    "trackio": _Trackio,
+    "mlflow": _Mlflow,
+}
+
+
+def configured_services(config: FineTuneConfig) -> list[str]:
+    """The names in `report_to`, which is a list with commas, as in mlx-lm.
+
+    Raises ConfigError for one that is not known or whose client is not installed.
+    """
+    names = [name.strip().lower() for name in (config.report_to or "").split(",")]
+    names = [name for name in dict.fromkeys(names) if name]
+    unknown = [name for name in names if name not in SERVICES]
+    if unknown:
+        raise ConfigError(
+            f"report_to: {' and '.join(unknown)} is not known; choose from {', '.join(SERVICES)}."
+        )
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        packages = " ".join(missing)
+        raise ConfigError(
+            f"report_to: {' and '.join(missing)} is not installed. Install it (pip install "
+            f"{packages}), or leave it out of report_to."
+        )
+    return names
+
+
+class ReportingCallback:
+    """Sends what a run reports to the services of `report_to`; a training callback."""
+
+    def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None:
+        """Raises ConfigError for a service that cannot be reached."""
+        project = config.project_name or DEFAULT_PROJECT
+        settings = config.model_dump(mode="json")
+        known = _read_run_ids(run)
+        self._services: dict[str, ReportingService] = {}
+        for name in configured_services(config):
+            try:
+                service = SERVICES[name](project, run.path.resolve(), settings, known.get(name))
+            except Exception as error:  # of a client or of the way to its server
+                raise ConfigError(f"report_to: {name} cannot be used: {error}") from error
+            self._services[name] = service
+        if self._services:
+            ids = {name: service.run_id for name, service in self._services.items()}
+            write_json(run.report_to, known | ids)
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Send a training report."""
+        self._log(train_info)
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Send an evaluation."""
+        self._log(val_info)
+
+    def _log(self, info: Mapping[str, Any]) -> None:
+        numbers = {
+            name: float(value)
+            for name, value in info.items()
+            if isinstance(value, int | float) and math.isfinite(value)
+        }
+        for service in self._services.values():
+            service.log(numbers, int(info["iteration"]))
+
+    def attach(self, verdict: str, files: Iterable[Path]) -> None:
+        """Add the verdict and the files that are there."""
+        present = [file for file in files if file.is_file()]
+        for service in self._services.values():
+            service.attach(verdict, present)
+
+    def close(self) -> None:
+        """Send what is held back."""
+        for service in self._services.values():
+            service.close()
+
+
+@contextmanager
+def reporting_to_services(
+    config: FineTuneConfig, run: RunDirectory, callback: TrainingCallback | None
+) -> Iterator[TrainingCallback | None]:
+    """The caller's callback together with the services of `report_to`, for the block's training."""
+    if not configured_services(config):
+        yield callback
+        return
+    services = ReportingCallback(config, run)
+    try:
+        yield services if callback is None else CallbackGroup([callback, services])
+    finally:
+        services.close()
+
+
+@contextmanager
+def attaching_verdict_at_end(config: FineTuneConfig, run: RunDirectory) -> Iterator[None]:
+    """When the block ends, add its verdict, gate.json and report.html to each service's run.
+
+    A service that cannot be reached is warned of: the run is done without it.
+    """
+    try:
+        yield
+    finally:
+        if configured_services(config) and run.result.is_file() and run.gate.is_file():
+            try:
+                services = ReportingCallback(config, run)
+                files = (run.gate, run.path / "report.html")
+                services.attach(str(read_json_object(run.gate)["verdict"]), files)
+                services.close()
+            except Exception as error:  # of a client or of the way to its server
+                warnings.warn(f"report_to: the verdict was not attached: {error}", stacklevel=2)
+
+
+def _read_run_ids(run: RunDirectory) -> dict[str, str]:
+    try:
+        ids = read_json_object(run.report_to)
+    except (DamagedError, MissingFileError):  # then the services begin anew
+        return {}
+    return {str(name): str(value) for name, value in ids.items()}

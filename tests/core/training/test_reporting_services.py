@@ -1,0 +1,137 @@
+"""`report_to`: what each client is sent. mlflow is the real one; the others stand in and record."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from nested_core.errors import ConfigError
+from nested_core.pipeline.finetune import finetune
+from nested_core.storage.atomic import write_json
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.reporting_services import (
+    attaching_verdict_at_end,
+    configured_services,
+    reporting_to_services,
+)
+from tests.example import example_config
+
+TRAIN = {"iteration": 10, "train_loss": 2.5, "learning_rate": 0.1}
+VALID = {"iteration": 10, "val_loss": float("nan"), "val_time": 0.5}
+
+
+class Client(ModuleType):
+    """Stands in for a client: records what is called on it, and on what that returns."""
+
+    def __init__(self, name: str, calls: list[tuple[str, Any, Any]]) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+        self.calls = calls
+        self.id = "known-there"
+        self.summary: dict[str, str] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            self.calls.append((name, args, options))
+            return self
+
+        return call
+
+    def named(self, name: str) -> list[tuple[Any, Any]]:
+        return [(args, options) for called, args, options in self.calls if called == name]
+
+
+def run_once(tmp_path: Path, services: str) -> RunDirectory:
+    """What training and its end send: one report, one evaluation, the verdict with two files."""
+    config = example_config(report_to=services, project_name="capitals")
+    run = RunDirectory(tmp_path / "run-1")
+    run.path.mkdir()
+    with attaching_verdict_at_end(config, run):
+        with reporting_to_services(config, run, None) as callback:
+            assert callback is not None
+            callback.on_train_loss_report(TRAIN)
+            callback.on_val_loss_report(VALID)
+        write_json(run.result, {})
+        write_json(run.gate, {"verdict": "passed"})
+        (run.path / "report.html").write_text("<p>passed</p>")
+    return run
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "trackio"])
+def test_each_client_gets_the_losses_then_the_verdict_and_the_page_in_the_same_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(name, [])
+    monkeypatch.setitem(sys.modules, name, client)
+    run_once(tmp_path, name)
+    first, again = (options for _, options in client.named("init"))
+    assert first["project"] == "capitals"
+    assert first["config"]["iters"] == 8
+    key = "name" if name == "trackio" else "id"
+    assert again[key] == ("known-there" if name == "wandb" else first[key])
+    assert again["resume"] == "allow"
+    logged = client.named("log")
+    assert logged[0] == ((TRAIN,), {"step": 10})
+    assert "val_loss" not in logged[1][0][0]  # a loss that is not finite is no number
+    sent = repr([call for call in client.calls if call[0] in ("add_file", "log_artifact", "Text")])
+    assert "gate.json" in sent
+    assert "report.html" in sent
+    assert "passed" in repr(client.summary) + repr(client.calls)
+    assert len(client.named("finish")) == 2
+
+
+def test_mlflow_itself_has_the_losses_the_verdict_and_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)  # where it keeps what is attached
+    run_once(tmp_path, "mlflow")
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("capitals")
+    assert experiment is not None
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.run_name == "run-1"
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["train_loss"] == 2.5
+    assert tracked.data.tags["verdict"] == "passed"
+    names = {file.path for file in client.list_artifacts(tracked.info.run_id)}
+    assert names == {"config.json", "gate.json", "report.html"}
+
+
+def test_a_missing_or_unknown_service_is_said_before_there_is_a_run_folder(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(ConfigError, match="report_to: wandb is not installed. Install it"):
+        finetune(example_config(report_to="mlflow, wandb"), run)
+    assert not run.path.exists()
+    with pytest.raises(ConfigError, match="report_to: tensorboard is not known; choose from wandb"):
+        configured_services(example_config(report_to="tensorboard"))
+
+
+def test_a_service_that_fails_at_the_end_is_warned_of_and_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client("trackio", [])
+    monkeypatch.setitem(sys.modules, "trackio", client)
+    run = RunDirectory(tmp_path)
+    write_json(run.result, {})
+    write_json(run.gate, {"verdict": "passed"})
+
+    def unreachable(**_: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(client, "init", unreachable, raising=False)
+    with (
+        pytest.warns(UserWarning, match="report_to: the verdict was not attached: .*no route"),
+        attaching_verdict_at_end(example_config(report_to="trackio"), run),
+    ):
+        pass
