@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         inspection,
         peft,
         registry,
+        reports,
         training,
     )
 
@@ -62,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = _Commands(parser)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    for module in (demo, training, inspection, chat, registry, peft, deployment, doctor):
+    modules = (demo, training, inspection, reports, chat, registry, peft, deployment, doctor)
+    for module in modules:
         module.add_commands(commands, shared)
     return parser
 

@@ -17,7 +17,7 @@ from rich.console import Console  # noqa: TID251
 from rich.table import Column, Table
 from rich.text import Text
 
-from nested_core.foreign_text import escape
+from nested_core.foreign_text import escape, escape_lines
 from nested_core.storage.atomic import finite_or_none
 
 if TYPE_CHECKING:
@@ -137,6 +137,11 @@ def print_json(document: Any) -> None:
 def print_line(text: str) -> None:
     """A line of a command's result on standard output."""
     print(escape(text))  # noqa: T201
+
+
+def print_page(text: str) -> None:
+    """A document of several lines on standard output, as it would stand in a file."""
+    print(escape_lines(text.rstrip("\n")))  # noqa: T201
 
 
 def print_progress(*lines: str) -> None:

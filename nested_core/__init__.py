@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from nested_core.optim.tier_counters import Tier, TierStats
     from nested_core.optim.tiered import NestedAdam, NestedAdamW, Tiered
     from nested_core.pipeline.finetune import FinetuneResult, Hooks, finetune
+    from nested_core.report.run_comparison import RunComparison, compare_runs
+    from nested_core.report.run_page import RunReport, read_report
     from nested_core.storage.adapter import Adapter, read_adapter
     from nested_core.storage.run_directory import open_run
 
@@ -47,6 +49,8 @@ __all__ = [
     "NestedAdam",
     "NestedAdamW",
     "NestedTuneError",
+    "RunComparison",
+    "RunReport",
     "SilentUpdateWarning",
     "Tier",
     "TierMap",
@@ -58,11 +62,13 @@ __all__ = [
     "UpdateReport",
     "apply_flat_updates_to_nested",
     "assign_tiers",
+    "compare_runs",
     "finetune",
     "load_config",
     "open_run",
     "prepare",
     "read_adapter",
+    "read_report",
     "verify_updates",
 ]
 
@@ -76,6 +82,8 @@ _HOMES = {
     "optim.named_updates": ("UpdateReport", "apply_flat_updates_to_nested", "verify_updates"),
     "optim.tier_assignment": ("TierMap", "assign_tiers"),
     "pipeline.finetune": ("FinetuneResult", "Hooks", "finetune"),
+    "report.run_comparison": ("RunComparison", "compare_runs"),
+    "report.run_page": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import result_printer, text_printer
 from flows.terminal import ProgressLine, print_line, print_progress, print_table
-from nested_core.errors import ConfigError, DamagedError, GateRejected
+from nested_core.errors import ConfigError, GateRejected
 from nested_core.storage.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -128,84 +128,12 @@ def run_adapter_audit(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     """Say where a run stands, from its folder."""
+    from nested_core.report.run_status import read_status
+
     status = read_status(RunDirectory(arguments.run_dir))
     return result_printer(
         arguments, lambda: status, lambda: print_table(("", ""), list(status.items()))
     )
-
-
-def read_status(run: RunDirectory) -> dict[str, Any]:
-    """The state of a run, its last losses, and the verdict if there is one."""
-    from nested_core.config.resume import read_run_config
-    from nested_core.training.metrics_file import read_metrics
-
-    config = read_run_config(run)
-    records = read_metrics(run.metrics)
-    last = records[-1] if records else {"step": 0, "iteration": 0}
-    verdict, holder = _read_verdict(run), run.holder()
-    state = _describe_state(run, holder, verdict)
-    return {
-        "run_dir": str(run.path),
-        "state": state,
-        "process": holder,
-        "step": last.get("step", 0),
-        "iteration": last.get("iteration", 0),
-        "iterations": config.iters if config.training.epochs is None else None,
-        "current_train_loss": _last_value(records, "loss"),
-        "current_val_loss": _last_value(records, "val_loss"),
-        "learning_rate": _last_value(records, "learning_rate"),
-        "updates": _last_value(records, "updates"),
-        "checkpoint": _name_checkpoint(run, state),
-        "verdict": verdict,
-    }
-
-
-def _read_verdict(run: RunDirectory) -> str | None:
-    """What the gate said; a run that is made longer takes that away, perhaps just now.
-
-    None for a gate.json without its manifest: it was being written, or is an earlier version's.
-    Raises DamagedError if it has changed since.
-    """
-    from nested_core.registry.gate_file import (
-        has_verdict_manifest,
-        read_gate,
-        require_verdict_manifest,
-    )
-
-    try:
-        gate = read_gate(run.gate)
-        require_verdict_manifest(run.path, gate)
-    except (ConfigError, DamagedError):
-        if run.gate.exists() and has_verdict_manifest(run.path):
-            raise
-        return None
-    return str(gate["verdict"])
-
-
-def _describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -> str:
-    if holder is not None:
-        return "running"
-    if verdict is not None:
-        return {"passed": "verified", "failed": "rejected"}[verdict]
-    return "trained" if run.result.exists() else "resumable"
-
-
-def _name_checkpoint(run: RunDirectory, state: str) -> str | None:
-    """The checkpoint that the run would go on from: hashed if it is to be, else the newest."""
-    from nested_core.storage.checkpoint_verification import (
-        list_checkpoints,
-        newest_sound_checkpoint,
-    )
-
-    if state == "resumable":
-        path = newest_sound_checkpoint(run.checkpoints)
-    else:
-        path = next(reversed(list_checkpoints(run.checkpoints)), None)
-    return None if path is None else path.name
-
-
-def _last_value(records: list[dict[str, Any]], key: str) -> Any:
-    return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
 
 
 def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:

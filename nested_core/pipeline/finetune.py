@@ -20,6 +20,7 @@ from nested_core.pipeline.continual import (
 from nested_core.pipeline.publishing import register_run
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.promotion_policy import promote_by_policy, registry_location
+from nested_core.report.run_page import read_report, writing_report_at_end
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reporting_services import (
     attaching_verdict_at_end,
@@ -47,6 +48,9 @@ class FinetuneResult:
     test_loss: float | None = None
     version: str | None = None
     promotion: str | None = None
+
+    def _repr_html_(self) -> str:
+        return read_report(self.run.path)._repr_html_()
 
 
 class Hooks:
@@ -113,33 +117,38 @@ def finetune(
 
     Holds the run directory's lock. `resume` goes on with what is in the directory. Raises what the
     steps raise: ConfigError, DatasetError, TrainingStopped, GateRejected, DamagedError; each leaves
-    a run directory that can be resumed or is complete.
+    a run directory that can be resumed or is complete, and report.html in it to look at.
     """
     hooks = hooks or Hooks()
     configured_services(config)  # refuses one that is not installed, before there is a folder
     with run.locked(), attaching_verdict_at_end(config, run):
         hooks.begin(config, run, resume=resume)
-        hooks.validate(config, run)
-        unchanged = champion_trained_alike(config, run)
-        if unchanged is not None:
-            return FinetuneResult(run, unchanged_since=unchanged)
-        hooks.load(config, run)
-        training = hooks.train(config, run)
-        has_registry = config.registry.path is not None
-        champion = champion_or_none(*registry_location(config.registry)) if has_registry else None
-        verdict = hooks.judge(config, run)
-        test_loss = hooks.measure_test(config, run) if config.test else None
-        version = None
-        promotion = None
-        if has_registry:
-            version = hooks.register(config, run, champion)
-            if config.registry.promote != "never":
-                promotion = hooks.promote(config, version, champion)
-        return FinetuneResult(
-            run,
-            verdict=verdict,
-            training=training,
-            test_loss=test_loss,
-            version=version,
-            promotion=promotion,
-        )
+        with writing_report_at_end(run):
+            return _finetune_locked(config, run, hooks)
+
+
+def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) -> FinetuneResult:
+    hooks.validate(config, run)
+    unchanged = champion_trained_alike(config, run)
+    if unchanged is not None:
+        return FinetuneResult(run, unchanged_since=unchanged)
+    hooks.load(config, run)
+    training = hooks.train(config, run)
+    has_registry = config.registry.path is not None
+    champion = champion_or_none(*registry_location(config.registry)) if has_registry else None
+    verdict = hooks.judge(config, run)
+    test_loss = hooks.measure_test(config, run) if config.test else None
+    version = None
+    promotion = None
+    if has_registry:
+        version = hooks.register(config, run, champion)
+        if config.registry.promote != "never":
+            promotion = hooks.promote(config, version, champion)
+    return FinetuneResult(
+        run,
+        verdict=verdict,
+        training=training,
+        test_loss=test_loss,
+        version=version,
+        promotion=promotion,
+    )

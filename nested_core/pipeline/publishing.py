@@ -21,7 +21,7 @@ from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_regular, regular_sha256
-from nested_core.training.metrics_file import read_metrics
+from nested_core.training.metrics_file import cumulative_seconds, read_metrics
 
 RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 
@@ -95,7 +95,7 @@ def make_provenance(
         "parent": parent_version_of(config, run, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
         "training_examples": _training_examples(config, run, gate["initial"]["digest"]),
-        "training_seconds": _training_seconds(read_metrics(run.metrics)),
+        "training_seconds": max(cumulative_seconds(read_metrics(run.metrics)), default=0.0),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
     }
 
@@ -106,17 +106,6 @@ def _training_examples(config: FineTuneConfig, run: RunDirectory, initial: str) 
         return None
     own = np.frombuffer(read_regular(run.training_examples), "<u8").astype(np.uint64)
     return encode_digests(np.concatenate([own, read_ancestor_examples(config, initial)]))
-
-
-def _training_seconds(records: list[dict[str, Any]]) -> float:
-    """Seconds spent in training steps over all sessions, from the speed of each report."""
-    reports = [record for record in records if "iterations_per_second" in record]
-    ends = [0, *(record["iteration"] for record in reports)]
-    seconds: float = sum(
-        (end - begin) / record["iterations_per_second"]
-        for record, begin, end in zip(reports, ends, ends[1:], strict=False)
-    )
-    return seconds
 
 
 def _validation_digest(dataset: DatasetRecord, validation: dict[str, Any] | None) -> str | None:

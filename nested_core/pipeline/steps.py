@@ -246,7 +246,7 @@ def _train(
     if world.is_main:
         # The run is made longer: what it ended with is out of date.
         measured = (run.gate_losses, run.training_examples, run.answers, run.sample_answers)
-        for earlier in (run.manifest, run.gate, *measured, run.result):
+        for earlier in (run.report, run.manifest, run.gate, *measured, run.result):
             earlier.unlink(missing_ok=True)
         write_plan(run.plan, _make_plan(trainer, report))
     if on_start is not None:

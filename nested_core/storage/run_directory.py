@@ -59,6 +59,7 @@ class RunDirectory:
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
         self.training_examples = path / "training-examples.bin"  # digests, uint64, ascending
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
+        self.report = path / "report.html"  # the page to look at, made of all of these
 
         # What other processes see.
         self.stop_request = path / "stop.request"  # who makes this file asks training to stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     DamagedError if something else than a file of at most 1 GiB stands there.
     """
     return [record for record in _read_lines(path) if record is not None]
+
+
+def cumulative_seconds(records: Sequence[dict[str, Any]]) -> list[float]:
+    """Seconds spent in training steps up to each record, over all sessions, from its speed.
+
+    Evaluations, checkpoints and pauses between sessions are left out.
+    """
+    seconds = []
+    passed, done = 0.0, 0
+    for record in records:
+        speed = record.get("iterations_per_second")
+        if speed:
+            passed += (record["iteration"] - done) / speed
+            done = record["iteration"]
+        seconds.append(passed)
+    return seconds
 
 
 def truncate_metrics(path: Path, step: int, count: int) -> int:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from flows.commands.inspection import read_status
 from nested_core.config.gate import GateSection
 from nested_core.errors import DamagedError, GateRejected, TrainingStopped
 from nested_core.pipeline import steps
 from nested_core.registry import gate_file
+from nested_core.report.run_status import read_status
 from nested_core.storage import strict_files
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import Finished, example_config, prepare, stop_after, train

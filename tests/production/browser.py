@@ -49,6 +49,7 @@ class Browser:
         # A socket's path has about 100 characters at most; importing mlx sets a longer TMPDIR.
         self._process = start_logged(command, folder / "log", folder, {"TMPDIR": "/tmp"})
         self._numbers = itertools.count(1)
+        self.events: list[dict[str, Any]] = []  # what was heard from the page, since `watch`
         try:
             self._page = self._connect(folder / "DevToolsActivePort")
             self.resize(HEIGHT)
@@ -75,6 +76,8 @@ class Browser:
         self._page.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:  # events come in between
             answer = json.loads(self._page.recv(timeout=SECONDS_TO_SHOW))
+            if "method" in answer:
+                self.events.append(answer)
             if answer.get("id") == number:
                 assert "error" not in answer, answer
                 result: dict[str, Any] = answer["result"]
@@ -85,9 +88,38 @@ class Browser:
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
         return answer["result"].get("value")
 
-    def resize(self, height: int) -> None:
-        size = {"width": WIDTH, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    def resize(self, height: int, width: int = WIDTH) -> None:
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
+
+    def prefer(self, scheme: str) -> None:
+        """Have the page believe that the person prefers `light` or `dark`."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        self._call("Emulation.setEmulatedMedia", features=[feature])
+
+    def watch(self) -> None:
+        """From now on `events` gets what the page logs, raises and asks the network for."""
+        for domain in ("Runtime", "Log", "Network", "Page"):
+            self._call(f"{domain}.enable")
+        self.events.clear()
+
+    def requests(self) -> list[str]:
+        """The addresses that the page asked for since `watch`, the page's own among them."""
+        return [
+            str(event["params"]["request"]["url"])
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
+
+    def messages(self) -> list[str]:
+        """What the page's console showed since `watch`: messages, errors, refusals."""
+        shown = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        return [json.dumps(event["params"]) for event in self.events if event["method"] in shown]
+
+    def whole_picture(self) -> bytes:
+        """The page from its top to its end, as PNG."""
+        done = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        return base64.b64decode(done["data"])
 
     def open(self, url: str) -> None:
         """Go there and wait until the document is loaded; its scripts may still be at work."""

@@ -1,0 +1,135 @@
+"""report, runs, compare and card: runs and registered adapters as a person reads them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flows.commands.command_output import result_printer
+from flows.terminal import print_line, print_page, print_progress, print_table
+from nested_core.errors import DamagedError
+from nested_core.storage.run_directory import RUNS
+
+
+def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
+    """Add the commands of this module."""
+    report = commands.add_parser(
+        "report", parents=[shared], help="write a run's page, report.html, at any state of the run"
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: RUN_DIR/report.html"
+    )
+    report.set_defaults(run=run_report)
+    runs = commands.add_parser("runs", parents=[shared], help="list the runs of a folder")
+    runs.add_argument("folder", nargs="?", type=Path, default=RUNS, metavar="DIR")
+    runs.add_argument("--json", action="store_true", help="the list as one JSON document")
+    runs.set_defaults(run=run_listing)
+    compare = commands.add_parser(
+        "compare",
+        parents=[shared],
+        help="what differs between runs: configuration, losses, verdicts, answers, speed",
+    )
+    compare.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write a page with the curves")
+    compare.add_argument("--json", action="store_true", help="as one JSON document")
+    compare.set_defaults(run=run_compare)
+    card = commands.add_parser(
+        "card", parents=[shared], help="a model card for the champion of a registry's name"
+    )
+    card.add_argument("name_folder", type=Path, metavar="REGISTRY/NAME")
+    card.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
+    card.set_defaults(run=run_card)
+
+
+def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Write a run's page; exit 6 where a file of the run is damaged, which the page says."""
+    from nested_core.report.run_page import read_report
+
+    report = read_report(arguments.run_dir)
+    target = arguments.output or report.record.run.report
+    report.write(target)
+    for problem in report.record.problems:
+        print_progress(f"warning: {problem}")
+
+    def finish() -> int:
+        """Print where the page is."""
+        print_line(f"report: {target}")
+        return DamagedError.exit_code if report.record.problems else 0
+
+    return finish
+
+
+def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
+    """List the runs of a folder, newest first."""
+    from nested_core.report.run_listing import list_runs
+
+    runs = list_runs(arguments.folder)
+
+    def show() -> None:
+        """A row for each run."""
+        if not runs:
+            print_line(f"no runs in {arguments.folder}")
+            return
+        rows = [
+            (
+                run.name,
+                run.state,
+                f"{run.step} of {run.steps}" if run.step is not None and run.steps else run.step,
+                run.train_loss,
+                run.val_loss,
+                run.problem or run.verdict,
+                run.describe_age(),
+            )
+            for run in runs
+        ]
+        columns = ("run", "state", "step", "training loss", "validation loss", "verdict", "age")
+        print_table(columns, rows)
+
+    return result_printer(arguments, lambda: {"runs": [asdict(run) for run in runs]}, show)
+
+
+def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Show runs beside each other."""
+    from nested_core.report.run_comparison import compare_runs
+    from nested_core.storage.atomic import write_bytes
+
+    comparison = compare_runs(arguments.run_dirs)
+    if arguments.html is not None:
+        write_bytes(arguments.html, comparison.to_html().encode("utf-8", "replace"))
+
+    def show() -> None:
+        """The figures, then the settings that differ."""
+        print_table(("", *comparison.names), list(comparison.rows()))
+        if not comparison.has_same_held_out_examples():
+            print_line("The gate did not judge these runs on the same held-out examples.")
+        for problem in (problem for r in comparison.records for problem in r.problems):
+            print_line(f"damaged: {problem}")
+        if arguments.html is not None:
+            print_line(f"page: {arguments.html}")
+
+    return result_printer(arguments, comparison.to_json, show)
+
+
+def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Write the model card of a champion."""
+    from nested_core.report.adapter_card import write_card
+    from nested_core.storage.atomic import write_bytes
+
+    folder: Path = arguments.name_folder
+    card = write_card(folder.parent, folder.name)
+    if arguments.output is not None:
+        write_bytes(arguments.output, card.encode())
+
+    def finish() -> int:
+        """Print the card, or where it is."""
+        if arguments.output is None:
+            print_page(card)
+        else:
+            print_line(f"card: {arguments.output}")
+        return 0
+
+    return finish

@@ -1,0 +1,144 @@
+"""HTML that text of others cannot change: every string is escaped unless these functions made it.
+
+A page is one file without scripts and without anything to fetch; its content security policy
+forbids both. Tables have headers with a scope, and scroll by themselves where they are too wide.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from nested_core.foreign_text import escape_lines
+from nested_core.html_style import STYLE
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+class Html(str):
+    """Markup made by this module: put on a page as it stands."""
+
+    __slots__ = ()
+
+
+def markup(value: object) -> Html:
+    """The value itself if it is markup, else its text escaped; None is a dash.
+
+    What does not print is shown as an escape, such as \\x1b; line ends stay.
+    """
+    if isinstance(value, Html):
+        return value
+    return Html(html.escape(escape_lines("–" if value is None else format_value(value))))
+
+
+def format_value(value: object) -> str:
+    """A value as a person reads it: yes or no, thousands separated, four digits of a fraction."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def element(tag: str, *children: object, **attributes: str) -> Html:
+    """`<tag attributes>children</tag>`; `class_` is the attribute class, `_` in a name is `-`."""
+    pairs = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{markup(value)}"'
+        for name, value in attributes.items()
+    )
+    return Html(f"<{tag}{pairs}>{join(children)}</{tag}>")
+
+
+def join(parts: Iterable[object]) -> Html:
+    """The parts one after the other."""
+    return Html("".join(map(markup, parts)))
+
+
+def table(caption: str, columns: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
+    """A table whose first column names its rows. End tags that HTML lets one omit are omitted."""
+    head = "".join(f"<th scope=col>{markup(column)}" for column in columns)
+    lines = []
+    for first, *others in rows:
+        cells = "".join(f"<td{_number_class(cell)}>{markup(cell)}" for cell in others)
+        lines.append(f"<tr><th scope=row>{markup(first)}{cells}\n")
+    body = Html(
+        f"<table><caption>{markup(caption)}</caption><thead><tr>{head}<tbody>{''.join(lines)}"
+        f"</table>"
+    )
+    return scrolling(caption, body)
+
+
+def _number_class(cell: object) -> str:
+    is_number = isinstance(cell, int | float) and not isinstance(cell, bool)
+    return " class=n" if is_number else ""
+
+
+def scrolling(label: str, content: Html) -> Html:
+    """Content that scrolls sideways within itself, by keyboard too."""
+    return element("div", content, class_="scroll", role="group", tabindex="0", aria_label=label)
+
+
+def preformatted(label: str, text: str) -> Html:
+    """Text as it would stand in a file or a terminal."""
+    code = element("code", text)
+    return element("pre", code, role="group", tabindex="0", aria_label=label)
+
+
+def collapsed(summary: str, content: Html) -> Html:
+    """Content that a reader opens."""
+    return element("details", element("summary", summary), content)
+
+
+def section(identifier: str, heading: str, *content: object) -> Html:
+    """A section of a page: a landmark with its heading."""
+    title = f"{identifier}-heading"
+    return element(
+        "section",
+        element("h2", heading, id=title),
+        *content,
+        id=identifier,
+        aria_labelledby=title,
+    )
+
+
+def paragraph(*content: object, class_: str = "") -> Html:
+    """A paragraph."""
+    return element("p", *content, **({"class_": class_} if class_ else {}))
+
+
+def fragment(*content: object) -> Html:
+    """Markup with its style, for a notebook's cell or for the body of a page."""
+    style = Html(f"<style>{STYLE}</style>")
+    return element("div", style, *content, class_="nested-tune")
+
+
+def page(title: str, *content: object) -> str:
+    """A whole page: one file that runs nothing and fetches nothing."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n'
+        f'<meta name="referrer" content="no-referrer">\n'
+        f"<title>{markup(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f'<body class="nested-tune">\n{join(content)}\n</body>\n</html>\n'
+    )
+
+
+def figures(entries: Iterable[tuple[str, object, str]]) -> Html:
+    """Numbers to look at first: of each its name, its value and a word of explanation."""
+    return element(
+        "dl",
+        *(
+            element("div", element("dt", name), element("dd", value, element("small", note)))
+            for name, value, note in entries
+        ),
+    )
+
+
+def long_text(value: str, limit: int = 400) -> Html:
+    """Text of others in its own lines, cut after `limit` characters."""
+    shown = value if len(value) <= limit else f"{value[:limit]} …"
+    return element("span", shown, class_="text")

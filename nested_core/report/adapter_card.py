@@ -1,0 +1,168 @@
+"""A model card for a registered adapter, in the form of the Hugging Face hub.
+
+Its front matter holds what provenance.json and gate.json prove, and no field that nobody gave:
+without a hub's name for the base or the data there is none, and no licence is ever guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nested_core.errors import ConfigError
+from nested_core.foreign_text import escape_markdown
+from nested_core.registry.gate_file import GATE_NAME, read_gate
+from nested_core.registry.name_folders import VERSIONS, check_name
+from nested_core.registry.queries import read_champion, verify
+from nested_core.registry.versions import read_provenance
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def write_card(registry: Path, name: str) -> str:
+    """The card of a name's champion, as markdown with YAML in front.
+
+    Raises ConfigError for an unknown name or one without a champion, DamagedError if the version
+    is not what was registered.
+    """
+    check_name(name)
+    version = read_champion(registry, name)
+    if version is None:
+        raise ConfigError(
+            f"{registry / name} has no champion yet, and a card is about the champion. Promote a "
+            f"run first: nested-tune promote RUN_DIR --registry {registry} --name {name}"
+        )
+    verify(registry, name, version)
+    folder = registry / name / VERSIONS / version
+    provenance, gate = read_provenance(folder), read_gate(folder / GATE_NAME)
+    front = yaml.safe_dump(_front_matter(name, provenance, gate), sort_keys=False)
+    body = "\n".join(_body(name, version, provenance, gate))
+    return f"---\n{front}---\n\n{body}\n"
+
+
+def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of the card: fields of the hub, those alone that are known."""
+    config = provenance.get("config") or {}
+    fields: dict[str, Any] = {}
+    if (base := _hub_name(config.get("model"))) is not None:
+        fields["base_model"] = base
+        fields["base_model_relation"] = "adapter"
+    fields["library_name"] = "mlx"
+    fields["pipeline_tag"] = "text-generation"
+    fields["tags"] = ["mlx", "nested-tune", str(config.get("fine_tune_type", "lora"))]
+    datasets = _hub_datasets(config)
+    if datasets:
+        fields["datasets"] = datasets
+    metrics = list(_index_metrics(gate))
+    if len(datasets) == 1 and metrics:  # the numbers are of that data set, which all can get
+        result = {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": datasets[0], "name": datasets[0]},
+            "metrics": metrics,
+        }
+        fields["model-index"] = [{"name": name, "results": [result]}]
+    return fields
+
+
+def _hub_name(value: object) -> str | None:
+    """A name of the hub; None for a folder of this machine or anything else."""
+    is_name = isinstance(value, str) and _HUB_NAME.fullmatch(value) is not None
+    return str(value) if is_name and not Path(str(value)).exists() else None
+
+
+def _hub_datasets(config: dict[str, Any]) -> list[str]:
+    entries = [entry.get("path") for entry in config.get("hf_dataset") or []]
+    named = [_hub_name(value) for value in entries or [config.get("data")]]
+    return [name for name in named if name is not None]
+
+
+def _index_metrics(gate: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    losses = gate.get("validation")
+    if losses and losses.get("loss_after") is not None:
+        name = f"mean loss in nats a token, {losses.get('file')}"
+        yield {"type": "loss", "name": name, "value": losses["loss_after"]}
+
+
+def _body(
+    name: str, version: str, provenance: dict[str, Any], gate: dict[str, Any]
+) -> Iterator[str]:
+    config = provenance.get("config") or {}
+    model = str(config.get("model", "unknown"))
+    yield f"# {escape_markdown(name)}"
+    yield ""
+    yield (
+        f"An adapter ({escape_markdown(str(config.get('fine_tune_type', 'lora')))}) for "
+        f"{escape_markdown(model)}, trained and judged by nested-tune. Version "
+        f"`{version}`, registered {escape_markdown(str(provenance.get('registered_at', '')))}."
+    )
+    yield from ("", "## Evaluation", "")
+    yield from _evaluation(gate)
+    yield from ("", "## Training", "")
+    yield from _table(("setting", "value"), _settings(config, provenance))
+    yield from ("", "## Provenance", "")
+    yield from _table(("of", "value"), _provenance_rows(provenance))
+    yield from ("", "## Use", "")
+    yield (
+        "The champion's folder is an adapter folder of mlx-lm: give it to `mlx_lm.generate` as "
+        "`--adapter-path`, with the base model above as `--model`."
+    )
+
+
+def _evaluation(gate: dict[str, Any]) -> Iterator[str]:
+    """The gate's measurements, each with its split and number of examples."""
+    losses = gate.get("validation")
+    rows: list[tuple[object, ...]] = []
+    if losses:
+        where = f"{losses.get('file')}, {losses.get('examples')} examples"
+        before, after = _number(losses["loss_before"]), _number(losses["loss_after"])
+        rows.append(("mean loss, nats a token", where, before, after))
+    for task in gate.get("tasks") or []:
+        before = task["base"] if task.get("parent") is None else task["parent"]
+        where = f"{task['questions']} questions"
+        shares = (_number(before), _number(task["candidate"]))
+        rows.append((f"right answers, {task['name']}", where, *shares))
+    if not rows:
+        yield "Quality was not measured: there was no held-out data and no suite of questions."
+        return
+    yield from _table(("measure", "on", "before training", "this adapter"), rows)
+    if losses and losses.get("selected_on_same_data"):
+        yield ""
+        yield "The same examples chose the step that is offered; the loss is a little too good."
+
+
+def _settings(config: dict[str, Any], provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+    for key in ("iters", "batch_size", "learning_rate", "optimizer", "num_layers", "seed"):
+        if key in config:
+            yield key, config[key]
+    lora = config.get("lora_parameters") or {}
+    yield from ((f"lora_parameters.{key}", lora[key]) for key in ("rank", "scale") if key in lora)
+    frequencies = (config.get("nested") or {}).get("frequencies")
+    if frequencies:
+        yield "nested.frequencies", frequencies
+    seconds = provenance.get("training_seconds")
+    if seconds is not None:
+        yield "training, seconds", _number(seconds)
+
+
+def _provenance_rows(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+    for name in ("base_fingerprint", "dataset_digest", "train_digest", "validation_digest"):
+        if provenance.get(name) is not None:
+            yield name, provenance[name]
+    if provenance.get("parent") is not None:
+        yield "parent", provenance["parent"]
+    yield from sorted((provenance.get("packages") or {}).items())
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "not finite"
+
+
+def _table(columns: tuple[str, ...], rows: Any) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield "|" + "---|" * len(columns)
+    for row in rows:
+        yield f"| {' | '.join(escape_markdown(str(cell)) for cell in row)} |"

@@ -1,0 +1,227 @@
+"""Line charts as SVG for pages: drawn by leather, coloured by the page's variables.
+
+Leather is the extra `report`; without it there is no chart, and pages show their tables alone. The
+colours are CSS variables, with a fallback for a chart that stands by itself. docs/report.md says
+why it is not matplotlib.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nested_core.html_markup import Html, collapsed, element, join, markup, table
+from nested_core.report.curve_points import Point, decimate
+
+WIDTH, HEIGHT = 420, 250  # legible at a phone's width, several beside each other on a screen
+LAST_LABEL = 16  # room for the half of the last label that stands beyond its axis
+LOGARITHMIC_FROM = 10.0  # largest over smallest value
+HOW_TO_GET_CHARTS = "No charts here: pip install 'nested-tune[report]' draws them."
+_COLOURS = ("#1f5fbf", "#b8500b", "#0b7a3e", "#8a3ab9", "#5f5a00")
+_FRACTION = re.compile(r'(?<=[ "-])(\d+\.\d)\d+(?=[ "])')  # of a pixel; labels stay
+_ZERO = re.compile(r'(?<=[ "])0E[-+]\d+(?=[ "])')  # as Decimal writes it
+_OPENING = re.compile(r"^<svg[^>]*>")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A named line of a chart."""
+
+    name: str
+    points: Sequence[Point]
+    has_dots: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What a chart shows; `x` and `y` name its axes."""
+
+    title: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    from_zero: bool = False
+
+
+def can_draw() -> bool:
+    """Whether the extra `report` is installed."""
+    return importlib.util.find_spec("leather") is not None
+
+
+def figure(charts: Sequence[Chart]) -> Html:
+    """A figure: charts of the same numbers, a legend, and the numbers themselves in a table.
+
+    Charts share their table where their curves do; the first one's x is its first column. Nothing
+    where no curve has a finite point.
+    """
+    charts = [_without_empty_curves(chart) for chart in charts]
+    if not any(chart.curves for chart in charts):
+        return Html("")
+    first = charts[0]
+    drawn = [draw_chart(chart) for chart in charts] if can_draw() else []
+    caption = element("figcaption", first.title, _legend(first.curves))
+    pictures = element("div", *drawn, class_="charts")
+    numbers = collapsed("The numbers", _numbers(charts))
+    return element("figure", caption, pictures, numbers, class_="wide" if len(charts) > 1 else "")
+
+
+def _without_empty_curves(chart: Chart) -> Chart:
+    curves = [
+        Curve(curve.name, decimate(curve.points), curve.has_dots)
+        for curve in chart.curves
+        if any(point.y is not None for point in curve.points)
+    ]
+    return Chart(chart.title, chart.x, chart.y, curves, chart.from_zero)
+
+
+def _legend(curves: Sequence[Curve]) -> Html:
+    if len(curves) < 2:
+        return Html("")
+    keys = [
+        join(
+            (
+                Html(f'<span class="key" style="background:{_colour(number)}"></span>'),
+                curve.name,
+            )
+        )
+        for number, curve in enumerate(curves)
+    ]
+    return join(keys)
+
+
+def _colour(number: int) -> str:
+    place = number % len(_COLOURS)
+    return f"var(--curve-{place + 1},{_COLOURS[place]})"
+
+
+def _numbers(charts: Sequence[Chart]) -> Html:
+    """A row for each x of the first chart; a further chart adds its own x as a column."""
+    first = charts[0]
+    values = [{point.x: point.y for point in curve.points} for curve in first.curves]
+    columns = [first.x, *(curve.name for curve in first.curves)]
+    rows = [
+        [_whole(x), *(curve.get(x, Html("")) for curve in values)]
+        for x in sorted({x for curve in values for x in curve})
+    ]
+    return table(f"{first.title}: {first.y} by {first.x}", columns, rows)
+
+
+def _whole(x: float) -> float | int:
+    return int(x) if float(x).is_integer() else x
+
+
+def draw_chart(chart: Chart) -> Html:
+    """The chart as an SVG element with a title; it needs the extra `report`.
+
+    A vertical axis over more than a factor of LOGARITHMIC_FROM is logarithmic, unless the chart
+    begins at zero.
+    """
+    values = [p.y for curve in chart.curves for p in curve.points if p.y is not None]
+    places = [p.x for curve in chart.curves for p in curve.points]
+    is_logarithmic = (
+        not chart.from_zero and min(values) > 0 and max(values) >= LOGARITHMIC_FROM * min(values)
+    )
+    leather = _leather()
+    drawing = leather.chart()
+    drawing.add_x_scale(min(places), max(places) if max(places) > min(places) else min(places) + 1)
+    drawing.add_x_axis(tick_formatter=_format_tick, name=chart.x)
+    if is_logarithmic:
+        ticks = _decades(min(values), max(values))
+        drawing.add_y_scale(math.log10(min(values)), math.log10(max(values)))
+        drawing.add_y_axis(ticks=[math.log10(tick) for tick in ticks], tick_formatter=_format_power)
+    else:
+        low, high = _range(values, from_zero=chart.from_zero)
+        drawing.add_y_scale(low, high)
+        drawing.add_y_axis(tick_formatter=_format_tick)
+    for number, curve in enumerate(chart.curves):
+        data = [(p.x, _height(p.y, is_logarithmic=is_logarithmic)) for p in curve.points]
+        series = leather.series(data)
+        drawing.add_series(series, leather.line(_colour(number), width=1.2))
+        if curve.has_dots or len(data) == 1:
+            drawing.add_series(series, leather.dots(_colour(number), radius=2.5))
+    words = markup(f"{chart.title}: {chart.y}{' (logarithmic)' * is_logarithmic} by {chart.x}")
+    opening = f'<svg viewBox="0 0 {WIDTH + LAST_LABEL} {HEIGHT}" role="img" aria-label="{words}">'
+    svg = _ZERO.sub("0", _FRACTION.sub(r"\1", drawing.to_svg(width=WIDTH, height=HEIGHT)))
+    return Html(_OPENING.sub(f"{opening}<title>{words}</title>", svg))
+
+
+def _height(value: float | None, *, is_logarithmic: bool) -> float | None:
+    return math.log10(value) if is_logarithmic and value is not None else value
+
+
+def _range(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
+    """The ends of a linear axis: never the same."""
+    low, high = min(values), max(values)
+    if from_zero:
+        low = min(low, 0.0)
+    if high > low:
+        return low, high
+    return (low - 1, high + 1) if high == 0 else (min(low, 0.0), high + abs(high))
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Round numbers within a range for a logarithmic axis: powers of ten, and 2 and 5 between."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) <= 4 else (1,)
+    ticks = [factor * 10.0**power for power in powers for factor in factors]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    every = max(1, len(inside) // 6)
+    return inside[::every]
+
+
+def _format_tick(value: Any, place: int, count: int) -> str:
+    number = float(value)
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
+
+
+def _format_power(value: Any, place: int, count: int) -> str:
+    return _format_tick(10.0 ** float(value), place, count)
+
+
+@dataclass(frozen=True)
+class _Leather:
+    """What of leather a chart is made of; its shapes draw no legend, for the figure has one."""
+
+    chart: Any
+    series: Any
+    line: Any
+    dots: Any
+
+
+@functools.cache
+def _leather() -> _Leather:
+    """Leather, with its theme set: it is the library's own and there is one a process."""
+    import leather
+    from leather import theme
+
+    class Line(leather.Line):  # type: ignore[misc]
+        """A line without an entry in the legend."""
+
+        def legend_to_svg(self, series: Any, palette: Any) -> list[Any]:
+            """No entries."""
+            return []
+
+    class Dots(leather.Dots):  # type: ignore[misc]
+        """Dots without an entry in the legend."""
+
+        def legend_to_svg(self, series: Any, palette: Any) -> list[Any]:
+            """No entries."""
+            return []
+
+    theme.background_color = "none"
+    theme.margin = 0.03  # of the width
+    theme.tick_color = theme.zero_color = "var(--line,#d5d9de)"
+    theme.label_color = theme.axis_title_color = "var(--soft,#57606a)"
+    theme.axis_title_gap = 8
+    theme.legend_gap = 0
+    for part in ("tick", "legend", "axis_title"):
+        setattr(theme, f"{part}_font_family", "inherit")
+        setattr(theme, f"{part}_font_size", 12)
+        setattr(theme, f"{part}_font_char_height", 12)
+        setattr(theme, f"{part}_font_char_width", 7)
+    return _Leather(leather.Chart, leather.Series, Line, Dots)

@@ -1,0 +1,308 @@
+"""Several runs beside each other: what differs in settings, losses, verdicts, answers and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from nested_core.errors import ConfigError
+from nested_core.gate.paired_difference import PairedDifference, compare_pairs
+from nested_core.html_markup import (
+    Html,
+    element,
+    fragment,
+    long_text,
+    markup,
+    page,
+    paragraph,
+    section,
+    table,
+)
+from nested_core.report.curve_points import Point
+from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
+from nested_core.report.run_page import describe_outcome
+from nested_core.report.run_record import RunRecord, read_run
+from nested_core.storage.run_directory import RunDirectory
+
+SHOWN_QUESTIONS = 20
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """Runs beside each other, in the order given; in a notebook it shows itself."""
+
+    records: tuple[RunRecord, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each run, the shortest end of its path that no other run has."""
+        paths = [record.run.path.resolve().parts for record in self.records]
+        for length in range(1, max(map(len, paths)) + 1):
+            names = ["/".join(path[-length:]) for path in paths]
+            if len(set(names)) == len(set(paths)):
+                break
+        return names
+
+    def differing_settings(self) -> dict[str, list[Any]]:
+        """The keys of the configuration whose values differ, with the value of each run."""
+        settings = [_flatten(record) for record in self.records]
+        keys = dict.fromkeys(key for values in settings for key in values)
+        columns = {key: [values.get(key) for values in settings] for key in keys}
+        return {
+            key: values
+            for key, values in columns.items()
+            if any(value != values[0] for value in values)
+        }
+
+    def losses(self) -> dict[str, list[Any]]:
+        """The last losses of training, and the gate's before and after, in nats a token."""
+        gates = [None if r.verdict is None else r.verdict.validation for r in self.records]
+        paired = self.paired_with_first()
+        return {
+            "training": [record.last("loss") for record in self.records],
+            "validation": [record.last("val_loss") for record in self.records],
+            "gate_file": [None if gate is None else gate.file for gate in gates],
+            "gate_examples": [None if gate is None else gate.examples for gate in gates],
+            "gate_before": [None if gate is None else gate.loss_before for gate in gates],
+            "gate_after": [None if gate is None else gate.loss_after for gate in gates],
+            "difference_to_first": [None if p is None else p.to_json() for p in paired],
+        }
+
+    def paired_with_first(self) -> list[PairedDifference | None]:
+        """Each run's losses minus the first one's, example by example; below 0 is better.
+
+        None for the first, and where the two were not judged on the same examples.
+        """
+        first = self.records[0].losses
+        differences: list[PairedDifference | None] = [None]
+        for record in self.records[1:]:
+            own = record.losses
+            is_same = (
+                own is not None
+                and first is not None
+                and held_out_digest(record) == held_out_digest(self.records[0])
+                and np.array_equal(own.lines, first.lines)
+                and np.array_equal(own.tokens, first.tokens)
+                and np.isfinite([own.after, first.after]).all()
+            )
+            if is_same and own is not None and first is not None and len(own):
+                differences.append(compare_pairs(first.after, own.after, own.tokens))
+            else:
+                differences.append(None)
+        return differences
+
+    def tasks(self) -> dict[str, list[float | None]]:
+        """The share of right answers of each run's adapter, by suite."""
+        shares = [
+            {} if r.verdict is None else {task.name: task.candidate for task in r.verdict.tasks}
+            for r in self.records
+        ]
+        names = dict.fromkeys(name for own in shares for name in own)
+        return {name: [own.get(name) for own in shares] for name in names}
+
+    def speed(self) -> dict[str, list[float | None]]:
+        """Tokens a second (the median of the reports), seconds of training, and peak memory."""
+        return {
+            "tokens_per_second": [_median(record, "tokens_per_second") for record in self.records],
+            "training_seconds": [max(record.seconds, default=None) for record in self.records],
+            "peak_memory_gb": [record.last("peak_memory_gb") for record in self.records],
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values: a list has one value for each run."""
+        return {
+            "runs": [_describe_run(record) for record in self.records],
+            "config": self.differing_settings(),
+            "losses": self.losses(),
+            "tasks": self.tasks(),
+            "speed": self.speed(),
+            "same_held_out_examples": self.has_same_held_out_examples(),
+        }
+
+    def has_same_held_out_examples(self) -> bool:
+        """Whether the losses of the runs are of the same examples, and so may be compared."""
+        digests = {held_out_digest(record) for record in self.records}
+        return len(digests) == 1 and None not in digests
+
+    def rows(self) -> Iterator[tuple[object, ...]]:
+        """A row for each figure, then for each key that differs: its name, and a value a run."""
+        yield ("state", *(record.state for record in self.records))
+        yield ("verdict", *(_describe_verdict(record) for record in self.records))
+        yield ("step", *(record.step for record in self.records))
+        losses = self.losses()
+        for name, key in _LOSS_ROWS:
+            yield (name, *losses[key])
+        yield ("difference to the first", *map(_describe_difference, self.paired_with_first()))
+        for name, shares in self.tasks().items():
+            yield (f"right answers, {name}", *shares)
+        for name, values in self.speed().items():
+            yield (name.replace("_", " "), *values)
+        for key, values in self.differing_settings().items():
+            yield (key, *(None if value is None else str(value) for value in values))
+
+    def to_html(self) -> str:
+        """The whole page."""
+        header = element("header", element("h1", f"{len(self.records)} runs compared"))
+        return page("Runs compared", header, element("main", *self._sections()))
+
+    def _repr_html_(self) -> str:
+        return fragment(*self._sections())
+
+    def _sections(self) -> Iterator[Html]:
+        outcomes = [
+            (name, long_text(describe_outcome(record)))
+            for name, record in zip(self.names, self.records, strict=True)
+        ]
+        problems = [
+            element("li", long_text(problem)) for r in self.records for problem in r.problems
+        ]
+        damage = [paragraph("Damaged files:", class_="bad"), element("ul", *problems)]
+        yield section(
+            "outcomes",
+            "Outcomes",
+            table("Each run in a sentence", ("run", "outcome"), outcomes),
+            *(damage if problems else []),
+        )
+        yield section("figures", "Figures and settings", *self._figures())
+        yield section("curves", "Losses", *self._curves())
+        yield section("answers", "Answers that differ", *self._answers())
+
+    def _figures(self) -> Iterator[Html]:
+        if not self.has_same_held_out_examples():
+            yield paragraph(
+                "The gate did not judge these runs on the same held-out examples: their losses are "
+                "not of the same data.",
+                class_="warn",
+            )
+        caption = "Losses in nats a token; of the settings those that differ"
+        yield table(caption, ("", *self.names), self.rows())
+
+    def _curves(self) -> Iterator[Html]:
+        if not can_draw():
+            yield paragraph(HOW_TO_GET_CHARTS, class_="note")
+        charts = [
+            figure([Chart(title, x, "nats a token", list(self._loss_curves(key, x)))])
+            for title, key in (("Validation loss", "val_loss"), ("Training loss", "loss"))
+            for x in ("step", "seconds of training")
+        ]
+        yield element("div", *charts, class_="charts")
+
+    def _loss_curves(self, key: str, x: str) -> Iterator[Curve]:
+        for name, record in zip(self.names, self.records, strict=True):
+            steps = [float(r.get("step", 0)) for r in record.metrics]
+            places = steps if x == "step" else list(record.seconds)
+            points = [
+                Point(place, None if metrics[key] is None else float(metrics[key]))
+                for place, metrics in zip(places, record.metrics, strict=True)
+                if key in metrics
+            ]
+            yield Curve(name, points, has_dots=key == "val_loss")
+
+    def _answers(self) -> Iterator[Html]:
+        answers: dict[tuple[str, int], list[Html]] = {}
+        questions: dict[tuple[str, int], str] = {}
+        for place, record in enumerate(self.records):
+            for answer in record.answers:
+                if answer.model == "candidate":
+                    key = (answer.task, answer.line)
+                    questions.setdefault(key, f"{answer.task}: {answer.question}")
+                    cells = answers.setdefault(key, [markup(None)] * len(self.records))
+                    cells[place] = long_text(f"{answer.score:.2g}: {answer.answer.strip()}")
+        rows = [
+            (long_text(questions[key]), *cells)
+            for key, cells in answers.items()
+            if any(cell != cells[0] for cell in cells)
+        ]
+        if not rows:
+            yield paragraph("None: no question was asked, or all were answered alike.")
+            return
+        caption = f"Score and answer of each run's adapter, {len(rows)} questions"
+        yield table(caption, ("question", *self.names), rows[:SHOWN_QUESTIONS])
+
+
+_LOSS_ROWS = (
+    ("training loss", "training"),
+    ("validation loss", "validation"),
+    ("gate's examples", "gate_file"),
+    ("loss before (gate)", "gate_before"),
+    ("loss after (gate)", "gate_after"),
+)
+
+
+def _flatten(record: RunRecord) -> dict[str, Any]:
+    """The configuration of a run by dotted keys; empty where it is damaged."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        """Add the values of a section."""
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                add(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value
+
+    if record.config is not None:
+        add("", record.config.model_dump(mode="json", by_alias=True))
+    return flat
+
+
+def held_out_digest(record: RunRecord) -> str | None:
+    """The digest of the examples that the gate measures losses on."""
+    if record.dataset is None:
+        return None
+    splits = record.dataset.splits
+    test = splits.get("test")
+    chosen = test if test is not None and test.rows else splits.get("valid")
+    return None if chosen is None else chosen.digest
+
+
+def _median(record: RunRecord, key: str) -> float | None:
+    values = [r[key] for r in record.metrics if r.get(key) is not None]
+    return median(values) if values else None
+
+
+def _describe_verdict(record: RunRecord) -> str | None:
+    if record.problems:
+        return "damaged"
+    if record.verdict is None:
+        return None
+    if record.verdict.has_passed:
+        return "passed"
+    return f"failed: {', '.join(reason.code for reason in record.verdict.reasons[:3])}"
+
+
+def _describe_difference(difference: PairedDifference | None) -> str | None:
+    if difference is None:
+        return None
+    figures = difference.to_json()
+    low_and_high = figures["interval"]
+    if low_and_high is None:
+        return f"{figures['difference']:+.4g}"
+    return f"{figures['difference']:+.4g} ({low_and_high[0]:+.4g} to {low_and_high[1]:+.4g})"
+
+
+def _describe_run(record: RunRecord) -> dict[str, Any]:
+    verdict = record.verdict
+    return {
+        "path": str(record.run.path),
+        "state": record.state,
+        "step": record.step,
+        "steps": record.steps,
+        "val_loss": record.last("val_loss"),
+        "verdict": None if verdict is None else "passed" if verdict.has_passed else "failed",
+        "reasons": [] if verdict is None else [reason.code for reason in verdict.reasons],
+        "started": record.started.isoformat(timespec="seconds"),
+        "problems": list(record.problems),
+    }
+
+
+def compare_runs(run_dirs: Sequence[str | Path]) -> RunComparison:
+    """Read runs to be compared; ConfigError for none, or for what is no run directory."""
+    if not run_dirs:
+        raise ConfigError("There is no run to compare. Give the run directories, one or more.")
+    return RunComparison(tuple(read_run(RunDirectory(Path(path))) for path in run_dirs))

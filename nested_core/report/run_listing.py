@@ -1,0 +1,82 @@
+"""The runs of a folder, a row each; one that is damaged says so in its row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nested_core.config.resume import read_run_config
+from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.report.run_start import count_steps, start_of
+from nested_core.report.run_status import read_status
+from nested_core.storage.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class ListedRun:
+    """A run as the list shows it; losses are None until there is one.
+
+    state: as in `status`, or "damaged"; then `problem` says what is wrong.
+    started: ISO 8601, UTC.
+    """
+
+    path: str
+    state: str
+    step: int | None
+    steps: int | None
+    train_loss: float | None
+    val_loss: float | None
+    verdict: str | None
+    started: str
+    problem: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return Path(self.path).resolve().name
+
+    def describe_age(self, now: datetime | None = None) -> str:
+        """How long ago the run began: `3 min`, `5 h`, `12 days`."""
+        passed = (now or datetime.now(UTC)) - datetime.fromisoformat(self.started)
+        minutes = max(0, int(passed.total_seconds() // 60))
+        if minutes < 60:
+            return f"{minutes} min"
+        return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days"
+
+
+def list_runs(folder: Path) -> list[ListedRun]:
+    """The runs in a folder, and the folder itself where it is one, newest first.
+
+    Folders that no run has begun in are passed over. ConfigError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder.absolute()} is not a folder. Give the one that holds your runs; without "
+            f"--run-dir they go to runs/ in the folder that the command is given in."
+        )
+    candidates = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    runs = [RunDirectory(path) for path in candidates]
+    rows = [_describe_run(run) for run in runs if run.has_run_files()]
+    return sorted(rows, key=lambda row: row.started, reverse=True)
+
+
+def _describe_run(run: RunDirectory) -> ListedRun:
+    started = start_of(run).isoformat(timespec="seconds")
+    try:
+        config = read_run_config(run)
+        status: dict[str, Any] = read_status(run)
+    except (NestedTuneError, OSError) as error:
+        path = str(run.path)
+        return ListedRun(path, "damaged", None, None, None, None, None, started, str(error))
+    return ListedRun(
+        path=str(run.path),
+        state=status["state"],
+        step=status["step"],
+        steps=count_steps(config),
+        train_loss=status["current_train_loss"],
+        val_loss=status["current_val_loss"],
+        verdict=status["verdict"],
+        started=started,
+    )

@@ -1,0 +1,337 @@
+"""report.html: a run as one page, at any of its states.
+
+One file that runs nothing and fetches nothing, light and dark, readable on a phone. It is made of
+the run's other files and no file rests on it: it can be removed and written again.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nested_core.config.loading import render_config
+from nested_core.data.rules.finding_groups import group_findings
+from nested_core.gate.verdict import Verdict, describe_examples
+from nested_core.html_markup import (
+    Html,
+    collapsed,
+    element,
+    figures,
+    fragment,
+    long_text,
+    page,
+    paragraph,
+    preformatted,
+    section,
+    table,
+)
+from nested_core.report.curve_points import Point
+from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
+from nested_core.report.run_record import RunRecord, read_run
+from nested_core.report.verdict_sections import (
+    change_section,
+    decisive_figures,
+    pairs_section,
+    tasks_section,
+    updates_section,
+)
+from nested_core.storage.atomic import write_bytes
+from nested_core.storage.run_directory import RunDirectory
+
+SHOWN_FINDINGS = 60
+SHOWN_REASONS = 20
+SHOWN_CHARACTERS = 300
+MAX_CONFIG_CHARACTERS = 12_000
+PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
+_CLASSES = {"verified": "good", "rejected": "bad"}
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The page of a run, and what it was made of; in a notebook it shows itself.
+
+    error: what ended the run, where this process knows.
+    """
+
+    record: RunRecord
+    error: str | None = None
+
+    def to_html(self) -> str:
+        """The whole page."""
+        name = self.record.name
+        header = element(
+            "header",
+            element("h1", "Run ", element("code", name)),
+            paragraph(self._describe_moment(), class_="note"),
+        )
+        footer = element(
+            "footer",
+            paragraph(
+                "Written by nested-tune from the files of the run; `nested-tune report` writes it "
+                "again.",
+                class_="note",
+            ),
+        )
+        title = f"{describe_outcome(self.record)[:60]} · {name}"
+        return page(title, header, element("main", *self._sections()), footer)
+
+    def _repr_html_(self) -> str:
+        return fragment(*self._sections())
+
+    def write(self, path: Path) -> None:
+        """Write the page, atomically."""
+        write_bytes(path, self.to_html().encode("utf-8", "replace"))
+
+    def _describe_moment(self) -> str:
+        now = datetime.now(UTC)
+        steps = self.record.steps
+        of_all = "" if steps is None else f" of {steps:,}"
+        return (
+            f"{self.record.state}, step {self.record.step:,}{of_all}; begun "
+            f"{self.record.started:%Y-%m-%d %H:%M} UTC, this page {now:%Y-%m-%d %H:%M} UTC"
+        )
+
+    def _sections(self) -> Iterator[Html]:
+        yield self._verdict_section()
+        yield pairs_section(self.record)
+        yield _curves_section(self.record)
+        yield change_section(self.record)
+        yield updates_section(self.record)
+        yield _findings_section(self.record)
+        yield tasks_section(self.record)
+        yield _reproduction_section(self.record)
+
+    def _verdict_section(self) -> Html:
+        record = self.record
+        class_ = f"verdict {_CLASSES.get(record.state, '')}".strip()
+        parts = [paragraph(describe_outcome(record), class_=class_)]
+        if self.error is not None:
+            parts.append(paragraph(long_text(self.error, 2000), class_="bad"))
+        if record.problems:
+            listed = [element("li", long_text(problem)) for problem in record.problems[:20]]
+            parts += [paragraph("Damaged files:", class_="bad"), element("ul", *listed)]
+        verdict = record.verdict
+        if verdict is not None:
+            if len(verdict.reasons) > 1:
+                parts.append(_reasons_table(verdict))
+            parts.append(figures(decisive_figures(verdict)))
+        flags = _red_flags(record)
+        if flags:
+            parts += [
+                paragraph("Red flags while it trained:", class_="warn"),
+                element("ul", *(element("li", flag) for flag in flags)),
+            ]
+        return section("verdict", "Verdict", *parts)
+
+
+def describe_outcome(record: RunRecord) -> str:
+    """The verdict in one sentence, or how far a run without one has come."""
+    verdict = record.verdict
+    if verdict is not None:
+        return _describe_verdict(verdict)
+    of_all = "" if record.steps is None else f" of {record.steps:,}"
+    step = f"step {record.step:,}{of_all}"
+    losses = [
+        f"{name} loss {value:.4g}"
+        for name, key in (("training", "loss"), ("validation", "val_loss"))
+        if isinstance(value := record.last(key), int | float)
+    ]
+    measured = f", {', '.join(losses)}" if losses else ""
+    if record.state == "running":
+        return f"Running: {step}{measured}."
+    if record.state == "trained":
+        return f"Trained to {step}, not judged yet{measured}."
+    if record.dataset is not None and record.dataset.errors:
+        return "Failed: the data set was rejected, and nothing was trained."
+    return f"Not judged: it ended at {step}{measured}; --resume goes on from its last checkpoint."
+
+
+def _describe_verdict(verdict: Verdict) -> str:
+    if not verdict.has_passed:
+        first = verdict.reasons[0]
+        more = len(verdict.reasons) - 1
+        others = f" (and {more} more reason{'s' * (more > 1)})" if more else ""
+        return f"Rejected, {first.code}: {first.message}{others}."
+    losses = verdict.validation
+    if losses is None and not verdict.tasks:
+        return "Passed: changed and sound; its quality was not measured, for nothing was held out."
+    parts = []
+    if losses is not None and losses.loss_before is not None and losses.loss_after is not None:
+        parts.append(
+            f"loss {losses.loss_before:.4g} → {losses.loss_after:.4g} on "
+            f"{describe_examples(losses)}"
+        )
+    parts += [
+        f"{task.candidate * task.questions:g} of {task.questions} right answers to {task.name}"
+        for task in verdict.tasks
+    ]
+    return f"Passed: {', '.join(parts)}."
+
+
+def _reasons_table(verdict: Verdict) -> Html:
+    rows = [
+        (reason.code, long_text(reason.message), len(reason.tensors))
+        for reason in verdict.reasons[:SHOWN_REASONS]
+    ]
+    return table("Every reason against the adapter", ("code", "message", "tensors"), rows)
+
+
+def _red_flags(record: RunRecord) -> list[str]:
+    """What training warned of, from its last report that says so."""
+    flags = record.last("red_flags")
+    return [str(flag)[:SHOWN_CHARACTERS] for flag in flags[:10]] if isinstance(flags, list) else []
+
+
+def _curves_section(record: RunRecord) -> Html:
+    """Losses over steps and seconds, rate, gradient norm, speed and memory."""
+    note = Html("") if can_draw() else paragraph(HOW_TO_GET_CHARTS, class_="note")
+    drawn = [
+        figure([_loss_chart(record, "step"), _loss_chart(record, "seconds of training")]),
+        _metric_figure(record, "Learning rate", "rate", {"learning rate": "learning_rate"}),
+        _metric_figure(
+            record,
+            "Gradient norm",
+            "norm",
+            {"before clipping": "grad_norm", "after clipping": "clipped_grad_norm"},
+        ),
+        _metric_figure(record, "Peak memory", "GB", {"peak memory": "peak_memory_gb"}),
+        _metric_figure(record, "Speed", "tokens a second", {"tokens/s": "tokens_per_second"}),
+    ]
+    if not any(drawn):
+        return section("curves", "Training", paragraph("Nothing was reported yet."))
+    best = _describe_judged_step(record)
+    return section("curves", "Training", note, best, element("div", *drawn, class_="charts"))
+
+
+def _describe_judged_step(record: RunRecord) -> Html:
+    verdict = record.verdict
+    if verdict is None or verdict.adapter_step is None:
+        return Html("")
+    return paragraph(
+        f"The adapter of step {verdict.adapter_step:,} is the one that was judged. The validation "
+        f"losses here are of the evaluations during training; the verdict's are the gate's own.",
+        class_="note",
+    )
+
+
+def _loss_chart(record: RunRecord, x: str) -> Chart:
+    places = [r.get("step", 0) for r in record.metrics] if x == "step" else list(record.seconds)
+    curves = [
+        Curve("training", _points(record, places, "loss")),
+        Curve("validation", _points(record, places, "val_loss"), has_dots=True),
+    ]
+    return Chart("Loss", x, "nats a token", curves)
+
+
+def _metric_figure(record: RunRecord, title: str, unit: str, keys: dict[str, str]) -> Html:
+    steps = [r.get("step", 0) for r in record.metrics]
+    curves = [Curve(name, _points(record, steps, key)) for name, key in keys.items()]
+    return figure([Chart(title, "step", unit, curves, from_zero=title != "Gradient norm")])
+
+
+def _points(record: RunRecord, places: list[Any], key: str) -> list[Point]:
+    return [
+        Point(float(x), None if metrics[key] is None else float(metrics[key]))
+        for x, metrics in zip(places, record.metrics, strict=True)
+        if key in metrics
+    ]
+
+
+def _findings_section(record: RunRecord) -> Html:
+    """What the validation of the data said, by file and line."""
+    if record.dataset is None:
+        return section("data", "Data", paragraph("The data was not validated yet."))
+    groups = group_findings(record.dataset.findings)
+    rows = [
+        (
+            group.severity,
+            group.file,
+            group.shown_lines,
+            group.count,
+            group.check,
+            long_text(group.message, SHOWN_CHARACTERS),
+        )
+        for group in groups[:SHOWN_FINDINGS]
+    ]
+    serious = sum(group.severity != "info" for group in groups)
+    sentence = "No error and no warning." if not serious else f"{serious} to look at, first."
+    columns = ("severity", "file", "line", "count", "check", "message")
+    listed = table(f"Findings in {record.dataset.folder}; all: dataset.json", columns, rows)
+    content = listed if serious else collapsed("What was counted", listed)
+    return section("data", "Data", paragraph(sentence), content)
+
+
+def _reproduction_section(record: RunRecord) -> Html:
+    """Configuration, digests, versions and the command of the run."""
+    path = record.run.path
+    command = f"nested-tune train -c {shlex.quote(str(path / 'config.yaml'))} --run-dir NEW_FOLDER"
+    parts = [preformatted("Command", command)]
+    if record.config is not None:
+        text = render_config(record.config).decode()
+        shown = text[:MAX_CONFIG_CHARACTERS]
+        cut = "" if shown == text else "…\n"
+        parts.append(collapsed("config.yaml", preformatted("config.yaml", shown + cut)))
+    parts.append(table("Digests", ("of", "digest"), list(_digests(record))))
+    rows = [("Python", platform.python_version()), ("platform", platform.platform())]
+    rows += [(package, _installed(package)) for package in PACKAGES]
+    caption = "Versions of the process that wrote this page"
+    parts.append(collapsed("Versions", table(caption, ("package", "version"), rows)))
+    return section("reproduce", "To reproduce", *parts)
+
+
+def _digests(record: RunRecord) -> Iterator[tuple[str, Html]]:
+    verdict, dataset = record.verdict, record.dataset
+    if dataset is not None:
+        yield "data set", _code(dataset.digest)
+        for split, stats in dataset.splits.items():
+            yield f"{split}, {stats.rows:,} examples", _code(stats.digest)
+    if verdict is not None:
+        yield "initial adapter", _code(verdict.initial.digest)
+        yield "trained adapter", _code(verdict.trained.digest)
+        if verdict.champion is not None:
+            yield "champion", _code(verdict.champion.version)
+        if verdict.validation is not None and verdict.validation.losses_sha256 is not None:
+            yield "gate-losses.jsonl", _code(verdict.validation.losses_sha256)
+
+
+def _code(text: str) -> Html:
+    return element("code", text)
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def read_report(run_dir: str | Path) -> RunReport:
+    """The report of a run, at any state; ConfigError if `run_dir` is no run directory."""
+    return RunReport(read_run(RunDirectory(Path(run_dir))))
+
+
+@contextmanager
+def writing_report_at_end(run: RunDirectory) -> Iterator[None]:
+    """Write the run's report.html when the block ends, with what ended it; under the run's lock.
+
+    A page that cannot be written is a warning: no run fails for want of it.
+    """
+    error: str | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = str(raised) or type(raised).__name__
+        raise
+    finally:
+        try:
+            RunReport(read_run(run, has_ended=True), error).write(run.report)
+        except Exception as failure:
+            warnings.warn(f"{run.report} was not written: {failure}", stacklevel=3)

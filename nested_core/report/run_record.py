@@ -1,0 +1,138 @@
+"""A run read whole, for a person: what its files say at one moment, and which are damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from nested_core.config.resume import read_run_config
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.rules.dataset_report import DatasetReport
+from nested_core.errors import NestedTuneError, describe_first_problem
+from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
+from nested_core.gate.example_losses import ExampleLosses, read_example_losses
+from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.report.run_start import count_steps, start_of
+from nested_core.report.run_status import State, describe_state, last_value, read_sound_verdict
+from nested_core.storage.manifest import describe_file, read_manifest
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import file_type, read_json
+from nested_core.training.metrics_file import cumulative_seconds, read_metrics
+
+Content = TypeVar("Content")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run at one moment.
+
+    config, verdict, losses, dataset: None where the run has none yet, or the file is damaged.
+    metrics: the records of metrics.jsonl; seconds: of training up to each of them.
+    steps: how many the run sets out to take; None where epochs decide, before they are counted.
+    problems: a sentence for each file that is damaged.
+    """
+
+    run: RunDirectory
+    state: State
+    started: datetime
+    config: FineTuneConfig | None = None
+    metrics: Sequence[dict[str, Any]] = ()
+    seconds: Sequence[float] = ()
+    verdict: Verdict | None = None
+    losses: ExampleLosses | None = None
+    dataset: DatasetReport | None = None
+    answers: Sequence[AnswerRecord] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of the run's folder."""
+        return self.run.path.resolve().name
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step that was reported."""
+        return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
+
+    @property
+    def steps(self) -> int | None:
+        """How many optimizer steps the run is to take."""
+        return None if self.config is None else count_steps(self.config)
+
+    def last(self, key: str) -> Any:
+        """The last reported value of a metric, or None."""
+        return last_value(self.metrics, key)
+
+
+@dataclass
+class _Reader:
+    """Reads what is there, and gathers what is damaged."""
+
+    problems: list[str] = field(default_factory=list)
+
+    def read(self, path: Path, reader: Callable[[Path], Content]) -> Content | None:
+        """What `reader` makes of the file; None where it is missing or damaged."""
+        if file_type(path) == "missing":
+            return None
+        try:
+            return reader(path)
+        except NestedTuneError as error:
+            self.problems.append(str(error))
+        except OSError as error:
+            self.problems.append(f"{path} cannot be read: {error.strerror}.")
+        return None
+
+
+def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
+    """Read a run in any state; `has_ended`: by the process that works on it, when it is done.
+
+    Raises ConfigError if `run` is no run directory.
+    """
+    run.require_begun()
+    reader = _Reader()
+    config = reader.read(run.config, lambda _: read_run_config(run))
+    metrics = reader.read(run.metrics, read_metrics) or []
+    holder = None if has_ended else run.holder()
+    outcome = reader.read(run.gate, lambda _: read_sound_verdict(run))
+    record = RunRecord(
+        run,
+        describe_state(run, holder, outcome),
+        start_of(run),
+        config=config,
+        metrics=metrics,
+        seconds=cumulative_seconds(metrics),
+        dataset=reader.read(run.dataset, _read_dataset),
+        problems=tuple(reader.problems),
+    )
+    return record if outcome is None else _with_verdict(record, reader)
+
+
+def _with_verdict(record: RunRecord, reader: _Reader) -> RunRecord:
+    """The record with what the gate wrote, where that is still as it was judged."""
+    run = record.run
+    judged = reader.read(run.manifest, lambda _: read_manifest(run.path)["files"]) or {}
+    for path in (run.metrics, run.gate_losses, run.answers):
+        entry = judged.get(path.name)
+        if entry is not None and reader.read(path, describe_file) != entry:
+            reader.problems.append(f"{path} has changed since the verdict was given.")
+    values = vars(record) | {
+        "verdict": reader.read(run.gate, read_verdict),
+        "losses": reader.read(run.gate_losses, read_example_losses),
+        "answers": reader.read(run.answers, read_answers) or (),
+        "problems": tuple(reader.problems),
+    }
+    return RunRecord(**values)
+
+
+def _read_dataset(path: Path) -> DatasetReport:
+    try:
+        return DatasetReport.from_json(read_json(path, None))
+    except ValidationError as error:
+        raise NestedTuneError(
+            f"{path} is no report on a data set ({describe_first_problem(error)})."
+        ) from error

@@ -1,0 +1,29 @@
+"""When a run began, and how many steps it set out to take."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.storage.run_directory import RunDirectory
+
+_RUN_NAME = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{8}")
+
+
+def count_steps(config: FineTuneConfig) -> int | None:
+    """The optimizer steps that a configuration asks for; None where it gives epochs."""
+    if config.training.epochs is not None:
+        return None
+    per_step = config.grad_accumulation_steps
+    is_rounded_down = config.training.reference is not None
+    return config.iters // per_step if is_rounded_down else -(-config.iters // per_step)
+
+
+def start_of(run: RunDirectory) -> datetime:
+    """When a run began: its name says so, else the oldest of its files."""
+    named = _RUN_NAME.fullmatch(run.path.resolve().name)
+    if named is not None:
+        return datetime.strptime(named[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    times = [path.lstat().st_mtime for path in run.path.iterdir()]
+    return datetime.fromtimestamp(min(times, default=0.0), UTC)

@@ -1,0 +1,77 @@
+"""Where a run stands, from its folder alone: its state, its last losses and its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from nested_core.config.resume import read_run_config
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry.gate_file import has_verdict_manifest, read_gate, require_verdict_manifest
+from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.metrics_file import read_metrics
+
+State = Literal["running", "verified", "rejected", "trained", "resumable"]
+
+
+def read_status(run: RunDirectory) -> dict[str, Any]:
+    """The state of a run, its last losses, and the verdict if there is one."""
+    config = read_run_config(run)
+    records = read_metrics(run.metrics)
+    last = records[-1] if records else {"step": 0, "iteration": 0}
+    verdict, holder = read_sound_verdict(run), run.holder()
+    state = describe_state(run, holder, verdict)
+    return {
+        "run_dir": str(run.path),
+        "state": state,
+        "process": holder,
+        "step": last.get("step", 0),
+        "iteration": last.get("iteration", 0),
+        "iterations": config.iters if config.training.epochs is None else None,
+        "current_train_loss": last_value(records, "loss"),
+        "current_val_loss": last_value(records, "val_loss"),
+        "learning_rate": last_value(records, "learning_rate"),
+        "updates": last_value(records, "updates"),
+        "checkpoint": _name_checkpoint(run, state),
+        "verdict": verdict,
+    }
+
+
+def read_sound_verdict(run: RunDirectory) -> str | None:
+    """What the gate said, "passed" or "failed"; a run that is made longer takes it away.
+
+    None for a gate.json without its manifest: it was being written, or is an earlier version's.
+    Raises DamagedError if it has changed since.
+    """
+    try:
+        gate = read_gate(run.gate)
+        require_verdict_manifest(run.path, gate)
+    except (ConfigError, DamagedError):
+        if run.gate.exists() and has_verdict_manifest(run.path):
+            raise
+        return None
+    return str(gate["verdict"])
+
+
+def describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -> State:
+    """The state of a run that the process `holder` works on, if one does."""
+    if holder is not None:
+        return "running"
+    if verdict is not None:
+        return "verified" if verdict == "passed" else "rejected"
+    return "trained" if run.result.exists() else "resumable"
+
+
+def _name_checkpoint(run: RunDirectory, state: str) -> str | None:
+    """The checkpoint that the run would go on from: hashed if it is to be, else the newest."""
+    if state == "resumable":
+        path = newest_sound_checkpoint(run.checkpoints)
+    else:
+        path = next(reversed(list_checkpoints(run.checkpoints)), None)
+    return None if path is None else path.name
+
+
+def last_value(records: Sequence[dict[str, Any]], key: str) -> Any:
+    """The last value of a key that is not null, or None."""
+    return next((r[key] for r in reversed(records) if r.get(key) is not None), None)

@@ -1,0 +1,363 @@
+"""What the gate measured, as sections of a page: losses in pairs, change by module, updates."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nested_core.errors import DamagedError
+from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.verdict import (
+    ChampionLoss,
+    TensorChange,
+    Validation,
+    Verdict,
+    describe_examples,
+)
+from nested_core.html_markup import (
+    Html,
+    element,
+    join,
+    long_text,
+    markup,
+    paragraph,
+    scrolling,
+    section,
+    table,
+)
+from nested_core.report.run_record import RunRecord
+from nested_core.storage.strict_files import open_regular
+
+WORST_EXAMPLES = 5
+MAX_DATA_BYTES = 64 * 1024 * 1024  # of a file of data that examples are read from
+MAX_LINE_BYTES = 64 * 1024
+DARKEST = 0.55  # share of the colour behind the largest change: text on it stays legible
+_LAYER = re.compile(r"^(.*?\blayers\.)(\d+)\.(.+)$")
+
+
+def describe_interval(interval: Sequence[float] | None) -> str:
+    """`95 % interval -0.31 to -0.12`, or that there are too few examples for one."""
+    if interval is None:
+        return "too few examples for an interval"
+    return f"95 % interval {interval[0]:+.4g} to {interval[1]:+.4g}"
+
+
+def decisive_figures(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
+    """The numbers that the verdict rests on: name, value, explanation."""
+    losses = verdict.validation
+    if losses is not None:
+        where = describe_examples(losses)
+        yield "Loss before", losses.loss_before, f"nats a token, {where}"
+        yield "Loss after", losses.loss_after, f"step {verdict.adapter_step}, same examples"
+        if losses.difference is not None:
+            note = describe_interval(losses.interval)
+            yield "Difference", f"{losses.difference:+.4g}", f"after minus before, {note}"
+    champion = verdict.champion
+    if champion is not None and champion.difference is not None:
+        note = describe_interval(champion.interval)
+        name = "Against the champion"
+        yield name, f"{champion.difference:+.4g}", f"candidate minus champion, {note}"
+    for task in verdict.tasks:
+        before = task.base if task.parent is None else task.parent
+        value = f"{task.candidate * task.questions:g} of {task.questions}"
+        yield f"Right answers, {task.name}", value, f"{before * task.questions:g} before"
+    changed = sum(tensor.changed for tensor in verdict.tensors)
+    yield "Tensors changed", f"{changed} of {len(verdict.tensors)}", "compared byte by byte"
+    if verdict.tiers:
+        applied = sum(tier.applied_updates for tier in verdict.tiers)
+        expected = sum(tier.expected_updates for tier in verdict.tiers)
+        yield "Updates applied", f"{applied:,} of {expected:,}", "over all tiers"
+
+
+def pairs_section(record: RunRecord) -> Html:
+    """The candidate against what it started from and the champion, on the same examples."""
+    verdict = record.verdict
+    if verdict is None or verdict.validation is None:
+        why = "No held-out example was compared: "
+        reason = (
+            "the run is not judged yet."
+            if verdict is None
+            else "there is no validation set and no test.jsonl, so that quality was not measured."
+        )
+        return section("pairs", "Against champion and parent", paragraph(why, reason))
+    columns = [
+        "candidate against",
+        "its loss",
+        "candidate",
+        "difference",
+        "95 % interval",
+        "smallest visible",
+        "examples",
+    ]
+    rows = [_start_row(verdict.validation)]
+    if verdict.champion is not None:
+        rows.append(_champion_row(verdict.champion))
+    caption = "Mean losses in nats a token; a difference below 0 is better"
+    notes = [paragraph(_describe_selection(verdict.validation), class_="note")]
+    if verdict.champion is None:
+        notes.append(paragraph("There was no champion when the run was judged.", class_="note"))
+    elif verdict.champion.not_compared is not None:
+        notes.append(paragraph("Not compared with the champion: ", verdict.champion.not_compared))
+    worst = Html("") if record.losses is None else _worst_examples(record, record.losses)
+    heading = "Against champion and parent"
+    return section("pairs", heading, table(caption, columns, rows), *notes, worst)
+
+
+def _start_row(losses: Validation) -> tuple[object, ...]:
+    return (
+        "parent (the adapter it started from)",
+        losses.loss_before,
+        losses.loss_after,
+        losses.difference,
+        _format_interval(losses.interval),
+        losses.smallest_visible,
+        losses.examples,
+    )
+
+
+def _champion_row(champion: ChampionLoss) -> tuple[object, ...]:
+    both = (champion.loss, champion.difference)
+    candidate = None if None in both else sum(value for value in both if value is not None)
+    return (
+        f"champion {champion.version[:12]}",
+        champion.loss,
+        candidate,
+        champion.difference,
+        _format_interval(champion.interval),
+        champion.smallest_visible,
+        champion.examples,
+    )
+
+
+def _format_interval(interval: Sequence[float] | None) -> str | None:
+    return None if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
+
+
+def _describe_selection(losses: Validation) -> str:
+    if losses.selected_on_same_data:
+        return (
+            f"{losses.file} also chose the step that is offered, so that the loss after is a "
+            f"little better than on data that nothing was chosen on; a test.jsonl would be that."
+        )
+    return f"{losses.file} had no part in choosing the step that is offered."
+
+
+def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
+    """The examples that the candidate lost most on, with their text as the file has it now."""
+    differences = losses.after - losses.before
+    comparable = np.isfinite(differences)
+    improved = int((differences[comparable] < 0).sum())
+    order = np.argsort(-np.where(comparable, differences, np.inf), kind="stable")[:WORST_EXAMPLES]
+    numbers = [int(losses.lines[place]) for place in order]
+    texts = _example_texts(record, losses.file, numbers)
+    champion = losses.champion
+    rows = [
+        (
+            f"{losses.file}:{number}",
+            int(losses.tokens[place]),
+            _finite(losses.before[place]),
+            _finite(losses.after[place]),
+            None if champion is None else _finite(champion[place]),
+            _finite(differences[place]),
+            long_text(texts.get(number, "–"), 240),
+        )
+        for place, number in zip(order, numbers, strict=True)
+    ]
+    columns = ("example", "tokens", "before", "after", "champion", "difference", "text")
+    caption = f"The {len(rows)} examples with the worst difference; all: gate-losses.jsonl"
+    share = f"{improved} of {len(losses)} examples have a lower loss than before."
+    return join((paragraph(share), table(caption, columns, rows)))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _example_texts(record: RunRecord, file: str, numbers: Sequence[int]) -> dict[int, str]:
+    """Lines of a file of the data set by number; none where it is gone, packed, or too large."""
+    if record.dataset is None or not file.endswith(".jsonl"):
+        return {}
+    path = record.run.path.__class__(record.dataset.folder) / file
+    texts: dict[int, str] = {}
+    try:
+        with open_regular(path, MAX_DATA_BYTES, follow_links=True) as (lines, _):
+            for number, line in enumerate(lines, 1):
+                if number in numbers:
+                    texts[number] = line[:MAX_LINE_BYTES].decode(errors="replace").strip()
+                if number >= max(numbers):
+                    break
+    except (DamagedError, OSError):
+        return {}
+    return texts
+
+
+@dataclass(frozen=True)
+class _Module:
+    """The mean relative change of a module's tensors, and whether one of them did not change."""
+
+    change: float | None
+    tier: int | None
+    is_unchanged: bool
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[TensorChange]) -> _Module:
+        """The figures of the tensors of one module."""
+        known = [t.relative_delta for t in tensors if t.relative_delta is not None]
+        change = sum(known) / len(known) if known else None
+        return cls(change, tensors[0].tier, not all(tensor.changed for tensor in tensors))
+
+
+def change_section(record: RunRecord) -> Html:
+    """The relative change of each module as a map, layer by module, with the tiers marked."""
+    heading = "Change by layer and module"
+    if record.verdict is None or not record.verdict.tensors:
+        return section("change", heading, paragraph("The gate has not compared the adapters yet."))
+    modules = _modules_by_place(record.verdict.tensors)
+    columns = sorted({column for _, column in modules})
+    layers = sorted({layer for layer, _ in modules})
+    largest = max((m.change for m in modules.values() if m.change is not None), default=0) or 1.0
+    lines = []
+    for layer in layers:
+        cells = "".join(_heat_cell(modules.get((layer, column)), largest) for column in columns)
+        tiers = sorted(
+            {m.tier for (row, _), m in modules.items() if row == layer and m.tier is not None}
+        )
+        marks = f" · tier {', '.join(map(str, tiers))}" if tiers else ""
+        name = "outside layers" if layer < 0 else f"layer {layer}"
+        lines.append(f"<tr><th scope=row>{markup(name + marks)}{cells}\n")
+    head = "".join(f"<th scope=col>{markup(column)}" for column in columns)
+    caption = (
+        "Mean relative change of a module's tensors, from initial to trained adapter; t0, t1 … is "
+        "the tier. A fresh lora_b starts at zero, which counts as a change of 1."
+    )
+    body = Html(
+        f'<table class="heat"><caption>{markup(caption)}</caption>'
+        f"<thead><tr><th scope=col>layer{head}<tbody>{''.join(lines)}</table>"
+    )
+    unchanged = [tensor.name for tensor in record.verdict.tensors if not tensor.changed]
+    note = Html("")
+    if unchanged:
+        shown = ", ".join(unchanged[:8]) + (" …" if len(unchanged) > 8 else "")
+        note = paragraph(f"Not changed: {len(unchanged)} tensors, {shown}", class_="bad")
+    return section("change", heading, note, scrolling("Change by layer and module", body))
+
+
+def _modules_by_place(tensors: Sequence[TensorChange]) -> dict[tuple[int, str], _Module]:
+    """Modules by layer, -1 outside of layers, and by their name within it."""
+    grouped: dict[tuple[int, str], list[TensorChange]] = {}
+    for tensor in tensors:
+        module = tensor.name.rpartition(".")[0] or tensor.name
+        matched = _LAYER.match(module)
+        place = (int(matched[2]), matched[3]) if matched else (-1, module)
+        grouped.setdefault(place, []).append(tensor)
+    return {place: _Module.from_tensors(group) for place, group in grouped.items()}
+
+
+def _heat_cell(module: _Module | None, largest: float) -> str:
+    if module is None:
+        return "<td>"
+    share = DARKEST * (module.change or 0.0) / largest
+    value = "–" if module.change is None else f"{module.change:.2g}"
+    tier = "" if module.tier is None else f" <small>t{module.tier}</small>"
+    mark = ' class="bad"' if module.is_unchanged else ""
+    return f'<td{mark} style="background:rgba(var(--heat),{share:.2f})">{value}{tier}'
+
+
+def updates_section(record: RunRecord) -> Html:
+    """Updates that were due and that were applied, a row for each tier."""
+    heading = "Updates expected and applied"
+    if record.verdict is not None and record.verdict.tiers:
+        rows: list[tuple[object, ...]] = [
+            (
+                f"tier {tier.tier}",
+                tier.frequency,
+                f"{tier.changed} of {tier.tensors}",
+                tier.expected_updates,
+                tier.applied_updates,
+                tier.skipped_updates,
+            )
+            for tier in record.verdict.tiers
+        ]
+        caption = f"Up to step {record.verdict.adapter_step}, the step that is offered"
+        judged = ["tier", "updated every", "tensors changed", "expected", "applied", "skipped"]
+        return section("updates", heading, table(caption, judged, rows))
+    applied, skipped = record.last("updates"), record.last("skipped")
+    if not isinstance(applied, list) or record.config is None:
+        return section("updates", heading, paragraph("No step was reported yet."))
+    frequencies = record.config.nested.frequencies
+    missing = [0] * len(applied)
+    rows = [
+        (f"tier {number}", every, record.step // every, done, missed)
+        for number, (every, done, missed) in enumerate(
+            zip(frequencies, applied, skipped or missing, strict=False)
+        )
+    ]
+    columns = ("tier", "updated every", "expected", "applied", "skipped")
+    return section("updates", heading, table(f"Up to step {record.step}", columns, rows))
+
+
+def tasks_section(record: RunRecord) -> Html:
+    """What base, parent, champion and candidate answered, the lost questions first."""
+    heading = "Answers of base, champion and candidate"
+    parts: list[Html] = []
+    for name in dict.fromkeys(answer.task for answer in record.answers):
+        parts += [element("h3", name), _answers_table(record, name)]
+    samples = next((r["samples"] for r in reversed(record.metrics) if r.get("samples")), None)
+    if isinstance(samples, list):
+        parts += [element("h3", "Samples"), _samples_table(samples)]
+    if not parts:
+        none = "No question was asked: neither `gate.tasks` nor `samples` names one."
+        parts = [paragraph(none if record.state != "running" else "No answer yet.")]
+    return section("answers", heading, *parts)
+
+
+SHOWN_QUESTIONS = 12
+
+
+def _answers_table(record: RunRecord, task: str) -> Html:
+    """The questions of a suite: those that the candidate lost first, at most SHOWN_QUESTIONS."""
+    own = [answer for answer in record.answers if answer.task == task]
+    roles = [
+        r for r in ("base", "parent", "champion", "candidate") if any(a.model == r for a in own)
+    ]
+    by_line: dict[int, dict[str, tuple[str, float]]] = {}
+    questions = {answer.line: answer.question for answer in own}
+    for answer in own:
+        by_line.setdefault(answer.line, {})[answer.model] = (answer.answer, answer.score)
+
+    def gain(line: int) -> float:
+        """The candidate's score minus the best of the others."""
+        scores = {role: score for role, (_, score) in by_line[line].items()}
+        candidate = scores.pop("candidate", 0.0)
+        return candidate - max(scores.values(), default=0.0)
+
+    lines = sorted(by_line, key=gain)
+    rows = [
+        (long_text(questions[line], 200), *(_answer_cell(by_line[line].get(r)) for r in roles))
+        for line in lines[:SHOWN_QUESTIONS]
+    ]
+    caption = f"{len(rows)} of {len(lines)} questions, lost ones first; all: answers.jsonl"
+    return table(caption, ("question", *roles), rows)
+
+
+def _answer_cell(answer: tuple[str, float] | None) -> Html:
+    if answer is None:
+        return markup(None)
+    text, score = answer
+    mark = "✓ right" if score >= 1 else "✗ wrong" if score <= 0 else f"{score:.2g}"
+    return join(
+        (element("small", mark, class_="good" if score >= 1 else "bad"), long_text(text.strip()))
+    )
+
+
+def _samples_table(samples: Sequence[object]) -> Html:
+    rows = [
+        (long_text(str(sample.get("prompt", ""))), long_text(str(sample.get("answer", ""))))
+        for sample in samples[:SHOWN_QUESTIONS]
+        if isinstance(sample, dict)
+    ]
+    return table("At the last evaluation", ("prompt", "answer"), rows)
