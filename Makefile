@@ -62,7 +62,7 @@ docs: $(VENV)/project.stamp ## write docs/configuration.md again from the schema
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py
 
-COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu \
+COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --extra report \
 	--generate-hashes --no-emit-index-url --custom-compile-command "make lock" --quiet
 lock: $(VENV)/project.stamp ## pin the dependencies again; UPGRADE=--upgrade takes the newest
 	$(INSTALL) "uv>=0.13"

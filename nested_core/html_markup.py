@@ -63,11 +63,13 @@ def table(caption: str, columns: Sequence[object], rows: Iterable[Sequence[objec
     for first, *others in rows:
         cells = "".join(f"<td{_number_class(cell)}>{markup(cell)}" for cell in others)
         lines.append(f"<tr><th scope=row>{markup(first)}{cells}\n")
-    body = Html(
-        f"<table><caption>{markup(caption)}</caption><thead><tr>{head}<tbody>{''.join(lines)}"
-        f"</table>"
-    )
+    body = Html(f"<table>{table_caption(caption)}<thead><tr>{head}<tbody>{''.join(lines)}</table>")
     return scrolling(caption, body)
+
+
+def table_caption(text: str) -> Html:
+    """A caption that stays in sight where its table is scrolled."""
+    return element("caption", element("span", text))
 
 
 def _number_class(cell: object) -> str:

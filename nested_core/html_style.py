@@ -23,15 +23,17 @@ padding-top:1rem}
 .nested-tune .warn{color:var(--warn)}
 .nested-tune .note,.nested-tune caption,.nested-tune figcaption{color:var(--soft);
 font-size:.85rem}
-.nested-tune .scroll{overflow-x:auto;max-height:28rem;overflow-y:auto;margin:.4rem 0}
+.nested-tune .scroll{overflow-x:auto;max-height:36rem;overflow-y:auto;margin:.4rem 0}
 .nested-tune table{border-collapse:collapse;font-size:.85rem;
 font-variant-numeric:tabular-nums;overflow-wrap:normal}
 .nested-tune caption{text-align:left;padding:.2rem 0}
+.nested-tune caption span{display:inline-block;position:sticky;left:0;
+max-width:min(75ch,calc(100vw - 40px))}
 .nested-tune th,.nested-tune td{padding:.25rem .6rem .25rem 0;text-align:left;
 vertical-align:top;border-bottom:1px solid var(--line);background:none;color:var(--ink)}
 .nested-tune th{font-weight:500}.nested-tune thead th{color:var(--soft);white-space:nowrap}
 .nested-tune td.n{text-align:right}
-.nested-tune .text{white-space:pre-wrap;overflow-wrap:anywhere;min-width:9rem;max-width:26rem;
+.nested-tune .text{white-space:pre-wrap;overflow-wrap:anywhere;min-width:14rem;max-width:26rem;
 display:block}
 .nested-tune .charts{display:grid;gap:1rem;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
@@ -57,7 +59,7 @@ font-size:.9em}
 .nested-tune .heat thead th{padding-right:.35rem;text-align:center}
 @media(max-width:480px){body.nested-tune{padding:12px;font-size:14px}
 .nested-tune dl{grid-template-columns:repeat(2,minmax(0,1fr))}
-.nested-tune .text{max-width:16rem}
+.nested-tune .text{max-width:17rem}
 .nested-tune .verdict{font-size:1.1rem}
 .nested-tune .heat thead th{writing-mode:vertical-rl;text-align:right}}
 @media print{.nested-tune .scroll{max-height:none;overflow:visible}}

@@ -6,10 +6,13 @@ Nothing is printed while the command works: then standard output is not its own.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from flows.terminal import print_json, print_line
+from flows.terminal import print_json, print_line, print_progress
+from nested_core.errors import ConfigError
+from nested_core.storage.run_directory import RunDirectory
 
 
 def result_printer(
@@ -40,3 +43,16 @@ def text_printer(text: str) -> Callable[[], int]:
         return 0
 
     return finish
+
+
+@contextmanager
+def naming_report_of_failure(run: RunDirectory) -> Iterator[None]:
+    """Say where the run's page is, if the block fails after the run began."""
+    try:
+        yield
+    except ConfigError:
+        raise  # before anything was done
+    except BaseException:
+        if run.report.is_file():
+            print_progress(f"report: {run.report}")
+        raise

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.commands.command_output import naming_report_of_failure
 from flows.loss_curve import draw_curve
 from flows.packaged_files import packaged_folder
 from flows.run_follower import showing_run
@@ -50,7 +51,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     )
     print_progress(f"run directory: {run.path}")
     breaking = _breaking_updates() if arguments.break_training else contextlib.nullcontext()
-    with breaking, showing_run(run):
+    with naming_report_of_failure(run), breaking, showing_run(run):
         _run_flow(config, run)
     champion = out / "registry" / ADAPTER_NAME / LINK_NAME
     rows = _read_answers(config, run)
@@ -66,6 +67,8 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
             f"  {_path_of_program('mlx_lm.generate')} --model {config.model} "
             f'--adapter-path {champion} --prompt "{rows[0][0]}"'
         )
+        print_line("look at it:")
+        print_line(f"  {run.report}")
         return 0
 
     return finish

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from flows.commands.command_output import result_printer, text_printer
+from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
 from flows.run_follower import showing_run
 from flows.sample_text import format_sample_answers
@@ -106,7 +106,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
         try:
-            with showing_run(run):
+            with naming_report_of_failure(run), showing_run(run):
                 result = finetune(config, run, hooks, resume=arguments.resume)
         except GateRejected:
             print_progress(*format_sample_answers(hooks.sample_answers))
@@ -145,6 +145,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         if result.version is not None:
             done = result.promotion or "registered"
             print_line(f"{config.registry.name} {result.version}: {done}")
+        print_line(f"report: {run.report}")
 
     return result_printer(arguments, document, show)
 
@@ -165,12 +166,14 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
 
         show_logs_from_level(logging.NOTSET)
         wait_for_server()
-        with showing_run(run):
+        with naming_report_of_failure(run), showing_run(run):
             state = finetune(FinetuneParameters(**parameters), return_state=True)
     if state.is_cancelled():
         raise TrainingStopped(f"The flow run was cancelled, {state.message}")
-    state.result()  # raises what made it fail
+    with naming_report_of_failure(run):
+        state.result()  # raises what made it fail
     print_progress(str(state.message))
+    print_progress(f"report: {run.report}")
     return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
 
 

@@ -12,12 +12,14 @@ import importlib.util
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nested_core.html_markup import Html, collapsed, element, join, markup, table
 from nested_core.report.curve_points import Point, decimate
 
+MAX_ROWS = 200  # of a table of a curve's numbers
+MAX_DOTS = 60
 WIDTH, HEIGHT = 420, 250  # legible at a phone's width, several beside each other on a screen
 LAST_LABEL = 16  # room for the half of the last label that stands beyond its axis
 LOGARITHMIC_FROM = 10.0  # largest over smallest value
@@ -56,13 +58,13 @@ def can_draw() -> bool:
 def figure(charts: Sequence[Chart]) -> Html:
     """A figure: charts of the same numbers, a legend, and the numbers themselves in a table.
 
-    Charts share their table where their curves do; the first one's x is its first column. Nothing
-    where no curve has a finite point.
+    The table is of the first chart: the others show its values over another x. Nothing where no
+    curve has a finite point.
     """
     charts = [_without_empty_curves(chart) for chart in charts]
-    if not any(chart.curves for chart in charts):
-        return Html("")
     first = charts[0]
+    if not first.curves:
+        return Html("")
     drawn = [draw_chart(chart) for chart in charts] if can_draw() else []
     caption = element("figcaption", first.title, _legend(first.curves))
     pictures = element("div", *drawn, class_="charts")
@@ -71,12 +73,8 @@ def figure(charts: Sequence[Chart]) -> Html:
 
 
 def _without_empty_curves(chart: Chart) -> Chart:
-    curves = [
-        Curve(curve.name, decimate(curve.points), curve.has_dots)
-        for curve in chart.curves
-        if any(point.y is not None for point in curve.points)
-    ]
-    return Chart(chart.title, chart.x, chart.y, curves, chart.from_zero)
+    curves = [curve for curve in chart.curves if any(p.y is not None for p in curve.points)]
+    return replace(chart, curves=curves)
 
 
 def _legend(curves: Sequence[Curve]) -> Html:
@@ -100,15 +98,31 @@ def _colour(number: int) -> str:
 
 
 def _numbers(charts: Sequence[Chart]) -> Html:
-    """A row for each x of the first chart; a further chart adds its own x as a column."""
-    first = charts[0]
-    values = [{point.x: point.y for point in curve.points} for curve in first.curves]
-    columns = [first.x, *(curve.name for curve in first.curves)]
-    rows = [
-        [_whole(x), *(curve.get(x, Html("")) for curve in values)]
-        for x in sorted({x for curve in values for x in curve})
-    ]
-    return table(f"{first.title}: {first.y} by {first.x}", columns, rows)
+    """A row for each x of the first chart, with the x of the others as further columns.
+
+    Of more than MAX_ROWS those are shown, evenly spaced, at which all curves have a value.
+    """
+    chart, *others = charts
+    values = [{point.x: point.y for point in curve.points} for curve in chart.curves]
+    further = [_places_in(chart, other) for other in others]
+    places = sorted({x for curve in values for x in curve})
+    total = len(places)
+    if total > MAX_ROWS:
+        complete = [x for x in places if all(x in curve for curve in values)]
+        places = complete if len(complete) > 1 else places
+        places = [*places[: -1 : -(-len(places) // MAX_ROWS)], places[-1]]
+    rows = [[_whole(x), *(cells.get(x, Html("")) for cells in (*further, *values))] for x in places]
+    caption = f"{chart.title}: {chart.y} by {chart.x}"
+    if len(places) < total:
+        caption += f", {len(places)} of {total:,}; all: metrics.jsonl"
+    names = [chart.x, *(other.x for other in others), *(curve.name for curve in chart.curves)]
+    return table(caption, names, rows)
+
+
+def _places_in(chart: Chart, other: Chart) -> dict[float, float | None]:
+    """Where the points of a chart stand in another one of the same points over another x."""
+    pairs = zip(chart.curves, other.curves, strict=True)
+    return {p.x: q.x for one, two in pairs for p, q in zip(one.points, two.points, strict=True)}
 
 
 def _whole(x: float) -> float | int:
@@ -121,8 +135,9 @@ def draw_chart(chart: Chart) -> Html:
     A vertical axis over more than a factor of LOGARITHMIC_FROM is logarithmic, unless the chart
     begins at zero.
     """
-    values = [p.y for curve in chart.curves for p in curve.points if p.y is not None]
-    places = [p.x for curve in chart.curves for p in curve.points]
+    curves = [replace(curve, points=decimate(curve.points)) for curve in chart.curves]
+    values = [p.y for curve in curves for p in curve.points if p.y is not None]
+    places = [p.x for curve in curves for p in curve.points]
     is_logarithmic = (
         not chart.from_zero and min(values) > 0 and max(values) >= LOGARITHMIC_FROM * min(values)
     )
@@ -138,11 +153,11 @@ def draw_chart(chart: Chart) -> Html:
         low, high = _range(values, from_zero=chart.from_zero)
         drawing.add_y_scale(low, high)
         drawing.add_y_axis(tick_formatter=_format_tick)
-    for number, curve in enumerate(chart.curves):
+    for number, curve in enumerate(curves):
         data = [(p.x, _height(p.y, is_logarithmic=is_logarithmic)) for p in curve.points]
         series = leather.series(data)
         drawing.add_series(series, leather.line(_colour(number), width=1.2))
-        if curve.has_dots or len(data) == 1:
+        if len(data) == 1 or (curve.has_dots and len(data) <= MAX_DOTS):
             drawing.add_series(series, leather.dots(_colour(number), radius=2.5))
     words = markup(f"{chart.title}: {chart.y}{' (logarithmic)' * is_logarithmic} by {chart.x}")
     opening = f'<svg viewBox="0 0 {WIDTH + LAST_LABEL} {HEIGHT}" role="img" aria-label="{words}">'

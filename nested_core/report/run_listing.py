@@ -74,7 +74,7 @@ def _describe_run(run: RunDirectory) -> ListedRun:
         path=str(run.path),
         state=status["state"],
         step=status["step"],
-        steps=count_steps(config),
+        steps=count_steps(run, config),
         train_loss=status["current_train_loss"],
         val_loss=status["current_val_loss"],
         verdict=status["verdict"],

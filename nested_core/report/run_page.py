@@ -123,11 +123,11 @@ class RunReport:
             if len(verdict.reasons) > 1:
                 parts.append(_reasons_table(verdict))
             parts.append(figures(decisive_figures(verdict)))
-        flags = _red_flags(record)
-        if flags:
+        if record.red_flags:
+            flags = [element("li", long_text(flag)) for flag in record.red_flags[:10]]
             parts += [
                 paragraph("Red flags while it trained:", class_="warn"),
-                element("ul", *(element("li", flag) for flag in flags)),
+                element("ul", *flags),
             ]
         return section("verdict", "Verdict", *parts)
 
@@ -184,12 +184,6 @@ def _reasons_table(verdict: Verdict) -> Html:
     return table("Every reason against the adapter", ("code", "message", "tensors"), rows)
 
 
-def _red_flags(record: RunRecord) -> list[str]:
-    """What training warned of, from its last report that says so."""
-    flags = record.last("red_flags")
-    return [str(flag)[:SHOWN_CHARACTERS] for flag in flags[:10]] if isinstance(flags, list) else []
-
-
 def _curves_section(record: RunRecord) -> Html:
     """Losses over steps and seconds, rate, gradient norm, speed and memory."""
     note = Html("") if can_draw() else paragraph(HOW_TO_GET_CHARTS, class_="note")
@@ -207,19 +201,26 @@ def _curves_section(record: RunRecord) -> Html:
     ]
     if not any(drawn):
         return section("curves", "Training", paragraph("Nothing was reported yet."))
-    best = _describe_judged_step(record)
-    return section("curves", "Training", note, best, element("div", *drawn, class_="charts"))
+    sentences = _describe_curves(record)
+    return section("curves", "Training", note, sentences, element("div", *drawn, class_="charts"))
 
 
-def _describe_judged_step(record: RunRecord) -> Html:
-    verdict = record.verdict
-    if verdict is None or verdict.adapter_step is None:
-        return Html("")
-    return paragraph(
-        f"The adapter of step {verdict.adapter_step:,} is the one that was judged. The validation "
-        f"losses here are of the evaluations during training; the verdict's are the gate's own.",
-        class_="note",
-    )
+def _describe_curves(record: RunRecord) -> Html:
+    """Which step was judged, on what the validation losses are, and the memory that was planned."""
+    sentences = []
+    plan, verdict = record.plan, record.verdict
+    if verdict is not None and verdict.adapter_step is not None:
+        sentences.append(
+            f"The adapter of step {verdict.adapter_step:,} is the one that was judged."
+        )
+    if plan is not None and plan.validation_file is not None:
+        sentences.append(f"Validation losses are of {plan.describe_validation()}.")
+    if plan is not None:
+        sentences.append(
+            f"Memory: {plan.memory_forecast_gb:.3g} GB were forecast, {plan.memory_limit_gb:.3g} "
+            f"GB may be used."
+        )
+    return paragraph(" ".join(sentences), class_="note") if sentences else Html("")
 
 
 def _loss_chart(record: RunRecord, x: str) -> Chart:

@@ -21,8 +21,9 @@ from nested_core.report.run_start import count_steps, start_of
 from nested_core.report.run_status import State, describe_state, last_value, read_sound_verdict
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import file_type, read_json
+from nested_core.storage.strict_files import file_type, read_json, read_json_object
 from nested_core.training.metrics_file import cumulative_seconds, read_metrics
+from nested_core.training.training_plan import TrainingPlan, read_plan
 
 Content = TypeVar("Content")
 
@@ -31,21 +32,25 @@ Content = TypeVar("Content")
 class RunRecord:
     """A run at one moment.
 
-    config, verdict, losses, dataset: None where the run has none yet, or the file is damaged.
+    config, plan, verdict, losses, dataset: None where the run has none yet, or the file is damaged.
     metrics: the records of metrics.jsonl; seconds: of training up to each of them.
     steps: how many the run sets out to take; None where epochs decide, before they are counted.
+    red_flags: what training warned of, once it has ended.
     problems: a sentence for each file that is damaged.
     """
 
     run: RunDirectory
     state: State
     started: datetime
+    steps: int | None
     config: FineTuneConfig | None = None
+    plan: TrainingPlan | None = None
     metrics: Sequence[dict[str, Any]] = ()
     seconds: Sequence[float] = ()
     verdict: Verdict | None = None
     losses: ExampleLosses | None = None
     dataset: DatasetReport | None = None
+    red_flags: tuple[str, ...] = ()
     answers: Sequence[AnswerRecord] = ()
     problems: tuple[str, ...] = ()
 
@@ -58,11 +63,6 @@ class RunRecord:
     def step(self) -> int:
         """The last optimizer step that was reported."""
         return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
-
-    @property
-    def steps(self) -> int | None:
-        """How many optimizer steps the run is to take."""
-        return None if self.config is None else count_steps(self.config)
 
     def last(self, key: str) -> Any:
         """The last reported value of a metric, or None."""
@@ -103,10 +103,13 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
         run,
         describe_state(run, holder, outcome),
         start_of(run),
+        count_steps(run, config),
         config=config,
+        plan=read_plan(run.plan),
         metrics=metrics,
         seconds=cumulative_seconds(metrics),
         dataset=reader.read(run.dataset, _read_dataset),
+        red_flags=tuple(reader.read(run.result, _read_red_flags) or ()),
         problems=tuple(reader.problems),
     )
     return record if outcome is None else _with_verdict(record, reader)
@@ -127,6 +130,12 @@ def _with_verdict(record: RunRecord, reader: _Reader) -> RunRecord:
         "problems": tuple(reader.problems),
     }
     return RunRecord(**values)
+
+
+def _read_red_flags(path: Path) -> list[str]:
+    """What training warned of, from result.json."""
+    flags = read_json_object(path).get("red_flags")
+    return [str(flag) for flag in flags] if isinstance(flags, list) else []
 
 
 def _read_dataset(path: Path) -> DatasetReport:

@@ -7,13 +7,20 @@ from datetime import UTC, datetime
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.training_plan import read_plan
 
 _RUN_NAME = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{8}")
 
 
-def count_steps(config: FineTuneConfig) -> int | None:
-    """The optimizer steps that a configuration asks for; None where it gives epochs."""
-    if config.training.epochs is not None:
+def count_steps(run: RunDirectory, config: FineTuneConfig | None) -> int | None:
+    """The optimizer steps that a run is to take, from its plan, or before it from `iters`.
+
+    None where epochs decide and nothing was counted yet.
+    """
+    plan = read_plan(run.plan)
+    if plan is not None:
+        return plan.steps
+    if config is None or config.training.epochs is not None:
         return None
     per_step = config.grad_accumulation_steps
     is_rounded_down = config.training.reference is not None

@@ -28,11 +28,13 @@ from nested_core.html_markup import (
     scrolling,
     section,
     table,
+    table_caption,
 )
 from nested_core.report.run_record import RunRecord
 from nested_core.storage.strict_files import open_regular
 
 WORST_EXAMPLES = 5
+SHOWN_QUESTIONS = 12
 MAX_DATA_BYTES = 64 * 1024 * 1024  # of a file of data that examples are read from
 MAX_LINE_BYTES = 64 * 1024
 DARKEST = 0.55  # share of the colour behind the largest change: text on it stays legible
@@ -52,7 +54,7 @@ def decisive_figures(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
     if losses is not None:
         where = describe_examples(losses)
         yield "Loss before", losses.loss_before, f"nats a token, {where}"
-        yield "Loss after", losses.loss_after, f"step {verdict.adapter_step}, same examples"
+        yield "Loss after", losses.loss_after, f"step {verdict.adapter_step or 0:,}, same examples"
         if losses.difference is not None:
             note = describe_interval(losses.interval)
             yield "Difference", f"{losses.difference:+.4g}", f"after minus before, {note}"
@@ -158,16 +160,16 @@ def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
     rows = [
         (
             f"{losses.file}:{number}",
-            int(losses.tokens[place]),
+            _finite(differences[place]),
             _finite(losses.before[place]),
             _finite(losses.after[place]),
             None if champion is None else _finite(champion[place]),
-            _finite(differences[place]),
+            int(losses.tokens[place]),
             long_text(texts.get(number, "–"), 240),
         )
         for place, number in zip(order, numbers, strict=True)
     ]
-    columns = ("example", "tokens", "before", "after", "champion", "difference", "text")
+    columns = ("example", "difference", "before", "after", "champion", "tokens", "text")
     caption = f"The {len(rows)} examples with the worst difference; all: gate-losses.jsonl"
     share = f"{improved} of {len(losses)} examples have a lower loss than before."
     return join((paragraph(share), table(caption, columns, rows)))
@@ -222,20 +224,20 @@ def change_section(record: RunRecord) -> Html:
     largest = max((m.change for m in modules.values() if m.change is not None), default=0) or 1.0
     lines = []
     for layer in layers:
-        cells = "".join(_heat_cell(modules.get((layer, column)), largest) for column in columns)
-        tiers = sorted(
-            {m.tier for (row, _), m in modules.items() if row == layer and m.tier is not None}
-        )
+        own = {column: m for (row, column), m in modules.items() if row == layer}
+        tiers = sorted({m.tier for m in own.values() if m.tier is not None})
+        is_mixed = len(tiers) > 1
+        cells = "".join(_heat_cell(own.get(c), largest, with_tier=is_mixed) for c in columns)
         marks = f" · tier {', '.join(map(str, tiers))}" if tiers else ""
         name = "outside layers" if layer < 0 else f"layer {layer}"
         lines.append(f"<tr><th scope=row>{markup(name + marks)}{cells}\n")
     head = "".join(f"<th scope=col>{markup(column)}" for column in columns)
     caption = (
-        "Mean relative change of a module's tensors, from initial to trained adapter; t0, t1 … is "
-        "the tier. A fresh lora_b starts at zero, which counts as a change of 1."
+        "Mean relative change of a module's tensors, from initial to trained adapter. A "
+        "fresh lora_b starts at zero, which counts as a change of 1."
     )
     body = Html(
-        f'<table class="heat"><caption>{markup(caption)}</caption>'
+        f'<table class="heat">{table_caption(caption)}'
         f"<thead><tr><th scope=col>layer{head}<tbody>{''.join(lines)}</table>"
     )
     unchanged = [tensor.name for tensor in record.verdict.tensors if not tensor.changed]
@@ -257,12 +259,12 @@ def _modules_by_place(tensors: Sequence[TensorChange]) -> dict[tuple[int, str], 
     return {place: _Module.from_tensors(group) for place, group in grouped.items()}
 
 
-def _heat_cell(module: _Module | None, largest: float) -> str:
+def _heat_cell(module: _Module | None, largest: float, *, with_tier: bool) -> str:
     if module is None:
         return "<td>"
     share = DARKEST * (module.change or 0.0) / largest
     value = "–" if module.change is None else f"{module.change:.2g}"
-    tier = "" if module.tier is None else f" <small>t{module.tier}</small>"
+    tier = f" <small>tier {module.tier}</small>" if with_tier and module.tier is not None else ""
     mark = ' class="bad"' if module.is_unchanged else ""
     return f'<td{mark} style="background:rgba(var(--heat),{share:.2f})">{value}{tier}'
 
@@ -282,7 +284,7 @@ def updates_section(record: RunRecord) -> Html:
             )
             for tier in record.verdict.tiers
         ]
-        caption = f"Up to step {record.verdict.adapter_step}, the step that is offered"
+        caption = f"Up to step {record.verdict.adapter_step or 0:,}, the step that is offered"
         judged = ["tier", "updated every", "tensors changed", "expected", "applied", "skipped"]
         return section("updates", heading, table(caption, judged, rows))
     applied, skipped = record.last("updates"), record.last("skipped")
@@ -297,15 +299,17 @@ def updates_section(record: RunRecord) -> Html:
         )
     ]
     columns = ("tier", "updated every", "expected", "applied", "skipped")
-    return section("updates", heading, table(f"Up to step {record.step}", columns, rows))
+    return section("updates", heading, table(f"Up to step {record.step:,}", columns, rows))
 
 
 def tasks_section(record: RunRecord) -> Html:
     """What base, parent, champion and candidate answered, the lost questions first."""
     heading = "Answers of base, champion and candidate"
     parts: list[Html] = []
-    for name in dict.fromkeys(answer.task for answer in record.answers):
-        parts += [element("h3", name), _answers_table(record, name)]
+    names = list(dict.fromkeys(answer.task for answer in record.answers))
+    count = max(2, SHOWN_QUESTIONS // max(1, len(names)))
+    for name in names[:SHOWN_QUESTIONS]:
+        parts += [element("h3", name), _answers_table(record, name, count)]
     samples = next((r["samples"] for r in reversed(record.metrics) if r.get("samples")), None)
     if isinstance(samples, list):
         parts += [element("h3", "Samples"), _samples_table(samples)]
@@ -315,11 +319,8 @@ def tasks_section(record: RunRecord) -> Html:
     return section("answers", heading, *parts)
 
 
-SHOWN_QUESTIONS = 12
-
-
-def _answers_table(record: RunRecord, task: str) -> Html:
-    """The questions of a suite: those that the candidate lost first, at most SHOWN_QUESTIONS."""
+def _answers_table(record: RunRecord, task: str, count: int) -> Html:
+    """The questions of a suite: those that the candidate lost first, at most `count`."""
     own = [answer for answer in record.answers if answer.task == task]
     roles = [
         r for r in ("base", "parent", "champion", "candidate") if any(a.model == r for a in own)
@@ -338,7 +339,7 @@ def _answers_table(record: RunRecord, task: str) -> Html:
     lines = sorted(by_line, key=gain)
     rows = [
         (long_text(questions[line], 200), *(_answer_cell(by_line[line].get(r)) for r in roles))
-        for line in lines[:SHOWN_QUESTIONS]
+        for line in lines[:count]
     ]
     caption = f"{len(rows)} of {len(lines)} questions, lost ones first; all: answers.jsonl"
     return table(caption, ("question", *roles), rows)
