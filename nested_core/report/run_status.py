@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry.gate_file import has_verdict_manifest, read_gate, require_verdict_manifest
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
@@ -44,6 +43,14 @@ def read_sound_verdict(run: RunDirectory) -> str | None:
     None for a gate.json without its manifest: it was being written, or is an earlier version's.
     Raises DamagedError if it has changed since.
     """
+    if not run.gate.exists():
+        return None
+    from nested_core.registry.gate_file import (  # brings mlx
+        has_verdict_manifest,
+        read_gate,
+        require_verdict_manifest,
+    )
+
     try:
         gate = read_gate(run.gate)
         require_verdict_manifest(run.path, gate)

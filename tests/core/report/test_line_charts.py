@@ -1,0 +1,107 @@
+"""Charts: few points with every peak, the page's colours, and the numbers in a table."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from nested_core.report.curve_points import MAX_POINTS, Point, decimate
+from nested_core.report.line_charts import Chart, Curve, can_draw, draw_chart, figure
+
+
+def parse(svg: str) -> ET.Element:
+    return ET.fromstring(svg)  # noqa: S314, for it is our own
+
+
+def spiky(count: int, spike: int) -> list[Point]:
+    return [Point(i, 100.0 if i == spike else 1.0 + math.sin(i) / 10) for i in range(count)]
+
+
+@pytest.mark.parametrize("spike", [1, 4_999, 9_998])
+def test_ten_thousand_points_become_five_hundred_and_a_spike_stays(spike: int) -> None:
+    points = decimate(spiky(10_000, spike))
+    assert len(points) <= MAX_POINTS
+    assert Point(spike, 100.0) in points
+    assert (points[0].x, points[-1].x) == (0, 9_999)
+    assert [p.x for p in points] == sorted({p.x for p in points})
+
+
+def test_few_points_stay_as_they_are_and_gaps_stay_gaps() -> None:
+    points = [Point(0, 1.0), Point(1, None), Point(2, 3.0)]
+    assert decimate(points) == points
+    holes = [Point(i, None if 2_000 <= i < 4_000 else 1.0) for i in range(10_000)]
+    assert any(point.y is None for point in decimate(holes))
+
+
+def chart(points: list[Point], **changes: object) -> Chart:
+    return Chart("Loss", "step", "nats a token", [Curve("training", points)], **changes)  # type: ignore[arg-type]
+
+
+def test_a_chart_is_well_formed_svg_with_a_title_and_the_pages_colours() -> None:
+    root = parse(draw_chart(chart(spiky(1_000, 300))))
+    assert root.get("role") == "img"
+    words = "Loss: nats a token (logarithmic) by step"
+    assert root.get("aria-label") == words
+    assert root[0].tag == "title"
+    assert root[0].text == words
+    colours = {value for e in root.iter() for key in ("fill", "stroke") if (value := e.get(key))}
+    assert all(value == "none" or value.startswith("var(--") for value in colours), colours
+    assert {element.tag for element in root.iter()}.isdisjoint({"script", "style", "image", "a"})
+    (path,) = (e for e in root.iter("path"))
+    assert len(path.attrib["d"].split("L")) <= MAX_POINTS
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.0], [5.0, 5.0], [0.0, 0.0], [-3.0, -3.0], [1e-12, 1e12], [1e-5, 1e-5, 0.0], [3.0, None]],
+)
+def test_any_finite_values_can_be_drawn(values: list[float | None]) -> None:
+    for from_zero in (True, False):
+        points = [Point(i, value) for i, value in enumerate(values)]
+        svg = draw_chart(chart(points, from_zero=from_zero))
+        assert parse(svg).tag == "svg"
+        assert "nan" not in svg.lower()
+
+
+def test_labels_of_a_logarithmic_axis_keep_their_digits() -> None:
+    svg = draw_chart(chart([Point(i, 10.0**-i) for i in range(4)]))
+    labels = [element.text for element in parse(svg).iter("text")]
+    assert {"1", "0.1", "0.01", "0.001"} <= set(labels)
+
+
+def test_the_table_under_a_chart_holds_its_numbers_and_the_other_axis() -> None:
+    points = [Point(step, 8.0 / step) for step in (10, 20, 40)]
+    seconds = [Point(step / 2, p.y) for step, p in zip((10, 20, 40), points, strict=True)]
+    other = Chart("Loss", "seconds", "nats a token", [Curve("training", seconds)])
+    text = figure([chart(points), other])
+    assert text.count("<svg") == 2
+    rows = re.findall(r"<tr><th scope=row>(.*)", text)
+    assert rows == [
+        "10<td class=n>5<td class=n>0.8",
+        "20<td class=n>10<td class=n>0.4",
+        "40<td class=n>20<td class=n>0.2",
+    ]
+
+
+def test_a_long_table_is_thinned_and_says_so() -> None:
+    text = figure([chart(spiky(10_000, 5))])
+    assert text.count("scope=row") <= 201
+    assert "of 10,000; all: metrics.jsonl" in text
+    assert ">9,999<" in text
+
+
+def test_a_chart_without_a_finite_value_is_left_out() -> None:
+    assert figure([chart([Point(1, None)])]) == ""
+    assert figure([chart([])]) == ""
+
+
+def test_without_the_extra_the_numbers_are_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "leather", None)
+    assert not can_draw()
+    text = figure([chart(spiky(10, 5))])
+    assert "<svg" not in text
+    assert text.count("scope=row") == 10

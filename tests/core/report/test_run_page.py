@@ -1,0 +1,263 @@
+"""report.html: what it says of a run at each state, in which order, and what cannot get onto it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nested_core.data.rules.dataset_report import Finding
+from nested_core.errors import ConfigError, GateRejected
+from nested_core.gate.verdict import Reason
+from nested_core.html_markup import POLICY
+from nested_core.report.run_page import RunReport, read_report, writing_report_at_end
+from nested_core.report.run_record import read_run
+from nested_core.report.run_status import read_status
+from nested_core.storage.run_directory import RunDirectory
+from tests.core.report.written_runs import (
+    HOSTILE_ROW,
+    add_metrics,
+    begin_run,
+    finished_run,
+    judge,
+    make_losses,
+    make_verdict,
+)
+from tests.hostile_text import HOSTILE, MARK, UNSAFE
+
+ORDER = ["verdict", "pairs", "curves", "change", "updates", "data", "answers", "reproduce"]
+MAX_BYTES = 300 * 1024
+
+
+class Page(HTMLParser):
+    """The elements of a page, its words, and its sections by their id."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.sections: dict[str, str] = {}
+        self._section = ""
+        self._is_style = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._is_style = tag == "style"
+        if tag == "section":
+            self._section = str(dict(attrs)["id"])
+            self.sections[self._section] = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_style = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._is_style:
+            self.words += f"{data} "
+            if self._section:
+                self.sections[self._section] += f"{data} "
+
+
+def page_of(run: RunDirectory) -> Page:
+    return Page(read_report(run.path).to_html())
+
+
+def test_a_passed_run_says_so_first_and_everything_in_its_order(tmp_path: Path) -> None:
+    page = page_of(finished_run(tmp_path / "run", champion=True))
+    assert list(page.sections) == ORDER
+    verdict = page.sections["verdict"]
+    assert "Passed: loss 3.55 → 2.675 on valid.jsonl, 12 examples" in verdict
+    assert "2 of 3 right answers to capitals" in verdict
+    assert "24 of 24" in verdict  # tensors changed
+    pairs = page.sections["pairs"]
+    assert f"champion {'c' * 12}" in pairs
+    assert "11 of 12 examples have a lower loss than before." in pairs
+    assert pairs.index("valid.jsonl:3") < pairs.index("valid.jsonl:1 ")  # the worst first
+    assert "How much is a pump?" in pairs
+    assert re.search(r"tier 1\s+2\s+", page.sections["updates"])
+    assert "layer 1 · tier 1" in page.sections["change"]
+    assert "lost ones first" in page.sections["answers"]
+    for words in (
+        "nested-tune train -c",
+        "learning_rate: 0.002",
+        "a" * 64,
+        "data-digest",
+        "mlx-lm",
+    ):
+        assert words in page.sections["reproduce"]
+
+
+def test_a_rejected_run_gives_its_reason_in_the_first_sentence(tmp_path: Path) -> None:
+    reasons = [
+        Reason("loss_regressed", "the loss rose from 3.55 to 4.1"),
+        Reason("tier_unchanged", "tier 2 did not move", ("a.lora_a",)),
+    ]
+    page = page_of(finished_run(tmp_path / "run", reasons=reasons))
+    verdict = page.sections["verdict"]
+    assert (
+        "Rejected, loss_regressed: the loss rose from 3.55 to 4.1 (and 1 more reason)." in verdict
+    )
+    assert "tier_unchanged" in verdict
+    assert "tier 2 did not move" in verdict
+
+
+def test_a_going_run_says_how_far_it_is(tmp_path: Path) -> None:
+    run = begin_run(tmp_path / "run", iters=100)
+    add_metrics(run, 40)
+    with run.locked():
+        page = page_of(run)
+    assert list(page.sections) == ORDER
+    assert "Running: step 40 of 100, training loss 1.1" in page.sections["verdict"]
+    assert "not judged yet" in page.sections["pairs"]
+    assert re.search(r"tier 2\s+4\s+10\s+10\s+0", page.sections["updates"])
+
+
+def test_a_run_before_its_first_step_has_a_page(tmp_path: Path) -> None:
+    page = page_of(begin_run(tmp_path / "run"))
+    assert list(page.sections) == ORDER
+    assert "Nothing was reported yet." in page.sections["curves"]
+
+
+def test_a_rejected_data_set_is_named_with_its_lines(tmp_path: Path) -> None:
+    finding = Finding("train.jsonl", 7, "error", "bad-json", "column 46")
+    page = page_of(begin_run(tmp_path / "run", findings=[finding]))
+    assert "Failed: the data set was rejected" in page.sections["verdict"]
+    assert re.search(r"error\s+train\.jsonl\s+7\s+1\s+bad-json\s+column 46", page.sections["data"])
+
+
+def test_samples_are_shown_beside_their_prompts(tmp_path: Path) -> None:
+    run = begin_run(tmp_path / "run")
+    add_metrics(run, 20, samples=[{"prompt": "Where to?", "answer": "Go and see Rome."}])
+    answers = page_of(run).sections["answers"]
+    assert re.search(r"Where to\?\s+Go and see Rome\.", answers)
+
+
+def test_ten_thousand_steps_stay_below_300_kilobytes_and_a_second(tmp_path: Path) -> None:
+    run = begin_run(
+        tmp_path / "run",
+        text=HOSTILE_ROW * 100,
+        iters=10_000,
+        findings=[
+            Finding(f"{i % 50}.jsonl", i, "warning", f"check-{i % 7}", HOSTILE_ROW * 20)
+            for i in range(1_000)
+        ],
+    )
+    add_metrics(run, 10_000)
+    losses = make_losses(champion=True)
+    judge(run, make_verdict(losses, step=10_000, layers=80), losses, HOSTILE_ROW * 100)
+    began = time.process_time()
+    RunReport(read_run(run, has_ended=True)).write(run.report)
+    seconds = time.process_time() - began
+    assert run.report.stat().st_size <= MAX_BYTES
+    assert seconds < 2.0  # a second on a machine of its own; the suite shares its cores
+
+
+def test_a_page_holds_a_policy_and_nothing_that_runs_or_is_fetched(tmp_path: Path) -> None:
+    page = page_of(finished_run(tmp_path / "run", text=HOSTILE_ROW))
+    names = {tag for tag, _ in page.tags}
+    assert names.isdisjoint({"script", "img", "link", "iframe", "object", "embed", "a", "base"})
+    assert [tag for tag, _ in page.tags].count("style") == 1
+    policies = [a["content"] for _, a in page.tags if a.get("http-equiv")]
+    assert policies == [POLICY]
+    assert POLICY.startswith("default-src 'none'")
+    attributes = {name for _, values in page.tags for name in values}
+    assert not {name for name in attributes if name.startswith("on") or name in ("src", "href")}
+    assert '<script>alert("row")</script>' in page.words  # shown as text
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_hostile_text_is_shown_and_does_nothing(tmp_path: Path, attack: str) -> None:
+    text = HOSTILE[attack].encode(errors="backslashreplace").decode()  # as a file can hold it
+    finding = Finding(text, 1, "error", text, text)
+    run = begin_run(tmp_path / "run", findings=[finding])
+    add_metrics(run, 4, samples=[{"prompt": text, "answer": text}])
+    losses = make_losses()
+    reasons = [Reason("unchanged", text, (text,)), Reason("no_effect", text)]
+    verdict = make_verdict(losses, reasons=reasons)
+    judge(run, verdict, losses, text if text.isprintable() else ascii(text))
+    written = RunReport(read_run(run), error=HOSTILE[attack]).to_html()
+    page = Page(written)
+    assert MARK in page.words
+    assert UNSAFE.search(written) is None
+    assert list(page.sections) == ORDER
+    names = {tag for tag, _ in page.tags}
+    assert names.isdisjoint({"script", "img", "a", "link"})
+    assert not any(name.startswith("on") for _, values in page.tags for name in values)
+
+
+def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    run.gate_losses.write_text("{")
+    record = read_run(run)
+    assert any(str(run.gate_losses) in problem for problem in record.problems)
+    assert record.losses is None
+    page = page_of(run)
+    assert "Damaged files:" in page.sections["verdict"]
+    assert list(page.sections) == ORDER
+
+
+def test_a_verdict_that_was_edited_is_not_shown_as_one(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", reasons=[Reason("unchanged", "nothing moved")])
+    gate = json.loads(run.gate.read_bytes()) | {"verdict": "passed", "reasons": []}
+    run.gate.write_text(json.dumps(gate))
+    page = page_of(run)
+    assert "Passed" not in page.sections["verdict"]
+    assert "has changed since the verdict was given" in page.sections["verdict"]
+
+
+def test_losses_that_were_exchanged_after_the_verdict_are_named(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    other = make_losses(champion=True)
+    run.gate_losses.write_bytes(other.render())
+    assert any("has changed since" in problem for problem in read_run(run).problems)
+
+
+def test_the_page_is_written_when_a_run_ends_and_says_what_ended_it(tmp_path: Path) -> None:
+    run = begin_run(tmp_path / "run", iters=100)
+    add_metrics(run, 40)
+    with run.locked(), pytest.raises(GateRejected), writing_report_at_end(run):
+        raise GateRejected("the gate said <no>")
+    page = Page(run.report.read_text())
+    assert "the gate said <no>" in page.sections["verdict"]
+    assert "Not judged: it ended at step 40 of 100" in page.sections["verdict"]
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    run = begin_run(tmp_path / "run")
+    run.report.mkdir()
+    with pytest.warns(UserWarning, match="was not written"), writing_report_at_end(run):
+        pass
+
+
+def test_the_page_disturbs_neither_status_nor_verdict(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    before = read_status(run)
+    read_report(run.path).write(run.report)
+    assert read_status(run) == before
+    assert before["verdict"] == "passed"
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        read_report(tmp_path)
+
+
+def test_a_notebook_shows_the_sections_within_its_cell(tmp_path: Path) -> None:
+    text = read_report(finished_run(tmp_path / "run").path)._repr_html_()
+    assert "<html" not in text
+    assert list(Page(text).sections) == ORDER
+
+
+def test_without_charts_the_page_says_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "leather", None)
+    page = page_of(finished_run(tmp_path / "run"))
+    assert "pip install 'nested-tune[report]'" in page.sections["curves"]
+    assert "svg" not in {tag for tag, _ in page.tags}
+    assert "learning rate" in page.sections["curves"]
