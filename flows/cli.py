@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         doctor,
         inspection,
         peft,
+        planning,
         registry,
         reports,
         training,
@@ -63,8 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = _Commands(parser)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    modules = (demo, training, inspection, reports, chat, registry, peft, deployment, doctor)
-    for module in modules:
+    running = (demo, training, planning)
+    looking = (inspection, reports, chat)
+    keeping = (registry, peft, deployment, doctor)
+    for module in (*running, *looking, *keeping):
         module.add_commands(commands, shared)
     return parser
 

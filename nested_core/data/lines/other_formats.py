@@ -26,23 +26,35 @@ def describe_conversion(row: Mapping[str, Any], *, prompt: str, completion: str)
     """
     if sharegpt := describe_sharegpt(row):
         return sharegpt
-    if chat := next((key for key, value in row.items() if _holds_turns(value, "role")), None):
-        return f"; {shorten(chat)} holds turns: set chat_feature: {shorten(chat)}"
+    names = suggest_field_names(row, prompt=prompt, completion=completion)
+    if "chat_feature" in names:
+        chat = shorten(names["chat_feature"])
+        return f"; {chat} holds turns: set chat_feature: {chat}"
     if {"instruction", "output"} <= row.keys() and row.get("input"):
         return (
             "; this is Alpaca's: write instruction and input into one prompt, output into "
             f"completion ({PLACE})"
         )
+    settings = [f"{key}: {name}" for key, name in names.items()]
+    return f"; set {' and '.join(settings)}" if settings else ""
+
+
+def suggest_field_names(
+    row: Mapping[str, Any], *, prompt: str = "prompt", completion: str = "completion"
+) -> dict[str, str]:
+    """The keys of the configuration that name a row's fields, but those that name them already."""
+    chat = next((key for key, value in row.items() if _holds_turns(value, "role")), None)
+    if chat is not None:
+        return {"chat_feature": chat}
     found = {
         "prompt_feature": (_first_text(row, _PROMPTS), prompt),
         "completion_feature": (_first_text(row, _COMPLETIONS), completion),
     }
     names = [name for name, _ in found.values()]
     if None not in names:
-        settings = [f"{key}: {name}" for key, (name, now) in found.items() if name != now]
-        return f"; set {' and '.join(settings)}"
+        return {key: str(name) for key, (name, now) in found.items() if name != now}
     text = _first_text(row, _TEXTS) if names == [None, None] else None
-    return f"; set text_feature: {text}" if text is not None else ""
+    return {"text_feature": text} if text is not None else {}
 
 
 def describe_sharegpt(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,300 @@
+"""What a configuration will do, in words: what is trained, on what, for how long, judged by what.
+
+The data is judged, the adapter is attached and a few steps are trained in a temporary folder, as a
+run would; nothing is kept.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from nested_core import backend
+from nested_core.config.schema import FineTuneConfig
+from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.rules.dataset_report import SplitStats
+from nested_core.models.base_model import load_base_model
+from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
+from nested_core.models.parameters import trainable_parameters
+from nested_core.optim.tier_assignment import count_expected_updates
+from nested_core.pipeline import steps
+from nested_core.pipeline.device_lock import OnWait, locking_devices
+from nested_core.storage.adapter import WEIGHTS_NAME
+from nested_core.storage.run_directory import RunDirectory, open_run
+from nested_core.storage.safetensors_files import load_arrays
+from nested_core.training.memory.memory_plan import MemoryPlan
+from nested_core.training.metrics_file import read_metrics
+from nested_core.training.trainer import Trainer
+from nested_core.training.training_setup import prepare_training
+
+MEASURED_STEPS = 4  # the first, which is compiled and not counted, among them
+
+
+@dataclass(frozen=True)
+class TierForecast:
+    """A tier: its frequency, the parameters in it, and its updates in a run to the end."""
+
+    frequency: int
+    tensors: int
+    parameters: int
+    updates: int
+
+
+@dataclass(frozen=True)
+class RunExplanation:
+    """What a run of a configuration will do and cost; `describe` says it in words.
+
+    Attributes:
+        config: the configuration.
+        base_parameters: parameters of the base model as it is stored; quantised ones are packed.
+        tiers: what is trained, tier by tier.
+        splits: what is in each split of the data.
+        iterations: micro-batches of the whole run.
+        steps: optimizer steps of the whole run.
+        validation_examples: examples of an evaluation; 0 if there is none.
+        memory: the predicted peak and the memory that there is.
+        tokens_per_second: trained tokens a second, median of the measured steps; None if none was.
+        device: what it was measured on.
+    """
+
+    config: FineTuneConfig
+    base_parameters: int
+    tiers: tuple[TierForecast, ...]
+    splits: dict[str, SplitStats]
+    iterations: int
+    steps: int
+    validation_examples: int
+    memory: MemoryPlan
+    tokens_per_second: float | None
+    device: str
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the training data."""
+        return self.iterations * self.config.batch_size / max(self.splits["train"].rows, 1)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of the steps alone, by the measured speed; None if none was measured."""
+        tokens = self.splits["train"].tokens
+        if not self.tokens_per_second or tokens is None:
+            return None
+        return tokens.supervised * self.epochs / self.tokens_per_second
+
+    def describe(self) -> dict[str, str]:
+        """Sentences for each subject, in the order in which a person asks for them."""
+        return {
+            "trained": self._describe_trained(),
+            "tiers": self._describe_tiers(),
+            "data": self._describe_data(),
+            "steps": self._describe_steps(),
+            "learning rate": self._describe_learning_rate(),
+            "evaluation": self._describe_evaluation(),
+            "memory": self.memory.describe().removeprefix("memory: ") + ".",
+            "time": self._describe_time(),
+            "gate": " ".join(self._describe_gate()),
+            "registry": self._describe_registry(),
+        }
+
+    def _describe_trained(self) -> str:
+        trained = sum(tier.parameters for tier in self.tiers)
+        tensors = sum(tier.tensors for tier in self.tiers)
+        lora, config = self.config.lora_parameters, self.config
+        what = f"{config.fine_tune_type} of rank {lora.rank} and scale {lora.scale:g}"
+        if config.fine_tune_type == "full":
+            what = "every weight"
+        layers = "all layers" if config.num_layers == -1 else f"the last {config.num_layers} layers"
+        return (
+            f"{what} in {layers} of {config.model}: {trained:,} parameters in {tensors} tensors, "
+            f"beside {self.base_parameters:,} that stay as they are."
+        )
+
+    def _describe_tiers(self) -> str:
+        if len(self.tiers) == 1 and self.tiers[0].frequency == 1:
+            return "one; everything is updated at every step, as with any trainer."
+        parts = []
+        for tier in self.tiers:
+            often = "every step" if tier.frequency == 1 else f"every {tier.frequency} steps"
+            parts.append(f"{tier.parameters:,} parameters {often} ({tier.updates} updates)")
+        between = self.config.nested.slow_gradients
+        rest = "are gathered until then" if between == "accumulate" else "are not computed"
+        return f"{'; '.join(parts)}. Gradients of steps between {rest}."
+
+    def _describe_data(self) -> str:
+        return f"{'; '.join(map(_describe_split, self.splits.values()))}."
+
+    def _describe_steps(self) -> str:
+        config = self.config
+        made_of = ""
+        if config.grad_accumulation_steps > 1:
+            made_of = (
+                f", {config.grad_accumulation_steps} to an optimizer step: {self.steps:,} steps"
+            )
+        return (
+            f"{self.iterations:,} batches of {config.batch_size} examples{made_of}; "
+            f"{self.epochs:.2g} passes over the training data. A checkpoint every "
+            f"{config.save_every} batches."
+        )
+
+    def _describe_learning_rate(self) -> str:
+        config = self.config
+        text = f"{config.learning_rate:g}"
+        if config.lr_schedule is not None:
+            text += f", {config.lr_schedule.name}"
+        if config.training.warmup_steps:
+            text += f", after {config.training.warmup_steps} steps of warm-up"
+        if "learning_rate" not in config.model_fields_set:
+            text += (
+                ", mlx_lm.lora's default, for none is given. The sweep deployment tries several "
+                "and compares them (deployments/README.md)"
+            )
+        return f"{text}."
+
+    def _describe_evaluation(self) -> str:
+        if not self.validation_examples:
+            return "none: there is no valid split, so the last checkpoint is offered."
+        return (
+            f"every {self.config.steps_per_eval} batches on {self.validation_examples} examples of "
+            f"{self.splits['valid'].file}; the checkpoint with the lowest loss is offered."
+        )
+
+    def _describe_time(self) -> str:
+        if self.seconds is None or self.tokens_per_second is None:
+            return "not measured."
+        return (
+            f"about {format_duration(self.seconds)} of training, by a few steps that were tried on "
+            f"this machine ({self.device}): {self.tokens_per_second:,.0f} tokens a second. "
+            f"Evaluations and the gate come on top."
+        )
+
+    def _describe_gate(self) -> Iterator[str]:
+        gate = self.config.gate
+        yield (
+            "refuses an adapter that equals the one it started from, has a tensor or a tier that "
+            "did not move, is not finite, or changes nothing that the model says."
+        )
+        if {"valid", "test"} & self.splits.keys():
+            bound = f"more than {gate.max_val_loss_increase:.2%}"
+            beyond = " and beyond noise" if gate.noise == "paired" else ""
+            yield f"Its loss on held-out examples may not rise by {bound}{beyond}."
+        else:
+            yield "No loss is compared: there is no valid and no test split."
+        for task in gate.tasks:
+            bounds = []
+            if task.min is not None:
+                bounds.append(f"at least {task.min:.0%} right")
+            if task.max_drop is not None:
+                bounds.append(f"at most {task.max_drop:.0%} fewer right than before")
+            yield f"It answers {task.file} ({task.score}): {' and '.join(bounds) or 'no bound'}."
+
+    def _describe_registry(self) -> str:
+        registry = self.config.registry
+        if registry.path is None:
+            return "none; the adapter stays in the run directory."
+        policy = {
+            "never": "promoted by hand",
+            "always": "made champion if it passes the gate",
+            "better": "made champion if its loss is lower than the champion's beyond noise",
+            "approve": "made champion once a person approves it",
+        }[registry.promote]
+        return f"registered as {registry.name} in {registry.path}, and {policy}."
+
+
+def _describe_split(stats: SplitStats) -> str:
+    text = f"{stats.file} {stats.rows:,} examples"
+    if stats.tokens is not None:
+        text += f", {stats.tokens.total:,} tokens, {stats.tokens.supervised:,} of them trained on"
+        if stats.tokens.truncated_rows:
+            text += f", {stats.tokens.truncated_rows:,} cut to max_seq_length"
+    return text
+
+
+def explain_run(
+    config: FineTuneConfig, on_wait: OnWait | None = None, *, measures_speed: bool = True
+) -> RunExplanation:
+    """Find out what a run of this configuration will do.
+
+    With `measures_speed` a few steps are trained. Raises what a run raises before it trains:
+    ConfigError, and DatasetError for data with errors. Holds the device meanwhile; `on_wait` is
+    told who has it.
+    """
+    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
+        run = open_run(Path(folder) / "run", resume=False)
+        with run.locked():
+            steps.begin(config, run, resume=False)
+            report = steps.validate(config, run)
+            steps.load(config, run, on_wait)
+            with locking_devices(on_wait):
+                trainer, base_parameters = _make_trainer(config, run)
+            tokens_per_second = _measure_speed(config, run, on_wait) if measures_speed else None
+    schedule = trainer.step_schedule
+    tiers = [
+        TierForecast(
+            tier.frequency,
+            tier.tensors,
+            tier.parameters,
+            count_expected_updates(schedule.steps, tier.frequency),
+        )
+        for tier in trainer.tier_stats()
+    ]
+    return RunExplanation(
+        config=config,
+        base_parameters=base_parameters,
+        tiers=tuple(tiers),
+        splits=report.splits,
+        iterations=schedule.iterations,
+        steps=schedule.steps,
+        validation_examples=schedule.validation_examples,
+        memory=trainer.memory,
+        tokens_per_second=tokens_per_second,
+        device=backend.device(),
+    )
+
+
+def _make_trainer(config: FineTuneConfig, run: RunDirectory) -> tuple[Trainer, int]:
+    """The trainer of the whole run, which takes no step, and the base model's parameters."""
+    model, _ = load_base_model(config)
+    base_parameters = sum(array.size for array in trainable_parameters(model).values())
+    _, splits = load_run_data(config)
+    attach_adapter(model, config)
+    load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
+    setup = prepare_training(config, run, model, splits)
+    return Trainer(setup), base_parameters
+
+
+def _measure_speed(
+    config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None
+) -> float | None:
+    """Tokens a second, the median of a few steps after the first; None if fewer were reported."""
+    count = max(MEASURED_STEPS, config.nested.frequencies[-1])
+    iterations = count * config.grad_accumulation_steps
+    training = config.training.model_copy(update={"epochs": None, "early_stop_patience": None})
+    short = config.model_copy(
+        update={
+            "iters": iterations,
+            "steps_per_report": config.grad_accumulation_steps,
+            "val_batches": 0,
+            "save_every": iterations,
+            "adapter_path": None,
+            "report_to": None,
+            "training": training,
+        }
+    )
+    with warnings.catch_warnings(action="ignore"):
+        steps.train(short, run, on_wait=on_wait)
+    speeds = [record.get("tokens_per_second") for record in read_metrics(run.metrics)[1:]]
+    measured = [speed for speed in speeds if speed]
+    return median(measured) if measured else None
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in its largest unit, as `40 seconds`, `12 minutes` or `3.5 hours`."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} seconds"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"

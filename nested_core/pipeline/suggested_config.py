@@ -1,0 +1,149 @@
+"""A first configuration for a data folder and a model, with a comment for each choice.
+
+The data is judged and tokenised and the memory of a step is forecast, so that lengths, fields and
+batch fit; the rest is what the documentation recommends to begin with.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from nested_core.config.loading import parse_config, parse_yaml
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.dataset_loading import load_run_data
+from nested_core.data.lines.other_formats import suggest_field_names
+from nested_core.data.rules.dataset_report import DatasetReport
+from nested_core.data.sources.split_files import open_splits
+from nested_core.pipeline.run_explanation import explain_run
+
+LEARNING_RATE = 1e-4
+EPOCHS = 3
+BATCH_SIZES = (8, 4, 2, 1)
+EVALUATIONS = 10
+LENGTH_STEP = 64  # max_seq_length is a multiple of it
+FREQUENCIES = (1, 2, 4)
+_MEMORY = "MEMORY FORECAST"  # stands for it until it is known
+LOOKED_AT_LINES = 20
+
+
+def suggest_config(model: str, data: str) -> str:
+    """A configuration as YAML with comments, which loads and whose first step fits in memory.
+
+    Raises ConfigError if there is no such model or data, DatasetError if the data has errors.
+    """
+    fields = _find_field_names(data)
+    base: dict[str, Any] = {"model": model, "data": data, **fields}
+    report, _ = load_run_data(parse_config(base, source="the suggestion"))
+    report.raise_if_rejected()
+    text = ""
+    for batch_size, recomputes in _settings_by_memory(report):
+        text = _render(base, report, batch_size, recomputes=recomputes)
+        config = parse_config(parse_yaml(text), source="the suggestion")
+        memory = explain_run(config, measures_speed=False).memory
+        text = text.replace(_MEMORY, memory.describe())
+        if memory.fits:
+            break
+    return text
+
+
+def _find_field_names(data: str) -> dict[str, str]:
+    """The keys for fields that have other names than ours, by the first lines of train."""
+    settings = DataSettings(data)
+    with TemporaryDirectory(prefix="nested-tune-") as spool:
+        splits = open_splits(replace(settings, batch_size=1), Path(spool))
+        if "train" not in splits:
+            return {}
+        with splits["train"].path.open("rb") as lines:
+            for line in islice(lines, LOOKED_AT_LINES):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue  # the report says what is wrong with it
+                if isinstance(row, dict) and not _has_our_names(row, settings):
+                    return suggest_field_names(row)
+    return {}
+
+
+def _has_our_names(row: dict[str, Any], settings: DataSettings) -> bool:
+    names = settings.field_names
+    return bool({names.text, names.chat} & row.keys()) or (
+        {names.prompt, names.completion} <= row.keys()
+    )
+
+
+def _settings_by_memory(report: DatasetReport) -> Iterator[tuple[int, bool]]:
+    """Batch sizes and whether layers are recomputed, what needs most memory first."""
+    rows = min(stats.rows for split, stats in report.splits.items() if split != "test")
+    for recomputes in (False, True):
+        for size in BATCH_SIZES:
+            if size <= rows:
+                yield size, recomputes
+
+
+def _render(
+    base: dict[str, Any], report: DatasetReport, batch_size: int, *, recomputes: bool
+) -> str:
+    """The YAML for one batch size."""
+    train = report.splits["train"]
+    tokens: Any = train.tokens  # a sound train split has some
+    iterations = math.ceil(EPOCHS * train.rows / batch_size)
+    interval = max(1, iterations // EVALUATIONS)
+    length = max(LENGTH_STEP, -(-tokens.max // LENGTH_STEP) * LENGTH_STEP)
+    cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""
+    frequencies = [f for f in FREQUENCIES if f <= iterations] if iterations > 1 else [1]
+    names = "".join(f"{key}: {json.dumps(name)}\n" for key, name in base.items())
+    masks_prompt = str(train.format != "text").lower()
+    return f"""\
+# Written by `nested-tune init` from {train.rows:,} examples of {train.format} in {train.file}.
+# `nested-tune explain -c FILE` says what it will do, `nested-tune train -c FILE` does it. The keys
+# at the top are mlx_lm.lora's own. Every key: docs/configuration.md.
+{names}
+# What is trained: LoRA in every layer.
+num_layers: -1
+lora_parameters: {{rank: 8, scale: 20.0, dropout: 0.0}}
+learning_rate: {LEARNING_RATE:g}  # the first thing to try others of: 3e-5, 3e-4
+mask_prompt: {masks_prompt}  # true: the loss counts the answers alone
+
+# Tokens: the longest example has {tokens.max:,}, 95 of 100 have {tokens.p95:,} or fewer{cut}.
+max_seq_length: {length}
+batch_size: {batch_size}  # {_MEMORY}
+grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
+
+# {EPOCHS} passes are {iterations:,} batches.
+training:
+  epochs: {EPOCHS}
+  max_grad_norm: 1.0  # gradients are clipped to this norm
+val_batches: -1
+steps_per_report: {max(1, interval // 2)}
+steps_per_eval: {interval}
+save_every: {interval}
+
+# Tiers: parts of the model that are updated every 1, 2, 4 ... steps; [1] updates all at every step.
+nested:
+  frequencies: {frequencies}
+
+# The adapter may not leave held-out examples worse than it found them.
+{_describe_held_out(report)}gate:
+  max_val_loss_increase: 0.0
+
+# Where a verified adapter is registered, and when it becomes the champion by itself.
+# registry: {{path: registry, name: my-adapter, promote: better}}
+"""
+
+
+def _describe_held_out(report: DatasetReport) -> str:
+    held_out = [stats for split, stats in report.splits.items() if split != "train"]
+    if not held_out:
+        return (
+            "# There is no valid and no test split: take some lines out of train into valid.jsonl, "
+            "or the\n# quality of what was trained is not measured.\n"
+        )
+    listed = ", ".join(f"{stats.file} {stats.rows:,} examples" for stats in held_out)
+    return f"# They are: {listed}.\n"

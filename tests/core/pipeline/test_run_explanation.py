@@ -1,0 +1,148 @@
+"""`init` and `explain`: a first configuration, and what one will do before it is run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nested_core import DatasetError, FineTuneConfig, load_config
+from nested_core.config.loading import parse_config, parse_yaml
+from nested_core.models.base_model import load_base_model
+from nested_core.models.lora_attachment import attach_adapter
+from nested_core.models.parameters import trainable_parameters
+from nested_core.pipeline.run_explanation import RunExplanation, explain_run, format_duration
+from nested_core.pipeline.suggested_config import suggest_config
+from tests.example import DATA, MODEL, example_settings
+
+
+@pytest.fixture(scope="module")
+def config() -> FineTuneConfig:
+    """Two tiers, accumulation, and a registry."""
+    return parse_config(
+        example_settings(
+            iters=20,
+            batch_size=4,
+            grad_accumulation_steps=2,
+            nested={"frequencies": [1, 4]},
+            registry={"path": "somewhere", "name": "capitals", "promote": "better"},
+        ),
+        source="a test",
+    )
+
+
+@pytest.fixture(scope="module")
+def explanation(config: FineTuneConfig, tmp_path_factory: pytest.TempPathFactory) -> RunExplanation:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path_factory.mktemp("empty"))
+        found = explain_run(config)
+        assert list(Path().iterdir()) == []  # nothing is kept, no registry is made
+    return found
+
+
+def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(
+    config: FineTuneConfig, explanation: RunExplanation
+) -> None:
+    model, _ = load_base_model(config)
+    attach_adapter(model, config)
+    tensors = trainable_parameters(model)
+    assert sum(tier.tensors for tier in explanation.tiers) == len(tensors)
+    assert sum(tier.parameters for tier in explanation.tiers) == sum(
+        tensor.size for tensor in tensors.values()
+    )
+    assert [(tier.frequency, tier.updates) for tier in explanation.tiers] == [(1, 10), (4, 2)]
+    assert (explanation.iterations, explanation.steps) == (20, 10)
+    rows = len((DATA / "train.jsonl").read_text().splitlines())
+    assert explanation.epochs == 20 * 4 / rows
+    assert explanation.memory.fits
+
+
+def test_the_time_is_that_of_the_tokens_at_the_speed_that_was_measured(
+    explanation: RunExplanation,
+) -> None:
+    tokens = explanation.splits["train"].tokens
+    assert tokens is not None
+    assert explanation.tokens_per_second is not None
+    assert explanation.seconds == pytest.approx(
+        tokens.supervised * explanation.epochs / explanation.tokens_per_second
+    )
+
+
+def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
+    said = explanation.describe()
+    assert "every step (10 updates)" in said["tiers"]
+    assert "every 4 steps (2 updates)" in said["tiers"]
+    assert "2 to an optimizer step: 10 steps" in said["steps"]
+    assert "may not rise by more than 0.00% and beyond noise" in said["gate"]
+    assert said["registry"] == (
+        "registered as capitals in somewhere, and made champion if its loss is lower than the "
+        "champion's beyond noise."
+    )
+    assert "tokens a second" in said["time"]
+
+
+def test_what_no_run_could_train_on_is_refused_as_a_run_refuses_it(tmp_path: Path) -> None:
+    shutil.copytree(DATA, tmp_path / "data")
+    (tmp_path / "data" / "train.jsonl").write_text("{}\n")
+    settings = example_settings(data=str(tmp_path / "data"))
+    with pytest.raises(DatasetError):
+        explain_run(parse_config(settings, source="a test"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "1 seconds"), (80, "80 seconds"), (600, "10 minutes"), (9_000, "2.5 hours")],
+)
+def test_a_duration_is_told_in_its_largest_unit(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def write_rows(folder: Path, fields: tuple[str, str]) -> None:
+    folder.mkdir()
+    for split, count in (("train", 12), ("valid", 6)):
+        rows = [
+            {fields[0]: f"Where is town {split} {n}?", fields[1]: f"In land {n}."}
+            for n in range(count)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (("prompt", "completion"), {}),
+        (("question", "answer"), {"prompt_feature": "question", "completion_feature": "answer"}),
+    ],
+)
+def test_a_suggestion_loads_and_fits_the_data(
+    tmp_path: Path, fields: tuple[str, str], named: dict[str, str]
+) -> None:
+    write_rows(tmp_path / "data", fields)
+    path = tmp_path / "lora.yaml"
+    path.write_text(suggest_config(str(MODEL), str(tmp_path / "data")))
+    config = load_config(path)
+    values = config.model_dump()
+    assert {key: values[key] for key in named} == named
+    assert (config.model, config.data) == (str(MODEL), str(tmp_path / "data"))
+    assert (config.batch_size, config.training.epochs, config.mask_prompt) == (4, 3, True)
+    assert config.nested.frequencies == (1, 2, 4)
+    assert config.max_seq_length == 64
+    assert "memory: needs about" in path.read_text()
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "data", ("prompt", "completion"))
+    text = suggest_config(str(MODEL), str(tmp_path / "data"))
+    needed = explain_run(parse_config(parse_yaml(text), source=""), measures_speed=False).memory
+    monkeypatch.setattr("nested_core.backend.memory_bytes", lambda: needed.needed - 1)
+    smaller = load_config_text(suggest_config(str(MODEL), str(tmp_path / "data")))
+    assert smaller.batch_size < 4 or smaller.grad_checkpoint
+
+
+def load_config_text(text: str) -> FineTuneConfig:
+    return parse_config(parse_yaml(text), source="a test")

@@ -1,0 +1,44 @@
+"""`nested-tune init` and `explain`, as a person types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nested_core import load_config
+from tests.example import DATA, MODEL
+from tests.flows.conftest import called
+
+INIT = ("init", "--data", str(DATA), "--model", str(MODEL))
+
+
+def test_init_writes_a_configuration_that_explain_takes(tmp_path: Path) -> None:
+    done = called(*INIT, "-o", "lora.yaml", cwd=tmp_path)
+    assert (done.code, done.stdout) == (
+        0,
+        "Written: lora.yaml. Next: nested-tune explain -c lora.yaml\n",
+    )
+    assert load_config(tmp_path / "lora.yaml").data == str(DATA)
+    explained = called("explain", "-c", "lora.yaml", "--json", cwd=tmp_path)
+    assert explained.code == 0
+    assert {"trained", "tiers", "memory", "time", "gate"} <= json.loads(explained.stdout).keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.yaml"]
+
+
+def test_init_prints_the_configuration_and_writes_over_no_file(tmp_path: Path) -> None:
+    done = called(*INIT, cwd=tmp_path)
+    assert (done.code, list(tmp_path.iterdir())) == (0, [])
+    path = tmp_path / "mine.yaml"
+    path.write_text(done.stdout)
+    assert load_config(path).model == str(MODEL)
+    refused = called(*INIT, "-o", "mine.yaml", cwd=tmp_path)
+    assert refused.code == 2
+    assert "mine.yaml exists, and is not written over." in refused.message()
+    assert path.read_text() == done.stdout
+
+
+def test_init_for_data_with_errors_is_exit_3(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    done = called("init", "--data", ".", "--model", str(MODEL), cwd=tmp_path)
+    assert done.code == 3
+    assert "is rejected" in done.message()
