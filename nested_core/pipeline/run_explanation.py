@@ -257,12 +257,12 @@ def explain_run(
 
 def _make_trainer(config: FineTuneConfig, run: RunDirectory) -> tuple[Trainer, int]:
     """The trainer of the whole run, which takes no step, and the base model's parameters."""
-    model, _ = load_base_model(config)
+    model, tokenizer = load_base_model(config)
     base_parameters = sum(array.size for array in trainable_parameters(model).values())
     _, splits = load_run_data(config)
     attach_adapter(model, config)
     load_adapter_tensors(model, load_arrays(run.initial / WEIGHTS_NAME))
-    setup = prepare_training(config, run, model, splits)
+    setup = prepare_training(config, run, model, splits, tokenizer=tokenizer)
     return Trainer(setup), base_parameters
 
 
