@@ -33,6 +33,7 @@ ATTENTION = {"rank": 4, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
 RULES = [{"match": "self_attn", "tier": 0}, {"match": "mlp", "tier": 1}]
 ONE_TIER = {"frequencies": [1]}
 REFERENCE = {"training": {"reference": "mlx_lm", "max_grad_norm": 0}, "nested": ONE_TIER}
+STEPS = 30  # of a run that never changes
 TOO_HIGH_AFTER_10 = {"name": "step_decay", "arguments": [2e-3, 1000, 10]}
 HONEST: dict[str, dict[str, Any]] = {
     "one tier": {"nested": ONE_TIER},
@@ -119,18 +120,16 @@ def run_losing(tmp_path: Path, apply: Apply, **changes: Any) -> Finished:
         return train(config, run)
 
 
-@pytest.mark.parametrize(
-    ("apply", "steps_done"), [(joined_path, 100), (on_a_copy, 30)], ids=["joined_path", "on_a_copy"]
-)
+@pytest.mark.parametrize("apply", [joined_path, on_a_copy])
 def test_a_run_that_reports_a_loss_at_every_step_and_never_changes_is_rejected(
-    tmp_path: Path, apply: Apply, steps_done: int
+    tmp_path: Path, apply: Apply
 ) -> None:
-    done = run_losing(tmp_path, apply, iters=steps_done, steps_per_report=1, steps_per_eval=1)
+    done = run_losing(tmp_path, apply, iters=STEPS, steps_per_report=1, steps_per_eval=1)
     records = done.metrics()
     losses = [record["loss"] for record in records if record.get("loss") is not None]
-    assert len(losses) == steps_done
+    assert len(losses) == STEPS
     assert len(set(losses)) > 10  # the batches differ, so the loss seems to move
-    assert len([r for r in records if "val_loss" in r]) == steps_done + 1
+    assert len([r for r in records if "val_loss" in r]) == STEPS + 1
     assert len({r["val_loss"] for r in records if "val_loss" in r}) == 1
     with pytest.raises(GateRejected, match=r"rejected: unchanged \(all 84 tensors equal"):
         steps.judge(done.config, done.run)
