@@ -13,6 +13,8 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
+from nested_core.training.metrics_file import read_metrics
+from nested_core.training.sample_prompts import samples_by_step
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import (
@@ -62,7 +64,7 @@ def describe_night(
     )
     page.add_paragraph("The same again, on that machine:")
     page.add_code(f"nested-tune train -c {shlex.quote(str(run.config.resolve()))} --run-dir again")
-    answers = list(_pair_answers(run))
+    answers = [*_pair_samples(run, verdict), *_pair_answers(run)]
     if answers:
         page.add_heading("Answers before and after")
         page.add_table(("question", "before", "after", "right"), answers)
@@ -138,6 +140,20 @@ def _pair_answers(run: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
     for before, after in pairs[:SHOWN_ANSWERS]:
         scores = f"{before.score:.3g} -> {after.score:.3g}"
         yield _shorten(after.question), _shorten(before.answer), _shorten(after.answer), scores
+
+
+def _pair_samples(
+    run: RunDirectory, verdict: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str, str]]:
+    """The prompts of `samples`, answered before training and by the adapter that was judged."""
+    by_step = samples_by_step(read_metrics(run.metrics))
+    if len(by_step) < 2:
+        return
+    first, last = min(by_step), verdict.get("adapter_step")
+    after = by_step[last if last in by_step else max(by_step)]
+    for before, sample in zip(by_step[first], after, strict=False):
+        question = _shorten(sample["prompt"])
+        yield question, _shorten(before["answer"]), _shorten(sample["answer"]), "not scored"
 
 
 def _shorten(text: str) -> str:

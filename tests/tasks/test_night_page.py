@@ -8,6 +8,7 @@ from typing import Any
 
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord, write_answers
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.metrics_file import append_metrics
 from tasks.night_page import UNDER_WAY, describe_night
 from tests.example import example_config
 
@@ -115,6 +116,15 @@ def test_answers_that_changed_come_first_and_are_no_markup(tmp_path: Path) -> No
     rows = page_of(tmp_path, "Promoted", "promoted").splitlines()[-2:]
     assert rows[0] == r"| Question 2? | \<b\>Rome | Paris | 0 -\> 1 |"
     assert rows[1].startswith("| Question 1? | same | same |")
+
+
+def test_samples_are_shown_before_training_and_at_the_judged_step(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    for step, text in ((0, "base"), (80, "judged"), (120, "later")):
+        sample = {"prompt": "Where to?", "answer": text, "tokens": 1, "is_cut_off": False}
+        append_metrics(tmp_path / "metrics.jsonl", {"step": step, "samples": [sample]})
+    page = page_of(tmp_path, "Promoted", "promoted")
+    assert "| Where to? | base | judged | not scored |" in page
 
 
 def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
