@@ -138,6 +138,11 @@ class Browser:
             time.sleep(0.3)
         return seen
 
+    def shows_its_pictures(self) -> bool:
+        """Whether every picture of the page is there, and drawn with a width."""
+        script = "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+        return bool(self.run(script))
+
     def choose_tab(self, title: str) -> None:
         """Press the tab of this title."""
         is_it = f"element => !element.children.length && element.innerText == '{title}'"

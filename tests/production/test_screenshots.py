@@ -1,6 +1,6 @@
-"""What a person sees in the UI the morning after: the run, the gate's verdict, the data set.
+"""What a person sees in both UIs the morning after ten nights: the list, a run, an adapter's pages.
 
-The pictures go to the folder that SCREENSHOTS names, else to the test's own. Three of them are in
+The pictures go to the folder that SCREENSHOTS names, else to the test's own. Some of them are in
 docs/images: SCREENSHOTS=docs/images make production-test
 """
 
@@ -9,41 +9,136 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
+import signal
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
+import yaml
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import Artifact
+from prefect.client.schemas.objects import Artifact, FlowRun
 
 from nested_core import registry as core
 from tests.production.browser import Browser, find_chromium
 from tests.production.stack import AUTH, Stack, wait_for
 
-pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.production, pytest.mark.timeout(1800)]
 
-PICTURED = "pictured"
+ADAPTER = "support-bot"
+UIS = {"v1": "", "v2": "v2/"}
 CANVAS_WITHOUT_A_GRAPH = 20_000  # bytes of PNG, at most; the graph of six tasks has 50,000
 LOOK: dict[str, Any] = {"iters": 120, "batch_size": 8, "steps_per_eval": 20, "save_every": 40}
+LONG: dict[str, Any] = LOOK | {"iters": 100_000, "save_every": 1000}
+LONGEST_NIGHT = 600.0
+
+
+@dataclass
+class Nights:
+    """The nights of one adapter, by what happened in each."""
+
+    stack: Stack
+    runs: dict[str, FlowRun] = field(default_factory=dict)
+
+    @property
+    def data(self) -> Path:
+        return self.stack.home / "examples" / ADAPTER
+
+    def add_example(self, number: int) -> None:
+        """A line of data that was not there the night before."""
+        question = {"role": "user", "content": f"I want to see town {number}. Where to?"}
+        answer = {"role": "assistant", "content": "Go and see Kabul, the capital of Afghanistan!"}
+        with (self.data / "train.jsonl").open("a") as lines:
+            lines.write(json.dumps({"messages": [question, answer]}) + "\n")
+
+    def begin(self, **changes: Any) -> UUID:
+        return self.stack.submit(f"finetune/{ADAPTER}-nightly", **LOOK | changes)
+
+    def end(self, what: str, run_id: UUID) -> FlowRun:
+        self.runs[what] = self.stack.wait(run_id, seconds=LONGEST_NIGHT)
+        return self.runs[what]
+
+    def artifact(self, what: str, page: str) -> Artifact:
+        return find_artifact(self.stack, self.runs[what].id, f"{ADAPTER}-{page}")
+
+
+def find_artifact(stack: Stack, run_id: UUID, key: str) -> Artifact:
+    """The artifact of a run under a key, once it is there."""
+    wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+
+    def look() -> Artifact | None:
+        with stack.connected() as client:
+            made: list[Artifact] = client.read_artifacts(artifact_filter=wanted)
+        return next((artifact for artifact in made if artifact.key == key), None)
+
+    found: Artifact = wait_for(look, LONGEST_NIGHT)
+    return found
 
 
 @pytest.fixture(scope="module")
-def finished(stack: Stack) -> UUID:
-    """A run that was verified and promoted, on data that there is something to say about."""
-    data = stack.home / "examples" / "pictured"
-    data.mkdir()
-    for file in (stack.home / "examples" / "geography").glob("*.jsonl"):
+def deployed(stack: Stack) -> Nights:
+    """The adapter on data of its own, in which one example comes twice."""
+    nights = Nights(stack)
+    shutil.copytree(stack.home / "examples" / "geography", nights.data)
+    for file in (nights.data / "train.jsonl", nights.data / "valid.jsonl"):
         lines = file.read_text().splitlines(keepends=True)
-        (data / file.name).write_text("".join([*lines, lines[0]]))  # one example comes twice
-    registry = {"path": "registry", "name": PICTURED, "promote": "always"}
-    changes = LOOK | {"data": f"examples/{data.name}", "registry": registry}
-    run_id = stack.submit("finetune/geography-manual", **changes)
-    ended = stack.wait(run_id)
-    assert ended.state is not None
-    assert ended.state_name == "Completed", ended.state.message
-    return run_id
+        file.write_text("".join([*lines, lines[0]]))
+    settings = yaml.safe_load((stack.home / "small.yaml").read_text())
+    suite = {"name": "capitals", "file": f"examples/{ADAPTER}/held_out.jsonl", "score": "contains"}
+    settings |= {"data": f"examples/{ADAPTER}", "gate": {"tasks": [suite]}}
+    settings["registry"] = {"path": "registry", "name": ADAPTER}
+    (stack.home / f"{ADAPTER}.yaml").write_text(yaml.safe_dump(settings))
+    done = stack.nested_tune("deploy", "-c", f"{ADAPTER}.yaml")
+    assert done.returncode == 0, done.stderr
+    return nights
+
+
+@pytest.fixture(scope="module")
+def training(deployed: Nights) -> Iterator[UUID]:
+    """A run that trains, and is cancelled when it has been looked at."""
+    run_id = deployed.begin(**LONG)
+    find_artifact(deployed.stack, run_id, f"{ADAPTER}-loss-curve")
+    yield run_id
+    deployed.stack.prefect("flow-run", "cancel", str(run_id))
+    deployed.end("cancelled", run_id)
+
+
+@pytest.fixture(scope="module")
+def nights(deployed: Nights) -> Nights:
+    """Nights of every outcome, one after the other, and a version that waits for approval."""
+    deployed.end("promoted", deployed.begin())
+    deployed.end("unchanged", deployed.begin())
+    deployed.add_example(1)
+    crashing = deployed.begin()
+    wait_for(lambda: deployed.stack.is_running(crashing, "train"), LONGEST_NIGHT)
+    os.kill(deployed.stack.flow_process(crashing), signal.SIGKILL)
+    wait_for(lambda: deployed.stack.flow_run(crashing).run_count == 2, LONGEST_NIGHT)
+    deployed.end("resumed", crashing)
+    deployed.add_example(2)
+    deployed.end("refused", deployed.begin(gate={"min_relative_change": 1e6}))
+    deployed.end("no better", deployed.begin(learning_rate=1e-7))
+    train = deployed.data / "train.jsonl"
+    content = train.read_bytes()
+    train.write_bytes(content + b'{"messages": [}\n')
+    deployed.end("broken data", deployed.begin())
+    train.write_bytes(content)
+    approved = {"path": "registry", "name": ADAPTER, "promote": "approve"}
+    anew = {"continual": {"from": None}, "seed": 4}
+    deployed.end("to approve", deployed.begin(registry=approved, **anew))
+    (asked,) = wait_for(
+        lambda: [
+            run
+            for name in ("auto", f"{ADAPTER}-approved")
+            for run in deployed.stack.runs_of(f"promote/{name}")
+            if run.state_name == "Suspended"
+        ],
+        LONGEST_NIGHT,
+    )
+    deployed.runs["approval"] = asked
+    return deployed
 
 
 @pytest.fixture(scope="module")
@@ -71,65 +166,102 @@ def page(stack: Stack, path: str) -> str:
     return f"{stack.url.removesuffix('/api')}/{path}"
 
 
-def artifact(stack: Stack, run_id: UUID, key: str) -> Artifact:
-    with stack.connected() as client:
-        wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
-        (found,) = [a for a in client.read_artifacts(artifact_filter=wanted) if a.key == key]
-    made: Artifact = found
-    return made
+@pytest.fixture(params=UIS)
+def look(request: pytest.FixtureRequest, stack: Stack, browser: Browser, pictures: Path) -> Any:
+    """Open a page in one of the UIs, wait for words on it, and take its picture."""
+    name = request.param
+
+    def look(path: str, picture: str, words: list[str], height: int = 900) -> str:
+        browser.resize(height)
+        browser.open(page(stack, f"{UIS[name]}{path}"))
+        seen = browser.wait_for_words(words)
+        wait_for(browser.shows_its_pictures)
+        (pictures / f"{picture}-{name}.png").write_bytes(browser.picture())
+        return seen
+
+    return look
 
 
 def test_without_the_password_the_page_asks_for_it(
-    stack: Stack, tmp_path: Path, finished: UUID
+    stack: Stack, tmp_path: Path, deployed: Nights
 ) -> None:
     program = find_chromium()
     if program is None:
         pytest.skip("Chromium is not installed: apt-get install chromium")
     with Browser(program, tmp_path / "stranger") as stranger:
-        stranger.open(page(stack, f"runs/flow-run/{finished}"))
+        stranger.open(page(stack, "runs"))
         stranger.wait_for_words(["Authentication failed."])
-        assert PICTURED not in stranger.words()
+        assert ADAPTER not in stranger.words()
 
 
-def test_the_page_of_a_run_has_its_graph_its_result_and_its_artifacts(
-    stack: Stack, browser: Browser, finished: UUID, pictures: Path
+def test_the_form_begins_with_model_and_data(stack: Stack, deployed: Nights, look: Any) -> None:
+    with stack.connected() as client:
+        there = client.read_deployment_by_name(f"finetune/{ADAPTER}-manual")
+    seen = look(f"deployments/deployment/{there.id}/run", "form", ["Model", "Data"], 1600)
+    assert seen.index("Model") < seen.index("Iters")
+
+
+def test_while_it_trains_the_curve_is_a_picture(stack: Stack, training: UUID, look: Any) -> None:
+    words = ["Loss while training", "training loss", "validation loss"]
+    curve = find_artifact(stack, training, f"{ADAPTER}-loss-curve")
+    look(f"artifacts/artifact/{curve.id}", "loss-curve", words, 720)
+    progress = find_artifact(stack, training, f"{ADAPTER}-training-progress")
+    words = ["of 100,000; ", " left; ", " tokens/s"]
+    look(f"artifacts/artifact/{progress.id}", "training-progress", words, 500)
+
+
+def test_the_list_of_runs_tells_each_night(nights: Nights, look: Any) -> None:
+    names = [str(run.state_name) for run in nights.runs.values()]
+    look("runs", "runs", [ADAPTER, *names], 1500)
+
+
+@pytest.mark.parametrize("what", ["promoted", "refused", "resumed", "unchanged"])
+def test_the_first_page_of_a_run_tells_its_night(nights: Nights, look: Any, what: str) -> None:
+    run, night = nights.runs[what], nights.artifact(what, "night")
+    facts = ["Verdict", "Loss", "Answers", "Data", "Made of", "Run folder"]
+    look(f"artifacts/artifact/{night.id}", f"night-{what}", [f"{run.state_name}", *facts], 1000)
+
+
+def test_the_page_of_a_run_has_its_graph_and_its_artifacts(
+    nights: Nights, browser: Browser, pictures: Path
 ) -> None:
     browser.resize(1600)  # what is below the edge is not drawn yet
-    browser.open(page(stack, f"runs/flow-run/{finished}"))
-    browser.wait_for_words(["Completed", "finetune", "mlx-gpu"])
+    browser.open(page(nights.stack, f"runs/flow-run/{nights.runs['promoted'].id}"))
+    browser.wait_for_words(["Promoted", "finetune", "mlx-gpu"])
     browser.choose_tab("Artifacts")
-    version = core.read_champion(stack.registry, PICTURED)
-    assert version is not None
-    keys = ("gate-verdict", "tier-table", "loss-curve", "dataset-report", "training-progress")
-    browser.wait_for_words([*keys, "run-directory"])
-    browser.resize(850)
+    keys = ("night", "gate-verdict", "loss-curve", "dataset-report", "training-progress")
+    browser.wait_for_words([f"{ADAPTER}-{key}" for key in keys])
+    browser.resize(1100)
     wait_for(lambda: len(browser.picture("canvas")) > CANVAS_WITHOUT_A_GRAPH)
     (pictures / "flow-run.png").write_bytes(browser.picture())
-    browser.choose_tab("Details")
-    browser.wait_for_words([f"verified {version[:6]}: val loss ", "; promoted"])
 
 
-def test_the_verdict_of_the_gate_is_a_page_to_read(
-    stack: Stack, browser: Browser, finished: UUID, pictures: Path
-) -> None:
-    verdict = artifact(stack, finished, "gate-verdict")
-    browser.resize(560)
-    browser.open(page(stack, f"artifacts/artifact/{verdict.id}"))
-    tiers = json.loads(str(artifact(stack, finished, "tier-table").data))
-    applied = [str(tier["applied_updates"]) for tier in tiers]
+def test_the_verdict_of_the_gate_is_a_page_to_read(nights: Nights, look: Any) -> None:
+    verdict = nights.artifact("promoted", "gate-verdict")
     words = ["passed", "84 of 84 tensors changed", "before", "after", "expected updates"]
-    seen = browser.wait_for_words([*words, *applied])
-    assert len(applied) == 3
-    assert "failed" not in seen
-    (pictures / "gate-verdict.png").write_bytes(browser.picture())
+    assert "failed" not in look(f"artifacts/artifact/{verdict.id}", "gate-verdict", words, 700)
 
 
-def test_what_was_found_in_the_data_set_is_a_table(
-    stack: Stack, browser: Browser, finished: UUID, pictures: Path
-) -> None:
-    report = artifact(stack, finished, "dataset-report")
-    browser.resize(560)
-    browser.open(page(stack, f"artifacts/artifact/{report.id}"))
-    words = ["train.jsonl", "valid.jsonl", "warning", "duplicate", "the same example as line 1"]
-    browser.wait_for_words([*words, "severity", "1 warning"])
-    (pictures / "dataset-report.png").write_bytes(browser.picture())
+def test_what_was_found_in_the_data_set_is_a_table(nights: Nights, look: Any) -> None:
+    report = nights.artifact("promoted", "dataset-report")
+    words = ["train.jsonl", "valid.jsonl", "warning", "duplicate", "severity", "1 warning"]
+    look(f"artifacts/artifact/{report.id}", "dataset-report", words, 560)
+
+
+def test_the_page_of_the_champion_draws_what_it_was_made_of(nights: Nights, look: Any) -> None:
+    version = core.read_champion(nights.stack.registry, ADAPTER)
+    assert version is not None
+    champion = nights.artifact("promoted", "champion")
+    words = [version[:12], "What it was made of", "Champions so far"]
+    look(f"artifacts/artifact/{champion.id}", "champion", words, 1000)
+
+
+def test_an_adapter_has_a_page_of_its_nights_and_a_feed(nights: Nights, look: Any) -> None:
+    names = [nights.runs[what].name for what in ("promoted", "refused")]
+    look(f"artifacts/key/{ADAPTER}-night", "adapter-nights", names, 1500)
+
+
+def test_an_approval_shows_both_sides(nights: Nights, look: Any) -> None:
+    approval = nights.artifact("approval", "approval")
+    words = ["Candidate", "Champion", "Compared", "Version in full"]
+    look(f"artifacts/artifact/{approval.id}", "approval", words, 700)
