@@ -34,7 +34,7 @@ class TaskHooks(Hooks):
         """Begin, and publish the page of this night, which is replaced when it is over."""
         super().begin(config, run, resume=resume)
         warn_of_full_disks([run.path])
-        message = "goes on from its last checkpoint" if resume else "begun"
+        message = "goes on from its last checkpoint" if resume else "has begun"
         publish_night(config, run, UNDER_WAY, message)
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:

@@ -25,6 +25,7 @@ from tasks.verdict_text import (
 )
 
 UNDER_WAY = "Under way"
+IF_IT_CRASHED = "A run whose state is Crashed was killed: Retry goes on from its last checkpoint."
 SHOWN_ANSWERS = 5
 SHOWN_CHARACTERS = 160  # of a question or an answer
 SHOWN_CHECKS = 4
@@ -62,6 +63,8 @@ def describe_night(
             ("Run folder", f"{run.path.resolve()} on the worker's machine"),
         ]
     )
+    if outcome == UNDER_WAY:
+        page.add_paragraph(IF_IT_CRASHED)
     page.add_paragraph("The same again, on that machine:")
     page.add_code(f"nested-tune train -c {shlex.quote(str(run.config.resolve()))} --run-dir again")
     answers = [*_pair_samples(run, verdict), *_pair_answers(run)]
