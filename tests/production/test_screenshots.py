@@ -1,7 +1,7 @@
 """What a person sees in both UIs the morning after ten nights: the list, a run, an adapter's pages.
 
 The pictures go to the folder that SCREENSHOTS names, else to the test's own. Some of them are in
-docs/images: SCREENSHOTS=docs/images make production-test
+docs/images under the same names: SCREENSHOTS=/tmp/pictures make production-test
 """
 
 from __future__ import annotations
