@@ -98,11 +98,11 @@ def describe_curves(curves: LossCurves, steps: int, data: str) -> MarkdownPage:
 
 
 def draw_curves(curves: LossCurves, steps: int) -> str:
-    """Both losses over the steps as SVG; numbers and our own words alone."""
+    """Both losses over the steps so far as SVG; numbers and our own words alone."""
     training, validation = curves.training.drawn(), curves.validation.drawn()
     losses = [loss for _, loss in (*training, *validation)]
     axis = _LossAxis.over(losses)
-    last_step = max(steps, *(step for step, _ in (*training, *validation)), 1)
+    last_step = max([1, *(step for step, _ in (*training, *validation))])
 
     def place(point: Point) -> str:
         x = LEFT + (WIDTH - LEFT - RIGHT) * point[0] / last_step
@@ -113,7 +113,7 @@ def draw_curves(curves: LossCurves, steps: int) -> str:
         f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         *axis.draw_grid(),
-        *_draw_steps(last_step),
+        *_draw_steps(last_step, steps),
         *_draw_curve(training, place, TRAINING_COLOUR, "training loss", LEFT),
         *_draw_curve(validation, place, VALIDATION_COLOUR, "validation loss", LEFT + 200),
         "</svg>",
@@ -160,13 +160,15 @@ class _LossAxis:
             yield f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{loss:.3g}</text>'
 
 
-def _draw_steps(last_step: int) -> Iterable[str]:
+def _draw_steps(last_step: int, steps: int) -> Iterable[str]:
+    """The steps so far, and of how many."""
     for index in range(TICKS + 1):
         x = LEFT + (WIDTH - LEFT - RIGHT) * index / TICKS
         step = f"{round(last_step * index / TICKS):,}"
         anchor = "end" if index == TICKS else "middle"
         yield f'<text x="{x:.1f}" y="{HEIGHT - 20}" text-anchor="{anchor}">{step}</text>'
-    yield f'<text x="{(LEFT + WIDTH) // 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
+    yield f'<text x="{(LEFT + WIDTH) // 2}" y="{HEIGHT - 4}" text-anchor="middle">'
+    yield f"step, of {steps:,}</text>"
 
 
 def _draw_curve(

@@ -29,6 +29,7 @@ IF_IT_CRASHED = "A run whose state is Crashed was killed: Retry goes on from its
 SHOWN_ANSWERS = 5
 SHOWN_CHARACTERS = 160  # of a question or an answer
 SHOWN_CHECKS = 4
+PROBLEMS = ("error", "warning")  # of a finding that is more than a figure about the data
 
 
 def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, message: str) -> None:
@@ -37,7 +38,8 @@ def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, messa
     `outcome` is the name of the flow run's state, `message` what the state says.
     """
     name = config.registry.name
-    description = f"{outcome}: {message}"  # a list shows the first 40 characters
+    shown = message.removeprefix(f"{outcome.lower()}: ")
+    description = f"{outcome}: {shown}"  # a list shows the first 40 characters
     try:
         page = describe_night(config, run, outcome, message)
         with ArtifactClient() as artifacts:
@@ -70,7 +72,7 @@ def describe_night(
     answers = [*_pair_samples(run, verdict), *_pair_answers(run)]
     if answers:
         page.add_heading("Answers before and after")
-        page.add_table(("question", "before", "after", "right"), answers)
+        page.add_table(("score", "question", "before", "after"), answers)
     return page
 
 
@@ -105,11 +107,12 @@ def _describe_data(config: FineTuneConfig, dataset: Mapping[str, Any]) -> str:
         return f"{source}, not read yet"
     splits = dataset.get("splits") or {}
     rows = ", ".join(f"{split['rows']:,} {name}" for name, split in splits.items())
-    counts = dataset.get("counts") or {}
+    counts = {key: count for key, count in dataset.get("counts", {}).items() if key in PROBLEMS}
     totals = ", ".join(f"{count} {severity}" for severity, count in counts.items() if count)
-    checks = sorted({finding["check"] for finding in dataset.get("findings") or []})
+    problems = [f for f in dataset.get("findings") or [] if f["severity"] in PROBLEMS]
+    checks = sorted({finding["check"] for finding in problems})
     named = f" ({', '.join(checks[:SHOWN_CHECKS])})" if checks else ""
-    return f"{source}: {rows} examples; findings: {totals or 'none'}{named}"
+    return f"{source}: {rows} examples; {totals or 'no error and no warning'}{named}"
 
 
 def _describe_ingredients(
@@ -142,7 +145,7 @@ def _pair_answers(run: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
     pairs.sort(key=lambda pair: pair[0].answer == pair[1].answer)
     for before, after in pairs[:SHOWN_ANSWERS]:
         scores = f"{before.score:.3g} -> {after.score:.3g}"
-        yield _shorten(after.question), _shorten(before.answer), _shorten(after.answer), scores
+        yield scores, _shorten(after.question), _shorten(before.answer), _shorten(after.answer)
 
 
 def _pair_samples(
@@ -156,7 +159,7 @@ def _pair_samples(
     after = by_step[last if last in by_step else max(by_step)]
     for before, sample in zip(by_step[first], after, strict=False):
         question = _shorten(sample["prompt"])
-        yield question, _shorten(before["answer"]), _shorten(sample["answer"]), "not scored"
+        yield "none", question, _shorten(before["answer"]), _shorten(sample["answer"])
 
 
 def _shorten(text: str) -> str:

@@ -46,7 +46,11 @@ VERDICT: dict[str, Any] = {
 DATASET = {
     "digest": "da7a" * 16,
     "counts": {"error": 0, "warning": 2, "info": 1},
-    "findings": [{"check": "duplicate"}, {"check": "near_duplicate"}],
+    "findings": [
+        {"check": "duplicate", "severity": "warning"},
+        {"check": "near_duplicate", "severity": "warning"},
+        {"check": "rows", "severity": "info"},
+    ],
     "splits": {"train": {"rows": 1200}, "valid": {"rows": 84}},
 }
 
@@ -100,7 +104,7 @@ def test_six_lines_tell_the_night(tmp_path: Path) -> None:
     )
     assert facts["Answers"] == ("capitals: 0 of 15 right before, 14 of 15 after, champion 15 of 15")
     assert facts["Data"].endswith(
-        "1,200 train, 84 valid examples; findings: 2 warning, 1 info (duplicate, near_duplicate)"
+        "1,200 train, 84 valid examples; 2 warning (duplicate, near_duplicate)"
     )
     for digest in ("da7ada7ada7a", "141714171417", "ada9ada9ada9"):
         assert digest in facts["Made of"]
@@ -114,8 +118,8 @@ def test_the_command_that_makes_it_again_is_there_to_copy(tmp_path: Path) -> Non
 def test_answers_that_changed_come_first_and_are_no_markup(tmp_path: Path) -> None:
     write_files(tmp_path)
     rows = page_of(tmp_path, "Promoted", "promoted").splitlines()[-2:]
-    assert rows[0] == r"| Question 2? | \<b\>Rome | Paris | 0 -\> 1 |"
-    assert rows[1].startswith("| Question 1? | same | same |")
+    assert rows[0] == r"| 0 -\> 1 | Question 2? | \<b\>Rome | Paris |"
+    assert rows[1].endswith("| Question 1? | same | same |")
 
 
 def test_samples_are_shown_before_training_and_at_the_judged_step(tmp_path: Path) -> None:
@@ -124,7 +128,7 @@ def test_samples_are_shown_before_training_and_at_the_judged_step(tmp_path: Path
         sample = {"prompt": "Where to?", "answer": text, "tokens": 1, "is_cut_off": False}
         append_metrics(tmp_path / "metrics.jsonl", {"step": step, "samples": [sample]})
     page = page_of(tmp_path, "Promoted", "promoted")
-    assert "| Where to? | base | judged | not scored |" in page
+    assert "| none | Where to? | base | judged |" in page
 
 
 def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
