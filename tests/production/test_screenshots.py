@@ -97,18 +97,21 @@ def deployed(stack: Stack) -> Nights:
 
 
 @pytest.fixture(scope="module")
-def training(deployed: Nights) -> Iterator[UUID]:
-    """A run that trains, and is cancelled when it has been looked at."""
+def training(deployed: Nights) -> UUID:
+    """A run that trains, for hours if nobody cancels it."""
     run_id = deployed.begin(**LONG)
     find_artifact(deployed.stack, run_id, f"{ADAPTER}-loss-curve")
-    yield run_id
-    deployed.stack.prefect("flow-run", "cancel", str(run_id))
-    deployed.end("cancelled", run_id)
+    return run_id
 
 
 @pytest.fixture(scope="module")
-def nights(deployed: Nights) -> Nights:
-    """Nights of every outcome, one after the other, and a version that waits for approval."""
+def nights(deployed: Nights, training: UUID) -> Nights:
+    """Nights of every outcome, one after the other, and a version that waits for approval.
+
+    The first is the one that trained: a night that another is at work in would be skipped.
+    """
+    deployed.stack.prefect("flow-run", "cancel", str(training))
+    deployed.end("cancelled", training)
     deployed.end("promoted", deployed.begin())
     deployed.end("unchanged", deployed.begin())
     deployed.add_example(1)
