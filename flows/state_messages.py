@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nested_core.registry.gate_file import name_loss
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 
@@ -15,11 +16,12 @@ def shorten_version(version: str) -> str:
 
 
 def describe_loss(run: RunDirectory) -> str:
-    """`val loss 3.1 -> 1.4` from gate.json, or that there was no validation set."""
+    """`val loss 3.1 -> 1.4` from gate.json, or `test loss`, or that there was no validation set."""
     losses = read_json_object(run.gate)["validation"]
     if losses is None:
         return "no validation set"
-    return f"val loss {losses['loss_before']:.3g} -> {losses['loss_after']:.3g}"
+    name = name_loss(losses["file"]).replace("validation", "val")
+    return f"{name} {losses['loss_before']:.3g} -> {losses['loss_after']:.3g}"
 
 
 def describe_rejection(run: RunDirectory) -> str:

@@ -53,6 +53,8 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     page.add_paragraph(f"{step}: {changed} of {len(tensors)} tensors changed.")
     if verdict["validation"]:
         page.add_paragraph(f"Loss {describe_losses(verdict)}.")
+    if verdict["drift"]:
+        page.add_paragraph(_describe_drift(verdict["drift"]))
     if verdict["champion"]:
         page.add_paragraph(describe_champion_loss(verdict["champion"]))
     if verdict["tasks"]:
@@ -61,17 +63,8 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     return page
 
 
-TASK_COLUMNS = (
-    "suite",
-    "questions",
-    "base",
-    "parent",
-    "champion",
-    "candidate",
-    "change",
-    "95 %",
-    "verdict",
-)
+MODELS = ("base", "parent", "champion", "candidate")
+TASK_COLUMNS = ("suite", "questions", *MODELS, "change", "95 %", "verdict")
 TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
 TIER_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
 
@@ -85,8 +78,16 @@ def _task_row(task: dict[str, Any]) -> list[str]:
     return [
         task["name"],
         str(task["questions"]),
-        *(_round(task[model]) for model in ("base", "parent", "champion", "candidate")),
+        *(_round(task[model]) for model in MODELS),
         f"{task['difference']:+.3f}",
         "none" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
         task["verdict"],
     ]
+
+
+def _describe_drift(drift: dict[str, Any]) -> str:
+    """How far the predictions moved on the same examples."""
+    moved = f"KL(initial || trained) {_round(drift['from_initial'])} nats a token"
+    if drift["from_base"] is not None:
+        moved += f", KL(base || trained) {_round(drift['from_base'])}"
+    return f"{moved} ({drift['tokens']} tokens)."

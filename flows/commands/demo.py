@@ -83,7 +83,7 @@ def example_config(registry: Path) -> FineTuneConfig:
     """The example's configuration, with its paths where it is installed."""
     examples = packaged_folder("examples")
     paths = {"model": str(examples / "geography-base"), "data": str(examples / "geography")}
-    target = {"path": str(registry), "name": ADAPTER_NAME, "promote": "always"}
+    target = {"path": str(registry), "name": ADAPTER_NAME, "promote": "better"}
     config = load_config(examples / "geography.yaml", paths | {"registry": target})
     tasks = [
         task.model_copy(update={"file": str(examples.parent / task.file)})
@@ -159,14 +159,16 @@ def _print_right_answers(run: RunDirectory) -> None:
 
 
 def _print_run(run: RunDirectory) -> None:
+    from nested_core.gate.verdict import read_verdict
+    from nested_core.registry.gate_file import name_loss
     from nested_core.training.metrics_file import read_metrics
 
     for line in draw_curve(read_metrics(run.metrics)).splitlines():
         print_line(line)
-    verdict = read_json_object(run.gate)
-    print_tiers(verdict)
-    losses = verdict["validation"]
+    document = read_json_object(run.gate)
+    print_tiers(document)
+    losses = document["validation"]
     print_line(
-        f"gate: {verdict['verdict']}; validation loss {losses['loss_before']:.3f} before, "
-        f"{losses['loss_after']:.3f} after"
+        f"gate: {document['verdict']}; {name_loss(losses['file'])} {losses['loss_before']:.3f} "
+        f"before, {losses['loss_after']:.3f} after ({read_verdict(run.gate).describe_data()})"
     )

@@ -12,6 +12,8 @@ from nested_core.config.section import Section, key
 Share = Annotated[float, Field(ge=0, le=1)]
 Score = Literal["exact", "contains", "regex", "number", "json", "choice", "python"]
 TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+# The splits that a value of held_out stands for, the first one that is there; others are files.
+HELD_OUT_SPLITS = {"auto": ("test", "valid"), "test": ("test",), "valid": ("valid",)}
 FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 
@@ -50,6 +52,12 @@ class TaskSection(Section):
 class GateSection(Section):
     """The bounds that the gate judges by; they are recorded in gate.json."""
 
+    held_out: str = key(
+        "auto",
+        "what is judged on: valid, test, a JSON Lines file, or auto, which is test before valid",
+        path="local_or_split",
+        min_length=1,
+    )
     max_val_loss_increase: NonNegativeFloat = key(0.0, "relative, against the initial adapter")
     min_relative_change: NonNegativeFloat = key(0.0, "the least that a tensor must have moved")
     max_skipped_share: Share = key(0.01, "of a tier's updates, skipped for non-finite gradients")
@@ -58,6 +66,10 @@ class GateSection(Section):
     )
     max_general_loss_increase: NonNegativeFloat | None = key(None, "relative, on general_data")
     check_fused: bool = key(False, "judge the adapter fused into the base model too")
+    max_kl: NonNegativeFloat | None = key(
+        None, "nats a held-out token that predictions may move from the initial adapter's"
+    )
+    drift: bool = key(False, "record how far predictions moved from the base model's, too")
     tasks: tuple[TaskSection, ...] = key((), "suites of questions that the adapter has to answer")
     allow_python_scorers: bool = key(
         False, "let tasks run Python functions with your rights; never a flow's parameter"

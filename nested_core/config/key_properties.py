@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.config.section import Affects, PathRule, Section
 
 
@@ -61,7 +62,8 @@ def iterate_paths(section: Section, prefix: str = "") -> Iterator[tuple[str, Pat
                     yield from iterate_paths(item, f"{key}[{index}].")
         elif isinstance(extra, dict) and "path" in extra and value is not None:
             rule: Any = extra["path"]
-            yield key, rule, value
+            if rule != "local_or_split" or value not in HELD_OUT_SPLITS:
+                yield key, rule, value
 
 
 def section_in_annotation(annotation: Any) -> type[BaseModel] | None:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 #   source    where something is read from: fixed on resume; its content decides, not its name
 #   output    what is reported, kept and judged: may differ on resume; the adapter is the same
 Affects = Literal["training", "length", "source", "output"]
-# What a key's value names: a file or folder here, or that or a repository of the hub.
-PathRule = Literal["local", "local_or_hub"]
+# What a key's value names: a file or folder here, or that or else a repository of the hub, or that
+# or else the data set's splits.
+PathRule = Literal["local", "local_or_hub", "local_or_split"]
 
 
 def key(

@@ -1,7 +1,9 @@
 """The loss of every held-out example, as RUN_DIR/gate-losses.jsonl keeps it.
 
 A line an example: file, line, supervised tokens, and mean losses in nats a token with the initial
-adapter, the trained adapter, and the champion at the time of the gate.
+adapter, the trained adapter, and the champion at the time of the gate; and how far the predictions
+moved, as KL divergence in nats a token from the initial adapter, and from the base if that is
+measured.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
 from nested_core.storage.strict_files import read_regular
 
+OPTIONAL = ("drift", "base_drift")
 PER_EXAMPLE = ("lines", "tokens", "before", "after")
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -34,6 +37,8 @@ class _Line(BaseModel):
     before: float | None
     after: float | None
     champion: float | None
+    drift: float | None = None
+    base_drift: float | None = None
 
 
 _LINES = TypeAdapter(list[_Line])
@@ -48,6 +53,8 @@ class ExampleLosses:
     tokens: supervised tokens of each example, all above 0, float64 (n,).
     before, after, champion: mean losses in nats a token, float64 (n,); NaN where not finite.
         `champion` is None where no champion was judged, and NaN for an example left out.
+    drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats a token,
+        float64 (n,); None where not measured.
     """
 
     file: str
@@ -56,6 +63,8 @@ class ExampleLosses:
     before: Vector
     after: Vector
     champion: Vector | None = None
+    drift: Vector | None = None
+    base_drift: Vector | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -91,17 +100,18 @@ class ExampleLosses:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         champion = self.champion if self.champion is not None else np.full(len(self), np.nan)
-        columns = (self.lines, self.tokens, self.before, self.after, champion)
-        for line, tokens, *losses in zip(*(column.tolist() for column in columns), strict=True):
-            before, after, of_champion = (loss if np.isfinite(loss) else None for loss in losses)
-            yield {
+        columns = {"before": self.before, "after": self.after, "champion": champion}
+        for name in OPTIONAL:
+            if (column := getattr(self, name)) is not None:
+                columns[name] = column
+        for row in range(len(self)):
+            line = {
                 "file": self.file,
-                "line": line,
-                "tokens": int(tokens),
-                "before": before,
-                "after": after,
-                "champion": of_champion,
+                "line": int(self.lines[row]),
+                "tokens": int(self.tokens[row]),
             }
+            values = {name: float(column[row]) for name, column in columns.items()}
+            yield line | {name: v if np.isfinite(v) else None for name, v in values.items()}
 
 
 def read_example_losses(path: Path) -> ExampleLosses:
@@ -112,6 +122,12 @@ def read_example_losses(path: Path) -> ExampleLosses:
     except ValidationError as error:
         raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     has_champion = any(line.champion is not None for line in lines)
+    written = lines[0].model_fields_set if lines else set()
+    optional = {
+        name: _vector([getattr(line, name) for line in lines])
+        for name in OPTIONAL
+        if name in written
+    }
     return ExampleLosses(
         file=lines[0].file if lines else "",
         lines=np.array([line.line for line in lines], np.int64),
@@ -119,6 +135,7 @@ def read_example_losses(path: Path) -> ExampleLosses:
         before=_vector([line.before for line in lines]),
         after=_vector([line.after for line in lines]),
         champion=_vector([line.champion for line in lines]) if has_champion else None,
+        **optional,
     )
 
 

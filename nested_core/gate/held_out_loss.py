@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.config.data import DataPolicy
+from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batch_arrays import make_batch_arrays
 from nested_core.data.batch_order import choose_evaluation_batches
@@ -24,7 +25,9 @@ from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.gate.prediction_comparison import PredictionComparison
+from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.verdict import GeneralLoss
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.base_model import find_model_folder, load_base_model
@@ -34,16 +37,28 @@ from nested_core.models.lora_attachment import (
     load_adapter_tensors,
 )
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
-from nested_core.storage.adapter import WEIGHTS_NAME
+from nested_core.storage.adapter import WEIGHTS_NAME, Adapter
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
-from nested_core.training.evaluation import Evaluator, Vector
-from nested_core.training.loss.supervised_loss import SUPERVISED
 
 LISTED_PROBLEMS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPredictions:
+    """Sums over the supervised tokens of each example of a split, in nats; float64.
+
+    losses: of each adapter (adapters, n).
+    divergences: KL(adapter || last adapter), of each but the last (adapters - 1, n).
+    tokens: how many supervised tokens an example has (n,).
+    """
+
+    losses: Vector
+    divergences: Vector
+    tokens: Vector
 
 
 @dataclass(frozen=True)
@@ -66,37 +81,67 @@ class LoadedBase:
         parameters = attach_adapter(model, config)
         return cls(config, model, parameters, find_model_folder(config.model), tokenizer)
 
+    def is_unchanged_by(self, adapter: Adapter) -> bool:
+        """Whether an adapter leaves the base as it is: B is zero, or each weight is the base's."""
+        arrays = {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
+        factors = [array for name, array in arrays.items() if name.endswith("lora_b")]
+        if factors:
+            return not any(mx.any(factor).item() for factor in factors)
+        return all(
+            mx.array_equal(array, self.parameters[name].astype(array.dtype)).item()
+            for name, array in arrays.items()
+        )
+
+    def compare(
+        self,
+        adapters: Sequence[Mapping[str, mx.array]],
+        split: TokenizedSplit,
+        max_batches: int = -1,
+    ) -> SplitPredictions:
+        """What adapters, given as tensors, predict on a split, in one loop over its batches.
+
+        Examples that are in none of the `max_batches` batches have 0 everywhere; -1 is all.
+        """
+        refs = reference_trainable_parameters(
+            self.model, dtype=compute_dtype_of_adapter(self.config, self.model)
+        )
+        batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
+        batches = choose_evaluation_batches(
+            split, batch_size, max_batches, max_seq_length=max_seq_length
+        )
+        values = []
+        for adapter in adapters:
+            load_adapter_tensors(self.model, adapter)
+            values.append(read_parameters(refs))
+        predictions = SplitPredictions(
+            losses=np.zeros((len(adapters), len(split))),
+            divergences=np.zeros((len(adapters) - 1, len(split))),
+            tokens=np.zeros(len(split)),
+        )
+        comparison = PredictionComparison.of_model(self.model, refs)
+        with using_optimized_layers(
+            self.model, as_mlx_lm=self.config.training.reference is not None
+        ):
+            for batch in batches:
+                arrays = make_batch_arrays(split, batch, batch_size)
+                compared = comparison.compare(values, arrays)
+                count = len(batch.rows)
+                predictions.losses[:, batch.rows] = compared.losses[:, :count]
+                predictions.divergences[:, batch.rows] = compared.divergences[:, :count]
+                predictions.tokens[batch.rows] = compared.tokens[:count]
+        return predictions
+
     def losses(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
     ) -> list[tuple[Vector, Vector]]:
         """Of each adapter folder, the summed loss and the supervised tokens of each example.
 
-        Both float64 [n], in the order of the split; 0 for examples that are in none
+        Both float64 (n,), in the order of the split; 0 for examples that are in none
         of the `max_batches` batches; -1 is all of them.
         """
-        refs = reference_trainable_parameters(
-            self.model, dtype=compute_dtype_of_adapter(self.config, self.model)
-        )
-        evaluator = Evaluator(self.model, refs, SUPERVISED.for_model(self.model, refs))
-        batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
-        batches = choose_evaluation_batches(
-            split, batch_size, max_batches, max_seq_length=max_seq_length
-        )
-        losses = []
-        with using_optimized_layers(
-            self.model, as_mlx_lm=self.config.training.reference is not None
-        ):
-            for adapter in adapters:
-                load_adapter_tensors(self.model, load_arrays(adapter / WEIGHTS_NAME))
-                sums, tokens = np.zeros(len(split)), np.zeros(len(split))
-                values = read_parameters(refs)
-                for batch in batches:
-                    arrays = make_batch_arrays(split, batch, batch_size)
-                    row_sums, row_tokens = evaluator.row_losses(values, arrays)
-                    sums[batch.rows] = row_sums[: len(batch.rows)]
-                    tokens[batch.rows] = row_tokens[: len(batch.rows)]
-                losses.append((sums, tokens))
-        return losses
+        tensors = [load_arrays(adapter / WEIGHTS_NAME) for adapter in adapters]
+        predictions = self.compare(tensors, split, max_batches)
+        return [(losses, predictions.tokens) for losses in predictions.losses]
 
     def mean_losses(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
@@ -110,8 +155,8 @@ class LoadedBase:
 class HeldOutExamples:
     """The examples that the gate measures losses on, and the data set's file that they are in.
 
-    They are those of test.jsonl, or without one the validation set, by which the best checkpoint
-    was chosen: `selected_on_same_data` says so, of a test set within it as well.
+    `selected_on_same_data` says whether they are among the validation set, by which the best
+    checkpoint was chosen.
     """
 
     split: TokenizedSplit
@@ -130,30 +175,76 @@ class HeldOutExamples:
         return digest_examples(self.split)[self.has_target]
 
 
-def choose_held_out_examples(splits: Mapping[str, TokenizedSplit]) -> HeldOutExamples | None:
-    """The held-out examples among the splits of a run's data; None without any."""
+def choose_held_out_examples(
+    splits: Mapping[str, TokenizedSplit], choice: str = "auto"
+) -> HeldOutExamples | None:
+    """The held-out examples among the splits of a run's data; None if the choice is not there.
+
+    choice: a value of `gate.held_out` that names splits.
+    """
+    name = next((name for name in HELD_OUT_SPLITS[choice] if name in splits), None)
+    return None if name is None else _make_held_out(splits[name], f"{name}.jsonl", splits)
+
+
+def _make_held_out(
+    split: TokenizedSplit, file: str, splits: Mapping[str, TokenizedSplit]
+) -> HeldOutExamples:
     valid = splits.get("valid")
-    name = "test" if "test" in splits else "valid"
-    split = splits.get(name)
-    if split is None:
-        return None
     is_selected = valid is not None and split.is_subset_of(valid)
-    return HeldOutExamples(split, f"{name}.jsonl", selected_on_same_data=is_selected)
+    return HeldOutExamples(split, file, selected_on_same_data=is_selected)
+
+
+def read_held_out_examples(
+    config: FineTuneConfig, splits: Mapping[str, TokenizedSplit]
+) -> HeldOutExamples | None:
+    """The examples that `gate.held_out` chooses; None where `auto` finds none in the splits.
+
+    Raises ConfigError if there is no such file, DatasetError if it has an error.
+    """
+    choice = config.gate.held_out
+    if choice in HELD_OUT_SPLITS:
+        return choose_held_out_examples(splits, choice)
+    return _make_held_out(read_held_out_file(config), choice, splits)
+
+
+def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
+    """The examples of the file that `gate.held_out` names, supervised as the run's own are.
+
+    Raises ConfigError if there is no such file, DatasetError if it has an error.
+    """
+    settings = replace(DataSettings.from_config(config), hf_dataset=())
+    return _read_file("gate.held_out", Path(config.gate.held_out).expanduser(), config, settings)
 
 
 def measure_example_losses(
-    base: LoadedBase, run: RunDirectory, held_out: HeldOutExamples
+    base: LoadedBase, evidence: RunEvidence, held_out: HeldOutExamples
 ) -> ExampleLosses:
-    """The loss of each held-out example with the initial and with the trained adapter."""
-    before, after = base.losses((run.initial, run.adapter), held_out.split)
+    """The loss of each held-out example with the initial and with the trained adapter.
+
+    With them how far the predictions moved: from the initial adapter, and with `gate.drift` from
+    the base, which costs a pass where training did not begin as the base.
+    """
+    before, after = (load_arrays(a.path / WEIGHTS_NAME) for a in (evidence.before, evidence.after))
+    adapters = [before, after]
+    wants_base = base.config.gate.drift
+    if wants_base and not base.is_unchanged_by(evidence.before):
+        adapters = [base.parameters, before, after]
+    predictions = base.compare(adapters, held_out.split)
     has_target = held_out.has_target
-    tokens = before[1][has_target]
+    tokens = predictions.tokens[has_target]
+
+    def a_token(sums: Vector) -> Vector:
+        means: Vector = sums[has_target] / tokens
+        return means
+
     return ExampleLosses(
         file=held_out.file,
         lines=held_out.split.lines[has_target].astype(np.int64),
         tokens=tokens,
-        before=before[0][has_target] / tokens,
-        after=after[0][has_target] / tokens,
+        before=a_token(predictions.losses[-2]),
+        after=a_token(predictions.losses[-1]),
+        drift=a_token(predictions.divergences[-1]),
+        base_drift=a_token(predictions.divergences[0]) if wants_base else None,
     )
 
 
@@ -176,7 +267,9 @@ def measure_general(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
     if base.config.gate.general_data is None:
         return None
     path = Path(base.config.gate.general_data).expanduser()
-    split = _read_general(base.config, path)
+    settings = DataSettings.from_config(base.config)
+    settings = replace(settings, hf_dataset=(), mask_prompt=False, supervise="last")
+    split = _read_file("gate.general_data", path, base.config, settings)
     before, after = map(finite_or_none, base.mean_losses((run.initial, run.adapter), split))
     return GeneralLoss(before, after, str(path), regular_sha256(path, follow_links=True))
 
@@ -198,21 +291,16 @@ def filled_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, Tokeni
     return {name: split for name, split in splits.items() if len(split)}
 
 
-def _read_general(config: FineTuneConfig, path: Path) -> TokenizedSplit:
-    """One file, validated and tokenized as a test set of its own; every token of it counts."""
+def _read_file(
+    key: str, path: Path, config: FineTuneConfig, settings: DataSettings
+) -> TokenizedSplit:
+    """The file that a key names, validated and tokenized as a test set of its own."""
     if not path.is_file():
-        raise ConfigError(f"gate.general_data: {path} is not a file; expected a .jsonl file.")
-    with tempfile.TemporaryDirectory(prefix="nested-tune-general-") as folder:
+        raise ConfigError(f"{key}: {path} is not a file; expected a .jsonl file.")
+    with tempfile.TemporaryDirectory(prefix="nested-tune-held-out-") as folder:
         Path(folder, "test.jsonl").symlink_to(path.resolve())
-        settings = replace(
-            DataSettings.from_config(config),
-            data=folder,
-            hf_dataset=(),
-            mask_prompt=False,
-            supervise="last",
-            policy=DataPolicy(),
-        )
-        report, splits = load_dataset(settings, TokenizerSource.from_config(config))
+        alone = replace(settings, data=folder, policy=DataPolicy())
+        report, splits = load_dataset(alone, TokenizerSource.from_config(config))
     problems = [
         f"line {finding.line or 1}: {finding.message}"
         for finding in report.findings
@@ -220,5 +308,5 @@ def _read_general(config: FineTuneConfig, path: Path) -> TokenizedSplit:
     ]
     if problems or not len(splits.get("test", ())):
         listed = "\n".join(f"  {problem}" for problem in problems[:LISTED_PROBLEMS])
-        raise DatasetError(f"gate.general_data: {path} holds no sound text to judge by.\n{listed}")
+        raise DatasetError(f"{key}: {path} holds no sound text to judge by.\n{listed}")
     return splits["test"]

@@ -18,7 +18,7 @@ from nested_core.errors import DamagedError
 from nested_core.gate.base_compatibility import base_reasons, config_reasons, fingerprint_reasons
 from nested_core.gate.fresh_process_check import ProofRequest, prove_in_fresh_process
 from nested_core.gate.lora_effect import effect_reasons, overflow_reasons, require_lora_factors
-from nested_core.gate.loss_bounds import loss_reasons
+from nested_core.gate.loss_bounds import drift_reasons, loss_reasons
 from nested_core.gate.recorded_verdict import require_same_verdict
 from nested_core.gate.run_evidence import RunEvidence, collect_evidence, describe_config
 from nested_core.gate.task_bounds import (
@@ -29,7 +29,16 @@ from nested_core.gate.task_bounds import (
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
 from nested_core.gate.training_divergence import Divergence, collapse_reason, find_divergence
-from nested_core.gate.verdict import ChampionLoss, Code, JudgedAdapter, Reason, Validation, Verdict
+from nested_core.gate.verdict import (
+    ChampionLoss,
+    Code,
+    Drift,
+    JudgedAdapter,
+    Reason,
+    Validation,
+    Verdict,
+    describe_examples,
+)
 from nested_core.models.base_model import compute_dtype, find_model_folder
 from nested_core.registry.gate_file import require_verdict_manifest
 from nested_core.stages import stages
@@ -59,7 +68,9 @@ def verify_adapters(
     with ThreadPoolExecutor(2) as pool:
         before, after = pool.map(_read_and_hash, (initial, trained))
     verdict = _compare(before, after, bounds or GateSection(), step=step, tiers={})
-    return _prove_effect_without_run(verdict, before, after) if verdict.has_passed else verdict
+    if verdict.has_passed:
+        verdict = _prove_effect_without_run(verdict, before, after)
+    return _add_guides(verdict)
 
 
 def _read_and_hash(path: Path) -> Adapter:
@@ -88,7 +99,14 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
         verdict = _prove_effect(verdict, config, evidence)
         if divergence is not None and divergence.has_risen:
             verdict = replace(verdict, reasons=tuple(map(_name_divergence, verdict.reasons)))
-    return replace(verdict, reasons=_explain_by_divergence(verdict.reasons, divergence))
+    return _add_guides(
+        replace(verdict, reasons=_explain_by_divergence(verdict.reasons, divergence))
+    )
+
+
+def _add_guides(verdict: Verdict) -> Verdict:
+    """Every reason with the place in the guide that explains it."""
+    return replace(verdict, reasons=tuple(reason.with_guide() for reason in verdict.reasons))
 
 
 def _find_divergence(
@@ -223,10 +241,10 @@ def _compare_losses(
     from nested_core.gate.champion_losses import HeldOutComparison, compare_with_champion
     from nested_core.gate.held_out_loss import (
         LoadedBase,
-        choose_held_out_examples,
         filled_splits,
         measure_example_losses,
         measure_general,
+        read_held_out_examples,
     )
 
     stages.info("gate: losses on held-out examples, before and after")
@@ -237,19 +255,24 @@ def _compare_losses(
     splits = filled_splits(config, run)
     training_examples = digest_examples(splits["train"])
     files = {run.training_examples.name: np.unique(training_examples).astype("<u8").tobytes()}
-    held_out = choose_held_out_examples(splits)
+    held_out = read_held_out_examples(config, splits)
     champion = find_champion(base, evidence.after)
-    losses = validation = None
+    losses = None
+    validation = None
+    drift = None
     champion_loss = None
     if champion is not None:
         champion_loss = ChampionLoss(champion.version, not_compared=NO_HELD_OUT_EXAMPLES)
     if held_out is not None:
-        losses = measure_example_losses(base, run, held_out)
+        losses = measure_example_losses(base, evidence, held_out)
         validation = Validation.from_losses(
             losses, selected_on_same_data=held_out.selected_on_same_data
         )
     general = measure_general(base, run)
     reasons = loss_reasons(validation, general, config.gate)
+    if losses is not None and validation is not None:
+        drift = Drift.from_losses(losses)
+        reasons += drift_reasons(drift, describe_examples(validation), config.gate)
     if held_out is not None and losses is not None and validation is not None:
         if champion is not None:
             examples = HeldOutComparison(held_out, losses, training_examples)
@@ -259,6 +282,7 @@ def _compare_losses(
     measured = replace(
         _add(verdict, reasons),
         validation=validation,
+        drift=drift,
         champion=champion_loss,
         general=general,
         written_files=files,

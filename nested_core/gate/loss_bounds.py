@@ -1,10 +1,10 @@
-"""The losses with the initial and with the trained adapter against the bounds of the gate."""
+"""Losses and drift, from the initial to the trained adapter, against the bounds of the gate."""
 
 from __future__ import annotations
 
 from nested_core.config.gate import GateSection
-from nested_core.gate.verdict import GeneralLoss, Reason, Validation, describe_examples
-from nested_core.registry.gate_file import is_within
+from nested_core.gate.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples
+from nested_core.registry.gate_file import is_within, is_within_drift
 
 
 def loss_reasons(
@@ -45,6 +45,18 @@ def loss_reasons(
             )
             reasons.append(Reason("forgetting", message))
     return reasons
+
+
+def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
+    """The reason for predictions that moved beyond `max_kl` on the held-out `data`."""
+    if drift is None or bounds.max_kl is None or is_within_drift(drift.from_initial, bounds.max_kl):
+        return []
+    moved = "not finite" if drift.from_initial is None else f"{drift.from_initial:.4g} nats a token"
+    message = (
+        f"KL(initial || trained) is {moved} on {data}, {drift.tokens} tokens; gate.max_kl is "
+        f"{bounds.max_kl:g}"
+    )
+    return [Reason("drift", message)]
 
 
 def _non_finite_reason(losses: Validation | GeneralLoss, what: str) -> Reason | None:

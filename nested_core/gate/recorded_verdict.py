@@ -8,16 +8,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from nested_core.config.gate import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW
-from nested_core.gate.verdict import ChampionLoss, Validation, Verdict
+from nested_core.gate.held_out_choice import held_out_file
+from nested_core.gate.verdict import ChampionLoss, Drift, Validation, Verdict
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 
 NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
 TOLERANCES = (TOLERANCE_FLOAT32, TOLERANCE_NARROW)
 MISSING = "missing"
+ADDED_BOUNDS = {"max_kl", "drift", "held_out"}  # a verdict of an earlier release lacks them
 NORMS = ("max_abs_delta", "relative_delta")
 
 
@@ -29,7 +32,7 @@ def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: Run
     """
     wrong = list(_differing(verdict, recorded))
     wrong += _absent(verdict, recorded, read_dataset_record(run.dataset))
-    wrong += _differing_losses(recorded, run)
+    wrong += _differing_losses(verdict, recorded, run)
     if wrong:
         raise DamagedError(
             f"{run.gate} is not the verdict on the files beside it: {', '.join(wrong)} differ. "
@@ -40,9 +43,13 @@ def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: Run
 def _differing(verdict: Verdict, recorded: Mapping[str, Any]) -> Iterator[str]:
     """The fields that were computed again, and came out otherwise."""
     now = json.loads(json.dumps(verdict.to_json()))
-    for key in ("adapter_step", "last_step", "thresholds", "tiers"):
+    for key in ("adapter_step", "last_step", "tiers"):
         if recorded.get(key) != now[key]:
             yield key
+    thresholds = recorded.get("thresholds")
+    defaults = GateSection().model_dump(mode="json", include=ADDED_BOUNDS)
+    if not isinstance(thresholds, dict) or defaults | thresholds != now["thresholds"]:
+        yield "thresholds"
     if not _are_same_tensors(recorded.get("tensors"), now["tensors"]):
         yield "tensors"
     for side in ("initial", "trained"):
@@ -75,9 +82,9 @@ def _is_close(recorded: Any, now: float | None) -> bool:
 def _absent(verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecord) -> Iterator[str]:
     """The fields that are there, or not, against what was configured and what data there is."""
     bounds = verdict.thresholds or {}
-    held_out = any(dataset.splits[n].rows for n in ("valid", "test") if n in dataset.splits)
+    has_held_out = held_out_file(str(bounds.get("held_out", "auto")), dataset) is not None
     expected = {
-        "validation": held_out,
+        "validation": has_held_out,
         "general": bounds.get("general_data") is not None,
         "fused": bool(bounds.get("check_fused")),
         "proof": True,
@@ -85,24 +92,54 @@ def _absent(verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecor
     for key, is_expected in expected.items():
         if isinstance(recorded.get(key), dict) is not is_expected:
             yield key
+    if bounds.get("max_kl") is not None and not isinstance(recorded.get("drift"), dict):
+        yield "drift"
     proof = recorded.get("proof")
     if isinstance(proof, dict) and proof.get("tolerance") not in TOLERANCES:
         yield "proof"  # or it was not held against the trainer's logits
 
 
-def _differing_losses(recorded: Mapping[str, Any], run: RunDirectory) -> Iterator[str]:
+def _differing_losses(
+    verdict: Verdict, recorded: Mapping[str, Any], run: RunDirectory
+) -> Iterator[str]:
     """The figures of held-out losses that gate-losses.jsonl does not give."""
     validation = recorded.get("validation")
     if not isinstance(validation, dict):
-        if recorded.get("champion") is not None:
+        champion = recorded.get("champion")
+        if champion is not None and _find(champion, "not_compared") is None:
             yield "champion"
+        if recorded.get("drift") is not None:
+            yield "drift"
         return
     losses = read_example_losses(run.gate_losses)
     now = asdict(Validation.from_losses(losses, selected_on_same_data=False))
     for key in now.keys() - {"selected_on_same_data"}:
         if not _is_close_figure(validation.get(key), now[key]):
             yield f"validation.{key}"
+    bounds = verdict.thresholds or {}
+    choice = str(bounds.get("held_out", "auto"))
+    if losses.file != held_out_file(choice, read_dataset_record(run.dataset)):
+        yield "validation.file"
+    yield from _differing_drift(recorded.get("drift"), losses, wants_base=bool(bounds.get("drift")))
     yield from _differing_champion(recorded.get("champion", MISSING), losses)
+
+
+def _differing_drift(drift: Any, losses: ExampleLosses, *, wants_base: bool) -> Iterator[str]:
+    """The figures of drift that the divergences of the examples do not give."""
+    now = Drift.from_losses(losses)
+    if now is None or not isinstance(drift, dict):
+        if drift is not None or now is not None or wants_base:
+            yield "drift"
+        return
+    if (losses.base_drift is not None) is not wants_base:
+        yield "drift.from_base"
+    for key, figure in asdict(now).items():
+        if not _is_close_figure(drift.get(key, MISSING), figure):
+            yield f"drift.{key}"
+
+
+def _find(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
 
 
 def _differing_champion(champion: Any, losses: ExampleLosses) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -81,23 +81,11 @@ def _asked_models(
     base: LoadedBase, evidence: RunEvidence, champion: Champion | None
 ) -> list[_AskedModel]:
     asked = [_AskedModel("base", base, None)]
-    if not _is_untrained(evidence.before, base.parameters):
+    if not base.is_unchanged_by(evidence.before):
         asked.append(_AskedModel("parent", base, evidence.before))
     if champion is not None:
         asked.append(_AskedModel("champion", champion.base, champion.adapter))
     return [*asked, _AskedModel("candidate", base, evidence.after, is_asked_anew=True)]
-
-
-def _is_untrained(adapter: Adapter, fresh: Mapping[str, mx.array]) -> bool:
-    """Whether an adapter leaves the base as it is: B is zero, or each weight is the base's own."""
-    arrays = _arrays(adapter)
-    factors = [array for name, array in arrays.items() if name.endswith("lora_b")]
-    if factors:
-        return not any(mx.any(factor).item() for factor in factors)
-    return all(
-        mx.array_equal(array, fresh[name].astype(array.dtype)).item()
-        for name, array in arrays.items()
-    )
 
 
 def _arrays(adapter: Adapter) -> dict[str, mx.array]:

@@ -24,7 +24,6 @@ from nested_core.storage.run_directory import RunDirectory
 
 ROUNDING = 1e-9  # of a mean of scores
 NAMED_QUESTIONS = 3
-GUIDE = "docs/gate.md"
 
 
 def judge_answers(
@@ -144,10 +143,7 @@ def _below_reasons(
             problems.append(f"its min_gain is {task.min_gain:g}")
         elif task.min_gain > 0 and is_chance:
             problems.append("its min_gain is reached, and may be chance")
-    return [
-        Reason("task_below", f"{result.describe()}; {problem}; {GUIDE}#task_below")
-        for problem in problems
-    ]
+    return [Reason("task_below", f"{result.describe()}; {problem}") for problem in problems]
 
 
 def _regressed_reasons(
@@ -171,7 +167,7 @@ def _regressed_reasons(
     against = "" if rival is None else f" against {rival}"
     message = (
         f"{result.describe()}; its max_drop{against} is {task.max_drop:g}; "
-        f"{len(change.lost)} lost: {named}; {GUIDE}#task_regressed"
+        f"{len(change.lost)} lost: {named}"
     )
     return [Reason("task_regressed", message)]
 

@@ -13,6 +13,7 @@ from nested_core.errors import DamagedError
 from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.paired_difference import PairedDifference
+from nested_core.registry.gate_file import name_loss
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.manifest import FileEntry
 from nested_core.storage.strict_files import read_regular
@@ -29,12 +30,16 @@ Code = Literal[
     "no_effect",
     "loss_regressed",
     "forgetting",
+    "drift",
     "task_below",
     "task_regressed",
     "unreadable",
     "config_mismatch",
     "base_mismatch",
 ]
+
+
+GUIDE = "docs/gate.md"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Reason:
     code: Code
     message: str
     tensors: tuple[str, ...] = ()
+
+    def with_guide(self) -> Reason:
+        """The same, with the place in the guide that explains it."""
+        return replace(self, message=f"{self.message}; {GUIDE}#{self.code}")
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,32 @@ class Validation:
             examples=len(losses),
             losses_sha256=losses.sha256(),
             **difference_figures(compared),
+        )
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the predictions moved on the held-out examples, in nats a supervised token.
+
+    from_initial: mean KL(initial || trained); None if not finite.
+    from_base: mean KL(base || trained), with `gate.drift`; None without it, or if not finite.
+    tokens: the supervised tokens that they are means over.
+    """
+
+    from_initial: float | None
+    from_base: float | None
+    tokens: int
+
+    @classmethod
+    def from_losses(cls, losses: ExampleLosses) -> Drift | None:
+        """The figures of the divergences of each example; None if none were measured."""
+        if losses.drift is None:
+            return None
+        base = losses.base_drift
+        return cls(
+            from_initial=finite_or_none(losses.mean(losses.drift)),
+            from_base=None if base is None else finite_or_none(losses.mean(base)),
+            tokens=int(losses.tokens.sum()),
         )
 
 
@@ -245,6 +280,7 @@ class Verdict:
     tiers: tuple[TierChange, ...] = ()
     last_step: int | None = None
     validation: Validation | None = None
+    drift: Drift | None = None
     champion: ChampionLoss | None = None
     thresholds: dict[str, Any] | None = None
     general: GeneralLoss | None = None
@@ -275,20 +311,21 @@ class Verdict:
         tensors = f"{changed} of {len(self.tensors)} tensors changed"
         answers = "".join(f"; {task.describe()}" for task in self.tasks)
         if self.validation is not None:
-            losses = self._describe_losses(self.validation)
-            return f"passed: {tensors}, validation loss {losses}{answers}"
+            before, after = self.validation.loss_before, self.validation.loss_after
+            losses = f"{name_loss(self.validation.file)} {before:.4g} -> {after:.4g}"
+            return f"passed: {tensors}, {losses} ({self.describe_data()}){answers}"
         if self.tasks:
-            return f"passed: {tensors}{answers}"
+            return f"passed: {tensors}, no held-out loss{answers}"
         if self.tiers:  # a run, not any two adapters
             return f"passed: changed and sound; quality not measured ({tensors})"
         return f"passed: {tensors}"
 
-    def _describe_losses(self, validation: Validation) -> str:
+    def describe_data(self) -> str:
+        """What the losses were measured on: "test.jsonl, 84 examples, step 150 of 200"."""
+        if self.validation is None:
+            return "no held-out examples"
         of_all = "" if self.last_step is None else f" of {self.last_step}"
-        return (
-            f"{validation.loss_before:.4g} -> {validation.loss_after:.4g} "
-            f"({describe_examples(validation)}, step {self.adapter_step}{of_all})"
-        )
+        return f"{describe_examples(self.validation)}, step {self.adapter_step}{of_all}"
 
 
 def describe_examples(validation: Validation) -> str:

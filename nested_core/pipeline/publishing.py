@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
 from nested_core.gate import recheck_verdict
 from nested_core.gate.base_compatibility import require_same_base
+from nested_core.gate.held_out_choice import held_out_file
 from nested_core.gate.training_examples import read_ancestor_examples
 from nested_core.models.base_model import local_folder
 from nested_core.pipeline.continual import champion_or_none, parent_version_of, settings_digest
@@ -90,7 +92,7 @@ def make_provenance(
         "base_fingerprint": base,
         "dataset_digest": dataset.digest,
         "train_digest": dataset.splits["train"].digest,
-        "validation_digest": _validation_digest(dataset, gate["validation"]),
+        "validation_digest": _validation_digest(config, dataset, gate["validation"]),
         "gate_sha256": regular_sha256(run.gate),
         "parent": parent_version_of(config, run, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
@@ -108,9 +110,15 @@ def _training_examples(config: FineTuneConfig, run: RunDirectory, initial: str) 
     return encode_digests(np.concatenate([own, read_ancestor_examples(config, initial)]))
 
 
-def _validation_digest(dataset: DatasetRecord, validation: dict[str, Any] | None) -> str | None:
-    """The digest of the examples that the gate measured losses on, or None without any."""
-    if validation is None:
+def _validation_digest(
+    config: FineTuneConfig, dataset: DatasetRecord, validation: dict[str, Any] | None
+) -> str | None:
+    """The digest of the examples that the gate measured losses on, or None without any.
+
+    That of a file outside of the data set is not recorded.
+    """
+    choice = config.gate.held_out
+    file = held_out_file(choice, dataset)
+    if validation is None or file is None or choice not in HELD_OUT_SPLITS:
         return None
-    test = dataset.splits.get("test")
-    return (test if test is not None and test.rows else dataset.splits["valid"]).digest
+    return dataset.splits[file.removesuffix(".jsonl")].digest

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.backend import warn_if_unprepared
+from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.config.loading import render_config
 from nested_core.config.resume import read_run_config, refuse_differences
 from nested_core.config.schema import FineTuneConfig
@@ -32,8 +33,9 @@ from nested_core.errors import (
 from nested_core.gate import Verdict, digests_for_result, judge_run
 from nested_core.gate.answers.answer_records import write_answers
 from nested_core.gate.answers.configured_suites import encode_suites, read_suites, record_suites
+from nested_core.gate.held_out_choice import require_held_out
 from nested_core.gate.held_out_loss import measure_test as test_loss
-from nested_core.gate.held_out_loss import require_validated_data
+from nested_core.gate.held_out_loss import read_held_out_file, require_validated_data
 from nested_core.gate.task_bounds import describe_task_files
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model, load_base_model
 from nested_core.models.lora_attachment import (
@@ -64,6 +66,7 @@ from nested_core.storage.atomic import (
 )
 from nested_core.storage.checkpoint import latest_checkpoint, publish_adapter
 from nested_core.storage.checkpoint_verification import checkpoint_path, latest_state
+from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
@@ -132,6 +135,7 @@ def validate(
     write_json(run.dataset, report.to_json())
     report.raise_if_rejected()
     require_askable_suites(config)
+    require_held_out_examples(config, run)
     return report
 
 
@@ -143,6 +147,17 @@ def require_askable_suites(config: FineTuneConfig) -> None:
     if config.gate.tasks:
         tokenizer = TokenizerSource.from_config(config).load()
         encode_suites(read_suites(config.gate), tokenizer, find_model_folder(config.model))
+
+
+def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None:
+    """Read what `gate.held_out` names, before training and not after.
+
+    Raises ConfigError if the split or the file is missing, DatasetError if the file has an error.
+    """
+    gate = config.gate
+    if gate.held_out not in HELD_OUT_SPLITS:
+        read_held_out_file(config)
+    require_held_out(gate.held_out, gate.max_kl, read_dataset_record(run.dataset), config.data)
 
 
 def load(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> None:

@@ -82,6 +82,15 @@ class _Thresholds(BaseModel):
     noise: Literal["paired", "none"] = "none"  # what releases without the key judged by
     max_val_loss_increase: float | None = None
     max_general_loss_increase: float | None = None
+    max_kl: float | None = None
+
+
+class _Drift(BaseModel):
+    """How far predictions moved; null where that is not finite or, from the base, not measured."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    from_initial: float | None = Field(ge=0)
+    from_base: float | None = Field(ge=0)
 
 
 class _Task(BaseModel):
@@ -99,6 +108,7 @@ class _Passed(BaseModel):
     tiers: list[_Tier] = []
     validation: _Losses | None = None
     general: _Losses | None = None
+    drift: _Drift | None = None
     proof: _Proof | None = None
     fused: _Fused | None = None
     tasks: list[_Task] = []
@@ -119,6 +129,9 @@ class _Passed(BaseModel):
             yield "the loss rose beyond its bound"
         if _has_risen(self.general, bounds.max_general_loss_increase):
             yield "the loss on general text rose beyond its bound"
+        moved = None if self.drift is None else self.drift.from_initial
+        if bounds.max_kl is not None and not is_within_drift(moved, bounds.max_kl):
+            yield "the predictions drifted beyond their bound"
         if self.proof is not None and self.proof.skipped is None:
             yield from self.proof.contradictions()
 
@@ -148,6 +161,17 @@ def is_within(
     return interval is not None and interval[0] <= 0 and after - before <= interval[1]
 
 
+def is_within_drift(divergence: float | None, bound: float) -> bool:
+    """Whether a mean KL divergence is finite and at most the bound, both in nats a token."""
+    return divergence is not None and divergence <= bound
+
+
+def name_loss(file: str | None) -> str:
+    """The name of a loss by the file that it was measured on; earlier releases recorded no file."""
+    names = {None: "validation loss", "valid.jsonl": "validation loss", "test.jsonl": "test loss"}
+    return names.get(file, "held-out loss")
+
+
 def write_gate(run_dir: Path, gate: Mapping[str, Any], judged: Mapping[str, FileEntry]) -> None:
     """Write gate.json, and the manifest that binds it to the files that were judged.
 
@@ -157,10 +181,11 @@ def write_gate(run_dir: Path, gate: Mapping[str, Any], judged: Mapping[str, File
     (run_dir / MANIFEST_NAME).unlink(missing_ok=True)
     write_json(run_dir / GATE_NAME, gate)
     files = {**judged, GATE_NAME: describe_file(run_dir / GATE_NAME)}
-    write_manifest(run_dir, _facts(gate), files)
+    write_manifest(run_dir, _describe_verdict(gate), files)
 
 
-def _facts(gate: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_verdict(gate: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says that it is of, under its key `facts`."""
     return {"kind": "verdict on a run", "verdict": gate["verdict"]}
 
 
@@ -183,7 +208,7 @@ def require_verdict_manifest(run_dir: Path, gate: Mapping[str, Any]) -> dict[str
         )
     manifest = read_manifest(run_dir)
     files: dict[str, FileEntry] = manifest["files"]
-    if manifest["facts"] != _facts(gate) or files.get(GATE_NAME) != describe_file(path):
+    if manifest["facts"] != _describe_verdict(gate) or files.get(GATE_NAME) != describe_file(path):
         raise DamagedError(
             f"{path} has changed since the verdict was given: {MANIFEST_NAME} beside it holds "
             f"another digest of it. Bring back what was there; {JUDGE_AGAIN}"

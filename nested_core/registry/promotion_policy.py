@@ -24,7 +24,7 @@ from nested_core.registry import (
     verify,
 )
 from nested_core.registry.folder_lock import shared
-from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
+from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES, name_loss
 from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 from nested_core.storage.strict_files import read_json
@@ -303,8 +303,8 @@ def _describe_comparison(
         data += f", {record.left_out} left out that an adapter was trained on"
     wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     losses = (
-        f"validation loss {loss + difference:.4g} is not better{wanted} than the champion's "
-        f"{loss:.4g}"
+        f"{name_loss(candidate.file)} {loss + difference:.4g} is not better{wanted} than the "
+        f"champion's {loss:.4g}"
     )
     if candidate.noise == "none":
         return f"{losses} ({data})"

@@ -27,7 +27,6 @@ from nested_core.training.loss.output_head import extract_logits
 from nested_core.training.loss.supervised_loss import SUPERVISED
 from nested_core.training.rank_communication import SINGLE_PROCESS, World
 
-Vector = np.ndarray[Any, np.dtype[np.float64]]
 Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS = 4
 MAX_PROMPT_TOKENS = 16
@@ -63,18 +62,6 @@ class Evaluator:
     def _compiled_loss(self) -> Callable[..., Any]:
         return mx.compile(self._batch_loss)
 
-    @cached_property
-    def _compiled_token_losses(self) -> Callable[..., Any]:
-        token_losses = self.loss_fn.token_losses
-        if token_losses is None:
-            raise ValueError("this loss has no value for a single token")
-
-        def compute(values: Flat, tokens: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-            assign_parameters(self.parameters, values)
-            return token_losses(self.model, tokens, targets)
-
-        return mx.compile(compute)
-
     def mean_loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:
         """Mean loss a target token, for cross-entropy in nats, without dropout."""
         total = mx.array(0.0)
@@ -89,21 +76,6 @@ class Evaluator:
                 mx.eval(total, count)
         sums = self.world.sum_over_ranks({"loss": total, "count": count})
         return to_float(sums["loss"] / sums["count"])
-
-    def row_losses(self, values: Flat, batch: MicroBatch) -> tuple[Vector, Vector]:
-        """The summed loss of each row of a batch, and its number of target tokens; no dropout.
-
-        Both float64 (rows,). Raises ValueError for a loss that has none for a single token.
-        """
-        with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
-            losses, positions = map(
-                np.array, self._compiled_token_losses(values, *self.loss_fn.prepare_batch(batch))
-            )
-        rows, width = batch[1].shape
-        is_target = positions >= 0
-        row = positions[is_target] // width
-        sums = np.bincount(row, losses[is_target], minlength=rows)
-        return sums.astype(np.float64), np.bincount(row, minlength=rows).astype(np.float64)
 
     def fixed_logits(self, values: Flat) -> dict[str, Any]:
         """The model's next-token logits after each prompt, in up to 256 columns of the vocabulary.

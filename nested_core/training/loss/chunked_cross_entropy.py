@@ -32,7 +32,6 @@ def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) 
         loss.with_gradient,
         prepare_batch=find_supervised_positions,
         evaluation_function=loss.forward,
-        token_losses=loss.token_losses,
         is_chunked=True,
     )
 
@@ -78,17 +77,9 @@ class ChunkedCrossEntropy:
         """The loss alone, the same to the bit as `with_gradient`."""
         hidden, targets = self._flatten_batch(tokens)
         total, _ = self._sum_chunks(
-            _gather_rows(hidden, rows), _gather_rows(targets, rows), rows >= 0
+            gather_rows(hidden, rows), gather_rows(targets, rows), rows >= 0
         )
         return total, (rows >= 0).sum()
-
-    def token_losses(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
-        """The loss of each position, float32 like `rows`, 0 for padding; and `rows` themselves."""
-        hidden, targets = self._flatten_batch(tokens)
-        losses, _ = self._compute_chunks(
-            _gather_rows(hidden, rows), _gather_rows(targets, rows), rows >= 0
-        )
-        return mx.concatenate(losses), rows
 
     def with_gradient(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """The loss, differentiable with respect to whatever the body's output depends on."""
@@ -96,8 +87,8 @@ class ChunkedCrossEntropy:
 
         @mx.custom_function
         def loss(hidden: mx.array) -> Arrays:
-            chosen, mask = _gather_rows(hidden, rows), rows >= 0
-            return self._sum_chunks(chosen, _gather_rows(targets, rows), mask, wants_gradient=True)
+            chosen, mask = gather_rows(hidden, rows), rows >= 0
+            return self._sum_chunks(chosen, gather_rows(targets, rows), mask, wants_gradient=True)
 
         @loss.vjp
         def _(hidden: mx.array, cotangents: Arrays, outputs: Arrays) -> mx.array:
@@ -158,7 +149,7 @@ class ChunkedCrossEntropy:
         return losses, gradient
 
 
-def _gather_rows(values: mx.array, rows: mx.array) -> mx.array:
+def gather_rows(values: mx.array, rows: mx.array) -> mx.array:
     """values[rows]; padding (-1) gathers row 0 and is masked later.
 
     If every row is selected the values are returned as they are.
@@ -167,7 +158,7 @@ def _gather_rows(values: mx.array, rows: mx.array) -> mx.array:
 
 
 def _scatter_rows(gradient: mx.array, rows: mx.array, count: int) -> mx.array:
-    """The gradient of `_gather_rows` with respect to its `count` values.
+    """The gradient of `gather_rows` with respect to its `count` values.
 
     It is a lookup for each value, not a sum: no row is selected twice.
     """

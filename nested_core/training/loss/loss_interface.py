@@ -46,9 +46,6 @@ class Loss:
         prepare_batch: a micro-batch to the arrays that `function` takes.
         evaluation_function: the same loss to the bit where no gradient is wanted; None is
             `function` itself.
-        token_losses: the same arguments to the loss of single target tokens, float32 (n,), and
-            their positions in the flattened batch, int32 (n,), -1 for none; None where a loss has
-            no value for a single token.
         with_output_head: makes the form of this loss that computes the logits of some positions
             only; None where the loss needs the model's whole output.
         is_chunked: whether few logits exist at a time; the memory forecast counts on it.
@@ -58,7 +55,6 @@ class Loss:
     is_mean: bool = False
     prepare_batch: Callable[[MicroBatch], Arrays] = as_arrays
     evaluation_function: LossFunction | None = None
-    token_losses: LossFunction | None = None
     with_output_head: Callable[[OutputHead], Loss] | None = None
     is_chunked: bool = False
 

@@ -29,20 +29,7 @@ def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arra
     return (losses * target_mask).sum(), target_mask.sum()
 
 
-def supervised_token_losses(model: Any, tokens: mx.array, target_mask: mx.array) -> Arrays:
-    """The cross-entropy of each target, float32 (batch * length,), in nats; and its position.
-
-    Takes what `supervised_loss` takes. The position in the flattened batch is -1 where a target
-    does not count.
-    """
-    logits = extract_logits(model(tokens[:, :-1]))
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
-    mask = target_mask.reshape(-1)
-    return losses.reshape(-1), mx.where(mask, mx.arange(mask.size), -1)
-
-
 SUPERVISED = Loss(
     supervised_loss,
-    token_losses=supervised_token_losses,
     with_output_head=make_chunked_cross_entropy,
 )

@@ -280,13 +280,13 @@ def test_the_champion_costs_one_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     passes: list[int] = []
-    losses = LoadedBase.losses
+    compare = LoadedBase.compare
 
     def count(self: LoadedBase, adapters: Any, *arguments: Any) -> Any:
         passes.append(len(adapters))
-        return losses(self, adapters, *arguments)
+        return compare(self, adapters, *arguments)
 
-    monkeypatch.setattr(LoadedBase, "losses", count)
+    monkeypatch.setattr(LoadedBase, "compare", count)
     steps.judge(config, run)
     make_champion(halve)
     steps.judge(config, run)

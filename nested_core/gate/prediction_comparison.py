@@ -1,0 +1,186 @@
+"""What several adapters predict at the same supervised positions: losses, and KL divergences.
+
+KL(reference || candidate), in nats a token, says how far the candidate's predictions have moved. It
+predicts what a fine-tuned model forgets, which the norm of its weights does not (arXiv 2509.04259).
+It is computed over the whole vocabulary from the logits that the losses need anyway; logits exist
+for one chunk of positions at a time, so that a large vocabulary needs no approximation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from nested_core.kernels.exponential import exponential
+from nested_core.models.parameters import (
+    ParameterRefs,
+    assign_parameters,
+    in_evaluation_mode,
+    restoring_parameters,
+)
+from nested_core.optim.gradient_checks import Flat
+from nested_core.training.loss.chunked_cross_entropy import (
+    find_supervised_positions,
+    gather_rows,
+    rows_per_chunk,
+)
+from nested_core.training.loss.loss_interface import MicroBatch
+from nested_core.training.loss.output_head import OutputHead, extract_logits, find_output_head
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPredictions:
+    """Sums over the supervised tokens of each row of a batch, in nats; float64.
+
+    losses: of each adapter (adapters, rows).
+    divergences: KL(adapter || last adapter), of each but the last (adapters - 1, rows).
+    tokens: how many supervised tokens a row has (rows,).
+    """
+
+    losses: Vector
+    divergences: Vector
+    tokens: Vector
+
+
+@dataclass(frozen=True, eq=False)
+class PredictionComparison:
+    """A model that predicts with several values of its trainable parameters, without dropout.
+
+    Where the model's output head can be told from its body, and is not trained, what is kept of a
+    position until its logits are compared is the body's output; else it is the logits.
+    """
+
+    model: nn.Module
+    parameters: ParameterRefs
+    head: OutputHead | None
+
+    @classmethod
+    def of_model(cls, model: nn.Module, parameters: ParameterRefs) -> PredictionComparison:
+        """Of a model with its adapter attached, whose trainable parameters these are."""
+        return cls(model, parameters, find_output_head(model, parameters))
+
+    @cached_property
+    def _compiled_states(self) -> Any:
+        return mx.compile(self._compute_states)
+
+    @cached_property
+    def _compiled_comparison(self) -> Any:
+        return mx.compile(self._compare)
+
+    def compare(self, values: Sequence[Flat], batch: MicroBatch) -> BatchPredictions:
+        """Losses with each of `values`, and divergences from each but the last to the last."""
+        tokens, positions = find_supervised_positions(batch)
+        with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
+            states = []
+            for own in values:
+                states.append(self._compiled_states(own, tokens, positions))
+                mx.eval(states[-1])  # one pass's activations at a time
+            figures = self._compiled_comparison(states, tokens, positions)
+        losses, divergences = (np.array(rows, np.float64) for rows in figures)
+        rows, width = batch[1].shape
+        is_target = np.array(positions) >= 0
+        row = np.array(positions)[is_target] // width
+
+        def sum_rows(sums: Vector) -> Vector:
+            return np.bincount(row, sums[is_target], minlength=rows).astype(np.float64)
+
+        return BatchPredictions(
+            losses=np.array([sum_rows(own) for own in losses]),
+            divergences=np.array([sum_rows(own) for own in divergences]),
+            tokens=np.bincount(row, minlength=rows).astype(np.float64),
+        )
+
+    def _compute_states(self, values: Flat, tokens: mx.array, positions: mx.array) -> mx.array:
+        """What the logits of the positions come from, (positions, width or vocabulary)."""
+        assign_parameters(self.parameters, values)
+        inputs = tokens[:, :-1]
+        if self.head is None:
+            states = extract_logits(self.model(inputs))
+        else:
+            states = self.head.hidden(inputs)
+        return gather_rows(states.reshape(-1, states.shape[-1]), positions)
+
+    def _logits(self, states: mx.array) -> mx.array:
+        return states if self.head is None else self.head.logits(states)
+
+    def _compare(
+        self, states: Sequence[mx.array], tokens: mx.array, positions: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Losses (adapters, positions) and divergences (adapters - 1, positions), float32."""
+        targets = gather_rows(tokens[:, 1:].reshape(-1), positions)
+        vocabulary = self._logits(states[0][:1]).shape[-1]
+        rows = max(1, rows_per_chunk(vocabulary) // len(states))
+        chunks: list[tuple[mx.array, mx.array]] = []
+        for start in range(0, targets.size, rows):
+            chunk = slice(start, start + rows)
+            parts = [own[chunk] for own in states]
+            if chunks:
+                parts = mx.depends(parts, list(chunks[-1]))  # one chunk's logits at a time
+            logits = [self._logits(part) for part in parts]
+            chunks.append(compare_logits(logits, targets[chunk]))
+        losses = mx.concatenate([of_chunk for of_chunk, _ in chunks], axis=1)
+        return losses, mx.concatenate([of_chunk for _, of_chunk in chunks], axis=1)
+
+
+def compare_logits(logits: Sequence[mx.array], targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Cross-entropies, and divergences from each but the last to the last; in nats, float32.
+
+    Args:
+        logits: of each adapter (rows, vocabulary), of any float dtype.
+        targets: the token that follows in each row, integers (rows,).
+
+    Returns:
+        Losses (adapters, rows) and KL divergences (adapters - 1, rows), the latter at least 0.
+    """
+    distributions = [_Distribution.of(own) for own in logits]
+    losses = mx.stack([own.loss(targets) for own in distributions])
+    if len(distributions) == 1:
+        return losses, mx.zeros((0, targets.size))
+    last = distributions[-1]
+    return losses, mx.stack([own.divergence_to(last) for own in distributions[:-1]])
+
+
+@dataclass(frozen=True, eq=False)
+class _Distribution:
+    """Distributions over the vocabulary, in the parts that losses and divergences share.
+
+    shifted: logits less their largest, float32 (rows, vocabulary).
+    largest: the largest logit (rows, 1).
+    powers: exp(shifted); total: their sum (rows, 1).
+    """
+
+    shifted: mx.array
+    largest: mx.array
+    powers: mx.array
+    total: mx.array
+
+    @classmethod
+    def of(cls, logits: mx.array) -> _Distribution:
+        exact = logits.astype(mx.float32)
+        largest = exact.max(axis=-1, keepdims=True)
+        shifted = exact - largest
+        powers = exponential(shifted)
+        return cls(shifted, largest, powers, powers.sum(axis=-1, keepdims=True))
+
+    def loss(self, targets: mx.array) -> mx.array:
+        """The cross-entropy of each row, (rows,)."""
+        picked = mx.take_along_axis(self.shifted, targets[:, None], axis=-1)
+        return (mx.log(self.total) - picked)[:, 0]
+
+    def divergence_to(self, other: _Distribution) -> mx.array:
+        """KL(self || other) of each row (rows,): the mean of log(p / q) under p, at least 0.
+
+        A token that is impossible adds nothing, whatever the other one makes of it.
+        """
+        ratio = self.powers * (self.shifted - other.shifted)
+        expected = mx.where(self.powers == 0, 0.0, ratio).sum(axis=-1, keepdims=True)
+        divergence = expected / self.total - (mx.log(self.total) - mx.log(other.total))
+        return mx.maximum(divergence, 0.0)[:, 0]

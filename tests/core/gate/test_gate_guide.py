@@ -1,0 +1,38 @@
+"""Every reason and bound of the gate has a place in docs/gate.md, which messages name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from nested_core.config.gate import GateSection, TaskSection
+from nested_core.gate.verdict import GUIDE, Code, Reason
+from tests.core.gate.pairs import fresh_tensors, judge_pair
+
+ROOT = Path(__file__).resolve().parents[3]
+TEXT = (ROOT / GUIDE).read_text(encoding="utf-8")
+ANCHORS = re.findall(r'^### (\w+)$|<a id="(\w+)">', TEXT, re.MULTILINE)
+BOUNDS = {
+    *(name for name in GateSection.model_fields if name not in ("tasks", "drift")),
+    *("min", "max_drop", "min_gain"),
+} - {"allow_python_scorers"}
+
+
+@pytest.mark.parametrize("code", get_args(Code))
+def test_every_reason_has_an_anchor_that_its_message_ends_with(code: Code) -> None:
+    assert [heading for heading, _ in ANCHORS].count(code) == 1
+    assert Reason(code, "why").with_guide().message == f"why; docs/gate.md#{code}"
+
+
+def test_every_bound_has_an_anchor() -> None:
+    assert {name for _, name in ANCHORS} >= BOUNDS
+    assert {"min", "max_drop", "min_gain"} <= set(TaskSection.model_fields)
+
+
+def test_a_verdict_names_the_place(tmp_path: Path) -> None:
+    verdict = judge_pair(tmp_path, fresh_tensors(), fresh_tensors())
+    assert verdict.reasons[0].message.endswith("; docs/gate.md#unchanged")
+    assert "docs/gate.md#unchanged" in verdict.summary()
