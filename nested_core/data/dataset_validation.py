@@ -154,12 +154,14 @@ def _apply_row_count_rules(tables: Tables, settings: DataSettings, findings: Fin
             "split": split,
             "lines": table.frame.height,
             "rows": int((~table.frame["is_blank"]).sum()) - sum(map(len, table.dropped.values())),
+            "answers": table.frame["answer"].drop_nulls().n_unique(),
             "batch_size": settings.batch_size,
         }
         for split, table in tables.items()
         if table.source is not None
     ]
-    schema = {"line": pl.Int32, "lines": pl.Int64, "rows": pl.Int64, "batch_size": pl.Int64}
+    counts = ("lines", "rows", "answers", "batch_size")
+    schema = {"line": pl.Int32, **dict.fromkeys(counts, pl.Int64)}
     if rows:
         ROW_COUNT_RULES.add_findings(pl.DataFrame(rows, schema_overrides=schema), findings)
 

@@ -170,6 +170,15 @@ class HeldOutExamples:
         return np.array(counts, np.bool_)
 
     @cached_property
+    def has_one_answer(self) -> bool:
+        """Whether the supervised tokens of all examples are the same, of two examples or more."""
+        answers = {
+            self.split.example(row)[1:][self.split.example_mask(row)[1:]].tobytes()
+            for row in np.flatnonzero(self.has_target).tolist()
+        }
+        return len(answers) == 1 and int(self.has_target.sum()) > 1
+
+    @cached_property
     def digests(self) -> Digests:
         """The digests of the examples that have such a token, uint64."""
         return digest_examples(self.split)[self.has_target]

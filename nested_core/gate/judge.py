@@ -266,7 +266,9 @@ def _compare_losses(
     if held_out is not None:
         losses = measure_example_losses(base, evidence, held_out)
         validation = Validation.from_losses(
-            losses, selected_on_same_data=held_out.selected_on_same_data
+            losses,
+            selected_on_same_data=held_out.selected_on_same_data,
+            has_one_answer=held_out.has_one_answer,
         )
     general = measure_general(base, run)
     reasons = loss_reasons(validation, general, config.gate)

@@ -113,7 +113,7 @@ def _differing_losses(
         return
     losses = read_example_losses(run.gate_losses)
     now = asdict(Validation.from_losses(losses, selected_on_same_data=False))
-    for key in now.keys() - {"selected_on_same_data"}:
+    for key in now.keys() - {"selected_on_same_data", "has_one_answer"}:
         if not _is_close_figure(validation.get(key), now[key]):
             yield f"validation.{key}"
     bounds = verdict.thresholds or {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ Code = Literal[
 
 
 GUIDE = "docs/gate.md"
+FEW_EXAMPLES = 30  # fewer are said to be few
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Validation:
         token; None with a loss that is not finite, and the last two with fewer than 5 examples.
     smallest_visible: the smallest difference that the examples could have told from none.
     losses_sha256: of gate-losses.jsonl.
+    has_one_answer: whether what is learnt of the examples is the same in all of them.
     """
 
     loss_before: float | None
@@ -106,9 +108,12 @@ class Validation:
     interval: tuple[float, float] | None = None
     smallest_visible: float | None = None
     losses_sha256: str | None = None
+    has_one_answer: bool = False
 
     @classmethod
-    def from_losses(cls, losses: ExampleLosses, *, selected_on_same_data: bool) -> Validation:
+    def from_losses(
+        cls, losses: ExampleLosses, *, selected_on_same_data: bool, has_one_answer: bool = False
+    ) -> Validation:
         """The figures of the losses of each example."""
         compared = losses.compare(losses.before)
         return cls(
@@ -118,8 +123,18 @@ class Validation:
             file=losses.file,
             examples=len(losses),
             losses_sha256=losses.sha256(),
+            has_one_answer=has_one_answer,
             **difference_figures(compared),
         )
+
+    def doubts(self) -> Iterator[str]:
+        """What speaks against relying on the figures: few examples, or all with one answer."""
+        if self.examples is not None and self.examples < FEW_EXAMPLES:
+            below = "" if self.smallest_visible is None else f" below {self.smallest_visible:.2g}"
+            noun = "example" if self.examples == 1 else "examples"
+            yield f"{self.examples} held-out {noun} can show no difference{below}"
+        if self.has_one_answer:
+            yield "all held-out answers are the same"
 
 
 @dataclass(frozen=True)
@@ -313,7 +328,8 @@ class Verdict:
         if self.validation is not None:
             before, after = self.validation.loss_before, self.validation.loss_after
             losses = f"{name_loss(self.validation.file)} {before:.4g} -> {after:.4g}"
-            return f"passed: {tensors}, {losses} ({self.describe_data()}){answers}"
+            doubts = "".join(f"; {doubt}" for doubt in self.validation.doubts())
+            return f"passed: {tensors}, {losses} ({self.describe_data()}){doubts}{answers}"
         if self.tasks:
             return f"passed: {tensors}, no held-out loss{answers}"
         if self.tiers:  # a run, not any two adapters

@@ -27,6 +27,7 @@ SCHEMA: dict[str, type[pl.DataType]] = {
     "roles": pl.Categorical,
     "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
     "prompt": pl.UInt64,  # equal for equal prompts
+    "answer": pl.UInt64,  # equal for equal answers; plain text is all answer
     "folded": pl.UInt64,  # equal for contents that differ in case and white space only
     "sensitive": pl.UInt32,  # what it may hold, see SENSITIVE_PATTERNS
     "has_control": pl.Boolean,
@@ -118,12 +119,14 @@ def _digests_and_keys(contents: list[str | None]) -> tuple[bytes, dict[str, pl.S
         (content.rpartition(b"\0")[0] or None) if content else None  # plain text has none
         for content in encoded
     ]
+    answers = [None if content is None else content.rpartition(b"\0")[2] for content in encoded]
     is_example = pl.Series(encoded, dtype=pl.Binary).is_not_null()
     content = np.zeros(len(contents), np.uint64)
     content[is_example.to_numpy()] = np.frombuffer(digests, "<u8")[::4]
     keys = {
         "content": pl.Series(content),
         "prompt": _hash_to_keys(prompts),
+        "answer": _hash_to_keys(answers),
         "folded": _hash_to_keys(_fold_case_and_space(encoded)),
     }
     return digests, keys

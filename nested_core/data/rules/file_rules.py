@@ -10,6 +10,8 @@ import polars as pl
 
 from nested_core.data.rules.rule_table import FrameRules, Rule
 
+FEWEST_HELD_OUT_ROWS = 5  # as many as an interval of paired differences needs
+_IS_TRAIN = pl.col("split") == "train"
 _IS_TEXT = pl.col("format") == "text"
 
 FILE_RULES = FrameRules(
@@ -62,6 +64,7 @@ ROW_COUNT_RULES = FrameRules(
         "split": pl.String,
         "lines": pl.Int64,
         "rows": pl.Int64,
+        "answers": pl.Int64,
         "batch_size": pl.Int64,
     },
     rules=(
@@ -73,6 +76,19 @@ ROW_COUNT_RULES = FrameRules(
             | (pl.col("rows") == 0)
             | (pl.col("rows") >= pl.col("batch_size")),
             "{rows} rows do not fill one batch of {batch_size}; lower batch_size",
+        ),
+        Rule(
+            "few-held-out-rows",
+            "info",
+            _IS_TRAIN | ~pl.col("rows").is_between(1, FEWEST_HELD_OUT_ROWS - 1),
+            "{rows} rows can show no difference between two adapters beyond chance; "
+            f"{FEWEST_HELD_OUT_ROWS} or more are needed",
+        ),
+        Rule(
+            "one-answer",
+            "warning",
+            _IS_TRAIN | (pl.col("rows") < FEWEST_HELD_OUT_ROWS) | (pl.col("answers") > 1),
+            "all {rows} answers are the same: a model that says nothing else would pass",
         ),
     ),
 )

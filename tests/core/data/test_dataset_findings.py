@@ -224,3 +224,15 @@ def test_answers_of_one_token_and_without_an_end_are_told_once_a_file(
 def test_a_folder_that_does_not_exist_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="'nowhere/at/all' is not a folder"):
         load_dataset(DataSettings("nowhere/at/all"), None)
+
+
+def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(
+    write_data: WriteData,
+) -> None:
+    same = [chat(f"Is {place} here?", "No.") for place in "PQRST"]
+    folder = write_data(train=GOOD, valid=same, test=HELD_OUT)
+    assert found_in(folder, "warning") == [("valid.jsonl", None, "one-answer")]
+    assert ("test.jsonl", None, "few-held-out-rows") in found_in(folder, "info")
+    different = write_data(train=GOOD, valid=[*same[:4], chat("Is U here?", "Yes.")])
+    assert found_in(different, "warning") == []
+    assert "few-held-out-rows" not in {check for _, _, check in found_in(different, "info")}

@@ -146,6 +146,24 @@ def test_the_held_out_examples_may_be_a_file_of_their_own(
         confirm_recorded_verdict(edited, run)
 
 
+def test_few_examples_and_answers_that_are_all_the_same_are_said(
+    config: FineTuneConfig, run: RunDirectory, tmp_path: Path
+) -> None:
+    rows = [
+        json.loads(line)["messages"] for line in (DATA / "valid.jsonl").read_text().splitlines()
+    ]
+    exam = tmp_path / "exam.jsonl"
+    answer = rows[0][-1]
+    same = [json.dumps({"messages": [*messages[:-1], answer]}) for messages in rows[:6]]
+    exam.write_text("\n".join(same) + "\n")
+    verdict = judge_run(with_gate(config, run, held_out=str(exam), max_val_loss_increase=9.0), run)
+    assert verdict.validation is not None
+    assert verdict.validation.has_one_answer
+    visible = verdict.validation.smallest_visible
+    said = f"; 6 held-out examples can show no difference below {visible:.2g}"
+    assert f"{said}; all held-out answers are the same" in verdict.summary()
+
+
 def test_what_is_chosen_and_not_there_is_said_before_training(tmp_path: Path) -> None:
     def begin(**bounds: Any) -> None:
         prepare(example_config(gate=bounds), tmp_path / "run")
