@@ -53,6 +53,8 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     page.add_paragraph(f"{step}: {changed} of {len(tensors)} tensors changed.")
     if verdict["validation"]:
         page.add_paragraph(f"Loss {describe_losses(verdict)}.")
+    elif verdict["verdict"] == "passed":
+        page.add_paragraph("Changed and sound; held-out loss not measured.")
     if verdict["drift"]:
         page.add_paragraph(_describe_drift(verdict["drift"]))
     if verdict["champion"]:
@@ -87,7 +89,7 @@ def _task_row(task: dict[str, Any]) -> list[str]:
 
 def _describe_drift(drift: dict[str, Any]) -> str:
     """How far the predictions moved on the same examples."""
-    moved = f"KL(initial || trained) {_round(drift['from_initial'])} nats a token"
-    if drift["from_base"] is not None:
-        moved += f", KL(base || trained) {_round(drift['from_base'])}"
+    moved = f"KL(initial || trained) {_round(drift['kl_initial'])} nats a token"
+    if drift["kl_base"] is not None:
+        moved += f", KL(base || trained) {_round(drift['kl_base'])}"
     return f"{moved} ({drift['tokens']} tokens)."

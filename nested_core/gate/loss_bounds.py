@@ -49,9 +49,9 @@ def loss_reasons(
 
 def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
     """The reason for predictions that moved beyond `max_kl` on the held-out `data`."""
-    if drift is None or bounds.max_kl is None or is_within_drift(drift.from_initial, bounds.max_kl):
+    if drift is None or bounds.max_kl is None or is_within_drift(drift.kl_initial, bounds.max_kl):
         return []
-    moved = "not finite" if drift.from_initial is None else f"{drift.from_initial:.4g} nats a token"
+    moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats a token"
     message = (
         f"KL(initial || trained) is {moved} on {data}, {drift.tokens} tokens; gate.max_kl is "
         f"{bounds.max_kl:g}"

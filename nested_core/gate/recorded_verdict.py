@@ -132,7 +132,7 @@ def _differing_drift(drift: Any, losses: ExampleLosses, *, wants_base: bool) -> 
             yield "drift"
         return
     if (losses.base_drift is not None) is not wants_base:
-        yield "drift.from_base"
+        yield "drift.kl_base"
     for key, figure in asdict(now).items():
         if not _is_close_figure(drift.get(key, MISSING), figure):
             yield f"drift.{key}"

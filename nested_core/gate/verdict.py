@@ -141,13 +141,13 @@ class Validation:
 class Drift:
     """How far the predictions moved on the held-out examples, in nats a supervised token.
 
-    from_initial: mean KL(initial || trained); None if not finite.
-    from_base: mean KL(base || trained), with `gate.drift`; None without it, or if not finite.
+    kl_initial: mean KL(initial || trained); None if not finite.
+    kl_base: mean KL(base || trained), with `gate.drift`; None without it, or if not finite.
     tokens: the supervised tokens that they are means over.
     """
 
-    from_initial: float | None
-    from_base: float | None
+    kl_initial: float | None
+    kl_base: float | None
     tokens: int
 
     @classmethod
@@ -157,8 +157,8 @@ class Drift:
             return None
         base = losses.base_drift
         return cls(
-            from_initial=finite_or_none(losses.mean(losses.drift)),
-            from_base=None if base is None else finite_or_none(losses.mean(base)),
+            kl_initial=finite_or_none(losses.mean(losses.drift)),
+            kl_base=None if base is None else finite_or_none(losses.mean(base)),
             tokens=int(losses.tokens.sum()),
         )
 

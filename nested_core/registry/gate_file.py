@@ -89,8 +89,8 @@ class _Drift(BaseModel):
     """How far predictions moved; null where that is not finite or, from the base, not measured."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    from_initial: float | None = Field(ge=0)
-    from_base: float | None = Field(ge=0)
+    kl_initial: float | None = Field(ge=0)
+    kl_base: float | None = Field(ge=0)
 
 
 class _Task(BaseModel):
@@ -129,7 +129,7 @@ class _Passed(BaseModel):
             yield "the loss rose beyond its bound"
         if _has_risen(self.general, bounds.max_general_loss_increase):
             yield "the loss on general text rose beyond its bound"
-        moved = None if self.drift is None else self.drift.from_initial
+        moved = None if self.drift is None else self.drift.kl_initial
         if bounds.max_kl is not None and not is_within_drift(moved, bounds.max_kl):
             yield "the predictions drifted beyond their bound"
         if self.proof is not None and self.proof.skipped is None:

@@ -43,8 +43,8 @@ def test_drift_is_recorded_of_each_example_and_confirmed_without_a_model(
     assert verdict.drift == Drift.from_losses(losses)
     assert verdict.drift is not None
     expected = np.average(losses.drift, weights=losses.tokens)
-    assert verdict.drift.from_initial == pytest.approx(expected)
-    assert (verdict.drift.from_initial or 0.0) > 0.01
+    assert verdict.drift.kl_initial == pytest.approx(expected)
+    assert (verdict.drift.kl_initial or 0.0) > 0.01
     assert read_verdict(run.gate).drift == verdict.drift
     confirm_recorded_verdict(config, run)
 
@@ -56,8 +56,8 @@ def test_an_edited_drift_is_damage(config: FineTuneConfig, run: RunDirectory) ->
     gate = read_gate(run.gate)
     for drift in (
         None,
-        gate["drift"] | {"from_initial": 0.0},
-        gate["drift"] | {"from_base": None},
+        gate["drift"] | {"kl_initial": 0.0},
+        gate["drift"] | {"kl_base": None},
         gate["drift"] | {"tokens": 1},
     ):
         write_gate(run.path, gate | {"drift": drift}, read_manifest(run.path)["files"])
@@ -86,7 +86,7 @@ def test_drift_from_the_base_is_that_from_a_fresh_initial_adapter_and_else_a_pas
 ) -> None:
     fresh = judge_run(with_gate(config, run, drift=True), run).drift
     assert fresh is not None
-    assert fresh.from_base == fresh.from_initial
+    assert fresh.kl_base == fresh.kl_initial
     file = str(run.adapter / "adapters.safetensors")
     settings = config.model_dump() | {"resume_adapter_file": file, "iters": 4}
     later = FineTuneConfig.model_validate(settings)
@@ -94,9 +94,9 @@ def test_drift_from_the_base_is_that_from_a_fresh_initial_adapter_and_else_a_pas
     done = train(later, prepare(later, tmp_path / "later")).run
     moved = steps.judge(later, done).drift
     assert moved is not None
-    assert moved.from_base is not None
-    assert moved.from_initial is not None
-    assert moved.from_base > moved.from_initial > 0
+    assert moved.kl_base is not None
+    assert moved.kl_initial is not None
+    assert moved.kl_base > moved.kl_initial > 0
     confirm_recorded_verdict(later, done)
 
 
