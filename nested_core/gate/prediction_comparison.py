@@ -94,7 +94,8 @@ class PredictionComparison:
 
         return BatchPredictions(
             losses=np.array([sum_rows(own) for own in losses]),
-            divergences=np.array([sum_rows(own) for own in divergences]),
+            # of one adapter there is none, in an array of two dimensions all the same
+            divergences=np.array([sum_rows(own) for own in divergences]).reshape(-1, rows),
             tokens=np.bincount(row, minlength=rows).astype(np.float64),
         )
 

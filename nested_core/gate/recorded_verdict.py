@@ -92,7 +92,8 @@ def _absent(verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecor
     for key, is_expected in expected.items():
         if isinstance(recorded.get(key), dict) is not is_expected:
             yield key
-    if bounds.get("max_kl") is not None and not isinstance(recorded.get("drift"), dict):
+    has_drift = isinstance(recorded.get("drift"), dict)
+    if has_drift and not has_held_out or not has_drift and bounds.get("max_kl") is not None:
         yield "drift"
     proof = recorded.get("proof")
     if isinstance(proof, dict) and proof.get("tolerance") not in TOLERANCES:
@@ -108,8 +109,6 @@ def _differing_losses(
         champion = recorded.get("champion")
         if champion is not None and _find(champion, "not_compared") is None:
             yield "champion"
-        if recorded.get("drift") is not None:
-            yield "drift"
         return
     losses = read_example_losses(run.gate_losses)
     now = asdict(Validation.from_losses(losses, selected_on_same_data=False))

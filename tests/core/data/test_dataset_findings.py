@@ -235,4 +235,4 @@ def test_few_held_out_rows_and_answers_that_are_all_the_same_are_said(
     assert ("test.jsonl", None, "few-held-out-rows") in found_in(folder, "info")
     different = write_data(train=GOOD, valid=[*same[:4], chat("Is U here?", "Yes.")])
     assert found_in(different, "warning") == []
-    assert "few-held-out-rows" not in {check for _, _, check in found_in(different, "info")}
+    assert ("valid.jsonl", None, "few-held-out-rows") not in found_in(different, "info")

@@ -165,18 +165,18 @@ def test_few_examples_and_answers_that_are_all_the_same_are_said(
 
 
 def test_what_is_chosen_and_not_there_is_said_before_training(tmp_path: Path) -> None:
-    def begin(**bounds: Any) -> None:
-        prepare(example_config(gate=bounds), tmp_path / "run")
+    def begin(name: str, **bounds: Any) -> None:
+        prepare(example_config(gate=bounds), tmp_path / name)
 
     with pytest.raises(ConfigError, match=r"gate\.held_out: .* has no test\.jsonl"):
-        begin(held_out="test")
+        begin("split", held_out="test")
     with pytest.raises(ConfigError, match=r"gate\.held_out: missing\.jsonl is not a file"):
-        begin(held_out="missing.jsonl")
+        begin("file", held_out="missing.jsonl")
     bad = tmp_path / "bad.jsonl"
     bad.write_text("[]\n")
     with pytest.raises(DatasetError, match=r"gate\.held_out: .*bad\.jsonl holds no sound text"):
-        begin(held_out=str(bad))
-    begin(held_out="valid")
+        begin("bad", held_out=str(bad))
+    begin("valid", held_out="valid")
 
 
 def test_a_bound_of_drift_needs_held_out_data(tmp_path: Path) -> None:

@@ -171,9 +171,13 @@ def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> No
         "tasks",
         "allow_python_scorers",
         "noise",
+        "held_out",
+        "max_kl",
+        "drift",
     }
     assert [n for n, f in GateSection.model_fields.items() if f.annotation is bool] == [
         "check_fused",
+        "drift",
         "allow_python_scorers",
     ]
     assert GateSection().check_fused is False
