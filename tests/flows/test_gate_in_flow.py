@@ -76,6 +76,8 @@ def bounds(case: Case, folder: Path) -> dict[str, Any]:
     code = case.expected[0] if case.expected else None
     if code in ("task_below", "task_regressed"):
         return suite_bounds(folder, code)
+    if code == "drift":
+        return {"max_kl": 0.001}
     if code != "forgetting":
         return {}
     general = folder / "general.jsonl"

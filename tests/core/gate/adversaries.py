@@ -495,6 +495,11 @@ def answers_that_became_worse(scene: Scene) -> FineTuneConfig:
     return scene.bounded(**suite_bounds(scene.run.path.parent, "task_regressed"))
 
 
+@case("drift")
+def predictions_that_moved_too_far(scene: Scene) -> FineTuneConfig:
+    return scene.bounded(max_kl=0.001)
+
+
 @case("forgetting")
 def general_text_forgotten(scene: Scene) -> FineTuneConfig:
     path = scene.run.path.parent / "general.jsonl"
