@@ -104,7 +104,7 @@ def test_neither_has_the_gate_a_verdict_where_mlx_fails_in_its_own_process(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(judge, "_with_losses", fail)
+    monkeypatch.setattr(judge, "_compare_losses", fail)
     with pytest.raises(NestedTuneError, match="gives no verdict") as caught:
         steps.judge(config, run)
     assert caught.value.exit_code == 1
