@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nested_core.foreign_text import escape
 
 if TYPE_CHECKING:
-    from nested_core.pipeline.sample_answers import SampleAnswers
+    from nested_core.storage.sample_answers_file import SampleAnswers
 
 LONGEST_TEXT = 300
 TITLE = "Answers to {count}, for you to read (greedy; the gate does not score them):"

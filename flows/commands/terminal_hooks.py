@@ -11,9 +11,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline.finetune import Hooks
-from nested_core.pipeline.sample_answers import SampleAnswers, answer_samples
+from nested_core.pipeline.sample_answers import answer_samples
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.sample_answers_file import SampleAnswers
 
 
 class TerminalHooks(Hooks):

@@ -13,6 +13,7 @@ from nested_core.errors import DamagedError
 from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.paired_difference import PairedDifference
+from nested_core.html_markup import collapsed, fragment, paragraph, table
 from nested_core.registry.gate_file import name_loss
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.manifest import FileEntry
@@ -317,6 +318,19 @@ class Verdict:
         for name in ("judged_files", "written_files", "answers"):
             del fields[name]
         return {"verdict": "passed" if self.has_passed else "failed"} | fields
+
+    def _repr_html_(self) -> str:
+        reasons = [(reason.code, reason.message) for reason in self.reasons]
+        tiers = [(t.tier, t.frequency, t.expected_updates, t.applied_updates) for t in self.tiers]
+        tensors = [(t.name, t.changed, t.relative_delta, t.finite) for t in self.tensors]
+        return fragment(
+            paragraph(self.summary(), class_="verdict good" if self.has_passed else "verdict bad"),
+            table("Reasons", ("code", "message"), reasons),
+            table("Updates", ("tier", "every", "expected", "applied"), tiers),
+            collapsed(
+                "Tensors", table("Change", ("tensor", "changed", "relative", "finite"), tensors)
+            ),
+        )
 
     def summary(self) -> str:
         """One line: the codes, or what changed."""

@@ -6,50 +6,23 @@ the base model and the answers; nothing rests on it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.held_out_prompts import read_held_out_prompts
-from nested_core.errors import DamagedError
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.models.generation import Sampling, answer_prompts, encode_messages
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.stages import stages
 from nested_core.storage.adapter import read_adapter
-from nested_core.storage.atomic import write_bytes
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_regular
+from nested_core.storage.sample_answers_file import SampleAnswers, write_sample_answers
 
 HELD_OUT_PROMPTS = 3
-
-
-@dataclass(frozen=True)
-class SampleAnswers:
-    """A prompt and its answers.
-
-    expected: the data set's own answer; None for a configured prompt.
-    base, adapter: what the base model and the trained adapter answered.
-    parent: the adapter that training went on from; None for a fresh one, which is the base.
-    place: where the prompt comes from, such as `valid.jsonl:3`.
-    """
-
-    prompt: str
-    expected: str | None
-    base: str
-    parent: str | None
-    adapter: str
-    place: str
-
-
-_RECORD = TypeAdapter(SampleAnswers)
 
 
 def answer_samples(
@@ -93,17 +66,5 @@ def answer_samples(
             prompts, of_base, of_parent, of_adapter, strict=True
         )
     ]
-    lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
-    write_bytes(run.sample_answers, lines.encode())
+    write_sample_answers(run.sample_answers, rows)
     return rows
-
-
-def read_sample_answers(run: RunDirectory) -> list[SampleAnswers]:
-    """The answers that a run has on disk; none for one that was not asked."""
-    if not run.sample_answers.is_file():
-        return []
-    try:
-        lines = read_regular(run.sample_answers).splitlines()
-        return [_RECORD.validate_json(line) for line in lines]
-    except ValidationError as error:
-        raise DamagedError(f"{run.sample_answers} does not hold answers to prompts.") from error

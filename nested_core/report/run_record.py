@@ -21,6 +21,7 @@ from nested_core.report.run_start import count_steps, start_of
 from nested_core.report.run_status import State, describe_state, last_value, read_sound_verdict
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers
 from nested_core.storage.strict_files import file_type, read_json, read_json_object
 from nested_core.training.metrics_file import cumulative_seconds, read_metrics
 from nested_core.training.training_plan import TrainingPlan, read_plan
@@ -50,6 +51,7 @@ class RunRecord:
     verdict: Verdict | None = None
     losses: ExampleLosses | None = None
     dataset: DatasetReport | None = None
+    sample_answers: Sequence[SampleAnswers] = ()
     red_flags: tuple[str, ...] = ()
     answers: Sequence[AnswerRecord] = ()
     problems: tuple[str, ...] = ()
@@ -109,6 +111,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
         metrics=metrics,
         seconds=cumulative_seconds(metrics),
         dataset=reader.read(run.dataset, _read_dataset),
+        sample_answers=reader.read(run.sample_answers, read_sample_answers) or (),
         red_flags=tuple(reader.read(run.result, _read_red_flags) or ()),
         problems=tuple(reader.problems),
     )

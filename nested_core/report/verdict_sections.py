@@ -31,6 +31,7 @@ from nested_core.html_markup import (
     table_caption,
 )
 from nested_core.report.run_record import RunRecord
+from nested_core.storage.sample_answers_file import SampleAnswers
 from nested_core.storage.strict_files import open_regular
 
 WORST_EXAMPLES = 5
@@ -310,6 +311,8 @@ def tasks_section(record: RunRecord) -> Html:
     count = max(2, SHOWN_QUESTIONS // max(1, len(names)))
     for name in names[:SHOWN_QUESTIONS]:
         parts += [element("h3", name), _answers_table(record, name, count)]
+    if record.sample_answers:
+        parts += [element("h3", "To read, not scored"), _sample_answers_table(record)]
     samples = next((r["samples"] for r in reversed(record.metrics) if r.get("samples")), None)
     if isinstance(samples, list):
         parts += [element("h3", "Samples"), _samples_table(samples)]
@@ -353,6 +356,24 @@ def _answer_cell(answer: tuple[str, float] | None) -> Html:
     return join(
         (element("small", mark, class_="good" if score >= 1 else "bad"), long_text(text.strip()))
     )
+
+
+def _sample_answers_table(record: RunRecord) -> Html:
+    """What base, parent and candidate answered at the end, beside the data's own answer."""
+    columns = ("prompt", "base", "parent", "candidate", "the data's own")
+    rows = [
+        (long_text(f"{row.place}: {row.prompt}"), *map(_text_or_none, _answers_of(row)))
+        for row in record.sample_answers[:SHOWN_QUESTIONS]
+    ]
+    return table("Greedy answers at the end of training; all: sample-answers.jsonl", columns, rows)
+
+
+def _answers_of(row: SampleAnswers) -> tuple[str | None, ...]:
+    return (row.base, row.parent, row.adapter, row.expected)
+
+
+def _text_or_none(text: str | None) -> Html | None:
+    return None if text is None else long_text(text)
 
 
 def _samples_table(samples: Sequence[object]) -> Html:

@@ -253,6 +253,15 @@ def test_a_notebook_shows_the_sections_within_its_cell(tmp_path: Path) -> None:
     assert list(Page(text).sections) == ORDER
 
 
+def test_a_verdict_shows_itself_in_a_notebook() -> None:
+    verdict = make_verdict(None, reasons=[Reason("unchanged", "<b>nothing</b> moved")])
+    text = verdict._repr_html_()
+    assert "unchanged" in text
+    assert "&lt;b&gt;nothing&lt;/b&gt; moved" in text
+    assert '"verdict bad"' in text
+    assert "model.layers.0.mlp.down_proj.lora_a" in text
+
+
 def test_without_charts_the_page_says_how_to_get_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,50 @@
+"""sample-answers.jsonl: what base and adapter answered to a few prompts, for a person to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from nested_core.errors import DamagedError
+from nested_core.storage.atomic import write_bytes
+from nested_core.storage.strict_files import read_regular
+
+
+@dataclass(frozen=True)
+class SampleAnswers:
+    """A prompt and its answers.
+
+    expected: the data set's own answer; None for a configured prompt.
+    base, adapter: what the base model and the trained adapter answered.
+    parent: the adapter that training went on from; None for a fresh one, which is the base.
+    place: where the prompt comes from, such as `valid.jsonl:3`.
+    """
+
+    prompt: str
+    expected: str | None
+    base: str
+    parent: str | None
+    adapter: str
+    place: str
+
+
+_RECORD = TypeAdapter(SampleAnswers)
+
+
+def write_sample_answers(path: Path, rows: Sequence[SampleAnswers]) -> None:
+    """Write the file whole, in place of an earlier one."""
+    write_bytes(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows).encode())
+
+
+def read_sample_answers(path: Path) -> list[SampleAnswers]:
+    """The answers that a run has on disk; none for one that was not asked."""
+    if not path.is_file():
+        return []
+    try:
+        return [_RECORD.validate_json(line) for line in read_regular(path).splitlines()]
+    except ValidationError as error:
+        raise DamagedError(f"{path} does not hold answers to prompts.") from error

@@ -1,0 +1,81 @@
+"""Runs beside each other and in a list: what differs, on which examples, and which are damaged."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from nested_core.errors import ConfigError
+from nested_core.gate.verdict import Reason
+from nested_core.report.run_comparison import compare_runs
+from nested_core.report.run_listing import list_runs
+from tests.core.report.written_runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
+
+
+def test_only_the_settings_that_differ_are_compared(tmp_path: Path) -> None:
+    one = finished_run(tmp_path / "one", learning_rate=1e-3)
+    two = finished_run(tmp_path / "two", learning_rate=2e-3, nested={"frequencies": [1]})
+    document = compare_runs([one.path, two.path]).to_json()
+    assert list(document)[:4] == ["runs", "config", "losses", "tasks"]
+    settings = document["config"]
+    assert settings.pop("data") != []
+    assert settings == {"learning_rate": [1e-3, 2e-3], "nested.frequencies": [[1, 2, 4], [1]]}
+    assert document["losses"]["gate_after"] == [pytest.approx(2.675)] * 2
+    assert document["losses"]["difference_to_first"][1]["difference"] == 0
+    assert document["tasks"] == {"capitals": [2 / 3, 2 / 3]}
+    assert document["speed"]["tokens_per_second"][0] > 0
+    assert document["same_held_out_examples"] is True
+
+
+def test_a_rejected_and_a_going_run_are_compared_too(tmp_path: Path) -> None:
+    rejected = finished_run(tmp_path / "one", reasons=[Reason("unchanged", "nothing moved")])
+    going = begin_run(tmp_path / "two")
+    add_metrics(going, 4)
+    comparison = compare_runs([rejected.path, going.path])
+    rows = {str(name): cells for name, *cells in comparison.rows()}
+    assert rows["verdict"] == ["failed: unchanged", None]
+    assert rows["step"] == [8, 4]
+    assert comparison.names == ["one", "two"]
+
+
+def test_the_page_overlays_the_curves_and_escapes(tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / name / "run", text=HOSTILE_ROW) for name in ("a", "b")]
+    comparison = compare_runs([run.path for run in runs])
+    assert comparison.names == ["a/run", "b/run"]
+    page = comparison.to_html()
+    assert page.count("<svg") == 4
+    assert page.count("<path") == 8
+    assert "<script" not in page
+    assert comparison._repr_html_().startswith("<div")
+
+
+def test_nothing_to_compare_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no run to compare"):
+        compare_runs([])
+
+
+def test_the_list_is_newest_first_and_a_damaged_run_says_so(tmp_path: Path) -> None:
+    old = finished_run(tmp_path / "20261120T100000Z-00000001")
+    new = finished_run(tmp_path / "20261121T100000Z-00000002")
+    old.gate.write_text("{")
+    (tmp_path / "no run").mkdir()
+    rows = list_runs(tmp_path)
+    assert [row.name for row in rows] == [new.path.name, old.path.name]
+    assert (rows[0].state, rows[0].verdict, rows[0].step, rows[0].steps) == (
+        "verified",
+        "passed",
+        8,
+        8,
+    )
+    assert rows[0].val_loss == pytest.approx(7.5 / 8**0.5)
+    assert rows[1].state == "damaged"
+    assert str(old.gate) in str(rows[1].problem)
+    later = datetime(2026, 11, 21, 10, tzinfo=UTC) + timedelta(minutes=125)
+    assert rows[0].describe_age(later) == "2 h"
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a folder"):
+        list_runs(tmp_path / "runs")

@@ -1,0 +1,117 @@
+"""report, runs, compare and card as a person calls them: output, JSON and exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows.cli import main
+from nested_core.registry import promote, register
+from tests.core.registry.conftest import write_run
+from tests.core.report.written_runs import finished_run
+
+
+def test_report_writes_the_page_and_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path / "run")
+    assert main(["report", str(run.path)]) == 0
+    assert capsys.readouterr().out == f"report: {run.report}\n"
+    assert run.report.read_text().startswith("<!doctype html>")
+    elsewhere = tmp_path / "page.html"
+    assert main(["report", str(run.path), "-o", str(elsewhere)]) == 0
+    assert "Passed: loss" in elsewhere.read_text()
+
+
+def test_report_of_a_damaged_run_is_written_and_exits_6(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_run(tmp_path / "run")
+    run.gate.write_text("{")
+    assert main(["report", str(run.path)]) == 6
+    assert str(run.gate) in capsys.readouterr().err
+    assert "Damaged files:" in run.report.read_text()
+
+
+def test_what_is_no_run_is_bad_usage(tmp_path: Path) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert main(["compare", str(tmp_path)]) == 2
+    assert main(["runs", str(tmp_path / "none")]) == 2
+
+
+def test_compare_writes_a_page_beside_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        finished_run(tmp_path / name, learning_rate=rate) for name, rate in (("a", 1), ("b", 2))
+    ]
+    page = tmp_path / "page.html"
+    assert main(["compare", *(str(run.path) for run in runs), "--html", str(page)]) == 0
+    shown = capsys.readouterr().out
+    assert "learning_rate" in shown
+    assert f"page: {page}" in shown
+    assert page.read_text().count("<svg") == 4
+
+
+def test_runs_lists_and_an_empty_folder_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    assert "no runs in" in capsys.readouterr().out
+    run = finished_run(tmp_path / "runs" / "one")
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    assert "8 of 8" in shown
+    assert run.path.name in shown
+
+
+def test_a_card_has_the_hubs_front_matter_and_no_field_that_nobody_gave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = tmp_path / "registry"
+    config = {"model": "org/base-1B", "data": "org/chats", "fine_tune_type": "lora", "iters": 30}
+    run = write_run(tmp_path / "run", 1)
+    version = register(run, registry, "capitals", {"config": config, "packages": {"mlx": "0.1"}})
+    promote(registry, "capitals", version, by="tester")
+    target = tmp_path / "README.md"
+    assert main(["card", str(registry / "capitals"), "-o", str(target)]) == 0
+    assert capsys.readouterr().out == f"card: {target}\n"
+    _, front, body = target.read_text().split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert fields["base_model"] == "org/base-1B"
+    assert fields["base_model_relation"] == "adapter"
+    assert fields["library_name"] == "mlx"
+    assert fields["tags"] == ["mlx", "nested-tune", "lora"]
+    assert fields["datasets"] == ["org/chats"]
+    (result,) = fields["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == 1.2
+    assert "license" not in fields
+    assert version in body
+    assert "| iters | 30 |" in body
+
+
+def test_a_local_base_and_local_data_are_no_names_of_the_hub(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    provenance = {"config": {"model": "/models/base", "data": "./data"}}
+    version = register(write_run(tmp_path / "run", 1), registry, "capitals", provenance)
+    promote(registry, "capitals", version, by="tester")
+    target = tmp_path / "README.md"
+    assert main(["card", str(registry / "capitals"), "-o", str(target)]) == 0
+    fields = yaml.safe_load(target.read_text().split("---\n", 2)[1])
+    assert {"base_model", "datasets", "model-index"}.isdisjoint(fields)
+
+
+def test_a_name_without_a_champion_or_with_a_changed_file_has_no_card(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    version = register(write_run(tmp_path / "run", 1), registry, "capitals", {})
+    assert main(["card", str(registry / "capitals")]) == 2
+    promote(registry, "capitals", version, by="tester")
+    gate = registry / "capitals" / "versions" / version / "gate.json"
+    gate.chmod(0o600)
+    gate.write_text(json.dumps(json.loads(gate.read_text()) | {"adapter_step": 31}))
+    assert main(["card", str(registry / "capitals")]) == 6
+    assert main(["card", str(registry / "nobody")]) == 2

@@ -1,0 +1,112 @@
+"""report.html in headless Chromium: nothing logged, nothing fetched, axe finds nothing serious.
+
+The pictures, light, dark and at a phone's width, go to the folder that SCREENSHOTS names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.gate.verdict import Reason
+from nested_core.report.run_comparison import compare_runs
+from nested_core.report.run_page import RunReport
+from nested_core.report.run_record import read_run
+from nested_core.storage.run_directory import RunDirectory
+from tests.core.report.written_runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
+from tests.production.browser import Browser, find_chromium
+from tests.production.stack import wait_for
+
+pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
+
+PHONE = 390
+LOOKS = {"light": (1200, "light"), "dark": (1200, "dark"), "phone": (PHONE, "light")}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+    with Browser(program, tmp_path_factory.mktemp("browser") / "profile") as made:
+        made.watch()
+        yield made
+
+
+def passed(path: Path) -> RunDirectory:
+    return finished_run(path, steps=200, champion=True)
+
+
+def rejected(path: Path) -> RunDirectory:
+    return finished_run(path, reasons=[Reason("loss_regressed", "the loss rose")])
+
+
+def going(path: Path) -> RunDirectory:
+    run = begin_run(path, iters=100)
+    add_metrics(run, 40)
+    return run
+
+
+def long(path: Path) -> RunDirectory:
+    return finished_run(path, steps=10_000, text=HOSTILE_ROW, champion=True)
+
+
+CASES: dict[str, Callable[[Path], RunDirectory]] = {
+    "passed": passed,
+    "rejected": rejected,
+    "going": going,
+    "long": long,
+}
+
+
+def look_at(browser: Browser, page: Path, name: str) -> None:
+    """Open the page in each of its looks; fail on what it logs, fetches or axe finds."""
+    for look, (width, scheme) in LOOKS.items():
+        browser.events.clear()
+        browser.prefer(scheme)
+        browser.resize(900, width)
+        browser.open(page.as_uri())
+        assert set(browser.requests()) == {page.as_uri()}
+        assert browser.messages() == []
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        browser.resize(min(8_000, browser.run("document.documentElement.scrollHeight")), width)
+        folder = Path(os.environ.get("SCREENSHOTS", page.parent))
+        (folder / f"report-{name}-{look}.png").write_bytes(browser.whole_picture())
+        assert serious_findings(browser) == []
+
+
+def serious_findings(browser: Browser) -> list[Any]:
+    """What axe-core calls serious or critical in the page that is open."""
+    source = (files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
+    browser.run(f"{source}; window.findings = null; 0")
+    browser.run("axe.run().then(done => window.findings = JSON.stringify(done.violations)); 0")
+    found = json.loads(wait_for(lambda: browser.run("window.findings")))
+    return [
+        (finding["id"], [node["html"] for node in finding["nodes"]])
+        for finding in found
+        if finding["impact"] in ("serious", "critical")
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_page_of_a_run_is_quiet_and_accessible(
+    browser: Browser, tmp_path: Path, case: str
+) -> None:
+    run = CASES[case](tmp_path / "run")
+    RunReport(read_run(run, has_ended=case != "going")).write(run.report)
+    look_at(browser, run.report, case)
+    assert browser.run("document.querySelectorAll('script').length") == 0
+    assert run.report.stat().st_size <= 300 * 1024
+
+
+def test_the_page_of_a_comparison_is_quiet_and_accessible(browser: Browser, tmp_path: Path) -> None:
+    runs = [finished_run(tmp_path / name, text=HOSTILE_ROW).path for name in ("one", "two")]
+    page = tmp_path / "compared.html"
+    page.write_text(compare_runs(runs).to_html(), encoding="utf-8")
+    look_at(browser, page, "compared")
