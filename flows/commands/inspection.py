@@ -130,10 +130,30 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
     """Say where a run stands, from its folder."""
     from nested_core.report.run_status import read_status
 
-    status = read_status(RunDirectory(arguments.run_dir))
-    return result_printer(
-        arguments, lambda: status, lambda: print_table(("", ""), list(status.items()))
-    )
+    run = RunDirectory(arguments.run_dir)
+    status = read_status(run)
+
+    def show() -> None:
+        """A row a figure, each loss with its data and step."""
+        print_table(("", ""), list((status | _describe_losses(run)).items()))
+
+    return result_printer(arguments, lambda: status, show)
+
+
+def _describe_losses(run: RunDirectory) -> dict[str, str]:
+    """The last losses as a person reads them: with their split, examples and step."""
+    from flows.run_view import RunView
+    from nested_core.training.metrics_file import read_metrics
+    from nested_core.training.training_plan import read_plan
+
+    view = RunView(str(run.path), read_plan(run.plan), read_metrics(run.metrics))
+    rows = {"current_train_loss": "training loss ", "current_val_loss": "validation loss "}
+    described = {}
+    for text in view.describe_losses():
+        for key, label in rows.items():
+            if text.startswith(label):
+                described[key] = text.removeprefix(label)
+    return described
 
 
 def run_stop(arguments: argparse.Namespace) -> Callable[[], int]:

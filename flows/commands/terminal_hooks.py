@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from flows.mlx_lm_log import MlxLmLog
 from flows.stop_signals import Stopper
 from flows.terminal import ProgressLine, describe_tiers, print_progress
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError
 from nested_core.gate.verdict import Verdict
+from nested_core.pipeline import steps
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.sample_answers import answer_samples
 from nested_core.pipeline.steps import TrainResult
@@ -20,9 +23,16 @@ from nested_core.storage.sample_answers_file import SampleAnswers
 class TerminalHooks(Hooks):
     """Messages, progress and the loss curve on standard error; signals go to the trainer."""
 
-    def __init__(self, stopper: Stopper, *, asks_held_out_prompts: bool) -> None:
+    def __init__(
+        self,
+        stopper: Stopper,
+        *,
+        asks_held_out_prompts: bool,
+        mlx_lm_log: MlxLmLog | None = None,
+    ) -> None:
         """`asks_held_out_prompts` is for a person, who is to read what the adapter answers."""
         self._stopper = stopper
+        self._mlx_lm_log = mlx_lm_log
         self._asks_held_out_prompts = asks_held_out_prompts
         self._progress = ProgressLine()
         self.sample_answers: Sequence[SampleAnswers] = ()
@@ -38,12 +48,16 @@ class TerminalHooks(Hooks):
     def on_training_start(self, trainer: Any) -> None:
         """Let signals stop the trainer; show its tiers and the memory that it will need."""
         self._stopper.watch(trainer)
+        if self._mlx_lm_log is not None:
+            self._mlx_lm_log.start(trainer)
         print_progress(describe_tiers(trainer.tier_stats()))
         print_progress(("" if trainer.memory.fits else "warning: ") + trainer.memory.describe())
 
     def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
         """Train; then signals end the process where it is."""
-        result = super().train(config, run)
+        log = self._mlx_lm_log
+        with contextlib.nullcontext() if log is None else log.printing():
+            result = steps.train(config, run, log, self.on_training_start, self.on_message)
         self._stopper.release()
         return result
 

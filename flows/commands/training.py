@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
+from flows.mlx_lm_log import MlxLmLog
 from flows.run_follower import showing_run
 from flows.sample_text import format_sample_answers
 from flows.stop_signals import Stopper
@@ -44,6 +47,13 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         add_run_flags(parser)
         parser.set_defaults(run=function)
     train.add_argument("--json", action="store_true", help="the result as one JSON document")
+    train.add_argument(
+        "--log",
+        choices=("auto", "mlx_lm"),
+        default="auto",
+        help="auto: a live view, or lines where there is no terminal; mlx_lm: the lines of "
+        "mlx_lm.lora on standard output, on standard error with --json",
+    )
 
 
 def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -102,11 +112,15 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     config = load_config_from_flags(arguments)
     run = _open(arguments)
     stopper = Stopper()
-    hooks = TerminalHooks(stopper, asks_held_out_prompts=not arguments.json)
+    log = None
+    if arguments.log == "mlx_lm":
+        log = MlxLmLog(config, run, sys.stderr if arguments.json else sys.__stdout__ or sys.stderr)
+    hooks = TerminalHooks(stopper, asks_held_out_prompts=not arguments.json, mlx_lm_log=log)
     with stopper.handling_signals(run):
         print_progress(f"run directory: {run.path}")
         try:
-            with naming_report_of_failure(run), showing_run(run):
+            watching = showing_run(run) if log is None else contextlib.nullcontext()
+            with naming_report_of_failure(run), watching:
                 result = finetune(config, run, hooks, resume=arguments.resume)
         except GateRejected:
             print_progress(*format_sample_answers(hooks.sample_answers))
