@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from nested_core import backend
 from nested_core.kernels.exponential import exponential
 from nested_core.models.parameters import (
     ParameterRefs,
@@ -33,6 +34,8 @@ from nested_core.training.loss.chunked_cross_entropy import (
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.loss.output_head import OutputHead, extract_logits, find_output_head
 
+LOGITS_ON_CPU = 2**21  # of one chunk and adapter: 8 MiB in float32
+LEAST_ROWS_ON_CPU = 64  # the output layer is read once a chunk
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -119,6 +122,8 @@ class PredictionComparison:
         targets = gather_rows(tokens[:, 1:].reshape(-1), positions)
         vocabulary = self._logits(states[0][:1]).shape[-1]
         rows = max(1, rows_per_chunk(vocabulary) // len(states))
+        if backend.device() == "cpu":  # which compares faster what its caches hold
+            rows = min(rows, max(LEAST_ROWS_ON_CPU, LOGITS_ON_CPU // vocabulary))
         chunks: list[tuple[mx.array, mx.array]] = []
         for start in range(0, targets.size, rows):
             chunk = slice(start, start + rows)
