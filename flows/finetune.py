@@ -10,18 +10,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, runtime
+from prefect.client.orchestration import get_client
 from prefect.states import Cancelled, Completed, Failed, State
 
 from flows.allowed_folders import refuse_python_scorers, require_allowed, require_allowed_paths
+from flows.flow_run_labels import name_flow_run, tag_flow_run
 from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
-from flows.state_messages import describe_loss, describe_rejection, shorten_version
+from flows.state_messages import (
+    advise_retry,
+    describe_loss,
+    describe_rejection,
+    shorten_version,
+)
+from flows.waiting_runs import explaining_waiting_runs
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import key
-from nested_core.errors import GateRejected, TrainingStopped
+from nested_core.errors import GateRejected, NestedTuneError, TrainingStopped
+from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
+from tasks.outcomes import Outcome
 
 if TYPE_CHECKING:
     from nested_core.pipeline.finetune import FinetuneResult
+
+
+# Of an automatic promotion that the champion's move decided, and not the losses.
+AUTOMATIC_ENDS = frozenset({"superseded", "barred"})
 
 
 class FinetuneParameters(FineTuneConfig):
@@ -37,49 +51,108 @@ class FinetuneParameters(FineTuneConfig):
         return FineTuneConfig(**self.model_dump(exclude={"run_dir", "resume"}))
 
 
-@flow(name="finetune", retries=0, flow_run_name="finetune {config.model}")
+@flow(name="finetune", retries=0, flow_run_name=name_flow_run)
 def finetune(config: FinetuneParameters) -> State[Any]:
     """Fine-tune an adapter, judge it, and register and promote what passed.
 
-    Failed where a step fails, and where the gate rejects what came out. The message of the state
-    says the result. Cancelled, the run keeps a checkpoint. A retry of the flow run (the button, or
-    `prefect flow-run retry`) finds its run directory by its id and goes on from the last
-    checkpoint; the flow never retries by itself, for that would train again.
+    The name of the state is the outcome (see `Outcome`), and its message has the figures. Failed
+    where a step fails, and Rejected, of the same type, by the gate. Cancelled, the run keeps a
+    checkpoint. A retry of the flow run (the button, or the automation after a crash) finds its run
+    directory by its id and goes on from the last checkpoint; the flow never retries by itself, for
+    that would train again.
     """
+    from tasks.night_page import publish_night
+
+    tolerate_closed_output()
+    say_errors_in_a_paragraph()
+    tag_flow_run()
+    settings = config.configuration()
+    try:
+        require_allowed_paths(settings)
+        refuse_python_scorers(settings)
+        run = _open(config)
+    except NestedTuneError as error:
+        return _fail(error)
+    state = _carry_out(settings, run)
+    if run.config.exists():
+        publish_night(settings, run, str(state.name), str(state.message))
+    return state
+
+
+def _carry_out(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
+    """Run the pipeline with its steps as tasks; the state in which that ends."""
     from flows.task_hooks import TaskHooks
     from nested_core.gate.verdict import read_verdict
     from nested_core.pipeline.finetune import finetune as run_finetune
     from tasks.events import emit_adapter_event
 
-    tolerate_closed_output()
-    say_errors_in_a_paragraph()
-    settings = config.configuration()
-    require_allowed_paths(settings)
-    refuse_python_scorers(settings)
-    run = _open(config)
+    resumed = _describe_resumption(run)
     try:
-        result = run_finetune(settings, run, TaskHooks(), resume=run.is_nonempty())
+        with explaining_waiting_runs():
+            result = run_finetune(config, run, TaskHooks(), resume=run.is_nonempty())
     except TrainingStopped as error:
-        return Cancelled(message=f"resumable by a retry of this flow run: {error}")
+        advice = advise_retry(str(error))
+        return Cancelled(message=f"resumable by a retry of this flow run: {advice}")
     except GateRejected as error:
-        if read_verdict(run.gate).has_passed:
-            raise  # the registry refused what this gate let through: that is no verdict on the run
-        message = describe_rejection(run)
-        if settings.registry.name is not None:
+        if read_verdict(run.gate).has_passed:  # the registry refused what this gate let through
+            return _fail(error)
+        message = f"{resumed}{describe_rejection(run)}"
+        if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
-            emit_adapter_event("rejected", settings.registry.name, payload)
-        return Failed(message=message, data=error)
-    return Completed(message=_describe(result))
+            emit_adapter_event("rejected", config.registry.name, payload)
+        return Failed(name=Outcome.REJECTED, message=message, data=error)
+    except NestedTuneError as error:
+        return _fail(error)
+    outcome, message = _describe(config, result)
+    return Completed(name=outcome, message=f"{resumed}{message}")
 
 
-def _describe(result: FinetuneResult) -> str:
-    """The message of a flow run that completed."""
+def _fail(error: NestedTuneError) -> State[Any]:
+    """A failed state that says what a person can do about an error, in a page."""
+    return Failed(message=f"{type(error).__name__}: {advise_retry(str(error))}", data=error)
+
+
+def _describe(config: FineTuneConfig, result: FinetuneResult) -> tuple[Outcome, str]:
+    """The outcome of a flow run that completed, and its message."""
     if result.unchanged_since is not None:
-        return f"skipped: data unchanged since {result.unchanged_since}"
+        return Outcome.SKIPPED, f"skipped: data unchanged since {result.unchanged_since}"
+    if result.kept_champion is not None:
+        return Outcome.KEPT_CHAMPION, str(result.promotion)
     loss = describe_loss(result.run)
     if result.version is None:
-        return f"passed the gate: {loss}"
-    return f"verified {shorten_version(result.version)}: {loss}; {result.promotion or 'registered'}"
+        return Outcome.VERIFIED, f"passed the gate: {loss}"
+    message = (
+        f"verified {shorten_version(result.version)}: {loss}; {result.promotion or 'registered'}"
+    )
+    return _find_outcome(config, result), message
+
+
+def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
+    """What became of a version that was registered."""
+    from nested_core.pipeline.publishing import is_registered_from
+
+    if result.promotion == "promoted":
+        return Outcome.PROMOTED
+    if result.promotion == "already_champion":
+        # A run that crashed after its promotion finds its own version there.
+        is_own = is_registered_from(config, result.run, str(result.version))
+        return Outcome.PROMOTED if is_own else Outcome.KEPT_CHAMPION
+    has_rival = result.verdict is not None and result.verdict.champion is not None
+    is_refused = config.registry.promote == "better" and result.promotion not in AUTOMATIC_ENDS
+    return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
+
+
+def _describe_resumption(run: RunDirectory) -> str:
+    """What the message says of a run that an automation resumed; nothing of any other."""
+    if (runtime.flow_run.run_count or 1) == 1:
+        return ""
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(runtime.flow_run.id)
+    if not any(state.name == Outcome.RESUMED for state in states):
+        return ""
+    checkpoints = list_checkpoints(run.checkpoints)
+    where = f"from {checkpoints[-1].name}" if checkpoints else "from its beginning"
+    return f"crashed once, resumed by itself {where}: "
 
 
 def _open(config: FinetuneParameters) -> RunDirectory:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from nested_core.loss_format import format_loss
+
 SMALLEST_LOSS = 1e-6
 LABEL_WIDTH = 8
 TRAINING_MARK, VALIDATION_MARK = "·", "o"
@@ -41,9 +43,9 @@ def draw_curve(
         share = math.log(loss / low) / math.log(high / low) if high > low else 1.0
         row = round((1 - share) * (height - 1))
         rows[row][round(step / last_step * (width - 1))] = mark
-    labels = {0: f"{high:.4g}"}
+    labels = {0: format_loss(high)}
     if high > low:
-        labels[height - 1] = f"{low:.4g}"
+        labels[height - 1] = format_loss(low)
     lines = [
         f"{labels.get(i, ''):>{LABEL_WIDTH}} |{''.join(row).rstrip()}" for i, row in enumerate(rows)
     ]

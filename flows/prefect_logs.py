@@ -15,6 +15,7 @@ from nested_core.errors import NestedTuneError
 OUTPUTS = (1, 2)
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 FAILED = "Finished in state Failed"
+REJECTED = "Finished in state Rejected"  # of the type Failed, too
 PARAGRAPH = "is_an_error_in_a_paragraph"  # attribute of a record that the command line says too
 # An error that the state says too, and the command line at its end; events that are sent at exit.
 SAID_ELSEWHERE = ("Encountered exception during execution", "Still processing items")
@@ -30,8 +31,8 @@ class _ForTerminal(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to show the record, with its traceback taken off."""
         message = record.getMessage()
-        if message.startswith(FAILED):
-            record.msg = FAILED
+        if message.startswith((FAILED, REJECTED)):
+            record.msg = FAILED if message.startswith(FAILED) else REJECTED
             record.args = ()
         record.exc_info = None
         record.exc_text = None

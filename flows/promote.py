@@ -18,6 +18,7 @@ from nested_core.config.section import Section
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import read_candidate
 from tasks.approval_page import approval_key, publish_approval
+from tasks.outcomes import Outcome
 from tasks.promote import promote_approved, promote_recorded
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600
@@ -52,7 +53,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     registry = require_allowed(config.registry, "registry")
     policy = read_candidate(registry, config.name, config.version).policy or {}
     if not config.requires_approval and policy.get("promote") != "approve":
-        return Completed(message=promote_recorded(registry, config.name, config.version))
+        return _complete(promote_recorded(registry, config.name, config.version))
     champion = read_champion(registry, config.name)
     if config.version == champion:
         return Completed(message="already_champion")
@@ -65,5 +66,10 @@ def promote(config: PromoteParameters) -> State[Any]:
     )
     if not answer.approve:
         return Completed(message=f"not approved by {answer.by}")
-    outcome = promote_approved(registry, config.name, config.version, answer.by, champion)
-    return Completed(message=outcome)
+    return _complete(promote_approved(registry, config.name, config.version, answer.by, champion))
+
+
+def _complete(outcome: str) -> State[Any]:
+    """The state of a promotion that was decided on; its name says so where the champion moved."""
+    name = Outcome.PROMOTED if outcome == "promoted" else None
+    return Completed(name=name, message=outcome)

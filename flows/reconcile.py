@@ -15,6 +15,7 @@ from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.section import Section
 from nested_core.registry import list_names
 from nested_core.registry.promotion_policy import DAMAGED
+from tasks.outcomes import Outcome
 from tasks.promote import promote_missed as reconcile_name
 
 
@@ -53,4 +54,5 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     if problems:
         return Failed(message="; ".join(problems))
     promoted = [name for name, outcomes in decided.items() if "promoted" in outcomes.values()]
-    return Completed(message=f"promoted: {', '.join(promoted) or 'nothing'}")
+    name = Outcome.PROMOTED if promoted else None
+    return Completed(name=name, message=f"promoted: {', '.join(promoted) or 'nothing'}")

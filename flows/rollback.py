@@ -13,6 +13,7 @@ from flows.prefect_logs import say_errors_in_a_paragraph
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion
+from tasks.outcomes import Outcome
 from tasks.promote import roll_back
 
 
@@ -31,4 +32,6 @@ def rollback(config: RollbackParameters) -> State[Any]:
     say_errors_in_a_paragraph()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
-    return Completed(message=roll_back(registry, config.name, config.to, config.by, champion))
+    outcome = roll_back(registry, config.name, config.to, config.by, champion)
+    name = Outcome.ROLLED_BACK if outcome == "rolled_back" else None
+    return Completed(name=name, message=outcome)

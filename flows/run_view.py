@@ -5,7 +5,6 @@ Everything comes from the run directory and from what the gate logs; nothing her
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from flows.loss_curve import LABEL_WIDTH, TRAINING_MARK, VALIDATION_MARK, draw_curve
 from nested_core.foreign_text import escape
+from nested_core.loss_format import format_loss
 from nested_core.training.training_plan import TrainingPlan
 
 SMALLEST_PLOT = 4
@@ -177,11 +177,6 @@ class RunView:
             is_open = number == len(stages) and not self.outcome
             ended = self.seconds if number == len(stages) else stages[number][1]
             yield f"{name} ..." if is_open else f"{name}: {format_seconds(ended - began)}"
-
-
-def format_loss(loss: float | None) -> str:
-    """A loss with four significant digits; JSON has no NaN, and metrics.jsonl null in its place."""
-    return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.4g}"
 
 
 def format_seconds(seconds: float) -> str:

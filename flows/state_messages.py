@@ -1,13 +1,30 @@
-"""What the state of a fine-tune's flow run says: the result, in one short line."""
+"""What the state of a flow run says in Prefect's pages: its name, the outcome, and the figures."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nested_core.errors import list_first, shorten
+from nested_core.loss_format import format_change, format_loss
 from nested_core.registry.gate_file import name_loss
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 
 SHOWN_DIGITS = 6
 SHOWN_REASONS = 3
+SHOWN_CHARACTERS = 160  # of a reason's own words
+# What an error advises at the command line, and in a page, which has a button for it.
+ADVICE = (
+    (r"with the same command, --run-dir .{1,4096}? --resume", "with the Retry button"),
+    (r"with its --run-dir and --resume", "with the Retry button"),
+    (r"Give the command of the run again with --resume", "Press Retry"),
+    (r"with --resume", "with the Retry button"),
+    (r"--resume with", "Retry with"),
+    (r"with the same command(?=\.)", "with the Retry button"),
+    (r"`nested-tune train --resume`", "Retry"),
+)
 
 
 def shorten_version(version: str) -> str:
@@ -16,21 +33,54 @@ def shorten_version(version: str) -> str:
 
 
 def describe_loss(run: RunDirectory) -> str:
-    """`val loss 3.1 -> 1.4` from gate.json, or `test loss`, or that there was no validation set."""
-    losses = read_json_object(run.gate)["validation"]
+    """`val loss 3.1 -> 1.4` from gate.json, or `test loss`, or that there was no validation set.
+
+    With a champion that was judged on the same examples, its loss: `; champion 670791 1.5`.
+    """
+    verdict = read_json_object(run.gate)
+    losses = verdict["validation"]
     if losses is None:
         return "no validation set"
     name = name_loss(losses["file"]).replace("validation", "val")
-    return f"{name} {losses['loss_before']:.3g} -> {losses['loss_after']:.3g}"
+    change = format_change(losses["loss_before"], losses["loss_after"])
+    return f"{name} {change}{_describe_champion(verdict)}"
 
 
 def describe_rejection(run: RunDirectory) -> str:
-    """`rejected: tier_unchanged tier 2` from gate.json: each code, and the tiers it is about."""
+    """Each reason of gate.json with its figures, and the champion's loss.
+
+    `rejected: loss_regressed 0.0184 -> 0.0213 on 84 examples; champion 670791 0.0184`, or
+    `rejected: tier_unchanged tier 2: MESSAGE`.
+    """
     verdict = read_json_object(run.gate)
+    reasons = [_describe_reason(r, verdict) for r in verdict["reasons"][:SHOWN_REASONS]]
+    return f"rejected: {'; '.join(reasons)}{_describe_champion(verdict)}"
+
+
+def _describe_reason(reason: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
+    code, losses = reason["code"], verdict["validation"]
+    if code == "loss_regressed" and losses is not None:
+        change = format_change(losses["loss_before"], losses["loss_after"])
+        return f"{code} {change} on {losses['examples']} examples"
+    if code == "forgetting" and verdict["general"] is not None:
+        general = verdict["general"]
+        change = format_change(general["loss_before"], general["loss_after"])
+        return f"{code} {change} on general text"
     tiers = {tensor["name"]: tensor["tier"] for tensor in verdict["tensors"]}
-    parts = []
-    for reason in verdict["reasons"][:SHOWN_REASONS]:
-        own = sorted({tiers[name] for name in reason["tensors"] if tiers.get(name) is not None})
-        named = f" tier {', '.join(map(str, own))}" if own else ""
-        parts.append(f"{reason['code']}{named}")
-    return f"rejected: {'; '.join(parts)}"
+    own = sorted({tiers[name] for name in reason["tensors"] if tiers.get(name) is not None})
+    named = f" tier {list_first(own, SHOWN_REASONS)}" if own else ""
+    return f"{code}{named}: {shorten(reason['message'], SHOWN_CHARACTERS)}"
+
+
+def _describe_champion(verdict: Mapping[str, Any]) -> str:
+    champion = verdict.get("champion")
+    if champion is None or champion["loss"] is None:
+        return ""
+    return f"; champion {shorten_version(champion['version'])} {format_loss(champion['loss'])}"
+
+
+def advise_retry(message: str) -> str:
+    """A message for somebody who reads it in a page: the Retry button in place of a command."""
+    for command, button in ADVICE:
+        message = re.sub(command, button, message, flags=re.DOTALL)
+    return message

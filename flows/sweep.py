@@ -15,6 +15,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.allowed_folders import refuse_python_scorers, require_allowed_paths
+from flows.flow_run_labels import SWEEP
 from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
 from flows.state_messages import shorten_version
 from nested_core.config.schema import FineTuneConfig
@@ -22,6 +23,7 @@ from nested_core.config.section import Section
 from nested_core.errors import ConfigError
 from nested_core.pipeline.continual import champion_or_none
 from nested_core.storage.run_directory import RunDirectory
+from tasks.outcomes import Outcome
 from tasks.promote import promote
 from tasks.sweep_results import SweepRunResult, find_registered_version, pick_best_run
 
@@ -61,12 +63,19 @@ def sweep(config: SweepParameters) -> State[Any]:
     ended = [_wait_for_run(run_id) for run_id in run_ids]
     outcomes = [
         SweepRunResult.read_from_run(
-            _run_directory_of(index), point, run.state_name or "", str(run.state.message)
+            _run_directory_of(index),
+            point,
+            run.state.name or "",
+            str(run.state.message),
+            is_candidate=run.state.is_completed() and run.state.name != Outcome.KEPT_CHAMPION,
         )
         for index, (point, run) in enumerate(zip(points, ended, strict=True))
         if run.state is not None
     ]
     best = pick_best_run(outcomes)
+    if best is None and any(o.state == Outcome.KEPT_CHAMPION for o in outcomes):
+        message = f"none of {len(points)} runs is better than the champion that they started from"
+        return Completed(name=Outcome.KEPT_CHAMPION, message=message)
     if best is None:
         return Failed(message=f"none of {len(points)} runs passed the gate")
     version = find_registered_version(target, best)
@@ -75,7 +84,8 @@ def sweep(config: SweepParameters) -> State[Any]:
     what = (
         f"{verified} of {len(points)} verified; best {shorten_version(version)}: {best.describe()}"
     )
-    return Completed(message=f"{what}; {done}")
+    outcome = Outcome.PROMOTED if done == "promoted" else Outcome.VERIFIED
+    return Completed(name=outcome, message=f"{what}; {done}")
 
 
 def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:
@@ -116,6 +126,7 @@ def _start_run(config: SweepParameters, index: int, point: dict[str, JsonValue])
         timeout=0,
         idempotency_key=f"{runtime.flow_run.id}-{index}",
         flow_run_name=f"{index:03d} " + ", ".join(f"{k}={v}" for k, v in point.items()),
+        tags=[SWEEP],
         as_subflow=False,
     )
     return started.id  # type: ignore[union-attr]  # the sync call returns no coroutine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect import get_run_logger
 
@@ -10,9 +11,11 @@ from flows.early_warnings import warn_of_full_disks
 from flows.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
+from nested_core.loss_format import format_loss
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
+from tasks.device_waiting import end_waiting
 from tasks.events import emit_verified_event
 from tasks.gate import gate
 from tasks.load import load
@@ -44,24 +47,32 @@ class TaskHooks(Hooks):
     def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """The task `load`."""
         load(config, run.path)
+        end_waiting()
 
     def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
         """The task `train`; at SIGINT or SIGTERM it saves a checkpoint."""
         stopper = Stopper()
+
+        def watch(trainer: Any) -> None:
+            """The trainer has its device: say so, and let signals stop it."""
+            end_waiting()
+            stopper.watch(trainer)
+
         with stopper.handling_signals(run):
-            result = train(config, run.path, stopper.watch)
+            result = train(config, run.path, watch)
             stopper.release()
         return result
 
     def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
         """The task `gate`."""
         gate(config, run.path)
+        end_waiting()
         return read_verdict(run.gate)
 
     def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
         """Log the loss on the test set."""
         loss = super().measure_test(config, run)
-        get_run_logger().info("Test loss %.4f", loss)
+        get_run_logger().info("Test loss %s", format_loss(loss))
         return loss
 
     def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:

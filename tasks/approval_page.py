@@ -10,6 +10,7 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 
 from nested_core.errors import NestedTuneError
+from nested_core.loss_format import format_difference, format_loss
 from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.promotion_policy import compare_losses, read_candidate
 from nested_core.registry.versions import version_folder
@@ -91,8 +92,9 @@ def _compare(
         return "not possible: the two were not judged on the same examples"
     change = losses.loss - losses.champion_loss
     return (
-        f"on the same examples {losses.loss:.4g}, the champion {losses.champion_loss:.4g} "
-        f"({change:+.4g}: {'worse' if change > 0 else 'not worse'})"
+        f"on the same examples {format_loss(losses.loss)}, the champion "
+        f"{format_loss(losses.champion_loss)} "
+        f"({format_difference(change)}: {'worse' if change > 0 else 'not worse'})"
     )
 
 

@@ -10,6 +10,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.storage.run_directory import RunDirectory
+from tasks.device_waiting import show_waiting
 from tasks.retrying import RUN_DELAYS, retried_task
 
 
@@ -17,7 +18,7 @@ from tasks.retrying import RUN_DELAYS, retried_task
 def load(config: FineTuneConfig, run_dir: Path) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)
-    steps.load(config, run, on_wait=get_run_logger().info)
+    steps.load(config, run, on_wait=show_waiting)
     get_run_logger().info("The initial adapter is in %s.", run.initial)
     if note := describe_starting_adapter(config, run):
         get_run_logger().info("%s", note)

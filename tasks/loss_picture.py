@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nested_core.loss_format import format_loss
 from tasks.markdown_page import MarkdownPage
 
 MOST_POINTS = 400  # of a curve; above it every second one is dropped
@@ -73,13 +74,14 @@ class LossCurves:
         parts = []
         if self.training.last is not None:
             step, loss = self.training.last
-            parts.append(f"training loss {loss:.4g} at step {step:,}")
+            parts.append(f"training loss {format_loss(loss)} at step {step:,}")
         if self.validation.last is not None and self.validation.lowest is not None:
             step, loss = self.validation.last
             lowest_step, lowest = self.validation.lowest
-            text = f"validation loss {loss:.4g} at step {step:,}"
+            text = f"validation loss {format_loss(loss)} at step {step:,}"
             is_lowest = lowest_step == step
-            parts.append(text if is_lowest else f"{text}, lowest {lowest:.4g} at {lowest_step:,}")
+            below = f", lowest {format_loss(lowest)} at {lowest_step:,}"
+            parts.append(text if is_lowest else f"{text}{below}")
         return "; ".join(parts) or "no report yet"
 
 
@@ -176,7 +178,7 @@ def _draw_curve(
 ) -> Iterable[str]:
     """The curve with a dot at its end, a dot a point where they are few, and its legend."""
     yield f'<path d="M{legend_x} 16h18" stroke="{colour}" stroke-width="3"/>'
-    latest = f" {points[-1][1]:.4g}" if points else ": none yet"
+    latest = f" {format_loss(points[-1][1])}" if points else ": none yet"
     yield f'<text x="{legend_x + 24}" y="20">{name}{latest}</text>'
     if not points:
         return

@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import DamagedError
+from nested_core.loss_format import format_loss
 from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
@@ -33,18 +34,30 @@ class SweepRunResult:
 
     @classmethod
     def read_from_run(
-        cls, run: RunDirectory, point: dict[str, Any], state: str, message: str
+        cls,
+        run: RunDirectory,
+        point: dict[str, Any],
+        state: str,
+        message: str,
+        *,
+        is_candidate: bool = False,
     ) -> Self:
-        """Read the verdict from the run directory; without one the run did not pass."""
+        """Read the verdict from the run directory; without one the run did not pass.
+
+        `state` is the name of the run's state, which is its outcome; `is_candidate` says that the
+        run completed and registered what the gate passed.
+        """
         verdict = read_json_object(run.gate) if run.gate.exists() else {}
-        has_passed = verdict.get("verdict") == "passed" and state == "Completed"
+        has_passed = verdict.get("verdict") == "passed" and is_candidate
         loss = (verdict.get("validation") or {}).get("loss_after")
         return cls(str(run.path), point, state, message, has_passed, loss)
 
     def describe(self) -> str:
         """The settings of this run and its loss."""
         settings = ", ".join(f"{key}={value}" for key, value in self.point.items())
-        return f"{settings} (val loss {self.loss:.3g})" if self.loss is not None else settings
+        return (
+            f"{settings} (val loss {format_loss(self.loss)})" if self.loss is not None else settings
+        )
 
 
 @task(name="collect", task_run_name="collect the sweep's results", cache_policy=NO_CACHE)

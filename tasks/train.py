@@ -13,6 +13,7 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.trainer import Trainer
+from tasks.device_waiting import show_waiting
 from tasks.retrying import retried_task, retry_training
 from tasks.training_progress import PrefectProgress
 
@@ -42,7 +43,7 @@ def train(
             watch(trainer)
 
     try:
-        result = steps.train(config, run, progress, begin, on_wait=get_run_logger().info)
+        result = steps.train(config, run, progress, begin, on_wait=show_waiting)
     finally:
         progress.finish()
     for flag in result.red_flags:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tasks.markdown_page import format_cell
+from nested_core.loss_format import format_difference, format_loss
 
 SHOWN_DIGITS = 12
 
@@ -18,7 +18,7 @@ def shorten_digest(digest: str) -> str:
 def describe_losses(verdict: Mapping[str, Any]) -> str:
     """`0.0184 before training, 0.0213 after, adapter of step 80 (valid.jsonl, 84 examples)`."""
     losses = verdict["validation"]
-    before, after = _format_loss(losses["loss_before"]), _format_loss(losses["loss_after"])
+    before, after = format_loss(losses["loss_before"]), format_loss(losses["loss_after"])
     text = f"{before} before training, {after} after, adapter of step {verdict['adapter_step']}"
     if losses.get("file") is None:  # of an earlier release
         return text
@@ -35,10 +35,10 @@ def describe_champion_loss(champion: Mapping[str, Any]) -> str:
     interval = ""
     if champion["interval"] is not None:
         low, high = champion["interval"]
-        interval = f", 95 % interval {low:+.4g} to {high:+.4g}"
+        interval = f", 95 % interval {format_difference(low)} to {format_difference(high)}"
     return (
-        f"Champion {version}: loss {_format_loss(champion['loss'])} on the same examples; "
-        f"difference {champion['difference']:+.4g}{interval}."
+        f"Champion {version}: loss {format_loss(champion['loss'])} on the same examples; "
+        f"difference {format_difference(champion['difference'])}{interval}."
     )
 
 
@@ -51,7 +51,3 @@ def describe_suite(task: Mapping[str, Any]) -> str:
     if task.get("champion") is not None:
         text += f", champion {round(task['champion'] * questions, 2):g} of {questions}"
     return text if task["verdict"] == "passed" else f"{text} (failed)"
-
-
-def _format_loss(loss: float | None) -> str:
-    return "not finite" if loss is None else format_cell(float(loss))

@@ -19,6 +19,7 @@ from flows.run_follower import showing_run
 from flows.terminal import print_line, print_progress, print_table, print_tiers
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.loss_format import format_loss
 from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.storage.strict_files import read_json_object
 
@@ -169,6 +170,7 @@ def _print_run(run: RunDirectory) -> None:
     print_tiers(document)
     losses = document["validation"]
     print_line(
-        f"gate: {document['verdict']}; {name_loss(losses['file'])} {losses['loss_before']:.3f} "
-        f"before, {losses['loss_after']:.3f} after ({read_verdict(run.gate).describe_data()})"
+        f"gate: {document['verdict']}; {name_loss(losses['file'])} "
+        f"{format_loss(losses['loss_before'])} before, {format_loss(losses['loss_after'])} after "
+        f"({read_verdict(run.gate).describe_data()})"
     )

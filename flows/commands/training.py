@@ -25,6 +25,7 @@ from flows.terminal import (
     print_tiers,
 )
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped
+from nested_core.loss_format import format_loss
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
 
 
@@ -155,10 +156,13 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         print_line(f"adapter: {run.adapter}")
         if result.test_loss is not None:
             loss = result.test_loss
-            print_line(f"Test loss {loss:.3f}, Test ppl {math.exp(loss):.3f}.")
+            perplexity = format_loss(math.exp(loss))
+            print_line(f"Test loss {format_loss(loss)}, Test ppl {perplexity}.")
         if result.version is not None:
             done = result.promotion or "registered"
             print_line(f"{config.registry.name} {result.version}: {done}")
+        if result.kept_champion is not None:
+            print_line(f"{config.registry.name}: {result.promotion}")
         print_line(f"report: {run.report}")
 
     return result_printer(arguments, document, show)
@@ -183,7 +187,10 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
         with naming_report_of_failure(run), showing_run(run):
             state = finetune(FinetuneParameters(**parameters), return_state=True)
     if state.is_cancelled():
-        raise TrainingStopped(f"The flow run was cancelled, {state.message}")
+        raise TrainingStopped(
+            f"The flow run was cancelled, {state.message} At the command line: the same command, "
+            f"--run-dir {run.path} --resume."
+        )
     with naming_report_of_failure(run):
         state.result()  # raises what made it fail
     print_progress(str(state.message))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nested_core.config.gate import GateSection
 from nested_core.gate.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples
+from nested_core.loss_format import format_change, format_difference, format_interval
 from nested_core.registry.gate_file import is_within, is_within_drift
 
 
@@ -25,7 +26,7 @@ def loss_reasons(
             limit,
             validation.interval if bounds.noise == "paired" else None,
         ):
-            losses = f"{validation.loss_before} -> {validation.loss_after}"
+            losses = format_change(validation.loss_before, validation.loss_after)
             message = (
                 f"loss {losses} on {describe_examples(validation)}{describe_noise(validation)}; "
                 f"gate.max_val_loss_increase is {limit:g}"
@@ -38,7 +39,7 @@ def loss_reasons(
         elif general_limit is not None and not is_within(
             general.loss_before, general.loss_after, general_limit
         ):
-            losses = f"{general.loss_before} -> {general.loss_after}"
+            losses = format_change(general.loss_before, general.loss_after)
             message = (
                 f"loss on general text {losses}; "
                 f"gate.max_general_loss_increase is {general_limit:g}"
@@ -64,7 +65,7 @@ def _non_finite_reason(losses: Validation | GeneralLoss, what: str) -> Reason | 
         message = f"{what} with the initial adapter is not finite already; training is not to blame"
         return Reason("non_finite", message)
     if losses.loss_after is None:
-        message = f"{what} {losses.loss_before} -> not finite with the trained adapter"
+        message = f"{what} {format_change(losses.loss_before, None)} with the trained adapter"
         return Reason("non_finite", message)
     return None
 
@@ -73,7 +74,7 @@ def describe_noise(validation: Validation) -> str:
     """The paired difference and what it says, after the losses; nothing if there is none."""
     if validation.difference is None:
         return ""
+    difference = format_difference(validation.difference)
     if validation.interval is None:
-        return f", {validation.difference:+.4g}; so few examples can show no difference"
-    low, high = validation.interval
-    return f", {validation.difference:+.4g} with a 95 % interval of {low:+.4g} to {high:+.4g}"
+        return f", {difference}; so few examples can show no difference"
+    return f", {difference} with a 95 % interval of {format_interval(validation.interval)}"

@@ -16,6 +16,7 @@ import numpy as np
 from nested_core.gate.fresh_process_check import is_constant
 from nested_core.gate.run_evidence import RecordedLogits
 from nested_core.gate.verdict import Reason
+from nested_core.loss_format import format_loss
 
 # A loss has left if it is above the first one by more than half of it and a nat a token.
 RISE_SHARE = 1.5
@@ -49,8 +50,10 @@ class Divergence:
     def __str__(self) -> str:
         """What happened, in one sentence that names the step and the learning rate."""
         if self.has_risen:
-            loss = "not finite" if self.loss is None else f"{self.loss:.4g}"
-            first = "" if self.first_loss is None else f" after {self.first_loss:.4g} at first"
+            loss = format_loss(self.loss)
+            first = (
+                "" if self.first_loss is None else f" after {format_loss(self.first_loss)} at first"
+            )
             what = f"the loss left by step {self.step}: {loss}{first}"
         else:
             what = f"from step {self.step} on no gradient was left"

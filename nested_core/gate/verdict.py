@@ -14,6 +14,7 @@ from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.paired_difference import PairedDifference
 from nested_core.html_markup import collapsed, fragment, paragraph, table
+from nested_core.loss_format import format_change
 from nested_core.registry.gate_file import name_loss
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.manifest import FileEntry
@@ -341,7 +342,7 @@ class Verdict:
         answers = "".join(f"; {task.describe()}" for task in self.tasks)
         if self.validation is not None:
             before, after = self.validation.loss_before, self.validation.loss_after
-            losses = f"{name_loss(self.validation.file)} {before:.4g} -> {after:.4g}"
+            losses = f"{name_loss(self.validation.file)} {format_change(before, after)}"
             doubts = "".join(f"; {doubt}" for doubt in self.validation.doubts())
             return f"passed: {tensors}, {losses} ({self.describe_data()}){doubts}{answers}"
         if self.tasks:

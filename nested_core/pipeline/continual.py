@@ -14,6 +14,8 @@ from typing import Any
 from nested_core.config.key_properties import adapter_settings
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.gate.verdict import Verdict, describe_examples
+from nested_core.loss_format import format_change
 from nested_core.models.base_model import find_model_folder, is_same_base, sampled_fingerprint
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.name_folders import name_exists
@@ -113,6 +115,38 @@ def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str 
     if parent is None:
         return f"{name} has no champion yet: starting from a fresh adapter"
     return f"starting from version {parent[:12]} of {name}"
+
+
+def find_unbeaten_champion(
+    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, champion: str | None
+) -> str | None:
+    """The champion, where an adapter that passed the gate started from it and is no better.
+
+    No better is a mean loss on the held-out examples that is not lower; the gate has passed a rise
+    within its bound, or within noise. None without a champion, for another start, and without
+    held-out examples.
+    """
+    validation = verdict.validation
+    if champion is None or validation is None:
+        return None
+    before, after = validation.loss_before, validation.loss_after
+    if before is None or after is None or after < before:
+        return None
+    initial = verdict.initial.digest
+    is_start = champion in (initial, parent_version_of(config, run, initial))
+    return champion if is_start else None
+
+
+def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
+    """One line that says why nothing was registered, with both losses."""
+    change = "no loss"
+    if verdict.validation is not None:
+        examples = describe_examples(verdict.validation)
+        losses = format_change(verdict.validation.loss_before, verdict.validation.loss_after)
+        change = f"loss {losses} on {examples}"
+    return (
+        f"kept the champion {champion[:12]}: {change}, which is no better and within noise or bound"
+    )
 
 
 @contextmanager

@@ -16,16 +16,16 @@ from nested_core.pipeline.continual import (
     champion_or_none,
     champion_trained_alike,
     describe_starting_adapter,
+    describe_unbeaten_champion,
+    find_unbeaten_champion,
 )
+from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
 from nested_core.pipeline.publishing import register_run
 from nested_core.pipeline.steps import TrainResult
 from nested_core.registry.promotion_policy import promote_by_policy, registry_location
 from nested_core.report.run_page import read_report, writing_report_at_end
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.reporting_services import (
-    attaching_verdict_at_end,
-    configured_services,
-)
+from nested_core.training.reporting_services import attaching_verdict_at_end
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class FinetuneResult:
     training: what training ended with; it is in result.json too.
     test_loss: mean loss a token of test.jsonl in nats, where `test` asks for it.
     version: the version in the registry, where one is configured.
+    kept_champion: the champion that the run started from, and is no better than: then nothing was
+        registered.
     promotion: "promoted", or why the version was not; None where it is not to be promoted.
     """
 
@@ -47,6 +49,7 @@ class FinetuneResult:
     training: TrainResult | None = None
     test_loss: float | None = None
     version: str | None = None
+    kept_champion: str | None = None
     promotion: str | None = None
 
     def _repr_html_(self) -> str:
@@ -115,12 +118,13 @@ def finetune(
 ) -> FinetuneResult:
     """Validate, load, train and judge; register and promote where a registry is configured.
 
-    Holds the run directory's lock. `resume` goes on with what is in the directory. Raises what the
-    steps raise: ConfigError, DatasetError, TrainingStopped, GateRejected, DamagedError; each leaves
-    a run directory that can be resumed or is complete, and report.html in it to look at.
+    What could fail at the end is tried before the run directory is made, and the disk's room before
+    the first step. Holds the run directory's lock. `resume` goes on with what is there. Raises what
+    the steps raise: ConfigError, DatasetError, TrainingStopped, GateRejected, DamagedError; each
+    leaves a run directory that can be resumed or is complete, and report.html in it to look at.
     """
     hooks = hooks or Hooks()
-    configured_services(config)  # refuses one that is not installed, before there is a folder
+    check_before_start(config, run)
     with run.locked(), attaching_verdict_at_end(config, run):
         hooks.begin(config, run, resume=resume)
         with writing_report_at_end(run):
@@ -133,14 +137,18 @@ def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) ->
     if unchanged is not None:
         return FinetuneResult(run, unchanged_since=unchanged)
     hooks.load(config, run)
+    require_room_for_checkpoints(config, run)
     training = hooks.train(config, run)
     has_registry = config.registry.path is not None
     champion = champion_or_none(*registry_location(config.registry)) if has_registry else None
     verdict = hooks.judge(config, run)
     test_loss = hooks.measure_test(config, run) if config.test else None
+    kept = find_unbeaten_champion(config, run, verdict, champion)
     version = None
     promotion = None
-    if has_registry:
+    if kept is not None:
+        promotion = describe_unbeaten_champion(verdict, kept)
+    elif has_registry:
         version = hooks.register(config, run, champion)
         if config.registry.promote != "never":
             promotion = hooks.promote(config, version, champion)
@@ -150,5 +158,6 @@ def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) ->
         training=training,
         test_loss=test_loss,
         version=version,
+        kept_champion=kept,
         promotion=promotion,
     )

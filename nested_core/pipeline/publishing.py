@@ -19,6 +19,7 @@ from nested_core.pipeline.continual import champion_or_none, parent_version_of, 
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
 from nested_core.registry.gate_file import read_gate, require_consistent, require_passed
 from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
@@ -51,6 +52,12 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     """
     path, name = registry_location(config.registry)
     return register(run.path, path, name, make_provenance(config, run, champion))
+
+
+def is_registered_from(config: FineTuneConfig, run: RunDirectory, version: str) -> bool:
+    """Whether a version of the configured registry was registered from this run directory."""
+    provenance = read_provenance(version_folder(*registry_location(config.registry), version))
+    return provenance.get("run_dir") == str(run.path.resolve())
 
 
 def register_and_promote_run(

@@ -54,7 +54,6 @@ from nested_core.registry.gate_file import write_gate
 from nested_core.storage.adapter import (
     WEIGHTS_NAME,
     export_adapter,
-    require_writable,
     write_adapter,
 )
 from nested_core.storage.atomic import (
@@ -109,9 +108,6 @@ def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     A run without an initial adapter takes any configuration. Call it once, under the run's lock:
     a configuration that is there by then without `resume` was written by another process.
     """
-    count_ranks(config)  # refuses a hostfile that cannot be used, before anything is written
-    if config.adapter_path is not None:
-        require_writable(Path(config.adapter_path))
     suites = read_suites(config.gate)  # a bad line is said before hours of training, not after
     remove_leftovers(run.path)
     remove_leftovers(run.checkpoints)

@@ -13,7 +13,7 @@ from pathlib import Path
 from nested_core.config.adapter_names import why_invalid_adapter_name
 from nested_core.errors import ConfigError, DamagedError, list_first, shorten
 from nested_core.registry.folder_lock import exclusive
-from nested_core.storage.atomic import sync_path
+from nested_core.storage.atomic import require_writable_place, sync_path
 from nested_core.storage.strict_files import file_type
 
 VERSIONS = "versions"
@@ -81,6 +81,30 @@ def create_name_folder(registry: Path, name: str) -> Path:
         _refuse_links(registry / name)
         _make_usable(registry / name / VERSIONS)
     return registry / name
+
+
+def require_creatable(registry: Path, name: str) -> None:
+    """Raise what `create_name_folder` would, and make nothing."""
+    check_name(name)
+    _require_folder_or_nothing(registry)
+    require_writable_place(registry / name / VERSIONS, "a registry", "registry.path")
+    if registry.is_dir():
+        with exclusive(registry):
+            _refuse_case_clash(registry, name)
+            _refuse_links(registry / name)
+
+
+def _require_folder_or_nothing(registry: Path) -> None:
+    """Raise ConfigError where a registry, or a folder above it, would have to replace a file."""
+    for path in (registry, *registry.parents):
+        if os.path.lexists(path):
+            if path.is_dir():
+                return
+            raise ConfigError(
+                f"{shorten(repr(str(registry)), 80)} cannot be made a directory: {shorten(path)} "
+                f"is none. Expected a path at which you may create directories; check "
+                f"registry.path."
+            )
 
 
 def _make_usable(folder: Path) -> None:

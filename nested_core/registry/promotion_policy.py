@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
+from nested_core.loss_format import format_difference, format_interval, format_loss
 from nested_core.registry import (
     Promotion,
     list_versions,
@@ -180,8 +181,9 @@ def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
         return None
     return (
         f"version {done.version[:12]} has a higher validation loss on the same data, "
-        f"{losses.loss:.4g}, than the champion that it replaced, {done.previous[:12]}, "
-        f"{losses.champion_loss:.4g}. To go back: nested-tune rollback {name} --registry {registry}"
+        f"{format_loss(losses.loss)}, than the champion that it replaced, {done.previous[:12]}, "
+        f"{format_loss(losses.champion_loss)}. To go back: nested-tune rollback {name} --registry "
+        f"{registry}"
     )
 
 
@@ -303,17 +305,17 @@ def _describe_comparison(
         data += f", {record.left_out} left out that an adapter was trained on"
     wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     losses = (
-        f"{name_loss(candidate.file)} {loss + difference:.4g} is not better{wanted} than the "
-        f"champion's {loss:.4g}"
+        f"{name_loss(candidate.file)} {format_loss(loss + difference)} is not better{wanted} than "
+        f"the champion's {format_loss(loss)}"
     )
     if candidate.noise == "none":
         return f"{losses} ({data})"
     if record.interval is None or record.smallest_visible is None:
         return f"{losses} beyond noise ({data}): so few can show no difference"
-    low, high = record.interval
+    interval = format_interval(record.interval)
     return (
-        f"{losses} beyond noise ({data}): {difference:+.4g} with a 95 % interval of {low:+.4g} to "
-        f"{high:+.4g}; these examples can show no difference below {record.smallest_visible:.2g}"
+        f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval of "
+        f"{interval}; these examples can show no difference below {record.smallest_visible:.2g}"
     )
 
 
@@ -330,4 +332,5 @@ def _not_better_by_means(
         )
     if losses.loss < losses.champion_loss - section.min_improvement:
         return None
-    return f"validation loss {losses.loss} is not better than the champion's {losses.champion_loss}"
+    loss, champion_loss = format_loss(losses.loss), format_loss(losses.champion_loss)
+    return f"validation loss {loss} is not better than the champion's {champion_loss}"

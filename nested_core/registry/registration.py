@@ -21,8 +21,13 @@ from nested_core.registry.gate_file import (
     require_passed,
     require_verdict_manifest,
 )
-from nested_core.registry.name_folders import VERSIONS, check_name, create_name_folder
-from nested_core.registry.recovery import RegistryState, recover
+from nested_core.registry.name_folders import (
+    VERSIONS,
+    check_name,
+    create_name_folder,
+    require_creatable,
+)
+from nested_core.registry.recovery import RegistryState, read_state, recover
 from nested_core.registry.versions import (
     FILES,
     PROVENANCE_NAME,
@@ -56,6 +61,19 @@ def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any
         state = recover(folder, lock)
         add_version(folder, version, run_dir, provenance, state=state, lock=lock)
     return version
+
+
+def require_usable_registry(registry: Path, name: str) -> None:
+    """Raise what `register` and `promote` would for the registry itself, and change nothing.
+
+    ConfigError where it cannot be written, DamagedError for a history or champion that is damaged.
+    Takes the locks of folders that exist, for a moment.
+    """
+    require_creatable(registry, name)
+    folder = registry / name
+    if folder.is_dir():
+        with exclusive(folder):
+            read_state(folder)
 
 
 def add_version(

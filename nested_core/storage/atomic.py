@@ -11,13 +11,14 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import DirectoryInPlaceError
+from nested_core.errors import ConfigError, DirectoryInPlaceError, shorten
 
 TEMPORARY_PREFIX = ".tmp-"
 RETIRED_PREFIX = ".old-"
@@ -193,3 +194,22 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def require_writable_place(path: Path, what: str, key: str) -> None:
+    """Write and remove a file in `path`, or in the nearest folder above it that exists.
+
+    Raises ConfigError, naming `what` was to be there and by which key, where that cannot be done.
+    """
+    folder = path
+    while not folder.is_dir() and folder.parent != folder:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{shorten(repr(str(path)), 80)} cannot be {what}: nothing can be written in "
+            f"{shorten(folder, 80)} ({error.strerror}). Check its owner, its permissions and how "
+            f"it is mounted, or give another {key}."
+        ) from error

@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from nested_core.backend import to_float, to_int
 from nested_core.errors import SilentUpdateWarning
+from nested_core.loss_format import format_change
 from nested_core.optim.gradient_checks import Flat, find_gradient_mark
 from nested_core.optim.named_updates import UpdateReport, flatten, verify_updates
 from nested_core.optim.tier_counters import COUNTERS
@@ -91,7 +92,7 @@ def warn_of_flat_loss(state: TrainingState, losses: Sequence[float], window: int
             state,
             "loss_flat",
             f"the training loss has not moved beyond noise over {window} reports "
-            f"({recent[0]:.4f} to {recent[-1]:.4f}).",
+            f"({format_change(recent[0], recent[-1])}).",
         )
 
 

@@ -72,7 +72,7 @@ def test_a_run_prints_its_adapter_and_registers_without_promoting(runs: Runs) ->
     assert not (runs.folder / "registry" / "capitals" / "champion").exists()
     state = runs.flow_run("sound").state
     assert state is not None
-    assert state.name == "Completed"
+    assert state.name == "Verified"
 
 
 def test_a_run_on_bad_data_exits_3_with_the_line_and_its_flow_run_is_failed(runs: Runs) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,14 +16,14 @@ from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
 )
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, StateType
 
 from flows.finetune import FinetuneParameters, finetune
 from nested_core.errors import ConfigError, GateRejected, SilentUpdateWarning
-from nested_core.registry import history, read_champion
+from nested_core.registry import history, list_versions, read_champion
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import trainer
-from tests.example import example_settings
+from tests.example import DATA, example_settings
 from tests.flows.conftest import flow_run_id, task_runs
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -57,6 +59,72 @@ def test_the_flow_completes_and_registers_a_champion(completed: tuple[Path, Stat
     assert entry["previous"] is None
     adapter = folder / "registry" / "capitals" / "champion" / "adapters.safetensors"
     assert adapter.read_bytes() == (folder / "run" / "adapter" / adapter.name).read_bytes()
+
+
+def test_the_flow_run_has_the_adapters_name_the_night_and_its_outcome(
+    completed: tuple[Path, State[Any]],
+) -> None:
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(flow_run_id(completed[1]))
+    due = run.expected_start_time
+    assert due is not None
+    assert run.name == f"capitals, {due.day} {due:%b}"
+    assert set(run.tags) >= {"capitals", "command"}
+    assert (run.state_type, run.state_name) == (StateType.COMPLETED, "Promoted")
+
+
+def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
+    """A run in `path` that starts from the champion, on data that it has not seen."""
+    data = folder / "data"
+    if not data.exists():
+        shutil.copytree(DATA, data)
+        lines = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
+        (data / "train.jsonl").write_text("".join(lines[:40]))
+    settings = {"continual": {"from": "champion"}, "data": str(data)} | changes
+    given = parameters(folder, **settings).model_copy(update={"run_dir": str(folder / path)})
+    return run_flow(given)
+
+
+def test_a_sound_run_that_is_no_better_than_its_start_keeps_the_champion(
+    completed: tuple[Path, State[Any]],
+) -> None:
+    folder, _ = completed
+    champion = read_champion(folder / "registry", "capitals")
+    worse = {"learning_rate": 0.05, "iters": 4, "gate": {"max_val_loss_increase": 1e3}}
+    state = continued(folder, "worse", **worse)
+    assert (state.is_completed(), state.name) == (True, "Kept the champion"), state.message
+    assert str(state.message).startswith(f"kept the champion {str(champion)[:12]}: loss ")
+    assert read_champion(folder / "registry", "capitals") == champion
+    assert list_versions(folder / "registry", "capitals") == [champion]
+
+
+def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(
+    completed: tuple[Path, State[Any]],
+) -> None:
+    folder, _ = completed
+    champion = str(read_champion(folder / "registry", "capitals"))
+    state = continued(folder, "rejected", learning_rate=0.05, iters=4)
+    assert (state.is_failed(), state.name) == (True, "Rejected"), state.message
+    number = r"[0-9.]+"
+    said = rf"rejected: loss_regressed {number} -> {number} on \d+ examples; "
+    assert re.fullmatch(rf"{said}champion {champion[:6]} {number}", str(state.message))
+
+
+def test_a_night_on_the_champions_own_data_is_skipped(completed: tuple[Path, State[Any]]) -> None:
+    folder, _ = completed
+    state = continued(folder, "skipped", data=str(DATA))
+    champion = read_champion(folder / "registry", "capitals")
+    assert (state.is_completed(), state.name) == (True, "Skipped")
+    assert state.message == f"skipped: data unchanged since {champion}"
+
+
+def test_what_cannot_be_used_in_the_end_fails_the_flow_before_there_is_a_run(
+    tmp_path: Path,
+) -> None:
+    state = run_flow(parameters(tmp_path, registry={"path": "/proc/x", "name": "capitals"}))
+    assert (state.is_failed(), state.name) == (True, "Failed")
+    assert "nothing can be written in /proc" in str(state.message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_task_ran_once_and_in_order(completed: tuple[Path, State[Any]]) -> None:
@@ -120,7 +188,7 @@ def test_a_failing_gate_fails_the_flow_with_the_reason_in_its_message(
     with get_client(sync_client=True) as client:
         stored = client.read_flow_run(flow_run_id(state)).state
     assert stored is not None
-    assert stored.name == "Failed"
+    assert (stored.type.value, stored.name) == ("FAILED", "Rejected")
     assert "unchanged" in str(stored.message)
     with pytest.raises(GateRejected, match="unchanged"):
         state.result()

@@ -38,3 +38,13 @@ def test_a_run_without_a_verdict_has_not_passed(tmp_path: Path) -> None:
     outcome = SweepRunResult.read_from_run(RunDirectory(tmp_path), {"seed": 1}, "Crashed", "killed")
     assert not outcome.has_passed
     assert outcome.loss is None
+
+
+def test_a_run_that_passed_is_a_candidate_whatever_its_states_name(tmp_path: Path) -> None:
+    (tmp_path / "gate.json").write_text('{"verdict": "passed", "validation": {"loss_after": 0.5}}')
+    run = RunDirectory(tmp_path)
+    passed = SweepRunResult.read_from_run(run, {"seed": 1}, "Verified", "", is_candidate=True)
+    kept = SweepRunResult.read_from_run(run, {"seed": 1}, "Kept the champion", "")
+    assert passed.has_passed
+    assert not kept.has_passed
+    assert passed.describe() == "seed=1 (val loss 0.5)"

@@ -58,9 +58,10 @@ class Training:
         return self
 
     def final_state(self, began: float | None = None, seconds: float = 180) -> tuple[str, float]:
-        """The state that the run ends in, and the seconds since `began`."""
+        """The type of the state that the run ends in, and the seconds since `began`."""
         ended = self.stack.wait(self.id, seconds=seconds)
-        return str(ended.state_name), time.monotonic() - (began or time.monotonic())
+        assert ended.state_type is not None
+        return ended.state_type.value.capitalize(), time.monotonic() - (began or time.monotonic())
 
     def go_on(self, *, has_begun: bool = True) -> None:
         """Retry the run; it must end verified and promoted, having trained no step twice."""
@@ -72,7 +73,7 @@ class Training:
         wait_for(lambda: self.stack.flow_run(self.id).state_name not in ends)
         ended = self.stack.wait(self.id)
         assert ended.state is not None
-        assert ended.state_name == "Completed", ended.state.message
+        assert ended.state_name == "Promoted", ended.state.message
         assert str(ended.state.message).endswith("; promoted"), ended.state.message
         assert self.step() == self.steps
         steps = [record["step"] for record in read_metrics(self.run.metrics)]
@@ -256,7 +257,7 @@ def test_the_event_comes_twice(stack: Stack, faults: FaultTable) -> None:
     announce(stack, version, NAME)
     announce(stack, version, NAME)
     said = sorted(ended_promotions(stack, before, 2))
-    assert said == ["Completed: already_champion", "Completed: promoted"]
+    assert said == ["Completed: already_champion", "Promoted: promoted"]
     assert len(core.history(stack.registry, NAME)) == entries + 1
     faults.add("adapter.verified twice", " and ".join(said), "one change", None, "promoted once")
 

@@ -119,7 +119,7 @@ def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(
         resume_flow_run(run_id, run_input={"approve": True, "by": "ann"})
     ended = stack.wait(run_id)
     assert ended.state is not None
-    assert (ended.state.name, ended.state.message) == ("Completed", "promoted")
+    assert (ended.state.name, ended.state.message) == ("Promoted", "promoted")
     last = core.history(stack.registry, NAME)[-1]
     assert (last["version"], last["by"]) == (version, "ann")
 
@@ -131,7 +131,7 @@ def test_a_rejected_adapter_fails_its_run_with_the_reason_and_promotes_nothing(
     gate = {"min_relative_change": 1e6}  # more than any training does
     ended = stack.wait(stack.submit(f"finetune/{NAME}-manual", gate=gate))
     assert ended.state is not None
-    assert ended.state.name == "Failed"
+    assert ended.state.name == "Rejected"
     assert str(ended.state.message).startswith("rejected: ")
     assert champion(stack) == before
     assert core.list_versions(stack.registry, NAME) == versions
@@ -141,7 +141,7 @@ def test_rollback_goes_back_and_says_who(stack: Stack) -> None:
     previous = core.history(stack.registry, NAME)[-1]["previous"]
     ended = stack.wait(stack.submit(f"rollback/{NAME}-rollback", by="bob"))
     assert ended.state is not None
-    assert (ended.state.name, ended.state.message) == ("Completed", "rolled_back")
+    assert (ended.state.name, ended.state.message) == ("Rolled back", "rolled_back")
     assert champion(stack) == previous
     assert core.history(stack.registry, NAME)[-1]["by"] == "bob"
 
@@ -154,7 +154,7 @@ def test_a_sweep_of_four_promotes_the_best_that_the_gate_verified(stack: Stack) 
     run_id = stack.submit(f"sweep/{NAME}-sweep", base=base | {"iters": 6}, grid=grid)
     ended = stack.wait(run_id, seconds=420)
     assert ended.state is not None
-    assert ended.state.name == "Completed", ended.state.message
+    assert ended.state.name == "Promoted", ended.state.message
     with stack.connected() as client:
         wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
         (table,) = client.read_artifacts(artifact_filter=wanted)
@@ -163,7 +163,7 @@ def test_a_sweep_of_four_promotes_the_best_that_the_gate_verified(stack: Stack) 
     assert [(row["learning_rate"], row["nested.fast"]) for row in rows] == [
         (rate, fast) for rate in grid["learning_rate"] for fast in grid["nested.fast"]
     ]
-    best = min((row for row in rows if row["state"] == "Completed"), key=lambda r: r["val_loss"])
+    best = min((row for row in rows if row["state"] == "Verified"), key=lambda r: r["val_loss"])
     version = champion(stack)
     assert version is not None
     assert best["result"].startswith(f"verified {version[:6]}: ")

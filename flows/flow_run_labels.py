@@ -1,0 +1,66 @@
+"""What a fine-tune's flow run is called in Prefect's lists, and its tags: adapter and trigger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import PurePath
+from typing import Any
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
+from pydantic import BaseModel
+
+from nested_core.foreign_text import escape
+
+SWEEP = "sweep"  # the tag of the runs that a sweep starts
+
+
+def name_flow_run() -> str:
+    """Prefect's callback that names a run: "support-bot, 21 Nov"."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:  # Prefect calls it within the run's context
+        raise RuntimeError("A flow run is named while it begins.")
+    return describe_night(context.flow_run, context.parameters or {})
+
+
+def describe_night(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
+    """The adapter and the day (UTC) that a run was due; of a sweep, its point too.
+
+    A run that is tried again keeps the name that it has.
+    """
+    adapter = read_adapter_name(parameters)
+    if flow_run.name.startswith(f"{adapter}, "):
+        return flow_run.name
+    due = flow_run.expected_start_time or flow_run.created or datetime.now(UTC)
+    night = f"{adapter}, {due.astimezone(UTC).day} {due.astimezone(UTC):%b}"
+    return f"{night}: {flow_run.name}" if SWEEP in flow_run.tags else night
+
+
+def read_adapter_name(parameters: Mapping[str, Any]) -> str:
+    """The registry's name in the parameters of a fine-tune; without one, the base model's."""
+    config = parameters.get("config") or {}
+    values = config.model_dump() if isinstance(config, BaseModel) else dict(config)
+    name = (values.get("registry") or {}).get("name")
+    return escape(name or PurePath(str(values.get("model") or "fine-tune")).name)
+
+
+def find_trigger(flow_run: FlowRun) -> str:
+    """What started a run: "schedule", "sweep", "manual", or the "command" `nested-tune run`."""
+    if flow_run.deployment_id is None:
+        return "command"
+    if SWEEP in flow_run.tags:
+        return SWEEP
+    return "schedule" if flow_run.auto_scheduled else "manual"
+
+
+def tag_flow_run() -> None:
+    """Add the adapter's name and the trigger to the tags of the run that this process works on."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        raise RuntimeError("A flow run is tagged by itself.")
+    flow_run = context.flow_run
+    tags = {*flow_run.tags, read_adapter_name(context.parameters or {}), find_trigger(flow_run)}
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(flow_run.id, tags=sorted(tags))

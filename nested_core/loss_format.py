@@ -1,0 +1,30 @@
+"""Losses as a person reads them: four significant digits, the same wherever one is printed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def format_loss(loss: float | None) -> str:
+    """A loss in nats a token with 4 significant digits: "0.0184", "3.142".
+
+    "not finite" for None, which stands for such a loss in JSON files, and for NaN and infinity.
+    """
+    return "not finite" if loss is None or not math.isfinite(loss) else f"{loss:.4g}"
+
+
+def format_change(before: float | None, after: float | None) -> str:
+    """Two losses of the same examples: "0.0184 -> 0.0213"."""
+    return f"{format_loss(before)} -> {format_loss(after)}"
+
+
+def format_difference(difference: float) -> str:
+    """A difference of losses, with its sign: "+0.0029"."""
+    return f"{difference:+.4g}"
+
+
+def format_interval(interval: Sequence[float]) -> str:
+    """Both ends of a difference's interval: "-0.0004 to +0.0062"."""
+    low, high = interval
+    return f"{format_difference(low)} to {format_difference(high)}"

@@ -1,0 +1,92 @@
+"""What can fail a run at its end, tried before its first step: registry, folders, logger, disk.
+
+Whatever is refused here is refused before hours of training; until then there is no run folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from math import ceil
+from pathlib import Path
+
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError
+from nested_core.gate.answers.configured_suites import read_suites
+from nested_core.pipeline.launch.mlx_launch import count_ranks
+from nested_core.registry.promotion_policy import registry_location
+from nested_core.registry.registration import require_usable_registry
+from nested_core.storage.adapter import WEIGHTS_NAME, require_writable
+from nested_core.storage.atomic import require_writable_place
+from nested_core.storage.checkpoint_verification import list_checkpoints
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.safetensors_files import ITEM_BYTES, read_header
+from nested_core.storage.strict_files import open_regular
+from nested_core.training.reporting_services import configured_services
+
+FLOAT32_BYTES = 4
+# Float32 values an optimizer of mlx keeps for each parameter; two for those not listed.
+MOMENTS = {"adafactor": 0, "sgd": 1, "lion": 1, "muon": 1, "adagrad": 1, "rmsprop": 1}
+MOST_MOMENTS = 2
+
+
+def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
+    """Try what a run needs at its end, and leave nothing behind but the folder of adapter_path.
+
+    Raises ConfigError for what cannot be used, DamagedError for a registry that is damaged,
+    DatasetError for suites with bad lines.
+    """
+    count_ranks(config)  # refuses a hostfile that cannot be used
+    configured_services(config)  # refuses one that is not installed
+    if config.registry.path is not None:
+        require_usable_registry(*registry_location(config.registry))
+    read_suites(config.gate)
+    require_writable_place(run.path, "a run directory", "--run-dir or run_dir")
+    if config.adapter_path is not None:
+        require_writable(Path(config.adapter_path))
+
+
+def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> None:
+    """Raise ConfigError where the disk has no room for the checkpoints that a run will keep.
+
+    Their size follows from the initial adapter; those that are there already count.
+    """
+    one = estimate_checkpoint_bytes(config, run)
+    most = count_kept_checkpoints(config)
+    missing = max(0, most - len(list_checkpoints(run.checkpoints)))
+    weights = (run.initial / WEIGHTS_NAME).stat().st_size
+    needed = missing * one + weights  # the adapter that is offered in the end
+    if config.adapter_path is not None:
+        needed += ceil(config.iters / config.save_every) * weights
+    free = shutil.disk_usage(run.path).free
+    if free >= needed:
+        return
+    raise ConfigError(
+        f"{run.path} has no room for its checkpoints: up to {most} are kept at a time, of about "
+        f"{_format_bytes(one)} each, which with the adapter is {_format_bytes(needed)} more, and "
+        f"{_format_bytes(free)} are free on its disk. Make room, keep fewer with "
+        f"training.keep_checkpoints, or give a run directory on another disk."
+    )
+
+
+def count_kept_checkpoints(config: FineTuneConfig) -> int:
+    """How many checkpoints lie on disk at most: the last ones, the best, and the one in writing."""
+    written = ceil(config.iters / config.save_every) + 1
+    return min(written, config.training.keep_checkpoints + 2)
+
+
+def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:
+    """Adapter, float32 masters of narrower tensors, and the optimizer's float32 moments."""
+    weights = run.initial / WEIGHTS_NAME
+    with open_regular(weights) as (file, size):
+        tensors = read_header(file, size, weights).values()
+    counts = [((at.end - at.begin) // ITEM_BYTES[at.dtype], ITEM_BYTES[at.dtype]) for at in tensors]
+    count = sum(number for number, _ in counts)
+    masters = sum(number for number, width in counts if width < FLOAT32_BYTES)
+    moments = MOMENTS.get(config.optimizer, MOST_MOMENTS)
+    if config.nested.slow_gradients == "accumulate":
+        moments += 1
+    return size + FLOAT32_BYTES * (masters + moments * count)
+
+
+def _format_bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"

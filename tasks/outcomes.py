@@ -1,0 +1,18 @@
+"""The names of states that Prefect's lists show in place of Completed, Failed and Scheduled."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Outcome(StrEnum):
+    """What became of a flow run, or what it waits for; its state's type stays Prefect's own."""
+
+    PROMOTED = "Promoted"  # the version of this run is champion
+    VERIFIED = "Verified"  # the gate passed it, and its policy did not ask for more
+    KEPT_CHAMPION = "Kept the champion"  # sound, and not better
+    SKIPPED = "Skipped"  # nothing to train, or another night at work
+    REJECTED = "Rejected"  # by the gate; of the type Failed
+    RESUMED = "Resumed"  # scheduled again by itself after a crash; see deployments/automations.yaml
+    WAITING = "Waiting"  # for the pool, the device or another run
+    ROLLED_BACK = "Rolled back"

@@ -1,0 +1,74 @@
+"""What states say: the figures of a verdict, and a button in place of a command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.state_messages import advise_retry, describe_loss, describe_rejection
+from nested_core.storage.run_directory import RunDirectory
+
+LOSSES = {
+    "loss_before": 0.01841697,
+    "loss_after": 0.02131234,
+    "examples": 84,
+    "file": "valid.jsonl",
+}
+CHAMPION = {"version": "670791" + "0" * 58, "loss": 0.01841697}
+
+
+def run_with(folder: Path, **verdict: Any) -> RunDirectory:
+    fields: dict[str, Any] = {
+        "validation": None,
+        "general": None,
+        "champion": None,
+        "tensors": [],
+        "reasons": [],
+    }
+    (folder / "gate.json").write_text(json.dumps(fields | verdict))
+    return RunDirectory(folder)
+
+
+def test_a_rejection_for_its_loss_has_both_losses_and_the_champions(tmp_path: Path) -> None:
+    reasons = [{"code": "loss_regressed", "message": "long", "tensors": []}]
+    run = run_with(tmp_path, validation=LOSSES, champion=CHAMPION, reasons=reasons)
+    assert describe_rejection(run) == (
+        "rejected: loss_regressed 0.01842 -> 0.02131 on 84 examples; champion 670791 0.01842"
+    )
+
+
+def test_a_rejection_for_tensors_names_the_tiers_and_why(tmp_path: Path) -> None:
+    tensors = [{"name": "a", "tier": 2}, {"name": "b", "tier": 0}]
+    reasons = [{"code": "tier_unchanged", "message": "no gradient came", "tensors": ["a"]}]
+    run = run_with(tmp_path, tensors=tensors, reasons=reasons)
+    assert describe_rejection(run) == "rejected: tier_unchanged tier 2: no gradient came"
+
+
+def test_a_loss_is_told_with_the_champions(tmp_path: Path) -> None:
+    run = run_with(tmp_path, validation=LOSSES, champion=CHAMPION)
+    assert describe_loss(run) == "val loss 0.01842 -> 0.02131; champion 670791 0.01842"
+    assert describe_loss(run_with(tmp_path)) == "no validation set"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "Training was stopped at step 250 of 900. Go on with the same command, --run-dir a b/run "
+        "--resume.",
+        "Go on from the last checkpoint with the same command, --run-dir run --resume. The last",
+        "Stopped before anything was done. Begin again with the same command.",
+        "Bring back what was there, or judge the run again with --resume.",
+        "It was edited; `nested-tune train --resume` judges the run again.",
+        "Give the command of the run again with --resume: the data is validated anew.",
+        "a run that has begun goes on from its last checkpoint with its --run-dir and --resume.",
+        "Bring it back, or remove it: --resume with the configuration writes it again.",
+    ],
+)
+def test_a_page_has_a_button_in_place_of_a_command(command: str) -> None:
+    advice = advise_retry(command)
+    assert "--" not in advice
+    assert "nested-tune" not in advice
+    assert "Retry" in advice

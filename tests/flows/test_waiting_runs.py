@@ -1,0 +1,158 @@
+"""Runs that wait behind another: their states say for what, and a second night is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from prefect import flow, runtime
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.states import Completed, Pending, Running
+
+from flows import waiting_runs
+from flows.finetune import finetune
+from flows.waiting_runs import explain_waiting_runs, release_waiting_runs
+from tasks.device_waiting import end_waiting, show_waiting
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+DUE = datetime.now(UTC)
+
+
+class Queue:
+    """A work pool for one run at a time, with a nightly and a manual deployment of an adapter."""
+
+    def __init__(self, client: SyncPrefectClient) -> None:
+        self.client = client
+        self.pool = f"pool-{uuid4()}"
+        self.adapter = f"adapter-{uuid4().hex[:8]}"
+        client.create_work_pool(WorkPoolCreate(name=self.pool, concurrency_limit=1))
+        flow_id = client.create_flow(finetune)
+        every_night = DeploymentScheduleCreate(
+            schedule=CronSchedule(cron="0 2 * * *"), active=False
+        )
+        config = {"config": {"registry": {"path": "registry", "name": self.adapter}}}
+        self.deployments = {
+            name: client.create_deployment(
+                flow_id,
+                name=str(uuid4()),
+                work_pool_name=self.pool,
+                schedules=schedules,
+                parameters=config,
+                enforce_parameter_schema=False,
+            )
+            for name, schedules in (("nightly", [every_night]), ("manual", []))
+        }
+
+    def add(self, name: str, *states: Any) -> UUID:
+        run = self.client.create_flow_run_from_deployment(self.deployments[name])
+        for state in states:
+            self.client.set_flow_run_state(run.id, state, force=True)
+        return run.id
+
+    def read(self, run_id: UUID) -> FlowRun:
+        return self.client.read_flow_run(run_id)
+
+    def look(self, run_id: UUID) -> None:
+        explain_waiting_runs(self.client, self.read(run_id))
+
+    def said(self, run_id: UUID) -> tuple[str | None, str]:
+        run = self.read(run_id)
+        assert run.state is not None
+        return run.state_name, str(run.state.message)
+
+
+@pytest.fixture
+def queue() -> Iterator[Queue]:
+    with get_client(sync_client=True) as client:
+        made = Queue(client)
+        yield made
+        for run in client.read_flow_runs():  # another test's runs are not at work any more
+            if run.work_pool_name == made.pool:
+                client.set_flow_run_state(run.id, Completed(), force=True)
+
+
+def test_a_run_that_waits_for_the_pool_says_for_which_run(queue: Queue) -> None:
+    at_work = queue.add("manual", Pending(), Running())
+    waiting = queue.add("manual")
+    due = queue.read(waiting).next_scheduled_start_time
+    queue.look(at_work)
+    night = f"{queue.adapter}, {DUE.day} {DUE:%b}"
+    message = f"waits for '{night}': the work pool {queue.pool} runs 1 at a time"
+    assert queue.said(waiting) == ("Waiting", message)
+    run = queue.read(waiting)
+    assert (run.name, run.state_type) == (night, StateType.SCHEDULED)
+    assert run.next_scheduled_start_time == due
+    before = len(queue.client.read_flow_run_states(waiting))
+    queue.look(at_work)  # again: nothing new, no row more
+    assert len(queue.client.read_flow_run_states(waiting)) == before
+    release_waiting_runs(queue.client, run.flow_id)  # it may be late now, which has to be told
+    assert queue.said(waiting)[0] == "Scheduled"
+    assert queue.read(waiting).next_scheduled_start_time == due
+
+
+def test_a_second_night_does_not_queue_up_behind_one_that_waits(queue: Queue) -> None:
+    at_work = queue.add("manual", Pending(), Running())
+    first, second = queue.add("nightly"), queue.add("nightly")
+    queue.look(at_work)
+    assert queue.said(first)[0] == "Waiting"
+    name, message = queue.said(second)
+    assert name == "Skipped"
+    assert queue.read(second).state_type == StateType.COMPLETED
+    assert message.startswith("skipped: another night of this adapter waits already")
+    assert str(first) in message
+
+
+def test_a_night_that_comes_while_one_is_at_work_is_skipped_and_names_it(queue: Queue) -> None:
+    at_work, second = queue.add("nightly", Pending(), Running()), queue.add("nightly")
+    queue.look(at_work)
+    name, message = queue.said(second)
+    assert name == "Skipped"
+    assert "is at work" in message
+    assert str(at_work) in message
+
+
+def test_nights_of_other_adapters_and_runs_by_hand_wait_for_their_turn(queue: Queue) -> None:
+    other = Queue(queue.client)
+    at_work = queue.add("nightly", Pending(), Running())
+    waiting = [queue.add("manual"), other.add("nightly")]
+    queue.look(at_work)
+    assert queue.said(waiting[0])[0] == "Waiting"
+    assert queue.said(waiting[1])[0] == "Scheduled"  # its own pool is free
+    other.client.set_flow_run_state(waiting[1], Completed(), force=True)
+
+
+def test_a_run_that_is_due_later_is_left_alone(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_work, later = queue.add("nightly", Pending(), Running()), queue.add("nightly")
+    monkeypatch.setattr(waiting_runs, "SLOT_WAIT", timedelta(hours=-1))
+    queue.look(at_work)
+    assert queue.said(later)[0] == "Scheduled"
+
+
+def test_a_run_that_waits_for_the_device_says_so_until_it_has_it() -> None:
+    message = "device gpu-0 is in use by process 123: waiting until it is free"
+
+    def own_state() -> tuple[str | None, str | None]:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(str(runtime.flow_run.id))).state
+        assert state is not None
+        assert state.type == StateType.RUNNING
+        return state.name, state.message
+
+    @flow
+    def training() -> list[tuple[str | None, str | None]]:
+        end_waiting()  # it has not waited
+        before = own_state()
+        show_waiting(message)
+        while_waiting = own_state()
+        end_waiting()
+        return [before, while_waiting, own_state()]
+
+    assert training() == [("Running", None), ("Waiting", message), ("Running", None)]
