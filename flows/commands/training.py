@@ -158,11 +158,10 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
             loss = result.test_loss
             perplexity = format_loss(math.exp(loss))
             print_line(f"Test loss {format_loss(loss)}, Test ppl {perplexity}.")
-        if result.version is not None:
-            done = result.promotion or "registered"
-            print_line(f"{config.registry.name} {result.version}: {done}")
-        if result.kept_champion is not None:
-            print_line(f"{config.registry.name}: {result.promotion}")
+        outcome = result.promotion or "registered"
+        if result.version is not None or result.kept_champion is not None:
+            version = "" if result.version is None else f" {result.version}"
+            print_line(f"{config.registry.name}{version}: {outcome}")
         print_line(f"report: {run.report}")
 
     return result_printer(arguments, document, show)
