@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the schema: `make docs`."""
+"""Write docs/configuration.md and docs/coming-from.md from the schema: `make docs`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from nested_core.config.key_properties import Key, iterate_keys
+from nested_core.config.other_tools import ABSENT_KEYS, RENAMED_KEYS
 from nested_core.config.resume import may_differ_on_resume
 from nested_core.config.schema import FineTuneConfig
 
@@ -37,6 +38,43 @@ TABLE = """\
 | key | default | what it does | resume | adapter |
 |---|---|---|---|---|
 """
+
+
+OTHERS_PAGE = Path(__file__).with_name("coming-from.md")
+OTHERS_HEAD = """\
+# Coming from another trainer
+
+Written by `make docs` from `nested_core/config/other_tools.py`; do not edit it by hand.
+
+## From mlx_lm.lora
+
+Your file works as it is: every key of `mlx_lm.lora` is here under its own name, with its default
+and its meaning, and every flag. Give `nested-tune train -c lora.yaml` in its place. What differs:
+
+- The model and the data have to be given: no default is fetched from the hub.
+- The adapter is in the run's own directory, judged; `adapter_path` gets copies as mlx_lm.lora
+  writes them.
+- Each example is seen once an epoch, the last batch included, and the loss of a batch is a mean
+  over its tokens. `training: {reference: mlx_lm}` does what mlx_lm.lora does instead, bit for bit.
+- A key that mlx_lm.lora would pass over in silence is refused, with the key that was meant.
+
+## From axolotl, LLaMA-Factory, unsloth, TRL and PEFT
+
+A file of theirs is not read, but their names are known: a key of theirs is answered with ours.
+
+| their key | ours |
+|---|---|
+"""
+
+
+def render_others_page() -> str:
+    """The page for people who come from another trainer: what their keys are called here."""
+    rows = []
+    for theirs, ours in RENAMED_KEYS.items():
+        key, _, remark = ours.partition("; ")
+        rows.append(f"| `{theirs}` | `{key}`{f'; {remark}' if remark else ''} |\n")
+    rows += [f"| `{theirs}` | {answer} |\n" for theirs, answer in ABSENT_KEYS.items()]
+    return OTHERS_HEAD + "".join(sorted(rows))
 
 
 def render_page() -> str:
@@ -82,3 +120,4 @@ def _escape(text: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(render_page(), encoding="utf-8")
+    OTHERS_PAGE.write_text(render_others_page(), encoding="utf-8")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.cli import build_parser
 from tests.example import write_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,3 +56,37 @@ def test_each_line_about_trust_names_its_test() -> None:
     table = text.partition("| who, or what |")[2].partition("\n\n")[0].splitlines()[2:]
     assert len(table) > 8
     assert [line for line in table if "`test_" not in line.rpartition("|")[0]] == []
+
+
+def anchors_of(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    kept = [re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", h)) for h in headings]
+    explicit = re.findall(r'<a (?:id|name)="([^"]+)"', document.read_text())
+    return {heading.strip().lower().replace(" ", "-") for heading in kept} | set(explicit)
+
+
+PAGES = [
+    *DOCUMENTS,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "benchmarks/README.md", "deployments/README.md")),
+]
+
+
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_document_leads_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), f"{document.name} links to {target}"
+        if anchor:
+            assert anchor in anchors_of(path), f"{document.name} links to {target}"
+
+
+def test_the_readme_is_short_and_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    choices = next(action.choices for action in build_parser()._actions if action.dest == "command")
+    assert choices is not None
+    assert [name for name in choices if f"`{name}" not in text] == []

@@ -136,7 +136,11 @@ def test_every_key_has_a_sentence() -> None:
     assert [each.name for each in iterate_keys(FineTuneConfig) if not each.field.description] == []
 
 
-def test_the_page_of_the_configuration_is_what_the_schema_says() -> None:
-    page = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))["render_page"]()
-    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert page == text, "docs/configuration.md is out of date: run `make docs`"
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("configuration.md", "render_page"), ("coming-from.md", "render_others_page")],
+)
+def test_a_page_that_is_made_from_the_schema_is_what_it_says(name: str, function: str) -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))[function]()
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert page == text, f"docs/{name} is out of date: run `make docs`"
