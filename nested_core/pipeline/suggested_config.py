@@ -22,6 +22,7 @@ from nested_core.data.lines.other_formats import suggest_field_names
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import open_splits
 from nested_core.pipeline.run_explanation import explain_run
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 LEARNING_RATE = 1e-4
 EPOCHS = 3
@@ -60,7 +61,7 @@ def _find_field_names(data: str) -> dict[str, str]:
         splits = open_splits(replace(settings, batch_size=1), Path(spool))
         if "train" not in splits:
             return {}
-        with splits["train"].path.open("rb") as lines:
+        with open_regular(splits["train"].path, UNBOUNDED, follow_links=True) as (lines, _):
             for line in islice(lines, LOOKED_AT_LINES):
                 try:
                     row = json.loads(line)

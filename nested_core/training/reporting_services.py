@@ -20,7 +20,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import read_json_object
+from nested_core.storage.strict_files import read_json_object, read_regular
 from nested_core.training.report_callbacks import CallbackGroup, TrainingCallback
 
 DEFAULT_PROJECT = "nested-tune"
@@ -89,7 +89,7 @@ class _SwanLab:
 
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
         texts = {"verdict": self._swanlab.Text(verdict)} | {
-            file.name: self._swanlab.Text(file.read_text(encoding="utf-8"), caption=file.name)
+            file.name: self._swanlab.Text(read_regular(file).decode(), caption=file.name)
             for file in files
         }
         self._swanlab.log(texts)

@@ -44,9 +44,11 @@ SETTINGS: dict[str, Any] = {
     "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.1},
     "training": {"max_grad_norm": 1.0, "keep_checkpoints": 1000},
 }
-# Speeds in metrics.jsonl are a clock's, and so are hashes of it; all else is compared byte by byte.
-NOT_COMPARED = ("run/metrics.jsonl", "run/run.lock", "run/MANIFEST.json")
+# Speeds in metrics.jsonl are a clock's, and so are hashes of it and the page that shows them; all
+# else is compared byte by byte, but from which step on the last process trained.
+NOT_COMPARED = ("run/metrics.jsonl", "run/run.lock", "run/MANIFEST.json", "run/report.html")
 HASHES_OF_METRICS = ("run/result.json", "run/gate.json")
+FIRST_STEP = re.compile(rb'"first_step": *[0-9]+')
 METRICS_HASH = re.compile(rb'"(metrics|result\.json)": *"[0-9a-f]{64}"')
 
 
@@ -250,6 +252,8 @@ def comparable(scenario: Path) -> dict[str, bytes]:
             content = path.read_bytes().replace(bytes(scenario), b"SCENARIO")
             is_hashing = name in HASHES_OF_METRICS
             found[name] = METRICS_HASH.sub(b"", content) if is_hashing else content
+            if name == "run/plan.json":
+                found[name] = FIRST_STEP.sub(b"", content)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     kept = [{k: v for k, v in record.items() if k not in SPEEDS} for record in records]
