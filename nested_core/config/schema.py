@@ -133,7 +133,7 @@ class FineTuneConfig(Section):
         None, "report metrics to wandb or swanlab", affects="output", in_form=False
     )
     project_name: str | None = key(
-        None, "the project in wandb or swanlab", affects="output", in_form=False
+        None, "the project in these services", affects="output", in_form=False
     )
     trust_remote_code: bool = key(
         False,
