@@ -64,7 +64,7 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.pipeline.publishing import register_and_promote_run
     from nested_core.registry import UNSET
     from nested_core.registry.name_folders import check_name
-    from nested_core.registry.promotion_policy import warn_if_worse
+    from nested_core.registry.promotion_policy import describe_promotion, warn_if_worse
 
     check_name(arguments.name)
     run = RunDirectory(arguments.run_dir)
@@ -72,6 +72,8 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     config = read_run_config(run).model_copy(update={"registry": target})
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done = register_and_promote_run(config, run, by=getpass.getuser(), expected_champion=expected)
+    if losses := describe_promotion(arguments.registry, arguments.name, done):
+        print_progress(losses)
     warning = warn_if_worse(arguments.registry, arguments.name, done)
     if warning is not None:
         print_progress(f"warning: {warning}")

@@ -14,7 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
-from nested_core.loss_format import format_difference, format_interval, format_loss
+from nested_core.loss_format import (
+    format_change,
+    format_difference,
+    format_interval,
+    format_loss,
+)
 from nested_core.registry import (
     Promotion,
     list_versions,
@@ -163,6 +168,30 @@ def compare_losses(
     if candidate.loss_after is None or champion_loss is None:
         return None
     return LossComparison(candidate.loss_after, champion_loss)
+
+
+def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None:
+    """The losses of a version that was promoted, and of the champion that it replaced.
+
+    None where the champion has not changed, or the version was judged without held-out data.
+    """
+    if done.outcome != "promoted":
+        return None
+    try:
+        candidate = read_candidate(registry, name, done.version)
+        if candidate.loss_after is None or candidate.file is None:
+            return None
+        change = format_change(candidate.loss_before, candidate.loss_after)
+        text = f"{done.version[:12]}: loss {change} in training, on {candidate.file}"
+        if done.previous is None:
+            return f"{text}; there was no champion before it"
+        losses = compare_losses(registry, name, candidate, done.previous)
+    except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
+        return None
+    if losses is None:
+        return f"{text}; {done.previous[:12]}, the champion before, was not measured on that data"
+    rival = format_loss(losses.champion_loss)
+    return f"{text}; the champion before, {done.previous[:12]}: {rival} on the same examples"
 
 
 def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:

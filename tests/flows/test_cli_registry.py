@@ -81,6 +81,19 @@ def test_a_promotion_to_a_higher_loss_on_the_same_data_is_a_success_with_a_warni
     assert "warning" not in story["first"].stderr
 
 
+def test_a_promotion_tells_the_losses_with_their_data_and_those_of_the_champion_before(
+    story: dict[str, Ended], folder: Path, versions: tuple[str, str]
+) -> None:
+    gates = [json.loads((folder / run / "gate.json").read_text()) for run in ("first", "second")]
+    first, second = (gate["validation"] for gate in gates)
+    said = " ".join(story["first"].stderr.split())
+    change = f"loss {first['loss_before']:.4g} -> {first['loss_after']:.4g} in training"
+    assert f"{versions[0][:12]}: {change}, on {first['file']}; there was no champion" in said
+    said = " ".join(story["second"].stderr.split())
+    rival = f"the champion before, {versions[0][:12]}: {first['loss_after']:.4g}"
+    assert f"on {second['file']}; {rival} on the same examples" in said
+
+
 def test_a_promotion_for_another_champion_is_superseded_and_a_success(
     story: dict[str, Ended],
 ) -> None:
