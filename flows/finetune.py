@@ -73,7 +73,12 @@ def finetune(config: FinetuneParameters) -> State[Any]:
         run = _open(config)
     except NestedTuneError as error:
         return _fail(error)
-    state = _carry_out(settings, run)
+    try:
+        state = _carry_out(settings, run)
+    except Exception as error:  # of the machine or of a library: Prefect calls the run Failed
+        if run.config.exists():
+            publish_night(settings, run, "Failed", f"{type(error).__name__}: {error}")
+        raise
     if run.config.exists():
         publish_night(settings, run, str(state.name), str(state.message))
     return state

@@ -15,11 +15,13 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
+    ArtifactFilterKey,
 )
 from prefect.client.schemas.objects import State, StateType
 
 from flows.finetune import FinetuneParameters, finetune
 from nested_core.errors import ConfigError, GateRejected, SilentUpdateWarning
+from nested_core.pipeline import steps
 from nested_core.registry import history, list_versions, read_champion
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import trainer
@@ -227,6 +229,21 @@ def test_a_data_set_with_an_error_fails_the_flow_before_training(tmp_path: Path)
         "capitals-dataset-report",
         "capitals-night",
     ]
+
+
+def test_an_error_that_is_not_ours_ends_the_page_of_the_night_too(tmp_path: Path) -> None:
+    broken = patch.object(steps, "load", side_effect=RuntimeError("the device fell off the bus"))
+    with broken:
+        state = run_flow(parameters(tmp_path))
+    assert (state.is_failed(), state.name) == (True, "Failed")
+    wanted = ArtifactFilter(
+        key=ArtifactFilterKey(any_=["capitals-night"]),
+        flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id(state)]),
+    )
+    with get_client(sync_client=True) as client:
+        (night,) = client.read_artifacts(artifact_filter=wanted)
+    assert night.description == "Failed: RuntimeError: the device fell off the bus"
+    assert "Under way" not in str(night.data)
 
 
 def test_without_a_registry_the_flow_ends_after_the_gate(tmp_path: Path) -> None:
