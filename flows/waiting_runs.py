@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -59,8 +59,11 @@ def explaining_waiting_runs() -> Iterator[None]:
     finally:
         ended.set()
         thread.join(timeout=SECONDS_BETWEEN_LOOKS)  # before the pool has a place again
-        with suppress(Exception), get_client(sync_client=True) as client:
-            release_waiting_runs(client, context.flow_run.flow_id)
+        try:
+            with get_client(sync_client=True) as client:
+                release_waiting_runs(client, context.flow_run.flow_id)
+        except Exception as error:  # of the server or the way to it; this run has its outcome
+            get_run_logger().warning("Waiting runs are still called so: %s", error)
 
 
 def _look_until(own: FlowRun, ended: threading.Event) -> None:
@@ -109,8 +112,7 @@ def release_waiting_runs(client: SyncPrefectClient, flow_id: UUID) -> None:
     for run in _read_runs(client, flow_id, (StateType.SCHEDULED,)):
         if run.state_name == Outcome.WAITING:
             due = run.next_scheduled_start_time or run.expected_start_time
-            state: State[None] = Scheduled(scheduled_time=due)
-            client.set_flow_run_state(run.id, state)
+            _set_state_unless_changed(client, run, Scheduled(scheduled_time=due))
 
 
 def _read_runs(
@@ -143,7 +145,7 @@ def _skip(client: SyncPrefectClient, run: FlowRun, other: FlowRun) -> None:
     name = describe_night(other, other.parameters)
     message = f"skipped: another night of this adapter {what}, flow run {name!r} ({other.id})"
     _rename(client, run)
-    client.set_flow_run_state(run.id, Completed(name=Outcome.SKIPPED, message=message))
+    _set_state_unless_changed(client, run, Completed(name=Outcome.SKIPPED, message=message))
 
 
 def _say_what_it_waits_for(
@@ -162,9 +164,14 @@ def _say_what_it_waits_for(
         return
     _rename(client, run)
     due = run.next_scheduled_start_time or run.expected_start_time
+    waiting: State[None] = Scheduled(name=Outcome.WAITING, message=message, scheduled_time=due)
+    _set_state_unless_changed(client, run, waiting)
+
+
+def _set_state_unless_changed(client: SyncPrefectClient, run: FlowRun, state: State[Any]) -> None:
+    """Set the state of a run that is in the state that was read; a worker may have taken it."""
     current = client.read_flow_run(run.id).state
-    if current is not None and current.id == run.state.id:  # no worker has taken it meanwhile
-        state: State[None] = Scheduled(name=Outcome.WAITING, message=message, scheduled_time=due)
+    if current is not None and run.state is not None and current.id == run.state.id:
         client.set_flow_run_state(run.id, state)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import patch
 from uuid import UUID, uuid4
 
 import pytest
@@ -125,6 +126,17 @@ def test_nights_of_other_adapters_and_runs_by_hand_wait_for_their_turn(queue: Qu
     assert queue.said(waiting[0])[0] == "Waiting"
     assert queue.said(waiting[1])[0] == "Scheduled"  # its own pool is free
     other.client.set_flow_run_state(waiting[1], Completed(), force=True)
+
+
+def test_a_run_that_a_worker_takes_meanwhile_is_not_put_back(queue: Queue) -> None:
+    at_work = queue.add("manual", Pending(), Running())
+    waiting = queue.add("manual")
+    queue.look(at_work)
+    before = queue.read(waiting)
+    queue.client.set_flow_run_state(waiting, Pending(), force=True)
+    with patch.object(waiting_runs, "_read_runs", return_value=[before]):
+        release_waiting_runs(queue.client, before.flow_id)
+    assert queue.said(waiting)[0] == "Pending"
 
 
 def test_a_run_that_is_due_later_is_left_alone(
