@@ -96,27 +96,22 @@ def describe_full_disk(space: DiskSpace, checkpoint_bytes: int | None) -> str | 
 
 
 def measure_newest_checkpoint(runs: Path) -> int | None:
-    """Bytes of the newest checkpoint of all runs in a folder; None where there is none."""
-    checkpoints = sorted(_iterate_checkpoints(runs))
-    if not checkpoints:
-        return None
-    _, newest = checkpoints[-1]
-    return sum(size for file in newest.iterdir() if (size := _size(file)) is not None)
+    """Bytes of the newest checkpoint of all runs in a folder; None if there is none to measure.
+
+    Another run may prune its checkpoints meanwhile: the newest that is still whole is measured.
+    """
+    for _, folder in sorted(_iterate_checkpoints(runs), reverse=True):
+        with suppress(OSError):
+            return sum(file.stat().st_size for file in folder.iterdir())
+    return None
 
 
 def _iterate_checkpoints(runs: Path) -> Iterator[tuple[float, Path]]:
-    """When each checkpoint was written, and its folder; one may be pruned meanwhile."""
+    """When each checkpoint was written, and its folder."""
     for pattern in ("*/checkpoints/step-*", "*/*/checkpoints/step-*"):  # a sweep's lie deeper
         for folder in runs.glob(pattern):
             with suppress(OSError):
                 yield folder.stat().st_mtime, folder
-
-
-def _size(file: Path) -> int | None:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return None
 
 
 def _show_bytes(count: int) -> str:

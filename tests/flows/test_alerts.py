@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from uuid import uuid4
 
 import pytest
@@ -224,3 +225,12 @@ def test_the_newest_checkpoint_of_all_runs_is_measured(tmp_path: Path) -> None:
         (folder / "adapters.safetensors").write_bytes(bytes(number + 1))
         (folder / "optimizer.safetensors").write_bytes(bytes(10))
     assert measure_newest_checkpoint(tmp_path) == 13
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_measured_fails_nothing(tmp_path: Path) -> None:
+    kept = tmp_path / "run/checkpoints/step-0000001"
+    kept.mkdir(parents=True)
+    (kept / "state.json").write_bytes(b"four")
+    pruned = (2.0, kept.with_name("step-0000002"))
+    with patch.object(early_warnings, "_iterate_checkpoints", return_value=[(1.0, kept), pruned]):
+        assert measure_newest_checkpoint(tmp_path) == 4
