@@ -59,7 +59,12 @@ def sweep(config: SweepParameters) -> State[Any]:
     points = list(grid_points(config.grid))
     if len(points) > MOST_RUNS:
         raise ConfigError(f"sweep: the grid has {len(points)} points, at most {MOST_RUNS}.")
-    run_ids = [_start_run(config, index, point) for index, point in enumerate(points)]
+    # A point that cannot run is found before any is started.
+    settings = [_settings_of_point(config.base, point) for point in points]
+    run_ids = [
+        _start_run(config.deployment, index, point, values)
+        for index, (point, values) in enumerate(zip(points, settings, strict=True))
+    ]
     ended = [_wait_for_run(run_id) for run_id in run_ids]
     outcomes = [
         SweepRunResult.read_from_run(
@@ -115,13 +120,20 @@ def _run_directory_of(index: int) -> RunDirectory:
     return RunDirectory(Path("runs") / f"sweep-{key}" / f"{index:03d}")
 
 
-def _start_run(config: SweepParameters, index: int, point: dict[str, JsonValue]) -> Any:
-    """Start the run of a point; a sweep that is run again finds the one it started before."""
-    values = apply_grid_point(config.base.model_dump(mode="json"), point)
+def _settings_of_point(base: FineTuneConfig, point: dict[str, JsonValue]) -> dict[str, Any]:
+    """The configuration of a point's run, which promotes nothing; an error if it cannot run."""
+    values = apply_grid_point(base.model_dump(mode="json"), point)
     values["registry"] = values["registry"] | {"promote": "never"}
-    FineTuneConfig.model_validate(values)  # a point that cannot run is found before any is started
+    FineTuneConfig.model_validate(values)
+    return values
+
+
+def _start_run(
+    deployment: str, index: int, point: dict[str, JsonValue], values: dict[str, Any]
+) -> Any:
+    """Start the run of a point; a sweep that is run again finds the one it started before."""
     started = run_deployment(
-        config.deployment,
+        deployment,
         parameters={"config": values | {"run_dir": str(_run_directory_of(index).path)}},
         timeout=0,
         idempotency_key=f"{runtime.flow_run.id}-{index}",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from flows.sweep import apply_grid_point, grid_points
+from flows.sweep import SweepParameters, apply_grid_point, grid_points, sweep
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
 from tasks.sweep_results import SweepRunResult
@@ -32,6 +33,18 @@ def test_a_point_changes_its_keys_and_leaves_the_rest_of_a_section() -> None:
 def test_a_key_in_a_section_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match="no section 'nseted'"):
         apply_grid_point(example_config().model_dump(mode="json"), {"nseted.fast": "deep"})
+
+
+def test_a_point_that_cannot_run_is_found_before_any_is_started(tmp_path: Path) -> None:
+    registry = {"path": str(tmp_path / "registry"), "name": "capitals"}
+    config = SweepParameters(
+        base=example_config(registry=registry),
+        grid={"iters": [4, -1]},
+        deployment="finetune/capitals-manual",
+    )
+    with patch("flows.sweep.run_deployment") as start, pytest.raises(ValueError, match="iters"):
+        sweep.fn(config)
+    start.assert_not_called()
 
 
 def test_a_run_without_a_verdict_has_not_passed(tmp_path: Path) -> None:
