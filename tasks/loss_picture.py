@@ -1,4 +1,8 @@
-"""The losses of a run over its steps: in bounded memory, drawn as a picture, and in numbers."""
+"""The losses of a run over its steps: in bounded memory, drawn as a picture, and in numbers.
+
+Drawn here and not by nested_core/report/line_charts.py: that needs the extra `report`, which a
+worker may lack, and takes its colours from a page, which a picture in Prefect's pages cannot.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_core.loss_format import format_loss
+from nested_core.training.training_plan import TrainingPlan
 from tasks.markdown_page import MarkdownPage
 
 MOST_POINTS = 400  # of a curve; above it every second one is dropped
@@ -55,7 +60,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class LossCurves:
-    """The training loss and the validation loss of a run, of which data, up to which step."""
+    """The training loss and the validation loss of a run."""
 
     training: Curve
     validation: Curve
@@ -69,16 +74,22 @@ class LossCurves:
             curves.validation.add(record["step"], record.get("val_loss"))
         return curves
 
-    def describe(self) -> str:
-        """`training loss 0.1234 at step 40; validation loss 0.2345 at step 40, lowest at 30`."""
+    def describe(self, plan: TrainingPlan | None = None) -> str:
+        """The last losses with their steps, and the lowest; with a plan, each with its data.
+
+        `training loss 0.1234 at step 40 (train.jsonl); validation loss 0.2345 at step 40
+        (valid.jsonl, 10 examples), lowest 0.1999 at 30`.
+        """
+        training_data = "" if plan is None else f" ({plan.training_file})"
+        validation_data = "" if plan is None else f" ({plan.describe_validation()})"
         parts = []
         if self.training.last is not None:
             step, loss = self.training.last
-            parts.append(f"training loss {format_loss(loss)} at step {step:,}")
+            parts.append(f"training loss {format_loss(loss)} at step {step:,}{training_data}")
         if self.validation.last is not None and self.validation.lowest is not None:
             step, loss = self.validation.last
             lowest_step, lowest = self.validation.lowest
-            text = f"validation loss {format_loss(loss)} at step {step:,}"
+            text = f"validation loss {format_loss(loss)} at step {step:,}{validation_data}"
             is_lowest = lowest_step == step
             below = f", lowest {format_loss(lowest)} at {lowest_step:,}"
             parts.append(text if is_lowest else f"{text}{below}")

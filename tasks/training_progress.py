@@ -18,6 +18,7 @@ from prefect import get_run_logger
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
+from nested_core.training.training_plan import TrainingPlan, read_plan
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.loss_picture import LossCurves, describe_curves
 
@@ -109,6 +110,7 @@ class PrefectProgress:
 
         # The thread, while a trainer is followed
         self._trainer: Any = None
+        self._plan: TrainingPlan | None = None
         self._pages: TrainingPages | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -120,6 +122,7 @@ class PrefectProgress:
     def start(self, trainer: Any) -> None:
         """Follow a trainer, or the group of processes, from its first step on."""
         self._trainer = trainer
+        self._plan = read_plan(self._run.plan)
         self._pages = TrainingPages(self._config, trainer.steps, trainer.current_step)
         if trainer.current_step > 0:
             self._pages.add_earlier(read_metrics(self._run.metrics))
@@ -135,11 +138,7 @@ class PrefectProgress:
         if self._thread is not None:
             self._thread.join(timeout=SECONDS_TO_FINISH)
         if self._pages is not None:
-            self._logger.info(
-                "%s: %s",
-                self._pages.describe(self._trainer.current_step),
-                self._pages.curves.describe(),
-            )
+            self._logger.info("%s", self._describe(self._pages))
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Keep a report for the curve."""
@@ -166,8 +165,12 @@ class PrefectProgress:
         if time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
             return
         self._logged_at = time.monotonic()
-        description = pages.describe(self._trainer.current_step)
-        self._logger.info("%s: %s", description, pages.curves.describe(), extra=ON_CONSOLE_ALONE)
+        self._logger.info("%s", self._describe(pages), extra=ON_CONSOLE_ALONE)
+
+    def _describe(self, pages: TrainingPages) -> str:
+        """A line of the log: the step, the time left, and the losses with their data."""
+        position = pages.describe(self._trainer.current_step)
+        return f"{position}: {pages.curves.describe(self._plan)}"
 
     def _show(self, pages: TrainingPages, artifacts: ArtifactClient) -> None:
         try:

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+from nested_core.training.training_plan import TrainingPlan
 from tasks.loss_picture import MOST_POINTS, Curve, LossCurves, describe_curves, draw_curves
 
 
@@ -60,6 +61,25 @@ def test_losses_that_differ_by_much_are_drawn_on_a_logarithmic_axis() -> None:
     drawn = draw_curves(LossCurves.of_records(records), steps=3)
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)" r', drawn)]
     assert heights[1] - heights[0] == heights[2] - heights[1]
+
+
+def test_with_the_plan_each_loss_names_its_data_and_step() -> None:
+    plan = TrainingPlan(
+        steps=50,
+        iterations=50,
+        first_step=0,
+        frequencies=(1,),
+        offers_best=True,
+        training_file="train.jsonl",
+        validation_file="valid.jsonl",
+        validation_examples=10,
+        memory_forecast_gb=1.0,
+        memory_limit_gb=2.0,
+    )
+    assert curves_of(50).describe(plan) == (
+        "training loss 0.08 at step 49 (train.jsonl); "
+        "validation loss 0.1235 at step 50 (valid.jsonl, 10 examples)"
+    )
 
 
 def test_the_page_holds_the_picture_and_needs_no_network() -> None:
