@@ -272,7 +272,8 @@ def _share_a_line(texts: list[str], width: int) -> list[str]:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, subsequent_indent="  ")
+    """The text, escaped (files and suites have names that others gave), in lines of the width."""
+    return textwrap.wrap(escape(text), width, subsequent_indent="  ")
 
 
 def format_line(view: RunView) -> str:

@@ -119,3 +119,10 @@ def test_bars_and_times_as_they_are_shown() -> None:
     ]
     times = [format_seconds(s) for s in (0.44, 9.9, 75, 3725)]
     assert times == ["0.4 s", "9.9 s", "1:15", "1:02:05"]
+
+
+def test_names_of_files_and_suites_are_escaped_on_the_screen() -> None:
+    view = RunView("run", stages=[("asking \x1b[2Jsuite", 0.0)], outcome=["rejected (\x1b[2J)"])
+    shown = draw_screen(view, 80, 40).plain
+    assert "\x1b" not in shown
+    assert shown.count(r"\x1b[2J") == 2
