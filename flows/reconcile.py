@@ -17,6 +17,7 @@ from nested_core.registry import list_names
 from nested_core.registry.promotion_policy import DAMAGED
 from tasks.outcomes import Outcome
 from tasks.promote import promote_missed as reconcile_name
+from tasks.verdict_text import shorten_digest
 
 
 class ReconcileParameters(Section):
@@ -46,7 +47,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     problems = [f"{name}: {state.message}" for name, state in states.items() if state.is_failed()]
     decided = {name: state.result() for name, state in states.items() if state.is_completed()}
     problems += [
-        f"{name} {version[:12]}: {outcome}"
+        f"{name} {shorten_digest(version)}: {outcome}"
         for name, outcomes in decided.items()
         for version, outcome in outcomes.items()
         if outcome.startswith(DAMAGED)

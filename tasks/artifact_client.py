@@ -79,21 +79,19 @@ class ArtifactClient:
         self._publish("progress", key, percent, description)
 
     def _publish(self, type_name: str, key: str, data: str | float, description: str) -> None:
-        self._send(type_name, key, data, escape_markdown(description))
-
-    def _send(self, type_name: str, key: str, data: str | float, description: str) -> None:
-        """Send what is escaped already: a new artifact, or a new content of an earlier one."""
+        """Make an artifact, or replace the content of the one that this flow run has."""
+        shown = escape_markdown(description)
         task_run, flow_run = get_task_and_flow_run_ids()
         earlier = self._published.get(key) or self._find_earlier(key, flow_run)
         if earlier is not None:
-            update = ArtifactUpdate(data=data, description=description)
+            update = ArtifactUpdate(data=data, description=shown)
             self._client.update_artifact(earlier, update)
             self._published[key] = earlier
             return
         created = ArtifactCreate(
             key=key,
             type=type_name,
-            description=description,
+            description=shown,
             data=data,
             flow_run_id=flow_run,
             task_run_id=task_run,

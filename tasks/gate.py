@@ -10,6 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
+from nested_core.loss_format import format_loss
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
@@ -90,7 +91,7 @@ def _task_row(task: dict[str, Any]) -> list[str]:
 
 def _describe_drift(drift: dict[str, Any]) -> str:
     """How far the predictions moved on the same examples."""
-    moved = f"KL(initial || trained) {_round(drift['kl_initial'])} nats a token"
+    moved = f"KL(initial || trained) {format_loss(drift['kl_initial'])} nats a token"
     if drift["kl_base"] is not None:
-        moved += f", KL(base || trained) {_round(drift['kl_base'])}"
+        moved += f", KL(base || trained) {format_loss(drift['kl_base'])}"
     return f"{moved} ({drift['tokens']} tokens)."

@@ -13,6 +13,7 @@ from nested_core.registry.promotion_policy import registry_location
 from tasks.champion_page import publish_champion
 from tasks.events import emit_adapter_event
 from tasks.retrying import REGISTRY_DELAYS, retried_task
+from tasks.verdict_text import shorten_digest
 
 
 @retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_DELAYS)
@@ -48,7 +49,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | No
     `champion` is the one to leave: a try after one that failed late does not go back twice.
     """
     done = registry.rollback(path, name, to=to, by=by, expected_champion=champion)
-    return _announce(path, name, to or "the version before", done)
+    return _announce(path, name, done.version, done)
 
 
 @retried_task("reconcile", "reconcile {name}", REGISTRY_DELAYS)
@@ -57,7 +58,7 @@ def promote_missed(path: Path, name: str) -> dict[str, str]:
     before = registry.read_champion(path, name)
     outcomes = promotion_policy.promote_missed(path, name)
     for version, outcome in outcomes.items():
-        get_run_logger().info("%s %s: %s", name, version[:12], outcome)
+        get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
         if outcome == "promoted":
             emit_adapter_event("promoted", name, {"version": version, "previous": before})
             publish_champion(path, name)
@@ -67,7 +68,7 @@ def promote_missed(path: Path, name: str) -> dict[str, str]:
 def _announce(path: Path, name: str, version: str, done: Promotion | str) -> str:
     """Log what became of it; where the champion has moved, emit an event and publish its page."""
     outcome = done if isinstance(done, str) else done.outcome
-    get_run_logger().info("%s %s: %s", name, version[:12], outcome)
+    get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
     if isinstance(done, Promotion) and outcome in ("promoted", "rolled_back"):
         payload = {"version": done.version, "previous": done.previous}
         emit_adapter_event("promoted" if outcome == "promoted" else "rolled_back", name, payload)

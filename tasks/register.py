@@ -12,6 +12,7 @@ from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from tasks.lineage import champion_asset, dataset_asset, emit_materialization, run_asset
 from tasks.retrying import REGISTRY_DELAYS, retried_task
+from tasks.verdict_text import shorten_digest
 
 
 @retried_task("register", "register {config.registry.name}", REGISTRY_DELAYS)
@@ -22,7 +23,9 @@ def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> str
     """
     run = RunDirectory(run_dir)
     version = register_run(config, run, champion)
-    get_run_logger().info("Registered %s as version %s.", config.registry.name, version[:12])
+    get_run_logger().info(
+        "Registered %s as version %s.", config.registry.name, shorten_digest(version)
+    )
     _emit_lineage(config, run, version)
     return version
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nested_core.loss_format import format_difference, format_loss
+from nested_core.loss_format import format_difference, format_interval, format_loss
 
 SHOWN_DIGITS = 12
 
@@ -34,8 +34,7 @@ def describe_champion_loss(champion: Mapping[str, Any]) -> str:
         return f"Champion {version}: no loss on examples that neither was trained on."
     interval = ""
     if champion["interval"] is not None:
-        low, high = champion["interval"]
-        interval = f", 95 % interval {format_difference(low)} to {format_difference(high)}"
+        interval = f", 95 % interval {format_interval(champion['interval'])}"
     return (
         f"Champion {version}: loss {format_loss(champion['loss'])} on the same examples; "
         f"difference {format_difference(champion['difference'])}{interval}."

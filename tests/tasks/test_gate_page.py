@@ -22,6 +22,7 @@ VERDICT = {
     "tensors": [],
     "tiers": [],
     "champion": None,
+    "drift": None,
 }
 
 
