@@ -220,6 +220,7 @@ def test_a_data_set_with_an_error_fails_the_flow_before_training(tmp_path: Path)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "config.yaml",
         "dataset.json",
+        "report.html",
         "run.lock",
     ]
     with get_client(sync_client=True) as client:
