@@ -41,13 +41,20 @@ def find_or_make_block(client: SyncPrefectClient, notify: str) -> UUID:
                 "the UI under Blocks and name it as TYPE/NAME, such as slack-webhook/ops, or give "
                 "the URL of a webhook."
             ) from None
-    address = urlsplit(notify)
-    if address.scheme not in ("http", "https") or not address.hostname:
+    if not _is_web_address(notify):
         raise ConfigError("--notify: a webhook's URL begins with https:// or http:// and a host.")
     headers = SecretDict({"Content-Type": "application/json"})
     webhook = Webhook(url=SecretStr(notify), headers=headers)
     saved: Any = webhook.save(WEBHOOK_BLOCK, overwrite=True)
     return UUID(str(saved))
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        address = urlsplit(url)
+    except ValueError:  # such as a bracket that is not closed
+        return False
+    return address.scheme in ("http", "https") and bool(address.hostname)
 
 
 def alert_action(

@@ -199,7 +199,9 @@ def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(
         send_test_alert(client)
 
 
-@pytest.mark.parametrize("notify", ["slack-webhook/nobody", "ftp://example.org/x", "https://"])
+@pytest.mark.parametrize(
+    "notify", ["slack-webhook/nobody", "ftp://example.org/x", "https://", "https://[hooks/x"]
+)
 def test_a_block_or_url_that_cannot_be_used_is_refused(
     client: SyncPrefectClient, notify: str
 ) -> None:
