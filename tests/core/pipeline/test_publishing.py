@@ -184,10 +184,10 @@ class TestPolicy:
         ("loss", "improvement", "expected"),
         [
             (0.9, 0.0, "promoted"),
-            (1.0, 0.0, "validation loss 1.0 is not better than the champion's 1.0"),
-            (1.1, 0.0, "validation loss 1.1 is not better than the champion's 1.0"),
+            (1.0, 0.0, "validation loss 1 is not better than the champion's 1"),
+            (1.1, 0.0, "validation loss 1.1 is not better than the champion's 1"),
             (0.7, 0.25, "promoted"),
-            (0.8, 0.25, "validation loss 0.8 is not better than the champion's 1.0"),
+            (0.8, 0.25, "validation loss 0.8 is not better than the champion's 1"),
         ],
     )
     def test_better_asks_for_a_lower_loss_than_the_champions(
@@ -265,7 +265,7 @@ class TestPolicy:
 
     @pytest.mark.parametrize(
         ("loss", "expected"),
-        [(3.9, "promoted"), (4.0, "validation loss 4.0 is not better than the champion's 4.0")],
+        [(3.9, "promoted"), (4.0, "validation loss 4 is not better than the champion's 4")],
     )
     def test_a_version_trained_from_the_champion_brings_its_loss_on_the_same_examples(
         self, make_run: MakeRun, publish: Any, loss: float, expected: str
