@@ -85,10 +85,15 @@ class ExampleLosses:
     def known_to_champion(self) -> ExampleLosses:
         """The examples for which there is a loss of the champion."""
         if self.champion is None:
-            return replace(self, **{name: getattr(self, name)[:0] for name in PER_EXAMPLE})
-        known = np.isfinite(self.champion)
-        columns = {name: getattr(self, name)[known] for name in PER_EXAMPLE}
-        return replace(self, champion=self.champion[known], **columns)
+            known = np.zeros(len(self), np.bool_)
+        else:
+            known = np.isfinite(self.champion)
+        columns = {
+            name: column[known]
+            for name in (*PER_EXAMPLE, "champion", *OPTIONAL)
+            if (column := getattr(self, name)) is not None
+        }
+        return replace(self, **columns)
 
     def render(self) -> bytes:
         """The content of gate-losses.jsonl."""

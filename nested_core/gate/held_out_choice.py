@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.errors import ConfigError
 from nested_core.storage.dataset_record import DatasetRecord
+
+
+class CountedSplit(Protocol):
+    """A split of the data set, of which it is known how many examples it has."""
+
+    @property
+    def rows(self) -> int:
+        """The number of examples."""
+
+
+def held_out_split(choice: str, splits: Mapping[str, CountedSplit]) -> str | None:
+    """The split that losses are measured on: the first one with examples that the choice allows.
+
+    None where there is none, and where the choice is a file outside of the data set.
+    """
+    allowed = HELD_OUT_SPLITS.get(choice, ())
+    return next((name for name in allowed if name in splits and splits[name].rows), None)
 
 
 def held_out_file(choice: str, dataset: DatasetRecord) -> str | None:
@@ -12,11 +32,10 @@ def held_out_file(choice: str, dataset: DatasetRecord) -> str | None:
 
     None where `auto` finds neither a test set nor a validation set.
     """
-    splits = HELD_OUT_SPLITS.get(choice)
-    if splits is None:
+    if choice not in HELD_OUT_SPLITS:
         return choice
-    filled = [name for name in splits if name in dataset.splits and dataset.splits[name].rows]
-    return f"{filled[0]}.jsonl" if filled else None
+    split = held_out_split(choice, dataset.splits)
+    return None if split is None else f"{split}.jsonl"
 
 
 def require_held_out(choice: str, max_kl: float | None, dataset: DatasetRecord, data: str) -> None:

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
 from nested_core.gate import recheck_verdict
 from nested_core.gate.base_compatibility import require_same_base
-from nested_core.gate.held_out_choice import held_out_file
+from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.training_examples import read_ancestor_examples
 from nested_core.models.base_model import local_folder
 from nested_core.pipeline.continual import champion_or_none, parent_version_of, settings_digest
@@ -124,8 +123,5 @@ def _validation_digest(
 
     That of a file outside of the data set is not recorded.
     """
-    choice = config.gate.held_out
-    file = held_out_file(choice, dataset)
-    if validation is None or file is None or choice not in HELD_OUT_SPLITS:
-        return None
-    return dataset.splits[file.removesuffix(".jsonl")].digest
+    split = held_out_split(config.gate.held_out, dataset.splits)
+    return None if validation is None or split is None else dataset.splits[split].digest

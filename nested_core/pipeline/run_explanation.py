@@ -14,9 +14,11 @@ from pathlib import Path
 from statistics import median
 
 from nested_core import backend
+from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.rules.dataset_report import SplitStats
+from nested_core.gate.held_out_choice import held_out_split
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
 from nested_core.models.parameters import trainable_parameters
@@ -177,10 +179,14 @@ class RunExplanation:
             "refuses an adapter that equals the one it started from, has a tensor or a tier that "
             "did not move, is not finite, or changes nothing that the model says."
         )
-        if {"valid", "test"} & self.splits.keys():
+        split = held_out_split(gate.held_out, self.splits)
+        if split is not None or gate.held_out not in HELD_OUT_SPLITS:
+            file = gate.held_out if split is None else self.splits[split].file
             bound = f"more than {gate.max_val_loss_increase:.2%}"
             beyond = " and beyond noise" if gate.noise == "paired" else ""
-            yield f"Its loss on held-out examples may not rise by {bound}{beyond}."
+            yield f"Its loss on held-out examples, {file}, may not rise by {bound}{beyond}."
+            if gate.max_kl is not None:
+                yield f"Its predictions may move by {gate.max_kl:g} nats a token there."
         else:
             yield "No loss is compared: there is no valid and no test split."
         for task in gate.tasks:

@@ -13,7 +13,13 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.config.registry import RegistrySection
-from nested_core.errors import ConfigError, DamagedError, GateRejected, NestedTuneError
+from nested_core.errors import (
+    ConfigError,
+    DamagedError,
+    GateRejected,
+    NestedTuneError,
+    describe_first_problem,
+)
 from nested_core.loss_format import (
     format_change,
     format_difference,
@@ -162,7 +168,8 @@ def compare_losses(
     if candidate.initial != champion:
         verify(registry, name, champion)
         rival = read_candidate(registry, name, champion)
-        if rival.validation_digest != candidate.validation_digest:
+        digest = candidate.validation_digest  # None for a file outside of the data set
+        if digest is None or rival.validation_digest != digest:
             return None
         champion_loss = rival.loss_after
     if candidate.loss_after is None or champion_loss is None:
@@ -209,7 +216,7 @@ def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
     if losses is None or losses.loss <= losses.champion_loss:
         return None
     return (
-        f"version {done.version[:12]} has a higher validation loss on the same data, "
+        f"version {done.version[:12]} has a higher {name_loss(candidate.file)} on the same data, "
         f"{format_loss(losses.loss)}, than the champion that it replaced, {done.previous[:12]}, "
         f"{format_loss(losses.champion_loss)}. To go back: nested-tune rollback {name} --registry "
         f"{registry}"
@@ -240,7 +247,9 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
         section = RegistrySection.model_validate(candidate.policy | location)
     except ValidationError as error:
         where = version_folder(registry, name, version) / PROVENANCE_NAME
-        raise DamagedError(f"{where} records no policy: {error.errors()[0]['msg']}.") from error
+        raise DamagedError(
+            f"{where} records no policy: {describe_first_problem(error)}."
+        ) from error
     return promote_by_policy(section, version, candidate.champion_at_gate)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nested_core.errors import ConfigError
+from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
 from nested_core.html_markup import (
     Html,
@@ -23,6 +24,7 @@ from nested_core.html_markup import (
     section,
     table,
 )
+from nested_core.loss_format import format_difference, format_interval
 from nested_core.report.curve_points import Point
 from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
 from nested_core.report.run_page import describe_outcome
@@ -76,16 +78,18 @@ class RunComparison:
     def paired_with_first(self) -> list[PairedDifference | None]:
         """Each run's losses minus the first one's, example by example; below 0 is better.
 
-        None for the first, and where the two were not judged on the same examples.
+        None for the first, and where the two are not known to be judged on the same examples.
         """
         first = self.records[0].losses
+        digest = _held_out_digest(self.records[0])
         differences: list[PairedDifference | None] = [None]
         for record in self.records[1:]:
             own = record.losses
             is_same = (
                 own is not None
                 and first is not None
-                and held_out_digest(record) == held_out_digest(self.records[0])
+                and digest is not None
+                and _held_out_digest(record) == digest
                 and np.array_equal(own.lines, first.lines)
                 and np.array_equal(own.tokens, first.tokens)
                 and np.isfinite([own.after, first.after]).all()
@@ -125,8 +129,8 @@ class RunComparison:
         }
 
     def has_same_held_out_examples(self) -> bool:
-        """Whether the losses of the runs are of the same examples, and so may be compared."""
-        digests = {held_out_digest(record) for record in self.records}
+        """Whether the losses are known to be of the same examples, and so may be compared."""
+        digests = {_held_out_digest(record) for record in self.records}
         return len(digests) == 1 and None not in digests
 
     def rows(self) -> Iterator[tuple[object, ...]]:
@@ -175,8 +179,8 @@ class RunComparison:
     def _figures(self) -> Iterator[Html]:
         if not self.has_same_held_out_examples():
             yield paragraph(
-                "The gate did not judge these runs on the same held-out examples: their losses are "
-                "not of the same data.",
+                "These runs are not known to be judged on the same held-out examples: their "
+                "losses may be of different data.",
                 class_="warn",
             )
         caption = "Losses in nats a token; of the settings those that differ"
@@ -251,14 +255,15 @@ def _flatten(record: RunRecord) -> dict[str, Any]:
     return flat
 
 
-def held_out_digest(record: RunRecord) -> str | None:
-    """The digest of the examples that the gate measures losses on."""
-    if record.dataset is None:
+def _held_out_digest(record: RunRecord) -> str | None:
+    """The digest of the examples that the gate measures losses on.
+
+    None where it is not known: of damaged files, and of a file outside of the data set.
+    """
+    if record.dataset is None or record.config is None:
         return None
-    splits = record.dataset.splits
-    test = splits.get("test")
-    chosen = test if test is not None and test.rows else splits.get("valid")
-    return None if chosen is None else chosen.digest
+    split = held_out_split(record.config.gate.held_out, record.dataset.splits)
+    return None if split is None else record.dataset.splits[split].digest
 
 
 def _median(record: RunRecord, key: str) -> float | None:
@@ -279,11 +284,10 @@ def _describe_verdict(record: RunRecord) -> str | None:
 def _describe_difference(difference: PairedDifference | None) -> str | None:
     if difference is None:
         return None
-    figures = difference.to_json()
-    low_and_high = figures["interval"]
-    if low_and_high is None:
-        return f"{figures['difference']:+.4g}"
-    return f"{figures['difference']:+.4g} ({low_and_high[0]:+.4g} to {low_and_high[1]:+.4g})"
+    mean = format_difference(difference.mean)
+    if not difference.is_measurable:
+        return mean
+    return f"{mean} ({format_interval((difference.low, difference.high))})"
 
 
 def _describe_run(record: RunRecord) -> dict[str, Any]:

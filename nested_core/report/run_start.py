@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from nested_core.config.schema import FineTuneConfig
@@ -31,6 +32,10 @@ def start_of(run: RunDirectory) -> datetime:
     """When a run began: its name says so, else the oldest of its files."""
     named = _RUN_NAME.fullmatch(run.path.resolve().name)
     if named is not None:
-        return datetime.strptime(named[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-    times = [path.lstat().st_mtime for path in run.path.iterdir()]
+        with suppress(ValueError):  # digits that are no moment
+            return datetime.strptime(named[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+    times = []
+    for path in run.path.iterdir():
+        with suppress(FileNotFoundError):  # a temporary file of a run that is going on
+            times.append(path.lstat().st_mtime)
     return datetime.fromtimestamp(min(times, default=0.0), UTC)

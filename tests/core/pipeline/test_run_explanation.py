@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
         "champion's beyond noise."
     )
     assert "tokens a second" in said["time"]
+
+
+def test_the_file_that_the_gate_measures_on_is_named(explanation: RunExplanation) -> None:
+    gate = explanation.config.gate.model_copy(update={"held_out": "kept.jsonl", "max_kl": 0.1})
+    config = explanation.config.model_copy(update={"gate": gate})
+    train = {"train": explanation.splits["train"]}
+    sentence = replace(explanation, config=config, splits=train)._describe_gate()
+    said = " ".join(sentence)
+    assert "loss on held-out examples, kept.jsonl, may not rise" in said
+    assert "may move by 0.1 nats a token" in said
 
 
 def test_what_no_run_could_train_on_is_refused_as_a_run_refuses_it(tmp_path: Path) -> None:

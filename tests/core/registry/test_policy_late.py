@@ -29,6 +29,7 @@ from nested_core.registry import (
 )
 from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from nested_core.registry.promotion_policy import (
+    compare_losses,
     promote_as_recorded,
     promote_by_policy,
     promote_missed,
@@ -160,6 +161,18 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     provenance = {"champion_at_gate": first, "validation_digest": "d1"}
     version = register(better, registry, NAME, provenance | {"config": {"registry": section}})
     assert promote_missed(registry, NAME)[version] == "promoted"
+
+
+def test_losses_on_files_of_which_no_digest_is_recorded_are_not_compared(
+    registry: Path, tmp_path: Path
+) -> None:
+    """Two files outside of the data sets may hold different examples."""
+    first, second = (
+        register(write_run(tmp_path / f"run-{seed}", seed), registry, NAME, {}) for seed in (1, 2)
+    )
+    candidate = read_candidate(registry, NAME, second)
+    assert candidate.loss_after is not None
+    assert compare_losses(registry, NAME, candidate, first) is None
 
 
 def test_an_event_about_an_unknown_version_is_refused(add: Add, registry: Path) -> None:

@@ -11,6 +11,7 @@ from nested_core.errors import ConfigError
 from nested_core.gate.verdict import Reason
 from nested_core.report.run_comparison import compare_runs
 from nested_core.report.run_listing import list_runs
+from nested_core.report.run_start import start_of
 from tests.core.report.written_runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
 
 
@@ -27,6 +28,16 @@ def test_only_the_settings_that_differ_are_compared(tmp_path: Path) -> None:
     assert document["tasks"] == {"capitals": [2 / 3, 2 / 3]}
     assert document["speed"]["tokens_per_second"][0] > 0
     assert document["same_held_out_examples"] is True
+
+
+def test_losses_of_a_file_outside_of_the_data_are_not_compared(tmp_path: Path) -> None:
+    """Its digest is not recorded: two files of one length may hold different examples."""
+    gate = {"held_out": str(tmp_path / "kept.jsonl")}
+    runs = [finished_run(tmp_path / name, gate=gate) for name in ("one", "two")]
+    comparison = compare_runs([run.path for run in runs])
+    assert comparison.has_same_held_out_examples() is False
+    assert comparison.paired_with_first() == [None, None]
+    assert "not known to be judged on the same" in comparison.to_html()
 
 
 def test_a_rejected_and_a_going_run_are_compared_too(tmp_path: Path) -> None:
@@ -74,6 +85,16 @@ def test_the_list_is_newest_first_and_a_damaged_run_says_so(tmp_path: Path) -> N
     assert str(old.gate) in str(rows[1].problem)
     later = datetime(2026, 11, 21, 10, tzinfo=UTC) + timedelta(minutes=125)
     assert rows[0].describe_age(later) == "2 h"
+
+
+def test_a_name_whose_digits_are_no_moment_and_a_file_that_goes_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(tmp_path / "20269999T999999Z-00000001")
+    files = list(run.path.iterdir())
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter([*files, run.path / "replaced.tmp"]))
+    oldest = min(file.stat().st_mtime for file in files)
+    assert start_of(run).timestamp() == pytest.approx(oldest, abs=1e-3)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
