@@ -15,8 +15,8 @@ from nested_core.storage.strict_files import append_regular, parse_json, read_re
 MAX_METRICS_BYTES = 2**30
 LISTED_LINES = 5
 NUMBERS = (
-    *("step", "iteration", "loss", "val_loss", "learning_rate", "grad_norm", "trained_tokens"),
-    *("tokens_per_second", "iterations_per_second", "peak_memory_gb"),
+    *("step", "iteration", "loss", "val_loss", "learning_rate", "grad_norm", "clipped_grad_norm"),
+    *("trained_tokens", "tokens_per_second", "iterations_per_second", "peak_memory_gb"),
 )
 
 
@@ -58,8 +58,9 @@ def cumulative_seconds(records: Sequence[dict[str, Any]]) -> list[float]:
     for record in records:
         speed = record.get("iterations_per_second")
         if speed:
-            passed += (record["iteration"] - done) / speed
-            done = record["iteration"]
+            iteration = record.get("iteration", done)
+            passed += (iteration - done) / speed
+            done = iteration
         seconds.append(passed)
     return seconds
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError, MissingFileError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object, read_regular
@@ -186,6 +186,7 @@ class ReportingCallback:
             try:
                 service = SERVICES[name](project, run.path.resolve(), settings, known.get(name))
             except Exception as error:  # of a client or of the way to its server
+                self.close()
                 raise ConfigError(f"report_to: {name} cannot be used: {error}") from error
             self._services[name] = service
         if self._services:
@@ -216,9 +217,12 @@ class ReportingCallback:
             service.attach(verdict, present)
 
     def close(self) -> None:
-        """Send what is held back."""
-        for service in self._services.values():
-            service.close()
+        """Send what is held back; a service that cannot take it is warned of."""
+        for name, service in self._services.items():
+            try:
+                service.close()
+            except Exception as error:  # of a client or of the way to its server
+                warnings.warn(f"report_to: {name} was not closed: {error}", stacklevel=2)
 
 
 @contextmanager
@@ -248,9 +252,11 @@ def attaching_verdict_at_end(config: FineTuneConfig, run: RunDirectory) -> Itera
         if configured_services(config) and run.result.is_file() and run.gate.is_file():
             try:
                 services = ReportingCallback(config, run)
-                files = (run.gate, run.path / "report.html")
-                services.attach(str(read_json_object(run.gate)["verdict"]), files)
-                services.close()
+                try:
+                    verdict = str(read_json_object(run.gate)["verdict"])
+                    services.attach(verdict, (run.gate, run.report))
+                finally:
+                    services.close()
             except Exception as error:  # of a client or of the way to its server
                 warnings.warn(f"report_to: the verdict was not attached: {error}", stacklevel=2)
 
@@ -258,6 +264,6 @@ def attaching_verdict_at_end(config: FineTuneConfig, run: RunDirectory) -> Itera
 def _read_run_ids(run: RunDirectory) -> dict[str, str]:
     try:
         ids = read_json_object(run.report_to)
-    except (DamagedError, MissingFileError):  # then the services begin anew
+    except DamagedError:  # or a first process: then the services begin anew
         return {}
     return {str(name): str(value) for name, value in ids.items()}

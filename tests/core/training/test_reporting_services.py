@@ -15,6 +15,7 @@ from nested_core.pipeline.finetune import finetune
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reporting_services import (
+    ReportingCallback,
     attaching_verdict_at_end,
     configured_services,
     reporting_to_services,
@@ -135,3 +136,36 @@ def test_a_service_that_fails_at_the_end_is_warned_of_and_takes_nothing_away(
         attaching_verdict_at_end(example_config(report_to="trackio"), run),
     ):
         pass
+
+
+def test_a_service_that_cannot_be_closed_is_warned_of_and_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client("trackio", [])
+    monkeypatch.setitem(sys.modules, "trackio", client)
+
+    def unreachable() -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(client, "finish", unreachable, raising=False)
+    services = ReportingCallback(example_config(report_to="trackio"), RunDirectory(tmp_path))
+    services.on_train_loss_report(TRAIN)
+    with pytest.warns(UserWarning, match="report_to: trackio was not closed: no route"):
+        services.close()
+    assert len(client.named("log")) == 1
+
+
+def test_what_was_opened_is_closed_where_a_verdict_cannot_be_attached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client("trackio", [])
+    monkeypatch.setitem(sys.modules, "trackio", client)
+    run = RunDirectory(tmp_path)
+    write_json(run.result, {})
+    run.gate.write_text("{")
+    with (
+        pytest.warns(UserWarning, match="report_to: the verdict was not attached"),
+        attaching_verdict_at_end(example_config(report_to="trackio"), run),
+    ):
+        pass
+    assert len(client.named("finish")) == 1
