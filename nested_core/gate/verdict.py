@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from nested_core.errors import DamagedError
+from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.paired_difference import PairedDifference
@@ -372,4 +372,4 @@ def read_verdict(path: Path) -> Verdict:
     try:
         return TypeAdapter(Verdict).validate_json(read_regular(path))
     except ValidationError as error:
-        raise DamagedError(f"{path} holds no verdict: {error.errors()[0]['msg']}.") from error
+        raise DamagedError(f"{path} holds no verdict: {describe_first_problem(error)}.") from error

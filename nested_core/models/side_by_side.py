@@ -48,10 +48,10 @@ class BaseAndAdapter:
         self, config: Mapping[str, Any], tensors: Mapping[str, Any]
     ) -> dict[Side, list[tuple[str, mx.array]]]:
         """Make room for the adapter; the fresh parameters there leave the base as it is."""
-        kind = config.get("fine_tune_type", "lora")
-        if kind != "full":
+        fine_tune_type = config.get("fine_tune_type", "lora")
+        if fine_tune_type != "full":
             lora, layers = config["lora_parameters"], int(config["num_layers"])
-            linear_to_lora_layers(self._model, layers, lora, use_dora=kind == "dora")
+            linear_to_lora_layers(self._model, layers, lora, use_dora=fine_tune_type == "dora")
         fresh = dict(tree_flatten(self._model.parameters()))
         misfits = [
             name

@@ -99,7 +99,9 @@ def _render(
     length = max(LENGTH_STEP, -(-tokens.max // LENGTH_STEP) * LENGTH_STEP)
     cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""
     frequencies = [f for f in FREQUENCIES if f <= iterations] if iterations > 1 else [1]
-    names = "".join(f"{key}: {json.dumps(name)}\n" for key, name in base.items())
+    names = "".join(
+        f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
+    )
     masks_prompt = str(train.format != "text").lower()
     return f"""\
 # Written by `nested-tune init` from {train.rows:,} examples of {train.format} in {train.file}.

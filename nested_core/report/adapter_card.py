@@ -15,6 +15,7 @@ import yaml
 
 from nested_core.errors import ConfigError
 from nested_core.foreign_text import escape_markdown
+from nested_core.loss_format import format_loss
 from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.name_folders import VERSIONS, check_name
 from nested_core.registry.queries import read_champion, verify
@@ -118,12 +119,12 @@ def _evaluation(gate: dict[str, Any]) -> Iterator[str]:
     rows: list[tuple[object, ...]] = []
     if losses:
         where = f"{losses.get('file')}, {losses.get('examples')} examples"
-        before, after = _number(losses["loss_before"]), _number(losses["loss_after"])
+        before, after = format_loss(losses["loss_before"]), format_loss(losses["loss_after"])
         rows.append(("mean loss, nats a token", where, before, after))
     for task in gate.get("tasks") or []:
         before = task["base"] if task.get("parent") is None else task["parent"]
         where = f"{task['questions']} questions"
-        shares = (_number(before), _number(task["candidate"]))
+        shares = (f"{before:.4g}", f"{task['candidate']:.4g}")
         rows.append((f"right answers, {task['name']}", where, *shares))
     if not rows:
         yield "Quality was not measured: there was no held-out data and no suite of questions."
@@ -145,7 +146,7 @@ def _settings(config: dict[str, Any], provenance: dict[str, Any]) -> Iterator[tu
         yield "nested.frequencies", frequencies
     seconds = provenance.get("training_seconds")
     if seconds is not None:
-        yield "training, seconds", _number(seconds)
+        yield "training, seconds", f"{seconds:.4g}"
 
 
 def _provenance_rows(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
@@ -155,10 +156,6 @@ def _provenance_rows(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]
     if provenance.get("parent") is not None:
         yield "parent", provenance["parent"]
     yield from sorted((provenance.get("packages") or {}).items())
-
-
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "not finite"
 
 
 def _table(columns: tuple[str, ...], rows: Any) -> Iterator[str]:

@@ -159,7 +159,8 @@ def draw_chart(chart: Chart) -> Html:
         drawing.add_series(series, leather.line(_colour(number), width=1.2))
         if len(data) == 1 or (curve.has_dots and len(data) <= MAX_DOTS):
             drawing.add_series(series, leather.dots(_colour(number), radius=2.5))
-    words = markup(f"{chart.title}: {chart.y}{' (logarithmic)' * is_logarithmic} by {chart.x}")
+    scale = " (logarithmic)" if is_logarithmic else ""
+    words = markup(f"{chart.title}: {chart.y}{scale} by {chart.x}")
     opening = f'<svg viewBox="0 0 {WIDTH + LAST_LABEL} {HEIGHT}" role="img" aria-label="{words}">'
     svg = _ZERO.sub("0", _FRACTION.sub(r"\1", drawing.to_svg(width=WIDTH, height=HEIGHT)))
     return Html(_OPENING.sub(f"{opening}<title>{words}</title>", svg))

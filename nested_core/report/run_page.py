@@ -33,6 +33,7 @@ from nested_core.html_markup import (
     section,
     table,
 )
+from nested_core.loss_format import format_loss
 from nested_core.report.curve_points import Point
 from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
 from nested_core.report.run_record import RunRecord, read_run
@@ -140,9 +141,9 @@ def describe_outcome(record: RunRecord) -> str:
     of_all = "" if record.steps is None else f" of {record.steps:,}"
     step = f"step {record.step:,}{of_all}"
     losses = [
-        f"{name} loss {value:.4g}"
+        f"{name} loss {format_loss(loss)}"
         for name, key in (("training", "loss"), ("validation", "val_loss"))
-        if isinstance(value := record.last(key), int | float)
+        if (loss := record.last(key)) is not None
     ]
     measured = f", {', '.join(losses)}" if losses else ""
     if record.state == "running":
@@ -158,17 +159,16 @@ def _describe_verdict(verdict: Verdict) -> str:
     if not verdict.has_passed:
         first = verdict.reasons[0]
         more = len(verdict.reasons) - 1
-        others = f" (and {more} more reason{'s' * (more > 1)})" if more else ""
+        noun = "reason" if more == 1 else "reasons"
+        others = f" (and {more} more {noun})" if more else ""
         return f"Rejected, {first.code}: {first.message}{others}."
     losses = verdict.validation
     if losses is None and not verdict.tasks:
         return "Passed: changed and sound; its quality was not measured, for nothing was held out."
     parts = []
     if losses is not None and losses.loss_before is not None and losses.loss_after is not None:
-        parts.append(
-            f"loss {losses.loss_before:.4g} → {losses.loss_after:.4g} on "
-            f"{describe_examples(losses)}"
-        )
+        before, after = format_loss(losses.loss_before), format_loss(losses.loss_after)
+        parts.append(f"loss {before} → {after} on {describe_examples(losses)}")
     parts += [
         f"{task.candidate * task.questions:g} of {task.questions} right answers to {task.name}"
         for task in verdict.tasks

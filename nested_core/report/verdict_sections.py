@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.verdict import (
@@ -30,6 +32,7 @@ from nested_core.html_markup import (
     table,
     table_caption,
 )
+from nested_core.loss_format import format_difference, format_interval
 from nested_core.report.run_record import RunRecord
 from nested_core.storage.sample_answers_file import SampleAnswers
 from nested_core.storage.strict_files import open_regular
@@ -42,11 +45,11 @@ DARKEST = 0.55  # share of the colour behind the largest change: text on it stay
 _LAYER = re.compile(r"^(.*?\blayers\.)(\d+)\.(.+)$")
 
 
-def describe_interval(interval: Sequence[float] | None) -> str:
+def _describe_interval(interval: Sequence[float] | None) -> str:
     """`95 % interval -0.31 to -0.12`, or that there are too few examples for one."""
     if interval is None:
         return "too few examples for an interval"
-    return f"95 % interval {interval[0]:+.4g} to {interval[1]:+.4g}"
+    return f"95 % interval {format_interval(interval)}"
 
 
 def decisive_figures(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
@@ -57,13 +60,13 @@ def decisive_figures(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
         yield "Loss before", losses.loss_before, f"nats a token, {where}"
         yield "Loss after", losses.loss_after, f"step {verdict.adapter_step or 0:,}, same examples"
         if losses.difference is not None:
-            note = describe_interval(losses.interval)
-            yield "Difference", f"{losses.difference:+.4g}", f"after minus before, {note}"
+            note = _describe_interval(losses.interval)
+            yield "Difference", format_difference(losses.difference), f"after minus before, {note}"
     champion = verdict.champion
     if champion is not None and champion.difference is not None:
-        note = describe_interval(champion.interval)
+        note = _describe_interval(champion.interval)
         name = "Against the champion"
-        yield name, f"{champion.difference:+.4g}", f"candidate minus champion, {note}"
+        yield name, format_difference(champion.difference), f"candidate minus champion, {note}"
     for task in verdict.tasks:
         before = task.base if task.parent is None else task.parent
         value = f"{task.candidate * task.questions:g} of {task.questions}"
@@ -116,7 +119,7 @@ def _start_row(losses: Validation) -> tuple[object, ...]:
         losses.loss_before,
         losses.loss_after,
         losses.difference,
-        _format_interval(losses.interval),
+        _interval_cell(losses.interval),
         losses.smallest_visible,
         losses.examples,
     )
@@ -130,14 +133,14 @@ def _champion_row(champion: ChampionLoss) -> tuple[object, ...]:
         champion.loss,
         candidate,
         champion.difference,
-        _format_interval(champion.interval),
+        _interval_cell(champion.interval),
         champion.smallest_visible,
         champion.examples,
     )
 
 
-def _format_interval(interval: Sequence[float] | None) -> str | None:
-    return None if interval is None else f"{interval[0]:+.4g} to {interval[1]:+.4g}"
+def _interval_cell(interval: Sequence[float] | None) -> str | None:
+    return None if interval is None else format_interval(interval)
 
 
 def _describe_selection(losses: Validation) -> str:
@@ -182,9 +185,11 @@ def _finite(value: float) -> float | None:
 
 def _example_texts(record: RunRecord, file: str, numbers: Sequence[int]) -> dict[int, str]:
     """Lines of a file of the data set by number; none where it is gone, packed, or too large."""
-    if record.dataset is None or not file.endswith(".jsonl"):
+    if record.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
-    path = record.run.path.__class__(record.dataset.folder) / file
+    choice = "auto" if record.config is None else record.config.gate.held_out
+    is_in_data_set = choice in HELD_OUT_SPLITS
+    path = Path(record.dataset.folder, file) if is_in_data_set else Path(file).expanduser()
     texts: dict[int, str] = {}
     try:
         with open_regular(path, MAX_DATA_BYTES, follow_links=True) as (lines, _):

@@ -41,9 +41,7 @@ def write_sample_answers(path: Path, rows: Sequence[SampleAnswers]) -> None:
 
 
 def read_sample_answers(path: Path) -> list[SampleAnswers]:
-    """The answers that a run has on disk; none for one that was not asked."""
-    if not path.is_file():
-        return []
+    """The answers in a run's file; DamagedError if it is missing or holds anything else."""
     try:
         return [_RECORD.validate_json(line) for line in read_regular(path).splitlines()]
     except ValidationError as error:
