@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
 
-from flows.run_view import RunView, draw_screen, format_line, format_seconds
+from flows.run_view import RunView, draw_screen, format_line
 from flows.terminal import POLL_SECONDS, SECONDS_BETWEEN_LINES, can_redraw, errors, print_progress
+from nested_core.duration_format import format_clock
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.stages import stages
 from nested_core.storage.run_directory import RunDirectory
@@ -173,7 +174,7 @@ class RunFollower(threading.Thread):
         self._has_offer = True
         parts = (
             f"trained {self.view.plan.steps:,} steps" if self.view.plan else "trained",
-            format_seconds(self.view.training_seconds),
+            format_clock(self.view.training_seconds),
             self.view.describe_memory(),
             self.view.describe_offer(step),
         )

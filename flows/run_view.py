@@ -14,6 +14,7 @@ from typing import Any
 from rich.text import Text
 
 from flows.loss_curve import LABEL_WIDTH, TRAINING_MARK, VALIDATION_MARK, draw_curve
+from nested_core.duration_format import format_clock
 from nested_core.foreign_text import escape
 from nested_core.loss_format import format_loss
 from nested_core.training.training_plan import TrainingPlan
@@ -85,9 +86,9 @@ class RunView:
 
     def describe_time(self) -> str:
         """The time that training takes so far, and how much is left."""
-        text = f"{format_seconds(self.training_seconds)} elapsed"
+        text = f"{format_clock(self.training_seconds)} elapsed"
         left = None if self.stages or self.outcome else self.seconds_left()
-        return text if left is None else f"{text}, about {format_seconds(left)} left"
+        return text if left is None else f"{text}, about {format_clock(left)} left"
 
     def describe_speed(self) -> str:
         """Learning rate, gradient norm and speed of the last report."""
@@ -176,16 +177,7 @@ class RunView:
         for number, (name, began) in enumerate(stages, start=1):
             is_open = number == len(stages) and not self.outcome
             ended = self.seconds if number == len(stages) else stages[number][1]
-            yield f"{name} ..." if is_open else f"{name}: {format_seconds(ended - began)}"
-
-
-def format_seconds(seconds: float) -> str:
-    """`0:07`, `12:05` or `3:12:05`; below ten seconds with a tenth: `0.4 s`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+            yield f"{name} ..." if is_open else f"{name}: {format_clock(ended - began)}"
 
 
 def draw_bar(share: float, width: int) -> str:
@@ -293,5 +285,5 @@ def format_line(view: RunView) -> str:
         parts.append(view.describe_position())
         left = view.seconds_left()
         if left is not None and record["step"] < view.plan.steps:
-            parts.append(f"about {format_seconds(left)} left")
+            parts.append(f"about {format_clock(left)} left")
     return f"step {record.get('step', 0)}: {', '.join(parts)}"

@@ -16,6 +16,7 @@ from typing import Any
 from prefect import get_run_logger
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.duration_format import format_duration
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.training_plan import TrainingPlan, read_plan
@@ -91,7 +92,7 @@ class TrainingPages:
         done = step - self.first_step
         if done > 0 and step < self.steps:
             elapsed = self.clock() - self._began_at
-            parts.append(f"{format_seconds(elapsed / done * (self.steps - step))} left")
+            parts.append(f"{format_duration(elapsed / done * (self.steps - step))} left")
         if self._tokens_per_second is not None:
             parts.append(f"{self._tokens_per_second:,.0f} tokens/s")
         return "; ".join(parts)
@@ -179,13 +180,3 @@ class PrefectProgress:
             if not self._has_warned:
                 self._has_warned = True
                 self._logger.warning("The progress of training cannot be shown now: %s", error)
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration in its largest two units: "45 s", "12 min", "3 h 20 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"

@@ -18,6 +18,7 @@ from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.rules.dataset_report import SplitStats
+from nested_core.duration_format import format_duration
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
@@ -167,8 +168,9 @@ class RunExplanation:
     def _describe_time(self) -> str:
         if self.seconds is None or self.tokens_per_second is None:
             return "not measured."
+        duration = format_duration(max(self.seconds, 1.0))
         return (
-            f"about {format_duration(self.seconds)} of training, by a few steps that were tried on "
+            f"about {duration} of training, by a few steps that were tried on "
             f"this machine ({self.device}): {self.tokens_per_second:,.0f} tokens a second. "
             f"Evaluations and the gate come on top."
         )
@@ -295,12 +297,3 @@ def _measure_speed(
     speeds = [record.get("tokens_per_second") for record in read_metrics(run.metrics)[1:]]
     measured = [speed for speed in speeds if speed]
     return median(measured) if measured else None
-
-
-def format_duration(seconds: float) -> str:
-    """A duration in its largest unit, as `40 seconds`, `12 minutes` or `3.5 hours`."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} seconds"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} minutes"
-    return f"{seconds / 3600:.1f} hours"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tasks.training_progress import TrainingPages, format_seconds
+from tasks.training_progress import TrainingPages
 from tests.example import example_config
 
 
@@ -50,8 +50,3 @@ def test_pages_are_due_at_the_first_report_and_not_before() -> None:
     assert not pages.is_due()
     pages.add_training_loss(report(1))
     assert pages.is_due()
-
-
-def test_durations_have_their_largest_two_units() -> None:
-    shown = [format_seconds(seconds) for seconds in (5.4, 99, 720, 12_000)]
-    assert shown == ["5 s", "99 s", "12 min", "3 h 20 min"]

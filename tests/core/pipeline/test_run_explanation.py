@@ -14,7 +14,7 @@ from nested_core.config.loading import parse_config, parse_yaml
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.models.parameters import trainable_parameters
-from nested_core.pipeline.run_explanation import RunExplanation, explain_run, format_duration
+from nested_core.pipeline.run_explanation import RunExplanation, explain_run
 from nested_core.pipeline.suggested_config import suggest_config
 from tests.example import DATA, MODEL, example_settings
 
@@ -100,14 +100,6 @@ def test_what_no_run_could_train_on_is_refused_as_a_run_refuses_it(tmp_path: Pat
     settings = example_settings(data=str(tmp_path / "data"))
     with pytest.raises(DatasetError):
         explain_run(parse_config(settings, source="a test"))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "1 seconds"), (80, "80 seconds"), (600, "10 minutes"), (9_000, "2.5 hours")],
-)
-def test_a_duration_is_told_in_its_largest_unit(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
 
 
 def write_rows(folder: Path, fields: tuple[str, str]) -> None:
