@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nested_core.errors import list_first, shorten
+from nested_core.foreign_text import escape
 from nested_core.loss_format import format_change, format_loss
 from nested_core.registry.gate_file import name_loss
 from nested_core.storage.run_directory import RunDirectory
@@ -69,7 +70,7 @@ def _describe_reason(reason: Mapping[str, Any], verdict: Mapping[str, Any]) -> s
     tiers = {tensor["name"]: tensor["tier"] for tensor in verdict["tensors"]}
     own = sorted({tiers[name] for name in reason["tensors"] if tiers.get(name) is not None})
     named = f" tier {list_first(own, SHOWN_REASONS)}" if own else ""
-    return f"{code}{named}: {shorten(reason['message'], SHOWN_CHARACTERS)}"
+    return f"{code}{named}: {escape(shorten(reason['message'], SHOWN_CHARACTERS))}"
 
 
 def _describe_champion(verdict: Mapping[str, Any]) -> str:

@@ -47,6 +47,12 @@ def test_a_rejection_for_tensors_names_the_tiers_and_why(tmp_path: Path) -> None
     assert describe_rejection(run) == "rejected: tier_unchanged tier 2: no gradient came"
 
 
+def test_names_in_a_reason_are_escaped_for_state_and_event(tmp_path: Path) -> None:
+    reasons = [{"code": "not_finite", "message": "tensor \x1b[2Ja\u202eb", "tensors": []}]
+    shown = describe_rejection(run_with(tmp_path, reasons=reasons))
+    assert shown == r"rejected: not_finite: tensor \x1b[2Ja\u202eb"
+
+
 def test_a_loss_is_told_with_the_champions(tmp_path: Path) -> None:
     run = run_with(tmp_path, validation=LOSSES, champion=CHAMPION)
     assert describe_loss(run) == "val loss 0.01842 -> 0.02131; champion 670791 0.01842"
