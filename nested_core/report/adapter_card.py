@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.errors import ConfigError
 from nested_core.foreign_text import escape_markdown
 from nested_core.loss_format import format_loss
@@ -59,7 +60,9 @@ def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -
     if datasets:
         fields["datasets"] = datasets
     metrics = list(_index_metrics(gate))
-    if len(datasets) == 1 and metrics:  # the numbers are of that data set, which all can get
+    held_out = (config.get("gate") or {}).get("held_out", "auto")
+    is_of_data_set = held_out in HELD_OUT_SPLITS
+    if len(datasets) == 1 and metrics and is_of_data_set:  # numbers of data that all can get
         result = {
             "task": {"type": "text-generation"},
             "dataset": {"type": datasets[0], "name": datasets[0]},
@@ -118,7 +121,8 @@ def _evaluation(gate: dict[str, Any]) -> Iterator[str]:
     losses = gate.get("validation")
     rows: list[tuple[object, ...]] = []
     if losses:
-        where = f"{losses.get('file')}, {losses.get('examples')} examples"
+        file = Path(str(losses.get("file"))).name  # a card is published: no path of this machine
+        where = f"{file}, {losses.get('examples')} examples"
         before, after = format_loss(losses["loss_before"]), format_loss(losses["loss_after"])
         rows.append(("mean loss, nats a token", where, before, after))
     for task in gate.get("tasks") or []:
