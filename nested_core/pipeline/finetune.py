@@ -125,9 +125,9 @@ def finetune(
     """
     hooks = hooks or Hooks()
     check_before_start(config, run)
-    with run.locked(), attaching_verdict_at_end(config, run):
+    with run.locked():
         hooks.begin(config, run, resume=resume)
-        with writing_report_at_end(run):
+        with attaching_verdict_at_end(config, run), writing_report_at_end(run):
             return _finetune_locked(config, run, hooks)
 
 

@@ -66,5 +66,6 @@ def answer_samples(
             prompts, of_base, of_parent, of_adapter, strict=True
         )
     ]
+    run.require_lock()
     write_sample_answers(run.sample_answers, rows)
     return rows

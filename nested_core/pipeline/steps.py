@@ -255,6 +255,7 @@ def _train(
     trainer = Trainer(setup)
     trainer.resume()
     if world.is_main:
+        run.require_lock()
         # The run is made longer: what it ended with is out of date.
         measured = (run.gate_losses, run.training_examples, run.answers, run.sample_answers)
         for earlier in (run.report, run.manifest, run.gate, *measured, run.result):

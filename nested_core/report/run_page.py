@@ -333,6 +333,8 @@ def writing_report_at_end(run: RunDirectory) -> Iterator[None]:
         raise
     finally:
         try:
-            RunReport(read_run(run, has_ended=True), error).write(run.report)
+            report = RunReport(read_run(run, has_ended=True), error)
+            run.require_lock()
+            report.write(run.report)
         except Exception as failure:
             warnings.warn(f"{run.report} was not written: {failure}", stacklevel=3)

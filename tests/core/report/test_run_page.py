@@ -234,6 +234,18 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_whose_lock_is_gone_does_not_write_its_page_over_anothers(tmp_path: Path) -> None:
+    run = begin_run(tmp_path / "run")
+    run.report.write_text("of another process")
+    with (
+        pytest.warns(UserWarning, match="was not written"),
+        run.locked(),
+        writing_report_at_end(run),
+    ):
+        run.lock.unlink()
+    assert run.report.read_text() == "of another process"
+
+
 def test_the_page_disturbs_neither_status_nor_verdict(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     before = read_status(run)
