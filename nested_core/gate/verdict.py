@@ -256,10 +256,15 @@ class TaskResult:
     champion_difference: float | None = None
     champion_interval: tuple[float, float] | None = None
 
+    @property
+    def before(self) -> float:
+        """The mean score that `difference` is measured from: the parent's, else the base's."""
+        return self.base if self.parent is None else self.parent
+
     def describe(self) -> str:
         """`capitals: 0 of 15 right before, 15 of 15 after`, with the interval and odd answers."""
-        before = self.base if self.parent is None else self.parent
-        counts = [f"{round(share * self.questions, 2):g}" for share in (before, self.candidate)]
+        shares = (self.before, self.candidate)
+        counts = [f"{round(share * self.questions, 2):g}" for share in shares]
         total = self.questions
         text = f"{self.name}: {counts[0]} of {total} right before, {counts[1]} of {total} after"
         if self.interval is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.report.run_start import count_steps, start_of
+from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
 
@@ -63,7 +63,7 @@ def list_runs(folder: Path) -> list[ListedRun]:
 
 
 def _describe_run(run: RunDirectory) -> ListedRun:
-    started = start_of(run).isoformat(timespec="seconds")
+    started = read_start_time(run).isoformat(timespec="seconds")
     try:
         config = read_run_config(run)
         status: dict[str, Any] = read_status(run)

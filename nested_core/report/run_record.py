@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from nested_core.errors import NestedTuneError, describe_first_problem
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.verdict import Verdict, read_verdict
-from nested_core.report.run_start import count_steps, start_of
+from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import State, describe_state, last_value, read_sound_verdict
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
@@ -104,7 +104,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
     record = RunRecord(
         run,
         describe_state(run, holder, outcome),
-        start_of(run),
+        read_start_time(run),
         count_steps(run, config),
         config=config,
         plan=read_plan(run.plan),
@@ -126,13 +126,11 @@ def _with_verdict(record: RunRecord, reader: _Reader) -> RunRecord:
         entry = judged.get(path.name)
         if entry is not None and reader.read(path, describe_file) != entry:
             reader.problems.append(f"{path} has changed since the verdict was given.")
-    values = vars(record) | {
-        "verdict": reader.read(run.gate, read_verdict),
-        "losses": reader.read(run.gate_losses, read_example_losses),
-        "answers": reader.read(run.answers, read_answers) or (),
-        "problems": tuple(reader.problems),
-    }
-    return RunRecord(**values)
+    verdict = reader.read(run.gate, read_verdict)
+    losses = reader.read(run.gate_losses, read_example_losses)
+    answers = reader.read(run.answers, read_answers) or ()
+    problems = tuple(reader.problems)
+    return replace(record, verdict=verdict, losses=losses, answers=answers, problems=problems)
 
 
 def _read_red_flags(path: Path) -> list[str]:

@@ -28,7 +28,7 @@ def count_steps(run: RunDirectory, config: FineTuneConfig | None) -> int | None:
     return config.iters // per_step if is_rounded_down else -(-config.iters // per_step)
 
 
-def start_of(run: RunDirectory) -> datetime:
+def read_start_time(run: RunDirectory) -> datetime:
     """When a run began: its name says so, else the oldest of its files."""
     named = _RUN_NAME.fullmatch(run.path.resolve().name)
     if named is not None:

@@ -68,9 +68,8 @@ def decisive_figures(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
         name = "Against the champion"
         yield name, format_difference(champion.difference), f"candidate minus champion, {note}"
     for task in verdict.tasks:
-        before = task.base if task.parent is None else task.parent
         value = f"{task.candidate * task.questions:g} of {task.questions}"
-        yield f"Right answers, {task.name}", value, f"{before * task.questions:g} before"
+        yield f"Right answers, {task.name}", value, f"{task.before * task.questions:g} before"
     changed = sum(tensor.changed for tensor in verdict.tensors)
     yield "Tensors changed", f"{changed} of {len(verdict.tensors)}", "compared byte by byte"
     if verdict.tiers:

@@ -11,7 +11,7 @@ from nested_core.errors import ConfigError
 from nested_core.gate.verdict import Reason
 from nested_core.report.run_comparison import compare_runs
 from nested_core.report.run_listing import list_runs
-from nested_core.report.run_start import start_of
+from nested_core.report.run_start import read_start_time
 from tests.core.report.written_runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
 
 
@@ -94,7 +94,7 @@ def test_a_name_whose_digits_are_no_moment_and_a_file_that_goes_are_no_error(
     files = list(run.path.iterdir())
     monkeypatch.setattr(Path, "iterdir", lambda _: iter([*files, run.path / "replaced.tmp"]))
     oldest = min(file.stat().st_mtime for file in files)
-    assert start_of(run).timestamp() == pytest.approx(oldest, abs=1e-3)
+    assert read_start_time(run).timestamp() == pytest.approx(oldest, abs=1e-3)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
