@@ -25,7 +25,10 @@ from tasks.verdict_text import (
 )
 
 UNDER_WAY = "Under way"
-IF_IT_CRASHED = "A run whose state is Crashed was killed: Retry goes on from its last checkpoint."
+IF_IT_HAS_ENDED = (
+    "A run whose state is Crashed or Cancelled was ended before it could say so here: Retry goes "
+    "on from its last checkpoint."
+)
 SHOWN_ANSWERS = 5
 SHOWN_CHARACTERS = 160  # of a question or an answer
 SHOWN_CHECKS = 4
@@ -66,7 +69,7 @@ def describe_night(
         ]
     )
     if outcome == UNDER_WAY:
-        page.add_paragraph(IF_IT_CRASHED)
+        page.add_paragraph(IF_IT_HAS_ENDED)
     page.add_paragraph("The same again, on that machine:")
     page.add_code(f"nested-tune train -c {shlex.quote(str(run.config.resolve()))} --run-dir again")
     answers = [*_pair_samples(run, verdict), *_pair_answers(run)]
