@@ -105,7 +105,7 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
         """The figures, then the settings that differ."""
         print_table(("", *comparison.names), list(comparison.rows()))
         if not comparison.has_same_held_out_examples():
-            print_line("The gate did not judge these runs on the same held-out examples.")
+            print_line("These runs are not known to be judged on the same held-out examples.")
         for problem in (problem for r in comparison.records for problem in r.problems):
             print_line(f"damaged: {problem}")
         if arguments.html is not None:

@@ -36,8 +36,8 @@ class HeldOutPrompt:
 def read_held_out_prompts(settings: DataSettings, count: int) -> list[HeldOutPrompt]:
     """The first prompts of test, or without it of valid; at most `count`.
 
-    None of a data set of the hub, which would be read whole for it, and none of plain text, which
-    asks nothing.
+    Empty for a data set of the hub, which would have to be read whole, and for plain text, which
+    has no prompts.
     """
     if settings.hf_dataset or not Path(settings.data).expanduser().is_dir():
         return []

@@ -93,7 +93,8 @@ def _absent(verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecor
         if isinstance(recorded.get(key), dict) is not is_expected:
             yield key
     has_drift = isinstance(recorded.get("drift"), dict)
-    if has_drift and not has_held_out or not has_drift and bounds.get("max_kl") is not None:
+    must_have_drift = bounds.get("max_kl") is not None
+    if (has_drift and not has_held_out) or (must_have_drift and not has_drift):
         yield "drift"
     proof = recorded.get("proof")
     if isinstance(proof, dict) and proof.get("tolerance") not in TOLERANCES:

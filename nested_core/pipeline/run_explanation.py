@@ -278,6 +278,7 @@ def _measure_speed(
     config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None
 ) -> float | None:
     """Tokens a second, the median of a few steps after the first; None if fewer were reported."""
+    # Until the slowest tier is due once: a run that it is never due in is refused.
     count = max(MEASURED_STEPS, config.nested.frequencies[-1])
     iterations = count * config.grad_accumulation_steps
     training = config.training.model_copy(update={"epochs": None, "early_stop_patience": None})
