@@ -8,8 +8,7 @@ from typing import Any
 
 from nested_core.errors import list_first, shorten
 from nested_core.foreign_text import escape
-from nested_core.loss_format import format_change, format_loss
-from nested_core.registry.gate_file import name_loss
+from nested_core.loss_format import format_change, format_loss, name_loss
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 

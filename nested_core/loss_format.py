@@ -28,3 +28,9 @@ def format_interval(interval: Sequence[float]) -> str:
     """Both ends of a difference's interval: "-0.0004 to +0.0062"."""
     low, high = interval
     return f"{format_difference(low)} to {format_difference(high)}"
+
+
+def name_loss(file: str | None) -> str:
+    """The name of a loss by the file that it was measured on; earlier releases recorded no file."""
+    names = {None: "validation loss", "valid.jsonl": "validation loss", "test.jsonl": "test loss"}
+    return names.get(file, "held-out loss")

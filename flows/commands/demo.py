@@ -161,7 +161,7 @@ def _print_right_answers(run: RunDirectory) -> None:
 
 def _print_run(run: RunDirectory) -> None:
     from nested_core.gate.verdict import read_verdict
-    from nested_core.registry.gate_file import name_loss
+    from nested_core.loss_format import name_loss
     from nested_core.training.metrics_file import read_metrics
 
     for line in draw_curve(read_metrics(run.metrics)).splitlines():

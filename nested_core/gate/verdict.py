@@ -14,8 +14,7 @@ from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.paired_difference import PairedDifference
 from nested_core.html_markup import collapsed, fragment, paragraph, table
-from nested_core.loss_format import format_change
-from nested_core.registry.gate_file import name_loss
+from nested_core.loss_format import format_change, name_loss
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.manifest import FileEntry
 from nested_core.storage.strict_files import read_regular

@@ -166,12 +166,6 @@ def is_within_drift(divergence: float | None, bound: float) -> bool:
     return divergence is not None and divergence <= bound
 
 
-def name_loss(file: str | None) -> str:
-    """The name of a loss by the file that it was measured on; earlier releases recorded no file."""
-    names = {None: "validation loss", "valid.jsonl": "validation loss", "test.jsonl": "test loss"}
-    return names.get(file, "held-out loss")
-
-
 def write_gate(run_dir: Path, gate: Mapping[str, Any], judged: Mapping[str, FileEntry]) -> None:
     """Write gate.json, and the manifest that binds it to the files that were judged.
 

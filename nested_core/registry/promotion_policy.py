@@ -25,6 +25,7 @@ from nested_core.loss_format import (
     format_difference,
     format_interval,
     format_loss,
+    name_loss,
 )
 from nested_core.registry import (
     Promotion,
@@ -36,7 +37,7 @@ from nested_core.registry import (
     verify,
 )
 from nested_core.registry.folder_lock import shared
-from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES, name_loss
+from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 from nested_core.storage.strict_files import read_json

@@ -22,7 +22,7 @@ from nested_core.registry.name_folders import VERSIONS, check_name
 from nested_core.registry.queries import read_champion, verify
 from nested_core.registry.versions import read_provenance
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
 def write_card(registry: Path, name: str) -> str:

@@ -18,7 +18,7 @@ from tests.flows.conftest import Ended
 def test_without_a_server_deploy_exits_2_and_says_what_to_set(
     nested_tune: Callable[..., Ended],
 ) -> None:
-    refused = nested_tune("deploy")
+    refused = nested_tune("deploy", COLUMNS="80")  # a process of its own, which has no server
     assert refused.code == 2
     assert "PREFECT_API_URL is not set" in refused.message()
 

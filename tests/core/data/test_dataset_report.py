@@ -143,7 +143,7 @@ def test_switching_pandera_off_from_outside_changes_nothing(write_data: WriteDat
     )
     expected = report_on(folder).to_json()
     assert json.loads(done.stdout) == expected
-    assert expected["counts"] == {"error": 2, "warning": 1, "info": 6}
+    assert expected["counts"] == {"error": 2, "warning": 1, "info": 7}
 
 
 def test_naming_the_package_loads_no_pandera_no_polars_and_no_mlx() -> None:

@@ -50,7 +50,8 @@ def test_a_loss_on_general_text_that_rose_beyond_its_bound_is_forgetting(
     assert before is not None
     assert after is not None
     assert after > before > 0
-    assert f"{before} -> {after}; gate.max_general_loss_increase is 0" in verdict.reasons[0].message
+    change = f"{before:.4g} -> {after:.4g}; gate.max_general_loss_increase is 0"
+    assert change in verdict.reasons[0].message
     assert measured.sha256 == sha256(general.read_bytes()).hexdigest()
     rise = after / before - 1
     assert judge_run(bounded(config, general, rise * 1.01), run).has_passed

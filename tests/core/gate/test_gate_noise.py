@@ -50,7 +50,7 @@ def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
 def test_a_rise_beyond_bound_and_noise_is_refused_with_its_figures_and_its_data() -> None:
     validation = validation_of([0.2, 0.25, 0.3, 0.35] * 3)
     (reason,) = loss_reasons(validation, None, GateSection())
-    assert reason.message.startswith("loss 2.0 -> 2.275 on valid.jsonl, 12 examples, +0.275 with a")
+    assert reason.message.startswith("loss 2 -> 2.275 on valid.jsonl, 12 examples, +0.275 with a")
     assert "95 % interval of +0.2" in reason.message
     assert loss_reasons(validation, None, GateSection(max_val_loss_increase=0.2)) == []
 

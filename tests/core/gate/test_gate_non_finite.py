@@ -182,7 +182,7 @@ def test_whose_logits_are_not_finite(
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        (2.0, None, "2.0 -> not finite with the trained adapter"),
+        (2.0, None, "2 -> not finite with the trained adapter"),
         (None, 2.0, "with the initial adapter is not finite already"),
         (None, None, "with the initial adapter is not finite already"),
     ],

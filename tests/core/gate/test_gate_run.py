@@ -60,6 +60,7 @@ def test_gate_json_has_the_keys_of_design(config: FineTuneConfig, run: RunDirect
     assert all(set(row) == tier | {"skipped_updates"} for row in document["tiers"])
     losses = {"loss_before", "loss_after", "selected_on_same_data", "file", "examples"}
     paired = {"difference", "standard_error", "interval", "smallest_visible", "losses_sha256"}
+    paired |= {"has_one_answer"}
     assert set(document["validation"]) == losses | paired
 
 
@@ -183,7 +184,7 @@ def test_a_loss_that_rose_is_rejected_with_both_numbers(
     (reason,) = document["reasons"]
     losses = document["validation"]
     assert losses["loss_after"] > losses["loss_before"] > 4
-    assert f"loss {losses['loss_before']} -> {losses['loss_after']}" in reason["message"]
+    assert f"loss {losses['loss_before']:.4g} -> {losses['loss_after']:.4g}" in reason["message"]
 
 
 def test_a_loss_may_rise_by_the_share_that_is_configured(

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from nested_core.config.resume import refuse_differences
 from nested_core.errors import ConfigError
-from nested_core.pipeline import steps
 from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.mlx_launch import (
     count_ranks,
@@ -23,6 +22,7 @@ from nested_core.pipeline.launch.mlx_launch import (
     launch_command,
     rank_device,
 )
+from nested_core.pipeline.preflight import check_before_start
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.rank_communication import (
     SINGLE_PROCESS,
@@ -136,7 +136,7 @@ def test_a_hostfile_that_cannot_be_used_is_refused_before_anything_is_written(
         path.write_text(content)
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
-        steps.begin(example_config(training={"hostfile": str(path)}), run, resume=False)
+        check_before_start(example_config(training={"hostfile": str(path)}), run)
     assert not run.path.exists()
 
 

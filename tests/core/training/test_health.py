@@ -41,7 +41,7 @@ class TestFlatLoss:
         with pytest.warns(SilentUpdateWarning) as caught:
             warn_of_flat_loss(state, [2.5] * 10, 10)
         message = "loss_flat: the training loss has not moved beyond noise over 10 reports "
-        assert str(caught[0].message) == f"{message}(2.5000 to 2.5000)."
+        assert str(caught[0].message) == f"{message}(2.5 -> 2.5)."
         assert state.red_flags == [str(caught[0].message)]
 
     @pytest.mark.parametrize("window", [2, 3, 10])

@@ -19,7 +19,9 @@ from nested_core.models.lora_attachment import attach_adapter, is_adapter_parame
 from nested_core.models.parameters import trainable_parameters
 from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
+from nested_core.pipeline.preflight import check_before_start
 from nested_core.storage.adapter import read_adapter
+from nested_core.storage.run_directory import RunDirectory
 from tests.example import MODEL, Finished, example_config, prepare, train_example
 
 LAYERS, MODULES = 6, 7  # of the base: q, k, v, o, gate, up and down in each layer
@@ -235,8 +237,8 @@ def test_a_file_in_place_of_adapter_path_is_refused_before_anything_is_done(
     (tmp_path / "adapters").touch()
     config = example_config(adapter_path=str(tmp_path / "adapters"))
     with pytest.raises(ConfigError, match="adapters is a file; give a folder"):
-        prepare(config, tmp_path / "run")
-    assert list((tmp_path / "run").iterdir()) == []
+        check_before_start(config, RunDirectory(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_its_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
