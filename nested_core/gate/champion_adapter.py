@@ -44,13 +44,17 @@ class UnusableChampion:
 
 
 def find_champion(base: LoadedBase, candidate: Adapter) -> Champion | UnusableChampion | None:
-    """The champion of `registry.name`, verified, read and fitted to the base; None without one."""
+    """The champion of `registry.name`, verified, read and fitted to the base; None without one.
+
+    None, too, where the candidate is the champion: a run that is judged again after its promotion
+    has no rival in itself, and gets the verdict that it had.
+    """
     path, name = base.config.registry.path, base.config.registry.name
     if path is None or name is None or not name_exists(Path(path), name):
         return None
     registry = Path(path)
     with holding_champion(registry, name) as version:
-        if version is None:
+        if version is None or version == candidate.digest():
             return None
         folder = version_folder(registry, name, version)
         try:
