@@ -19,7 +19,7 @@ from nested_core.registry.champion_record import (
     make_record,
     read_record,
 )
-from nested_core.registry.folder_lock import shared
+from nested_core.registry.folder_lock import require_undisturbed, shared
 from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.name_folders import VERSIONS, find_name_folder
@@ -62,17 +62,21 @@ class Snapshot:
 
 
 def audit(registry: Path, name: str) -> AuditReport:
-    """Check all files of `name`; ConfigError for an unknown registry or name."""
+    """Check all files of `name`; ConfigError for an unknown registry or name.
+
+    Raises DamagedError if there are findings and the lock file was removed meanwhile: they may be
+    another process at work.
+    """
     folder = find_name_folder(registry, name)
-    with shared(folder):
+    with shared(folder) as lock:
         snapshot = _take_snapshot(folder)
-    findings = [
-        *(f for version in snapshot.versions for f in _audit_version(folder, version, snapshot)),
-        *_audit_listing(folder, snapshot),
-        *snapshot.findings,
-    ]
-    if not snapshot.findings:
-        findings += _audit_champion(folder, snapshot)
+        findings = [*_audit_listing(folder, snapshot), *snapshot.findings]
+        if not snapshot.findings:
+            findings += _audit_champion(folder, snapshot)
+        if findings:
+            require_undisturbed(folder, lock)
+    for version in reversed(snapshot.versions):
+        findings = [*_audit_version(folder, version, snapshot), *findings]
     is_open = snapshot.prepared is not None and snapshot.prepared != snapshot.champion
     unfinished = snapshot.prepared if is_open else None
     return AuditReport(name, snapshot.champion, snapshot.versions, tuple(findings), unfinished)
@@ -112,11 +116,14 @@ def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[Audit
     """
     if not _version_findings(folder, version, snapshot.ledger):
         return []
-    with shared(folder):
+    with shared(folder) as lock:
         ledger = _take_snapshot(folder).ledger
         if file_type(folder / VERSIONS / version) == "missing" and _is_collected(version, ledger):
             return []
-        return _version_findings(folder, version, ledger)
+        findings = _version_findings(folder, version, ledger)
+        if findings:
+            require_undisturbed(folder, lock)
+        return findings
 
 
 def _is_collected(version: str, ledger: Ledger) -> bool:

@@ -190,10 +190,12 @@ def _restore_retired(retired: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """Remove a file or folder; what another process removes meanwhile is gone as well."""
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+    while path.is_dir() and not path.is_symlink():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(path)
 
 
 def require_writable_place(path: Path, what: str, key: str) -> None:

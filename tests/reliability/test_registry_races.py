@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -77,10 +78,11 @@ def start(action: Callable[[], None]) -> int:
         except DamagedError as error:
             code = LOST_LOCK if "was removed or replaced" in str(error) else 1
             if code == 1:
-                traceback.print_exc()
+                traceback.print_exc(file=sys.__stderr__)
         except BaseException:
-            traceback.print_exc()
+            traceback.print_exc(file=sys.__stderr__)
         finally:
+            print(end="", file=sys.__stderr__, flush=True)
             os._exit(code)
     return child
 

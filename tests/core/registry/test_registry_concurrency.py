@@ -13,6 +13,7 @@ import pytest
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import (
     audit,
+    audit_report,
     collect_garbage,
     history,
     list_versions,
@@ -136,3 +137,37 @@ def test_damage_after_the_lock_was_removed_is_told_as_the_lock(three, registry, 
     assert caught.value is damage
     with pytest.raises(DamagedError, match=r"\.lock was removed or replaced"):
         change(removes_lock=True)
+
+
+@pytest.mark.parametrize("is_below", [True, False])
+def test_a_file_of_the_registry_that_goes_away_is_another_writer(three, registry, is_below) -> None:
+    folder = registry / NAME
+    gone = (folder if is_below else registry.parent / "run") / "adapter_config.json"
+    with (
+        pytest.raises(DamagedError if is_below else FileNotFoundError) as caught,
+        exclusive(folder),
+    ):
+        raise FileNotFoundError(2, "No such file or directory", str(gone))
+    assert not is_below or f"{gone} went away while" in str(caught.value)
+
+
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_an_audit_that_a_writer_could_disturb_proves_nothing(
+    three, registry, monkeypatch, is_removed
+) -> None:
+    record = registry / NAME / "champion.json"
+    record.chmod(0o644)
+    record.write_text("{}")
+    read = audit_report._take_snapshot
+
+    def disturbed(folder):
+        if is_removed:
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+        return read(folder)
+
+    monkeypatch.setattr(audit_report, "_take_snapshot", disturbed)
+    if is_removed:
+        with pytest.raises(DamagedError, match=r"\.lock was removed or replaced"):
+            audit(registry, NAME)
+    else:
+        assert audit(registry, NAME).findings != ()
