@@ -129,7 +129,7 @@ def require_right_decision(night: Night, compared: ChampionLoss) -> None:
     assert compared.loss is not None
     assert compared.difference is not None
     found = re.fullmatch(
-        rf"validation loss ({FIGURE}) is not better than the champion's ({FIGURE}) beyond noise "
+        rf"test loss ({FIGURE}) is not better than the champion's ({FIGURE}) beyond noise "
         rf"\(test.jsonl, {compared.examples} examples[^)]*\): ({FIGURE}) with a 95 % interval of "
         rf"({FIGURE}) to ({FIGURE}); these examples can show no difference below ({FIGURE})",
         decision,
