@@ -33,11 +33,14 @@ demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
 	$(BIN)/pytest -m "not reliability and not production" -n auto --dist loadfile
 
-check: $(VENV)/dev.stamp ## format, lint and complexity, types, import directions
+check: $(VENV)/dev.stamp ## format, lint and complexity, types, import directions, documents
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(BIN)/python docs/make_python.py --check
+	$(BIN)/python docs/build_site.py
 
 format: $(VENV)/dev.stamp ## format, and repair what lint can repair
 	$(BIN)/ruff format .
@@ -56,8 +59,12 @@ soak: $(VENV)/dev.stamp ## RUNS=500 tiny trainings through the queue, with two w
 reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minutes
 	$(BIN)/pytest -m reliability -n auto --dist loadfile
 
-docs: $(VENV)/project.stamp ## write docs/configuration.md again from the schema
-	$(BIN)/python docs/make_configuration.py
+docs: $(VENV)/dev.stamp ## write the pages that are made from the code again, and build the site
+	$(BIN)/python -m docs.make_configuration
+	$(BIN)/python docs/make_python.py
+	$(BIN)/python -m docs.make_support
+	$(BIN)/python docs/build_site.py
+	@echo "Written: build/docs/site/index.html"
 
 example-model: $(VENV)/project.stamp ## remake the tiny base model in examples/
 	$(BIN)/python examples/make_model.py

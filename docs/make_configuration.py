@@ -1,4 +1,7 @@
-"""Write docs/configuration.md and docs/coming-from.md from the schema: `make docs`."""
+"""Write docs/configuration.md and docs/coming-from.md: `make docs`.
+
+From the schema, and from the files and flags of mlx_lm.lora that the tests try.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from nested_core.config.key_properties import Key, iterate_keys
 from nested_core.config.other_tools import ABSENT_KEYS, RENAMED_KEYS
 from nested_core.config.resume import may_differ_on_resume
 from nested_core.config.schema import FineTuneConfig
+from tests.mlx_lm_variants import EXAMPLES, FLAGS, KEYS, REFUSED, TRAINED
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """\
@@ -44,23 +48,50 @@ OTHERS_PAGE = Path(__file__).with_name("coming-from.md")
 OTHERS_HEAD = """\
 # Coming from another trainer
 
-Written by `make docs` from `nested_core/config/other_tools.py`; do not edit it by hand.
+Written by `make docs` from `nested_core/config/other_tools.py` and `tests/mlx_lm_variants.py`; do
+not edit it by hand.
 
 ## From mlx_lm.lora
 
-Your file works as it is: every key of `mlx_lm.lora` is here under its own name, with its default
-and its meaning, and every flag. Give `nested-tune train -c lora.yaml` in its place. What differs:
+Your file works as it is: `nested-tune train -c lora.yaml` in place of `mlx_lm.lora -c lora.yaml`.
+Every key and flag is taken under its own name, with its default and its meaning. What differs:
 
 - The model and the data have to be given: no default is fetched from the hub.
-- The adapter is in the run's own directory, judged; `adapter_path` gets copies as mlx_lm.lora
-  writes them.
+- `train` and `run` train and then judge. There is no command that only evaluates as `--test`
+  without `--train` does; `nested-tune verify` judges adapters that exist.
+- The adapter is in the run's own directory, judged; `adapter_path` gets copies under the names of
+  mlx_lm.lora. Its adapters.safetensors is the best one by validation loss, not the last one.
 - Each example is seen once an epoch, the last batch included, and the loss of a batch is a mean
   over its tokens. `training: {reference: mlx_lm}` does what mlx_lm.lora does instead, bit for bit.
 - A key that mlx_lm.lora would pass over in silence is refused, with the key that was meant.
 
-## From axolotl, LLaMA-Factory, unsloth, TRL and PEFT
+`tests/flows/test_mlx_lm_variants.py` has both programs read what is listed below, and each flag
+alone. `make reliability` also trains with each of them through the whole command, on tiny models
+and data: both programs leave the same file names in `adapter_path`, with tensors of the same names,
+shapes and types, which mlx_lm loads. Snapshots under `training.reference` are compared bit for bit;
+those of `tools` are not equal. `make test` trains some of them. A test fails where a release of
+mlx-lm has a key or a flag that is not in these tables.
 
-A file of theirs is not read, but their names are known: a key of theirs is answered with ours.
+### Each key and flag
+
+Same: as in mlx_lm.lora. Better: taken, and more is done or less goes wrong.
+
+| key | flag | here | what to know |
+|---|---|---|---|
+"""
+VARIANTS_HEAD = """
+### Files and command lines that are tried
+
+`lora_config.yaml` is mlx-lm's example file, `LORA.md` its documentation.
+
+| name | what it shows | here |
+|---|---|---|
+"""
+OTHERS_TABLE = """
+## From axolotl, LLaMA-Factory, unsloth, TRL, PEFT and Soup
+
+A file of theirs is not read, but their names are known: a key of theirs, in any section, is
+answered with ours. What is not in the table is an unknown key, with the nearest of ours.
 
 | their key | ours |
 |---|---|
@@ -68,13 +99,32 @@ A file of theirs is not read, but their names are known: a key of theirs is answ
 
 
 def render_others_page() -> str:
-    """The page for people who come from another trainer: what their keys are called here."""
+    """The page for people who come from another trainer: what becomes of their files and keys."""
     rows = []
     for theirs, ours in RENAMED_KEYS.items():
         key, _, remark = ours.partition("; ")
         rows.append(f"| `{theirs}` | `{key}`{f'; {remark}' if remark else ''} |\n")
     rows += [f"| `{theirs}` | {answer} |\n" for theirs, answer in ABSENT_KEYS.items()]
-    return OTHERS_HEAD + "".join(sorted(rows))
+    tables = (OTHERS_HEAD, *_mlx_lm_keys(), VARIANTS_HEAD, *_mlx_lm_variants(), OTHERS_TABLE)
+    return "".join((*tables, *sorted(rows)))
+
+
+def _mlx_lm_keys() -> Iterator[str]:
+    for key, (relation, remark) in KEYS.items():
+        flag = "--" + key.replace("_", "-")
+        shown = "`-c`, `--config`" if key == "config" else f"`{flag}`" if flag in FLAGS else ""
+        yield f"| `{key}` | {shown} | {relation} | {_escape(remark)} |\n"
+
+
+def _mlx_lm_variants() -> Iterator[str]:
+    for variant in (*EXAMPLES, *TRAINED, *REFUSED):
+        outcome: str = variant.relation
+        if variant.code:
+            also = "there too" if variant.there else "not there"
+            outcome = f"refused, exit code {variant.code}; {also}: {_escape(variant.here)}"
+        elif variant.there:
+            outcome = f"better; there: {_escape(variant.there)}"
+        yield f"| {variant.name} | {_escape(variant.shows)} | {outcome} |\n"
 
 
 def render_page() -> str:

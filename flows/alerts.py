@@ -6,7 +6,6 @@ in no message of ours.
 
 from __future__ import annotations
 
-import getpass
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.types import SecretDict
 from pydantic import SecretStr
 
+from flows.current_user import current_user
 from nested_core.errors import ConfigError, NestedTuneError
 
 WEBHOOK_BLOCK = "nested-tune"
@@ -39,7 +39,7 @@ def find_or_make_block(client: SyncPrefectClient, notify: str) -> UUID:
             raise ConfigError(
                 f"--notify {notify}: the server has no such block. Make a notification block in "
                 "the UI under Blocks and name it as TYPE/NAME, such as slack-webhook/ops, or give "
-                "the URL of a webhook."
+                "the URL of a webhook, best in a file: --notify @FILE."
             ) from None
     if not _is_web_address(notify):
         raise ConfigError("--notify: a webhook's URL begins with https:// or http:// and a host.")
@@ -89,14 +89,16 @@ def send_test_alert(client: SyncPrefectClient) -> str:
     """
     automation = next(iter(client.read_automations_by_name(TEST_ALERT)), None)
     if automation is None or alert_block(automation) is None:
-        raise ConfigError("--test-alert: nobody is told yet. Give --notify with a block or a URL.")
+        raise ConfigError(
+            "--test-alert: nobody is told yet. Give --notify: a block, or a URL in @FILE."
+        )
     event_id = uuid4()
     event = {
         "id": str(event_id),
         "event": "nested-tune.test-alert",
         "occurred": datetime.now(UTC).isoformat(),
         "resource": {"prefect.resource.id": "nested-tune.alerts"},
-        "payload": {"by": getpass.getuser()},
+        "payload": {"by": current_user()},
     }
     client.request("POST", "/events", json=[event]).raise_for_status()
     result = _wait_for_action(client, automation.id, event_id)

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.terminal import WIDTH_WITHOUT_TERMINAL, output_console, print_line
-from nested_core.foreign_text import escape_lines
+from nested_core.text.foreign_text import escape_lines
 
 COLUMNS = ("base", "adapter")
 

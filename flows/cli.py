@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from flows.os_errors import explain, explain_file_limit
+from flows.os_errors import explain, explain_file_limit, explain_missing_mlx
 from flows.stop_signals import INTERRUPTED
 from flows.terminal import print_progress
 from nested_core.errors import ConfigError, NestedTuneError
-from nested_core.foreign_text import escape
+from nested_core.text.foreign_text import escape
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,21 +91,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             finish = parsed.run(parsed)
         return int(finish() if callable(finish) else finish)
     except NestedTuneError as error:
-        return _fail(error, error.exit_code, arguments)
+        return _print_error(error, error.exit_code, arguments)
     except KeyboardInterrupt as error:
-        return _fail(error, INTERRUPTED, arguments, "interrupted")
+        return _print_error(error, INTERRUPTED, arguments, "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         text, code = explain(error)
-        return _fail(error, code, arguments, text)
-    except ValueError as error:
-        text_or_none = explain_file_limit(error)
+        return _print_error(error, code, arguments, text)
+    except (ImportError, ValueError) as error:
+        text_or_none = explain_missing_mlx(error) or explain_file_limit(error)
         code = 1 if text_or_none is None else ConfigError.exit_code
-        return _fail(error, code, arguments, text_or_none or _unexpected(error))
+        return _print_error(
+            error, code, arguments, text_or_none or _describe_unexpected_error(error)
+        )
     except Exception as error:  # the last line of defence: a person gets a paragraph
-        return _fail(error, 1, arguments, _unexpected(error))
+        return _print_error(error, 1, arguments, _describe_unexpected_error(error))
 
 
 def _refuse_undecodable(arguments: Sequence[str]) -> None:
@@ -115,11 +117,11 @@ def _refuse_undecodable(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{argument} is not UTF-8: give a name that is, or rename the file.")
 
 
-def _unexpected(error: Exception) -> str:
+def _describe_unexpected_error(error: Exception) -> str:
     return f"unexpected {type(error).__name__}: {error}. --debug shows where it came from."
 
 
-def _fail(
+def _print_error(
     error: BaseException, code: int, arguments: Sequence[str], text: str | None = None
 ) -> int:
     if "--debug" in arguments:

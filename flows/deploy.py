@@ -42,7 +42,8 @@ TAG = "nested-tune"
 SHOWN_OUTPUT_LINES = 8
 NOBODY_IS_TOLD = (
     "alerts: NOBODY IS TOLD of a run that failed, crashed or is late. Make a notification block in "
-    "the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or --notify URL"
+    "the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or --notify @FILE "
+    "with a webhook's URL in the file"
 )
 PAGE = 200
 
@@ -69,7 +70,7 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
         _keep_schedules(plan, there, outdated)
         _run_prefect_deploy(plan.project)
         for deployment in plan.deployments:
-            yield _describe(client, deployment)
+            yield _describe_deployment(client, deployment)
         for old in outdated:
             with suppress(ObjectNotFound):  # by another deploy, just now
                 client.delete_deployment(old.response.id)
@@ -155,7 +156,7 @@ def _run_prefect_deploy(project: dict[str, Any]) -> None:
         raise NestedTuneError(f"`prefect deploy` failed; what it said last:\n{lines}")
 
 
-def _describe(client: SyncPrefectClient, deployment: dict[str, Any]) -> str:
+def _describe_deployment(client: SyncPrefectClient, deployment: dict[str, Any]) -> str:
     there = client.read_deployment_by_name(full_name(deployment))
     schedules = [
         f"{schedule.slug} {'on' if schedule.active else 'off'}" for schedule in there.schedules
@@ -185,7 +186,7 @@ def complete_automation(
     Without `block` an alert goes where the server sends it already.
     """
     wanted = {key: value for key, value in planned.items() if key != "notify"}
-    there = _read_by_name(client, planned["name"])
+    there = _read_automations_named(client, planned["name"])
     if "notify" in planned:
         if block is None and there:
             block = alert_block(there[0])
@@ -202,12 +203,12 @@ def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
 
     Two that make it at once see both afterwards, and both keep the one with the lower id.
     """
-    if _read_by_name(client, wanted.name):
+    if _read_automations_named(client, wanted.name):
         done = "put in place" if wanted.enabled else "put in place, and stays paused"
     else:
         client.create_automation(wanted)
         done = "made"
-    kept, *doubled = _read_by_name(client, wanted.name)
+    kept, *doubled = _read_automations_named(client, wanted.name)
     for automation in doubled:
         with _ignoring_missing():
             client.delete_automation(automation.id)
@@ -224,7 +225,7 @@ def _find_deployment_id(client: SyncPrefectClient, name: str) -> str:
         return str(UUID(int=0))
 
 
-def _read_by_name(client: SyncPrefectClient, name: str) -> list[Automation]:
+def _read_automations_named(client: SyncPrefectClient, name: str) -> list[Automation]:
     """The automations of a name, in an order that all who read them agree on."""
     return sorted(client.read_automations_by_name(name), key=lambda automation: automation.id)
 

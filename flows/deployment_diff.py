@@ -97,7 +97,7 @@ def _compare_values(
     name: str, server: dict[str, Any], file: dict[str, Any]
 ) -> Iterator[Difference]:
     """The keys, dotted, whose values differ; a schedule's `active` is the server's to say."""
-    in_server, in_file = _flatten(server), _flatten(file)
+    in_server, in_file = _flatten_keys(server), _flatten_keys(file)
     for key in [*in_file, *(key for key in in_server if key not in in_file)]:
         values = (in_server.get(key, MISSING), in_file.get(key, MISSING))
         if values[0] != values[1]:
@@ -105,12 +105,12 @@ def _compare_values(
             yield Difference(name, key, *values, "keeps the server's" if is_kept else "puts it")
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def _flatten_keys(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """Dotted key -> value as JSON; an empty mapping is a value too."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= _flatten_keys(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = json.dumps(value, sort_keys=True)
     return flat

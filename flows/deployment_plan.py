@@ -114,12 +114,12 @@ def _fill_in_configuration(deployment: dict[str, Any], given: dict[str, Any]) ->
     """Lay a configuration's keys over those of a deployment that trains."""
     config = deployment.get("parameters", {}).get("config")
     if deployment["entrypoint"] == FINETUNE:
-        deployment["parameters"]["config"] = _merge(config, given)
+        deployment["parameters"]["config"] = _merge_config(config, given)
     elif deployment["entrypoint"] == SWEEP:
-        config["base"] = _merge(config["base"], given)
+        config["base"] = _merge_config(config["base"], given)
 
 
-def _merge(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """`given` over `shipped`, key by key in sections too; the configuration's keys come first."""
     merged = dict(given)
     for key, value in shipped.items():

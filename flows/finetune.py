@@ -8,6 +8,7 @@ That report would end a retry that has begun by then, so it must not be long in 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from prefect import flow, runtime
 from prefect.client.orchestration import get_client
@@ -15,7 +16,8 @@ from prefect.states import Cancelled, Completed, Failed, State
 
 from flows.allowed_folders import refuse_python_scorers, require_allowed, require_allowed_paths
 from flows.flow_run_labels import name_flow_run, tag_flow_run
-from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
+from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
+from flows.resume import was_resumed
 from flows.state_messages import (
     advise_retry,
     describe_loss,
@@ -64,15 +66,15 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     from tasks.night_page import publish_night
 
     tolerate_closed_output()
-    say_errors_in_a_paragraph()
+    hide_tracebacks_of_expected_errors()
     tag_flow_run()
     settings = config.configuration()
     try:
         require_allowed_paths(settings)
         refuse_python_scorers(settings)
-        run = _open(config)
+        run = _open_run_directory(config)
     except NestedTuneError as error:
-        return _fail(error)
+        return _failed_state(error)
     try:
         state = _carry_out(settings, run)
     except Exception as error:  # of the machine or of a library: Prefect calls the run Failed
@@ -100,27 +102,28 @@ def _carry_out(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         return Cancelled(message=f"resumable by a retry of this flow run: {advice}")
     except GateRejected as error:
         if read_verdict(run.gate).has_passed:  # the registry refused what this gate let through
-            return _fail(error)
+            return _failed_state(error)
         message = f"{resumed}{describe_rejection(run)}"
         if config.registry.name is not None:
             payload = {"run_dir": str(run.path.resolve()), "reason": message}
             emit_adapter_event("rejected", config.registry.name, payload)
         return Failed(name=Outcome.REJECTED, message=message, data=error)
     except NestedTuneError as error:
-        return _fail(error)
-    outcome, message = _describe(config, result)
+        return _failed_state(error)
+    outcome, message = _describe_outcome(config, result)
     return Completed(name=outcome, message=f"{resumed}{message}")
 
 
-def _fail(error: NestedTuneError) -> State[Any]:
+def _failed_state(error: NestedTuneError) -> State[Any]:
     """A failed state that says what a person can do about an error, in a page."""
     return Failed(message=f"{type(error).__name__}: {advise_retry(str(error))}", data=error)
 
 
-def _describe(config: FineTuneConfig, result: FinetuneResult) -> tuple[Outcome, str]:
+def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[Outcome, str]:
     """The outcome of a flow run that completed, and its message."""
     if result.unchanged_since is not None:
-        return Outcome.SKIPPED, f"skipped: data unchanged since {result.unchanged_since}"
+        champion = shorten_version(result.unchanged_since)
+        return Outcome.SKIPPED, f"skipped: data unchanged since {champion}"
     if result.kept_champion is not None:
         return Outcome.KEPT_CHAMPION, str(result.promotion)
     loss = describe_loss(result.run)
@@ -149,18 +152,15 @@ def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
 
 def _describe_resumption(run: RunDirectory) -> str:
     """What the message says of a run that an automation resumed; nothing of any other."""
-    if (runtime.flow_run.run_count or 1) == 1:
-        return ""
     with get_client(sync_client=True) as client:
-        states = client.read_flow_run_states(runtime.flow_run.id)
-    if not any(state.name == Outcome.RESUMED for state in states):
-        return ""
+        if not was_resumed(client, UUID(str(runtime.flow_run.id))):
+            return ""
     checkpoints = list_checkpoints(run.checkpoints)
     where = f"from {checkpoints[-1].name}" if checkpoints else "from its beginning"
     return f"crashed once, resumed by itself {where}: "
 
 
-def _open(config: FinetuneParameters) -> RunDirectory:
+def _open_run_directory(config: FinetuneParameters) -> RunDirectory:
     """The directory given, or one keyed by the flow run's id, which a retry finds again."""
     if config.run_dir is not None:
         path = require_allowed(config.run_dir, "run_dir")

@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from pydantic import BaseModel
 
-from nested_core.foreign_text import escape
+from nested_core.text.foreign_text import escape
 
 SWEEP = "sweep"  # the tag of the runs that a sweep starts
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nested_core.loss_format import format_loss
+from nested_core.text.loss_format import format_loss
 
 SMALLEST_LOSS = 1e-6
 LABEL_WIDTH = 8

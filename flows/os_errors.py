@@ -63,7 +63,7 @@ def explain(error: OSError) -> tuple[str, int]:
     ), 1
 
 
-def explain_file_limit(error: ValueError) -> str | None:
+def explain_file_limit(error: Exception) -> str | None:
     """The paragraph where mlx-lm could not set its limit of open files, as it does on import."""
     if "maximum limit" not in str(error):  # resource.setrlimit
         return None
@@ -72,6 +72,19 @@ def explain_file_limit(error: ValueError) -> str | None:
         f"This process may open {hard:,} files at a time, and mlx-lm asks for {OPEN_FILES:,} when "
         f"it is imported. Raise the hard limit (`ulimit -Hn {OPEN_FILES}`, LimitNOFILE in a "
         f"systemd unit, /etc/security/limits.conf) and give the command again."
+    )
+
+
+def explain_missing_mlx(error: Exception) -> str | None:
+    """The paragraph where MLX is not there, or without its library for this machine."""
+    if not isinstance(error, ImportError):
+        return None
+    if (error.name or "").partition(".")[0] != "mlx" and "libmlx" not in str(error):
+        return None
+    return (
+        f"MLX cannot be imported: {error}. On Linux it comes with an extra, one for each kind of "
+        f"device: pip install 'nested-tune[cpu]' or 'nested-tune[cuda]', never both. On a Mac it "
+        f"needs Apple silicon and macOS 14 or newer."
     )
 
 

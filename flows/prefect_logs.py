@@ -11,11 +11,12 @@ from prefect.logging.handlers import PrefectConsoleHandler
 
 from flows.terminal import can_redraw, errors
 from nested_core.errors import NestedTuneError
+from tasks.outcomes import Outcome
 
 OUTPUTS = (1, 2)
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 FAILED = "Finished in state Failed"
-REJECTED = "Finished in state Rejected"  # of the type Failed, too
+REJECTED = f"Finished in state {Outcome.REJECTED}"  # of the type Failed, too
 PARAGRAPH = "is_an_error_in_a_paragraph"  # attribute of a record that the command line says too
 # An error that the state says too, and the command line at its end; events that are sent at exit.
 SAID_ELSEWHERE = ("Encountered exception during execution", "Still processing items")
@@ -78,7 +79,7 @@ class _InAParagraph(logging.Filter):
 _in_a_paragraph = _InAParagraph()
 
 
-def say_errors_in_a_paragraph() -> None:
+def hide_tracebacks_of_expected_errors() -> None:
     """Log errors that a person can cause without a traceback, unless Prefect logs at DEBUG."""
     for name in RUN_LOGGERS:
         logger = logging.getLogger(name)

@@ -12,7 +12,7 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.allowed_folders import require_allowed
-from flows.prefect_logs import say_errors_in_a_paragraph
+from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion
@@ -49,11 +49,11 @@ def promote(config: PromoteParameters) -> State[Any]:
     Completed in every case but damage: the message says what became of it. Resumed, the flow starts
     again from its top, and the answer is there.
     """
-    say_errors_in_a_paragraph()
+    hide_tracebacks_of_expected_errors()
     registry = require_allowed(config.registry, "registry")
     policy = read_candidate(registry, config.name, config.version).policy or {}
     if not config.requires_approval and policy.get("promote") != "approve":
-        return _complete(promote_recorded(registry, config.name, config.version))
+        return _completed_state(promote_recorded(registry, config.name, config.version))
     champion = read_champion(registry, config.name)
     if config.version == champion:
         return Completed(message="already_champion")
@@ -66,10 +66,12 @@ def promote(config: PromoteParameters) -> State[Any]:
     )
     if not answer.approve:
         return Completed(message=f"not approved by {answer.by}")
-    return _complete(promote_approved(registry, config.name, config.version, answer.by, champion))
+    return _completed_state(
+        promote_approved(registry, config.name, config.version, answer.by, champion)
+    )
 
 
-def _complete(outcome: str) -> State[Any]:
+def _completed_state(outcome: str) -> State[Any]:
     """The state of a promotion that was decided on; its name says so where the champion moved."""
     name = Outcome.PROMOTED if outcome == "promoted" else None
     return Completed(name=name, message=outcome)

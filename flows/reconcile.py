@@ -11,13 +11,14 @@ from pydantic import Field
 
 from flows.allowed_folders import require_allowed
 from flows.early_warnings import warn_of_full_disks, warn_of_old_champions
-from flows.prefect_logs import say_errors_in_a_paragraph
+from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.section import Section
 from nested_core.registry import list_names
+from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import DAMAGED
+from nested_core.text.digest_format import shorten_digest
 from tasks.outcomes import Outcome
 from tasks.promote import promote_missed as reconcile_name
-from tasks.verdict_text import shorten_digest
 
 
 class ReconcileParameters(Section):
@@ -37,9 +38,10 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     What is damaged keeps no other version or name from its promotion: the flow goes through all of
     them, and then ends Failed, saying what is damaged.
     """
-    say_errors_in_a_paragraph()
+    hide_tracebacks_of_expected_errors()
     registry = require_allowed(config.registry, "registry")
-    names = list_names(registry) if config.names is None else config.names
+    wanted = list_names(registry) if config.names is None else config.names
+    names = [name for name in wanted if name_exists(registry, name)]
     states = {name: reconcile_name(registry, name, return_state=True) for name in names}
     if config.stale_after_nights is not None:
         warn_of_old_champions(registry, names, config.stale_after_nights)
@@ -56,4 +58,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         return Failed(message="; ".join(problems))
     promoted = [name for name, outcomes in decided.items() if "promoted" in outcomes.values()]
     name = Outcome.PROMOTED if promoted else None
-    return Completed(name=name, message=f"promoted: {', '.join(promoted) or 'nothing'}")
+    message = f"promoted: {', '.join(promoted) or 'nothing'}"
+    if empty := sorted({*wanted} - {*names}):  # the hour comes before an adapter's first night
+        message += f"; nothing is registered yet as {', '.join(empty)}"
+    return Completed(name=name, message=message)

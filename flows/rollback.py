@@ -9,10 +9,11 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from flows.allowed_folders import require_allowed
-from flows.prefect_logs import say_errors_in_a_paragraph
+from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion
+from nested_core.text.digest_format import shorten_digest
 from tasks.outcomes import Outcome
 from tasks.promote import roll_back
 
@@ -29,9 +30,16 @@ class RollbackParameters(Section):
 @flow(name="rollback", retries=0, flow_run_name="rollback {config.name}")
 def rollback(config: RollbackParameters) -> State[Any]:
     """Move the champion back; the message says what became of it."""
-    say_errors_in_a_paragraph()
+    hide_tracebacks_of_expected_errors()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
     outcome = roll_back(registry, config.name, config.to, config.by, champion)
-    name = Outcome.ROLLED_BACK if outcome == "rolled_back" else None
-    return Completed(name=name, message=outcome)
+    if outcome != "rolled_back":
+        return Completed(message=outcome)
+    now = read_champion(registry, config.name)
+    versions = f"from {_shorten_or_none(champion)} to {_shorten_or_none(now)}"
+    return Completed(name=Outcome.ROLLED_BACK, message=f"rolled_back {versions} by {config.by}")
+
+
+def _shorten_or_none(version: str | None) -> str:
+    return "none" if version is None else shorten_digest(version)

@@ -14,12 +14,19 @@ from typing import TYPE_CHECKING, Any
 from rich.live import Live
 
 from flows.run_view import RunView, draw_screen, format_line
-from flows.terminal import POLL_SECONDS, SECONDS_BETWEEN_LINES, can_redraw, errors, print_progress
-from nested_core.duration_format import format_clock
+from flows.terminal import (
+    POLL_SECONDS,
+    SECONDS_BETWEEN_LINES,
+    can_redraw,
+    errors,
+    follow_terminal_size,
+    print_progress,
+)
 from nested_core.errors import DamagedError, MissingFileError
-from nested_core.stages import stages
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import open_regular, read_json_object
+from nested_core.text.duration_format import format_clock
+from nested_core.text.stages import stages
 from nested_core.training.training_plan import read_plan
 
 if TYPE_CHECKING:
@@ -45,7 +52,7 @@ def showing_run(run: RunDirectory) -> Iterator[None]:
 class RunFollower(threading.Thread):
     """Follows a run: what is shown of its training is what plan.json and metrics.jsonl hold.
 
-    What follows training, such as the steps of the gate, is heard from `nested_core.stages`.
+    What follows training, such as the steps of the gate, is heard from `nested_core.text.stages`.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -57,7 +64,7 @@ class RunFollower(threading.Thread):
         self._lock = threading.RLock()
 
         # Training begins when there is another plan than before.
-        self._plan_before = _inode(run.plan)
+        self._plan_before = _inode_of(run.plan)
         self._began_at: float | None = None
 
         # How far metrics.jsonl was read, and the last record that was printed as a line.
@@ -86,11 +93,11 @@ class RunFollower(threading.Thread):
     def run(self) -> None:
         """Poll until told to finish; one last look comes after that."""
         if self._can_redraw:
-            self._redraw()
+            self._redraw_until_closed()
             return
         while not self._done.wait(POLL_SECONDS):
             with self._lock:
-                self._update()
+                self._read_progress()
                 self._print_line(is_last=False)
 
     def finish(self) -> None:
@@ -107,32 +114,32 @@ class RunFollower(threading.Thread):
             if self._began_at is None or not self._can_redraw:
                 self._print_rest()
                 print_progress(name)
-            self._update()
+            self._read_progress()
             self.view.stages.append((name, self.view.seconds))
 
     # In a terminal
 
-    def _redraw(self) -> None:
+    def _redraw_until_closed(self) -> None:
         """Draw the screen anew until the end; before training begins there is none."""
-        while not self._update():
+        while not self._read_progress():
             if self._done.wait(POLL_SECONDS):
                 return
         is_last = False
         while not is_last:
-            size = errors.size
+            size = follow_terminal_size()
             with Live(_Screen(self.view), console=errors, auto_refresh=False) as live:
-                while not is_last and errors.size == size:
+                while not is_last and follow_terminal_size() == size:
                     is_last = self._done.wait(POLL_SECONDS)
                     with self._lock:
-                        self._update()
+                        self._read_progress()
                         if is_last:
-                            self._conclude()
-                    if errors.size == size:
+                            self._print_conclusion()
+                    if follow_terminal_size() == size:
                         live.refresh()
             if not is_last:  # lines were wrapped anew: where the screen stood is not known
                 errors.clear()
 
-    def _conclude(self) -> None:
+    def _print_conclusion(self) -> None:
         """Say how it ended: which adapter is offered, or where training stopped; the verdict."""
         position = self.view.describe_position()
         step = _read_value(self._run.result, "adapter_step")
@@ -166,7 +173,7 @@ class RunFollower(threading.Thread):
 
     def _print_rest(self) -> None:
         """Print the last record, and once training is done which adapter it offers."""
-        self._update()
+        self._read_progress()
         self._print_line(is_last=True)
         step = _read_value(self._run.result, "adapter_step")
         if self._began_at is None or step is None or self._has_offer:
@@ -182,9 +189,9 @@ class RunFollower(threading.Thread):
 
     # From the run directory
 
-    def _update(self) -> bool:
+    def _read_progress(self) -> bool:
         """Take in what is new on disk; return whether training has begun."""
-        if self._began_at is None and _inode(self._run.plan) != self._plan_before:
+        if self._began_at is None and _inode_of(self._run.plan) != self._plan_before:
             self.view.plan = read_plan(self._run.plan)
             self._began_at = time.monotonic()
         if self._began_at is not None:
@@ -237,7 +244,7 @@ class _Screen:
         yield draw_screen(self._view, options.max_width, console.size.height)
 
 
-def _inode(path: Path) -> int | None:
+def _inode_of(path: Path) -> int | None:
     try:
         return path.stat().st_ino
     except OSError:

@@ -9,14 +9,16 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from rich.text import Text
 
 from flows.loss_curve import LABEL_WIDTH, TRAINING_MARK, VALIDATION_MARK, draw_curve
-from nested_core.duration_format import format_clock
-from nested_core.foreign_text import escape
-from nested_core.loss_format import format_loss
+from nested_core.text.duration_format import format_clock
+from nested_core.text.foreign_text import escape
+from nested_core.text.loss_format import format_loss
+from nested_core.training.loss_sentences import describe_training_loss, describe_validation_loss
 from nested_core.training.training_plan import TrainingPlan
 
 SMALLEST_PLOT = 4
@@ -114,24 +116,14 @@ class RunView:
         lines = []
         report = next((r for r in reversed(self.records) if "loss" in r), None)
         if report is not None:
-            data = "" if self.plan is None else f"{self.plan.training_file}, "
-            where = f"{data}mean since the last report, step {report['step']:,}"
-            lines.append(f"training loss {format_loss(report['loss'])} ({where})")
+            lines.append(describe_training_loss((report["step"], report["loss"]), self.plan))
         evaluated = [r for r in self.records if "val_loss" in r]
         if evaluated:
-            last = evaluated[-1]
-            text = f"validation loss {format_loss(last['val_loss'])}"
-            lines.append(f"{text} ({self._describe_validation()}step {last['step']:,})")
-            finite = [r for r in evaluated if r["val_loss"] is not None]
-            best = min(finite, key=lambda r: r["val_loss"], default=None)
-            if best is not None and best is not last:
-                lines[-1] += f", lowest {format_loss(best['val_loss'])} (step {best['step']:,})"
+            losses = [(r["step"], r["val_loss"]) for r in evaluated]
+            finite = [point for point in losses if point[1] is not None]
+            lowest = min(finite, key=itemgetter(1), default=None)
+            lines.append(describe_validation_loss(losses[-1], lowest, self.plan))
         return lines
-
-    def _describe_validation(self) -> str:
-        if self.plan is None or self.plan.validation_file is None:
-            return ""
-        return f"{self.plan.describe_validation()}, "
 
     def describe_tiers(self) -> str:
         """Each tier's clock: how often it is updated, and how often it was."""
@@ -247,23 +239,25 @@ def _plot_lines(view: RunView, width: int, height: int) -> list[Text]:
 def _body_lines(view: RunView, width: int) -> list[Text]:
     sentences = [
         *view.describe_losses(),
-        *_share_a_line([view.describe_speed(), view.describe_memory()], width),
+        *_join_if_they_fit([view.describe_speed(), view.describe_memory()], width),
         view.describe_tiers(),
         *view.describe_stages(),
     ]
     if not view.records and not view.stages:
         sentences.insert(0, "measuring the loss before training ...")
-    lines = [Text(line) for text in sentences if text for line in _wrap(text, width)]
-    return lines + [Text(line, "bold") for text in view.outcome for line in _wrap(text, width)]
+    lines = [Text(line) for text in sentences if text for line in _escape_and_wrap(text, width)]
+    return lines + [
+        Text(line, "bold") for text in view.outcome for line in _escape_and_wrap(text, width)
+    ]
 
 
-def _share_a_line(texts: list[str], width: int) -> list[str]:
+def _join_if_they_fit(texts: list[str], width: int) -> list[str]:
     """The texts on one line if they fit there, else on one each."""
     line = ", ".join(filter(None, texts))
     return [line] if len(line) <= width else texts
 
 
-def _wrap(text: str, width: int) -> list[str]:
+def _escape_and_wrap(text: str, width: int) -> list[str]:
     """The text, escaped (files and suites have names that others gave), in lines of the width."""
     return textwrap.wrap(escape(text), width, subsequent_indent="  ")
 

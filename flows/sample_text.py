@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from nested_core.foreign_text import escape
+from nested_core.text.foreign_text import escape
 
 if TYPE_CHECKING:
     from nested_core.storage.sample_answers_file import SampleAnswers
@@ -21,15 +21,15 @@ def format_sample_answers(answers: Sequence[SampleAnswers]) -> Iterator[str]:
     noun = "prompt" if len(answers) == 1 else "prompts"
     yield TITLE.format(count=f"{len(answers)} {noun}")
     for row in answers:
-        yield f"  {_shorten(row.prompt)} ({row.place})"
-        yield f"    base:     {_shorten(row.base)}"
+        yield f"  {_escape_and_shorten(row.prompt)} ({row.place})"
+        yield f"    base:     {_escape_and_shorten(row.base)}"
         if row.parent is not None:
-            yield f"    parent:   {_shorten(row.parent)}"
-        yield f"    adapter:  {_shorten(row.adapter)}"
+            yield f"    parent:   {_escape_and_shorten(row.parent)}"
+        yield f"    adapter:  {_escape_and_shorten(row.adapter)}"
         if row.expected is not None:
-            yield f"    expected: {_shorten(row.expected)}"
+            yield f"    expected: {_escape_and_shorten(row.expected)}"
 
 
-def _shorten(text: str) -> str:
+def _escape_and_shorten(text: str) -> str:
     shown = escape(text)
     return shown if len(shown) <= LONGEST_TEXT else f"{shown[:LONGEST_TEXT]}..."

@@ -31,19 +31,19 @@ def iterate_server_checks() -> Iterator[Check]:
         try:
             client.request("GET", "/admin/version").raise_for_status()
         except (httpx.HTTPError, OSError) as error:
-            yield _unreachable(error)
+            yield _server_unreachable(error)
             return
-        yield _version(client)
-        yield _auth()
-        yield _database()
-        yield from _pools(client)
-        yield _deployments(client)
-        yield from _automations(client)
-        yield _results()
-        yield _roots()
+        yield _check_version(client)
+        yield _check_auth()
+        yield _check_database()
+        yield from _check_pools(client)
+        yield _check_deployments(client)
+        yield from _check_automations(client)
+        yield _check_result_serializer()
+        yield _check_allowed_folders()
 
 
-def _unreachable(error: Exception) -> Check:
+def _server_unreachable(error: Exception) -> Check:
     url = get_current_settings().api.url
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
         mend = (
@@ -54,14 +54,14 @@ def _unreachable(error: Exception) -> Check:
     return Check("server", False, f"{url} does not answer: {type(error).__name__}", mend)
 
 
-def _version(client: SyncPrefectClient) -> Check:
+def _check_version(client: SyncPrefectClient) -> Check:
     theirs, ours = client.api_version(), version("prefect")
     seen = f"{client.api_url}, version {theirs}"
     mend = "" if theirs == ours else f"install prefect {theirs} here, or {ours} on the server"
     return Check("server", theirs == ours, seen, mend)
 
 
-def _auth() -> Check:
+def _check_auth() -> Check:
     """A server that other machines reach must ask who is there; and an own one should as well."""
     settings = get_current_settings()
     host = urlsplit(str(settings.api.url)).hostname
@@ -72,7 +72,7 @@ def _auth() -> Check:
     return Check("auth", not is_open, f"{'open to all' if is_open else 'asked'}, on {where}", mend)
 
 
-def _database() -> Check:
+def _check_database() -> Check:
     """What the server of this machine is set to use; a server does not tell it to others."""
     settings = get_current_settings()
     if urlsplit(str(settings.api.url)).hostname not in LOCAL:
@@ -84,7 +84,7 @@ def _database() -> Check:
     return Check("database", is_fit, dialect, mend)
 
 
-def _pools(client: SyncPrefectClient) -> Iterator[Check]:
+def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
     for wanted in read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]:
         name = wanted["name"]
         try:
@@ -98,10 +98,10 @@ def _pools(client: SyncPrefectClient) -> Iterator[Check]:
         if pool.is_paused:
             mend = f"prefect work-pool resume {name}"
         yield Check(f"pool {name}", is_well, seen, "" if is_well else mend)
-        yield _workers(client, name)
+        yield _check_workers(client, name)
 
 
-def _workers(client: SyncPrefectClient, pool: str) -> Check:
+def _check_workers(client: SyncPrefectClient, pool: str) -> Check:
     since = datetime.now(UTC) - timedelta(seconds=SECONDS_BETWEEN_HEARTBEATS)
     heard = client.read_workers_for_work_pool(pool)
     alive = [w.name for w in heard if w.last_heartbeat_time and w.last_heartbeat_time > since]
@@ -110,7 +110,7 @@ def _workers(client: SyncPrefectClient, pool: str) -> Check:
     return Check(f"worker {pool}", bool(alive), seen, "" if alive else mend)
 
 
-def _deployments(client: SyncPrefectClient) -> Check:
+def _check_deployments(client: SyncPrefectClient) -> Check:
     """Whether each adapter that the server trains has the whole set of deployments."""
     there = read_server_deployments(client)
     adapters = sorted(_trained_adapters(there))
@@ -140,7 +140,7 @@ def _trained_adapters(there: list[ServerDeployment]) -> set[str]:
     return {name for each in trainings if (name := adapter_of(each.parameters)) is not None}
 
 
-def _automations(client: SyncPrefectClient) -> Iterator[Check]:
+def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
     """Whether all automations are in place and on, and whether alerts are sent to anybody."""
     planned: list[dict[str, Any]] = read_yaml(packaged_folder("deployments") / "automations.yaml")[
         "automations"
@@ -167,17 +167,17 @@ def check_alerts(client: SyncPrefectClient, planned: list[dict[str, Any]]) -> Ch
     if any(alert_block(alert) is not None for alert in alerts):
         return Check("alerts", True, f"{len(alerts)} are sent to a block")
     seen = "nobody is told of a run that failed, crashed or is late"
-    mend = "nested-tune deploy -c CONFIG --notify TYPE/NAME, or --notify URL"
+    mend = "nested-tune deploy -c CONFIG --notify TYPE/NAME, or --notify @FILE"
     return Check("alerts", False, seen, mend)
 
 
-def _results() -> Check:
+def _check_result_serializer() -> Check:
     serializer = get_current_settings().results.default_serializer
     mend = "" if serializer == "json" else "PREFECT_RESULTS_DEFAULT_SERIALIZER=json"
     return Check("results", serializer == "json", f"kept as {serializer}", mend)
 
 
-def _roots() -> Check:
+def _check_allowed_folders() -> Check:
     """Where the runs of a worker that is started here may read and write."""
     roots = allowed_roots()
     missing = [str(root) for root in roots if not root.is_dir()]

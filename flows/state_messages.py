@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import list_first, shorten
-from nested_core.foreign_text import escape
-from nested_core.loss_format import format_change, format_loss, name_loss
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
+from nested_core.text.foreign_text import escape
+from nested_core.text.loss_format import format_change, format_loss, name_loss
 
 SHOWN_DIGITS = 6
 SHOWN_REASONS = 3
@@ -44,6 +46,21 @@ def describe_loss(run: RunDirectory) -> str:
     name = name_loss(losses["file"]).replace("validation", "val")
     change = format_change(losses["loss_before"], losses["loss_after"])
     return f"{name} {change}{_describe_champion(verdict)}"
+
+
+def describe_test_loss(config: FineTuneConfig, run: RunDirectory, loss: float) -> str:
+    """mlx_lm.lora's words for the loss on test.jsonl, then how much of the file, and which adapter.
+
+    `Test loss 3.12, Test ppl 22.65 (test.jsonl, all examples, adapter of step 80)`.
+    """
+    examples = "all examples"
+    if config.test_batches >= 0:
+        examples = f"at most {config.test_batches} batches of {config.batch_size}"
+    step = read_json_object(run.gate)["adapter_step"]
+    return (
+        f"Test loss {format_loss(loss)}, Test ppl {format_loss(math.exp(loss))} "
+        f"(test.jsonl, {examples}, adapter of step {step})"
+    )
 
 
 def describe_rejection(run: RunDirectory) -> str:

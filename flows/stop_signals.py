@@ -54,7 +54,7 @@ class Stopper:
         receive, send = os.pipe()
         os.set_blocking(send, False)
         threading.Thread(target=_exit_at_the_second, args=(receive,), daemon=True).start()
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        before = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
         fd_before = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
         try:
             yield
@@ -71,7 +71,7 @@ class Stopper:
                 signal.signal(number, handler)
             os.close(send)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle_signal(self, number: int, frame: Any) -> None:
         if self._is_stopping:
             return
         self._is_stopping = True

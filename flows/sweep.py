@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, runtime
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.allowed_folders import refuse_python_scorers, require_allowed_paths
 from flows.flow_run_labels import SWEEP
-from flows.prefect_logs import say_errors_in_a_paragraph, tolerate_closed_output
+from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
+from flows.resume import was_resumed
 from flows.state_messages import shorten_version
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
@@ -29,6 +31,8 @@ from tasks.sweep_results import SweepRunResult, find_registered_version, pick_be
 
 SECONDS_BETWEEN_LOOKS = 2.0
 MOST_RUNS = 256
+# After a crash: 20 s of the automation, and the time until a worker has begun resume/auto.
+LONGEST_UNTIL_RESUMED = timedelta(minutes=3)
 
 
 class SweepParameters(Section):
@@ -49,7 +53,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     promoted by the base's own policy, against the champion that stood when the sweep began.
     """
     tolerate_closed_output()
-    say_errors_in_a_paragraph()
+    hide_tracebacks_of_expected_errors()
     require_allowed_paths(config.base)
     refuse_python_scorers(config.base)
     target = config.base.registry
@@ -148,7 +152,18 @@ def _wait_for_run(run_id: Any) -> FlowRun:
     with get_client(sync_client=True) as client:
         while True:
             run = client.read_flow_run(run_id)
-            if run.state is not None and run.state.is_final():
-                get_run_logger().info("%s: %s %s", run.name, run.state.name, run.state.message)
+            if has_ended(client, run, datetime.now(UTC)):
+                state: State[Any] = run.state  # type: ignore[assignment]  # one that is final
+                get_run_logger().info("%s: %s %s", run.name, state.name, state.message)
                 return run
             time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def has_ended(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
+    """Whether a run will not go on; one that crashed may, by itself, within a while and once."""
+    if run.state is None or not run.state.is_final():
+        return False
+    if run.state.type != StateType.CRASHED:
+        return True
+    is_overdue = now - run.state.timestamp > LONGEST_UNTIL_RESUMED
+    return is_overdue or was_resumed(client, run.id)

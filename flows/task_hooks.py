@@ -8,10 +8,10 @@ from typing import Any
 from prefect import get_run_logger
 
 from flows.early_warnings import warn_of_full_disks
+from flows.state_messages import describe_test_loss
 from flows.stop_signals import Stopper
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
-from nested_core.loss_format import format_loss
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
@@ -72,7 +72,7 @@ class TaskHooks(Hooks):
     def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
         """Log the loss on the test set."""
         loss = super().measure_test(config, run)
-        get_run_logger().info("Test loss %s", format_loss(loss))
+        get_run_logger().info("%s", describe_test_loss(config, run, loss))
         return loss
 
     def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:

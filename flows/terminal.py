@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console  # noqa: TID251
+from rich.console import Console, ConsoleDimensions  # noqa: TID251
 from rich.table import Column, Table
 from rich.text import Text
 
-from nested_core.foreign_text import escape, escape_lines
 from nested_core.storage.atomic import finite_or_none
+from nested_core.text.foreign_text import escape, escape_lines
 
 if TYPE_CHECKING:
     from nested_core.optim.tier_counters import TierStats
@@ -41,6 +42,18 @@ def can_redraw() -> bool:
     return is_tty and errors.is_terminal and not errors.is_dumb_terminal
 
 
+def follow_terminal_size() -> ConsoleDimensions:
+    """Have `errors` take the size that its terminal has now, and return it; see `can_redraw`.
+
+    rich prefers COLUMNS and LINES, which do not follow a resize where a shell or readline has
+    exported them.
+    """
+    width, height = os.get_terminal_size(sys.__stderr__.fileno())  # type: ignore[union-attr]
+    if width and height:  # some pseudo-terminals have no size
+        errors.size = ConsoleDimensions(width, height)
+    return errors.size
+
+
 def show_cursor() -> None:
     """Bring back the cursor, which a live view hides, from where nothing else can be done."""
     if can_redraw():
@@ -59,7 +72,7 @@ class ProgressLine:
         self._what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` parts of `what` are done."""
+        """Show that `done` of `total` parts of `what` are done; `total` is 1 or more."""
         now = time.monotonic()
         if what != self._what:
             self._began = self._called_at  # the work before this has ended
@@ -70,8 +83,10 @@ class ProgressLine:
         if now - self._began < SECONDS_BEFORE_PROGRESS or not is_due:
             return
         self._shown_at = now
-        left = (now - self._began) / done * (total - done)
-        text = f"{what}: {done / total:.0%}" + (f", {left:.0f} s left" if done < total else "")
+        text = f"{what}: {done / total:.0%}"
+        if 0 < done < total:  # the first part may be an empty file
+            left = (now - self._began) / done * (total - done)
+            text += f", {left:.0f} s left"
         if can_redraw():
             errors.print(f"\r{text:<40}", end="\n" if done == total else "")
         else:
@@ -135,8 +150,10 @@ def print_json(document: Any) -> None:
 
 
 def print_line(text: str) -> None:
-    """A line of a command's result on standard output."""
-    print(escape(text))  # noqa: T201
+    """A line of a command's result on standard output; in a terminal it is broken between words."""
+    columns = output_console(WIDTH_WITHOUT_TERMINAL).width if sys.stdout.isatty() else None
+    for line in _wrap(escape(text), columns):
+        print(line)  # noqa: T201
 
 
 def print_page(text: str) -> None:
@@ -145,6 +162,21 @@ def print_page(text: str) -> None:
 
 
 def print_progress(*lines: str) -> None:
-    """A line of progress, or the lines of a paragraph, on standard error."""
+    """A line of progress, or the lines of a paragraph, on standard error; wrapped in a terminal."""
+    columns = errors.width if can_redraw() else None
     for line in lines:
-        errors.print(Text(escape(line)), soft_wrap=True)
+        for part in _wrap(escape(line), columns):
+            errors.print(Text(part), soft_wrap=True)
+
+
+def _wrap(line: str, columns: int | None) -> list[str]:
+    """The line in parts of so many columns; a longer word, such as a path, stays whole.
+
+    What follows the first part is indented below it. None: the line as it is.
+    """
+    if columns is None or len(line) <= columns:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(
+        line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )

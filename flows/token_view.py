@@ -12,7 +12,7 @@ from rich.text import Text
 
 from flows.terminal import output_console, print_line
 from nested_core.data.tokens.examples_for_display import ShownExample, ShownToken
-from nested_core.foreign_text import escape
+from nested_core.text.foreign_text import escape
 
 WIDTH, CELL = 100, 20
 LONGEST_TEXT = 60

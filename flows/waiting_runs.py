@@ -1,7 +1,8 @@
 """What waiting fine-tunes wait for, in their states; a second night of one adapter is skipped.
 
 A run that waits in a work pool has no process that could say anything. The run that it waits for
-has one: while it works, it looks every few seconds at those that are due.
+has one: while it works, it looks every few seconds at those that are due, the first of the line
+alone: each costs requests, and in a queue of hundreds a run would spend its time on them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Scheduled
@@ -34,7 +36,7 @@ from tasks.outcomes import Outcome
 
 SECONDS_BETWEEN_LOOKS = 5.0
 SLOT_WAIT = timedelta(seconds=30)  # how far ahead a run is put off that waits for a deployment
-AWAITING_SLOT = "AwaitingConcurrencySlot"  # set by the server again and again
+FIRST_IN_LINE = 20  # how many waiting runs are looked at
 ACTIVE = (StateType.PENDING, StateType.RUNNING)
 
 
@@ -61,7 +63,7 @@ def explaining_waiting_runs() -> Iterator[None]:
         thread.join(timeout=SECONDS_BETWEEN_LOOKS)  # before the pool has a place again
         try:
             with get_client(sync_client=True) as client:
-                release_waiting_runs(client, context.flow_run.flow_id)
+                release_waiting_runs(client, context.flow_run)
         except Exception as error:  # of the server or the way to it; this run has its outcome
             get_run_logger().warning("Waiting runs are still called so: %s", error)
 
@@ -86,30 +88,27 @@ def explain_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
     active = _read_runs(client, own.flow_id, ACTIVE)
     if not active or active[0].id != own.id:
         return
-    nights: dict[UUID | None, bool] = {}
-
-    def is_night(run: FlowRun) -> bool:
-        """Whether the run's deployment has a schedule, as the server says once."""
-        if run.deployment_id is None:
-            return False
-        if run.deployment_id not in nights:
-            nights[run.deployment_id] = bool(client.read_deployment(run.deployment_id).schedules)
-        return nights[run.deployment_id]
-
+    places = _Places(client)
     waiting: list[FlowRun] = []
     for run in _read_runs(client, own.flow_id, (StateType.SCHEDULED,)):
-        ahead = [other for other in (*active, *waiting) if is_night(run) and is_night(other)]
+        ahead = [other for other in (*active, *waiting) if places.are_nights(run, other)]
         same = [other for other in ahead if _adapter_of(other) == _adapter_of(run)]
         if same and run.run_count == 0:  # one that had begun and goes on is no second night
-            _skip(client, run, same[0])
+            _skip_run(client, run, same[0])
             continue
         waiting.append(run)
-        _say_what_it_waits_for(client, run, active)
+        if message := places.describe_wait(run, active):
+            _set_waiting(client, run, message)
 
 
-def release_waiting_runs(client: SyncPrefectClient, flow_id: UUID) -> None:
-    """Call waiting runs Scheduled again: the server looks for late ones under that name alone."""
-    for run in _read_runs(client, flow_id, (StateType.SCHEDULED,)):
+def release_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
+    """Call waiting runs Scheduled again: the server looks for late ones under that name alone.
+
+    While another run is at work it goes on looking after them, and this is left to it.
+    """
+    if any(other.id != own.id for other in _read_runs(client, own.flow_id, ACTIVE)):
+        return
+    for run in _read_runs(client, own.flow_id, (StateType.SCHEDULED,)):
         if run.state_name == Outcome.WAITING:
             due = run.next_scheduled_start_time or run.expected_start_time
             _set_state_unless_changed(client, run, Scheduled(scheduled_time=due))
@@ -118,7 +117,7 @@ def release_waiting_runs(client: SyncPrefectClient, flow_id: UUID) -> None:
 def _read_runs(
     client: SyncPrefectClient, flow_id: UUID, types: Sequence[StateType]
 ) -> list[FlowRun]:
-    """The flow's runs of these types that are due, in the order in which they were."""
+    """The flow's first runs of these types that are due, in the order in which they were."""
     soon = FlowRunFilterNextScheduledStartTime.model_validate(
         {"before_": datetime.now(UTC) + SLOT_WAIT}
     )
@@ -129,6 +128,7 @@ def _read_runs(
             next_scheduled_start_time=soon if StateType.SCHEDULED in types else None,
         ),
         sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+        limit=FIRST_IN_LINE,
     )
     return list(runs)
 
@@ -138,31 +138,74 @@ def _adapter_of(run: FlowRun) -> tuple[Any, Any]:
     return registry.get("path"), registry.get("name")
 
 
-def _skip(client: SyncPrefectClient, run: FlowRun, other: FlowRun) -> None:
+def _skip_run(client: SyncPrefectClient, run: FlowRun, other: FlowRun) -> None:
     """End a run in whose place another one of the same adapter is at work, or waits already."""
     is_at_work = other.state_type in ACTIVE
     what = "is at work" if is_at_work else "waits already"
     name = describe_night(other, other.parameters)
     message = f"skipped: another night of this adapter {what}, flow run {name!r} ({other.id})"
-    _rename(client, run)
+    _rename_run(client, run)
     _set_state_unless_changed(client, run, Completed(name=Outcome.SKIPPED, message=message))
 
 
-def _say_what_it_waits_for(
-    client: SyncPrefectClient, run: FlowRun, active: Sequence[FlowRun]
-) -> None:
-    """Put the reason into the state of a run for which its pool has no place."""
-    if run.work_pool_name is None or run.state is None or run.state_name == AWAITING_SLOT:
-        return
-    limit = client.read_work_pool(run.work_pool_name).concurrency_limit
-    holders = [other for other in active if other.work_pool_name == run.work_pool_name]
-    if limit is None or len(holders) < limit:
-        return
+class _Places:
+    """The places that pools and deployments have for runs, each asked of the server once."""
+
+    def __init__(self, client: SyncPrefectClient) -> None:
+        self._client = client
+        self._deployments: dict[UUID, DeploymentResponse] = {}
+        self._pool_limits: dict[str, int | None] = {}
+
+    def are_nights(self, *runs: FlowRun) -> bool:
+        """Whether the deployments of all of these runs have a schedule."""
+        deployments = [self._deployment_of(run) for run in runs]
+        return all(each is not None and each.schedules for each in deployments)
+
+    def describe_wait(self, run: FlowRun, active: Sequence[FlowRun]) -> str | None:
+        """A sentence where the run's pool or deployment has no place; None where both have one.
+
+        Where only the deployment has none, the server calls the run AwaitingConcurrencySlot each
+        time that a worker has asked for it, every 30 seconds, and says no more.
+        """
+        pool, limit = run.work_pool_name, self._pool_limit_of(run)
+        in_pool = [other for other in active if other.work_pool_name == pool]
+        if limit is not None and len(in_pool) >= limit:
+            return _describe_limit(f"the work pool {pool}", limit, in_pool)
+        deployment = self._deployment_of(run)
+        if deployment is None or deployment.global_concurrency_limit is None:
+            return None
+        limit = deployment.global_concurrency_limit.limit
+        of_deployment = [other for other in active if other.deployment_id == run.deployment_id]
+        if len(of_deployment) < limit:
+            return None
+        return _describe_limit(f"the deployment {deployment.name}", limit, of_deployment)
+
+    def _deployment_of(self, run: FlowRun) -> DeploymentResponse | None:
+        if run.deployment_id is None:
+            return None
+        if run.deployment_id not in self._deployments:
+            self._deployments[run.deployment_id] = self._client.read_deployment(run.deployment_id)
+        return self._deployments[run.deployment_id]
+
+    def _pool_limit_of(self, run: FlowRun) -> int | None:
+        if run.work_pool_name is None:
+            return None
+        if run.work_pool_name not in self._pool_limits:
+            pool = self._client.read_work_pool(run.work_pool_name)
+            self._pool_limits[run.work_pool_name] = pool.concurrency_limit
+        return self._pool_limits[run.work_pool_name]
+
+
+def _describe_limit(what: str, limit: int, holders: Sequence[FlowRun]) -> str:
     names = ", ".join(repr(describe_night(other, other.parameters)) for other in holders)
-    message = f"waits for {names}: the work pool {run.work_pool_name} runs {limit} at a time"
-    if run.state.message == message:
+    return f"waits for {names}: {what} runs {limit} at a time"
+
+
+def _set_waiting(client: SyncPrefectClient, run: FlowRun, message: str) -> None:
+    """Put what a run waits for into its state, unless it is there."""
+    if run.state is None or run.state.message == message:
         return
-    _rename(client, run)
+    _rename_run(client, run)
     due = run.next_scheduled_start_time or run.expected_start_time
     waiting: State[None] = Scheduled(name=Outcome.WAITING, message=message, scheduled_time=due)
     _set_state_unless_changed(client, run, waiting)
@@ -175,7 +218,7 @@ def _set_state_unless_changed(client: SyncPrefectClient, run: FlowRun, state: St
         client.set_flow_run_state(run.id, state)
 
 
-def _rename(client: SyncPrefectClient, run: FlowRun) -> None:
+def _rename_run(client: SyncPrefectClient, run: FlowRun) -> None:
     """Give a run that has not begun the name that it will have."""
     name = describe_night(run, run.parameters)
     if run.name != name:

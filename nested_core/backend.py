@@ -16,17 +16,18 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from nested_core import compiled_kernels
+from nested_core.storage import compiled_kernels
+from nested_core.storage.main_memory import main_memory_bytes
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
 CUDA_PACKAGES = ("mlx-cuda-13", "mlx-cuda-12")
+# Those whose versions may change a run's numbers.
+RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 
 # Options of glibc's mallopt(3), and the values that they are given.
 M_TRIM_THRESHOLD = -1
@@ -43,7 +44,6 @@ OPERATIONS_FOR_LARGE_MODELS = "8"
 
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 COMPILED_FUNCTION_TYPE = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
 
 
@@ -208,14 +208,6 @@ def memory_bytes() -> int:
         keys = ("max_recommended_working_set_size", "total_memory", "memory_size")
         return int(next(info[key] for key in keys if key in info))
     return main_memory_bytes()
-
-
-@cache
-def main_memory_bytes() -> int:
-    """Main memory; a container's own limit counts as that (cgroup v2, memory.max)."""
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else ""
-    return min(installed, int(allowed)) if allowed.isdigit() else installed
 
 
 def compiles_kernels() -> bool:

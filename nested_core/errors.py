@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nested_core.foreign_text import escape_lines
+from nested_core.text.foreign_text import escape_lines
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

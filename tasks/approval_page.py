@@ -10,16 +10,21 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 
 from nested_core.errors import NestedTuneError
-from nested_core.loss_format import format_difference, format_loss
 from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.promotion_policy import compare_losses, read_candidate
 from nested_core.registry.versions import version_folder
 from nested_core.storage.strict_files import read_json
+from nested_core.text.digest_format import shorten_digest as shorten
+from nested_core.text.loss_format import format_difference, format_loss
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import describe_champion_loss, describe_losses, describe_suite
-from tasks.verdict_text import shorten_digest as shorten
 
+HOW_TO_ANSWER = (
+    "To answer, press Resume on this flow run's page and fill in the form: approve on makes the "
+    "candidate champion, approve off leaves the champion as it is, and your name stands in the "
+    "history. Cancel, or no answer for 7 days, leaves it as it is too."
+)
 KEY_PREFIX = "approval-"  # of a pause; the champion that the version was shown against follows
 
 
@@ -64,9 +69,10 @@ def describe_approval(
     else:
         figures = _describe_figures(_read_verdict(registry, name, champion))
         facts.append(("Champion", f"{shorten(champion)}: {figures}"))
-        facts.append(("Compared", _compare(registry, name, version, champion, verdict)))
+        facts.append(("Compared", _compare_losses(registry, name, version, champion, verdict)))
     facts.append(("Version in full", version))
     page.add_facts(facts)
+    page.add_paragraph(HOW_TO_ANSWER)
     return page
 
 
@@ -77,7 +83,7 @@ def _describe_figures(verdict: Mapping[str, Any]) -> str:
     return "; ".join([losses, *suites])
 
 
-def _compare(
+def _compare_losses(
     registry: Path, name: str, version: str, champion: str, verdict: Mapping[str, Any]
 ) -> str:
     """Both losses on the same examples, or that there are none."""

@@ -22,7 +22,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.utilities.context import get_task_and_flow_run_ids
 
-from nested_core.foreign_text import escape_markdown
+from nested_core.text.foreign_text import escape_markdown
 from tasks.markdown_page import MarkdownPage, format_cell
 
 _NOT_IN_KEYS = re.compile("[^a-z0-9]+")
@@ -64,7 +64,7 @@ class ArtifactClient:
 
     def publish_page(self, key: str, page: MarkdownPage, description: str) -> None:
         """Put a page beside the flow run."""
-        self._publish("markdown", key, str(page), description)
+        self._publish_artifact("markdown", key, str(page), description)
 
     def publish_table(self, key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
         """Put a table beside the flow run; integers, true, false and null stay what they are."""
@@ -72,13 +72,15 @@ class ArtifactClient:
             {escape_markdown(name): _table_cell(value) for name, value in row.items()}
             for row in rows
         ]
-        self._publish("table", key, json.dumps(table), description)
+        self._publish_artifact("table", key, json.dumps(table), description)
 
     def publish_progress(self, key: str, percent: float, description: str) -> None:
         """Put a progress bar beside the flow run, from 0 to 100."""
-        self._publish("progress", key, percent, description)
+        self._publish_artifact("progress", key, percent, description)
 
-    def _publish(self, type_name: str, key: str, data: str | float, description: str) -> None:
+    def _publish_artifact(
+        self, type_name: str, key: str, data: str | float, description: str
+    ) -> None:
         """Make an artifact, or replace the content of the one that this flow run has."""
         shown = escape_markdown(description)
         task_run, flow_run = get_task_and_flow_run_ids()

@@ -13,6 +13,7 @@ from nested_core.registry import history, read_champion
 from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.strict_files import read_json
+from nested_core.text.digest_format import shorten_digest
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.lineage import (
     LineageNode,
@@ -22,7 +23,7 @@ from tasks.lineage import (
     run_asset,
 )
 from tasks.markdown_page import MarkdownPage
-from tasks.verdict_text import describe_losses, describe_suite, shorten_digest
+from tasks.verdict_text import describe_losses, describe_suite
 
 SHOWN_CHANGES = 15
 ACTIONS = {"promote": "promoted", "rollback": "rolled back to"}

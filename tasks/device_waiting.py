@@ -19,8 +19,7 @@ _WAITING: set[str] = set()  # ids of this process's flow runs that wait
 def show_waiting(message: str) -> None:
     """Log what a step waits for, and put it into the state of its flow run.
 
-    For the server that is one more start of the run (its run count), and so is its end: a run that
-    has waited is not resumed by itself after a crash.
+    For the server that is one more start of the run (its run count), and so is its end.
     """
     get_run_logger().info("%s", message)
     _WAITING.add(str(runtime.flow_run.id))

@@ -10,14 +10,13 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
-from nested_core.loss_format import format_loss
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.device_waiting import show_waiting
 from tasks.markdown_page import MarkdownPage
-from tasks.verdict_text import describe_champion_loss, describe_losses
+from tasks.verdict_text import describe_champion_loss, describe_drift, describe_losses
 
 
 @task(name="gate", task_run_name="gate {run_dir.name}", retries=0, cache_policy=NO_CACHE)
@@ -58,7 +57,7 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     elif verdict["verdict"] == "passed":
         page.add_paragraph("Changed and sound; held-out loss not measured.")
     if verdict["drift"]:
-        page.add_paragraph(_describe_drift(verdict["drift"]))
+        page.add_paragraph(f"{describe_drift(verdict['drift'])}.")
     if verdict["champion"]:
         page.add_paragraph(describe_champion_loss(verdict["champion"]))
     if verdict["tasks"]:
@@ -73,7 +72,7 @@ TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "app
 TIER_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
 
 
-def _round(value: float | None) -> str:
+def _format_figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
@@ -82,16 +81,8 @@ def _task_row(task: dict[str, Any]) -> list[str]:
     return [
         task["name"],
         str(task["questions"]),
-        *(_round(task[model]) for model in MODELS),
+        *(_format_figure(task[model]) for model in MODELS),
         f"{task['difference']:+.3f}",
         "none" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
         task["verdict"],
     ]
-
-
-def _describe_drift(drift: dict[str, Any]) -> str:
-    """How far the predictions moved on the same examples."""
-    moved = f"KL(initial || trained) {format_loss(drift['kl_initial'])} nats a token"
-    if drift["kl_base"] is not None:
-        moved += f", KL(base || trained) {format_loss(drift['kl_base'])}"
-    return f"{moved} ({drift['tokens']} tokens)."

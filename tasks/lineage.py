@@ -17,8 +17,8 @@ from prefect.assets import Asset, AssetProperties
 from prefect.context import AssetContext
 from prefect.events import emit_event
 
-from nested_core.foreign_text import escape
-from tasks.verdict_text import shorten_digest
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.foreign_text import escape
 
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9._~-]+")
 MATERIALIZED = "prefect.asset.materialization.succeeded"
@@ -113,17 +113,17 @@ def _draw_node(node: LineageNode, x: float, center: float) -> str:
         f'<rect x="{x}" y="{top:.0f}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6" '
         f'fill="{BOX_COLOUR}" stroke="{LINE_COLOUR}"/>'
         f'<text x="{x + 10}" y="{top + 19:.0f}" font-weight="bold" fill="{TEXT_COLOUR}">'
-        f"{_escape(node.title)}</text>"
+        f"{_escape_and_cut(node.title)}</text>"
     )
     lines = [
         f'<text x="{x + 10}" y="{top + 37 + 16 * index:.0f}" fill="{TEXT_COLOUR}">'
-        f"{_escape(line)}</text>"
+        f"{_escape_and_cut(line)}</text>"
         for index, line in enumerate(node.lines)
     ]
     return box + "".join(lines)
 
 
-def _escape(text: str) -> str:
+def _escape_and_cut(text: str) -> str:
     """The text for SVG, cut so that it fits a box."""
     shown = escape(text)
     if len(shown) > SHOWN_CHARACTERS:

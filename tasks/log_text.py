@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from nested_core.foreign_text import escape_lines
+from nested_core.text.foreign_text import escape_lines
 
 LOGGERS_OF_RUNS = ("prefect.flow_runs", "prefect.task_runs")
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nested_core.loss_format import format_loss
+from nested_core.text.loss_format import format_loss
+from nested_core.training.loss_sentences import describe_training_loss, describe_validation_loss
 from nested_core.training.training_plan import TrainingPlan
 from tasks.markdown_page import MarkdownPage
 
@@ -75,24 +76,14 @@ class LossCurves:
         return curves
 
     def describe(self, plan: TrainingPlan | None = None) -> str:
-        """The last losses with their steps, and the lowest; with a plan, each with its data.
-
-        `training loss 0.1234 at step 40 (train.jsonl); validation loss 0.2345 at step 40
-        (valid.jsonl, 10 examples), lowest 0.1999 at 30`.
-        """
-        training_data = "" if plan is None else f" ({plan.training_file})"
-        validation_data = "" if plan is None else f" ({plan.describe_validation()})"
+        """The last losses with their steps, and the lowest; with a plan, each with its data."""
         parts = []
         if self.training.last is not None:
-            step, loss = self.training.last
-            parts.append(f"training loss {format_loss(loss)} at step {step:,}{training_data}")
-        if self.validation.last is not None and self.validation.lowest is not None:
-            step, loss = self.validation.last
-            lowest_step, lowest = self.validation.lowest
-            text = f"validation loss {format_loss(loss)} at step {step:,}{validation_data}"
-            is_lowest = lowest_step == step
-            below = f", lowest {format_loss(lowest)} at {lowest_step:,}"
-            parts.append(text if is_lowest else f"{text}{below}")
+            parts.append(describe_training_loss(self.training.last, plan))
+        if self.validation.last is not None:
+            parts.append(
+                describe_validation_loss(self.validation.last, self.validation.lowest, plan)
+            )
         return "; ".join(parts) or "no report yet"
 
 
@@ -144,6 +135,7 @@ class _LossAxis:
 
     @classmethod
     def over(cls, losses: Sequence[float]) -> _LossAxis:
+        """From the lowest to the highest loss; a linear axis begins at zero or below."""
         low, high = min(losses, default=0.0), max(losses, default=1.0)
         is_logarithmic = low > 0 and high / low >= LOGARITHMIC_FROM
         if is_logarithmic:
@@ -153,16 +145,18 @@ class _LossAxis:
 
     def height_of(self, loss: float) -> float:
         """The distance from the upper edge."""
-        share = self._share(loss)
+        share = self._share_of_height(loss)
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - share)
 
-    def _share(self, loss: float) -> float:
+    def _share_of_height(self, loss: float) -> float:
         if self.is_logarithmic:
             return math.log(loss / self.low) / math.log(self.high / self.low)
         return (loss - self.low) / (self.high - self.low)
 
     def draw_grid(self) -> Iterable[str]:
-        """A line and its loss, a few times."""
+        """A line and its loss, a few times, and which kind of axis it is."""
+        kind = "logarithmic" if self.is_logarithmic else "linear"
+        yield f'<text x="{WIDTH - RIGHT}" y="20" text-anchor="end">loss axis: {kind}</text>'
         for index in range(TICKS + 1):
             share = index / TICKS
             loss = self.low + (self.high - self.low) * share

@@ -6,7 +6,7 @@ import base64
 import math
 from collections.abc import Iterable, Sequence
 
-from nested_core.foreign_text import escape, escape_markdown
+from nested_core.text.foreign_text import escape, escape_markdown
 
 
 class MarkdownPage:

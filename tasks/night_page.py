@@ -13,15 +13,16 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
+from nested_core.text.digest_format import shorten_digest
 from nested_core.training.metrics_file import read_metrics
-from nested_core.training.sample_prompts import samples_by_step
+from nested_core.training.sample_prompts import choose_evaluations, samples_by_step
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import (
     describe_champion_loss,
+    describe_drift,
     describe_losses,
     describe_suite,
-    shorten_digest,
 )
 
 UNDER_WAY = "Under way"
@@ -31,6 +32,8 @@ IF_IT_HAS_ENDED = (
 )
 SHOWN_ANSWERS = 5
 SHOWN_CHARACTERS = 160  # of a question or an answer
+SHOWN_EVALUATIONS = 8
+SHOWN_PROMPTS = 4  # of `samples`, each a column
 SHOWN_CHECKS = 4
 PROBLEMS = ("error", "warning")  # of a finding that is more than a figure about the data
 
@@ -41,7 +44,7 @@ def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, messa
     `outcome` is the name of the flow run's state, `message` what the state says.
     """
     name = config.registry.name
-    shown = message.removeprefix(f"{outcome.lower()}: ")
+    shown = _join_lines(message).removeprefix(f"{outcome.lower()}: ")
     description = f"{outcome}: {shown}"  # a list shows the first 40 characters
     try:
         page = describe_night(config, run, outcome, message)
@@ -51,20 +54,30 @@ def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, messa
         get_run_logger().warning("The page of this night is not up to date: %s", error)
 
 
+def _join_lines(message: str) -> str:
+    """The message on one line; an error in a data set lists what was found, a line each."""
+    joined = ""
+    for line in filter(None, map(str.strip, message.splitlines())):
+        separator = "" if not joined else " " if joined.endswith((".", ":")) else "; "
+        joined += f"{separator}{line}"
+    return joined
+
+
 def describe_night(
     config: FineTuneConfig, run: RunDirectory, outcome: str, message: str
 ) -> MarkdownPage:
     """The page, from the files of the run directory that are there."""
     dataset = _read_or_empty(run.dataset)
     verdict = _read_or_empty(run.gate)
+    yet = " yet" if outcome == UNDER_WAY else ""
     page = MarkdownPage(f"{config.registry.name or 'Fine-tune'}: {outcome}")
     page.add_facts(
         [
-            ("Verdict", message),
-            ("Loss", _describe_candidate(verdict)),
-            ("Answers", _describe_answers(verdict)),
+            ("Verdict", _join_lines(message)),
+            ("Loss", _describe_candidate(verdict) if verdict else f"not judged{yet}"),
+            ("Answers", _describe_answers(verdict) if verdict else f"not asked{yet}"),
             ("Data", _describe_data(config, dataset)),
-            ("Made of", _describe_ingredients(config, dataset, verdict)),
+            ("Made of", _describe_ingredients(config, run, dataset, verdict)),
             ("Run folder", f"{run.path.resolve()} on the worker's machine"),
         ]
     )
@@ -72,10 +85,11 @@ def describe_night(
         page.add_paragraph(IF_IT_HAS_ENDED)
     page.add_paragraph("The same again, on that machine:")
     page.add_code(f"nested-tune train -c {shlex.quote(str(run.config.resolve()))} --run-dir again")
-    answers = [*_pair_samples(run, verdict), *_pair_answers(run)]
+    answers = list(_pair_answers(run))
     if answers:
         page.add_heading("Answers before and after")
         page.add_table(("score", "question", "before", "after"), answers)
+    _add_samples(page, run, verdict)
     return page
 
 
@@ -84,21 +98,21 @@ def _read_or_empty(path: Path) -> dict[str, Any]:
 
 
 def _describe_candidate(verdict: Mapping[str, Any]) -> str:
-    """The candidate's loss against what training began from, and against the champion."""
-    if not verdict:
-        return "not judged yet"
+    """The candidate's loss against what training began from and the champion's, and its drift."""
     if not verdict.get("validation"):
         return "no validation set, so that no loss was measured"
-    losses = describe_losses(verdict)
+    sentences = [f"{describe_losses(verdict)}."]
     champion = verdict.get("champion")
     if champion is None:
-        return f"{losses}. There was no champion to compare with."
-    return f"{losses}. {describe_champion_loss(champion)}"
+        sentences.append("There was no champion to compare with.")
+    else:
+        sentences.append(describe_champion_loss(champion))
+    if verdict.get("drift"):
+        sentences.append(f"{describe_drift(verdict['drift'])}.")
+    return " ".join(sentences)
 
 
 def _describe_answers(verdict: Mapping[str, Any]) -> str:
-    if not verdict:
-        return "not asked yet"
     suites = verdict.get("tasks") or []
     return "; ".join(map(describe_suite, suites)) or "no suite of questions (gate.tasks) was asked"
 
@@ -119,10 +133,23 @@ def _describe_data(config: FineTuneConfig, dataset: Mapping[str, Any]) -> str:
 
 
 def _describe_ingredients(
-    config: FineTuneConfig, dataset: Mapping[str, Any], verdict: Mapping[str, Any]
+    config: FineTuneConfig,
+    run: RunDirectory,
+    dataset: Mapping[str, Any],
+    verdict: Mapping[str, Any],
 ) -> str:
-    """The model and the digests of what went in and of what came out."""
+    """The model, where training began and how it went on, and the digests of what went in and out.
+
+    These are the settings that two nights of one adapter differ by most often.
+    """
     parts = [f"model {config.model}"]
+    if verdict.get("initial"):
+        parts.append(f"from {_describe_start(config, run, verdict['initial']['digest'])}")
+    parts.append(
+        f"{config.iters:,} iterations, learning rate {config.learning_rate:g}, seed {config.seed}"
+    )
+    if config.registry.name is not None:
+        parts.append(f"registry.promote: {config.registry.promote}")
     if dataset.get("digest"):
         parts.append(f"data {shorten_digest(dataset['digest'])}")
     if verdict.get("initial"):
@@ -130,6 +157,16 @@ def _describe_ingredients(
     if verdict.get("trained"):
         parts.append(f"adapter {shorten_digest(verdict['trained']['digest'])}")
     return ", ".join(parts)
+
+
+def _describe_start(config: FineTuneConfig, run: RunDirectory, digest: str) -> str:
+    from nested_core.pipeline.continual import parent_version_of  # which loads mlx
+
+    parent = parent_version_of(config, run, digest)
+    if parent is not None:
+        return f"version {shorten_digest(parent)}"
+    given = config.resume_adapter_file
+    return "a fresh adapter" if given is None else f"the adapter {given}"
 
 
 def _pair_answers(run: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
@@ -148,22 +185,37 @@ def _pair_answers(run: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
     pairs.sort(key=lambda pair: pair[0].answer == pair[1].answer)
     for before, after in pairs[:SHOWN_ANSWERS]:
         scores = f"{before.score:.3g} -> {after.score:.3g}"
-        yield scores, _shorten(after.question), _shorten(before.answer), _shorten(after.answer)
+        yield (
+            scores,
+            _shorten_answer(after.question),
+            _shorten_answer(before.answer),
+            _shorten_answer(after.answer),
+        )
 
 
-def _pair_samples(
-    run: RunDirectory, verdict: Mapping[str, Any]
-) -> Iterator[tuple[str, str, str, str]]:
-    """The prompts of `samples`, answered before training and by the adapter that was judged."""
+def _add_samples(page: MarkdownPage, run: RunDirectory, verdict: Mapping[str, Any]) -> None:
+    """The answers to the prompts of `samples` at the evaluations, if there were any prompts."""
     by_step = samples_by_step(read_metrics(run.metrics))
-    if len(by_step) < 2:
+    if not by_step:
         return
-    first, last = min(by_step), verdict.get("adapter_step")
-    after = by_step[last if last in by_step else max(by_step)]
-    for before, sample in zip(by_step[first], after, strict=False):
-        question = _shorten(sample["prompt"])
-        yield "none", question, _shorten(before["answer"]), _shorten(sample["answer"])
+    judged = verdict.get("adapter_step")
+    steps = choose_evaluations(by_step, judged, SHOWN_EVALUATIONS)
+    first = by_step[steps[0]]
+    page.add_heading("Samples")
+    page.add_paragraph(
+        f"Answers at {len(steps)} of {len(by_step)} evaluations to {min(len(first), SHOWN_PROMPTS)}"
+        f" of {len(first)} prompts; all are in metrics.jsonl of the run folder."
+    )
+    prompts = [_shorten_answer(sample["prompt"]) for sample in first[:SHOWN_PROMPTS]]
+    rows = [
+        [
+            f"{step:,} (judged)" if step == judged else f"{step:,}",
+            *(_shorten_answer(sample["answer"]) for sample in by_step[step][:SHOWN_PROMPTS]),
+        ]
+        for step in steps
+    ]
+    page.add_table(("step", *prompts), rows)
 
 
-def _shorten(text: str) -> str:
+def _shorten_answer(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

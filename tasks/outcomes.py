@@ -13,6 +13,7 @@ class Outcome(StrEnum):
     KEPT_CHAMPION = "Kept the champion"  # sound, and not better
     SKIPPED = "Skipped"  # nothing to train, or another night at work
     REJECTED = "Rejected"  # by the gate; of the type Failed
-    RESUMED = "Resumed"  # scheduled again by itself after a crash; see deployments/automations.yaml
+    RESUMED = "Resumed"  # scheduled again by itself after a crash; see flows/resume.py
+    NOT_RESUMED = "Not resumed"  # a run that crashed twice, which waits for a person's Retry
     WAITING = "Waiting"  # for the pool, the device or another run
     ROLLED_BACK = "Rolled back"

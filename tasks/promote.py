@@ -10,10 +10,10 @@ from nested_core import registry
 from nested_core.config.registry import RegistrySection
 from nested_core.registry import Promotion, promotion_policy
 from nested_core.registry.promotion_policy import registry_location
+from nested_core.text.digest_format import shorten_digest
 from tasks.champion_page import publish_champion
 from tasks.events import emit_adapter_event
 from tasks.retrying import REGISTRY_DELAYS, retried_task
-from tasks.verdict_text import shorten_digest
 
 
 @retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_DELAYS)
@@ -21,13 +21,15 @@ def promote(section: RegistrySection, version: str, expected_champion: str | Non
     """Promote by policy; return the outcome, or why nothing was promoted."""
     done = promotion_policy.promote_by_policy(section, version, expected_champion)
     registry_path, name = registry_location(section)
-    return _announce(registry_path, name, version, done)
+    return _announce_promotion(registry_path, name, version, done)
 
 
 @retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_DELAYS)
 def promote_recorded(path: Path, name: str, version: str) -> str:
     """Promote by the policy that was recorded with the version."""
-    return _announce(path, name, version, promotion_policy.promote_as_recorded(path, name, version))
+    return _announce_promotion(
+        path, name, version, promotion_policy.promote_as_recorded(path, name, version)
+    )
 
 
 @retried_task("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_DELAYS)
@@ -39,7 +41,7 @@ def promote_approved(
     warning = promotion_policy.warn_if_worse(path, name, done)
     if warning is not None:
         get_run_logger().warning("%s", warning)
-    return _announce(path, name, version, done)
+    return _announce_promotion(path, name, version, done)
 
 
 @retried_task("roll-back", "roll-back {name}", REGISTRY_DELAYS)
@@ -49,7 +51,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | No
     `champion` is the one to leave: a try after one that failed late does not go back twice.
     """
     done = registry.rollback(path, name, to=to, by=by, expected_champion=champion)
-    return _announce(path, name, done.version, done)
+    return _announce_promotion(path, name, done.version, done)
 
 
 @retried_task("reconcile", "reconcile {name}", REGISTRY_DELAYS)
@@ -65,7 +67,7 @@ def promote_missed(path: Path, name: str) -> dict[str, str]:
     return outcomes
 
 
-def _announce(path: Path, name: str, version: str, done: Promotion | str) -> str:
+def _announce_promotion(path: Path, name: str, version: str, done: Promotion | str) -> str:
     """Log what became of it; where the champion has moved, emit an event and publish its page."""
     outcome = done if isinstance(done, str) else done.outcome
     get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)

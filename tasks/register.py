@@ -10,9 +10,9 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.pipeline.publishing import register_run
 from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.digest_format import shorten_digest
 from tasks.lineage import champion_asset, dataset_asset, emit_materialization, run_asset
 from tasks.retrying import REGISTRY_DELAYS, retried_task
-from tasks.verdict_text import shorten_digest
 
 
 @retried_task("register", "register {config.registry.name}", REGISTRY_DELAYS)

@@ -12,12 +12,12 @@ from prefect.cache_policies import NO_CACHE
 
 from nested_core.config.registry import RegistrySection
 from nested_core.errors import DamagedError
-from nested_core.loss_format import format_loss
 from nested_core.registry import list_versions
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
+from nested_core.text.loss_format import format_loss
 from tasks.artifact_client import ArtifactClient
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from prefect import get_run_logger
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.duration_format import format_duration
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.duration_format import format_duration
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.training_plan import TrainingPlan, read_plan
 from tasks.artifact_client import ArtifactClient, artifact_key
@@ -29,7 +29,6 @@ SECONDS_BETWEEN_CHECKS = 0.5
 LEAST_SECONDS_BETWEEN_UPDATES = 2.0
 SHARE_BETWEEN_UPDATES = 0.1
 SECONDS_TO_FINISH = 5.0
-CURVE_TITLE = "Both over the steps, as a picture"
 ON_CONSOLE_ALONE = {"send_to_api": False}  # a line of the log is a row of the database
 
 
@@ -83,7 +82,7 @@ class TrainingPages:
             artifact_key(name, "training-progress"), percent, self.describe(step)
         )
         page = describe_curves(self.curves, self.steps, str(self.config.data))
-        description = f"{self.curves.describe()}. {CURVE_TITLE}"
+        description = f"The curves of {self.curves.describe()}"
         artifacts.publish_page(artifact_key(name, "loss-curve"), page, description)
 
     def describe(self, step: int) -> str:
@@ -129,7 +128,7 @@ class PrefectProgress:
             self._pages.add_earlier(read_metrics(self._run.metrics))
         context = copy_context()  # the run that artifacts belong to
         self._thread = threading.Thread(
-            target=context.run, args=(self._follow, self._pages), name="progress", daemon=True
+            target=context.run, args=(self._follow_run, self._pages), name="progress", daemon=True
         )
         self._thread.start()
 
@@ -139,7 +138,7 @@ class PrefectProgress:
         if self._thread is not None:
             self._thread.join(timeout=SECONDS_TO_FINISH)
         if self._pages is not None:
-            self._logger.info("%s", self._describe(self._pages))
+            self._logger.info("%s", self._describe_progress(self._pages))
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Keep a report for the curve."""
@@ -151,29 +150,29 @@ class PrefectProgress:
         if self._pages is not None:
             self._pages.add_validation_loss(self._trainer.current_step, val_info["val_loss"])
 
-    def _follow(self, pages: TrainingPages) -> None:
+    def _follow_run(self, pages: TrainingPages) -> None:
         is_last = False
         with ArtifactClient() as artifacts:
             while not is_last:
                 is_last = self._done.wait(SECONDS_BETWEEN_CHECKS)
-                self._log(pages)
+                self._log_progress(pages)
                 if pages.is_due() or is_last:
-                    self._show(pages, artifacts)
+                    self._update_artifacts(pages, artifacts)
 
-    def _log(self, pages: TrainingPages) -> None:
+    def _log_progress(self, pages: TrainingPages) -> None:
         if pages.curves.training.last is None:
             return
         if time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
             return
         self._logged_at = time.monotonic()
-        self._logger.info("%s", self._describe(pages), extra=ON_CONSOLE_ALONE)
+        self._logger.info("%s", self._describe_progress(pages), extra=ON_CONSOLE_ALONE)
 
-    def _describe(self, pages: TrainingPages) -> str:
+    def _describe_progress(self, pages: TrainingPages) -> str:
         """A line of the log: the step, the time left, and the losses with their data."""
         position = pages.describe(self._trainer.current_step)
         return f"{position}: {pages.curves.describe(self._plan)}"
 
-    def _show(self, pages: TrainingPages, artifacts: ArtifactClient) -> None:
+    def _update_artifacts(self, pages: TrainingPages, artifacts: ArtifactClient) -> None:
         try:
             pages.show(artifacts, self._trainer.current_step)
         except Exception as error:  # of the server or the way to it; training goes on

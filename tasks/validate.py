@@ -27,7 +27,9 @@ def validate(config: FineTuneConfig, run_dir: Path) -> Path:
         _publish_findings(config, run)
         raise
     _publish_findings(config, run)
-    get_run_logger().info("The data set passed with %d warnings.", len(report.warnings))
+    count = len(report.warnings)
+    noun = "warning" if count == 1 else "warnings"
+    get_run_logger().info("The data set passed with %d %s.", count, noun)
     return run.dataset
 
 

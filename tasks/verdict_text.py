@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nested_core.loss_format import format_difference, format_interval, format_loss
-
-SHOWN_DIGITS = 12
-
-
-def shorten_digest(digest: str) -> str:
-    """The start of a digest or a version, enough to find it by."""
-    return digest[:SHOWN_DIGITS]
+from nested_core.gate.verdict import Drift
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.loss_format import format_difference, format_interval, format_loss
 
 
 def describe_losses(verdict: Mapping[str, Any]) -> str:
@@ -32,13 +27,26 @@ def describe_champion_loss(champion: Mapping[str, Any]) -> str:
         return f"Champion {version}: not compared; {champion['not_compared']}."
     if champion["loss"] is None or champion["difference"] is None:
         return f"Champion {version}: no loss on examples that neither was trained on."
-    interval = ""
-    if champion["interval"] is not None:
-        interval = f", 95 % interval {format_interval(champion['interval'])}"
     return (
         f"Champion {version}: loss {format_loss(champion['loss'])} on the same examples; "
-        f"difference {format_difference(champion['difference'])}{interval}."
+        f"difference {format_difference(champion['difference'])}, "
+        f"{_describe_direction(champion['difference'], champion['interval'])}."
     )
+
+
+def _describe_direction(difference: float, interval: Sequence[float] | None) -> str:
+    """Whether the candidate's loss is higher or lower than the champion's, or neither surely."""
+    if interval is None:
+        return "worse" if difference > 0 else "not worse"
+    low, high = interval
+    beyond = "worse" if low > 0 else "better" if high < 0 else "within noise"
+    return f"{beyond} (95 % interval {format_interval(interval)})"
+
+
+def describe_drift(drift: Mapping[str, Any]) -> str:
+    """`The predictions moved by 0.42 nats a token from those of the adapter ...`."""
+    text = Drift(**drift).describe()
+    return f"{text[0].upper()}{text[1:]}"
 
 
 def describe_suite(task: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from nested_core.compiled_kernels import FOLDER_VARIABLE, cache_folder
+from nested_core.storage.compiled_kernels import FOLDER_VARIABLE, cache_folder
 
 _PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))
 atexit.register(shutil.rmtree, _PREFECT_HOME, ignore_errors=True)

@@ -56,7 +56,7 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     def finish() -> int:
         """Answer the prompt, or each line that is typed; standard output is for the answers."""
         prompts = iter([arguments.prompt]) if arguments.prompt is not None else _read_prompts()
-        _converse(both, prompts, sampling)
+        _answer_each_prompt(both, prompts, sampling)
         return 0
 
     return finish
@@ -113,7 +113,7 @@ def _read_prompts() -> Iterator[str]:
             return
 
 
-def _converse(both: BaseAndAdapter, prompts: Iterator[str], sampling: Any) -> None:
+def _answer_each_prompt(both: BaseAndAdapter, prompts: Iterator[str], sampling: Any) -> None:
     """Answer each prompt; each side remembers its own answers."""
     from nested_core.models.side_by_side import SIDES
 

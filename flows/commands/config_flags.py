@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
+from flows.terminal import print_progress
 from nested_core.config.key_properties import Key, iterate_keys, iterate_paths
 from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig
@@ -37,12 +38,14 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         flag = "--" + key.name.replace("_", "-")
         help_text = _help_text(key).replace("%", "%%")  # % is argparse's own
         group, form = groups[section], _argparse_options(key)
-        group.add_argument(flag, dest=_destination(key), default=None, help=help_text, **form)
+        group.add_argument(
+            flag, dest=_argparse_destination(key), default=None, help=help_text, **form
+        )
         if section and "_" in key.name:  # as it is spelled in YAML, too
             form = {name: value for name, value in form.items() if name != "metavar"}
             hidden = argparse.SUPPRESS
             group.add_argument(
-                f"--{key.name}", dest=_destination(key), default=None, help=hidden, **form
+                f"--{key.name}", dest=_argparse_destination(key), default=None, help=hidden, **form
             )
 
 
@@ -62,7 +65,7 @@ def _help_text(key: Key) -> str:
     return f"{key.field.description} (default: {text})"
 
 
-def _destination(key: Key) -> str:
+def _argparse_destination(key: Key) -> str:
     """Where argparse keeps the value: no key shares a name with a flag of the run."""
     return f"config.{key.name}"
 
@@ -109,7 +112,7 @@ def load_config_from_flags(
     Raises ConfigError, too, if no model or data was given, for which mlx_lm.lora would fetch its
     own, and if a path in the file only exists beside it.
     """
-    given = {key.name: getattr(arguments, _destination(key)) for key in _keys_with_flags()}
+    given = {key.name: getattr(arguments, _argparse_destination(key)) for key in _keys_with_flags()}
     flags = {name: value for name, value in given.items() if value is not None}
     config = load_config(arguments.config, flags)
     missing = [name for name in required if name not in config.model_fields_set]
@@ -117,6 +120,9 @@ def load_config_from_flags(
         missing.remove("data")
     if missing:
         raise ConfigError(_describe_missing(missing, arguments.config))
+    epochs = config.training.epochs
+    if epochs is not None and "iters" in config.model_fields_set:
+        print_progress(f"training.epochs {epochs:g} decides the length: iters is not used")
     if arguments.config is not None:
         _refuse_paths_beside_the_file(config, arguments.config, set(flags))
     return config

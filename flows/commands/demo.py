@@ -19,9 +19,9 @@ from flows.run_follower import showing_run
 from flows.terminal import print_line, print_progress, print_table, print_tiers
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.loss_format import format_loss
 from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.storage.strict_files import read_json_object
+from nested_core.text.loss_format import format_loss
 
 ADAPTER_NAME = "geography"
 
@@ -161,7 +161,7 @@ def _print_right_answers(run: RunDirectory) -> None:
 
 def _print_run(run: RunDirectory) -> None:
     from nested_core.gate.verdict import read_verdict
-    from nested_core.loss_format import name_loss
+    from nested_core.text.loss_format import name_loss
     from nested_core.training.metrics_file import read_metrics
 
     for line in draw_curve(read_metrics(run.metrics)).splitlines():

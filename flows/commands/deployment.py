@@ -9,7 +9,10 @@ from typing import Any
 
 from flows.commands.command_output import result_printer
 from flows.terminal import print_line, print_progress, print_table
-from nested_core.errors import NestedTuneError
+from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.storage.strict_files import read_regular
+
+MAX_NOTIFY_BYTES = 64 * 2**10
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -25,7 +28,10 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     deploy.add_argument("--file", type=Path, help="your own prefect.yaml, in place of the shipped")
     deploy.add_argument(
-        "--notify", metavar="TYPE/NAME|URL", help="where alerts go: a notification block, a webhook"
+        "--notify",
+        metavar="TYPE/NAME|URL|@FILE",
+        help="where alerts go: a notification block, a webhook's URL, or @FILE with one of them, "
+        "which keeps a secret URL out of the list of processes",
     )
     deploy.add_argument(
         "--test-alert", action="store_true", help="have the server send one alert, to try it"
@@ -42,7 +48,7 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
     import httpx
 
     try:
-        return _print_differences(arguments) if arguments.diff else _deploy(arguments)
+        return _print_differences(arguments) if arguments.diff else _deploy_and_report(arguments)
     except httpx.HTTPError as error:
         raise NestedTuneError(
             f"The server did not take it ({type(error).__name__}: {str(error):.300}). Expected a "
@@ -51,16 +57,31 @@ def run_deploy(arguments: argparse.Namespace) -> Callable[[], int]:
         ) from error
 
 
-def _deploy(arguments: argparse.Namespace) -> Callable[[], int]:
+def read_notify(given: str | None) -> str | None:
+    """Where alerts go: what was given, or for @FILE the one line of that file."""
+    if given is None or not given.startswith("@"):
+        return given
+    content = read_regular(Path(given[1:]), MAX_NOTIFY_BYTES, follow_links=True)
+    words = content.decode(errors="replace").split()
+    if len(words) != 1:
+        raise ConfigError(
+            f"--notify {given}: the file holds {len(words)} words. Expected a notification block "
+            "as TYPE/NAME, or the URL of a webhook, and nothing else."
+        )
+    return words[0]
+
+
+def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     from prefect.client.orchestration import get_client
 
     from flows.alerts import send_test_alert
     from flows.deploy import NOBODY_IS_TOLD, deploy, require_server
     from flows.deployment_plan import make_plan
 
+    notify = read_notify(arguments.notify)
     require_server()
     done = []
-    for line in deploy(make_plan(arguments.file, arguments.config), arguments.notify):
+    for line in deploy(make_plan(arguments.file, arguments.config), notify):
         done.append(line)
         print_progress(line)
     if arguments.test_alert:

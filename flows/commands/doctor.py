@@ -31,7 +31,17 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
 
 def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     """Look at this machine, and at the server of PREFECT_API_URL where that names one."""
-    looks = (_python, _packages, _mlx, _blas, _compiler, _kernels, _prefect, _scheduler, _disk)
+    looks = (
+        _check_python,
+        _check_packages,
+        _check_mlx,
+        _check_blas,
+        _check_compiler,
+        _check_kernels,
+        _check_prefect,
+        _check_scheduler,
+        _check_disk,
+    )
     checks = [check() for check in looks]
     if os.environ.get("PREFECT_API_URL"):
         from flows.server_checks import iterate_server_checks
@@ -49,13 +59,13 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
     return result_printer(arguments, lambda: document, show, code=0 if is_fine else 1)
 
 
-def _python() -> Check:
+def _check_python() -> Check:
     found = sys.version.split()[0]
     is_supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     return Check("python", is_supported, found, "" if is_supported else "use Python 3.11 to 3.13")
 
 
-def _packages() -> Check:
+def _check_packages() -> Check:
     found, missing = [], []
     for package in PACKAGES:
         try:
@@ -66,7 +76,7 @@ def _packages() -> Check:
     return Check("packages", not missing, ", ".join(found), mend)
 
 
-def _mlx() -> Check:
+def _check_mlx() -> Check:
     from nested_core import backend
 
     try:
@@ -77,7 +87,7 @@ def _mlx() -> Check:
     return Check("mlx", True, seen)
 
 
-def _blas() -> Check:
+def _check_blas() -> Check:
     from nested_core import backend
 
     if sys.platform != "linux":
@@ -89,7 +99,7 @@ def _blas() -> Check:
     return Check("BLAS", True, "reference BLAS of the mlx wheel (slow)", mend)
 
 
-def _compiler() -> Check:
+def _check_compiler() -> Check:
     from nested_core import backend
 
     if backend.compiles_kernels():
@@ -97,7 +107,7 @@ def _compiler() -> Check:
     return Check("compiler", True, "none: mx.compile runs uncompiled", "optional: install g++")
 
 
-def _kernels() -> Check:
+def _check_kernels() -> Check:
     """What compiles our own kernels; the same is computed without it, more slowly."""
     from nested_core import backend
 
@@ -111,7 +121,7 @@ def _kernels() -> Check:
         return Check("kernels", True, "MLX's alone: cuda-core is not installed", mend)
 
 
-def _prefect() -> Check:
+def _check_prefect() -> Check:
     url = os.environ.get("PREFECT_API_URL")
     try:
         import prefect.server.api.server  # noqa: F401  # what an unfit fastapi breaks
@@ -120,7 +130,7 @@ def _prefect() -> Check:
     return Check("prefect", True, f"server {url}" if url else "embedded server")
 
 
-def _scheduler() -> Check:
+def _check_scheduler() -> Check:
     """Under SQLAlchemy 2.1 the server of this Prefect starts, and its schedules make no runs."""
     found = version("sqlalchemy")
     is_fit = tuple(map(int, found.split(".")[:2])) < (2, 1)
@@ -128,7 +138,7 @@ def _scheduler() -> Check:
     return Check("scheduler", is_fit, f"sqlalchemy {found}", mend)
 
 
-def _disk() -> Check:
+def _check_disk() -> Check:
     free = shutil.disk_usage(".").free
     mend = "" if free > FREE_BYTES else "free some space, or run in a folder on another disk"
     return Check("disk", free > FREE_BYTES, f"{free / 1e9:.1f} GB free here", mend)

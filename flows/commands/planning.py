@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.commands.command_output import result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, load_config_from_flags
-from flows.terminal import print_line, print_progress
+from flows.terminal import print_line, print_page, print_progress
 from nested_core.errors import ConfigError
 from nested_core.storage.atomic import write_bytes
 
@@ -49,9 +49,8 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
         return text_printer(f"Written: {output}. Next: nested-tune explain -c {output}")
 
     def show() -> int:
-        """The configuration, a line at a time."""
-        for line in text.splitlines():
-            print_line(line)
+        """The configuration, as it would stand in a file."""
+        print_page(text)
         return 0
 
     return show

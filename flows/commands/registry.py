@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import result_printer, text_printer
+from flows.current_user import current_user
 from flows.terminal import print_line, print_progress, print_table
 from nested_core.errors import DamagedError
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.digest_format import shorten_digest
 
 if TYPE_CHECKING:
     from nested_core.registry import Promotion
@@ -71,20 +72,28 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     target = RegistrySection(path=str(arguments.registry), name=arguments.name)
     config = read_run_config(run).model_copy(update={"registry": target})
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
-    done = register_and_promote_run(config, run, by=getpass.getuser(), expected_champion=expected)
+    done = register_and_promote_run(config, run, by=current_user(), expected_champion=expected)
     if losses := describe_promotion(arguments.registry, arguments.name, done):
         print_progress(losses)
     warning = warn_if_worse(arguments.registry, arguments.name, done)
     if warning is not None:
         print_progress(f"warning: {warning}")
-    return _print_change(done)
+    print_change = _print_change(done)
+
+    def finish() -> int:
+        """Print the change, then how to ask the adapter."""
+        code = print_change()
+        print_progress(f"next: nested-tune chat {arguments.registry / arguments.name}")
+        return code
+
+    return finish
 
 
 def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
     """Make an earlier version the champion again."""
     from nested_core.registry import rollback
 
-    done = rollback(arguments.registry, arguments.name, to=arguments.to, by=getpass.getuser())
+    done = rollback(arguments.registry, arguments.name, to=arguments.to, by=current_user())
     return _print_change(done)
 
 
@@ -112,7 +121,7 @@ def run_history(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def _shorten_version(value: Any) -> Any:
     is_digest = isinstance(value, str) and len(value) == 64
-    return value[:12] if is_digest else value
+    return shorten_digest(value) if is_digest else value
 
 
 def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -139,7 +148,7 @@ def run_gc(arguments: argparse.Namespace) -> Callable[[], int]:
     done = collect_garbage(
         arguments.registry,
         arguments.name,
-        by=getpass.getuser(),
+        by=current_user(),
         keep=arguments.keep,
         dry_run=arguments.dry_run,
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flows.mlx_lm_log import MlxLmLog
+from flows.os_errors import explain
 from flows.stop_signals import Stopper
 from flows.terminal import ProgressLine, describe_tiers, print_progress
 from nested_core.config.schema import FineTuneConfig
@@ -66,6 +67,7 @@ class TerminalHooks(Hooks):
         if config.samples or self._asks_held_out_prompts:
             try:
                 self.sample_answers = answer_samples(config, run, self.on_message)
-            except (NestedTuneError, MemoryError, RuntimeError, ValueError) as error:
-                print_progress(f"samples: not answered, which is no verdict: {error}")
+            except (NestedTuneError, OSError, MemoryError, RuntimeError, ValueError) as error:
+                reason = explain(error)[0] if isinstance(error, OSError) else str(error)
+                print_progress(f"samples: not answered, which is no verdict: {reason}")
         return super().judge(config, run)

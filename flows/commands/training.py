@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flows.commands.command_output import naming_report_of_failure, result_printer, text_printer
 from flows.commands.config_flags import add_config_flags, add_run_flags, load_config_from_flags
 from flows.mlx_lm_log import MlxLmLog
 from flows.run_follower import showing_run
 from flows.sample_text import format_sample_answers
+from flows.state_messages import describe_test_loss
 from flows.stop_signals import Stopper
 from flows.terminal import (
     ProgressLine,
@@ -25,8 +25,11 @@ from flows.terminal import (
     print_tiers,
 )
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped
-from nested_core.loss_format import format_loss
 from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
+
+if TYPE_CHECKING:
+    from nested_core.config.registry import RegistrySection
+    from nested_core.pipeline.finetune import FinetuneResult
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -63,6 +66,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.data_settings import DataSettings
     from nested_core.data.dataset_loading import load_dataset
     from nested_core.data.rules.finding_groups import group_findings
+    from nested_core.data.rules.findings import name_guide
     from nested_core.data.tokens.examples_for_display import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
@@ -92,6 +96,8 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         groups = group_findings(report.findings)
         rows = [(g.severity, g.file, g.shown_lines, g.count, g.check, g.message) for g in groups]
         print_table(("severity", "file", "line", "count", "check", "message"), rows)
+        if explained := (*report.errors, *report.warnings):
+            print_line(name_guide(explained))
         print_examples(examples)
 
     return result_printer(arguments, document, show, DatasetError.exit_code if report.errors else 0)
@@ -111,7 +117,7 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.pipeline.finetune import finetune
 
     config = load_config_from_flags(arguments)
-    run = _open(arguments)
+    run = _open_run_directory(arguments)
     stopper = Stopper()
     log = None
     if arguments.log == "mlx_lm":
@@ -155,16 +161,20 @@ def run_train(arguments: argparse.Namespace) -> Callable[[], int]:
         print_line(result.verdict.summary())
         print_line(f"adapter: {run.adapter}")
         if result.test_loss is not None:
-            loss = result.test_loss
-            perplexity = format_loss(math.exp(loss))
-            print_line(f"Test loss {format_loss(loss)}, Test ppl {perplexity}.")
-        outcome = result.promotion or "registered"
-        if result.version is not None or result.kept_champion is not None:
-            version = "" if result.version is None else f" {result.version}"
-            print_line(f"{config.registry.name}{version}: {outcome}")
-        print_line(f"report: {run.report}")
+            print_line(f"{describe_test_loss(config, run, result.test_loss)}.")
+        _print_outcome(config.registry, result)
 
     return result_printer(arguments, document, show)
+
+
+def _print_outcome(registry: RegistrySection, result: FinetuneResult) -> None:
+    """What became of the adapter in the registry, where the page is, and how to go on."""
+    if result.version is not None or result.kept_champion is not None:
+        version = "" if result.version is None else f" {result.version}"
+        print_line(f"{registry.name}{version}: {result.promotion or 'registered'}")
+    print_line(f"report: {result.run.report}")
+    if registry.path is None:
+        print_progress(f"next: nested-tune promote {result.run.path} --name NAME")
 
 
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
@@ -174,7 +184,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
 
     config = load_config_from_flags(arguments)
     configured_services(config)  # before a server is started
-    run = _open(arguments)
+    run = _open_run_directory(arguments)
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
     print_progress(f"run directory: {run.path}")
     with Stopper().handling_signals(run), prefect_server() as wait_for_server:
@@ -197,7 +207,7 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     return text_printer(f"adapter: {run.adapter}" if run.adapter.exists() else str(state.message))
 
 
-def _open(arguments: argparse.Namespace) -> RunDirectory:
+def _open_run_directory(arguments: argparse.Namespace) -> RunDirectory:
     if arguments.run_dir is None and arguments.resume:
         raise ConfigError("--resume needs the --run-dir that it is to go on with.")
     return open_run(arguments.run_dir or RUNS / new_run_name(), resume=arguments.resume)

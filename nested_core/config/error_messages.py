@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from nested_core.config.key_properties import iterate_keys, section_in_annotation
 from nested_core.config.other_tools import ABSENT_KEYS, RENAMED_KEYS
 from nested_core.config.section import SectionProblems
-from nested_core.foreign_text import escape
+from nested_core.text.foreign_text import escape
 
 MOST_PROBLEMS = 10
 _WORD = re.compile(r"\w+")
@@ -57,7 +57,9 @@ def find_problems(model: type[BaseModel], values: Mapping[str, Any]) -> list[Pro
             return problems
         except ValidationError as error:
             details: list[dict[str, Any]] = [dict(d) for d in error.errors(include_url=False)]
-        for problem in (found for detail in details for found in _describe(detail, model)):
+        for problem in (
+            found for detail in details for found in _describe_pydantic_error(detail, model)
+        ):
             if refused.isdisjoint(_WORD.findall(f"{problem.key} {problem.message}")):
                 problems.append(problem)
         paths = {_path_in(values, detail["loc"]): detail["type"] for detail in details}
@@ -65,7 +67,7 @@ def find_problems(model: type[BaseModel], values: Mapping[str, Any]) -> list[Pro
         if not paths:
             return problems
         for path, cause in paths.items():
-            values = _without(values, path)
+            values = _remove_at(values, path)
             if cause != "extra_forbidden":
                 refused.add(path[-1])
 
@@ -82,16 +84,16 @@ def _path_in(values: Mapping[str, Any], location: tuple[Any, ...]) -> tuple[str,
     return tuple(path)
 
 
-def _without(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+def _remove_at(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     """The values without the one at a path."""
     first, *rest = path
     others = {key: value for key, value in values.items() if key != first}
     if rest and first in values:
-        return others | {first: _without(values[first], tuple(rest))}
+        return others | {first: _remove_at(values[first], tuple(rest))}
     return others
 
 
-def _describe(detail: dict[str, Any], model: type[BaseModel]) -> Iterator[Problem]:
+def _describe_pydantic_error(detail: dict[str, Any], model: type[BaseModel]) -> Iterator[Problem]:
     """The problems in one entry of pydantic's list."""
     location = detail["loc"]
     key = ".".join(str(part) for part in location)
@@ -101,7 +103,7 @@ def _describe(detail: dict[str, Any], model: type[BaseModel]) -> Iterator[Proble
     elif isinstance(cause, SectionProblems):
         yield from (Problem(key, message) for message in cause.problems)
     else:
-        message = detail["msg"].removeprefix("Value error, ")
+        message = detail["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
         value = "" if detail["type"] == "value_error" else f"; found {detail['input']!r:.80}"
         yield Problem(key, f"{message}{value}")
 
@@ -120,6 +122,8 @@ def _suggest_known_key(location: tuple[Any, ...], model: type[BaseModel]) -> str
     names = [field.alias or name for name, field in section.model_fields.items()]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
     elsewhere = [key.name for key in iterate_keys(model) if key.name.endswith(f".{name}")]
+    if name in model.model_fields:
+        elsewhere = [f"{name} at the top level", *elsewhere]
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     suggestions = [*close, *elsewhere, *similar]
     return f"; did you mean {suggestions[0]}?" if suggestions else ""

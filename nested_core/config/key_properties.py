@@ -74,7 +74,7 @@ def section_in_annotation(annotation: Any) -> type[BaseModel] | None:
     return next((section for section in sections if section is not None), None)
 
 
-def adapter_settings(config: Section) -> dict[str, Any]:
+def settings_that_shape_adapter(config: Section) -> dict[str, Any]:
     """The values of the keys that can change the adapter, as JSON; data and model left out."""
     keys = {key.name: key for key in iterate_keys(type(config))}
 

@@ -23,6 +23,7 @@ from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
+_TAB_PROBLEM = "found character '\\t' that cannot start any token"  # yaml/scanner.py
 MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -43,13 +44,14 @@ class _PlainLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """The mapping, once it is seen that no key stands there twice."""
-        seen: set[str] = set()
+        lines: dict[str, int] = {}
         for key, _ in node.value:
             if key.tag == MERGE_TAG:
                 raise _yaml_error("a merge (<<)", key.start_mark)
-            if str(key.value) in seen:
-                raise _yaml_error(f"the key {key.value!r} twice", key.start_mark)
-            seen.add(str(key.value))
+            if first := lines.get(str(key.value)):
+                what = f"the key {key.value!r}, which stands in line {first} too,"
+                raise _yaml_error(what, key.start_mark)
+            lines[str(key.value)] = key.start_mark.line + 1
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
 
@@ -146,18 +148,21 @@ def _lines_of_keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int
 def _describe_yaml_error(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        place = f"line {mark.line + 1}, column {mark.column + 1}"
+        if error.problem == _TAB_PROBLEM:
+            return f"{place}: a tab; YAML is indented with spaces alone"
+        return f"{place}: {error.problem}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_config(
     path: str | Path | None, flags: Mapping[str, Any] = MappingProxyType({})
 ) -> FineTuneConfig:
-    """Build the configuration from a YAML file, if any, and flags that are not None.
+    """Build the configuration from the YAML file at `path`, if any, and flags that are not None.
 
     `flags` are by dotted name, such as `nested.fast`. As in mlx_lm.lora, a flag wins over the file
     and a null in the file means the default. Relative paths are kept as they are written: they
-    start at the working directory.
+    start at the working directory. Raises ConfigError with every problem, each with its line.
     """
     values, lines = read_yaml_with_lines(Path(path)) if path is not None else YamlFile({}, {})
     source = str(path) if path is not None else "the command line"
@@ -167,10 +172,19 @@ def load_config(
             values[key] = value
         elif isinstance(values.get(section) or {}, dict):
             values[section] = (values.get(section) or {}) | {key: value}
+    _let_iters_win(values, flags)
     known = {key: value for key, value in values.items() if value is not None}
     given_by_flag = {name for name, value in flags.items() if value is not None}
     in_file = {key: line for key, line in lines.items() if key not in given_by_flag}
     return parse_config(known, source=source, lines=in_file)
+
+
+def _let_iters_win(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """A flag --iters wins over epochs in the file, which would decide in its place."""
+    section = values.get("training")
+    is_asked = flags.get("iters") is not None and flags.get("training.epochs") is None
+    if is_asked and isinstance(section, dict):
+        section.pop("epochs", None)
 
 
 def parse_config(

@@ -29,7 +29,8 @@ def optimizer_classes() -> Mapping[str, type]:
 
 
 def known_optimizer(name: str) -> str:
-    """The name itself; ValueError where mlx has no such optimizer."""
+    """The name in small letters, as mlx_lm.lora reads it; ValueError for one that mlx has not."""
+    name = name.lower()
     if name not in MLX_LM_OPTIMIZERS and name not in optimizer_classes():
         raise ValueError(f"{name!r} is no optimizer; there are {sorted(optimizer_classes())}")
     return name

@@ -1,7 +1,8 @@
 """What other trainers call our keys, so that a key of theirs is answered with ours.
 
 Names from axolotl (docs/config-reference), LLaMA-Factory (hparams/*_args.py), TRL and transformers
-(TrainingArguments, SFTConfig), PEFT (LoraConfig) and unsloth (FastLanguageModel).
+(TrainingArguments, SFTConfig), PEFT (LoraConfig), unsloth (FastLanguageModel) and Soup
+(soup_cli/config/schema.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ _SCALE = "; scale is alpha / rank, and alpha can be given in its place"
 _ITERS = "; it counts micro-batches, theirs counts optimizer steps"
 _PACKING = "is not offered: batches of examples of similar length waste little (docs/data.md)"
 _QUANTISED = "is not a key here: give a base model that is quantised (mlx_lm.convert -q)"
+_LINEAR = "is not a key here: without lora_parameters.keys every linear layer has an adapter"
+_RSLORA = "is not a key here: give lora_parameters.scale as alpha / sqrt(rank)"
 _SPLIT = "is not a key here: put the held-out examples into valid.jsonl and test.jsonl"
 _TEMPLATE = "is not a key here: the tokenizer's own chat template is used"
 _WEIGHT_DECAY = (
@@ -22,6 +25,7 @@ _OUTPUT = "is the flag --run-dir here; adapter_path copies the adapter to a fold
 # Their key -> ours, with a remark behind it where the meaning differs.
 RENAMED_KEYS = MappingProxyType(
     {
+        "base": "model",
         "base_model": "model",
         "model_name": "model",
         "model_name_or_path": "model",
@@ -32,6 +36,9 @@ RENAMED_KEYS = MappingProxyType(
         "train_file": "data",
         "adapter": "fine_tune_type",
         "finetuning_type": "fine_tune_type",
+        "use_dora": "fine_tune_type; dora is one of its values",
+        "peft_use_dora": "fine_tune_type; dora is one of its values",
+        "lora": "lora_parameters",
         "lora_r": "lora_parameters.rank",
         "lora_rank": "lora_parameters.rank",
         "r": "lora_parameters.rank",
@@ -49,11 +56,13 @@ RENAMED_KEYS = MappingProxyType(
         "per_device_train_batch_size": "batch_size",
         "gradient_accumulation_steps": "grad_accumulation_steps",
         "gradient_checkpointing": "grad_checkpoint",
+        "use_gradient_checkpointing": "grad_checkpoint",
         "num_epochs": "training.epochs",
         "num_train_epochs": "training.epochs",
         "max_steps": f"iters{_ITERS}",
         "lr": "learning_rate",
         "lr_scheduler": "lr_schedule",
+        "scheduler": "lr_schedule",
         "lr_scheduler_type": "lr_schedule",
         "optim": "optimizer",
         "warmup_ratio": "training.warmup_steps",
@@ -82,11 +91,17 @@ ABSENT_KEYS = MappingProxyType(
         "pad_to_sequence_len": _PACKING,
         "load_in_4bit": _QUANTISED,
         "load_in_8bit": _QUANTISED,
+        "quantization": _QUANTISED,
+        "lora_target_linear": _LINEAR,
+        "use_rslora": _RSLORA,
         "val_set_size": _SPLIT,
         "val_size": _SPLIT,
+        "val_split": _SPLIT,
         "template": _TEMPLATE,
         "chat_template": _TEMPLATE,
         "weight_decay": _WEIGHT_DECAY,
         "output_dir": _OUTPUT,
+        "output": _OUTPUT,
+        "config": "is the flag -c; a file does not name another, and mlx_lm.lora passes it over",
     }
 )

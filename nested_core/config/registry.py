@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat
 
 from nested_core.config.adapter_names import NAME_PATTERN, why_invalid_adapter_name
 from nested_core.config.section import Section, key
 
-AdapterName = Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")]
+
+def _require_adapter_name(name: Any) -> Any:
+    """Refuse a text that is no name; the pattern beside it is for forms."""
+    if isinstance(name, str) and (reason := why_invalid_adapter_name(name)) is not None:
+        raise ValueError(reason.removesuffix("."))
+    return name
+
+
+AdapterName = Annotated[
+    str, Field(pattern=f"^{NAME_PATTERN.pattern}$"), BeforeValidator(_require_adapter_name)
+]
 
 
 class RegistrySection(Section):
@@ -35,8 +45,6 @@ class RegistrySection(Section):
             yield "registry needs both path and name, or neither"
         if self.promote != "never" and self.path is None:
             yield f"promote: {self.promote} needs a registry path and name"
-        if self.name is not None and (reason := why_invalid_adapter_name(self.name)):
-            yield reason
 
 
 class ContinualSection(Section):

@@ -31,7 +31,9 @@ class TrainingSection(Section):
 
     max_grad_norm: NonNegativeFloat = key(0.0, "gradients are clipped to this norm; 0 is off")
     warmup_steps: NonNegativeInt = key(0, "optimizer steps until the full learning rate")
-    epochs: PositiveFloat | None = key(None, "passes over the data, in place of iters")
+    epochs: PositiveFloat | None = key(
+        None, "passes over the data, in place of iters; a flag --iters wins over a file's epochs"
+    )
     supervise: Literal["last", "all"] = key("last", "assistant turns to train on, in a chat")
     early_stop_patience: PositiveInt | None = key(
         None, "stop after so many evaluations without improvement"

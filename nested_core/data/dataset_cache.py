@@ -22,7 +22,6 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from nested_core.compiled_kernels import cache_folder
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import SplitFile
@@ -30,6 +29,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit, open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
+from nested_core.storage.compiled_kernels import cache_folder
 from nested_core.storage.private_folder import make_private_folder
 from nested_core.storage.strict_files import read_json, regular_sha256
 

@@ -15,15 +15,10 @@ import polars as pl
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.parallel_jobs import OnProgress
-from nested_core.data.rules.dataset_report import (
-    DatasetReport,
-    Findings,
-    Severity,
-    SplitStats,
-    sort_findings,
-)
+from nested_core.data.rules.dataset_report import DatasetReport, SplitStats, sort_findings
 from nested_core.data.rules.dropped_lines import describe_dropped_lines
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
+from nested_core.data.rules.findings import Findings, Severity
 from nested_core.data.rules.line_rules import (
     LINE_RULES,
     SENSITIVE_DATA_RULES,
@@ -46,7 +41,10 @@ from nested_core.data.split_table import SplitTable, read_tables_with_repeats
 from nested_core.data.tokens.example_encoding import has_chat_template
 from nested_core.data.tokens.parallel_tokenization import SoundLines, TokenFacts, tokenize_splits
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.errors import list_first
 from nested_core.storage.atomic import canonical_json
+
+SHOWN_NAMES = 5  # of a folder without train
 
 Tables = Mapping[str, SplitTable]
 
@@ -109,7 +107,8 @@ def _apply_file_rules(
             "file": table.file,
             "line": None,
             "split": split,
-            "folder": settings.describe_source,
+            "folder": _describe_folder(settings),
+            "held": _describe_held_files(settings),
             "is_present": table.source is not None,
             "format": table.format,
             "mask_prompt": settings.mask_prompt,
@@ -120,6 +119,22 @@ def _apply_file_rules(
     ]
     frame = pl.DataFrame(rows, schema_overrides={"line": pl.Int32, "format": pl.String})
     FILE_RULES.add_findings(frame, findings)
+
+
+def _describe_folder(settings: DataSettings) -> str:
+    """The whole path of a folder, or the name of a data set of the hub."""
+    folder = Path(settings.data).expanduser()
+    is_folder = not settings.hf_dataset and folder.is_dir()
+    return str(folder.absolute()) if is_folder else settings.describe_source
+
+
+def _describe_held_files(settings: DataSettings) -> str:
+    """The first names in a folder; a data set of the hub has splits instead."""
+    folder = Path(settings.data).expanduser()
+    if settings.hf_dataset or not folder.is_dir():
+        return "no split of that name"
+    names = sorted(path.name for path in folder.iterdir())
+    return list_first(names, SHOWN_NAMES) or "nothing"
 
 
 def _remove_rejected_from_dropped(tables: Tables, findings: Findings) -> dict[str, SplitTable]:

@@ -23,8 +23,8 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from nested_core import errors
-from nested_core.compiled_kernels import outer_environment
 from nested_core.errors import NestedTuneError, WorkerFailed
+from nested_core.storage.compiled_kernels import outer_environment
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 SMALL_BYTES = 16 * 2**20  # below this, starting processes takes longer than the work

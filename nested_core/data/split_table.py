@@ -103,7 +103,7 @@ def read_tables(
         total = sum(sizes)
 
         def report_progress(done: int) -> None:
-            if on_progress is not None:
+            if on_progress is not None and total:  # files may all be empty
                 on_progress("reading", sum(sizes[:done]), total)
 
         answers = run_jobs(requests, processes=count_processes_for(total), on_done=report_progress)

@@ -218,16 +218,16 @@ def _structure_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]
         return [*reasons, Reason("tensor_missing", "the file holds no tensor at all")]
     if layout.has_whole_weights:
         return reasons + _whole_weight_reasons(layout, base)
-    factors = {name for name in layout.tensors if _leaf(name) in MLX_LM.leaves}
+    factors = {name for name in layout.tensors if _leaf_name(name) in MLX_LM.leaves}
     others = layout.tensors.keys() - factors
-    weights = {n for n in others if _leaf(n) in WHOLE_WEIGHTS and ".lora_" not in n}
+    weights = {n for n in others if _leaf_name(n) in WHOLE_WEIGHTS and ".lora_" not in n}
     reasons += _reason(
         "tensor_unexpected",
         weights,
         "are weights of the base or of a fused model where LoRA factors should be",
     )
     reasons += _reason("tensor_unexpected", others - weights, "have no name of a LoRA factor")
-    foreign = {name for name in factors if _module(name) not in base.modules}
+    foreign = {name for name in factors if _module_name(name) not in base.modules}
     reasons += _reason("base_mismatch", foreign, "are of modules that the base does not have")
     if layout.refusal is not None:
         return reasons
@@ -246,7 +246,7 @@ def _structure_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]
 
 def _whole_weight_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]:
     foreign = layout.tensors.keys() - base.shapes.keys()
-    misfits = [n for n in layout.tensors if n not in foreign and not _fits(layout, n)]
+    misfits = [n for n in layout.tensors if n not in foreign and not _has_expected_shape(layout, n)]
     return _reason("base_mismatch", foreign, "are no weights of the base") + _reason(
         "base_mismatch", misfits, "have other shapes than in the base"
     )
@@ -254,7 +254,7 @@ def _whole_weight_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reas
 
 def _shape_reasons(layout: AdapterLayout, names: Iterable[str]) -> list[Reason]:
     """Reasons for other ranks than the configuration says, and for dimensions of another base."""
-    misfits = sorted(name for name in names if not _fits(layout, name))
+    misfits = sorted(name for name in names if not _has_expected_shape(layout, name))
     of_rank = [name for name in misfits if _differs_in_rank_alone(layout, name)]
     others = [name for name in misfits if name not in of_rank]
     reasons = []
@@ -275,7 +275,7 @@ def _shape_reasons(layout: AdapterLayout, names: Iterable[str]) -> list[Reason]:
 
 def _differs_in_rank_alone(layout: AdapterLayout, name: str) -> bool:
     own, expected = layout.tensors[name].shape, layout.expected[name]
-    axis = RANK_AXES.get((_leaf(name), len(own)))
+    axis = RANK_AXES.get((_leaf_name(name), len(own)))
     if axis is None or len(own) != len(expected):
         return False
     return all(a == b for i, (a, b) in enumerate(zip(own, expected, strict=True)) if i != axis)
@@ -390,14 +390,14 @@ def _measure_logits(answers: Answers, base: AuditedBase) -> LogitEffect:
     return LogitEffect(len(rows), moved, base.rounding / 2 * largest, dtype)
 
 
-def _fits(layout: AdapterLayout, name: str) -> bool:
+def _has_expected_shape(layout: AdapterLayout, name: str) -> bool:
     return layout.tensors[name].shape == layout.expected[name]
 
 
 def _is_sound(layout: AdapterLayout, name: str) -> bool:
     """Whether a tensor that is called for is there, fits, and holds finite numbers."""
     tensor = layout.tensors.get(name)
-    if tensor is None or not _fits(layout, name):
+    if tensor is None or not _has_expected_shape(layout, name):
         return False
     return tensor.dtype in DTYPES and _is_finite(tensor)
 
@@ -406,11 +406,11 @@ def _is_finite(tensor: StoredTensor) -> bool:
     return bool(np.isfinite(tensor.to_numpy()).all())
 
 
-def _leaf(name: str) -> str:
+def _leaf_name(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _module(name: str) -> str:
+def _module_name(name: str) -> str:
     return name.rpartition(".")[0]
 
 

@@ -28,7 +28,9 @@ def config_reasons(adapter: Adapter) -> list[Reason]:
     meaning = adapter.meaning()
     fine_tune_type, rank = str(meaning["fine_tune_type"]), meaning["rank"]
     reasons = []
-    foreign = sorted(name for name in adapter.tensors if not _belongs(name, fine_tune_type))
+    foreign = sorted(
+        name for name in adapter.tensors if not _is_tensor_of_type(name, fine_tune_type)
+    )
     if foreign:
         message = f"fine_tune_type {fine_tune_type} has no tensors like {foreign[0]}"
         reasons.append(Reason("config_mismatch", message, tuple(foreign)))
@@ -50,7 +52,7 @@ def _last_part(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _belongs(name: str, fine_tune_type: str) -> bool:
+def _is_tensor_of_type(name: str, fine_tune_type: str) -> bool:
     if fine_tune_type in TENSORS_OF_A_MODULE:
         return _last_part(name) in TENSORS_OF_A_MODULE[fine_tune_type]
     return _last_part(name) not in TENSORS_OF_A_MODULE["lora"]

@@ -15,6 +15,7 @@ from nested_core.registry import holding_champion, verify
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.versions import version_folder
 from nested_core.storage.adapter import Adapter, read_adapter
+from nested_core.text.digest_format import shorten_digest
 
 # What an adapter shares with another one that is loaded into the same modules.
 STRUCTURE = ("fine_tune_type", "rank", "scale", "keys", "num_layers")
@@ -62,18 +63,20 @@ def find_champion(base: LoadedBase, candidate: Adapter) -> Champion | UnusableCh
             adapter = read_adapter(folder)
             adapter.digest()
         except (ConfigError, DamagedError) as error:
-            problem = f"the champion {version[:12]} is not what was registered: {error}"
+            problem = f"the champion {shorten_digest(version)} is not what was registered: {error}"
             return UnusableChampion(version, problem)
         training_examples = read_training_examples(folder)
     try:
-        own_base = _fit_base(adapter, base, candidate)
+        own_base = _find_base_for_champion(adapter, base, candidate)
     except ConfigError as error:
-        problem = f"the champion {version[:12]} does not fit: {' '.join(str(error).split())}"
+        problem = (
+            f"the champion {shorten_digest(version)} does not fit: {' '.join(str(error).split())}"
+        )
         return UnusableChampion(version, problem)
     return Champion(version, adapter, own_base, training_examples)
 
 
-def _fit_base(champion: Adapter, base: LoadedBase, candidate: Adapter) -> LoadedBase:
+def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adapter) -> LoadedBase:
     """The base to load the champion into; ConfigError for one that was made for another base."""
     if reasons := fingerprint_reasons(champion.config, base.folder):
         raise ConfigError(reasons[0].message)

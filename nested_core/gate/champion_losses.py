@@ -18,6 +18,7 @@ from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.training_examples import read_ancestor_examples
 from nested_core.gate.verdict import ChampionLoss
+from nested_core.text.digest_format import shorten_digest
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,18 +53,20 @@ def compare_with_champion(
             f"champion, the candidate or an ancestor was trained on: nothing is left to compare by"
         )
         return ChampionLoss(version, left_out=len(losses), not_compared=problem), losses
-    measured = _measure(champion, evidence, examples)
+    measured = _measure_losses(champion, evidence, examples)
     if not np.isfinite(measured).all():
-        problem = f"the loss of the champion {version[:12]} is not finite"
+        problem = f"the loss of the champion {shorten_digest(version)} is not finite"
         return ChampionLoss(version, not_compared=problem), losses
     compared = replace(losses, champion=np.where(is_seen, np.nan, measured))
     return ChampionLoss.from_losses(version, compared), compared
 
 
-def _measure(champion: Champion, evidence: RunEvidence, examples: HeldOutComparison) -> Vector:
+def _measure_losses(
+    champion: Champion, evidence: RunEvidence, examples: HeldOutComparison
+) -> Vector:
     """The champion's mean loss on each example, in nats a token."""
     if champion.adapter.digest() == evidence.before.digest():
         return examples.losses.before
     ((sums, _),) = champion.base.losses((champion.adapter.path,), examples.held_out.split)
-    measured: Vector = sums[examples.held_out.has_target] / examples.losses.tokens
+    measured: Vector = sums[examples.held_out.is_supervised] / examples.losses.tokens
     return measured

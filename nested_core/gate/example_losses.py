@@ -129,7 +129,7 @@ def read_example_losses(path: Path) -> ExampleLosses:
     has_champion = any(line.champion is not None for line in lines)
     written = lines[0].model_fields_set if lines else set()
     optional = {
-        name: _vector([getattr(line, name) for line in lines])
+        name: _to_vector([getattr(line, name) for line in lines])
         for name in OPTIONAL
         if name in written
     }
@@ -137,12 +137,12 @@ def read_example_losses(path: Path) -> ExampleLosses:
         file=lines[0].file if lines else "",
         lines=np.array([line.line for line in lines], np.int64),
         tokens=np.array([line.tokens for line in lines], np.float64),
-        before=_vector([line.before for line in lines]),
-        after=_vector([line.after for line in lines]),
-        champion=_vector([line.champion for line in lines]) if has_champion else None,
+        before=_to_vector([line.before for line in lines]),
+        after=_to_vector([line.after for line in lines]),
+        champion=_to_vector([line.champion for line in lines]) if has_champion else None,
         **optional,
     )
 
 
-def _vector(losses: list[float | None]) -> Vector:
+def _to_vector(losses: list[float | None]) -> Vector:
     return np.array([np.nan if loss is None else loss for loss in losses], np.float64)

@@ -115,7 +115,7 @@ def where_base_is_finite(
     rows = None if expected is None else np.array(expected, np.float64)  # None becomes NaN
     if answers.base is None:
         return answers, rows
-    is_sound = np.array([_count_broken(row[None]) == 0 for row in answers.base])
+    is_sound = np.array([_count_nonfinite(row[None]) == 0 for row in answers.base])
     if not is_sound.any() or answers.trained.shape != answers.base.shape:
         return answers, rows
     sound = replace(
@@ -133,14 +133,14 @@ def non_finite_reason(answers: Answers) -> Reason | None:
     A model may mask a part of its vocabulary by -inf: that is no overflow if it does so without the
     trained adapter too.
     """
-    if answers.base is not None and (broken := _count_broken(answers.base)):
+    if answers.base is not None and (broken := _count_nonfinite(answers.base)):
         message = f"{broken} logits of the base model alone are not finite: the base is not sound"
         return Reason("non_finite", f"in a new process, {message}; the adapter is not to blame")
-    if broken := _count_broken(answers.initial):
+    if broken := _count_nonfinite(answers.initial):
         message = f"{broken} logits with the initial adapter are not finite already"
         return Reason("non_finite", f"in a new process, {message}; training is not to blame")
     lost = ~np.isfinite(answers.trained) & np.isfinite(answers.initial)
-    broken = max(_count_broken(answers.trained), int(lost.sum()))
+    broken = max(_count_nonfinite(answers.trained), int(lost.sum()))
     if broken:
         message = f"{broken} of {lost.size} logits with the trained adapter are not finite"
         return Reason("non_finite", f"in a new process, {message}; those before it are")
@@ -150,7 +150,7 @@ def non_finite_reason(answers: Answers) -> Reason | None:
     return None
 
 
-def _count_broken(logits: Rows) -> int:
+def _count_nonfinite(logits: Rows) -> int:
     """Logits that no model gives on purpose: NaN, +inf, and -inf for a whole vocabulary."""
     is_masked = np.isneginf(logits)
     is_masked &= ~is_masked.all(axis=-1, keepdims=True)
@@ -204,7 +204,7 @@ def load_and_answer(request: ProofRequest) -> Answers | Reason:
     with tempfile.TemporaryDirectory(prefix="nested-tune-proof-") as folder:
         request_path, answer_path = Path(folder, "request.json"), Path(folder, "answer.json")
         request_path.write_text(json.dumps(document), encoding="utf-8")
-        _run([str(request_path), str(answer_path)])
+        _run_program([str(request_path), str(answer_path)])
         answers = json.loads(read_regular(answer_path))  # with NaN, as Python writes it
     if "refused" in answers:
         error = shorten(answers["error"], 300)
@@ -220,12 +220,12 @@ def load_and_answer(request: ProofRequest) -> Answers | Reason:
     )
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run_program(arguments: Sequence[str]) -> None:
     """Run the program; NestedTuneError if it gave no answer, which is never the adapter's fault."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", str(PROGRAM), *arguments],
-            env=_environment(),
+            env=_child_environment(),
             capture_output=True,
             timeout=TIMEOUT_SECONDS,
             check=False,
@@ -250,7 +250,7 @@ def _run(arguments: Sequence[str]) -> None:
         )
 
 
-def _environment() -> dict[str, str]:
+def _child_environment() -> dict[str, str]:
     """This process's own environment, with the OpenBLAS that it computes with preloaded."""
     prepared = backend.preparation()
     if prepared is None or prepared.blas is None:

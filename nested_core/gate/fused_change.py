@@ -31,7 +31,7 @@ class FusedChange:
     inner_product: float
 
     @property
-    def share(self) -> float:
+    def carried_share(self) -> float:
         """1 if the fused module carries all of the change, 0 if none of it."""
         return self.inner_product / self.squared_norm if self.squared_norm else 0.0
 
@@ -44,7 +44,7 @@ def judge_fused(
     `model` is the base as stored with an adapter attached; its modules are float32 afterwards.
     """
     measured = {
-        name: _measure(model, module, before, after)
+        name: _measure_module(model, module, before, after)
         for name, module in model.named_modules()
         if hasattr(module, "fuse")
     }
@@ -53,14 +53,20 @@ def judge_fused(
     squared_norm = sum(change.squared_norm for change in changes.values())
     inner_product = sum(change.inner_product for change in changes.values())
     whole = FusedChange(squared_norm, inner_product)
-    erased = sorted(n for n, change in changes.items() if change.share < MIN_SHARE_OF_A_MODULE)
-    evidence = {"modules": len(measured), "carried_share": whole.share, "erased_modules": erased}
+    erased = sorted(
+        n for n, change in changes.items() if change.carried_share < MIN_SHARE_OF_A_MODULE
+    )
+    evidence = {
+        "modules": len(measured),
+        "carried_share": whole.carried_share,
+        "erased_modules": erased,
+    }
     if overflowing:
         return evidence, _overflow_reasons(overflowing, after)
-    if not erased and whole.share >= MIN_FUSED_SHARE:
+    if not erased and whole.carried_share >= MIN_FUSED_SHARE:
         return evidence, []
     message = (
-        f"fused into the base, {whole.share:.1%} of the change is left (at least "
+        f"fused into the base, {whole.carried_share:.1%} of the change is left (at least "
         f"{MIN_FUSED_SHARE:.0%} is asked for) and {len(erased)} of {len(changes)} modules lose "
         f"theirs: use the adapter unfused, or fuse with --dequantize"
     )
@@ -85,13 +91,13 @@ def _overflow_reasons(overflowing: Mapping[str, Overflow], after: Parameters) ->
     return reasons
 
 
-def _measure(
+def _measure_module(
     model: nn.Module, module: Any, before: Parameters, after: Parameters
 ) -> FusedChange | Overflow:
     """The change of one module, or with which adapter its fused weight is not finite."""
-    fused = [float32_weight(module.fuse()) for _ in _loaded(model, before, after)]
+    fused = [float32_weight(module.fuse()) for _ in _one_then_the_other(model, before, after)]
     module.set_dtype(mx.float32)
-    exact = [module.fuse(dequantize=True).weight for _ in _loaded(model, before, after)]
+    exact = [module.fuse(dequantize=True).weight for _ in _one_then_the_other(model, before, after)]
     if not _are_finite(fused[0], exact[0]):
         return "before"
     exact_change = exact[1] - exact[0]
@@ -110,7 +116,7 @@ def _are_finite(*arrays: mx.array) -> bool:
     return all(bool(mx.isfinite(array).all().item()) for array in arrays)
 
 
-def _loaded(model: nn.Module, before: Parameters, after: Parameters) -> Iterator[None]:
+def _one_then_the_other(model: nn.Module, before: Parameters, after: Parameters) -> Iterator[None]:
     """Put one adapter into the model, yield, then the other."""
     for tensors in (before, after):
         load_adapter_tensors(model, tensors)

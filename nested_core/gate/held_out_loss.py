@@ -26,7 +26,7 @@ from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.example_losses import ExampleLosses, Vector
-from nested_core.gate.prediction_comparison import PredictionComparison
+from nested_core.gate.prediction_comparison import ExamplePredictions, PredictionComparison
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.verdict import GeneralLoss
 from nested_core.kernels.optimized_model import using_optimized_layers
@@ -43,22 +43,9 @@ from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
+from nested_core.text.digest_format import shorten_digest
 
 LISTED_PROBLEMS = 3
-
-
-@dataclass(frozen=True, eq=False)
-class SplitPredictions:
-    """Sums over the supervised tokens of each example of a split, in nats; float64.
-
-    losses: of each adapter (adapters, n).
-    divergences: KL(adapter || last adapter), of each but the last (adapters - 1, n).
-    tokens: how many supervised tokens an example has (n,).
-    """
-
-    losses: Vector
-    divergences: Vector
-    tokens: Vector
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,7 @@ class LoadedBase:
         adapters: Sequence[Mapping[str, mx.array]],
         split: TokenizedSplit,
         max_batches: int = -1,
-    ) -> SplitPredictions:
+    ) -> ExamplePredictions:
         """What adapters, given as tensors, predict on a split, in one loop over its batches.
 
         Examples that are in none of the `max_batches` batches have 0 everywhere; -1 is all.
@@ -113,7 +100,7 @@ class LoadedBase:
         for adapter in adapters:
             load_adapter_tensors(self.model, adapter)
             values.append(read_parameters(refs))
-        predictions = SplitPredictions(
+        predictions = ExamplePredictions(
             losses=np.zeros((len(adapters), len(split))),
             divergences=np.zeros((len(adapters) - 1, len(split))),
             tokens=np.zeros(len(split)),
@@ -164,7 +151,7 @@ class HeldOutExamples:
     selected_on_same_data: bool
 
     @cached_property
-    def has_target(self) -> Bool:
+    def is_supervised(self) -> Bool:
         """Whether each example of the split has a token that the loss counts, bool [n]."""
         counts = [self.split.example_mask(row).any() for row in range(len(self.split))]
         return np.array(counts, np.bool_)
@@ -174,14 +161,14 @@ class HeldOutExamples:
         """Whether the supervised tokens of all examples are the same, of two examples or more."""
         answers = {
             self.split.example(row)[1:][self.split.example_mask(row)[1:]].tobytes()
-            for row in np.flatnonzero(self.has_target).tolist()
+            for row in np.flatnonzero(self.is_supervised).tolist()
         }
-        return len(answers) == 1 and int(self.has_target.sum()) > 1
+        return len(answers) == 1 and int(self.is_supervised.sum()) > 1
 
     @cached_property
     def digests(self) -> Digests:
         """The digests of the examples that have such a token, uint64."""
-        return digest_examples(self.split)[self.has_target]
+        return digest_examples(self.split)[self.is_supervised]
 
 
 def choose_held_out_examples(
@@ -239,16 +226,16 @@ def measure_example_losses(
     if wants_base and not base.is_unchanged_by(evidence.before):
         adapters = [base.parameters, before, after]
     predictions = base.compare(adapters, held_out.split)
-    has_target = held_out.has_target
-    tokens = predictions.tokens[has_target]
+    is_supervised = held_out.is_supervised
+    tokens = predictions.tokens[is_supervised]
 
     def a_token(sums: Vector) -> Vector:
-        means: Vector = sums[has_target] / tokens
+        means: Vector = sums[is_supervised] / tokens
         return means
 
     return ExampleLosses(
         file=held_out.file,
-        lines=held_out.split.lines[has_target].astype(np.int64),
+        lines=held_out.split.lines[is_supervised].astype(np.int64),
         tokens=tokens,
         before=a_token(predictions.losses[-2]),
         after=a_token(predictions.losses[-1]),
@@ -289,7 +276,8 @@ def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
     if report.digest != validated:
         raise DatasetError(
             f"The data in {report.folder} has changed since it was validated for {run.path}: its "
-            f"digest is {report.digest[:12]}, dataset.json says {validated[:12]}. Start a new run."
+            f"digest is {shorten_digest(report.digest)}, dataset.json says "
+            f"{shorten_digest(validated)}. Start a new run."
         )
 
 

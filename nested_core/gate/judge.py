@@ -41,10 +41,10 @@ from nested_core.gate.verdict import (
 )
 from nested_core.models.base_model import compute_dtype, find_model_folder
 from nested_core.registry.gate_file import require_verdict_manifest
-from nested_core.stages import stages
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.stages import stages
 
 if TYPE_CHECKING:
     from nested_core.gate.champion_adapter import Champion
@@ -67,7 +67,7 @@ def verify_adapters(
     """
     with ThreadPoolExecutor(2) as pool:
         before, after = pool.map(_read_and_hash, (initial, trained))
-    verdict = _compare(before, after, bounds or GateSection(), step=step, tiers={})
+    verdict = _compare_adapters(before, after, bounds or GateSection(), step=step, tiers={})
     if verdict.has_passed:
         verdict = _prove_effect_without_run(verdict, before, after)
     return _add_guides(verdict)
@@ -182,7 +182,7 @@ def _judge_files(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, Ru
     """The checks that need no model: tensors, configurations, and updates of each tier."""
     evidence = collect_evidence(run)
     tiers = TierEvidence.collect(config, run, evidence)
-    verdict = _compare(
+    verdict = _compare_adapters(
         evidence.before,
         evidence.after,
         config.gate,
@@ -191,11 +191,11 @@ def _judge_files(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, Ru
     )
     rows = tier_changes(tiers, verdict.tensors)
     if not _has_any(verdict.reasons, {"unchanged", "non_finite"}):
-        verdict = _add(verdict, update_reasons(config, tiers, rows, verdict.tensors))
+        verdict = _add_reasons(verdict, update_reasons(config, tiers, rows, verdict.tensors))
     return replace(verdict, tiers=tuple(rows), last_step=evidence.last_step), evidence
 
 
-def _compare(
+def _compare_adapters(
     before: Adapter,
     after: Adapter,
     bounds: GateSection,
@@ -227,7 +227,7 @@ def _has_any(reasons: Iterable[Reason], codes: set[str]) -> bool:
     return any(reason.code in codes for reason in reasons)
 
 
-def _add(verdict: Verdict, reasons: list[Reason]) -> Verdict:
+def _add_reasons(verdict: Verdict, reasons: list[Reason]) -> Verdict:
     return replace(verdict, reasons=verdict.reasons + tuple(reasons))
 
 
@@ -251,7 +251,7 @@ def _compare_losses(
     base = LoadedBase.load(config)
     misfits = base_reasons(evidence.after, base.parameters, base.folder)
     if misfits:
-        return _add(verdict, misfits)
+        return _add_reasons(verdict, misfits)
     splits = filled_splits(config, run)
     training_examples = digest_examples(splits["train"])
     files = {run.training_examples.name: np.unique(training_examples).astype("<u8").tobytes()}
@@ -282,7 +282,7 @@ def _compare_losses(
         files[run.gate_losses.name] = losses.render()
         validation = replace(validation, losses_sha256=losses.sha256())
     measured = replace(
-        _add(verdict, reasons),
+        _add_reasons(verdict, reasons),
         validation=validation,
         drift=drift,
         champion=champion_loss,
@@ -309,7 +309,7 @@ def _compare_task_answers(
     stages.info("gate: answers to gate.tasks")
     answers = answer_tasks(base, run, evidence, champion)
     results, reasons = judge_answers(gate, answers)
-    return replace(_add(verdict, reasons), tasks=results, answers=answers)
+    return replace(_add_reasons(verdict, reasons), tasks=results, answers=answers)
 
 
 def _check_fused_change(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
@@ -323,7 +323,7 @@ def _check_fused_change(verdict: Verdict, config: FineTuneConfig, evidence: RunE
         for adapter in (evidence.before, evidence.after)
     )
     fused, reasons = judge_fused(LoadedBase.load(config, as_stored=True).model, before, after)
-    return replace(_add(verdict, reasons), fused=fused)
+    return replace(_add_reasons(verdict, reasons), fused=fused)
 
 
 def _prove_effect(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
@@ -354,7 +354,7 @@ def _prove_effect_without_run(verdict: Verdict, before: Adapter, after: Adapter)
     if mismatch := fingerprint_reasons(after.config, base) or fingerprint_reasons(
         before.config, base
     ):
-        return _add(verdict, mismatch)
+        return _add_reasons(verdict, mismatch)
     is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
     request = ProofRequest(base, before.path, after.path, is_float32=is_float32)
     return _add_proof(verdict, request)
@@ -362,4 +362,4 @@ def _prove_effect_without_run(verdict: Verdict, before: Adapter, after: Adapter)
 
 def _add_proof(verdict: Verdict, request: ProofRequest) -> Verdict:
     proof, reasons = prove_in_fresh_process(request)
-    return replace(_add(verdict, reasons), proof=proof)
+    return replace(_add_reasons(verdict, reasons), proof=proof)

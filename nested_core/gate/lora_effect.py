@@ -29,7 +29,9 @@ SAMPLED = 64  # rows and columns of a product that are compared before the whole
 
 def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     """One reason that names the tensors of every module whose product did not change."""
-    idle = [m for m in _modules(trained) if not _has_moved(m, initial.tensors, trained.tensors)]
+    idle = [
+        m for m in _module_names(trained) if not _has_moved(m, initial.tensors, trained.tensors)
+    ]
     if not idle:
         return []
     names = tuple(f"{module}.{leaf}" for module in idle for leaf in FACTORS)
@@ -42,8 +44,10 @@ def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
 
     A module that overflows with the initial adapter already is told as the initial adapter's.
     """
-    before = {module for module in _modules(initial) if _overflows(initial, module)}
-    after = {module for module in _modules(trained) if _overflows(trained, module)} - before
+    before = {module for module in _module_names(initial) if _product_overflows(initial, module)}
+    after = {
+        module for module in _module_names(trained) if _product_overflows(trained, module)
+    } - before
     reasons = []
     for modules, whose in ((before, "the initial adapter's"), (after, "the trained adapter's")):
         if modules:
@@ -57,13 +61,13 @@ def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     return reasons
 
 
-def _overflows(adapter: Adapter, module: str) -> bool:
+def _product_overflows(adapter: Adapter, module: str) -> bool:
     """Whether an element of scale * lora_a @ lora_b is beyond float32; all factors are finite."""
-    a, b = _pair(adapter.tensors, module)
+    a, b = _factor_pair(adapter.tensors, module)
     scale = adapter.meaning()["scale"] or 1.0
     if scale * frobenius_norm(a) * frobenius_norm(b) <= LARGEST_FLOAT32:
         return False  # no element is larger than the product of the norms (Cauchy-Schwarz)
-    left, right = _factors((a, b), None)
+    left, right = _float64_factors((a, b), None)
     with np.errstate(all="ignore"):
         return any(
             not (scale * np.abs(left[:, row : row + SAMPLED] @ right) <= LARGEST_FLOAT32).all()
@@ -73,8 +77,8 @@ def _overflows(adapter: Adapter, module: str) -> bool:
 
 def require_lora_factors(adapter: Adapter) -> None:
     """Raise DamagedError if a lora_a and its lora_b cannot be the factors of one product."""
-    for module in _modules(adapter):
-        a, b = _pair(adapter.tensors, module)
+    for module in _module_names(adapter):
+        a, b = _factor_pair(adapter.tensors, module)
         is_dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
         is_switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
         if not (is_dense or is_switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
@@ -84,12 +88,12 @@ def require_lora_factors(adapter: Adapter) -> None:
             )
 
 
-def _modules(adapter: Adapter) -> list[str]:
+def _module_names(adapter: Adapter) -> list[str]:
     names = (name.removesuffix(".lora_a") for name in adapter.tensors if name.endswith(".lora_a"))
     return sorted(name for name in names if f"{name}.lora_b" in adapter.tensors)
 
 
-def _pair(tensors: Mapping[str, StoredTensor], module: str) -> Factors:
+def _factor_pair(tensors: Mapping[str, StoredTensor], module: str) -> Factors:
     return tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
 
 
@@ -99,23 +103,26 @@ def _has_moved(
     magnitude = f"{module}.m"  # DoRA's
     if magnitude in after and differs(before[magnitude], after[magnitude]):
         return True
-    old, new = _pair(before, module), _pair(after, module)
+    old, new = _factor_pair(before, module), _factor_pair(after, module)
     size = sum(frobenius_norm(a) * frobenius_norm(b) for a, b in (old, new))
     bound = ROUNDING_FACTOR * ROUNDING[new[0].dtype] * size
     # If a part of the product moved by more than the bound, the whole moved further.
-    return _difference(new, old, SAMPLED) > bound or _difference(new, old, None) > bound
+    return (
+        _norm_of_difference(new, old, SAMPLED) > bound
+        or _norm_of_difference(new, old, None) > bound
+    )
 
 
-def _difference(new: Factors, old: Factors, rows: int | None) -> float:
+def _norm_of_difference(new: Factors, old: Factors, rows: int | None) -> float:
     """The norm of the product's change; with `rows`, in about so many rows and columns only."""
-    new_a, new_b = _factors(new, rows)
-    old_a, old_b = _factors(old, rows)
+    new_a, new_b = _float64_factors(new, rows)
+    old_a, old_b = _float64_factors(old, rows)
     if rows is None:
         return product_difference(new_a, new_b, old_a, old_b)
     return float(np.linalg.norm(new_a @ new_b - old_a @ old_b))
 
 
-def _factors(pair: Factors, rows: int | None) -> tuple[Matrix, Matrix]:
+def _float64_factors(pair: Factors, rows: int | None) -> tuple[Matrix, Matrix]:
     """Left (experts, in, rank) and right (experts, rank, out) factor in float64.
 
     With `rows`, about so many of the left one's rows and of the right one's columns, evenly spread.
@@ -135,19 +142,19 @@ def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matri
     With [new_a old_a] = Qa Ra and [new_b; -old_b]^T = Qb Rb the norm is that of Ra Rb^T, because Qa
     and Qb have orthonormal columns.
     """
-    left = _triangle(np.concatenate([new_a, old_a], axis=2))
-    right = _triangle(np.concatenate([new_b, -old_b], axis=1).mT)
+    left = _triangular_factor(np.concatenate([new_a, old_a], axis=2))
+    right = _triangular_factor(np.concatenate([new_b, -old_b], axis=1).mT)
     return float(np.linalg.norm(left @ right.mT))
 
 
 def product_norm(tensors: Mapping[str, StoredTensor], module: str) -> float:
     """Frobenius norm of a module's lora_a @ lora_b; infinity if it is beyond float64."""
-    left, right = _factors(_pair(tensors, module), None)
+    left, right = _float64_factors(_factor_pair(tensors, module), None)
     with np.errstate(all="ignore"):
-        norm = float(np.linalg.norm(_triangle(left) @ _triangle(right.mT).mT))
+        norm = float(np.linalg.norm(_triangular_factor(left) @ _triangular_factor(right.mT).mT))
     return norm if math.isfinite(norm) else math.inf
 
 
-def _triangle(tall: Matrix) -> Matrix:
+def _triangular_factor(tall: Matrix) -> Matrix:
     """R of the QR factorisation, (rank, rank) for each expert; Q, which is long, is not made."""
     return np.asarray(np.linalg.qr(tall, mode="r"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from nested_core.config.gate import GateSection
 from nested_core.gate.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples
-from nested_core.loss_format import format_change, format_difference, format_interval
 from nested_core.registry.gate_file import is_within, is_within_drift
+from nested_core.text.loss_format import format_change, format_difference, format_interval
 
 
 def loss_reasons(

@@ -95,7 +95,7 @@ def compare_pairs(first: Values, second: Values, weights: Values | None = None) 
     residuals = counts * (values - mean)
     variance = float(residuals @ residuals) * examples / (examples - 1)
     means = _resampled_means(values, None if weights is None else counts)
-    low, high = np.quantile(means, (_tail(examples), 1 - _tail(examples)))
+    low, high = np.quantile(means, (_tail_probability(examples), 1 - _tail_probability(examples)))
     error = math.sqrt(variance) / float(counts.sum())
     return PairedDifference(examples, mean, error, float(low), float(high))
 
@@ -108,7 +108,7 @@ def smallest_visible_share(examples: int) -> float:
     """
     if examples < FEWEST_EXAMPLES:
         return 1.0
-    lost = math.ceil(examples * (1 - math.pow(_tail(examples), 1 / examples)))
+    lost = math.ceil(examples * (1 - math.pow(_tail_probability(examples), 1 / examples)))
     return lost / examples
 
 
@@ -128,7 +128,7 @@ def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
     return means
 
 
-def _tail(examples: int) -> float:
+def _tail_probability(examples: int) -> float:
     """The share of resampled means that lies beyond either end of the expanded interval."""
     quantile = _student_t_quantile(examples - 1)
     return _NORMAL.cdf(-quantile * math.sqrt(examples / (examples - 1)))

@@ -40,12 +40,12 @@ Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
-class BatchPredictions:
-    """Sums over the supervised tokens of each row of a batch, in nats; float64.
+class ExamplePredictions:
+    """Sums over the supervised tokens of each of n examples, in nats; float64.
 
-    losses: of each adapter (adapters, rows).
-    divergences: KL(adapter || last adapter), of each but the last (adapters - 1, rows).
-    tokens: how many supervised tokens a row has (rows,).
+    losses: of each adapter (adapters, n).
+    divergences: KL(adapter || last adapter), of each but the last (adapters - 1, n).
+    tokens: how many supervised tokens an example has (n,).
     """
 
     losses: Vector
@@ -78,7 +78,7 @@ class PredictionComparison:
     def _compiled_comparison(self) -> Any:
         return mx.compile(self._compare)
 
-    def compare(self, values: Sequence[Flat], batch: MicroBatch) -> BatchPredictions:
+    def compare(self, values: Sequence[Flat], batch: MicroBatch) -> ExamplePredictions:
         """Losses with each of `values`, and divergences from each but the last to the last."""
         tokens, positions = find_supervised_positions(batch)
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
@@ -95,7 +95,7 @@ class PredictionComparison:
         def sum_rows(sums: Vector) -> Vector:
             return np.bincount(row, sums[is_target], minlength=rows).astype(np.float64)
 
-        return BatchPredictions(
+        return ExamplePredictions(
             losses=np.array([sum_rows(own) for own in losses]),
             # of one adapter there is none, in an array of two dimensions all the same
             divergences=np.array([sum_rows(own) for own in divergences]).reshape(-1, rows),
@@ -170,6 +170,7 @@ class _Distribution:
 
     @classmethod
     def of(cls, logits: mx.array) -> _Distribution:
+        """Of logits (rows, vocabulary) of any dtype; computed in float32."""
         exact = logits.astype(mx.float32)
         largest = exact.max(axis=-1, keepdims=True)
         shifted = exact - largest

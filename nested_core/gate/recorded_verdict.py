@@ -30,8 +30,8 @@ def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: Run
     Losses of single examples and the proof are not computed again; they must be there if
     configuration and data ask for them. All figures of losses are, from those of the examples.
     """
-    wrong = list(_differing(verdict, recorded))
-    wrong += _absent(verdict, recorded, read_dataset_record(run.dataset))
+    wrong = list(_differing_fields(verdict, recorded))
+    wrong += _missing_or_unexpected_fields(verdict, recorded, read_dataset_record(run.dataset))
     wrong += _differing_losses(verdict, recorded, run)
     if wrong:
         raise DamagedError(
@@ -40,7 +40,7 @@ def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: Run
         )
 
 
-def _differing(verdict: Verdict, recorded: Mapping[str, Any]) -> Iterator[str]:
+def _differing_fields(verdict: Verdict, recorded: Mapping[str, Any]) -> Iterator[str]:
     """The fields that were computed again, and came out otherwise."""
     now = json.loads(json.dumps(verdict.to_json()))
     for key in ("adapter_step", "last_step", "tiers"):
@@ -79,7 +79,9 @@ def _is_close(recorded: Any, now: float | None) -> bool:
     return math.isclose(recorded, now, rel_tol=NORM_TOLERANCE)
 
 
-def _absent(verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecord) -> Iterator[str]:
+def _missing_or_unexpected_fields(
+    verdict: Verdict, recorded: Mapping[str, Any], dataset: DatasetRecord
+) -> Iterator[str]:
     """The fields that are there, or not, against what was configured and what data there is."""
     bounds = verdict.thresholds or {}
     has_held_out = held_out_file(str(bounds.get("held_out", "auto")), dataset) is not None
@@ -108,7 +110,7 @@ def _differing_losses(
     validation = recorded.get("validation")
     if not isinstance(validation, dict):
         champion = recorded.get("champion")
-        if champion is not None and _find(champion, "not_compared") is None:
+        if champion is not None and _get_key(champion, "not_compared") is None:
             yield "champion"
         return
     losses = read_example_losses(run.gate_losses)
@@ -138,7 +140,7 @@ def _differing_drift(drift: Any, losses: ExampleLosses, *, wants_base: bool) -> 
             yield f"drift.{key}"
 
 
-def _find(value: Any, key: str) -> Any:
+def _get_key(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 

@@ -95,10 +95,10 @@ def digests_for_result(run: RunDirectory, offered: Path) -> dict[str, str]:
 
 def collect_evidence(run: RunDirectory) -> RunEvidence:
     """Read a finished run; DamagedError if anything is not as training left it."""
-    result = _parse(ResultRecord, read_json(run.result, MAX_RESULT_BYTES), run.result)
+    result = _parse_model(ResultRecord, read_json(run.result, MAX_RESULT_BYTES), run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(offered)
-    record = _parse(CheckpointEvidence, checkpoint.state, offered / STATE_NAME)
+    record = _parse_model(CheckpointEvidence, checkpoint.state, offered / STATE_NAME)
     if digests_for_result(run, offered) != result.evidence:
         raise DamagedError(
             f"{offered} or {run.metrics} is not what training wrote: result.json holds other "
@@ -126,7 +126,7 @@ def describe_config(config: FineTuneConfig) -> FileEntry:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _parse(model: type[Model], value: Any, path: Path) -> Model:
+def _parse_model(model: type[Model], value: Any, path: Path) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:

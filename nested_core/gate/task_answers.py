@@ -45,7 +45,7 @@ class _AskedModel:
         return answers
 
     def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
-        tensors = self.base.parameters if self.adapter is None else _arrays(self.adapter)
+        tensors = self.base.parameters if self.adapter is None else _to_mlx_arrays(self.adapter)
         load_adapter_tensors(self.base.model, tensors)
         return suite.answer(self.base.model, self.base.tokenizer)
 
@@ -88,7 +88,7 @@ def _asked_models(
     return [*asked, _AskedModel("candidate", base, evidence.after, is_asked_anew=True)]
 
 
-def _arrays(adapter: Adapter) -> dict[str, mx.array]:
+def _to_mlx_arrays(adapter: Adapter) -> dict[str, mx.array]:
     return {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
 
 

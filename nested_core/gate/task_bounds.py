@@ -38,7 +38,7 @@ def judge_answers(
     for task in gate.tasks:
         answers = _answers_of_task(task, records)
         change = ScoreChange.compare(answers.get("parent", answers["base"]), answers["candidate"])
-        result = _summarise(task, answers, change.difference)
+        result = _summarise_task(task, answers, change.difference)
         is_paired = gate.noise == "paired"
         failures = _below_reasons(task, result, change, is_paired=is_paired)
         failures += _regressed_reasons(task, result, change, is_paired=is_paired)
@@ -100,7 +100,7 @@ def _answers_of_task(
     return answers
 
 
-def _summarise(
+def _summarise_task(
     task: TaskSection, answers: Mapping[str, Sequence[AnswerRecord]], difference: PairedDifference
 ) -> TaskResult:
     shares = {model: _mean_score(given) for model, given in answers.items()}

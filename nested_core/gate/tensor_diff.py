@@ -43,17 +43,17 @@ def compare_tensors(
     """Compare each tensor that both adapters hold, in name order, by bytes and by value."""
     both = sorted(initial.tensors.keys() & trained.tensors.keys())
     # In one thread: pieces are so short that more would wait for the interpreter's lock.
-    return [_compare(n, tiers.get(n), initial.tensors[n], trained.tensors[n]) for n in both]
+    return [_compare_tensor(n, tiers.get(n), initial.tensors[n], trained.tensors[n]) for n in both]
 
 
-def _compare(
+def _compare_tensor(
     name: str, tier: int | None, before: StoredTensor, after: StoredTensor
 ) -> TensorChange:
     if before.shape != after.shape:
         is_finite = all(bool(np.isfinite(t.to_numpy()).all()) for t in (before, after))
         return TensorChange(name, tier, True, None, None, is_finite)
     has_changed = differs(before, after)
-    norms = _norms(before, after)
+    norms = _compute_norms(before, after)
     if not norms.is_finite:
         return TensorChange(name, tier, has_changed, None, None, False)
     scale = max(norms.before, norms.after)
@@ -66,40 +66,40 @@ def differs(before: StoredTensor, after: StoredTensor) -> bool:
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return True
     old, new = (np.frombuffer(tensor.data, np.uint8) for tensor in (before, after))
-    return any(not np.array_equal(a, b) for a, b in _pieces(old, new, 8 * PIECE))
+    return any(not np.array_equal(a, b) for a, b in _split_values(old, new, 8 * PIECE))
 
 
 def frobenius_norm(tensor: StoredTensor) -> float:
     """The square root of the sum of squares; NaN or infinity if a value is not finite."""
     values = tensor.to_numpy().reshape(-1)
     with np.errstate(all="ignore"):
-        return math.sqrt(sum(_squared(a) for a, _ in _pieces(values, values, PIECE)))
+        return math.sqrt(sum(_squared_norm(a) for a, _ in _split_values(values, values, PIECE)))
 
 
-def _norms(before: StoredTensor, after: StoredTensor) -> Norms:
+def _compute_norms(before: StoredTensor, after: StoredTensor) -> Norms:
     """The norms of two tensors of one shape."""
     old, new = (tensor.to_numpy().reshape(-1) for tensor in (before, after))
     dtype = np.float64 if np.float64 in (old.dtype, new.dtype) else np.float32
     old_squared = new_squared = difference_squared = largest = 0.0
     with np.errstate(all="ignore"):
-        for old_piece, new_piece in _pieces(old, new, PIECE):
+        for old_piece, new_piece in _split_values(old, new, PIECE):
             a = old_piece.astype(dtype, copy=False)
             b = new_piece.astype(dtype, copy=False)
-            squared, top = _difference(a, b)
-            old_squared += _squared(a)
-            new_squared += _squared(b)
+            squared, top = _difference_sums(a, b)
+            old_squared += _squared_norm(a)
+            new_squared += _squared_norm(b)
             difference_squared += squared
             largest = max(largest, top)
     before_norm, after_norm = math.sqrt(old_squared), math.sqrt(new_squared)
     return Norms(before_norm, after_norm, math.sqrt(difference_squared), largest)
 
 
-def _pieces(old: Values, new: Values, length: int) -> Iterator[tuple[Values, Values]]:
+def _split_values(old: Values, new: Values, length: int) -> Iterator[tuple[Values, Values]]:
     for start in range(0, len(old), length):
         yield old[start : start + length], new[start : start + length]
 
 
-def _difference(old: Values, new: Values) -> tuple[float, float]:
+def _difference_sums(old: Values, new: Values) -> tuple[float, float]:
     """The sum of squares of the difference, and its largest absolute value."""
     delta = new - old
     squared = float(np.dot(delta, delta))
@@ -109,7 +109,7 @@ def _difference(old: Values, new: Values) -> tuple[float, float]:
     return squared, max(float(delta.max()), -float(delta.min()))
 
 
-def _squared(values: Values) -> float:
+def _squared_norm(values: Values) -> float:
     squared = float(np.dot(values, values))
     if not SMALLEST < squared < LARGEST:
         wide = values.astype(np.float64)
@@ -169,7 +169,7 @@ def _reason(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
     return [Reason(code, f"{len(ordered)} tensors {problem}", ordered)] if ordered else []
 
 
-def _rule(fingerprint: str | None) -> str | None:
+def _fingerprint_rule(fingerprint: str | None) -> str | None:
     """The rule that a fingerprint was taken by; None where another program recorded none."""
     return None if fingerprint is None else fingerprint.rpartition(":")[0]
 
@@ -182,7 +182,9 @@ def _configuration_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     if differing:
         pairs = ", ".join(f"{key}: {before[key]} -> {after[key]}" for key in differing)
         reasons.append(Reason("config_mismatch", f"adapter_config.json differs in {pairs}"))
-    if base_before is None or _rule(base_before) != _rule(base_after):  # not to be compared
+    if base_before is None or _fingerprint_rule(base_before) != _fingerprint_rule(
+        base_after
+    ):  # not to be compared
         base_before, base_after = initial.config.get("model"), trained.config.get("model")
     if base_before != base_after:
         message = f"made for base {base_before}, now for {base_after}"

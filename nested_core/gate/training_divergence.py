@@ -16,7 +16,7 @@ import numpy as np
 from nested_core.gate.fresh_process_check import is_constant
 from nested_core.gate.run_evidence import RecordedLogits
 from nested_core.gate.verdict import Reason
-from nested_core.loss_format import format_loss
+from nested_core.text.loss_format import format_loss
 
 # A loss has left if it is above the first one by more than half of it and a nat a token.
 RISE_SHARE = 1.5

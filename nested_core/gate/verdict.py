@@ -13,11 +13,11 @@ from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.gate.answers.answer_records import AnswerRecord
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.paired_difference import PairedDifference
-from nested_core.html_markup import collapsed, fragment, paragraph, table
-from nested_core.loss_format import format_change, name_loss
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.manifest import FileEntry
 from nested_core.storage.strict_files import read_regular
+from nested_core.text.html_markup import collapsed, fragment, paragraph, table
+from nested_core.text.loss_format import format_change, format_loss, name_loss
 
 Code = Literal[
     "unchanged",
@@ -150,6 +150,16 @@ class Drift:
     kl_initial: float | None
     kl_base: float | None
     tokens: int
+
+    def describe(self) -> str:
+        """`the predictions moved by 0.42 nats a token from ...`, and on how many tokens."""
+        moved = (
+            f"the predictions moved by {format_loss(self.kl_initial)} nats a token from those of "
+            f"the adapter that training began from"
+        )
+        if self.kl_base is not None:
+            moved += f", and by {format_loss(self.kl_base)} from the base model's"
+        return f"{moved} (mean KL divergence, {self.tokens:,} tokens of the held-out examples)"
 
     @classmethod
     def from_losses(cls, losses: ExampleLosses) -> Drift | None:

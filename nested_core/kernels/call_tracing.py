@@ -45,7 +45,7 @@ class GatedMLP(NamedTuple):
     module: nn.Module
     layers: tuple[LoRALinear, LoRALinear, LoRALinear]  # gate, up, down
 
-    def gate_matches_up(self) -> bool:
+    def gate_proj_matches_up_proj(self) -> bool:
         """Whether gate and up are of one rank and dtype, as layers that share products are."""
         gate, up, _ = (layer.lora_b for layer in self.layers)
         return bool(gate.shape[0] == up.shape[0] and gate.dtype == up.dtype)

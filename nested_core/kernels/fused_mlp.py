@@ -92,7 +92,7 @@ def _make_fused_function(mlp: GatedMLP) -> Any:
     gate, up, down = mlp.layers
 
     @mx.custom_function
-    def compute(x: mx.array, *arrays: mx.array) -> list[mx.array]:
+    def forward(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         """The output, the base outputs of gate and up, both lora_a^T, their z, and z of down."""
         factors = MLPFactors._make(arrays)
         a = concatenate_arrays([factors.a_gate.T, factors.a_up.T]).reshape(-1, x.shape[-1])
@@ -107,7 +107,7 @@ def _make_fused_function(mlp: GatedMLP) -> Any:
         (output,) = lora_linear.add_low_rank_products([down], inner, [z_down], [factors.b_down])
         return [output, gate_base, up_base, a, z, z_down]
 
-    @compute.vjp
+    @forward.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
         """The gradients with respect to the input and each factor."""
         x, factors = primals[0], MLPFactors._make(primals[1:])
@@ -129,4 +129,4 @@ def _make_fused_function(mlp: GatedMLP) -> Any:
         )
         return dx, da[:rank].T, da[rank:].T, da_down.T, db_gate, db_up, db_down
 
-    return compute
+    return forward

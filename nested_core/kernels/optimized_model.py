@@ -59,6 +59,6 @@ def _find_mlps_and_shared_inputs(model: nn.Module) -> tuple[list[GatedMLP], list
     mlps = find_fusable_mlps(trace)
     groups = group_layers_by_input(trace, exclude=chain(*(mlp.layers for mlp in mlps)))
     for mlp in mlps:  # for inputs that do not fit the fused function
-        if mlp.gate_matches_up():
+        if mlp.gate_proj_matches_up_proj():
             groups.append(list(mlp.layers[:2]))
     return mlps, groups

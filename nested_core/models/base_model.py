@@ -6,6 +6,7 @@ MLX is imported by loading alone: workers and the registry's commands ask for fo
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,23 +27,36 @@ MAX_CONFIG_BYTES = 16 * 1024 * 1024
 RULE = "sha256:"  # begins the fingerprints that cover every byte
 PAGE_BYTES = 4096  # of the rule of earlier releases
 PAGE_STRIDE = 1024 * 1024
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 def find_model_folder(model: str) -> Path:
     """The local folder of a model: the path itself, or a hub repository's snapshot."""
     from mlx_lm.utils import _download
 
+    require_folder_or_hub_name(model)
     try:
         return Path(_download(model))
     except NestedTuneError:  # a signal's handler may raise in the middle of a download
         raise
     except Exception as error:  # the hub client raises many types where there is no such model
-        reason = shorten(error, 160)
         raise ConfigError(
             f"model: {model!r} is no local directory and could not be fetched as a Hugging Face "
-            f"repository ({type(error).__name__}: {reason}). Give the path of an mlx model folder, "
-            f"or a repository name that can be reached from here."
+            f"repository ({type(error).__name__}: {shorten(error, 100)}). Looked for the folder "
+            f"{Path(model).absolute()}. Give the path of an mlx model folder, or a repository name "
+            f"that can be reached from here."
         ) from error
+
+
+def require_folder_or_hub_name(model: str) -> None:
+    """Raise ConfigError for what is no folder here and cannot name a repository of the hub."""
+    if Path(model).is_dir() or _HUB_NAME.fullmatch(model):
+        return
+    raise ConfigError(
+        f"model: {model!r} is no local directory: {Path(model).absolute()} does not exist or is a "
+        f"file. Give the path of an mlx model folder, or a name of the Hugging Face hub, such as "
+        f"mlx-community/Qwen3-0.6B-4bit."
+    )
 
 
 def estimate_weight_count(folder: Path) -> int:

@@ -86,8 +86,8 @@ def answer_prompts(
         for prompt in prompts
     ]
     answer = _answer_in_batches if can_batch(model) else _answer_one_by_one
-    with _seeded(sampling.seed):
-        finished = answer(model, tokenizer.eos_token_ids, unfinished, _sampler(sampling))
+    with _using_seed(sampling.seed):
+        finished = answer(model, tokenizer.eos_token_ids, unfinished, _make_sampler(sampling))
         for count, _ in enumerate(finished, start=1):
             if on_answered is not None:
                 on_answered(count)
@@ -125,7 +125,10 @@ def stream_answer(
 
     detokenizer = tokenizer.detokenizer
     steps = generate_step(
-        mx.array(list(prompt)), model, max_tokens=sampling.max_tokens, sampler=_sampler(sampling)
+        mx.array(list(prompt)),
+        model,
+        max_tokens=sampling.max_tokens,
+        sampler=_make_sampler(sampling),
     )
     for token, _ in steps:
         if int(token) in tokenizer.eos_token_ids:
@@ -270,14 +273,14 @@ def _probe_batch(model: nn.Module) -> list[list[mx.array]]:
     return [rows[uid] for uid in uids]
 
 
-def _sampler(sampling: Sampling) -> Sampler:
+def _make_sampler(sampling: Sampling) -> Sampler:
     from mlx_lm.sample_utils import make_sampler
 
     return make_sampler(temp=sampling.temperature) if sampling.temperature else None
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _using_seed(seed: int) -> Iterator[None]:
     """Draw from a seed, and put mlx's random state back as it was."""
     import mlx.core as mx
 

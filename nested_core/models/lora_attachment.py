@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, list_first
 from nested_core.models.base_model import is_same_base
 from nested_core.models.parameters import trainable_parameters
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
 DORA_MAGNITUDE = "m"
+SHOWN_MODULES = 10
 
 
 def is_adapter_parameter(name: str) -> bool:
@@ -80,7 +82,8 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
                 f"{quantised[0]} among them. Use lora or dora, or a base that is not quantised."
             )
         return weights
-    _warn_of_unmatched_keys(model, config)
+    linear_names = _linear_module_names(model)
+    unmatched = _unmatched_keys(model, config)
     linear_to_lora_layers(
         model,
         config.num_layers,
@@ -89,29 +92,50 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
     )
     adapter = trainable_parameters(model)
     foreign = [name for name in adapter if not is_adapter_parameter(name)]
-    if foreign or not adapter:
+    if not adapter:
+        suggestion = _suggest_keys(unmatched, linear_names)
+        raise ConfigError(f"lora_parameters.keys: nothing would be trained. {suggestion}")
+    if foreign:
         raise ConfigError(
-            f"lora_parameters: {len(adapter)} tensors would train, {foreign[:3]} of them outside "
-            f"the adapter. Layers hold modules like {_adapted_module_names(model)[:3]}; name those "
-            f"in keys."
+            f"lora_parameters.keys: {len(foreign)} tensors outside of the adapter would be "
+            f"trained, {foreign[0]} among them. Name linear modules alone, such as "
+            f"{list_first(linear_names, SHOWN_MODULES)}."
+        )
+    if unmatched:
+        warnings.warn(
+            f"lora_parameters.keys: {_suggest_keys(unmatched, linear_names)}", stacklevel=2
         )
     mx.eval(adapter)
     return adapter
 
 
-def _adapted_module_names(model: nn.Module) -> list[str]:
-    names = {name for layer in model.layers for name, _ in layer.named_modules() if name}
-    return sorted(name for name in names if "." in name) or sorted(names)
+def _linear_module_names(model: nn.Module) -> list[str]:
+    """Names, as `keys` takes them, of the linear modules in the model's layers."""
+    return sorted(
+        {
+            name
+            for layer in model.layers
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Linear | nn.QuantizedLinear)
+        }
+    )
 
 
-def _warn_of_unmatched_keys(model: nn.Module, config: FineTuneConfig) -> None:
+def _unmatched_keys(model: nn.Module, config: FineTuneConfig) -> list[str]:
     known = {name for layer in model.layers for name, _ in layer.named_modules()}
     known |= {name for name, _ in model.named_modules()}
-    unmatched = [key for key in config.lora_parameters.modules or () if key not in known]
-    if unmatched:
-        warnings.warn(
-            f"lora_parameters.keys {unmatched} match no module of the model", stacklevel=3
-        )
+    return [key for key in config.lora_parameters.modules or () if key not in known]
+
+
+def _suggest_keys(unmatched: Sequence[str], names: Sequence[str]) -> str:
+    """Which keys name no module, and which of the linear modules' names each may mean."""
+    sentences = []
+    for key in unmatched:
+        ends_alike = [name for name in names if name.endswith(f".{key}")]
+        meant = ends_alike or difflib.get_close_matches(key, names, n=1)
+        question = f"; did you mean {meant[0]}?" if meant else "."
+        sentences.append(f"No module is named {key}{question}")
+    return f"{' '.join(sentences)} Linear modules: {list_first(names, SHOWN_MODULES)}.".strip()
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:

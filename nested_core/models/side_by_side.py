@@ -38,9 +38,11 @@ class BaseAndAdapter:
         base = find_model_folder(str(model or read.config.get("model")))
         options = {"trust_remote_code": trust_remote_code}
         try:
-            self._model, self._tokenizer = load(str(base), tokenizer_config=options, **options)[:2]  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
+            loaded = load(str(base), tokenizer_config=options, **options)  # type: ignore[arg-type]  # a bool, as mlx_lm takes it
         except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
             raise ConfigError(f"model: {base} could not be loaded: {error}") from error
+        self._model = loaded[0]
+        self._tokenizer = loaded[1]
         self._parameters = self._attach(read.config, read.tensors)
         self._model.eval()
 

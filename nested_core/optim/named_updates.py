@@ -33,11 +33,16 @@ class LeafRef(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What became of a set of updates, by name; a name may be in both lists."""
+    """What became of a set of updates, by name; a name may be in both lists.
+
+    checked: how many parameters were compared.
+    not_applied: those for which the tree does not hold the expected value, bit for bit.
+    unmoved: those for which the tree holds the very bits it held before.
+    """
 
     checked: int
-    not_applied: tuple[str, ...]  # the tree does not hold the expected value, bit for bit
-    unmoved: tuple[str, ...]  # the tree holds the very bits it held before
+    not_applied: tuple[str, ...]
+    unmoved: tuple[str, ...]
 
     def require_applied(self) -> None:
         """Raise UpdateNotApplied, naming the parameters, unless every update is in the tree."""
@@ -80,7 +85,8 @@ def _named_arrays(tree: dict[str, Any] | list[Any]) -> list[tuple[str, mx.array]
 def apply_flat_updates_to_nested(nested: Tree, flat: Mapping[str, mx.array]) -> Tree:
     """Put each array of `flat` in the place in `nested` that its dotted name says; return `nested`.
 
-    Every other leaf and every container stays the object it is. A name that the tree does not
+    Each array has the shape and dtype of the one that it replaces. Every other leaf and every
+    container stays the object it is. A name that the tree does not
     have, a shape or a dtype that differs: all such problems are in one UpdateNotApplied, and then
     nothing has been changed.
     """
@@ -101,7 +107,8 @@ def verify_updates(
 ) -> UpdateReport:
     """Read every name of `expected` back from `nested`; compare it with its old and its new value.
 
-    Values are compared as bits, so that NaN equals itself and 0.0 differs from -0.0. All of them
+    `before` and `expected` are arrays by dotted name, of the shapes that `nested` has. Values are
+    compared as bits, so that NaN equals itself and 0.0 differs from -0.0. All of them
     take one evaluation on the device. Raises ValueError where `before` lacks a name.
     """
     if missing := [name for name in expected if name not in before]:

@@ -21,7 +21,11 @@ LAYER_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class TierMap:
-    """The tier of every trainable parameter, and the frequency of every tier."""
+    """The tier of every trainable parameter, and the frequency of every tier.
+
+    frequencies: optimizer steps between two updates of each tier, fastest tier first.
+    tensors: the number of its tier for each dotted parameter name.
+    """
 
     frequencies: tuple[int, ...]
     tensors: dict[str, int]
@@ -58,8 +62,9 @@ def count_expected_updates(step: int, frequency: int, flush_steps: Sequence[int]
 def assign_tiers(
     names: Iterable[str], settings: NestedSection, importance: Mapping[str, float] | None = None
 ) -> TierMap:
-    """Give every trainable parameter a tier.
+    """Give every trainable parameter of `names` a tier, as `settings` says.
 
+    `names` are dotted, as in mlx's trees; `settings` is the section `nested` of a configuration.
     `importance` maps a parameter to its mean squared gradient norm over a few batches; the strategy
     `parameter_importance` needs it. Raises ConfigError where a tier would stay empty or a pattern
     matches nothing; warns, by name, of parameters that only the slowest tier was left for.
@@ -126,8 +131,11 @@ def _assign_by_importance(
 def _assign_by_layer_ranking(
     names: Sequence[str], ranked_layers: Sequence[int], tiers: int
 ) -> dict[str, int]:
-    """Cut a ranking of layers into `tiers` near-equal runs, tier 0 first."""
-    if len(ranked_layers) < tiers:
+    """Cut a ranking of layers into `tiers` near-equal runs, tier 0 first.
+
+    One tier needs no layer: what is outside of the layers, such as the embedding, goes to it.
+    """
+    if 1 < tiers > len(ranked_layers):
         raise ConfigError(
             f"{tiers} tiers need at least {tiers} layers that carry trainable parameters; there "
             f"are {len(ranked_layers)}. Raise num_layers or give fewer nested.frequencies."

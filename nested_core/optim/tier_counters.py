@@ -20,7 +20,7 @@ RESERVED_NAMES = ("step", "learning_rate", COUNTERS)
 
 @dataclass(frozen=True)
 class Tier:
-    """Parameters that share a clock: updated at the steps n = 1, 2, ... with n % frequency == 0.
+    """Parameters that share a clock: updated at the steps n = 1, 2, ... with n % `frequency` == 0.
 
     `names` are exact dotted parameter names; None stands for all that no other tier names.
     `learning_rate_scale` multiplies the learning rate; `weight_decay` None is the optimizer's.
@@ -46,7 +46,12 @@ class Tier:
 
 @dataclass(frozen=True)
 class TierStats:
-    """What one tier holds and has done: updates applied, and skipped for non-finite gradients."""
+    """What one tier holds and has done.
+
+    tier, frequency: its number from 0, and the optimizer steps between two of its updates.
+    tensors, parameters: how many arrays it holds, and how many numbers in them.
+    updates, skipped: updates applied, and those skipped for gradients that were not finite.
+    """
 
     tier: int
     frequency: int

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nested_core.config.key_properties import adapter_settings
+from nested_core.config.key_properties import settings_that_shape_adapter
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.gate.verdict import Verdict, describe_examples
-from nested_core.loss_format import format_change
 from nested_core.models.base_model import find_model_folder, is_same_base, sampled_fingerprint
 from nested_core.registry import holding_champion, list_versions, read_champion, verify
 from nested_core.registry.name_folders import name_exists
@@ -25,6 +24,8 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.loss_format import format_change
 
 
 def champion_or_none(registry: Path, name: str) -> str | None:
@@ -56,8 +57,8 @@ def starting_adapter(
     ]
     if differing:
         raise ConfigError(
-            f"continual.from: the champion {champion[:12]} of {name} was trained with other "
-            "settings, and its tensors would mean something else under these:\n"
+            f"continual.from: the champion {shorten_digest(champion)} of {name} was trained "
+            "with other settings, and its tensors would mean something else under these:\n"
             + "\n".join(differing)
             + "\nKeep them, or train a new adapter under another name."
         )
@@ -85,7 +86,7 @@ def champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | N
 
 def settings_digest(config: FineTuneConfig, base: str | None) -> str:
     """SHA-256 over the base model's fingerprint and every setting that can change the adapter."""
-    settings = adapter_settings(config)
+    settings = settings_that_shape_adapter(config)
     return hashlib.sha256(canonical_json([base, settings])).hexdigest()
 
 
@@ -114,7 +115,7 @@ def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str 
     name = config.registry.name
     if parent is None:
         return f"{name} has no champion yet: starting from a fresh adapter"
-    return f"starting from version {parent[:12]} of {name}"
+    return f"starting from version {shorten_digest(parent)} of {name}"
 
 
 def find_unbeaten_champion(
@@ -145,7 +146,8 @@ def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
         losses = format_change(verdict.validation.loss_before, verdict.validation.loss_after)
         change = f"loss {losses} on {examples}"
     return (
-        f"kept the champion {champion[:12]}: {change}, which is no better and within noise or bound"
+        f"kept the champion {shorten_digest(champion)}: {change}, which is no better "
+        "and within noise or bound"
     )
 
 

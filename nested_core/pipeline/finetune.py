@@ -32,6 +32,7 @@ from nested_core.training.reporting_services import attaching_verdict_at_end
 class FinetuneResult:
     """What a fine-tune that was not stopped or rejected ended with.
 
+    run: the run directory; its `adapter` is the folder of the judged adapter.
     unchanged_since: the champion that was trained on the same data with the same settings; then
         nothing was trained, and the fields below are None.
     verdict: the gate's, which passed; it is in gate.json too.
@@ -118,10 +119,12 @@ def finetune(
 ) -> FinetuneResult:
     """Validate, load, train and judge; register and promote where a registry is configured.
 
-    What could fail at the end is tried before the run directory is made, and the disk's room before
-    the first step. Holds the run directory's lock. `resume` goes on with what is there. Raises what
-    the steps raise: ConfigError, DatasetError, TrainingStopped, GateRejected, DamagedError; each
-    leaves a run directory that can be resumed or is complete, and report.html in it to look at.
+    `config` is what `load_config` gives, `run` what `open_run` gives; `hooks` are told what
+    happens, and may run the steps otherwise. What could fail at the end is tried before the run
+    directory is made, and the disk's room before the first step. Holds the run directory's lock.
+    `resume` goes on with what is there. Raises what the steps raise: ConfigError, DatasetError,
+    TrainingStopped, TrainingDiverged, GateRejected, DamagedError; each leaves a run directory that
+    can be resumed or is complete, and report.html in it to look at.
     """
     hooks = hooks or Hooks()
     check_before_start(config, run)

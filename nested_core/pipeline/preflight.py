@@ -12,6 +12,7 @@ from pathlib import Path
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.gate.answers.configured_suites import read_suites
+from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.registration import require_usable_registry
@@ -35,6 +36,7 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     Raises ConfigError for what cannot be used, DamagedError for a registry that is damaged,
     DatasetError for suites with bad lines.
     """
+    require_folder_or_hub_name(config.model)
     count_ranks(config)  # refuses a hostfile that cannot be used
     configured_services(config)  # refuses one that is not installed
     if config.registry.path is not None:

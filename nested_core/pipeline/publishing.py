@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import encode_digests
 from nested_core.gate import recheck_verdict
@@ -24,8 +25,6 @@ from nested_core.storage.dataset_record import DatasetRecord, read_dataset_recor
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_regular, regular_sha256
 from nested_core.training.metrics_file import cumulative_seconds, read_metrics
-
-RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 
 
 def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:

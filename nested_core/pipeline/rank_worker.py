@@ -40,7 +40,7 @@ def main(run_dir: str, ranks: str) -> int:
         if rank > 0:
             _silence_warnings()
         with contextlib.redirect_stdout(sys.stderr):
-            _train(Path(run_dir), int(ranks))
+            _train_as_rank(Path(run_dir), int(ranks))
     except TrainingStopped as error:
         return _send_end(rank, error, 0)
     except BaseException as error:
@@ -50,7 +50,7 @@ def main(run_dir: str, ranks: str) -> int:
     return _send_end(rank, None, 0)
 
 
-def _train(run_dir: Path, ranks: int) -> None:
+def _train_as_rank(run_dir: Path, ranks: int) -> None:
     from nested_core.models.base_model import find_base_model
     from nested_core.pipeline import steps
     from nested_core.storage.run_directory import RunDirectory

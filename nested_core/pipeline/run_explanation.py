@@ -18,7 +18,6 @@ from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.rules.dataset_report import SplitStats
-from nested_core.duration_format import format_duration
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
@@ -29,6 +28,7 @@ from nested_core.pipeline.device_lock import OnWait, locking_devices
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays
+from nested_core.text.duration_format import format_duration
 from nested_core.training.memory.memory_plan import MemoryPlan
 from nested_core.training.metrics_file import read_metrics
 from nested_core.training.trainer import Trainer
@@ -58,6 +58,7 @@ class RunExplanation:
         splits: what is in each split of the data.
         iterations: micro-batches of the whole run.
         steps: optimizer steps of the whole run.
+        epochs: passes over the training data of the whole run.
         validation_examples: examples of an evaluation; 0 if there is none.
         memory: the predicted peak and the memory that there is.
         tokens_per_second: trained tokens a second, median of the measured steps; None if none was.
@@ -70,15 +71,11 @@ class RunExplanation:
     splits: dict[str, SplitStats]
     iterations: int
     steps: int
+    epochs: float
     validation_examples: int
     memory: MemoryPlan
     tokens_per_second: float | None
     device: str
-
-    @property
-    def epochs(self) -> float:
-        """Passes over the training data."""
-        return self.iterations * self.config.batch_size / max(self.splits["train"].rows, 1)
 
     @property
     def seconds(self) -> float | None:
@@ -140,7 +137,7 @@ class RunExplanation:
         return (
             f"{self.iterations:,} batches of {config.batch_size} examples{made_of}; "
             f"{self.epochs:.2g} passes over the training data. A checkpoint every "
-            f"{config.save_every} batches."
+            f"{_format_batches(config.save_every)}."
         )
 
     def _describe_learning_rate(self) -> str:
@@ -161,8 +158,9 @@ class RunExplanation:
         if not self.validation_examples:
             return "none: there is no valid split, so the last checkpoint is offered."
         return (
-            f"every {self.config.steps_per_eval} batches on {self.validation_examples} examples of "
-            f"{self.splits['valid'].file}; the checkpoint with the lowest loss is offered."
+            f"every {_format_batches(self.config.steps_per_eval)} on {self.validation_examples} "
+            f"examples of {self.splits['valid'].file}; the checkpoint with the lowest loss is "
+            f"offered."
         )
 
     def _describe_time(self) -> str:
@@ -212,6 +210,10 @@ class RunExplanation:
         return f"registered as {registry.name} in {registry.path}, and {policy}."
 
 
+def _format_batches(count: int) -> str:
+    return "batch" if count == 1 else f"{count} batches"
+
+
 def _describe_split(stats: SplitStats) -> str:
     text = f"{stats.file} {stats.rows:,} examples"
     if stats.tokens is not None:
@@ -256,6 +258,7 @@ def explain_run(
         splits=report.splits,
         iterations=schedule.iterations,
         steps=schedule.steps,
+        epochs=schedule.epochs,
         validation_examples=schedule.validation_examples,
         memory=trainer.memory,
         tokens_per_second=tokens_per_second,

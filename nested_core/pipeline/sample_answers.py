@@ -17,10 +17,10 @@ from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.models.generation import Sampling, answer_prompts, encode_messages
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.pipeline.device_lock import OnWait, locking_devices
-from nested_core.stages import stages
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import SampleAnswers, write_sample_answers
+from nested_core.text.stages import stages
 
 HELD_OUT_PROMPTS = 3
 

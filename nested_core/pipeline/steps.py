@@ -75,7 +75,12 @@ from nested_core.training.rank_communication import SINGLE_PROCESS, World
 from nested_core.training.report_callbacks import TrainingCallback
 from nested_core.training.reporting_services import reporting_to_services
 from nested_core.training.trainer import Trainer
-from nested_core.training.training_plan import TrainingPlan, write_plan
+from nested_core.training.training_plan import (
+    TrainingPlan,
+    list_resumptions,
+    read_plan,
+    write_plan,
+)
 from nested_core.training.training_setup import build_optimizer, prepare_training
 
 MAX_RESULT_BYTES = 64 * 1024 * 1024
@@ -165,10 +170,10 @@ def load(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = Non
     if run.initial.exists() and run.tiers.exists():
         return
     with locking_devices(on_wait):
-        _load(config, run)
+        _write_initial_adapter(config, run)
 
 
-def _load(config: FineTuneConfig, run: RunDirectory) -> None:
+def _write_initial_adapter(config: FineTuneConfig, run: RunDirectory) -> None:
     model, _ = load_base_model(config, as_stored=True)
     attach_adapter(model, config)
     base = find_model_folder(config.model)
@@ -218,7 +223,7 @@ def train(
         reporting_to_services(config, run, callback) as callbacks,
     ):
         if ranks == 1:
-            trainer = _train(config, run, SINGLE_PROCESS, callbacks, on_start)
+            trainer = _train_model(config, run, SINGLE_PROCESS, callbacks, on_start)
             return _publish_result(run, trainer)
         train_in_ranks(config, run, ranks, callbacks, on_start)
         return read_result(run)
@@ -232,12 +237,12 @@ def train_as_rank(
     on_start: Callable[[Trainer], None],
 ) -> None:
     """`train` in one of several processes; the main one reports and writes the result."""
-    trainer = _train(config, run, world, callback, on_start)
+    trainer = _train_model(config, run, world, callback, on_start)
     if world.is_main:
         _publish_result(run, trainer)
 
 
-def _train(
+def _train_model(
     config: FineTuneConfig,
     run: RunDirectory,
     world: World,
@@ -260,14 +265,17 @@ def _train(
         measured = (run.gate_losses, run.training_examples, run.answers, run.sample_answers)
         for earlier in (run.report, run.manifest, run.gate, *measured, run.result):
             earlier.unlink(missing_ok=True)
-        write_plan(run.plan, _make_plan(trainer, report))
+        write_plan(run.plan, _make_plan(trainer, report, read_plan(run.plan)))
     if on_start is not None:
         on_start(trainer)
     trainer.train()
     return trainer
 
 
-def _make_plan(trainer: Trainer, report: DatasetReport) -> TrainingPlan:
+def _make_plan(
+    trainer: Trainer, report: DatasetReport, earlier: TrainingPlan | None
+) -> TrainingPlan:
+    """The plan of the process that trains now; `earlier` is that of the one before it."""
     schedule = trainer.step_schedule
     has_validation = schedule.validation_examples > 0
     return TrainingPlan(
@@ -281,6 +289,7 @@ def _make_plan(trainer: Trainer, report: DatasetReport) -> TrainingPlan:
         validation_examples=schedule.validation_examples,
         memory_forecast_gb=trainer.memory.needed / 1e9,
         memory_limit_gb=trainer.memory.capacity / 1e9,
+        resumed_at=list_resumptions(earlier, trainer.current_step),
     )
 
 
@@ -291,13 +300,13 @@ def _is_complete(config: FineTuneConfig, run: RunDirectory) -> bool:
     read for that.
     """
 
-    def has_ended(state: Mapping[str, Any]) -> bool:
+    def has_all_iterations(state: Mapping[str, Any]) -> bool:
         return bool(state.get("ended")) and state.get("wanted_iterations") == config.iters
 
-    if not has_ended(latest_state(run.checkpoints)):
+    if not has_all_iterations(latest_state(run.checkpoints)):
         return False
     checkpoint = latest_checkpoint(run.checkpoints)
-    return checkpoint is not None and has_ended(checkpoint.state)
+    return checkpoint is not None and has_all_iterations(checkpoint.state)
 
 
 def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:

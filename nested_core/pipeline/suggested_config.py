@@ -45,7 +45,7 @@ def suggest_config(model: str, data: str) -> str:
     report.raise_if_rejected()
     text = ""
     for batch_size, recomputes in _settings_by_memory(report):
-        text = _render(base, report, batch_size, recomputes=recomputes)
+        text = _render_yaml(base, report, batch_size, recomputes=recomputes)
         config = parse_config(parse_yaml(text), source="the suggestion")
         memory = explain_run(config, measures_speed=False).memory
         text = text.replace(_MEMORY, memory.describe())
@@ -88,13 +88,13 @@ def _settings_by_memory(report: DatasetReport) -> Iterator[tuple[int, bool]]:
                 yield size, recomputes
 
 
-def _render(
+def _render_yaml(
     base: dict[str, Any], report: DatasetReport, batch_size: int, *, recomputes: bool
 ) -> str:
     """The YAML for one batch size."""
     train = report.splits["train"]
     tokens: Any = train.tokens  # a sound train split has some
-    iterations = math.ceil(EPOCHS * train.rows / batch_size)
+    iterations = EPOCHS * math.ceil(train.rows / batch_size)
     interval = max(1, iterations // EVALUATIONS)
     length = max(LENGTH_STEP, -(-tokens.max // LENGTH_STEP) * LENGTH_STEP)
     cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""

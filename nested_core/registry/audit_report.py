@@ -101,7 +101,7 @@ def _take_snapshot(folder: Path) -> Snapshot:
     return Snapshot(
         versions=tuple(registered_versions(folder)),
         champion=champion,
-        prepared=champion_link.read_prepared(folder),
+        prepared=champion_link.read_prepared_link(folder),
         record=record,
         ledger=ledger,
         findings=tuple(findings),

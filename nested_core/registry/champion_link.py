@@ -30,7 +30,7 @@ def read_link(folder: Path) -> str | None:
     return _read_target(folder / LINK_NAME)
 
 
-def read_prepared(folder: Path) -> str | None:
+def read_prepared_link(folder: Path) -> str | None:
     """The version that an unfinished change was to make the champion."""
     for path in _prepared_links(folder):
         with suppress(DamagedError):
@@ -81,14 +81,14 @@ def _read_target(path: Path) -> str | None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise DamagedError(_misplaced(path, "is not a symbolic link")) from None
+        raise DamagedError(_describe_misplaced(path, "is not a symbolic link")) from None
     match = TARGET_PATTERN.fullmatch(target)
     if match is None:
-        raise DamagedError(_misplaced(path, f"points to {target!r:.120}"))
+        raise DamagedError(_describe_misplaced(path, f"points to {target!r:.120}"))
     return match[1]
 
 
-def _misplaced(path: Path, what: str) -> str:
+def _describe_misplaced(path: Path, what: str) -> str:
     return (
         f"{path} {what}. Expected a relative link to {VERSIONS}/<digest>. Remove it and promote a "
         "version again; do not copy a registry in a way that follows links."

@@ -26,6 +26,7 @@ from nested_core.registry.recovery import RegistryState, recover
 from nested_core.registry.registration import add_version, judged_digest
 from nested_core.registry.versions import PREFIX_PATTERN, resolve_version, verify_version
 from nested_core.storage.lock_file import LockFile
+from nested_core.text.digest_format import shorten_digest
 
 Outcome = Literal["promoted", "rolled_back", "already_champion", "superseded", "barred"]
 
@@ -69,7 +70,7 @@ def promote(
         state = recover(folder, lock)
         wanted = resolve_version(folder, version, state.ledger)
         change = _Change(by, expected_champion, automatic)
-        return _promote(folder, wanted, change, state, lock)
+        return _promote_locked(folder, wanted, change, state, lock)
 
 
 def register_and_promote(
@@ -91,7 +92,7 @@ def register_and_promote(
     with exclusive(folder) as lock:
         state = recover(folder, lock)
         add_version(folder, version, run_dir, provenance, state=state, lock=lock)
-        return _promote(folder, version, _Change(by, expected_champion), state, lock)
+        return _promote_locked(folder, version, _Change(by, expected_champion), state, lock)
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,15 @@ class _Change:
     automatic: bool = False
 
 
-def _promote(
+def _promote_locked(
     folder: Path, version: str, change: _Change, state: RegistryState, lock: LockFile
 ) -> Promotion:
-    manifest = _verify(folder, version, state)
-    refusal = _refusal(state, version, change.expected_champion, change.automatic)
+    manifest = _verify_version(folder, version, state)
+    refusal = _find_refusal(state, version, change.expected_champion, change.automatic)
     if refusal is None:
         entry = new_entry("promote", version, state.champion, change.by)
         entry = replace(entry, manifest=manifest, automatic=change.automatic)
-        _move(folder, entry, state.ledger, lock)
+        _record_and_swap(folder, entry, state.ledger, lock)
     return Promotion(refusal or "promoted", version, state.champion)
 
 
@@ -140,20 +141,20 @@ def rollback(
             return Promotion("superseded", state.champion, state.champion)
         wanted = _champion_before(folder, state) if to is None else to
         wanted = resolve_version(folder, wanted, state.ledger)
-        manifest = _verify(folder, wanted, state)
+        manifest = _verify_version(folder, wanted, state)
         if wanted == state.champion:
             return Promotion("already_champion", wanted, state.champion)
         entry = new_entry("rollback", wanted, state.champion, by)
         entry = replace(entry, manifest=manifest, explicit=to is not None)
-        _move(folder, entry, state.ledger, lock)
+        _record_and_swap(folder, entry, state.ledger, lock)
     return Promotion("rolled_back", wanted, state.champion)
 
 
-def _verify(folder: Path, version: str, state: RegistryState) -> str:
+def _verify_version(folder: Path, version: str, state: RegistryState) -> str:
     return verify_version(folder / VERSIONS / version, version, state.ledger.manifests(version))
 
 
-def _refusal(
+def _find_refusal(
     state: RegistryState, version: str, expected: str | None | Unset, automatic: bool
 ) -> Literal["already_champion", "superseded", "barred"] | None:
     if version == state.champion:
@@ -176,13 +177,13 @@ def _champion_before(folder: Path, state: RegistryState) -> str:
     if version is None:
         raise ConfigError(
             f"{folder} has no version to go back to: its champion is "
-            f"{(state.champion or 'none')[:12]}, and no earlier one is left. Name the version that "
-            "you want with --to."
+            f"{shorten_digest(state.champion or 'none')}, and no earlier one is left. Name the "
+            "version that you want with --to."
         )
     return version
 
 
-def _move(folder: Path, entry: Entry, ledger: Ledger, lock: LockFile) -> None:
+def _record_and_swap(folder: Path, entry: Entry, ledger: Ledger, lock: LockFile) -> None:
     """Record the change, then make it: a crash in between leaves the old champion standing."""
     version = str(entry.version)
     prepared = champion_link.prepare(folder, version)

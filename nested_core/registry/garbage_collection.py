@@ -66,24 +66,24 @@ def collect_garbage(
     folder = find_name_folder(registry, name)
     if dry_run:
         with shared(folder):
-            return _plan(folder, name, read_state(folder), keep, dry_run=True)
+            return _plan_removals(folder, name, read_state(folder), keep, dry_run=True)
     with exclusive(folder) as lock:
-        leftovers = _leftovers(folder)
+        leftovers = _find_leftovers(folder)
         state = recover(folder, lock)
-        plan = _plan(folder, name, state, keep, dry_run=False)
+        plan = _plan_removals(folder, name, state, keep, dry_run=False)
         for version in plan.collected:
-            state = _remove(folder, version, state, by, lock)
+            state = _remove_version(folder, version, state, by, lock)
     return replace(plan, leftovers=leftovers)
 
 
-def _plan(
+def _plan_removals(
     folder: Path, name: str, state: RegistryState, keep: int, *, dry_run: bool
 ) -> GarbageReport:
     ledger = state.ledger
     versions = registered_versions(folder)
     by_age = sorted(versions, key=lambda version: _last_use(folder, version, ledger), reverse=True)
     # Both ends of an interrupted change are needed too, and both ends of the last one.
-    needed = {state.champion, ledger.champion, champion_link.read_prepared(folder)}
+    needed = {state.champion, ledger.champion, champion_link.read_prepared_link(folder)}
     replaced = {change.previous for change in ledger.changes()[-1:]}
     undecided = {version for version in versions if _is_undecided(folder, version, ledger)}
     kept = {*by_age[:keep], *needed, *replaced, *undecided, ledger.rollback_target()}
@@ -93,8 +93,8 @@ def _plan(
         champion=state.champion,
         collected=collected,
         kept=tuple(version for version in versions if version in kept),
-        bytes=sum(_size(folder / VERSIONS / version) for version in collected),
-        leftovers=_leftovers(folder),
+        bytes=sum(_folder_size(folder / VERSIONS / version) for version in collected),
+        leftovers=_find_leftovers(folder),
         is_dry_run=dry_run,
     )
 
@@ -111,7 +111,7 @@ def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[int, int, str
         for number, change in enumerate(changes, 1)
         if version in (change.version, change.previous)
     ]
-    registered_at, registered_after = _registration(folder / VERSIONS / version)
+    registered_at, registered_after = _registration_time(folder / VERSIONS / version)
     since = ledger.changes_since(registered_after)
     if since is None:  # registered by an earlier release: the clocks decide
         since = [change for change in changes if change.time > registered_at]
@@ -123,13 +123,13 @@ def _is_undecided(folder: Path, version: str, ledger: Ledger) -> bool:
     if version in ledger.versions():
         return False
     try:
-        registered_at = datetime.fromisoformat(_registration(folder / VERSIONS / version)[0])
+        registered_at = datetime.fromisoformat(_registration_time(folder / VERSIONS / version)[0])
         return datetime.now(UTC) - registered_at < TIME_TO_DECIDE
     except (ValueError, TypeError):  # no time, or one without a zone
         return False
 
 
-def _registration(place: Path) -> tuple[str, str]:
+def _registration_time(place: Path) -> tuple[str, str]:
     """When a version was registered, and after which line; empty strings if it is not known."""
     try:
         provenance = read_provenance(place)
@@ -139,7 +139,7 @@ def _registration(place: Path) -> tuple[str, str]:
     return moment if isinstance(moment, str) else "", line if isinstance(line, str) else ""
 
 
-def _remove(
+def _remove_version(
     folder: Path, version: str, state: RegistryState, by: str, lock: LockFile
 ) -> RegistryState:
     """Record the removal, hide the version by one rename, then delete it; return the new state.
@@ -160,7 +160,7 @@ def _remove(
     return RegistryState(state.champion, record, ledger)
 
 
-def _leftovers(folder: Path) -> tuple[str, ...]:
+def _find_leftovers(folder: Path) -> tuple[str, ...]:
     """Paths that a killed writer left; every writer clears them away under the lock."""
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
     places = (folder, folder / VERSIONS)
@@ -168,5 +168,5 @@ def _leftovers(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(str(path.relative_to(folder)) for path in found))
 
 
-def _size(place: Path) -> int:
+def _folder_size(place: Path) -> int:
     return sum(path.lstat().st_size for path in place.rglob("*"))

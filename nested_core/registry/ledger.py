@@ -192,7 +192,7 @@ def read_ledger(folder: Path) -> Ledger:
     except MissingFileError:
         return Ledger()
     *lines, torn = content.split(b"\n")
-    entries = tuple(_parse(line, path, number) for number, line in enumerate(lines, 1))
+    entries = tuple(_parse_entry(line, path, number) for number, line in enumerate(lines, 1))
     whole_bytes = len(content) - len(torn)
     end_sha256 = _check_chain(path, lines, entries)
     return Ledger(entries, whole_bytes, torn, end_sha256)
@@ -242,7 +242,7 @@ def _write_all(descriptor: int, content: bytes) -> None:
         content = content[os.write(descriptor, content) :]
 
 
-def _parse(line: bytes, path: Path, number: int) -> Entry:
+def _parse_entry(line: bytes, path: Path, number: int) -> Entry:
     try:
         return ENTRY.validate_json(line, strict=True)
     except ValidationError as error:

@@ -15,6 +15,7 @@ from nested_core.errors import ConfigError
 from nested_core.registry import list_versions, read_champion, verify
 from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.text.digest_format import shorten_digest
 
 ALIAS = "champion"
 TAG = "nested_tune.version"
@@ -39,14 +40,16 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
     DamagedError if it is not what was registered. ConfigError if mlflow is not installed.
     """
     versions, champion = list_versions(registry, name), read_champion(registry, name)
-    client = _client(tracking_uri)
+    client = _make_client(tracking_uri)
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name, description="Adapters that passed nested-tune's gate.")
-    numbers = _known(client, name)
+    numbers = _read_exported(client, name)
     added = tuple(version for version in versions if version not in numbers)
     for version in added:
         verify(registry, name, version)
-        numbers[version] = _add(client, name, version, version_folder(registry, name, version))
+        numbers[version] = _export_version(
+            client, name, version, version_folder(registry, name, version)
+        )
     if champion in numbers:
         client.set_registered_model_alias(name, ALIAS, numbers[champion])
     else:
@@ -54,7 +57,7 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
     return Export(name, champion, numbers, added)
 
 
-def _client(tracking_uri: str | None) -> Any:
+def _make_client(tracking_uri: str | None) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
         mlflow = importlib.import_module("mlflow")
@@ -65,7 +68,7 @@ def _client(tracking_uri: str | None) -> Any:
     return mlflow.MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
-def _known(client: Any, name: str) -> dict[str, str]:
+def _read_exported(client: Any, name: str) -> dict[str, str]:
     """MLflow's version number by digest, of what was exported before."""
     known: dict[str, str] = {}
     token: str | None = None
@@ -77,12 +80,14 @@ def _known(client: Any, name: str) -> dict[str, str]:
             return known
 
 
-def _add(client: Any, name: str, version: str, folder: Path) -> str:
+def _export_version(client: Any, name: str, version: str, folder: Path) -> str:
     """Record a version as a run with its losses and files, and as a version of the model."""
     gate, provenance = read_gate(folder / GATE_NAME), read_provenance(folder)
     tags = {f"nested_tune.{key}": str(provenance[key]) for key in TAGGED if provenance.get(key)}
     tags[TAG] = version
-    run = client.create_run(_experiment(client, name), run_name=version[:12], tags=tags)
+    run = client.create_run(
+        _experiment_id(client, name), run_name=shorten_digest(version), tags=tags
+    )
     run_id = run.info.run_id
     for key, loss in (gate.get("validation") or {}).items():
         if isinstance(loss, float):
@@ -93,6 +98,6 @@ def _add(client: Any, name: str, version: str, folder: Path) -> str:
     return str(client.create_model_version(name, source, run_id=run_id, tags=tags).version)
 
 
-def _experiment(client: Any, name: str) -> str:
+def _experiment_id(client: Any, name: str) -> str:
     existing = client.get_experiment_by_name(name)
     return str(client.create_experiment(name) if existing is None else existing.experiment_id)

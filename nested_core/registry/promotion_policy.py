@@ -20,13 +20,6 @@ from nested_core.errors import (
     NestedTuneError,
     describe_first_problem,
 )
-from nested_core.loss_format import (
-    format_change,
-    format_difference,
-    format_interval,
-    format_loss,
-    name_loss,
-)
 from nested_core.registry import (
     Promotion,
     list_versions,
@@ -41,6 +34,14 @@ from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 from nested_core.storage.strict_files import read_json
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.loss_format import (
+    format_change,
+    format_difference,
+    format_interval,
+    format_loss,
+    name_loss,
+)
 
 DAMAGED = "damaged"
 COLLECTED = "collected meanwhile"
@@ -130,7 +131,7 @@ def promote_by_policy(
     registry, name = registry_location(section)
     candidate = read_candidate(registry, name, version)
     try:
-        reason = _refusal(section, candidate, expected_champion)
+        reason = _find_refusal(section, candidate, expected_champion)
     except (ConfigError, DamagedError):
         champion = read_champion(registry, name)
         if champion == expected_champion:
@@ -190,16 +191,17 @@ def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None
         if candidate.loss_after is None or candidate.file is None:
             return None
         change = format_change(candidate.loss_before, candidate.loss_after)
-        text = f"{done.version[:12]}: loss {change} in training, on {candidate.file}"
+        text = f"{shorten_digest(done.version)}: loss {change} in training, on {candidate.file}"
         if done.previous is None:
             return f"{text}; there was no champion before it"
         losses = compare_losses(registry, name, candidate, done.previous)
     except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
         return None
+    previous = shorten_digest(done.previous)
     if losses is None:
-        return f"{text}; {done.previous[:12]}, the champion before, was not measured on that data"
+        return f"{text}; {previous}, the champion before, was not measured on that data"
     rival = format_loss(losses.champion_loss)
-    return f"{text}; the champion before, {done.previous[:12]}: {rival} on the same examples"
+    return f"{text}; the champion before, {previous}: {rival} on the same examples"
 
 
 def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
@@ -217,10 +219,10 @@ def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
     if losses is None or losses.loss <= losses.champion_loss:
         return None
     return (
-        f"version {done.version[:12]} has a higher {name_loss(candidate.file)} on the same data, "
-        f"{format_loss(losses.loss)}, than the champion that it replaced, {done.previous[:12]}, "
-        f"{format_loss(losses.champion_loss)}. To go back: nested-tune rollback {name} --registry "
-        f"{registry}"
+        f"version {shorten_digest(done.version)} has a higher {name_loss(candidate.file)} on the "
+        f"same data, {format_loss(losses.loss)}, than the champion that it replaced, "
+        f"{shorten_digest(done.previous)}, {format_loss(losses.champion_loss)}. To go back: "
+        f"nested-tune rollback {name} --registry {registry}"
     )
 
 
@@ -267,18 +269,18 @@ def promote_missed(registry: Path, name: str) -> dict[str, str]:
     for version in list_versions(registry, name):
         if version in was_champion:
             continue
-        candidate = _try(read_candidate, registry, name, version)
+        candidate = _try_action(read_candidate, registry, name, version)
         if isinstance(candidate, str):
             outcomes[version] = candidate
         else:
             registered_at[version] = candidate.registered_at
     for version in sorted(registered_at, key=lambda v: registered_at[v], reverse=True):
-        done = _try(promote_as_recorded, registry, name, version)
+        done = _try_action(promote_as_recorded, registry, name, version)
         outcomes[version] = done if isinstance(done, str) else done.outcome
     return outcomes
 
 
-def _try(
+def _try_action(
     action: Callable[[Path, str, str], Result], registry: Path, name: str, version: str
 ) -> Result | str:
     """The result of an action on a version, or why there is none."""
@@ -299,13 +301,16 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
     return Path(section.path), section.name
 
 
-def _refusal(section: RegistrySection, candidate: Candidate, champion: str | None) -> str | None:
+def _find_refusal(
+    section: RegistrySection, candidate: Candidate, champion: str | None
+) -> str | None:
     if section.promote == "never":
         return "registry.promote is never"
     if candidate.loss_after is None and section.require_validation:
         return "there was no validation set, and registry.require_validation is on"
     if section.promote == "approve":
-        return f"waiting for approval of {candidate.version[:12]}: registry.promote is approve"
+        version = shorten_digest(candidate.version)
+        return f"waiting for approval of {version}: registry.promote is approve"
     if section.promote == "always" or champion is None:
         return None
     return _not_better(section, candidate, champion)
@@ -320,8 +325,8 @@ def _not_better(section: RegistrySection, candidate: Candidate, champion: str) -
     record = candidate.champion
     if record is None or record.version != champion:
         return (
-            f"the gate did not judge the champion {champion[:12]} on this version's held-out "
-            f"examples: judge the run again with --resume"
+            f"the gate did not judge the champion {shorten_digest(champion)} on this version's "
+            "held-out examples: judge the run again with --resume"
         )
     if record.loss is None or record.difference is None:
         return record.not_compared or "the gate records no comparison with the champion"

@@ -16,6 +16,7 @@ from nested_core.registry.name_folders import VERSIONS, find_name_folder
 from nested_core.registry.recovery import read_state
 from nested_core.registry.versions import registered_versions, verify_version
 from nested_core.storage.strict_files import file_type
+from nested_core.text.digest_format import shorten_digest
 
 
 def read_champion(registry: Path, name: str) -> str | None:
@@ -40,8 +41,8 @@ def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
         champion = read_link(folder)
         if champion is not None and not _is_there(folder, champion):
             raise DamagedError(
-                f"{folder / LINK_NAME} points to {champion[:12]}, whose folder is gone. Roll back "
-                "to a version that is there, or restore the folder from a backup."
+                f"{folder / LINK_NAME} points to {shorten_digest(champion)}, whose folder is gone. "
+                "Roll back to a version that is there, or restore the folder from a backup."
             )
         yield champion
 

@@ -32,6 +32,7 @@ from nested_core.registry.ledger import (
 from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.atomic import remove_leftovers
 from nested_core.storage.lock_file import LockFile
+from nested_core.text.digest_format import shorten_digest
 
 SETTLED_BY = "nested-tune (settling a change that was cut short)"
 
@@ -57,7 +58,7 @@ def read_state(folder: Path) -> RegistryState:
     )
     if state.champion is not None and not state.ledger.entries:
         raise DamagedError(
-            f"{folder / champion_link.LINK_NAME} points to {state.champion[:12]}, and "
+            f"{folder / champion_link.LINK_NAME} points to {shorten_digest(state.champion)}, and "
             f"{folder / LEDGER_NAME} does not say how it became the champion. Restore the history "
             "from a backup, or remove the link and champion.json and promote the version again."
         )
@@ -104,7 +105,7 @@ def _missing_entry(folder: Path, ledger: Ledger, champion: str | None) -> Entry:
     moved the link by hand.
     """
     if ledger.champion == champion:
-        return new_entry("aborted", champion_link.read_prepared(folder), champion, SETTLED_BY)
+        return new_entry("aborted", champion_link.read_prepared_link(folder), champion, SETTLED_BY)
     last = ledger.entries[-1]
     if last.action in CHANGES and last.previous == champion:
         return new_entry("aborted", last.version, champion, SETTLED_BY)

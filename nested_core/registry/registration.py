@@ -96,7 +96,7 @@ def add_version(
     registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
     position = {REGISTERED_AT: registered_at, REGISTERED_AFTER: state.ledger.end_sha256}
     with new_directory(target, confirm=lock.require_current) as unpublished:
-        _fill(unpublished, run_dir, version, provenance | position)
+        _fill_version(unpublished, run_dir, version, provenance | position)
         verify_version(unpublished, version, set())
 
 
@@ -121,7 +121,7 @@ def judged_digest(run_dir: Path) -> str:
     return digest
 
 
-def _fill(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]) -> None:
+def _fill_version(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]) -> None:
     for name in ADAPTER_FILES:
         shutil.copyfile(run_dir / ADAPTER_NAME / name, folder / name)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)

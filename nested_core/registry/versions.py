@@ -19,6 +19,7 @@ from nested_core.registry.name_folders import VERSIONS
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
 from nested_core.storage.strict_files import file_type, read_json, regular_sha256
+from nested_core.text.digest_format import shorten_digest
 
 PROVENANCE_NAME = "provenance.json"
 REGISTERED_AT = "registered_at"
@@ -107,7 +108,7 @@ def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
         if len(findings) > LISTED_FINDINGS:
             listed.append(f"and {len(findings) - LISTED_FINDINGS} more")
         raise DamagedError(
-            f"Version {version[:12]} is not what was registered. {'; '.join(listed)}. "
+            f"Version {shorten_digest(version)} is not what was registered. {'; '.join(listed)}. "
             f"{_how_to_mend(folder)}"
         )
     require_passed(read_gate(folder / GATE_NAME), folder / GATE_NAME)

@@ -15,12 +15,12 @@ import yaml
 
 from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.errors import ConfigError
-from nested_core.foreign_text import escape_markdown
-from nested_core.loss_format import format_loss
 from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.name_folders import VERSIONS, check_name
 from nested_core.registry.queries import read_champion, verify
 from nested_core.registry.versions import read_provenance
+from nested_core.text.foreign_text import escape_markdown
+from nested_core.text.loss_format import format_loss
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
@@ -42,7 +42,7 @@ def write_card(registry: Path, name: str) -> str:
     folder = registry / name / VERSIONS / version
     provenance, gate = read_provenance(folder), read_gate(folder / GATE_NAME)
     front = yaml.safe_dump(_front_matter(name, provenance, gate), sort_keys=False)
-    body = "\n".join(_body(name, version, provenance, gate))
+    body = "\n".join(_render_body(name, version, provenance, gate))
     return f"---\n{front}---\n\n{body}\n"
 
 
@@ -91,7 +91,7 @@ def _index_metrics(gate: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"type": "loss", "name": name, "value": losses["loss_after"]}
 
 
-def _body(
+def _render_body(
     name: str, version: str, provenance: dict[str, Any], gate: dict[str, Any]
 ) -> Iterator[str]:
     config = provenance.get("config") or {}
@@ -104,11 +104,11 @@ def _body(
         f"`{version}`, registered {escape_markdown(str(provenance.get('registered_at', '')))}."
     )
     yield from ("", "## Evaluation", "")
-    yield from _evaluation(gate)
+    yield from _render_evaluation(gate)
     yield from ("", "## Training", "")
-    yield from _table(("setting", "value"), _settings(config, provenance))
+    yield from _render_table(("setting", "value"), _list_settings(config, provenance))
     yield from ("", "## Provenance", "")
-    yield from _table(("of", "value"), _provenance_rows(provenance))
+    yield from _render_table(("of", "value"), _provenance_rows(provenance))
     yield from ("", "## Use", "")
     yield (
         "The champion's folder is an adapter folder of mlx-lm: give it to `mlx_lm.generate` as "
@@ -116,7 +116,7 @@ def _body(
     )
 
 
-def _evaluation(gate: dict[str, Any]) -> Iterator[str]:
+def _render_evaluation(gate: dict[str, Any]) -> Iterator[str]:
     """The gate's measurements, each with its split and number of examples."""
     losses = gate.get("validation")
     rows: list[tuple[object, ...]] = []
@@ -133,13 +133,15 @@ def _evaluation(gate: dict[str, Any]) -> Iterator[str]:
     if not rows:
         yield "Quality was not measured: there was no held-out data and no suite of questions."
         return
-    yield from _table(("measure", "on", "before training", "this adapter"), rows)
+    yield from _render_table(("measure", "on", "before training", "this adapter"), rows)
     if losses and losses.get("selected_on_same_data"):
         yield ""
         yield "The same examples chose the step that is offered; the loss is a little too good."
 
 
-def _settings(config: dict[str, Any], provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]:
+def _list_settings(
+    config: dict[str, Any], provenance: dict[str, Any]
+) -> Iterator[tuple[object, ...]]:
     for key in ("iters", "batch_size", "learning_rate", "optimizer", "num_layers", "seed"):
         if key in config:
             yield key, config[key]
@@ -162,7 +164,7 @@ def _provenance_rows(provenance: dict[str, Any]) -> Iterator[tuple[object, ...]]
     yield from sorted((provenance.get("packages") or {}).items())
 
 
-def _table(columns: tuple[str, ...], rows: Any) -> Iterator[str]:
+def _render_table(columns: tuple[str, ...], rows: Any) -> Iterator[str]:
     yield f"| {' | '.join(columns)} |"
     yield "|" + "---|" * len(columns)
     for row in rows:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nested_core.html_markup import Html, collapsed, element, join, markup, table
 from nested_core.report.curve_points import Point, decimate
+from nested_core.text.html_markup import Html, collapsed, element, join, markup, table
 
 MAX_ROWS = 200  # of a table of a curve's numbers
 MAX_DOTS = 60
@@ -66,9 +67,9 @@ def figure(charts: Sequence[Chart]) -> Html:
     if not first.curves:
         return Html("")
     drawn = [draw_chart(chart) for chart in charts] if can_draw() else []
-    caption = element("figcaption", first.title, _legend(first.curves))
+    caption = element("figcaption", first.title, _draw_legend(first.curves))
     pictures = element("div", *drawn, class_="charts")
-    numbers = collapsed("The numbers", _numbers(charts))
+    numbers = collapsed("The numbers", _numbers_table(charts))
     return element("figure", caption, pictures, numbers, class_="wide" if len(charts) > 1 else "")
 
 
@@ -77,13 +78,13 @@ def _without_empty_curves(chart: Chart) -> Chart:
     return replace(chart, curves=curves)
 
 
-def _legend(curves: Sequence[Curve]) -> Html:
+def _draw_legend(curves: Sequence[Curve]) -> Html:
     if len(curves) < 2:
         return Html("")
     keys = [
         join(
             (
-                Html(f'<span class="key" style="background:{_colour(number)}"></span>'),
+                Html(f'<span class="key" style="background:{_curve_colour(number)}"></span>'),
                 curve.name,
             )
         )
@@ -92,12 +93,12 @@ def _legend(curves: Sequence[Curve]) -> Html:
     return join(keys)
 
 
-def _colour(number: int) -> str:
+def _curve_colour(number: int) -> str:
     place = number % len(_COLOURS)
     return f"var(--curve-{place + 1},{_COLOURS[place]})"
 
 
-def _numbers(charts: Sequence[Chart]) -> Html:
+def _numbers_table(charts: Sequence[Chart]) -> Html:
     """A row for each x of the first chart, with the x of the others as further columns.
 
     Of more than MAX_ROWS those are shown, evenly spaced, at which all curves have a value.
@@ -111,7 +112,10 @@ def _numbers(charts: Sequence[Chart]) -> Html:
         complete = [x for x in places if all(x in curve for curve in values)]
         places = complete if len(complete) > 1 else places
         places = [*places[: -1 : -(-len(places) // MAX_ROWS)], places[-1]]
-    rows = [[_whole(x), *(cells.get(x, Html("")) for cells in (*further, *values))] for x in places]
+    rows = [
+        [_to_int_if_whole(x), *(cells.get(x, Html("")) for cells in (*further, *values))]
+        for x in places
+    ]
     caption = f"{chart.title}: {chart.y} by {chart.x}"
     if len(places) < total:
         caption += f", {len(places)} of {total:,}; all: metrics.jsonl"
@@ -125,7 +129,7 @@ def _places_in(chart: Chart, other: Chart) -> dict[float, float | None]:
     return {p.x: q.x for one, two in pairs for p, q in zip(one.points, two.points, strict=True)}
 
 
-def _whole(x: float) -> float | int:
+def _to_int_if_whole(x: float) -> float | int:
     return int(x) if float(x).is_integer() else x
 
 
@@ -141,36 +145,39 @@ def draw_chart(chart: Chart) -> Html:
     is_logarithmic = (
         not chart.from_zero and min(values) > 0 and max(values) >= LOGARITHMIC_FROM * min(values)
     )
-    leather = _leather()
+    leather = _load_leather()
     drawing = leather.chart()
     drawing.add_x_scale(min(places), max(places) if max(places) > min(places) else min(places) + 1)
     drawing.add_x_axis(tick_formatter=_format_tick, name=chart.x)
     if is_logarithmic:
-        ticks = _decades(min(values), max(values))
+        ticks = _logarithmic_ticks(min(values), max(values))
         drawing.add_y_scale(math.log10(min(values)), math.log10(max(values)))
         drawing.add_y_axis(ticks=[math.log10(tick) for tick in ticks], tick_formatter=_format_power)
     else:
-        low, high = _range(values, from_zero=chart.from_zero)
+        low, high = _axis_range(values, from_zero=chart.from_zero)
         drawing.add_y_scale(low, high)
         drawing.add_y_axis(tick_formatter=_format_tick)
     for number, curve in enumerate(curves):
-        data = [(p.x, _height(p.y, is_logarithmic=is_logarithmic)) for p in curve.points]
+        data = [(p.x, _axis_value(p.y, is_logarithmic=is_logarithmic)) for p in curve.points]
         series = leather.series(data)
-        drawing.add_series(series, leather.line(_colour(number), width=1.2))
+        drawing.add_series(series, leather.line(_curve_colour(number), width=1.2))
         if len(data) == 1 or (curve.has_dots and len(data) <= MAX_DOTS):
-            drawing.add_series(series, leather.dots(_colour(number), radius=2.5))
+            drawing.add_series(series, leather.dots(_curve_colour(number), radius=2.5))
     scale = " (logarithmic)" if is_logarithmic else ""
     words = markup(f"{chart.title}: {chart.y}{scale} by {chart.x}")
     opening = f'<svg viewBox="0 0 {WIDTH + LAST_LABEL} {HEIGHT}" role="img" aria-label="{words}">'
-    svg = _ZERO.sub("0", _FRACTION.sub(r"\1", drawing.to_svg(width=WIDTH, height=HEIGHT)))
+    written = io.StringIO()  # in a notebook, what `to_svg` returns is no text
+    drawing.to_svg(written, width=WIDTH, height=HEIGHT)
+    _, tag, drawn = written.getvalue().partition("<svg")  # after the header of a file
+    svg = _ZERO.sub("0", _FRACTION.sub(r"\1", tag + drawn))
     return Html(_OPENING.sub(f"{opening}<title>{words}</title>", svg))
 
 
-def _height(value: float | None, *, is_logarithmic: bool) -> float | None:
+def _axis_value(value: float | None, *, is_logarithmic: bool) -> float | None:
     return math.log10(value) if is_logarithmic and value is not None else value
 
 
-def _range(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
+def _axis_range(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
     """The ends of a linear axis: never the same."""
     low, high = min(values), max(values)
     if from_zero:
@@ -180,7 +187,7 @@ def _range(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
     return (low - 1, high + 1) if high == 0 else (min(low, 0.0), high + abs(high))
 
 
-def _decades(low: float, high: float) -> list[float]:
+def _logarithmic_ticks(low: float, high: float) -> list[float]:
     """Round numbers within a range for a logarithmic axis: powers of ten, and 2 and 5 between."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= 4 else (1,)
@@ -210,7 +217,7 @@ class _Leather:
 
 
 @functools.cache
-def _leather() -> _Leather:
+def _load_leather() -> _Leather:
     """Leather, with its theme set: it is the library's own and there is one a process."""
     import leather
     from leather import theme

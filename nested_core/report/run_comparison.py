@@ -13,7 +13,12 @@ import numpy as np
 from nested_core.errors import ConfigError
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
-from nested_core.html_markup import (
+from nested_core.report.curve_points import Point
+from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
+from nested_core.report.run_page import describe_outcome
+from nested_core.report.run_record import RunRecord, read_run
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.html_markup import (
     Html,
     element,
     fragment,
@@ -24,19 +29,17 @@ from nested_core.html_markup import (
     section,
     table,
 )
-from nested_core.loss_format import format_difference, format_interval
-from nested_core.report.curve_points import Point
-from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
-from nested_core.report.run_page import describe_outcome
-from nested_core.report.run_record import RunRecord, read_run
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.loss_format import format_difference, format_interval
 
 SHOWN_QUESTIONS = 20
 
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Runs beside each other, in the order given; in a notebook it shows itself."""
+    """Runs beside each other, in the order given; in a notebook it shows itself.
+
+    records: what was read of each run.
+    """
 
     records: tuple[RunRecord, ...]
 
@@ -52,7 +55,7 @@ class RunComparison:
 
     def differing_settings(self) -> dict[str, list[Any]]:
         """The keys of the configuration whose values differ, with the value of each run."""
-        settings = [_flatten(record) for record in self.records]
+        settings = [_flatten_config(record) for record in self.records]
         keys = dict.fromkeys(key for values in settings for key in values)
         columns = {key: [values.get(key) for values in settings] for key in keys}
         return {
@@ -65,11 +68,22 @@ class RunComparison:
         """The last losses of training, and the gate's before and after, in nats a token."""
         gates = [None if r.verdict is None else r.verdict.validation for r in self.records]
         paired = self.paired_with_first()
+        plans = [record.plan for record in self.records]
         return {
             "training": [record.last("loss") for record in self.records],
             "validation": [record.last("val_loss") for record in self.records],
+            "training_file": [None if plan is None else plan.training_file for plan in plans],
+            "training_step": [record.last_step("loss") for record in self.records],
+            "validation_file": [None if plan is None else plan.validation_file for plan in plans],
+            "validation_examples": [
+                None if plan is None else plan.validation_examples for plan in plans
+            ],
+            "validation_step": [record.last_step("val_loss") for record in self.records],
             "gate_file": [None if gate is None else gate.file for gate in gates],
             "gate_examples": [None if gate is None else gate.examples for gate in gates],
+            "gate_step": [
+                None if r.verdict is None else r.verdict.adapter_step for r in self.records
+            ],
             "gate_before": [None if gate is None else gate.loss_before for gate in gates],
             "gate_after": [None if gate is None else gate.loss_after for gate in gates],
             "difference_to_first": [None if p is None else p.to_json() for p in paired],
@@ -112,7 +126,9 @@ class RunComparison:
     def speed(self) -> dict[str, list[float | None]]:
         """Tokens a second (the median of the reports), seconds of training, and peak memory."""
         return {
-            "tokens_per_second": [_median(record, "tokens_per_second") for record in self.records],
+            "tokens_per_second": [
+                _median_metric(record, "tokens_per_second") for record in self.records
+            ],
             "training_seconds": [max(record.seconds, default=None) for record in self.records],
             "peak_memory_gb": [record.last("peak_memory_gb") for record in self.records],
         }
@@ -230,15 +246,22 @@ class RunComparison:
 
 
 _LOSS_ROWS = (
-    ("training loss", "training"),
-    ("validation loss", "validation"),
-    ("gate's examples", "gate_file"),
-    ("loss before (gate)", "gate_before"),
-    ("loss after (gate)", "gate_after"),
+    ("training loss, mean since the report before", "training"),
+    ("  file", "training_file"),
+    ("  at step", "training_step"),
+    ("validation loss, last evaluation", "validation"),
+    ("  file", "validation_file"),
+    ("  examples", "validation_examples"),
+    ("  at step", "validation_step"),
+    ("gate's loss before", "gate_before"),
+    ("gate's loss after", "gate_after"),
+    ("  file", "gate_file"),
+    ("  examples", "gate_examples"),
+    ("  adapter of step", "gate_step"),
 )
 
 
-def _flatten(record: RunRecord) -> dict[str, Any]:
+def _flatten_config(record: RunRecord) -> dict[str, Any]:
     """The configuration of a run by dotted keys; empty where it is damaged."""
     flat: dict[str, Any] = {}
 
@@ -266,7 +289,7 @@ def _held_out_digest(record: RunRecord) -> str | None:
     return None if split is None else record.dataset.splits[split].digest
 
 
-def _median(record: RunRecord, key: str) -> float | None:
+def _median_metric(record: RunRecord, key: str) -> float | None:
     values = [r[key] for r in record.metrics if r.get(key) is not None]
     return median(values) if values else None
 
@@ -306,7 +329,10 @@ def _describe_run(record: RunRecord) -> dict[str, Any]:
 
 
 def compare_runs(run_dirs: Sequence[str | Path]) -> RunComparison:
-    """Read runs to be compared; ConfigError for none, or for what is no run directory."""
+    """Read the runs in `run_dirs`, to be compared with the first of them.
+
+    Raises ConfigError for none, or for what is no run directory.
+    """
     if not run_dirs:
         raise ConfigError("There is no run to compare. Give the run directories, one or more.")
     return RunComparison(tuple(read_run(RunDirectory(Path(path))) for path in run_dirs))

@@ -12,6 +12,7 @@ from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.duration_format import format_age
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,7 @@ class ListedRun:
     def describe_age(self, now: datetime | None = None) -> str:
         """How long ago the run began: `3 min`, `5 h`, `12 days`."""
         passed = (now or datetime.now(UTC)) - datetime.fromisoformat(self.started)
-        minutes = max(0, int(passed.total_seconds() // 60))
-        if minutes < 60:
-            return f"{minutes} min"
-        return f"{minutes // 60} h" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days"
+        return format_age(passed.total_seconds())
 
 
 def list_runs(folder: Path) -> list[ListedRun]:

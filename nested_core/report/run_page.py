@@ -17,23 +17,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import render_config
 from nested_core.data.rules.finding_groups import group_findings
+from nested_core.errors import list_first
 from nested_core.gate.verdict import Verdict, describe_examples
-from nested_core.html_markup import (
-    Html,
-    collapsed,
-    element,
-    figures,
-    fragment,
-    long_text,
-    page,
-    paragraph,
-    preformatted,
-    section,
-    table,
-)
-from nested_core.loss_format import format_loss
 from nested_core.report.curve_points import Point
 from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
 from nested_core.report.run_record import RunRecord, read_run
@@ -46,12 +34,26 @@ from nested_core.report.verdict_sections import (
 )
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.html_markup import (
+    Html,
+    collapsed,
+    element,
+    figures,
+    fragment,
+    long_text,
+    page,
+    paragraph,
+    preformatted,
+    section,
+    table,
+)
+from nested_core.text.loss_format import format_loss
 
 SHOWN_FINDINGS = 60
 SHOWN_REASONS = 20
+SHOWN_RESUMPTIONS = 5
 SHOWN_CHARACTERS = 300
 MAX_CONFIG_CHARACTERS = 12_000
-PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 _CLASSES = {"verified": "good", "rejected": "bad"}
 
 
@@ -59,6 +61,7 @@ _CLASSES = {"verified": "good", "rejected": "bad"}
 class RunReport:
     """The page of a run, and what it was made of; in a notebook it shows itself.
 
+    record: what was read of the run.
     error: what ended the run, where this process knows.
     """
 
@@ -206,9 +209,16 @@ def _curves_section(record: RunRecord) -> Html:
 
 
 def _describe_curves(record: RunRecord) -> Html:
-    """Which step was judged, on what the validation losses are, and the memory that was planned."""
+    """Where it was resumed, the judged step, the losses' data, and the memory that was planned."""
     sentences = []
     plan, verdict = record.plan, record.verdict
+    if plan is not None and plan.resumed_at:
+        noun = "step" if len(plan.resumed_at) == 1 else "steps"
+        places = list_first([f"{step:,}" for step in plan.resumed_at], SHOWN_RESUMPTIONS)
+        sentences.append(
+            f"The run was resumed at {noun} {places}: the curves go on from the checkpoint there, "
+            f"and each step and its seconds of training are counted once."
+        )
     if verdict is not None and verdict.adapter_step is not None:
         sentences.append(
             f"The adapter of step {verdict.adapter_step:,} is the one that was judged."
@@ -226,19 +236,19 @@ def _describe_curves(record: RunRecord) -> Html:
 def _loss_chart(record: RunRecord, x: str) -> Chart:
     places = [r.get("step", 0) for r in record.metrics] if x == "step" else list(record.seconds)
     curves = [
-        Curve("training", _points(record, places, "loss")),
-        Curve("validation", _points(record, places, "val_loss"), has_dots=True),
+        Curve("training", _curve_points(record, places, "loss")),
+        Curve("validation", _curve_points(record, places, "val_loss"), has_dots=True),
     ]
     return Chart("Loss", x, "nats a token", curves)
 
 
 def _metric_figure(record: RunRecord, title: str, unit: str, keys: dict[str, str]) -> Html:
     steps = [r.get("step", 0) for r in record.metrics]
-    curves = [Curve(name, _points(record, steps, key)) for name, key in keys.items()]
+    curves = [Curve(name, _curve_points(record, steps, key)) for name, key in keys.items()]
     return figure([Chart(title, "step", unit, curves, from_zero=title != "Gradient norm")])
 
 
-def _points(record: RunRecord, places: list[Any], key: str) -> list[Point]:
+def _curve_points(record: RunRecord, places: list[Any], key: str) -> list[Point]:
     return [
         Point(float(x), None if metrics[key] is None else float(metrics[key]))
         for x, metrics in zip(places, record.metrics, strict=True)
@@ -280,34 +290,34 @@ def _reproduction_section(record: RunRecord) -> Html:
         shown = text[:MAX_CONFIG_CHARACTERS]
         cut = "" if shown == text else "…\n"
         parts.append(collapsed("config.yaml", preformatted("config.yaml", shown + cut)))
-    parts.append(table("Digests", ("of", "digest"), list(_digests(record))))
+    parts.append(table("Digests", ("of", "digest"), list(_list_digests(record))))
     rows = [("Python", platform.python_version()), ("platform", platform.platform())]
-    rows += [(package, _installed(package)) for package in PACKAGES]
+    rows += [(package, _installed_version(package)) for package in RECORDED_PACKAGES]
     caption = "Versions of the process that wrote this page"
     parts.append(collapsed("Versions", table(caption, ("package", "version"), rows)))
     return section("reproduce", "To reproduce", *parts)
 
 
-def _digests(record: RunRecord) -> Iterator[tuple[str, Html]]:
+def _list_digests(record: RunRecord) -> Iterator[tuple[str, Html]]:
     verdict, dataset = record.verdict, record.dataset
     if dataset is not None:
-        yield "data set", _code(dataset.digest)
+        yield "data set", _code_element(dataset.digest)
         for split, stats in dataset.splits.items():
-            yield f"{split}, {stats.rows:,} examples", _code(stats.digest)
+            yield f"{split}, {stats.rows:,} examples", _code_element(stats.digest)
     if verdict is not None:
-        yield "initial adapter", _code(verdict.initial.digest)
-        yield "trained adapter", _code(verdict.trained.digest)
+        yield "initial adapter", _code_element(verdict.initial.digest)
+        yield "trained adapter", _code_element(verdict.trained.digest)
         if verdict.champion is not None:
-            yield "champion", _code(verdict.champion.version)
+            yield "champion", _code_element(verdict.champion.version)
         if verdict.validation is not None and verdict.validation.losses_sha256 is not None:
-            yield "gate-losses.jsonl", _code(verdict.validation.losses_sha256)
+            yield "gate-losses.jsonl", _code_element(verdict.validation.losses_sha256)
 
 
-def _code(text: str) -> Html:
+def _code_element(text: str) -> Html:
     return element("code", text)
 
 
-def _installed(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:

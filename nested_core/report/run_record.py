@@ -70,6 +70,11 @@ class RunRecord:
         """The last reported value of a metric, or None."""
         return last_value(self.metrics, key)
 
+    def last_step(self, key: str) -> int | None:
+        """The step at which `last` was reported, or None."""
+        records = [record for record in self.metrics if record.get(key) is not None]
+        return int(records[-1].get("step", 0)) if records else None
+
 
 @dataclass
 class _Reader:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,11 @@ from nested_core.gate.verdict import (
     Verdict,
     describe_examples,
 )
-from nested_core.html_markup import (
+from nested_core.report.run_record import RunRecord
+from nested_core.storage.sample_answers_file import SampleAnswers
+from nested_core.storage.strict_files import open_regular
+from nested_core.text.digest_format import shorten_digest
+from nested_core.text.html_markup import (
     Html,
     element,
     join,
@@ -32,13 +37,13 @@ from nested_core.html_markup import (
     table,
     table_caption,
 )
-from nested_core.loss_format import format_difference, format_interval
-from nested_core.report.run_record import RunRecord
-from nested_core.storage.sample_answers_file import SampleAnswers
-from nested_core.storage.strict_files import open_regular
+from nested_core.text.loss_format import format_difference, format_interval, format_loss
+from nested_core.training.sample_prompts import choose_evaluations, samples_by_step
 
 WORST_EXAMPLES = 5
 SHOWN_QUESTIONS = 12
+SHOWN_EVALUATIONS = 8
+SHOWN_PROMPTS = 4  # of `samples`, each a column
 MAX_DATA_BYTES = 64 * 1024 * 1024  # of a file of data that examples are read from
 MAX_LINE_BYTES = 64 * 1024
 DARKEST = 0.55  # share of the colour behind the largest change: text on it stays legible
@@ -67,6 +72,8 @@ def decisive_figures(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
         note = _describe_interval(champion.interval)
         name = "Against the champion"
         yield name, format_difference(champion.difference), f"candidate minus champion, {note}"
+    if verdict.drift is not None:
+        yield "Drift", format_loss(verdict.drift.kl_initial), _describe_drift_bound(verdict)
     for task in verdict.tasks:
         value = f"{task.candidate * task.questions:g} of {task.questions}"
         yield f"Right answers, {task.name}", value, f"{task.before * task.questions:g} before"
@@ -76,6 +83,13 @@ def decisive_figures(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
         applied = sum(tier.applied_updates for tier in verdict.tiers)
         expected = sum(tier.expected_updates for tier in verdict.tiers)
         yield "Updates applied", f"{applied:,} of {expected:,}", "over all tiers"
+
+
+def _describe_drift_bound(verdict: Verdict) -> str:
+    """The unit of the drift and its bound, `gate.max_kl`, where there is one."""
+    bound = (verdict.thresholds or {}).get("max_kl")
+    allowed = "no bound" if bound is None else f"at most {bound:.4g} allowed"
+    return f"KL from the initial adapter, nats a token; {allowed}"
 
 
 def pairs_section(record: RunRecord) -> Html:
@@ -103,6 +117,8 @@ def pairs_section(record: RunRecord) -> Html:
         rows.append(_champion_row(verdict.champion))
     caption = "Mean losses in nats a token; a difference below 0 is better"
     notes = [paragraph(_describe_selection(verdict.validation), class_="note")]
+    if verdict.drift is not None:
+        notes.append(paragraph(f"Drift: {verdict.drift.describe()}."))
     if verdict.champion is None:
         notes.append(paragraph("There was no champion when the run was judged.", class_="note"))
     elif verdict.champion.not_compared is not None:
@@ -128,7 +144,7 @@ def _champion_row(champion: ChampionLoss) -> tuple[object, ...]:
     both = (champion.loss, champion.difference)
     candidate = None if None in both else sum(value for value in both if value is not None)
     return (
-        f"champion {champion.version[:12]}",
+        f"champion {shorten_digest(champion.version)}",
         champion.loss,
         candidate,
         champion.difference,
@@ -163,10 +179,10 @@ def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
     rows = [
         (
             f"{losses.file}:{number}",
-            _finite(differences[place]),
-            _finite(losses.before[place]),
-            _finite(losses.after[place]),
-            None if champion is None else _finite(champion[place]),
+            _finite_or_none(differences[place]),
+            _finite_or_none(losses.before[place]),
+            _finite_or_none(losses.after[place]),
+            None if champion is None else _finite_or_none(champion[place]),
             int(losses.tokens[place]),
             long_text(texts.get(number, "–"), 240),
         )
@@ -178,7 +194,7 @@ def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
     return join((paragraph(share), table(caption, columns, rows)))
 
 
-def _finite(value: float) -> float | None:
+def _finite_or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
@@ -317,9 +333,9 @@ def tasks_section(record: RunRecord) -> Html:
         parts += [element("h3", name), _answers_table(record, name, count)]
     if record.sample_answers:
         parts += [element("h3", "To read, not scored"), _sample_answers_table(record)]
-    samples = next((r["samples"] for r in reversed(record.metrics) if r.get("samples")), None)
-    if isinstance(samples, list):
-        parts += [element("h3", "Samples"), _samples_table(samples)]
+    samples = samples_by_step(record.metrics)
+    if samples:
+        parts += [element("h3", "Samples"), _samples_table(record, samples)]
     if not parts:
         none = "No question was asked: neither `gate.tasks` nor `samples` names one."
         parts = [paragraph(none if record.state != "running" else "No answer yet.")]
@@ -380,10 +396,21 @@ def _text_or_none(text: str | None) -> Html | None:
     return None if text is None else long_text(text)
 
 
-def _samples_table(samples: Sequence[object]) -> Html:
+def _samples_table(record: RunRecord, by_step: dict[int, list[dict[str, Any]]]) -> Html:
+    """The answers to each prompt of `samples`, a row for each evaluation."""
+    judged = None if record.verdict is None else record.verdict.adapter_step
+    steps = choose_evaluations(by_step, judged, SHOWN_EVALUATIONS)
+    prompts = [str(sample.get("prompt", "")) for sample in by_step[steps[0]]][:SHOWN_PROMPTS]
     rows = [
-        (long_text(str(sample.get("prompt", ""))), long_text(str(sample.get("answer", ""))))
-        for sample in samples[:SHOWN_QUESTIONS]
-        if isinstance(sample, dict)
+        (
+            f"{step:,} (judged)" if step == judged else f"{step:,}",
+            *(long_text(str(sample.get("answer", "")), 200) for sample in by_step[step]),
+        )
+        for step in steps
     ]
-    return table("At the last evaluation", ("prompt", "answer"), rows)
+    caption = (
+        f"Greedy answers at {len(steps)} of {len(by_step)} evaluations to {len(prompts)} of "
+        f"{len(by_step[steps[0]])} prompts; all: metrics.jsonl"
+    )
+    columns = ("step", *(long_text(prompt, 200) for prompt in prompts))
+    return table(caption, columns, [row[: 1 + SHOWN_PROMPTS] for row in rows])

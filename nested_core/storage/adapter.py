@@ -53,7 +53,12 @@ class _Meaning(BaseModel):
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter directory read whole: where it is, its configuration and its tensors by name."""
+    """An adapter directory read whole, as mlx-lm writes it.
+
+    path: where it was read.
+    config: adapter_config.json.
+    tensors: adapters.safetensors by name, each with its dtype, shape and bytes.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -88,7 +93,7 @@ class Adapter:
 
 
 def read_adapter(path: Path, *, follow_links: bool = False) -> Adapter:
-    """Read an adapter directory; its files may be links only with `follow_links`.
+    """Read the adapter directory at `path`; its files may be links only with `follow_links`.
 
     Raises ConfigError where there is no such directory, DamagedError where it is not a whole,
     well-formed adapter.

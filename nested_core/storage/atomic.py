@@ -52,10 +52,10 @@ def temporary_beside(target: Path) -> Path:
     """A new name in the target's folder, on the same file system, that no reader opens."""
     suffix = f"-{uuid.uuid4().hex[:8]}"
     kept = MAX_NAME_BYTES - len(TEMPORARY_PREFIX) - len(suffix)
-    return target.parent / f"{TEMPORARY_PREFIX}{_shortened(target.name, kept)}{suffix}"
+    return target.parent / f"{TEMPORARY_PREFIX}{_shorten_name(target.name, kept)}{suffix}"
 
 
-def _shortened(name: str, size: int) -> str:
+def _shorten_name(name: str, size: int) -> str:
     """A name's first characters, as many as fit into `size` bytes."""
     while len(os.fsencode(name)) > size:
         name = name[:-1]
@@ -141,13 +141,15 @@ def new_directory(
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            _publish(temporary, target, replace=replace, confirm=confirm)
+            _move_into_place(temporary, target, replace=replace, confirm=confirm)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _publish(temporary: Path, target: Path, *, replace: bool, confirm: Confirm | None) -> None:
+def _move_into_place(
+    temporary: Path, target: Path, *, replace: bool, confirm: Confirm | None
+) -> None:
     for path in (*temporary.rglob("*"), temporary):
         sync_path(path)
     if confirm is not None:
@@ -164,7 +166,7 @@ def _publish(temporary: Path, target: Path, *, replace: bool, confirm: Confirm |
         _restore_retired(retired)
         raise
     sync_path(target.parent)
-    _remove(retired)
+    _remove_path(retired)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -173,7 +175,7 @@ def remove_leftovers(folder: Path) -> None:
     A directory that was to be replaced gets its name back. Call only under the folder's lock.
     """
     for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        _remove(leftover)
+        _remove_path(leftover)
     for retired in folder.glob(f"{RETIRED_PREFIX}*"):
         _restore_retired(retired)
 
@@ -184,12 +186,12 @@ def _restore_retired(retired: Path) -> None:
     if not retired.exists():
         return
     if target.exists():
-        _remove(retired)
+        _remove_path(retired)
     else:
         retired.rename(target)
 
 
-def _remove(path: Path) -> None:
+def _remove_path(path: Path) -> None:
     """Remove a file or folder; what another process removes meanwhile is gone as well."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)

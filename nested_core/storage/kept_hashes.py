@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from nested_core.compiled_kernels import cache_folder
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import write_bytes
+from nested_core.storage.compiled_kernels import cache_folder
 from nested_core.storage.private_folder import make_private_folder
 from nested_core.storage.strict_files import open_regular, parse_json, read_start, regular_sha256
 
@@ -36,24 +36,24 @@ def kept_sha256(paths: Sequence[Path]) -> list[str]:
     """
     folder = _private_folder()
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda path: _sha256(path, folder), paths))
+        return list(pool.map(lambda path: _hash_file(path, folder), paths))
 
 
-def _sha256(path: Path, folder: Path | None) -> str:
-    before = _identity(path)
+def _hash_file(path: Path, folder: Path | None) -> str:
+    before = _file_identity(path)
     entry = None if folder is None else folder / f"{before['device']:x}-{before['inode']:x}.json"
     known = None if entry is None else _read_entry(entry, before)
     if known is not None:
         return known
     is_settled = time.time() - before["ctime_ns"] / 1e9 > SETTLED_SECONDS
     digest = regular_sha256(path, follow_links=True)
-    if entry is not None and is_settled and _identity(path) == before:
+    if entry is not None and is_settled and _file_identity(path) == before:
         with suppress(OSError):
             write_bytes(entry, json.dumps(before | {"sha256": digest}).encode())
     return digest
 
 
-def _identity(path: Path) -> dict[str, int]:
+def _file_identity(path: Path) -> dict[str, int]:
     """What tells a file that was changed or replaced from what it was."""
     status = path.stat()
     return {

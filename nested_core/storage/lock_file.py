@@ -71,7 +71,7 @@ def exclusive_lock(
     waits a while, or raises. Raises DamagedError for anything but a regular file, ConfigError where
     the file cannot be made or its file system has no locks.
     """
-    lock = _lock(path, os.O_RDWR | os.O_CREAT, mode, fcntl.LOCK_EX, on_busy)
+    lock = _open_and_lock(path, os.O_RDWR | os.O_CREAT, mode, fcntl.LOCK_EX, on_busy)
     try:
         yield lock
     finally:
@@ -86,7 +86,7 @@ def shared_lock(path: Path, *, on_busy: OnBusy | None = None) -> Iterator[LockFi
     """
     lock = None
     with suppress(FileNotFoundError, PermissionError):
-        lock = _lock(path, os.O_RDONLY, 0, fcntl.LOCK_SH, on_busy)
+        lock = _open_and_lock(path, os.O_RDONLY, 0, fcntl.LOCK_SH, on_busy)
     try:
         yield lock
     finally:
@@ -117,7 +117,7 @@ def lock_open_file(descriptor: int, path: Path) -> None:
 
     For a file that is never removed, so that the one at `path` stays the same.
     """
-    _flock(descriptor, path, fcntl.LOCK_EX)
+    _try_flock(descriptor, path, fcntl.LOCK_EX)
 
 
 def watch_lock(path: Path) -> LockFile | None:
@@ -126,7 +126,7 @@ def watch_lock(path: Path) -> LockFile | None:
     None if the file is missing. It stays open, so that no other file can pass for it.
     """
     try:
-        return LockFile(path, _open(path, os.O_RDONLY, 0))
+        return LockFile(path, _open_lock_file(path, os.O_RDONLY, 0))
     except FileNotFoundError:
         return None
 
@@ -148,7 +148,7 @@ def read_holder(path: Path) -> int | None:
 
 
 def _written_holder(path: Path) -> int:
-    descriptor = _open(path, os.O_RDONLY, 0)
+    descriptor = _open_lock_file(path, os.O_RDONLY, 0)
     try:
         written = os.read(descriptor, HOLDER_BYTES)
     finally:
@@ -156,12 +156,14 @@ def _written_holder(path: Path) -> int:
     return int(written) if written.isdigit() else 0
 
 
-def _lock(path: Path, flags: int, mode: int, operation: int, on_busy: OnBusy | None) -> LockFile:
+def _open_and_lock(
+    path: Path, flags: int, mode: int, operation: int, on_busy: OnBusy | None
+) -> LockFile:
     """Open and lock the file at `path`, until the one that is locked is the one at the path."""
     while True:
-        lock = LockFile(path, _open(path, flags, mode))
+        lock = LockFile(path, _open_lock_file(path, flags, mode))
         try:
-            _acquire(lock, operation, on_busy)
+            _wait_for_lock(lock, operation, on_busy)
             if lock.is_current():
                 return lock
         except BaseException:
@@ -170,7 +172,7 @@ def _lock(path: Path, flags: int, mode: int, operation: int, on_busy: OnBusy | N
         os.close(lock.descriptor)
 
 
-def _open(path: Path, flags: int, mode: int) -> int:
+def _open_lock_file(path: Path, flags: int, mode: int) -> int:
     try:
         descriptor = os.open(path, flags | OPEN_SAFELY, mode)
     except OSError as error:
@@ -185,17 +187,19 @@ def _open(path: Path, flags: int, mode: int) -> int:
     return descriptor
 
 
-def _acquire(lock: LockFile, operation: int, on_busy: OnBusy | None) -> None:
+def _wait_for_lock(lock: LockFile, operation: int, on_busy: OnBusy | None) -> None:
     while True:
         try:
-            return _flock(lock.descriptor, lock.path, operation | (fcntl.LOCK_NB if on_busy else 0))
+            return _try_flock(
+                lock.descriptor, lock.path, operation | (fcntl.LOCK_NB if on_busy else 0)
+            )
         except BlockingIOError:
             if on_busy is None:
                 raise
             on_busy()
 
 
-def _flock(descriptor: int, path: Path, operation: int) -> None:
+def _try_flock(descriptor: int, path: Path, operation: int) -> None:
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:

@@ -6,8 +6,8 @@ import os
 import stat
 from pathlib import Path
 
-from nested_core.compiled_kernels import CACHE_VARIABLE
 from nested_core.errors import ConfigError
+from nested_core.storage.compiled_kernels import CACHE_VARIABLE
 
 
 def make_private_folder(folder: Path, contents: str, danger: str) -> None:

@@ -161,6 +161,12 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     path = Path(path)
     run = RunDirectory(path)
     if run.is_nonempty() and not resume:
+        if run.config.is_file() and not run.tiers.exists():
+            raise ConfigError(
+                f"{path} is not empty: a run began there, and ended before it could train. Add "
+                f"--resume to begin it again, also with a corrected configuration, or give a "
+                f"--run-dir that does not exist yet."
+            )
         raise ConfigError(
             f"{path} is not empty. A run is never written over: add --resume to go on with it, or "
             f"give a --run-dir that does not exist yet."

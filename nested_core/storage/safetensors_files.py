@@ -110,7 +110,7 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "
     mx.save_safetensors orders tensors by a hash table; safetensors itself sorts, but makes the file
     readable for its owner alone, and reports a full disk as text.
     """
-    stored = {name: np.ascontiguousarray(_viewed(array)) for name, array in arrays.items()}
+    stored = {name: np.ascontiguousarray(_view_as_mlx(array)) for name, array in arrays.items()}
     specs = {
         name: TensorSpec(
             dtype=str(arrays[name].dtype).removeprefix("mlx.core."),
@@ -132,7 +132,7 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "
     path.chmod(mode)
 
 
-def _viewed(array: mx.array) -> mx.array:
+def _view_as_mlx(array: mx.array) -> mx.array:
     """NumPy has no bfloat16: its bytes go as uint16."""
     return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
 
@@ -156,7 +156,7 @@ def read_header(file: Any, size: int, path: Path) -> dict[str, TensorLocation]:
         _check_with_reference_reader(path)
         header = parse_json(read_start(file, 8 + length, path)[8:])
         locations = {
-            name: _location(name, entry, 8 + length)
+            name: _parse_location(name, entry, 8 + length)
             for name, entry in header.items()
             if name != METADATA
         }
@@ -187,7 +187,7 @@ def _check_with_reference_reader(path: Path) -> None:
         raise ValueError(f"it names {count} tensors, more than {MAX_TENSORS}")
 
 
-def _location(name: str, entry: dict[str, Any], start: int) -> TensorLocation:
+def _parse_location(name: str, entry: dict[str, Any], start: int) -> TensorLocation:
     """One header entry; the reference reader has seen that its fields are there and typed."""
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise ValueError(f"{name!r:.80} is not the name of a tensor")

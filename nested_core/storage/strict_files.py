@@ -22,8 +22,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
-from nested_core.backend import main_memory_bytes
 from nested_core.errors import ConfigError, DamagedError, MissingFileError
+from nested_core.storage.main_memory import main_memory_bytes
 
 FileType = Literal["missing", "file", "directory", "link", "other"]
 
@@ -85,10 +85,10 @@ def _open_descriptor(path: Path, *, follow_links: bool) -> int:
     except OSError as error:
         if error.errno not in UNREADABLE:
             raise  # it may pass: whoever called can try again
-        raise _refusal(error, path, "read") from error
+        raise _describe_refusal(error, path, "read") from error
 
 
-def _refusal(error: OSError, path: Path, what: str) -> DamagedError:
+def _describe_refusal(error: OSError, path: Path, what: str) -> DamagedError:
     is_link = error.errno == errno.ELOOP and file_type(path, follow_links=True) != "missing"
     if is_link or error.errno == errno.EISDIR:
         reason = ": it is a symbolic link" if is_link else ""
@@ -111,7 +111,7 @@ def append_regular(path: Path, content: bytes) -> None:
     except OSError as error:
         if error.errno not in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
             raise
-        raise _refusal(error, path, "written") from error
+        raise _describe_refusal(error, path, "written") from error
     try:
         _regular_size(descriptor, path)
         while content:
@@ -165,15 +165,15 @@ def parse_json(content: bytes) -> Any:
     try:
         return json.loads(
             content.decode("utf-8"),
-            object_pairs_hook=_object,
+            object_pairs_hook=_object_without_duplicates,
             parse_constant=_refuse_constant,
-            parse_float=_finite,
+            parse_float=_parse_finite,
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         seen: set[str] = set()
@@ -188,7 +188,7 @@ def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def _finite(text: str) -> float:
+def _parse_finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text:.20} is beyond any float")

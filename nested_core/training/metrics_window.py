@@ -28,9 +28,9 @@ class MetricsWindow:
         """`is_mean` is for a loss that is a mean, which is divided as mlx-lm divides it."""
         self._world = world
         self._is_mean = is_mean
-        self._restart()
+        self._restart_window()
 
-    def _restart(self) -> None:
+    def _restart_window(self) -> None:
         self.sums = _zero_sums()
         self.is_open = False
         self._earlier_tokens = 0
@@ -95,7 +95,7 @@ class MetricsWindow:
         }
         if not self._world.is_single_process:
             report["gradient_bytes"] = self._gradient_bytes
-        self._restart()
+        self._restart_window()
         return report
 
     def _sum_ranks(self) -> None:

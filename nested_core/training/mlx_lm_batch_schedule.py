@@ -40,6 +40,7 @@ class MlxLmSchedule:
         self.iterations = config.iters
         self.steps = config.iters // config.grad_accumulation_steps
         self._train_batches = _batches_by_key_count(config, "train", splits)
+        self.epochs = self.iterations / len(self._train_batches)
         self._valid_batches = _batches_by_key_count(config, "valid", splits)
         self.validation_examples = config.batch_size * self._evaluated_batches(
             len(self._valid_batches)

@@ -13,11 +13,14 @@ import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import TypeAdapter, ValidationError
+
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, shorten
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object, read_regular
@@ -59,6 +62,7 @@ class _WeightsAndBiases:
         self._run.log(dict(values), step=step)
 
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
+        """The verdict in the run's summary, the files as one artifact."""
         self._run.summary["verdict"] = verdict
         artifact = self._wandb.Artifact(f"verdict-{self.run_id}", type="verdict")
         for file in files:
@@ -88,6 +92,7 @@ class _SwanLab:
         self._swanlab.log(dict(values), step=step)
 
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
+        """The verdict and each file as a text."""
         texts = {"verdict": self._swanlab.Text(verdict)} | {
             file.name: self._swanlab.Text(read_regular(file).decode(), caption=file.name)
             for file in files
@@ -174,47 +179,75 @@ def configured_services(config: FineTuneConfig) -> list[str]:
 
 
 class ReportingCallback:
-    """Sends what a run reports to the services of `report_to`; a training callback."""
+    """Sends what a run reports to the services of `report_to`; a training callback.
 
-    def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None:
-        """Raises ConfigError for a service that cannot be reached."""
+    A service that fails is warned of once and is sent nothing more: the run goes on without it.
+    """
+
+    def __init__(
+        self, config: FineTuneConfig, run: RunDirectory, *, requires_all: bool = True
+    ) -> None:
+        """Raises ConfigError for a service that cannot be reached.
+
+        Without `requires_all` it is left out, with a warning.
+        """
         project = config.project_name or DEFAULT_PROJECT
         settings = config.model_dump(mode="json")
-        known = _read_run_ids(run)
+        self._run = run
+        self._record = _read_record(run)
         self._services: dict[str, ReportingService] = {}
         for name in configured_services(config):
+            known = self._record.run_ids.get(name)
             try:
-                service = SERVICES[name](project, run.path.resolve(), settings, known.get(name))
+                service = SERVICES[name](project, run.path.resolve(), settings, known)
             except Exception as error:  # of a client or of the way to its server
-                self.close()
-                raise ConfigError(f"report_to: {name} cannot be used: {error}") from error
+                if requires_all:
+                    self.close()
+                    raise ConfigError(f"report_to: {name} cannot be used: {error}") from error
+                warnings.warn(f"report_to: {name} cannot be used: {error}", stacklevel=2)
+                continue
             self._services[name] = service
+            self._record.run_ids[name] = service.run_id
         if self._services:
-            ids = {name: service.run_id for name, service in self._services.items()}
-            write_json(run.report_to, known | ids)
+            self._record.write(run)
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         """Send a training report."""
-        self._log(train_info)
+        self._log_report(train_info)
 
     def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         """Send an evaluation."""
-        self._log(val_info)
+        self._log_report(val_info)
 
-    def _log(self, info: Mapping[str, Any]) -> None:
+    def _log_report(self, info: Mapping[str, Any]) -> None:
         numbers = {
             name: float(value)
             for name, value in info.items()
             if isinstance(value, int | float) and math.isfinite(value)
         }
-        for service in self._services.values():
-            service.log(numbers, int(info["iteration"]))
+        iteration = int(info["iteration"])
+        for name, service in list(self._services.items()):
+            try:
+                service.log(numbers, iteration)
+            except Exception as error:  # of a client or of the way to its server
+                del self._services[name]
+                self._record.missing_from.setdefault(name, iteration)
+                self._record.write(self._run)
+                warnings.warn(
+                    f"report_to: {name} took no report of iteration {iteration}, and is sent no "
+                    f"more of this training, which goes on: {shorten(error, 200)}",
+                    stacklevel=2,
+                )
 
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
-        """Add the verdict and the files that are there."""
+        """Add the verdict and the files that are there; a service that refuses is warned of."""
         present = [file for file in files if file.is_file()]
-        for service in self._services.values():
-            service.attach(verdict, present)
+        for name, service in self._services.items():
+            try:
+                service.attach(verdict, present)
+            except Exception as error:  # of a client or of the way to its server
+                message = f"report_to: the verdict was not attached: {name}: {error}"
+                warnings.warn(message, stacklevel=2)
 
     def close(self) -> None:
         """Send what is held back; a service that cannot take it is warned of."""
@@ -244,26 +277,50 @@ def reporting_to_services(
 def attaching_verdict_at_end(config: FineTuneConfig, run: RunDirectory) -> Iterator[None]:
     """When the block ends, add its verdict, gate.json and report.html to each service's run.
 
-    A service that cannot be reached is warned of: the run is done without it.
+    A service that cannot be reached is warned of: the run is done without it. So is one that
+    lacks reports of the training.
     """
     try:
         yield
     finally:
-        if configured_services(config) and run.result.is_file() and run.gate.is_file():
-            try:
-                services = ReportingCallback(config, run)
-                try:
-                    verdict = str(read_json_object(run.gate)["verdict"])
-                    services.attach(verdict, (run.gate, run.report))
-                finally:
-                    services.close()
-            except Exception as error:  # of a client or of the way to its server
-                warnings.warn(f"report_to: the verdict was not attached: {error}", stacklevel=2)
+        if configured_services(config):
+            if run.result.is_file() and run.gate.is_file():
+                _attach_verdict(config, run)
+            for name, iteration in _read_record(run).missing_from.items():
+                warnings.warn(
+                    f"report_to: {name} lacks reports of this run, from iteration {iteration} on; "
+                    f"all are in {run.metrics}",
+                    stacklevel=2,
+                )
 
 
-def _read_run_ids(run: RunDirectory) -> dict[str, str]:
+def _attach_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
+    services = ReportingCallback(config, run, requires_all=False)
     try:
-        ids = read_json_object(run.report_to)
-    except DamagedError:  # or a first process: then the services begin anew
-        return {}
-    return {str(name): str(value) for name, value in ids.items()}
+        services.attach(str(read_json_object(run.gate)["verdict"]), (run.gate, run.report))
+    except (DamagedError, KeyError) as error:
+        warnings.warn(f"report_to: the verdict was not attached: {error}", stacklevel=2)
+    finally:
+        services.close()
+
+
+@dataclass(frozen=True)
+class _ServiceRecord:
+    """RUN_DIR/report-to.json, by service: its run's id, and the first iteration not sent to it."""
+
+    run_ids: dict[str, str] = field(default_factory=dict)
+    missing_from: dict[str, int] = field(default_factory=dict)
+
+    def write(self, run: RunDirectory) -> None:
+        """Keep it in the run directory."""
+        write_json(run.report_to, asdict(self))
+
+
+_RECORD = TypeAdapter(_ServiceRecord)
+
+
+def _read_record(run: RunDirectory) -> _ServiceRecord:
+    try:
+        return _RECORD.validate_python(read_json_object(run.report_to))
+    except (DamagedError, ValidationError):  # or a first process: then the services begin anew
+        return _ServiceRecord()

@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from nested_core.models.parameters import read_parameters
+from nested_core.optim.gradient_checks import Flat
 from nested_core.storage import checkpoint
 from nested_core.storage.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     export_snapshot,
     read_adapter_config,
+    write_adapter,
 )
+from nested_core.storage.atomic import TEMPORARY_PREFIX
+from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.early_stopping import count_improvement
 from nested_core.training.evaluation import Evaluator
@@ -59,6 +64,8 @@ class RunRecorder:
             state.reported = truncate_metrics(metrics, state.step, state.reported)
             records = read_metrics(metrics)
             self._losses = [r["loss"] for r in records if r.get("loss") is not None]
+            if is_resumed:  # the process before may have ended between checkpoint and snapshot
+                self._export_if_due(checkpoint_path(self.setup.run.checkpoints, state.step), state)
         if state.open_report:
             self.window.reopen(state.open_report)
         if not is_resumed:
@@ -154,9 +161,8 @@ class RunRecorder:
         if setup.step_schedule.keeps_random_state:
             state.random_key = read_random_key()
         values = read_parameters(setup.parameters)
-        dtypes = self._published_dtypes
-        adapter = {name: value.astype(dtypes[name]) for name, value in values.items()}
-        masters = {name: v for name, v in values.items() if v.dtype != dtypes[name]}
+        adapter = self._as_published(values)
+        masters = {name: v for name, v in values.items() if v.dtype != adapter[name].dtype}
         record = CheckpointState(
             state,
             wanted_iterations=setup.config.iters,
@@ -168,20 +174,57 @@ class RunRecorder:
             setup.run.checkpoints,
             adapter=adapter,
             masters=masters,
-            adapter_config=read_adapter_config(setup.run.initial / CONFIG_NAME),
+            adapter_config=self._adapter_config(),
             optimizer_state=setup.optimizer.state,
             state=record.to_json(),
             confirm=setup.run.require_lock,
         )
         if state.step >= max(2, *(tier.frequency for tier in setup.optimizer.tiers)):
             warn_of_unchanged_checkpoint(state, path, setup.run.initial)
-        if setup.config.adapter_path is not None:
-            export_snapshot(path, Path(setup.config.adapter_path), state.iteration)
+        self._export_if_due(path, state)
         checkpoint.prune_checkpoints(
             setup.run.checkpoints,
             keep_last=setup.config.training.keep_checkpoints,
             keep_steps=[state.best_step] if state.best_step is not None else [],
         )
+
+    def snapshots_between(self, first: int, last: int) -> list[int]:
+        """The iterations between the micro-batches [first, last) at which a snapshot is due."""
+        if self.setup.config.adapter_path is None:
+            return []
+        every = self.setup.config.save_every
+        return [done for done in range(first + 1, last) if done % every == 0]
+
+    def export_snapshots(self, iterations: Sequence[int]) -> None:
+        """Copy what the model holds to adapter_path, under each of these iterations.
+
+        For iterations within a step, before it is taken: as in mlx_lm.lora, gradients that are
+        still gathered are not in the snapshot.
+        """
+        run, adapter_path = self.setup.run, self.setup.config.adapter_path
+        if adapter_path is None or not self.setup.world.is_main:
+            return
+        adapter = self._as_published(read_parameters(self.setup.parameters))
+        with TemporaryDirectory(dir=run.path, prefix=TEMPORARY_PREFIX) as folder:
+            write_adapter(Path(folder), adapter, self._adapter_config())
+            for iteration in iterations:
+                export_snapshot(Path(folder), Path(adapter_path), iteration)
+
+    def _export_if_due(self, path: Path, state: TrainingState) -> None:
+        """Copy a checkpoint to adapter_path where mlx_lm.lora writes a snapshot of its iteration.
+
+        Checkpoints that are written for another reason, such as the best, are not copied.
+        """
+        config = self.setup.config
+        if config.adapter_path is not None and state.iteration % config.save_every == 0:
+            export_snapshot(path, Path(config.adapter_path), state.iteration)
+
+    def _as_published(self, values: Flat) -> Flat:
+        """Trained values in the dtypes that the adapter is published in."""
+        return {name: value.astype(self._published_dtypes[name]) for name, value in values.items()}
+
+    def _adapter_config(self) -> dict[str, Any]:
+        return read_adapter_config(self.setup.run.initial / CONFIG_NAME)
 
 
 def read_random_key() -> list[int]:

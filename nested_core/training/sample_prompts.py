@@ -61,3 +61,17 @@ def samples_by_step(records: Iterable[Mapping[str, Any]]) -> dict[int, list[dict
     Each has `prompt`, `answer`, `tokens` and `is_cut_off`; step 0 is before training.
     """
     return {record["step"]: record["samples"] for record in records if record.get("samples")}
+
+
+def choose_evaluations(steps: Iterable[int], judged: int | None, limit: int) -> list[int]:
+    """At most `limit` (2 or more) of the steps: the first, the last, the judged, and some between.
+
+    Those between are evenly spaced.
+    """
+    ordered = sorted(set(steps))
+    if len(ordered) <= limit:
+        return ordered
+    fixed = {step for step in ordered if step in (ordered[0], judged, ordered[-1])}
+    count = max(2, limit - len(fixed) + 2)
+    spaced = {ordered[n * (len(ordered) - 1) // (count - 1)] for n in range(count)}
+    return sorted(fixed | spaced)

@@ -17,11 +17,11 @@ import mlx.core as mx
 
 from nested_core.backend import to_float, to_int
 from nested_core.errors import SilentUpdateWarning
-from nested_core.loss_format import format_change
 from nested_core.optim.gradient_checks import Flat, find_gradient_mark
 from nested_core.optim.named_updates import UpdateReport, flatten, verify_updates
 from nested_core.optim.tier_counters import COUNTERS
 from nested_core.storage.adapter import WEIGHTS_NAME
+from nested_core.text.loss_format import format_change
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState
 

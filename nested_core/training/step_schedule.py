@@ -32,6 +32,7 @@ class StepSchedule(Protocol):
         loss_name: the loss to train with, a key of `loss.LOSSES`.
         iterations: micro-batches of the whole run.
         steps: optimizer steps of the whole run.
+        epochs: passes over the training data of the whole run.
         offers_best: whether the run offers its best checkpoint by validation loss, or its last.
         evaluates_after_step: whether evaluations follow the step that they are due at.
         keeps_random_state: whether random draws continue from step to step, so that a checkpoint
@@ -42,6 +43,7 @@ class StepSchedule(Protocol):
     loss_name: str
     iterations: int
     steps: int
+    epochs: float
     offers_best: bool
     evaluates_after_step: bool
     keeps_random_state: bool
@@ -96,6 +98,7 @@ class BucketedSchedule:
         if config.training.epochs is not None:
             self.iterations = math.ceil(config.training.epochs * self._plan.batches_per_epoch)
         self.steps = math.ceil(self.iterations / config.grad_accumulation_steps)
+        self.epochs = self.iterations / self._plan.batches_per_epoch
         self.validation_examples = _count_validation_examples(config, self._valid)
 
     def largest_batch(self) -> BatchShape:

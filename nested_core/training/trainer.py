@@ -120,7 +120,7 @@ class Trainer:
         checkpoint = latest_checkpoint(self.setup.run.checkpoints)
         if checkpoint is not None:
             self._refuse_changed_inputs(checkpoint.state["found"])
-            self._restore(checkpoint)
+            self._restore_checkpoint(checkpoint)
 
     def _refuse_changed_inputs(self, recorded: Mapping[str, str]) -> None:
         digests = self.setup.input_digests
@@ -138,7 +138,7 @@ class Trainer:
         )
         raise DatasetError(message) if changed == ["data"] else DamagedError(message)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _restore_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Take over adapter, optimizer, position, best so far and open report."""
         apply_flat_updates_to_nested(self.model, checkpoint.parameters())
         self.optimizer.state = checkpoint.optimizer_state()
@@ -167,7 +167,7 @@ class Trainer:
                 self._recorder.begin(self.state)
                 self._train_steps()
                 if not self.state.ended:
-                    self._finish()
+                    self._finish_training()
         except EvaluationInterrupted:
             self.state.ended = False
             self._save_and_raise_stopped()
@@ -188,6 +188,7 @@ class Trainer:
             first = self.state.iteration
             last = min(first + every, self.step_schedule.iterations)
             self._evaluate_before(train_step, first, last)
+            self._export_before(train_step, first, last)
             result = self._take_step(train_step, first, last)
             must_stop = self._must_stop_after(result)
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS])
@@ -197,13 +198,15 @@ class Trainer:
         self._divergence_watch.finish()
 
     def _compile_step(self) -> TrainStep:
+        # A packed lora_a lies transposed, and BLAS may round its products otherwise than mlx_lm's.
+        is_packed = self.config.fine_tune_type != "full" and self.config.training.reference is None
         return TrainStep(
             model=self.model,
             parameters=self.setup.parameters,
             optimizer=self.optimizer,
             tiers=self.setup.tiers,
             loss_fn=self.setup.loss_fn,
-            pack_by_tier=self.config.fine_tune_type != "full",
+            pack_by_tier=is_packed,
             uses_dropout=self.config.lora_parameters.dropout > 0,
             world=self.world,
         )
@@ -251,7 +254,7 @@ class Trainer:
         """
         config = self.config
         events = (config.steps_per_report, config.steps_per_eval, config.save_every)
-        is_read = is_last or any(self._has_completed_multiple(first, every) for every in events)
+        is_read = is_last or any(self._has_passed_multiple_since(first, every) for every in events)
         if not is_read and self._update_check.has_checked(result.due):
             return
         written = self._write_model(train_step)
@@ -272,17 +275,24 @@ class Trainer:
             self.state.reported = reported
             raise
 
+    def _export_before(self, train_step: TrainStep, first: int, last: int) -> None:
+        """Write the snapshots that are due within a step, which the step does not change yet."""
+        due = self._recorder.snapshots_between(first, last)
+        if due:
+            self._write_model(train_step)
+            self._recorder.export_snapshots(due)
+
     def _record_what_is_due(self, first: int, last: int) -> None:
         """Report, evaluate and save what is due after the step [first, last)."""
-        is_evaluation = self._has_completed_multiple(first, self.config.steps_per_eval)
+        is_evaluation = self._has_passed_multiple_since(first, self.config.steps_per_eval)
         self._recorder.record_what_is_due(
             self.state,
             report=last in self.step_schedule.reports_within(first, last),
             evaluate=self.step_schedule.evaluates_after_step and is_evaluation,
-            save=self._has_completed_multiple(first, self.config.save_every),
+            save=self._has_passed_multiple_since(first, self.config.save_every),
         )
 
-    def _has_completed_multiple(self, first: int, every: int) -> bool:
+    def _has_passed_multiple_since(self, first: int, every: int) -> bool:
         """Whether the last step completed a multiple of `every` iterations."""
         return self.state.iteration // every > first // every
 
@@ -292,7 +302,7 @@ class Trainer:
         patience = self.config.training.early_stop_patience
         return has_all_iterations or is_out_of_patience(self.state, patience)
 
-    def _finish(self) -> None:
+    def _finish_training(self) -> None:
         """Apply gradients that are still gathered, evaluate the result, and save it."""
         self._apply_open_gradients()
         is_evaluated = self.state.evaluated_step == self.state.step and not self.state.flushed

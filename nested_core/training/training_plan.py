@@ -20,6 +20,7 @@ class TrainingPlan:
 
     steps, iterations: optimizer steps and micro-batches of the whole run.
     first_step: where this process went on from; 0 is the beginning.
+    resumed_at: every step that a process went on from after an earlier one had ended, ascending.
     frequencies: of each tier, the fastest first.
     offers_best: whether the adapter of the lowest validation loss is offered, or the last one.
     training_file: the file that is trained on.
@@ -38,11 +39,21 @@ class TrainingPlan:
     validation_examples: int
     memory_forecast_gb: float
     memory_limit_gb: float
+    resumed_at: tuple[int, ...] = ()
 
     def describe_validation(self) -> str:
         """The examples of an evaluation: "valid.jsonl, 10 examples"."""
         noun = "example" if self.validation_examples == 1 else "examples"
         return f"{self.validation_file}, {self.validation_examples:,} {noun}"
+
+
+def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int, ...]:
+    """`resumed_at` of a process that begins at `first_step`, after the processes of `earlier`.
+
+    Resumptions beyond that step are left out: what was trained after them was given up.
+    """
+    known = () if earlier is None else earlier.resumed_at
+    return tuple(sorted({step for step in (*known, first_step) if 0 < step <= first_step}))
 
 
 _PLAN = TypeAdapter(TrainingPlan)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.workers.process import ProcessWorker
 
+from flows.commands.deployment import read_notify
 from flows.deploy import _make_work_pools
 from flows.deployment_plan import read_yaml
 from flows.packaged_files import packaged_folder
+from nested_core.errors import ConfigError
 from tests.flows.conftest import Ended
 
 
@@ -30,6 +33,17 @@ def test_a_server_that_does_not_answer_is_said_in_a_paragraph(
     failed = nested_tune("deploy", **nowhere)
     assert failed.code == 1
     assert "Expected a Prefect server at PREFECT_API_URL" in failed.message()
+
+
+def test_where_alerts_go_is_read_from_a_file_so_that_no_list_of_processes_shows_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "url").write_text("https://chat.example/hooks/secret\n")
+    assert read_notify(f"@{tmp_path / 'url'}") == "https://chat.example/hooks/secret"
+    assert read_notify("slack-webhook/ops") == "slack-webhook/ops"
+    (tmp_path / "empty").touch()
+    with pytest.raises(ConfigError, match="empty: the file holds 0 words. Expected a notification"):
+        read_notify(f"@{tmp_path / 'empty'}")
 
 
 def test_work_pools_that_another_deploy_makes_meanwhile_are_made(

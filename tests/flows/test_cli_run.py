@@ -58,7 +58,7 @@ def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs
 
 def test_what_failed_is_told_once_and_the_tasks_are_named(runs: Runs) -> None:
     assert runs.bad_data.code == 3
-    assert runs.bad_data.stderr.count("wrong-type") == 1
+    assert runs.bad_data.stderr.count(" wrong-type") == 1
     assert re.search(
         r"Task run 'validate data' - Finished in state Failed$", runs.bad_data.stderr, re.M
     )

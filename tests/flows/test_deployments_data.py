@@ -24,8 +24,10 @@ from nested_core.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")
 PLAN = make_plan()
-DEPLOYMENTS: dict[str, dict[str, Any]] = {
-    each["name"].removeprefix("geography-"): each for each in PLAN.deployments
+DEPLOYMENTS: dict[str, dict[str, Any]] = {  # of the adapter
+    each["name"].removeprefix("geography-"): each
+    for each in PLAN.deployments
+    if each["name"] != "auto"  # for all adapters
 }
 POOLS = yaml.safe_load((FOLDER / "work-pools.yaml").read_text())["work_pools"]
 
@@ -35,11 +37,13 @@ def settings() -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-@pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_every_deployment_names_a_flow_that_is_there_and_a_pool_that_is_made(name: str) -> None:
-    module, _, function = DEPLOYMENTS[name]["entrypoint"].rpartition(".")
+@pytest.mark.parametrize("deployment", PLAN.deployments, ids=full_name)
+def test_every_deployment_names_a_flow_that_is_there_and_a_pool_that_is_made(
+    deployment: dict[str, Any],
+) -> None:
+    module, _, function = deployment["entrypoint"].rpartition(".")
     assert isinstance(getattr(import_module(module), function), Flow)
-    assert DEPLOYMENTS[name]["work_pool"]["name"] in [pool["name"] for pool in POOLS]
+    assert deployment["work_pool"]["name"] in [pool["name"] for pool in POOLS]
 
 
 def training_configs() -> dict[str, FineTuneConfig]:
@@ -136,8 +140,9 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "reconcile/support-bot-hourly",
         "rollback/support-bot-rollback",
         "promote/auto",
+        "resume/auto",
     ]
-    parameters = [deployment["parameters"] for deployment in plan.deployments[:-1]]
+    parameters = [deployment["parameters"] for deployment in plan.deployments[:-2]]
     published = SUPPORT | {"registry": SUPPORT["registry"] | {"promote": "better"}}
     nightly = {"continual": {"from": "champion", "skip_unchanged": True}}
     assert parameters[0] == {"config": published | nightly}
@@ -149,7 +154,7 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     assert parameters[4] == {"config": {"registry": "/srv/adapters", "names": ["support-bot"]}}
     assert parameters[5] == {"config": {"registry": "/srv/adapters", "name": "support-bot"}}
     assert "geography" not in yaml.safe_dump([plan.project, plan.automations])
-    assert all("support-bot" in each["tags"] for each in plan.deployments[:-1])
+    assert all("support-bot" in each["tags"] for each in plan.deployments[:-2])
 
 
 def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Path) -> None:

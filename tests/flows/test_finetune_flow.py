@@ -117,7 +117,7 @@ def test_a_night_on_the_champions_own_data_is_skipped(completed: tuple[Path, Sta
     state = continued(folder, "skipped", data=str(DATA))
     champion = read_champion(folder / "registry", "capitals")
     assert (state.is_completed(), state.name) == (True, "Skipped")
-    assert state.message == f"skipped: data unchanged since {champion}"
+    assert state.message == f"skipped: data unchanged since {str(champion)[:6]}"
 
 
 def test_what_cannot_be_used_in_the_end_fails_the_flow_before_there_is_a_run(

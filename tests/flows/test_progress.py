@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flows.run_follower import RunFollower, showing_run
-from flows.terminal import ProgressLine, print_table
+from flows.terminal import ProgressLine, _wrap, print_table
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 
@@ -47,6 +47,31 @@ def test_long_work_is_a_line_now_and_then(
     ]
 
 
+def test_a_first_part_of_no_bytes_says_no_time_left(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show = ProgressLine()
+    for done in (0, 0, 5, 10):
+        clock[0] += 3
+        show("reading", done, 10)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 0%",
+        "reading: 0%",
+        "reading: 50%, 9 s left",
+        "reading: 100%",
+    ]
+
+
+def test_a_line_is_broken_between_words_and_a_path_stays_whole() -> None:
+    path = "/" + "a" * 90
+    assert _wrap(f"  model: {path} is not there", 40) == [
+        "  model:",
+        f"    {path}",
+        "    is not there",
+    ]
+    assert _wrap(f"{path} {path}", None) == [f"{path} {path}"]
+
+
 def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_start(
     tmp_path: Path,
 ) -> None:
@@ -58,7 +83,7 @@ def test_metrics_that_were_cut_back_and_have_grown_since_are_read_from_their_sta
     truncate_metrics(path, 1, 9)
     for step in range(2, 20):
         append_metrics(path, {"step": step, "loss": step / 3})
-    watcher._update()
+    watcher._read_progress()
     assert watcher.view.records == read_metrics(path)
 
 

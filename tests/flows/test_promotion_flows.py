@@ -178,7 +178,7 @@ def test_rollback_goes_back_and_automation_leaves_it_there(add: Add, registry: P
     promote(parameters(registry, second))
     given = RollbackParameters(registry=str(registry), name=NAME, by="ann")
     state = rollback(given, return_state=True)
-    assert state.message == "rolled_back"
+    assert state.message == f"rolled_back from {second[:12]} to {first[:12]} by ann"
     assert promote(parameters(registry, second), return_state=True).message == "superseded"
     reconcile(ReconcileParameters(registry=str(registry)))
     assert core.read_champion(registry, NAME) == first
@@ -192,6 +192,16 @@ def test_reconcile_promotes_what_an_event_got_lost_for_once(add: Add, registry: 
     assert core.read_champion(registry, NAME) == version
     assert reconcile(given, return_state=True).message == "promoted: nothing"
     assert tuple(task_runs(state, "reconcile")) == ("reconcile",)
+
+
+def test_reconcile_is_no_failure_before_the_first_version_of_an_adapter(
+    add: Add, registry: Path
+) -> None:
+    add(1)
+    given = ReconcileParameters(registry=str(registry), names=(NAME, "helpdesk"))
+    state = reconcile(given, return_state=True)
+    assert state.is_completed()
+    assert state.message == f"promoted: {NAME}; nothing is registered yet as helpdesk"
 
 
 def test_reconcile_goes_through_all_and_fails_naming_what_is_damaged(

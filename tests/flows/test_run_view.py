@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from flows.loss_curve import draw_curve
 from flows.run_view import RunView, draw_bar, draw_screen, format_line
 from nested_core.training.training_plan import TrainingPlan
+from tasks.loss_picture import LossCurves
 
 PLAN = TrainingPlan(
     steps=200,
@@ -64,6 +65,11 @@ def test_a_screen_tells_of_steps_time_losses_speed_memory_and_tiers() -> None:
         "updates: tier 0 (every step) 100 · tier 1 (every 4) 25 · skipped 1",
     ):
         assert words in screen
+
+
+def test_a_page_says_of_the_losses_what_the_screen_says() -> None:
+    said = "; ".join(view_of(*RECORDS).describe_losses())
+    assert LossCurves.of_records(RECORDS).describe(PLAN) == said
 
 
 def test_the_axis_ends_at_the_last_planned_step() -> None:

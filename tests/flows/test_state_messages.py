@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
-from flows.state_messages import advise_retry, describe_loss, describe_rejection
+from flows.state_messages import (
+    advise_retry,
+    describe_loss,
+    describe_rejection,
+    describe_test_loss,
+)
 from nested_core.storage.run_directory import RunDirectory
+from tests.example import example_config
 
 LOSSES = {
     "loss_before": 0.01841697,
@@ -78,3 +84,14 @@ def test_a_page_has_a_button_in_place_of_a_command(command: str) -> None:
     assert "--" not in advice
     assert "nested-tune" not in advice
     assert "Retry" in advice
+
+
+def test_the_test_loss_names_its_file_examples_and_adapter(tmp_path: Path) -> None:
+    run = run_with(tmp_path, adapter_step=80)
+    limited = describe_test_loss(example_config(test_batches=5, batch_size=4), run, 1.0)
+    assert limited == (
+        "Test loss 1, Test ppl 2.718 (test.jsonl, at most 5 batches of 4, adapter of step 80)"
+    )
+    assert "(test.jsonl, all examples, " in describe_test_loss(
+        example_config(test_batches=-1), run, 1.0
+    )

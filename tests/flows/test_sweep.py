@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.states import Completed, Crashed, Running, Scheduled, State
 
-from flows.sweep import SweepParameters, apply_grid_point, grid_points, sweep
+from flows.finetune import finetune
+from flows.sweep import SweepParameters, apply_grid_point, grid_points, has_ended, sweep
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
+from tasks.outcomes import Outcome
 from tasks.sweep_results import SweepRunResult
 from tests.example import example_config
 
@@ -61,3 +66,21 @@ def test_a_run_that_passed_is_a_candidate_whatever_its_states_name(tmp_path: Pat
     assert passed.has_passed
     assert not kept.has_passed
     assert passed.describe() == "seed=1 (val loss 0.5)"
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_point_that_crashed_has_ended_when_it_will_not_go_on_by_itself() -> None:
+    with get_client(sync_client=True) as client:
+        run_id = client.create_flow_run(finetune).id
+
+        def ended(*states: State[None], after: timedelta = timedelta(0)) -> bool:
+            for state in states:
+                client.set_flow_run_state(run_id, state, force=True)
+            return has_ended(client, client.read_flow_run(run_id), datetime.now(UTC) + after)
+
+        assert not ended(Running())
+        assert not ended(Crashed())  # it is about to be resumed
+        assert ended(after=timedelta(minutes=10))  # nobody resumes it
+        assert not ended(Scheduled(name=Outcome.RESUMED), Running())
+        assert ended(Crashed())  # the second time
+        assert ended(Completed())

@@ -99,7 +99,7 @@ def test_pages_cost_a_run_of_2000_steps_what_they_cost_one_of_20(prefect_home: P
         made = artifacts_of(flow_run)
         assert sorted(made) == [f"{adapter}-loss-curve", f"{adapter}-training-progress"]
         assert made[f"{adapter}-training-progress"].data == 100.0
-        assert f"at step {steps:,}" in made[f"{adapter}-loss-curve"].data
+        assert f"step {steps:,})" in made[f"{adapter}-loss-curve"].data
         assert seconds < MOST_SECONDS
         costs[steps] = page_rows(prefect_home / DATABASE, adapter)
         print(steps, seconds, costs[steps])

@@ -26,13 +26,13 @@ DUE = datetime.now(UTC)
 
 
 class Queue:
-    """A work pool for one run at a time, with a nightly and a manual deployment of an adapter."""
+    """A work pool, with a nightly and a manual deployment of an adapter, of one run at a time."""
 
-    def __init__(self, client: SyncPrefectClient) -> None:
+    def __init__(self, client: SyncPrefectClient, pool_limit: int = 1) -> None:
         self.client = client
         self.pool = f"pool-{uuid4()}"
         self.adapter = f"adapter-{uuid4().hex[:8]}"
-        client.create_work_pool(WorkPoolCreate(name=self.pool, concurrency_limit=1))
+        client.create_work_pool(WorkPoolCreate(name=self.pool, concurrency_limit=pool_limit))
         flow_id = client.create_flow(finetune)
         every_night = DeploymentScheduleCreate(
             schedule=CronSchedule(cron="0 2 * * *"), active=False
@@ -45,6 +45,7 @@ class Queue:
                 work_pool_name=self.pool,
                 schedules=schedules,
                 parameters=config,
+                concurrency_limit=1,
                 enforce_parameter_schema=False,
             )
             for name, schedules in (("nightly", [every_night]), ("manual", []))
@@ -53,7 +54,7 @@ class Queue:
     def add(self, name: str, *states: Any) -> UUID:
         run = self.client.create_flow_run_from_deployment(self.deployments[name])
         for state in states:
-            self.client.set_flow_run_state(run.id, state, force=True)
+            self.client.set_flow_run_state(run.id, state)
         return run.id
 
     def read(self, run_id: UUID) -> FlowRun:
@@ -92,9 +93,33 @@ def test_a_run_that_waits_for_the_pool_says_for_which_run(queue: Queue) -> None:
     before = len(queue.client.read_flow_run_states(waiting))
     queue.look(at_work)  # again: nothing new, no row more
     assert len(queue.client.read_flow_run_states(waiting)) == before
-    release_waiting_runs(queue.client, run.flow_id)  # it may be late now, which has to be told
+    other = queue.add("manual", Pending(), Running())
+    release_waiting_runs(queue.client, queue.read(other))  # the other one looks after it
+    assert queue.said(waiting)[0] == "Waiting"
+    queue.client.set_flow_run_state(other, Completed(), force=True)
+    release_waiting_runs(queue.client, queue.read(at_work))  # it may be late now: that is told
     assert queue.said(waiting)[0] == "Scheduled"
     assert queue.read(waiting).next_scheduled_start_time == due
+
+
+def test_a_run_for_which_the_pool_has_a_place_and_its_deployment_none_says_so(
+    queue: Queue,
+) -> None:
+    wide = Queue(queue.client, pool_limit=2)
+    at_work = wide.add("manual", Pending(), Running())
+    waiting = wide.add("manual")
+    queue.client.set_flow_run_state(waiting, Pending())  # as a worker asks
+    assert wide.said(waiting) == ("AwaitingConcurrencySlot", "None")
+    due = wide.read(waiting).next_scheduled_start_time
+    wide.look(at_work)
+    name, message = wide.said(waiting)
+    assert name == "Waiting"
+    assert message.startswith(f"waits for '{wide.adapter}, ")
+    deployment = queue.client.read_deployment(wide.deployments["manual"]).name
+    assert message.endswith(f": the deployment {deployment} runs 1 at a time")
+    assert wide.read(waiting).next_scheduled_start_time == due
+    queue.client.set_flow_run_state(at_work, Completed(), force=True)
+    queue.client.set_flow_run_state(waiting, Completed(), force=True)
 
 
 def test_a_second_night_does_not_queue_up_behind_one_that_waits(queue: Queue) -> None:
@@ -134,9 +159,24 @@ def test_a_run_that_a_worker_takes_meanwhile_is_not_put_back(queue: Queue) -> No
     queue.look(at_work)
     before = queue.read(waiting)
     queue.client.set_flow_run_state(waiting, Pending(), force=True)
-    with patch.object(waiting_runs, "_read_runs", return_value=[before]):
-        release_waiting_runs(queue.client, before.flow_id)
+    read = {waiting_runs.ACTIVE: [], (StateType.SCHEDULED,): [before]}
+    with patch.object(waiting_runs, "_read_runs", side_effect=lambda *given: read[given[2]]):
+        release_waiting_runs(queue.client, queue.read(at_work))
     assert queue.said(waiting)[0] == "Pending"
+
+
+def test_of_a_long_queue_the_first_runs_alone_are_told_what_they_wait_for(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting_runs, "FIRST_IN_LINE", 3)
+    at_work = queue.add("manual", Pending(), Running())
+    queued = [queue.add("manual") for _ in range(6)]
+    queue.look(at_work)
+    states = [queue.said(run_id)[0] for run_id in queued]
+    assert states == ["Waiting"] * 3 + ["Scheduled"] * 3
+    queue.client.set_flow_run_state(at_work, Completed(), force=True)
+    release_waiting_runs(queue.client, queue.read(at_work))
+    assert {queue.said(run_id)[0] for run_id in queued} == {"Scheduled"}
 
 
 def test_a_run_that_is_due_later_is_left_alone(

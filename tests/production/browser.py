@@ -144,10 +144,12 @@ class Browser:
         return bool(self.run(script))
 
     def choose_tab(self, title: str) -> None:
-        """Press the tab of this title."""
+        """Press the tab of this title: one UI hears the button going down, the other the click."""
         is_it = f"element => !element.children.length && element.innerText == '{title}'"
         tab = f"[...document.querySelectorAll('*')].find({is_it})"
-        wait_for(lambda: self.run(f"(tab => tab && (tab.click(), true))({tab})"), SECONDS_TO_SHOW)
+        press = "new MouseEvent('mousedown', {bubbles: true, button: 0})"
+        both = f"(tab => tab && (tab.dispatchEvent({press}), tab.click(), true))"
+        wait_for(lambda: self.run(f"{both}({tab})"), SECONDS_TO_SHOW)
 
     def picture(self, selector: str | None = None) -> bytes:
         """What is seen as PNG: all of it, or of the first element that the selector finds."""

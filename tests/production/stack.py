@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -152,12 +153,17 @@ class Stack:
         with temporary_settings(updates=here), get_client(sync_client=True) as client:
             yield client
 
-    def submit(self, deployment: str, **changes: Any) -> UUID:
-        """Start a run of a deployment with these keys of its configuration changed."""
+    def submit(self, deployment: str, *, due: datetime | None = None, **changes: Any) -> UUID:
+        """Start a run of a deployment with these keys of its configuration changed.
+
+        `due` is when the run was to begin, for its name; it begins at once.
+        """
         with self.connected() as client:
             there = client.read_deployment_by_name(deployment)
             values = {"config": there.parameters.get("config", {}) | changes}
-            run: Any = run_deployment(deployment, parameters=values, timeout=0, as_subflow=False)
+            run: Any = run_deployment(
+                deployment, parameters=values, scheduled_time=due, timeout=0, as_subflow=False
+            )
         return UUID(str(run.id))
 
     def flow_run(self, run_id: UUID) -> FlowRun:

@@ -98,7 +98,11 @@ def test_cancelled_in_promote(stack: Stack, faults: FaultTable) -> None:
     name = "cancelled-promote"
     version = add(stack, 42, name=name)
     with shared(stack.registry / name):  # what is read before the task may be read
-        section = {"registry": str(stack.registry), "name": name, "version": version}
+        section: dict[str, Any] = {
+            "registry": str(stack.registry),
+            "name": name,
+            "version": version,
+        }
         run_id = stack.submit("promote/auto", **section)
         wait_for(lambda: stack.is_running(run_id, "promote-recorded"), 90)
         began = time.monotonic()

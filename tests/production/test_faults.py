@@ -71,6 +71,19 @@ class Training:
         self.stack.retry(self.id)
         ends = ("Crashed", "Cancelled", "Failed")
         wait_for(lambda: self.stack.flow_run(self.id).state_name not in ends)
+        self.end_promoted_once()
+        assert begun_at > 0 or not has_begun
+
+    def go_on_by_itself(self) -> None:
+        """The automation resumes the run; it must end as one that a person has retried."""
+        begun_at = self.step()
+        wait_for(lambda: self.stack.flow_run(self.id).state_name != "Crashed", 120)
+        message = self.end_promoted_once()
+        assert message.startswith("crashed once, resumed by itself from step-"), message
+        assert begun_at > 0
+
+    def end_promoted_once(self) -> str:
+        """Wait for the end, verified and promoted, with each step trained once; its message."""
         ended = self.stack.wait(self.id)
         assert ended.state is not None
         assert ended.state_name == "Promoted", ended.state.message
@@ -78,8 +91,15 @@ class Training:
         assert self.step() == self.steps
         steps = [record["step"] for record in read_metrics(self.run.metrics)]
         assert steps == sorted(set(steps))
-        assert begun_at > 0 or not has_begun
         assert len(core.history(self.stack.registry, self.name)) == 1
+        return str(ended.state.message)
+
+    def said_of_its_crashes(self) -> list[str]:
+        """What the runs of resume/auto for this run say, the last one first."""
+        runs = self.stack.runs_of("resume/auto")
+        own = [r for r in runs if r.parameters["config"]["flow_run"] == str(self.id)]
+        own.sort(key=lambda run: str(run.created), reverse=True)
+        return [str(run.state.message) for run in own if run.state and run.state.is_final()]
 
     def is_unpromoted(self) -> bool:
         folder = self.stack.registry / self.name
@@ -95,10 +115,9 @@ def test_kill_9_of_the_flow_process(stack: Stack, faults: FaultTable) -> None:
     assert seconds < SLOT_IS_FREE_WITHIN
     assert training.is_unpromoted()
     held = f"checkpoint of step {training.step()}"
-    training.go_on()
-    faults.add(
-        "kill -9 of the flow process", state, held, seconds, "a retry resumes, promoted once"
-    )
+    training.go_on_by_itself()
+    then = "goes on by itself, promoted once"
+    faults.add("kill -9 of the flow process", state, held, seconds, then)
 
 
 def test_cancelled_while_it_trains(stack: Stack, faults: FaultTable) -> None:
@@ -134,8 +153,10 @@ def test_kill_9_of_the_worker_alone(stack: Stack, faults: FaultTable) -> None:
     faults.add("kill -9 of the worker", state, "the finished run", 0, "training goes on without it")
 
 
-def test_kill_9_of_worker_and_flow_process(stack: Stack, faults: FaultTable) -> None:
-    training = Training(stack, "killed-both").until(20)
+def test_kill_9_of_worker_and_flow_process_and_of_what_goes_on_by_itself(
+    stack: Stack, faults: FaultTable
+) -> None:
+    training = Training(stack, "killed-both", iters=2 * STEPS).until(20)
     began = time.monotonic()
     stack.workers["mlx-gpu"].kill()
     for process in stack.processes_of(training.id):
@@ -146,11 +167,26 @@ def test_kill_9_of_worker_and_flow_process(stack: Stack, faults: FaultTable) -> 
     assert state == "Crashed"
     assert "No heartbeat for 90 seconds" in str(stack.flow_run(training.id).state)
     assert seconds < SLOT_IS_FREE_WITHIN
+    begun_at = training.step()
+    held = f"checkpoint of step {begun_at}"
+    then = "goes on by itself"
+    faults.add("kill -9 of worker and flow process", state, held, seconds, then)
+
+    training.until(begun_at + 20)
+    began = time.monotonic()
+    os.kill(stack.flow_process(training.id), signal.SIGKILL)
+    state, seconds = training.final_state(began)
+    assert state == "Crashed"
+    wait_for(lambda: len(training.said_of_its_crashes()) == 2, 120)
+    again, first = training.said_of_its_crashes()
+    assert first.endswith("goes on from its last checkpoint")
+    assert again.endswith("crashed again: it stays Crashed until a Retry")
+    assert stack.flow_run(training.id).state_name == "Crashed"
+    assert training.is_unpromoted()
     held = f"checkpoint of step {training.step()}"
     training.go_on()
-    faults.add(
-        "kill -9 of worker and flow process", state, held, seconds, "a retry resumes, promoted once"
-    )
+    then = "stays Crashed; a retry resumes, promoted once"
+    faults.add("kill -9 of what goes on by itself", state, held, seconds, then)
 
 
 def test_sigterm_to_the_worker(stack: Stack, faults: FaultTable) -> None:
@@ -170,8 +206,13 @@ def test_sigterm_to_the_worker(stack: Stack, faults: FaultTable) -> None:
     if state != "Completed":
         assert state in ("Crashed", "Cancelled")
         assert training.is_unpromoted()
-        training.go_on()
-        then = "Prefect ended the run's process too; a retry resumes, promoted once"
+        if state == "Crashed":
+            training.go_on_by_itself()
+            goes_on = "it goes on by itself"
+        else:
+            training.go_on()
+            goes_on = "a retry resumes"
+        then = f"Prefect ended the run's process too; {goes_on}, promoted once"
     assert len(core.history(stack.registry, training.name)) == 1
     faults.add("SIGTERM to the worker", state, held, seconds, then)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ pytestmark = [
 PROGRAM = f"{shlex.quote(sys.executable)} -m flows.cli"
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 180
+# 39 and 49, with which tmux ends what is bold, are the terminal's own colours.
+COLOUR = re.compile("\x1b\\[[0-9;]*?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
 
 
 class Terminal:
@@ -31,7 +34,9 @@ class Terminal:
     def __init__(self, socket: Path, width: int, height: int) -> None:
         self._tmux = ["tmux", "-f", "/dev/null", "-S", str(socket)]
         self.tmux("new-session", "-d", "-x", str(width), "-y", str(height), "-s", "a", "bash")
-        self.type(f"export PYTHONPATH={shlex.quote(str(ROOT))} PS1='$ '; clear")
+        self.type(
+            f"export PYTHONPATH={shlex.quote(str(ROOT))} PS1='$ '; unset COLUMNS LINES; clear"
+        )
 
     def tmux(self, *arguments: str) -> str:
         command = [*self._tmux, *arguments]
@@ -80,8 +85,11 @@ def test_a_run_is_watched_and_its_last_screen_stays(terminal: Terminal, tmp_path
     assert last.index("· training loss") < last.index("offered: ") < last.index("passed: ")
 
 
-def test_a_resize_leaves_one_whole_screen(terminal: Terminal, tmp_path: Path) -> None:
-    terminal.type(configuration(tmp_path, iters=600))
+@pytest.mark.parametrize("exported", ["", "COLUMNS=80 LINES=24 "])
+def test_a_resize_leaves_one_whole_screen(
+    terminal: Terminal, tmp_path: Path, exported: str
+) -> None:
+    terminal.type(f"{exported}{configuration(tmp_path, iters=600)}")
     terminal.wait_for("updates: tier 0")
     for width, height in ((200, 50), (60, 20), (100, 30)):
         terminal.tmux("resize-window", "-t", "a", "-x", str(width), "-y", str(height))
@@ -97,7 +105,7 @@ def test_a_resize_leaves_one_whole_screen(terminal: Terminal, tmp_path: Path) ->
 def test_no_color_has_none(terminal: Terminal, tmp_path: Path) -> None:
     terminal.type(f"NO_COLOR=1 {configuration(tmp_path)}")
     terminal.wait_for("updates: tier 0")
-    assert "\x1b[3" not in terminal.screen(with_colours=True)
+    assert COLOUR.search(terminal.screen(with_colours=True)) is None
 
 
 def test_a_dumb_terminal_gets_lines(terminal: Terminal, tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> 
     with stack.connected() as client:
         assert {d.name: d.id for d in client.read_deployments()} == before
         names = [automation.name for automation in client.read_automations()]
-    assert len(before) == 7
+    own = {deployment["name"] for deployment in make_plan().deployments}
+    assert {f"{NAME}-nightly", f"{NAME}-manual"} <= own <= before.keys()
     assert sorted(names) == sorted(automation["name"] for automation in make_plan().automations)
 
 
@@ -94,7 +95,7 @@ def test_the_nightly_run_comes_by_its_schedule_and_its_adapter_is_champion(stack
 def test_a_night_without_new_data_is_skipped(stack: Stack) -> None:
     ended = stack.wait(stack.submit(f"finetune/{NAME}-nightly"))
     assert ended.state is not None
-    assert ended.state.message == f"skipped: data unchanged since {champion(stack)}"
+    assert ended.state.message == f"skipped: data unchanged since {str(champion(stack))[:6]}"
     assert len(core.history(stack.registry, NAME)) == 1
 
 
@@ -141,7 +142,8 @@ def test_rollback_goes_back_and_says_who(stack: Stack) -> None:
     previous = core.history(stack.registry, NAME)[-1]["previous"]
     ended = stack.wait(stack.submit(f"rollback/{NAME}-rollback", by="bob"))
     assert ended.state is not None
-    assert (ended.state.name, ended.state.message) == ("Rolled back", "rolled_back")
+    assert ended.state.name == "Rolled back"
+    assert str(ended.state.message).endswith(f" to {str(previous)[:12]} by bob")
     assert champion(stack) == previous
     assert core.history(stack.registry, NAME)[-1]["by"] == "bob"
 
@@ -157,13 +159,15 @@ def test_a_sweep_of_four_promotes_the_best_that_the_gate_verified(stack: Stack) 
     assert ended.state.name == "Promoted", ended.state.message
     with stack.connected() as client:
         wanted = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
-        (table,) = client.read_artifacts(artifact_filter=wanted)
+        artifacts = client.read_artifacts(artifact_filter=wanted)
+    (table,) = [artifact for artifact in artifacts if artifact.key == "sweep-results"]
     rows = json.loads(str(table.data))
-    assert table.key == "sweep-results"
-    assert [(row["learning_rate"], row["nested.fast"]) for row in rows] == [
+    assert [(float(row["learning_rate"]), row["nested.fast"]) for row in rows] == [
         (rate, fast) for rate in grid["learning_rate"] for fast in grid["nested.fast"]
     ]
-    best = min((row for row in rows if row["state"] == "Verified"), key=lambda r: r["val_loss"])
+    best = min(
+        (row for row in rows if row["state"] == "Verified"), key=lambda r: float(r["val_loss"])
+    )
     version = champion(stack)
     assert version is not None
     assert best["result"].startswith(f"verified {version[:6]}: ")

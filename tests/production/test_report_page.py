@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from nested_core.gate.verdict import Reason
+from nested_core.pipeline import steps
 from nested_core.report.run_comparison import compare_runs
 from nested_core.report.run_page import RunReport
 from nested_core.report.run_record import read_run
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.report_callbacks import TrainingCallback
 from tests.core.report.written_runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
+from tests.example import example_config, prepare, train
 from tests.production.browser import Browser, find_chromium
 from tests.production.stack import wait_for
 
@@ -57,10 +60,35 @@ def long(path: Path) -> RunDirectory:
     return finished_run(path, steps=10_000, text=HOSTILE_ROW, champion=True)
 
 
+class Crash(TrainingCallback):
+    """Ends training by an error at a report, beyond the last checkpoint."""
+
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+        """Raise at step 30, of which nothing was saved since step 20."""
+        if train_info["step"] == 30:
+            raise RuntimeError("crashed")
+
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
+        """Evaluations pass."""
+
+
+def resumed(path: Path) -> RunDirectory:
+    """A real run that crashed at step 30, went on from step 20, and was judged."""
+    config = example_config(iters=60, steps_per_report=5, steps_per_eval=20, save_every=20)
+    run = prepare(config, path)
+    with pytest.raises(RuntimeError, match="crashed"):
+        train(config, run, Crash())
+    steps.begin(config, run, resume=True)
+    train(config, run)
+    steps.judge(config, run)
+    return run
+
+
 CASES: dict[str, Callable[[Path], RunDirectory]] = {
     "passed": passed,
     "rejected": rejected,
     "going": going,
+    "resumed": resumed,
     "long": long,
 }
 
@@ -103,6 +131,21 @@ def test_the_page_of_a_run_is_quiet_and_accessible(
     look_at(browser, run.report, case)
     assert browser.run("document.querySelectorAll('script').length") == 0
     assert run.report.stat().st_size <= 300 * 1024
+
+
+def test_the_page_of_a_resumed_run_says_so_and_counts_each_step_once(
+    browser: Browser, tmp_path: Path
+) -> None:
+    run = resumed(tmp_path / "run")
+    RunReport(read_run(run, has_ended=True)).write(run.report)
+    browser.open(run.report.as_uri())
+    assert "The run was resumed at step 20: the curves go on" in browser.words()
+    numbers = "[...document.querySelectorAll('#curves table')[0].querySelectorAll('tbody tr')]"
+    cells = "row => [...row.children].slice(0, 2).map(cell => Number(cell.innerText))"
+    browser.run("document.querySelectorAll('details').forEach(each => { each.open = true }); 0")
+    rows = browser.run(f"{numbers}.map({cells})")
+    assert [step for step, _ in rows] == list(range(0, 61, 5))
+    assert [seconds for _, seconds in rows] == sorted({seconds for _, seconds in rows})
 
 
 def test_the_page_of_a_comparison_is_quiet_and_accessible(browser: Browser, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -32,7 +33,8 @@ ADAPTER = "support-bot"
 UIS = {"v1": "", "v2": "v2/"}
 CANVAS_WITHOUT_A_GRAPH = 20_000  # bytes of PNG, at most; the graph of six tasks has 50,000
 LOOK: dict[str, Any] = {"iters": 120, "batch_size": 8, "steps_per_eval": 20, "save_every": 40}
-LONG: dict[str, Any] = LOOK | {"iters": 100_000, "save_every": 1000}
+LONG: dict[str, Any] = LOOK | {"iters": 100_000, "save_every": 100}
+CAREFUL = {"learning_rate": 1e-4}  # what goes on from a champion at more gets worse
 LONGEST_NIGHT = 600.0
 
 
@@ -54,8 +56,18 @@ class Nights:
         with (self.data / "train.jsonl").open("a") as lines:
             lines.write(json.dumps({"messages": [question, answer]}) + "\n")
 
-    def begin(self, **changes: Any) -> UUID:
-        return self.stack.submit(f"finetune/{ADAPTER}-nightly", **LOOK | changes)
+    def begin(self, night: int, **changes: Any) -> UUID:
+        """Start one of the ten nights, the last of which is today, as if it were due then."""
+        due = datetime.now(UTC) - timedelta(days=10 - night)
+        deployment = f"finetune/{ADAPTER}-nightly"
+        return self.stack.submit(deployment, due=due, **LOOK | changes)
+
+    def kill_once_it_trains(self, run_id: UUID) -> None:
+        """Kill a run's process after its first checkpoint, and wait until it goes on by itself."""
+        pattern = f"runs/*-{run_id.hex[-8:]}/checkpoints/step-*"
+        wait_for(lambda: list(self.stack.home.glob(pattern)), LONGEST_NIGHT)
+        os.kill(self.stack.flow_process(run_id), signal.SIGKILL)
+        wait_for(lambda: self.stack.flow_run(run_id).run_count == 2, LONGEST_NIGHT)
 
     def end(self, what: str, run_id: UUID) -> FlowRun:
         self.runs[what] = self.stack.wait(run_id, seconds=LONGEST_NIGHT)
@@ -98,49 +110,49 @@ def deployed(stack: Stack) -> Nights:
 
 @pytest.fixture(scope="module")
 def training(deployed: Nights) -> UUID:
-    """A run that trains, for hours if nobody cancels it."""
-    run_id = deployed.begin(**LONG)
+    """The first night: a run that trains, for hours if nobody cancels it."""
+    run_id = deployed.begin(1, **LONG)
     find_artifact(deployed.stack, run_id, f"{ADAPTER}-loss-curve")
     return run_id
 
 
 @pytest.fixture(scope="module")
 def nights(deployed: Nights, training: UUID) -> Nights:
-    """Nights of every outcome, one after the other, and a version that waits for approval.
-
-    The first is the one that trained: a night that another is at work in would be skipped.
-    """
-    deployed.stack.prefect("flow-run", "cancel", str(training))
+    """Ten nights, one after the other, of every outcome, and a version that waits for approval."""
+    stack = deployed.stack
+    stack.prefect("flow-run", "cancel", str(training))
     deployed.end("cancelled", training)
-    deployed.end("promoted", deployed.begin())
-    deployed.end("unchanged", deployed.begin())
+    deployed.end("promoted", deployed.begin(2))
+    deployed.end("unchanged", deployed.begin(3))
     deployed.add_example(1)
-    crashing = deployed.begin()
-    wait_for(lambda: deployed.stack.is_running(crashing, "train"), LONGEST_NIGHT)
-    os.kill(deployed.stack.flow_process(crashing), signal.SIGKILL)
-    wait_for(lambda: deployed.stack.flow_run(crashing).run_count == 2, LONGEST_NIGHT)
-    deployed.end("resumed", crashing)
+    resumed = deployed.begin(4, save_every=20, **CAREFUL)
+    deployed.kill_once_it_trains(resumed)
+    deployed.end("resumed", resumed)
     deployed.add_example(2)
-    deployed.end("refused", deployed.begin(gate={"min_relative_change": 1e6}))
-    deployed.end("no better", deployed.begin(learning_rate=1e-7))
+    deployed.end("refused", deployed.begin(5))
+    deployed.end("no better", deployed.begin(6, learning_rate=1e-7))
     train = deployed.data / "train.jsonl"
     content = train.read_bytes()
     train.write_bytes(content + b'{"messages": [}\n')
-    deployed.end("broken data", deployed.begin())
+    deployed.end("broken data", deployed.begin(7))
     train.write_bytes(content)
+    crashing = deployed.begin(8, **LONG)
+    wait_for(lambda: stack.is_running(crashing, "train"), LONGEST_NIGHT)
+    deployed.end("second of a night", deployed.begin(8))
+    deployed.kill_once_it_trains(crashing)
+    os.kill(stack.flow_process(crashing), signal.SIGKILL)
+    deployed.end("crashed twice", crashing)
+    anew: dict[str, Any] = {"continual": {"from": None}}
+    at_once = {"path": "registry", "name": ADAPTER, "promote": "always"}
+    deployed.end("promoted at once", deployed.begin(9, registry=at_once, seed=3, **anew))
+    back = stack.submit(f"rollback/{ADAPTER}-rollback", by="ann")
+    deployed.end("rolled back", back)
     approved = {"path": "registry", "name": ADAPTER, "promote": "approve"}
-    anew = {"continual": {"from": None}, "seed": 4}
-    deployed.end("to approve", deployed.begin(registry=approved, **anew))
-    (asked,) = wait_for(
-        lambda: [
-            run
-            for name in ("auto", f"{ADAPTER}-approved")
-            for run in deployed.stack.runs_of(f"promote/{name}")
-            if run.state_name == "Suspended"
-        ],
+    deployed.end("to approve", deployed.begin(10, registry=approved, seed=4, **anew))
+    (deployed.runs["approval"],) = wait_for(
+        lambda: [run for run in stack.runs_of("promote/auto") if run.state_name == "Suspended"],
         LONGEST_NIGHT,
     )
-    deployed.runs["approval"] = asked
     return deployed
 
 
@@ -174,9 +186,13 @@ def look(request: pytest.FixtureRequest, stack: Stack, browser: Browser, picture
     """Open a page in one of the UIs, wait for words on it, and take its picture."""
     name = request.param
 
-    def look(path: str, picture: str, words: list[str], height: int = 900) -> str:
+    def look(
+        path: str, picture: str, words: list[str], height: int = 900, tab: str | None = None
+    ) -> str:
         browser.resize(height)
         browser.open(page(stack, f"{UIS[name]}{path}"))
+        if tab is not None:
+            browser.choose_tab(tab)
         seen = browser.wait_for_words(words)
         wait_for(browser.shows_its_pictures)
         (pictures / f"{picture}-{name}.png").write_bytes(browser.picture())
@@ -205,24 +221,55 @@ def test_the_form_begins_with_model_and_data(stack: Stack, deployed: Nights, loo
 
 
 def test_while_it_trains_the_curve_is_a_picture(stack: Stack, training: UUID, look: Any) -> None:
-    words = ["Loss while training", "training loss", "validation loss"]
+    name = str(stack.flow_run(training).name)
+    words = [name, "Loss while training", "training loss", "validation loss"]
     curve = find_artifact(stack, training, f"{ADAPTER}-loss-curve")
     look(f"artifacts/artifact/{curve.id}", "loss-curve", words, 720)
     progress = find_artifact(stack, training, f"{ADAPTER}-training-progress")
-    words = ["of 100,000; ", " left; ", " tokens/s"]
+    words = [name, "of 100,000; ", " left; ", " tokens/s"]
     look(f"artifacts/artifact/{progress.id}", "training-progress", words, 500)
+    look(f"runs/flow-run/{training}", "flow-run-training", ["Running", name, "finetune"], 1100)
 
 
 def test_the_list_of_runs_tells_each_night(nights: Nights, look: Any) -> None:
-    names = [str(run.state_name) for run in nights.runs.values()]
-    look("runs", "runs", [ADAPTER, *names], 1500)
+    outcomes = {what: str(run.state_name) for what, run in nights.runs.items()}
+    assert outcomes == {
+        "cancelled": "Cancelled",
+        "promoted": "Promoted",
+        "unchanged": "Skipped",
+        "resumed": outcomes["resumed"],  # whether it is better than the champion is not the point
+        "refused": "Rejected",
+        "no better": "Kept the champion",
+        "broken data": "Failed",
+        "second of a night": "Skipped",
+        "crashed twice": "Crashed",
+        "promoted at once": "Promoted",
+        "rolled back": "Rolled back",
+        "to approve": "Verified",
+        "approval": "Suspended",
+    }
+    assert outcomes["resumed"] in ("Promoted", "Kept the champion")
+    # Ten nights ago; without this the newer UI shows those of a week.
+    look("runs?range=past-30-days", "runs", [ADAPTER, *outcomes.values()], 2000)
 
 
-@pytest.mark.parametrize("what", ["promoted", "refused", "resumed", "unchanged"])
+PAGES = ("promoted", "refused", "resumed", "unchanged", "no better", "broken data", "to approve")
+
+
+@pytest.mark.parametrize("what", PAGES)
 def test_the_first_page_of_a_run_tells_its_night(nights: Nights, look: Any, what: str) -> None:
     run, night = nights.runs[what], nights.artifact(what, "night")
-    facts = ["Verdict", "Loss", "Answers", "Data", "Made of", "Run folder"]
-    look(f"artifacts/artifact/{night.id}", f"night-{what}", [f"{run.state_name}", *facts], 1000)
+    facts = [str(run.name), "Verdict", "Loss", "Answers", "Data", "Made of", "Run folder"]
+    picture = f"night-{what.replace(' ', '-')}"
+    look(f"artifacts/artifact/{night.id}", picture, [f"{run.state_name}", *facts], 1000)
+
+
+@pytest.mark.parametrize("what", ["refused", "resumed", "crashed twice", "approval"])
+def test_the_page_of_a_run_says_what_became_of_it(nights: Nights, look: Any, what: str) -> None:
+    run = nights.runs[what]
+    words = [str(run.name), str(run.state_name), "Deployment", "State Message"]
+    picture = f"flow-run-{what.replace(' ', '-')}"
+    look(f"runs/flow-run/{run.id}", picture, words, 1300, tab="Details")
 
 
 def test_the_page_of_a_run_has_its_graph_and_its_artifacts(
@@ -254,7 +301,7 @@ def test_what_was_found_in_the_data_set_is_a_table(nights: Nights, look: Any) ->
 def test_the_page_of_the_champion_draws_what_it_was_made_of(nights: Nights, look: Any) -> None:
     version = core.read_champion(nights.stack.registry, ADAPTER)
     assert version is not None
-    champion = nights.artifact("promoted", "champion")
+    champion = nights.artifact("rolled back", "champion")
     words = [version[:12], "What it was made of", "Champions so far"]
     look(f"artifacts/artifact/{champion.id}", "champion", words, 1000)
 

@@ -103,7 +103,7 @@ def test_the_url_of_the_webhook_is_in_no_log_and_in_no_answer_but_a_block_that_i
 
 def test_no_result_is_kept_as_a_pickle(stack: Stack) -> None:
     ended = stack.wait(stack.submit("finetune/geography-manual", gate={"min_relative_change": 1e6}))
-    assert ended.state_name == "Failed"
+    assert ended.state_name == "Rejected"
     kept = [path for path in (stack.folder / "prefect").rglob("storage/*") if path.is_file()]
     assert kept
     for path in kept:

@@ -50,7 +50,8 @@ def test_two_deploys_at_once_leave_one_of_everything_and_the_first_adapters_set_
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda _: stack.nested_tune("deploy", "-c", config), range(2)))
     assert [each.returncode for each in done] == [0, 0], done
-    wanted = {name % adapter for adapter in (NAME, ADAPTER) for name in SET} | {"promote/auto"}
+    wanted = {name % adapter for adapter in (NAME, ADAPTER) for name in SET}
+    wanted |= {"promote/auto", "resume/auto"}
     assert deployments(stack) == Counter(wanted)
     with stack.connected() as client:
         automations = Counter(automation.name for automation in client.read_automations())

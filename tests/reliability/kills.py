@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nested_core import compiled_kernels, registry
+from nested_core import registry
+from nested_core.storage import compiled_kernels
 from nested_core.storage.checkpoint import read_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.manifest import MANIFEST_NAME
@@ -45,10 +46,10 @@ SETTINGS: dict[str, Any] = {
     "training": {"max_grad_norm": 1.0, "keep_checkpoints": 1000},
 }
 # Speeds in metrics.jsonl are a clock's, and so are hashes of it and the page that shows them; all
-# else is compared byte by byte, but from which step on the last process trained.
+# else is compared byte by byte, but the steps that processes went on from.
 NOT_COMPARED = ("run/metrics.jsonl", "run/run.lock", "run/MANIFEST.json", "run/report.html")
 HASHES_OF_METRICS = ("run/result.json", "run/gate.json")
-FIRST_STEP = re.compile(rb'"first_step": *[0-9]+')
+RESUMPTIONS = re.compile(rb'"first_step": *[0-9]+|"resumed_at": *\[[^]]*\]')
 METRICS_HASH = re.compile(rb'"(metrics|result\.json)": *"[0-9a-f]{64}"')
 
 
@@ -253,7 +254,7 @@ def comparable(scenario: Path) -> dict[str, bytes]:
             is_hashing = name in HASHES_OF_METRICS
             found[name] = METRICS_HASH.sub(b"", content) if is_hashing else content
             if name == "run/plan.json":
-                found[name] = FIRST_STEP.sub(b"", content)
+                found[name] = RESUMPTIONS.sub(b"", content)
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     kept = [{k: v for k, v in record.items() if k not in SPEEDS} for record in records]

@@ -24,7 +24,7 @@ os.environ |= {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 from nested_core import backend  # noqa: E402
-from nested_core.compiled_kernels import outer_environment  # noqa: E402
+from nested_core.storage.compiled_kernels import outer_environment  # noqa: E402
 
 backend.prepare()
 

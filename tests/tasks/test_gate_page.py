@@ -34,3 +34,12 @@ def test_each_suite_is_a_row_of_the_page() -> None:
 
 def test_a_verdict_without_suites_has_no_table_of_them() -> None:
     assert "suite" not in str(describe_verdict(VERDICT | {"validation": None, "tasks": []}))
+
+
+def test_the_drift_is_a_sentence_with_the_base_where_it_was_measured() -> None:
+    drift = {"kl_initial": 0.5, "kl_base": 0.75, "tokens": 840}
+    page = str(describe_verdict(VERDICT | {"validation": None, "tasks": [], "drift": drift}))
+    assert (
+        "The predictions moved by 0.5 nats a token from those of the adapter that training began "
+        "from, and by 0.75 from the base model's"
+    ) in page.replace("\\", "")

@@ -77,8 +77,8 @@ def test_with_the_plan_each_loss_names_its_data_and_step() -> None:
         memory_limit_gb=2.0,
     )
     assert curves_of(50).describe(plan) == (
-        "training loss 0.08 at step 49 (train.jsonl); "
-        "validation loss 0.1235 at step 50 (valid.jsonl, 10 examples)"
+        "training loss 0.08 (train.jsonl, mean since the last report, step 49); "
+        "validation loss 0.1235 (valid.jsonl, 10 examples, step 50)"
     )
 
 
@@ -88,5 +88,5 @@ def test_the_page_holds_the_picture_and_needs_no_network() -> None:
     assert picture is not None
     assert base64.b64decode(picture[1]).startswith(b"<svg")
     assert "http" not in page
-    assert "validation loss 0.1235 at step 50" in page
+    assert "validation loss 0.1235 (step 50)" in page
     assert r"examples/\*bold\*" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ VERDICT: dict[str, Any] = {
         "interval": [0.0011, 0.0047],
         "not_compared": None,
     },
+    "drift": {"kl_initial": 0.4212345, "kl_base": None, "tokens": 840},
     "tasks": [
         {
             "name": "capitals",
@@ -100,12 +102,16 @@ def test_six_lines_tell_the_night(tmp_path: Path) -> None:
     assert facts["Loss"] == (
         "3.142 before training, 0.02135 after, adapter of step 80 (valid.jsonl, 84 examples). "
         "Champion c4a3c4a3c4a3: loss 0.01841 on the same examples; difference +0.002933, "
-        "95 % interval +0.0011 to +0.0047."
+        "worse (95 % interval +0.0011 to +0.0047). The predictions moved by 0.4212 nats a token "
+        "from those of the adapter that training began from (mean KL divergence, 840 tokens of the "
+        "held-out examples)."
     )
     assert facts["Answers"] == ("capitals: 0 of 15 right before, 14 of 15 after, champion 15 of 15")
     assert facts["Data"].endswith(
         "1,200 train, 84 valid examples; 2 warning (duplicate, near_duplicate)"
     )
+    assert "from a fresh adapter, 8 iterations, learning rate 0.002" in facts["Made of"]
+    assert "seed 0, registry.promote: " in facts["Made of"]
     for digest in ("da7ada7ada7a", "141714171417", "ada9ada9ada9"):
         assert digest in facts["Made of"]
 
@@ -122,13 +128,37 @@ def test_answers_that_changed_come_first_and_are_no_markup(tmp_path: Path) -> No
     assert rows[1].endswith("| Question 1? | same | same |")
 
 
-def test_samples_are_shown_before_training_and_at_the_judged_step(tmp_path: Path) -> None:
+def add_samples(folder: Path, steps: Iterable[int], prompts: int = 1) -> None:
+    for step in steps:
+        samples = [
+            {"prompt": f"Where to {number}?", "answer": f"after {step}", "tokens": 1}
+            for number in range(prompts)
+        ]
+        append_metrics(folder / "metrics.jsonl", {"step": step, "samples": samples})
+
+
+def test_samples_are_shown_at_each_evaluation_and_the_judged_step_is_marked(tmp_path: Path) -> None:
     write_files(tmp_path)
-    for step, text in ((0, "base"), (80, "judged"), (120, "later")):
-        sample = {"prompt": "Where to?", "answer": text, "tokens": 1, "is_cut_off": False}
-        append_metrics(tmp_path / "metrics.jsonl", {"step": step, "samples": [sample]})
+    add_samples(tmp_path, (0, 80, 120), prompts=2)
     page = page_of(tmp_path, "Promoted", "promoted")
-    assert "| none | Where to? | base | judged |" in page
+    assert "| step | Where to 0? | Where to 1? |" in page
+    assert "| 0 | after 0 | after 0 |" in page
+    assert "| 80 (judged) | after 80 | after 80 |" in page
+    assert "| 120 | after 120 | after 120 |" in page
+
+
+def test_the_samples_of_a_long_night_are_a_small_table(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    add_samples(tmp_path, range(0, 10_001, 10), prompts=50)
+    samples = page_of(tmp_path, "Promoted", "promoted").partition("## Samples")[2]
+    rows = [line for line in samples.splitlines() if line.startswith("|")][2:]
+    steps = [row.split("|")[1].strip() for row in rows]
+    assert steps[0] == "0"
+    assert steps[-1] == "10,000"
+    assert "80 (judged)" in steps
+    assert len(rows) <= 8
+    assert {row.count("|") for row in rows} == {6}
+    assert "8 of 1001 evaluations to 4 of 50 prompts" in samples
 
 
 def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
@@ -136,3 +166,17 @@ def test_a_night_without_a_verdict_says_so(tmp_path: Path) -> None:
     assert facts["Loss"] == "not judged yet"
     assert facts["Answers"] == "not asked yet"
     assert facts["Data"].endswith("not read yet")
+    facts = facts_of(page_of(tmp_path, "Skipped", "skipped: data unchanged since c4a3c4"))
+    assert (facts["Loss"], facts["Answers"]) == ("not judged", "not asked")
+
+
+def test_an_error_of_several_lines_is_told_on_one(tmp_path: Path) -> None:
+    message = (
+        "DatasetError: The data set is rejected: 1 error.\n  train.jsonl:4: bad-json: no value\n"
+        "Correct these."
+    )
+    facts = facts_of(page_of(tmp_path, "Failed", message))
+    assert facts["Verdict"] == (
+        "DatasetError: The data set is rejected: 1 error. train.jsonl:4: bad-json: no value; "
+        "Correct these."
+    )

@@ -137,12 +137,14 @@ def _fold_case_and_space(encoded: list[bytes | None]) -> list[bytes | None]:
     return [
         None
         if content is None
-        else (content if content.isascii() else _casefold(content)).translate(_LOWER, WHITE_SPACE)
+        else (content if content.isascii() else _casefold_utf8(content)).translate(
+            _LOWER, WHITE_SPACE
+        )
         for content in encoded
     ]
 
 
-def _casefold(content: bytes) -> bytes:
+def _casefold_utf8(content: bytes) -> bytes:
     return content.decode().casefold().encode()
 
 

@@ -7,54 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 
+from nested_core.data.rules.finding_groups import group_findings
+from nested_core.data.rules.findings import Finding, Severity, name_guide
 from nested_core.errors import DatasetError, shorten
 
-Severity = Literal["error", "warning", "info"]
 _ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
-_SHOWN_FINDINGS = 10
-_SHOWN_CHARACTERS = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A check that failed: in which file, at which line (from 1; None is the whole file), and why.
-
-    count: for the one finding that stands for those of a check that are not listed, their number.
-    """
-
-    file: str
-    line: int | None
-    severity: Severity
-    check: str
-    message: str
-    count: int | None = None
-
-    def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{place}: {self.check}: {self.message}"
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values; `count` only if there is one."""
-        values = asdict(self)
-        if self.count is None:
-            del values["count"]
-        return values
-
-
-@dataclass(frozen=True)
-class Findings:
-    """The findings while a data set is judged, and every line that has an error, listed or not."""
-
-    listed: list[Finding] = field(default_factory=list)
-    error_lines: dict[str, set[int]] = field(default_factory=dict)  # by file
-
-    def lines_with_errors(self, file: str) -> frozenset[int]:
-        """The numbers of the lines of a file that have an error."""
-        return frozenset(self.error_lines.get(file, ()))
+_SHOWN_GROUPS = 10
+_SHOWN_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -139,12 +102,14 @@ class DatasetReport:
         lines = [
             f"The data set {self.folder} is rejected: {_format_count(number, 'error')}{where}."
         ]
-        lines += [
-            f"  {shorten(finding, _SHOWN_CHARACTERS)}" for finding in errors[:_SHOWN_FINDINGS]
-        ]
-        if number > _SHOWN_FINDINGS:
-            lines.append(f"  and {_format_count(number - _SHOWN_FINDINGS, 'more error')}.")
-        lines.append("Correct these; `nested-tune validate --json` lists them.")
+        groups = group_findings(errors)
+        shown = groups[:_SHOWN_GROUPS]
+        lines += [f"  {shorten(group, _SHOWN_CHARACTERS)}" for group in shown]
+        if len(groups) > len(shown):
+            rest = number - sum(group.count for group in shown)
+            lines.append(f"  and {_format_count(rest, 'more error')}.")
+        listing = "`nested-tune validate` with the same -c and flags lists them"
+        lines.append(f"Correct these; {listing}. {name_guide(errors)}")
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:

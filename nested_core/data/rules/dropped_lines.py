@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import polars as pl
 
 from nested_core.config.data import DataPolicy
-from nested_core.data.rules.dataset_report import Finding
+from nested_core.data.rules.findings import Finding
 from nested_core.errors import list_first
 
 Dropped = Mapping[str, frozenset[int]]

@@ -18,6 +18,7 @@ FILE_RULES = FrameRules(
     columns={
         "split": pl.String,
         "folder": pl.String,
+        "held": pl.String,
         "format": pl.String,
         "is_present": pl.Boolean,
         "mask_prompt": pl.Boolean,
@@ -29,7 +30,7 @@ FILE_RULES = FrameRules(
             "missing-train-file",
             "error",
             pl.col("is_present") | (pl.col("split") != "train"),
-            "there is no such file in {folder}",
+            "there is none in {folder}, which holds {held}; name the file to train on train.jsonl",
         ),
         Rule(
             "mask-prompt-on-text",
@@ -68,14 +69,19 @@ ROW_COUNT_RULES = FrameRules(
         "batch_size": pl.Int64,
     },
     rules=(
-        Rule("empty-file", "error", pl.col("rows") > 0, "no example in its {lines} lines"),
+        Rule(
+            "empty-file",
+            "error",
+            pl.col("rows") > 0,
+            "it holds no example (lines: {lines}); write one a line, or remove the file",
+        ),
         Rule(
             "too-few-rows",
             "error",
             (pl.col("split") != "train")
             | (pl.col("rows") == 0)
             | (pl.col("rows") >= pl.col("batch_size")),
-            "{rows} rows do not fill one batch of {batch_size}; lower batch_size",
+            "it holds {rows} of the {batch_size} rows that fill one batch; lower batch_size",
         ),
         Rule(
             "few-held-out-rows",

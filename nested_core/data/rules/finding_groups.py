@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nested_core.data.rules.dataset_report import Finding, Severity
+from nested_core.data.rules.findings import Finding, Severity
 from nested_core.errors import list_first
 
 SHOWN_LINES = 3
@@ -34,6 +34,16 @@ class FindingGroup:
         if not self.lines:
             return None
         return list_first(self.lines, SHOWN_LINES)
+
+    def __str__(self) -> str:
+        """The first finding, and in how many more lines it is."""
+        place = f"{self.file}:{self.lines[0]}" if self.lines else self.file
+        text = f"{place}: {self.check}: {self.message}"
+        if self.count == 1:
+            return text
+        others = list_first(self.lines[1:], SHOWN_LINES - 1) if len(self.lines) > 1 else "..."
+        noun = "line" if self.count == 2 else "lines"
+        return f"{text} (and {self.count - 1:,} more: {noun} {others})"
 
 
 def group_findings(findings: Iterable[Finding]) -> list[FindingGroup]:

@@ -11,7 +11,7 @@ from functools import cache
 import polars as pl
 
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
-from nested_core.data.rules.dataset_report import Severity
+from nested_core.data.rules.findings import Severity
 from nested_core.data.rules.rule_table import FrameRules, Rule
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.

@@ -12,8 +12,9 @@ import polars as pl
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.length_buckets import sort_into_buckets
-from nested_core.data.rules.dataset_report import Finding, SplitStats, TokenStats
+from nested_core.data.rules.dataset_report import SplitStats, TokenStats
 from nested_core.data.rules.dropped_lines import Dropped
+from nested_core.data.rules.findings import Finding
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
 _ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]", "other": "x"}

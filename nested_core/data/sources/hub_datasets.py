@@ -7,7 +7,7 @@ data set unless trust_remote_code says so; HF_HUB_OFFLINE is the library's to re
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from nested_core.data.sources.file_formats import NumberedLine, row_to_json_line
 from nested_core.errors import ConfigError, shorten
 
 HUB_SECONDS = 10.0  # to answer the first question
+FIELD_NAMES = ("prompt", "completion", "messages", "text")  # by default
 _log = logging.getLogger(__name__)
 # By split: its name in findings, and its lines.
 HubTables = dict[str, tuple[str, Iterable[NumberedLine]]]
@@ -67,9 +68,10 @@ def _load_hub_split(
         datasets = import_module("datasets")  # an extra: absent from most environments
     except ImportError:
         raise ConfigError(
-            f"{key}: {path!r} is not a folder here, and a data set of the Hugging Face hub needs "
-            "the package `datasets`, which is not installed. Install it with "
-            "pip install 'nested-tune[hub]', or give a folder with train.jsonl in `data`."
+            f"{key}: {path!r} is not a folder here (looked for {Path(path).absolute()}), and a "
+            "data set of the Hugging Face hub needs the package `datasets`, which is not "
+            "installed. Install it with pip install 'nested-tune[hub]', or give a folder with "
+            "train.jsonl in `data`."
         ) from None
     if arguments.get("trust_remote_code") and not trust_remote_code:
         raise ConfigError(
@@ -83,9 +85,14 @@ def _load_hub_split(
         if isinstance(error, OSError) and error.errno is not None:
             raise
         where = f"{path!r} is not a folder here, and " if key == "data" else ""
+        asked = f" with {arguments}" if arguments else ""
+        advice = (
+            f" Looked for the folder {Path(path).absolute()}. Give a folder with train.jsonl, or "
+            f"the name of a data set that can be reached from here."
+        )
         raise ConfigError(
-            f"{key}: {where}the data set {path!r} could not be loaded from the hub with "
-            f"{arguments or 'no arguments'}: {type(error).__name__}: {shorten(error, 300)}"
+            f"{key}: {where}the data set {path!r} could not be loaded from the hub{asked}: "
+            f"{type(error).__name__}: {shorten(error, 300)}.{advice if key == 'data' else ''}"
         ) from error
 
 
@@ -121,25 +128,33 @@ def _number_rows(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedLine]:
 
 
 def _chain_rows(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, Any]]:
-    formats = {_holds_completions(entry, table) for entry, table in tables}
-    for entry, table in tables:
-        as_chat = len(formats) > 1 and _holds_completions(entry, table)
+    names_of_tables = [_field_names(entry, set(table.column_names)) for entry, table in tables]
+    has_completions = ["completion" in names.values() for names in names_of_tables]
+    is_mixed = len(set(has_completions)) > 1
+    for (_, table), names, is_completion in zip(
+        tables, names_of_tables, has_completions, strict=True
+    ):
         for row in table:
-            yield _rename_fields(row, entry, as_chat=as_chat)
+            yield _rename_fields(row, names, as_chat=is_mixed and is_completion)
 
 
-def _holds_completions(entry: HubDataset, table: Any) -> bool:
-    return {entry.prompt_feature, entry.completion_feature} <= set(table.column_names)
+def _field_names(entry: HubDataset, columns: set[str]) -> dict[str, str]:
+    """The columns that hold an example, each with the default name of its field.
+
+    Of the formats that the columns can be read as, the one that mlx-lm takes (create_dataset): one
+    column may be named for two, as mlx-lm's own example has `prompt_feature: text`.
+    """
+    if {entry.prompt_feature, entry.completion_feature} <= columns:
+        return {entry.prompt_feature: "prompt", entry.completion_feature: "completion"}
+    if entry.chat_feature in columns:
+        return {entry.chat_feature: "messages"}
+    return {entry.text_feature: "text"}
 
 
-def _rename_fields(row: dict[str, Any], entry: HubDataset, *, as_chat: bool) -> dict[str, Any]:
+def _rename_fields(
+    row: dict[str, Any], names: Mapping[str, str], *, as_chat: bool
+) -> dict[str, Any]:
     """The row with the fields under their default names, and its other columns that stay free."""
-    names = {
-        entry.prompt_feature: "prompt",
-        entry.completion_feature: "completion",
-        entry.text_feature: "text",
-        entry.chat_feature: "messages",
-    }
     fields = {names[column]: value for column, value in row.items() if column in names}
     if as_chat:
         prompt, completion = fields.pop("prompt"), fields.pop("completion")
@@ -147,6 +162,6 @@ def _rename_fields(row: dict[str, Any], entry: HubDataset, *, as_chat: bool) -> 
     others = {
         column: value
         for column, value in row.items()
-        if column not in names and column not in names.values()
+        if column not in names and column not in FIELD_NAMES
     }
     return others | fields

@@ -84,8 +84,9 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
             open_dataset_by_name(settings.data, trust_remote_code=is_trusted), spool
         )
     raise ConfigError(
-        f"data: {settings.data!r} is not a folder here; expected one with train.jsonl (or "
-        f"{', '.join(SUFFIXES[1:])}), and best valid and test beside it."
+        f"data: {settings.data!r} is not a folder here: {folder.absolute()} "
+        f"{'is a file' if folder.is_file() else 'does not exist'}. Expected one with train.jsonl "
+        f"(or {', '.join(SUFFIXES[1:])}), and best valid and test beside it."
     )
 
 

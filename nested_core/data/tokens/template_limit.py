@@ -30,7 +30,9 @@ class TemplateLimit:
         self._lock = threading.Lock()
         self._deadline: float | None = None  # of the template that is rendered now
         self._closed = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="template limit", daemon=True)
+        self._watcher = threading.Thread(
+            target=self._watch_deadline, name="template limit", daemon=True
+        )
 
     def __enter__(self) -> TemplateLimit:
         self._watcher.start()
@@ -49,11 +51,11 @@ class TemplateLimit:
         except TemplateTooSlow:
             raise
         except BaseException:
-            self._finish()
+            self._end_block()
             raise
-        self._finish()
+        self._end_block()
 
-    def _finish(self) -> None:
+    def _end_block(self) -> None:
         """The block has ended; where the watcher has raised at its very end, that is awaited."""
         with self._lock:
             has_raised = self._deadline is None
@@ -65,7 +67,7 @@ class TemplateLimit:
             except TemplateTooSlow:
                 pass
 
-    def _watch(self) -> None:
+    def _watch_deadline(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
             with self._lock:
                 if self._deadline is not None and time.process_time() > self._deadline:

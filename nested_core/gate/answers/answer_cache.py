@@ -22,12 +22,12 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from nested_core.compiled_kernels import cache_folder
 from nested_core.data.dataset_cache import KEPT_SECONDS
 from nested_core.errors import DamagedError
 from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer
 from nested_core.storage.atomic import canonical_json, write_json
+from nested_core.storage.compiled_kernels import cache_folder
 from nested_core.storage.private_folder import make_private_folder
 from nested_core.storage.strict_files import read_json, regular_sha256
 
@@ -69,7 +69,7 @@ class AnswerCache:
 
         Raises ConfigError if the folder is not this user's alone.
         """
-        kept = _read(self._path(model, encoded))
+        kept = _read_answers(self._path(model, encoded))
         if kept is not None and len(kept) == len(encoded.prompts):
             return kept
         answers = tuple(answer())
@@ -83,12 +83,12 @@ class AnswerCache:
         path = self._path(model, encoded)
         rows = [asdict(given) for given in answers]
         self._remove_unused()
-        write_json(path, {"digest": _digest(rows), "answers": rows})
+        write_json(path, {"digest": _digest_rows(rows), "answers": rows})
 
     def _path(self, model: AnsweringModel, encoded: EncodedSuite) -> Path:
         """The file of a model and a suite, in a folder that nobody else can write to."""
         make_private_folder(self.folder, "answers", "have any adapter look better than another")
-        return self.folder / f"{_key(model, encoded)}.json"
+        return self.folder / f"{_cache_key(model, encoded)}.json"
 
     def _remove_unused(self) -> None:
         oldest = time.time() - KEPT_SECONDS
@@ -103,12 +103,12 @@ def default_cache() -> AnswerCache:
     return AnswerCache(cache_folder() / "answers")
 
 
-def _read(path: Path) -> tuple[Answer, ...] | None:
+def _read_answers(path: Path) -> tuple[Answer, ...] | None:
     if not path.exists():
         return None
     try:
         entry = read_json(path, MAX_BYTES)
-        if entry["digest"] != _digest(entry["answers"]):
+        if entry["digest"] != _digest_rows(entry["answers"]):
             raise DamagedError(f"{path} is not what was written.")
         answers = tuple(_ANSWERS.validate_json(canonical_json(entry["answers"])))
         os.utime(path)
@@ -118,11 +118,11 @@ def _read(path: Path) -> tuple[Answer, ...] | None:
     return answers
 
 
-def _digest(rows: Sequence[dict[str, Any]]) -> str:
+def _digest_rows(rows: Sequence[dict[str, Any]]) -> str:
     return sha256(canonical_json(rows)).hexdigest()
 
 
-def _key(model: AnsweringModel, encoded: EncodedSuite) -> str:
+def _cache_key(model: AnsweringModel, encoded: EncodedSuite) -> str:
     root = Path(__file__).parents[2]
     inputs = {
         "model": asdict(model),

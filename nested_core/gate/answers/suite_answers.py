@@ -136,7 +136,7 @@ class EncodedSuite:
     def _choose(self, model: nn.Module) -> tuple[Answer, ...]:
         likelihoods = self.log_likelihoods(model)
         chosen = [
-            _likeliest(question.choices, sums)
+            _likeliest_choice(question.choices, sums)
             for question, sums in zip(self.suite.questions, likelihoods, strict=True)
         ]
         return tuple(Answer(text, 0, is_endless=False, is_repeated=False) for text in chosen)
@@ -236,7 +236,7 @@ def _sum_log_probabilities(
     return mx.stack(sums).tolist(), int(logits.shape[-1])  # type: ignore[return-value]
 
 
-def _likeliest(choices: Sequence[str], sums: Sequence[float]) -> str:
+def _likeliest_choice(choices: Sequence[str], sums: Sequence[float]) -> str:
     """The choice with the largest sum; empty where two share it or a sum is not a number."""
     best = max(sums)
     if not np.isfinite(best) or np.isnan(sums).any() or list(sums).count(best) > 1:

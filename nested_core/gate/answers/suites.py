@@ -85,7 +85,7 @@ class _TextLine(_Line):
         """Texts; a number stands for how JSON writes it."""
         texts = [
             value if isinstance(value, str) else json.dumps(value)
-            for value in _alternatives(self.expected, (str, int, float), "a text")
+            for value in _accepted_answers(self.expected, (str, int, float), "a text")
         ]
         if not all(text.strip() for text in texts):
             raise ValueError("expected: a text without any letter is no answer")
@@ -95,7 +95,7 @@ class _TextLine(_Line):
 class _RegexLine(_Line):
     def accepted(self) -> tuple[str, ...]:
         """Patterns of Python's re."""
-        patterns = _alternatives(self.expected, (str,), "a regular expression")
+        patterns = _accepted_answers(self.expected, (str,), "a regular expression")
         for pattern in patterns:
             try:
                 re.compile(pattern)
@@ -111,7 +111,7 @@ class _NumberLine(_Line):
 
     def accepted(self) -> tuple[float, ...]:
         """Numbers."""
-        return tuple(_alternatives(self.expected, (int, float), "a number"))
+        return tuple(_accepted_answers(self.expected, (int, float), "a number"))
 
 
 class _ChoiceLine(_Line):
@@ -119,7 +119,7 @@ class _ChoiceLine(_Line):
 
     def accepted(self) -> tuple[str, ...]:
         """One or more of the choices."""
-        accepted = tuple(_alternatives(self.expected, (str,), "one of the choices"))
+        accepted = tuple(_accepted_answers(self.expected, (str,), "one of the choices"))
         if len(set(self.choices)) < len(self.choices):
             raise ValueError("choices: one stands there twice")
         if strangers := [text for text in accepted if text not in self.choices]:
@@ -217,7 +217,7 @@ def _read_question(body: bytes, line: int, score: Score) -> Question:
     )
 
 
-def _alternatives(value: Any, types: tuple[type, ...], what: str) -> list[Any]:
+def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[Any]:
     """One accepted answer or a list of them; ValueError if one is of another type."""
     values = value if isinstance(value, list) else [value]
     fits = [isinstance(item, types) and not isinstance(item, bool) for item in values]

@@ -19,7 +19,7 @@ from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 
 
 @dataclass(frozen=True)
-class UniformFactors:
+class SameRankFactors:
     """Factors that share a rank and a scale, and notes on what was changed for that."""
 
     modules: dict[str, ModuleFactors]
@@ -30,7 +30,7 @@ class UniformFactors:
 
 def make_rank_and_scale_uniform(
     modules: Mapping[str, ModuleFactors], scales: Mapping[str, float]
-) -> UniformFactors:
+) -> SameRankFactors:
     """Give every module the highest rank and the most common scale.
 
     Raises ConfigError if a scale cannot be multiplied into lora_b exactly.
@@ -54,7 +54,7 @@ def make_rank_and_scale_uniform(
         name: _pad_rank(_move_scale_into_lora_b(name, factors, scales[name], scale), rank)
         for name, factors in modules.items()
     }
-    return UniformFactors(uniform, rank, scale, tuple(notes))
+    return SameRankFactors(uniform, rank, scale, tuple(notes))
 
 
 def _pad_rank(factors: ModuleFactors, rank: int) -> ModuleFactors:

@@ -24,7 +24,6 @@ import mlx.core as mx
 from nested_core import errors
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
-from nested_core.foreign_text import escape
 from nested_core.optim.tier_counters import TierStats
 from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import (
@@ -33,6 +32,7 @@ from nested_core.pipeline.launch.mlx_launch import (
     rank_environment,
 )
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.foreign_text import escape
 from nested_core.training.memory.memory_plan import MemoryPlan
 from nested_core.training.report_callbacks import TrainingCallback
 
@@ -112,7 +112,7 @@ class RankGroup:
         reader.start()
         try:
             for line in _require_pipe(process.stdout):
-                self._receive(line, on_start)
+                self._receive_line(line, on_start)
             reader.join(SECONDS_TO_END)
         finally:
             self._stop_pipe = None
@@ -121,7 +121,7 @@ class RankGroup:
             with process:
                 pass
 
-    def _receive(self, line: str, on_start: Callable[[Any], None] | None) -> None:
+    def _receive_line(self, line: str, on_start: Callable[[Any], None] | None) -> None:
         """Handle one line of the ranks' standard output; a line that is no message is shown."""
         _, prefix, text = line.rpartition(MESSAGE_PREFIX)
         if not prefix:

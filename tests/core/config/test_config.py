@@ -249,6 +249,11 @@ class TestPartsThatHaveToAgree:
         values["optimizer_config"] = {"adafactor": {"relative_step": False}}
         assert parse_config(values, source="").optimizer == "adafactor"
 
+    def test_an_optimizer_in_capitals_is_the_one_that_mlx_lm_takes_it_for(self) -> None:
+        decay = {"adamw": {"weight_decay": 0.1}}
+        config = parse_config({"optimizer": "AdamW", "optimizer_config": decay}, source="")
+        assert (config.optimizer, config.optimizer_arguments) == ("adamw", decay["adamw"])
+
     def test_an_optimizer_is_any_of_mlx(self) -> None:
         assert parse_config({"optimizer": "lion"}, source="").optimizer == "lion"
         (line,) = problems(optimizer="lioness")

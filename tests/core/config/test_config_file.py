@@ -113,9 +113,21 @@ class TestRefusedYaml:
             ("model: !!python/name:os.system\n", "line 1, column 8", "a tag (!)"),
             ("model: !!str 3\n", "line 1, column 8", "a tag (!)"),
             ("data: !local x\n", "line 1, column 7", "a tag (!)"),
-            ("iters: 3\niters: 4\n", "line 2, column 1", "the key 'iters' twice"),
-            ("nested:\n  fast: deep\n  fast: deep\n", "line 3, column 3", "the key 'fast' twice"),
-            ("gate: {a: 1, b: 2, 'a': 3}\n", "line 1, column 20", "the key 'a' twice"),
+            (
+                "iters: 3\niters: 4\n",
+                "line 2, column 1",
+                "the key 'iters', which stands in line 1 too,",
+            ),
+            (
+                "nested:\n  fast: deep\n  fast: deep\n",
+                "line 3, column 3",
+                "the key 'fast', which stands in line 2 too,",
+            ),
+            (
+                "gate: {a: 1, b: 2, 'a': 3}\n",
+                "line 1, column 20",
+                "the key 'a', which stands in line 1 too,",
+            ),
         ],
     )
     def test_by_reference_by_type_and_twice(
@@ -332,6 +344,8 @@ def test_a_flag_that_is_refused_has_no_line(write: Write) -> None:
         ("epochs", "did you mean training.epochs?"),
         ("max_steps", "did you mean iters? (it counts micro-batches, theirs counts optimizer"),
         ("sample_packing", "sample_packing is not offered: "),
+        ("base", "did you mean model?"),
+        ("quantization", "quantization is not a key here: give a base model that is quantised"),
     ],
 )
 def test_a_key_of_another_tool_is_answered_with_ours(
@@ -339,6 +353,11 @@ def test_a_key_of_another_tool_is_answered_with_ours(
 ) -> None:
     (line,) = refused_lines(write(f"{theirs}: 3\n"))
     assert line.startswith(f"  {theirs}: unknown key; {answer}")
+
+
+def test_a_key_of_the_top_level_that_stands_in_a_section_is_told_its_place(write: Write) -> None:
+    (line,) = refused_lines(write("training: {batch_size: 4}\n"))
+    assert line.startswith("  training.batch_size: unknown key; did you mean batch_size at the top")
 
 
 def test_each_key_that_is_answered_with_ours_exists() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nested_core import ConfigError, FineTuneConfig
-from nested_core.config.key_properties import adapter_settings, iterate_keys
+from nested_core.config.key_properties import iterate_keys, settings_that_shape_adapter
 from nested_core.config.loading import parse_config
 from nested_core.config.resume import refuse_differences
 from nested_core.config.section import Section, key
@@ -102,7 +102,7 @@ def test_a_key_changes_the_digest_of_settings_or_the_adapter_does_not_depend_on_
 def test_the_digest_is_over_the_same_settings_as_when_the_keys_were_listed_by_name() -> None:
     config = parse_config(CHANGED | {"optimizer": "adam"}, source="a test")
     values = config.model_dump(mode="json", exclude=NOT_IN_THE_DIGEST)
-    settings = adapter_settings(config)
+    settings = settings_that_shape_adapter(config)
     assert settings.keys() == values.keys()
     assert all(settings[name] == values[name] for name in values if name != "training")
     assert settings["training"].items() <= values["training"].items()
@@ -129,7 +129,7 @@ def test_a_key_of_a_section_has_its_own_place_or_else_the_section_s() -> None:
         "inner.rate": "training",
         "inner.report": "output",
     }
-    assert adapter_settings(Outer()) == {"inner": {"rate": 1.0}}
+    assert settings_that_shape_adapter(Outer()) == {"inner": {"rate": 1.0}}
 
 
 def test_every_key_has_a_sentence() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
+from nested_core.data.rules.findings import GUIDE, Finding, name_guide
 from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES, make_held_out_rules
 from nested_core.data.rules.rule_table import FrameRules
 from nested_core.data.rules.token_rules import TEMPLATE_RULES, TOKEN_RULES
@@ -30,9 +31,11 @@ TABLES = (
 
 
 def documented_checks() -> set[str]:
-    lines = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").splitlines()
-    cells = [line.split("|")[1] for line in lines if re.match(r"\| `[a-z]", line)]
-    return {name for cell in cells for name in re.findall(r"`([a-z0-9-]+)`", cell)}
+    text = (ROOT / GUIDE).read_text(encoding="utf-8")
+    anchors = re.findall(r'<a id="([a-z0-9-]+)"></a>`([a-z0-9-]+)`', text)
+    assert [pair for pair in anchors if pair[0] != pair[1]] == []
+    assert len(set(anchors)) == len(anchors)
+    return {name for _, name in anchors}
 
 
 def test_every_check_is_documented() -> None:
@@ -44,6 +47,15 @@ def test_every_check_is_documented() -> None:
     assert {name.removeprefix("dropped-") for name in infos} == {"duplicate", "leakage", "overlong"}
     assert {name for name in documented - infos if f'"{name}"' not in code} == set()
     assert {*NAMED.findall(code), *rules} - documented == set()
+
+
+def test_a_message_names_the_places_of_its_first_checks() -> None:
+    checks = ("leakage", "leakage", "bad-json", "not-utf8", "overlong")
+    findings = [Finding("train.jsonl", 1, "error", check, "why") for check in checks]
+    assert name_guide(findings[:2]) == "Explained in docs/data.md#leakage"
+    assert name_guide(findings) == (
+        "Explained in docs/data.md#leakage, docs/data.md#bad-json, docs/data.md#not-utf8, ..."
+    )
 
 
 def test_most_checks_are_expressions_in_a_pandera_schema() -> None:

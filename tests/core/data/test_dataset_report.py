@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -62,7 +63,7 @@ def test_a_sound_data_set_is_not_rejected(write_data: WriteData) -> None:
     report_on(write_data(train=GOOD, valid=HELD_OUT)).raise_if_rejected()
 
 
-def test_the_rejection_names_the_first_errors_and_counts_the_rest(write_data: WriteData) -> None:
+def test_the_rejection_says_an_error_of_many_lines_once(write_data: WriteData) -> None:
     bad = [{"prompt": "x" * 5000 + str(number)} for number in range(300)]
     report = report_on(write_data(train=[*GOOD, *bad], valid=HELD_OUT))
     assert len(report.errors) == 300
@@ -70,10 +71,28 @@ def test_the_rejection_names_the_first_errors_and_counts_the_rest(write_data: Wr
         report.raise_if_rejected()
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("is rejected: 300 errors in 300 lines.")
-    assert lines[1] == "  train.jsonl:5: missing-field: completion is missing"
-    assert lines[11] == "  and 290 more errors."
+    assert lines[1] == (
+        "  train.jsonl:5: missing-field: completion is missing (and 299 more: lines 6, 7, ...)"
+    )
+    assert lines[2].startswith("Correct these; `nested-tune validate`")
+    assert len(lines) == 3
+
+
+def test_the_rejection_names_the_first_causes_and_counts_the_rest(write_data: WriteData) -> None:
+    fields = [{name: "a"} for name in ("prompt", "completion")]
+    kinds: list[Any] = [{"text": value} for value in (1, "", None, "a\0", ["a"], {"a": 1})]
+    unknown = [{f"k{letter}": 1} for letter in "abcdefg"]
+    report = report_on(write_data(train=[*GOOD, *fields, *kinds, *unknown], valid=HELD_OUT))
+    assert len(report.errors) == 16
+    with pytest.raises(DatasetError) as caught:
+        report.raise_if_rejected()
+    lines = str(caught.value).splitlines()
+    assert [line[:14] for line in lines[1:11]] == ["  train.jsonl:"] * 10
+    assert lines[11].startswith("  and ")
+    shown = sum(1 + int(more) for more in re.findall(r"\(and (\d+) more", str(caught.value)))
+    shown += sum("(and" not in line for line in lines[1:11])
+    assert lines[11] == f"  and {16 - shown} more errors."
     assert len(lines) <= 14
-    assert max(map(len, lines[1:])) <= 210
 
 
 def test_messages_stay_short_and_on_one_line(write_data: WriteData) -> None:

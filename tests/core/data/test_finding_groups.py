@@ -13,8 +13,8 @@ import pytest
 
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_rows import parse_line_to_row
-from nested_core.data.rules.dataset_report import Finding
 from nested_core.data.rules.finding_groups import SHOWN_CAUSES, group_findings
+from nested_core.data.rules.findings import Finding
 from tests.core.data.conftest import WriteData
 from tests.flows.conftest import called
 

@@ -133,6 +133,25 @@ def test_tokens_are_those_of_mlx_lm(
 
 
 @needs_library
+def test_one_column_named_for_two_fields_is_the_one_that_mlx_lm_takes_it_for(
+    tmp_path: Path, tokenizer: TokenizerSource
+) -> None:
+    """mlx-lm's example has `prompt_feature: text`, and text_feature is `text` by default."""
+    folder = tmp_path / "bills"
+    folder.mkdir()
+    bills = [{"text": f"A bill of {n} lines", "summary": f"Bill {n}", "title": n} for n in range(9)]
+    pl.DataFrame(bills).write_parquet(folder / "train.parquet")
+    bill = entry(folder, prompt_feature="text", completion_feature="summary")
+    arguments = types.SimpleNamespace(hf_dataset=dict(bill), train=True, test=False)
+    expected, _, _ = theirs.load_dataset(arguments, tokenizer.load())
+    report, splits = load_dataset(settings_of(bill), tokenizer)
+    assert report.splits["train"].format == "completion"
+    for index in range(len(expected)):
+        tokens, _ = expected.process(expected[index])
+        assert splits["train"].example(index).tolist() == list(tokens)
+
+
+@needs_library
 def test_a_name_in_data_reads_train_valid_and_test(
     questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,7 +178,7 @@ def test_what_is_left_must_fill_a_batch(write_data: WriteData, tokenizer: Tokeni
     settings = DataSettings(str(folder), batch_size=3, policy=policy)
     report, _ = load_dataset(settings, tokenizer)
     assert checks(report, "error") == [("train.jsonl", None, "too-few-rows")]
-    assert "2 rows do not fill one batch of 3" in report.errors[0].message
+    assert "it holds 2 of the 3 rows that fill one batch" in report.errors[0].message
 
 
 DEVELOPER = [

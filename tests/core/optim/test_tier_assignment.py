@@ -93,6 +93,12 @@ class TestLayerDepth:
         with pytest.warns(UserWarning, match=r"^9 trainable .* head\.7\.w \.\.\.$"):
             assign_tiers([*names_of([0, 1]), *orphans], section(2))
 
+    def test_one_tier_needs_no_layer(self) -> None:
+        names = ["model.embed_tokens.lora_a", "model.embed_tokens.lora_b"]
+        assert assign_tiers(names, section(1)).tensors == dict.fromkeys(names, 0)
+        with pytest.raises(ConfigError, match="2 tiers need at least 2 layers"):
+            assign_tiers(names, section(2))
+
     def test_with_one_tier_nothing_is_warned_of(self) -> None:
         tiers = assign_tiers([*names_of([0]), "lm_head.lora_a"], section(1))
         assert set(tiers.tensors.values()) == {0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_the_numbers_are_those_of_the_model_the_data_and_the_schedule(
     assert [(tier.frequency, tier.updates) for tier in explanation.tiers] == [(1, 10), (4, 2)]
     assert (explanation.iterations, explanation.steps) == (20, 10)
     rows = len((DATA / "train.jsonl").read_text().splitlines())
-    assert explanation.epochs == 20 * 4 / rows
+    assert explanation.epochs == 20 / math.ceil(rows / 4)
     assert explanation.memory.fits
 
 
@@ -134,6 +135,8 @@ def test_a_suggestion_loads_and_fits_the_data(
     assert config.nested.frequencies == (1, 2, 4)
     assert config.max_seq_length == 64
     assert "memory: needs about" in path.read_text()
+    iterations = explain_run(config, measures_speed=False).iterations
+    assert f"# 3 passes are {iterations} batches." in path.read_text()
 
 
 def test_a_batch_that_does_not_fit_is_made_smaller(

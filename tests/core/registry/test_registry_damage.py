@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from nested_core.errors import DamagedError, GateRejected
-from nested_core.foreign_text import escape_lines
 from nested_core.registry import audit, promote, read_champion, register, rollback
 from nested_core.storage.manifest import write_manifest
+from nested_core.text.foreign_text import escape_lines
 
 NAME = "capitals"
 FILES = [

@@ -12,7 +12,13 @@ from nested_core.gate.verdict import Reason
 from nested_core.report.run_comparison import compare_runs
 from nested_core.report.run_listing import list_runs
 from nested_core.report.run_start import read_start_time
-from tests.core.report.written_runs import HOSTILE_ROW, add_metrics, begin_run, finished_run
+from tests.core.report.written_runs import (
+    HOSTILE_ROW,
+    add_metrics,
+    begin_run,
+    finished_run,
+    write_plan_of,
+)
 
 
 def test_only_the_settings_that_differ_are_compared(tmp_path: Path) -> None:
@@ -28,6 +34,16 @@ def test_only_the_settings_that_differ_are_compared(tmp_path: Path) -> None:
     assert document["tasks"] == {"capitals": [2 / 3, 2 / 3]}
     assert document["speed"]["tokens_per_second"][0] > 0
     assert document["same_held_out_examples"] is True
+
+
+def test_each_loss_stands_with_its_file_examples_and_step(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "one", steps=25)
+    write_plan_of(run)
+    losses = compare_runs([run.path]).to_json()["losses"]
+    names = ("training_file", "training_step", "validation_file", "validation_examples")
+    assert [losses[name] for name in names] == [["train.jsonl"], [25], ["valid.jsonl"], [12]]
+    assert losses["validation_step"] == losses["gate_step"] == [25]
+    assert (losses["gate_file"], losses["gate_examples"]) == (["valid.jsonl"], [12])
 
 
 def test_losses_of_a_file_outside_of_the_data_are_not_compared(tmp_path: Path) -> None:

@@ -105,3 +105,11 @@ def test_without_the_extra_the_numbers_are_there_alone(monkeypatch: pytest.Monke
     text = figure([chart(spiky(10, 5))])
     assert "<svg" not in text
     assert text.count("scope=row") == 10
+
+
+def test_a_chart_is_text_in_a_notebook_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There leather wraps what it draws in an object of IPython's."""
+    chart = Chart("Loss", "step", "nats", [Curve("training", [Point(0, 1.0), Point(1, 2.0)])])
+    as_ever = draw_chart(chart)
+    monkeypatch.setattr("leather.chart.IPythonSVG", lambda text: object())
+    assert draw_chart(chart) == as_ever

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from nested_core.data.rules.dataset_report import Finding
+from nested_core.data.rules.findings import Finding
 from nested_core.errors import ConfigError, GateRejected
 from nested_core.gate.verdict import Reason
-from nested_core.html_markup import POLICY
 from nested_core.report.run_page import RunReport, read_report, writing_report_at_end
 from nested_core.report.run_record import read_run
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.text.html_markup import POLICY
+from nested_core.training.training_plan import list_resumptions, read_plan
 from tests.core.report.written_runs import (
     HOSTILE_ROW,
     add_metrics,
@@ -27,6 +28,7 @@ from tests.core.report.written_runs import (
     judge,
     make_losses,
     make_verdict,
+    write_plan_of,
 )
 from tests.hostile_text import HOSTILE, MARK, UNSAFE
 
@@ -92,6 +94,24 @@ def test_a_passed_run_says_so_first_and_everything_in_its_order(tmp_path: Path) 
         assert words in page.sections["reproduce"]
 
 
+def test_drift_stands_beside_its_bound_where_it_was_measured(tmp_path: Path) -> None:
+    page = page_of(finished_run(tmp_path / "run"))
+    row = r"Drift\s+0\.25\s+KL from the initial adapter, nats a token; at most 2\.5 allowed"
+    assert re.search(row, page.sections["verdict"])
+    assert "Drift: the predictions moved by 0.25 nats a token" in page.sections["pairs"]
+    assert "120 tokens of the held-out examples" in page.sections["pairs"]
+
+
+def test_a_run_without_drift_claims_none(tmp_path: Path) -> None:
+    run = begin_run(tmp_path / "run")
+    add_metrics(run, 8)
+    losses = make_losses(with_drift=False)
+    judge(run, make_verdict(losses), losses, "text")
+    page = page_of(run)
+    assert "Drift" not in page.sections["verdict"]
+    assert "Drift" not in page.sections["pairs"]
+
+
 def test_a_rejected_run_gives_its_reason_in_the_first_sentence(tmp_path: Path) -> None:
     reasons = [
         Reason("loss_regressed", "the loss rose from 3.55 to 4.1"),
@@ -117,6 +137,29 @@ def test_a_going_run_says_how_far_it_is(tmp_path: Path) -> None:
     assert re.search(r"tier 2\s+4\s+10\s+10\s+0", page.sections["updates"])
 
 
+def test_a_resumed_run_says_where_it_went_on(tmp_path: Path) -> None:
+    run = begin_run(tmp_path / "run", iters=100)
+    add_metrics(run, 90)
+    write_plan_of(run, first_step=80, resumed_at=(40, 80))
+    curves = page_of(run).sections["curves"]
+    assert "The run was resumed at steps 40, 80: the curves go on from the checkpoint" in curves
+    write_plan_of(run)
+    assert "resumed" not in page_of(run).sections["curves"]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "first_step", "resumed_at"),
+    [(None, 0, ()), (None, 40, (40,)), ((40,), 40, (40,)), ((40, 80), 60, (40, 60))],
+)
+def test_resumptions_beyond_the_checkpoint_are_forgotten(
+    tmp_path: Path, earlier: tuple[int, ...] | None, first_step: int, resumed_at: tuple[int, ...]
+) -> None:
+    run = begin_run(tmp_path / "run")
+    if earlier is not None:
+        write_plan_of(run, resumed_at=earlier)
+    assert list_resumptions(read_plan(run.plan), first_step) == resumed_at
+
+
 def test_a_run_before_its_first_step_has_a_page(tmp_path: Path) -> None:
     page = page_of(begin_run(tmp_path / "run"))
     assert list(page.sections) == ORDER
@@ -134,7 +177,8 @@ def test_samples_are_shown_beside_their_prompts(tmp_path: Path) -> None:
     run = begin_run(tmp_path / "run")
     add_metrics(run, 20, samples=[{"prompt": "Where to?", "answer": "Go and see Rome."}])
     answers = page_of(run).sections["answers"]
-    assert re.search(r"Where to\?\s+Go and see Rome\.", answers)
+    assert "Greedy answers at 2 of 2 evaluations to 1 of 1 prompts" in answers
+    assert re.search(r"step\s+Where to\?\s+10\s+Go and see Rome\.\s+20\s+Go", answers)
 
 
 def test_ten_thousand_steps_stay_below_300_kilobytes_and_a_second(tmp_path: Path) -> None:
@@ -150,11 +194,13 @@ def test_ten_thousand_steps_stay_below_300_kilobytes_and_a_second(tmp_path: Path
     add_metrics(run, 10_000)
     losses = make_losses(champion=True)
     judge(run, make_verdict(losses, step=10_000, layers=80), losses, HOSTILE_ROW * 100)
-    began = time.process_time()
-    RunReport(read_run(run, has_ended=True)).write(run.report)
-    seconds = time.process_time() - began
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()
+        RunReport(read_run(run, has_ended=True)).write(run.report)
+        seconds.append(time.process_time() - began)
     assert run.report.stat().st_size <= MAX_BYTES
-    assert seconds < 2.0  # a second on a machine of its own; the suite shares its cores
+    assert min(seconds) < 1.0  # 0.55 to 0.64 with eight processes on two cores
 
 
 def test_a_page_holds_a_policy_and_nothing_that_runs_or_is_fetched(tmp_path: Path) -> None:
@@ -260,9 +306,19 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_notebook_shows_the_sections_within_its_cell(tmp_path: Path) -> None:
-    text = read_report(finished_run(tmp_path / "run").path)._repr_html_()
+    report = read_report(finished_run(tmp_path / "run").path)
+    text = report._repr_html_()
     assert "<html" not in text
-    assert list(Page(text).sections) == ORDER
+    assert [name.rpartition("-")[0] for name in Page(text).sections] == ORDER
+
+
+def test_the_same_report_in_two_cells_shares_no_identifier(tmp_path: Path) -> None:
+    report = read_report(finished_run(tmp_path / "run").path)
+    tags = Page(report._repr_html_() + report._repr_html_()).tags
+    identifiers = [values["id"] for _, values in tags if "id" in values]
+    assert len(identifiers) == len(set(identifiers)) == 4 * len(ORDER)
+    labels = {values["aria-labelledby"] for _, values in tags if "aria-labelledby" in values}
+    assert labels <= set(identifiers)
 
 
 def test_a_verdict_shows_itself_in_a_notebook() -> None:

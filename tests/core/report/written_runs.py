@@ -12,11 +12,13 @@ import numpy as np
 
 from nested_core.config.loading import render_config
 from nested_core.config.schema import FineTuneConfig
-from nested_core.data.rules.dataset_report import DatasetReport, Finding, SplitStats
+from nested_core.data.rules.dataset_report import DatasetReport, SplitStats
+from nested_core.data.rules.findings import Finding
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord, write_answers
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.verdict import (
     ChampionLoss,
+    Drift,
     JudgedAdapter,
     Reason,
     TaskResult,
@@ -29,6 +31,7 @@ from nested_core.registry.gate_file import write_gate
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import describe_file
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.training.training_plan import TrainingPlan, write_plan
 from tests.example import example_config
 
 MODULES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
@@ -91,7 +94,7 @@ def add_metrics(run: RunDirectory, steps: int, *, every: int = 1, samples: Any =
     run.metrics.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
 
 
-def make_losses(*, champion: bool = False) -> ExampleLosses:
+def make_losses(*, champion: bool = False, with_drift: bool = True) -> ExampleLosses:
     """Twelve examples, of which the candidate is worse on the third alone."""
     before = np.linspace(3.0, 4.1, 12)
     after = before - 1.0
@@ -103,6 +106,7 @@ def make_losses(*, champion: bool = False) -> ExampleLosses:
         before=before,
         after=after,
         champion=before - 0.5 if champion else None,
+        drift=np.full(12, 0.25) if with_drift else None,
     )
 
 
@@ -176,7 +180,9 @@ def make_verdict(
         validation=None
         if losses is None
         else Validation.from_losses(losses, selected_on_same_data=True),
+        drift=None if losses is None else Drift.from_losses(losses),
         champion=champion,
+        thresholds={"max_kl": 2.5},
         tasks=(task,) if with_task else (),
     )
 
@@ -214,3 +220,20 @@ def config_of(run: RunDirectory) -> FineTuneConfig:
     from nested_core.config.resume import read_run_config
 
     return read_run_config(run)
+
+
+def write_plan_of(run: RunDirectory, **changes: Any) -> None:
+    """A plan.json of 100 steps on the run's data, with changes."""
+    settings: dict[str, Any] = {
+        "steps": 100,
+        "iterations": 100,
+        "first_step": 0,
+        "frequencies": (1, 2, 4),
+        "offers_best": True,
+        "training_file": "train.jsonl",
+        "validation_file": "valid.jsonl",
+        "validation_examples": 12,
+        "memory_forecast_gb": 0.4,
+        "memory_limit_gb": 8.0,
+    }
+    write_plan(run.plan, TrainingPlan(**settings | changes))

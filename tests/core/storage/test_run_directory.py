@@ -128,6 +128,9 @@ class TestOpening:
 
     def test_what_is_not_empty_needs_resume(self, run: RunDirectory) -> None:
         begin(run)
+        with pytest.raises(ConfigError, match="ended before it could train. Add --resume to begin"):
+            open_run(run.path, resume=False)
+        run.tiers.write_bytes(b"{}")
         with pytest.raises(ConfigError, match=r"is not empty\. A run is never written over: add"):
             open_run(run.path, resume=False)
         assert open_run(run.path, resume=True) == run

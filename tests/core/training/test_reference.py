@@ -60,6 +60,11 @@ CASES: dict[str, dict[str, Any]] = {
     "grad-checkpoint": {"grad_checkpoint": True, "lora_parameters": DROPOUT},
     "accumulation-with-a-remainder": {"grad_accumulation_steps": 4, "steps_per_report": 3},
     "text": {"data": "text", "optimizer": "adamw"},
+    # Rows whose products are large enough for other kernels of BLAS.
+    "long-text": {
+        "data": "long-text",
+        "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0},
+    },
     "sgd": {
         "optimizer": "sgd",
         "learning_rate": 0.1,
@@ -88,7 +93,8 @@ def test_every_loss_and_weight_is_that_of_mlx_lm_lora(
     tmp_path: Path, case: str, length: dict[str, Any]
 ) -> None:
     settings = SHARED | CASES[case] | length
-    write_data = {"chats": write_chats, "text": write_texts}[settings["data"]]
+    writers = {"chats": write_chats, "text": write_texts, "long-text": write_long_texts}
+    write_data = writers[settings["data"]]
     settings["data"] = str(write_data(tmp_path / "data"))
     theirs = run_mlx_lm(settings | {"train": True, "adapter_path": str(tmp_path / "theirs")})
     ours = train_example(
@@ -124,12 +130,17 @@ def write_chats(folder: Path) -> Path:
     return folder
 
 
-def write_texts(folder: Path) -> Path:
+def write_long_texts(folder: Path) -> Path:
+    """Rows of more than 96 tokens."""
+    return write_texts(folder, repeated=12)
+
+
+def write_texts(folder: Path, repeated: int = 1) -> Path:
     """Plain text rows of different lengths, some with more keys than others."""
     folder.mkdir()
     for split, count in EXAMPLES.items():
         rows = [
-            {"text": f"{split} {i}: " + "The capital of Fiji is Suva. " * (1 + i % 5)}
+            {"text": f"{split} {i}: " + "The capital of Fiji is Suva. " * (repeated + i % 5)}
             for i in range(count)
         ]
         for i, row in enumerate(rows):

@@ -132,7 +132,7 @@ def test_a_service_that_fails_at_the_end_is_warned_of_and_takes_nothing_away(
 
     monkeypatch.setattr(client, "init", unreachable, raising=False)
     with (
-        pytest.warns(UserWarning, match="report_to: the verdict was not attached: .*no route"),
+        pytest.warns(UserWarning, match="report_to: trackio cannot be used: no route"),
         attaching_verdict_at_end(example_config(report_to="trackio"), run),
     ):
         pass
@@ -169,3 +169,42 @@ def test_what_was_opened_is_closed_where_a_verdict_cannot_be_attached(
     ):
         pass
     assert len(client.named("finish")) == 1
+
+
+def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = {name: Client(name, []) for name in ("trackio", "swanlab")}
+    for name, client in clients.items():
+        monkeypatch.setitem(sys.modules, name, client)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    config = example_config(report_to="trackio,swanlab")
+    run = RunDirectory(tmp_path)
+
+    def train_while_trackio_stops_answering() -> None:
+        with attaching_verdict_at_end(config, run):
+            with reporting_to_services(config, run, None) as callback:
+                assert callback is not None
+                callback.on_train_loss_report(TRAIN)
+                monkeypatch.setattr(clients["trackio"], "log", unreachable, raising=False)
+                for iteration in (20, 30):
+                    callback.on_train_loss_report(TRAIN | {"iteration": iteration})
+            write_json(run.result, {})
+            write_json(run.gate, {"verdict": "passed"})
+
+    with pytest.warns(UserWarning, match="report_to: ") as caught:
+        train_while_trackio_stops_answering()
+    messages = [str(warning.message) for warning in caught]
+    assert messages == [
+        "report_to: trackio took no report of iteration 20, and is sent no more of this training, "
+        "which goes on: no route",
+        "report_to: the verdict was not attached: trackio: no route",
+        f"report_to: trackio lacks reports of this run, from iteration 20 on; all are in "
+        f"{run.metrics}",
+    ]
+    steps = [options["step"] for _, options in clients["swanlab"].named("log") if "step" in options]
+    assert steps[:3] == [10, 20, 30]
+    assert "passed" in repr(clients["swanlab"].calls)

@@ -17,12 +17,14 @@ from mlx_lm import load
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
+from nested_core.errors import TrainingStopped
 from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter
 from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.storage.safetensors_files import read_tensors
 from nested_core.training.parameter_importance import measure_parameter_importance
 from nested_core.training.trainer import Trainer
 from tests.example import (
@@ -31,6 +33,7 @@ from tests.example import (
     Finished,
     example_config,
     prepare,
+    stop_after,
     train,
     train_example,
 )
@@ -190,7 +193,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Finished, Path]:
 
 def test_an_export_has_the_file_names_of_mlx_lm(exported: tuple[Finished, Path]) -> None:
     names = {path.name for path in exported[1].iterdir()}
-    snapshots = {f"{iteration:07d}_adapters.safetensors" for iteration in (3, 6, 8)}
+    snapshots = {f"{iteration:07d}_adapters.safetensors" for iteration in (3, 6)}
     assert names == {"adapters.safetensors", "adapter_config.json", *snapshots}
 
 
@@ -200,9 +203,38 @@ def test_an_export_is_the_runs_adapter_and_its_snapshots_the_checkpoints(
     done, target = exported
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         assert (target / name).read_bytes() == (done.run.adapter / name).read_bytes()
-    for step in (3, 6, 8):
+    for step in (3, 6):
         weights = done.run.checkpoints / f"step-{step:07d}" / WEIGHTS_NAME
         assert (target / f"{step:07d}_{WEIGHTS_NAME}").read_bytes() == weights.read_bytes()
+
+
+def test_a_snapshot_within_an_update_has_the_weights_before_it(tmp_path: Path) -> None:
+    target = tmp_path / "adapters"
+    options: dict[str, Any] = {"grad_accumulation_steps": 2, "save_every": 3, "val_batches": 0}
+    options["nested"] = {"frequencies": [1]}
+    done = train_example(tmp_path / "run", iters=6, adapter_path=str(target), **options)
+    names = ["0000003_adapters.safetensors", "0000006_adapters.safetensors"]
+    assert sorted(path.name for path in target.glob("0*")) == names
+    first, last = (read_tensors(target / name) for name in names)
+    assert last == read_tensors(done.run.checkpoints / "step-0000003" / WEIGHTS_NAME)
+    assert first != read_tensors(done.run.checkpoints / "step-0000002" / WEIGHTS_NAME)
+    one_update = train_example(tmp_path / "one", iters=2, **options)
+    assert first == read_tensors(one_update.run.adapter / WEIGHTS_NAME)
+
+
+def test_a_snapshot_that_a_killed_process_did_not_write_is_written_on_resume(
+    tmp_path: Path,
+) -> None:
+    target = tmp_path / "adapters"
+    config = example_config(iters=6, save_every=2, adapter_path=str(target), val_batches=0)
+    run = prepare(config, tmp_path / "run")
+    with pytest.raises(TrainingStopped):
+        train(config, run, on_start=stop_after(2))
+    snapshot = target / "0000002_adapters.safetensors"
+    content = snapshot.read_bytes()
+    snapshot.unlink()
+    train(config, run)
+    assert snapshot.read_bytes() == content
 
 
 def test_mlx_lm_loads_an_export_and_computes_what_the_trainer_computes(

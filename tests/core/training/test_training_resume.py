@@ -26,6 +26,8 @@ from nested_core.storage.checkpoint_verification import checkpoint_path, list_ch
 from nested_core.storage.run_directory import RunDirectory, open_run
 from nested_core.storage.safetensors_files import load_arrays, read_tensors
 from nested_core.storage.strict_files import regular_sha256
+from nested_core.training.metrics_file import cumulative_seconds
+from nested_core.training.training_plan import read_plan
 from tests.example import (
     MODEL,
     SPEEDS,
@@ -105,7 +107,13 @@ def test_a_run_stopped_twice_and_once_before_its_first_step_is_bit_identical(
     run = prepare(whole.config, tmp_path / "run")
     for step in (0, 2, 5):
         stop(whole.config, run, step)
-    assert_same(go_on(whole.config, run), whole)
+    done = go_on(whole.config, run)
+    assert_same(done, whole)
+    plan = read_plan(run.plan)
+    assert plan is not None
+    assert plan.resumed_at == (2, 5)
+    seconds = cumulative_seconds(done.metrics())
+    assert seconds == sorted(seconds)
 
 
 def test_a_checkpoint_older_than_the_last_report_cuts_the_metrics_back(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nested_core.loss_format import format_change, format_interval, format_loss
+from nested_core.text.loss_format import format_change, format_interval, format_loss
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,15 @@ forbids both. Tables have headers with a scope, and scroll by themselves where t
 from __future__ import annotations
 
 import html
+import re
+import secrets
 from collections.abc import Iterable, Sequence
 
-from nested_core.foreign_text import escape_lines
-from nested_core.html_style import STYLE
+from nested_core.text.foreign_text import escape_lines
+from nested_core.text.html_style import STYLE
 
+# Of an element: in text a quotation mark is escaped.
+_IDENTIFIER = re.compile(r'\b(id|aria-labelledby)="([a-z-]+)"')
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -111,9 +115,10 @@ def paragraph(*content: object, class_: str = "") -> Html:
 
 
 def fragment(*content: object) -> Html:
-    """Markup with its style, for a notebook's cell or for the body of a page."""
+    """Markup with its style for a notebook's cell; no other cell has the same identifiers."""
     style = Html(f"<style>{STYLE}</style>")
-    return element("div", style, *content, class_="nested-tune")
+    unique = _IDENTIFIER.sub(rf'\1="\2-{secrets.token_hex(4)}"', join(content))
+    return element("div", style, Html(unique), class_="nested-tune")
 
 
 def page(title: str, *content: object) -> str:

@@ -1,5 +1,6 @@
 """The style of every page: colours as variables, light and dark, readable at a phone's width.
 
+Selectors are specific enough to hold in a notebook, whose own style reaches into its cells.
 Colours of text have a contrast of at least 4.5 to their background, those of curves at least 3.
 """
 
@@ -29,10 +30,12 @@ font-variant-numeric:tabular-nums;overflow-wrap:normal}
 .nested-tune caption{text-align:left;padding:.2rem 0}
 .nested-tune caption span{display:inline-block;position:sticky;left:0;
 max-width:min(75ch,calc(100vw - 40px))}
-.nested-tune th,.nested-tune td{padding:.25rem .6rem .25rem 0;text-align:left;
+.nested-tune .scroll th,.nested-tune .scroll td{padding:.25rem .6rem .25rem 0;text-align:left;
 vertical-align:top;border-bottom:1px solid var(--line);background:none;color:var(--ink)}
-.nested-tune th{font-weight:500}.nested-tune thead th{color:var(--soft);white-space:nowrap}
-.nested-tune td.n{text-align:right}
+.nested-tune .scroll th{font-weight:500}
+.nested-tune .scroll thead th{color:var(--soft);white-space:nowrap}
+.nested-tune .scroll td.n{text-align:right}
+.nested-tune .scroll tbody tr{background:none}
 .nested-tune .text{white-space:pre-wrap;overflow-wrap:anywhere;min-width:14rem;max-width:26rem;
 display:block}
 .nested-tune .charts{display:grid;gap:1rem;
@@ -47,20 +50,21 @@ margin:0 .3em 0 .8em}
 .nested-tune dl{display:grid;gap:.5rem;margin:.6rem 0;
 grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr))}
 .nested-tune dl>div{background:var(--panel);border-radius:8px;padding:.6rem .75rem}
-.nested-tune dt{color:var(--soft);font-size:.8rem}
+.nested-tune dt{float:none;width:auto;color:var(--soft);font-size:.8rem}
 .nested-tune dd{margin:0;font-size:1.15rem;font-weight:600;font-variant-numeric:tabular-nums}
 .nested-tune dd small{display:block;font-weight:400;font-size:.8rem;color:var(--soft)}
 .nested-tune pre{background:var(--panel);color:var(--ink);border-radius:8px;padding:.75rem;
 overflow-x:auto;font:.8rem/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 margin:.4rem 0}
-.nested-tune code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
+.nested-tune code{background:none;color:inherit;
+font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 font-size:.9em}
-.nested-tune .heat td{text-align:center;padding:.2rem .35rem;border:1px solid var(--paper)}
-.nested-tune .heat thead th{padding-right:.35rem;text-align:center}
+.nested-tune .scroll .heat td{text-align:center;padding:.2rem .35rem;border:1px solid var(--paper)}
+.nested-tune .scroll .heat thead th{padding-right:.35rem;text-align:center}
 @media(max-width:480px){body.nested-tune{padding:12px;font-size:14px}
 .nested-tune dl{grid-template-columns:repeat(2,minmax(0,1fr))}
 .nested-tune .text{max-width:17rem}
 .nested-tune .verdict{font-size:1.1rem}
-.nested-tune .heat thead th{writing-mode:vertical-rl;text-align:right}}
+.nested-tune .scroll .heat thead th{writing-mode:vertical-rl;text-align:right}}
 @media print{.nested-tune .scroll{max-height:none;overflow:visible}}
 """

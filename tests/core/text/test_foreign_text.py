@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core.errors import ConfigError
-from nested_core.foreign_text import escape, escape_lines, escape_markdown
+from nested_core.text.foreign_text import escape, escape_lines, escape_markdown
 from tests.hostile_text import HOSTILE, MARK, assert_safe
 
 ANY_TEXT = st.text(st.characters(codec=None))

@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from nested_core import backend, compiled_kernels
-from nested_core.compiled_kernels import (
+from nested_core import backend
+from nested_core.errors import ConfigError
+from nested_core.storage import compiled_kernels
+from nested_core.storage.compiled_kernels import (
     FOLDER_VARIABLE,
     PROCESS_PREFIX,
     KernelStore,
     is_complete_kernel,
     open_store_folder,
 )
-from nested_core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -103,7 +104,7 @@ FOLDERS = """
 import os, subprocess, sys, tempfile
 tempfile.gettempdir()  # a child of a prepared process may ask before it is prepared itself
 from nested_core import backend
-from nested_core.compiled_kernels import outer_environment
+from nested_core.storage.compiled_kernels import outer_environment
 backend.prepare()
 print(os.environ["TMPDIR"], tempfile.gettempdir(), flush=True)
 if len(sys.argv) < 2:
@@ -214,7 +215,7 @@ def test_a_library_that_ends_before_its_section_headers_is_not_recorded(
 ABANDONED = """
 from pathlib import Path
 import sys
-from nested_core.compiled_kernels import KernelStore
+from nested_core.storage.compiled_kernels import KernelStore
 print(KernelStore(Path(sys.argv[1])).new_process_folder())
 """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nested_core.duration_format import format_clock, format_duration
+from nested_core.text.duration_format import format_clock, format_duration
 
 
 def test_durations_have_their_largest_two_units() -> None:

@@ -79,15 +79,15 @@ def outer_environment() -> dict[str, str]:
 
 def _keep_temporary_files_outside() -> None:
     """Have `tempfile` use the user's TMPDIR from now on, here and in child processes."""
-    if _is_for_kernels(os.environ.get("TMPDIR")):  # inherited
+    if _is_kernel_folder(os.environ.get("TMPDIR")):  # inherited
         os.environ["TMPDIR"] = os.environ.get(OUTER_VARIABLE, "")
-    if _is_for_kernels(tempfile.tempdir):  # asked for before
+    if _is_kernel_folder(tempfile.tempdir):  # asked for before
         tempfile.tempdir = None
     with suppress(FileNotFoundError):  # there is no folder for temporary files at all
         os.environ[OUTER_VARIABLE] = tempfile.gettempdir()  # which it remembers
 
 
-def _is_for_kernels(folder: str | None) -> bool:
+def _is_kernel_folder(folder: str | None) -> bool:
     return folder is not None and Path(folder).name.startswith(PROCESS_PREFIX)
 
 
@@ -180,7 +180,9 @@ class KernelStore:
             self._remove_abandoned_folders()
             sound = self._remove_damaged_kernels()
             folder = Path(tempfile.mkdtemp(prefix=PROCESS_PREFIX, dir=self._folder))
-            _lock(os.open(folder / IN_USE_NAME, os.O_RDWR | os.O_CREAT, 0o600))  # never closed
+            _lock_descriptor(
+                os.open(folder / IN_USE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+            )  # never closed
             for name in sound:
                 link_or_copy(self._recorded / name, folder / name)
         self._linked = set(sound)
@@ -202,7 +204,7 @@ class KernelStore:
                 if name not in digests or not recorded.exists():
                     recorded.unlink(missing_ok=True)
                     link_or_copy(folder / name, recorded)
-                    digests[name] = _digest(recorded)
+                    digests[name] = _file_digest(recorded)
             unfinished = self._digests.with_suffix(".new")
             unfinished.write_text(json.dumps(digests, indent=0), encoding="utf-8")
             unfinished.replace(self._digests)
@@ -211,7 +213,7 @@ class KernelStore:
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            _lock(descriptor, LOCK_SECONDS)
+            _lock_descriptor(descriptor, LOCK_SECONDS)
             yield
         finally:
             os.close(descriptor)
@@ -224,7 +226,7 @@ class KernelStore:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             try:
-                _lock(descriptor)
+                _lock_descriptor(descriptor)
                 shutil.rmtree(folder, ignore_errors=True)
             except BlockingIOError:
                 continue  # its process lives
@@ -238,7 +240,7 @@ class KernelStore:
         for name in file_names(self._recorded):
             path = self._recorded / name
             is_regular = stat.S_ISREG(path.lstat().st_mode)
-            if is_regular and digests.get(name) == _digest(path):
+            if is_regular and digests.get(name) == _file_digest(path):
                 sound.append(name)
             else:
                 path.unlink()
@@ -291,7 +293,7 @@ def is_complete_kernel(path: Path) -> bool:
     return header.startswith(ELF_MAGIC) and sections > 0 and end <= size
 
 
-def _lock(descriptor: int, seconds: float = 0.0) -> None:
+def _lock_descriptor(descriptor: int, seconds: float = 0.0) -> None:
     """Lock a file for this process, waiting at most so many seconds; else BlockingIOError."""
     deadline = time.monotonic() + seconds
     while True:
@@ -303,7 +305,7 @@ def _lock(descriptor: int, seconds: float = 0.0) -> None:
             time.sleep(0.01)
 
 
-def _digest(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

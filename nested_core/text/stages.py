@@ -4,4 +4,4 @@ from __future__ import annotations
 
 import logging
 
-stages = logging.getLogger("nested_core.stages")
+stages = logging.getLogger("nested_core.text.stages")

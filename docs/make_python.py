@@ -1,0 +1,173 @@
+"""Write docs/python.md from the docstrings of nested_core's public names: `make docs`.
+
+With `--check` it writes nothing, and fails where the page is out of date or a name is not
+documented (`make check`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+import nested_core
+from nested_core.errors import NestedTuneError
+
+PAGE = Path(__file__).with_name("python.md")
+HEAD = """\
+# From Python
+
+Written by `make docs` from the docstrings in `nested_core/`; do not edit it by hand.
+
+These names are public: `from nested_core import NAME`. What is not here may change in any version.
+How they go together stands in [README.md](../README.md#use-it-on-your-own-data), what notebooks
+show in [report.md](report.md#notebooks), what the optimizers do in
+[nested-optimizer.md](nested-optimizer.md).
+"""
+ROOMS = {
+    "A fine-tune": (
+        *("prepare", "load_config", "FineTuneConfig", "open_run"),
+        *("finetune", "FinetuneResult", "Hooks"),
+    ),
+    "Looking at runs": ("read_report", "RunReport", "compare_runs", "RunComparison"),
+    "Adapters": ("read_adapter", "Adapter"),
+    "Optimizers with tiers": (
+        *("Tiered", "NestedAdam", "NestedAdamW", "Tier", "TierStats"),
+        *("assign_tiers", "TierMap"),
+    ),
+    "Updates by name": ("apply_flat_updates_to_nested", "verify_updates", "UpdateReport"),
+    "Errors and warnings": (
+        *("NestedTuneError", "ConfigError", "DatasetError", "GateRejected", "TrainingStopped"),
+        *("DamagedError", "TrainingDiverged", "UpdateNotApplied", "SilentUpdateWarning"),
+    ),
+}
+
+
+DESCRIBED = r"`{0}`|^ *(\w+, )*{0}(, \w+)*: "  # a parameter, in a sentence or in a list
+
+
+def find_undocumented(module: Any = nested_core) -> Iterator[str]:
+    """What the docstrings of a module's public names lack: a sentence, a parameter, a room here."""
+    placed = [name for names in ROOMS.values() for name in names]
+    for name in sorted({*module.__all__, *placed}):
+        if name not in placed or name not in module.__all__:
+            yield f"{name}: is in only one of nested_core.__all__ and docs/make_python.py's ROOMS"
+            continue
+        value = getattr(module, name)
+        text = value.__doc__ or ""
+        if not text.strip():
+            yield f"{name}: has no docstring"
+            continue
+        known = text + "".join(base.__doc__ or "" for base in _public_bases(value, module))
+        for parameter in _parameters(value):
+            if not re.search(DESCRIBED.format(parameter), known, re.MULTILINE):
+                yield f"{name}: the docstring does not say what {parameter} is"
+        for method in _methods(value):
+            if not inspect.getdoc(getattr(value, method)):
+                yield f"{name}.{method}: has no docstring"
+
+
+def render_page() -> str:
+    """The page: a section for each room, with signature, docstring and methods of each name."""
+    parts = [HEAD]
+    for room, names in ROOMS.items():
+        parts.append(f"\n## {room}\n")
+        for name in names:
+            parts += _describe(name, getattr(nested_core, name))
+    return "".join(parts)
+
+
+def _describe(name: str, value: Any) -> Iterator[str]:
+    yield f"\n### {name}\n\n"
+    if not _is_exception(value):
+        yield f"```text\n{_signature(name, value)}\n```\n\n"
+    text = inspect.getdoc(value) or ""
+    yield f"{_as_markdown(text)}\n"
+    if isinstance(value, type) and issubclass(value, NestedTuneError):
+        yield f"\nExit code [{value.exit_code}](exit-codes.md#exit-{value.exit_code}).\n"
+    if methods := list(_methods(value)):
+        yield "\n| method | what it does |\n|---|---|\n"
+    for method in methods:
+        first = inspect.getdoc(getattr(value, method)) or ""
+        sentence = " ".join(first.split("\n\n")[0].split()).replace("|", "\\|")
+        yield f"| `{method}` | {sentence} |\n"
+
+
+def _as_markdown(text: str) -> str:
+    """A docstring's paragraphs; lines `name: meaning`, also under Args, become a list."""
+    lines = [line for line in text.splitlines() if line.strip() != "Args:"]
+    out: list[str] = []
+    for line in lines:
+        is_entry = re.match(r" {0,4}([a-z_]+(?:, [a-z_]+)*): \S", line)
+        if is_entry:
+            names = is_entry.group(1)
+            out.append(f"- `{names.replace(', ', '`, `')}`: {line.split(': ', 1)[1]}")
+        else:
+            out.append(re.sub(r"^ +", "  ", line))
+    return re.sub(r"(?m)^((?!- |  ).+)\n(?=- )", r"\1\n\n", "\n".join(out))
+
+
+def _signature(name: str, value: Any) -> str:
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        return f"{name}(**settings)  # every key: docs/configuration.md"
+    signature = inspect.signature(value)
+    described = signature.parameters.values()
+    parameters = [str(each.replace(annotation=each.empty)) for each in described]
+    kinds = [each.kind for each in described]
+    if inspect.Parameter.KEYWORD_ONLY in kinds:
+        parameters.insert(kinds.index(inspect.Parameter.KEYWORD_ONLY), "*")
+    returned = signature.return_annotation
+    arrow = "" if isinstance(value, type) or returned is signature.empty else f" -> {returned}"
+    return f"{name}({', '.join(parameters)}){arrow}"
+
+
+def _parameters(value: Any) -> Iterator[str]:
+    """The parameters that a docstring has to explain; a configuration's keys have help."""
+    if _is_exception(value) or (isinstance(value, type) and issubclass(value, BaseModel)):
+        return
+    for name, parameter in inspect.signature(value).parameters.items():
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+            yield name
+
+
+def _methods(value: Any) -> Iterator[str]:
+    """The public methods and properties that a class defines itself; none of a configuration's."""
+    if not isinstance(value, type) or _is_exception(value) or issubclass(value, BaseModel):
+        return
+    for name, member in vars(value).items():
+        if not name.startswith("_") and isinstance(member, (property, classmethod, _Function)):
+            yield name
+
+
+def _public_bases(value: Any, module: Any) -> list[type]:
+    bases = value.__mro__[1:] if isinstance(value, type) else ()
+    return [base for base in bases if base.__name__ in module.__all__]
+
+
+def _is_exception(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
+
+
+_Function = type(render_page)
+
+
+def main(arguments: list[str]) -> str | None:
+    """Write the page, or only look with --check; return what is wrong."""
+    problems = list(find_undocumented())
+    if problems:
+        return "\n".join(problems)
+    page = render_page()
+    if arguments == ["--check"]:
+        is_current = PAGE.read_text(encoding="utf-8") == page
+        return None if is_current else f"docs/{PAGE.name} is out of date: run `make docs`"
+    PAGE.write_text(page, encoding="utf-8")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,14 @@
+"""The name that a change of a registry or a test alert is signed with."""
+
+from __future__ import annotations
+
+import getpass
+import os
+
+
+def current_user() -> str:
+    """The login name, or `uid N` where the system knows none, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no such entry in passwd: KeyError until Python 3.12
+        return f"uid {os.getuid()}"

@@ -1,0 +1,17 @@
+"""How much main memory this process may use."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@cache
+def main_memory_bytes() -> int:
+    """Main memory; a container's own limit counts as that (cgroup v2, memory.max)."""
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    allowed = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else ""
+    return min(installed, int(allowed)) if allowed.isdigit() else installed
