@@ -23,7 +23,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterNextScheduledStartTime,
     FlowRunFilterState,
+    FlowRunFilterStateName,
     FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.responses import DeploymentResponse
@@ -85,12 +88,12 @@ def explain_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
 
     A night is a run of a deployment with a schedule. Of several runs at work the oldest does this.
     """
-    active = _read_runs(client, own.flow_id, ACTIVE)
+    active = _read_active_runs(client, own.flow_id)
     if not active or active[0].id != own.id:
         return
     places = _Places(client)
     waiting: list[FlowRun] = []
-    for run in _read_runs(client, own.flow_id, (StateType.SCHEDULED,)):
+    for run in _read_due_runs(client, own.flow_id, active):
         ahead = [other for other in (*active, *waiting) if places.are_nights(run, other)]
         same = [other for other in ahead if _adapter_of(other) == _adapter_of(run)]
         if same and run.run_count == 0:  # one that had begun and goes on is no second night
@@ -104,29 +107,51 @@ def explain_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
 def release_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
     """Call waiting runs Scheduled again: the server looks for late ones under that name alone.
 
-    While another run is at work it goes on looking after them, and this is left to it.
+    In a pool where another run is at work that run goes on looking after them.
     """
-    if any(other.id != own.id for other in _read_runs(client, own.flow_id, ACTIVE)):
-        return
-    for run in _read_runs(client, own.flow_id, (StateType.SCHEDULED,)):
-        if run.state_name == Outcome.WAITING:
+    active = [other for other in _read_active_runs(client, own.flow_id) if other.id != own.id]
+    busy = {other.work_pool_name for other in active}
+    named_waiting = FlowRunFilterState(name=FlowRunFilterStateName(any_=[Outcome.WAITING]))
+    for run in _read_runs(client, own.flow_id, FlowRunFilter(state=named_waiting)):
+        if run.state_type == StateType.SCHEDULED and run.work_pool_name not in busy:
             due = run.next_scheduled_start_time or run.expected_start_time
             _set_state_unless_changed(client, run, Scheduled(scheduled_time=due))
 
 
-def _read_runs(
-    client: SyncPrefectClient, flow_id: UUID, types: Sequence[StateType]
+def _read_active_runs(client: SyncPrefectClient, flow_id: UUID) -> list[FlowRun]:
+    """The flow's runs that are pending or at work, in the order in which they were due."""
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE)))
+    return _read_runs(client, flow_id, FlowRunFilter(state=state))
+
+
+def _read_due_runs(
+    client: SyncPrefectClient, flow_id: UUID, active: Sequence[FlowRun]
 ) -> list[FlowRun]:
-    """The flow's first runs of these types that are due, in the order in which they were."""
-    soon = FlowRunFilterNextScheduledStartTime.model_validate(
-        {"before_": datetime.now(UTC) + SLOT_WAIT}
+    """The flow's first runs that are due in the work pools of the active ones.
+
+    In a pool where no run is at work none waits behind another, however long its line is.
+    """
+    pools = {run.work_pool_name for run in active if run.work_pool_name is not None}
+    due = FlowRunFilter(
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        next_scheduled_start_time=FlowRunFilterNextScheduledStartTime.model_validate(
+            {"before_": datetime.now(UTC) + SLOT_WAIT}
+        ),
     )
+    in_pools = WorkPoolFilter(name=WorkPoolFilterName(any_=sorted(pools)))
+    return _read_runs(client, flow_id, due, in_pools)
+
+
+def _read_runs(
+    client: SyncPrefectClient,
+    flow_id: UUID,
+    which: FlowRunFilter,
+    pools: WorkPoolFilter | None = None,
+) -> list[FlowRun]:
     runs = client.read_flow_runs(
         flow_filter=FlowFilter(id=FlowFilterId(any_=[flow_id])),
-        flow_run_filter=FlowRunFilter(
-            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types))),
-            next_scheduled_start_time=soon if StateType.SCHEDULED in types else None,
-        ),
+        flow_run_filter=which,
+        work_pool_filter=pools,
         sort=FlowRunSort.EXPECTED_START_TIME_ASC,
         limit=FIRST_IN_LINE,
     )

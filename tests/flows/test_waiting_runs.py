@@ -159,8 +159,10 @@ def test_a_run_that_a_worker_takes_meanwhile_is_not_put_back(queue: Queue) -> No
     queue.look(at_work)
     before = queue.read(waiting)
     queue.client.set_flow_run_state(waiting, Pending(), force=True)
-    read = {waiting_runs.ACTIVE: [], (StateType.SCHEDULED,): [before]}
-    with patch.object(waiting_runs, "_read_runs", side_effect=lambda *given: read[given[2]]):
+    with (
+        patch.object(waiting_runs, "_read_active_runs", return_value=[]),
+        patch.object(waiting_runs, "_read_runs", return_value=[before]),
+    ):
         release_waiting_runs(queue.client, queue.read(at_work))
     assert queue.said(waiting)[0] == "Pending"
 
@@ -169,6 +171,8 @@ def test_of_a_long_queue_the_first_runs_alone_are_told_what_they_wait_for(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(waiting_runs, "FIRST_IN_LINE", 3)
+    other = Queue(queue.client)
+    idle = [other.add("manual") for _ in range(4)]  # nothing is at work in that pool
     at_work = queue.add("manual", Pending(), Running())
     queued = [queue.add("manual") for _ in range(6)]
     queue.look(at_work)
@@ -177,6 +181,22 @@ def test_of_a_long_queue_the_first_runs_alone_are_told_what_they_wait_for(
     queue.client.set_flow_run_state(at_work, Completed(), force=True)
     release_waiting_runs(queue.client, queue.read(at_work))
     assert {queue.said(run_id)[0] for run_id in queued} == {"Scheduled"}
+    for run_id in idle:
+        queue.client.set_flow_run_state(run_id, Completed(), force=True)
+
+
+def test_a_pool_at_work_does_not_keep_another_pools_runs_waiting(queue: Queue) -> None:
+    other = Queue(queue.client)
+    at_work, elsewhere = (each.add("manual", Pending(), Running()) for each in (queue, other))
+    waiting, waiting_elsewhere = queue.add("manual"), other.add("manual")
+    queue.look(at_work)
+    states = [queue.said(run_id)[0] for run_id in (waiting, waiting_elsewhere)]
+    assert states == ["Waiting", "Waiting"]
+    queue.client.set_flow_run_state(elsewhere, Completed(), force=True)
+    release_waiting_runs(queue.client, queue.read(elsewhere))
+    states = [queue.said(run_id)[0] for run_id in (waiting, waiting_elsewhere)]
+    assert states == ["Waiting", "Scheduled"]
+    queue.client.set_flow_run_state(waiting_elsewhere, Completed(), force=True)
 
 
 def test_a_run_that_is_due_later_is_left_alone(
