@@ -15,7 +15,6 @@ SLOW_FILES = (  # names of modules, without their folders
     "test_cli_run_signals",
     "test_cli_demo",
     "test_gate_honest",
-    "test_first_hour",
     "test_ranks_equal",
     "test_registry_crashes",
     "test_reference",
