@@ -43,6 +43,7 @@ from nested_core.data.tokens.parallel_tokenization import SoundLines, TokenFacts
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import list_first
 from nested_core.storage.atomic import canonical_json
+from nested_core.text.foreign_text import escape
 
 SHOWN_NAMES = 5  # of a folder without train
 
@@ -102,13 +103,14 @@ def _apply_file_rules(
     tables: Tables, settings: DataSettings, findings: Findings, *, lacks_template: bool
 ) -> None:
     """Add what is wrong or doubtful about a split as a whole."""
+    held = _describe_held_files(settings) if tables["train"].source is None else ""
     rows = [
         {
             "file": table.file,
             "line": None,
             "split": split,
             "folder": _describe_folder(settings),
-            "held": _describe_held_files(settings),
+            "held": held,
             "is_present": table.source is not None,
             "format": table.format,
             "mask_prompt": settings.mask_prompt,
@@ -125,7 +127,7 @@ def _describe_folder(settings: DataSettings) -> str:
     """The whole path of a folder, or the name of a data set of the hub."""
     folder = Path(settings.data).expanduser()
     is_folder = not settings.hf_dataset and folder.is_dir()
-    return str(folder.absolute()) if is_folder else settings.describe_source
+    return escape(str(folder.absolute())) if is_folder else settings.describe_source
 
 
 def _describe_held_files(settings: DataSettings) -> str:
@@ -133,7 +135,7 @@ def _describe_held_files(settings: DataSettings) -> str:
     folder = Path(settings.data).expanduser()
     if settings.hf_dataset or not folder.is_dir():
         return "no split of that name"
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(escape(path.name) for path in folder.iterdir())
     return list_first(names, SHOWN_NAMES) or "nothing"
 
 

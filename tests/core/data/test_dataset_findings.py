@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +72,21 @@ FILE_ERRORS: dict[str, tuple[dict[str, list[Any]], list[Found]]] = {
 def test_an_unfit_file_is_named(name: str, write_data: WriteData) -> None:
     splits, expected = FILE_ERRORS[name]
     assert found_in(write_data(**splits)) == expected
+
+
+def test_names_that_are_not_utf8_do_no_harm_and_are_shown_escaped(
+    write_data: WriteData, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a disk of another system may hold; the working directory may have such a name too."""
+    working = tmp_path / os.fsdecode(b"r\xe9sum\xe9")
+    working.mkdir()
+    folder = write_data(train=GOOD, valid=HELD_OUT).rename(working / "data")
+    (folder / os.fsdecode(b"caf\xe9.txt")).touch()
+    monkeypatch.chdir(working)
+    assert found_in("data") == []
+    (folder / "train.jsonl").unlink()
+    report, _ = load_dataset(DataSettings("data"), None)
+    assert "r\\xe9sum\\xe9/data, which holds caf\\xe9.txt, valid.jsonl;" in report.errors[0].message
 
 
 def test_masking_prompts_of_plain_text_is_refused(write_data: WriteData) -> None:
