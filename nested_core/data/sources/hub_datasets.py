@@ -21,6 +21,7 @@ from nested_core.errors import ConfigError, shorten
 
 HUB_SECONDS = 10.0  # to answer the first question
 FIELD_NAMES = ("prompt", "completion", "messages", "text")  # by default
+COMPLETION = {"prompt", "completion"}
 _log = logging.getLogger(__name__)
 # By split: its name in findings, and its lines.
 HubTables = dict[str, tuple[str, Iterable[NumberedLine]]]
@@ -129,7 +130,7 @@ def _number_rows(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedLine]:
 
 def _chain_rows(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, Any]]:
     names_of_tables = [_field_names(entry, set(table.column_names)) for entry, table in tables]
-    has_completions = ["completion" in names.values() for names in names_of_tables]
+    has_completions = [{*names.values()} >= COMPLETION for names in names_of_tables]
     is_mixed = len(set(has_completions)) > 1
     for (_, table), names, is_completion in zip(
         tables, names_of_tables, has_completions, strict=True
@@ -142,13 +143,17 @@ def _field_names(entry: HubDataset, columns: set[str]) -> dict[str, str]:
     """The columns that hold an example, each with the default name of its field.
 
     Of the formats that the columns can be read as, the one that mlx-lm takes (create_dataset): one
-    column may be named for two, as mlx-lm's own example has `prompt_feature: text`.
+    column may be named for two, as mlx-lm's own example has `prompt_feature: text`. A prompt
+    without a completion is no example, and stays for the finding that says so.
     """
     if {entry.prompt_feature, entry.completion_feature} <= columns:
         return {entry.prompt_feature: "prompt", entry.completion_feature: "completion"}
     if entry.chat_feature in columns:
         return {entry.chat_feature: "messages"}
-    return {entry.text_feature: "text"}
+    if entry.text_feature in columns:
+        return {entry.text_feature: "text"}
+    halves = {entry.prompt_feature: "prompt", entry.completion_feature: "completion"}
+    return {column: name for column, name in halves.items() if column in columns}
 
 
 def _rename_fields(

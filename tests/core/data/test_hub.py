@@ -152,6 +152,14 @@ def test_one_column_named_for_two_fields_is_the_one_that_mlx_lm_takes_it_for(
 
 
 @needs_library
+def test_a_prompt_without_a_completion_is_said_to_lack_it(questions: Path, chats: Path) -> None:
+    half = entry(questions, prompt_feature="question")
+    (first, *_) = judge([half, entry(chats, chat_feature="chosen")]).errors
+    assert (first.line, first.check) == (1, "missing-field")
+    assert first.message.startswith("completion is missing")
+
+
+@needs_library
 def test_a_name_in_data_reads_train_valid_and_test(
     questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
