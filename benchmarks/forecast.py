@@ -104,7 +104,7 @@ def measure(case: Case) -> None:
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
     from nested_core.training.loss.loss_interface import BatchShape
-    from nested_core.training.loss.supervised_loss import SUPERVISED
+    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
     from nested_core.training.memory.memory_plan import device_profile_for
     from nested_core.training.memory.model_footprint import read_footprint
     from nested_core.training.memory.peak_estimate import estimate_peak_bytes
@@ -123,7 +123,7 @@ def measure(case: Case) -> None:
     target_mask = np.zeros((shape.batch, shape.length), np.bool_)
     target_mask[:, : round(case.share * shape.length)] = True
     with using_optimized_layers(model, model.layers[: case.recomputed]):
-        loss_fn = SUPERVISED.for_model(model, refs)
+        loss_fn = SUPERVISED_LOSS.for_model(model, refs)
         footprint = read_footprint(config, model, refs, optimizer, loss_fn)
         batch = BatchShape(shape.batch, shape.length, int(target_mask.sum()))
         expected = estimate_peak_bytes(

@@ -71,7 +71,7 @@ def measure(arm: str) -> None:
         from benchmarks.tiers import one_tier, optimizer_for
         from nested_core.kernels.optimized_model import using_optimized_layers
         from nested_core.models.parameters import reference_trainable_parameters
-        from nested_core.training.loss.supervised_loss import SUPERVISED
+        from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
         from nested_core.training.train_step import TrainStep
 
         refs = reference_trainable_parameters(model)
@@ -80,7 +80,7 @@ def measure(arm: str) -> None:
         learnt = np.zeros((1, TOKENS), np.bool_)
         learnt[0, -LEARNT:] = True
         with using_optimized_layers(model):
-            loss_fn = SUPERVISED.for_model(model, refs)
+            loss_fn = SUPERVISED_LOSS.for_model(model, refs)
             train_step = TrainStep(
                 model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
             )

@@ -66,11 +66,11 @@ def make_steps(model: Any) -> Callable[[int, int], Callable[[], None]]:
     import mlx.core as mx
 
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.loss.supervised_loss import SUPERVISED
+    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
     from nested_core.training.train_step import TrainStep
 
     refs = reference_trainable_parameters(model)
-    loss = SUPERVISED.for_model(model, refs)
+    loss = SUPERVISED_LOSS.for_model(model, refs)
     generator = np.random.default_rng(0)
 
     def make(due_layers: int, rows: int) -> Callable[[], None]:

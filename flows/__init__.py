@@ -8,12 +8,12 @@ import os
 
 from nested_core import backend
 
-_SETTINGS = {
+_ENVIRONMENT_DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",  # the default pickles, failed states included
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
 }
-for _name, _value in _SETTINGS.items():
+for _name, _value in _ENVIRONMENT_DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 backend.prepare()

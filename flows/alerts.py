@@ -22,10 +22,10 @@ from pydantic import SecretStr
 from flows.current_user import current_user
 from nested_core.errors import ConfigError, NestedTuneError
 
-WEBHOOK_BLOCK = "nested-tune"
+WEBHOOK_BLOCK_NAME = "nested-tune"
 # Text in JSON, as chat programs take it (Slack, Mattermost, Google Chat).
-WEBHOOK_PAYLOAD = '{{"text": {{% filter tojson %}}{subject}\n{body}{{% endfilter %}}}}'
-TEST_ALERT = "nested-tune alert: a test"
+WEBHOOK_PAYLOAD_TEMPLATE = '{{"text": {{% filter tojson %}}{subject}\n{body}{{% endfilter %}}}}'
+TEST_ALERT_NAME = "nested-tune alert: a test"
 SECONDS_TO_SEND = 30.0
 
 
@@ -45,7 +45,7 @@ def find_or_make_block(client: SyncPrefectClient, notify: str) -> UUID:
         raise ConfigError("--notify: a webhook's URL begins with https:// or http:// and a host.")
     headers = SecretDict({"Content-Type": "application/json"})
     webhook = Webhook(url=SecretStr(notify), headers=headers)
-    saved: Any = webhook.save(WEBHOOK_BLOCK, overwrite=True)
+    saved: Any = webhook.save(WEBHOOK_BLOCK_NAME, overwrite=True)
     return UUID(str(saved))
 
 
@@ -71,7 +71,7 @@ def alert_action(
     except ObjectNotFound:
         return {"type": "do-nothing"}
     if document.block_type_name == Webhook.get_block_type_name():
-        payload = WEBHOOK_PAYLOAD.format(**text)
+        payload = WEBHOOK_PAYLOAD_TEMPLATE.format(**text)
         return {"type": "call-webhook", "block_document_id": str(block), "payload": payload}
     return {"type": "send-notification", "block_document_id": str(block)} | text
 
@@ -87,7 +87,7 @@ def send_test_alert(client: SyncPrefectClient) -> str:
 
     NestedTuneError where it could not be sent, or was not within 30 seconds.
     """
-    automation = next(iter(client.read_automations_by_name(TEST_ALERT)), None)
+    automation = next(iter(client.read_automations_by_name(TEST_ALERT_NAME)), None)
     if automation is None or alert_block(automation) is None:
         raise ConfigError(
             "--test-alert: nobody is told yet. Give --notify: a block, or a URL in @FILE."

@@ -21,15 +21,17 @@ from nested_core.config.key_properties import iterate_paths
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 
-VARIABLE = "NESTED_TUNE_ROOTS"
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-FOLDERS_OF_DATASETS = ("data_dir", "cache_dir")  # arguments of datasets.load_dataset
-REMOTE = re.compile(r"(https?|hf)://(?!.*::)")  # anything else with :// or :: may be a local file
+ROOTS_VARIABLE = "NESTED_TUNE_ROOTS"
+HUB_NAME_PATTERN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+DATASET_FOLDER_ARGUMENTS = ("data_dir", "cache_dir")  # arguments of datasets.load_dataset
+REMOTE_URL_PATTERN = re.compile(
+    r"(https?|hf)://(?!.*::)"
+)  # anything else with :// or :: may be a local file
 
 
 def allowed_roots() -> tuple[Path, ...]:
     """The folders that paths in parameters must lie in, resolved."""
-    listed = [folder for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder]
+    listed = [folder for folder in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if folder]
     return tuple(Path(os.path.realpath(folder)) for folder in listed or ["."])
 
 
@@ -45,7 +47,7 @@ def require_allowed(path: str, what: str) -> Path:
         listed = ", ".join(map(str, roots))
         raise ConfigError(
             f"{what}: {path} is outside of the folders that this worker may use ({listed}). Give a "
-            f"path inside, or start the worker with {VARIABLE} naming that folder too."
+            f"path inside, or start the worker with {ROOTS_VARIABLE} naming that folder too."
         )
     return Path(path)
 
@@ -75,21 +77,21 @@ def refuse_python_scorers(config: FineTuneConfig) -> None:
 
 def _require_allowed_unless_on_hub(value: str, what: str) -> None:
     """OWNER/NAME is the hub's where nothing lies here under that name."""
-    if not HUB_NAME.fullmatch(value) or os.path.lexists(value):
+    if not HUB_NAME_PATTERN.fullmatch(value) or os.path.lexists(value):
         require_allowed(value, what)
 
 
 def _require_allowed_arguments(entry: HubDataset, what: str) -> None:
     """`datasets` reads the folders and files that its arguments name too."""
     folders = [Path(), Path(entry.path)]  # a relative name starts at either
-    for key in FOLDERS_OF_DATASETS:
+    for key in DATASET_FOLDER_ARGUMENTS:
         for value in _strings_in(entry.config.get(key)):
             _require_below(folders, value, f"{what}.{key}")
     folders += [
         base / text for base in folders for text in _strings_in(entry.config.get("data_dir"))
     ]
     for value in _strings_in(entry.config.get("data_files")):
-        if not REMOTE.match(value):
+        if not REMOTE_URL_PATTERN.match(value):
             _require_below(folders, value, f"{what}.data_files")
 
 

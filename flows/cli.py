@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from flows.os_errors import explain, explain_file_limit, explain_missing_mlx
-from flows.stop_signals import INTERRUPTED
+from flows.stop_signals import INTERRUPTED_EXIT_CODE
 from flows.terminal import print_progress
 from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.text.foreign_text import escape
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NestedTuneError as error:
         return _print_error(error, error.exit_code, arguments)
     except KeyboardInterrupt as error:
-        return _print_error(error, INTERRUPTED, arguments, "interrupted")
+        return _print_error(error, INTERRUPTED_EXIT_CODE, arguments, "interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

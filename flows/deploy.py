@@ -30,22 +30,22 @@ from prefect.workers.process import ProcessWorker
 
 from flows.alerts import alert_action, alert_block, find_or_make_block
 from flows.deployment_plan import (
-    RECONCILE,
+    RECONCILE_ENTRYPOINT,
     DeploymentPlan,
     adapter_of,
     full_name,
-    prefect_variables,
+    prefect_yaml_variables,
 )
 from nested_core.errors import ConfigError, NestedTuneError
 
 TAG = "nested-tune"
-SHOWN_OUTPUT_LINES = 8
-NOBODY_IS_TOLD = (
+MAX_SHOWN_OUTPUT_LINES = 8
+NO_ALERTS_WARNING = (
     "alerts: NOBODY IS TOLD of a run that failed, crashed or is late. Make a notification block in "
     "the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or --notify @FILE "
     "with a webhook's URL in the file"
 )
-PAGE = 200
+READ_PAGE_SIZE = 200
 
 
 def require_server() -> None:
@@ -89,7 +89,7 @@ class ServerDeployment:
         """Whether it is about the plan's adapter, or reconciles all adapters of its registry."""
         parameters = self.response.parameters
         adapter = adapter_of(parameters)
-        if adapter is None and self.response.entrypoint == RECONCILE:
+        if adapter is None and self.response.entrypoint == RECONCILE_ENTRYPOINT:
             return bool(parameters.get("config", {}).get("registry") == plan.registry)
         return adapter == plan.adapter
 
@@ -97,8 +97,12 @@ class ServerDeployment:
 def read_server_deployments(client: SyncPrefectClient) -> list[ServerDeployment]:
     """All deployments of a server that carry our tag."""
     responses: list[DeploymentResponse] = []
-    while len(responses) % PAGE == 0:
-        wanted = {"deployments": {"tags": {"all_": [TAG]}}, "limit": PAGE, "offset": len(responses)}
+    while len(responses) % READ_PAGE_SIZE == 0:
+        wanted = {
+            "deployments": {"tags": {"all_": [TAG]}},
+            "limit": READ_PAGE_SIZE,
+            "offset": len(responses),
+        }
         page = client.request("POST", "/deployments/filter", json=wanted).json()
         responses += [DeploymentResponse.model_validate(each) for each in page]
         if not page:
@@ -145,14 +149,14 @@ def _run_prefect_deploy(project: dict[str, Any]) -> None:
         command = ["--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
         done = subprocess.run(
             [sys.executable, "-m", "prefect", *command],
-            env=os.environ | prefect_variables(),
+            env=os.environ | prefect_yaml_variables(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
         )
     if done.returncode != 0:
-        lines = "\n".join(done.stdout.strip().splitlines()[-SHOWN_OUTPUT_LINES:])
+        lines = "\n".join(done.stdout.strip().splitlines()[-MAX_SHOWN_OUTPUT_LINES:])
         raise NestedTuneError(f"`prefect deploy` failed; what it said last:\n{lines}")
 
 
@@ -175,7 +179,7 @@ def put_automations(
         yield f"automation {wanted.name!r}: {_put_automation(client, wanted)}"
         is_told = is_told or ("notify" in planned and wanted.actions[0].type != "do-nothing")
     if not is_told:
-        yield NOBODY_IS_TOLD
+        yield NO_ALERTS_WARNING
 
 
 def complete_automation(

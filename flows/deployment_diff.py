@@ -17,7 +17,7 @@ from flows.deploy import (
     find_outdated,
     read_server_deployments,
 )
-from flows.deployment_plan import DeploymentPlan, full_name, prefect_variables
+from flows.deployment_plan import DeploymentPlan, full_name, prefect_yaml_variables
 
 MISSING = "-"
 Outcome = Literal["puts it", "keeps the server's", "removes it"]
@@ -150,12 +150,13 @@ def _describe_in_file(plan: DeploymentPlan, deployment: dict[str, Any]) -> dict[
         "entrypoint": deployment["entrypoint"],
         "description": deployment.get("description"),
         "tags": sorted(deployment.get("tags", ())),
-        "work_pool": {"job_variables": {}} | _fill_in(deployment["work_pool"]),
+        "work_pool": {"job_variables": {}}
+        | _replace_environment_variables(deployment["work_pool"]),
         "schedules": {
             str(each.get("slug")): {k: v for k, v in each.items() if k != "slug"}
             for each in deployment.get("schedules", ())
         },
-        "pull": _fill_in(plan.project.get("pull")),
+        "pull": _replace_environment_variables(plan.project.get("pull")),
         "parameters": deployment.get("parameters", {}),
     }
     if "concurrency_limit" in deployment:
@@ -163,10 +164,10 @@ def _describe_in_file(plan: DeploymentPlan, deployment: dict[str, Any]) -> dict[
     return described
 
 
-def _fill_in(value: Any) -> Any:
+def _replace_environment_variables(value: Any) -> Any:
     """A copy with the environment variables of prefect.yaml replaced."""
     text = json.dumps(value)
-    for name, content in prefect_variables().items():
+    for name, content in prefect_yaml_variables().items():
         text = text.replace(f"{{{{ ${name} }}}}", json.dumps(content)[1:-1])
     return json.loads(text)
 

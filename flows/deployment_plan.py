@@ -21,9 +21,9 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.strict_files import read_regular
 
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
-FINETUNE, SWEEP = "flows.finetune.finetune", "flows.sweep.sweep"
-RECONCILE = "flows.reconcile.reconcile"
-PLACEHOLDER = re.compile(r"\{\{ *(adapter|registry) *\}\}")
+FINETUNE_ENTRYPOINT, SWEEP_ENTRYPOINT = "flows.finetune.finetune", "flows.sweep.sweep"
+RECONCILE_ENTRYPOINT = "flows.reconcile.reconcile"
+PLACEHOLDER_PATTERN = re.compile(r"\{\{ *(adapter|registry) *\}\}")
 MAX_FILE_BYTES = 1024 * 1024
 
 
@@ -98,7 +98,7 @@ def adapter_of(parameters: dict[str, Any]) -> str | None:
     return None if name is None else str(name)
 
 
-def prefect_variables() -> dict[str, str]:
+def prefect_yaml_variables() -> dict[str, str]:
     """The environment variables that prefect.yaml names: the runs' home and their interpreter."""
     home = os.environ.get(HOME) or str(Path.cwd())
     interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
@@ -113,9 +113,9 @@ def _drop_nulls(values: dict[str, Any]) -> dict[str, Any]:
 def _fill_in_configuration(deployment: dict[str, Any], given: dict[str, Any]) -> None:
     """Lay a configuration's keys over those of a deployment that trains."""
     config = deployment.get("parameters", {}).get("config")
-    if deployment["entrypoint"] == FINETUNE:
+    if deployment["entrypoint"] == FINETUNE_ENTRYPOINT:
         deployment["parameters"]["config"] = _merge_config(config, given)
-    elif deployment["entrypoint"] == SWEEP:
+    elif deployment["entrypoint"] == SWEEP_ENTRYPOINT:
         config["base"] = _merge_config(config["base"], given)
 
 
@@ -130,19 +130,19 @@ def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, A
     return merged
 
 
-def _training_sections(project: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _training_configurations(project: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The configuration of each deployment that trains."""
     for deployment in project["deployments"]:
         config = deployment.get("parameters", {}).get("config", {})
-        if deployment["entrypoint"] == FINETUNE:
+        if deployment["entrypoint"] == FINETUNE_ENTRYPOINT:
             yield config
-        elif deployment["entrypoint"] == SWEEP:
+        elif deployment["entrypoint"] == SWEEP_ENTRYPOINT:
             yield config["base"]
 
 
 def _find_adapter(project: dict[str, Any], source: Path | None) -> tuple[str, str]:
     """The registry's name and path that all deployments that train agree on."""
-    sections = [config.get("registry") or {} for config in _training_sections(project)]
+    sections = [config.get("registry") or {} for config in _training_configurations(project)]
     named = {(section.get("name"), section.get("path")) for section in sections}
     adapter, registry = named.pop() if len(named) == 1 else (None, None)
     if adapter is None or registry is None:
@@ -161,7 +161,7 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [replace_placeholders(inner, values) for inner in value]
     if isinstance(value, str):
-        return PLACEHOLDER.sub(lambda found: values[found[1]], value)
+        return PLACEHOLDER_PATTERN.sub(lambda found: values[found[1]], value)
     return value
 
 
@@ -170,7 +170,10 @@ def _require_valid_parameters(deployment: dict[str, Any]) -> None:
     from flows.finetune import FinetuneParameters
     from flows.sweep import SweepParameters
 
-    sections: dict[str, type[Section]] = {FINETUNE: FinetuneParameters, SWEEP: SweepParameters}
+    sections: dict[str, type[Section]] = {
+        FINETUNE_ENTRYPOINT: FinetuneParameters,
+        SWEEP_ENTRYPOINT: SweepParameters,
+    }
     section = sections.get(deployment["entrypoint"])
     if section is None:
         return

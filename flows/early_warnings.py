@@ -21,7 +21,7 @@ from nested_core.storage.run_directory import RUNS
 from tasks.events import adapter_resource
 
 SMALLEST_FREE_SHARE = 0.1
-CHECKPOINTS_WITH_ROOM = 3
+CHECKPOINTS_THAT_MUST_FIT = 3
 
 
 class DiskSpace(NamedTuple):
@@ -84,7 +84,9 @@ def describe_full_disk(space: DiskSpace, checkpoint_bytes: int | None) -> str | 
     It is with less than 10 % free, or with room for fewer than three checkpoints.
     """
     free_share = space.free / space.total if space.total else 0.0
-    has_room = checkpoint_bytes is None or space.free >= CHECKPOINTS_WITH_ROOM * checkpoint_bytes
+    has_room = (
+        checkpoint_bytes is None or space.free >= CHECKPOINTS_THAT_MUST_FIT * checkpoint_bytes
+    )
     if free_share >= SMALLEST_FREE_SHARE and has_room:
         return None
     sentence = (

@@ -23,7 +23,7 @@ from nested_core.errors import NestedTuneError
 
 HOST = "127.0.0.1"
 SECONDS_TO_START, SECONDS_TO_END, SECONDS_BETWEEN_LOOKS = 90.0, 5.0, 0.05
-API_URL = "PREFECT_API_URL"
+API_URL_VARIABLE = "PREFECT_API_URL"
 IMPORTED_BY_THE_FIRST_RUN = (
     "prefect.flow_engine",
     "prefect.task_engine",
@@ -41,7 +41,7 @@ def prefect_server() -> Iterator[Callable[[], None]]:
     hears no heartbeats, for nobody there would miss them. Its process is begun before the settings
     are known, because both take seconds to import; it serves once they name no other.
     """
-    server = None if os.environ.get(API_URL) else EmbeddedServer()
+    server = None if os.environ.get(API_URL_VARIABLE) else EmbeddedServer()
     from prefect.settings import (
         PREFECT_API_URL,
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
@@ -69,8 +69,8 @@ def _require_server() -> None:
         if error is not None:
             raise NestedTuneError(
                 f"The Prefect server at {client.api_url} does not answer ({error!s:.200}). Start "
-                f"it, or unset {API_URL} to run with an embedded one; `nested-tune doctor` looks "
-                f"at it, and `nested-tune train` needs none."
+                f"it, or unset {API_URL_VARIABLE} to run with an embedded one; `nested-tune "
+                f"doctor` looks at it, and `nested-tune train` needs none."
             )
 
 
@@ -93,11 +93,11 @@ class EmbeddedServer:
         with socket.socket() as bound:
             bound.bind((HOST, 0))
             self._port: int = bound.getsockname()[1]
-            place = bound.fileno()
+            socket_descriptor = bound.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(place)],
+                [sys.executable, "-m", __name__, str(socket_descriptor)],
                 stdin=heard,
-                pass_fds=[place],
+                pass_fds=[socket_descriptor],
                 start_new_session=True,
             )
         os.close(heard)
@@ -143,26 +143,26 @@ def _is_healthy(port: int) -> bool:
         connection.close()
 
 
-def main(place: int) -> None:
+def main(socket_descriptor: int) -> None:
     """Serve on a bound socket, given by its descriptor, once asked to.
 
     It ends at a signal, and where who started this process is gone.
     """
-    is_asked = threading.Event()
-    threading.Thread(target=_obey_parent, args=(is_asked,), daemon=True).start()
+    is_asked_to_serve = threading.Event()
+    threading.Thread(target=_follow_parent_requests, args=(is_asked_to_serve,), daemon=True).start()
     import uvicorn
     from prefect.server.api.server import create_app
 
-    is_asked.wait()
+    is_asked_to_serve.wait()
     app = create_app(ephemeral=True, final=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
-    server.run(sockets=[socket.socket(fileno=place)])
+    server.run(sockets=[socket.socket(fileno=socket_descriptor)])
 
 
-def _obey_parent(is_asked: threading.Event) -> None:
+def _follow_parent_requests(is_asked_to_serve: threading.Event) -> None:
     """A byte from standard input asks to serve; the end of it, to end."""
     while os.read(sys.stdin.fileno(), 1):
-        is_asked.set()
+        is_asked_to_serve.set()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SECONDS_TO_END)
     os._exit(1)

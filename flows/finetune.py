@@ -19,7 +19,7 @@ from flows.flow_run_labels import name_flow_run, tag_flow_run
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.resume import was_resumed
 from flows.state_messages import (
-    advise_retry,
+    advise_retry_button,
     describe_loss,
     describe_rejection,
     shorten_version,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 # Of an automatic promotion that the champion's move decided, and not the losses.
-AUTOMATIC_ENDS = frozenset({"superseded", "barred"})
+OUTCOMES_NOT_FROM_LOSSES = frozenset({"superseded", "barred"})
 
 
 class FinetuneParameters(FineTuneConfig):
@@ -76,7 +76,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     except NestedTuneError as error:
         return _failed_state(error)
     try:
-        state = _carry_out(settings, run)
+        state = _run_pipeline(settings, run)
     except Exception as error:  # of the machine or of a library: Prefect calls the run Failed
         if run.config.exists():
             publish_night(settings, run, "Failed", f"{type(error).__name__}: {error}")
@@ -86,7 +86,7 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     return state
 
 
-def _carry_out(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
+def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
     """Run the pipeline with its steps as tasks; the state in which that ends."""
     from flows.task_hooks import TaskHooks
     from nested_core.gate.verdict import read_verdict
@@ -98,7 +98,7 @@ def _carry_out(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         with explaining_waiting_runs():
             result = run_finetune(config, run, TaskHooks(), resume=run.is_nonempty())
     except TrainingStopped as error:
-        advice = advise_retry(str(error))
+        advice = advise_retry_button(str(error))
         return Cancelled(message=f"resumable by a retry of this flow run: {advice}")
     except GateRejected as error:
         if read_verdict(run.gate).has_passed:  # the registry refused what this gate let through
@@ -116,7 +116,7 @@ def _carry_out(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
 
 def _failed_state(error: NestedTuneError) -> State[Any]:
     """A failed state that says what a person can do about an error, in a page."""
-    return Failed(message=f"{type(error).__name__}: {advise_retry(str(error))}", data=error)
+    return Failed(message=f"{type(error).__name__}: {advise_retry_button(str(error))}", data=error)
 
 
 def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[Outcome, str]:
@@ -146,7 +146,9 @@ def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
         is_own = is_registered_from(config, result.run, str(result.version))
         return Outcome.PROMOTED if is_own else Outcome.KEPT_CHAMPION
     has_rival = result.verdict is not None and result.verdict.champion is not None
-    is_refused = config.registry.promote == "better" and result.promotion not in AUTOMATIC_ENDS
+    is_refused = (
+        config.registry.promote == "better" and result.promotion not in OUTCOMES_NOT_FROM_LOSSES
+    )
     return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from nested_core.text.foreign_text import escape
 
-SWEEP = "sweep"  # the tag of the runs that a sweep starts
+SWEEP_TAG = "sweep"  # the tag of the runs that a sweep starts
 
 
 def name_flow_run() -> str:
@@ -22,10 +22,10 @@ def name_flow_run() -> str:
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:  # Prefect calls it within the run's context
         raise RuntimeError("A flow run is named while it begins.")
-    return describe_night(context.flow_run, context.parameters or {})
+    return format_flow_run_name(context.flow_run, context.parameters or {})
 
 
-def describe_night(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
+def format_flow_run_name(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
     """The adapter and the day (UTC) that a run was due; of a sweep, its point too.
 
     A run that is tried again keeps the name that it has.
@@ -35,7 +35,7 @@ def describe_night(flow_run: FlowRun, parameters: Mapping[str, Any]) -> str:
         return flow_run.name
     due = flow_run.expected_start_time or flow_run.created or datetime.now(UTC)
     night = f"{adapter}, {due.astimezone(UTC).day} {due.astimezone(UTC):%b}"
-    return f"{night}: {flow_run.name}" if SWEEP in flow_run.tags else night
+    return f"{night}: {flow_run.name}" if SWEEP_TAG in flow_run.tags else night
 
 
 def read_adapter_name(parameters: Mapping[str, Any]) -> str:
@@ -50,8 +50,8 @@ def find_trigger(flow_run: FlowRun) -> str:
     """What started a run: "schedule", "sweep", "manual", or the "command" `nested-tune run`."""
     if flow_run.deployment_id is None:
         return "command"
-    if SWEEP in flow_run.tags:
-        return SWEEP
+    if SWEEP_TAG in flow_run.tags:
+        return SWEEP_TAG
     return "schedule" if flow_run.auto_scheduled else "manual"
 
 

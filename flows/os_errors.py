@@ -8,11 +8,11 @@ import resource
 
 from nested_core.errors import ConfigError
 
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
-NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_ALLOWED_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_RESOURCES_ERRNOS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 # What is wrong with a path itself, by error: what to do about it.
-WRONG_PATHS = {
+ADVICE_BY_PATH_ERRNO = {
     errno.ENAMETOOLONG: "A name may have 255 bytes, a path some 4,000: give a shorter one",
     errno.ENOENT: "Give a path that exists, or make its folder first",
     errno.ENOTDIR: "A part of it is a file where a folder is needed: give another path",
@@ -30,27 +30,27 @@ WRONG_PATHS = {
     errno.ETXTBSY: "It is a program that runs: give another path",
 }
 LONGEST_SHOWN_PATH = 1_000
-OPEN_FILES = 4_096  # mlx_lm/utils.py
+OPEN_FILES_OF_MLX_LM = 4_096  # mlx_lm/utils.py
 
 
 def explain(error: OSError) -> tuple[str, int]:
     """The paragraph and the exit code: 2 where another path or right is needed, else 1."""
-    place, reason = describe_place(error), error.strerror or str(error)
-    if error.errno in NO_SPACE:
+    place, reason = describe_path_of_error(error), error.strerror or str(error)
+    if error.errno in NO_SPACE_ERRNOS:
         return (
             f"{place} cannot be written ({reason}). What stood on the disk before is as it "
             f"was. Make room and give the command again; a run that has begun goes on from its "
             f"last checkpoint with its --run-dir and --resume."
         ), 1
-    if error.errno in NOT_ALLOWED:
+    if error.errno in NOT_ALLOWED_ERRNOS:
         return (
             f"{place} cannot be read or written ({reason}). Check its owner, its "
             f"permissions and those of its folder, and how it is mounted, or give another path."
         ), ConfigError.exit_code
-    if error.errno in WRONG_PATHS:
-        advice = WRONG_PATHS[error.errno]
+    if error.errno in ADVICE_BY_PATH_ERRNO:
+        advice = ADVICE_BY_PATH_ERRNO[error.errno]
         return f"{place} cannot be used ({reason}). {advice}.", ConfigError.exit_code
-    if error.errno in NO_RESOURCES:
+    if error.errno in NO_RESOURCES_ERRNOS:
         return (
             f"The system gave no more of what {place} needed ({reason}). End other programs, or "
             f"raise the limits of this one (`ulimit -n` for open files), and give the command "
@@ -69,9 +69,10 @@ def explain_file_limit(error: Exception) -> str | None:
         return None
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"This process may open {hard:,} files at a time, and mlx-lm asks for {OPEN_FILES:,} when "
-        f"it is imported. Raise the hard limit (`ulimit -Hn {OPEN_FILES}`, LimitNOFILE in a "
-        f"systemd unit, /etc/security/limits.conf) and give the command again."
+        f"This process may open {hard:,} files at a time, and mlx-lm asks for "
+        f"{OPEN_FILES_OF_MLX_LM:,} when it is imported. Raise the hard limit "
+        f"(`ulimit -Hn {OPEN_FILES_OF_MLX_LM}`, LimitNOFILE in a systemd unit, "
+        f"/etc/security/limits.conf) and give the command again."
     )
 
 
@@ -88,7 +89,7 @@ def explain_missing_mlx(error: Exception) -> str | None:
     )
 
 
-def describe_place(error: OSError) -> str:
+def describe_path_of_error(error: OSError) -> str:
     """The path that an error is about, the target of a copy, at most LONGEST_SHOWN_PATH long."""
     place = error.filename2 or error.filename
     if place is None or isinstance(place, int):

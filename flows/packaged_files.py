@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE_FOLDER = Path(__file__).parent
 
 
 def packaged_folder(name: str) -> Path:
     """The folder of data of this name, "examples" or "deployments"."""
-    installed = PACKAGE / "_shipped" / name
-    return installed if installed.is_dir() else PACKAGE.parent / name
+    installed = PACKAGE_FOLDER / "_shipped" / name
+    return installed if installed.is_dir() else PACKAGE_FOLDER.parent / name

@@ -13,16 +13,18 @@ from flows.terminal import can_redraw, errors
 from nested_core.errors import NestedTuneError
 from tasks.outcomes import Outcome
 
-OUTPUTS = (1, 2)
+OUTPUT_DESCRIPTORS = (1, 2)
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
-FAILED = "Finished in state Failed"
-REJECTED = f"Finished in state {Outcome.REJECTED}"  # of the type Failed, too
-PARAGRAPH = "is_an_error_in_a_paragraph"  # attribute of a record that the command line says too
+FAILED_STATE_MESSAGE = "Finished in state Failed"
+REJECTED_STATE_MESSAGE = f"Finished in state {Outcome.REJECTED}"  # of the type Failed, too
+PARAGRAPH_ATTRIBUTE = (
+    "is_an_error_in_a_paragraph"  # attribute of a record that the command line says too
+)
 # An error that the state says too, and the command line at its end; events that are sent at exit.
-SAID_ELSEWHERE = ("Encountered exception during execution", "Still processing items")
+MESSAGES_SHOWN_ELSEWHERE = ("Encountered exception during execution", "Still processing items")
 
 
-class _ForTerminal(logging.Filter):
+class _TerminalFilter(logging.Filter):
     """Lets records through from a level on; of an error, which task failed and no more."""
 
     def __init__(self, level: int) -> None:
@@ -32,12 +34,18 @@ class _ForTerminal(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to show the record, with its traceback taken off."""
         message = record.getMessage()
-        if message.startswith((FAILED, REJECTED)):
-            record.msg = FAILED if message.startswith(FAILED) else REJECTED
+        if message.startswith((FAILED_STATE_MESSAGE, REJECTED_STATE_MESSAGE)):
+            record.msg = (
+                FAILED_STATE_MESSAGE
+                if message.startswith(FAILED_STATE_MESSAGE)
+                else REJECTED_STATE_MESSAGE
+            )
             record.args = ()
         record.exc_info = None
         record.exc_text = None
-        is_said_elsewhere = message.startswith(SAID_ELSEWHERE) or hasattr(record, PARAGRAPH)
+        is_said_elsewhere = message.startswith(MESSAGES_SHOWN_ELSEWHERE) or hasattr(
+            record, PARAGRAPH_ATTRIBUTE
+        )
         return record.levelno >= self._level and not is_said_elsewhere
 
 
@@ -45,12 +53,12 @@ def show_logs_from_level(level: int) -> None:
     """Show Prefect's records from `level` on; what failed, the command line says at its end."""
     setup_logging()  # later calls of it leave the handlers as they are
     for handler in _console_handlers():
-        handler.addFilter(_ForTerminal(level))
+        handler.addFilter(_TerminalFilter(level))
         if can_redraw():
             handler.console = errors  # its lines go above a live view, and not through it
 
 
-class _InAParagraph(logging.Filter):
+class _ErrorAsParagraphFilter(logging.Filter):
     """Gives a record of one of our own errors its message in place of its traceback, and once.
 
     The task logs it, and then the flow that the task raised it in.
@@ -68,7 +76,7 @@ class _InAParagraph(logging.Filter):
         if error is self._last:
             return False
         self._last = error
-        setattr(record, PARAGRAPH, True)
+        setattr(record, PARAGRAPH_ATTRIBUTE, True)
         record.msg = "%s: %s"
         record.args = (type(error).__name__, error)
         record.exc_info = None
@@ -76,7 +84,7 @@ class _InAParagraph(logging.Filter):
         return True
 
 
-_in_a_paragraph = _InAParagraph()
+_in_a_paragraph = _ErrorAsParagraphFilter()
 
 
 def hide_tracebacks_of_expected_errors() -> None:
@@ -107,6 +115,6 @@ def _console_handlers() -> list[PrefectConsoleHandler]:
 def _drop_output() -> None:
     """Send what is printed from now on, by child processes too, nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in OUTPUTS:
+    for descriptor in OUTPUT_DESCRIPTORS:
         os.dup2(nowhere, descriptor)
     os.close(nowhere)

@@ -17,9 +17,9 @@ from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import read_candidate
-from tasks.approval_page import approval_key, publish_approval
+from tasks.approval_page import approval_pause_key, publish_approval
 from tasks.outcomes import Outcome
-from tasks.promote import promote_approved, promote_recorded
+from tasks.promote import promote_approved, promote_by_recorded_policy
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600
 
@@ -53,7 +53,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     registry = require_allowed(config.registry, "registry")
     policy = read_candidate(registry, config.name, config.version).policy or {}
     if not config.requires_approval and policy.get("promote") != "approve":
-        return _completed_state(promote_recorded(registry, config.name, config.version))
+        return _completed_state(promote_by_recorded_policy(registry, config.name, config.version))
     champion = read_champion(registry, config.name)
     if config.version == champion:
         return Completed(message="already_champion")
@@ -62,7 +62,7 @@ def promote(config: PromoteParameters) -> State[Any]:
     answer = suspend_flow_run(
         wait_for_input=Approval.with_initial_data(description=question),
         timeout=SECONDS_TO_APPROVE,
-        key=approval_key(champion),
+        key=approval_pause_key(champion),
     )
     if not answer.approve:
         return Completed(message=f"not approved by {answer.by}")

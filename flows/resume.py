@@ -16,7 +16,7 @@ from nested_core.config.section import Section
 from nested_core.text.foreign_text import escape
 from tasks.outcomes import Outcome
 
-MESSAGE = (
+RESUMED_MESSAGE = (
     "Crashed, and goes on by itself from its last checkpoint. After a second crash press Retry."
 )
 
@@ -44,7 +44,9 @@ def resume(config: ResumeParameters) -> State[Any]:
         if was_resumed(client, config.flow_run):
             message = f"{name} crashed again: it stays Crashed until a Retry"
             return Completed(name=Outcome.NOT_RESUMED, message=message)
-        client.set_flow_run_state(config.flow_run, Scheduled(name=Outcome.RESUMED, message=MESSAGE))
+        client.set_flow_run_state(
+            config.flow_run, Scheduled(name=Outcome.RESUMED, message=RESUMED_MESSAGE)
+        )
     return Completed(message=f"{name} goes on from its last checkpoint")
 
 

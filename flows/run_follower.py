@@ -19,8 +19,8 @@ from flows.terminal import (
     SECONDS_BETWEEN_LINES,
     can_redraw,
     errors,
-    follow_terminal_size,
     print_progress,
+    update_console_size,
 )
 from nested_core.errors import DamagedError, MissingFileError
 from nested_core.storage.run_directory import RunDirectory
@@ -32,16 +32,16 @@ from nested_core.training.training_plan import read_plan
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult  # noqa: TID251
 
-SHARE_BETWEEN_LINES = 1 / 60  # of the time so far: a long run prints fewer lines an hour
-LONGEST_PAUSE = 60.0
-SHOWN_REASONS = 3
+PAUSE_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
+LONGEST_PAUSE_SECONDS = 60.0
+MAX_SHOWN_REASONS = 3
 
 
 @contextmanager
 def showing_run(run: RunDirectory) -> Iterator[None]:
     """Show what a run reports while the block trains and judges it; the last screen stays."""
     follower = RunFollower(run)
-    with follower.hearing_stages():
+    with follower.receiving_logged_stages():
         follower.start()
         try:
             yield
@@ -71,12 +71,12 @@ class RunFollower(threading.Thread):
         self._inode = -1
         self._offset = 0
         self._read_metrics()
-        self._printed: dict[str, Any] | None = self.view.last if self.view.records else None
+        self._printed: dict[str, Any] | None = self.view.last_record if self.view.records else None
         self._printed_at = 0.0
         self._has_offer = False
 
     @contextmanager
-    def hearing_stages(self) -> Iterator[None]:
+    def receiving_logged_stages(self) -> Iterator[None]:
         """Hear what is logged about the steps that follow training while the block runs."""
         handler = _StageHandler(self)
         level = stages.level
@@ -106,13 +106,13 @@ class RunFollower(threading.Thread):
         self.join()
         if not self._can_redraw:
             with self._lock:
-                self._print_rest()
+                self._print_last_lines()
 
     def add_stage(self, name: str) -> None:
         """Show a step that follows training; whoever calls it begins that step now."""
         with self._lock:
             if self._began_at is None or not self._can_redraw:
-                self._print_rest()
+                self._print_last_lines()
                 print_progress(name)
             self._read_progress()
             self.view.stages.append((name, self.view.seconds))
@@ -126,15 +126,15 @@ class RunFollower(threading.Thread):
                 return
         is_last = False
         while not is_last:
-            size = follow_terminal_size()
+            size = update_console_size()
             with Live(_Screen(self.view), console=errors, auto_refresh=False) as live:
-                while not is_last and follow_terminal_size() == size:
+                while not is_last and update_console_size() == size:
                     is_last = self._done.wait(POLL_SECONDS)
                     with self._lock:
                         self._read_progress()
                         if is_last:
                             self._print_conclusion()
-                    if follow_terminal_size() == size:
+                    if update_console_size() == size:
                         live.refresh()
             if not is_last:  # lines were wrapped anew: where the screen stood is not known
                 errors.clear()
@@ -146,32 +146,33 @@ class RunFollower(threading.Thread):
         if step is None:
             self.view.outcome = [f"ended before training was done, at {position}"]
             return
-        self.view.outcome = [self.view.describe_offer(step)]
+        self.view.outcome = [self.view.describe_offered_adapter(step)]
         verdict = _read_value(self._run.gate, "verdict")
         if verdict is not None:
             reasons = _read_value(self._run.gate, "reasons")
-            codes = ", ".join(reason["code"] for reason in reasons[:SHOWN_REASONS])
+            codes = ", ".join(reason["code"] for reason in reasons[:MAX_SHOWN_REASONS])
             self.view.outcome.append(f"verdict: {verdict}{f' ({codes})' if codes else ''}")
 
     # As lines
 
     def _print_line(self, *, is_last: bool) -> None:
         """Print the last record if it is new, and an evaluation or the last line long ago."""
-        if not self.view.records or self.view.last == self._printed:
+        if not self.view.records or self.view.last_record == self._printed:
             return
         pause = min(
-            max(SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * self.view.seconds), LONGEST_PAUSE
+            max(SECONDS_BETWEEN_LINES, PAUSE_SHARE_OF_ELAPSED_TIME * self.view.seconds),
+            LONGEST_PAUSE_SECONDS,
         )
-        is_due = is_last or "val_loss" in self.view.last
+        is_due = is_last or "val_loss" in self.view.last_record
         if not is_due and time.monotonic() - self._printed_at < pause:
             return
         self._printed_at = time.monotonic()
-        self._printed = self.view.last
+        self._printed = self.view.last_record
         print_progress(format_line(self.view))
-        for line in self.view.describe_samples() if "samples" in self.view.last else ():
+        for line in self.view.describe_samples() if "samples" in self.view.last_record else ():
             print_progress(f"  {line}")
 
-    def _print_rest(self) -> None:
+    def _print_last_lines(self) -> None:
         """Print the last record, and once training is done which adapter it offers."""
         self._read_progress()
         self._print_line(is_last=True)
@@ -183,7 +184,7 @@ class RunFollower(threading.Thread):
             f"trained {self.view.plan.steps:,} steps" if self.view.plan else "trained",
             format_clock(self.view.training_seconds),
             self.view.describe_memory(),
-            self.view.describe_offer(step),
+            self.view.describe_offered_adapter(step),
         )
         print_progress(", ".join(filter(None, parts)))
 

@@ -21,11 +21,11 @@ from nested_core.text.loss_format import format_loss
 from nested_core.training.loss_sentences import describe_training_loss, describe_validation_loss
 from nested_core.training.training_plan import TrainingPlan
 
-SMALLEST_PLOT = 4
-SMALLEST_LAST_PLOT = 8
-LARGEST_PLOT = 24
+MIN_PLOT_HEIGHT = 4
+MIN_FINAL_PLOT_HEIGHT = 8
+MAX_PLOT_HEIGHT = 24
 BAR_PARTS = "▏▎▍▌▋▊▉"
-SHOWN_SAMPLES = 3
+MAX_SHOWN_SAMPLES = 3
 
 
 @dataclass
@@ -49,7 +49,7 @@ class RunView:
     reported_at: float = 0.0
 
     @property
-    def last(self) -> dict[str, Any]:
+    def last_record(self) -> dict[str, Any]:
         """The last record."""
         return self.records[-1] if self.records else {"step": 0, "iteration": 0}
 
@@ -58,7 +58,7 @@ class RunView:
         """Seconds that training took, or has taken so far."""
         return self.stages[0][1] if self.stages else self.seconds
 
-    def latest(self, key: str) -> Any:
+    def latest_value(self, key: str) -> Any:
         """The last value that was reported under a key; None if there is none yet."""
         return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
 
@@ -78,7 +78,7 @@ class RunView:
 
     def describe_position(self) -> str:
         """`step 20 of 120`, and iterations where gradients are accumulated over several."""
-        step, iteration = self.last["step"], self.last.get("iteration", 0)
+        step, iteration = self.last_record["step"], self.last_record.get("iteration", 0)
         if self.plan is None:
             return f"step {step:,}"
         text = f"step {step:,} of {self.plan.steps:,}"
@@ -95,17 +95,17 @@ class RunView:
     def describe_speed(self) -> str:
         """Learning rate, gradient norm and speed of the last report."""
         parts = []
-        if (rate := self.latest("learning_rate")) is not None:
+        if (rate := self.latest_value("learning_rate")) is not None:
             parts.append(f"learning rate {rate:.3g}")
-        if (norm := self.latest("grad_norm")) is not None:
+        if (norm := self.latest_value("grad_norm")) is not None:
             parts.append(f"gradient norm {norm:.3g}")
-        if (speed := self.latest("tokens_per_second")) is not None:
+        if (speed := self.latest_value("tokens_per_second")) is not None:
             parts.append(f"{speed:,.0f} tokens/s")
         return ", ".join(parts)
 
     def describe_memory(self) -> str:
         """Peak memory against what there is."""
-        peak = self.latest("peak_memory_gb")
+        peak = self.latest_value("peak_memory_gb")
         if peak is None:
             return ""
         limit = "" if self.plan is None else f" of {self.plan.memory_limit_gb:.3g}"
@@ -127,14 +127,14 @@ class RunView:
 
     def describe_tiers(self) -> str:
         """Each tier's clock: how often it is updated, and how often it was."""
-        updates = self.latest("updates")
+        updates = self.latest_value("updates")
         if self.plan is None or updates is None:
             return ""
         clocks = [
             f"tier {tier} (every {'step' if every == 1 else every}) {count:,}"
             for tier, (every, count) in enumerate(zip(self.plan.frequencies, updates, strict=False))
         ]
-        skipped = sum(self.latest("skipped") or [])
+        skipped = sum(self.latest_value("skipped") or [])
         return f"updates: {' · '.join(clocks)}" + (f" · skipped {skipped:,}" if skipped else "")
 
     def describe_samples(self) -> list[str]:
@@ -147,7 +147,7 @@ class RunView:
             for sample in answered["samples"]
         ]
 
-    def describe_offer(self, adapter_step: int) -> str:
+    def describe_offered_adapter(self, adapter_step: int) -> str:
         """Which step's adapter is offered, and why."""
         text = f"offered: the adapter of step {adapter_step:,}"
         evaluated = {
@@ -190,13 +190,13 @@ def draw_screen(view: RunView, width: int, height: int) -> Text:
     body = _body_lines(view, width)
     axes = 3
     samples: list[Text] = []
-    for text in view.describe_samples()[:SHOWN_SAMPLES]:
-        if len(head) + len(body) + len(samples) + 1 + axes + SMALLEST_PLOT < height:
+    for text in view.describe_samples()[:MAX_SHOWN_SAMPLES]:
+        if len(head) + len(body) + len(samples) + 1 + axes + MIN_PLOT_HEIGHT < height:
             samples.append(Text(text, "dim"))
     room = height - 1 - len(head) - len(body) - len(samples) - axes
     if view.outcome:  # the last screen may scroll
-        room = max(room, SMALLEST_LAST_PLOT)
-    plot = _plot_lines(view, width, min(room, LARGEST_PLOT)) if room >= SMALLEST_PLOT else []
+        room = max(room, MIN_FINAL_PLOT_HEIGHT)
+    plot = _plot_lines(view, width, min(room, MAX_PLOT_HEIGHT)) if room >= MIN_PLOT_HEIGHT else []
     lines = [*head, *plot, *body, *samples]
     if not view.outcome:
         lines = lines[: max(height - 1, 1)]
@@ -214,7 +214,7 @@ def _head_lines(view: RunView, width: int) -> list[Text]:
     if view.plan is None:
         lines.append(Text(position))
     else:
-        share = view.last.get("iteration", 0) / view.plan.iterations
+        share = view.last_record.get("iteration", 0) / view.plan.iterations
         bar = draw_bar(share, max(10, min(40, width - len(position) - 14)))
         lines.append(Text.assemble("train ", (bar, "cyan"), f" {share:4.0%} {position}"))
     return [*lines, Text(view.describe_time())]
@@ -264,7 +264,7 @@ def _escape_and_wrap(text: str, width: int) -> list[str]:
 
 def format_line(view: RunView) -> str:
     """The last record on one line, for a log: losses, speed, memory, and the time that is left."""
-    record = view.last
+    record = view.last_record
     parts = []
     if "loss" in record:
         parts.append(f"training loss {format_loss(record['loss'])}")

@@ -17,12 +17,18 @@ from prefect.settings import get_current_settings
 from flows.alerts import alert_block
 from flows.allowed_folders import allowed_roots
 from flows.deploy import ServerDeployment, read_server_deployments
-from flows.deployment_plan import FINETUNE, adapter_of, full_name, read_yaml, replace_placeholders
+from flows.deployment_plan import (
+    FINETUNE_ENTRYPOINT,
+    adapter_of,
+    full_name,
+    read_yaml,
+    replace_placeholders,
+)
 from flows.doctor_check import Check
 from flows.packaged_files import packaged_folder
 
-SECONDS_BETWEEN_HEARTBEATS = 90
-LOCAL = ("127.0.0.1", "localhost", "::1")
+MAX_HEARTBEAT_AGE_SECONDS = 90
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def iterate_server_checks() -> Iterator[Check]:
@@ -67,7 +73,7 @@ def _check_auth() -> Check:
     host = urlsplit(str(settings.api.url)).hostname
     url = f"{settings.api.url}/admin/version"
     is_open = httpx.get(url, timeout=10).status_code == 200
-    where = "this machine alone" if host in LOCAL else str(host)
+    where = "this machine alone" if host in LOCAL_HOSTS else str(host)
     mend = "set PREFECT_SERVER_API_AUTH_STRING=user:password for the server" if is_open else ""
     return Check("auth", not is_open, f"{'open to all' if is_open else 'asked'}, on {where}", mend)
 
@@ -75,7 +81,7 @@ def _check_auth() -> Check:
 def _check_database() -> Check:
     """What the server of this machine is set to use; a server does not tell it to others."""
     settings = get_current_settings()
-    if urlsplit(str(settings.api.url)).hostname not in LOCAL:
+    if urlsplit(str(settings.api.url)).hostname not in LOCAL_HOSTS:
         return Check("database", True, "known on the server's machine alone")
     url = settings.server.database.connection_url
     dialect = "sqlite" if url is None else url.get_secret_value().partition(":")[0]
@@ -102,7 +108,7 @@ def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
 
 
 def _check_workers(client: SyncPrefectClient, pool: str) -> Check:
-    since = datetime.now(UTC) - timedelta(seconds=SECONDS_BETWEEN_HEARTBEATS)
+    since = datetime.now(UTC) - timedelta(seconds=MAX_HEARTBEAT_AGE_SECONDS)
     heard = client.read_workers_for_work_pool(pool)
     alive = [w.name for w in heard if w.last_heartbeat_time and w.last_heartbeat_time > since]
     mend = f"systemctl start nested-tune-worker@{pool}, or prefect worker start --pool {pool}"
@@ -136,7 +142,7 @@ def _check_deployments(client: SyncPrefectClient) -> Check:
 
 def _trained_adapters(there: list[ServerDeployment]) -> set[str]:
     """The adapters that a deployment of the server trains."""
-    trainings = [d.response for d in there if d.response.entrypoint == FINETUNE]
+    trainings = [d.response for d in there if d.response.entrypoint == FINETUNE_ENTRYPOINT]
     return {name for each in trainings if (name := adapter_of(each.parameters)) is not None}
 
 

@@ -12,13 +12,13 @@ from nested_core.errors import list_first, shorten
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.foreign_text import escape
-from nested_core.text.loss_format import format_change, format_loss, name_loss
+from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
 
 SHOWN_DIGITS = 6
-SHOWN_REASONS = 3
-SHOWN_CHARACTERS = 160  # of a reason's own words
+MAX_SHOWN_REASONS = 3
+MAX_SHOWN_CHARACTERS = 160  # of a reason's own words
 # What an error advises at the command line, and in a page, which has a button for it.
-ADVICE = (
+RETRY_ADVICE_REPLACEMENTS = (
     (r"with the same command, --run-dir .{1,4096}? --resume", "with the Retry button"),
     (r"with its --run-dir and --resume", "with the Retry button"),
     (r"Give the command of the run again with --resume", "Press Retry"),
@@ -43,7 +43,7 @@ def describe_loss(run: RunDirectory) -> str:
     losses = verdict["validation"]
     if losses is None:
         return "no validation set"
-    name = name_loss(losses["file"]).replace("validation", "val")
+    name = loss_name_for_file(losses["file"]).replace("validation", "val")
     change = format_change(losses["loss_before"], losses["loss_after"])
     return f"{name} {change}{_describe_champion(verdict)}"
 
@@ -70,7 +70,7 @@ def describe_rejection(run: RunDirectory) -> str:
     `rejected: tier_unchanged tier 2: MESSAGE`.
     """
     verdict = read_json_object(run.gate)
-    reasons = [_describe_reason(r, verdict) for r in verdict["reasons"][:SHOWN_REASONS]]
+    reasons = [_describe_reason(r, verdict) for r in verdict["reasons"][:MAX_SHOWN_REASONS]]
     return f"rejected: {'; '.join(reasons)}{_describe_champion(verdict)}"
 
 
@@ -85,8 +85,8 @@ def _describe_reason(reason: Mapping[str, Any], verdict: Mapping[str, Any]) -> s
         return f"{code} {change} on general text"
     tiers = {tensor["name"]: tensor["tier"] for tensor in verdict["tensors"]}
     own = sorted({tiers[name] for name in reason["tensors"] if tiers.get(name) is not None})
-    named = f" tier {list_first(own, SHOWN_REASONS)}" if own else ""
-    return f"{code}{named}: {escape(shorten(reason['message'], SHOWN_CHARACTERS))}"
+    named = f" tier {list_first(own, MAX_SHOWN_REASONS)}" if own else ""
+    return f"{code}{named}: {escape(shorten(reason['message'], MAX_SHOWN_CHARACTERS))}"
 
 
 def _describe_champion(verdict: Mapping[str, Any]) -> str:
@@ -96,8 +96,8 @@ def _describe_champion(verdict: Mapping[str, Any]) -> str:
     return f"; champion {shorten_version(champion['version'])} {format_loss(champion['loss'])}"
 
 
-def advise_retry(message: str) -> str:
+def advise_retry_button(message: str) -> str:
     """A message for somebody who reads it in a page: the Retry button in place of a command."""
-    for command, button in ADVICE:
+    for command, button in RETRY_ADVICE_REPLACEMENTS:
         message = re.sub(command, button, message, flags=re.DOTALL)
     return message

@@ -13,8 +13,8 @@ from flows.terminal import print_progress, show_cursor
 from nested_core.errors import TrainingStopped
 from nested_core.storage.run_directory import RunDirectory
 
-INTERRUPTED = 130
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED_EXIT_CODE = 130
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _StopNow(BaseException):
@@ -32,11 +32,11 @@ class Stopper:
         self._trainer: Any = None
         self._is_stopping = False
 
-    def watch(self, trainer: Any) -> None:
+    def direct_signals_to(self, trainer: Any) -> None:
         """Stop this trainer from now on."""
         self._trainer = trainer
 
-    def release(self) -> None:
+    def release_trainer(self) -> None:
         """Training is over: what a signal asked for in its last moments is done now."""
         self._trainer = None
         if self._is_stopping:
@@ -53,8 +53,8 @@ class Stopper:
             return
         receive, send = os.pipe()
         os.set_blocking(send, False)
-        threading.Thread(target=_exit_at_the_second, args=(receive,), daemon=True).start()
-        before = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
+        threading.Thread(target=_exit_at_second_interrupt, args=(receive,), daemon=True).start()
+        before = {number: signal.signal(number, self._handle_signal) for number in STOP_SIGNALS}
         fd_before = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
         try:
             yield
@@ -81,12 +81,12 @@ class Stopper:
         print_progress("stopping: the step in hand is finished and a checkpoint written")
 
 
-def _exit_at_the_second(receive: int) -> None:
+def _exit_at_second_interrupt(receive: int) -> None:
     """Read signal numbers as they come, until the other end is closed."""
     has_come = False
     with open(receive, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if has_come and number[0] == signal.SIGINT:
                 show_cursor()
-                os._exit(INTERRUPTED)
-            has_come = has_come or number[0] in SIGNALS
+                os._exit(INTERRUPTED_EXIT_CODE)
+            has_come = has_come or number[0] in STOP_SIGNALS

@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.allowed_folders import refuse_python_scorers, require_allowed_paths
-from flows.flow_run_labels import SWEEP
+from flows.flow_run_labels import SWEEP_TAG
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.resume import was_resumed
 from flows.state_messages import shorten_version
@@ -142,7 +142,7 @@ def _start_run(
         timeout=0,
         idempotency_key=f"{runtime.flow_run.id}-{index}",
         flow_run_name=f"{index:03d} " + ", ".join(f"{k}={v}" for k, v in point.items()),
-        tags=[SWEEP],
+        tags=[SWEEP_TAG],
         as_subflow=False,
     )
     return started.id  # type: ignore[union-attr]  # the sync call returns no coroutine

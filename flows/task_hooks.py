@@ -56,11 +56,11 @@ class TaskHooks(Hooks):
         def watch(trainer: Any) -> None:
             """The trainer has its device: say so, and let signals stop it."""
             end_waiting()
-            stopper.watch(trainer)
+            stopper.direct_signals_to(trainer)
 
         with stopper.handling_signals(run):
             result = train(config, run.path, watch)
-            stopper.release()
+            stopper.release_trainer()
         return result
 
     def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from nested_core.storage.atomic import finite_or_none
-from nested_core.text.foreign_text import escape, escape_lines
+from nested_core.text.foreign_text import escape, escape_but_keep_newlines
 
 if TYPE_CHECKING:
     from nested_core.optim.tier_counters import TierStats
@@ -42,7 +42,7 @@ def can_redraw() -> bool:
     return is_tty and errors.is_terminal and not errors.is_dumb_terminal
 
 
-def follow_terminal_size() -> ConsoleDimensions:
+def update_console_size() -> ConsoleDimensions:
     """Have `errors` take the size that its terminal has now, and return it; see `can_redraw`.
 
     rich prefers COLUMNS and LINES, which do not follow a resize where a shell or readline has
@@ -158,7 +158,7 @@ def print_line(text: str) -> None:
 
 def print_page(text: str) -> None:
     """A document of several lines on standard output, as it would stand in a file."""
-    print(escape_lines(text.rstrip("\n")))  # noqa: T201
+    print(escape_but_keep_newlines(text.rstrip("\n")))  # noqa: T201
 
 
 def print_progress(*lines: str) -> None:

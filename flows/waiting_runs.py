@@ -34,13 +34,13 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Scheduled
 
-from flows.flow_run_labels import describe_night
+from flows.flow_run_labels import format_flow_run_name
 from tasks.outcomes import Outcome
 
 SECONDS_BETWEEN_LOOKS = 5.0
-SLOT_WAIT = timedelta(seconds=30)  # how far ahead a run is put off that waits for a deployment
-FIRST_IN_LINE = 20  # how many waiting runs are looked at
-ACTIVE = (StateType.PENDING, StateType.RUNNING)
+CONCURRENCY_SLOT_DELAY = timedelta(seconds=30)  # of a run that waits for its deployment
+MAX_WAITING_RUNS_READ = 20  # how many waiting runs are looked at
+ACTIVE_STATES = (StateType.PENDING, StateType.RUNNING)
 
 
 @contextmanager
@@ -56,7 +56,10 @@ def explaining_waiting_runs() -> Iterator[None]:
     ended = threading.Event()
     arguments = (context.flow_run, ended)
     thread = threading.Thread(
-        target=copy_context().run, args=(_look_until, *arguments), name="waiting runs", daemon=True
+        target=copy_context().run,
+        args=(_explain_waiting_runs_until, *arguments),
+        name="waiting runs",
+        daemon=True,
     )
     thread.start()
     try:
@@ -66,12 +69,12 @@ def explaining_waiting_runs() -> Iterator[None]:
         thread.join(timeout=SECONDS_BETWEEN_LOOKS)  # before the pool has a place again
         try:
             with get_client(sync_client=True) as client:
-                release_waiting_runs(client, context.flow_run)
+                rename_waiting_to_scheduled(client, context.flow_run)
         except Exception as error:  # of the server or the way to it; this run has its outcome
             get_run_logger().warning("Waiting runs are still called so: %s", error)
 
 
-def _look_until(own: FlowRun, ended: threading.Event) -> None:
+def _explain_waiting_runs_until(own: FlowRun, ended: threading.Event) -> None:
     has_warned = False
     while not ended.wait(SECONDS_BETWEEN_LOOKS):
         try:
@@ -91,20 +94,22 @@ def explain_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
     active = _read_active_runs(client, own.flow_id)
     if not active or active[0].id != own.id:
         return
-    places = _Places(client)
+    limits = _RunLimits(client)
     waiting: list[FlowRun] = []
     for run in _read_due_runs(client, own.flow_id, active):
-        ahead = [other for other in (*active, *waiting) if places.are_nights(run, other)]
-        same = [other for other in ahead if _adapter_of(other) == _adapter_of(run)]
+        ahead = [other for other in (*active, *waiting) if limits.are_scheduled(run, other)]
+        same = [
+            other for other in ahead if _registry_and_name_of(other) == _registry_and_name_of(run)
+        ]
         if same and run.run_count == 0:  # one that had begun and goes on is no second night
             _skip_run(client, run, same[0])
             continue
         waiting.append(run)
-        if message := places.describe_wait(run, active):
+        if message := limits.describe_wait(run, active):
             _set_waiting(client, run, message)
 
 
-def release_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
+def rename_waiting_to_scheduled(client: SyncPrefectClient, own: FlowRun) -> None:
     """Call waiting runs Scheduled again: the server looks for late ones under that name alone.
 
     In a pool where another run is at work that run goes on looking after them.
@@ -120,7 +125,7 @@ def release_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
 
 def _read_active_runs(client: SyncPrefectClient, flow_id: UUID) -> list[FlowRun]:
     """The flow's runs that are pending or at work, in the order in which they were due."""
-    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE)))
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE_STATES)))
     return _read_runs(client, flow_id, FlowRunFilter(state=state))
 
 
@@ -135,7 +140,7 @@ def _read_due_runs(
     due = FlowRunFilter(
         state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
         next_scheduled_start_time=FlowRunFilterNextScheduledStartTime.model_validate(
-            {"before_": datetime.now(UTC) + SLOT_WAIT}
+            {"before_": datetime.now(UTC) + CONCURRENCY_SLOT_DELAY}
         ),
     )
     in_pools = WorkPoolFilter(name=WorkPoolFilterName(any_=sorted(pools)))
@@ -153,27 +158,27 @@ def _read_runs(
         flow_run_filter=which,
         work_pool_filter=pools,
         sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-        limit=FIRST_IN_LINE,
+        limit=MAX_WAITING_RUNS_READ,
     )
     return list(runs)
 
 
-def _adapter_of(run: FlowRun) -> tuple[Any, Any]:
+def _registry_and_name_of(run: FlowRun) -> tuple[Any, Any]:
     registry = (run.parameters.get("config") or {}).get("registry") or {}
     return registry.get("path"), registry.get("name")
 
 
 def _skip_run(client: SyncPrefectClient, run: FlowRun, other: FlowRun) -> None:
     """End a run in whose place another one of the same adapter is at work, or waits already."""
-    is_at_work = other.state_type in ACTIVE
+    is_at_work = other.state_type in ACTIVE_STATES
     what = "is at work" if is_at_work else "waits already"
-    name = describe_night(other, other.parameters)
+    name = format_flow_run_name(other, other.parameters)
     message = f"skipped: another night of this adapter {what}, flow run {name!r} ({other.id})"
     _rename_run(client, run)
     _set_state_unless_changed(client, run, Completed(name=Outcome.SKIPPED, message=message))
 
 
-class _Places:
+class _RunLimits:
     """The places that pools and deployments have for runs, each asked of the server once."""
 
     def __init__(self, client: SyncPrefectClient) -> None:
@@ -181,7 +186,7 @@ class _Places:
         self._deployments: dict[UUID, DeploymentResponse] = {}
         self._pool_limits: dict[str, int | None] = {}
 
-    def are_nights(self, *runs: FlowRun) -> bool:
+    def are_scheduled(self, *runs: FlowRun) -> bool:
         """Whether the deployments of all of these runs have a schedule."""
         deployments = [self._deployment_of(run) for run in runs]
         return all(each is not None and each.schedules for each in deployments)
@@ -222,7 +227,7 @@ class _Places:
 
 
 def _describe_limit(what: str, limit: int, holders: Sequence[FlowRun]) -> str:
-    names = ", ".join(repr(describe_night(other, other.parameters)) for other in holders)
+    names = ", ".join(repr(format_flow_run_name(other, other.parameters)) for other in holders)
     return f"waits for {names}: {what} runs {limit} at a time"
 
 
@@ -245,6 +250,6 @@ def _set_state_unless_changed(client: SyncPrefectClient, run: FlowRun, state: St
 
 def _rename_run(client: SyncPrefectClient, run: FlowRun) -> None:
     """Give a run that has not begun the name that it will have."""
-    name = describe_night(run, run.parameters)
+    name = format_flow_run_name(run, run.parameters)
     if run.name != name:
         client.update_flow_run(run.id, name=name)

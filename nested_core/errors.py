@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nested_core.text.foreign_text import escape_lines
+from nested_core.text.foreign_text import escape_but_keep_newlines
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -40,7 +40,7 @@ class NestedTuneError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return escape_lines(super().__str__())
+        return escape_but_keep_newlines(super().__str__())
 
 
 class ConfigError(NestedTuneError):

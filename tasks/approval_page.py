@@ -25,19 +25,23 @@ HOW_TO_ANSWER = (
     "candidate champion, approve off leaves the champion as it is, and your name stands in the "
     "history. Cancel, or no answer for 7 days, leaves it as it is too."
 )
-KEY_PREFIX = "approval-"  # of a pause; the champion that the version was shown against follows
+PAUSE_KEY_PREFIX = (
+    "approval-"  # of a pause; the champion that the version was shown against follows
+)
 
 
-def approval_key(champion: str | None) -> str:
+def approval_pause_key(champion: str | None) -> str:
     """The key of the pause in which a person decides against this champion."""
-    return f"{KEY_PREFIX}{champion or 'none'}"
+    return f"{PAUSE_KEY_PREFIX}{champion or 'none'}"
 
 
 def publish_approval(
     registry: Path, name: str, version: str, champion: str | None, flow_run: UUID
 ) -> str:
     """Put the page beside the flow run; return it as markdown, for the form of the answer."""
-    page = describe_approval(registry, name, version, champion, _read_asked(flow_run))
+    page = describe_approval(
+        registry, name, version, champion, _read_champions_asked_about(flow_run)
+    )
     with ArtifactClient() as artifacts:
         artifacts.publish_page(
             artifact_key(name, "approval"),
@@ -48,26 +52,26 @@ def publish_approval(
 
 
 def describe_approval(
-    registry: Path, name: str, version: str, champion: str | None, asked: list[str]
+    registry: Path, name: str, version: str, champion: str | None, champions_asked_about: list[str]
 ) -> MarkdownPage:
     """Candidate and champion with loss and answers; why it asks again, where it has asked before.
 
-    `asked` holds the champions, or "none", that it asked about so far.
+    `champions_asked_about` holds the champions, or "none", that it asked about so far.
     """
     verdict = _read_verdict(registry, name, version)
     page = MarkdownPage(f"Make {shorten(version)} the champion of {name}?")
-    earlier = [one for one in asked if one != (champion or "none")]
+    earlier = [one for one in champions_asked_about if one != (champion or "none")]
     if earlier:
         page.add_paragraph(
             f"ASKED AGAIN: the champion changed from {shorten(earlier[-1])} to "
             f"{shorten(champion or 'none')} after the last question; an answer given to that one "
             "promoted nothing."
         )
-    facts = [("Candidate", f"{shorten(version)}: {_describe_figures(verdict)}")]
+    facts = [("Candidate", f"{shorten(version)}: {_describe_losses_and_answers(verdict)}")]
     if champion is None:
         facts.append(("Champion", "none yet"))
     else:
-        figures = _describe_figures(_read_verdict(registry, name, champion))
+        figures = _describe_losses_and_answers(_read_verdict(registry, name, champion))
         facts.append(("Champion", f"{shorten(champion)}: {figures}"))
         facts.append(("Compared", _compare_losses(registry, name, version, champion, verdict)))
     facts.append(("Version in full", version))
@@ -76,7 +80,7 @@ def describe_approval(
     return page
 
 
-def _describe_figures(verdict: Mapping[str, Any]) -> str:
+def _describe_losses_and_answers(verdict: Mapping[str, Any]) -> str:
     """Losses and answers of one version, when it was judged."""
     losses = f"loss {describe_losses(verdict)}" if verdict.get("validation") else "no loss measured"
     suites = [describe_suite(task) for task in verdict.get("tasks") or []]
@@ -111,10 +115,10 @@ def _read_verdict(registry: Path, name: str, version: str) -> dict[str, Any]:
     return verdict
 
 
-def _read_asked(flow_run: UUID) -> list[str]:
+def _read_champions_asked_about(flow_run: UUID) -> list[str]:
     """The champions that this flow run has asked about, oldest first, from its states."""
     with get_client(sync_client=True) as client:
         states = client.read_flow_run_states(flow_run)
     states.sort(key=lambda state: state.timestamp)
     keys = [state.state_details.pause_key or "" for state in states if state.is_paused()]
-    return [key.removeprefix(KEY_PREFIX) for key in keys if key.startswith(KEY_PREFIX)]
+    return [key.removeprefix(PAUSE_KEY_PREFIX) for key in keys if key.startswith(PAUSE_KEY_PREFIX)]

@@ -25,7 +25,7 @@ from prefect.utilities.context import get_task_and_flow_run_ids
 from nested_core.text.foreign_text import escape_markdown
 from tasks.markdown_page import MarkdownPage, format_cell
 
-_NOT_IN_KEYS = re.compile("[^a-z0-9]+")
+_INVALID_KEY_CHARACTERS = re.compile("[^a-z0-9]+")
 _DIGEST_DIGITS = 6
 
 
@@ -38,7 +38,7 @@ def artifact_key(adapter: str | None, page: str) -> str:
     """
     if adapter is None:
         return page
-    plain = _NOT_IN_KEYS.sub("-", adapter.lower()).strip("-")
+    plain = _INVALID_KEY_CHARACTERS.sub("-", adapter.lower()).strip("-")
     if plain != adapter:
         plain = f"{plain}-{hashlib.sha256(adapter.encode()).hexdigest()[:_DIGEST_DIGITS]}"
     return f"{plain}-{page}"

@@ -25,8 +25,8 @@ from tasks.lineage import (
 from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import describe_losses, describe_suite
 
-SHOWN_CHANGES = 15
-ACTIONS = {"promote": "promoted", "rollback": "rolled back to"}
+MAX_SHOWN_CHANGES = 15
+ACTION_VERBS = {"promote": "promoted", "rollback": "rolled back to"}
 
 
 def publish_champion(registry: Path, name: str) -> None:
@@ -47,9 +47,13 @@ def publish_champion(registry: Path, name: str) -> None:
             )
         emit_materialization(
             champion_asset(name),
-            [run_asset(name, champion.run_folder)],
+            [run_asset(name, champion.run_folder_name)],
             name,
-            {"version": version, "dataset": champion.dataset, "parent": champion.parent},
+            {
+                "version": version,
+                "dataset": champion.dataset_digest,
+                "parent": champion.parent_version,
+            },
         )
     except Exception as error:  # of the server or the way to it
         get_run_logger().warning("The page of %s's champion is not up to date: %s", name, error)
@@ -68,7 +72,9 @@ def describe_champion(registry: Path, name: str, version: str) -> MarkdownPage:
         ]
     )
     page.add_heading("What it was made of")
-    page.add_picture(champion.draw(), "data set, base model and parent, run, champion")
+    page.add_picture(
+        champion.draw_lineage_picture(), "data set, base model and parent, run, champion"
+    )
     page.add_heading("Champions so far")
     columns = ("when (UTC)", "what", "version", "validation loss", "by")
     page.add_table(columns, _list_changes(registry, name))
@@ -91,17 +97,17 @@ class _Champion:
         return cls(name, version, read_provenance(folder), verdict)
 
     @property
-    def run_folder(self) -> str:
+    def run_folder_name(self) -> str:
         """The name of the run's folder."""
         return PurePath(str(self.provenance.get("run_dir"))).name
 
     @property
-    def dataset(self) -> str | None:
+    def dataset_digest(self) -> str | None:
         """The digest of the data set that it was trained on."""
         return self.provenance.get("dataset_digest")
 
     @property
-    def parent(self) -> str | None:
+    def parent_version(self) -> str | None:
         """The version that it was trained from, or that was champion before it."""
         return self.provenance.get("parent")
 
@@ -116,11 +122,15 @@ class _Champion:
         suites = "; ".join(map(describe_suite, self.verdict.get("tasks") or []))
         return suites or "no suite of questions (gate.tasks) was asked"
 
-    def draw(self) -> str:
+    def draw_lineage_picture(self) -> str:
         """The picture of what it was made of."""
         config = self.provenance.get("config") or {}
-        parent = "a fresh adapter" if self.parent is None else shorten_digest(self.parent)
-        data = (str(config.get("data")), shorten_digest(self.dataset or "unknown"))
+        parent = (
+            "a fresh adapter"
+            if self.parent_version is None
+            else shorten_digest(self.parent_version)
+        )
+        data = (str(config.get("data")), shorten_digest(self.dataset_digest or "unknown"))
         step = f"step {self.verdict.get('adapter_step')}"
         sources = [
             LineageNode("data set", data),
@@ -129,27 +139,27 @@ class _Champion:
         ]
         return draw_lineage(
             sources,
-            LineageNode("run", (self.run_folder, step)),
+            LineageNode("run", (self.run_folder_name, step)),
             LineageNode("champion", (self.name, shorten_digest(self.version))),
         )
 
 
 def _list_changes(registry: Path, name: str) -> list[tuple[object, ...]]:
     """The last changes of the champion as rows, the latest first."""
-    moves = [line for line in history(registry, name) if line["action"] in ACTIONS]
+    moves = [line for line in history(registry, name) if line["action"] in ACTION_VERBS]
     return [
         (
             _describe_time(line["time"]),
-            ACTIONS[line["action"]],
+            ACTION_VERBS[line["action"]],
             shorten_digest(line["version"] or "none"),
-            _read_loss(registry, name, line["version"]),
+            _read_registered_loss(registry, name, line["version"]),
             line["by"],
         )
-        for line in moves[: -SHOWN_CHANGES - 1 : -1]
+        for line in moves[: -MAX_SHOWN_CHANGES - 1 : -1]
     ]
 
 
-def _read_loss(registry: Path, name: str, version: str | None) -> float | None:
+def _read_registered_loss(registry: Path, name: str, version: str | None) -> float | None:
     """The loss that a version was registered with; None once it is collected."""
     if version is None:
         return None

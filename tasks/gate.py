@@ -49,7 +49,7 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     tensors = verdict["tensors"]
     changed = sum(tensor["changed"] for tensor in tensors)
     page = MarkdownPage(verdict["verdict"])
-    page.add_points((reason["code"], reason["message"]) for reason in verdict["reasons"])
+    page.add_bullets((reason["code"], reason["message"]) for reason in verdict["reasons"])
     step = f"Adapter of step {verdict['adapter_step']}"
     page.add_paragraph(f"{step}: {changed} of {len(tensors)} tensors changed.")
     if verdict["validation"]:
@@ -61,27 +61,29 @@ def describe_verdict(verdict: dict[str, Any]) -> MarkdownPage:
     if verdict["champion"]:
         page.add_paragraph(describe_champion_loss(verdict["champion"]))
     if verdict["tasks"]:
-        page.add_table(TASK_COLUMNS, map(_task_row, verdict["tasks"]))
-    page.add_table(TIER_COLUMNS, ([tier[key] for key in TIER_KEYS] for tier in verdict["tiers"]))
+        page.add_table(SUITE_TABLE_COLUMNS, map(_format_suite_row, verdict["tasks"]))
+    page.add_table(
+        TIER_TABLE_COLUMNS, ([tier[key] for key in TIER_TABLE_KEYS] for tier in verdict["tiers"])
+    )
     return page
 
 
-MODELS = ("base", "parent", "champion", "candidate")
-TASK_COLUMNS = ("suite", "questions", *MODELS, "change", "95 %", "verdict")
-TIER_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
-TIER_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
+COMPARED_MODELS = ("base", "parent", "champion", "candidate")
+SUITE_TABLE_COLUMNS = ("suite", "questions", *COMPARED_MODELS, "change", "95 %", "verdict")
+TIER_TABLE_KEYS = ("tier", "frequency", "tensors", "changed", "expected_updates", "applied_updates")
+TIER_TABLE_COLUMNS = ("tier", "updated every", "tensors", "changed", "expected updates", "applied")
 
 
 def _format_figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
 
 
-def _task_row(task: dict[str, Any]) -> list[str]:
+def _format_suite_row(task: dict[str, Any]) -> list[str]:
     interval = task["interval"]
     return [
         task["name"],
         str(task["questions"]),
-        *(_format_figure(task[model]) for model in MODELS),
+        *(_format_figure(task[model]) for model in COMPARED_MODELS),
         f"{task['difference']:+.3f}",
         "none" if interval is None else f"{interval[0]:+.3f} to {interval[1]:+.3f}",
         task["verdict"],

@@ -20,14 +20,14 @@ from prefect.events import emit_event
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.foreign_text import escape
 
-_NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9._~-]+")
-MATERIALIZED = "prefect.asset.materialization.succeeded"
+_INVALID_KEY_CHARACTERS = re.compile(r"[^A-Za-z0-9._~-]+")
+MATERIALIZATION_EVENT = "prefect.asset.materialization.succeeded"
 MATERIALIZED_BY = "nested-tune"
 
 # The picture: three columns of boxes.
 COLUMN, BOX_WIDTH, BOX_HEIGHT, ROW, MARGIN = 250, 210, 62, 80, 10
-ARROWS_APART = 18
-SHOWN_CHARACTERS = 28
+PIXELS_BETWEEN_ARROWS = 18
+MAX_SHOWN_CHARACTERS = 28
 BOX_COLOUR, LINE_COLOUR, TEXT_COLOUR = "#eef3fa", "#7a8ba3", "#1f2d3d"
 
 
@@ -39,7 +39,7 @@ def dataset_asset(adapter: str, digest: str, source: str) -> Asset:
 
 def run_asset(adapter: str, folder: str) -> Asset:
     """A run that the gate verified, by the name of its folder."""
-    name = _NOT_IN_KEYS.sub("-", folder)
+    name = _INVALID_KEY_CHARACTERS.sub("-", folder)
     properties = AssetProperties(name=escape(f"run of {adapter}: {folder}"))
     return Asset(key=f"run://{adapter}/{name}", properties=properties)
 
@@ -64,7 +64,7 @@ def emit_materialization(
         {"prefect.resource.id": f"adapter.{adapter}", "prefect.resource.role": "adapter"}
     )
     emit_event(
-        MATERIALIZED,
+        MATERIALIZATION_EVENT,
         resource=AssetContext.asset_as_resource(asset),
         related=related,
         payload=dict(metadata),
@@ -93,7 +93,7 @@ def draw_lineage(sources: Sequence[LineageNode], run: LineageNode, champion: Lin
     ]
     for index, source in enumerate(sources):
         center = MARGIN + ROW * index + BOX_HEIGHT / 2
-        arrives = middle + ARROWS_APART * (index - (len(sources) - 1) / 2)
+        arrives = middle + PIXELS_BETWEEN_ARROWS * (index - (len(sources) - 1) / 2)
         parts.append(_draw_arrow(MARGIN + BOX_WIDTH, center, run_x, arrives))
         parts.append(_draw_node(source, MARGIN, center))
     parts.append(_draw_arrow(run_x + BOX_WIDTH, middle, champion_x, middle))
@@ -126,6 +126,6 @@ def _draw_node(node: LineageNode, x: float, center: float) -> str:
 def _escape_and_cut(text: str) -> str:
     """The text for SVG, cut so that it fits a box."""
     shown = escape(text)
-    if len(shown) > SHOWN_CHARACTERS:
-        shown = f"{shown[: SHOWN_CHARACTERS // 2]}...{shown[3 - SHOWN_CHARACTERS // 2 :]}"
+    if len(shown) > MAX_SHOWN_CHARACTERS:
+        shown = f"{shown[: MAX_SHOWN_CHARACTERS // 2]}...{shown[3 - MAX_SHOWN_CHARACTERS // 2 :]}"
     return html.escape(shown)

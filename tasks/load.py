@@ -11,10 +11,10 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.continual import describe_starting_adapter
 from nested_core.storage.run_directory import RunDirectory
 from tasks.device_waiting import show_waiting
-from tasks.retrying import RUN_DELAYS, retried_task
+from tasks.retrying import RUN_RETRY_DELAYS, retried_task
 
 
-@retried_task("load", "load {config.model}", RUN_DELAYS)
+@retried_task("load", "load {config.model}", RUN_RETRY_DELAYS)
 def load(config: FineTuneConfig, run_dir: Path) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)

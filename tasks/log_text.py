@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from nested_core.text.foreign_text import escape_lines
+from nested_core.text.foreign_text import escape_but_keep_newlines
 
 LOGGERS_OF_RUNS = ("prefect.flow_runs", "prefect.task_runs")
 
@@ -14,7 +14,7 @@ class EscapeForeignText(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Escape the message, with its arguments in it."""
-        record.msg = escape_lines(record.getMessage())
+        record.msg = escape_but_keep_newlines(record.getMessage())
         record.args = None
         return True
 

@@ -23,7 +23,7 @@ class MarkdownPage:
         """Add a paragraph of one line."""
         self._lines += [escape_markdown(text), ""]
 
-    def add_points(self, points: Iterable[tuple[str, str]]) -> None:
+    def add_bullets(self, points: Iterable[tuple[str, str]]) -> None:
         """Add a list of points: a code, and what there is to say of it."""
         lines = [f"- `{escape(code).replace('`', '')}`: {escape_markdown(t)}" for code, t in points]
         self._lines += [*lines, ""]

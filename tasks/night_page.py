@@ -15,7 +15,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
 from nested_core.training.metrics_file import read_metrics
-from nested_core.training.sample_prompts import choose_evaluations, samples_by_step
+from nested_core.training.sample_prompts import choose_shown_evaluations, samples_by_step
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import (
@@ -26,16 +26,16 @@ from tasks.verdict_text import (
 )
 
 UNDER_WAY = "Under way"
-IF_IT_HAS_ENDED = (
+CRASHED_RUN_NOTE = (
     "A run whose state is Crashed or Cancelled was ended before it could say so here: Retry goes "
     "on from its last checkpoint."
 )
-SHOWN_ANSWERS = 5
-SHOWN_CHARACTERS = 160  # of a question or an answer
-SHOWN_EVALUATIONS = 8
-SHOWN_PROMPTS = 4  # of `samples`, each a column
-SHOWN_CHECKS = 4
-PROBLEMS = ("error", "warning")  # of a finding that is more than a figure about the data
+MAX_SHOWN_ANSWERS = 5
+MAX_SHOWN_CHARACTERS = 160  # of a question or an answer
+MAX_SHOWN_EVALUATIONS = 8
+MAX_SHOWN_PROMPTS = 4  # of `samples`, each a column
+MAX_SHOWN_CHECKS = 4
+PROBLEM_SEVERITIES = ("error", "warning")  # of a finding that is more than a figure about the data
 
 
 def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, message: str) -> None:
@@ -75,14 +75,14 @@ def describe_night(
         [
             ("Verdict", _join_lines(message)),
             ("Loss", _describe_candidate(verdict) if verdict else f"not judged{yet}"),
-            ("Answers", _describe_answers(verdict) if verdict else f"not asked{yet}"),
+            ("Answers", _describe_suites(verdict) if verdict else f"not asked{yet}"),
             ("Data", _describe_data(config, dataset)),
-            ("Made of", _describe_ingredients(config, run, dataset, verdict)),
+            ("Made of", _describe_model_and_digests(config, run, dataset, verdict)),
             ("Run folder", f"{run.path.resolve()} on the worker's machine"),
         ]
     )
     if outcome == UNDER_WAY:
-        page.add_paragraph(IF_IT_HAS_ENDED)
+        page.add_paragraph(CRASHED_RUN_NOTE)
     page.add_paragraph("The same again, on that machine:")
     page.add_code(f"nested-tune train -c {shlex.quote(str(run.config.resolve()))} --run-dir again")
     answers = list(_pair_answers(run))
@@ -112,7 +112,7 @@ def _describe_candidate(verdict: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _describe_answers(verdict: Mapping[str, Any]) -> str:
+def _describe_suites(verdict: Mapping[str, Any]) -> str:
     suites = verdict.get("tasks") or []
     return "; ".join(map(describe_suite, suites)) or "no suite of questions (gate.tasks) was asked"
 
@@ -124,15 +124,17 @@ def _describe_data(config: FineTuneConfig, dataset: Mapping[str, Any]) -> str:
         return f"{source}, not read yet"
     splits = dataset.get("splits") or {}
     rows = ", ".join(f"{split['rows']:,} {name}" for name, split in splits.items())
-    counts = {key: count for key, count in dataset.get("counts", {}).items() if key in PROBLEMS}
+    counts = {
+        key: count for key, count in dataset.get("counts", {}).items() if key in PROBLEM_SEVERITIES
+    }
     totals = ", ".join(f"{count} {severity}" for severity, count in counts.items() if count)
-    problems = [f for f in dataset.get("findings") or [] if f["severity"] in PROBLEMS]
+    problems = [f for f in dataset.get("findings") or [] if f["severity"] in PROBLEM_SEVERITIES]
     checks = sorted({finding["check"] for finding in problems})
-    named = f" ({', '.join(checks[:SHOWN_CHECKS])})" if checks else ""
+    named = f" ({', '.join(checks[:MAX_SHOWN_CHECKS])})" if checks else ""
     return f"{source}: {rows} examples; {totals or 'no error and no warning'}{named}"
 
 
-def _describe_ingredients(
+def _describe_model_and_digests(
     config: FineTuneConfig,
     run: RunDirectory,
     dataset: Mapping[str, Any],
@@ -144,7 +146,7 @@ def _describe_ingredients(
     """
     parts = [f"model {config.model}"]
     if verdict.get("initial"):
-        parts.append(f"from {_describe_start(config, run, verdict['initial']['digest'])}")
+        parts.append(f"from {_describe_initial_adapter(config, run, verdict['initial']['digest'])}")
     parts.append(
         f"{config.iters:,} iterations, learning rate {config.learning_rate:g}, seed {config.seed}"
     )
@@ -159,7 +161,7 @@ def _describe_ingredients(
     return ", ".join(parts)
 
 
-def _describe_start(config: FineTuneConfig, run: RunDirectory, digest: str) -> str:
+def _describe_initial_adapter(config: FineTuneConfig, run: RunDirectory, digest: str) -> str:
     from nested_core.pipeline.continual import parent_version_of  # which loads mlx
 
     parent = parent_version_of(config, run, digest)
@@ -183,7 +185,7 @@ def _pair_answers(run: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
         if before is not None and after is not None:
             pairs.append((before, after))
     pairs.sort(key=lambda pair: pair[0].answer == pair[1].answer)
-    for before, after in pairs[:SHOWN_ANSWERS]:
+    for before, after in pairs[:MAX_SHOWN_ANSWERS]:
         scores = f"{before.score:.3g} -> {after.score:.3g}"
         yield (
             scores,
@@ -199,18 +201,18 @@ def _add_samples(page: MarkdownPage, run: RunDirectory, verdict: Mapping[str, An
     if not by_step:
         return
     judged = verdict.get("adapter_step")
-    steps = choose_evaluations(by_step, judged, SHOWN_EVALUATIONS)
+    steps = choose_shown_evaluations(by_step, judged, MAX_SHOWN_EVALUATIONS)
     first = by_step[steps[0]]
+    prompts = [_shorten_answer(sample["prompt"]) for sample in first[:MAX_SHOWN_PROMPTS]]
     page.add_heading("Samples")
     page.add_paragraph(
-        f"Answers at {len(steps)} of {len(by_step)} evaluations to {min(len(first), SHOWN_PROMPTS)}"
-        f" of {len(first)} prompts; all are in metrics.jsonl of the run folder."
+        f"Answers at {len(steps)} of {len(by_step)} evaluations to {len(prompts)} of "
+        f"{len(first)} prompts; all are in metrics.jsonl of the run folder."
     )
-    prompts = [_shorten_answer(sample["prompt"]) for sample in first[:SHOWN_PROMPTS]]
     rows = [
         [
             f"{step:,} (judged)" if step == judged else f"{step:,}",
-            *(_shorten_answer(sample["answer"]) for sample in by_step[step][:SHOWN_PROMPTS]),
+            *(_shorten_answer(sample["answer"]) for sample in by_step[step][:MAX_SHOWN_PROMPTS]),
         ]
         for step in steps
     ]
@@ -218,4 +220,4 @@ def _add_samples(page: MarkdownPage, run: RunDirectory, verdict: Mapping[str, An
 
 
 def _shorten_answer(text: str) -> str:
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[: MAX_SHOWN_CHARACTERS - 3] + "..."

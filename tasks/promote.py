@@ -13,10 +13,10 @@ from nested_core.registry.promotion_policy import registry_location
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion_page import publish_champion
 from tasks.events import emit_adapter_event
-from tasks.retrying import REGISTRY_DELAYS, retried_task
+from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 
 
-@retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_DELAYS)
+@retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_RETRY_DELAYS)
 def promote(section: RegistrySection, version: str, expected_champion: str | None) -> str:
     """Promote by policy; return the outcome, or why nothing was promoted."""
     done = promotion_policy.promote_by_policy(section, version, expected_champion)
@@ -24,15 +24,15 @@ def promote(section: RegistrySection, version: str, expected_champion: str | Non
     return _announce_promotion(registry_path, name, version, done)
 
 
-@retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_DELAYS)
-def promote_recorded(path: Path, name: str, version: str) -> str:
+@retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_RETRY_DELAYS)
+def promote_by_recorded_policy(path: Path, name: str, version: str) -> str:
     """Promote by the policy that was recorded with the version."""
     return _announce_promotion(
         path, name, version, promotion_policy.promote_as_recorded(path, name, version)
     )
 
 
-@retried_task("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_DELAYS)
+@retried_task("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_RETRY_DELAYS)
 def promote_approved(
     path: Path, name: str, version: str, by: str, expected_champion: str | None
 ) -> str:
@@ -44,7 +44,7 @@ def promote_approved(
     return _announce_promotion(path, name, version, done)
 
 
-@retried_task("roll-back", "roll-back {name}", REGISTRY_DELAYS)
+@retried_task("roll-back", "roll-back {name}", REGISTRY_RETRY_DELAYS)
 def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | None) -> str:
     """Make `to`, or the champion before this one, the champion again.
 
@@ -54,7 +54,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | No
     return _announce_promotion(path, name, done.version, done)
 
 
-@retried_task("reconcile", "reconcile {name}", REGISTRY_DELAYS)
+@retried_task("reconcile", "reconcile {name}", REGISTRY_RETRY_DELAYS)
 def promote_missed(path: Path, name: str) -> dict[str, str]:
     """Promote what an event got lost for; the outcome of each version that never was champion."""
     before = registry.read_champion(path, name)

@@ -12,10 +12,10 @@ from nested_core.storage.dataset_record import read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 from tasks.lineage import champion_asset, dataset_asset, emit_materialization, run_asset
-from tasks.retrying import REGISTRY_DELAYS, retried_task
+from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 
 
-@retried_task("register", "register {config.registry.name}", REGISTRY_DELAYS)
+@retried_task("register", "register {config.registry.name}", REGISTRY_RETRY_DELAYS)
 def register(config: FineTuneConfig, run_dir: Path, champion: str | None) -> str:
     """Register the run's adapter; return its version. Doing it twice changes nothing.
 

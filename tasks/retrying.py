@@ -11,18 +11,18 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-P = ParamSpec("P")
-R = TypeVar("R")
+TaskParameters = ParamSpec("TaskParameters")
+TaskResult = TypeVar("TaskResult")
 Condition: TypeAlias = Callable[[Task[..., Any], TaskRun, State[Any]], bool]
 
-RUN_DELAYS = (2, 10)  # seconds before each new try of a step on a run directory
-REGISTRY_DELAYS = (2, 5, 15)  # and of one on the registry, which others write too
-LASTING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT})
+RUN_RETRY_DELAYS = (2, 10)  # seconds before each new try of a step on a run directory
+REGISTRY_RETRY_DELAYS = (2, 5, 15)  # and of one on the registry, which others write too
+PERMANENT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT})
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether an error may be gone at the next try: I/O, and not about space or rights."""
-    return isinstance(error, OSError) and error.errno not in LASTING
+    return isinstance(error, OSError) and error.errno not in PERMANENT_ERRNOS
 
 
 def retry_on_transient_error(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
@@ -30,7 +30,9 @@ def retry_on_transient_error(task: Task[Any, Any], run: TaskRun, state: State[An
     return is_transient(_exception_of(state))
 
 
-def retry_training(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
+def retry_on_transient_or_memory_error(
+    task: Task[Any, Any], run: TaskRun, state: State[Any]
+) -> bool:
     """As above, and on an allocation error that Python sees: training goes on where it was."""
     error = _exception_of(state)
     return is_transient(error) or isinstance(error, MemoryError)
@@ -41,7 +43,7 @@ def retried_task(
     run_name: str,
     delays: Sequence[float],
     condition: Condition = retry_on_transient_error,
-) -> Callable[[Callable[P, R]], Task[P, R]]:
+) -> Callable[[Callable[TaskParameters, TaskResult]], Task[TaskParameters, TaskResult]]:
     """Make a function a task that is tried again after each of the delays, and never cached."""
     return task(
         name=name,

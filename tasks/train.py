@@ -14,7 +14,7 @@ from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.trainer import Trainer
 from tasks.device_waiting import show_waiting
-from tasks.retrying import retried_task, retry_training
+from tasks.retrying import retried_task, retry_on_transient_or_memory_error
 from tasks.training_progress import PrefectProgress
 
 
@@ -22,7 +22,7 @@ from tasks.training_progress import PrefectProgress
     "train",
     "train {config.iters} iterations, tiers {config.nested.frequencies}",
     delays=(5, 30),
-    condition=retry_training,
+    condition=retry_on_transient_or_memory_error,
 )
 def train(
     config: FineTuneConfig, run_dir: Path, watch: Callable[[Trainer], None] | None = None

@@ -27,9 +27,9 @@ SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.5
 # Between two updates: at least so long, and so much of the time since the first report.
 LEAST_SECONDS_BETWEEN_UPDATES = 2.0
-SHARE_BETWEEN_UPDATES = 0.1
+PAUSE_SHARE_OF_ELAPSED_TIME = 0.1
 SECONDS_TO_FINISH = 5.0
-ON_CONSOLE_ALONE = {"send_to_api": False}  # a line of the log is a row of the database
+CONSOLE_ONLY_LOG_EXTRA = {"send_to_api": False}  # a line of the log is a row of the database
 
 
 @dataclass
@@ -53,7 +53,7 @@ class TrainingPages:
         # Of the last report
         self._tokens_per_second: float | None = None
 
-    def add_earlier(self, records: list[dict[str, Any]]) -> None:
+    def add_earlier_reports(self, records: list[dict[str, Any]]) -> None:
         """Add the reports that a run made before it was stopped, up to where it goes on."""
         self.curves = LossCurves.of_records(r for r in records if r["step"] <= self.first_step)
 
@@ -74,7 +74,9 @@ class TrainingPages:
     def show(self, artifacts: ArtifactClient, step: int) -> None:
         """Publish both as of a step; raises what the way to the server raises."""
         now = self.clock()
-        pause = max(LEAST_SECONDS_BETWEEN_UPDATES, SHARE_BETWEEN_UPDATES * (now - self._began_at))
+        pause = max(
+            LEAST_SECONDS_BETWEEN_UPDATES, PAUSE_SHARE_OF_ELAPSED_TIME * (now - self._began_at)
+        )
         self._due_at = now + pause
         name = self.config.registry.name
         percent = 100.0 * min(step / self.steps, 1.0) if self.steps else 100.0
@@ -125,7 +127,7 @@ class PrefectProgress:
         self._plan = read_plan(self._run.plan)
         self._pages = TrainingPages(self._config, trainer.steps, trainer.current_step)
         if trainer.current_step > 0:
-            self._pages.add_earlier(read_metrics(self._run.metrics))
+            self._pages.add_earlier_reports(read_metrics(self._run.metrics))
         context = copy_context()  # the run that artifacts belong to
         self._thread = threading.Thread(
             target=context.run, args=(self._follow_run, self._pages), name="progress", daemon=True
@@ -165,7 +167,7 @@ class PrefectProgress:
         if time.monotonic() - self._logged_at < SECONDS_BETWEEN_LINES:
             return
         self._logged_at = time.monotonic()
-        self._logger.info("%s", self._describe_progress(pages), extra=ON_CONSOLE_ALONE)
+        self._logger.info("%s", self._describe_progress(pages), extra=CONSOLE_ONLY_LOG_EXTRA)
 
     def _describe_progress(self, pages: TrainingPages) -> str:
         """A line of the log: the step, the time left, and the losses with their data."""

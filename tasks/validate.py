@@ -12,12 +12,12 @@ from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from tasks.artifact_client import ArtifactClient, artifact_key
-from tasks.retrying import RUN_DELAYS, retried_task
+from tasks.retrying import RUN_RETRY_DELAYS, retried_task
 
-SHOWN_FINDINGS = 50
+MAX_SHOWN_FINDINGS = 50
 
 
-@retried_task("validate", "validate {config.data}", RUN_DELAYS)
+@retried_task("validate", "validate {config.data}", RUN_RETRY_DELAYS)
 def validate(config: FineTuneConfig, run_dir: Path) -> Path:
     """Judge the data set and write dataset.json; DatasetError where it has an error."""
     run = RunDirectory(run_dir)
@@ -40,6 +40,6 @@ def _publish_findings(config: FineTuneConfig, run: RunDirectory) -> None:
     with ArtifactClient() as artifacts:
         artifacts.publish_table(
             artifact_key(config.registry.name, "dataset-report"),
-            report["findings"][:SHOWN_FINDINGS],
-            f"{counts} in {config.data}. The first {SHOWN_FINDINGS} findings, errors first.",
+            report["findings"][:MAX_SHOWN_FINDINGS],
+            f"{counts} in {config.data}. The first {MAX_SHOWN_FINDINGS} findings, errors first.",
         )

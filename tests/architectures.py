@@ -125,7 +125,7 @@ def outcome(
         arrays = loss.prepare_batch(batch)
         (total, count), gradients = compiled(mx.value_and_grad(value_of))(params, *arrays)
         assign_parameters(refs, params)
-        value, _ = loss.evaluate(model, *arrays)
+        value, _ = loss.evaluation_function_or_default(model, *arrays)
         mx.eval(total, count, gradients, value)
     return Outcome(to_float(total), to_int(count), to_float(value), gradients)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import nested_core
-from flows.stop_signals import INTERRUPTED
+from flows.stop_signals import INTERRUPTED_EXIT_CODE
 from nested_core.errors import NestedTuneError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,5 +113,5 @@ def test_every_exit_code_has_its_place() -> None:
         return {error.exit_code}.union(*map(codes_below, error.__subclasses__()))
 
     anchors = re.findall(r'<a id="exit-(\d+)">', (DOCS / "exit-codes.md").read_text())
-    codes = {0, *codes_below(NestedTuneError), INTERRUPTED}
+    codes = {0, *codes_below(NestedTuneError), INTERRUPTED_EXIT_CODE}
     assert sorted(map(int, anchors)) == sorted(codes)

@@ -172,17 +172,17 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     from benchmarks.tiers import one_tier, optimizer_for, thirds
     from nested_core.kernels.optimized_model import using_optimized_layers
     from nested_core.models.parameters import reference_trainable_parameters
-    from nested_core.training.loss.supervised_loss import SUPERVISED
-    from nested_core.training.rank_communication import SINGLE_PROCESS, join_ranks
+    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+    from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, join_ranks
     from nested_core.training.train_step import TrainStep
 
-    world = join_ranks(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS
+    world = join_ranks(int(options["ranks"])) if "ranks" in options else SINGLE_PROCESS_WORLD
     model.train()
     refs = reference_trainable_parameters(model, dtype=mx.bfloat16)
     is_tiered = "deep" in options or "due" in options
     tiers = thirds(refs, shape.layers, deep=True) if is_tiered else one_tier(refs)
     optimizer = optimizer_for(tiers, refs, RATE)
-    loss_fn = SUPERVISED.for_model(model, refs)
+    loss_fn = SUPERVISED_LOSS.for_model(model, refs)
     generator = np.random.default_rng(world.rank)
     size = (16, shape.batch, shape.length + 1)
     batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)

@@ -31,12 +31,12 @@ def parts_of(model: Any, shape: Shape) -> dict[str, Any]:
         reference_trainable_parameters,
         restoring_parameters,
     )
-    from nested_core.training.loss.supervised_loss import SUPERVISED
+    from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 
     model.train()
     refs = reference_trainable_parameters(model, dtype=mx.bfloat16)
     tiers = thirds(refs, shape.layers, deep=True)
-    loss = SUPERVISED.for_model(model, refs)
+    loss = SUPERVISED_LOSS.for_model(model, refs)
     factors = {name: value.astype(mx.bfloat16) for name, value in read_parameters(refs).items()}
     generator = np.random.default_rng(0)
     size = shape.batch, shape.length

@@ -17,7 +17,7 @@ from nested_core.models.parameters import ParameterRefs, reference_trainable_par
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
 from nested_core.optim.tier_counters import COUNTERS
 from nested_core.training.loss.loss_interface import MicroBatch
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
 from nested_core.training.train_step import TrainStep
 
@@ -42,7 +42,7 @@ def train_ours(
     batches = training_batches(seed, batch)
     model.train()
     with using_optimized_layers(model):
-        loss_fn = SUPERVISED.for_model(model, refs)
+        loss_fn = SUPERVISED_LOSS.for_model(model, refs)
         train_step = TrainStep(
             model=model, parameters=refs, optimizer=optimizer, tiers=tiers, loss_fn=loss_fn
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nested_core.models.side_by_side import BaseAndAdapter
 
 NEW_CONVERSATION = "/new"
-PROMPT = "> "
+INPUT_PROMPT = "> "
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
 
     if arguments.max_tokens < 1 or arguments.temperature < 0:
         raise ConfigError("chat: --max-tokens is 1 or more, and --temperature 0 or more.")
-    folder, model, trusts = find_adapter(arguments.adapter)
+    folder, model, trusts = find_adapter_and_base(arguments.adapter)
     print_progress(f"adapter: {folder}")
     both = BaseAndAdapter(folder, model=model, trust_remote_code=trusts)
     sampling = Sampling(arguments.max_tokens, temperature=arguments.temperature)
@@ -62,7 +62,7 @@ def run_chat(arguments: argparse.Namespace) -> Callable[[], int]:
     return finish
 
 
-def find_adapter(path: Path) -> tuple[Path, str | None, bool]:
+def find_adapter_and_base(path: Path) -> tuple[Path, str | None, bool]:
     """An adapter's folder, the base that its run names, and whether that may bring code.
 
     Of a run it is the adapter that it offers, or while it trains the newest checkpoint. Raises
@@ -108,7 +108,7 @@ def _read_prompts() -> Iterator[str]:
     print_progress(f"Ctrl-D ends, {NEW_CONVERSATION} begins a new conversation.")
     while True:
         try:
-            yield input(PROMPT)
+            yield input(INPUT_PROMPT)
         except EOFError:
             return
 

@@ -20,9 +20,9 @@ from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 
-REQUIRED = ("model", "data")  # mlx_lm.lora's defaults would be fetched from the hub
-WRITTEN_PATHS = ("adapter_path", "registry.path")  # which need not exist
-MLX_LM_GROUP = "as in mlx_lm.lora; a flag wins over the file"
+REQUIRED_KEYS = ("model", "data")  # mlx_lm.lora's defaults would be fetched from the hub
+OUTPUT_PATH_KEYS = ("adapter_path", "registry.path")  # which need not exist
+MLX_LM_FLAG_GROUP_TITLE = "as in mlx_lm.lora; a flag wins over the file"
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-c", "--config", type=Path, help="a YAML configuration, as for mlx_lm.lora"
     )
-    groups = {"": parser.add_argument_group(MLX_LM_GROUP)}
+    groups = {"": parser.add_argument_group(MLX_LM_FLAG_GROUP_TITLE)}
     for key in _keys_with_flags():
         section, _, _ = key.name.rpartition(".")
         if section not in groups:
@@ -59,7 +59,7 @@ def _keys_with_flags() -> list[Key]:
 def _help_text(key: Key) -> str:
     """What a key does, and its default where it has one."""
     default = key.field.default
-    if key.name in REQUIRED or default in (None, PydanticUndefined, (), {}):
+    if key.name in REQUIRED_KEYS or default in (None, PydanticUndefined, (), {}):
         return str(key.field.description)
     text = str(default).lower() if isinstance(default, bool) else str(default)
     return f"{key.field.description} (default: {text})"
@@ -105,7 +105,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config_from_flags(
-    arguments: argparse.Namespace, required: Sequence[str] = REQUIRED
+    arguments: argparse.Namespace, required: Sequence[str] = REQUIRED_KEYS
 ) -> FineTuneConfig:
     """The configuration of a command line: flag, then YAML, then default.
 
@@ -124,7 +124,7 @@ def load_config_from_flags(
     if epochs is not None and "iters" in config.model_fields_set:
         print_progress(f"training.epochs {epochs:g} decides the length: iters is not used")
     if arguments.config is not None:
-        _refuse_paths_beside_the_file(config, arguments.config, set(flags))
+        _refuse_paths_relative_to_file(config, arguments.config, set(flags))
     return config
 
 
@@ -141,11 +141,11 @@ def _describe_missing(names: list[str], file: Path | None) -> str:
     )
 
 
-def _refuse_paths_beside_the_file(config: FineTuneConfig, file: Path, flags: set[str]) -> None:
+def _refuse_paths_relative_to_file(config: FineTuneConfig, file: Path, flags: set[str]) -> None:
     """Paths start at the working directory; say so where one was meant to start at the file."""
     for name, _, value in iterate_paths(config):
         path = Path(value).expanduser()
-        if name in flags or name in WRITTEN_PATHS or path.is_absolute() or path.exists():
+        if name in flags or name in OUTPUT_PATH_KEYS or path.is_absolute() or path.exists():
             continue
         beside = file.absolute().parent / path
         if beside.exists():

@@ -61,7 +61,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
         """Print how the run went, and the answers before and after."""
         _print_run(run)
         print_table(("question", "before", "after"), rows, title="Held-out countries")
-        _print_right_answers(run)
+        _print_right_answer_counts(run)
         print_line(f"champion: {champion} -> {os.readlink(champion)}")
         print_line("talk to it:")
         print_line(
@@ -113,7 +113,7 @@ def _breaking_updates() -> Iterator[None]:
     """Have the trainer write updates as the original one did, which loses all of them.
 
     That was `'.'.join(path)` on a path that is one string already, so that no name matched. The
-    product has no switch for this; the demonstration replaces `Trainer.write_back`.
+    product has no switch for this; the demonstration replaces the method of `Trainer`.
     """
     from mlx.utils import tree_map_with_path
 
@@ -128,12 +128,12 @@ def _breaking_updates() -> Iterator[None]:
         self.model.update(changed)
 
     print_progress("Training is broken on purpose: updates are computed and never reach the model.")
-    working = Trainer.write_back
-    Trainer.write_back = lose_updates  # type: ignore[method-assign]
+    working = Trainer.write_parameters_into_model
+    Trainer.write_parameters_into_model = lose_updates  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Trainer.write_back = working  # type: ignore[method-assign]
+        Trainer.write_parameters_into_model = working  # type: ignore[method-assign]
 
 
 def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, str, str]]:
@@ -152,7 +152,7 @@ def _read_answers(config: FineTuneConfig, run: RunDirectory) -> list[tuple[str, 
     return list(zip(questions, before, after, strict=True))
 
 
-def _print_right_answers(run: RunDirectory) -> None:
+def _print_right_answer_counts(run: RunDirectory) -> None:
     for task in read_json_object(run.gate)["tasks"]:
         total = task["questions"]
         before, after = (round(task[model] * total) for model in ("base", "candidate"))
@@ -161,7 +161,7 @@ def _print_right_answers(run: RunDirectory) -> None:
 
 def _print_run(run: RunDirectory) -> None:
     from nested_core.gate.verdict import read_verdict
-    from nested_core.text.loss_format import name_loss
+    from nested_core.text.loss_format import loss_name_for_file
     from nested_core.training.metrics_file import read_metrics
 
     for line in draw_curve(read_metrics(run.metrics)).splitlines():
@@ -170,7 +170,7 @@ def _print_run(run: RunDirectory) -> None:
     print_tiers(document)
     losses = document["validation"]
     print_line(
-        f"gate: {document['verdict']}; {name_loss(losses['file'])} "
+        f"gate: {document['verdict']}; {loss_name_for_file(losses['file'])} "
         f"{format_loss(losses['loss_before'])} before, {format_loss(losses['loss_after'])} after "
         f"({read_verdict(run.gate).describe_data()})"
     )

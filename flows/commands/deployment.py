@@ -75,7 +75,7 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
     from prefect.client.orchestration import get_client
 
     from flows.alerts import send_test_alert
-    from flows.deploy import NOBODY_IS_TOLD, deploy, require_server
+    from flows.deploy import NO_ALERTS_WARNING, deploy, require_server
     from flows.deployment_plan import make_plan
 
     notify = read_notify(arguments.notify)
@@ -91,10 +91,10 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
 
     def show() -> None:
         """How much is in place, and loudly where nobody would be told of a bad night."""
-        is_silent = NOBODY_IS_TOLD in done
+        is_silent = NO_ALERTS_WARNING in done
         print_line(f"deployed: {len(done) - int(is_silent)} things are in place")
         if is_silent:
-            print_line(NOBODY_IS_TOLD)
+            print_line(NO_ALERTS_WARNING)
 
     return result_printer(arguments, lambda: {"done": done}, show)
 

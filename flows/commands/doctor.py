@@ -19,7 +19,7 @@ PACKAGES = (
     *("nested-tune", "mlx", "mlx-lm", "prefect", "fastapi", "sqlalchemy", "pandera"),
     "safetensors",
 )
-FREE_BYTES = 2 * 10**9
+MIN_FREE_DISK_BYTES = 2 * 10**9
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def run_doctor(arguments: argparse.Namespace) -> Callable[[], int]:
         _check_compiler,
         _check_kernels,
         _check_prefect,
-        _check_scheduler,
+        _check_sqlalchemy,
         _check_disk,
     )
     checks = [check() for check in looks]
@@ -130,7 +130,7 @@ def _check_prefect() -> Check:
     return Check("prefect", True, f"server {url}" if url else "embedded server")
 
 
-def _check_scheduler() -> Check:
+def _check_sqlalchemy() -> Check:
     """Under SQLAlchemy 2.1 the server of this Prefect starts, and its schedules make no runs."""
     found = version("sqlalchemy")
     is_fit = tuple(map(int, found.split(".")[:2])) < (2, 1)
@@ -140,5 +140,7 @@ def _check_scheduler() -> Check:
 
 def _check_disk() -> Check:
     free = shutil.disk_usage(".").free
-    mend = "" if free > FREE_BYTES else "free some space, or run in a folder on another disk"
-    return Check("disk", free > FREE_BYTES, f"{free / 1e9:.1f} GB free here", mend)
+    mend = (
+        "" if free > MIN_FREE_DISK_BYTES else "free some space, or run in a folder on another disk"
+    )
+    return Check("disk", free > MIN_FREE_DISK_BYTES, f"{free / 1e9:.1f} GB free here", mend)

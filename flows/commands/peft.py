@@ -69,11 +69,11 @@ def run_peft_export(arguments: argparse.Namespace) -> Callable[[], int]:
 
 
 def _report_conversion(
-    done: Conversion, arguments: argparse.Namespace, strength: str
+    done: Conversion, arguments: argparse.Namespace, scale_text: str
 ) -> Callable[[], int]:
     """Say what is to be known of a conversion, and in the end what was written."""
     for note in done.notes:
         print_progress(f"note: {note}")
 
-    text = f"{done.out}: {done.tensors} tensors of {done.modules} modules, {strength}"
+    text = f"{done.out}: {done.tensors} tensors of {done.modules} modules, {scale_text}"
     return result_printer(arguments, done.to_json, lambda: print_line(text))

@@ -48,7 +48,7 @@ class TerminalHooks(Hooks):
 
     def on_training_start(self, trainer: Any) -> None:
         """Let signals stop the trainer; show its tiers and the memory that it will need."""
-        self._stopper.watch(trainer)
+        self._stopper.direct_signals_to(trainer)
         if self._mlx_lm_log is not None:
             self._mlx_lm_log.start(trainer)
         print_progress(describe_tiers(trainer.tier_stats()))
@@ -59,7 +59,7 @@ class TerminalHooks(Hooks):
         log = self._mlx_lm_log
         with contextlib.nullcontext() if log is None else log.printing():
             result = steps.train(config, run, log, self.on_training_start, self.on_message)
-        self._stopper.release()
+        self._stopper.release_trainer()
         return result
 
     def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:

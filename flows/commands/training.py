@@ -73,7 +73,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
 
     required = ["data"] if arguments.no_tokenize else ["model", "data"]
     config = load_config_from_flags(arguments, required)
-    _refuse_showing(arguments)
+    _refuse_invalid_show_flag(arguments)
     tokenizer = None if arguments.no_tokenize else TokenizerSource.from_config(config)
     settings = DataSettings.from_config(config)
     report, splits = load_dataset(settings, tokenizer, ProgressLine())
@@ -103,7 +103,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     return result_printer(arguments, document, show, DatasetError.exit_code if report.errors else 0)
 
 
-def _refuse_showing(arguments: argparse.Namespace) -> None:
+def _refuse_invalid_show_flag(arguments: argparse.Namespace) -> None:
     if arguments.show is not None and (arguments.no_tokenize or arguments.show < 1):
         raise ConfigError(
             "validate --show N prints the tokens of the first N examples: N must be 1 or more, and "

@@ -35,7 +35,7 @@ from nested_core.models.peft.lora_factors import DTYPES, MLX_LM
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.safetensors_files import UNSAFE, StoredTensor
+from nested_core.storage.safetensors_files import REASONS_BY_UNSAFE_SUFFIX, StoredTensor
 
 LARGEST_EFFECT = (
     100.0  # norm of an update in units of its weight's: beyond it, nothing of it is left
@@ -133,7 +133,9 @@ def find_adapters(path: Path, model: str) -> tuple[list[Path], list[Path]]:
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder is to be audited: it has an adapter's files, or other weights."""
     names = [path.name for path in folder.iterdir()]
-    is_weights = any(Path(name).suffix in {".safetensors", *UNSAFE} for name in names)
+    is_weights = any(
+        Path(name).suffix in {".safetensors", *REASONS_BY_UNSAFE_SUFFIX} for name in names
+    )
     return is_weights or CONFIG_NAME in names
 
 

@@ -15,7 +15,7 @@ from nested_core.errors import DamagedError
 from nested_core.gate.verdict import Reason
 from nested_core.models.base_model import fingerprint_base_model, is_same_base, shorten_fingerprint
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
-from nested_core.storage.safetensors_files import FLOATING
+from nested_core.storage.safetensors_files import FLOATING_POINT_DTYPES
 
 TENSORS_OF_A_MODULE = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
 # By name and number of dimensions: (in, rank) and (rank, out), or for experts (n, rank, in) and
@@ -105,7 +105,11 @@ def base_reasons(adapter: Adapter, expected: Mapping[str, mx.array], base: Path)
     wanted = {name: array.shape for name, array in expected.items()}
     names = actual.keys() | wanted.keys()
     wrong = {name for name in names if actual.get(name) != wanted.get(name)}
-    wrong |= {name for name, tensor in adapter.tensors.items() if tensor.dtype not in FLOATING}
+    wrong |= {
+        name
+        for name, tensor in adapter.tensors.items()
+        if tensor.dtype not in FLOATING_POINT_DTYPES
+    }
     if not wrong:
         return []
     first, *_ = ordered = sorted(wrong)

@@ -16,8 +16,8 @@ from nested_core.gate.paired_difference import PairedDifference
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.manifest import FileEntry
 from nested_core.storage.strict_files import read_regular
-from nested_core.text.html_markup import collapsed, fragment, paragraph, table
-from nested_core.text.loss_format import format_change, format_loss, name_loss
+from nested_core.text.html_markup import collapsed, notebook_fragment, paragraph, table
+from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
 
 Code = Literal[
     "unchanged",
@@ -338,7 +338,7 @@ class Verdict:
         reasons = [(reason.code, reason.message) for reason in self.reasons]
         tiers = [(t.tier, t.frequency, t.expected_updates, t.applied_updates) for t in self.tiers]
         tensors = [(t.name, t.changed, t.relative_delta, t.finite) for t in self.tensors]
-        return fragment(
+        return notebook_fragment(
             paragraph(self.summary(), class_="verdict good" if self.has_passed else "verdict bad"),
             table("Reasons", ("code", "message"), reasons),
             table("Updates", ("tier", "every", "expected", "applied"), tiers),
@@ -356,7 +356,7 @@ class Verdict:
         answers = "".join(f"; {task.describe()}" for task in self.tasks)
         if self.validation is not None:
             before, after = self.validation.loss_before, self.validation.loss_after
-            losses = f"{name_loss(self.validation.file)} {format_change(before, after)}"
+            losses = f"{loss_name_for_file(self.validation.file)} {format_change(before, after)}"
             doubts = "".join(f"; {doubt}" for doubt in self.validation.doubts())
             return f"passed: {tensors}, {losses} ({self.describe_data()}){doubts}{answers}"
         if self.tasks:

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from nested_core import backend
 from nested_core.storage.lock_file import OnBusy, holder_lock, read_holder
-from nested_core.storage.strict_files import user_folder
+from nested_core.storage.strict_files import private_user_folder
 
 # The name of a device to lock in place of the one that is found, or "off".
 VARIABLE = "NESTED_TUNE_DEVICE_LOCK"
@@ -65,7 +65,7 @@ def device_names(processes: int = 1) -> tuple[str, ...]:
 
 def lock_path(device: str) -> Path:
     """The lock file of a device, in this user's runtime folder."""
-    folder = user_folder(
+    folder = private_user_folder(
         f"the lock of device {device}",
         f"Set XDG_RUNTIME_DIR to a folder of your own, or {VARIABLE}=off to train unlocked.",
         given=os.environ.get("XDG_RUNTIME_DIR"),

@@ -20,7 +20,7 @@ from nested_core.storage.adapter import WEIGHTS_NAME, require_writable
 from nested_core.storage.atomic import require_writable_place
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.safetensors_files import ITEM_BYTES, read_header
+from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
 from nested_core.storage.strict_files import open_regular
 from nested_core.training.reporting_services import configured_services
 
@@ -81,7 +81,10 @@ def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:
     weights = run.initial / WEIGHTS_NAME
     with open_regular(weights) as (file, size):
         tensors = read_header(file, size, weights).values()
-    counts = [((at.end - at.begin) // ITEM_BYTES[at.dtype], ITEM_BYTES[at.dtype]) for at in tensors]
+    counts = [
+        ((at.end - at.begin) // BYTES_PER_ELEMENT[at.dtype], BYTES_PER_ELEMENT[at.dtype])
+        for at in tensors
+    ]
     count = sum(number for number, _ in counts)
     masters = sum(number for number, width in counts if width < FLOAT32_BYTES)
     moments = MOMENTS.get(config.optimizer, MOST_MOMENTS)

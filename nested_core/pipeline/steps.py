@@ -71,7 +71,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import read_json
 from nested_core.training.parameter_importance import measure_parameter_importance
-from nested_core.training.rank_communication import SINGLE_PROCESS, World
+from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 from nested_core.training.report_callbacks import TrainingCallback
 from nested_core.training.reporting_services import reporting_to_services
 from nested_core.training.trainer import Trainer
@@ -223,7 +223,7 @@ def train(
         reporting_to_services(config, run, callback) as callbacks,
     ):
         if ranks == 1:
-            trainer = _train_model(config, run, SINGLE_PROCESS, callbacks, on_start)
+            trainer = _train_model(config, run, SINGLE_PROCESS_WORLD, callbacks, on_start)
             return _publish_result(run, trainer)
         train_in_ranks(config, run, ranks, callbacks, on_start)
         return read_result(run)

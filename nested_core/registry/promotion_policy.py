@@ -40,7 +40,7 @@ from nested_core.text.loss_format import (
     format_difference,
     format_interval,
     format_loss,
-    name_loss,
+    loss_name_for_file,
 )
 
 DAMAGED = "damaged"
@@ -218,8 +218,9 @@ def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
         return None
     if losses is None or losses.loss <= losses.champion_loss:
         return None
+    loss_name = loss_name_for_file(candidate.file)
     return (
-        f"version {shorten_digest(done.version)} has a higher {name_loss(candidate.file)} on the "
+        f"version {shorten_digest(done.version)} has a higher {loss_name} on the "
         f"same data, {format_loss(losses.loss)}, than the champion that it replaced, "
         f"{shorten_digest(done.previous)}, {format_loss(losses.champion_loss)}. To go back: "
         f"nested-tune rollback {name} --registry {registry}"
@@ -348,8 +349,9 @@ def _describe_comparison(
     if record.left_out:
         data += f", {record.left_out} left out that an adapter was trained on"
     wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
+    loss_name = loss_name_for_file(candidate.file)
     losses = (
-        f"{name_loss(candidate.file)} {format_loss(loss + difference)} is not better{wanted} than "
+        f"{loss_name} {format_loss(loss + difference)} is not better{wanted} than "
         f"the champion's {format_loss(loss)}"
     )
     if candidate.noise == "none":

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nested_core.report.curve_points import Point, decimate
-from nested_core.text.html_markup import Html, collapsed, element, join, markup, table
+from nested_core.text.html_markup import Html, collapsed, element, escaped_html, join, table
 
 MAX_ROWS = 200  # of a table of a curve's numbers
 MAX_DOTS = 60
@@ -164,7 +164,7 @@ def draw_chart(chart: Chart) -> Html:
         if len(data) == 1 or (curve.has_dots and len(data) <= MAX_DOTS):
             drawing.add_series(series, leather.dots(_curve_colour(number), radius=2.5))
     scale = " (logarithmic)" if is_logarithmic else ""
-    words = markup(f"{chart.title}: {chart.y}{scale} by {chart.x}")
+    words = escaped_html(f"{chart.title}: {chart.y}{scale} by {chart.x}")
     opening = f'<svg viewBox="0 0 {WIDTH + LAST_LABEL} {HEIGHT}" role="img" aria-label="{words}">'
     written = io.StringIO()  # in a notebook, what `to_svg` returns is no text
     drawing.to_svg(written, width=WIDTH, height=HEIGHT)

@@ -21,13 +21,13 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.html_markup import (
     Html,
     element,
-    fragment,
-    long_text,
-    markup,
+    escaped_html,
+    notebook_fragment,
     page,
     paragraph,
     section,
     table,
+    truncated_text,
 )
 from nested_core.text.loss_format import format_difference, format_interval
 
@@ -171,15 +171,15 @@ class RunComparison:
         return page("Runs compared", header, element("main", *self._sections()))
 
     def _repr_html_(self) -> str:
-        return fragment(*self._sections())
+        return notebook_fragment(*self._sections())
 
     def _sections(self) -> Iterator[Html]:
         outcomes = [
-            (name, long_text(describe_outcome(record)))
+            (name, truncated_text(describe_outcome(record)))
             for name, record in zip(self.names, self.records, strict=True)
         ]
         problems = [
-            element("li", long_text(problem)) for r in self.records for problem in r.problems
+            element("li", truncated_text(problem)) for r in self.records for problem in r.problems
         ]
         damage = [paragraph("Damaged files:", class_="bad"), element("ul", *problems)]
         yield section(
@@ -231,10 +231,10 @@ class RunComparison:
                 if answer.model == "candidate":
                     key = (answer.task, answer.line)
                     questions.setdefault(key, f"{answer.task}: {answer.question}")
-                    cells = answers.setdefault(key, [markup(None)] * len(self.records))
-                    cells[place] = long_text(f"{answer.score:.2g}: {answer.answer.strip()}")
+                    cells = answers.setdefault(key, [escaped_html(None)] * len(self.records))
+                    cells[place] = truncated_text(f"{answer.score:.2g}: {answer.answer.strip()}")
         rows = [
-            (long_text(questions[key]), *cells)
+            (truncated_text(questions[key]), *cells)
             for key, cells in answers.items()
             if any(cell != cells[0] for cell in cells)
         ]

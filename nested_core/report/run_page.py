@@ -38,14 +38,14 @@ from nested_core.text.html_markup import (
     Html,
     collapsed,
     element,
-    figures,
-    fragment,
-    long_text,
+    key_numbers,
+    notebook_fragment,
     page,
     paragraph,
     preformatted,
     section,
     table,
+    truncated_text,
 )
 from nested_core.text.loss_format import format_loss
 
@@ -88,7 +88,7 @@ class RunReport:
         return page(title, header, element("main", *self._sections()), footer)
 
     def _repr_html_(self) -> str:
-        return fragment(*self._sections())
+        return notebook_fragment(*self._sections())
 
     def write(self, path: Path) -> None:
         """Write the page, atomically."""
@@ -118,17 +118,17 @@ class RunReport:
         class_ = f"verdict {_CLASSES.get(record.state, '')}".strip()
         parts = [paragraph(describe_outcome(record), class_=class_)]
         if self.error is not None:
-            parts.append(paragraph(long_text(self.error, 2000), class_="bad"))
+            parts.append(paragraph(truncated_text(self.error, 2000), class_="bad"))
         if record.problems:
-            listed = [element("li", long_text(problem)) for problem in record.problems[:20]]
+            listed = [element("li", truncated_text(problem)) for problem in record.problems[:20]]
             parts += [paragraph("Damaged files:", class_="bad"), element("ul", *listed)]
         verdict = record.verdict
         if verdict is not None:
             if len(verdict.reasons) > 1:
                 parts.append(_reasons_table(verdict))
-            parts.append(figures(decisive_figures(verdict)))
+            parts.append(key_numbers(decisive_figures(verdict)))
         if record.red_flags:
-            flags = [element("li", long_text(flag)) for flag in record.red_flags[:10]]
+            flags = [element("li", truncated_text(flag)) for flag in record.red_flags[:10]]
             parts += [
                 paragraph("Red flags while it trained:", class_="warn"),
                 element("ul", *flags),
@@ -181,7 +181,7 @@ def _describe_verdict(verdict: Verdict) -> str:
 
 def _reasons_table(verdict: Verdict) -> Html:
     rows = [
-        (reason.code, long_text(reason.message), len(reason.tensors))
+        (reason.code, truncated_text(reason.message), len(reason.tensors))
         for reason in verdict.reasons[:SHOWN_REASONS]
     ]
     return table("Every reason against the adapter", ("code", "message", "tensors"), rows)
@@ -268,7 +268,7 @@ def _findings_section(record: RunRecord) -> Html:
             group.shown_lines,
             group.count,
             group.check,
-            long_text(group.message, SHOWN_CHARACTERS),
+            truncated_text(group.message, SHOWN_CHARACTERS),
         )
         for group in groups[:SHOWN_FINDINGS]
     ]

@@ -28,17 +28,17 @@ from nested_core.text.digest_format import shorten_digest
 from nested_core.text.html_markup import (
     Html,
     element,
+    escaped_html,
     join,
-    long_text,
-    markup,
     paragraph,
     scrolling,
     section,
     table,
     table_caption,
+    truncated_text,
 )
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
-from nested_core.training.sample_prompts import choose_evaluations, samples_by_step
+from nested_core.training.sample_prompts import choose_shown_evaluations, samples_by_step
 
 WORST_EXAMPLES = 5
 SHOWN_QUESTIONS = 12
@@ -184,7 +184,7 @@ def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
             _finite_or_none(losses.after[place]),
             None if champion is None else _finite_or_none(champion[place]),
             int(losses.tokens[place]),
-            long_text(texts.get(number, "–"), 240),
+            truncated_text(texts.get(number, "–"), 240),
         )
         for place, number in zip(order, numbers, strict=True)
     ]
@@ -251,8 +251,8 @@ def change_section(record: RunRecord) -> Html:
         cells = "".join(_heat_cell(own.get(c), largest, with_tier=is_mixed) for c in columns)
         marks = f" · tier {', '.join(map(str, tiers))}" if tiers else ""
         name = "outside layers" if layer < 0 else f"layer {layer}"
-        lines.append(f"<tr><th scope=row>{markup(name + marks)}{cells}\n")
-    head = "".join(f"<th scope=col>{markup(column)}" for column in columns)
+        lines.append(f"<tr><th scope=row>{escaped_html(name + marks)}{cells}\n")
+    head = "".join(f"<th scope=col>{escaped_html(column)}" for column in columns)
     caption = (
         "Mean relative change of a module's tensors, from initial to trained adapter. A "
         "fresh lora_b starts at zero, which counts as a change of 1."
@@ -361,7 +361,7 @@ def _answers_table(record: RunRecord, task: str, count: int) -> Html:
 
     lines = sorted(by_line, key=gain)
     rows = [
-        (long_text(questions[line], 200), *(_answer_cell(by_line[line].get(r)) for r in roles))
+        (truncated_text(questions[line], 200), *(_answer_cell(by_line[line].get(r)) for r in roles))
         for line in lines[:count]
     ]
     caption = f"{len(rows)} of {len(lines)} questions, lost ones first; all: answers.jsonl"
@@ -370,11 +370,14 @@ def _answers_table(record: RunRecord, task: str, count: int) -> Html:
 
 def _answer_cell(answer: tuple[str, float] | None) -> Html:
     if answer is None:
-        return markup(None)
+        return escaped_html(None)
     text, score = answer
     mark = "✓ right" if score >= 1 else "✗ wrong" if score <= 0 else f"{score:.2g}"
     return join(
-        (element("small", mark, class_="good" if score >= 1 else "bad"), long_text(text.strip()))
+        (
+            element("small", mark, class_="good" if score >= 1 else "bad"),
+            truncated_text(text.strip()),
+        )
     )
 
 
@@ -382,7 +385,7 @@ def _sample_answers_table(record: RunRecord) -> Html:
     """What base, parent and candidate answered at the end, beside the data's own answer."""
     columns = ("prompt", "base", "parent", "candidate", "the data's own")
     rows = [
-        (long_text(f"{row.place}: {row.prompt}"), *map(_text_or_none, _answers_of(row)))
+        (truncated_text(f"{row.place}: {row.prompt}"), *map(_text_or_none, _answers_of(row)))
         for row in record.sample_answers[:SHOWN_QUESTIONS]
     ]
     return table("Greedy answers at the end of training; all: sample-answers.jsonl", columns, rows)
@@ -393,18 +396,18 @@ def _answers_of(row: SampleAnswers) -> tuple[str | None, ...]:
 
 
 def _text_or_none(text: str | None) -> Html | None:
-    return None if text is None else long_text(text)
+    return None if text is None else truncated_text(text)
 
 
 def _samples_table(record: RunRecord, by_step: dict[int, list[dict[str, Any]]]) -> Html:
     """The answers to each prompt of `samples`, a row for each evaluation."""
     judged = None if record.verdict is None else record.verdict.adapter_step
-    steps = choose_evaluations(by_step, judged, SHOWN_EVALUATIONS)
+    steps = choose_shown_evaluations(by_step, judged, SHOWN_EVALUATIONS)
     prompts = [str(sample.get("prompt", "")) for sample in by_step[steps[0]]][:SHOWN_PROMPTS]
     rows = [
         (
             f"{step:,} (judged)" if step == judged else f"{step:,}",
-            *(long_text(str(sample.get("answer", "")), 200) for sample in by_step[step]),
+            *(truncated_text(str(sample.get("answer", "")), 200) for sample in by_step[step]),
         )
         for step in steps
     ]
@@ -412,5 +415,5 @@ def _samples_table(record: RunRecord, by_step: dict[int, list[dict[str, Any]]]) 
         f"Greedy answers at {len(steps)} of {len(by_step)} evaluations to {len(prompts)} of "
         f"{len(by_step[steps[0]])} prompts; all: metrics.jsonl"
     )
-    columns = ("step", *(long_text(prompt, 200) for prompt in prompts))
+    columns = ("step", *(truncated_text(prompt, 200) for prompt in prompts))
     return table(caption, columns, [row[: 1 + SHOWN_PROMPTS] for row in rows])

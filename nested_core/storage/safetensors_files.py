@@ -29,11 +29,11 @@ MAX_HEADER_BYTES = 2 * 1024 * 1024
 MAX_TENSORS = 16_384
 MAX_NAME_LENGTH = 512
 MAX_DIMENSIONS = 8
-METADATA = "__metadata__"
-FLOATING = ("F64", "F32", "F16", "BF16")
+METADATA_KEY = "__metadata__"
+FLOATING_POINT_DTYPES = ("F64", "F32", "F16", "BF16")
 NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "U64": "<u8", "U32": "<u4", "BF16": "<u2"}
-ITEM_BYTES = {name: np.dtype(stored).itemsize for name, stored in NUMPY_DTYPES.items()}
-UNSAFE = {
+BYTES_PER_ELEMENT = {name: np.dtype(stored).itemsize for name, stored in NUMPY_DTYPES.items()}
+REASONS_BY_UNSAFE_SUFFIX = {
     **dict.fromkeys((".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"), "a pickle runs code"),
     **dict.fromkeys(
         (".npz", ".npy"), "NumPy's formats may hold pickles, and have no checked header"
@@ -51,7 +51,7 @@ class StoredTensor:
 
     def to_numpy(self) -> np.ndarray[Any, np.dtype[Any]]:
         """The values as a NumPy array; bfloat16 is widened to float32, which is exact."""
-        stored = self._stored()
+        stored = self._to_numpy_unwidened()
         if self.dtype != "BF16":
             return stored
         return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -60,10 +60,10 @@ class StoredTensor:
         """The same bytes as an MLX array of the same dtype."""
         if self.dtype == "F64":
             raise DamagedError("A tensor has dtype F64, which MLX would narrow to float32.")
-        stored = mx.array(self._stored())
+        stored = mx.array(self._to_numpy_unwidened())
         return stored.view(mx.bfloat16) if self.dtype == "BF16" else stored
 
-    def _stored(self) -> np.ndarray[Any, np.dtype[Any]]:
+    def _to_numpy_unwidened(self) -> np.ndarray[Any, np.dtype[Any]]:
         if self.dtype not in NUMPY_DTYPES:
             raise DamagedError(f"A tensor has dtype {self.dtype}, which is not read here.")
         values = np.frombuffer(self.data, NUMPY_DTYPES[self.dtype]).reshape(self.shape)
@@ -72,7 +72,7 @@ class StoredTensor:
 
 def refuse_unsafe_format(path: Path) -> None:
     """Raise DamagedError, with the reason, for a file whose suffix says that it is not safe."""
-    reason = UNSAFE.get(path.suffix.lower())
+    reason = REASONS_BY_UNSAFE_SUFFIX.get(path.suffix.lower())
     if reason is not None and file_type(path, follow_links=True) != "directory":
         raise DamagedError(
             f"{path} is not read: {reason}. Expected safetensors (adapters.safetensors); convert "
@@ -102,15 +102,20 @@ def load_arrays(path: Path, *, follow_links: bool = False) -> dict[str, mx.array
     return {name: tensor.to_mlx() for name, tensor in tensors.items()}
 
 
-def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "mlx") -> None:
+def save_arrays(
+    path: Path, arrays: Mapping[str, mx.array], *, metadata_format: str = "mlx"
+) -> None:
     """Write MLX arrays as a safetensors file; equal arrays give equal bytes.
 
-    `made_for` is the format named in the file's metadata, which transformers reads.
+    `metadata_format` is the format named in the file's metadata, which transformers reads.
 
     mx.save_safetensors orders tensors by a hash table; safetensors itself sorts, but makes the file
     readable for its owner alone, and reports a full disk as text.
     """
-    stored = {name: np.ascontiguousarray(_view_as_mlx(array)) for name, array in arrays.items()}
+    stored = {
+        name: np.ascontiguousarray(_view_bfloat16_as_uint16(array))
+        for name, array in arrays.items()
+    }
     specs = {
         name: TensorSpec(
             dtype=str(arrays[name].dtype).removeprefix("mlx.core."),
@@ -123,7 +128,7 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "
     path.touch()
     mode = path.stat().st_mode  # as of any other new file
     try:
-        serialize_file(specs, str(path), metadata={"format": made_for})
+        serialize_file(specs, str(path), metadata={"format": metadata_format})
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
@@ -132,7 +137,7 @@ def save_arrays(path: Path, arrays: Mapping[str, mx.array], *, made_for: str = "
     path.chmod(mode)
 
 
-def _view_as_mlx(array: mx.array) -> mx.array:
+def _view_bfloat16_as_uint16(array: mx.array) -> mx.array:
     """NumPy has no bfloat16: its bytes go as uint16."""
     return array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
 
@@ -158,7 +163,7 @@ def read_header(file: Any, size: int, path: Path) -> dict[str, TensorLocation]:
         locations = {
             name: _parse_location(name, entry, 8 + length)
             for name, entry in header.items()
-            if name != METADATA
+            if name != METADATA_KEY
         }
         _require_no_gap(locations, 8 + length, size)
     except (ValueError, SafetensorError) as error:
@@ -195,12 +200,12 @@ def _parse_location(name: str, entry: dict[str, Any], start: int) -> TensorLocat
         raise ValueError(f"{name:.80} has keys that the format does not know")
     dtype = str(entry["dtype"])
     shape = tuple(entry["shape"])
-    if dtype not in ITEM_BYTES:
+    if dtype not in BYTES_PER_ELEMENT:
         raise ValueError(f"{name:.80} has dtype {dtype}, which is not read here")
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"{name:.80} has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
     begin, end = entry["data_offsets"]
-    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+    if end - begin != math.prod(shape) * BYTES_PER_ELEMENT[dtype]:
         raise ValueError(f"{name:.80} has {end - begin} bytes for {dtype} {list(shape)}")
     return TensorLocation(dtype, shape, start + begin, start + end)
 

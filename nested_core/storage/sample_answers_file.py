@@ -32,7 +32,7 @@ class SampleAnswers:
     place: str
 
 
-_RECORD = TypeAdapter(SampleAnswers)
+_RECORD_VALIDATOR = TypeAdapter(SampleAnswers)
 
 
 def write_sample_answers(path: Path, rows: Sequence[SampleAnswers]) -> None:
@@ -43,6 +43,6 @@ def write_sample_answers(path: Path, rows: Sequence[SampleAnswers]) -> None:
 def read_sample_answers(path: Path) -> list[SampleAnswers]:
     """The answers in a run's file; DamagedError if it is missing or holds anything else."""
     try:
-        return [_RECORD.validate_json(line) for line in read_regular(path).splitlines()]
+        return [_RECORD_VALIDATOR.validate_json(line) for line in read_regular(path).splitlines()]
     except ValidationError as error:
         raise DamagedError(f"{path} does not hold answers to prompts.") from error

@@ -27,8 +27,8 @@ from nested_core.storage.main_memory import main_memory_bytes
 
 FileType = Literal["missing", "file", "directory", "link", "other"]
 
-ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-UNREADABLE = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+MISSING_FILE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+UNREADABLE_PATH_ERRNOS = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 UNBOUNDED = sys.maxsize  # of a file that is read piece by piece
 WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -43,7 +43,7 @@ def file_type(path: Path, *, follow_links: bool = False) -> FileType:
     except ValueError:  # a NUL in the name
         return "missing"
     except OSError as error:
-        if error.errno in ABSENT:
+        if error.errno in MISSING_FILE_ERRNOS:
             return "missing"
         raise
     if stat.S_ISLNK(mode):
@@ -83,17 +83,17 @@ def _open_descriptor(path: Path, *, follow_links: bool) -> int:
     except NotADirectoryError:
         raise DamagedError(f"{path} is not a file.") from None
     except OSError as error:
-        if error.errno not in UNREADABLE:
+        if error.errno not in UNREADABLE_PATH_ERRNOS:
             raise  # it may pass: whoever called can try again
         raise _describe_refusal(error, path, "read") from error
 
 
-def _describe_refusal(error: OSError, path: Path, what: str) -> DamagedError:
+def _describe_refusal(error: OSError, path: Path, attempt: str) -> DamagedError:
     is_link = error.errno == errno.ELOOP and file_type(path, follow_links=True) != "missing"
     if is_link or error.errno == errno.EISDIR:
         reason = ": it is a symbolic link" if is_link else ""
         return DamagedError(f"{path} is not a file{reason}.")
-    return DamagedError(f"{path} cannot be {what}: {error.strerror}.")
+    return DamagedError(f"{path} cannot be {attempt}: {error.strerror}.")
 
 
 def _regular_size(descriptor: int, path: Path) -> int:
@@ -166,7 +166,7 @@ def parse_json(content: bytes) -> Any:
         return json.loads(
             content.decode("utf-8"),
             object_pairs_hook=_object_without_duplicates,
-            parse_constant=_refuse_constant,
+            parse_constant=_refuse_nan_and_infinity,
             parse_float=_parse_finite,
         )
     except RecursionError:
@@ -184,7 +184,7 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _refuse_constant(word: str) -> None:
+def _refuse_nan_and_infinity(word: str) -> None:
     raise ValueError(f"{word} is not a JSON number")
 
 
@@ -195,17 +195,17 @@ def _parse_finite(text: str) -> float:
     return number
 
 
-def user_folder(what: str, otherwise: str, given: str | None = None) -> Path:
+def private_user_folder(content: str, advice: str, given: str | None = None) -> Path:
     """A folder of this user alone: `given`, or one in the temporary folder; made if it is missing.
 
-    Raises ConfigError, saying that `what` cannot be kept there and what to do `otherwise`, if it
-    is another user's. In the temporary folder, where anybody may write, so is a link.
+    Raises ConfigError, saying that `content` cannot be kept there, and the `advice`, if it is
+    another user's. In the temporary folder, where anybody may write, so is a link.
     """
     folder = Path(given or f"{tempfile.gettempdir()}/nested-tune-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     is_link = not given and folder.is_symlink()
     if is_link or folder.stat().st_uid != os.getuid():
         raise ConfigError(
-            f"{folder} belongs to another user: {what} cannot be kept there. {otherwise}"
+            f"{folder} belongs to another user: {content} cannot be kept there. {advice}"
         )
     return folder

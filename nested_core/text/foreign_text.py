@@ -16,7 +16,7 @@ _INVISIBLE = re.compile(
 _SHORT_ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 # Whatever begins or ends a construct of CommonMark, or of GitHub's additions to it, in a line: "_"
 # not within a word, and what makes a bare address a link.
-_MARKDOWN = re.compile(
+_MARKDOWN_SYNTAX = re.compile(
     r"[\\`*\[\]<>|~&@]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//|(?<=www)\.|^[#+-]", re.IGNORECASE
 )
 
@@ -32,7 +32,7 @@ def escape(text: str) -> str:
     return "".join(map(_escape_character, text))
 
 
-def escape_lines(text: str) -> str:
+def escape_but_keep_newlines(text: str) -> str:
     """As `escape`, but the text's own line ends stay."""
     if "\n" not in text:
         return escape(text)
@@ -41,7 +41,7 @@ def escape_lines(text: str) -> str:
 
 def escape_markdown(text: str) -> str:
     """The text for a page or a table cell of markdown, where it shows as it stands: no markup."""
-    return _MARKDOWN.sub(r"\\\g<0>", escape(text))
+    return _MARKDOWN_SYNTAX.sub(r"\\\g<0>", escape(text))
 
 
 def _escape_character(character: str) -> str:

@@ -11,12 +11,12 @@ import re
 import secrets
 from collections.abc import Iterable, Sequence
 
-from nested_core.text.foreign_text import escape_lines
+from nested_core.text.foreign_text import escape_but_keep_newlines
 from nested_core.text.html_style import STYLE
 
 # Of an element: in text a quotation mark is escaped.
-_IDENTIFIER = re.compile(r'\b(id|aria-labelledby)="([a-z-]+)"')
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_ID_ATTRIBUTE = re.compile(r'\b(id|aria-labelledby)="([a-z-]+)"')
+CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Html(str):
@@ -25,14 +25,16 @@ class Html(str):
     __slots__ = ()
 
 
-def markup(value: object) -> Html:
+def escaped_html(value: object) -> Html:
     """The value itself if it is markup, else its text escaped; None is a dash.
 
     What does not print is shown as an escape, such as \\x1b; line ends stay.
     """
     if isinstance(value, Html):
         return value
-    return Html(html.escape(escape_lines("–" if value is None else format_value(value))))
+    return Html(
+        html.escape(escape_but_keep_newlines("–" if value is None else format_value(value)))
+    )
 
 
 def format_value(value: object) -> str:
@@ -49,7 +51,7 @@ def format_value(value: object) -> str:
 def element(tag: str, *children: object, **attributes: str) -> Html:
     """`<tag attributes>children</tag>`; `class_` is the attribute class, `_` in a name is `-`."""
     pairs = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{markup(value)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{escaped_html(value)}"'
         for name, value in attributes.items()
     )
     return Html(f"<{tag}{pairs}>{join(children)}</{tag}>")
@@ -57,16 +59,16 @@ def element(tag: str, *children: object, **attributes: str) -> Html:
 
 def join(parts: Iterable[object]) -> Html:
     """The parts one after the other."""
-    return Html("".join(map(markup, parts)))
+    return Html("".join(map(escaped_html, parts)))
 
 
 def table(caption: str, columns: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
     """A table whose first column names its rows. End tags that HTML lets one omit are omitted."""
-    head = "".join(f"<th scope=col>{markup(column)}" for column in columns)
+    head = "".join(f"<th scope=col>{escaped_html(column)}" for column in columns)
     lines = []
     for first, *others in rows:
-        cells = "".join(f"<td{_number_class(cell)}>{markup(cell)}" for cell in others)
-        lines.append(f"<tr><th scope=row>{markup(first)}{cells}\n")
+        cells = "".join(f"<td{_number_class(cell)}>{escaped_html(cell)}" for cell in others)
+        lines.append(f"<tr><th scope=row>{escaped_html(first)}{cells}\n")
     body = Html(f"<table>{table_caption(caption)}<thead><tr>{head}<tbody>{''.join(lines)}</table>")
     return scrolling(caption, body)
 
@@ -114,10 +116,10 @@ def paragraph(*content: object, class_: str = "") -> Html:
     return element("p", *content, **({"class_": class_} if class_ else {}))
 
 
-def fragment(*content: object) -> Html:
+def notebook_fragment(*content: object) -> Html:
     """Markup with its style for a notebook's cell; no other cell has the same identifiers."""
     style = Html(f"<style>{STYLE}</style>")
-    unique = _IDENTIFIER.sub(rf'\1="\2-{secrets.token_hex(4)}"', join(content))
+    unique = _ID_ATTRIBUTE.sub(rf'\1="\2-{secrets.token_hex(4)}"', join(content))
     return element("div", style, Html(unique), class_="nested-tune")
 
 
@@ -125,16 +127,16 @@ def page(title: str, *content: object) -> str:
     """A whole page: one file that runs nothing and fetches nothing."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n'
         f'<meta name="referrer" content="no-referrer">\n'
-        f"<title>{markup(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>{escaped_html(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f'<body class="nested-tune">\n{join(content)}\n</body>\n</html>\n'
     )
 
 
-def figures(entries: Iterable[tuple[str, object, str]]) -> Html:
+def key_numbers(entries: Iterable[tuple[str, object, str]]) -> Html:
     """Numbers to look at first: of each its name, its value and a word of explanation."""
     return element(
         "dl",
@@ -145,7 +147,7 @@ def figures(entries: Iterable[tuple[str, object, str]]) -> Html:
     )
 
 
-def long_text(value: str, limit: int = 400) -> Html:
+def truncated_text(value: str, limit: int = 400) -> Html:
     """Text of others in its own lines, cut after `limit` characters."""
     shown = value if len(value) <= limit else f"{value[:limit]} …"
     return element("span", shown, class_="text")

@@ -30,7 +30,7 @@ def format_interval(interval: Sequence[float]) -> str:
     return f"{format_difference(low)} to {format_difference(high)}"
 
 
-def name_loss(file: str | None) -> str:
+def loss_name_for_file(file: str | None) -> str:
     """The name of a loss by the file that it was measured on; earlier releases recorded no file."""
     names = {None: "validation loss", "valid.jsonl": "validation loss", "test.jsonl": "test loss"}
     return names.get(file, "held-out loss")

@@ -7,7 +7,9 @@ import math
 from nested_core.training.training_state import TrainingState
 
 
-def count_improvement(state: TrainingState, val_loss: float, *, min_delta: float) -> None:
+def count_evaluations_without_improvement(
+    state: TrainingState, val_loss: float, *, min_delta: float
+) -> None:
     """Count an evaluation: one that is lower by more than `min_delta` begins the count anew.
 
     A loss that is not finite is no improvement.

@@ -24,13 +24,13 @@ from nested_core.models.parameters import (
 from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.loss_interface import Loss, MicroBatch
 from nested_core.training.loss.output_head import extract_logits
-from nested_core.training.loss.supervised_loss import SUPERVISED
-from nested_core.training.rank_communication import SINGLE_PROCESS, World
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
+from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 
 Prompts = Sequence[Sequence[int]]
 MAX_PROMPTS = 4
 MAX_PROMPT_TOKENS = 16
-MAX_COLUMNS = 256
+MAX_LOGIT_COLUMNS = 256
 
 
 class EvaluationInterrupted(Exception):  # noqa: N818  # no error: the trainer turns it into a stop
@@ -45,7 +45,7 @@ class Evaluator:
         model: the model with its adapter attached.
         parameters: references to the parameters that are evaluated.
         loss_fn: the loss; sums and means are both reported a token.
-        prompts: token ids of the prompts of `fixed_logits`.
+        prompts: token ids of the prompts of `logits_on_fixed_prompts`.
         is_stop_requested: asked before every batch; if it is true, `loss` raises
             EvaluationInterrupted.
         world: the ranks; each evaluates its own rows of every batch, and all get the same loss.
@@ -53,10 +53,10 @@ class Evaluator:
 
     model: nn.Module
     parameters: ParameterRefs
-    loss_fn: Loss = SUPERVISED
+    loss_fn: Loss = SUPERVISED_LOSS
     prompts: Prompts = field(default=(), kw_only=True)
     is_stop_requested: Callable[[], bool] = field(default=lambda: False, kw_only=True)
-    world: World = field(default=SINGLE_PROCESS, kw_only=True)
+    world: World = field(default=SINGLE_PROCESS_WORLD, kw_only=True)
 
     @cached_property
     def _compiled_loss(self) -> Callable[..., Any]:
@@ -71,13 +71,13 @@ class Evaluator:
                 if self.is_stop_requested():
                     raise EvaluationInterrupted
                 loss, tokens = self._compiled_loss(values, *self.loss_fn.prepare_batch(batch))
-                total = total + self.loss_fn.summed(loss, tokens)
+                total = total + self.loss_fn.sum_over_target_tokens(loss, tokens)
                 count = count + tokens
                 mx.eval(total, count)
-        sums = self.world.sum_over_ranks({"loss": total, "count": count})
+        sums = self.world.sum_scalars_over_ranks({"loss": total, "count": count})
         return to_float(sums["loss"] / sums["count"])
 
-    def fixed_logits(self, values: Flat) -> dict[str, Any]:
+    def logits_on_fixed_prompts(self, values: Flat) -> dict[str, Any]:
         """The model's next-token logits after each prompt, in up to 256 columns of the vocabulary.
 
         `prompts`, `columns` and `values` (one row a prompt, float32): what a fresh process that
@@ -89,7 +89,7 @@ class Evaluator:
                 _logits_of_last_token(self.model(mx.array([prompt]))) for prompt in self.prompts
             ]
         vocabulary = len(rows[0]) if rows else 0
-        count = min(vocabulary, MAX_COLUMNS)
+        count = min(vocabulary, MAX_LOGIT_COLUMNS)
         columns = np.linspace(0, vocabulary - 1, count).astype(int).tolist()
         return {
             "prompts": [list(map(int, prompt)) for prompt in self.prompts],
@@ -101,7 +101,7 @@ class Evaluator:
         self, values: Flat, tokens: mx.array, target_mask: mx.array
     ) -> tuple[mx.array, mx.array]:
         assign_parameters(self.parameters, values)
-        return self.loss_fn.evaluate(self.model, tokens, target_mask)
+        return self.loss_fn.evaluation_function_or_default(self.model, tokens, target_mask)
 
 
 def _logits_of_last_token(output: Any) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -14,7 +14,9 @@ def describe_training_loss(last: StepLoss, plan: TrainingPlan | None) -> str:
     """`training loss 0.1234 (train.jsonl, mean since the last report, step 40)`."""
     step, loss = last
     data = [] if plan is None else [plan.training_file]
-    return _describe("training loss", loss, [*data, "mean since the last report", f"step {step:,}"])
+    return _describe_loss(
+        "training loss", loss, [*data, "mean since the last report", f"step {step:,}"]
+    )
 
 
 def describe_validation_loss(
@@ -25,11 +27,11 @@ def describe_validation_loss(
     data = []
     if plan is not None and plan.validation_file is not None:
         data.append(plan.describe_validation())
-    text = _describe("validation loss", loss, [*data, f"step {step:,}"])
+    text = _describe_loss("validation loss", loss, [*data, f"step {step:,}"])
     if lowest is None or lowest[0] == step:
         return text
-    return f"{text}, {_describe('lowest', lowest[1], [f'step {lowest[0]:,}'])}"
+    return f"{text}, {_describe_loss('lowest', lowest[1], [f'step {lowest[0]:,}'])}"
 
 
-def _describe(name: str, loss: float | None, details: Sequence[str]) -> str:
+def _describe_loss(name: str, loss: float | None, details: Sequence[str]) -> str:
     return f"{name} {format_loss(loss)} ({', '.join(details)})"

@@ -13,8 +13,8 @@ from nested_core.storage.atomic import finite_or_none, write_bytes
 from nested_core.storage.strict_files import append_regular, parse_json, read_regular
 
 MAX_METRICS_BYTES = 2**30
-LISTED_LINES = 5
-NUMBERS = (
+MAX_LISTED_DAMAGED_LINES = 5
+NUMERIC_KEYS = (
     *("step", "iteration", "loss", "val_loss", "learning_rate", "grad_norm", "clipped_grad_norm"),
     *("trained_tokens", "tokens_per_second", "iterations_per_second", "peak_memory_gb"),
 )
@@ -31,7 +31,7 @@ def parse_record(line: bytes) -> dict[str, Any]:
     record = parse_json(line)
     if not isinstance(record, dict):
         raise ValueError("it is no JSON object")
-    for key in NUMBERS:
+    for key in NUMERIC_KEYS:
         value = record.get(key, 0)
         is_null = value is None and key not in ("step", "iteration")
         if not is_null and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -65,15 +65,15 @@ def cumulative_seconds(records: Sequence[dict[str, Any]]) -> list[float]:
     return seconds
 
 
-def truncate_metrics(path: Path, step: int, count: int) -> int:
-    """Keep the first `count` records, but none of a later step; return how many there are.
+def truncate_metrics(path: Path, last_step: int, max_records: int) -> int:
+    """Keep the first records, none after `last_step`; return how many there are.
 
     A damaged line among them is left out, with a warning that names it.
     """
     kept = [
         record
-        for record in _read_lines(path)[:count]
-        if record is not None and record.get("step", 0) <= step
+        for record in _read_lines(path)[:max_records]
+        if record is not None and record.get("step", 0) <= last_step
     ]
     write_bytes(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return len(kept)
@@ -89,8 +89,12 @@ def _read_lines(path: Path) -> list[dict[str, Any] | None]:
     records = [_record_or_none(line) for line in lines]
     damaged = [number for number, record in enumerate(records, 1) if record is None]
     if damaged:
-        listed = ", ".join(map(str, damaged[:LISTED_LINES]))
-        more = f" and {len(damaged) - LISTED_LINES} more" if len(damaged) > LISTED_LINES else ""
+        listed = ", ".join(map(str, damaged[:MAX_LISTED_DAMAGED_LINES]))
+        more = (
+            f" and {len(damaged) - MAX_LISTED_DAMAGED_LINES} more"
+            if len(damaged) > MAX_LISTED_DAMAGED_LINES
+            else ""
+        )
         warnings.warn(
             f"{path}: {len(damaged)} of {len(lines)} lines are damaged and left out: line {listed}"
             f"{more}. The reports before and after them are kept.",

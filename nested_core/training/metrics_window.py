@@ -99,7 +99,7 @@ class MetricsWindow:
         return report
 
     def _sum_ranks(self) -> None:
-        self.sums = self._world.sum_over_ranks(self.sums)
+        self.sums = self._world.sum_scalars_over_ranks(self.sums)
 
     def _zero_sums_unless_main(self) -> None:
         """The sum over the ranks is the main rank's; the others begin again at zero."""

@@ -39,10 +39,10 @@ class MlxLmSchedule:
         self._valid = splits.get("valid")
         self.iterations = config.iters
         self.steps = config.iters // config.grad_accumulation_steps
-        self._train_batches = _batches_by_key_count(config, "train", splits)
+        self._train_batches = _batches_in_mlx_lm_order(config, "train", splits)
         self.epochs = self.iterations / len(self._train_batches)
-        self._valid_batches = _batches_by_key_count(config, "valid", splits)
-        self.validation_examples = config.batch_size * self._evaluated_batches(
+        self._valid_batches = _batches_in_mlx_lm_order(config, "valid", splits)
+        self.validation_examples = config.batch_size * self._count_evaluated_batches(
             len(self._valid_batches)
         )
         # mlx_lm draws the orders of both splits from one random state, one after the other.
@@ -70,10 +70,10 @@ class MlxLmSchedule:
             return None
         self._draw_batch_order_until(iteration + 1)
         order = self._valid_orders[iteration + 1]
-        count = self._evaluated_batches(len(order))
+        count = self._count_evaluated_batches(len(order))
         return (self._make_batch_arrays(valid, self._valid_batches[i]) for i in order[:count])
 
-    def _evaluated_batches(self, available: int) -> int:
+    def _count_evaluated_batches(self, available: int) -> int:
         """How many of the validation batches an evaluation draws."""
         wanted = self._config.val_batches
         return available if wanted == -1 else min(wanted, available)
@@ -94,12 +94,13 @@ class MlxLmSchedule:
         every = self._config.steps_per_report
         return [it for it in range(first + 1, last + 1) if it % every == 0]
 
-    def _is_evaluated_at(self, it: int) -> bool:
-        return it == 1 or it % self._config.steps_per_eval == 0 or it == self.iterations
+    def _is_evaluated_at(self, iteration: int) -> bool:
+        every = self._config.steps_per_eval
+        return iteration in (1, self.iterations) or iteration % every == 0
 
-    def _draw_batch_order_until(self, it: int) -> None:
-        """Draw what np.random gives mlx_lm.lora up to iteration `it`, from 1, in its order."""
-        while self._drawn < it:
+    def _draw_batch_order_until(self, iteration: int) -> None:
+        """Draw what np.random gives mlx_lm.lora up to an iteration, from 1, in its order."""
+        while self._drawn < iteration:
             if self._drawn % len(self._train_batches) == 0:
                 self._train_orders.append(self._random.permutation(len(self._train_batches)))
             self._drawn += 1
@@ -126,7 +127,7 @@ class MlxLmSchedule:
         return min(width, self._config.max_seq_length)
 
 
-def _batches_by_key_count(
+def _batches_in_mlx_lm_order(
     config: FineTuneConfig, split: str, splits: Mapping[str, TokenizedSplit]
 ) -> list[list[int]]:
     """Rows cut into full batches in mlx-lm's order.

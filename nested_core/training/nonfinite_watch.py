@@ -32,14 +32,14 @@ class NonfiniteStepWatch:
         Raises TrainingDiverged once `limit` steps in a row were skipped.
         """
         self._unread.append((step, counters["nonfinite_in_a_row"]))
-        self._read_counters(keep=1)
+        self._read_counters_except_last(count=1)
 
     def finish(self) -> None:
         """Read every counter, the last step's included; this waits for the device."""
-        self._read_counters(keep=0)
+        self._read_counters_except_last(count=0)
 
-    def _read_counters(self, *, keep: int) -> None:
-        while len(self._unread) > keep:
+    def _read_counters_except_last(self, *, count: int) -> None:
+        while len(self._unread) > count:
             step, counter = self._unread.pop(0)
             skipped = to_int(counter)
             if skipped > 0:

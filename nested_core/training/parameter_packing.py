@@ -116,7 +116,7 @@ class Packing:
             for name, tensor in self.arrays[key].unpack(array).items()
         }
 
-    def names(self, key: str) -> Mapping[str, tuple[int, ...]]:
+    def tensor_shapes(self, key: str) -> Mapping[str, tuple[int, ...]]:
         """The names of the tensors in a packed array, with their shapes."""
         return self.arrays[key].shapes
 
@@ -135,7 +135,7 @@ class Packing:
         states = optimizer_state_by_parameter(unflatten_names(values), optimizer.state)
         shared = {key: optimizer.state[key] for key in RESERVED_NAMES if key in optimizer.state}
         packed.state = shared
-        for key, array, parts in self._state_parts(states):
+        for key, array, parts in self._arrays_with_moment_names(states):
             packed.state[key] = {}
             for part in parts:
                 shapes = array.shapes.items()
@@ -144,7 +144,7 @@ class Packing:
         packed.init(self.pack(values))
         return packed
 
-    def copy_clock(self, packed: Tiered, optimizer: Tiered) -> None:
+    def copy_step_and_learning_rate(self, packed: Tiered, optimizer: Tiered) -> None:
         """Give an optimizer the clock, learning rate and counters of its packed copy."""
         for key in RESERVED_NAMES:
             if key in packed.state:
@@ -154,12 +154,12 @@ class Packing:
         """Write the moments of a packed optimizer into `optimizer_state_by_parameter`'s dict."""
         if not self.by_tier:
             return
-        for key, array, parts in self._state_parts(states):
+        for key, array, parts in self._arrays_with_moment_names(states):
             for part in parts:
                 for name, view in array.unpack(packed.state[key][part]).items():
                     states[name][part] = mx.max(view) if part == HAD_GRADIENT else view
 
-    def _state_parts(
+    def _arrays_with_moment_names(
         self, states: Mapping[str, Any]
     ) -> Iterator[tuple[str, PackedArray, list[str]]]:
         """Each packed array with the names of its moments."""
@@ -198,7 +198,7 @@ class PackedState:
     def update(self, updates: Flat) -> None:
         """Replace packed parameters by their new values, after the packed optimizer's step."""
         self.parameters = self.parameters | updates
-        self.packing.copy_clock(self.optimizer, self._named_optimizer)
+        self.packing.copy_step_and_learning_rate(self.optimizer, self._named_optimizer)
 
     def arrays(self) -> Flat:
         """Every array that the next step starts from, which must be equal on all ranks."""

@@ -17,7 +17,9 @@ from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.loss_interface import MicroBatch
 
 Sums = dict[str, mx.array]
-GOLDEN_RATIO = 0x9E3779B9  # times 2**32: it spreads the seeds of neighbouring ranks
+RANK_SEED_STRIDE = (
+    0x9E3779B9  # 2**32 over the golden ratio, so that neighbours' seeds lie far apart
+)
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ class World:
 
     def seed_of_step(self, seed: int, step: int) -> int:
         """A step's seed: each rank has its own, and rank 0 the one of a single process."""
-        return (seed ^ (self.rank * GOLDEN_RATIO % 2**32)) * 2**32 + step
+        return (seed ^ (self.rank * RANK_SEED_STRIDE % 2**32)) * 2**32 + step
 
-    def sum_packed(self, packed: mx.array) -> mx.array:
+    def sum_vector_over_ranks(self, vector: mx.array) -> mx.array:
         """The sum of all ranks' vectors. It can be traced; every rank has to call it."""
-        summed: mx.array = mx.distributed.all_sum(packed, group=self.group)
+        summed: mx.array = mx.distributed.all_sum(vector, group=self.group)
         return summed
 
-    def sum_over_ranks(self, sums: Sums) -> Sums:
+    def sum_scalars_over_ranks(self, sums: Sums) -> Sums:
         """Scalars summed over the ranks; this waits for all of them."""
         if self.is_single_process:
             return sums
@@ -86,7 +88,7 @@ class World:
             )
 
 
-SINGLE_PROCESS = World()
+SINGLE_PROCESS_WORLD = World()
 
 
 def _most_common_row(rows: np.ndarray) -> np.ndarray:

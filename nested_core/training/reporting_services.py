@@ -194,7 +194,7 @@ class ReportingCallback:
         project = config.project_name or DEFAULT_PROJECT
         settings = config.model_dump(mode="json")
         self._run = run
-        self._record = _read_record(run)
+        self._record = _read_service_record(run)
         self._services: dict[str, ReportingService] = {}
         for name in configured_services(config):
             known = self._record.run_ids.get(name)
@@ -286,7 +286,7 @@ def attaching_verdict_at_end(config: FineTuneConfig, run: RunDirectory) -> Itera
         if configured_services(config):
             if run.result.is_file() and run.gate.is_file():
                 _attach_verdict(config, run)
-            for name, iteration in _read_record(run).missing_from.items():
+            for name, iteration in _read_service_record(run).missing_from.items():
                 warnings.warn(
                     f"report_to: {name} lacks reports of this run, from iteration {iteration} on; "
                     f"all are in {run.metrics}",
@@ -316,11 +316,11 @@ class _ServiceRecord:
         write_json(run.report_to, asdict(self))
 
 
-_RECORD = TypeAdapter(_ServiceRecord)
+_SERVICE_RECORD_VALIDATOR = TypeAdapter(_ServiceRecord)
 
 
-def _read_record(run: RunDirectory) -> _ServiceRecord:
+def _read_service_record(run: RunDirectory) -> _ServiceRecord:
     try:
-        return _RECORD.validate_python(read_json_object(run.report_to))
+        return _SERVICE_RECORD_VALIDATOR.validate_python(read_json_object(run.report_to))
     except (DamagedError, ValidationError):  # or a first process: then the services begin anew
         return _ServiceRecord()

@@ -24,7 +24,7 @@ from nested_core.storage.adapter import (
 from nested_core.storage.atomic import TEMPORARY_PREFIX
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.safetensors_files import load_arrays
-from nested_core.training.early_stopping import count_improvement
+from nested_core.training.early_stopping import count_evaluations_without_improvement
 from nested_core.training.evaluation import Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
@@ -65,7 +65,9 @@ class RunRecorder:
             records = read_metrics(metrics)
             self._losses = [r["loss"] for r in records if r.get("loss") is not None]
             if is_resumed:  # the process before may have ended between checkpoint and snapshot
-                self._export_if_due(checkpoint_path(self.setup.run.checkpoints, state.step), state)
+                self._export_checkpoint_if_due(
+                    checkpoint_path(self.setup.run.checkpoints, state.step), state
+                )
         if state.open_report:
             self.window.reopen(state.open_report)
         if not is_resumed:
@@ -145,7 +147,7 @@ class RunRecorder:
             is_candidate=all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats()),
         )
         min_delta = self.setup.config.training.min_delta
-        count_improvement(state, val_loss, min_delta=min_delta)
+        count_evaluations_without_improvement(state, val_loss, min_delta=min_delta)
         seconds = time.perf_counter() - started
         if self.setup.callback is not None:
             info = {"iteration": iteration, "val_loss": val_loss, "val_time": seconds}
@@ -161,14 +163,14 @@ class RunRecorder:
         if setup.step_schedule.keeps_random_state:
             state.random_key = read_random_key()
         values = read_parameters(setup.parameters)
-        adapter = self._as_published(values)
+        adapter = self._cast_to_published_dtypes(values)
         masters = {name: v for name, v in values.items() if v.dtype != adapter[name].dtype}
         record = CheckpointState(
             state,
             wanted_iterations=setup.config.iters,
             input_digests=setup.input_digests,
             tiers=setup.optimizer.get_tier_stats(),
-            logits=self._evaluator.fixed_logits(adapter),
+            logits=self._evaluator.logits_on_fixed_prompts(adapter),
         )
         path = checkpoint.write_checkpoint(
             setup.run.checkpoints,
@@ -181,7 +183,7 @@ class RunRecorder:
         )
         if state.step >= max(2, *(tier.frequency for tier in setup.optimizer.tiers)):
             warn_of_unchanged_checkpoint(state, path, setup.run.initial)
-        self._export_if_due(path, state)
+        self._export_checkpoint_if_due(path, state)
         checkpoint.prune_checkpoints(
             setup.run.checkpoints,
             keep_last=setup.config.training.keep_checkpoints,
@@ -204,22 +206,22 @@ class RunRecorder:
         run, adapter_path = self.setup.run, self.setup.config.adapter_path
         if adapter_path is None or not self.setup.world.is_main:
             return
-        adapter = self._as_published(read_parameters(self.setup.parameters))
+        adapter = self._cast_to_published_dtypes(read_parameters(self.setup.parameters))
         with TemporaryDirectory(dir=run.path, prefix=TEMPORARY_PREFIX) as folder:
             write_adapter(Path(folder), adapter, self._adapter_config())
             for iteration in iterations:
                 export_snapshot(Path(folder), Path(adapter_path), iteration)
 
-    def _export_if_due(self, path: Path, state: TrainingState) -> None:
+    def _export_checkpoint_if_due(self, checkpoint_folder: Path, state: TrainingState) -> None:
         """Copy a checkpoint to adapter_path where mlx_lm.lora writes a snapshot of its iteration.
 
         Checkpoints that are written for another reason, such as the best, are not copied.
         """
         config = self.setup.config
         if config.adapter_path is not None and state.iteration % config.save_every == 0:
-            export_snapshot(path, Path(config.adapter_path), state.iteration)
+            export_snapshot(checkpoint_folder, Path(config.adapter_path), state.iteration)
 
-    def _as_published(self, values: Flat) -> Flat:
+    def _cast_to_published_dtypes(self, values: Flat) -> Flat:
         """Trained values in the dtypes that the adapter is published in."""
         return {name: value.astype(self._published_dtypes[name]) for name, value in values.items()}
 

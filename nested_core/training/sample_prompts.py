@@ -63,15 +63,17 @@ def samples_by_step(records: Iterable[Mapping[str, Any]]) -> dict[int, list[dict
     return {record["step"]: record["samples"] for record in records if record.get("samples")}
 
 
-def choose_evaluations(steps: Iterable[int], judged: int | None, limit: int) -> list[int]:
-    """At most `limit` (2 or more) of the steps: the first, the last, the judged, and some between.
+def choose_shown_evaluations(
+    steps: Iterable[int], judged_step: int | None, limit: int
+) -> list[int]:
+    """At most `limit` (2 or more) of the steps: first, last, the judged one, and some between.
 
     Those between are evenly spaced.
     """
     ordered = sorted(set(steps))
     if len(ordered) <= limit:
         return ordered
-    fixed = {step for step in ordered if step in (ordered[0], judged, ordered[-1])}
+    fixed = {step for step in ordered if step in (ordered[0], judged_step, ordered[-1])}
     count = max(2, limit - len(fixed) + 2)
     spaced = {ordered[n * (len(ordered) - 1) // (count - 1)] for n in range(count)}
     return sorted(fixed | spaced)

@@ -103,7 +103,7 @@ class UpdateCheck:
         self._setup = setup
         self._checked_due: set[tuple[int, ...]] = set()
 
-    def has_checked(self, due: tuple[int, ...]) -> bool:
+    def has_checked_tiers(self, due: tuple[int, ...]) -> bool:
         """Whether an update of just these tiers was checked before."""
         return due in self._checked_due
 

@@ -17,9 +17,9 @@ from nested_core.data.batch_order import BatchOrder, choose_evaluation_batches
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
 from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
-from nested_core.training.rank_communication import SINGLE_PROCESS, World
+from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 
-SAMPLED_ROWS = 256
+MAX_WIDEST_ROWS_EXAMINED = 256
 
 
 class StepSchedule(Protocol):
@@ -87,7 +87,7 @@ class BucketedSchedule:
         self,
         config: FineTuneConfig,
         splits: Mapping[str, TokenizedSplit],
-        world: World = SINGLE_PROCESS,
+        world: World = SINGLE_PROCESS_WORLD,
     ) -> None:
         self._config = config
         self._world = world
@@ -108,7 +108,9 @@ class BucketedSchedule:
         """
         buckets = self._plan.buckets
         batch_size = self._config.batch_size
-        rows = buckets.rows[: min(int(buckets.starts[1]), max(SAMPLED_ROWS, batch_size))]
+        rows = buckets.rows[
+            : min(int(buckets.starts[1]), max(MAX_WIDEST_ROWS_EXAMINED, batch_size))
+        ]
         supervised = sorted(int(self._train.example_mask(row).sum()) for row in rows)
         self._train.release_pages()
         return BatchShape(
@@ -169,7 +171,7 @@ def make_batch_order(config: FineTuneConfig, split: TokenizedSplit) -> BatchOrde
 def make_step_schedule(
     config: FineTuneConfig,
     splits: Mapping[str, TokenizedSplit],
-    world: World = SINGLE_PROCESS,
+    world: World = SINGLE_PROCESS_WORLD,
 ) -> StepSchedule:
     """The length-bucketed schedule, or under `training.reference` mlx-lm's."""
     if config.training.reference is None:

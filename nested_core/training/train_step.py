@@ -23,7 +23,7 @@ from nested_core.optim.tiered import Tiered
 from nested_core.training.loss.loss_interface import Loss, MicroBatch
 from nested_core.training.parameter_packing import PackedState, unflatten_names
 from nested_core.training.rank_communication import (
-    SINGLE_PROCESS,
+    SINGLE_PROCESS_WORLD,
     Sums,
     World,
     pack_gradients_for_sum,
@@ -75,7 +75,7 @@ class TrainStep:
     loss_fn: Loss
     pack_by_tier: bool = True
     uses_dropout: bool = False
-    world: World = SINGLE_PROCESS
+    world: World = SINGLE_PROCESS_WORLD
 
     # What steps advance
     packed: PackedState = field(init=False)
@@ -169,7 +169,7 @@ class TrainStep:
             if stop_flag is not None:
                 packed = pack_gradients_for_sum(gradients, weight, stop_flag)
                 self._gradient_bytes[due] = packed.nbytes
-                summed = self.world.sum_packed(packed)
+                summed = self.world.sum_vector_over_ranks(packed)
                 gradients, weight, stop_count = unpack_summed_gradients(summed, gradients)
             return micro_batch, None, self._update(gradients, weight, due_params), stop_count
 
@@ -179,22 +179,26 @@ class TrainStep:
         self, params: Flat, due_params: Flat, tokens: mx.array, target_mask: mx.array
     ) -> tuple[Sums, Flat]:
         """The sums of one micro-batch, and the packed gradients of the due parameters."""
-        tensors = self._compute_tensors(params)
+        tensors = self._unpack_in_compute_dtype(params)
         assign_parameters(self.parameters, tensors)
         due_tensors = {
-            name: tensors[name] for key in due_params for name in self._packing.names(key)
+            name: tensors[name] for key in due_params for name in self._packing.tensor_shapes(key)
         }
         (loss, count), gradients = mx.value_and_grad(self._loss_of_micro_batch)(
             due_tensors, tokens, target_mask
         )
         packed = self._pack_gradients(gradients, due_params)
-        return {"loss": loss, "weight": self.loss_fn.weight(count), "tokens": count}, packed
+        return {
+            "loss": loss,
+            "weight": self.loss_fn.weight_of_micro_batch(count),
+            "tokens": count,
+        }, packed
 
-    def _compute_tensors(self, params: Flat) -> Flat:
+    def _unpack_in_compute_dtype(self, params: Flat) -> Flat:
         """The parameters by name, in the dtype they compute in: one cast for a whole vector."""
         cast = {}
         for key, value in params.items():
-            first_name = next(iter(self._packing.names(key)))
+            first_name = next(iter(self._packing.tensor_shapes(key)))
             cast[key] = value.astype(self.parameters[first_name].dtype)
         return self._packing.unpack(cast)
 
@@ -212,7 +216,7 @@ class TrainStep:
         """
 
         def depth(key: str) -> int:
-            return max(self._depth[name] for name in self._packing.names(key))
+            return max(self._depth[name] for name in self._packing.tensor_shapes(key))
 
         keys = sorted(due_params, key=depth, reverse=True)
         packed = [self._packing.arrays[key].pack(gradients) for key in keys]

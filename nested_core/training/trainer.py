@@ -30,7 +30,7 @@ from nested_core.training.train_step import StepResult, TrainStep
 from nested_core.training.training_setup import TrainingSetup
 from nested_core.training.training_state import TrainingState
 
-INPUT_NAMES = {
+NAMES_OF_DIGESTED_INPUTS = {
     "initial": "initial/",
     "initial_files": "its files",
     "tiers": "tiers.json",
@@ -131,9 +131,9 @@ class Trainer:
             changed.remove("base")  # recorded by the rule of an earlier release
         if not changed:
             return
+        names = " and ".join(NAMES_OF_DIGESTED_INPUTS[name] for name in changed)
         message = (
-            f"{self.setup.run.path} cannot be resumed: "
-            f"{' and '.join(INPUT_NAMES[name] for name in changed)} changed since it began. Bring "
+            f"{self.setup.run.path} cannot be resumed: {names} changed since it began. Bring "
             f"back what was there, or start a new run."
         )
         raise DatasetError(message) if changed == ["data"] else DamagedError(message)
@@ -187,8 +187,8 @@ class Trainer:
                 self._save_and_raise_stopped()
             first = self.state.iteration
             last = min(first + every, self.step_schedule.iterations)
-            self._evaluate_before(train_step, first, last)
-            self._export_before(train_step, first, last)
+            self._evaluate_before_step(train_step, first, last)
+            self._export_snapshots_before_step(train_step, first, last)
             result = self._take_step(train_step, first, last)
             must_stop = self._must_stop_after(result)
             self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS])
@@ -224,7 +224,7 @@ class Trainer:
             stop_requested=not self.world.is_single_process and self._is_stop_requested(),
         )
         if not train_step.packed.packing.by_tier:  # large tensors are not to be held twice
-            self._write_model(train_step)
+            self._sync_model_and_optimizer(train_step)
         if is_complete:
             self.state.step = step
         self.state.iteration = last
@@ -232,13 +232,13 @@ class Trainer:
         self._recorder.add_step(self.state, first, result)
         return result
 
-    def _write_model(self, train_step: TrainStep) -> Flat:
+    def _sync_model_and_optimizer(self, train_step: TrainStep) -> Flat:
         """Write the parameters, and the optimizer's state, into the model and optimizer by name."""
         values = train_step.packed.unpack()
-        self.write_back(values)
+        self.write_parameters_into_model(values)
         return values
 
-    def write_back(self, values: Flat) -> None:
+    def write_parameters_into_model(self, values: Flat) -> None:
         """Write computed parameters into the model, by dotted name.
 
         `demo --break-training` replaces this method to show that lost updates are noticed.
@@ -255,31 +255,31 @@ class Trainer:
         config = self.config
         events = (config.steps_per_report, config.steps_per_eval, config.save_every)
         is_read = is_last or any(self._has_passed_multiple_since(first, every) for every in events)
-        if not is_read and self._update_check.has_checked(result.due):
+        if not is_read and self._update_check.has_checked_tiers(result.due):
             return
-        written = self._write_model(train_step)
+        written = self._sync_model_and_optimizer(train_step)
         self.world.require_equal_on_ranks(train_step.packed.arrays(), self.state.step)
         if result.updates:
             before = train_step.packed.packing.unpack(result.before)
             expected = {name: written[name] for name in before}
             self._update_check.check(self.state, result.due, before=before, expected=expected)
 
-    def _evaluate_before(self, train_step: TrainStep, first: int, last: int) -> None:
+    def _evaluate_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
         """Make the evaluations before a step; if one is interrupted, resume repeats them all."""
         reported = self.state.reported
         try:
             for done in self.step_schedule.evaluations_before_step(first, last):
-                self._write_model(train_step)
+                self._sync_model_and_optimizer(train_step)
                 self._recorder.record_what_is_due(self.state, iteration=done, evaluate=True)
         except EvaluationInterrupted:
             self.state.reported = reported
             raise
 
-    def _export_before(self, train_step: TrainStep, first: int, last: int) -> None:
+    def _export_snapshots_before_step(self, train_step: TrainStep, first: int, last: int) -> None:
         """Write the snapshots that are due within a step, which the step does not change yet."""
         due = self._recorder.snapshots_between(first, last)
         if due:
-            self._write_model(train_step)
+            self._sync_model_and_optimizer(train_step)
             self._recorder.export_snapshots(due)
 
     def _record_what_is_due(self, first: int, last: int) -> None:
@@ -304,7 +304,7 @@ class Trainer:
 
     def _finish_training(self) -> None:
         """Apply gradients that are still gathered, evaluate the result, and save it."""
-        self._apply_open_gradients()
+        self._apply_remaining_gradients()
         is_evaluated = self.state.evaluated_step == self.state.step and not self.state.flushed
         self.state.ended = True
         self._recorder.record_what_is_due(
@@ -314,7 +314,7 @@ class Trainer:
             save=True,
         )
 
-    def _apply_open_gradients(self) -> None:
+    def _apply_remaining_gradients(self) -> None:
         """Apply the gradients that slow tiers have gathered since they were last due."""
         has_open_chunk = any(self.state.step % f for f in self.setup.tiers.frequencies)
         if not has_open_chunk or self.state.flushed:  # flushed before an interrupted evaluation
@@ -322,10 +322,10 @@ class Trainer:
         if self.optimizer.accumulates:
             before = read_parameters(self.setup.parameters)
             updates = flatten(self.optimizer.flush(unflatten_names(before)))
-            self.write_back(updates)
+            self.write_parameters_into_model(updates)
             report = verify_updates(before, updates, self.model)
             warn_of_lost_updates(self.state, report, idle=list(updates))
-            self.state.record_flush()
+            self.state.record_gradient_flush()
 
     def _is_stop_requested(self) -> bool:
         """Whether this rank is to stop, by `stop_training` or by `nested-tune stop`."""

@@ -56,7 +56,7 @@ def list_resumptions(earlier: TrainingPlan | None, first_step: int) -> tuple[int
     return tuple(sorted({step for step in (*known, first_step) if 0 < step <= first_step}))
 
 
-_PLAN = TypeAdapter(TrainingPlan)
+_PLAN_VALIDATOR = TypeAdapter(TrainingPlan)
 
 
 def write_plan(path: Path, plan: TrainingPlan) -> None:
@@ -70,6 +70,6 @@ def read_plan(path: Path) -> TrainingPlan | None:
     Runs of earlier releases have none.
     """
     try:
-        return _PLAN.validate_python(read_json(path, MAX_PLAN_BYTES))
+        return _PLAN_VALIDATOR.validate_python(read_json(path, MAX_PLAN_BYTES))
     except (DamagedError, ValidationError, OSError):
         return None

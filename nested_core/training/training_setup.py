@@ -29,7 +29,7 @@ from nested_core.storage.strict_files import regular_sha256
 from nested_core.training.evaluation import Prompts, choose_prompts
 from nested_core.training.loss import LOSSES
 from nested_core.training.loss.loss_interface import Loss
-from nested_core.training.rank_communication import SINGLE_PROCESS, World
+from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
 from nested_core.training.report_callbacks import TrainingCallback
 from nested_core.training.sample_prompts import SamplePrompts
 from nested_core.training.step_schedule import StepSchedule, make_step_schedule
@@ -74,7 +74,7 @@ class TrainingSetup:
     samples: SamplePrompts
 
     # The processes
-    world: World = SINGLE_PROCESS
+    world: World = SINGLE_PROCESS_WORLD
 
 
 def prepare_training(
@@ -85,7 +85,7 @@ def prepare_training(
     *,
     tokenizer: Any,
     callback: TrainingCallback | None = None,
-    world: World = SINGLE_PROCESS,
+    world: World = SINGLE_PROCESS_WORLD,
 ) -> TrainingSetup:
     """Make the setup of a run that was validated and loaded.
 

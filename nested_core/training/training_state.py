@@ -68,7 +68,7 @@ class TrainingState:
         known = {key: value[key] for key in cls.__dataclass_fields__ if key in value}
         return cls(**known)
 
-    def record_flush(self) -> None:
+    def record_gradient_flush(self) -> None:
         """Record that gathered gradients were applied: this step's evaluation no longer holds."""
         self.flushed = True
         self.flush_steps.append(self.step)
@@ -100,7 +100,7 @@ class CheckpointState:
         wanted_iterations: `iters` as configured; a larger one on resume makes training go on.
         input_digests: digests of what training began from.
         tiers: updates applied and skipped so far, a tier.
-        logits: `Evaluator.fixed_logits` of the adapter that was saved.
+        logits: `Evaluator.logits_on_fixed_prompts` of the adapter that was saved.
     """
 
     state: TrainingState

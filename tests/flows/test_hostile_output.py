@@ -148,7 +148,7 @@ def test_an_artifact_holds_no_markup_of_others(name: str) -> None:
     page = MarkdownPage(text)
     page.add_heading(text)
     page.add_paragraph(text)
-    page.add_points([(text, text)])
+    page.add_bullets([(text, text)])
     page.add_facts([(text, text)])
     page.add_table([text], [[text]])
     sent.publish_page("page", page, text)

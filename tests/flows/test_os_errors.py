@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.os_errors import WRONG_PATHS, explain
+from flows.os_errors import ADVICE_BY_PATH_ERRNO, explain
 from tests.example import write_config
 from tests.flows.conftest import PROGRAM, Ended, completed
 
@@ -40,7 +40,7 @@ def test_missing_rights_are_exit_2_and_name_the_path(number: int) -> None:
     assert text.startswith(f"run/config.yaml cannot be read or written ({os.strerror(number)})")
 
 
-@pytest.mark.parametrize("number", sorted(WRONG_PATHS))
+@pytest.mark.parametrize("number", sorted(ADVICE_BY_PATH_ERRNO))
 def test_a_path_that_cannot_be_used_is_exit_2_and_says_what_to_give(number: int) -> None:
     text, code = explain(refused(number))
     assert code == 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from flows.state_messages import (
-    advise_retry,
+    advise_retry_button,
     describe_loss,
     describe_rejection,
     describe_test_loss,
@@ -80,7 +80,7 @@ def test_a_loss_is_told_with_the_champions(tmp_path: Path) -> None:
     ],
 )
 def test_a_page_has_a_button_in_place_of_a_command(command: str) -> None:
-    advice = advise_retry(command)
+    advice = advise_retry_button(command)
     assert "--" not in advice
     assert "nested-tune" not in advice
     assert "Retry" in advice

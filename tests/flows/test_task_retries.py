@@ -19,7 +19,7 @@ from nested_core.registry.champion_link import PREPARED_PREFIX
 from nested_core.storage.run_directory import RunDirectory
 from tasks.gate import gate
 from tasks.load import load
-from tasks.promote import promote, promote_recorded
+from tasks.promote import promote, promote_by_recorded_policy
 from tasks.register import register
 from tasks.retrying import retry_on_transient_error
 from tasks.train import train
@@ -94,7 +94,7 @@ def test_damage_is_not_tried_again(run: RunDirectory, tmp_path: Path) -> None:
     assert (register.retries, register.retry_condition_fn) == (3, retry_on_transient_error)
 
 
-@pytest.mark.parametrize("task", [promote, promote_recorded])
+@pytest.mark.parametrize("task", [promote, promote_by_recorded_policy])
 def test_an_io_error_of_the_registry_that_may_pass_is_tried_again(
     tmp_path: Path, task: Any
 ) -> None:

@@ -18,7 +18,7 @@ from prefect.states import Completed, Pending, Running
 
 from flows import waiting_runs
 from flows.finetune import finetune
-from flows.waiting_runs import explain_waiting_runs, release_waiting_runs
+from flows.waiting_runs import explain_waiting_runs, rename_waiting_to_scheduled
 from tasks.device_waiting import end_waiting, show_waiting
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -94,10 +94,12 @@ def test_a_run_that_waits_for_the_pool_says_for_which_run(queue: Queue) -> None:
     queue.look(at_work)  # again: nothing new, no row more
     assert len(queue.client.read_flow_run_states(waiting)) == before
     other = queue.add("manual", Pending(), Running())
-    release_waiting_runs(queue.client, queue.read(other))  # the other one looks after it
+    rename_waiting_to_scheduled(queue.client, queue.read(other))  # the other one looks after it
     assert queue.said(waiting)[0] == "Waiting"
     queue.client.set_flow_run_state(other, Completed(), force=True)
-    release_waiting_runs(queue.client, queue.read(at_work))  # it may be late now: that is told
+    rename_waiting_to_scheduled(
+        queue.client, queue.read(at_work)
+    )  # it may be late now: that is told
     assert queue.said(waiting)[0] == "Scheduled"
     assert queue.read(waiting).next_scheduled_start_time == due
 
@@ -163,14 +165,14 @@ def test_a_run_that_a_worker_takes_meanwhile_is_not_put_back(queue: Queue) -> No
         patch.object(waiting_runs, "_read_active_runs", return_value=[]),
         patch.object(waiting_runs, "_read_runs", return_value=[before]),
     ):
-        release_waiting_runs(queue.client, queue.read(at_work))
+        rename_waiting_to_scheduled(queue.client, queue.read(at_work))
     assert queue.said(waiting)[0] == "Pending"
 
 
 def test_of_a_long_queue_the_first_runs_alone_are_told_what_they_wait_for(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting_runs, "FIRST_IN_LINE", 3)
+    monkeypatch.setattr(waiting_runs, "MAX_WAITING_RUNS_READ", 3)
     other = Queue(queue.client)
     idle = [other.add("manual") for _ in range(4)]  # nothing is at work in that pool
     at_work = queue.add("manual", Pending(), Running())
@@ -179,7 +181,7 @@ def test_of_a_long_queue_the_first_runs_alone_are_told_what_they_wait_for(
     states = [queue.said(run_id)[0] for run_id in queued]
     assert states == ["Waiting"] * 3 + ["Scheduled"] * 3
     queue.client.set_flow_run_state(at_work, Completed(), force=True)
-    release_waiting_runs(queue.client, queue.read(at_work))
+    rename_waiting_to_scheduled(queue.client, queue.read(at_work))
     assert {queue.said(run_id)[0] for run_id in queued} == {"Scheduled"}
     for run_id in idle:
         queue.client.set_flow_run_state(run_id, Completed(), force=True)
@@ -193,7 +195,7 @@ def test_a_pool_at_work_does_not_keep_another_pools_runs_waiting(queue: Queue) -
     states = [queue.said(run_id)[0] for run_id in (waiting, waiting_elsewhere)]
     assert states == ["Waiting", "Waiting"]
     queue.client.set_flow_run_state(elsewhere, Completed(), force=True)
-    release_waiting_runs(queue.client, queue.read(elsewhere))
+    rename_waiting_to_scheduled(queue.client, queue.read(elsewhere))
     states = [queue.said(run_id)[0] for run_id in (waiting, waiting_elsewhere)]
     assert states == ["Waiting", "Scheduled"]
     queue.client.set_flow_run_state(waiting_elsewhere, Completed(), force=True)
@@ -203,7 +205,7 @@ def test_a_run_that_is_due_later_is_left_alone(
     queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_work, later = queue.add("nightly", Pending(), Running()), queue.add("nightly")
-    monkeypatch.setattr(waiting_runs, "SLOT_WAIT", timedelta(hours=-1))
+    monkeypatch.setattr(waiting_runs, "CONCURRENCY_SLOT_DELAY", timedelta(hours=-1))
     queue.look(at_work)
     assert queue.said(later)[0] == "Scheduled"
 

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from nested_core.training.training_plan import TrainingPlan
-from tasks.loss_picture import MOST_POINTS, Curve, LossCurves, describe_curves, draw_curves
+from tasks.loss_picture import MAX_CURVE_POINTS, Curve, LossCurves, describe_curves, draw_curves
 
 
 def curves_of(count: int) -> LossCurves:
@@ -36,12 +36,12 @@ def test_a_picture_of_many_steps_is_as_small_as_one_of_few() -> None:
 
 def test_a_curve_keeps_its_ends_and_its_lowest_point() -> None:
     curve = Curve()
-    for step in range(10 * MOST_POINTS):
+    for step in range(10 * MAX_CURVE_POINTS):
         curve.add(step, 0.5 if step == 77 else 1.0 + step)
-    points = curve.drawn()
-    assert len(points) <= MOST_POINTS + 1
+    points = curve.points_to_draw()
+    assert len(points) <= MAX_CURVE_POINTS + 1
     assert points[0] == (0, 1.0)
-    assert points[-1] == (10 * MOST_POINTS - 1, 10.0 * MOST_POINTS)
+    assert points[-1] == (10 * MAX_CURVE_POINTS - 1, 10.0 * MAX_CURVE_POINTS)
     assert curve.lowest == (77, 0.5)
 
 
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_has_no_place_on_the_curve() -> None:
         {"step": 3, "loss": None},
     ]
     curves = LossCurves.of_records(records)
-    assert curves.training.drawn() == [(1, 2.0)]
+    assert curves.training.points_to_draw() == [(1, 2.0)]
     assert "nan" not in draw_curves(curves, steps=3)
 
 

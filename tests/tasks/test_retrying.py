@@ -21,7 +21,11 @@ from tasks.gate import gate
 from tasks.load import load
 from tasks.promote import promote
 from tasks.register import register
-from tasks.retrying import is_transient, retry_on_transient_error, retry_training
+from tasks.retrying import (
+    is_transient,
+    retry_on_transient_error,
+    retry_on_transient_or_memory_error,
+)
 from tasks.train import train
 from tasks.validate import validate
 
@@ -60,7 +64,7 @@ def test_an_error_about_space_rights_or_existence_is_not_tried_again(number: int
     error = OSError(number, "as raised by the system")
     assert not is_transient(error)
     assert not asked(retry_on_transient_error, error)
-    assert not asked(retry_training, error)
+    assert not asked(retry_on_transient_or_memory_error, error)
 
 
 @pytest.mark.parametrize("number", PASSING, ids=errno.errorcode.get)
@@ -68,30 +72,30 @@ def test_another_io_error_is_tried_again(number: int) -> None:
     error = OSError(number, "as raised by the system")
     assert is_transient(error)
     assert asked(retry_on_transient_error, error)
-    assert asked(retry_training, error)
+    assert asked(retry_on_transient_or_memory_error, error)
 
 
 @pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
 def test_what_is_no_io_error_is_never_tried_again(error: BaseException) -> None:
     assert not is_transient(error)
     assert not asked(retry_on_transient_error, error)
-    assert not asked(retry_training, error)
+    assert not asked(retry_on_transient_or_memory_error, error)
 
 
 def test_an_allocation_error_is_tried_again_by_training_alone() -> None:
-    assert asked(retry_training, MemoryError())
+    assert asked(retry_on_transient_or_memory_error, MemoryError())
     assert not asked(retry_on_transient_error, MemoryError())
 
 
 def test_a_state_without_an_error_is_not_tried_again() -> None:
-    for condition in (retry_on_transient_error, retry_training):
+    for condition in (retry_on_transient_error, retry_on_transient_or_memory_error):
         assert not condition(None, None, Completed(data=None))  # type: ignore[arg-type]
 
 
 TABLE: list[tuple[Any, int, Any]] = [
     (validate, 2, retry_on_transient_error),
     (load, 2, retry_on_transient_error),
-    (train, 2, retry_training),
+    (train, 2, retry_on_transient_or_memory_error),
     (gate, 0, None),
     (register, 3, retry_on_transient_error),
     (promote, 3, retry_on_transient_error),

@@ -41,8 +41,8 @@ def test_the_time_left_of_a_resumed_run_counts_its_own_steps_alone() -> None:
 
 def test_a_resumed_run_shows_its_earlier_losses_up_to_where_it_goes_on() -> None:
     pages = TrainingPages(example_config(), steps=10, first_step=4)
-    pages.add_earlier([{"step": step, "loss": float(step)} for step in range(8)])
-    assert [step for step, _ in pages.curves.training.drawn()] == [0, 1, 2, 3, 4]
+    pages.add_earlier_reports([{"step": step, "loss": float(step)} for step in range(8)])
+    assert [step for step, _ in pages.curves.training.points_to_draw()] == [0, 1, 2, 3, 4]
 
 
 def test_pages_are_due_at_the_first_report_and_not_before() -> None:

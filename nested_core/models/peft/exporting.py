@@ -48,7 +48,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     tensors = name_tensors(modules, PEFT)
     with creating_adapter_folder(out) as temporary:
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
-        save_arrays(temporary / PEFT_WEIGHTS, arrays, made_for="pt")
+        save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
     return Conversion(
         out, written, len(modules), len(tensors), tuple(note_half_precision_dora(modules))

@@ -17,21 +17,21 @@ from nested_core.kernels.exponential import exponential
 from nested_core.training.loss.loss_interface import Arrays, Loss, MicroBatch
 from nested_core.training.loss.output_head import OutputHead
 
-LEAST_POSITIONS = 64
-CHUNK_LOGITS = 2**26  # logits of one chunk: 256 MiB in float32
-LEAST_CHUNK = 128
+MIN_COMPUTED_POSITIONS = 64
+MAX_LOGITS_PER_CHUNK = 2**26  # logits of one chunk: 256 MiB in float32
+MIN_ROWS_PER_CHUNK = 128
 
 
 def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) -> Loss:
     """The form of `supervised_loss` for a model with this output head.
 
-    `chunk_rows` is the number of positions in one chunk; None is as many as CHUNK_LOGITS allows.
+    `chunk_rows` is the number of positions in one chunk; None: what MAX_LOGITS_PER_CHUNK allows.
     """
     loss = ChunkedCrossEntropy(head, chunk_rows)
     return Loss(
-        loss.with_gradient,
+        loss.differentiable_loss,
         prepare_batch=find_supervised_positions,
-        evaluation_function=loss.forward,
+        evaluation_function=loss.loss_without_gradient,
         is_chunked=True,
     )
 
@@ -55,12 +55,12 @@ def find_supervised_positions(batch: MicroBatch) -> Arrays:
 
 def round_up_position_count(supervised: int, size: int) -> int:
     """How many of `size` positions are computed for so many supervised: a power of two, or all."""
-    return min(size, max(LEAST_POSITIONS, 1 << max(supervised - 1, 0).bit_length()))
+    return min(size, max(MIN_COMPUTED_POSITIONS, 1 << max(supervised - 1, 0).bit_length()))
 
 
 def rows_per_chunk(vocabulary: int) -> int:
     """The number of positions whose logits are computed at once."""
-    return max(LEAST_CHUNK, 1 << (CHUNK_LOGITS // vocabulary).bit_length() - 1)
+    return max(MIN_ROWS_PER_CHUNK, 1 << (MAX_LOGITS_PER_CHUNK // vocabulary).bit_length() - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,15 +73,15 @@ class ChunkedCrossEntropy:
     head: OutputHead
     chunk_rows: int | None
 
-    def forward(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
-        """The loss alone, the same to the bit as `with_gradient`."""
+    def loss_without_gradient(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
+        """The loss alone, the same to the bit as `differentiable_loss`."""
         hidden, targets = self._flatten_batch(tokens)
         total, _ = self._sum_chunks(
             gather_rows(hidden, rows), gather_rows(targets, rows), rows >= 0
         )
         return total, (rows >= 0).sum()
 
-    def with_gradient(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
+    def differentiable_loss(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """The loss, differentiable with respect to whatever the body's output depends on."""
         hidden, targets = self._flatten_batch(tokens)
 

@@ -66,14 +66,14 @@ class Loss:
         return self if head is None else self.with_output_head(head)
 
     @property
-    def evaluate(self) -> LossFunction:
+    def evaluation_function_or_default(self) -> LossFunction:
         """The function to evaluate with."""
         return self.evaluation_function or self.function
 
-    def weight(self, tokens: mx.array) -> mx.array:
+    def weight_of_micro_batch(self, tokens: mx.array) -> mx.array:
         """The weight in its step of a micro-batch with this many target tokens, int32."""
         return mx.ones_like(tokens) if self.is_mean else tokens
 
-    def summed(self, loss: mx.array, tokens: mx.array) -> mx.array:
+    def sum_over_target_tokens(self, loss: mx.array, tokens: mx.array) -> mx.array:
         """A value of this loss as a sum over its target tokens."""
         return loss * tokens if self.is_mean else loss

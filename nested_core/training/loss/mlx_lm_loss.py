@@ -10,4 +10,4 @@ from mlx_lm.tuner.trainer import default_loss
 
 from nested_core.training.loss.loss_interface import Loss
 
-MLX_LM = Loss(default_loss, is_mean=True)
+MLX_LM_LOSS = Loss(default_loss, is_mean=True)

@@ -28,7 +28,7 @@ from nested_core.models.parameters import (
 MAX_DEPTH = 3  # parts of a body's name at most: "model", "language_model.model", "model.norm"
 PROBE_TOKENS = [[1, 2, 3, 4], [4, 3, 1, 2]]
 PROBE_ROWS = [6, 1, 3]  # of the probe's eight positions, out of order
-ROUNDING = 16  # in units of the dtype's epsilon, relative to the largest logit
+TOLERANCE_IN_EPSILONS = 16  # in units of the dtype's epsilon, relative to the largest logit
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,11 @@ def _computes_same_logits(head: OutputHead, rows: mx.array, expected: mx.array) 
         return False  # what follows this module needs more than its output
     if logits.shape != expected.shape:
         return False
-    bound = ROUNDING * float(mx.finfo(expected.dtype).eps) * to_float(mx.abs(expected).max())
+    bound = (
+        TOLERANCE_IN_EPSILONS
+        * float(mx.finfo(expected.dtype).eps)
+        * to_float(mx.abs(expected).max())
+    )
     return to_float(mx.abs(logits - expected).max()) <= bound
 
 

@@ -29,7 +29,7 @@ def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arra
     return (losses * target_mask).sum(), target_mask.sum()
 
 
-SUPERVISED = Loss(
+SUPERVISED_LOSS = Loss(
     supervised_loss,
     with_output_head=make_chunked_cross_entropy,
 )

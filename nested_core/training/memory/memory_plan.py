@@ -25,7 +25,7 @@ from nested_core.training.memory.peak_estimate import (
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
-SHORTEST_SUGGESTION = 32  # tokens
+SHORTEST_SUGGESTED_LENGTH = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ def plan_memory(
     """
     limit = config.training.memory_limit_gb
     capacity = backend.memory_bytes() if limit is None else int(limit * 1e9)
-    return plan_for_device(
+    return plan_memory_for_device(
         config, footprint, batch, device_profile_for(config), capacity, processes=processes
     )
 
 
-def plan_for_device(
+def plan_memory_for_device(
     config: FineTuneConfig,
     footprint: ModelFootprint,
     batch: BatchShape,
@@ -108,7 +108,7 @@ def plan_for_device(
     Layers are recomputed under `grad_checkpoint`: all of them, or under a `memory_limit_gb` only as
     many as are needed to fit.
     """
-    layers = len(footprint.trained_layers)
+    layers = len(footprint.layers_of_backward_pass)
     wanted = layers
     if config.training.memory_limit_gb is not None and config.training.reference is None:
         wanted = fewest_recomputed_layers(footprint, batch, device, capacity)
@@ -148,7 +148,7 @@ def _batches_of_fewer_rows(batch: BatchShape) -> Iterator[BatchShape]:
 
 def _shorter_batches(batch: BatchShape) -> Iterator[BatchShape]:
     length = batch.length // 2
-    while length >= SHORTEST_SUGGESTION:
+    while length >= SHORTEST_SUGGESTED_LENGTH:
         target_tokens = min(batch.target_tokens, batch.rows * length)
         yield replace(batch, length=length, target_tokens=target_tokens)
         length //= 2
@@ -161,6 +161,6 @@ def device_profile_for(config: FineTuneConfig) -> DeviceProfile:
         device = peak_estimate.cuda_profile(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
         plain = replace(device, recomputes_mlp_product=False, dequantized_weights=0)
         return plain if is_plain else device
-    device = peak_estimate.CPU if backend.device() == "cpu" else peak_estimate.METAL
+    device = peak_estimate.CPU_PROFILE if backend.device() == "cpu" else peak_estimate.METAL_PROFILE
     plain = replace(device, score_share=1, mlp_arrays=2, dequantized_weights=0)
     return plain if is_plain else device

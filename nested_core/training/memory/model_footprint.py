@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 MASTER_BYTES = 4  # float32
-EXPERT_LINEAR = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx_lm.models.switch_layers
-LINEAR = ("Linear", "QuantizedLinear", *EXPERT_LINEAR)
-ATTENTION_OUTPUT = ("o_proj", "out_proj", "dense", "wo")
-MLP_OUTPUT = ("down_proj", "w2", "fc2", "dense_4h_to_h")
-INNER = ATTENTION_OUTPUT + MLP_OUTPUT  # their inputs are made by attention and MLP
-GATE_AND_UP = ("gate_proj", "up_proj")  # whose product down_proj reads
-HEADS = ("n_heads", "num_heads", "num_attention_heads")
-EXPERTS_PER_TOKEN = ("top_k", "num_experts_per_tok")
+EXPERT_LINEAR_CLASSES = ("SwitchLinear", "QuantizedSwitchLinear")  # mlx_lm.models.switch_layers
+LINEAR_CLASSES = ("Linear", "QuantizedLinear", *EXPERT_LINEAR_CLASSES)
+ATTENTION_OUTPUT_LAYERS = ("o_proj", "out_proj", "dense", "wo")
+MLP_OUTPUT_LAYERS = ("down_proj", "w2", "fc2", "dense_4h_to_h")
+OUTPUT_LAYERS = (
+    ATTENTION_OUTPUT_LAYERS + MLP_OUTPUT_LAYERS
+)  # their inputs are made by attention and MLP
+GATE_AND_UP_LAYERS = ("gate_proj", "up_proj")  # whose product down_proj reads
+HEAD_COUNT_ATTRIBUTES = ("n_heads", "num_heads", "num_attention_heads")
+EXPERTS_PER_TOKEN_ATTRIBUTES = ("top_k", "num_experts_per_tok")
 
 Modules = Mapping[str, Any]
 
@@ -116,22 +118,24 @@ def _read_layer_footprint(
     modules: Modules, uses_dropout: bool, input_copies: int
 ) -> LayerFootprint:
     linears = {name: widths for name in modules if (widths := _linear_widths(modules, name))}
-    inner = {name: name.rpartition(".")[2] in INNER for name in linears}
+    inner = {name: name.rpartition(".")[2] in OUTPUT_LAYERS for name in linears}
     trained = [name for name in linears if _is_trained(modules[name])]
     inputs = {}  # layers that read the same array have one key; with dropout each has its own
     for name in trained:
         parent, width = name.rpartition(".")[0], linears[name][0]
         inputs[name if uses_dropout else "", parent, width, inner[name]] = width
     outputs = sum(output for name, (_, output) in linears.items() if not inner[name])
-    factors = sum(_adapter_width(modules[name], linears[name][1]) for name in trained)
+    factors = sum(_adapter_elements_kept(modules[name], linears[name][1]) for name in trained)
     norms = [_norm_width(modules, linears, name) for name in modules]
     fused = [name for name in trained if input_copies == 1 and _ends_fused_mlp(modules, name)]
     outer_widths = [output for name, (_, output) in linears.items() if inner[name]]
     return LayerFootprint(
         width=min(outer_widths, default=max(norms)),
         kept=outputs + input_copies * sum(inputs.values()) + factors + sum(norms),
-        mlp_width=sum(w for name, (w, _) in linears.items() if name.split(".")[-1] in MLP_OUTPUT),
-        heads=_first_attribute(modules, HEADS, 0),
+        mlp_width=sum(
+            w for name, (w, _) in linears.items() if name.split(".")[-1] in MLP_OUTPUT_LAYERS
+        ),
+        heads=_first_attribute(modules, HEAD_COUNT_ATTRIBUTES, 0),
         is_trained=bool(trained),
         mlp_product=sum(linears[name][0] for name in fused),
     )
@@ -141,7 +145,7 @@ def _ends_fused_mlp(modules: Modules, name: str) -> bool:
     """Whether a layer is the last of a gated MLP that is all LoRA: see kernels/fused_mlp.py."""
     parent, _, leaf = name.rpartition(".")
     code = sys.modules.get(type(modules.get(parent)).__module__)  # None: code of the model's own
-    layers = [modules.get(f"{parent}.{each}") for each in (*GATE_AND_UP, leaf)]
+    layers = [modules.get(f"{parent}.{each}") for each in (*GATE_AND_UP_LAYERS, leaf)]
     return leaf == "down_proj" and hasattr(code, "swiglu") and all(map(_lora_has_kernels, layers))
 
 
@@ -156,14 +160,14 @@ def _linear_widths(modules: Modules, name: str) -> tuple[int, int] | None:
         return None  # the base of an adapter's layer: the adapter's layer counts for both
     base = module.get("linear", module) if "lora_a" in module else module
     class_name = type(base).__name__
-    if class_name not in LINEAR:
+    if class_name not in LINEAR_CLASSES:
         return None
     output, width = base.weight.shape[-2:]
     if "scales" in base:
         width = width * 32 // base.bits
-    if class_name not in EXPERT_LINEAR:
+    if class_name not in EXPERT_LINEAR_CLASSES:
         return width, output
-    experts = _first_attribute(modules, EXPERTS_PER_TOKEN, 1)
+    experts = _first_attribute(modules, EXPERTS_PER_TOKEN_ATTRIBUTES, 1)
     return experts * width, experts * output
 
 
@@ -171,7 +175,7 @@ def _is_trained(module: nn.Module) -> bool:
     return "lora_a" in module or bool(flatten(module.trainable_parameters()))
 
 
-def _adapter_width(module: nn.Module, output: int) -> int:
+def _adapter_elements_kept(module: nn.Module, output: int) -> int:
     """What an adapter's layer keeps besides: x @ lora_a, and what DoRA's magnitudes multiply."""
     if "lora_a" not in module:
         return 0

@@ -14,7 +14,8 @@ trained one up, since those below keep nothing for the backward pass:
     peak        = resident + the largest of
                   kept of all layers + logits + dequantized + in_flight, where a recomputed layer
                   keeps its input alone;
-                  inputs of the recomputed layers + in_flight + REFILLED_LAYERS layers;
+                  inputs of the recomputed layers + in_flight
+                  + LAYERS_HELD_WHILE_RECOMPUTING layers;
                   3 * trained + moments: gradients and new values beside the old ones
 
 `layer.kept` is what derivatives read again, in elements a token: the outputs of the linear layers
@@ -33,12 +34,14 @@ from nested_core.kernels.cuda.kernel_launch import DTYPE
 from nested_core.training.loss.chunked_cross_entropy import round_up_position_count
 from nested_core.training.loss.loss_interface import BatchShape
 
-REFILLED_LAYERS = 1.8  # a layer that is recomputed, and its gradients
-CHUNK_LOGIT_BYTES = 8  # a logit, beside the logit itself, where logits are made in chunks
-ALL_LOGIT_BYTES = 12  # the same where every position has its logits
-DEQUANTIZED_WEIGHTS = 4  # the output layer's for both products, with as much again beside them
-CUDA_LAYERS_IN_FLIGHT = 5  # without the operations of a commit
-CUDA_LAYERS_PER_OPERATION = 0.95  # for each operation of a commit
+LAYERS_HELD_WHILE_RECOMPUTING = 1.8  # a layer that is recomputed, and its gradients
+EXTRA_BYTES_PER_CHUNKED_LOGIT = (
+    8  # a logit, beside the logit itself, where logits are made in chunks
+)
+EXTRA_BYTES_PER_UNCHUNKED_LOGIT = 12  # the same where every position has its logits
+DEQUANTIZED_WEIGHT_COPIES = 4  # the output layer's for both products, and as much again
+CUDA_MIN_LAYERS_IN_FLIGHT = 5  # without the operations of a commit
+CUDA_LAYERS_IN_FLIGHT_PER_OPERATION = 0.95  # for each operation of a commit
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,22 @@ class DeviceProfile:
     logit_chunks: int = 5
     max_in_flight_ratio: float = 1
     recomputes_mlp_product: bool = False
-    dequantized_weights: int = DEQUANTIZED_WEIGHTS
+    dequantized_weights: int = DEQUANTIZED_WEIGHT_COPIES
 
 
-CPU = DeviceProfile(score_share=5 / 8, mlp_arrays=1, layers_in_flight=1.5)
-METAL = DeviceProfile(score_share=1, mlp_arrays=2, layers_in_flight=2, dequantized_weights=0)
+CPU_PROFILE = DeviceProfile(score_share=5 / 8, mlp_arrays=1, layers_in_flight=1.5)
+METAL_PROFILE = DeviceProfile(
+    score_share=1, mlp_arrays=2, layers_in_flight=2, dequantized_weights=0
+)
 
 
-def cuda_profile(operations: int) -> DeviceProfile:
-    """A CUDA device to which MLX commits `operations` operations at once."""
+def cuda_profile(operations_per_commit: int) -> DeviceProfile:
+    """A CUDA device to which MLX commits `operations_per_commit` operations at once."""
     return DeviceProfile(
         score_share=0,
         mlp_arrays=0,
-        layers_in_flight=CUDA_LAYERS_IN_FLIGHT + CUDA_LAYERS_PER_OPERATION * operations,
+        layers_in_flight=CUDA_MIN_LAYERS_IN_FLIGHT
+        + CUDA_LAYERS_IN_FLIGHT_PER_OPERATION * operations_per_commit,
         logit_chunks=2,
         max_in_flight_ratio=1.3,
         recomputes_mlp_product=True,
@@ -119,7 +125,7 @@ class ModelFootprint:
     dequantized: int = 0
 
     @property
-    def trained_layers(self) -> tuple[LayerFootprint, ...]:
+    def layers_of_backward_pass(self) -> tuple[LayerFootprint, ...]:
         """The layers that the backward pass goes through: from the lowest trained one up."""
         first = next((i for i, layer in enumerate(self.layers) if layer.is_trained), 0)
         return self.layers[first:]
@@ -141,19 +147,25 @@ def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: Device
     """The logits that exist at once, and what the loss computes from them."""
     tokens = batch.rows * batch.length
     if footprint.chunk_rows is None:
-        return (footprint.activation_bytes + ALL_LOGIT_BYTES) * footprint.vocabulary * tokens
+        return (
+            (footprint.activation_bytes + EXTRA_BYTES_PER_UNCHUNKED_LOGIT)
+            * footprint.vocabulary
+            * tokens
+        )
     rows = min(
         round_up_position_count(batch.target_tokens, tokens),
         device.logit_chunks * footprint.chunk_rows,
     )
-    return (footprint.activation_bytes + CHUNK_LOGIT_BYTES) * footprint.vocabulary * rows
+    return (
+        (footprint.activation_bytes + EXTRA_BYTES_PER_CHUNKED_LOGIT) * footprint.vocabulary * rows
+    )
 
 
 def estimate_peak_bytes(
     footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, recomputed: int = 0
 ) -> int:
     """The peak of a step that recomputes the `recomputed` lowest of the trained layers."""
-    layers = footprint.trained_layers
+    layers = footprint.layers_of_backward_pass
     kept = [bytes_kept_for_backward(footprint, layer, batch, device) for layer in layers]
     largest = max(kept, default=0.0)
     resident = footprint.weights + footprint.moments
@@ -166,7 +178,7 @@ def estimate_peak_bytes(
     logits = bytes_of_logits(footprint, batch, device)
     dequantized = device.dequantized_weights * footprint.dequantized
     forward = sum(kept[recomputed:]) + inputs + (logits + dequantized) + in_flight
-    backward = inputs + in_flight + REFILLED_LAYERS * largest if recomputed else 0.0
+    backward = inputs + in_flight + LAYERS_HELD_WHILE_RECOMPUTING * largest if recomputed else 0.0
     update = 3 * footprint.trained + footprint.moments
     return int(resident + max(forward, backward, update))
 
@@ -175,6 +187,6 @@ def fewest_recomputed_layers(
     footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile, limit: float
 ) -> int:
     """The fewest recomputed layers whose peak is within `limit` bytes; all if no number is."""
-    layers = len(footprint.trained_layers)
+    layers = len(footprint.layers_of_backward_pass)
     peaks = ((n, estimate_peak_bytes(footprint, batch, device, n)) for n in range(layers))
     return next((n for n, peak in peaks if peak <= limit), layers)

@@ -76,7 +76,7 @@ def trainers_logits(
     refs = reference_trainable_parameters(model)
     fitting = {name: value for name, value in tensors.items() if name in refs}
     evaluator = Evaluator(model, refs, prompts=prompts)
-    logits: dict[str, Any] = finite_or_none(evaluator.fixed_logits(fitting))
+    logits: dict[str, Any] = finite_or_none(evaluator.logits_on_fixed_prompts(fitting))
     return logits
 
 

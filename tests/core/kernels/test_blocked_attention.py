@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 from nested_core.kernels import blocked_attention
 from nested_core.kernels.exponential import exponential
 from nested_core.kernels.optimized_model import using_optimized_layers
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
 
 
@@ -56,11 +56,11 @@ def test_other_masks_and_lengths_go_to_mlx_lm_as_they_are() -> None:
 def test_an_optimized_model_gives_mlx_lms_loss_and_gradients(name: str) -> None:
     model = build(name)
     given = batch(rows=2, width=80)
-    expected = outcome(model, SUPERVISED, given)
+    expected = outcome(model, SUPERVISED_LOSS, given)
     kinds = {name: type(module) for name, module in model.named_modules()}
     with using_optimized_layers(model):
-        found = outcome(model, SUPERVISED, given)
-        plain = outcome(model, SUPERVISED, given, compiled=lambda function: function)
+        found = outcome(model, SUPERVISED_LOSS, given)
+        plain = outcome(model, SUPERVISED_LOSS, given, compiled=lambda function: function)
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
     assert plain.loss == found.loss

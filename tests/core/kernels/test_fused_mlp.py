@@ -16,7 +16,7 @@ from nested_core.kernels import fused_mlp
 from nested_core.kernels.call_tracing import GatedMLP, find_gated_mlps, trace_calls
 from nested_core.kernels.fused_mlp import find_fusable_mlps, make_fused_mlp_call, using_fused_mlps
 from nested_core.optim.gradient_checks import Flat
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import Outcome, batch, build, largest_difference, outcome
 
 MODELS = [("llama", False), ("qwen2", False), ("granite", False), ("cohere", False)]
@@ -40,13 +40,13 @@ def test_loss_and_gradients_are_no_further_from_float32_than_mlx_lms(
 ) -> None:
     model = build(name, rank=8, quantized=quantized)
     model.set_dtype(mx.bfloat16)
-    theirs = outcome(model, SUPERVISED, batch())
+    theirs = outcome(model, SUPERVISED_LOSS, batch())
     assert kernel_calls == []
     with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
-        ours = outcome(model, SUPERVISED, batch())
+        ours = outcome(model, SUPERVISED_LOSS, batch())
     assert {"forward", "backward"} <= set(kernel_calls)
     model.set_dtype(mx.float32)
-    exact = outcome(model, SUPERVISED, batch())
+    exact = outcome(model, SUPERVISED_LOSS, batch())
     off, usual = distance(ours, exact), distance(theirs, exact)
     assert {name: off[name] for name in off if off[name] > 1.5 * usual[name]} == {}
     assert all(each.dtype == mx.bfloat16 for each in ours.gradients.values())
@@ -142,9 +142,9 @@ def test_a_whole_model_in_float32_is_mlx_lms(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fused_mlp, "can_use_lora_kernels", lambda x, factors: True)
     for name, quantized in MODELS:
         model = build(name, quantized=quantized)
-        expected = outcome(model, SUPERVISED, batch())
+        expected = outcome(model, SUPERVISED_LOSS, batch())
         with using_fused_mlps(find_gated_mlps(trace_calls(model))):
-            found = outcome(model, SUPERVISED, batch())
+            found = outcome(model, SUPERVISED_LOSS, batch())
         assert found.loss == pytest.approx(expected.loss, rel=2e-6)
         assert largest_difference(found.gradients, expected.gradients) < 3e-5
 

@@ -20,7 +20,7 @@ from nested_core.kernels.lora_linear import GROUP, OptimizedLoRALinear
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import reference_trainable_parameters
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
@@ -53,11 +53,11 @@ def without_norms_and_ropes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama")
     with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
-        expected = outcome(model, SUPERVISED, batch())
+        expected = outcome(model, SUPERVISED_LOSS, batch())
         kept = kernel_calls.count("forward")
         kernel_calls.clear()
         with checkpointing_layers(model.layers):
-            found = outcome(model, SUPERVISED, batch())
+            found = outcome(model, SUPERVISED_LOSS, batch())
     assert found.loss == expected.loss
     assert largest_difference(found.gradients, expected.gradients) == 0
     assert kernel_calls.count("forward") == kept + 2  # each of two layers once more
@@ -73,8 +73,8 @@ def test_checkpointed_layers_have_their_gated_mlps_found(kernel_calls: list[str]
 def test_compiled_equals_uncompiled_to_the_bit(name: str, kernel_calls: list[str]) -> None:
     model = in_bfloat16(name)
     with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
-        plain = outcome(model, SUPERVISED, batch(), compiled=run)
-        compiled = outcome(model, SUPERVISED, batch())
+        plain = outcome(model, SUPERVISED_LOSS, batch(), compiled=run)
+        compiled = outcome(model, SUPERVISED_LOSS, batch())
     assert "backward" in kernel_calls
     assert compiled.loss == plain.loss
     assert compiled.value == plain.value
@@ -95,18 +95,18 @@ def test_gradients_of_some_factors_alone_are_those_among_all(
     everything = reference_trainable_parameters(model)
     refs = {name: ref for name, ref in everything.items() if chosen in name}
     assert 0 < len(refs) < len(everything)
-    expected = outcome(model, SUPERVISED, batch(), refs=refs)
+    expected = outcome(model, SUPERVISED_LOSS, batch(), refs=refs)
     with using_fused_mlps(find_gated_mlps(trace_calls(model))):
-        found = outcome(model, SUPERVISED, batch(), refs=refs)
+        found = outcome(model, SUPERVISED_LOSS, batch(), refs=refs)
     assert found.gradients.keys() == refs.keys()
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
 
 def test_an_adapter_on_mlps_alone_is_taken(kernel_calls: list[str]) -> None:
     model = in_bfloat16("llama", keys=[f"mlp.{key}" for key in PROJECTIONS])
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     with using_fused_mlps(find_fusable_mlps(trace_calls(model))):
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert kernel_calls.count("backward") == 2
     assert largest_difference(found.gradients, expected.gradients) < 0.05
 
@@ -202,9 +202,9 @@ def test_an_optimized_model_gives_mlx_lms_gradients(
     name: str, recomputes: bool, kernel_calls: list[str]
 ) -> None:
     model = in_bfloat16(name)
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     with using_optimized_layers(model, model.layers if recomputes else ()):
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert set(kernel_calls) == {
         "low_rank_sums",
         "forward",

@@ -23,7 +23,7 @@ from nested_core.kernels.lora_linear import (
     using_optimized_lora_layers,
 )
 from nested_core.optim.named_updates import flatten
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 
@@ -31,11 +31,11 @@ from tests.architectures import ARCHITECTURES, batch, build, largest_difference,
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> None:
     model = build(name)
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     with using_optimized_lora_layers(
         model, group_layers_by_input(trace_calls(model)) if grouped else ()
     ):
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
@@ -43,11 +43,11 @@ def test_loss_and_gradients_are_those_of_mlx_lm(name: str, grouped: bool) -> Non
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_quantised_base_gives_what_mlx_lm_gives(grouped: bool) -> None:
     model = build("qwen2", quantized=True)
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     with using_optimized_lora_layers(
         model, group_layers_by_input(trace_calls(model)) if grouped else ()
     ):
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
@@ -56,10 +56,10 @@ def test_dropout_draws_what_mlx_lm_draws() -> None:
     model = build("llama", dropout=0.4)
     model.train()
     mx.random.seed(7)
-    expected = outcome(model, SUPERVISED, batch(), compiled=run)
+    expected = outcome(model, SUPERVISED_LOSS, batch(), compiled=run)
     with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
         mx.random.seed(7)
-        found = outcome(model, SUPERVISED, batch(), compiled=run)
+        found = outcome(model, SUPERVISED_LOSS, batch(), compiled=run)
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
     assert found.value != found.loss  # a second pass draws anew
@@ -71,20 +71,20 @@ def run(function: Any) -> Any:
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     model = build("llama")
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     with (
         checkpointing_layers(model.layers),
         using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))),
     ):
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 
 
 def test_compiled_equals_uncompiled_to_the_bit() -> None:
     model = build("llama")
     with using_optimized_lora_layers(model, group_layers_by_input(trace_calls(model))):
-        plain = outcome(model, SUPERVISED, batch(), compiled=run)
-        compiled = outcome(model, SUPERVISED, batch())
+        plain = outcome(model, SUPERVISED_LOSS, batch(), compiled=run)
+        compiled = outcome(model, SUPERVISED_LOSS, batch())
     assert compiled.loss == plain.loss
     for name, gradient in plain.gradients.items():
         assert np.array(gradient).tobytes() == np.array(compiled.gradients[name]).tobytes()

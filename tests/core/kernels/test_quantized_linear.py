@@ -13,7 +13,7 @@ from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import quantized_linear
 from nested_core.kernels.quantized_linear import LEAST_ROWS, multiplying_by_dequantized_weights
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
 
 KINDS: list[dict[str, Any]] = [
@@ -134,9 +134,9 @@ def test_layers_are_given_back_after_an_error() -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_a_quantised_model_gives_the_loss_and_gradients_of_mlx(name: str) -> None:
     model = build(name, quantized=True)
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     with multiplying_by_dequantized_weights(model):
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 3e-5
 

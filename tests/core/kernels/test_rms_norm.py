@@ -11,7 +11,7 @@ import pytest
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import rms_norm
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
 
 WIDTH = 40
@@ -199,9 +199,9 @@ def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
 def test_a_model_with_its_frozen_norms_replaced_gives_the_same_gradients(name: str) -> None:
     model = build(name)
     model.set_dtype(mx.bfloat16)
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     with rms_norm.using_frozen_norms(model):
         assert type(model.layers[0].input_layernorm) is not nn.RMSNorm
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert found.loss == expected.loss
     assert largest_difference(found.gradients, expected.gradients) < 0.02

@@ -13,7 +13,7 @@ from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import rope
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
 
 WIDTH = 48
@@ -164,11 +164,11 @@ def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
     monkeypatch.setattr(rope.rotate_on_cuda, "launch", turn)
     model = build(name)
     model.set_dtype(mx.bfloat16)
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     kinds = {name: type(module) for name, module in model.named_modules()}
     with rope.using_rope_tables(model):
         assert type(model.layers[0].self_attn.rope) is not nn.RoPE
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert {True, False} == set(asked)
     assert found.loss == pytest.approx(expected.loss, rel=2e-3)
     assert largest_difference(found.gradients, expected.gradients) < 0.08

@@ -12,7 +12,7 @@ from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import swiglu
 from nested_core.kernels.patching import replacing_function
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
 
 
@@ -44,12 +44,12 @@ def test_the_functions_with_the_plain_passes_give_mlxs_output_and_gradients() ->
 def test_a_model_whose_code_names_swiglu_gives_the_same_gradients_with_ours(name: str) -> None:
     model = build(name)
     model.set_dtype(mx.bfloat16)
-    expected = outcome(model, SUPERVISED, batch())
+    expected = outcome(model, SUPERVISED_LOSS, batch())
     ours = swiglu.make_swiglu(swiglu.plain_swiglu, swiglu.swiglu_gradients_in_mlx)
     with replacing_function(model, "swiglu", swiglu.plain_swiglu, ours):
         used = importlib.import_module(type(model).__module__).__dict__.get("swiglu")
         assert used is not swiglu.plain_swiglu or name == "gemma2"
-        found = outcome(model, SUPERVISED, batch())
+        found = outcome(model, SUPERVISED_LOSS, batch())
     assert found.loss == expected.loss
     assert largest_difference(found.gradients, expected.gradients) < 0.05
     assert llama.swiglu is swiglu.plain_swiglu

@@ -27,7 +27,7 @@ def evaluated(model: nn.Module) -> None:
 
 def asked(model: nn.Module) -> None:
     refs = reference_trainable_parameters(model)
-    Evaluator(model, refs, prompts=[[1, 2, 3]]).fixed_logits(read_parameters(refs))
+    Evaluator(model, refs, prompts=[[1, 2, 3]]).logits_on_fixed_prompts(read_parameters(refs))
 
 
 def probed(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from nested_core.pipeline.launch.mlx_launch import (
 from nested_core.pipeline.preflight import check_before_start
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.rank_communication import (
-    SINGLE_PROCESS,
+    SINGLE_PROCESS_WORLD,
     World,
     checksum,
     pack_gradients_for_sum,
@@ -41,12 +41,12 @@ def test_the_ranks_rows_are_the_batch_and_none_is_in_two() -> None:
     assert all(part[0].shape == (2, 4) and part[1].shape == (2, 3) for part in parts)
     rows = sorted(int(row[0]) for part in parts for row in part[0])
     assert rows == tokens[:, 0].tolist()
-    assert SINGLE_PROCESS.own_rows(batch)[0].tolist() == tokens.tolist()
+    assert SINGLE_PROCESS_WORLD.own_rows(batch)[0].tolist() == tokens.tolist()
 
 
 def test_dropout_differs_from_rank_to_rank_and_the_first_rank_draws_as_one_process() -> None:
     seeds = [World(4, rank).seed_of_step(7, 3) for rank in range(4)]
-    assert seeds[0] == 7 * 2**32 + 3 == SINGLE_PROCESS.seed_of_step(7, 3)
+    assert seeds[0] == 7 * 2**32 + 3 == SINGLE_PROCESS_WORLD.seed_of_step(7, 3)
     assert len(set(seeds)) == 4
     assert all(0 <= seed < 2**64 for seed in seeds)
 

@@ -14,7 +14,7 @@ import pytest
 from nested_core.errors import DamagedError, GateRejected
 from nested_core.registry import audit, promote, read_champion, register, rollback
 from nested_core.storage.manifest import write_manifest
-from nested_core.text.foreign_text import escape_lines
+from nested_core.text.foreign_text import escape_but_keep_newlines
 
 NAME = "capitals"
 FILES = [
@@ -102,7 +102,7 @@ def assert_detected(registry: Path, version: str, path: Path) -> None:
     ):
         with pytest.raises(DamagedError) as caught:
             call()
-        assert escape_lines(str(path)) in str(caught.value)
+        assert escape_but_keep_newlines(str(path)) in str(caught.value)
         assert len(str(caught.value).splitlines()) <= 14
     assert path in [finding.file for finding in audit(registry, NAME).findings]
     assert read_champion(registry, NAME) == champion

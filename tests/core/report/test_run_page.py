@@ -18,7 +18,7 @@ from nested_core.report.run_page import RunReport, read_report, writing_report_a
 from nested_core.report.run_record import read_run
 from nested_core.report.run_status import read_status
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.text.html_markup import POLICY
+from nested_core.text.html_markup import CONTENT_SECURITY_POLICY
 from nested_core.training.training_plan import list_resumptions, read_plan
 from tests.core.report.written_runs import (
     HOSTILE_ROW,
@@ -209,8 +209,8 @@ def test_a_page_holds_a_policy_and_nothing_that_runs_or_is_fetched(tmp_path: Pat
     assert names.isdisjoint({"script", "img", "link", "iframe", "object", "embed", "a", "base"})
     assert [tag for tag, _ in page.tags].count("style") == 1
     policies = [a["content"] for _, a in page.tags if a.get("http-equiv")]
-    assert policies == [POLICY]
-    assert POLICY.startswith("default-src 'none'")
+    assert policies == [CONTENT_SECURITY_POLICY]
+    assert CONTENT_SECURITY_POLICY.startswith("default-src 'none'")
     attributes = {name for _, values in page.tags for name in values}
     assert not {name for name in attributes if name.startswith("on") or name in ("src", "href")}
     assert '<script>alert("row")</script>' in page.words  # shown as text

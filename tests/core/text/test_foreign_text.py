@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nested_core.errors import ConfigError
-from nested_core.text.foreign_text import escape, escape_lines, escape_markdown
+from nested_core.text.foreign_text import escape, escape_but_keep_newlines, escape_markdown
 from tests.hostile_text import HOSTILE, MARK, assert_safe
 
 ANY_TEXT = st.text(st.characters(codec=None))
@@ -45,7 +45,7 @@ def test_what_was_escaped_can_be_told() -> None:
 
 def test_an_error_keeps_its_own_lines_and_nothing_else() -> None:
     assert str(ConfigError("first\n  second \x1b[2J")) == "first\n  second \\x1b[2J"
-    assert escape_lines("a\r\nb") == "a\\r\nb"
+    assert escape_but_keep_newlines("a\r\nb") == "a\\r\nb"
 
 
 @pytest.mark.parametrize(

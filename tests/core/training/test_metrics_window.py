@@ -34,7 +34,7 @@ def test_a_report_that_waits_for_the_device_does_not_shorten_the_next_one(clock:
     class SlowWorld(World):
         """Sums that are ready 0.2 s after they are asked for."""
 
-        def sum_over_ranks(self, sums: Sums) -> Sums:
+        def sum_scalars_over_ranks(self, sums: Sums) -> Sums:
             clock.seconds += 0.2
             return sums
 

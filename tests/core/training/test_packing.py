@@ -74,7 +74,7 @@ def test_packed_steps_give_every_weight_and_moment_of_steps_tensor_by_tensor(
         gradients = random_values(step)
         plain_values = apply(plain, gradients, plain_values)
         packed = apply(packed_optimizer, packing.pack(gradients), packed)
-        packing.copy_clock(packed_optimizer, optimizer)
+        packing.copy_step_and_learning_rate(packed_optimizer, optimizer)
         values = packing.unpack(packed)
         packing.unpack_optimizer(
             packed_optimizer, optimizer_state_by_parameter(unflatten_names(values), optimizer.state)
@@ -113,7 +113,7 @@ def test_a_packed_sgd_keeps_a_mark_of_a_gradient_for_each_tensor() -> None:
         gradients = random_values(step) | {"layers.0.a": mx.zeros((8, 3))}
         values = apply(plain, gradients, values)
         packed = apply(packed_optimizer, packing.pack(gradients), packed)
-    packing.copy_clock(packed_optimizer, optimizer)
+    packing.copy_step_and_learning_rate(packed_optimizer, optimizer)
     packing.unpack_optimizer(
         packed_optimizer, optimizer_state_by_parameter(unflatten_names(values), optimizer.state)
     )

@@ -13,7 +13,7 @@ from nested_core.models.base_model import load_base_model
 from nested_core.models.lora_attachment import attach_adapter, compute_dtype_of_adapter
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.storage.adapter import read_adapter
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, outcome
 from tests.example import example_config, train_example
 
@@ -53,7 +53,7 @@ def test_gradients_of_cast_factors_arrive_in_the_masters_float32() -> None:
             module.lora_a = module.lora_a.astype(mx.float32)
             module.lora_b = module.lora_b.astype(mx.float32)
     refs = reference_trainable_parameters(model, dtype=mx.bfloat16)
-    found = outcome(model, SUPERVISED, batch(), refs=refs)
+    found = outcome(model, SUPERVISED_LOSS, batch(), refs=refs)
     assert {gradient.dtype for gradient in found.gradients.values()} == {mx.float32}
     assert {value.dtype for value in read_parameters(refs).values()} == {mx.float32}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.training.early_stopping import count_improvement
+from nested_core.training.early_stopping import count_evaluations_without_improvement
 from nested_core.training.training_state import TrainingState
 
 
@@ -20,7 +20,7 @@ def evaluated(losses: list[float], *, min_delta: float = 0.0) -> TrainingState:
     for step, loss in enumerate(losses):
         state.step = step
         state.record_evaluation(loss, is_candidate=step > 0)
-        count_improvement(state, loss, min_delta=min_delta)
+        count_evaluations_without_improvement(state, loss, min_delta=min_delta)
     return state
 
 

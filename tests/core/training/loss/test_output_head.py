@@ -18,7 +18,7 @@ from nested_core.training.loss.chunked_cross_entropy import (
 )
 from nested_core.training.loss.loss_interface import Loss, MicroBatch
 from nested_core.training.loss.output_head import find_output_head
-from nested_core.training.loss.supervised_loss import SUPERVISED
+from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
 
@@ -31,7 +31,7 @@ def loss_of(model: nn.Module, chunk: int | None = None) -> Loss:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_loss_at_supervised_positions_is_that_of_full_logits(name: str) -> None:
     model = build(name)
-    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED, loss_of(model, 16)))
+    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED_LOSS, loss_of(model, 16)))
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert found.count == expected.count == 44
     assert largest_difference(found.gradients, expected.gradients) < 2e-5
@@ -39,7 +39,7 @@ def test_the_loss_at_supervised_positions_is_that_of_full_logits(name: str) -> N
 
 def test_a_quantised_base_and_head_give_the_loss_of_full_logits() -> None:
     model = build("llama", quantized=True)
-    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED, loss_of(model)))
+    expected, found = (outcome(model, r, batch()) for r in (SUPERVISED_LOSS, loss_of(model)))
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     assert largest_difference(found.gradients, expected.gradients) < 2e-5
 
@@ -56,7 +56,7 @@ def test_the_loss_depends_on_the_chunks_within_rounding_only(chunk: int) -> None
 def test_any_share_of_supervised_positions_gives_the_loss_of_full_logits(share: float) -> None:
     model = build("llama")
     given = batch(share=share)
-    expected, found = (outcome(model, r, given) for r in (SUPERVISED, loss_of(model)))
+    expected, found = (outcome(model, r, given) for r in (SUPERVISED_LOSS, loss_of(model)))
     assert found.count == expected.count == int(given[1].sum())
     assert found.loss == pytest.approx(expected.loss, rel=2e-6)
     if share > 0:
@@ -101,7 +101,10 @@ def test_a_trained_output_layer_keeps_full_logits_and_the_log_says_so(
 ) -> None:
     model = build("qwen3", keys=["self_attn.q_proj", "lm_head"])
     with caplog.at_level(logging.INFO):
-        assert SUPERVISED.for_model(model, reference_trainable_parameters(model)) is SUPERVISED
+        assert (
+            SUPERVISED_LOSS.for_model(model, reference_trainable_parameters(model))
+            is SUPERVISED_LOSS
+        )
     assert "The output layer is trained" in caplog.text
 
 

@@ -10,9 +10,13 @@ import pytest
 from nested_core import backend
 from nested_core.config.schema import FineTuneConfig
 from nested_core.training.loss.loss_interface import BatchShape
-from nested_core.training.memory.memory_plan import MemoryPlan, device_profile_for, plan_for_device
+from nested_core.training.memory.memory_plan import (
+    MemoryPlan,
+    device_profile_for,
+    plan_memory_for_device,
+)
 from nested_core.training.memory.peak_estimate import (
-    CPU,
+    CPU_PROFILE,
     DeviceProfile,
     LayerFootprint,
     ModelFootprint,
@@ -88,7 +92,7 @@ def test_layers_below_the_lowest_trained_one_keep_nothing() -> None:
     assert estimate_peak_bytes(between, BATCH, PLAIN) == estimate_peak_bytes(SMALL, BATCH, PLAIN)
 
 
-@pytest.mark.parametrize("device", [CPU, cuda_profile(25)], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("device", [CPU_PROFILE, cuda_profile(25)], ids=["cpu", "cuda"])
 @pytest.mark.parametrize(
     "more",
     [
@@ -113,7 +117,7 @@ def test_more_of_anything_needs_more(device: DeviceProfile, more: dict[str, Any]
 
 
 def test_each_layer_that_is_recomputed_needs_less() -> None:
-    peaks = [estimate_peak_bytes(MIDDLE, WIDE, CPU, n) for n in range(13)]
+    peaks = [estimate_peak_bytes(MIDDLE, WIDE, CPU_PROFILE, n) for n in range(13)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[12] < 0.5 * peaks[0]
 
@@ -168,25 +172,25 @@ def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
 
 def planned(capacity: float, **changes: Any) -> MemoryPlan:
     config = FineTuneConfig.model_validate(changes)
-    return plan_for_device(config, MIDDLE, WIDE, CPU, int(capacity))
+    return plan_memory_for_device(config, MIDDLE, WIDE, CPU_PROFILE, int(capacity))
 
 
 LIMITED: dict[str, Any] = {"grad_checkpoint": True, "training": {"memory_limit_gb": 1}}
 
 
 def test_what_fits_is_said_in_one_line_without_advice() -> None:
-    needed = estimate_peak_bytes(MIDDLE, WIDE, CPU)
+    needed = estimate_peak_bytes(MIDDLE, WIDE, CPU_PROFILE)
     assert planned(16e9).describe() == f"memory: needs about {needed / 1e9:.2g} GB of 16.0 GB"
 
 
 def test_what_does_not_fit_names_each_setting_that_would_with_its_own_figure() -> None:
-    capacity = 0.5 * estimate_peak_bytes(MIDDLE, WIDE, CPU)
+    capacity = 0.5 * estimate_peak_bytes(MIDDLE, WIDE, CPU_PROFILE)
     found = planned(capacity)
     assert not found.fits
-    shorter = estimate_peak_bytes(MIDDLE, BatchShape(8, 64, 512), CPU)
+    shorter = estimate_peak_bytes(MIDDLE, BatchShape(8, 64, 512), CPU_PROFILE)
     assert dict(found.suggestions) == {
-        "grad_checkpoint: true": estimate_peak_bytes(MIDDLE, WIDE, CPU, 12),
-        "batch_size: 2": estimate_peak_bytes(MIDDLE, BatchShape(2, 256, 512), CPU),
+        "grad_checkpoint: true": estimate_peak_bytes(MIDDLE, WIDE, CPU_PROFILE, 12),
+        "batch_size: 2": estimate_peak_bytes(MIDDLE, BatchShape(2, 256, 512), CPU_PROFILE),
         "max_seq_length: 64": shorter,
     }
     assert all(needed <= capacity for _, needed in found.suggestions)
@@ -196,24 +200,24 @@ def test_what_does_not_fit_names_each_setting_that_would_with_its_own_figure() -
 
 def test_where_nothing_would_fit_the_least_there_is_is_named() -> None:
     text = planned(60e6).describe()
-    least = estimate_peak_bytes(MIDDLE, BatchShape(1, 256, 256), CPU, 12) / 1e9
+    least = estimate_peak_bytes(MIDDLE, BatchShape(1, 256, 256), CPU_PROFILE, 12) / 1e9
     both = "grad_checkpoint: true with batch_size: 1"
     assert text.endswith(f"; not even {both} (about {least:.2g} GB) would fit")
 
 
 def test_under_a_limit_only_as_many_layers_are_recomputed_as_are_needed() -> None:
-    capacity = 0.7 * estimate_peak_bytes(MIDDLE, WIDE, CPU)
+    capacity = 0.7 * estimate_peak_bytes(MIDDLE, WIDE, CPU_PROFILE)
     found = planned(capacity, **LIMITED)
     assert 0 < found.recomputed < 12
     assert found.fits
-    assert estimate_peak_bytes(MIDDLE, WIDE, CPU, found.recomputed - 1) > capacity
+    assert estimate_peak_bytes(MIDDLE, WIDE, CPU_PROFILE, found.recomputed - 1) > capacity
     assert f", with {found.recomputed} of 12 layers recomputed" in found.describe()
 
 
 def test_no_layer_is_recomputed_where_all_fits_and_all_are_where_nothing_does() -> None:
     assert planned(16e9, **LIMITED).recomputed == 0
     assert planned(1e6, **LIMITED).recomputed == 12
-    assert fewest_recomputed_layers(MIDDLE, WIDE, CPU, 16e9) == 0
+    assert fewest_recomputed_layers(MIDDLE, WIDE, CPU_PROFILE, 16e9) == 0
 
 
 def test_without_a_limit_or_as_mlx_lm_does_every_layer_is_recomputed() -> None:
