@@ -509,7 +509,6 @@ REFUSED = (
         there="swanlab is not installed",
     ),
 )
-VARIANTS = EXAMPLES + TRAINED + REFUSED
 
 # Each flag of mlx_lm.lora's parser by itself, beside a file that has the other keys.
 FLAGS = MappingProxyType(
@@ -560,7 +559,6 @@ def flag_variants() -> tuple[Variant, ...]:
 
 
 # What becomes of each key of mlx_lm.lora, and of its flag where it has one.
-_HUB = "the same columns and splits"
 KEYS: MappingProxyType[str, tuple[Relation, str]] = MappingProxyType(
     {
         "model": ("same", "has to be given: no default is fetched from the hub"),

@@ -22,7 +22,7 @@ from nested_core.storage.compiled_kernels import (
     open_store_folder,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NOBODY = 65534
 KERNEL = "mlx/1/cpu/libkernel.so"
 needs_compiler = pytest.mark.skipif(
