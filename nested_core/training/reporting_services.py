@@ -181,7 +181,8 @@ def configured_services(config: FineTuneConfig) -> list[str]:
 class ReportingCallback:
     """Sends what a run reports to the services of `report_to`; a training callback.
 
-    A service that fails is warned of once and is sent nothing more: the run goes on without it.
+    A service that fails is warned of once and is sent nothing more, but closed in the end: the run
+    goes on without it.
     """
 
     def __init__(
@@ -196,6 +197,7 @@ class ReportingCallback:
         self._run = run
         self._record = _read_service_record(run)
         self._services: dict[str, ReportingService] = {}
+        self._failed: set[str] = set()
         for name in configured_services(config):
             known = self._record.run_ids.get(name)
             try:
@@ -226,11 +228,13 @@ class ReportingCallback:
             if isinstance(value, int | float) and math.isfinite(value)
         }
         iteration = int(info["iteration"])
-        for name, service in list(self._services.items()):
+        for name, service in self._services.items():
+            if name in self._failed:
+                continue
             try:
                 service.log(numbers, iteration)
             except Exception as error:  # of a client or of the way to its server
-                del self._services[name]
+                self._failed.add(name)
                 self._record.missing_from.setdefault(name, iteration)
                 self._record.write(self._run)
                 warnings.warn(
@@ -238,6 +242,14 @@ class ReportingCallback:
                     f"more of this training, which goes on: {shorten(error, 200)}",
                     stacklevel=2,
                 )
+            else:
+                self._forget_missing_from(name, iteration)
+
+    def _forget_missing_from(self, name: str, iteration: int) -> None:
+        """What a service lacked is sent anew where training goes on from before it."""
+        if iteration < self._record.missing_from.get(name, 0):
+            del self._record.missing_from[name]
+            self._record.write(self._run)
 
     def attach(self, verdict: str, files: Iterable[Path]) -> None:
         """Add the verdict and the files that are there; a service that refuses is warned of."""
@@ -255,7 +267,8 @@ class ReportingCallback:
             try:
                 service.close()
             except Exception as error:  # of a client or of the way to its server
-                warnings.warn(f"report_to: {name} was not closed: {error}", stacklevel=2)
+                if name not in self._failed:
+                    warnings.warn(f"report_to: {name} was not closed: {error}", stacklevel=2)
 
 
 @contextmanager
@@ -295,13 +308,14 @@ def attaching_verdict_at_end(config: FineTuneConfig, run: RunDirectory) -> Itera
 
 
 def _attach_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
-    services = ReportingCallback(config, run, requires_all=False)
     try:
-        services.attach(str(read_json_object(run.gate)["verdict"]), (run.gate, run.report))
-    except (DamagedError, KeyError) as error:
+        services = ReportingCallback(config, run, requires_all=False)
+        try:
+            services.attach(str(read_json_object(run.gate)["verdict"]), (run.gate, run.report))
+        finally:
+            services.close()
+    except (DamagedError, KeyError, OSError) as error:
         warnings.warn(f"report_to: the verdict was not attached: {error}", stacklevel=2)
-    finally:
-        services.close()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -14,6 +15,8 @@ from nested_core.errors import ConfigError
 from nested_core.pipeline.finetune import finetune
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.strict_files import read_json_object
+from nested_core.training import reporting_services
 from nested_core.training.reporting_services import (
     ReportingCallback,
     attaching_verdict_at_end,
@@ -205,6 +208,44 @@ def test_a_service_that_stops_answering_is_warned_of_once_and_the_run_goes_on_wi
         f"report_to: trackio lacks reports of this run, from iteration 20 on; all are in "
         f"{run.metrics}",
     ]
+    assert len(clients["trackio"].named("finish")) == 2  # what it took before is not held back
     steps = [options["step"] for _, options in clients["swanlab"].named("log") if "step" in options]
     assert steps[:3] == [10, 20, 30]
     assert "passed" in repr(clients["swanlab"].calls)
+
+
+def test_what_a_service_lacked_and_was_sent_anew_by_a_resumed_training_is_not_said_to_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client("trackio", [])
+    monkeypatch.setitem(sys.modules, "trackio", client)
+    config, run = example_config(report_to="trackio"), RunDirectory(tmp_path)
+    missing = {"run_ids": {"trackio": "run-1"}, "missing_from": {"trackio": 20}}
+    write_json(run.report_to, missing)
+    with (
+        attaching_verdict_at_end(config, run),
+        reporting_to_services(config, run, None) as callback,
+    ):
+        assert callback is not None
+        for iteration in (10, 20):
+            callback.on_train_loss_report(TRAIN | {"iteration": iteration})
+    assert read_json_object(run.report_to) == missing | {"missing_from": {}}
+
+
+def test_a_full_disk_at_the_end_is_no_error_of_a_run_that_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", Client("trackio", []))
+    run = RunDirectory(tmp_path)
+    write_json(run.result, {})
+    write_json(run.gate, {"verdict": "passed"})
+
+    def disk_is_full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reporting_services, "write_json", disk_is_full)
+    with (
+        pytest.warns(UserWarning, match="the verdict was not attached: .*No space left"),
+        attaching_verdict_at_end(example_config(report_to="trackio"), run),
+    ):
+        pass
