@@ -110,13 +110,16 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
 
 
 def _linear_module_names(model: nn.Module) -> list[str]:
-    """Names, as `keys` takes them, of the linear modules in the model's layers."""
+    """Names, as `keys` takes them, of the linear modules in the model's layers, experts' too."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    types = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
     return sorted(
         {
             name
             for layer in model.layers
             for name, module in layer.named_modules()
-            if isinstance(module, nn.Linear | nn.QuantizedLinear)
+            if isinstance(module, types)
         }
     )
 
