@@ -15,7 +15,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.digest_format import shorten_digest
 from nested_core.training.metrics_file import read_metrics
-from nested_core.training.sample_prompts import choose_shown_evaluations, samples_by_step
+from nested_core.training.sample_prompts import SampleTable
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import (
@@ -32,8 +32,6 @@ CRASHED_RUN_NOTE = (
 )
 MAX_SHOWN_ANSWERS = 5
 MAX_SHOWN_CHARACTERS = 160  # of a question or an answer
-MAX_SHOWN_EVALUATIONS = 8
-MAX_SHOWN_PROMPTS = 4  # of `samples`, each a column
 MAX_SHOWN_CHECKS = 4
 PROBLEM_SEVERITIES = ("error", "warning")  # of a finding that is more than a figure about the data
 
@@ -197,26 +195,18 @@ def _pair_answers(run: RunDirectory) -> Iterator[tuple[str, str, str, str]]:
 
 def _add_samples(page: MarkdownPage, run: RunDirectory, verdict: Mapping[str, Any]) -> None:
     """The answers to the prompts of `samples` at the evaluations, if there were any prompts."""
-    by_step = samples_by_step(read_metrics(run.metrics))
-    if not by_step:
+    samples = SampleTable.from_metrics(read_metrics(run.metrics), verdict.get("adapter_step"))
+    if samples is None:
         return
-    judged = verdict.get("adapter_step")
-    steps = choose_shown_evaluations(by_step, judged, MAX_SHOWN_EVALUATIONS)
-    first = by_step[steps[0]]
-    prompts = [_shorten_answer(sample["prompt"]) for sample in first[:MAX_SHOWN_PROMPTS]]
     page.add_heading("Samples")
     page.add_paragraph(
-        f"Answers at {len(steps)} of {len(by_step)} evaluations to {len(prompts)} of "
-        f"{len(first)} prompts; all are in metrics.jsonl of the run folder."
+        f"Answers at {samples.describe()}; all are in metrics.jsonl of the run folder."
     )
     rows = [
-        [
-            f"{step:,} (judged)" if step == judged else f"{step:,}",
-            *(_shorten_answer(sample["answer"]) for sample in by_step[step][:MAX_SHOWN_PROMPTS]),
-        ]
-        for step in steps
+        (step, *(None if answer is None else _shorten_answer(answer) for answer in answers))
+        for step, answers in samples.rows
     ]
-    page.add_table(("step", *prompts), rows)
+    page.add_table(("step", *map(_shorten_answer, samples.prompts)), rows)
 
 
 def _shorten_answer(text: str) -> str:

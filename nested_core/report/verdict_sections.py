@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -38,12 +37,10 @@ from nested_core.text.html_markup import (
     truncated_text,
 )
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
-from nested_core.training.sample_prompts import choose_shown_evaluations, samples_by_step
+from nested_core.training.sample_prompts import SampleTable
 
 WORST_EXAMPLES = 5
 SHOWN_QUESTIONS = 12
-SHOWN_EVALUATIONS = 8
-SHOWN_PROMPTS = 4  # of `samples`, each a column
 MAX_DATA_BYTES = 64 * 1024 * 1024  # of a file of data that examples are read from
 MAX_LINE_BYTES = 64 * 1024
 DARKEST = 0.55  # share of the colour behind the largest change: text on it stays legible
@@ -333,9 +330,10 @@ def tasks_section(record: RunRecord) -> Html:
         parts += [element("h3", name), _answers_table(record, name, count)]
     if record.sample_answers:
         parts += [element("h3", "To read, not scored"), _sample_answers_table(record)]
-    samples = samples_by_step(record.metrics)
-    if samples:
-        parts += [element("h3", "Samples"), _samples_table(record, samples)]
+    judged = None if record.verdict is None else record.verdict.adapter_step
+    samples = SampleTable.from_metrics(record.metrics, judged)
+    if samples is not None:
+        parts += [element("h3", "Samples"), _samples_table(samples)]
     if not parts:
         none = "No question was asked: neither `gate.tasks` nor `samples` names one."
         parts = [paragraph(none if record.state != "running" else "No answer yet.")]
@@ -399,21 +397,11 @@ def _text_or_none(text: str | None) -> Html | None:
     return None if text is None else truncated_text(text)
 
 
-def _samples_table(record: RunRecord, by_step: dict[int, list[dict[str, Any]]]) -> Html:
+def _samples_table(samples: SampleTable) -> Html:
     """The answers to each prompt of `samples`, a row for each evaluation."""
-    judged = None if record.verdict is None else record.verdict.adapter_step
-    steps = choose_shown_evaluations(by_step, judged, SHOWN_EVALUATIONS)
-    prompts = [str(sample.get("prompt", "")) for sample in by_step[steps[0]]][:SHOWN_PROMPTS]
+    columns = ("step", *(truncated_text(prompt, 200) for prompt in samples.prompts))
     rows = [
-        (
-            f"{step:,} (judged)" if step == judged else f"{step:,}",
-            *(truncated_text(str(sample.get("answer", "")), 200) for sample in by_step[step]),
-        )
-        for step in steps
+        (step, *(None if answer is None else truncated_text(answer, 200) for answer in answers))
+        for step, answers in samples.rows
     ]
-    caption = (
-        f"Greedy answers at {len(steps)} of {len(by_step)} evaluations to {len(prompts)} of "
-        f"{len(by_step[steps[0]])} prompts; all: metrics.jsonl"
-    )
-    columns = ("step", *(truncated_text(prompt, 200) for prompt in prompts))
-    return table(caption, columns, [row[: 1 + SHOWN_PROMPTS] for row in rows])
+    return table(f"Greedy answers at {samples.describe()}; all: metrics.jsonl", columns, rows)

@@ -36,7 +36,14 @@ def parse_record(line: bytes) -> dict[str, Any]:
         is_null = value is None and key not in ("step", "iteration")
         if not is_null and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ValueError(f"{key} is no number")
+    samples = record.get("samples", [])
+    if not isinstance(samples, list) or not all(map(_is_sample, samples)):
+        raise ValueError("samples is no list of prompts with answers")
     return record
+
+
+def _is_sample(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() >= {"prompt", "answer"}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

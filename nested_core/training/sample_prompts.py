@@ -19,6 +19,9 @@ from nested_core.models.parameters import (
     restoring_parameters,
 )
 
+MAX_SHOWN_EVALUATIONS = 8
+MAX_SHOWN_PROMPTS = 4
+
 
 @dataclass(frozen=True)
 class SamplePrompts:
@@ -55,18 +58,63 @@ class SamplePrompts:
         return {"samples": samples, "sample_seconds": time.perf_counter() - started}
 
 
+@dataclass(frozen=True)
+class SampleTable:
+    """The answers to `samples` as a small table: a row for each evaluation, a column for a prompt.
+
+    evaluations, prompt_count: how many there were; the table has the first, the last and some.
+    rows: the evaluation's step, "(judged)" behind the judged one, and the answer to each of
+    `prompts`; None where it was not asked then: `samples` may change when a run is resumed.
+    """
+
+    evaluations: int
+    prompt_count: int
+    prompts: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str | None, ...]], ...]
+
+    @classmethod
+    def from_metrics(
+        cls, records: Iterable[Mapping[str, Any]], judged_step: int | None
+    ) -> SampleTable | None:
+        """The table of metrics.jsonl; None without answers. `judged_step` is the adapter's."""
+        by_step = {
+            step: {str(sample["prompt"]): str(sample["answer"]) for sample in samples}
+            for step, samples in samples_by_step(records).items()
+        }
+        if not by_step:
+            return None
+        latest_first = reversed(by_step.values())
+        prompts = tuple(dict.fromkeys(prompt for answers in latest_first for prompt in answers))
+        shown = prompts[:MAX_SHOWN_PROMPTS]
+        rows = tuple(
+            (
+                f"{step:,} (judged)" if step == judged_step else f"{step:,}",
+                tuple(by_step[step].get(prompt) for prompt in shown),
+            )
+            for step in choose_shown_evaluations(by_step, judged_step, MAX_SHOWN_EVALUATIONS)
+        )
+        return cls(len(by_step), len(prompts), shown, rows)
+
+    def describe(self) -> str:
+        """`8 of 1001 evaluations to 4 of 50 prompts`."""
+        return (
+            f"{len(self.rows)} of {self.evaluations} evaluations to {len(self.prompts)} of "
+            f"{self.prompt_count} prompts"
+        )
+
+
 def samples_by_step(records: Iterable[Mapping[str, Any]]) -> dict[int, list[dict[str, Any]]]:
     """The answers in records of metrics.jsonl, by optimizer step, in order.
 
     Each has `prompt`, `answer`, `tokens` and `is_cut_off`; step 0 is before training.
     """
-    return {record["step"]: record["samples"] for record in records if record.get("samples")}
+    return {record.get("step", 0): record["samples"] for record in records if record.get("samples")}
 
 
 def choose_shown_evaluations(
     steps: Iterable[int], judged_step: int | None, limit: int
 ) -> list[int]:
-    """At most `limit` (2 or more) of the steps: first, last, the judged one, and some between.
+    """At most `limit` (3 or more) of the steps: first, last, the judged one, and some between.
 
     Those between are evenly spaced.
     """

@@ -103,6 +103,14 @@ def test_a_damaged_line_in_the_middle_is_named_and_costs_no_other(path: Path) ->
     assert steps(path) == [0, 1, 3]
 
 
+@pytest.mark.parametrize("samples", ["null", "3", "[3]", '[{"prompt": "a"}]'])
+def test_a_line_whose_samples_are_damaged_is_a_damaged_line(path: Path, samples: str) -> None:
+    with path.open("a") as file:
+        file.write(f'{{"step": 5, "samples": {samples}}}\n')
+    with pytest.warns(UserWarning, match=r"1 of 6 lines are damaged .*: line 6\."):
+        assert steps(path) == [0, 1, 2, 3, 4]
+
+
 def test_truncating_what_is_not_there_makes_an_empty_file(tmp_path: Path) -> None:
     assert truncate_metrics(tmp_path / "metrics.jsonl", 3, 9) == 0
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from nested_core.errors import TrainingStopped
 from nested_core.models.base_model import load_base_model
 from nested_core.models.generation import Sampling, answer_prompts, encode_prompt
 from nested_core.models.lora_attachment import attach_adapter, load_adapter_tensors
-from nested_core.training.sample_prompts import samples_by_step
+from nested_core.training.sample_prompts import SampleTable, samples_by_step
 from tests.example import (
     SPEEDS,
     Finished,
@@ -85,3 +86,20 @@ def test_prompts_are_answered_without_a_validation_set_too(tmp_path: Path) -> No
     done = train_example(tmp_path / "run", **SETTINGS | {"val_batches": 0, "iters": 4})
     assert list(samples_by_step(done.metrics())) == [0, 4]
     assert not any("val_loss" in record for record in done.metrics())
+
+
+def test_an_answer_stands_under_its_own_prompt_where_a_resumed_run_asks_others() -> None:
+    def record(step: int, *prompts: str) -> dict[str, Any]:
+        samples = [{"prompt": each, "answer": f"{each} at {step}"} for each in prompts]
+        return {"step": step, "samples": samples}
+
+    records = [{"samples": record(0, "a")["samples"]}, record(5, "a", "b"), record(9, "c", "b")]
+    samples = SampleTable.from_metrics(records, judged_step=5)
+    assert samples is not None
+    assert samples.prompts == ("c", "b", "a")
+    assert samples.rows == (
+        ("0", (None, None, "a at 0")),
+        ("5 (judged)", (None, "b at 5", "a at 5")),
+        ("9", ("c at 9", "b at 9", None)),
+    )
+    assert samples.describe() == "3 of 3 evaluations to 3 of 3 prompts"
