@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, runtime
+from prefect import flow, get_run_logger, runtime
+from prefect.client.orchestration import get_client
+from prefect.exceptions import Pause
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed, State
@@ -17,11 +19,17 @@ from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion
 from nested_core.registry.promotion_policy import read_candidate
+from nested_core.text.digest_format import shorten_digest
 from tasks.approval_page import approval_pause_key, publish_approval
+from tasks.artifact_client import artifact_key
 from tasks.outcomes import Outcome
 from tasks.promote import promote_approved, promote_by_recorded_policy
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600
+WAITS_FOR_A_PERSON = (
+    "waits for a person: is {version} to be the champion of {name}? The page {page} shows both "
+    "sides; Resume asks for the answer"
+)
 
 
 class PromoteParameters(Section):
@@ -59,16 +67,44 @@ def promote(config: PromoteParameters) -> State[Any]:
         return Completed(message="already_champion")
     flow_run = UUID(str(runtime.flow_run.id))
     question = publish_approval(registry, config.name, config.version, champion, flow_run)
-    answer = suspend_flow_run(
-        wait_for_input=Approval.with_initial_data(description=question),
-        timeout=SECONDS_TO_APPROVE,
-        key=approval_pause_key(champion),
+    message = WAITS_FOR_A_PERSON.format(
+        version=shorten_digest(config.version),
+        name=config.name,
+        page=artifact_key(config.name, "approval"),
     )
+    answer = _suspend_until_answered(flow_run, message, question, approval_pause_key(champion))
     if not answer.approve:
         return Completed(message=f"not approved by {answer.by}")
     return _completed_state(
         promote_approved(registry, config.name, config.version, answer.by, champion)
     )
+
+
+def _suspend_until_answered(flow_run: UUID, message: str, question: str, key: str) -> Approval:
+    """Ask a person and end this process; the run that starts again at the answer gets it here.
+
+    Prefect has no message for a state of its own making, so the state is set once more with ours.
+    """
+    try:
+        return suspend_flow_run(
+            wait_for_input=Approval.with_initial_data(description=question),
+            timeout=SECONDS_TO_APPROVE,
+            key=key,
+        )
+    except Pause:
+        _say_in_state(flow_run, message)
+        raise
+
+
+def _say_in_state(flow_run: UUID, message: str) -> None:
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(flow_run).state
+            if state is not None and state.is_paused():  # else somebody has answered already
+                state.message = message
+                client.set_flow_run_state(flow_run, state, force=True)
+    except Exception as error:  # of the server or the way to it; the question stands
+        get_run_logger().warning("The state does not say what is waited for: %s", error)
 
 
 def _completed_state(outcome: str) -> State[Any]:

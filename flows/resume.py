@@ -47,7 +47,7 @@ def resume(config: ResumeParameters) -> State[Any]:
         client.set_flow_run_state(
             config.flow_run, Scheduled(name=Outcome.RESUMED, message=RESUMED_MESSAGE)
         )
-    return Completed(message=f"{name} goes on from its last checkpoint")
+    return Completed(name=Outcome.RESUMED, message=f"{name} goes on from its last checkpoint")
 
 
 def was_resumed(client: SyncPrefectClient, flow_run_id: UUID) -> bool:

@@ -14,7 +14,7 @@ from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.promotion_policy import compare_losses, read_candidate
 from nested_core.registry.versions import version_folder
 from nested_core.storage.strict_files import read_json
-from nested_core.text.digest_format import shorten_digest as shorten
+from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_difference, format_loss
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.markdown_page import MarkdownPage
@@ -46,7 +46,7 @@ def publish_approval(
         artifacts.publish_page(
             artifact_key(name, "approval"),
             page,
-            f"Waits for a person: is {shorten(version)} to be the champion of {name}?",
+            f"Waits for a person: is {shorten_digest(version)} to be the champion of {name}?",
         )
     return str(page)
 
@@ -59,20 +59,20 @@ def describe_approval(
     `champions_asked_about` holds the champions, or "none", that it asked about so far.
     """
     verdict = _read_verdict(registry, name, version)
-    page = MarkdownPage(f"Make {shorten(version)} the champion of {name}?")
+    page = MarkdownPage(f"Make {shorten_digest(version)} the champion of {name}?")
     earlier = [one for one in champions_asked_about if one != (champion or "none")]
     if earlier:
         page.add_paragraph(
-            f"ASKED AGAIN: the champion changed from {shorten(earlier[-1])} to "
-            f"{shorten(champion or 'none')} after the last question; an answer given to that one "
-            "promoted nothing."
+            f"ASKED AGAIN: the champion changed from {shorten_digest(earlier[-1])} to "
+            f"{shorten_digest(champion or 'none')} after the last question; an answer given to "
+            "that one promoted nothing."
         )
-    facts = [("Candidate", f"{shorten(version)}: {_describe_losses_and_answers(verdict)}")]
+    facts = [("Candidate", f"{shorten_digest(version)}: {_describe_losses_and_answers(verdict)}")]
     if champion is None:
         facts.append(("Champion", "none yet"))
     else:
         figures = _describe_losses_and_answers(_read_verdict(registry, name, champion))
-        facts.append(("Champion", f"{shorten(champion)}: {figures}"))
+        facts.append(("Champion", f"{shorten_digest(champion)}: {figures}"))
         facts.append(("Compared", _compare_losses(registry, name, version, champion, verdict)))
     facts.append(("Version in full", version))
     page.add_facts(facts)

@@ -62,13 +62,12 @@ def run_with_states(
     return run.id, run.name
 
 
-def resumed(run: tuple[UUID, str]) -> tuple[str, str | None]:
-    """What the flow says of a run, and the name of the state that the run is in then."""
+def resumed(run: tuple[UUID, str]) -> tuple[str, str, str | None]:
+    """The flow's own state and what it says of a run, and the state that the run is in then."""
     state = resume(ResumeParameters(flow_run=run[0], name=run[1]), return_state=True)
+    message = str(state.message).removeprefix(f"{run[1]} ")
     with get_client(sync_client=True) as client:
-        return str(state.message).removeprefix(f"{run[1]} "), client.read_flow_run(
-            run[0]
-        ).state_name
+        return str(state.name), message, client.read_flow_run(run[0]).state_name
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_the_first_crash_of_a_run_is_resumed_and_the_second_is_not(
 ) -> None:
     with get_client(sync_client=True) as client:
         run = run_with_states(client, finetune, *before, Crashed())
-        assert resumed(run) == ("goes on from its last checkpoint", "Resumed")
+        assert resumed(run) == ("Resumed", "goes on from its last checkpoint", "Resumed")
         state = client.read_flow_run(run[0]).state
         assert state is not None
         assert state.is_scheduled()
@@ -95,15 +94,16 @@ def test_the_first_crash_of_a_run_is_resumed_and_the_second_is_not(
         second_go: list[State[None]] = [Pending(), Crashed()]
         for then in second_go:
             client.set_flow_run_state(run[0], then)
-    assert resumed(run) == ("crashed again: it stays Crashed until a Retry", "Crashed")
+    message = "crashed again: it stays Crashed until a Retry"
+    assert resumed(run) == ("Not resumed", message, "Crashed")
 
 
 def test_a_run_that_goes_on_already_or_has_ended_is_left_alone() -> None:
     with get_client(sync_client=True) as client:
         retried = run_with_states(client, finetune, Pending(), Running(), Crashed(), Scheduled())
         ended = run_with_states(client, finetune, Pending(), Running(), Completed(name="Promoted"))
-    assert resumed(retried) == ("is Scheduled by now", "Scheduled")
-    assert resumed(ended) == ("is Promoted by now", "Promoted")
+    assert resumed(retried) == ("Completed", "is Scheduled by now", "Scheduled")
+    assert resumed(ended) == ("Completed", "is Promoted by now", "Promoted")
 
 
 @pytest.mark.reliability  # it waits for the server to see that nothing happens for a while

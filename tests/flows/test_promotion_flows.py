@@ -113,6 +113,10 @@ def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     run_id = deployed_run(parameters(registry, version))
     state = execute(run_id)
     assert (state.type.value, state.name) == ("PAUSED", "Suspended")
+    assert state.message == (
+        f"waits for a person: is {version[:12]} to be the champion of {NAME}? The page "
+        f"{NAME}-approval shows both sides; Resume asks for the answer"
+    )
     assert core.read_champion(registry, NAME) == champion
     return run_id, version, champion
 
