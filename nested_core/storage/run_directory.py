@@ -161,7 +161,7 @@ def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     path = Path(path)
     run = RunDirectory(path)
     if run.is_nonempty() and not resume:
-        if run.config.is_file() and not run.tiers.exists():
+        if run.config.is_file() and not run.tiers.exists() and run.holder() is None:
             raise ConfigError(
                 f"{path} is not empty: a run began there, and ended before it could train. Add "
                 f"--resume to begin it again, also with a corrected configuration, or give a "

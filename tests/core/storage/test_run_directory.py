@@ -130,6 +130,11 @@ class TestOpening:
         begin(run)
         with pytest.raises(ConfigError, match="ended before it could train. Add --resume to begin"):
             open_run(run.path, resume=False)
+        with (
+            run.locked(),
+            pytest.raises(ConfigError, match=r"is not empty\. A run is never written over"),
+        ):
+            open_run(run.path, resume=False)  # it has not ended: it is still at work
         run.tiers.write_bytes(b"{}")
         with pytest.raises(ConfigError, match=r"is not empty\. A run is never written over: add"):
             open_run(run.path, resume=False)
