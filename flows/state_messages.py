@@ -49,17 +49,18 @@ def describe_loss(run: RunDirectory) -> str:
 
 
 def describe_test_loss(config: FineTuneConfig, run: RunDirectory, loss: float) -> str:
-    """mlx_lm.lora's words for the loss on test.jsonl, then how much of the file, and which adapter.
+    """mlx_lm.lora's words for the loss on the test set, then how much of it, and which adapter.
 
     `Test loss 3.12, Test ppl 22.65 (test.jsonl, all examples, adapter of step 80)`.
     """
     examples = "all examples"
     if config.test_batches >= 0:
         examples = f"at most {config.test_batches} batches of {config.batch_size}"
+    file = read_json_object(run.dataset)["splits"]["test"]["file"]
     step = read_json_object(run.gate)["adapter_step"]
     return (
         f"Test loss {format_loss(loss)}, Test ppl {format_loss(math.exp(loss))} "
-        f"(test.jsonl, {examples}, adapter of step {step})"
+        f"({escape(file)}, {examples}, adapter of step {step})"
     )
 
 

@@ -88,10 +88,11 @@ def test_a_page_has_a_button_in_place_of_a_command(command: str) -> None:
 
 def test_the_test_loss_names_its_file_examples_and_adapter(tmp_path: Path) -> None:
     run = run_with(tmp_path, adapter_step=80)
+    run.dataset.write_text(json.dumps({"splits": {"test": {"file": "test.parquet"}}}))
     limited = describe_test_loss(example_config(test_batches=5, batch_size=4), run, 1.0)
     assert limited == (
-        "Test loss 1, Test ppl 2.718 (test.jsonl, at most 5 batches of 4, adapter of step 80)"
+        "Test loss 1, Test ppl 2.718 (test.parquet, at most 5 batches of 4, adapter of step 80)"
     )
-    assert "(test.jsonl, all examples, " in describe_test_loss(
+    assert "(test.parquet, all examples, " in describe_test_loss(
         example_config(test_batches=-1), run, 1.0
     )
