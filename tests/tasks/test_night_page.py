@@ -74,8 +74,9 @@ def answer(model: AnsweringRole, line: int, text: str) -> AnswerRecord:
     )
 
 
-def page_of(folder: Path, outcome: str, message: str) -> str:
-    config = example_config(registry={"path": "registry", "name": "support-bot"})
+def page_of(folder: Path, outcome: str, message: str, **changes: Any) -> str:
+    registry = {"path": "registry", "name": "support-bot"}
+    config = example_config(registry=registry, **changes)
     return str(describe_night(config, RunDirectory(folder), outcome, message))
 
 
@@ -114,6 +115,11 @@ def test_six_lines_tell_the_night(tmp_path: Path) -> None:
     assert "seed 0, registry.promote: " in facts["Made of"]
     for digest in ("da7ada7ada7a", "141714171417", "ada9ada9ada9"):
         assert digest in facts["Made of"]
+
+
+def test_a_night_of_epochs_names_no_iterations(tmp_path: Path) -> None:
+    page = page_of(tmp_path, "Promoted", "promoted", training={"epochs": 3})
+    assert ", 3 epochs, learning rate" in facts_of(page)["Made of"]
 
 
 def test_the_command_that_makes_it_again_is_there_to_copy(tmp_path: Path) -> None:
