@@ -81,9 +81,10 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     print_change = _print_change(done)
 
     def finish() -> int:
-        """Print the change, then how to ask the adapter."""
+        """Print the change, then how to ask the champion, if it is this run's adapter."""
         code = print_change()
-        print_progress(f"next: nested-tune chat {arguments.registry / arguments.name}")
+        if done.outcome in ("promoted", "already_champion"):
+            print_progress(f"next: nested-tune chat {arguments.registry / arguments.name}")
         return code
 
     return finish

@@ -99,6 +99,8 @@ def test_a_promotion_for_another_champion_is_superseded_and_a_success(
 ) -> None:
     assert story["late"].code == 0
     assert "superseded" in story["late"].stdout
+    assert "next: nested-tune chat" in story["first"].stderr
+    assert "next:" not in story["late"].stderr  # the champion is not that run's adapter
 
 
 def test_rollback_goes_to_what_the_last_change_replaced(
