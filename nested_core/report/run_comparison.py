@@ -65,7 +65,10 @@ class RunComparison:
         }
 
     def losses(self) -> dict[str, list[Any]]:
-        """The last losses of training, and the gate's before and after, in nats a token."""
+        """The last losses of training and the gate's, in nats a token.
+
+        Beside each stand the file, the number of examples and the step that it is of.
+        """
         gates = [None if r.verdict is None else r.verdict.validation for r in self.records]
         paired = self.paired_with_first()
         plans = [record.plan for record in self.records]
