@@ -95,8 +95,10 @@ def parent_version_of(config: FineTuneConfig, run: RunDirectory, initial_digest:
 
     A version of an earlier release has the base's fingerprint by that release's rule in its digest.
     """
+    if config.continual.start is None:
+        return None
     registry, name = registry_location(config.registry)
-    if config.continual.start is None or not name_exists(registry, name):
+    if not name_exists(registry, name):
         return None
     versions = list_versions(registry, name)
     if initial_digest in versions or not run.initial.is_dir():

@@ -122,6 +122,13 @@ def test_a_night_of_epochs_names_no_iterations(tmp_path: Path) -> None:
     assert ", 3 epochs, learning rate" in facts_of(page)["Made of"]
 
 
+def test_a_night_without_a_registry_has_its_page(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    page = str(describe_night(example_config(), RunDirectory(tmp_path), "Verified", "verified"))
+    assert page.startswith("# Fine-tune: Verified")
+    assert "from a fresh adapter, 8 iterations" in facts_of(page)["Made of"]
+
+
 def test_the_command_that_makes_it_again_is_there_to_copy(tmp_path: Path) -> None:
     page = page_of(tmp_path, UNDER_WAY, "begun")
     assert f"    nested-tune train -c {tmp_path / 'config.yaml'} --run-dir again" in page
