@@ -17,7 +17,7 @@ from prefect.events import emit_event
 
 from nested_core.errors import NestedTuneError
 from nested_core.registry import history
-from nested_core.storage.run_directory import RUNS
+from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 from tasks.events import adapter_resource
 
 SMALLEST_FREE_SHARE = 0.1
@@ -57,7 +57,7 @@ def describe_old_champion(registry: Path, name: str, nights: float, now: datetim
 
 def warn_of_full_disks(folders: Iterable[Path]) -> None:
     """Emit `disk.nearly_full` for each disk of these folders that is."""
-    checkpoint_bytes = measure_newest_checkpoint(RUNS)
+    checkpoint_bytes = measure_newest_checkpoint(DEFAULT_RUNS_FOLDER)
     seen: set[int] = set()
     for folder in folders:
         with suppress(OSError):  # a folder that is not there yet

@@ -29,7 +29,12 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import key
 from nested_core.errors import GateRejected, NestedTuneError, TrainingStopped
 from nested_core.storage.checkpoint_verification import list_checkpoints
-from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
+from nested_core.storage.run_directory import (
+    DEFAULT_RUNS_FOLDER,
+    RunDirectory,
+    new_run_name,
+    open_run,
+)
 from tasks.outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -171,6 +176,10 @@ def _open_run_directory(config: FinetuneParameters) -> RunDirectory:
     # The end of the id: the front of it is the time in some versions of UUID. A retry has another
     # scheduled start, so that a directory that is there already is found by the id alone.
     key = str(runtime.flow_run.id).replace("-", "")[-8:]
-    begun = sorted(RUNS.glob(f"*-{key}"))
-    path = begun[0] if begun else RUNS / new_run_name(runtime.flow_run.scheduled_start_time, key)
+    begun = sorted(DEFAULT_RUNS_FOLDER.glob(f"*-{key}"))
+    path = (
+        begun[0]
+        if begun
+        else DEFAULT_RUNS_FOLDER / new_run_name(runtime.flow_run.scheduled_start_time, key)
+    )
     return open_run(path, resume=RunDirectory(path).is_nonempty())

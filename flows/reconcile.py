@@ -15,7 +15,7 @@ from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.section import Section
 from nested_core.registry import list_names
 from nested_core.registry.name_folders import name_exists
-from nested_core.registry.promotion_policy import DAMAGED
+from nested_core.registry.promotion_policy import DAMAGED_OUTCOME
 from nested_core.text.digest_format import shorten_digest
 from tasks.outcomes import Outcome
 from tasks.promote import promote_missed as reconcile_name
@@ -52,7 +52,7 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
         f"{name} {shorten_digest(version)}: {outcome}"
         for name, outcomes in decided.items()
         for version, outcome in outcomes.items()
-        if outcome.startswith(DAMAGED)
+        if outcome.startswith(DAMAGED_OUTCOME)
     ]
     if problems:
         return Failed(message="; ".join(problems))

@@ -101,7 +101,7 @@ def warn_if_unprepared() -> None:
 
 def _prepare_linux() -> Preparation:
     came_too_late = "mlx.core" in sys.modules
-    compiled_kernels.use_private_folder()
+    compiled_kernels.use_private_kernel_folder()
     if is_for_cuda():
         os.environ.setdefault(GRAPHS_VARIABLE, "0")
     else:

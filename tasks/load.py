@@ -18,7 +18,7 @@ from tasks.retrying import RUN_RETRY_DELAYS, retried_task
 def load(config: FineTuneConfig, run_dir: Path) -> Path:
     """Write initial/ and tiers.json; return the initial adapter's directory."""
     run = RunDirectory(run_dir)
-    steps.load(config, run, on_wait=show_waiting)
+    steps.write_initial_adapter_and_tiers(config, run, on_wait=show_waiting)
     get_run_logger().info("The initial adapter is in %s.", run.initial)
     if note := describe_starting_adapter(config, run):
         get_run_logger().info("%s", note)

@@ -28,7 +28,7 @@ def promote(section: RegistrySection, version: str, expected_champion: str | Non
 def promote_by_recorded_policy(path: Path, name: str, version: str) -> str:
     """Promote by the policy that was recorded with the version."""
     return _announce_promotion(
-        path, name, version, promotion_policy.promote_as_recorded(path, name, version)
+        path, name, version, promotion_policy.promote_by_recorded_policy(path, name, version)
     )
 
 
@@ -58,7 +58,7 @@ def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | No
 def promote_missed(path: Path, name: str) -> dict[str, str]:
     """Promote what an event got lost for; the outcome of each version that never was champion."""
     before = registry.read_champion(path, name)
-    outcomes = promotion_policy.promote_missed(path, name)
+    outcomes = promotion_policy.promote_missed_versions(path, name)
     for version, outcome in outcomes.items():
         get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
         if outcome == "promoted":

@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-from nested_core.storage.compiled_kernels import FOLDER_VARIABLE, cache_folder
+from nested_core.storage.compiled_kernels import KERNELS_FOLDER_VARIABLE, cache_folder
 
 _PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))
 atexit.register(shutil.rmtree, _PREFECT_HOME, ignore_errors=True)
 
 # Compiled kernels stay from session to session, in the user's own folder.
-os.environ.setdefault(FOLDER_VARIABLE, str(cache_folder() / "kernels"))
+os.environ.setdefault(KERNELS_FOLDER_VARIABLE, str(cache_folder() / "kernels"))
 
 # What is made once for all workers of a session lies in the folder of the process that starts them.
 os.environ.setdefault("NESTED_TUNE_TESTS_SHARED", str(_PREFECT_HOME))

@@ -65,9 +65,9 @@ def prepare(config: FineTuneConfig, path: Path) -> RunDirectory:
     """A run that has been validated and loaded, and is not trained yet."""
     run = RunDirectory(path)
     path.mkdir(parents=True, exist_ok=True)
-    steps.begin(config, run, resume=False)
+    steps.write_run_config(config, run, resume=False)
     steps.validate(config, run)
-    steps.load(config, run)
+    steps.write_initial_adapter_and_tiers(config, run)
     return run
 
 

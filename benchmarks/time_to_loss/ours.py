@@ -15,7 +15,7 @@ from benchmarks.time_to_loss.corpus import PROMPT_LENGTH, WIDTH, Corpus, trainin
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.tier_assignment import TierMap, assign_tiers
-from nested_core.optim.tier_counters import COUNTERS
+from nested_core.optim.tier_counters import COUNTERS_KEY
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from nested_core.training.nonfinite_watch import NonfiniteStepWatch
@@ -51,7 +51,7 @@ def train_ours(
             began = time.perf_counter()
             for step in range(first, first + window):
                 train_step.run([next(batches)], train_step.needed_tiers(step))
-                watch.add_step(step, optimizer.state[COUNTERS])
+                watch.add_step(step, optimizer.state[COUNTERS_KEY])
             watch.finish()
             mx.eval(train_step.packed.arrays())
             look(time.perf_counter() - began, train_step.packed.unpack())

@@ -126,6 +126,6 @@ def _answer_each_prompt(both: BaseAndAdapter, prompts: Iterator[str], sampling: 
             continue
         for messages in conversations.values():
             messages.append({"role": "user", "content": prompt})
-        answers = show_answers(both.stream(conversations, sampling))
+        answers = show_answers(both.stream_answers(conversations, sampling))
         for side, messages in conversations.items():
             messages.append({"role": "assistant", "content": answers[side]})

@@ -11,7 +11,7 @@ from typing import Any
 from flows.commands.command_output import result_printer
 from flows.terminal import print_line, print_page, print_progress, print_table
 from nested_core.errors import DamagedError
-from nested_core.storage.run_directory import RUNS
+from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     report.set_defaults(run=run_report)
     runs = commands.add_parser("runs", parents=[shared], help="list the runs of a folder")
-    runs.add_argument("folder", nargs="?", type=Path, default=RUNS, metavar="DIR")
+    runs.add_argument("folder", nargs="?", type=Path, default=DEFAULT_RUNS_FOLDER, metavar="DIR")
     runs.add_argument("--json", action="store_true", help="the list as one JSON document")
     runs.set_defaults(run=run_listing)
     compare = commands.add_parser(
@@ -120,11 +120,11 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
 
 def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
     """Write the model card of a champion."""
-    from nested_core.report.adapter_card import write_card
+    from nested_core.report.adapter_card import render_card
     from nested_core.storage.atomic import write_bytes
 
     folder: Path = arguments.name_folder
-    card = write_card(folder.parent, folder.name)
+    card = render_card(folder.parent, folder.name)
     if arguments.output is not None:
         write_bytes(arguments.output, card.encode())
 

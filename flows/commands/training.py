@@ -25,7 +25,12 @@ from flows.terminal import (
     print_tiers,
 )
 from nested_core.errors import ConfigError, GateRejected, TrainingStopped
-from nested_core.storage.run_directory import RUNS, RunDirectory, new_run_name, open_run
+from nested_core.storage.run_directory import (
+    DEFAULT_RUNS_FOLDER,
+    RunDirectory,
+    new_run_name,
+    open_run,
+)
 
 if TYPE_CHECKING:
     from nested_core.config.registry import RegistrySection
@@ -210,4 +215,6 @@ def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
 def _open_run_directory(arguments: argparse.Namespace) -> RunDirectory:
     if arguments.run_dir is None and arguments.resume:
         raise ConfigError("--resume needs the --run-dir that it is to go on with.")
-    return open_run(arguments.run_dir or RUNS / new_run_name(), resume=arguments.resume)
+    return open_run(
+        arguments.run_dir or DEFAULT_RUNS_FOLDER / new_run_name(), resume=arguments.resume
+    )

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from nested_core import errors
 from nested_core.errors import NestedTuneError, WorkerFailed
-from nested_core.storage.compiled_kernels import outer_environment
+from nested_core.storage.compiled_kernels import environment_with_user_tmpdir
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 SMALL_BYTES = 16 * 2**20  # below this, starting processes takes longer than the work
@@ -145,7 +145,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # without a name; closed with it
-        environment = outer_environment() | {
+        environment = environment_with_user_tmpdir() | {
             "PYTHONPATH": os.pathsep.join(str(Path(entry).resolve()) for entry in sys.path),
             "TOKENIZERS_PARALLELISM": "false",  # each core has a process of its own already
             "POLARS_MAX_THREADS": "1",

@@ -30,8 +30,8 @@ from nested_core.gate.fresh_process_check import (
 from nested_core.gate.lora_effect import LARGEST_FLOAT32, product_norm
 from nested_core.gate.verdict import Code, Reason
 from nested_core.models.peft import import_peft
-from nested_core.models.peft.importing import PEFT_WEIGHTS, PICKLES
-from nested_core.models.peft.lora_factors import DTYPES, MLX_LM
+from nested_core.models.peft.importing import PEFT_WEIGHTS, PICKLE_FILE_NAMES
+from nested_core.models.peft.lora_factors import FACTOR_DTYPES, MLX_LM_NAMING
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
@@ -172,7 +172,7 @@ def audit_adapter(folder: Path, base: AuditedBase) -> AdapterAudit:
     if (reason := _fused_model_reason(folder)) is not None:
         return AdapterAudit(str(folder), (reason,))
     is_peft = not (folder / WEIGHTS_NAME).exists() and any(
-        (folder / name).exists() for name in (PEFT_WEIGHTS, *PICKLES)
+        (folder / name).exists() for name in (PEFT_WEIGHTS, *PICKLE_FILE_NAMES)
     )
     layout = base.layout_of(folder, is_peft=is_peft)
     reasons = _base_reasons(layout, base) + _structure_reasons(layout, base)
@@ -220,7 +220,7 @@ def _structure_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]
         return [*reasons, Reason("tensor_missing", "the file holds no tensor at all")]
     if layout.has_whole_weights:
         return reasons + _whole_weight_reasons(layout, base)
-    factors = {name for name in layout.tensors if _leaf_name(name) in MLX_LM.leaves}
+    factors = {name for name in layout.tensors if _leaf_name(name) in MLX_LM_NAMING.leaves}
     others = layout.tensors.keys() - factors
     weights = {n for n in others if _leaf_name(n) in WHOLE_WEIGHTS and ".lora_" not in n}
     reasons += _reason(
@@ -285,10 +285,10 @@ def _differs_in_rank_alone(layout: AdapterLayout, name: str) -> bool:
 
 def _value_reasons(layout: AdapterLayout) -> list[Reason]:
     """Reasons for dtypes that hold no weights, and for NaN and infinity."""
-    strange = {name for name, tensor in layout.tensors.items() if tensor.dtype not in DTYPES}
+    strange = {name for name, tensor in layout.tensors.items() if tensor.dtype not in FACTOR_DTYPES}
     broken = {n for n, t in layout.tensors.items() if n not in strange and not _is_finite(t)}
     return _reason(
-        "dtype_mismatch", strange, f"have other dtypes than {', '.join(DTYPES)}"
+        "dtype_mismatch", strange, f"have other dtypes than {', '.join(FACTOR_DTYPES)}"
     ) + _reason("non_finite", broken, "hold NaN or infinity")
 
 
@@ -301,7 +301,7 @@ def _judge_effects(
     huge: list[str] = []
     overflowing: list[str] = []
     for module, scale in sorted(layout.scales.items()):
-        names = [f"{module}.{leaf}" for leaf in MLX_LM.leaves]
+        names = [f"{module}.{leaf}" for leaf in MLX_LM_NAMING.leaves]
         if not all(_is_sound(layout, name) for name in names if name in layout.expected):
             continue
         lora_a = layout.tensors[f"{module}.lora_a"]
@@ -401,7 +401,7 @@ def _is_sound(layout: AdapterLayout, name: str) -> bool:
     tensor = layout.tensors.get(name)
     if tensor is None or not _has_expected_shape(layout, name):
         return False
-    return tensor.dtype in DTYPES and _is_finite(tensor)
+    return tensor.dtype in FACTOR_DTYPES and _is_finite(tensor)
 
 
 def _is_finite(tensor: StoredTensor) -> bool:

@@ -24,7 +24,7 @@ from nested_core.gate.verdict import Reason
 from nested_core.models.base_model import fingerprint_base_model, local_folder
 from nested_core.models.peft.base_modules import BaseModules
 from nested_core.models.peft.importing import read_peft_adapter
-from nested_core.models.peft.lora_factors import MLX_LM, PEFT, transpose_as_stored
+from nested_core.models.peft.lora_factors import MLX_LM_NAMING, PEFT_NAMING, transpose_as_stored
 from nested_core.models.peft.peft_config import PeftConfig
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter, read_adapter_config
 from nested_core.storage.safetensors_files import StoredTensor
@@ -162,7 +162,7 @@ class AuditedBase:
         expected = {
             name: tuple(value.shape)
             for name, value in attached
-            if name not in self.shapes and name.rpartition(".")[2] in MLX_LM.leaves
+            if name not in self.shapes and name.rpartition(".")[2] in MLX_LM_NAMING.leaves
         }
         keys = parameters.get("keys") or ()
         return expected, tuple(key for key in keys if key not in names | self.modules.keys())
@@ -176,9 +176,11 @@ class AuditedBase:
             return AdapterLayout("peft", written, {}, refusal=refusal)
         tensors = {}
         for name, tensor in stored.items():
-            place = PEFT.parse_tensor_name(name)
-            own_name = name if place is None else MLX_LM.tensor_name(*place)
-            tensors[own_name] = tensor if place is None else transpose_as_stored(tensor, PEFT)
+            place = PEFT_NAMING.parse_tensor_name(name)
+            own_name = name if place is None else MLX_LM_NAMING.tensor_name(*place)
+            tensors[own_name] = (
+                tensor if place is None else transpose_as_stored(tensor, PEFT_NAMING)
+            )
         targets = config.target_modules_of(self._sides)
         if targets is None:  # patterns of a stranger are not run: the tensors decide
             targets = {name.rpartition(".")[0] for name in tensors} & self._sides.keys()

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from nested_core.backend import to_float
 from nested_core.gate.verdict import Reason
 from nested_core.models.lora_attachment import load_adapter_tensors
-from nested_core.registry.gate_file import MIN_FUSED_SHARE
+from nested_core.registry.gate_file import MIN_CHANGE_LEFT_BY_FUSING
 
 MIN_SHARE_OF_A_MODULE = 0.1
 Parameters = Mapping[str, mx.array]
@@ -63,12 +63,12 @@ def judge_fused(
     }
     if overflowing:
         return evidence, _overflow_reasons(overflowing, after)
-    if not erased and whole.carried_share >= MIN_FUSED_SHARE:
+    if not erased and whole.carried_share >= MIN_CHANGE_LEFT_BY_FUSING:
         return evidence, []
     message = (
         f"fused into the base, {whole.carried_share:.1%} of the change is left (at least "
-        f"{MIN_FUSED_SHARE:.0%} is asked for) and {len(erased)} of {len(changes)} modules lose "
-        f"theirs: use the adapter unfused, or fuse with --dequantize"
+        f"{MIN_CHANGE_LEFT_BY_FUSING:.0%} is asked for) and {len(erased)} of {len(changes)} "
+        f"modules lose theirs: use the adapter unfused, or fuse with --dequantize"
     )
     return evidence, [Reason("no_effect", message, _tensors_of(erased, after))]
 

@@ -32,8 +32,8 @@ from nested_core.gate.verdict import GeneralLoss
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.base_model import find_model_folder, load_base_model
 from nested_core.models.lora_attachment import (
+    adapter_compute_dtype,
     attach_adapter,
-    compute_dtype_of_adapter,
     load_adapter_tensors,
 )
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
@@ -90,7 +90,7 @@ class LoadedBase:
         Examples that are in none of the `max_batches` batches have 0 everywhere; -1 is all.
         """
         refs = reference_trainable_parameters(
-            self.model, dtype=compute_dtype_of_adapter(self.config, self.model)
+            self.model, dtype=adapter_compute_dtype(self.config, self.model)
         )
         batch_size, max_seq_length = self.config.batch_size, self.config.max_seq_length
         batches = choose_evaluation_batches(

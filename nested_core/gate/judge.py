@@ -39,7 +39,7 @@ from nested_core.gate.verdict import (
     Verdict,
     describe_examples,
 )
-from nested_core.models.base_model import compute_dtype, find_model_folder
+from nested_core.models.base_model import find_model_folder, model_compute_dtype
 from nested_core.registry.gate_file import require_verdict_manifest
 from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.storage.manifest import describe_file
@@ -330,7 +330,7 @@ def _prove_effect(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidenc
     """Add whether a new process computes with the offered adapter what the trainer computed."""
     stages.info("gate: a new process loads the adapter, and must see the change")
     mx.clear_cache()  # this process has let go of the model; the new one needs the memory
-    logits, dtype = evidence.record.logits, compute_dtype(config)
+    logits, dtype = evidence.record.logits, model_compute_dtype(config)
     request = ProofRequest(
         model=find_model_folder(config.model),
         initial=evidence.before.path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nested_core.config.gate import GateSection
 from nested_core.gate.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples
-from nested_core.registry.gate_file import is_within, is_within_drift
+from nested_core.registry.gate_file import is_drift_within_bound, is_loss_within_bound
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
 
@@ -20,7 +20,7 @@ def loss_reasons(
         limit = bounds.max_val_loss_increase
         if reason := _non_finite_reason(validation, "loss"):
             reasons.append(reason)
-        elif not is_within(
+        elif not is_loss_within_bound(
             validation.loss_before,
             validation.loss_after,
             limit,
@@ -36,7 +36,7 @@ def loss_reasons(
         general_limit = bounds.max_general_loss_increase
         if reason := _non_finite_reason(general, "loss on general text"):
             reasons.append(reason)
-        elif general_limit is not None and not is_within(
+        elif general_limit is not None and not is_loss_within_bound(
             general.loss_before, general.loss_after, general_limit
         ):
             losses = format_change(general.loss_before, general.loss_after)
@@ -50,7 +50,11 @@ def loss_reasons(
 
 def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
     """The reason for predictions that moved beyond `max_kl` on the held-out `data`."""
-    if drift is None or bounds.max_kl is None or is_within_drift(drift.kl_initial, bounds.max_kl):
+    if (
+        drift is None
+        or bounds.max_kl is None
+        or is_drift_within_bound(drift.kl_initial, bounds.max_kl)
+    ):
         return []
     moved = "not finite" if drift.kl_initial is None else f"{drift.kl_initial:.4g} nats a token"
     message = (

@@ -17,7 +17,7 @@ from nested_core.gate.answers.suites import name_question
 from nested_core.gate.champion_adapter import Champion
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.run_evidence import RunEvidence
-from nested_core.models.base_model import compute_dtype, fingerprint_base_model
+from nested_core.models.base_model import fingerprint_base_model, model_compute_dtype
 from nested_core.models.generation import Answer
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.storage.adapter import Adapter
@@ -55,7 +55,7 @@ class _AskedModel:
         return AnsweringModel(
             base=fingerprint_base_model(self.base.folder),
             adapter=None if self.adapter is None else self.adapter.digest(),
-            computation=f"{backend.device()} {compute_dtype(config)} {config.fine_tune_type}",
+            computation=f"{backend.device()} {model_compute_dtype(config)} {config.fine_tune_type}",
         )
 
 

@@ -15,9 +15,9 @@ from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.optim.gradient_checks import find_gradient_mark
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.optim.tier_assignment import TierMap, count_expected_updates
-from nested_core.optim.tier_counters import COUNTERS, require_current_layout
+from nested_core.optim.tier_counters import COUNTERS_KEY, require_current_layout
 from nested_core.optim.tiers_file import read_tiers
-from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
+from nested_core.storage.checkpoint import MASTERS_PREFIX, OPTIMIZER_NAME
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 
@@ -39,7 +39,7 @@ class TierEvidence:
     ) -> TierEvidence:
         """Read it from the run directory and its verified checkpoint."""
         optimizer_state = read_tensors(evidence.checkpoint.path / OPTIMIZER_NAME)
-        layout = optimizer_state.get(f"{COUNTERS}.layout")
+        layout = optimizer_state.get(f"{COUNTERS_KEY}.layout")
         require_current_layout(None if layout is None else layout.to_mlx())
         return cls(
             read_tiers(run.tiers),
@@ -60,7 +60,7 @@ class TierEvidence:
 
         A float32 master may move by less than the dtype that the parameter is published in can say.
         """
-        master = self.optimizer_state.get(MASTERS + name)
+        master = self.optimizer_state.get(MASTERS_PREFIX + name)
         before = self.initial[name].to_numpy()
         has_moved = master is not None and not np.array_equal(master.to_numpy(), before)
         return self.had_gradient(name) and not has_moved

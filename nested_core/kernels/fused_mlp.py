@@ -17,7 +17,7 @@ from nested_core import backend
 from nested_core.kernels import lora_linear
 from nested_core.kernels.call_tracing import CallTrace, GatedMLP, find_gated_mlps
 from nested_core.kernels.cuda import gated_mlp as mlp_kernels
-from nested_core.kernels.cuda.concatenate import concatenate_arrays
+from nested_core.kernels.cuda.concatenate import concatenate_flattened
 from nested_core.kernels.cuda.gated_mlp import gated_gradients_on_cuda, gated_product_on_cuda
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms, can_use_lora_kernels
 from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
@@ -95,7 +95,7 @@ def _make_fused_function(mlp: GatedMLP) -> Any:
     def forward(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         """The output, the base outputs of gate and up, both lora_a^T, their z, and z of down."""
         factors = MLPFactors._make(arrays)
-        a = concatenate_arrays([factors.a_gate.T, factors.a_up.T]).reshape(-1, x.shape[-1])
+        a = concatenate_flattened([factors.a_gate.T, factors.a_up.T]).reshape(-1, x.shape[-1])
         z = project_to_rank([(a, x)], gate.scale)
         gate_base, up_base = gate.linear(x), up.linear(x)
         rank = len(factors.b_gate)

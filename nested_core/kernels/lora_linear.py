@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
 from nested_core.kernels.cuda import lora_add, lora_matmuls
-from nested_core.kernels.cuda.concatenate import concatenate_arrays
+from nested_core.kernels.cuda.concatenate import concatenate_flattened
 from nested_core.kernels.cuda.lora_add import (
     LowRankSumTerms,
     can_use_lora_kernels,
@@ -27,7 +27,7 @@ from nested_core.kernels.cuda.lora_add import (
 from nested_core.kernels.cuda.lora_matmuls import factor_gradients, project_to_rank
 from nested_core.kernels.cuda.rank_tiles import has_kernel_for_rank, tiles_of_smallest_kernel
 
-GROUP = "_shared_input"
+GROUP_ATTRIBUTE = "_shared_input"
 
 
 class OptimizedLoRALinear(LoRALinear):
@@ -44,8 +44,8 @@ class OptimizedLoRALinear(LoRALinear):
         if dropped is not x:  # the low-rank path alone sees dropout, as in mlx-lm
             z = (dropped @ self.lora_a) * self.scale
             return mx.addmm(self.linear(x), z, self.lora_b)
-        group: LayersSharingInput = vars(self).get(GROUP) or LayersSharingInput([self])
-        return group.output(self, x)
+        group: LayersSharingInput = vars(self).get(GROUP_ATTRIBUTE) or LayersSharingInput([self])
+        return group.layer_output(self, x)
 
 
 class LayersSharingInput:
@@ -63,7 +63,7 @@ class LayersSharingInput:
         self._input: mx.array | None = None
         self._outputs: dict[int, mx.array] = {}
 
-    def output(self, layer: LoRALinear, x: mx.array) -> mx.array:
+    def layer_output(self, layer: LoRALinear, x: mx.array) -> mx.array:
         """The output of one layer.
 
         The first call with an input computes all layers' outputs, and the last drops the input.
@@ -83,7 +83,7 @@ class LayersSharingInput:
         @mx.custom_function
         def project(x: mx.array, *factors: mx.array) -> list[mx.array]:
             """Each layer's output, and what the backward pass needs: all lora_a^T, and z."""
-            a = concatenate_arrays([factor.T for factor in factors[:count]]).reshape(
+            a = concatenate_flattened([factor.T for factor in factors[:count]]).reshape(
                 -1, x.shape[-1]
             )
             z = project_to_rank([(a, x)], scale)
@@ -188,9 +188,9 @@ def using_optimized_lora_layers(
         for group in groups:
             shared = LayersSharingInput([m for m in group if isinstance(m, OptimizedLoRALinear)])
             for layer in group:
-                object.__setattr__(layer, GROUP, shared)
+                object.__setattr__(layer, GROUP_ATTRIBUTE, shared)
         yield
     finally:
         for layer in layers:
-            vars(layer).pop(GROUP, None)
+            vars(layer).pop(GROUP_ATTRIBUTE, None)
             layer.__class__ = LoRALinear

@@ -19,7 +19,7 @@ from nested_core.kernels.rms_norm import using_frozen_norms
 from nested_core.kernels.rope import using_rope_tables
 from nested_core.kernels.swiglu import using_fused_swiglu
 
-OPTIMIZATIONS = (
+OPTIMIZATION_CONTEXTS = (
     using_fused_swiglu,
     using_blocked_attention,
     using_rope_tables,
@@ -43,7 +43,7 @@ def using_optimized_layers(
             return
         mlps, groups = _find_mlps_and_shared_inputs(model)
         with ExitStack() as stack:
-            for optimization in OPTIMIZATIONS:
+            for optimization in OPTIMIZATION_CONTEXTS:
                 stack.enter_context(optimization(model))
             stack.enter_context(using_optimized_lora_layers(model, groups))
             stack.enter_context(using_fused_mlps(mlps))

@@ -19,8 +19,8 @@ import mlx.nn as nn
 from nested_core import backend
 from nested_core.kernels.patching import replacing_call
 
-LEAST_ROWS = 16
-FROZEN_PARAMETERS = {"weight", "scales", "biases"}  # no gradient is taken of these here
+MIN_ROWS_TO_DEQUANTIZE = 16
+QUANTIZED_WEIGHT_KEYS = {"weight", "scales", "biases"}  # no gradient is taken of these here
 METHODS: dict[type, str] = {nn.QuantizedLinear: "__call__", nn.QuantizedEmbedding: "as_linear"}
 
 
@@ -31,7 +31,7 @@ def multiplying_by_dequantized_weights(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for _, module in model.named_modules() if is_faster else ():
             method = METHODS.get(type(module))
-            if method is None or module.trainable_parameters().keys() & FROZEN_PARAMETERS:
+            if method is None or module.trainable_parameters().keys() & QUANTIZED_WEIGHT_KEYS:
                 continue
             product = make_dequantized_product(module, method)
             stack.enter_context(replacing_call(module, product, method))
@@ -52,7 +52,7 @@ def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], m
 
     def product(x: mx.array) -> mx.array:
         """x @ weight.T, plus the bias if the layer has one."""
-        if x.size < LEAST_ROWS * x.shape[-1] or x.dtype != module.scales.dtype:
+        if x.size < MIN_ROWS_TO_DEQUANTIZE * x.shape[-1] or x.dtype != module.scales.dtype:
             return own(module, x)
         output = cast(mx.array, multiply(x))
         return output + module.bias if "bias" in module else output
@@ -60,12 +60,12 @@ def make_dequantized_product(module: Any, method: str) -> Callable[[mx.array], m
     return product
 
 
-def dequantize_weight(module: Any, wanted_by: mx.array) -> mx.array:
-    """A layer's weight (outputs, inputs) in the dtype of its scales, made after `wanted_by`.
+def dequantize_weight(module: Any, computed_after: mx.array) -> mx.array:
+    """A layer's weight (outputs, inputs) in the dtype of its scales, made after the other array.
 
     Without that dependency mx.compile would make it once for both passes, and keep it.
     """
-    (weight,) = mx.depends([module.weight], [wanted_by])
+    (weight,) = mx.depends([module.weight], [computed_after])
     return mx.dequantize(
         weight,
         module.scales,

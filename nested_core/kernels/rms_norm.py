@@ -12,14 +12,21 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from nested_core.kernels.cuda.kernel_launch import DTYPE, MULTIPROCESSORS, WIDTH, launch_kernel
+from nested_core.kernels.cuda.kernel_launch import (
+    ELEMENTS_PER_LOAD,
+    KERNEL_DTYPE,
+    MULTIPROCESSORS,
+    launch_kernel,
+)
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 from nested_core.kernels.patching import replacing_calls
 
 MAX_THREADS = 128
-COMPILED_LOADS = 1, 2, 4, 8, 16  # loads of a thread that a kernel is compiled for
+COMPILED_LOADS_PER_THREAD = 1, 2, 4, 8, 16  # loads of a thread that a kernel is compiled for
 MAX_BLOCKS = 8 * MULTIPROCESSORS  # each takes row after row
-LONGEST_ROW = COMPILED_LOADS[-1] * WIDTH * MAX_THREADS  # that a block keeps in registers
+LONGEST_ROW = (
+    COMPILED_LOADS_PER_THREAD[-1] * ELEMENTS_PER_LOAD * MAX_THREADS
+)  # that a block keeps in registers
 
 InputGradient = Callable[[mx.array, mx.array, float, mx.array], mx.array]
 
@@ -40,7 +47,7 @@ def _example_inputs(width: int) -> list[tuple[mx.array, mx.array, float, mx.arra
 def input_gradient_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.array) -> mx.array:
     """The same in one kernel, for bfloat16 and rows that fit."""
     n = x.shape[-1]
-    threads = min(MAX_THREADS, -(-n // (32 * WIDTH)) * 32)
+    threads = min(MAX_THREADS, -(-n // (32 * ELEMENTS_PER_LOAD)) * 32)
     return launch_kernel(
         "rms_norm_gradient",
         [x, weight, g],
@@ -48,12 +55,14 @@ def input_gradient_on_cuda(x: mx.array, weight: mx.array, eps: float, g: mx.arra
         [x.size // n, n, eps],
         blocks=(min(x.size // n, MAX_BLOCKS), 1),
         threads=threads,
-        PACKS=min(loads for loads in COMPILED_LOADS if loads * WIDTH * threads >= n),
+        PACKS=min(
+            loads for loads in COMPILED_LOADS_PER_THREAD if loads * ELEMENTS_PER_LOAD * threads >= n
+        ),
     )[0]
 
 
 def _has_kernel_for_width(width: int) -> bool:
-    return width % WIDTH == 0 and width <= LONGEST_ROW
+    return width % ELEMENTS_PER_LOAD == 0 and width <= LONGEST_ROW
 
 
 def make_norm_call(
@@ -71,7 +80,10 @@ def make_norm_call(
 
     def call(x: mx.array) -> mx.array:
         """The norm with our backward pass for arrays that fit its kernel, else MLX's own."""
-        if not _has_kernel_for_width(x.shape[-1]) or not x.dtype == module.weight.dtype == DTYPE:
+        if (
+            not _has_kernel_for_width(x.shape[-1])
+            or not x.dtype == module.weight.dtype == KERNEL_DTYPE
+        ):
             return mx.fast.rms_norm(x, module.weight, module.eps)
         return cast(mx.array, norm(x))
 

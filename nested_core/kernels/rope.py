@@ -18,11 +18,16 @@ import numpy as np
 from mlx_lm.models.rope_utils import Llama3RoPE, SuScaledRoPE, YarnRoPE
 
 from nested_core.backend import to_float
-from nested_core.kernels.cuda.kernel_launch import DTYPE, THREADS, WIDTH, launch_kernel
+from nested_core.kernels.cuda.kernel_launch import (
+    ELEMENTS_PER_LOAD,
+    KERNEL_DTYPE,
+    MAX_THREADS_PER_BLOCK,
+    launch_kernel,
+)
 from nested_core.kernels.cuda.self_check import checked_kernel
 from nested_core.kernels.patching import replacing_calls
 
-ROTATIONS = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
+ROPE_CLASSES = (nn.RoPE, Llama3RoPE, SuScaledRoPE, YarnRoPE)
 PROBE_LENGTH = 7  # positions
 
 Rotate = Callable[[mx.array, mx.array, bool], mx.array]
@@ -51,8 +56,8 @@ def rotate_on_cuda(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
         [x, table],
         [(x.shape, x.dtype)],
         [batch * length, length, heads, width // 2, -1.0 if inverse else 1.0],
-        blocks=(-(-x.size // (2 * WIDTH * THREADS)), 1),
-        threads=THREADS,
+        blocks=(-(-x.size // (2 * ELEMENTS_PER_LOAD * MAX_THREADS_PER_BLOCK)), 1),
+        threads=MAX_THREADS_PER_BLOCK,
     )[0]
 
 
@@ -76,7 +81,7 @@ class RotationTable:
         """Equal for rotations by the same angles, as those of a model's layers are."""
         return np.array(self._table[:PROBE_LENGTH]).tobytes()
 
-    def for_positions(self, length: int) -> mx.array:
+    def cosines_and_sines(self, length: int) -> mx.array:
         """Cosines and sines of the first positions (length, width)."""
         if length > len(self._table):
             longer = 2 ** (length - 1).bit_length()
@@ -98,15 +103,15 @@ def make_rotation_call(
 
     @mx.custom_function
     def rotation(x: mx.array) -> Any:
-        return rotate(x, table.for_positions(x.shape[1]), False)
+        return rotate(x, table.cosines_and_sines(x.shape[1]), False)
 
     @rotation.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
-        return rotate(cotangent, table.for_positions(x.shape[1]), True)
+        return rotate(cotangent, table.cosines_and_sines(x.shape[1]), True)
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Heads rotated by the table where they fit the kernel, else by the module itself."""
-        fits = x.ndim == 4 and x.shape[3] == width and x.dtype == DTYPE
+        fits = x.ndim == 4 and x.shape[3] == width and x.dtype == KERNEL_DTYPE
         if args or kwargs or not fits:
             return own(module, x, *args, **kwargs)
         heads = cast(mx.array, rotation(x.swapaxes(1, 2)))  # as the projections gave them: no copy
@@ -123,7 +128,7 @@ def rope_head_width(module: Any) -> int:
 def rotates_halves(module: nn.Module) -> bool:
     """Whether a module is a rotation of pairs half a head apart, as the kernel computes it."""
     width = rope_head_width(module)
-    if not isinstance(module, ROTATIONS) or width % (2 * WIDTH):
+    if not isinstance(module, ROPE_CLASSES) or width % (2 * ELEMENTS_PER_LOAD):
         return False
     rope: Any = module
     x = mx.random.normal((1, 3, PROBE_LENGTH, width), key=mx.random.key(0))

@@ -15,7 +15,12 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 
 from nested_core import backend
-from nested_core.kernels.cuda.kernel_launch import DTYPE, THREADS, WIDTH, launch_kernel
+from nested_core.kernels.cuda.kernel_launch import (
+    ELEMENTS_PER_LOAD,
+    KERNEL_DTYPE,
+    MAX_THREADS_PER_BLOCK,
+    launch_kernel,
+)
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 from nested_core.kernels.exponential import exponential
 from nested_core.kernels.patching import replacing_function
@@ -39,7 +44,7 @@ def _example_inputs() -> list[tuple[mx.array, mx.array, mx.array]]:
 
 @checked_kernel("swiglu", reference=plain_swiglu, examples=lambda: [_example_inputs()[0][:2]])
 def swiglu_on_cuda(gate: mx.array, x: mx.array) -> mx.array:
-    """silu(gate) * x in one kernel, for bfloat16 arrays of a multiple of WIDTH elements."""
+    """silu(gate) * x in one kernel, for bfloat16 arrays of whole loads (ELEMENTS_PER_LOAD)."""
     return _launch_elementwise("swiglu", [gate, x], 1)[0]
 
 
@@ -53,14 +58,14 @@ def swiglu_gradients_on_cuda(gate: mx.array, x: mx.array, g: mx.array) -> tuple[
 def _launch_elementwise(name: str, arrays: list[mx.array], outputs: int) -> list[mx.array]:
     """Launch a kernel that reads arrays of one shape and dtype, and fills others like them."""
     first = arrays[0]
-    loads = first.size // WIDTH
+    loads = first.size // ELEMENTS_PER_LOAD
     return launch_kernel(
         name,
         arrays,
         [(first.shape, first.dtype)] * outputs,
         [loads],
-        blocks=(-(-loads // THREADS), 1),
-        threads=THREADS,
+        blocks=(-(-loads // MAX_THREADS_PER_BLOCK), 1),
+        threads=MAX_THREADS_PER_BLOCK,
     )
 
 
@@ -78,7 +83,7 @@ def make_swiglu(forward: Swiglu, gradients: Gradients) -> Swiglu:
     def swiglu(gate: mx.array, x: mx.array) -> mx.array:
         """The fused function for arrays that fit its kernels, else mlx-lm's."""
         are_alike = gate.dtype == x.dtype and gate.shape == x.shape
-        fits = are_alike and gate.size % WIDTH == 0 and gate.dtype == DTYPE
+        fits = are_alike and gate.size % ELEMENTS_PER_LOAD == 0 and gate.dtype == KERNEL_DTYPE
         return cast(mx.array, fused(gate, x) if fits else plain_swiglu(gate, x))
 
     return swiglu
@@ -99,7 +104,7 @@ def _swiglu_and_sigmoid(gate: mx.array, x: mx.array) -> Any:
 
 
 @_swiglu_and_sigmoid.vjp
-def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+def _swiglu_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
     gate, x = primals
     _, s = outputs
     scaled = cotangents[0] * s

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nested_core import backend
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
-from nested_core.storage.kept_hashes import kept_sha256
+from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_json
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
 MAX_CONFIG_BYTES = 16 * 1024 * 1024
-RULE = "sha256:"  # begins the fingerprints that cover every byte
-PAGE_BYTES = 4096  # of the rule of earlier releases
-PAGE_STRIDE = 1024 * 1024
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
+FINGERPRINT_PREFIX = "sha256:"  # begins the fingerprints that cover every byte
+SAMPLED_BYTES = 4096  # of the rule of earlier releases
+SAMPLE_STRIDE_BYTES = 1024 * 1024
+_HUB_NAME_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 def find_model_folder(model: str) -> Path:
@@ -50,7 +50,7 @@ def find_model_folder(model: str) -> Path:
 
 def require_folder_or_hub_name(model: str) -> None:
     """Raise ConfigError for what is no folder here and cannot name a repository of the hub."""
-    if Path(model).is_dir() or _HUB_NAME.fullmatch(model):
+    if Path(model).is_dir() or _HUB_NAME_PATTERN.fullmatch(model):
         return
     raise ConfigError(
         f"model: {model!r} is no local directory: {Path(model).absolute()} does not exist or is a "
@@ -80,9 +80,9 @@ def fingerprint_base_model(folder: Path) -> str:
     Hashes of files that have not changed are kept from one call to the next (`kept_hashes`).
     """
     paths = _fingerprinted_files(folder)
-    hashes = kept_sha256(paths)
+    hashes = cached_sha256(paths)
     named = [[path.name, digest] for path, digest in zip(paths, hashes, strict=True)]
-    return RULE + hashlib.sha256(canonical_json(named)).hexdigest()
+    return FINGERPRINT_PREFIX + hashlib.sha256(canonical_json(named)).hexdigest()
 
 
 def is_same_base(recorded: str, folder: Path) -> bool:
@@ -90,7 +90,7 @@ def is_same_base(recorded: str, folder: Path) -> bool:
 
     Warns of a fingerprint that earlier releases took, which most changes of weights leave as it is.
     """
-    if recorded.startswith(RULE):
+    if recorded.startswith(FINGERPRINT_PREFIX):
         return recorded == fingerprint_base_model(folder)
     is_same = recorded == sampled_fingerprint(folder)
     if is_same:
@@ -118,10 +118,10 @@ def sampled_fingerprint(folder: Path) -> str:
     for path in _fingerprinted_files(folder):
         with open_regular(path, UNBOUNDED, follow_links=True) as (file, size):
             digest.update(canonical_json([path.name, size]))
-            stride = PAGE_STRIDE if path.suffix == ".safetensors" else PAGE_BYTES
+            stride = SAMPLE_STRIDE_BYTES if path.suffix == ".safetensors" else SAMPLED_BYTES
             for offset in range(0, size, stride):
                 file.seek(offset)
-                digest.update(file.read(PAGE_BYTES))
+                digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()
 
 
@@ -168,14 +168,14 @@ def load_base_model(config: FineTuneConfig, *, as_stored: bool = False) -> tuple
         )[:2]
     except (OSError, ValueError, RuntimeError, LookupError, ImportError, TypeError) as error:
         raise ConfigError(f"model: {folder} could not be loaded: {error}") from error
-    dtype = compute_dtype(config)
+    dtype = model_compute_dtype(config)
     if dtype is not None and not as_stored:
         model.set_dtype(dtype)
     mx.eval(model.parameters())
     return model, tokenizer
 
 
-def compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
+def model_compute_dtype(config: FineTuneConfig) -> mx.Dtype | None:
     """The dtype of forward and backward pass; None keeps the model's own.
 
     `auto` is float32 on a CPU, where bfloat16 has no fast matmul, and the model's own elsewhere.

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 BATCH_SIZE = 32
-FEWEST_REPEATS = 4
-PROBE_PROMPTS = ((1, 2, 3, 4, 5, 6, 7), (7, 3), (5, 4, 3, 2))
-ROUNDING = 16  # in units of the dtype's epsilon, relative to the largest log-probability
+MIN_TOKENS_OF_REPEATED_ANSWER = 4
+BATCHING_TEST_PROMPTS = ((1, 2, 3, 4, 5, 6, 7), (7, 3), (5, 4, 3, 2))
+ROUNDING_TOLERANCE = 16  # in units of the dtype's epsilon, relative to the largest log-probability
 OnAnswered = Callable[[int], None]
 Sampler = Callable[["mx.array"], "mx.array"] | None
 
@@ -166,7 +166,9 @@ class _UnfinishedAnswer:
         text: str = self.detokenizer.text
         is_endless = self.is_endless and not self.has_stopped
         ends = [position for stop in self.stop if (position := text.find(stop)) >= 0]
-        is_repeated = len(self.tokens) >= FEWEST_REPEATS and len(set(self.tokens)) == 1
+        is_repeated = (
+            len(self.tokens) >= MIN_TOKENS_OF_REPEATED_ANSWER and len(set(self.tokens)) == 1
+        )
         return Answer(text[: min(ends, default=None)], len(self.tokens), is_endless, is_repeated)
 
 
@@ -245,25 +247,25 @@ def can_batch(model: nn.Module) -> bool:
     if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
         return False
     try:
-        batched = _probe_batch(model)
+        batched = _test_prompt_logprobs_in_a_batch(model)
     except (ValueError, TypeError, AttributeError, NotImplementedError):
         return False
-    for prompt, rows in zip(PROBE_PROMPTS, batched, strict=True):
+    for prompt, rows in zip(BATCHING_TEST_PROMPTS, batched, strict=True):
         alone = [row for _, row in generate_step(mx.array(prompt), model, max_tokens=len(rows))]
         expected = mx.stack(alone)
-        bound = ROUNDING * float(mx.finfo(expected.dtype).eps) * mx.abs(expected).max()
+        bound = ROUNDING_TOLERANCE * float(mx.finfo(expected.dtype).eps) * mx.abs(expected).max()
         if not bool(mx.all(mx.abs(mx.stack(rows) - expected) <= bound).item()):
             return False
     return True
 
 
-def _probe_batch(model: nn.Module) -> list[list[mx.array]]:
-    """The log-probabilities of two greedy tokens after each of PROBE_PROMPTS, in one batch."""
+def _test_prompt_logprobs_in_a_batch(model: nn.Module) -> list[list[mx.array]]:
+    """Log-probabilities of two greedy tokens after each of BATCHING_TEST_PROMPTS, in one batch."""
     from mlx_lm.generate import BatchGenerator
 
     generator = BatchGenerator(model, max_tokens=2)
     try:
-        uids = generator.insert([list(prompt) for prompt in PROBE_PROMPTS])
+        uids = generator.insert([list(prompt) for prompt in BATCHING_TEST_PROMPTS])
         rows: dict[int, list[mx.array]] = {uid: [] for uid in uids}
         while responses := generator.next_generated():
             for response in responses:

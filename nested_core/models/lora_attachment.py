@@ -23,19 +23,19 @@ from nested_core.storage.safetensors_files import load_arrays
 if TYPE_CHECKING:
     from nested_core.config.schema import FineTuneConfig
 
-ADAPTER_MARKS = ("lora_a", "lora_b", "adapter")
-DORA_MAGNITUDE = "m"
-SHOWN_MODULES = 10
+ADAPTER_NAME_PARTS = ("lora_a", "lora_b", "adapter")
+DORA_MAGNITUDE_NAME = "m"
+MAX_SHOWN_MODULES = 10
 
 
 def is_adapter_parameter(name: str) -> bool:
     """Whether a dotted name is an adapter's: lora_a, lora_b, adapter in any case, or DoRA's m."""
     lowered = name.lower()
-    marked = any(mark in lowered for mark in ADAPTER_MARKS)
-    return marked or lowered.rsplit(".", 1)[-1] == DORA_MAGNITUDE
+    marked = any(mark in lowered for mark in ADAPTER_NAME_PARTS)
+    return marked or lowered.rsplit(".", 1)[-1] == DORA_MAGNITUDE_NAME
 
 
-def compute_dtype_of_adapter(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
+def adapter_compute_dtype(config: FineTuneConfig, model: nn.Module) -> mx.Dtype | None:
     """The dtype that the LoRA factors compute in; None is their own, float32.
 
     It is bfloat16 if the model's is, for a float32 factor makes every activation float32. It is not
@@ -99,7 +99,7 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
         raise ConfigError(
             f"lora_parameters.keys: {len(foreign)} tensors outside of the adapter would be "
             f"trained, {foreign[0]} among them. Name linear modules alone, such as "
-            f"{list_first(linear_names, SHOWN_MODULES)}."
+            f"{list_first(linear_names, MAX_SHOWN_MODULES)}."
         )
     if unmatched:
         warnings.warn(
@@ -138,7 +138,7 @@ def _suggest_keys(unmatched: Sequence[str], names: Sequence[str]) -> str:
         meant = ends_alike or difflib.get_close_matches(key, names, n=1)
         question = f"; did you mean {meant[0]}?" if meant else "."
         sentences.append(f"No module is named {key}{question}")
-    return f"{' '.join(sentences)} Linear modules: {list_first(names, SHOWN_MODULES)}.".strip()
+    return f"{' '.join(sentences)} Linear modules: {list_first(names, MAX_SHOWN_MODULES)}.".strip()
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:

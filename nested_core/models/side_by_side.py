@@ -43,10 +43,10 @@ class BaseAndAdapter:
             raise ConfigError(f"model: {base} could not be loaded: {error}") from error
         self._model = loaded[0]
         self._tokenizer = loaded[1]
-        self._parameters = self._attach(read.config, read.tensors)
+        self._parameters = self._attach_adapter(read.config, read.tensors)
         self._model.eval()
 
-    def _attach(
+    def _attach_adapter(
         self, config: Mapping[str, Any], tensors: Mapping[str, Any]
     ) -> dict[Side, list[tuple[str, mx.array]]]:
         """Make room for the adapter; the fresh parameters there leave the base as it is."""
@@ -75,7 +75,7 @@ class BaseAndAdapter:
         """The model, with whichever parameters answered last."""
         return self._model
 
-    def stream(
+    def stream_answers(
         self, conversations: Mapping[Side, Messages], sampling: Sampling
     ) -> Iterator[tuple[Side, str]]:
         """The answers to two conversations as they come, piece by piece in turn."""

@@ -20,8 +20,13 @@ from nested_core.errors import UpdateNotApplied
 
 Tree = TypeVar("Tree", bound=dict[str, Any] | list[Any])
 
-MAX_NAMED = 10  # problems written out in one message
-UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes an element
+MAX_LISTED_PROBLEMS = 10  # problems written out in one message
+UNSIGNED_DTYPE_BY_BYTES = {
+    1: mx.uint8,
+    2: mx.uint16,
+    4: mx.uint32,
+    8: mx.uint64,
+}  # by bytes an element
 
 
 class LeafRef(NamedTuple):
@@ -180,7 +185,7 @@ def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
     faults = {name: fault for name, fault in problems.items() if fault}
     known = [name for name, _ in _named_arrays(tree)]
     lines = []
-    for name, fault in islice(faults.items(), MAX_NAMED):
+    for name, fault in islice(faults.items(), MAX_LISTED_PROBLEMS):
         nearest = difflib.get_close_matches(name, known, n=1) if name not in known else []
         lines.append(f"{name}: {fault}" + "".join(f"; the nearest is {near}" for near in nearest))
     return (
@@ -191,7 +196,7 @@ def _join_problems(problems: Mapping[str, str | None], tree: Any) -> str:
 
 def _join_first(words: Sequence[str], count: int, separator: str) -> str:
     """The first few of `count` words, and how many more there are."""
-    shown = list(words[:MAX_NAMED])
+    shown = list(words[:MAX_LISTED_PROBLEMS])
     return separator.join(
         [*shown, f"and {count - len(shown)} more"] if count > len(shown) else shown
     )
@@ -203,5 +208,5 @@ def _has_equal_bits(left: Any, right: mx.array) -> mx.array:
         return mx.array(True)
     if not isinstance(left, mx.array) or (left.shape, left.dtype) != (right.shape, right.dtype):
         return mx.array(False)
-    unsigned = UNSIGNED[right.dtype.size]
+    unsigned = UNSIGNED_DTYPE_BY_BYTES[right.dtype.size]
     return mx.array_equal(left.view(unsigned), right.view(unsigned))

@@ -13,9 +13,11 @@ import mlx.core as mx
 from nested_core.errors import DamagedError
 from nested_core.optim.gradient_checks import ArraySpec
 
-COUNTERS = "nested"
-LAYOUT = 2  # of the state; 1 had no number, and no marks for SGD and others (`had_gradient`)
-RESERVED_NAMES = ("step", "learning_rate", COUNTERS)
+COUNTERS_KEY = "nested"
+STATE_LAYOUT_VERSION = (
+    2  # of the state; 1 had no number, and no marks for SGD and others (`had_gradient`)
+)
+RESERVED_NAMES = ("step", "learning_rate", COUNTERS_KEY)
 
 
 @dataclass(frozen=True)
@@ -127,17 +129,18 @@ def new_tier_counters(tiers: Sequence[Tier], step: mx.array) -> dict[str, mx.arr
         "gathered": zeros,
         "nonfinite_in_a_row": mx.array(0, mx.uint64),
         "grad_norm": mx.array(0.0),
-        "layout": mx.array(LAYOUT, mx.uint32),
+        "layout": mx.array(STATE_LAYOUT_VERSION, mx.uint32),
     }
 
 
 def require_current_layout(layout: mx.array | None) -> None:
-    """Raise DamagedError unless a state's `layout` counter is LAYOUT; a state of old has none."""
+    """Raise DamagedError unless a state has the present layout; a state of old says none."""
     number = 1 if layout is None else layout.item()
-    if number != LAYOUT:
+    if number != STATE_LAYOUT_VERSION:
         raise DamagedError(
             f"This optimizer state has layout {number}, of another release; this one reads "
-            f"layout {LAYOUT}. Go on with the release that wrote it, or start a new run."
+            f"layout {STATE_LAYOUT_VERSION}. Go on with the release that wrote it, or start a new "
+            "run."
         )
 
 

@@ -34,7 +34,7 @@ from nested_core.optim.gradient_checks import (
 )
 from nested_core.optim.gradient_clipping import clip_gradients, norm_of_due_gradients
 from nested_core.optim.named_updates import flatten
-from nested_core.optim.tier_counters import COUNTERS, Tier, TierStats
+from nested_core.optim.tier_counters import COUNTERS_KEY, Tier, TierStats
 
 # Each element's update depends on that element alone, so tensors may be joined into one vector.
 ELEMENTWISE_OPTIMIZERS = (
@@ -115,8 +115,8 @@ class Tiered(Optimizer):
         for a parameter whose name the state needs itself, and for tiers that do not fit the
         parameters (`tier_of_each_parameter`); DamagedError for a state of another layout.
         """
-        if COUNTERS in self.state:
-            tier_counters.require_current_layout(self.state[COUNTERS].get("layout"))
+        if COUNTERS_KEY in self.state:
+            tier_counters.require_current_layout(self.state[COUNTERS_KEY].get("layout"))
         eps = getattr(self.optimizers[0], "eps", None)
         half = [name for name, value in flatten(parameters).items() if value.dtype == mx.float16]
         if half and isinstance(eps, float):
@@ -134,7 +134,9 @@ class Tiered(Optimizer):
         self._specs = shapes_and_dtypes(flat)
         super().init(parameters)
         if self.tiers != (Tier(),):  # a drop-in's state is mlx's to the leaf until its first step
-            self.state.setdefault(COUNTERS, tier_counters.new_tier_counters(self.tiers, self.step))
+            self.state.setdefault(
+                COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step)
+            )
         for name, leaf in optimizer_state_by_parameter(parameters, self.state).items():
             if not {"m", "v"} <= leaf.keys():  # the v of SGD and Muon holds weight decay, too
                 leaf.setdefault(HAD_GRADIENT, mx.array(0, mx.uint32))
@@ -163,7 +165,7 @@ class Tiered(Optimizer):
         values = flatten(parameters)
         check_gradients(flat, values, self._specs)
         # A drop-in's counters begin here, from the step before it is counted.
-        self.state.setdefault(COUNTERS, tier_counters.new_tier_counters(self.tiers, self.step))
+        self.state.setdefault(COUNTERS_KEY, tier_counters.new_tier_counters(self.tiers, self.step))
         groups = group_gradients_by_tier(flat, self._tier_of, every_tier=self.accumulates)
         leaves = optimizer_state_by_parameter(gradients, self.state)
         for name, schedule in self._schedulers.items():
@@ -174,7 +176,7 @@ class Tiered(Optimizer):
             i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)
         }
         finite = self._accumulate_gradients(flat, leaves, all_used_gradients_finite(groups, unused))
-        combined = self._combine_gradients(flat, leaves)
+        combined = self._gradients_to_apply(flat, leaves)
         updated = self._apply_to_ready_tiers(
             combined, values, leaves, due=due, ready=due, finite=finite
         )
@@ -199,7 +201,7 @@ class Tiered(Optimizer):
         tiers = {self._tier_of[name] for name in leaves}
         is_open = {i: self.step % self.tiers[i].frequency != 0 for i in tiers}
         has_chunk = {i: mx.logical_and(is_open[i], gathered[i] > 0) for i in tiers}
-        chunks = self._combine_gradients({}, leaves)
+        chunks = self._gradients_to_apply({}, leaves)
         updated = self._apply_to_ready_tiers(
             chunks, values, leaves, due=is_open, ready=has_chunk, finite=mx.array(True)
         )
@@ -213,7 +215,9 @@ class Tiered(Optimizer):
 
     @property
     def _tier_counters(self) -> Any:
-        return self.state.get(COUNTERS) or tier_counters.new_tier_counters(self.tiers, self.step)
+        return self.state.get(COUNTERS_KEY) or tier_counters.new_tier_counters(
+            self.tiers, self.step
+        )
 
     def _accumulates(self, tier: int) -> bool:
         return self.accumulates and self.tiers[tier].frequency > 1
@@ -232,7 +236,7 @@ class Tiered(Optimizer):
             leaves[name]["sum"] = mx.where(finite, total, leaves[name]["sum"])
         return finite
 
-    def _combine_gradients(self, flat: Flat, leaves: StateByParameter) -> Flat:
+    def _gradients_to_apply(self, flat: Flat, leaves: StateByParameter) -> Flat:
         """The gradients that would be applied now: as given, or the mean or sum of a chunk."""
         combined = {}
         for name, leaf in leaves.items():

@@ -23,14 +23,14 @@ class _TiersFile(TypedDict):
     tensors: dict[str, Annotated[int, Field(ge=0, strict=True)]]
 
 
-_TIERS = TypeAdapter(_TiersFile)
+_TIERS_VALIDATOR = TypeAdapter(_TiersFile)
 
 
 def read_tiers(path: Path) -> TierMap:
     """Read tiers.json; DamagedError if it is not what `TierMap.to_json` gives."""
     value = read_json(path, MAX_TIERS_BYTES)
     try:
-        fields = _TIERS.validate_python(value)
+        fields = _TIERS_VALIDATOR.validate_python(value)
     except ValidationError as error:
         raise DamagedError(f"{path} holds no tiers ({describe_first_problem(error)}).") from error
     if any(tier >= len(fields["frequencies"]) for tier in fields["tensors"].values()):

@@ -41,7 +41,7 @@ def starting_adapter(
     Raises ConfigError if its configuration is not `adapter_config` or its base is not the model in
     `base`, DamagedError if it is not what was registered.
     """
-    with _holding_configured_champion(config) as champion:
+    with _holding_starting_champion(config) as champion:
         if champion is None:
             return None
         registry, name = registry_location(config.registry)
@@ -71,7 +71,7 @@ def champion_trained_alike(config: FineTuneConfig, run: RunDirectory) -> str | N
     None as well if `continual.skip_unchanged` is off or the run has begun to train.
     Raises DamagedError if the champion's provenance cannot be read.
     """
-    with _holding_configured_champion(config) as champion:
+    with _holding_starting_champion(config) as champion:
         if champion is None or not config.continual.skip_unchanged or run.initial.exists():
             return None
         provenance = read_provenance(version_folder(*registry_location(config.registry), champion))
@@ -154,7 +154,7 @@ def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:
 
 
 @contextmanager
-def _holding_configured_champion(config: FineTuneConfig) -> Iterator[str | None]:
+def _holding_starting_champion(config: FineTuneConfig) -> Iterator[str | None]:
     """The champion that the run starts from; no gc removes it while the block runs."""
     if config.continual.start is None or not name_exists(*registry_location(config.registry)):
         yield None

@@ -17,11 +17,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.storage.lock_file import OnBusy, holder_lock, read_holder
+from nested_core.storage.lock_file import OnBusy, exclusive_lock_with_holder_id, read_holder
 from nested_core.storage.strict_files import private_user_folder
 
 # The name of a device to lock in place of the one that is found, or "off".
-VARIABLE = "NESTED_TUNE_DEVICE_LOCK"
+DEVICE_LOCK_VARIABLE = "NESTED_TUNE_DEVICE_LOCK"
 SECONDS_BETWEEN_TRIES = 0.5
 
 OnWait = Callable[[str], None]
@@ -40,7 +40,7 @@ def locking_devices(on_wait: OnWait | None = None, processes: int = 1) -> Iterat
         for device in devices:
             path = lock_path(device)
             on_busy = _report_once(device, path, on_wait)
-            stack.enter_context(holder_lock(path, mode=0o600, on_busy=on_busy))
+            stack.enter_context(exclusive_lock_with_holder_id(path, mode=0o600, on_busy=on_busy))
         try:
             yield
         finally:
@@ -53,7 +53,7 @@ def device_names(processes: int = 1) -> tuple[str, ...]:
 
     On CUDA each process has its own, the first ones of CUDA_VISIBLE_DEVICES; a Mac has one GPU.
     """
-    configured = os.environ.get(VARIABLE)
+    configured = os.environ.get(DEVICE_LOCK_VARIABLE)
     if configured is not None:
         return () if configured == "off" else (configured,)
     if backend.device() == "cpu":
@@ -67,7 +67,8 @@ def lock_path(device: str) -> Path:
     """The lock file of a device, in this user's runtime folder."""
     folder = private_user_folder(
         f"the lock of device {device}",
-        f"Set XDG_RUNTIME_DIR to a folder of your own, or {VARIABLE}=off to train unlocked.",
+        f"Set XDG_RUNTIME_DIR to a folder of your own, or {DEVICE_LOCK_VARIABLE}=off to train "
+        "unlocked.",
         given=os.environ.get("XDG_RUNTIME_DIR"),
     )
     return folder / f"device-{hashlib.sha256(device.encode()).hexdigest()[:16]}.lock"

@@ -74,7 +74,7 @@ class Hooks:
 
     def begin(self, config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
         """Write or compare the run's configuration."""
-        steps.begin(config, run, resume=resume)
+        steps.write_run_config(config, run, resume=resume)
 
     def validate(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """Judge the data set; DatasetError where it has an error."""
@@ -84,7 +84,7 @@ class Hooks:
 
     def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """Write the initial adapter and the tier of each tensor."""
-        steps.load(config, run, on_wait=self.on_message)
+        steps.write_initial_adapter_and_tiers(config, run, on_wait=self.on_message)
         if note := describe_starting_adapter(config, run):
             self.on_message(note)
 

@@ -16,7 +16,7 @@ from nested_core.models.base_model import require_folder_or_hub_name
 from nested_core.pipeline.launch.mlx_launch import count_ranks
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.registry.registration import require_usable_registry
-from nested_core.storage.adapter import WEIGHTS_NAME, require_writable
+from nested_core.storage.adapter import WEIGHTS_NAME, make_adapter_folder
 from nested_core.storage.atomic import require_writable_place
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
@@ -26,8 +26,8 @@ from nested_core.training.reporting_services import configured_services
 
 FLOAT32_BYTES = 4
 # Float32 values an optimizer of mlx keeps for each parameter; two for those not listed.
-MOMENTS = {"adafactor": 0, "sgd": 1, "lion": 1, "muon": 1, "adagrad": 1, "rmsprop": 1}
-MOST_MOMENTS = 2
+MOMENTS_BY_OPTIMIZER = {"adafactor": 0, "sgd": 1, "lion": 1, "muon": 1, "adagrad": 1, "rmsprop": 1}
+DEFAULT_MOMENTS = 2
 
 
 def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -44,7 +44,7 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     read_suites(config.gate)
     require_writable_place(run.path, "a run directory", "--run-dir or run_dir")
     if config.adapter_path is not None:
-        require_writable(Path(config.adapter_path))
+        make_adapter_folder(Path(config.adapter_path))
 
 
 def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> None:
@@ -87,7 +87,7 @@ def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:
     ]
     count = sum(number for number, _ in counts)
     masters = sum(number for number, width in counts if width < FLOAT32_BYTES)
-    moments = MOMENTS.get(config.optimizer, MOST_MOMENTS)
+    moments = MOMENTS_BY_OPTIMIZER.get(config.optimizer, DEFAULT_MOMENTS)
     if config.nested.slow_gradients == "accumulate":
         moments += 1
     return size + FLOAT32_BYTES * (masters + moments * count)

@@ -101,13 +101,15 @@ def make_provenance(
         "gate_sha256": regular_sha256(run.gate),
         "parent": parent_version_of(config, run, gate["initial"]["digest"]) or champion,
         "champion_at_gate": champion,
-        "training_examples": _training_examples(config, run, gate["initial"]["digest"]),
+        "training_examples": _training_example_digests(config, run, gate["initial"]["digest"]),
         "training_seconds": max(cumulative_seconds(read_metrics(run.metrics)), default=0.0),
         "packages": {package: installed_version(package) for package in RECORDED_PACKAGES},
     }
 
 
-def _training_examples(config: FineTuneConfig, run: RunDirectory, initial: str) -> str | None:
+def _training_example_digests(
+    config: FineTuneConfig, run: RunDirectory, initial: str
+) -> str | None:
     """Digests of what the adapter and its ancestors were trained on; None where none are kept."""
     if not run.training_examples.is_file():
         return None

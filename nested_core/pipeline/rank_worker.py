@@ -59,7 +59,7 @@ def _train_as_rank(run_dir: Path, ranks: int) -> None:
     listener = StopListener()
     listener.start()
     run = RunDirectory(run_dir)
-    run.watch_lock()
+    run.watch_parents_lock()
     config = read_run_config(run)
     find_base_model(config)  # before anything is computed
     world = join_ranks(ranks)

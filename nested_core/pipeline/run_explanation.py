@@ -78,7 +78,7 @@ class RunExplanation:
     device: str
 
     @property
-    def seconds(self) -> float | None:
+    def training_seconds(self) -> float | None:
         """Seconds of the steps alone, by the measured speed; None if none was measured."""
         tokens = self.splits["train"].tokens
         if not self.tokens_per_second or tokens is None:
@@ -164,9 +164,9 @@ class RunExplanation:
         )
 
     def _describe_time(self) -> str:
-        if self.seconds is None or self.tokens_per_second is None:
+        if self.training_seconds is None or self.tokens_per_second is None:
             return "not measured."
-        duration = format_duration(max(self.seconds, 1.0))
+        duration = format_duration(max(self.training_seconds, 1.0))
         return (
             f"about {duration} of training, by a few steps that were tried on "
             f"this machine ({self.device}): {self.tokens_per_second:,.0f} tokens a second. "
@@ -235,9 +235,9 @@ def explain_run(
     with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
         run = open_run(Path(folder) / "run", resume=False)
         with run.locked():
-            steps.begin(config, run, resume=False)
+            steps.write_run_config(config, run, resume=False)
             report = steps.validate(config, run)
-            steps.load(config, run, on_wait)
+            steps.write_initial_adapter_and_tiers(config, run, on_wait)
             with locking_devices(on_wait):
                 trainer, base_parameters = _make_trainer(config, run)
             tokens_per_second = _measure_speed(config, run, on_wait) if measures_speed else None

@@ -22,7 +22,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import SampleAnswers, write_sample_answers
 from nested_core.text.stages import stages
 
-HELD_OUT_PROMPTS = 3
+HELD_OUT_PROMPT_COUNT = 3
 
 
 def answer_samples(
@@ -35,7 +35,7 @@ def answer_samples(
     prompts: Sequence[tuple[Sequence[Mapping[str, Any]], str, str | None, str]]
     prompts = [([{"role": "user", "content": p}], p, None, "samples") for p in config.samples]
     if not prompts:
-        held_out = read_held_out_prompts(DataSettings.from_config(config), HELD_OUT_PROMPTS)
+        held_out = read_held_out_prompts(DataSettings.from_config(config), HELD_OUT_PROMPT_COUNT)
         prompts = [(p.messages, p.text, p.expected, f"{p.file}:{p.line}") for p in held_out]
     if not prompts:
         return []

@@ -104,10 +104,10 @@ class TrainResult:
     evidence: dict[str, str]
 
 
-_RESULT = TypeAdapter(TrainResult)
+_RESULT_VALIDATOR = TypeAdapter(TrainResult)
 
 
-def begin(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
+def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool) -> None:
     """Write the resolved configuration; on resume, refuse one that differs in a key that matters.
 
     A run without an initial adapter takes any configuration. Call it once, under the run's lock:
@@ -161,7 +161,9 @@ def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None
     require_held_out(gate.held_out, gate.max_kl, read_dataset_record(run.dataset), config.data)
 
 
-def load(config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None) -> None:
+def write_initial_adapter_and_tiers(
+    config: FineTuneConfig, run: RunDirectory, on_wait: OnWait | None = None
+) -> None:
     """Write the initial adapter and the tier of each tensor.
 
     It is fresh, from resume_adapter_file, or where `continual` says so the champion. Holds the
@@ -337,7 +339,7 @@ def read_result(run: RunDirectory) -> TrainResult:
     """Read result.json; DamagedError if it is not what training wrote."""
     values = read_json(run.result, MAX_RESULT_BYTES)
     try:
-        return _RESULT.validate_python(values)
+        return _RESULT_VALIDATOR.validate_python(values)
     except ValidationError as error:
         raise DamagedError(f"{run.result}: {describe_first_problem(error)}.") from error
 

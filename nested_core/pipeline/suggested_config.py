@@ -27,11 +27,11 @@ from nested_core.storage.strict_files import UNBOUNDED, open_regular
 LEARNING_RATE = 1e-4
 EPOCHS = 3
 BATCH_SIZES = (8, 4, 2, 1)
-EVALUATIONS = 10
-LENGTH_STEP = 64  # max_seq_length is a multiple of it
-FREQUENCIES = (1, 2, 4)
-_MEMORY = "MEMORY FORECAST"  # stands for it until it is known
-LOOKED_AT_LINES = 20
+EVALUATIONS_PER_RUN = 10
+SEQ_LENGTH_MULTIPLE = 64  # max_seq_length is a multiple of it
+TIER_FREQUENCIES = (1, 2, 4)
+_MEMORY_PLACEHOLDER = "MEMORY FORECAST"  # stands for it until it is known
+INSPECTED_LINES = 20
 
 
 def suggest_config(model: str, data: str) -> str:
@@ -44,11 +44,11 @@ def suggest_config(model: str, data: str) -> str:
     report, _ = load_run_data(parse_config(base, source="the suggestion"))
     report.raise_if_rejected()
     text = ""
-    for batch_size, recomputes in _settings_by_memory(report):
+    for batch_size, recomputes in _batch_sizes_and_recomputation(report):
         text = _render_yaml(base, report, batch_size, recomputes=recomputes)
         config = parse_config(parse_yaml(text), source="the suggestion")
         memory = explain_run(config, measures_speed=False).memory
-        text = text.replace(_MEMORY, memory.describe())
+        text = text.replace(_MEMORY_PLACEHOLDER, memory.describe())
         if memory.fits:
             break
     return text
@@ -62,24 +62,24 @@ def _find_field_names(data: str) -> dict[str, str]:
         if "train" not in splits:
             return {}
         with open_regular(splits["train"].path, UNBOUNDED, follow_links=True) as (lines, _):
-            for line in islice(lines, LOOKED_AT_LINES):
+            for line in islice(lines, INSPECTED_LINES):
                 try:
                     row = json.loads(line)
                 except ValueError:
                     continue  # the report says what is wrong with it
-                if isinstance(row, dict) and not _has_our_names(row, settings):
+                if isinstance(row, dict) and not _has_expected_field_names(row, settings):
                     return suggest_field_names(row)
     return {}
 
 
-def _has_our_names(row: dict[str, Any], settings: DataSettings) -> bool:
+def _has_expected_field_names(row: dict[str, Any], settings: DataSettings) -> bool:
     names = settings.field_names
     return bool({names.text, names.chat} & row.keys()) or (
         {names.prompt, names.completion} <= row.keys()
     )
 
 
-def _settings_by_memory(report: DatasetReport) -> Iterator[tuple[int, bool]]:
+def _batch_sizes_and_recomputation(report: DatasetReport) -> Iterator[tuple[int, bool]]:
     """Batch sizes and whether layers are recomputed, what needs most memory first."""
     rows = min(stats.rows for split, stats in report.splits.items() if split != "test")
     for recomputes in (False, True):
@@ -95,10 +95,10 @@ def _render_yaml(
     train = report.splits["train"]
     tokens: Any = train.tokens  # a sound train split has some
     iterations = EPOCHS * math.ceil(train.rows / batch_size)
-    interval = max(1, iterations // EVALUATIONS)
-    length = max(LENGTH_STEP, -(-tokens.max // LENGTH_STEP) * LENGTH_STEP)
+    interval = max(1, iterations // EVALUATIONS_PER_RUN)
+    length = max(SEQ_LENGTH_MULTIPLE, -(-tokens.max // SEQ_LENGTH_MULTIPLE) * SEQ_LENGTH_MULTIPLE)
     cut = f"; {tokens.truncated_rows:,} are longer and are cut" if tokens.truncated_rows else ""
-    frequencies = [f for f in FREQUENCIES if f <= iterations] if iterations > 1 else [1]
+    frequencies = [f for f in TIER_FREQUENCIES if f <= iterations] if iterations > 1 else [1]
     names = "".join(
         f"{key}: {json.dumps(name, ensure_ascii=False)}\n" for key, name in base.items()
     )
@@ -116,7 +116,7 @@ mask_prompt: {masks_prompt}  # true: the loss counts the answers alone
 
 # Tokens: the longest example has {tokens.max:,}, 95 of 100 have {tokens.p95:,} or fewer{cut}.
 max_seq_length: {length}
-batch_size: {batch_size}  # {_MEMORY}
+batch_size: {batch_size}  # {_MEMORY_PLACEHOLDER}
 grad_checkpoint: {str(recomputes).lower()}  # true: less memory, more time
 
 # {EPOCHS} passes are {iterations:,} batches.

@@ -22,8 +22,8 @@ from nested_core.registry.queries import (
     holding_champion,
     list_versions,
     read_champion,
-    read_changes,
-    read_changes_since,
+    read_champion_changes,
+    read_champion_changes_since,
     verify,
 )
 from nested_core.registry.registration import register
@@ -43,8 +43,8 @@ __all__ = [
     "list_names",
     "list_versions",
     "promote",
-    "read_changes",
-    "read_changes_since",
+    "read_champion_changes",
+    "read_champion_changes_since",
     "read_champion",
     "register",
     "register_and_promote",

@@ -15,14 +15,14 @@ from nested_core.registry import champion_link
 from nested_core.registry.champion_record import (
     RECORD_NAME,
     find_disagreement,
-    is_unrecorded,
+    is_last_change_unfinished,
     make_record,
     read_record,
 )
-from nested_core.registry.folder_lock import require_undisturbed, shared
+from nested_core.registry.folder_lock import require_no_writes_meanwhile, shared_folder_lock
 from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
-from nested_core.registry.name_folders import VERSIONS, find_name_folder
+from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.versions import (
     VERSION_PATTERN,
     AuditFinding,
@@ -50,7 +50,7 @@ class AuditReport:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class RegistrySnapshot:
     """Champion, history and versions as read under one lock, and the problems in reading them."""
 
     versions: tuple[str, ...]
@@ -68,13 +68,13 @@ def audit(registry: Path, name: str) -> AuditReport:
     another process at work.
     """
     folder = find_name_folder(registry, name)
-    with shared(folder) as lock:
+    with shared_folder_lock(folder) as lock:
         snapshot = _take_snapshot(folder)
-        findings = [*_audit_listing(folder, snapshot), *snapshot.findings]
+        findings = [*_audit_versions_folder(folder, snapshot), *snapshot.findings]
         if not snapshot.findings:
             findings += _audit_champion(folder, snapshot)
         if findings:
-            require_undisturbed(folder, lock)
+            require_no_writes_meanwhile(folder, lock)
     for version in reversed(snapshot.versions):
         findings = [*_audit_version(folder, version, snapshot), *findings]
     is_open = snapshot.prepared is not None and snapshot.prepared != snapshot.champion
@@ -82,7 +82,7 @@ def audit(registry: Path, name: str) -> AuditReport:
     return AuditReport(name, snapshot.champion, snapshot.versions, tuple(findings), unfinished)
 
 
-def _take_snapshot(folder: Path) -> Snapshot:
+def _take_snapshot(folder: Path) -> RegistrySnapshot:
     findings = []
     champion = None
     ledger = Ledger()
@@ -98,7 +98,7 @@ def _take_snapshot(folder: Path) -> Snapshot:
     if not findings:
         disagreement = find_disagreement(folder, champion, record, ledger)
         findings += [] if disagreement is None else [disagreement]
-    return Snapshot(
+    return RegistrySnapshot(
         versions=tuple(registered_versions(folder)),
         champion=champion,
         prepared=champion_link.read_prepared_link(folder),
@@ -108,33 +108,35 @@ def _take_snapshot(folder: Path) -> Snapshot:
     )
 
 
-def _audit_version(folder: Path, version: str, snapshot: Snapshot) -> list[AuditFinding]:
+def _audit_version(folder: Path, version: str, snapshot: RegistrySnapshot) -> list[AuditFinding]:
     """The findings of one version, hashed without the lock, because that may take long.
 
     Meanwhile a gc may have removed it, and a registration may have brought it back with another
     manifest. So a version with findings is checked again under the lock, where nothing changes.
     """
-    if not _version_findings(folder, version, snapshot.ledger):
+    if not _file_and_verdict_findings(folder, version, snapshot.ledger):
         return []
-    with shared(folder) as lock:
+    with shared_folder_lock(folder) as lock:
         ledger = _take_snapshot(folder).ledger
-        if file_type(folder / VERSIONS / version) == "missing" and _is_collected(version, ledger):
+        if file_type(
+            folder / VERSIONS_FOLDER_NAME / version
+        ) == "missing" and _is_garbage_collected(version, ledger):
             return []
-        findings = _version_findings(folder, version, ledger)
+        findings = _file_and_verdict_findings(folder, version, ledger)
         if findings:
-            require_undisturbed(folder, lock)
+            require_no_writes_meanwhile(folder, lock)
         return findings
 
 
-def _is_collected(version: str, ledger: Ledger) -> bool:
+def _is_garbage_collected(version: str, ledger: Ledger) -> bool:
     lines = [entry for entry in ledger.entries if entry.version == version]
     return bool(lines) and lines[-1].action == "collected"
 
 
-def _version_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFinding]:
-    place = folder / VERSIONS / version
+def _file_and_verdict_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFinding]:
+    place = folder / VERSIONS_FOLDER_NAME / version
     try:
-        findings = version_findings(place, version, ledger.manifests(version))
+        findings = version_findings(place, version, ledger.manifest_hashes(version))
         if not findings:
             gate = read_gate(place / GATE_NAME)
             require_passed(gate, place / GATE_NAME)
@@ -144,16 +146,20 @@ def _version_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditF
     return findings
 
 
-def _audit_listing(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
-    for entry in sorted(os.listdir(folder / VERSIONS)):
+def _audit_versions_folder(folder: Path, snapshot: RegistrySnapshot) -> Iterator[AuditFinding]:
+    for entry in sorted(os.listdir(folder / VERSIONS_FOLDER_NAME)):
         if not VERSION_PATTERN.fullmatch(entry) and not entry.startswith(TEMPORARY_PREFIX):
-            yield AuditFinding(folder / VERSIONS / entry, "is not a version")
-    mentioned = snapshot.ledger.versions() | ({snapshot.champion} if snapshot.champion else set())
+            yield AuditFinding(folder / VERSIONS_FOLDER_NAME / entry, "is not a version")
+    mentioned = snapshot.ledger.champion_versions() | (
+        {snapshot.champion} if snapshot.champion else set()
+    )
     for version in sorted(mentioned - set(snapshot.versions)):
-        yield AuditFinding(folder / VERSIONS / version, "was champion, and its folder is gone")
+        yield AuditFinding(
+            folder / VERSIONS_FOLDER_NAME / version, "was champion, and its folder is gone"
+        )
 
 
-def _audit_champion(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
+def _audit_champion(folder: Path, snapshot: RegistrySnapshot) -> Iterator[AuditFinding]:
     """Compare the link with the last line of the history, and champion.json with both."""
     champion, ledger, prepared = snapshot.champion, snapshot.ledger, snapshot.prepared
     if ledger.champion != champion:
@@ -165,6 +171,6 @@ def _audit_champion(folder: Path, snapshot: Snapshot) -> Iterator[AuditFinding]:
             f"points to {champion}, but the history's last line leaves {ledger.champion}: the link "
             "was moved by hand, or the history is not whole",
         )
-    is_unfinished = is_unrecorded(champion, snapshot.record, ledger)
+    is_unfinished = is_last_change_unfinished(champion, snapshot.record, ledger)
     if snapshot.record != make_record(champion, ledger) and not is_unfinished:
         yield AuditFinding(folder / RECORD_NAME, "does not say what the link and the history say")

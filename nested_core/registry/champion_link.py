@@ -14,12 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from nested_core.errors import DamagedError
-from nested_core.registry.name_folders import VERSIONS
+from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.storage.atomic import Confirm, sync_path
 
 LINK_NAME = "champion"
 PREPARED_PREFIX = ".champion-next"
-TARGET_PATTERN = re.compile(rf"{VERSIONS}/([0-9a-f]{{64}})")
+TARGET_PATTERN = re.compile(rf"{VERSIONS_FOLDER_NAME}/([0-9a-f]{{64}})")
 
 
 def read_link(folder: Path) -> str | None:
@@ -38,15 +38,15 @@ def read_prepared_link(folder: Path) -> str | None:
     return None
 
 
-def prepare(folder: Path, version: str) -> Path:
+def prepare_link(folder: Path, version: str) -> Path:
     """Put the next link beside the champion, durably; readers ignore it. Its name is new."""
     path = folder / f"{PREPARED_PREFIX}{uuid.uuid4().hex[:8]}"
-    os.symlink(f"{VERSIONS}/{version}", path)
+    os.symlink(f"{VERSIONS_FOLDER_NAME}/{version}", path)
     sync_path(folder)
     return path
 
 
-def swap(folder: Path, prepared: Path, *, confirm: Confirm) -> None:
+def swap_link(folder: Path, prepared: Path, *, confirm: Confirm) -> None:
     """Rename the prepared link to `champion`: a reader sees the old one or the new one.
 
     `confirm` is called just before, and raises where another process could be writing.
@@ -56,13 +56,13 @@ def swap(folder: Path, prepared: Path, *, confirm: Confirm) -> None:
     sync_path(folder)
 
 
-def claim_prepared(folder: Path) -> None:
-    """Rename a link that another process has prepared, so that `swap` fails there from now on."""
+def rename_links_of_other_writers(folder: Path) -> None:
+    """Rename a link that another process prepared, so that `swap_link` fails there from now on."""
     for path in _prepared_links(folder):
         path.rename(folder / f"{PREPARED_PREFIX}{uuid.uuid4().hex[:8]}")
 
 
-def discard_prepared(folder: Path) -> None:
+def discard_prepared_links(folder: Path) -> None:
     """Remove a prepared link that never became the champion."""
     for path in _prepared_links(folder):
         path.unlink()
@@ -81,15 +81,15 @@ def _read_target(path: Path) -> str | None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise DamagedError(_describe_misplaced(path, "is not a symbolic link")) from None
+        raise DamagedError(_describe_wrong_link(path, "is not a symbolic link")) from None
     match = TARGET_PATTERN.fullmatch(target)
     if match is None:
-        raise DamagedError(_describe_misplaced(path, f"points to {target!r:.120}"))
+        raise DamagedError(_describe_wrong_link(path, f"points to {target!r:.120}"))
     return match[1]
 
 
-def _describe_misplaced(path: Path, what: str) -> str:
+def _describe_wrong_link(path: Path, what: str) -> str:
     return (
-        f"{path} {what}. Expected a relative link to {VERSIONS}/<digest>. Remove it and promote a "
-        "version again; do not copy a registry in a way that follows links."
+        f"{path} {what}. Expected a relative link to {VERSIONS_FOLDER_NAME}/<digest>. Remove it "
+        "and promote a version again; do not copy a registry in a way that follows links."
     )

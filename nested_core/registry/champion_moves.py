@@ -14,17 +14,17 @@ from typing import Any, Literal
 from nested_core.errors import ConfigError
 from nested_core.registry import champion_link
 from nested_core.registry.champion_record import make_record, write_record
-from nested_core.registry.folder_lock import exclusive
+from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.registry.ledger import Entry, Ledger, append, new_entry
 from nested_core.registry.name_folders import (
-    VERSIONS,
+    VERSIONS_FOLDER_NAME,
     check_name,
     create_name_folder,
     find_name_folder,
 )
-from nested_core.registry.recovery import RegistryState, recover
+from nested_core.registry.recovery import RegistryState, recover_after_crash
 from nested_core.registry.registration import add_version, judged_digest
-from nested_core.registry.versions import PREFIX_PATTERN, resolve_version, verify_version
+from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version, verify_version
 from nested_core.storage.lock_file import LockFile
 from nested_core.text.digest_format import shorten_digest
 
@@ -66,10 +66,10 @@ def promote(
     change on disk, GateRejected for a verdict that is not "passed".
     """
     folder = find_name_folder(registry, name)
-    with exclusive(folder) as lock:
-        state = recover(folder, lock)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
         wanted = resolve_version(folder, version, state.ledger)
-        change = _Change(by, expected_champion, automatic)
+        change = _PromotionRequest(by, expected_champion, automatic)
         return _promote_locked(folder, wanted, change, state, lock)
 
 
@@ -89,14 +89,16 @@ def register_and_promote(
     check_name(name)
     version = judged_digest(run_dir)
     folder = create_name_folder(registry, name)
-    with exclusive(folder) as lock:
-        state = recover(folder, lock)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
         add_version(folder, version, run_dir, provenance, state=state, lock=lock)
-        return _promote_locked(folder, version, _Change(by, expected_champion), state, lock)
+        return _promote_locked(
+            folder, version, _PromotionRequest(by, expected_champion), state, lock
+        )
 
 
 @dataclass(frozen=True)
-class _Change:
+class _PromotionRequest:
     """Who asks for a promotion, and while which champion stands."""
 
     by: str
@@ -105,7 +107,7 @@ class _Change:
 
 
 def _promote_locked(
-    folder: Path, version: str, change: _Change, state: RegistryState, lock: LockFile
+    folder: Path, version: str, change: _PromotionRequest, state: RegistryState, lock: LockFile
 ) -> Promotion:
     manifest = _verify_version(folder, version, state)
     refusal = _find_refusal(state, version, change.expected_champion, change.automatic)
@@ -132,14 +134,14 @@ def rollback(
     go back to, DamagedError for any change on disk.
     """
     folder = find_name_folder(registry, name)
-    with exclusive(folder) as lock:
-        state = recover(folder, lock)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
         is_expected = isinstance(expected_champion, Unset) or _is_expected(
             state.champion, expected_champion
         )
         if not is_expected and state.champion is not None:
             return Promotion("superseded", state.champion, state.champion)
-        wanted = _champion_before(folder, state) if to is None else to
+        wanted = _require_rollback_target(folder, state) if to is None else to
         wanted = resolve_version(folder, wanted, state.ledger)
         manifest = _verify_version(folder, wanted, state)
         if wanted == state.champion:
@@ -151,7 +153,9 @@ def rollback(
 
 
 def _verify_version(folder: Path, version: str, state: RegistryState) -> str:
-    return verify_version(folder / VERSIONS / version, version, state.ledger.manifests(version))
+    return verify_version(
+        folder / VERSIONS_FOLDER_NAME / version, version, state.ledger.manifest_hashes(version)
+    )
 
 
 def _find_refusal(
@@ -169,10 +173,10 @@ def _find_refusal(
 def _is_expected(champion: str | None, expected: str | None) -> bool:
     if champion is None or expected is None:
         return champion is expected
-    return PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)
+    return VERSION_PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)
 
 
-def _champion_before(folder: Path, state: RegistryState) -> str:
+def _require_rollback_target(folder: Path, state: RegistryState) -> str:
     version = state.ledger.rollback_target()
     if version is None:
         raise ConfigError(
@@ -186,7 +190,7 @@ def _champion_before(folder: Path, state: RegistryState) -> str:
 def _record_and_swap(folder: Path, entry: Entry, ledger: Ledger, lock: LockFile) -> None:
     """Record the change, then make it: a crash in between leaves the old champion standing."""
     version = str(entry.version)
-    prepared = champion_link.prepare(folder, version)
-    ledger = append(folder, ledger, entry, confirm=lock.require_current)
-    write_record(folder, make_record(version, ledger), confirm=lock.require_current)
-    champion_link.swap(folder, prepared, confirm=lock.require_current)
+    prepared = champion_link.prepare_link(folder, version)
+    ledger = append(folder, ledger, entry, confirm=lock.require_still_at_path)
+    write_record(folder, make_record(version, ledger), confirm=lock.require_still_at_path)
+    champion_link.swap_link(folder, prepared, confirm=lock.require_still_at_path)

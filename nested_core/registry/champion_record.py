@@ -17,9 +17,9 @@ from nested_core.storage.strict_files import file_type, read_json
 
 RECORD_NAME = "champion.json"
 MAX_RECORD_BYTES = 64 * 1024
-HASH_FIELD = "last_line_sha256"
-FIELDS = ("version", "previous", "time", "by")
-IS_DIRECTORY = (
+LEDGER_HASH_FIELD = "last_line_sha256"
+FIELDS_FROM_LEDGER_ENTRY = ("version", "previous", "time", "by")
+IS_DIRECTORY_MESSAGE = (
     "is a directory. Expected the file that says who made the champion, and when. Remove it, and "
     "restore the file from a backup."
 )
@@ -34,10 +34,12 @@ def make_record(champion: str | None, ledger: Ledger) -> dict[str, Any] | None:
         return None
     changes = reversed(ledger.changes())
     made_by = next((change for change in changes if change.version == champion), None)
-    record = {field: getattr(made_by, field, None) for field in FIELDS} | {"version": champion}
+    record = {field: getattr(made_by, field, None) for field in FIELDS_FROM_LEDGER_ENTRY} | {
+        "version": champion
+    }
     if ledger.last_line_sha256 is None:  # written by an earlier release, and not changed since
         return record
-    return record | {HASH_FIELD: ledger.last_line_sha256}
+    return record | {LEDGER_HASH_FIELD: ledger.last_line_sha256}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -61,18 +63,20 @@ def write_record(folder: Path, record: dict[str, Any] | None, *, confirm: Confir
     """
     path = folder / RECORD_NAME
     if file_type(path) == "directory":
-        raise DamagedError(f"{path} {IS_DIRECTORY}")
+        raise DamagedError(f"{path} {IS_DIRECTORY_MESSAGE}")
     if record is not None:
         write_json(path, record, confirm=confirm)
     else:
         path.unlink(missing_ok=True)
 
 
-def is_unrecorded(champion: str | None, record: dict[str, Any] | None, ledger: Ledger) -> bool:
+def is_last_change_unfinished(
+    champion: str | None, record: dict[str, Any] | None, ledger: Ledger
+) -> bool:
     """Whether a crash came after the history's last line and before champion.json and the link."""
     if ledger.last_line_sha256 is None or ledger.torn:
         return False
-    before = ledger.before_last()
+    before = ledger.without_last_line()
     # The second: a change that got as far as champion.json, and was then marked aborted.
     earlier = (make_record(champion, before), make_record(before.champion, before))
     return ledger.entries[-1].previous == champion and record in earlier
@@ -82,11 +86,11 @@ def find_disagreement(
     folder: Path, champion: str | None, record: dict[str, Any] | None, ledger: Ledger
 ) -> AuditFinding | None:
     """Why the history does not end as champion.json says, unless a crash can have left it so."""
-    recorded = (record or {}).get(HASH_FIELD)
+    recorded = (record or {}).get(LEDGER_HASH_FIELD)
     if recorded != ledger.last_line_sha256:
-        if is_unrecorded(champion, record, ledger):
+        if is_last_change_unfinished(champion, record, ledger):
             return None
-        return _wrong_end(folder, recorded, ledger)
+        return _ledger_hash_finding(folder, recorded, ledger)
     # A change that never reached the link may have been marked aborted when the crash came.
     is_open = bool(ledger.entries) and ledger.entries[-1].previous == champion
     if ledger.torn and ledger.champion != champion and not is_open:
@@ -96,10 +100,10 @@ def find_disagreement(
     return None
 
 
-def _wrong_end(folder: Path, recorded: Any, ledger: Ledger) -> AuditFinding:
+def _ledger_hash_finding(folder: Path, recorded: Any, ledger: Ledger) -> AuditFinding:
     path, history, last = folder / RECORD_NAME, folder / LEDGER_NAME, len(ledger.entries)
     if file_type(path) == "directory":
-        return AuditFinding(path, IS_DIRECTORY)
+        return AuditFinding(path, IS_DIRECTORY_MESSAGE)
     if ledger.last_line_sha256 is None:
         message = (
             f"line {last + 1} is missing: {RECORD_NAME} holds the hash of a line that is not there."
@@ -108,7 +112,7 @@ def _wrong_end(folder: Path, recorded: Any, ledger: Ledger) -> AuditFinding:
         return AuditFinding(history, message)
     accept = (
         "Restore the folder from a backup; or, if the history is right as it stands, write "
-        f'{{"{HASH_FIELD}": "{ledger.last_line_sha256}"}} into {RECORD_NAME}.'
+        f'{{"{LEDGER_HASH_FIELD}": "{ledger.last_line_sha256}"}} into {RECORD_NAME}.'
     )
     if recorded is None:
         missing = f"does not hold the hash of the last line of {LEDGER_NAME}, line {last}"

@@ -14,7 +14,7 @@ LOCK_NAME = ".lock"
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[LockFile]:
+def exclusive_folder_lock(folder: Path) -> Iterator[LockFile]:
     """Hold `folder` alone. ConfigError if it cannot be written, or its disk has no locks.
 
     Damage that the block meets after the lock file was removed is told as that: the next process
@@ -26,7 +26,7 @@ def exclusive(folder: Path) -> Iterator[LockFile]:
         try:
             yield lock
         except (DamagedError, FileNotFoundError) as error:
-            lock.require_current()
+            lock.require_still_at_path()
             if isinstance(error, FileNotFoundError) and _is_below(folder, error.filename):
                 raise DamagedError(
                     f"{error.filename} went away while this process had {folder} locked: another "
@@ -41,21 +41,21 @@ def _is_below(folder: Path, path: object) -> bool:
 
 
 @contextmanager
-def shared(folder: Path) -> Iterator[LockFile | None]:
+def shared_folder_lock(folder: Path) -> Iterator[LockFile | None]:
     """Keep writers out of `folder` while reading; if it has no lock file, only read."""
     with shared_lock(folder / LOCK_NAME) as lock:
         _refresh_listing(folder)
         yield lock
 
 
-def require_undisturbed(folder: Path, lock: LockFile | None) -> None:
+def require_no_writes_meanwhile(folder: Path, lock: LockFile | None) -> None:
     """Raise DamagedError if somebody may have written while a reader thought `folder` locked.
 
-    `lock` is what `shared` yielded: None where there was no lock file, which a writer may have made
-    since. What was read is then no proof of damage.
+    `lock` is what `shared_folder_lock` yielded: None where there was no lock file, which a writer
+    may have made since. What was read is then no proof of damage.
     """
     if lock is not None:
-        lock.require_current()
+        lock.require_still_at_path()
     elif (folder / LOCK_NAME).exists():
         raise DamagedError(
             f"{folder / LOCK_NAME} was made or replaced while this process read {folder}: another "

@@ -15,13 +15,13 @@ from pathlib import Path
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import champion_link
 from nested_core.registry.champion_record import make_record, write_record
-from nested_core.registry.folder_lock import exclusive, shared
+from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
 from nested_core.registry.ledger import Ledger, append, new_entry
-from nested_core.registry.name_folders import VERSIONS, find_name_folder
-from nested_core.registry.recovery import RegistryState, read_state, recover
+from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
+from nested_core.registry.recovery import RegistryState, read_registry_state, recover_after_crash
 from nested_core.registry.versions import (
-    REGISTERED_AFTER,
-    REGISTERED_AT,
+    REGISTERED_AFTER_KEY,
+    REGISTERED_AT_KEY,
     read_provenance,
     registered_versions,
 )
@@ -34,8 +34,8 @@ from nested_core.storage.atomic import (
 )
 from nested_core.storage.lock_file import LockFile
 
-DEFAULT_KEEP = 10
-TIME_TO_DECIDE = timedelta(hours=1)  # between a version's registration and its promotion
+DEFAULT_KEPT_VERSIONS = 10
+UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class GarbageReport:
 
 
 def collect_garbage(
-    registry: Path, name: str, *, by: str, keep: int = DEFAULT_KEEP, dry_run: bool = False
+    registry: Path, name: str, *, by: str, keep: int = DEFAULT_KEPT_VERSIONS, dry_run: bool = False
 ) -> GarbageReport:
     """Remove all versions but the champion, what it replaced, a rollback's target and the newest.
 
@@ -65,11 +65,11 @@ def collect_garbage(
         raise ConfigError(f"--keep {keep}: expected the number of versions to keep, 0 or more.")
     folder = find_name_folder(registry, name)
     if dry_run:
-        with shared(folder):
-            return _plan_removals(folder, name, read_state(folder), keep, dry_run=True)
-    with exclusive(folder) as lock:
+        with shared_folder_lock(folder):
+            return _plan_removals(folder, name, read_registry_state(folder), keep, dry_run=True)
+    with exclusive_folder_lock(folder) as lock:
         leftovers = _find_leftovers(folder)
-        state = recover(folder, lock)
+        state = recover_after_crash(folder, lock)
         plan = _plan_removals(folder, name, state, keep, dry_run=False)
         for version in plan.collected:
             state = _remove_version(folder, version, state, by, lock)
@@ -85,7 +85,7 @@ def _plan_removals(
     # Both ends of an interrupted change are needed too, and both ends of the last one.
     needed = {state.champion, ledger.champion, champion_link.read_prepared_link(folder)}
     replaced = {change.previous for change in ledger.changes()[-1:]}
-    undecided = {version for version in versions if _is_undecided(folder, version, ledger)}
+    undecided = {version for version in versions if _is_new_and_unpromoted(folder, version, ledger)}
     kept = {*by_age[:keep], *needed, *replaced, *undecided, ledger.rollback_target()}
     collected = tuple(version for version in reversed(by_age) if version not in kept)
     return GarbageReport(
@@ -93,7 +93,7 @@ def _plan_removals(
         champion=state.champion,
         collected=collected,
         kept=tuple(version for version in versions if version in kept),
-        bytes=sum(_folder_size(folder / VERSIONS / version) for version in collected),
+        bytes=sum(_folder_size(folder / VERSIONS_FOLDER_NAME / version) for version in collected),
         leftovers=_find_leftovers(folder),
         is_dry_run=dry_run,
     )
@@ -111,31 +111,35 @@ def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[int, int, str
         for number, change in enumerate(changes, 1)
         if version in (change.version, change.previous)
     ]
-    registered_at, registered_after = _registration_time(folder / VERSIONS / version)
+    registered_at, registered_after = _registration_time_and_line(
+        folder / VERSIONS_FOLDER_NAME / version
+    )
     since = ledger.changes_since(registered_after)
     if since is None:  # registered by an earlier release: the clocks decide
         since = [change for change in changes if change.time > registered_at]
     return max([(len(changes) - len(since), 2, registered_at), *uses])
 
 
-def _is_undecided(folder: Path, version: str, ledger: Ledger) -> bool:
+def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
     """Whether a version is new and was not champion since it was registered."""
-    if version in ledger.versions():
+    if version in ledger.champion_versions():
         return False
     try:
-        registered_at = datetime.fromisoformat(_registration_time(folder / VERSIONS / version)[0])
-        return datetime.now(UTC) - registered_at < TIME_TO_DECIDE
+        registered_at = datetime.fromisoformat(
+            _registration_time_and_line(folder / VERSIONS_FOLDER_NAME / version)[0]
+        )
+        return datetime.now(UTC) - registered_at < UNPROMOTED_GRACE_TIME
     except (ValueError, TypeError):  # no time, or one without a zone
         return False
 
 
-def _registration_time(place: Path) -> tuple[str, str]:
+def _registration_time_and_line(place: Path) -> tuple[str, str]:
     """When a version was registered, and after which line; empty strings if it is not known."""
     try:
         provenance = read_provenance(place)
     except (DamagedError, OSError):
         return "", ""  # an audit reports it; here it counts as the oldest
-    moment, line = (provenance.get(key) for key in (REGISTERED_AT, REGISTERED_AFTER))
+    moment, line = (provenance.get(key) for key in (REGISTERED_AT_KEY, REGISTERED_AFTER_KEY))
     return moment if isinstance(moment, str) else "", line if isinstance(line, str) else ""
 
 
@@ -147,23 +151,23 @@ def _remove_version(
     A crash after the record leaves a whole version, which the next gc removes; a crash after the
     rename leaves files that every writer clears away.
     """
-    confirm = lock.require_current
+    confirm = lock.require_still_at_path
     entry = new_entry("collected", version, state.champion, by)
     ledger = append(folder, state.ledger, entry, confirm=confirm)
     record = make_record(state.champion, ledger)
     write_record(folder, record, confirm=confirm)
-    place = folder / VERSIONS / version
+    place = folder / VERSIONS_FOLDER_NAME / version
     confirm()
     os.rename(place, temporary_beside(place))
-    sync_path(folder / VERSIONS)
-    remove_leftovers(folder / VERSIONS)
+    sync_path(folder / VERSIONS_FOLDER_NAME)
+    remove_leftovers(folder / VERSIONS_FOLDER_NAME)
     return RegistryState(state.champion, record, ledger)
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:
     """Paths that a killed writer left; every writer clears them away under the lock."""
     prefixes = (TEMPORARY_PREFIX, RETIRED_PREFIX)
-    places = (folder, folder / VERSIONS)
+    places = (folder, folder / VERSIONS_FOLDER_NAME)
     found = [p for place in places for p in place.iterdir() if p.name.startswith(prefixes)]
     return tuple(sorted(str(path.relative_to(folder)) for path in found))
 

@@ -25,9 +25,9 @@ from nested_core.storage.strict_files import file_type, read_json
 
 GATE_NAME = "gate.json"
 MAX_GATE_BYTES = 64 * 1024 * 1024
-LISTED_REASONS = 5
-MIN_FUSED_SHARE = 0.5  # of the whole change, that fusing must leave
-JUDGE_AGAIN = "`nested-tune train --resume` judges the run again."
+MAX_LISTED_REASONS = 5
+MIN_CHANGE_LEFT_BY_FUSING = 0.5  # of the whole change, that fusing must leave
+JUDGE_AGAIN_HINT = "`nested-tune train --resume` judges the run again."
 
 
 class _Losses(BaseModel):
@@ -71,9 +71,9 @@ class _Proof(BaseModel):
             yield "the proof's logits are not the trainer's"
 
 
-class _Fused(BaseModel):
+class _FusedCheck(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    carried_share: float = Field(ge=MIN_FUSED_SHARE)
+    carried_share: float = Field(ge=MIN_CHANGE_LEFT_BY_FUSING)
     erased_modules: list[str] = Field(max_length=0)
 
 
@@ -93,14 +93,14 @@ class _Drift(BaseModel):
     kl_base: float | None = Field(ge=0)
 
 
-class _Task(BaseModel):
+class _TaskResult(BaseModel):
     """A suite of a verdict that passed."""
 
     model_config = ConfigDict(strict=True)
     verdict: Literal["passed"]
 
 
-class _Passed(BaseModel):
+class _PassedVerdict(BaseModel):
     """The fields of a "passed" gate.json that must agree; earlier versions lack some of them."""
 
     model_config = ConfigDict(strict=True)
@@ -110,8 +110,8 @@ class _Passed(BaseModel):
     general: _Losses | None = None
     drift: _Drift | None = None
     proof: _Proof | None = None
-    fused: _Fused | None = None
-    tasks: list[_Task] = []
+    fused: _FusedCheck | None = None
+    tasks: list[_TaskResult] = []
     thresholds: _Thresholds | None = None
 
     def contradictions(self) -> Iterator[str]:
@@ -125,25 +125,27 @@ class _Passed(BaseModel):
                 yield f"the updates of tier {number} do not add up"
         bounds = self.thresholds or _Thresholds()
         is_paired = bounds.noise == "paired"
-        if _has_risen(self.validation, bounds.max_val_loss_increase, is_paired=is_paired):
+        if _has_loss_risen(self.validation, bounds.max_val_loss_increase, is_paired=is_paired):
             yield "the loss rose beyond its bound"
-        if _has_risen(self.general, bounds.max_general_loss_increase):
+        if _has_loss_risen(self.general, bounds.max_general_loss_increase):
             yield "the loss on general text rose beyond its bound"
         moved = None if self.drift is None else self.drift.kl_initial
-        if bounds.max_kl is not None and not is_within_drift(moved, bounds.max_kl):
+        if bounds.max_kl is not None and not is_drift_within_bound(moved, bounds.max_kl):
             yield "the predictions drifted beyond their bound"
         if self.proof is not None and self.proof.skipped is None:
             yield from self.proof.contradictions()
 
 
-def _has_risen(losses: _Losses | None, bound: float | None, *, is_paired: bool = False) -> bool:
+def _has_loss_risen(
+    losses: _Losses | None, bound: float | None, *, is_paired: bool = False
+) -> bool:
     if losses is None or bound is None:
         return False
     interval = losses.interval if is_paired else None
-    return not is_within(losses.loss_before, losses.loss_after, bound, interval)
+    return not is_loss_within_bound(losses.loss_before, losses.loss_after, bound, interval)
 
 
-def is_within(
+def is_loss_within_bound(
     before: float | None,
     after: float | None,
     increase: float,
@@ -161,7 +163,7 @@ def is_within(
     return interval is not None and interval[0] <= 0 and after - before <= interval[1]
 
 
-def is_within_drift(divergence: float | None, bound: float) -> bool:
+def is_drift_within_bound(divergence: float | None, bound: float) -> bool:
     """Whether a mean KL divergence is finite and at most the bound, both in nats a token."""
     return divergence is not None and divergence <= bound
 
@@ -198,14 +200,14 @@ def require_verdict_manifest(run_dir: Path, gate: Mapping[str, Any]) -> dict[str
     if not has_verdict_manifest(run_dir):
         raise DamagedError(
             f"{run_dir / MANIFEST_NAME} is missing: nothing says that {path} is the verdict on the "
-            f"files beside it, as in a run that an earlier version judged. {JUDGE_AGAIN}"
+            f"files beside it, as in a run that an earlier version judged. {JUDGE_AGAIN_HINT}"
         )
     manifest = read_manifest(run_dir)
     files: dict[str, FileEntry] = manifest["files"]
     if manifest["facts"] != _describe_verdict(gate) or files.get(GATE_NAME) != describe_file(path):
         raise DamagedError(
             f"{path} has changed since the verdict was given: {MANIFEST_NAME} beside it holds "
-            f"another digest of it. Bring back what was there; {JUDGE_AGAIN}"
+            f"another digest of it. Bring back what was there; {JUDGE_AGAIN_HINT}"
         )
     return files
 
@@ -234,27 +236,28 @@ def require_passed(gate: dict[str, Any], path: Path) -> None:
             raise DamagedError(f"{path} says passed and gives reasons against it: it was edited.")
         return
     codes = [str(reason.get("code")) for reason in reasons or [] if isinstance(reason, dict)]
+    listed = ", ".join(codes[:MAX_LISTED_REASONS]) or "no reason given"
     raise GateRejected(
-        f"The gate rejected this adapter: {', '.join(codes[:LISTED_REASONS]) or 'no reason given'} "
-        f"(see {path}). Only an adapter that passed enters a registry; mend what the reasons name "
-        "and train again."
+        f"The gate rejected this adapter: {listed} (see {path}). Only an adapter that passed "
+        "enters a registry; mend what the reasons name and train again."
     )
 
 
 def require_consistent(gate: dict[str, Any], path: Path) -> None:
     """Raise DamagedError if a "passed" verdict contradicts itself, which no gate writes."""
     try:
-        problems = list(_Passed.model_validate(gate).contradictions())
+        problems = list(_PassedVerdict.model_validate(gate).contradictions())
     except ValidationError as error:
         problems = [describe_first_problem(error)]
     if problems:
+        listed = "; ".join(problems[:MAX_LISTED_REASONS])
         raise DamagedError(
-            f"{path} says passed and contradicts itself: {'; '.join(problems[:LISTED_REASONS])}. "
-            f"It was edited; {JUDGE_AGAIN}"
+            f"{path} says passed and contradicts itself: {listed}. It was edited; "
+            f"{JUDGE_AGAIN_HINT}"
         )
 
 
-def require_digest(gate: dict[str, Any], digest: str, path: Path) -> None:
+def require_verdict_on_adapter(gate: dict[str, Any], digest: str, path: Path) -> None:
     """Raise DamagedError unless the verdict was given on the adapter with this digest."""
     trained = gate.get("trained")
     judged = trained.get("digest") if isinstance(trained, dict) else None

@@ -26,7 +26,7 @@ from nested_core.storage.strict_files import file_type, read_regular
 
 LEDGER_NAME = "history.jsonl"
 Action = Literal["promote", "rollback", "aborted", "collected"]
-CHANGES = ("promote", "rollback")
+CHAMPION_CHANGE_ACTIONS = ("promote", "rollback")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,10 @@ class Entry:
     @property
     def champion_after(self) -> str | None:
         """The champion that this line leaves behind."""
-        return self.version if self.action in CHANGES else self.previous
+        return self.version if self.action in CHAMPION_CHANGE_ACTIONS else self.previous
 
 
-ENTRY = TypeAdapter(Entry)
+ENTRY_VALIDATOR = TypeAdapter(Entry)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Ledger:
         is_chained = bool(self.entries) and self.entries[-1].previous_line_sha256 is not None
         return self.end_sha256 if is_chained else None
 
-    def before_last(self) -> Ledger:
+    def without_last_line(self) -> Ledger:
         """The history as it was before its last line."""
         *entries, last = self.entries
         end = last.previous_line_sha256 or self.end_sha256
@@ -99,7 +99,9 @@ class Ledger:
 
     def changes(self) -> list[Entry]:
         """The changes that took effect: promotions and rollbacks but the aborted ones."""
-        return [entry for entry in self._effective() if entry.action in CHANGES]
+        return [
+            entry for entry in self._effective_entries() if entry.action in CHAMPION_CHANGE_ACTIONS
+        ]
 
     def rollback_target(self) -> str | None:
         """The version that a rollback without `--to` goes to, or None if there is none left."""
@@ -113,7 +115,7 @@ class Ledger:
         version below the top counts as plain.
         """
         stack = RollbackStack()
-        for entry in self._effective():
+        for entry in self._effective_entries():
             is_plain = entry.action == "rollback" and not entry.explicit
             if entry.action == "collected":
                 stack.remove(entry.version)
@@ -125,7 +127,7 @@ class Ledger:
                 stack.push(entry.version)
         return stack
 
-    def _effective(self) -> list[Entry]:
+    def _effective_entries(self) -> list[Entry]:
         """The entries without aborted changes and the lines that abort them."""
         effective: list[Entry] = []
         for entry in self.entries:
@@ -133,7 +135,7 @@ class Ledger:
                 effective.append(entry)
                 continue
             last = effective[-1] if effective else entry
-            if last.action in CHANGES and last.version == entry.version:
+            if last.action in CHAMPION_CHANGE_ACTIONS and last.version == entry.version:
                 effective.pop()
         return effective
 
@@ -147,20 +149,20 @@ class Ledger:
                 barred.discard(change.version)
         return barred
 
-    def versions(self) -> set[str]:
+    def champion_versions(self) -> set[str]:
         """Every version that was champion and was not collected since."""
-        standing = self._manifests_by_version().keys()
+        standing = self._manifest_hashes_by_version().keys()
         return {v for change in self.changes() if (v := change.version) in standing}
 
-    def manifests(self, version: str) -> set[str]:
+    def manifest_hashes(self, version: str) -> set[str]:
         """The manifest hashes that were recorded for `version` as it is there now."""
-        return self._manifests_by_version().get(version, set())
+        return self._manifest_hashes_by_version().get(version, set())
 
-    def _manifests_by_version(self) -> dict[str, set[str]]:
+    def _manifest_hashes_by_version(self) -> dict[str, set[str]]:
         """Manifest hashes by version, since it was last collected: it may be registered anew."""
         manifests: dict[str, set[str]] = {}
         for entry in self.entries:
-            if entry.version is not None and entry.action in CHANGES:
+            if entry.version is not None and entry.action in CHAMPION_CHANGE_ACTIONS:
                 known = manifests.setdefault(entry.version, set())
                 known |= {entry.manifest} if entry.manifest is not None else set()
             elif entry.version is not None and entry.action == "collected":
@@ -244,7 +246,7 @@ def _write_all(descriptor: int, content: bytes) -> None:
 
 def _parse_entry(line: bytes, path: Path, number: int) -> Entry:
     try:
-        return ENTRY.validate_json(line, strict=True)
+        return ENTRY_VALIDATOR.validate_json(line, strict=True)
     except ValidationError as error:
         problem = describe_first_problem(error, "the line")
         raise DamagedError(
@@ -262,13 +264,13 @@ def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> 
     for number, (line, entry) in enumerate(zip(lines, entries, strict=True), 1):
         claimed = entry.previous_line_sha256
         if claimed is None and is_chained:
-            raise _not_following(path, number, f"has no hash of line {number - 1}")
+            raise _broken_chain_error(path, number, f"has no hash of line {number - 1}")
         if claimed is not None and claimed != end.hexdigest():
             before = f"line {number - 1}" if is_chained else "what is before it"
-            raise _not_following(path, number, f"does not hold the hash of {before}")
+            raise _broken_chain_error(path, number, f"does not hold the hash of {before}")
         if entry.action != "aborted" and entry.previous != champion:
             problem = f"replaced {entry.previous}, but the line before it left {champion}"
-            raise _not_following(path, number, problem)
+            raise _broken_chain_error(path, number, problem)
         if claimed is not None:
             is_chained = True
             end = hashlib.sha256()
@@ -277,7 +279,7 @@ def _check_chain(path: Path, lines: list[bytes], entries: tuple[Entry, ...]) -> 
     return end.hexdigest()
 
 
-def _not_following(path: Path, number: int, problem: str) -> DamagedError:
+def _broken_chain_error(path: Path, number: int, problem: str) -> DamagedError:
     return DamagedError(
         f"{path}, line {number} {problem}: a line was removed, added or edited. Nothing is decided "
         "by this history and nothing written to it; restore the file from a backup."

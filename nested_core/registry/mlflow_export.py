@@ -17,14 +17,20 @@ from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.text.digest_format import shorten_digest
 
-ALIAS = "champion"
-TAG = "nested_tune.version"
+CHAMPION_ALIAS = "champion"
+VERSION_TAG = "nested_tune.version"
 ARTIFACT_FOLDER = "adapter"
-TAGGED = ("parent", "dataset_digest", "train_digest", "base_fingerprint", "registered_at")
+PROVENANCE_KEYS_AS_TAGS = (
+    "parent",
+    "dataset_digest",
+    "train_digest",
+    "base_fingerprint",
+    "registered_at",
+)
 
 
 @dataclass(frozen=True)
-class Export:
+class MlflowExport:
     """The result of an export: MLflow's number of each version, and the versions it added."""
 
     name: str
@@ -33,7 +39,7 @@ class Export:
     added: tuple[str, ...]
 
 
-def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None) -> Export:
+def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None) -> MlflowExport:
     """Add every version of `name` that MLflow lacks, and point its alias at the champion.
 
     Without `tracking_uri` MLflow's own settings apply. Each version is re-hashed first:
@@ -43,7 +49,7 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
     client = _make_client(tracking_uri)
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name, description="Adapters that passed nested-tune's gate.")
-    numbers = _read_exported(client, name)
+    numbers = _read_exported_versions(client, name)
     added = tuple(version for version in versions if version not in numbers)
     for version in added:
         verify(registry, name, version)
@@ -51,10 +57,10 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
             client, name, version, version_folder(registry, name, version)
         )
     if champion in numbers:
-        client.set_registered_model_alias(name, ALIAS, numbers[champion])
+        client.set_registered_model_alias(name, CHAMPION_ALIAS, numbers[champion])
     else:
-        client.delete_registered_model_alias(name, ALIAS)
-    return Export(name, champion, numbers, added)
+        client.delete_registered_model_alias(name, CHAMPION_ALIAS)
+    return MlflowExport(name, champion, numbers, added)
 
 
 def _make_client(tracking_uri: str | None) -> Any:
@@ -68,13 +74,13 @@ def _make_client(tracking_uri: str | None) -> Any:
     return mlflow.MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
-def _read_exported(client: Any, name: str) -> dict[str, str]:
+def _read_exported_versions(client: Any, name: str) -> dict[str, str]:
     """MLflow's version number by digest, of what was exported before."""
     known: dict[str, str] = {}
     token: str | None = None
     while True:
         page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        known |= {v.tags[TAG]: str(v.version) for v in page if TAG in v.tags}
+        known |= {v.tags[VERSION_TAG]: str(v.version) for v in page if VERSION_TAG in v.tags}
         token = page.token
         if not token:
             return known
@@ -83,10 +89,14 @@ def _read_exported(client: Any, name: str) -> dict[str, str]:
 def _export_version(client: Any, name: str, version: str, folder: Path) -> str:
     """Record a version as a run with its losses and files, and as a version of the model."""
     gate, provenance = read_gate(folder / GATE_NAME), read_provenance(folder)
-    tags = {f"nested_tune.{key}": str(provenance[key]) for key in TAGGED if provenance.get(key)}
-    tags[TAG] = version
+    tags = {
+        f"nested_tune.{key}": str(provenance[key])
+        for key in PROVENANCE_KEYS_AS_TAGS
+        if provenance.get(key)
+    }
+    tags[VERSION_TAG] = version
     run = client.create_run(
-        _experiment_id(client, name), run_name=shorten_digest(version), tags=tags
+        _find_or_create_experiment(client, name), run_name=shorten_digest(version), tags=tags
     )
     run_id = run.info.run_id
     for key, loss in (gate.get("validation") or {}).items():
@@ -98,6 +108,6 @@ def _export_version(client: Any, name: str, version: str, folder: Path) -> str:
     return str(client.create_model_version(name, source, run_id=run_id, tags=tags).version)
 
 
-def _experiment_id(client: Any, name: str) -> str:
+def _find_or_create_experiment(client: Any, name: str) -> str:
     existing = client.get_experiment_by_name(name)
     return str(client.create_experiment(name) if existing is None else existing.experiment_id)

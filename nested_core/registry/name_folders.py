@@ -12,13 +12,13 @@ from pathlib import Path
 
 from nested_core.config.adapter_names import why_invalid_adapter_name
 from nested_core.errors import ConfigError, DamagedError, list_first, shorten
-from nested_core.registry.folder_lock import exclusive
+from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.storage.atomic import require_writable_place, sync_path
 from nested_core.storage.strict_files import file_type
 
-VERSIONS = "versions"
-LISTED_NAMES = 5
-UNUSABLE_PATH = {
+VERSIONS_FOLDER_NAME = "versions"
+MAX_LISTED_NAMES = 5
+UNUSABLE_PATH_ERRNOS = {
     errno.EACCES,
     errno.EEXIST,
     errno.ELOOP,
@@ -47,8 +47,8 @@ def find_name_folder(registry: Path, name: str) -> Path:
     _refuse_case_clash(registry, name)
     folder = registry / name
     _refuse_links(folder)
-    if file_type(folder / VERSIONS) != "directory":
-        listed = list_first(list_names(registry), LISTED_NAMES) or "nothing"
+    if file_type(folder / VERSIONS_FOLDER_NAME) != "directory":
+        listed = list_first(list_names(registry), MAX_LISTED_NAMES) or "nothing"
         raise ConfigError(
             f"The registry {registry} has no adapter named {name!r}. It holds: {listed}. "
             "Check the name, or promote a run under it first."
@@ -60,7 +60,9 @@ def list_names(registry: Path) -> list[str]:
     """The names that a registry holds, in order; none if there is no registry yet."""
     if file_type(registry, follow_links=True) != "directory":
         return []
-    return sorted(entry.name for entry in registry.iterdir() if (entry / VERSIONS).is_dir())
+    return sorted(
+        entry.name for entry in registry.iterdir() if (entry / VERSIONS_FOLDER_NAME).is_dir()
+    )
 
 
 def name_exists(registry: Path, name: str) -> bool:
@@ -75,11 +77,11 @@ def name_exists(registry: Path, name: str) -> bool:
 def create_name_folder(registry: Path, name: str) -> Path:
     """The folder of `name`; it and the registry are created if they do not exist yet."""
     check_name(name)
-    _make_usable(registry)
-    with exclusive(registry):
+    _create_folders(registry)
+    with exclusive_folder_lock(registry):
         _refuse_case_clash(registry, name)
         _refuse_links(registry / name)
-        _make_usable(registry / name / VERSIONS)
+        _create_folders(registry / name / VERSIONS_FOLDER_NAME)
     return registry / name
 
 
@@ -87,9 +89,9 @@ def require_creatable(registry: Path, name: str) -> None:
     """Raise what `create_name_folder` would, and make nothing."""
     check_name(name)
     _require_folder_or_nothing(registry)
-    require_writable_place(registry / name / VERSIONS, "a registry", "registry.path")
+    require_writable_place(registry / name / VERSIONS_FOLDER_NAME, "a registry", "registry.path")
     if registry.is_dir():
-        with exclusive(registry):
+        with exclusive_folder_lock(registry):
             _refuse_case_clash(registry, name)
             _refuse_links(registry / name)
 
@@ -107,11 +109,11 @@ def _require_folder_or_nothing(registry: Path) -> None:
             )
 
 
-def _make_usable(folder: Path) -> None:
+def _create_folders(folder: Path) -> None:
     try:
-        _make_durable(folder)
+        _create_folders_durably(folder)
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno not in UNUSABLE_PATH:
+        if isinstance(error, OSError) and error.errno not in UNUSABLE_PATH_ERRNOS:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
@@ -120,11 +122,11 @@ def _make_usable(folder: Path) -> None:
         ) from error
 
 
-def _make_durable(folder: Path) -> None:
+def _create_folders_durably(folder: Path) -> None:
     """Make a directory and its parents, each synced into the directory above it."""
     if file_type(folder, follow_links=True) == "directory":
         return
-    _make_durable(folder.parent)
+    _create_folders_durably(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_path(folder.parent)
 
@@ -139,7 +141,7 @@ def _refuse_case_clash(registry: Path, name: str) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
-    for path in (folder, folder / VERSIONS):
+    for path in (folder, folder / VERSIONS_FOLDER_NAME):
         if file_type(path) == "link":
             raise DamagedError(
                 f"{path} is a symbolic link to {os.readlink(path)!r}. A registry has no link but "

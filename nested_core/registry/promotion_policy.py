@@ -25,11 +25,11 @@ from nested_core.registry import (
     list_versions,
     promote,
     read_champion,
-    read_changes,
-    read_changes_since,
+    read_champion_changes,
+    read_champion_changes_since,
     verify,
 )
-from nested_core.registry.folder_lock import shared
+from nested_core.registry.folder_lock import shared_folder_lock
 from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
@@ -43,8 +43,8 @@ from nested_core.text.loss_format import (
     loss_name_for_file,
 )
 
-DAMAGED = "damaged"
-COLLECTED = "collected meanwhile"
+DAMAGED_OUTCOME = "damaged"
+COLLECTED_OUTCOME = "collected meanwhile"
 Result = TypeVar("Result")
 
 
@@ -96,7 +96,7 @@ def read_candidate(registry: Path, name: str, version: str) -> Candidate:
     """
     folder = version_folder(registry, name, version)
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
-    with shared(find_name_folder(registry, name)):
+    with shared_folder_lock(find_name_folder(registry, name)):
         if version not in list_versions(registry, name):
             raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
         provenance = read_provenance(folder)
@@ -227,7 +227,7 @@ def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
     )
 
 
-def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | str:
+def promote_by_recorded_policy(registry: Path, name: str, version: str) -> Promotion | str:
     """Promote by the policy, and against the champion, that were recorded with the version.
 
     For delayed or duplicate events. Returns "superseded" if the champion changed after this version
@@ -239,7 +239,7 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
         return Promotion("already_champion", version, champion)
     if candidate.policy is None:
         return "its provenance records no policy"
-    if read_changes_since(
+    if read_champion_changes_since(
         registry,
         name,
         registered_after=candidate.registered_after,
@@ -257,14 +257,14 @@ def promote_as_recorded(registry: Path, name: str, version: str) -> Promotion | 
     return promote_by_policy(section, version, candidate.champion_at_gate)
 
 
-def promote_missed(registry: Path, name: str) -> dict[str, str]:
+def promote_missed_versions(registry: Path, name: str) -> dict[str, str]:
     """Promote versions whose event was lost, newest first; a second call changes nothing.
 
     Returns the outcome of each version that never was champion. A damaged version is left alone,
-    with an outcome that begins with DAMAGED; it keeps no other version from being promoted, and
-    neither does one that a gc removes meanwhile.
+    with an outcome that begins with DAMAGED_OUTCOME; it keeps no other version from being promoted,
+    and neither does one that a gc removes meanwhile.
     """
-    was_champion = {change.version for change in read_changes(registry, name)}
+    was_champion = {change.version for change in read_champion_changes(registry, name)}
     outcomes = {}
     registered_at = {}
     for version in list_versions(registry, name):
@@ -276,7 +276,7 @@ def promote_missed(registry: Path, name: str) -> dict[str, str]:
         else:
             registered_at[version] = candidate.registered_at
     for version in sorted(registered_at, key=lambda v: registered_at[v], reverse=True):
-        done = _try_action(promote_as_recorded, registry, name, version)
+        done = _try_action(promote_by_recorded_policy, registry, name, version)
         outcomes[version] = done if isinstance(done, str) else done.outcome
     return outcomes
 
@@ -288,11 +288,11 @@ def _try_action(
     try:
         return action(registry, name, version)
     except (DamagedError, GateRejected) as error:
-        return f"{DAMAGED}: {error}"
+        return f"{DAMAGED_OUTCOME}: {error}"
     except ConfigError:
         if version in list_versions(registry, name):
             raise
-        return COLLECTED
+        return COLLECTED_OUTCOME
 
 
 def registry_location(section: RegistrySection) -> tuple[Path, str]:
@@ -314,15 +314,15 @@ def _find_refusal(
         return f"waiting for approval of {version}: registry.promote is approve"
     if section.promote == "always" or champion is None:
         return None
-    return _not_better(section, candidate, champion)
+    return _why_not_better(section, candidate, champion)
 
 
-def _not_better(section: RegistrySection, candidate: Candidate, champion: str) -> str | None:
+def _why_not_better(section: RegistrySection, candidate: Candidate, champion: str) -> str | None:
     """Why a version is not better than the champion on the same examples, or None if it is."""
     if candidate.loss_after is None:
         return "there is no validation loss to compare with the champion's"
     if not candidate.was_champion_judged:
-        return _not_better_by_means(section, candidate, champion)
+        return _why_not_better_by_mean_losses(section, candidate, champion)
     record = candidate.champion
     if record is None or record.version != champion:
         return (
@@ -365,7 +365,7 @@ def _describe_comparison(
     )
 
 
-def _not_better_by_means(
+def _why_not_better_by_mean_losses(
     section: RegistrySection, candidate: Candidate, champion: str
 ) -> str | None:
     """The same for a verdict of an earlier release, which has mean losses alone."""

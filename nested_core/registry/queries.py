@@ -10,10 +10,10 @@ from typing import Any
 
 from nested_core.errors import DamagedError
 from nested_core.registry.champion_link import LINK_NAME, read_link
-from nested_core.registry.folder_lock import shared
+from nested_core.registry.folder_lock import shared_folder_lock
 from nested_core.registry.ledger import Entry, read_ledger
-from nested_core.registry.name_folders import VERSIONS, find_name_folder
-from nested_core.registry.recovery import read_state
+from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
+from nested_core.registry.recovery import read_registry_state
 from nested_core.registry.versions import registered_versions, verify_version
 from nested_core.storage.strict_files import file_type
 from nested_core.text.digest_format import shorten_digest
@@ -27,7 +27,7 @@ def read_champion(registry: Path, name: str) -> str | None:
     """
     folder = find_name_folder(registry, name)
     champion = read_link(folder)
-    if champion is None or _is_there(folder, champion):
+    if champion is None or _version_exists(folder, champion):
         return champion
     with holding_champion(registry, name) as now:  # a gc may have removed what it was just now
         return now
@@ -37,9 +37,9 @@ def read_champion(registry: Path, name: str) -> str | None:
 def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
     """Yield what `read_champion` returns; no gc removes that version while the block runs."""
     folder = find_name_folder(registry, name)
-    with shared(folder):
+    with shared_folder_lock(folder):
         champion = read_link(folder)
-        if champion is not None and not _is_there(folder, champion):
+        if champion is not None and not _version_exists(folder, champion):
             raise DamagedError(
                 f"{folder / LINK_NAME} points to {shorten_digest(champion)}, whose folder is gone. "
                 "Roll back to a version that is there, or restore the folder from a backup."
@@ -47,8 +47,8 @@ def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
         yield champion
 
 
-def _is_there(folder: Path, version: str) -> bool:
-    return file_type(folder / VERSIONS / version) == "directory"
+def _version_exists(folder: Path, version: str) -> bool:
+    return file_type(folder / VERSIONS_FOLDER_NAME / version) == "directory"
 
 
 def list_versions(registry: Path, name: str) -> list[str]:
@@ -56,14 +56,14 @@ def list_versions(registry: Path, name: str) -> list[str]:
     return registered_versions(find_name_folder(registry, name))
 
 
-def read_changes(registry: Path, name: str) -> list[Entry]:
+def read_champion_changes(registry: Path, name: str) -> list[Entry]:
     """Every change of the champion that took effect, oldest first."""
     folder = find_name_folder(registry, name)
-    with shared(folder):
-        return read_state(folder).ledger.changes()
+    with shared_folder_lock(folder):
+        return read_registry_state(folder).ledger.changes()
 
 
-def read_changes_since(
+def read_champion_changes_since(
     registry: Path, name: str, *, registered_after: str | None, registered_at: str
 ) -> list[Entry]:
     """Every change of the champion that took effect after a version was registered, oldest first.
@@ -72,8 +72,8 @@ def read_changes_since(
     releases record only the time; then the clocks of the machines that wrote the two decide.
     """
     folder = find_name_folder(registry, name)
-    with shared(folder):
-        ledger = read_state(folder).ledger
+    with shared_folder_lock(folder):
+        ledger = read_registry_state(folder).ledger
     since = None if registered_after is None else ledger.changes_since(registered_after)
     if since is not None:
         return since
@@ -83,9 +83,9 @@ def read_changes_since(
 def verify(registry: Path, name: str, version: str) -> None:
     """Re-hash one version; DamagedError if it is not what was registered."""
     folder = find_name_folder(registry, name)
-    with shared(folder):
-        recorded = read_state(folder).ledger.manifests(version)
-        verify_version(folder / VERSIONS / version, version, recorded)
+    with shared_folder_lock(folder):
+        recorded = read_registry_state(folder).ledger.manifest_hashes(version)
+        verify_version(folder / VERSIONS_FOLDER_NAME / version, version, recorded)
 
 
 def history(registry: Path, name: str) -> list[dict[str, Any]]:
@@ -95,7 +95,7 @@ def history(registry: Path, name: str) -> list[dict[str, Any]]:
     or rollback marks it aborted.
     """
     folder = find_name_folder(registry, name)
-    with shared(folder):
+    with shared_folder_lock(folder):
         ledger, champion = read_ledger(folder), read_link(folder)
     lines = [asdict(entry) for entry in ledger.entries]
     if lines and ledger.champion != champion:

@@ -14,13 +14,13 @@ from nested_core.errors import DamagedError
 from nested_core.registry import champion_link
 from nested_core.registry.champion_record import (
     find_disagreement,
-    is_unrecorded,
+    is_last_change_unfinished,
     make_record,
     read_record,
     write_record,
 )
 from nested_core.registry.ledger import (
-    CHANGES,
+    CHAMPION_CHANGE_ACTIONS,
     LEDGER_NAME,
     Entry,
     Ledger,
@@ -29,12 +29,12 @@ from nested_core.registry.ledger import (
     new_entry,
     read_ledger,
 )
-from nested_core.registry.name_folders import VERSIONS
+from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.storage.atomic import remove_leftovers
 from nested_core.storage.lock_file import LockFile
 from nested_core.text.digest_format import shorten_digest
 
-SETTLED_BY = "nested-tune (settling a change that was cut short)"
+RECOVERY_AUTHOR = "nested-tune (settling a change that was cut short)"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class RegistryState:
     ledger: Ledger
 
 
-def read_state(folder: Path) -> RegistryState:
+def read_registry_state(folder: Path) -> RegistryState:
     """Read link, champion.json and history; call under the folder's lock, shared or not.
 
     Raises DamagedError for a history that was edited, or a champion that no history knows of.
@@ -69,20 +69,22 @@ def read_state(folder: Path) -> RegistryState:
     return state
 
 
-def recover(folder: Path, lock: LockFile) -> RegistryState:
+def recover_after_crash(folder: Path, lock: LockFile) -> RegistryState:
     """Repair `folder` after a crash and return its state; call only under its lock.
 
-    Raises DamagedError where `read_state` does: nothing is changed then.
+    Raises DamagedError where `read_registry_state` does: nothing is changed then.
     """
-    confirm = lock.require_current
+    confirm = lock.require_still_at_path
     confirm()
     # What somebody without the lock has prepared can no longer take effect from here on.
-    champion_link.claim_prepared(folder)
-    for place in (folder, folder / VERSIONS):
+    champion_link.rename_links_of_other_writers(folder)
+    for place in (folder, folder / VERSIONS_FOLDER_NAME):
         remove_leftovers(place)
-    state = read_state(folder)
+    state = read_registry_state(folder)
     champion, ledger = state.champion, state.ledger
-    if is_unrecorded(champion, state.record, ledger):  # one line ahead at most, at any moment
+    if is_last_change_unfinished(
+        champion, state.record, ledger
+    ):  # one line ahead at most, at any moment
         write_record(folder, make_record(champion, ledger), confirm=confirm)
     if ledger.torn or ledger.champion != champion:
         entry = _missing_entry(folder, ledger, champion)
@@ -94,7 +96,7 @@ def recover(folder: Path, lock: LockFile) -> RegistryState:
     if read_record(folder) != record:
         write_record(folder, record, confirm=confirm)
     confirm()
-    champion_link.discard_prepared(folder)
+    champion_link.discard_prepared_links(folder)
     return RegistryState(champion, record, ledger)
 
 
@@ -105,9 +107,11 @@ def _missing_entry(folder: Path, ledger: Ledger, champion: str | None) -> Entry:
     moved the link by hand.
     """
     if ledger.champion == champion:
-        return new_entry("aborted", champion_link.read_prepared_link(folder), champion, SETTLED_BY)
+        return new_entry(
+            "aborted", champion_link.read_prepared_link(folder), champion, RECOVERY_AUTHOR
+        )
     last = ledger.entries[-1]
-    if last.action in CHANGES and last.previous == champion:
-        return new_entry("aborted", last.version, champion, SETTLED_BY)
-    moved = new_entry("promote", champion, ledger.champion, SETTLED_BY)
+    if last.action in CHAMPION_CHANGE_ACTIONS and last.previous == champion:
+        return new_entry("aborted", last.version, champion, RECOVERY_AUTHOR)
+    moved = new_entry("promote", champion, ledger.champion, RECOVERY_AUTHOR)
     return replace(moved, automatic=True)

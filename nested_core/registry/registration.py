@@ -11,28 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import DamagedError
-from nested_core.registry.folder_lock import exclusive
+from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.registry.gate_file import (
     GATE_NAME,
-    JUDGE_AGAIN,
+    JUDGE_AGAIN_HINT,
     read_gate,
     require_consistent,
-    require_digest,
     require_passed,
     require_verdict_manifest,
+    require_verdict_on_adapter,
 )
 from nested_core.registry.name_folders import (
-    VERSIONS,
+    VERSIONS_FOLDER_NAME,
     check_name,
     create_name_folder,
     require_creatable,
 )
-from nested_core.registry.recovery import RegistryState, read_state, recover
+from nested_core.registry.recovery import RegistryState, read_registry_state, recover_after_crash
 from nested_core.registry.versions import (
-    FILES,
     PROVENANCE_NAME,
-    REGISTERED_AFTER,
-    REGISTERED_AT,
+    REGISTERED_AFTER_KEY,
+    REGISTERED_AT_KEY,
+    VERSION_FILES,
     verify_version,
     version_manifest_facts,
 )
@@ -42,7 +42,7 @@ from nested_core.storage.lock_file import LockFile
 from nested_core.storage.manifest import read_manifest, write_manifest
 from nested_core.storage.strict_files import file_type
 
-ADAPTER_NAME = "adapter"
+ADAPTER_FOLDER_NAME = "adapter"
 READ_BITS = 0o444
 
 
@@ -57,8 +57,8 @@ def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any
     check_name(name)
     version = judged_digest(run_dir)
     folder = create_name_folder(registry, name)
-    with exclusive(folder) as lock:
-        state = recover(folder, lock)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
         add_version(folder, version, run_dir, provenance, state=state, lock=lock)
     return version
 
@@ -72,8 +72,8 @@ def require_usable_registry(registry: Path, name: str) -> None:
     require_creatable(registry, name)
     folder = registry / name
     if folder.is_dir():
-        with exclusive(folder):
-            read_state(folder)
+        with exclusive_folder_lock(folder):
+            read_registry_state(folder)
 
 
 def add_version(
@@ -87,16 +87,16 @@ def add_version(
 ) -> None:
     """Copy a run's adapter to `versions/`, or check the version that is there; under the lock.
 
-    `version` is the run's `judged_digest`, and `state` what `recover` returned.
+    `version` is the run's `judged_digest`, and `state` what `recover_after_crash` returned.
     """
-    target = folder / VERSIONS / version
+    target = folder / VERSIONS_FOLDER_NAME / version
     if file_type(target) != "missing":
-        verify_version(target, version, state.ledger.manifests(version))
+        verify_version(target, version, state.ledger.manifest_hashes(version))
         return
     registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
-    position = {REGISTERED_AT: registered_at, REGISTERED_AFTER: state.ledger.end_sha256}
-    with new_directory(target, confirm=lock.require_current) as unpublished:
-        _fill_version(unpublished, run_dir, version, provenance | position)
+    position = {REGISTERED_AT_KEY: registered_at, REGISTERED_AFTER_KEY: state.ledger.end_sha256}
+    with new_directory(target, confirm=lock.require_still_at_path) as unpublished:
+        _fill_version_folder(unpublished, run_dir, version, provenance | position)
         verify_version(unpublished, version, set())
 
 
@@ -108,39 +108,43 @@ def judged_digest(run_dir: Path) -> str:
     path = run_dir / GATE_NAME
     gate = read_gate(path)
     require_passed(gate, path)
-    for file in (run_dir / ADAPTER_NAME / name for name in ADAPTER_FILES):
+    for file in (run_dir / ADAPTER_FOLDER_NAME / name for name in ADAPTER_FILES):
         if file_type(file) not in ("file", "missing"):  # read_adapter says which file is missing
             raise DamagedError(
                 f"{file} is not a regular file: a version is a copy of files that the run itself "
                 "wrote."
             )
-    digest = read_adapter(run_dir / ADAPTER_NAME).digest()
-    require_digest(gate, digest, path)
+    digest = read_adapter(run_dir / ADAPTER_FOLDER_NAME).digest()
+    require_verdict_on_adapter(gate, digest, path)
     require_verdict_manifest(run_dir, gate)
     require_consistent(gate, path)
     return digest
 
 
-def _fill_version(folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]) -> None:
+def _fill_version_folder(
+    folder: Path, run_dir: Path, version: str, provenance: dict[str, Any]
+) -> None:
     for name in ADAPTER_FILES:
-        shutil.copyfile(run_dir / ADAPTER_NAME / name, folder / name)
+        shutil.copyfile(run_dir / ADAPTER_FOLDER_NAME / name, folder / name)
     shutil.copyfile(run_dir / GATE_NAME, folder / GATE_NAME)
     write_json(folder / PROVENANCE_NAME, provenance)
     write_manifest(folder, version_manifest_facts(version))
-    _require_judged(folder, run_dir)
-    for name in FILES:
+    _require_judged_files(folder, run_dir)
+    for name in VERSION_FILES:
         path = folder / name
         path.chmod(path.stat().st_mode & READ_BITS)  # made under the umask, which says who reads
 
 
-def _require_judged(folder: Path, run_dir: Path) -> None:
+def _require_judged_files(folder: Path, run_dir: Path) -> None:
     """Raise DamagedError unless the copies are of the files that the run's verdict rests on."""
     copied = read_manifest(folder)["files"]
     judged = require_verdict_manifest(run_dir, read_gate(folder / GATE_NAME))
-    sources = {name: f"{ADAPTER_NAME}/{name}" for name in ADAPTER_FILES} | {GATE_NAME: GATE_NAME}
+    sources = {name: f"{ADAPTER_FOLDER_NAME}/{name}" for name in ADAPTER_FILES} | {
+        GATE_NAME: GATE_NAME
+    }
     for name, source in sources.items():
         if copied[name] != judged.get(source):
             raise DamagedError(
                 f"{run_dir / source} has changed since the verdict was given: the run's manifest "
-                f"holds another digest of it. Bring back what was there; {JUDGE_AGAIN}"
+                f"holds another digest of it. Bring back what was there; {JUDGE_AGAIN_HINT}"
             )

@@ -5,7 +5,7 @@ A linked list: removing a version takes time for the places that it has, not for
 
 from __future__ import annotations
 
-NOTHING = -1
+NO_PLACE = -1
 
 
 class RollbackStack:
@@ -17,7 +17,7 @@ class RollbackStack:
         self._below: list[int] = []
         self._above: list[int] = []
         self._is_in: list[bool] = []
-        self._top = NOTHING
+        self._top = NO_PLACE
 
         # Where each version was pushed, and places that may hold the same as the one below.
         self._places: dict[str, list[int]] = {}
@@ -28,10 +28,10 @@ class RollbackStack:
         place = len(self._versions)
         self._versions.append(version)
         self._below.append(self._top)
-        self._above.append(NOTHING)
+        self._above.append(NO_PLACE)
         self._is_in.append(True)
         self._places.setdefault(version, []).append(place)
-        if self._top != NOTHING:
+        if self._top != NO_PLACE:
             self._above[self._top] = place
             self._repeats.append(place)
         self._top = place
@@ -42,12 +42,12 @@ class RollbackStack:
 
     def second(self) -> str | None:
         """The version below the top, or None."""
-        below = NOTHING if self._top == NOTHING else self._below[self._top]
-        return None if below == NOTHING else self._versions[below]
+        below = NO_PLACE if self._top == NO_PLACE else self._below[self._top]
+        return None if below == NO_PLACE else self._versions[below]
 
     def clear(self) -> None:
         """Take everything out."""
-        while self._top != NOTHING:
+        while self._top != NO_PLACE:
             self.pop()
 
     def remove(self, version: str | None) -> None:
@@ -57,7 +57,7 @@ class RollbackStack:
         while self._repeats:
             place = self._repeats.pop()
             below = self._below[place]
-            is_repeat = below != NOTHING and self._versions[below] == self._versions[place]
+            is_repeat = below != NO_PLACE and self._versions[below] == self._versions[place]
             if self._is_in[place] and is_repeat:
                 self._unlink(place)
 
@@ -66,9 +66,9 @@ class RollbackStack:
             return
         self._is_in[place] = False
         below, above = self._below[place], self._above[place]
-        if below != NOTHING:
+        if below != NO_PLACE:
             self._above[below] = above
-        if above == NOTHING:
+        if above == NO_PLACE:
             self._top = below
         else:
             self._below[above] = below

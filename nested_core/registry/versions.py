@@ -13,23 +13,30 @@ from pathlib import Path
 from typing import Any
 
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError
-from nested_core.registry.gate_file import GATE_NAME, read_gate, require_digest, require_passed
+from nested_core.registry.gate_file import (
+    GATE_NAME,
+    read_gate,
+    require_passed,
+    require_verdict_on_adapter,
+)
 from nested_core.registry.ledger import Ledger
-from nested_core.registry.name_folders import VERSIONS
+from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
 from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
 from nested_core.storage.strict_files import file_type, read_json, regular_sha256
 from nested_core.text.digest_format import shorten_digest
 
 PROVENANCE_NAME = "provenance.json"
-REGISTERED_AT = "registered_at"
-REGISTERED_AFTER = "registered_after"  # the history's `end_sha256` at that moment: no clock lies
+REGISTERED_AT_KEY = "registered_at"
+REGISTERED_AFTER_KEY = (
+    "registered_after"  # the history's `end_sha256` at that moment: no clock lies
+)
 MAX_PROVENANCE_BYTES = 64 * 1024 * 1024
-CONTENT = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
-FILES = (*CONTENT, MANIFEST_NAME)
+CONTENT_FILES = (WEIGHTS_NAME, CONFIG_NAME, GATE_NAME, PROVENANCE_NAME)
+VERSION_FILES = (*CONTENT_FILES, MANIFEST_NAME)
 VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")
-PREFIX_PATTERN = re.compile(r"[0-9a-f]{6,64}")
-LISTED_FINDINGS = 5
+VERSION_PREFIX_PATTERN = re.compile(r"[0-9a-f]{6,64}")
+MAX_LISTED_FINDINGS = 5
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ def version_manifest_facts(version: str) -> dict[str, Any]:
 
 def version_folder(registry: Path, name: str, version: str) -> Path:
     """The path of a version of `name`, whether or not it exists."""
-    return registry / name / VERSIONS / version
+    return registry / name / VERSIONS_FOLDER_NAME / version
 
 
 def read_provenance(place: Path) -> dict[str, Any]:
@@ -75,17 +82,21 @@ def _how_to_mend(place: Path) -> str:
 
 def registered_versions(folder: Path) -> list[str]:
     """The versions in a NAME's folder, in the order of their digests."""
-    return sorted(name for name in os.listdir(folder / VERSIONS) if VERSION_PATTERN.fullmatch(name))
+    return sorted(
+        name
+        for name in os.listdir(folder / VERSIONS_FOLDER_NAME)
+        if VERSION_PATTERN.fullmatch(name)
+    )
 
 
 def resolve_version(folder: Path, wanted: str, ledger: Ledger) -> str:
     """The one version whose digest begins with `wanted`; ConfigError for none or several."""
-    if PREFIX_PATTERN.fullmatch(wanted) is None:
+    if VERSION_PREFIX_PATTERN.fullmatch(wanted) is None:
         raise ConfigError(
             f"{wanted!r:.80} is not a version. Expected the name of a folder below "
-            f"{folder / VERSIONS}, or at least its first 6 hexadecimal digits."
+            f"{folder / VERSIONS_FOLDER_NAME}, or at least its first 6 hexadecimal digits."
         )
-    known = sorted({*registered_versions(folder), *ledger.versions()})
+    known = sorted({*registered_versions(folder), *ledger.champion_versions()})
     matching = [version for version in known if version.startswith(wanted)]
     if len(matching) == 1:
         return matching[0]
@@ -104,9 +115,9 @@ def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
     """
     findings = version_findings(folder, version, recorded)
     if findings:
-        listed = [str(finding) for finding in findings[:LISTED_FINDINGS]]
-        if len(findings) > LISTED_FINDINGS:
-            listed.append(f"and {len(findings) - LISTED_FINDINGS} more")
+        listed = [str(finding) for finding in findings[:MAX_LISTED_FINDINGS]]
+        if len(findings) > MAX_LISTED_FINDINGS:
+            listed.append(f"and {len(findings) - MAX_LISTED_FINDINGS} more")
         raise DamagedError(
             f"Version {shorten_digest(version)} is not what was registered. {'; '.join(listed)}. "
             f"{_how_to_mend(folder)}"
@@ -119,13 +130,16 @@ def version_findings(folder: Path, version: str, recorded: set[str]) -> list[Aud
     """Everything that is wrong with the files of a version, except a verdict of "failed"."""
     if file_type(folder) != "directory":
         return [AuditFinding(folder, "the folder of the version is missing, or is not a directory")]
-    findings = [*_listing_findings(folder), *_hash_findings(folder, version, recorded)]
-    return findings or [*_meaning_findings(folder, version)]
+    findings = [
+        *_missing_and_extra_file_findings(folder),
+        *_hash_findings(folder, version, recorded),
+    ]
+    return findings or [*_digest_findings(folder, version)]
 
 
-def _listing_findings(folder: Path) -> Iterator[AuditFinding]:
+def _missing_and_extra_file_findings(folder: Path) -> Iterator[AuditFinding]:
     present = set(os.listdir(folder))
-    for name in FILES:
+    for name in VERSION_FILES:
         if name not in present:
             yield AuditFinding(folder / name, "missing")
         elif file_type(folder / name) != "file":
@@ -133,7 +147,7 @@ def _listing_findings(folder: Path) -> Iterator[AuditFinding]:
         elif (links := (folder / name).stat().st_nlink) > 1:
             message = f"has {links} names: through another it can be changed"
             yield AuditFinding(folder / name, message)
-    for name in sorted(present - set(FILES)):
+    for name in sorted(present - set(VERSION_FILES)):
         yield AuditFinding(folder / name, "does not belong to the version")
 
 
@@ -147,7 +161,7 @@ def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[A
         yield AuditFinding(path, f"not readable as a manifest ({error})")
         return
     if manifest["facts"] != version_manifest_facts(version) or set(manifest["files"]) != set(
-        CONTENT
+        CONTENT_FILES
     ):
         yield AuditFinding(path, "belongs to something else than this version")
     if recorded and manifest["digest"] not in recorded:
@@ -156,7 +170,7 @@ def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[A
 
 
 def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[AuditFinding]:
-    for name in CONTENT:
+    for name in CONTENT_FILES:
         path = folder / name
         if name not in listed or file_type(path) != "file":
             continue
@@ -164,11 +178,11 @@ def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[AuditFindin
             yield AuditFinding(path, "has changed since it was written (size or SHA-256)")
 
 
-def _meaning_findings(folder: Path, version: str) -> Iterator[AuditFinding]:
+def _digest_findings(folder: Path, version: str) -> Iterator[AuditFinding]:
     try:
         if read_adapter(folder).digest() != version:
             message = "is not the adapter whose digest names the folder"
             yield AuditFinding(folder / WEIGHTS_NAME, message)
-        require_digest(read_gate(folder / GATE_NAME), version, folder / GATE_NAME)
+        require_verdict_on_adapter(read_gate(folder / GATE_NAME), version, folder / GATE_NAME)
     except NestedTuneError as error:
         yield AuditFinding(folder, str(error))

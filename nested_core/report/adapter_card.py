@@ -16,16 +16,16 @@ import yaml
 from nested_core.config.gate import HELD_OUT_SPLITS
 from nested_core.errors import ConfigError
 from nested_core.registry.gate_file import GATE_NAME, read_gate
-from nested_core.registry.name_folders import VERSIONS, check_name
+from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, check_name
 from nested_core.registry.queries import read_champion, verify
 from nested_core.registry.versions import read_provenance
 from nested_core.text.foreign_text import escape_markdown
 from nested_core.text.loss_format import format_loss
 
-_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+_HUB_NAME_PATTERN = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
-def write_card(registry: Path, name: str) -> str:
+def render_card(registry: Path, name: str) -> str:
     """The card of a name's champion, as markdown with YAML in front.
 
     Raises ConfigError for an unknown name or one without a champion, DamagedError if the version
@@ -39,7 +39,7 @@ def write_card(registry: Path, name: str) -> str:
             f"run first: nested-tune promote RUN_DIR --registry {registry} --name {name}"
         )
     verify(registry, name, version)
-    folder = registry / name / VERSIONS / version
+    folder = registry / name / VERSIONS_FOLDER_NAME / version
     provenance, gate = read_provenance(folder), read_gate(folder / GATE_NAME)
     front = yaml.safe_dump(_front_matter(name, provenance, gate), sort_keys=False)
     body = "\n".join(_render_body(name, version, provenance, gate))
@@ -59,7 +59,7 @@ def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -
     datasets = _hub_datasets(config)
     if datasets:
         fields["datasets"] = datasets
-    metrics = list(_index_metrics(gate))
+    metrics = list(_model_index_metrics(gate))
     held_out = (config.get("gate") or {}).get("held_out", "auto")
     is_of_data_set = held_out in HELD_OUT_SPLITS
     if len(datasets) == 1 and metrics and is_of_data_set:  # numbers of data that all can get
@@ -74,7 +74,7 @@ def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -
 
 def _hub_name(value: object) -> str | None:
     """A name of the hub; None for a folder of this machine or anything else."""
-    is_name = isinstance(value, str) and _HUB_NAME.fullmatch(value) is not None
+    is_name = isinstance(value, str) and _HUB_NAME_PATTERN.fullmatch(value) is not None
     return str(value) if is_name and not Path(str(value)).exists() else None
 
 
@@ -84,7 +84,7 @@ def _hub_datasets(config: dict[str, Any]) -> list[str]:
     return [name for name in named if name is not None]
 
 
-def _index_metrics(gate: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _model_index_metrics(gate: dict[str, Any]) -> Iterator[dict[str, Any]]:
     losses = gate.get("validation")
     if losses and losses.get("loss_after") is not None:
         name = f"mean loss in nats a token, {losses.get('file')}"

@@ -19,16 +19,16 @@ from typing import Any
 from nested_core.report.curve_points import Point, decimate
 from nested_core.text.html_markup import Html, collapsed, element, escaped_html, join, table
 
-MAX_ROWS = 200  # of a table of a curve's numbers
-MAX_DOTS = 60
+MAX_TABLE_ROWS = 200  # of a table of a curve's numbers
+MAX_POINTS_WITH_DOTS = 60
 WIDTH, HEIGHT = 420, 250  # legible at a phone's width, several beside each other on a screen
-LAST_LABEL = 16  # room for the half of the last label that stands beyond its axis
-LOGARITHMIC_FROM = 10.0  # largest over smallest value
+LAST_LABEL_MARGIN = 16  # room for the half of the last label that stands beyond its axis
+LOGARITHMIC_AXIS_RATIO = 10.0  # largest over smallest value
 HOW_TO_GET_CHARTS = "No charts here: pip install 'nested-tune[report]' draws them."
 _COLOURS = ("#1f5fbf", "#b8500b", "#0b7a3e", "#8a3ab9", "#5f5a00")
-_FRACTION = re.compile(r'(?<=[ "-])(\d+\.\d)\d+(?=[ "])')  # of a pixel; labels stay
-_ZERO = re.compile(r'(?<=[ "])0E[-+]\d+(?=[ "])')  # as Decimal writes it
-_OPENING = re.compile(r"^<svg[^>]*>")
+_LONG_FRACTION_PATTERN = re.compile(r'(?<=[ "-])(\d+\.\d)\d+(?=[ "])')  # of a pixel; labels stay
+_ZERO_WITH_EXPONENT_PATTERN = re.compile(r'(?<=[ "])0E[-+]\d+(?=[ "])')  # as Decimal writes it
+_SVG_OPENING_TAG_PATTERN = re.compile(r"^<svg[^>]*>")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ class Chart:
     from_zero: bool = False
 
 
-def can_draw() -> bool:
+def can_draw_charts() -> bool:
     """Whether the extra `report` is installed."""
     return importlib.util.find_spec("leather") is not None
 
 
-def figure(charts: Sequence[Chart]) -> Html:
+def draw_figure(charts: Sequence[Chart]) -> Html:
     """A figure: charts of the same numbers, a legend, and the numbers themselves in a table.
 
     The table is of the first chart: the others show its values over another x. Nothing where no
@@ -66,7 +66,7 @@ def figure(charts: Sequence[Chart]) -> Html:
     first = charts[0]
     if not first.curves:
         return Html("")
-    drawn = [draw_chart(chart) for chart in charts] if can_draw() else []
+    drawn = [draw_chart(chart) for chart in charts] if can_draw_charts() else []
     caption = element("figcaption", first.title, _draw_legend(first.curves))
     pictures = element("div", *drawn, class_="charts")
     numbers = collapsed("The numbers", _numbers_table(charts))
@@ -101,17 +101,17 @@ def _curve_colour(number: int) -> str:
 def _numbers_table(charts: Sequence[Chart]) -> Html:
     """A row for each x of the first chart, with the x of the others as further columns.
 
-    Of more than MAX_ROWS those are shown, evenly spaced, at which all curves have a value.
+    Of more than MAX_TABLE_ROWS those are shown, evenly spaced, at which all curves have a value.
     """
     chart, *others = charts
     values = [{point.x: point.y for point in curve.points} for curve in chart.curves]
-    further = [_places_in(chart, other) for other in others]
+    further = [_match_x_in_other_chart(chart, other) for other in others]
     places = sorted({x for curve in values for x in curve})
     total = len(places)
-    if total > MAX_ROWS:
+    if total > MAX_TABLE_ROWS:
         complete = [x for x in places if all(x in curve for curve in values)]
         places = complete if len(complete) > 1 else places
-        places = [*places[: -1 : -(-len(places) // MAX_ROWS)], places[-1]]
+        places = [*places[: -1 : -(-len(places) // MAX_TABLE_ROWS)], places[-1]]
     rows = [
         [_to_int_if_whole(x), *(cells.get(x, Html("")) for cells in (*further, *values))]
         for x in places
@@ -123,7 +123,7 @@ def _numbers_table(charts: Sequence[Chart]) -> Html:
     return table(caption, names, rows)
 
 
-def _places_in(chart: Chart, other: Chart) -> dict[float, float | None]:
+def _match_x_in_other_chart(chart: Chart, other: Chart) -> dict[float, float | None]:
     """Where the points of a chart stand in another one of the same points over another x."""
     pairs = zip(chart.curves, other.curves, strict=True)
     return {p.x: q.x for one, two in pairs for p, q in zip(one.points, two.points, strict=True)}
@@ -136,14 +136,16 @@ def _to_int_if_whole(x: float) -> float | int:
 def draw_chart(chart: Chart) -> Html:
     """The chart as an SVG element with a title; it needs the extra `report`.
 
-    A vertical axis over more than a factor of LOGARITHMIC_FROM is logarithmic, unless the chart
-    begins at zero.
+    A vertical axis over more than a factor of LOGARITHMIC_AXIS_RATIO is logarithmic, unless the
+    chart begins at zero.
     """
     curves = [replace(curve, points=decimate(curve.points)) for curve in chart.curves]
     values = [p.y for curve in curves for p in curve.points if p.y is not None]
     places = [p.x for curve in curves for p in curve.points]
     is_logarithmic = (
-        not chart.from_zero and min(values) > 0 and max(values) >= LOGARITHMIC_FROM * min(values)
+        not chart.from_zero
+        and min(values) > 0
+        and max(values) >= LOGARITHMIC_AXIS_RATIO * min(values)
     )
     leather = _load_leather()
     drawing = leather.chart()
@@ -161,16 +163,18 @@ def draw_chart(chart: Chart) -> Html:
         data = [(p.x, _axis_value(p.y, is_logarithmic=is_logarithmic)) for p in curve.points]
         series = leather.series(data)
         drawing.add_series(series, leather.line(_curve_colour(number), width=1.2))
-        if len(data) == 1 or (curve.has_dots and len(data) <= MAX_DOTS):
+        if len(data) == 1 or (curve.has_dots and len(data) <= MAX_POINTS_WITH_DOTS):
             drawing.add_series(series, leather.dots(_curve_colour(number), radius=2.5))
     scale = " (logarithmic)" if is_logarithmic else ""
     words = escaped_html(f"{chart.title}: {chart.y}{scale} by {chart.x}")
-    opening = f'<svg viewBox="0 0 {WIDTH + LAST_LABEL} {HEIGHT}" role="img" aria-label="{words}">'
+    opening = (
+        f'<svg viewBox="0 0 {WIDTH + LAST_LABEL_MARGIN} {HEIGHT}" role="img" aria-label="{words}">'
+    )
     written = io.StringIO()  # in a notebook, what `to_svg` returns is no text
     drawing.to_svg(written, width=WIDTH, height=HEIGHT)
     _, tag, drawn = written.getvalue().partition("<svg")  # after the header of a file
-    svg = _ZERO.sub("0", _FRACTION.sub(r"\1", tag + drawn))
-    return Html(_OPENING.sub(f"{opening}<title>{words}</title>", svg))
+    svg = _ZERO_WITH_EXPONENT_PATTERN.sub("0", _LONG_FRACTION_PATTERN.sub(r"\1", tag + drawn))
+    return Html(_SVG_OPENING_TAG_PATTERN.sub(f"{opening}<title>{words}</title>", svg))
 
 
 def _axis_value(value: float | None, *, is_logarithmic: bool) -> float | None:
@@ -207,7 +211,7 @@ def _format_power(value: Any, place: int, count: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Leather:
+class _LeatherLibrary:
     """What of leather a chart is made of; its shapes draw no legend, for the figure has one."""
 
     chart: Any
@@ -217,7 +221,7 @@ class _Leather:
 
 
 @functools.cache
-def _load_leather() -> _Leather:
+def _load_leather() -> _LeatherLibrary:
     """Leather, with its theme set: it is the library's own and there is one a process."""
     import leather
     from leather import theme
@@ -247,4 +251,4 @@ def _load_leather() -> _Leather:
         setattr(theme, f"{part}_font_size", 12)
         setattr(theme, f"{part}_font_char_height", 12)
         setattr(theme, f"{part}_font_char_width", 7)
-    return _Leather(leather.Chart, leather.Series, Line, Dots)
+    return _LeatherLibrary(leather.Chart, leather.Series, Line, Dots)

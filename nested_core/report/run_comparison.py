@@ -14,7 +14,13 @@ from nested_core.errors import ConfigError
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
 from nested_core.report.curve_points import Point
-from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
+from nested_core.report.line_charts import (
+    HOW_TO_GET_CHARTS,
+    Chart,
+    Curve,
+    can_draw_charts,
+    draw_figure,
+)
 from nested_core.report.run_page import describe_outcome
 from nested_core.report.run_record import RunRecord, read_run
 from nested_core.storage.run_directory import RunDirectory
@@ -31,7 +37,7 @@ from nested_core.text.html_markup import (
 )
 from nested_core.text.loss_format import format_difference, format_interval
 
-SHOWN_QUESTIONS = 20
+MAX_SHOWN_QUESTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -73,15 +79,15 @@ class RunComparison:
         paired = self.paired_with_first()
         plans = [record.plan for record in self.records]
         return {
-            "training": [record.last("loss") for record in self.records],
-            "validation": [record.last("val_loss") for record in self.records],
+            "training": [record.last_metric("loss") for record in self.records],
+            "validation": [record.last_metric("val_loss") for record in self.records],
             "training_file": [None if plan is None else plan.training_file for plan in plans],
-            "training_step": [record.last_step("loss") for record in self.records],
+            "training_step": [record.step_of_last_metric("loss") for record in self.records],
             "validation_file": [None if plan is None else plan.validation_file for plan in plans],
             "validation_examples": [
                 None if plan is None else plan.validation_examples for plan in plans
             ],
-            "validation_step": [record.last_step("val_loss") for record in self.records],
+            "validation_step": [record.step_of_last_metric("val_loss") for record in self.records],
             "gate_file": [None if gate is None else gate.file for gate in gates],
             "gate_examples": [None if gate is None else gate.examples for gate in gates],
             "gate_step": [
@@ -133,13 +139,13 @@ class RunComparison:
                 _median_metric(record, "tokens_per_second") for record in self.records
             ],
             "training_seconds": [max(record.seconds, default=None) for record in self.records],
-            "peak_memory_gb": [record.last("peak_memory_gb") for record in self.records],
+            "peak_memory_gb": [record.last_metric("peak_memory_gb") for record in self.records],
         }
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values: a list has one value for each run."""
         return {
-            "runs": [_describe_run(record) for record in self.records],
+            "runs": [_run_to_json(record) for record in self.records],
             "config": self.differing_settings(),
             "losses": self.losses(),
             "tasks": self.tasks(),
@@ -191,11 +197,11 @@ class RunComparison:
             table("Each run in a sentence", ("run", "outcome"), outcomes),
             *(damage if problems else []),
         )
-        yield section("figures", "Figures and settings", *self._figures())
-        yield section("curves", "Losses", *self._curves())
-        yield section("answers", "Answers that differ", *self._answers())
+        yield section("figures", "Figures and settings", *self._number_tables())
+        yield section("curves", "Losses", *self._loss_figures())
+        yield section("answers", "Answers that differ", *self._answer_tables())
 
-    def _figures(self) -> Iterator[Html]:
+    def _number_tables(self) -> Iterator[Html]:
         if not self.has_same_held_out_examples():
             yield paragraph(
                 "These runs are not known to be judged on the same held-out examples: their "
@@ -205,11 +211,11 @@ class RunComparison:
         caption = "Losses in nats a token; of the settings those that differ"
         yield table(caption, ("", *self.names), self.rows())
 
-    def _curves(self) -> Iterator[Html]:
-        if not can_draw():
+    def _loss_figures(self) -> Iterator[Html]:
+        if not can_draw_charts():
             yield paragraph(HOW_TO_GET_CHARTS, class_="note")
         charts = [
-            figure([Chart(title, x, "nats a token", list(self._loss_curves(key, x)))])
+            draw_figure([Chart(title, x, "nats a token", list(self._loss_curves(key, x)))])
             for title, key in (("Validation loss", "val_loss"), ("Training loss", "loss"))
             for x in ("step", "seconds of training")
         ]
@@ -226,7 +232,7 @@ class RunComparison:
             ]
             yield Curve(name, points, has_dots=key == "val_loss")
 
-    def _answers(self) -> Iterator[Html]:
+    def _answer_tables(self) -> Iterator[Html]:
         answers: dict[tuple[str, int], list[Html]] = {}
         questions: dict[tuple[str, int], str] = {}
         for place, record in enumerate(self.records):
@@ -245,7 +251,7 @@ class RunComparison:
             yield paragraph("None: no question was asked, or all were answered alike.")
             return
         caption = f"Score and answer of each run's adapter, {len(rows)} questions"
-        yield table(caption, ("question", *self.names), rows[:SHOWN_QUESTIONS])
+        yield table(caption, ("question", *self.names), rows[:MAX_SHOWN_QUESTIONS])
 
 
 _LOSS_ROWS = (
@@ -316,14 +322,14 @@ def _describe_difference(difference: PairedDifference | None) -> str | None:
     return f"{mean} ({format_interval((difference.low, difference.high))})"
 
 
-def _describe_run(record: RunRecord) -> dict[str, Any]:
+def _run_to_json(record: RunRecord) -> dict[str, Any]:
     verdict = record.verdict
     return {
         "path": str(record.run.path),
         "state": record.state,
         "step": record.step,
         "steps": record.steps,
-        "val_loss": record.last("val_loss"),
+        "val_loss": record.last_metric("val_loss"),
         "verdict": None if verdict is None else "passed" if verdict.has_passed else "failed",
         "reasons": [] if verdict is None else [reason.code for reason in verdict.reasons],
         "started": record.started.isoformat(timespec="seconds"),

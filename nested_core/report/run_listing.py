@@ -56,11 +56,11 @@ def list_runs(folder: Path) -> list[ListedRun]:
         )
     candidates = [folder, *(path for path in folder.iterdir() if path.is_dir())]
     runs = [RunDirectory(path) for path in candidates]
-    rows = [_describe_run(run) for run in runs if run.has_run_files()]
+    rows = [_read_listed_run(run) for run in runs if run.has_run_files()]
     return sorted(rows, key=lambda row: row.started, reverse=True)
 
 
-def _describe_run(run: RunDirectory) -> ListedRun:
+def _read_listed_run(run: RunDirectory) -> ListedRun:
     started = read_start_time(run).isoformat(timespec="seconds")
     try:
         config = read_run_config(run)

@@ -23,14 +23,20 @@ from nested_core.data.rules.finding_groups import group_findings
 from nested_core.errors import list_first
 from nested_core.gate.verdict import Verdict, describe_examples
 from nested_core.report.curve_points import Point
-from nested_core.report.line_charts import HOW_TO_GET_CHARTS, Chart, Curve, can_draw, figure
+from nested_core.report.line_charts import (
+    HOW_TO_GET_CHARTS,
+    Chart,
+    Curve,
+    can_draw_charts,
+    draw_figure,
+)
 from nested_core.report.run_record import RunRecord, read_run
 from nested_core.report.verdict_sections import (
-    change_section,
-    decisive_figures,
-    pairs_section,
+    decisive_numbers,
+    paired_losses_section,
     tasks_section,
-    updates_section,
+    tier_updates_section,
+    weight_change_section,
 )
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.run_directory import RunDirectory
@@ -49,12 +55,12 @@ from nested_core.text.html_markup import (
 )
 from nested_core.text.loss_format import format_loss
 
-SHOWN_FINDINGS = 60
-SHOWN_REASONS = 20
-SHOWN_RESUMPTIONS = 5
-SHOWN_CHARACTERS = 300
+MAX_SHOWN_FINDINGS = 60
+MAX_SHOWN_REASONS = 20
+MAX_SHOWN_RESUMPTIONS = 5
+MAX_FINDING_CHARACTERS = 300
 MAX_CONFIG_CHARACTERS = 12_000
-_CLASSES = {"verified": "good", "rejected": "bad"}
+_CSS_CLASS_BY_STATE = {"verified": "good", "rejected": "bad"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class RunReport:
         header = element(
             "header",
             element("h1", "Run ", element("code", name)),
-            paragraph(self._describe_moment(), class_="note"),
+            paragraph(self._describe_progress(), class_="note"),
         )
         footer = element(
             "footer",
@@ -94,7 +100,7 @@ class RunReport:
         """Write the page, atomically."""
         write_bytes(path, self.to_html().encode("utf-8", "replace"))
 
-    def _describe_moment(self) -> str:
+    def _describe_progress(self) -> str:
         now = datetime.now(UTC)
         steps = self.record.steps
         of_all = "" if steps is None else f" of {steps:,}"
@@ -105,17 +111,17 @@ class RunReport:
 
     def _sections(self) -> Iterator[Html]:
         yield self._verdict_section()
-        yield pairs_section(self.record)
+        yield paired_losses_section(self.record)
         yield _curves_section(self.record)
-        yield change_section(self.record)
-        yield updates_section(self.record)
+        yield weight_change_section(self.record)
+        yield tier_updates_section(self.record)
         yield _findings_section(self.record)
         yield tasks_section(self.record)
         yield _reproduction_section(self.record)
 
     def _verdict_section(self) -> Html:
         record = self.record
-        class_ = f"verdict {_CLASSES.get(record.state, '')}".strip()
+        class_ = f"verdict {_CSS_CLASS_BY_STATE.get(record.state, '')}".strip()
         parts = [paragraph(describe_outcome(record), class_=class_)]
         if self.error is not None:
             parts.append(paragraph(truncated_text(self.error, 2000), class_="bad"))
@@ -126,7 +132,7 @@ class RunReport:
         if verdict is not None:
             if len(verdict.reasons) > 1:
                 parts.append(_reasons_table(verdict))
-            parts.append(key_numbers(decisive_figures(verdict)))
+            parts.append(key_numbers(decisive_numbers(verdict)))
         if record.red_flags:
             flags = [element("li", truncated_text(flag)) for flag in record.red_flags[:10]]
             parts += [
@@ -146,7 +152,7 @@ def describe_outcome(record: RunRecord) -> str:
     losses = [
         f"{name} loss {format_loss(loss)}"
         for name, key in (("training", "loss"), ("validation", "val_loss"))
-        if (loss := record.last(key)) is not None
+        if (loss := record.last_metric(key)) is not None
     ]
     measured = f", {', '.join(losses)}" if losses else ""
     if record.state == "running":
@@ -182,16 +188,16 @@ def _describe_verdict(verdict: Verdict) -> str:
 def _reasons_table(verdict: Verdict) -> Html:
     rows = [
         (reason.code, truncated_text(reason.message), len(reason.tensors))
-        for reason in verdict.reasons[:SHOWN_REASONS]
+        for reason in verdict.reasons[:MAX_SHOWN_REASONS]
     ]
     return table("Every reason against the adapter", ("code", "message", "tensors"), rows)
 
 
 def _curves_section(record: RunRecord) -> Html:
     """Losses over steps and seconds, rate, gradient norm, speed and memory."""
-    note = Html("") if can_draw() else paragraph(HOW_TO_GET_CHARTS, class_="note")
+    note = Html("") if can_draw_charts() else paragraph(HOW_TO_GET_CHARTS, class_="note")
     drawn = [
-        figure([_loss_chart(record, "step"), _loss_chart(record, "seconds of training")]),
+        draw_figure([_loss_chart(record, "step"), _loss_chart(record, "seconds of training")]),
         _metric_figure(record, "Learning rate", "rate", {"learning rate": "learning_rate"}),
         _metric_figure(
             record,
@@ -214,7 +220,7 @@ def _describe_curves(record: RunRecord) -> Html:
     plan, verdict = record.plan, record.verdict
     if plan is not None and plan.resumed_at:
         noun = "step" if len(plan.resumed_at) == 1 else "steps"
-        places = list_first([f"{step:,}" for step in plan.resumed_at], SHOWN_RESUMPTIONS)
+        places = list_first([f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS)
         sentences.append(
             f"The run was resumed at {noun} {places}: the curves go on from the checkpoint there, "
             f"and each step and its seconds of training are counted once."
@@ -245,7 +251,7 @@ def _loss_chart(record: RunRecord, x: str) -> Chart:
 def _metric_figure(record: RunRecord, title: str, unit: str, keys: dict[str, str]) -> Html:
     steps = [r.get("step", 0) for r in record.metrics]
     curves = [Curve(name, _curve_points(record, steps, key)) for name, key in keys.items()]
-    return figure([Chart(title, "step", unit, curves, from_zero=title != "Gradient norm")])
+    return draw_figure([Chart(title, "step", unit, curves, from_zero=title != "Gradient norm")])
 
 
 def _curve_points(record: RunRecord, places: list[Any], key: str) -> list[Point]:
@@ -268,9 +274,9 @@ def _findings_section(record: RunRecord) -> Html:
             group.shown_lines,
             group.count,
             group.check,
-            truncated_text(group.message, SHOWN_CHARACTERS),
+            truncated_text(group.message, MAX_FINDING_CHARACTERS),
         )
-        for group in groups[:SHOWN_FINDINGS]
+        for group in groups[:MAX_SHOWN_FINDINGS]
     ]
     serious = sum(group.severity != "info" for group in groups)
     sentence = "No error and no warning." if not serious else f"{serious} to look at, first."

@@ -66,18 +66,18 @@ class RunRecord:
         """The last optimizer step that was reported."""
         return int(self.metrics[-1].get("step", 0)) if self.metrics else 0
 
-    def last(self, key: str) -> Any:
+    def last_metric(self, key: str) -> Any:
         """The last reported value of a metric, or None."""
         return last_value(self.metrics, key)
 
-    def last_step(self, key: str) -> int | None:
-        """The step at which `last` was reported, or None."""
+    def step_of_last_metric(self, key: str) -> int | None:
+        """The step at which `last_metric` was reported, or None."""
         records = [record for record in self.metrics if record.get(key) is not None]
         return int(records[-1].get("step", 0)) if records else None
 
 
 @dataclass
-class _Reader:
+class _DamageTolerantReader:
     """Reads what is there, and gathers what is damaged."""
 
     problems: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
     Raises ConfigError if `run` is no run directory.
     """
     run.require_begun()
-    reader = _Reader()
+    reader = _DamageTolerantReader()
     config = reader.read(run.config, lambda _: read_run_config(run))
     metrics = reader.read(run.metrics, read_metrics) or []
     holder = None if has_ended else run.holder()
@@ -123,7 +123,7 @@ def read_run(run: RunDirectory, *, has_ended: bool = False) -> RunRecord:
     return record if outcome is None else _with_verdict(record, reader)
 
 
-def _with_verdict(record: RunRecord, reader: _Reader) -> RunRecord:
+def _with_verdict(record: RunRecord, reader: _DamageTolerantReader) -> RunRecord:
     """The record with what the gate wrote, where that is still as it was judged."""
     run = record.run
     judged = reader.read(run.manifest, lambda _: read_manifest(run.path)["files"]) or {}

@@ -10,7 +10,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.training_plan import read_plan
 
-_RUN_NAME = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{8}")
+_RUN_NAME_PATTERN = re.compile(r"(\d{8}T\d{6}Z)-[0-9a-f]{8}")
 
 
 def count_steps(run: RunDirectory, config: FineTuneConfig | None) -> int | None:
@@ -30,7 +30,7 @@ def count_steps(run: RunDirectory, config: FineTuneConfig | None) -> int | None:
 
 def read_start_time(run: RunDirectory) -> datetime:
     """When a run began: its name says so, else the oldest of its files."""
-    named = _RUN_NAME.fullmatch(run.path.resolve().name)
+    named = _RUN_NAME_PATTERN.fullmatch(run.path.resolve().name)
     if named is not None:
         with suppress(ValueError):  # digits that are no moment
             return datetime.strptime(named[1], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)

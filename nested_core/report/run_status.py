@@ -32,7 +32,7 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "current_val_loss": last_value(records, "val_loss"),
         "learning_rate": last_value(records, "learning_rate"),
         "updates": last_value(records, "updates"),
-        "checkpoint": _name_checkpoint(run, state),
+        "checkpoint": _name_resume_checkpoint(run, state),
         "verdict": verdict,
     }
 
@@ -70,7 +70,7 @@ def describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -
     return "trained" if run.result.exists() else "resumable"
 
 
-def _name_checkpoint(run: RunDirectory, state: str) -> str | None:
+def _name_resume_checkpoint(run: RunDirectory, state: str) -> str | None:
     """The checkpoint that the run would go on from: hashed if it is to be, else the newest."""
     if state == "resumable":
         path = newest_sound_checkpoint(run.checkpoints)

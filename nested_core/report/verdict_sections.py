@@ -39,12 +39,12 @@ from nested_core.text.html_markup import (
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 from nested_core.training.sample_prompts import SampleTable
 
-WORST_EXAMPLES = 5
-SHOWN_QUESTIONS = 12
+MAX_WORST_EXAMPLES = 5
+MAX_SHOWN_QUESTIONS = 12
 MAX_DATA_BYTES = 64 * 1024 * 1024  # of a file of data that examples are read from
 MAX_LINE_BYTES = 64 * 1024
-DARKEST = 0.55  # share of the colour behind the largest change: text on it stays legible
-_LAYER = re.compile(r"^(.*?\blayers\.)(\d+)\.(.+)$")
+MAX_HEAT_OPACITY = 0.55  # share of the colour behind the largest change: text on it stays legible
+_LAYER_NAME_PATTERN = re.compile(r"^(.*?\blayers\.)(\d+)\.(.+)$")
 
 
 def _describe_interval(interval: Sequence[float] | None) -> str:
@@ -54,7 +54,7 @@ def _describe_interval(interval: Sequence[float] | None) -> str:
     return f"95 % interval {format_interval(interval)}"
 
 
-def decisive_figures(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
+def decisive_numbers(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
     """The numbers that the verdict rests on: name, value, explanation."""
     losses = verdict.validation
     if losses is not None:
@@ -89,7 +89,7 @@ def _describe_drift_bound(verdict: Verdict) -> str:
     return f"KL from the initial adapter, nats a token; {allowed}"
 
 
-def pairs_section(record: RunRecord) -> Html:
+def paired_losses_section(record: RunRecord) -> Html:
     """The candidate against what it started from and the champion, on the same examples."""
     verdict = record.verdict
     if verdict is None or verdict.validation is None:
@@ -109,11 +109,11 @@ def pairs_section(record: RunRecord) -> Html:
         "smallest visible",
         "examples",
     ]
-    rows = [_start_row(verdict.validation)]
+    rows = [_parent_row(verdict.validation)]
     if verdict.champion is not None:
         rows.append(_champion_row(verdict.champion))
     caption = "Mean losses in nats a token; a difference below 0 is better"
-    notes = [paragraph(_describe_selection(verdict.validation), class_="note")]
+    notes = [paragraph(_describe_checkpoint_selection(verdict.validation), class_="note")]
     if verdict.drift is not None:
         notes.append(paragraph(f"Drift: {verdict.drift.describe()}."))
     if verdict.champion is None:
@@ -125,7 +125,7 @@ def pairs_section(record: RunRecord) -> Html:
     return section("pairs", heading, table(caption, columns, rows), *notes, worst)
 
 
-def _start_row(losses: Validation) -> tuple[object, ...]:
+def _parent_row(losses: Validation) -> tuple[object, ...]:
     return (
         "parent (the adapter it started from)",
         losses.loss_before,
@@ -155,7 +155,7 @@ def _interval_cell(interval: Sequence[float] | None) -> str | None:
     return None if interval is None else format_interval(interval)
 
 
-def _describe_selection(losses: Validation) -> str:
+def _describe_checkpoint_selection(losses: Validation) -> str:
     if losses.selected_on_same_data:
         return (
             f"{losses.file} also chose the step that is offered, so that the loss after is a "
@@ -169,7 +169,9 @@ def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
     differences = losses.after - losses.before
     comparable = np.isfinite(differences)
     improved = int((differences[comparable] < 0).sum())
-    order = np.argsort(-np.where(comparable, differences, np.inf), kind="stable")[:WORST_EXAMPLES]
+    order = np.argsort(-np.where(comparable, differences, np.inf), kind="stable")[
+        :MAX_WORST_EXAMPLES
+    ]
     numbers = [int(losses.lines[place]) for place in order]
     texts = _example_texts(record, losses.file, numbers)
     champion = losses.champion
@@ -216,7 +218,7 @@ def _example_texts(record: RunRecord, file: str, numbers: Sequence[int]) -> dict
 
 
 @dataclass(frozen=True)
-class _Module:
+class _ModuleChange:
     """The mean relative change of a module's tensors, and whether one of them did not change."""
 
     change: float | None
@@ -224,19 +226,19 @@ class _Module:
     is_unchanged: bool
 
     @classmethod
-    def from_tensors(cls, tensors: Sequence[TensorChange]) -> _Module:
+    def from_tensors(cls, tensors: Sequence[TensorChange]) -> _ModuleChange:
         """The figures of the tensors of one module."""
         known = [t.relative_delta for t in tensors if t.relative_delta is not None]
         change = sum(known) / len(known) if known else None
         return cls(change, tensors[0].tier, not all(tensor.changed for tensor in tensors))
 
 
-def change_section(record: RunRecord) -> Html:
+def weight_change_section(record: RunRecord) -> Html:
     """The relative change of each module as a map, layer by module, with the tiers marked."""
     heading = "Change by layer and module"
     if record.verdict is None or not record.verdict.tensors:
         return section("change", heading, paragraph("The gate has not compared the adapters yet."))
-    modules = _modules_by_place(record.verdict.tensors)
+    modules = _changes_by_layer_and_name(record.verdict.tensors)
     columns = sorted({column for _, column in modules})
     layers = sorted({layer for layer, _ in modules})
     largest = max((m.change for m in modules.values() if m.change is not None), default=0) or 1.0
@@ -266,28 +268,30 @@ def change_section(record: RunRecord) -> Html:
     return section("change", heading, note, scrolling("Change by layer and module", body))
 
 
-def _modules_by_place(tensors: Sequence[TensorChange]) -> dict[tuple[int, str], _Module]:
+def _changes_by_layer_and_name(
+    tensors: Sequence[TensorChange],
+) -> dict[tuple[int, str], _ModuleChange]:
     """Modules by layer, -1 outside of layers, and by their name within it."""
     grouped: dict[tuple[int, str], list[TensorChange]] = {}
     for tensor in tensors:
         module = tensor.name.rpartition(".")[0] or tensor.name
-        matched = _LAYER.match(module)
+        matched = _LAYER_NAME_PATTERN.match(module)
         place = (int(matched[2]), matched[3]) if matched else (-1, module)
         grouped.setdefault(place, []).append(tensor)
-    return {place: _Module.from_tensors(group) for place, group in grouped.items()}
+    return {place: _ModuleChange.from_tensors(group) for place, group in grouped.items()}
 
 
-def _heat_cell(module: _Module | None, largest: float, *, with_tier: bool) -> str:
+def _heat_cell(module: _ModuleChange | None, largest: float, *, with_tier: bool) -> str:
     if module is None:
         return "<td>"
-    share = DARKEST * (module.change or 0.0) / largest
+    share = MAX_HEAT_OPACITY * (module.change or 0.0) / largest
     value = "–" if module.change is None else f"{module.change:.2g}"
     tier = f" <small>tier {module.tier}</small>" if with_tier and module.tier is not None else ""
     mark = ' class="bad"' if module.is_unchanged else ""
     return f'<td{mark} style="background:rgba(var(--heat),{share:.2f})">{value}{tier}'
 
 
-def updates_section(record: RunRecord) -> Html:
+def tier_updates_section(record: RunRecord) -> Html:
     """Updates that were due and that were applied, a row for each tier."""
     heading = "Updates expected and applied"
     if record.verdict is not None and record.verdict.tiers:
@@ -305,7 +309,7 @@ def updates_section(record: RunRecord) -> Html:
         caption = f"Up to step {record.verdict.adapter_step or 0:,}, the step that is offered"
         judged = ["tier", "updated every", "tensors changed", "expected", "applied", "skipped"]
         return section("updates", heading, table(caption, judged, rows))
-    applied, skipped = record.last("updates"), record.last("skipped")
+    applied, skipped = record.last_metric("updates"), record.last_metric("skipped")
     if not isinstance(applied, list) or record.config is None:
         return section("updates", heading, paragraph("No step was reported yet."))
     frequencies = record.config.nested.frequencies
@@ -325,15 +329,15 @@ def tasks_section(record: RunRecord) -> Html:
     heading = "Answers of base, champion and candidate"
     parts: list[Html] = []
     names = list(dict.fromkeys(answer.task for answer in record.answers))
-    count = max(2, SHOWN_QUESTIONS // max(1, len(names)))
-    for name in names[:SHOWN_QUESTIONS]:
+    count = max(2, MAX_SHOWN_QUESTIONS // max(1, len(names)))
+    for name in names[:MAX_SHOWN_QUESTIONS]:
         parts += [element("h3", name), _answers_table(record, name, count)]
     if record.sample_answers:
         parts += [element("h3", "To read, not scored"), _sample_answers_table(record)]
     judged = None if record.verdict is None else record.verdict.adapter_step
     samples = SampleTable.from_metrics(record.metrics, judged)
     if samples is not None:
-        parts += [element("h3", "Samples"), _samples_table(samples)]
+        parts += [element("h3", "Samples"), _answers_by_evaluation_table(samples)]
     if not parts:
         none = "No question was asked: neither `gate.tasks` nor `samples` names one."
         parts = [paragraph(none if record.state != "running" else "No answer yet.")]
@@ -384,7 +388,7 @@ def _sample_answers_table(record: RunRecord) -> Html:
     columns = ("prompt", "base", "parent", "candidate", "the data's own")
     rows = [
         (truncated_text(f"{row.place}: {row.prompt}"), *map(_text_or_none, _answers_of(row)))
-        for row in record.sample_answers[:SHOWN_QUESTIONS]
+        for row in record.sample_answers[:MAX_SHOWN_QUESTIONS]
     ]
     return table("Greedy answers at the end of training; all: sample-answers.jsonl", columns, rows)
 
@@ -397,7 +401,7 @@ def _text_or_none(text: str | None) -> Html | None:
     return None if text is None else truncated_text(text)
 
 
-def _samples_table(samples: SampleTable) -> Html:
+def _answers_by_evaluation_table(samples: SampleTable) -> Html:
     """The answers to each prompt of `samples`, a row for each evaluation."""
     columns = ("step", *(truncated_text(prompt, 200) for prompt in samples.prompts))
     rows = [

@@ -30,7 +30,7 @@ MAX_CONFIG_BYTES = 1024 * 1024
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 
-class _Lora(BaseModel):
+class _LoraParameters(BaseModel):
     """What `lora_parameters` must look like; other keys are another program's business."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -40,7 +40,7 @@ class _Lora(BaseModel):
     modules: Annotated[list[Name], Field(max_length=4096)] | None = Field(None, alias="keys")
 
 
-class _Meaning(BaseModel):
+class _DigestedConfig(BaseModel):
     """What changes the model, in adapter_config.json, and the bounds that it must keep to."""
 
     model_config = ConfigDict(strict=True)
@@ -48,7 +48,7 @@ class _Meaning(BaseModel):
     num_layers: Annotated[int, Field(ge=-1, le=65_536)] | None = None
     model: Annotated[str, Field(max_length=4096)] | None = None
     base_fingerprint: Annotated[str, Field(max_length=256)] | None = None
-    lora_parameters: _Lora | None = None
+    lora_parameters: _LoraParameters | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ class Adapter:
     def digest(self) -> str:
         """SHA-256 over the meaning, then names, dtypes, shapes and bytes in name order; kept."""
         if not self._digests:
-            self._digests.append(self._hashed())
+            self._digests.append(self._compute_digest())
         return self._digests[0]
 
-    def _hashed(self) -> str:
+    def _compute_digest(self) -> str:
         digest = hashlib.sha256(canonical_json(self.meaning()))
         for name, tensor in sorted(self.tensors.items()):
             digest.update(canonical_json([name, tensor.dtype, list(tensor.shape)]))
@@ -125,7 +125,7 @@ def read_adapter_config(path: Path, *, follow_links: bool = False) -> dict[str, 
     """Read adapter_config.json: at most 1 MiB of JSON, each key once, numbers in bounds."""
     config = read_json(path, MAX_CONFIG_BYTES, follow_links=follow_links)
     try:
-        _Meaning.model_validate(config)
+        _DigestedConfig.model_validate(config)
     except ValidationError as error:
         raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     return dict(config)
@@ -137,7 +137,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, mx.array], config: Mapping
     write_json(folder / CONFIG_NAME, dict(sorted(config.items())))
 
 
-def require_writable(adapter_path: Path) -> None:
+def make_adapter_folder(adapter_path: Path) -> None:
     """Make the folder, so that what stands in its way is known before there is an adapter."""
     if adapter_path.exists() and not adapter_path.is_dir():
         raise ConfigError(f"adapter_path: {adapter_path} is a file; give a folder.")

@@ -63,7 +63,7 @@ def _shorten_name(name: str, size: int) -> str:
 
 
 @contextmanager
-def errors_name(target: Path, temporary: Path) -> Iterator[None]:
+def naming_target_in_errors(target: Path, temporary: Path) -> Iterator[None]:
     """Name the target in an error about its temporary file or folder, or about what is in that."""
     try:
         yield
@@ -86,7 +86,7 @@ def write_bytes(target: Path, content: bytes, *, confirm: Confirm | None = None)
     `confirm` is called just before the new content takes effect; what it raises leaves the old.
     """
     temporary = temporary_beside(target)
-    with errors_name(target, temporary):
+    with naming_target_in_errors(target, temporary):
         try:
             with temporary.open("wb") as file:
                 file.write(content)
@@ -137,7 +137,7 @@ def new_directory(
     `confirm` is called just before the directory takes its place; what it raises leaves the old.
     """
     temporary = temporary_beside(target)
-    with errors_name(target, temporary):
+    with naming_target_in_errors(target, temporary):
         temporary.mkdir(parents=True)
         try:
             yield temporary

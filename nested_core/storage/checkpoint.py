@@ -28,7 +28,7 @@ from nested_core.storage.manifest import write_manifest
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 
 OPTIMIZER_NAME = "optimizer.safetensors"
-MASTERS = "masters:"  # before the names of float32 masters, beside the optimizer's own
+MASTERS_PREFIX = "masters:"  # before the names of float32 masters, beside the optimizer's own
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,17 @@ class Checkpoint:
     def parameters(self) -> dict[str, mx.array]:
         """The trained parameters by name: the float32 masters of those that have one."""
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
-        masters = {n.removeprefix(MASTERS): a for n, a in arrays if n.startswith(MASTERS)}
+        masters = {
+            n.removeprefix(MASTERS_PREFIX): a for n, a in arrays if n.startswith(MASTERS_PREFIX)
+        }
         return load_arrays(self.path / WEIGHTS_NAME) | masters
 
     def optimizer_state(self) -> Any:
         """The optimizer's state tree."""
         arrays = load_arrays(self.path / OPTIMIZER_NAME).items()
-        return tree_unflatten([(n, array) for n, array in arrays if not n.startswith(MASTERS)])
+        return tree_unflatten(
+            [(n, array) for n, array in arrays if not n.startswith(MASTERS_PREFIX)]
+        )
 
 
 def write_checkpoint(
@@ -72,7 +76,7 @@ def write_checkpoint(
     with new_directory(target, replace=True, confirm=confirm) as temporary:
         write_adapter(temporary, adapter, adapter_config)
         optimizer = dict(tree_flatten(optimizer_state))
-        optimizer |= {MASTERS + name: array for name, array in (masters or {}).items()}
+        optimizer |= {MASTERS_PREFIX + name: array for name, array in (masters or {}).items()}
         save_arrays(temporary / OPTIMIZER_NAME, optimizer)
         write_json(temporary / STATE_NAME, dict(state))
         write_manifest(temporary, {"step": state["step"]})

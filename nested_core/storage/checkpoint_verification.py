@@ -13,7 +13,7 @@ from nested_core.storage.strict_files import read_json
 
 STATE_NAME = "state.json"
 MAX_STATE_BYTES = 64 * 1024 * 1024
-CHECKPOINT_NAME = re.compile(r"^step-(\d{7,})$")
+CHECKPOINT_NAME_PATTERN = re.compile(r"^step-(\d{7,})$")
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -25,7 +25,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint directories, oldest first."""
     if not folder.is_dir():
         return []
-    named = [path for path in folder.iterdir() if CHECKPOINT_NAME.match(path.name)]
+    named = [path for path in folder.iterdir() if CHECKPOINT_NAME_PATTERN.match(path.name)]
     return sorted(named, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -34,7 +34,7 @@ def verified_state(path: Path) -> tuple[int, dict[str, Any]]:
 
     Raises DamagedError where anything was changed.
     """
-    match = CHECKPOINT_NAME.match(path.name)
+    match = CHECKPOINT_NAME_PATTERN.match(path.name)
     if match is None:
         raise DamagedError(f"{path} is not a checkpoint: its name is not step-NNNNNNN.")
     step = int(match[1])

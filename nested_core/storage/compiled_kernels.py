@@ -27,91 +27,91 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError
 
-FOLDER_VARIABLE = "NESTED_TUNE_KERNELS"
+KERNELS_FOLDER_VARIABLE = "NESTED_TUNE_KERNELS"
 CACHE_VARIABLE = "NESTED_TUNE_CACHE"
 # The TMPDIR that the user had, for child processes: theirs is the kernel folder of their parent.
-OUTER_VARIABLE = "NESTED_TUNE_TMPDIR"
-PROCESS_PREFIX = "nested-tune-kernels-"
+USER_TMPDIR_VARIABLE = "NESTED_TUNE_TMPDIR"
+PROCESS_FOLDER_PREFIX = "nested-tune-kernels-"
 IN_USE_NAME = ".in-use"  # locked for as long as the process of a folder lives
 LOCK_NAME = ".lock"
 LOCK_SECONDS = 10.0
 DIGESTS_NAME = "recorded.json"
-RECORDED_NAME = "recorded"
-GPU_MODELS = Path("/proc/driver/nvidia/gpus")
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+RECORDED_FOLDER_NAME = "recorded"
+NVIDIA_GPUS_FOLDER = Path("/proc/driver/nvidia/gpus")
+OTHERS_WRITE_BITS = stat.S_IWGRP | stat.S_IWOTH
 # Of a 64-bit ELF header: where the section headers begin (8 bytes), their size and number (2 each).
-SECTION_OFFSET = slice(0x28, 0x30)
-SECTION_SIZE = slice(0x3A, 0x3C)
-SECTION_COUNT = slice(0x3C, 0x3E)
+ELF_SECTION_TABLE_OFFSET = slice(0x28, 0x30)
+ELF_SECTION_HEADER_SIZE = slice(0x3A, 0x3C)
+ELF_SECTION_COUNT = slice(0x3C, 0x3E)
 ELF_MAGIC = b"\x7fELF"
 
 _log = logging.getLogger(__name__)
 
 
-def use_private_folder() -> Path:
+def use_private_kernel_folder() -> Path:
     """Make TMPDIR a folder that no other process compiles into; temporary files stay elsewhere.
 
     Python's temporary files go on going where TMPDIR pointed before. Child processes inherit the
     folder, and have one of their own if they call this too. Where kernels cannot be kept, a log
     line says why, and they are compiled into a temporary folder that goes with the process.
     """
-    _keep_temporary_files_outside()
+    _use_user_tmpdir_for_tempfile()
     try:
-        store = KernelStore(open_store_folder())
+        store = KernelStore(open_kernel_store_folder())
         folder = store.new_process_folder()
     except (OSError, RuntimeError, ConfigError) as error:  # RuntimeError: there is no home
         _log.warning("MLX compiles its kernels for this process alone, and not again: %s", error)
-        folder = _temporary_folder()
+        folder = _temporary_kernel_folder()
     else:
         atexit.register(_record_at_exit, store, folder, os.getpid())
     os.environ["TMPDIR"] = str(folder)
     return folder
 
 
-def outer_environment() -> dict[str, str]:
+def environment_with_user_tmpdir() -> dict[str, str]:
     """This process's environment with the TMPDIR that it was started with, if it was prepared.
 
     It is for child processes that compute nothing with MLX, or that prepare themselves.
     """
-    outer = os.environ.get(OUTER_VARIABLE)
+    outer = os.environ.get(USER_TMPDIR_VARIABLE)
     return dict(os.environ) if outer is None else os.environ | {"TMPDIR": outer}
 
 
-def _keep_temporary_files_outside() -> None:
+def _use_user_tmpdir_for_tempfile() -> None:
     """Have `tempfile` use the user's TMPDIR from now on, here and in child processes."""
     if _is_kernel_folder(os.environ.get("TMPDIR")):  # inherited
-        os.environ["TMPDIR"] = os.environ.get(OUTER_VARIABLE, "")
+        os.environ["TMPDIR"] = os.environ.get(USER_TMPDIR_VARIABLE, "")
     if _is_kernel_folder(tempfile.tempdir):  # asked for before
         tempfile.tempdir = None
     with suppress(FileNotFoundError):  # there is no folder for temporary files at all
-        os.environ[OUTER_VARIABLE] = tempfile.gettempdir()  # which it remembers
+        os.environ[USER_TMPDIR_VARIABLE] = tempfile.gettempdir()  # which it remembers
 
 
 def _is_kernel_folder(folder: str | None) -> bool:
-    return folder is not None and Path(folder).name.startswith(PROCESS_PREFIX)
+    return folder is not None and Path(folder).name.startswith(PROCESS_FOLDER_PREFIX)
 
 
-def _temporary_folder() -> Path:
+def _temporary_kernel_folder() -> Path:
     """A folder that goes with this process; a path without a folder if none can be made.
 
     MLX then says at the first kernel that the folder is missing, and loads nothing.
     """
     try:
-        folder = Path(tempfile.mkdtemp(prefix=PROCESS_PREFIX))
+        folder = Path(tempfile.mkdtemp(prefix=PROCESS_FOLDER_PREFIX))
     except OSError as error:
         _log.warning("No folder for MLX's kernels can be made: %s", error)
-        return Path(os.devnull, PROCESS_PREFIX)
+        return Path(os.devnull, PROCESS_FOLDER_PREFIX)
     atexit.register(_remove_at_exit, folder, os.getpid())
     return folder
 
 
-def open_store_folder() -> Path:
+def open_kernel_store_folder() -> Path:
     """The folder of this user, MLX version and machine type, made if it is missing (mode 0700).
 
     It lies in $NESTED_TUNE_KERNELS, else in `kernels` of the folder for caches. ConfigError if the
     folder is a link, another user's, writable by others, or may not hold programs.
     """
-    given = os.environ.get(FOLDER_VARIABLE)
+    given = os.environ.get(KERNELS_FOLDER_VARIABLE)
     root = Path(given) if given else cache_folder() / "kernels"
     root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = root / _machine_type()
@@ -132,7 +132,7 @@ def cache_folder() -> Path:
 def _machine_type() -> str:
     """What compiled kernels depend on: MLX, the processor's type, the C library and the GPUs."""
     library = os.confstr("CS_GNU_LIBC_VERSION") if hasattr(os, "confstr") else None
-    gpus = sorted(path.read_bytes() for path in GPU_MODELS.glob("*/information"))
+    gpus = sorted(path.read_bytes() for path in NVIDIA_GPUS_FOLDER.glob("*/information"))
     words = [f"mlx-{metadata.version('mlx')}", os.uname().machine, library or "no-glibc"]
     if gpus:
         words.append(hashlib.sha256(b"".join(gpus)).hexdigest()[:8])
@@ -147,7 +147,7 @@ def _refuse_unsafe_folder(folder: Path) -> None:
         problem = "is a link or no folder"
     elif own.st_uid != os.getuid():
         problem = "belongs to another user"
-    elif own.st_mode & OTHERS_WRITE or (above.st_mode & stat.S_IWOTH and not is_sticky):
+    elif own.st_mode & OTHERS_WRITE_BITS or (above.st_mode & stat.S_IWOTH and not is_sticky):
         problem = "can be written or replaced by others"
     elif above.st_uid not in (0, os.getuid()):
         problem = "lies in another user's folder"
@@ -158,7 +158,8 @@ def _refuse_unsafe_folder(folder: Path) -> None:
         return
     raise ConfigError(
         f"{folder}, where the kernels that MLX compiles are kept, {problem}: code from there would "
-        f"run in this process. Remove it, or set {FOLDER_VARIABLE} to a folder that is yours alone."
+        f"run in this process. Remove it, or set {KERNELS_FOLDER_VARIABLE} to a folder that is "
+        "yours alone."
     )
 
 
@@ -167,7 +168,7 @@ class KernelStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._recorded = folder / RECORDED_NAME
+        self._recorded = folder / RECORDED_FOLDER_NAME
         self._digests = folder / DIGESTS_NAME
         self._linked: set[str] = set()  # what the folder of this process began with
 
@@ -179,7 +180,7 @@ class KernelStore:
         with self._locked():
             self._remove_abandoned_folders()
             sound = self._remove_damaged_kernels()
-            folder = Path(tempfile.mkdtemp(prefix=PROCESS_PREFIX, dir=self._folder))
+            folder = Path(tempfile.mkdtemp(prefix=PROCESS_FOLDER_PREFIX, dir=self._folder))
             _lock_descriptor(
                 os.open(folder / IN_USE_NAME, os.O_RDWR | os.O_CREAT, 0o600)
             )  # never closed
@@ -219,7 +220,7 @@ class KernelStore:
             os.close(descriptor)
 
     def _remove_abandoned_folders(self) -> None:
-        for folder in self._folder.glob(f"{PROCESS_PREFIX}*"):
+        for folder in self._folder.glob(f"{PROCESS_FOLDER_PREFIX}*"):
             try:
                 descriptor = os.open(folder / IN_USE_NAME, os.O_RDWR)
             except FileNotFoundError:  # its process ended before the folder was locked, or just now
@@ -286,10 +287,10 @@ def is_complete_kernel(path: Path) -> bool:
     with path.open("rb") as file:
         header = file.read(64)
         size = file.seek(0, os.SEEK_END)
-    sections = int.from_bytes(header[SECTION_SIZE], "little") * int.from_bytes(
-        header[SECTION_COUNT], "little"
+    sections = int.from_bytes(header[ELF_SECTION_HEADER_SIZE], "little") * int.from_bytes(
+        header[ELF_SECTION_COUNT], "little"
     )
-    end = int.from_bytes(header[SECTION_OFFSET], "little") + sections
+    end = int.from_bytes(header[ELF_SECTION_TABLE_OFFSET], "little") + sections
     return header.startswith(ELF_MAGIC) and sections > 0 and end <= size
 
 

@@ -27,14 +27,14 @@ class DatasetRecord:
     splits: dict[str, SplitRecord]
 
 
-_RECORD = TypeAdapter(DatasetRecord)
+_RECORD_VALIDATOR = TypeAdapter(DatasetRecord)
 
 
 def read_dataset_record(path: Path) -> DatasetRecord:
     """Read dataset.json; DamagedError if it is not the report on a data set."""
     document = read_json(path, None)  # as large as the number of findings made it
     try:
-        return _RECORD.validate_python(document, strict=False)
+        return _RECORD_VALIDATOR.validate_python(document, strict=False)
     except ValidationError as error:
         raise DamagedError(
             f"{path} is not the report on a data set ({describe_first_problem(error)}). Give the "

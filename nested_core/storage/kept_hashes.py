@@ -23,18 +23,18 @@ from nested_core.storage.private_folder import make_private_folder
 from nested_core.storage.strict_files import open_regular, parse_json, read_start, regular_sha256
 
 FOLDER_NAME = "hashes"
-SETTLED_SECONDS = 2.0
+MIN_FILE_AGE_TO_KEEP_HASH = 2.0
 MAX_ENTRY_BYTES = 4096
 MAX_THREADS = 8
 
 
-def kept_sha256(paths: Sequence[Path]) -> list[str]:
+def cached_sha256(paths: Sequence[Path]) -> list[str]:
     """SHA-256 of each file, hashed in threads where it is not known; links are followed.
 
     A cache that cannot be read or written, or that others may write to, only costs time. Raises
     DamagedError for what is no regular file, and OSError.
     """
-    folder = _private_folder()
+    folder = _private_cache_folder()
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda path: _hash_file(path, folder), paths))
 
@@ -45,7 +45,7 @@ def _hash_file(path: Path, folder: Path | None) -> str:
     known = None if entry is None else _read_entry(entry, before)
     if known is not None:
         return known
-    is_settled = time.time() - before["ctime_ns"] / 1e9 > SETTLED_SECONDS
+    is_settled = time.time() - before["ctime_ns"] / 1e9 > MIN_FILE_AGE_TO_KEEP_HASH
     digest = regular_sha256(path, follow_links=True)
     if entry is not None and is_settled and _file_identity(path) == before:
         with suppress(OSError):
@@ -80,7 +80,7 @@ def _read_entry(entry: Path, identity: dict[str, int]) -> str | None:
     return digest if fields == identity | {"sha256": digest} else None
 
 
-def _private_folder() -> Path | None:
+def _private_cache_folder() -> Path | None:
     """The folder of the entries, made if it is missing; None if it cannot be used safely."""
     try:
         folder = cache_folder() / FOLDER_NAME

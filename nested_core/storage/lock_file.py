@@ -3,7 +3,7 @@
 The operating system releases a lock when its process ends, so that a killed process blocks nobody.
 A lock belongs to a file, not to its name: if somebody removes the file, the next process makes and
 locks another one. So a process that has locked a file checks that this file is the one at the path,
-and checks it again (`require_current`) just before each write that takes effect.
+and checks it again (`require_still_at_path`) just before each write that takes effect.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from nested_core.storage.strict_files import file_type
 OPEN_SAFELY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 HOLDER_BYTES = 32  # more than any process id has
 
-NOT_REGULAR = {errno.ELOOP, errno.EISDIR, errno.ENXIO}
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
-NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP}
+NOT_REGULAR_ERRNOS = {errno.ELOOP, errno.EISDIR, errno.ENXIO}
+NOT_WRITABLE_ERRNOS = {errno.EACCES, errno.EPERM, errno.EROFS}
+NO_LOCKS_ERRNOS = {errno.ENOLCK, errno.EOPNOTSUPP}
 
 OnBusy = Callable[[], None]
 
@@ -38,7 +38,7 @@ class LockFile:
     path: Path
     descriptor: int
 
-    def is_current(self) -> bool:
+    def is_still_at_path(self) -> bool:
         """Whether the locked file is the one at the path: nobody has removed or replaced it."""
         try:
             there = os.stat(self.path, follow_symlinks=False)
@@ -46,9 +46,9 @@ class LockFile:
             return False
         return os.path.samestat(os.fstat(self.descriptor), there)
 
-    def require_current(self) -> None:
+    def require_still_at_path(self) -> None:
         """Raise DamagedError if another process could have the lock too by now."""
-        if not self.is_current():
+        if not self.is_still_at_path():
             raise DamagedError(
                 f"{self.path} was removed or replaced while this process had it locked: another "
                 "process may be writing here. Nothing more is written; find out what removes lock "
@@ -95,7 +95,7 @@ def shared_lock(path: Path, *, on_busy: OnBusy | None = None) -> Iterator[LockFi
 
 
 @contextmanager
-def holder_lock(
+def exclusive_lock_with_holder_id(
     path: Path, *, mode: int = 0o666, on_busy: OnBusy | None = None
 ) -> Iterator[LockFile]:
     """`exclusive_lock`, with this process's id in the file.
@@ -120,7 +120,7 @@ def lock_open_file(descriptor: int, path: Path) -> None:
     _try_flock(descriptor, path, fcntl.LOCK_EX)
 
 
-def watch_lock(path: Path) -> LockFile | None:
+def open_lock_held_by_parent(path: Path) -> LockFile | None:
     """The lock file at `path` that another process has locked on behalf of this one, opened.
 
     None if the file is missing. It stays open, so that no other file can pass for it.
@@ -164,7 +164,7 @@ def _open_and_lock(
         lock = LockFile(path, _open_lock_file(path, flags, mode))
         try:
             _wait_for_lock(lock, operation, on_busy)
-            if lock.is_current():
+            if lock.is_still_at_path():
                 return lock
         except BaseException:
             os.close(lock.descriptor)
@@ -176,9 +176,9 @@ def _open_lock_file(path: Path, flags: int, mode: int) -> int:
     try:
         descriptor = os.open(path, flags | OPEN_SAFELY, mode)
     except OSError as error:
-        if error.errno in NOT_REGULAR:
+        if error.errno in NOT_REGULAR_ERRNOS:
             raise _not_regular(path) from error
-        if flags & os.O_CREAT and error.errno in NOT_WRITABLE:
+        if flags & os.O_CREAT and error.errno in NOT_WRITABLE_ERRNOS:
             raise _not_writable(error, path) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -203,7 +203,7 @@ def _try_flock(descriptor: int, path: Path, operation: int) -> None:
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NO_LOCKS_ERRNOS:
             raise
         raise ConfigError(
             f"{path} cannot be locked ({error.strerror}): its file system has no file locks, "

@@ -6,12 +6,12 @@ import os
 from functools import cache
 from pathlib import Path
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
 
 
 @cache
 def main_memory_bytes() -> int:
     """Main memory; a container's own limit counts as that (cgroup v2, memory.max)."""
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else ""
+    allowed = CGROUP_LIMIT_FILE.read_text().strip() if CGROUP_LIMIT_FILE.exists() else ""
     return min(installed, int(allowed)) if allowed.isdigit() else installed

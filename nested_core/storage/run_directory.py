@@ -15,13 +15,13 @@ from nested_core.errors import ConfigError
 from nested_core.storage.lock_file import (
     LockFile,
     OnBusy,
-    holder_lock,
+    exclusive_lock_with_holder_id,
+    open_lock_held_by_parent,
     read_holder,
     shared_lock,
-    watch_lock,
 )
 
-RUNS = Path("runs")  # where runs are kept without --run-dir
+DEFAULT_RUNS_FOLDER = Path("runs")  # where runs are kept without --run-dir
 LOCK_ATTEMPTS = 10
 LOCK_PAUSE_SECONDS = 0.02
 
@@ -89,7 +89,7 @@ class RunDirectory:
         """Hold the run's lock; ConfigError names the process that holds it already."""
         _require_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        with holder_lock(self.lock, on_busy=self._refuse_after_a_moment()) as lock:
+        with exclusive_lock_with_holder_id(self.lock, on_busy=self._refuse_after_retries()) as lock:
             self.stop_request.unlink(missing_ok=True)  # meant for whoever held it before
             key = self.path.resolve()
             _LOCKS[key] = lock
@@ -105,12 +105,12 @@ class RunDirectory:
         Nothing is written, and a run without a lock file is only read. ConfigError names the
         process that works on it.
         """
-        with shared_lock(self.lock, on_busy=self._refuse_after_a_moment()):
+        with shared_lock(self.lock, on_busy=self._refuse_after_retries()):
             yield
 
-    def watch_lock(self) -> None:
+    def watch_parents_lock(self) -> None:
         """Have `require_lock` watch the lock that the process which started this one holds."""
-        lock = watch_lock(self.lock)
+        lock = open_lock_held_by_parent(self.lock)
         if lock is not None:
             _LOCKS[self.path.resolve()] = lock
 
@@ -122,13 +122,13 @@ class RunDirectory:
         """
         lock = _LOCKS.get(self.path.resolve())
         if lock is not None:
-            lock.require_current()
+            lock.require_still_at_path()
 
     def holder(self) -> int | None:
         """The id of the process that has the lock now, or None; several may ask at once."""
         return read_holder(self.lock)
 
-    def _refuse_after_a_moment(self) -> OnBusy:
+    def _refuse_after_retries(self) -> OnBusy:
         """What waits for those who only look at the lock (`holder`), and refuses anybody else."""
         attempts = iter(range(1, LOCK_ATTEMPTS))
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from nested_core.backend import to_float, to_int
 from nested_core.optim.gradient_clipping import clip_factor
-from nested_core.optim.tier_counters import COUNTERS
+from nested_core.optim.tier_counters import COUNTERS_KEY
 from nested_core.optim.tiered import Tiered
 from nested_core.training.rank_communication import Sums, World
 
@@ -119,7 +119,7 @@ def _zero_sums() -> Sums:
 
 def read_optimizer_metrics(optimizer: Tiered) -> dict[str, Any]:
     """What the last step really used: learning rate, gradient norm before and after clipping."""
-    counters = optimizer.state[COUNTERS]
+    counters = optimizer.state[COUNTERS_KEY]
     norm = counters["grad_norm"]
     clipped = norm
     if optimizer.max_grad_norm > 0:

@@ -19,7 +19,7 @@ from nested_core.backend import to_float, to_int
 from nested_core.errors import SilentUpdateWarning
 from nested_core.optim.gradient_checks import Flat, find_gradient_mark
 from nested_core.optim.named_updates import UpdateReport, flatten, verify_updates
-from nested_core.optim.tier_counters import COUNTERS
+from nested_core.optim.tier_counters import COUNTERS_KEY
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.text.loss_format import format_change
 from nested_core.training.training_setup import TrainingSetup
@@ -127,7 +127,7 @@ class UpdateCheck:
             return []
         optimizer = self._setup.optimizer
         tiers = self._setup.tiers
-        was_skipped = to_int(optimizer.state[COUNTERS]["nonfinite_in_a_row"]) > 0
+        was_skipped = to_int(optimizer.state[COUNTERS_KEY]["nonfinite_in_a_row"]) > 0
         has_rate = to_float(optimizer.learning_rate) > 0.0
         if was_skipped or not has_rate:
             return list(names)

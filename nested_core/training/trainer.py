@@ -16,7 +16,7 @@ from nested_core.models.base_model import find_model_folder, is_same_base
 from nested_core.models.parameters import read_parameters
 from nested_core.optim.gradient_checks import Flat
 from nested_core.optim.named_updates import apply_flat_updates_to_nested, flatten, verify_updates
-from nested_core.optim.tier_counters import COUNTERS, TierStats
+from nested_core.optim.tier_counters import COUNTERS_KEY, TierStats
 from nested_core.storage.checkpoint import Checkpoint, latest_checkpoint
 from nested_core.training.early_stopping import is_out_of_patience
 from nested_core.training.evaluation import EvaluationInterrupted, Evaluator
@@ -191,7 +191,7 @@ class Trainer:
             self._export_snapshots_before_step(train_step, first, last)
             result = self._take_step(train_step, first, last)
             must_stop = self._must_stop_after(result)
-            self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS])
+            self._divergence_watch.add_step(self.state.step, self.optimizer.state[COUNTERS_KEY])
             self._check_updates(train_step, result, first, is_last=must_stop or self._is_over())
             if not self._is_over():
                 self._record_what_is_due(first, last)

@@ -15,7 +15,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model
-from nested_core.models.lora_attachment import compute_dtype_of_adapter
+from nested_core.models.lora_attachment import adapter_compute_dtype
 from nested_core.models.parameters import ParameterRefs, reference_trainable_parameters
 from nested_core.optim.learning_rate_schedules import build_learning_rate
 from nested_core.optim.tier_assignment import TierMap, refuse_tiers_never_due
@@ -107,7 +107,7 @@ def prepare_training(
     tiers = read_tiers(run.tiers)
     optimizer = build_optimizer(config, tiers)
     optimizer.init(model.trainable_parameters())
-    dtype = compute_dtype_of_adapter(config, model)
+    dtype = adapter_compute_dtype(config, model)
     parameters = reference_trainable_parameters(model, masters=config.has_masters, dtype=dtype)
     step_schedule = make_step_schedule(config, splits, world)
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)

@@ -146,7 +146,7 @@ from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
 config, run = example_config(), RunDirectory(Path(sys.argv[1]))
-steps.load(config, run)
+steps.write_initial_adapter_and_tiers(config, run)
 print(os.environ["MLX_MAX_OPS_PER_BUFFER"])
 """
 

@@ -130,7 +130,7 @@ def parse_ledger(path: Path, _: bytes) -> None:
     ledger.changes()
     ledger.rollback_target()
     ledger.barred_versions()
-    ledger.versions()
+    ledger.champion_versions()
 
 
 def tensors(count: int) -> bytes:

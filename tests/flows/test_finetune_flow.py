@@ -233,7 +233,11 @@ def test_a_data_set_with_an_error_fails_the_flow_before_training(tmp_path: Path)
 
 
 def test_an_error_that_is_not_ours_ends_the_page_of_the_night_too(tmp_path: Path) -> None:
-    broken = patch.object(steps, "load", side_effect=RuntimeError("the device fell off the bus"))
+    broken = patch.object(
+        steps,
+        "write_initial_adapter_and_tiers",
+        side_effect=RuntimeError("the device fell off the bus"),
+    )
     with broken:
         state = run_flow(parameters(tmp_path))
     assert (state.is_failed(), state.name) == (True, "Failed")

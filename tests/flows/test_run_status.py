@@ -90,7 +90,7 @@ def test_a_verified_run_that_was_made_longer_and_stopped_is_resumable(
     states: tuple[dict[str, str], Finished], tmp_path: Path
 ) -> None:
     longer, run = example_config(val_batches=0, iters=16), states[1].run
-    steps.begin(longer, run, resume=True)
+    steps.write_run_config(longer, run, resume=True)
     with pytest.raises(TrainingStopped):
         train(longer, run, on_start=stop_after(12))
     assert read_status(run)["state"] == "resumable"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nested_core import registry as core
-from nested_core.registry.folder_lock import exclusive, shared
+from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
 from tests.production.faults import FaultTable
 from tests.production.processes import command_of
 from tests.production.stack import Stack, wait_for
@@ -60,7 +60,7 @@ def registry_held_after_the_gate(stack: Stack, training: Training) -> Iterator[N
         return any("fresh_process_main" in command_of(p) for p in stack.processes_of(training.id))
 
     wait_for(is_proving, 180)
-    with exclusive(stack.registry / training.name):
+    with exclusive_folder_lock(stack.registry / training.name):
         yield
 
 
@@ -95,7 +95,7 @@ def test_cancelled_in_a_task_before_or_after_training(
 def test_cancelled_in_promote(stack: Stack, faults: FaultTable) -> None:
     name = "cancelled-promote"
     version = add(stack, 42, name=name)
-    with shared(stack.registry / name):  # what is read before the task may be read
+    with shared_folder_lock(stack.registry / name):  # what is read before the task may be read
         section: dict[str, Any] = {
             "registry": str(stack.registry),
             "name": name,

@@ -78,7 +78,7 @@ def resumed(path: Path) -> RunDirectory:
     run = prepare(config, path)
     with pytest.raises(RuntimeError, match="crashed"):
         train(config, run, Crash())
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     train(config, run)
     steps.judge(config, run)
     return run

@@ -121,7 +121,7 @@ def _parse_ledger(content: bytes) -> None:
     ledger.changes()
     ledger.rollback_target()
     ledger.barred_versions()
-    ledger.versions()
+    ledger.champion_versions()
 
 
 def _ledger_lines() -> bytes:

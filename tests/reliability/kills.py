@@ -283,7 +283,7 @@ def become_command(arguments: tuple[str, ...], cwd: Path, output: Path) -> NoRet
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.chdir(cwd)
-        compiled_kernels.use_private_folder()
+        compiled_kernels.use_private_kernel_folder()
         from flows.cli import main
 
         code = main(arguments)

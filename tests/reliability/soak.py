@@ -24,7 +24,7 @@ os.environ |= {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 from nested_core import backend  # noqa: E402
-from nested_core.storage.compiled_kernels import outer_environment  # noqa: E402
+from nested_core.storage.compiled_kernels import environment_with_user_tmpdir  # noqa: E402
 
 backend.prepare()
 
@@ -89,7 +89,7 @@ def run_queue(runs: int) -> str:
     test = Path(__file__).parents[1] / "production" / "test_soak.py"
     subprocess.run(
         [sys.executable, "-m", "pytest", "-m", "soak", "-s", "-q", str(test)],
-        env=outer_environment() | {"SOAK_RUNS": str(runs)},
+        env=environment_with_user_tmpdir() | {"SOAK_RUNS": str(runs)},
         cwd=Path(__file__).parents[2],
         check=True,
     )

@@ -50,7 +50,7 @@ def test_stopped_at_this_step_and_resumed_it_is_bit_identical(
     run = prepare(config, tmp_path / "run")
     with pytest.raises(TrainingStopped, match=f"at step {step} of {STEPS}"):
         train(config, run, on_start=stop_after(step))
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     resumed = train(config, run)
     assert resumed.at(STEPS).tensors == whole.at(STEPS).tensors
     states = [

@@ -22,7 +22,7 @@ from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.held_out_loss import LoadedBase, choose_held_out_examples, filled_splits
 from nested_core.gate.verdict import ChampionLoss
 from nested_core.pipeline.finetune import FinetuneResult, finetune
-from nested_core.registry import read_champion, read_changes
+from nested_core.registry import read_champion, read_champion_changes
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import example_config
@@ -185,7 +185,7 @@ def test_each_night_is_compared_with_the_champion_on_its_own_examples(
             promoted.append(version)
         decisions.append(night.result.promotion)
     assert len(validation_digests) == nights
-    assert [change.version for change in read_changes(registry, NAME)] == promoted
+    assert [change.version for change in read_champion_changes(registry, NAME)] == promoted
     assert read_champion(registry, NAME) == promoted[-1]
     if nights == NIGHTS:
         assert 2 <= len(promoted) < NIGHTS, "both decisions are to be seen"

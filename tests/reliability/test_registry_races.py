@@ -46,7 +46,7 @@ WORKERS, RUNS = 3, 5
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
+    monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
     folder = Path(tempfile.mkdtemp(dir=MEMORY if MEMORY.is_dir() else None))
     yield folder
     shutil.rmtree(folder)

@@ -54,7 +54,7 @@ def _can_be_traced() -> None:
 
 @pytest.fixture(autouse=True)
 def _gc_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
+    monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
 
 
 @pytest.fixture

@@ -10,15 +10,15 @@ from itertools import accumulate
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.kernel_launch import THREADS, launch_kernel
+from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK, launch_kernel
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 
 LOAD_BYTES = 16
 ARRAYS_PER_LAUNCH = 32  # their addresses are arguments
-BLOCKS = 4  # for each array
+BLOCKS_PER_ARRAY = 4  # for each array
 
 
-def concatenate_arrays(arrays: Sequence[mx.array]) -> mx.array:
+def concatenate_flattened(arrays: Sequence[mx.array]) -> mx.array:
     """The elements of arrays of one dtype as a vector, each array row by row."""
     dtype = arrays[0].dtype
     fits = all(array.nbytes % LOAD_BYTES == 0 and array.dtype == dtype for array in arrays)
@@ -31,7 +31,7 @@ def concatenate_arrays(arrays: Sequence[mx.array]) -> mx.array:
 
 
 def concatenate_in_mlx(arrays: Sequence[mx.array]) -> mx.array:
-    """`concatenate_arrays` in MLX's operations."""
+    """`concatenate_flattened` in MLX's operations."""
     vectors = [array.reshape(-1) for array in arrays]
     return vectors[0] if len(vectors) == 1 else mx.concatenate(vectors)
 
@@ -43,7 +43,7 @@ def _example_inputs() -> list[tuple[Sequence[mx.array]]]:
 
 @checked_kernel("joining arrays", reference=concatenate_in_mlx, examples=_example_inputs)
 def concatenate_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
-    """`concatenate_arrays` in one kernel, for at most ARRAYS_PER_LAUNCH arrays of whole loads."""
+    """`concatenate_flattened` in one kernel, for up to ARRAYS_PER_LAUNCH arrays of whole loads."""
     ends = list(accumulate(array.nbytes // LOAD_BYTES for array in arrays))
     missing = ARRAYS_PER_LAUNCH - len(arrays)
     return launch_kernel(
@@ -51,6 +51,6 @@ def concatenate_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
         [*arrays, *[arrays[-1]] * missing],
         [((sum(array.size for array in arrays),), arrays[0].dtype)],
         [*ends, *[ends[-1]] * missing],
-        blocks=(BLOCKS, len(arrays)),
-        threads=THREADS,
+        blocks=(BLOCKS_PER_ARRAY, len(arrays)),
+        threads=MAX_THREADS_PER_BLOCK,
     )[0]

@@ -9,9 +9,13 @@ from __future__ import annotations
 import mlx.core as mx
 
 from nested_core.kernels.cuda import lora_add
-from nested_core.kernels.cuda.kernel_launch import DTYPE, THREADS, launch_kernel
+from nested_core.kernels.cuda.kernel_launch import (
+    KERNEL_DTYPE,
+    MAX_THREADS_PER_BLOCK,
+    launch_kernel,
+)
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms, random_low_rank_sum
-from nested_core.kernels.cuda.rank_tiles import TILE
+from nested_core.kernels.cuda.rank_tiles import RANKS_PER_TILE
 from nested_core.kernels.cuda.self_check import checked_kernel
 
 GatedGradients = tuple[mx.array, mx.array, mx.array]  # of gate, of up; the product
@@ -32,7 +36,7 @@ def gated_gradients(
 
 
 def _have_kernel_dtype(*sums: LowRankSumTerms) -> bool:
-    return all(each.base.dtype == DTYPE for each in sums)
+    return all(each.base.dtype == KERNEL_DTYPE for each in sums)
 
 
 def gated_product_in_mlx(gate: LowRankSumTerms, up: LowRankSumTerms) -> mx.array:
@@ -60,9 +64,9 @@ def _example_gate_up_gradient(
     """Gate, up and gradient, with warps that compute rows more than once."""
     return [
         (
-            random_low_rank_sum(TILE * tiles, 4128),
-            random_low_rank_sum(TILE, 4128),
-            random_low_rank_sum(TILE, 4128),
+            random_low_rank_sum(RANKS_PER_TILE * tiles, 4128),
+            random_low_rank_sum(RANKS_PER_TILE, 4128),
+            random_low_rank_sum(RANKS_PER_TILE, 4128),
         )
     ]
 
@@ -88,13 +92,13 @@ def gated_gradients_on_cuda(
 
 def _launch_gated_kernel(name: str, outputs: int, *sums: LowRankSumTerms) -> list[mx.array]:
     rows, width = sums[0].base.shape
-    steps, blocks = lora_add.warp_grid(rows, width)
+    steps, blocks = lora_add.warp_steps_and_grid(rows, width)
     return launch_kernel(
         name,
         [array for each in sums for array in each],
-        [((rows, width), DTYPE)] * outputs,
+        [((rows, width), KERNEL_DTYPE)] * outputs,
         [rows, steps, width, *map(lora_add.count_rank_tiles, sums)],
         blocks=blocks,
-        threads=THREADS,
-        MOST=lora_add.kernel_tiles(sums),
+        threads=MAX_THREADS_PER_BLOCK,
+        MOST=lora_add.kernel_tiles_for_sums(sums),
     )

@@ -16,11 +16,11 @@ from importlib.resources import files
 import mlx.core as mx
 import numpy as np
 
-DTYPE = mx.bfloat16  # of the arrays that kernels compute with
-THREADS = 256  # of a block, at most
+KERNEL_DTYPE = mx.bfloat16  # of the arrays that kernels compute with
+MAX_THREADS_PER_BLOCK = 256  # of a block, at most
 MULTIPROCESSORS = 132  # of an H200; every GPU gets grids of its size, which are right on each
-INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
-WIDTH = 8  # elements of a load: 16 bytes of bfloat16
+INCLUDE_PATTERN = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
+ELEMENTS_PER_LOAD = 8  # elements of a load: 16 bytes of bfloat16
 
 ArraySpec = tuple[tuple[int, ...], mx.Dtype]  # shape and dtype
 
@@ -108,4 +108,4 @@ def compress_program(cubin: bytes, arch: str) -> bytes:
 def read_source_with_includes(file: str) -> str:
     """A source file with the text of its includes in their place: the compiler sees no folder."""
     text = (files("nested_core.kernels") / "cuda" / file).read_text()
-    return INCLUDE.sub(lambda include: read_source_with_includes(include[1]), text)
+    return INCLUDE_PATTERN.sub(lambda include: read_source_with_includes(include[1]), text)

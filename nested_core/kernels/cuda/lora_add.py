@@ -12,13 +12,22 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.kernel_launch import DTYPE, MULTIPROCESSORS, THREADS, launch_kernel
-from nested_core.kernels.cuda.rank_tiles import TILE, has_kernel_for_rank, tiles_of_smallest_kernel
+from nested_core.kernels.cuda.kernel_launch import (
+    KERNEL_DTYPE,
+    MAX_THREADS_PER_BLOCK,
+    MULTIPROCESSORS,
+    launch_kernel,
+)
+from nested_core.kernels.cuda.rank_tiles import (
+    RANKS_PER_TILE,
+    has_kernel_for_rank,
+    tiles_of_smallest_kernel,
+)
 from nested_core.kernels.cuda.self_check import checked_kernel, random_arrays
 
 WARP_COLUMNS, WARP_ROWS = 32, 16  # that a warp computes at once: widths are multiples
-MAX_STEPS = 2  # times that a warp computes so many rows
-LEAST_BLOCKS = 8 * MULTIPROCESSORS  # that are left where a warp computes more than WARP_ROWS
+MAX_STEPS_PER_WARP = 2  # times that a warp computes so many rows
+MIN_BLOCKS = 8 * MULTIPROCESSORS  # that are left where a warp computes more than WARP_ROWS
 SUMS_PER_LAUNCH = 4
 
 
@@ -44,7 +53,7 @@ def can_use_lora_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
     For others it is faster to have MLX's matmul add the low-rank product.
     """
     return (
-        all(array.dtype == DTYPE for array in (x, *factors))
+        all(array.dtype == KERNEL_DTYPE for array in (x, *factors))
         and x.size // x.shape[-1] % 2 == 0
         and all(has_kernel_for_rank(b.shape[0]) and b.shape[1] % WARP_COLUMNS == 0 for b in factors)
         and all(
@@ -55,7 +64,7 @@ def can_use_lora_kernels(x: mx.array, factors: Sequence[mx.array]) -> bool:
 
 def compute_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
     """Each sum, in the dtype of its base, for factors that fit the kernels."""
-    if all(each.base.dtype == DTYPE for each in sums):
+    if all(each.base.dtype == KERNEL_DTYPE for each in sums):
         return low_rank_sums_on_cuda(sums)
     return low_rank_sums_in_mlx(sums)
 
@@ -70,12 +79,21 @@ def random_low_rank_sum(rank: int, width: int) -> LowRankSumTerms:
     base, z, factor = random_arrays(
         (2010, width), (rank, 2010), (rank, width), dtype=mx.float32, seed=rank + width
     )
-    return LowRankSumTerms(base.astype(DTYPE), (z / rank**0.5).astype(DTYPE), factor.astype(DTYPE))
+    return LowRankSumTerms(
+        base.astype(KERNEL_DTYPE), (z / rank**0.5).astype(KERNEL_DTYPE), factor.astype(KERNEL_DTYPE)
+    )
 
 
 def _example_inputs(tiles: int) -> list[tuple[Sums]]:
     """Two widths, with rows left over and warps that compute rows more than once."""
-    return [([random_low_rank_sum(TILE * tiles, 160), random_low_rank_sum(TILE, 4128)],)]
+    return [
+        (
+            [
+                random_low_rank_sum(RANKS_PER_TILE * tiles, 160),
+                random_low_rank_sum(RANKS_PER_TILE, 4128),
+            ],
+        )
+    ]
 
 
 @checked_kernel("sums of low-rank layers", reference=low_rank_sums_in_mlx, examples=_example_inputs)
@@ -93,30 +111,30 @@ def _launch_low_rank_sums(sums: Sums) -> Sequence[mx.array]:
     widths = [each.base.shape[1] for each in sums]
     tiles = [count_rank_tiles(each) for each in sums]
     sizes = [size for pair in zip(tiles, widths, strict=True) for size in pair]
-    steps, blocks = warp_grid(rows, max(widths))
+    steps, blocks = warp_steps_and_grid(rows, max(widths))
     return launch_kernel(
         "low_rank_sums",
         [array for each in [*sums, *[sums[0]] * missing] for array in each],
-        [*((each.base.shape, DTYPE) for each in sums), *[((0,), DTYPE)] * missing],
+        [*((each.base.shape, KERNEL_DTYPE) for each in sums), *[((0,), KERNEL_DTYPE)] * missing],
         [rows, steps, *sizes, *[0, 0] * missing],
         blocks=(*blocks, len(sums)),
-        threads=THREADS,
-        MOST=kernel_tiles(sums),
+        threads=MAX_THREADS_PER_BLOCK,
+        MOST=kernel_tiles_for_sums(sums),
     )[: len(sums)]
 
 
-def warp_grid(rows: int, width: int) -> tuple[int, tuple[int, int]]:
+def warp_steps_and_grid(rows: int, width: int) -> tuple[int, tuple[int, int]]:
     """How often a warp computes WARP_ROWS rows, and the blocks that cover an array."""
-    across, down = -(-width // (WARP_COLUMNS * THREADS // 32)), -(-rows // WARP_ROWS)
-    steps = max(1, min(MAX_STEPS, across * down // LEAST_BLOCKS))
+    across, down = -(-width // (WARP_COLUMNS * MAX_THREADS_PER_BLOCK // 32)), -(-rows // WARP_ROWS)
+    steps = max(1, min(MAX_STEPS_PER_WARP, across * down // MIN_BLOCKS))
     return steps, (across, -(-down // steps))
 
 
 def count_rank_tiles(each: LowRankSumTerms) -> int:
     """The rank of a sum's factor, in tiles."""
-    return each.factor.shape[0] // TILE
+    return each.factor.shape[0] // RANKS_PER_TILE
 
 
-def kernel_tiles(sums: Sums) -> int:
+def kernel_tiles_for_sums(sums: Sums) -> int:
     """The tiles of the kernel that takes all of these factors."""
     return tiles_of_smallest_kernel(max(each.factor.shape[0] for each in sums))

@@ -13,15 +13,24 @@ from typing import Any
 
 import mlx.core as mx
 
-from nested_core.kernels.cuda.kernel_launch import DTYPE, MULTIPROCESSORS, THREADS, launch_kernel
-from nested_core.kernels.cuda.rank_tiles import TILE, has_kernel_for_rank, tiles_of_smallest_kernel
+from nested_core.kernels.cuda.kernel_launch import (
+    KERNEL_DTYPE,
+    MAX_THREADS_PER_BLOCK,
+    MULTIPROCESSORS,
+    launch_kernel,
+)
+from nested_core.kernels.cuda.rank_tiles import (
+    RANKS_PER_TILE,
+    has_kernel_for_rank,
+    tiles_of_smallest_kernel,
+)
 from nested_core.kernels.cuda.self_check import CheckedKernel, checked_kernel, random_arrays
 
 PAIRS_PER_LAUNCH = 4
 BLOCK_ROWS = 16  # rows of a wide array that a block reads at once
-WARP_DEPTH = 32  # columns that a warp reads at once where columns are summed over
+WARP_COLUMNS_READ = 32  # columns that a warp reads at once where columns are summed over
 BLOCK_COLUMNS = 64  # columns of a block where rows are summed over
-RESIDENT_BLOCKS = 3  # that a multiprocessor computes at once, where they are small
+BLOCKS_PER_MULTIPROCESSOR = 3  # that a multiprocessor computes at once, where they are small
 
 Pairs = Sequence[tuple[mx.array, mx.array]]
 
@@ -31,7 +40,7 @@ def project_to_rank(pairs: Pairs, scale: float) -> mx.array:
 
     m is (rank, width of its own), x (rows, width).
     """
-    fits = _can_use_kernel(project_to_rank_on_cuda, pairs, WARP_DEPTH)
+    fits = _can_use_kernel(project_to_rank_on_cuda, pairs, WARP_COLUMNS_READ)
     project = project_to_rank_on_cuda if fits else project_to_rank_in_mlx
     starts = range(0, len(pairs), PAIRS_PER_LAUNCH)
     parts = [project(pairs[i : i + PAIRS_PER_LAUNCH], scale) for i in starts]
@@ -66,7 +75,7 @@ def _can_use_kernel(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int
     """Whether a kernel takes these arrays: bfloat16, ranks of whole tiles, widths that fit."""
     ranks = [narrow.shape[0] for narrow, _ in pairs]
     return (
-        all(array.dtype == DTYPE for pair in pairs for array in pair)
+        all(array.dtype == KERNEL_DTYPE for pair in pairs for array in pair)
         and all(map(has_kernel_for_rank, ranks))
         and all(x.shape[1] % multiple == 0 for _, x in pairs)
         and all(map(kernel.is_usable, {tiles_of_smallest_kernel(rank) for rank in ranks}))
@@ -75,7 +84,7 @@ def _can_use_kernel(kernel: CheckedKernel[Any, Any], pairs: Pairs, multiple: int
 
 def _example_projections(tiles: int) -> list[tuple[Pairs, float]]:
     """Arrays for which all loops of the kernels go round twice, with an odd number of rows."""
-    x, y, a, b = random_arrays((311, 1088), (311, 2176), (TILE * tiles, 1088), (8, 2176))
+    x, y, a, b = random_arrays((311, 1088), (311, 2176), (RANKS_PER_TILE * tiles, 1088), (8, 2176))
     return [([(a, x), (b, y)], 1.5)]
 
 
@@ -84,7 +93,7 @@ def _example_factor_gradients(tiles: int) -> list[tuple[Pairs]]:
     ((pairs, scale),) = _example_projections(tiles)
     (_, x), (_, y) = pairs
     z = project_to_rank_in_mlx(pairs, scale)[:, :-1]
-    return [([(z[: TILE * tiles], x[:-1]), (z[TILE * tiles :], y[:-1])],)]
+    return [([(z[: RANKS_PER_TILE * tiles], x[:-1]), (z[RANKS_PER_TILE * tiles :], y[:-1])],)]
 
 
 @checked_kernel("low-rank layers", reference=project_to_rank_in_mlx, examples=_example_projections)
@@ -97,8 +106,8 @@ def project_to_rank_on_cuda(pairs: Pairs, scale: float) -> mx.array:
         [((sum(m.shape[0] for m, _ in pairs), rows), dtype)],
         [rows, *_tiles_and_widths(pairs), float(scale)],
         blocks=(-(-rows // BLOCK_ROWS), len(pairs)),
-        threads=THREADS,
-        MOST=_kernel_tiles(pairs),
+        threads=MAX_THREADS_PER_BLOCK,
+        MOST=_kernel_tiles_for_pairs(pairs),
     )[0]
 
 
@@ -111,9 +120,9 @@ def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
     shapes = [(z.shape[0], x.shape[1]) for z, x in pairs]
     total = sum(rank * width for rank, width in shapes)
     blocks = sum(width for _, width in shapes) // BLOCK_COLUMNS
-    tiles = _kernel_tiles(pairs)
-    resident = RESIDENT_BLOCKS if tiles == 1 else RESIDENT_BLOCKS - 1
-    most_splits = rows // (BLOCK_ROWS * THREADS // 32)
+    tiles = _kernel_tiles_for_pairs(pairs)
+    resident = BLOCKS_PER_MULTIPROCESSOR if tiles == 1 else BLOCKS_PER_MULTIPROCESSOR - 1
+    most_splits = rows // (BLOCK_ROWS * MAX_THREADS_PER_BLOCK // 32)
     splits = max(1, min(resident * MULTIPROCESSORS // blocks, most_splits))
     (parts,) = launch_kernel(
         "factor_gradients",
@@ -121,7 +130,7 @@ def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
         [((splits, total), mx.float32)],
         [rows, *_tiles_and_widths(pairs)],
         blocks=(blocks, splits),
-        threads=THREADS,
+        threads=MAX_THREADS_PER_BLOCK,
         MOST=tiles,
     )
     (summed,) = launch_kernel(
@@ -129,8 +138,8 @@ def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
         [parts],
         [((total,), dtype)],
         [splits, total],
-        blocks=(-(-total // (4 * THREADS)), 1),
-        threads=THREADS,
+        blocks=(-(-total // (4 * MAX_THREADS_PER_BLOCK)), 1),
+        threads=MAX_THREADS_PER_BLOCK,
     )
     products, start = [], 0
     for rank, width in shapes:
@@ -147,9 +156,9 @@ def _pad_to_pairs_per_launch(pairs: Pairs) -> list[mx.array]:
 
 def _tiles_and_widths(pairs: Pairs) -> list[int]:
     """Each pair's tiles and width, 0 for pairs that are missing."""
-    sizes = [size for m, x in pairs for size in (m.shape[0] // TILE, x.shape[1])]
+    sizes = [size for m, x in pairs for size in (m.shape[0] // RANKS_PER_TILE, x.shape[1])]
     return sizes + [0, 0] * (PAIRS_PER_LAUNCH - len(pairs))
 
 
-def _kernel_tiles(pairs: Pairs) -> int:
+def _kernel_tiles_for_pairs(pairs: Pairs) -> int:
     return tiles_of_smallest_kernel(max(narrow.shape[0] for narrow, _ in pairs))

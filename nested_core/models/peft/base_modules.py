@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import find_model_folder
-from nested_core.models.peft.lora_factors import MLX_LM, list_first_problems
+from nested_core.models.peft.lora_factors import MLX_LM_NAMING, list_first_problems
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class BaseModules:
                 f"trained on. mlx-lm says:\n{list_first_problems(reason.splitlines())}"
             ) from error
         added = self._module_names() - before
-        attached = {name for name in added if name.rpartition(".")[2] in MLX_LM.leaves}
+        attached = {name for name in added if name.rpartition(".")[2] in MLX_LM_NAMING.leaves}
         if attached != set(tensors):
             strange = sorted(attached ^ set(tensors))
             raise ConfigError(

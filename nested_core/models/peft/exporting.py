@@ -12,8 +12,8 @@ from typing import Any
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.peft.importing import PEFT_WEIGHTS
 from nested_core.models.peft.lora_factors import (
-    MLX_LM,
-    PEFT,
+    MLX_LM_NAMING,
+    PEFT_NAMING,
     ModuleFactors,
     group_by_module,
     list_first_problems,
@@ -30,8 +30,8 @@ from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.safetensors_files import save_arrays
 
-IN_A_LAYER = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
-EMBEDDINGS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
+LAYER_MODULE_PATTERN = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
+EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
 
 
 def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion:
@@ -45,7 +45,7 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
     modules = _read_factors(adapter)
     written = _make_peft_config(adapter, modules, model)
-    tensors = name_tensors(modules, PEFT)
+    tensors = name_tensors(modules, PEFT_NAMING)
     with creating_adapter_folder(out) as temporary:
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
@@ -81,7 +81,9 @@ def _read_factors(adapter: Adapter) -> dict[str, ModuleFactors]:
             + list_first_problems(problems)
         )
     path = adapter.path / WEIGHTS_NAME
-    modules = group_by_module(adapter.tensors, MLX_LM, has_magnitude=kind == "dora", path=path)
+    modules = group_by_module(
+        adapter.tensors, MLX_LM_NAMING, has_magnitude=kind == "dora", path=path
+    )
     ranks = {factors.rank for factors in modules.values()}
     rank = _lora_parameters(adapter).get("rank")
     if ranks != {rank}:
@@ -95,7 +97,7 @@ def _read_factors(adapter: Adapter) -> dict[str, ModuleFactors]:
 def _describe_foreign_tensor(name: str, dimensions: int) -> str | None:
     if dimensions > 2:
         return "factors of expert layers, which are separate modules in PEFT"
-    if EMBEDDINGS.search(name.rpartition(".")[0]):
+    if EMBEDDING_PATTERN.search(name.rpartition(".")[0]):
         return "LoRA on an embedding, which PEFT does not apply to a tied output layer"
     return None
 
@@ -150,7 +152,7 @@ def _compute_alpha(adapter: Adapter) -> float:
 
 def _make_target_modules(modules: Collection[str]) -> dict[str, Any]:
     """Names within a layer and the layers, where each layer has the same; else all full names."""
-    places = [IN_A_LAYER.fullmatch(module) for module in modules]
+    places = [LAYER_MODULE_PATTERN.fullmatch(module) for module in modules]
     found = [place.group("stack", "layer", "key") for place in places if place is not None]
     stacks = {stack for stack, _, _ in found}
     layers = sorted({int(layer) for _, layer, _ in found})

@@ -10,8 +10,8 @@ from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.base_model import fingerprint_base_model
 from nested_core.models.peft.base_modules import BaseModules
 from nested_core.models.peft.lora_factors import (
-    MLX_LM,
-    PEFT,
+    MLX_LM_NAMING,
+    PEFT_NAMING,
     ModuleFactors,
     group_by_module,
     list_first_problems,
@@ -23,22 +23,31 @@ from nested_core.models.peft.output_folder import (
     creating_adapter_folder,
     require_absent_or_empty,
 )
-from nested_core.models.peft.peft_config import REASONS, PeftConfig, read_peft_config
+from nested_core.models.peft.peft_config import (
+    UNSUPPORTED_SETTING_REASONS,
+    PeftConfig,
+    read_peft_config,
+)
 from nested_core.models.peft.uniform_rank import make_rank_and_scale_uniform
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.safetensors_files import StoredTensor, read_tensors
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
-PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "adapter_model.pkl")
+PICKLE_FILE_NAMES = (
+    "adapter_model.bin",
+    "adapter_model.pt",
+    "adapter_model.pth",
+    "adapter_model.pkl",
+)
 # Tensors that PEFT saves beside the factors of linear modules (save_and_load.py).
-FOREIGN = {
+UNSUPPORTED_TENSOR_REASONS = {
     "lora_embedding_": "LoRA on an embedding, which mlx-lm would apply to a tied output "
     "layer too, and PEFT does not",
     "base_layer.": "weights of the base; save with save_embedding_layers=False",
-    "lora_A.bias": REASONS["lora_bias"],
-    "lora_B.bias": REASONS["lora_bias"],
-    "modules_to_save": REASONS["modules_to_save"],
-    "trainable_tokens": REASONS["trainable_token_indices"],
+    "lora_A.bias": UNSUPPORTED_SETTING_REASONS["lora_bias"],
+    "lora_B.bias": UNSUPPORTED_SETTING_REASONS["lora_bias"],
+    "modules_to_save": UNSUPPORTED_SETTING_REASONS["modules_to_save"],
+    "trainable_tokens": UNSUPPORTED_SETTING_REASONS["trainable_token_indices"],
 }
 
 
@@ -51,7 +60,7 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
     require_absent_or_empty(out)
     config, tensors = read_peft_adapter(folder)
     modules = group_by_module(
-        tensors, PEFT, has_magnitude=config.use_dora, path=folder / PEFT_WEIGHTS
+        tensors, PEFT_NAMING, has_magnitude=config.use_dora, path=folder / PEFT_WEIGHTS
     )
     _require_ranks(config, modules, folder)
     base = BaseModules.open(model)
@@ -73,7 +82,7 @@ def import_peft(folder: Path, out: Path, model: str) -> Conversion:
         "lora_parameters": parameters | {"keys": keys},
         "base_fingerprint": fingerprint_base_model(base.folder),
     }
-    converted = name_tensors(uniform.modules, MLX_LM)
+    converted = name_tensors(uniform.modules, MLX_LM_NAMING)
     with creating_adapter_folder(out) as temporary:
         arrays = {name: tensor.to_mlx() for name, tensor in converted.items()}
         write_adapter(temporary, arrays, written)
@@ -89,7 +98,7 @@ def read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]
             f"adapter_config.json, as PEFT's save_pretrained writes it; fetch one of the hub first."
         )
     path = folder / PEFT_WEIGHTS
-    pickles = [name for name in PICKLES if (folder / name).exists()]
+    pickles = [name for name in PICKLE_FILE_NAMES if (folder / name).exists()]
     if pickles and not path.exists():
         raise DamagedError(
             f"{folder / pickles[0]} is a pickle, and reading one can run code: it is not opened. "
@@ -100,7 +109,7 @@ def read_peft_adapter(folder: Path) -> tuple[PeftConfig, dict[str, StoredTensor]
     problems = [
         f"  {name:.150}: {reason}"
         for name in sorted(tensors)
-        for mark, reason in FOREIGN.items()
+        for mark, reason in UNSUPPORTED_TENSOR_REASONS.items()
         if mark in name
     ]
     if problems:

@@ -15,9 +15,9 @@ import numpy as np
 from nested_core.errors import DamagedError
 from nested_core.storage.safetensors_files import NUMPY_DTYPES, StoredTensor
 
-DTYPES = ("F32", "F16", "BF16")
-PROBLEMS_SHOWN = 8
-MAX_LINE = 300
+FACTOR_DTYPES = ("F32", "F16", "BF16")
+MAX_SHOWN_PROBLEMS = 8
+MAX_PROBLEM_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class TensorNaming:
 
 
 # mlx_lm/tuner/lora.py and dora.py.
-MLX_LM = TensorNaming("", {"lora_a": ".lora_a", "lora_b": ".lora_b", "m": ".m"}, False)
+MLX_LM_NAMING = TensorNaming("", {"lora_a": ".lora_a", "lora_b": ".lora_b", "m": ".m"}, False)
 # peft/tuners/lora/layer.py and utils/save_and_load.py, which drops the adapter's name; A is a
 # Linear(in, r) and B a Linear(r, out), whose weights lie (out, in) in PyTorch.
-PEFT = TensorNaming(
+PEFT_NAMING = TensorNaming(
     "base_model.model.",
     {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight", "m": ".lora_magnitude_vector"},
     True,
@@ -95,7 +95,7 @@ def group_by_module(
 def name_tensors(
     modules: Mapping[str, ModuleFactors], naming: TensorNaming
 ) -> dict[str, StoredTensor]:
-    """The tensors under the names that a program gives them; the inverse of `gather`."""
+    """The tensors under the names that a program gives them; the inverse of `group_by_module`."""
     return {
         naming.tensor_name(module, leaf): transpose_as_stored(tensor, naming)
         for module, factors in modules.items()
@@ -120,18 +120,18 @@ def list_first_problems(problems: list[str]) -> str:
 
     They hold names out of a stranger's file: nothing in them may steer a terminal.
     """
-    shown = [_escape_unprintable(problem) for problem in problems[:PROBLEMS_SHOWN]]
-    more = len(problems) - PROBLEMS_SHOWN
+    shown = [_escape_unprintable(problem) for problem in problems[:MAX_SHOWN_PROBLEMS]]
+    more = len(problems) - MAX_SHOWN_PROBLEMS
     return "\n".join(shown + ([f"  and {more} more"] if more > 0 else []))
 
 
 def _escape_unprintable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:MAX_LINE])
+    return "".join(c if c.isprintable() else "?" for c in text[:MAX_PROBLEM_CHARACTERS])
 
 
 def transpose_as_stored(tensor: StoredTensor, naming: TensorNaming) -> StoredTensor:
     """The tensor, transposed if it is a matrix and the program stores matrices transposed."""
-    if not naming.is_transposed or len(tensor.shape) != 2 or tensor.dtype not in DTYPES:
+    if not naming.is_transposed or len(tensor.shape) != 2 or tensor.dtype not in FACTOR_DTYPES:
         return tensor
     values = np.frombuffer(tensor.data, NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape).T
     return StoredTensor(tensor.dtype, values.shape, values.tobytes())
@@ -159,8 +159,8 @@ def _module_problems(
 def _tensor_problem(leaf: str, leaves: Mapping[str, StoredTensor]) -> str | None:
     """What is wrong with one tensor of a complete module, if anything."""
     tensor = leaves[leaf]
-    if tensor.dtype not in DTYPES:
-        return f"dtype {tensor.dtype}, expected one of {', '.join(DTYPES)}"
+    if tensor.dtype not in FACTOR_DTYPES:
+        return f"dtype {tensor.dtype}, expected one of {', '.join(FACTOR_DTYPES)}"
     if len(tensor.shape) != (1 if leaf == "m" else 2) or 0 in tensor.shape:
         return f"a shape of {len(tensor.shape)} dimensions, {tensor.shape}, which no {leaf} has"
     if leaf == "lora_b" and tensor.shape[:1] != leaves["lora_a"].shape[1:]:

@@ -21,7 +21,7 @@ from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 
 NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
 # They do not change what a trained adapter computes.
-IGNORED = {
+IGNORED_SETTINGS = {
     "auto_mapping",
     "corda_config",
     "eva_config",
@@ -34,7 +34,7 @@ IGNORED = {
     "revision",
     "runtime_config",
 }
-REASONS = {
+UNSUPPORTED_SETTING_REASONS = {
     "bias": "the base's biases were trained, and an mlx-lm adapter holds none",
     "lora_bias": "lora_B has a bias, and mlx-lm's lora_b has none",
     "modules_to_save": "whole modules were trained beside LoRA, and an mlx-lm adapter holds none",
@@ -47,9 +47,9 @@ REASONS = {
     "ensure_weight_tying": "LoRA is shared between tied layers",
 }
 # The others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) change the base, which the adapter then needs.
-PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+INITS_KEEPING_THE_BASE = (None, True, False, "gaussian", "orthogonal", "eva")
 # A module's name as a pattern: no quantifier, so that matching takes linear time.
-PLAIN_PATTERN = re.compile(r"\^?[\w.-]+")
+PLAIN_NAME_PATTERN = re.compile(r"\^?[\w.-]+")
 MAX_PATTERNS = 2000
 
 Rank = Annotated[int, Field(gt=0, le=65_536)]  # as in adapter_config.json of mlx-lm
@@ -183,17 +183,19 @@ def _unsupported_settings(config: PeftConfig) -> list[str]:
         problems.append(f"  peft_type: {config.peft_type!r:.40}, expected 'LORA'")
     if config.task_type not in (None, "CAUSAL_LM"):
         problems.append(f"  task_type: {config.task_type!r:.40}, expected 'CAUSAL_LM'")
-    if config.init_lora_weights not in PLAIN_STARTS:
+    if config.init_lora_weights not in INITS_KEEPING_THE_BASE:
         problems.append(
             f"  init_lora_weights: {config.init_lora_weights!r:.40} changes the base model; save "
             f"it with PEFT's path_initial_model_for_weight_conversion first"
         )
     for key, value in (config.model_extra or {}).items():
-        if key not in IGNORED and value not in NEUTRAL:
-            reason = REASONS.get(key, "not known here, so it might change what is computed")
+        if key not in IGNORED_SETTINGS and value not in NEUTRAL:
+            reason = UNSUPPORTED_SETTING_REASONS.get(
+                key, "not known here, so it might change what is computed"
+            )
             problems.append(f"  {key:.40}: {value!r:.40}: {reason}")
     for key in ("rank_pattern", "alpha_pattern"):
-        strange = [p for p in getattr(config, key) or {} if not PLAIN_PATTERN.fullmatch(p)]
+        strange = [p for p in getattr(config, key) or {} if not PLAIN_NAME_PATTERN.fullmatch(p)]
         if strange:
             problems.append(f"  {key}: {strange[0]!r:.60} is no plain name; name the modules")
     return problems

@@ -16,20 +16,20 @@ from typing import Any
 
 from mlx._distributed_utils import launch
 
-SECONDS = 0.1  # between two times that input for the ranks is passed on
+MAX_WAIT_SECONDS = 0.1  # between two times that input for the ranks is passed on
 
 
-def select_output_first(
+def select_waiting_for_output_only(
     readable: list[int], writable: list[int], exceptional: list[int], timeout: float
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """`select.select`, but only output ends the wait; it is at most SECONDS long."""
-    with_output, _, _ = select.select(readable, [], [], min(timeout, SECONDS))
+    """`select.select`, but only output ends the wait; it is at most MAX_WAIT_SECONDS long."""
+    with_output, _, _ = select.select(readable, [], [], min(timeout, MAX_WAIT_SECONDS))
     _, accepting_input, _ = select.select([], writable, exceptional, 0)
     return with_output, accepting_input, []
 
 
 if __name__ == "__main__":
     module: Any = launch
-    module.select = select_output_first
+    module.select = select_waiting_for_output_only
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

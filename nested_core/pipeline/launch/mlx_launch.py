@@ -20,8 +20,10 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.strict_files import parse_json, read_regular
 
-PROGRAM = ("-m", "nested_core.pipeline.rank_worker")
-DEVICES = "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
+RANK_WORKER_ARGUMENTS = ("-m", "nested_core.pipeline.rank_worker")
+DEVICES_VARIABLE = (
+    "NESTED_TUNE_DEVICES"  # the parent's CUDA_VISIBLE_DEVICES, which mlx.launch replaces
+)
 HOST_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")  # never an option of ssh
 MESSAGE_PREFIX = "@nested-tune "  # of the lines on standard output that are a rank's messages
 EXPECTED_HOSTFILE = (
@@ -77,17 +79,17 @@ def launch_command(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[st
             "training.processes: there is no mlx.launch beside this Python or on PATH. It comes "
             "with mlx: install that package again."
         )
-    program = [sys.executable, *PROGRAM, str(run_dir.resolve()), str(ranks)]
+    program = [sys.executable, *RANK_WORKER_ARGUMENTS, str(run_dir.resolve()), str(ranks)]
     if config.training.hostfile is not None:
         hostfile = str(Path(config.training.hostfile).resolve())
         return [launcher, "--hostfile", hostfile, "--", *program]
     backend = "nccl" if has_cuda() else "ring"
-    port = str(free_ports(ranks))
+    port = str(find_consecutive_free_ports(ranks))
     ports = ["--starting-port", port, "--nccl-port", port]
     return [launcher, "-n", str(ranks), "--backend", backend, *ports, "--", *program]
 
 
-def free_ports(count: int) -> int:
+def find_consecutive_free_ports(count: int) -> int:
     """The first of `count` consecutive ports that are free on this machine.
 
     The ranks listen there only seconds later, so the range that the system assigns ports from is
@@ -120,10 +122,10 @@ def rank_environment(config: FineTuneConfig) -> dict[str, str]:
             f"training.processes: {ranks} ranks need a GPU each, and CUDA_VISIBLE_DEVICES is "
             f"{visible!r}."
         )
-    return os.environ | {DEVICES: visible}
+    return os.environ | {DEVICES_VARIABLE: visible}
 
 
 def rank_device(environment: Mapping[str, str], rank: int) -> str | None:
     """The CUDA device of a rank on this machine; None if its parent was not given a list."""
-    devices = environment.get(DEVICES)
+    devices = environment.get(DEVICES_VARIABLE)
     return None if devices is None else devices.split(",")[rank]

@@ -36,16 +36,16 @@ from nested_core.text.foreign_text import escape
 from nested_core.training.memory.memory_plan import MemoryPlan
 from nested_core.training.report_callbacks import TrainingCallback
 
-WATCHDOG = (sys.executable, "-P", end_with_parent.__file__)
-LAUNCHER = (
+WATCHDOG_COMMAND = (sys.executable, "-P", end_with_parent.__file__)
+LAUNCHER_COMMAND = (
     sys.executable,
     "-P",
     str(Path(end_with_parent.__file__).with_name("launcher_program.py")),
 )
-LOST_RANK = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+LOST_RANK_PATTERN = re.compile(r"Node with rank (\d+) (exited with code -?\d+|was killed)")
+COLOUR_CODE_PATTERN = re.compile(r"\x1b\[[0-9;]*m")
 SECONDS_TO_END = 8.0  # after the first rank ends; then what is left is killed
-LINES_KEPT = 6  # of standard error, for the message about a lost rank
+MAX_KEPT_ERROR_LINES = 6  # of standard error, for the message about a lost rank
 
 
 class RankGroup:
@@ -72,7 +72,7 @@ class RankGroup:
         # How the processes end.
         self._end_messages: dict[int, dict[str, Any]] = {}
         self._lost_rank: str | None = None
-        self._last_lines: deque[str] = deque(maxlen=LINES_KEPT)
+        self._last_lines: deque[str] = deque(maxlen=MAX_KEPT_ERROR_LINES)
 
         # Of the running processes.
         self._stop_pipe: int | None = None
@@ -96,7 +96,7 @@ class RankGroup:
     ) -> None:
         """Start the ranks and follow them to their end; however this ends, no rank is left."""
         process = subprocess.Popen(
-            [*WATCHDOG, *LAUNCHER, *command],
+            [*WATCHDOG_COMMAND, *LAUNCHER_COMMAND, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -142,9 +142,9 @@ class RankGroup:
             if not ended_well or len(self._end_messages) == self.ranks:
                 self._kill_after_grace_period()  # else the others may still be writing
         else:
-            self._report(message_type, message["info"])
+            self._report_to_callback(message_type, message["info"])
 
-    def _report(self, message_type: str, info: dict[str, Any]) -> None:
+    def _report_to_callback(self, message_type: str, info: dict[str, Any]) -> None:
         self.current_step = info.get("step", self.current_step)
         self.current_train_loss = info.get("train_loss", self.current_train_loss)
         self.gradient_bytes += info.get("gradient_bytes", 0)
@@ -158,9 +158,9 @@ class RankGroup:
     def _show_errors(self, lines: Any) -> None:
         """Show what the ranks and mlx.launch write to standard error; keep its last lines."""
         for line in lines:
-            plain = COLOUR.sub("", line)
+            plain = COLOUR_CODE_PATTERN.sub("", line)
             self._last_lines.append(plain.strip())
-            lost = LOST_RANK.search(plain)
+            lost = LOST_RANK_PATTERN.search(plain)
             if lost and self._lost_rank is None:
                 self._lost_rank = f"Rank {lost[1]} of {self.ranks} {lost[2]}"
                 self._kill_after_grace_period()
@@ -188,7 +188,7 @@ class RankGroup:
         if not failures and self._lost_rank is None and have_all_ended:
             return
         what = self._lost_rank or "A rank ended"
-        last_lines = "\n".join([*map(str, causes), *self._last_lines][:LINES_KEPT])
+        last_lines = "\n".join([*map(str, causes), *self._last_lines][:MAX_KEPT_ERROR_LINES])
         raise RankLost(
             f"{what} at step {self.current_step} or after it, before training was done; the others "
             f"were ended with it. Go on from the last checkpoint with the same command, --run-dir "

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nested_core.kernels.cuda.kernel_launch import DTYPE
+from nested_core.kernels.cuda.kernel_launch import KERNEL_DTYPE
 from nested_core.training.loss.chunked_cross_entropy import round_up_position_count
 from nested_core.training.loss.loss_interface import BatchShape
 
@@ -137,7 +137,7 @@ def bytes_kept_for_backward(
     """What one layer that is not recomputed keeps for the backward pass."""
     scores = device.score_share * batch.rows * layer.heads * batch.length**2
     kept = layer.kept + device.mlp_arrays * layer.mlp_width
-    is_bfloat16 = footprint.activation_bytes == DTYPE.size  # the only dtype of the kernels
+    is_bfloat16 = footprint.activation_bytes == KERNEL_DTYPE.size  # the only dtype of the kernels
     if device.recomputes_mlp_product and is_bfloat16:
         kept -= layer.mlp_product
     return footprint.activation_bytes * (batch.rows * batch.length * kept + scores)

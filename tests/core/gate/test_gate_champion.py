@@ -331,7 +331,7 @@ def test_the_champion_answers_the_suites_too_and_only_once(
 
     monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(EncodedSuite, "answer", count_and_answer)
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     for _ in range(2):
         (result,) = steps.judge(config, run).tasks
     assert len(asked) == 4  # base, champion and candidate; then the candidate alone
@@ -382,7 +382,7 @@ def test_an_edited_score_of_the_champion_is_damage(
 ) -> None:
     config = with_suite(config, tmp_path / "suite.jsonl")
     make_champion(halve)
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     steps.judge(config, run)
     gate = read_gate(run.gate)
     gate["tasks"][0][key] = None

@@ -298,11 +298,11 @@ def test_norms_that_another_machine_rounds_otherwise_are_the_same(
 def test_a_resumption_under_other_bounds_needs_a_new_verdict_and_the_same_one_none(
     judged: RunDirectory, config: FineTuneConfig
 ) -> None:
-    steps.begin(config, judged, resume=True)
+    steps.write_run_config(config, judged, resume=True)
     confirm_recorded_verdict(read_run_config(judged), judged)
     bounds = config.gate.model_copy(update={"max_val_loss_increase": 0.5})
     other = config.model_copy(update={"gate": bounds})
-    steps.begin(other, judged, resume=True)
+    steps.write_run_config(other, judged, resume=True)
     with pytest.raises(DamagedError, match=r"config\.yaml.* judge the run again with --resume"):
         confirm_recorded_verdict(read_run_config(judged), judged)
     steps.judge(other, judged)

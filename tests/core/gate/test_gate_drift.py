@@ -29,7 +29,7 @@ from tests.example import DATA, example_config, example_settings, prepare, train
 def with_gate(config: FineTuneConfig, run: RunDirectory, **bounds: Any) -> FineTuneConfig:
     """The configuration with these bounds, and the run begun again under it."""
     changed = config.model_copy(update={"gate": GateSection.model_validate(bounds)})
-    steps.begin(changed, run, resume=True)
+    steps.write_run_config(changed, run, resume=True)
     return changed
 
 

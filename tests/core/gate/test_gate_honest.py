@@ -74,7 +74,7 @@ def test_a_run_that_was_stopped_and_resumed_passes(tmp_path: Path) -> None:
     run = prepare(config, tmp_path / "run")
     with pytest.raises(TrainingStopped):
         train(config, run, on_start=stop_after(3))
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     train(config, run)
     assert judge_run(config, run).has_passed
 

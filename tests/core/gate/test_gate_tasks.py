@@ -152,7 +152,7 @@ def test_what_was_judged_is_judged_again_without_a_model_at_promotion(
     run = RunDirectory(Path(shutil.copytree(broken.run.path, tmp_path / "run")))
     bounds = task(Path(broken.config.gate.tasks[0].file), max_drop=None)
     config = with_tasks(broken.config, bounds)
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     verdict = steps.judge(config, run)
     written = json.loads(run.gate.read_bytes())
     assert json.loads(json.dumps(read_verdict(run.gate).to_json())) == written
@@ -198,10 +198,10 @@ def test_a_suite_is_checked_before_the_first_step(tmp_path: Path) -> None:
     config = with_tasks(example_config(), task(tmp_path / "missing.jsonl"))
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"missing\.jsonl is not a file"):
-        steps.begin(config, run, resume=False)
+        steps.write_run_config(config, run, resume=False)
     bad = write_lines(tmp_path / "bad.jsonl", [{"prompt": "a", "expected": "b"}, {"prompt": 1}, []])
     with pytest.raises(DatasetError, match=r"(?s)bad\.jsonl:2: .*bad\.jsonl:3: "):
-        steps.begin(with_tasks(config, task(bad)), run, resume=False)
+        steps.write_run_config(with_tasks(config, task(bad)), run, resume=False)
     assert not run.path.exists()
 
 
@@ -216,11 +216,11 @@ def test_a_suite_that_changed_since_the_run_began_is_refused(tmp_path: Path) -> 
     suite = write_suite(tmp_path / "suite.jsonl")
     config = with_tasks(example_config(), task(suite))
     run = prepare(config, tmp_path / "run")
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     write_suite(suite, count=10)
     with pytest.raises(ConfigError, match=r"suite\.jsonl changed since .*suites\.json"):
-        steps.begin(config, run, resume=True)
-    steps.begin(with_tasks(config, task(suite, name="others")), run, resume=True)
+        steps.write_run_config(config, run, resume=True)
+    steps.write_run_config(with_tasks(config, task(suite, name="others")), run, resume=True)
 
 
 @pytest.mark.parametrize(

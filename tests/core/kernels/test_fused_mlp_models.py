@@ -16,7 +16,7 @@ from nested_core.kernels.activation_checkpointing import checkpointing_layers
 from nested_core.kernels.call_tracing import CallTrace, find_gated_mlps, trace_calls
 from nested_core.kernels.cuda import gated_mlp, lora_add
 from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
-from nested_core.kernels.lora_linear import GROUP, OptimizedLoRALinear
+from nested_core.kernels.lora_linear import GROUP_ATTRIBUTE, OptimizedLoRALinear
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.kernels.patching import replacing_call
 from nested_core.models.parameters import reference_trainable_parameters
@@ -152,14 +152,14 @@ def test_a_fused_mlps_layers_share_with_no_others_in_an_optimized_model(
     model = in_bfloat16(name)
     with using_optimized_layers(model):
         for layer in model.layers:
-            groups = [vars(layer.mlp[key]).get(GROUP) for key in PROJECTIONS]
+            groups = [vars(layer.mlp[key]).get(GROUP_ATTRIBUTE) for key in PROJECTIONS]
             gate, up = layer.mlp.gate_proj, layer.mlp.up_proj
             assert groups[0] is groups[1]
             assert groups[0]._layers == [gate, up]
             assert groups[2] is None
-            shared = vars(layer.self_attn.q_proj)[GROUP]
+            shared = vars(layer.self_attn.q_proj)[GROUP_ATTRIBUTE]
             assert len(shared._layers) == together
-    assert not any(GROUP in vars(module) for _, module in model.named_modules())
+    assert not any(GROUP_ATTRIBUTE in vars(module) for _, module in model.named_modules())
 
 
 @pytest.mark.usefixtures("kernel_calls", "without_norms_and_ropes")
@@ -177,7 +177,7 @@ def test_the_gate_and_up_of_a_fused_mlp_share_nothing_where_they_are_not_alike(u
     with using_optimized_layers(model):
         assert kinds_of(model)["model.layers.0.mlp"] != before["model.layers.0.mlp"]
         for layer in model.layers:
-            assert not any(GROUP in vars(layer.mlp[key]) for key in PROJECTIONS)
+            assert not any(GROUP_ATTRIBUTE in vars(layer.mlp[key]) for key in PROJECTIONS)
 
 
 @pytest.mark.usefixtures("kernel_calls", "without_norms_and_ropes")
@@ -191,7 +191,7 @@ def test_where_its_kernels_disagree_a_gated_mlp_shares_its_input_as_other_layers
     )
     with using_optimized_layers(model):
         inside = kinds_of(model)
-        assert GROUP in vars(model.layers[0].mlp.gate_proj)
+        assert GROUP_ATTRIBUTE in vars(model.layers[0].mlp.gate_proj)
     assert inside["model.layers.0.mlp"] == before["model.layers.0.mlp"]
 
 

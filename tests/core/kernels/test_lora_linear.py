@@ -17,7 +17,7 @@ from nested_core.kernels.call_tracing import group_layers_by_input, trace_calls
 from nested_core.kernels.cuda import lora_add, lora_matmuls
 from nested_core.kernels.cuda.self_check import CheckedKernel
 from nested_core.kernels.lora_linear import (
-    GROUP,
+    GROUP_ATTRIBUTE,
     OptimizedLoRALinear,
     check_lora_kernels,
     using_optimized_lora_layers,
@@ -171,7 +171,7 @@ def test_a_group_lets_go_of_its_input_when_its_last_layer_has_been_asked() -> No
     model = Sharing((2.0, 4), (2.0, 4))
     with using_optimized_lora_layers(model, [model.layers]):
         mx.eval(model(mx.zeros((2, 5), mx.int32)))
-        (group,) = {vars(layer)[GROUP] for layer in model.layers}
+        (group,) = {vars(layer)[GROUP_ATTRIBUTE] for layer in model.layers}
         assert (group._input, group._outputs) == (None, {})
 
 

@@ -12,7 +12,10 @@ import pytest
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels import quantized_linear
-from nested_core.kernels.quantized_linear import LEAST_ROWS, multiplying_by_dequantized_weights
+from nested_core.kernels.quantized_linear import (
+    MIN_ROWS_TO_DEQUANTIZE,
+    multiplying_by_dequantized_weights,
+)
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import batch, build, largest_difference, outcome
 
@@ -44,7 +47,7 @@ def both(function: Callable[[mx.array], mx.array], x: mx.array, width: int) -> l
 def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that nobody may dequantize."""
 
-    def ask(module: Any, wanted_by: mx.array) -> mx.array:
+    def ask(module: Any, computed_after: mx.array) -> mx.array:
         raise AssertionError("a weight was dequantized")
 
     monkeypatch.setattr(quantized_linear, "dequantize_weight", ask)
@@ -54,7 +57,7 @@ def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer_gives_mlxs_output_and_gradient(kind: dict[str, Any], bias: bool) -> None:
     layer = linear(bias, **kind)
-    x = normal(3, LEAST_ROWS, 128)
+    x = normal(3, MIN_ROWS_TO_DEQUANTIZE, 128)
     layer.scales = layer.scales if kind.get("mode") else layer.scales.astype(mx.float32)
     expected = both(layer, x, 96)
     with multiplying_by_dequantized_weights(layer):
@@ -68,7 +71,7 @@ def test_a_linear_layer_gives_mlxs_output_and_gradient(kind: dict[str, Any], bia
 def test_an_output_layer_tied_to_a_quantised_embedding_does_too() -> None:
     mx.random.seed(0)
     embedding = nn.QuantizedEmbedding(96, 128, 32, 4)
-    x, tokens = normal(2, LEAST_ROWS, 128), mx.array([3, 5])
+    x, tokens = normal(2, MIN_ROWS_TO_DEQUANTIZE, 128), mx.array([3, 5])
     expected, words = both(embedding.as_linear, x, 96), embedding(tokens)
     with multiplying_by_dequantized_weights(embedding):
         found = both(lambda x: embedding.as_linear(x), x, 96)
@@ -80,13 +83,16 @@ def test_an_output_layer_tied_to_a_quantised_embedding_does_too() -> None:
 @pytest.mark.usefixtures("forbidden")
 def test_a_weight_is_dequantized_for_many_rows_of_the_scales_dtype_and_for_no_others() -> None:
     layer = linear()
-    few, other = normal(LEAST_ROWS - 1, 128), normal(LEAST_ROWS, 128, dtype=mx.bfloat16)
+    few, other = (
+        normal(MIN_ROWS_TO_DEQUANTIZE - 1, 128),
+        normal(MIN_ROWS_TO_DEQUANTIZE, 128, dtype=mx.bfloat16),
+    )
     expected = layer(few), layer(other)
     with multiplying_by_dequantized_weights(layer):
         assert mx.array_equal(layer(few), expected[0]).item()
         assert mx.array_equal(layer(other), expected[1]).item()
         with pytest.raises(AssertionError, match="was dequantized"):
-            layer(normal(LEAST_ROWS, 128))
+            layer(normal(MIN_ROWS_TO_DEQUANTIZE, 128))
 
 
 @pytest.mark.usefixtures("forbidden")
@@ -95,12 +101,12 @@ def test_on_metal_mlxs_own_product_is_left_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(backend, "device", lambda: "gpu")
     monkeypatch.setattr(backend, "has_cuda", lambda: False)
     with multiplying_by_dequantized_weights(layer):
-        mx.eval(layer(normal(LEAST_ROWS, 128)))
+        mx.eval(layer(normal(MIN_ROWS_TO_DEQUANTIZE, 128)))
 
 
 @pytest.mark.parametrize("key", ["scales", "biases"])
 def test_a_layer_whose_own_parameters_are_trained_keeps_their_gradients(key: str) -> None:
-    layer, x = linear(False, **KINDS[0]), normal(LEAST_ROWS, 128)
+    layer, x = linear(False, **KINDS[0]), normal(MIN_ROWS_TO_DEQUANTIZE, 128)
     layer.unfreeze(keys=key)
 
     def total(value: mx.array) -> mx.array:
@@ -144,7 +150,7 @@ def test_a_quantised_model_gives_the_loss_and_gradients_of_mlx(name: str) -> Non
 def test_dequantized_weights_are_not_kept_for_the_backward_pass() -> None:
     mx.random.seed(0)
     model = nn.Sequential(*[nn.QuantizedLinear(1024, 1024, bias=False) for _ in range(32)])
-    x = normal(LEAST_ROWS, 1024)
+    x = normal(MIN_ROWS_TO_DEQUANTIZE, 1024)
     mx.eval(model.parameters(), x)
     with multiplying_by_dequantized_weights(model):
         step = mx.compile(mx.grad(lambda x: model(x).square().sum()))

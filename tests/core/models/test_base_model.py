@@ -12,9 +12,9 @@ from mlx_lm.utils import _download
 
 from nested_core.errors import ConfigError
 from nested_core.models.base_model import (
-    PAGE_BYTES,
-    PAGE_STRIDE,
-    RULE,
+    FINGERPRINT_PREFIX,
+    SAMPLE_STRIDE_BYTES,
+    SAMPLED_BYTES,
     find_model_folder,
     fingerprint_base_model,
     is_same_base,
@@ -25,9 +25,9 @@ from nested_core.models.base_model import (
 from tests.example import MODEL, example_config
 
 FILES = {
-    "config.json": b"{" + b" " * (3 * PAGE_BYTES) + b"}",
-    "own_model.py": b"# code\n" * PAGE_BYTES,
-    "model.safetensors": bytes(2 * PAGE_STRIDE),
+    "config.json": b"{" + b" " * (3 * SAMPLED_BYTES) + b"}",
+    "own_model.py": b"# code\n" * SAMPLED_BYTES,
+    "model.safetensors": bytes(2 * SAMPLE_STRIDE_BYTES),
 }
 
 
@@ -48,14 +48,14 @@ def change(path: Path, at: int) -> None:
     ("name", "at"),
     [
         ("config.json", 0),
-        ("config.json", 2 * PAGE_BYTES + 1),
+        ("config.json", 2 * SAMPLED_BYTES + 1),
         ("own_model.py", 0),
-        ("own_model.py", PAGE_BYTES + 1),
+        ("own_model.py", SAMPLED_BYTES + 1),
         ("own_model.py", -1),
         ("model.safetensors", 0),
-        ("model.safetensors", PAGE_STRIDE),
-        ("model.safetensors", PAGE_BYTES + 5),
-        ("model.safetensors", 2 * PAGE_STRIDE - 1),
+        ("model.safetensors", SAMPLE_STRIDE_BYTES),
+        ("model.safetensors", SAMPLED_BYTES + 5),
+        ("model.safetensors", 2 * SAMPLE_STRIDE_BYTES - 1),
     ],
 )
 def test_another_byte_is_another_base(folder: Path, name: str, at: int) -> None:
@@ -92,8 +92,8 @@ def test_mlx_lm_still_resolves_a_local_folder_through_the_private_function_used_
 
 def test_the_fingerprint_names_its_rule(folder: Path) -> None:
     rule, digest = (
-        fingerprint_base_model(folder)[: len(RULE)],
-        fingerprint_base_model(folder)[len(RULE) :],
+        fingerprint_base_model(folder)[: len(FINGERPRINT_PREFIX)],
+        fingerprint_base_model(folder)[len(FINGERPRINT_PREFIX) :],
     )
     assert rule == "sha256:"
     assert len(bytes.fromhex(digest)) == 32
@@ -119,7 +119,7 @@ def test_fingerprints_of_earlier_releases_are_what_they_were() -> None:
 def test_a_base_is_compared_by_the_rule_that_its_fingerprint_names(folder: Path) -> None:
     full, sampled = fingerprint_base_model(folder), sampled_fingerprint(folder)
     assert is_same_base(full, folder)
-    change(folder / "model.safetensors", PAGE_BYTES + 5)  # the sampled rule does not see it
+    change(folder / "model.safetensors", SAMPLED_BYTES + 5)  # the sampled rule does not see it
     assert not is_same_base(full, folder)
     with pytest.warns(UserWarning, match="may differ elsewhere"):
         assert is_same_base(sampled, folder)

@@ -113,7 +113,7 @@ def test_the_next_run_starts_from_the_champion_and_is_judged_against_it(
 def unchanged(folder: Path, path: Path, data: str, **changes: Any) -> str | None:
     config, run = configure(folder, data, **changes), RunDirectory(path)
     path.mkdir()
-    steps.begin(config, run, resume=False)
+    steps.write_run_config(config, run, resume=False)
     steps.validate(config, run)
     return champion_trained_alike(config, run)
 
@@ -246,12 +246,12 @@ def test_a_champion_is_not_collected_while_a_run_reads_it(
     monkeypatch.setattr(continual, step, after)
     run = RunDirectory(tmp_path / "run")
     run.path.mkdir()
-    steps.begin(config, run, resume=False)
+    steps.write_run_config(config, run, resume=False)
     steps.validate(config, run)
     if step == "read_provenance":
         assert champion_trained_alike(config, run) == tuesday[1]
     else:
-        steps.load(config, run)
+        steps.write_initial_adapter_and_tiers(config, run)
         assert read_adapter(run.initial).digest() == tuesday[1]
     other_process.join()
     assert sorted(list_versions(registry, NAME)) == sorted(others)

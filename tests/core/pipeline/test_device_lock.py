@@ -13,7 +13,12 @@ import pytest
 
 from nested_core import backend
 from nested_core.errors import ConfigError
-from nested_core.pipeline.device_lock import VARIABLE, device_names, lock_path, locking_devices
+from nested_core.pipeline.device_lock import (
+    DEVICE_LOCK_VARIABLE,
+    device_names,
+    lock_path,
+    locking_devices,
+)
 
 HOLD = (
     "import sys, time\n"
@@ -26,7 +31,7 @@ HOLD = (
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(VARIABLE, "test-device")
+    monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "test-device")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
 
 
@@ -54,7 +59,7 @@ def test_a_second_process_waits_names_the_holder_and_goes_on_when_that_one_is_ki
 
 def test_another_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with locking_devices():
-        monkeypatch.setenv(VARIABLE, "another")
+        monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "another")
         with locking_devices(pytest.fail):
             pass
 
@@ -62,7 +67,7 @@ def test_another_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_cpu_is_shared_and_off_locks_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(VARIABLE, "off")
+    monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "off")
     assert device_names(2) == ()
     with locking_devices(pytest.fail), locking_devices(pytest.fail):
         assert list(tmp_path.iterdir()) == []
@@ -71,7 +76,7 @@ def test_a_cpu_is_shared_and_off_locks_nothing(
 def test_each_rank_on_cuda_has_a_device_of_its_own_and_one_process_takes_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.delenv(DEVICE_LOCK_VARIABLE)
     monkeypatch.setattr(backend, "device", lambda: "gpu")
     monkeypatch.setattr(backend, "has_cuda", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -16,7 +16,7 @@ import nested_core
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.pipeline import steps
-from nested_core.pipeline.device_lock import VARIABLE
+from nested_core.pipeline.device_lock import DEVICE_LOCK_VARIABLE
 from nested_core.pipeline.finetune import Hooks, finetune
 from nested_core.registry import read_champion
 from nested_core.storage.run_directory import RunDirectory, open_run
@@ -129,17 +129,19 @@ def run_while_the_device_is_held(step: Callable[[Callable[[str], None]], object]
 def test_every_step_that_computes_waits_for_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(VARIABLE, "test-device")
+    monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "test-device")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     nested = {"frequencies": [1, 2], "strategy": "parameter_importance", "probe_batches": 1}
     data = data_with_a_test_set(tmp_path / "data")
     config = example_config(iters=4, data=data, nested=nested)
     run = RunDirectory(tmp_path / "run")
     with run.locked():
-        steps.begin(config, run, resume=False)
+        steps.write_run_config(config, run, resume=False)
         steps.validate(config, run)
-        run_while_the_device_is_held(lambda wait: steps.load(config, run, on_wait=wait))
+        run_while_the_device_is_held(
+            lambda wait: steps.write_initial_adapter_and_tiers(config, run, on_wait=wait)
+        )
         run_while_the_device_is_held(lambda wait: steps.train(config, run, on_wait=wait))
         run_while_the_device_is_held(lambda wait: steps.judge(config, run, on_wait=wait))
         run_while_the_device_is_held(lambda wait: steps.measure_test(config, run, on_wait=wait))
-    assert os.environ[VARIABLE] == "test-device"
+    assert os.environ[DEVICE_LOCK_VARIABLE] == "test-device"

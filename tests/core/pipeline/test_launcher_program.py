@@ -7,8 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-from nested_core.pipeline.launch.mlx_launch import free_ports
-from nested_core.pipeline.launch.rank_group import LAUNCHER
+from nested_core.pipeline.launch.mlx_launch import find_consecutive_free_ports
+from nested_core.pipeline.launch.rank_group import LAUNCHER_COMMAND
 
 MLX_LAUNCH = os.path.join(os.path.dirname(sys.executable), "mlx.launch")
 SECONDS_OF_SLEEP = 3
@@ -16,8 +16,10 @@ SECONDS_OF_SLEEP = 3
 
 def launch_two(*command: object, **streams: Any) -> subprocess.Popen[bytes]:
     """Two ranks of a command, on this machine."""
-    where = ("-n", "2", "--backend", "ring", "--starting-port", str(free_ports(2)))
-    return subprocess.Popen([*LAUNCHER, MLX_LAUNCH, *where, "--", *map(str, command)], **streams)
+    where = ("-n", "2", "--backend", "ring", "--starting-port", str(find_consecutive_free_ports(2)))
+    return subprocess.Popen(
+        [*LAUNCHER_COMMAND, MLX_LAUNCH, *where, "--", *map(str, command)], **streams
+    )
 
 
 def test_the_launcher_computes_nothing_while_the_ranks_work() -> None:

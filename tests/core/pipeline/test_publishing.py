@@ -353,7 +353,7 @@ class TestPromotionByAPerson:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         registry = tmp_path / "registry"
-        monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
+        monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
         by_hand(make_run(1.0))
         gc = threading.Thread(
             target=collect_garbage, args=(registry, NAME), kwargs={"by": "gc", "keep": 0}

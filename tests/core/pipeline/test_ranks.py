@@ -18,7 +18,7 @@ from nested_core.errors import ConfigError
 from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.mlx_launch import (
     count_ranks,
-    free_ports,
+    find_consecutive_free_ports,
     launch_command,
     rank_device,
 )
@@ -148,13 +148,13 @@ def test_ranks_on_this_machine_listen_where_nobody_does() -> None:
 
 
 def test_a_port_that_somebody_has_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = free_ports(2)
+    free = find_consecutive_free_ports(2)
     with socket.socket() as held:
         held.bind(("127.0.0.1", free + 1))
         monkeypatch.setattr(mlx_launch, "PORTS", [free])
         with pytest.raises(OSError, match="no 2 free ports"):
-            free_ports(2)
-        assert free_ports(1) == free
+            find_consecutive_free_ports(2)
+        assert find_consecutive_free_ports(1) == free
 
 
 def test_a_rank_takes_its_device_of_those_that_its_parent_was_given() -> None:

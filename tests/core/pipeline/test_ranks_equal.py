@@ -111,7 +111,9 @@ def test_the_run_directory_is_that_of_one_process_and_passes_the_gate(pair: Pair
 
 def go_astray(monkeypatch: pytest.MonkeyPatch, how: str) -> FineTuneConfig:
     """Have rank 1 do at step 3 what astray.py describes."""
-    monkeypatch.setattr(mlx_launch, "PROGRAM", (str(Path(__file__).with_name("astray.py")),))
+    monkeypatch.setattr(
+        mlx_launch, "RANK_WORKER_ARGUMENTS", (str(Path(__file__).with_name("astray.py")),)
+    )
     monkeypatch.setenv("ASTRAY", how)
     training = {"processes": 2, "max_grad_norm": 1.0}
     return example_config(
@@ -140,5 +142,5 @@ def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-0000002"]
     assert not run.result.exists()
     monkeypatch.undo()
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     assert steps.train(config, run).step == 8

@@ -67,7 +67,7 @@ def test_the_time_is_that_of_the_tokens_at_the_speed_that_was_measured(
     tokens = explanation.splits["train"].tokens
     assert tokens is not None
     assert explanation.tokens_per_second is not None
-    assert explanation.seconds == pytest.approx(
+    assert explanation.training_seconds == pytest.approx(
         tokens.supervised * explanation.epochs / explanation.tokens_per_second
     )
 

@@ -65,7 +65,7 @@ def write_gate(run_dir: Path, verdict: str, digest: str) -> None:
 def no_time_to_decide() -> Iterator[None]:
     """A gc takes versions that were registered just now, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(0))
+        patch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(0))
         yield
 
 

@@ -19,12 +19,12 @@ from nested_core.registry import (
     list_versions,
     promote,
     read_champion,
-    read_changes,
+    read_champion_changes,
     register,
     rollback,
     verify,
 )
-from nested_core.registry.promotion_policy import promote_missed
+from nested_core.registry.promotion_policy import promote_missed_versions
 from tests.core.registry.conftest import write_run
 from tests.core.registry.ledger_edits import Edit, ledger_edits
 from tests.core.registry.states import NAME, assert_settled, chained_line, make_earlier_release
@@ -78,8 +78,8 @@ def calls(registry: Path) -> dict[str, Callable[[], Any]]:
         "gc": lambda: collect_garbage(registry, NAME, by="eve", keep=0),
         "gc --dry-run": lambda: collect_garbage(registry, NAME, by="eve", keep=0, dry_run=True),
         "register": lambda: register(run, registry, NAME, {}),
-        "reconcile": lambda: promote_missed(registry, NAME),
-        "changes": lambda: read_changes(registry, NAME),
+        "reconcile": lambda: promote_missed_versions(registry, NAME),
+        "changes": lambda: read_champion_changes(registry, NAME),
         "verify": lambda: verify(registry, NAME, version),
     }
 

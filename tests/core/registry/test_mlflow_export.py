@@ -14,7 +14,7 @@ import pytest
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import promote, register, rollback
-from nested_core.registry.mlflow_export import Export, export_to_mlflow
+from nested_core.registry.mlflow_export import MlflowExport, export_to_mlflow
 from tests.core.registry.conftest import write_run
 
 NAME = "capitals"
@@ -42,7 +42,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
-def export(tmp_path: Path, store: str) -> Export:
+def export(tmp_path: Path, store: str) -> MlflowExport:
     return export_to_mlflow(tmp_path / "registry", NAME, store)
 
 

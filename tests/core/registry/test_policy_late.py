@@ -30,9 +30,9 @@ from nested_core.registry import (
 from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
 from nested_core.registry.promotion_policy import (
     compare_losses,
-    promote_as_recorded,
     promote_by_policy,
-    promote_missed,
+    promote_by_recorded_policy,
+    promote_missed_versions,
     read_candidate,
 )
 from nested_core.storage.manifest import write_manifest
@@ -66,7 +66,7 @@ def add(tmp_path: Path, registry: Path) -> Add:
 
 
 def late(registry: Path, version: str) -> Any:
-    done = promote_as_recorded(registry, NAME, version)
+    done = promote_by_recorded_policy(registry, NAME, version)
     return done.outcome if isinstance(done, Promotion) else done
 
 
@@ -110,7 +110,7 @@ def test_what_a_person_rolled_back_is_not_brought_back(add: Add, registry: Path)
     late(registry, second)
     rollback(registry, NAME, by="ann")
     assert late(registry, second) == "superseded"
-    assert promote_missed(registry, NAME) == {}
+    assert promote_missed_versions(registry, NAME) == {}
     assert read_champion(registry, NAME) == first
 
 
@@ -121,7 +121,7 @@ def test_a_champion_that_left_and_came_back_still_supersedes(add: Add, registry:
     late(registry, second)
     rollback(registry, NAME, by="ann")
     assert late(registry, forgotten) == "superseded"
-    assert promote_missed(registry, NAME) == {forgotten: "superseded"}
+    assert promote_missed_versions(registry, NAME) == {forgotten: "superseded"}
     assert read_champion(registry, NAME) == first
 
 
@@ -129,9 +129,9 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
     first = add(1)
     late(registry, first)
     lost, newer = add(2, first), add(3, first)
-    assert promote_missed(registry, NAME) == {newer: "promoted", lost: "superseded"}
+    assert promote_missed_versions(registry, NAME) == {newer: "promoted", lost: "superseded"}
     before = history(registry, NAME)
-    assert promote_missed(registry, NAME) == {lost: "superseded"}
+    assert promote_missed_versions(registry, NAME) == {lost: "superseded"}
     assert history(registry, NAME) == before
     assert read_champion(registry, NAME) == newer
 
@@ -139,7 +139,7 @@ def test_reconcile_promotes_the_newest_that_an_event_got_lost_for(add: Add, regi
 def test_reconcile_leaves_what_its_policy_leaves(add: Add, registry: Path) -> None:
     versions = {policy: add(seed, None, policy) for seed, policy in enumerate(("never", "approve"))}
     unknown = add(9, None, None)
-    outcomes = promote_missed(registry, NAME)
+    outcomes = promote_missed_versions(registry, NAME)
     assert outcomes[versions["never"]] == "registry.promote is never"
     assert outcomes[versions["approve"]].startswith("waiting for approval")
     assert outcomes[unknown] == "its provenance records no policy"
@@ -150,7 +150,7 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     first = add(1)
     late(registry, first)
     worse = add(2, first, "better")
-    assert promote_missed(registry, NAME) == {
+    assert promote_missed_versions(registry, NAME) == {
         worse: "validation loss 1.2 is not better than the champion's 1.2"
     }
     better = write_run(tmp_path / "run-3", 3)
@@ -160,7 +160,7 @@ def test_better_is_judged_by_reconcile_too(add: Add, registry: Path, tmp_path: P
     section = {"promote": "better", "path": "x", "name": "y"}
     provenance = {"champion_at_gate": first, "validation_digest": "d1"}
     version = register(better, registry, NAME, provenance | {"config": {"registry": section}})
-    assert promote_missed(registry, NAME)[version] == "promoted"
+    assert promote_missed_versions(registry, NAME)[version] == "promoted"
 
 
 def test_losses_on_files_of_which_no_digest_is_recorded_are_not_compared(
@@ -232,7 +232,7 @@ def test_a_damaged_version_keeps_reconcile_from_no_other(add: Add, registry: Pat
         path = registry / NAME / "versions" / version / "provenance.json"
         path.chmod(0o644)
         path.write_text(content or path.read_text() + " ")
-    outcomes = promote_missed(registry, NAME)
+    outcomes = promote_missed_versions(registry, NAME)
     assert outcomes[sound] == "promoted"
     assert outcomes[unreadable].startswith("damaged: ")
     assert outcomes[changed].startswith("damaged: ")
@@ -252,7 +252,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], obje
     monkeypatch.setattr(promotion_policy, step, after)
 
 
-@pytest.mark.parametrize("step", ["read_candidate", "promote_as_recorded"])
+@pytest.mark.parametrize("step", ["read_candidate", "promote_by_recorded_policy"])
 def test_a_version_that_a_gc_takes_meanwhile_keeps_reconcile_from_no_other(
     add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -262,7 +262,7 @@ def test_a_version_that_a_gc_takes_meanwhile_keeps_reconcile_from_no_other(
         assert collect_garbage(registry, NAME, by="gc", keep=1).collected == (old,)
 
     meanwhile(monkeypatch, step, act)
-    assert promote_missed(registry, NAME) == {old: "collected meanwhile", new: "promoted"}
+    assert promote_missed_versions(registry, NAME) == {old: "collected meanwhile", new: "promoted"}
 
 
 def test_a_version_is_not_collected_while_it_is_read(

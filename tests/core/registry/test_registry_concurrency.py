@@ -21,7 +21,7 @@ from nested_core.registry import (
     read_champion,
     register,
 )
-from nested_core.registry.folder_lock import LOCK_NAME, exclusive
+from nested_core.registry.folder_lock import LOCK_NAME, exclusive_folder_lock
 from nested_core.storage.adapter import read_adapter
 from tests.core.registry.faults import in_processes
 from tests.core.registry.states import NAME, assert_settled
@@ -127,7 +127,7 @@ def test_gc_beside_promoters_and_readers_leaves_a_sound_registry_at_every_moment
 @pytest.mark.parametrize("damage", [DamagedError("5 bytes are missing"), FileNotFoundError()])
 def test_damage_after_the_lock_was_removed_is_told_as_the_lock(three, registry, damage) -> None:
     def change(*, removes_lock: bool) -> None:
-        with exclusive(registry / NAME):
+        with exclusive_folder_lock(registry / NAME):
             if removes_lock:
                 (registry / NAME / LOCK_NAME).unlink()
             raise damage
@@ -145,7 +145,7 @@ def test_a_file_of_the_registry_that_goes_away_is_another_writer(three, registry
     gone = (folder if is_below else registry.parent / "run") / "adapter_config.json"
     with (
         pytest.raises(DamagedError if is_below else FileNotFoundError) as caught,
-        exclusive(folder),
+        exclusive_folder_lock(folder),
     ):
         raise FileNotFoundError(2, "No such file or directory", str(gone))
     assert not is_below or f"{gone} went away while" in str(caught.value)

@@ -263,7 +263,7 @@ class TestTimeToDecide:
 
     @pytest.fixture(autouse=True)
     def an_hour(self, no_time_to_decide: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(garbage_collection, "TIME_TO_DECIDE", timedelta(hours=1))
+        monkeypatch.setattr(garbage_collection, "UNPROMOTED_GRACE_TIME", timedelta(hours=1))
 
     def test_a_version_between_register_and_promote_is_kept(self, five, registry):
         plan = collect_garbage(registry, NAME, by="ann", keep=0, dry_run=True)

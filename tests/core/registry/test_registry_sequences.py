@@ -26,7 +26,10 @@ from nested_core.registry import (
     rollback,
 )
 from nested_core.registry.champion_moves import Promotion
-from nested_core.registry.promotion_policy import promote_as_recorded, promote_missed
+from nested_core.registry.promotion_policy import (
+    promote_by_recorded_policy,
+    promote_missed_versions,
+)
 from tests.core.registry.conftest import write_run
 from tests.core.registry.states import NAME
 
@@ -168,7 +171,7 @@ class Sequences(RuleBasedStateMachine):
     @rule(seed=SEEDS)
     def an_event_comes_late_or_again(self, seed: int) -> None:
         version = self.pick(seed)
-        done = promote_as_recorded(self.registry, NAME, version)
+        done = promote_by_recorded_policy(self.registry, NAME, version)
         assert isinstance(done, Promotion)
         assert done.outcome == self.model.late(version)
 
@@ -179,8 +182,8 @@ class Sequences(RuleBasedStateMachine):
         fresh = [v for v in self.model.registered if v not in was_champion]
         fresh.sort(key=lambda version: self.model.registered[version][0], reverse=True)
         expected = {version: self.model.late(version) for version in fresh}
-        assert promote_missed(self.registry, NAME) == expected
-        assert "promoted" not in promote_missed(self.registry, NAME).values()
+        assert promote_missed_versions(self.registry, NAME) == expected
+        assert "promoted" not in promote_missed_versions(self.registry, NAME).values()
 
     @precondition(is_there)
     @rule(seed=SEEDS)

@@ -9,7 +9,7 @@ import yaml
 
 from nested_core.registry import promote, register
 from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
-from nested_core.report.adapter_card import write_card
+from nested_core.report.adapter_card import render_card
 from tests.core.registry.conftest import write_run
 
 
@@ -26,7 +26,7 @@ def test_a_loss_on_a_file_outside_of_the_data_is_no_number_of_the_data_set(
     config = {"data": "org/chats", "gate": {"held_out": held_out}}
     version = register(run, tmp_path / "registry", "capitals", {"config": config})
     promote(tmp_path / "registry", "capitals", version, by="tester")
-    card = write_card(tmp_path / "registry", "capitals")
+    card = render_card(tmp_path / "registry", "capitals")
     fields = yaml.safe_load(card.split("---\n", 2)[1])
     assert ("model-index" in fields) is is_listed
     assert "/home/ann" not in card

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from nested_core.report.curve_points import MAX_POINTS, Point, decimate
-from nested_core.report.line_charts import Chart, Curve, can_draw, draw_chart, figure
+from nested_core.report.line_charts import Chart, Curve, can_draw_charts, draw_chart, draw_figure
 
 
 def parse(svg: str) -> ET.Element:
@@ -77,7 +77,7 @@ def test_the_table_under_a_chart_holds_its_numbers_and_the_other_axis() -> None:
     points = [Point(step, 8.0 / step) for step in (10, 20, 40)]
     seconds = [Point(step / 2, p.y) for step, p in zip((10, 20, 40), points, strict=True)]
     other = Chart("Loss", "seconds", "nats a token", [Curve("training", seconds)])
-    text = figure([chart(points), other])
+    text = draw_figure([chart(points), other])
     assert text.count("<svg") == 2
     rows = re.findall(r"<tr><th scope=row>(.*)", text)
     assert rows == [
@@ -88,21 +88,21 @@ def test_the_table_under_a_chart_holds_its_numbers_and_the_other_axis() -> None:
 
 
 def test_a_long_table_is_thinned_and_says_so() -> None:
-    text = figure([chart(spiky(10_000, 5))])
+    text = draw_figure([chart(spiky(10_000, 5))])
     assert text.count("scope=row") <= 201
     assert "of 10,000; all: metrics.jsonl" in text
     assert ">9,999<" in text
 
 
 def test_a_chart_without_a_finite_value_is_left_out() -> None:
-    assert figure([chart([Point(1, None)])]) == ""
-    assert figure([chart([])]) == ""
+    assert draw_figure([chart([Point(1, None)])]) == ""
+    assert draw_figure([chart([])]) == ""
 
 
 def test_without_the_extra_the_numbers_are_there_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "leather", None)
-    assert not can_draw()
-    text = figure([chart(spiky(10, 5))])
+    assert not can_draw_charts()
+    text = draw_figure([chart(spiky(10, 5))])
     assert "<svg" not in text
     assert text.count("scope=row") == 10
 

@@ -15,11 +15,11 @@ from nested_core import backend
 from nested_core.errors import ConfigError
 from nested_core.storage import compiled_kernels
 from nested_core.storage.compiled_kernels import (
-    FOLDER_VARIABLE,
-    PROCESS_PREFIX,
+    KERNELS_FOLDER_VARIABLE,
+    PROCESS_FOLDER_PREFIX,
     KernelStore,
     is_complete_kernel,
-    open_store_folder,
+    open_kernel_store_folder,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -54,8 +54,8 @@ __attribute__((constructor)) static void run() { std::ofstream(getenv("PLANTED")
 
 def compute(tmp_path: Path, *words: str, code: int = 0, **environment: str) -> str:
     """Compute with a compiled kernel in a new process; return where the kernel was."""
-    clean = {k: v for k, v in os.environ.items() if k != compiled_kernels.OUTER_VARIABLE}
-    folders = {FOLDER_VARIABLE: str(tmp_path / "kernels"), "TMPDIR": str(tmp_path)}
+    clean = {k: v for k, v in os.environ.items() if k != compiled_kernels.USER_TMPDIR_VARIABLE}
+    folders = {KERNELS_FOLDER_VARIABLE: str(tmp_path / "kernels"), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", COMPUTE, *words],
         env=clean | folders | {"PYTHONPATH": str(ROOT)} | environment,
@@ -104,7 +104,7 @@ FOLDERS = """
 import os, subprocess, sys, tempfile
 tempfile.gettempdir()  # a child of a prepared process may ask before it is prepared itself
 from nested_core import backend
-from nested_core.storage.compiled_kernels import outer_environment
+from nested_core.storage.compiled_kernels import environment_with_user_tmpdir
 backend.prepare()
 print(os.environ["TMPDIR"], tempfile.gettempdir(), flush=True)
 if len(sys.argv) < 2:
@@ -112,7 +112,7 @@ if len(sys.argv) < 2:
     if os.fork() == 0:
         sys.exit()  # cleanly, with what is registered for the end of its parent
     os.wait()
-    print(os.path.isdir(os.environ["TMPDIR"]), outer_environment()["TMPDIR"])
+    print(os.path.isdir(os.environ["TMPDIR"]), environment_with_user_tmpdir()["TMPDIR"])
 """
 
 
@@ -122,7 +122,10 @@ def test_temporary_files_stay_in_the_users_folder_and_a_child_has_kernels_of_its
     program = tmp_path / "program.py"
     program.write_text(FOLDERS)
     (tmp_path / "temporary").mkdir()
-    folders = {FOLDER_VARIABLE: str(tmp_path / "kernels"), "TMPDIR": str(tmp_path / "temporary")}
+    folders = {
+        KERNELS_FOLDER_VARIABLE: str(tmp_path / "kernels"),
+        "TMPDIR": str(tmp_path / "temporary"),
+    }
     environment = os.environ | folders | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(program)], env=environment, stdout=subprocess.PIPE)
     own, temporary, childs, childs_temporary, is_kept, outer = done.stdout.decode().split()
@@ -136,8 +139,8 @@ def test_temporary_files_stay_in_the_users_folder_and_a_child_has_kernels_of_its
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KernelStore:
     """A store with one kernel, recorded by a process that has ended."""
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "kernels"))
-    made = KernelStore(open_store_folder())
+    monkeypatch.setenv(KERNELS_FOLDER_VARIABLE, str(tmp_path / "kernels"))
+    made = KernelStore(open_kernel_store_folder())
     compile_one(made)
     return made
 
@@ -264,9 +267,9 @@ def test_a_folder_that_others_could_plant_code_in_is_refused(
     folder = tmp_path / "above" / "kernels"
     folder.parent.mkdir()
     make_unsafe(folder, how)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(folder))
+    monkeypatch.setenv(KERNELS_FOLDER_VARIABLE, str(folder))
     with pytest.raises(ConfigError, match=problem):
-        open_store_folder()
+        open_kernel_store_folder()
 
 
 UNUSABLE = """
@@ -282,7 +285,10 @@ def test_where_kernels_cannot_be_kept_they_go_into_a_temporary_folder_and_that_i
     tmp_path: Path,
 ) -> None:
     (tmp_path / "kernels").touch()
-    environment = os.environ | {FOLDER_VARIABLE: str(tmp_path / "kernels"), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {
+        KERNELS_FOLDER_VARIABLE: str(tmp_path / "kernels"),
+        "TMPDIR": str(tmp_path),
+    }
     done = subprocess.run(
         [sys.executable, "-c", UNUSABLE],
         env=environment | {"PYTHONPATH": str(ROOT)},
@@ -292,7 +298,7 @@ def test_where_kernels_cannot_be_kept_they_go_into_a_temporary_folder_and_that_i
     )
     folder, mode = done.stdout.split()
     assert Path(folder).parent == tmp_path
-    assert Path(folder).name.startswith(PROCESS_PREFIX)
+    assert Path(folder).name.startswith(PROCESS_FOLDER_PREFIX)
     assert mode == "0o700"
     assert not Path(folder).exists()
     assert done.stderr.startswith("MLX compiles its kernels for this process alone, and not again")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.storage import kept_hashes
-from nested_core.storage.kept_hashes import kept_sha256
+from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.strict_files import regular_sha256
 
 
@@ -38,7 +38,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that was left alone for long enough, by the clock."""
-    monkeypatch.setattr(kept_hashes, "SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(kept_hashes, "MIN_FILE_AGE_TO_KEEP_HASH", 0.0)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
     time.sleep(0.02)  # a tick of the clock that change times are taken from
@@ -51,29 +51,29 @@ def sha256(content: bytes) -> str:
 
 def test_a_file_is_read_once_until_it_changes(file: Path, folder: Path, hashed: list[Path]) -> None:
     for _ in range(3):
-        assert kept_sha256([file]) == [sha256(b"weights")]
+        assert cached_sha256([file]) == [sha256(b"weights")]
     assert hashed == [file]
     assert folder.stat().st_mode & 0o777 == 0o700
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
     file.write_bytes(b"Weights")
     os.utime(file, ns=times)  # the kernel's change time tells it all the same
-    assert kept_sha256([file]) == [sha256(b"Weights")]
+    assert cached_sha256([file]) == [sha256(b"Weights")]
 
 
 def test_a_file_that_took_anothers_name_is_read(file: Path, folder: Path) -> None:
-    kept_sha256([file])
+    cached_sha256([file])
     other = file.with_name("other")
     other.write_bytes(b"heavier")
     os.utime(other, ns=(0, file.stat().st_mtime_ns))
     other.replace(file)
-    assert kept_sha256([file]) == [sha256(b"heavier")]
+    assert cached_sha256([file]) == [sha256(b"heavier")]
 
 
 def test_a_file_that_was_written_just_now_is_not_kept(
     file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_hashes, "SETTLED_SECONDS", 60.0)
-    assert kept_sha256([file]) == [sha256(b"weights")]
+    monkeypatch.setattr(kept_hashes, "MIN_FILE_AGE_TO_KEEP_HASH", 60.0)
+    assert cached_sha256([file]) == [sha256(b"weights")]
     assert list(folder.iterdir()) == []
 
 
@@ -86,7 +86,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(
         return digest
 
     monkeypatch.setattr(kept_hashes, "regular_sha256", disturb)
-    kept_sha256([file])
+    cached_sha256([file])
     assert list(folder.iterdir()) == []
 
 
@@ -98,48 +98,48 @@ def forge(folder: Path) -> Path:
 
 
 def test_an_entry_is_what_saves_the_reading(file: Path, folder: Path) -> None:
-    kept_sha256([file])
+    cached_sha256([file])
     forge(folder)
-    assert kept_sha256([file]) == ["0" * 64]  # who owns the folder is believed; others below
+    assert cached_sha256([file]) == ["0" * 64]  # who owns the folder is believed; others below
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files to others")
 @pytest.mark.parametrize("what", ["entry", "folder"])
 def test_an_entry_of_another_user_is_not_believed(file: Path, folder: Path, what: str) -> None:
-    kept_sha256([file])
+    cached_sha256([file])
     entry = forge(folder)
     os.chown(entry if what == "entry" else folder, 65534, 65534)
-    assert kept_sha256([file]) == [sha256(b"weights")]
+    assert cached_sha256([file]) == [sha256(b"weights")]
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707])
 def test_a_folder_that_others_may_write_in_is_not_used(file: Path, folder: Path, mode: int) -> None:
-    kept_sha256([file])
+    cached_sha256([file])
     forge(folder)
     folder.chmod(mode)
-    assert kept_sha256([file]) == [sha256(b"weights")]
+    assert cached_sha256([file]) == [sha256(b"weights")]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"sha256": 1}', bytes(5000), b"\xff"])
 def test_an_entry_that_says_nothing_is_written_anew(
     file: Path, folder: Path, content: bytes
 ) -> None:
-    kept_sha256([file])
+    cached_sha256([file])
     (entry,) = folder.iterdir()
     entry.write_bytes(content)
-    assert kept_sha256([file]) == [sha256(b"weights")]
+    assert cached_sha256([file]) == [sha256(b"weights")]
     assert json.loads(entry.read_text())["sha256"] == sha256(b"weights")
 
 
 def test_an_entry_that_is_no_file_is_passed_over(file: Path, folder: Path) -> None:
-    kept_sha256([file])
+    cached_sha256([file])
     (entry,) = folder.iterdir()
     entry.unlink()
     entry.symlink_to("/dev/zero")
-    assert kept_sha256([file]) == [sha256(b"weights")]
+    assert cached_sha256([file]) == [sha256(b"weights")]
     entry.unlink()
     os.mkfifo(entry)
-    assert kept_sha256([file]) == [sha256(b"weights")]
+    assert cached_sha256([file]) == [sha256(b"weights")]
 
 
 def test_a_cache_that_cannot_be_written_only_costs_time(
@@ -147,9 +147,9 @@ def test_a_cache_that_cannot_be_written_only_costs_time(
 ) -> None:
     (tmp_path / "a-file").touch()
     monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "a-file"))
-    assert kept_sha256([file, file]) == 2 * [sha256(b"weights")]
+    assert cached_sha256([file, file]) == 2 * [sha256(b"weights")]
     monkeypatch.delenv("NESTED_TUNE_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert kept_sha256([file]) == [sha256(b"weights")]
+    assert cached_sha256([file]) == [sha256(b"weights")]
     assert len(hashed) == 3

@@ -16,12 +16,12 @@ import pytest
 
 from nested_core.errors import DamagedError
 from nested_core.pipeline import steps
-from nested_core.pipeline.device_lock import VARIABLE, lock_path, locking_devices
+from nested_core.pipeline.device_lock import DEVICE_LOCK_VARIABLE, lock_path, locking_devices
 from nested_core.registry import audit, collect_garbage, history, promote, register, rollback
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.lock_file import (
     exclusive_lock,
-    holder_lock,
+    exclusive_lock_with_holder_id,
     read_holder,
     shared_lock,
 )
@@ -81,7 +81,7 @@ def test_what_is_no_regular_file_is_damage_for_every_lock_and_is_left_as_it_is(
     path: Path, make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(path)
-    monkeypatch.setenv(VARIABLE, "test-device")
+    monkeypatch.setenv(DEVICE_LOCK_VARIABLE, "test-device")
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(path.parent))
     os.rename(path, lock_path("test-device"))
     device = lock_path("test-device")
@@ -114,7 +114,7 @@ def test_what_is_no_regular_file_is_damage_for_every_lock_and_is_left_as_it_is(
 
 def test_a_second_name_of_a_lock_keeps_its_content(path: Path) -> None:
     os.link(path.with_name("victim"), path)
-    with holder_lock(path):
+    with exclusive_lock_with_holder_id(path):
         assert path.read_text() == str(os.getpid())
         assert read_holder(path) == os.getpid()
     assert path.with_name("victim").read_text() == "precious"
@@ -126,19 +126,19 @@ def test_a_program_that_is_started_does_not_keep_the_lock(path: Path) -> None:
 
 
 @pytest.mark.parametrize("lose", [remove, replace])
-@pytest.mark.parametrize("lock", [exclusive_lock, holder_lock])
+@pytest.mark.parametrize("lock", [exclusive_lock, exclusive_lock_with_holder_id])
 def test_a_lock_whose_file_is_gone_is_seen_by_who_has_it(
     path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
 ) -> None:
     with lock(path) as held:  # type: ignore[attr-defined]
-        held.require_current()
+        held.require_still_at_path()
         lose(path)
         with pytest.raises(DamagedError, match=REMOVED):
-            held.require_current()
+            held.require_still_at_path()
 
 
 @pytest.mark.parametrize("lose", [remove, replace])
-@pytest.mark.parametrize("lock", [exclusive_lock, holder_lock, shared_lock])
+@pytest.mark.parametrize("lock", [exclusive_lock, exclusive_lock_with_holder_id, shared_lock])
 def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(
     path: Path, lock: Callable[..., object], lose: Callable[[Path], None]
 ) -> None:
@@ -147,7 +147,7 @@ def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(
 
     def wait() -> None:
         with lock(path) as held:  # type: ignore[attr-defined]
-            held.require_current()
+            held.require_still_at_path()
             inside.set()
 
     flock, waiting = fcntl.flock, threading.Thread(target=wait)
@@ -171,7 +171,7 @@ def test_who_waited_for_a_file_that_is_gone_locks_the_one_at_the_path(
 
 
 def test_an_id_that_is_none_is_no_holder_and_not_read_without_end(path: Path) -> None:
-    with holder_lock(path) as lock:
+    with exclusive_lock_with_holder_id(path) as lock:
         for content in (b"", b"12a", b"\x1b[2J", b"9" * 100_000_000, "٣".encode()):
             os.ftruncate(lock.descriptor, 0)
             os.pwrite(lock.descriptor, content, 0)
@@ -205,9 +205,9 @@ class TestRun:
             lose(run.lock)
 
         with run.locked():
-            steps.begin(config, run, resume=False)
+            steps.write_run_config(config, run, resume=False)
             steps.validate(config, run)
-            steps.load(config, run)
+            steps.write_initial_adapter_and_tiers(config, run)
             with pytest.raises(DamagedError, match=REMOVED):
                 steps.train(config, run, on_start=lose_it)
         assert list_checkpoints(run.checkpoints) == []
@@ -216,7 +216,7 @@ class TestRun:
     def test_a_rank_watches_the_lock_of_the_process_that_started_it(self, tmp_path: Path) -> None:
         run, rank = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
         with run.locked():
-            rank.watch_lock()
+            rank.watch_parents_lock()
             rank.require_lock()
             replace(run.lock)
             with pytest.raises(DamagedError, match=REMOVED):

@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.models.base_model import load_base_model
-from nested_core.models.lora_attachment import attach_adapter, compute_dtype_of_adapter
+from nested_core.models.lora_attachment import adapter_compute_dtype, attach_adapter
 from nested_core.models.parameters import read_parameters, reference_trainable_parameters
 from nested_core.storage.adapter import read_adapter
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
@@ -22,7 +22,7 @@ def dtype_of(**changes: Any) -> mx.Dtype | None:
     config: FineTuneConfig = example_config(**changes)
     model, _ = load_base_model(config)
     attach_adapter(model, config)
-    return compute_dtype_of_adapter(config, model)
+    return adapter_compute_dtype(config, model)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mlx_lm.utils import quantize_model, save
 from nested_core.errors import ConfigError, TrainingStopped
 from nested_core.optim.named_updates import flatten
 from nested_core.pipeline import steps
-from nested_core.storage.checkpoint import MASTERS, OPTIMIZER_NAME
+from nested_core.storage.checkpoint import MASTERS_PREFIX, OPTIMIZER_NAME
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.safetensors_files import load_arrays, read_tensors
 from tests.example import (
@@ -71,7 +71,7 @@ def test_the_last_layers_alone_are_trained_and_every_tensor_moves(whole: Finishe
     assert whole.result.red_flags == ()
     masters = load_arrays(last(whole) / OPTIMIZER_NAME)
     for name, start in load_arrays(whole.run.initial / "adapters.safetensors").items():
-        assert not mx.array_equal(masters[MASTERS + name], start.astype(mx.float32))
+        assert not mx.array_equal(masters[MASTERS_PREFIX + name], start.astype(mx.float32))
 
 
 def test_what_is_published_has_the_models_dtype_and_is_the_rounded_master(whole: Finished) -> None:
@@ -82,10 +82,10 @@ def test_what_is_published_has_the_models_dtype_and_is_the_rounded_master(whole:
     for name, array in published.items():
         assert array.dtype == base[name].dtype == mx.bfloat16
         assert offered[name].dtype == "BF16"
-        master = held[MASTERS + name]
+        master = held[MASTERS_PREFIX + name]
         assert master.dtype == held[f"{name}.m"].dtype == held[f"{name}.v"].dtype == mx.float32
         assert mx.array_equal(master.astype(mx.bfloat16), array)
-    wider = [n for n, a in published.items() if not mx.array_equal(held[MASTERS + n], a)]
+    wider = [n for n, a in published.items() if not mx.array_equal(held[MASTERS_PREFIX + n], a)]
     assert len(wider) == len(published)
 
 
@@ -96,7 +96,7 @@ def test_a_stopped_and_resumed_run_is_bit_identical(
     run = prepare(whole.config, tmp_path / "run")
     with pytest.raises(TrainingStopped):
         train(whole.config, run, on_start=stop_after(step))
-    steps.begin(whole.config, run, resume=True)
+    steps.write_run_config(whole.config, run, resume=True)
     done = train(whole.config, run)
     for name in ("adapters.safetensors", OPTIMIZER_NAME):
         assert read_tensors(last(done) / name) == read_tensors(last(whole) / name)

@@ -68,9 +68,9 @@ def stop(config: FineTuneConfig, run: RunDirectory, step: int) -> str:
 
 
 def go_on(config: FineTuneConfig, run: RunDirectory) -> Finished:
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     steps.validate(config, run)
-    steps.load(config, run)
+    steps.write_initial_adapter_and_tiers(config, run)
     return train(config, run)
 
 
@@ -197,7 +197,7 @@ def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path
     prepare(example_config(), run.path)
     written = run.config.read_bytes()
     with run.locked(), pytest.raises(ConfigError, match="begun a run here meanwhile") as caught:
-        steps.begin(example_config(learning_rate=1e-4), run, resume=False)
+        steps.write_run_config(example_config(learning_rate=1e-4), run, resume=False)
     assert str(run.path) in str(caught.value)
     assert run.config.read_bytes() == written
 
@@ -205,7 +205,7 @@ def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path
 def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", val_batches=0)
     longer = example_config(val_batches=0, iters=16)
-    steps.begin(longer, done.run, resume=True)
+    steps.write_run_config(longer, done.run, resume=True)
     stop(longer, done.run, 12)
     assert steps.train(longer, done.run).step == 16
 
@@ -223,7 +223,7 @@ def test_a_resume_hashes_its_newest_checkpoint_once(
 
     monkeypatch.setattr(manifest, "regular_sha256", count)
     longer = example_config(val_batches=0, iters=12)
-    steps.begin(longer, done.run, resume=True)
+    steps.write_run_config(longer, done.run, resume=True)
     assert steps.train(longer, done.run).step == 12
     assert hashed.count(newest / OPTIMIZER_NAME) == 1
 
@@ -234,7 +234,7 @@ def test_a_configuration_that_differs_is_refused_with_both_values(
     config, run = stopped
     changed = example_config(val_batches=2, learning_rate=1e-4, batch_size=4)
     with pytest.raises(ConfigError) as caught:
-        steps.begin(changed, run, resume=True)
+        steps.write_run_config(changed, run, resume=True)
     assert "learning_rate: 0.002 in the run, 0.0001 now" in str(caught.value)
     assert "batch_size: 2 in the run, 4 now" in str(caught.value)
     assert str(caught.value).endswith("or another --run-dir for a new run.")
@@ -245,8 +245,8 @@ def test_a_run_that_made_no_adapter_yet_takes_the_corrected_configuration(tmp_pa
         prepare(example_config(num_layers=7), tmp_path / "run")
     corrected = example_config(num_layers=3, val_batches=0)
     run = open_run(tmp_path / "run", resume=True)
-    steps.begin(corrected, run, resume=True)
-    steps.load(corrected, run)
+    steps.write_run_config(corrected, run, resume=True)
+    steps.write_initial_adapter_and_tiers(corrected, run)
     assert read_run_config(run) == corrected
     assert train(corrected, run).result.step == 8
 

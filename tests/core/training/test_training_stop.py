@@ -71,7 +71,7 @@ def test_an_evaluation_that_is_cut_is_made_up_for_bit_for_bit(
         state = json.loads((checkpoint_path(run.checkpoints, step) / STATE_NAME).read_bytes())
         assert (state["observed"], state["ended"]) == (False, False)
         assert state["flushed"] is (step == 7)
-    steps.begin(whole.config, run, resume=True)
+    steps.write_run_config(whole.config, run, resume=True)
     done = train(whole.config, run)
     for name in ("adapters.safetensors", OPTIMIZER_NAME):
         found, expected = (
@@ -97,7 +97,7 @@ def test_evaluations_of_a_reference_run_are_cut_and_made_again(tmp_path: Path) -
     # Two batches at the start, two before each of iterations 2 and 3, one ask after step 1; then
     # two before iteration 4 and one before iteration 5.
     run, _ = stop_at(config, tmp_path / "run", 2 + 1 + 4 + 1 + 2 + 2)
-    steps.begin(config, run, resume=True)
+    steps.write_run_config(config, run, resume=True)
     done = train(config, run)
     assert done.metrics(without=SPEEDS) == straight.metrics(without=SPEEDS)
     assert done.at(2).tensors == straight.at(2).tensors

@@ -108,7 +108,7 @@ def test_a_flushed_run_that_is_given_more_iterations_still_passes_the_gate(
     nested = {"frequencies": [1, 4], "slow_gradients": "accumulate"}
     done = train_example(tmp_path / "run", iters=6, nested=nested)
     longer = example_config(iters=10, nested=nested)
-    steps.begin(longer, done.run, resume=True)
+    steps.write_run_config(longer, done.run, resume=True)
     train(longer, done.run)
     verdict = steps.judge(longer, done.run)
     assert verdict.tiers[1].applied_updates == 4  # at 4, flushed at 6, at 8, flushed at 10

@@ -44,14 +44,14 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_elements_follow_one_another_row_by_row_in_the_arrays_order(dtype: mx.Dtype) -> None:
     arrays = arrays_of((3, 5), (7,), (2, 3, 4), (1, 1), dtype=dtype)
     arrays[0] = arrays[0].T
-    found = concatenate.concatenate_arrays(arrays)
+    found = concatenate.concatenate_flattened(arrays)
     assert found.shape == (15 + 7 + 24 + 1,)
     assert is_same(found, arrays)
 
 
 def test_one_array_is_its_elements_in_a_row(kernel_calls: list[int]) -> None:
     (array,) = arrays_of((8, 16))
-    assert is_same(concatenate.concatenate_arrays([array.T]), [array.T])
+    assert is_same(concatenate.concatenate_flattened([array.T]), [array.T])
     assert kernel_calls == []
 
 
@@ -68,13 +68,13 @@ def test_the_kernel_takes_arrays_of_whole_loads(
     dtype: mx.Dtype, odd: int, fits: bool, kernel_calls: list[int]
 ) -> None:
     arrays = arrays_of((16, 8), (odd,), (24,), dtype=dtype)
-    assert is_same(concatenate.concatenate_arrays(arrays), arrays)
+    assert is_same(concatenate.concatenate_flattened(arrays), arrays)
     assert kernel_calls == ([3] if fits else [])
 
 
 def test_arrays_of_several_dtypes_go_to_mlx(kernel_calls: list[int]) -> None:
     arrays = arrays_of((16,)) + arrays_of((8,), dtype=mx.float32)
-    found = concatenate.concatenate_arrays(arrays)
+    found = concatenate.concatenate_flattened(arrays)
     assert (found.dtype, found.shape, kernel_calls) == (mx.float32, (24,), [])
 
 
@@ -92,5 +92,5 @@ def test_more_arrays_than_a_launch_takes_are_joined_in_groups(
     count: int, launches: list[int], kernel_calls: list[int]
 ) -> None:
     arrays = arrays_of(*[(8 + 8 * (i % 3),) for i in range(count)])
-    assert is_same(concatenate.concatenate_arrays(arrays), arrays)
+    assert is_same(concatenate.concatenate_flattened(arrays), arrays)
     assert kernel_calls == launches

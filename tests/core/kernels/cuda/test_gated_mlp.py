@@ -11,7 +11,7 @@ from mlx_lm.models.activations import swiglu
 
 from nested_core.backend import to_float
 from nested_core.kernels.cuda import gated_mlp, lora_add
-from nested_core.kernels.cuda.kernel_launch import THREADS
+from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms
 
 ROUNDING = {mx.float32: 5e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
@@ -148,7 +148,7 @@ def test_a_launch_has_each_sums_arrays_and_tiles_and_fills_arrays_like_gates(
         assert given["outputs"] == [((20, 96), mx.bfloat16)] * outputs
         assert given["numbers"] == [20, 1, 96, *(rank // 8 for rank in RANKS[: len(taken)])]
         assert given["blocks"] == (1, 2)
-        assert (given["threads"], given["MOST"]) == (THREADS, 3)
+        assert (given["threads"], given["MOST"]) == (MAX_THREADS_PER_BLOCK, 3)
     assert [each["name"] for each in launched] == ["gated_product", "gated_gradients"]
 
 
@@ -162,6 +162,6 @@ def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(
         rows, steps, width, *tiles = given["numbers"]
         assert steps > 1
         assert rows % lora_add.WARP_ROWS != 0
-        assert width % (lora_add.WARP_COLUMNS * THREADS // 32) != 0
+        assert width % (lora_add.WARP_COLUMNS * MAX_THREADS_PER_BLOCK // 32) != 0
         assert tiles == [4, 1, 1][: len(tiles)]
         assert given["MOST"] == 4

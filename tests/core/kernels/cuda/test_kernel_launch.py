@@ -74,14 +74,14 @@ def test_a_source_is_compiled_with_what_it_includes_before_it_once(name: str) ->
 
 
 def test_widths_and_counts_are_those_of_the_sources() -> None:
-    assert f"constexpr int W = {kernel_launch.WIDTH};" in COMMON
-    assert kernel_launch.THREADS == 32 * 8
+    assert f"constexpr int W = {kernel_launch.ELEMENTS_PER_LOAD};" in COMMON
+    assert kernel_launch.MAX_THREADS_PER_BLOCK == 32 * 8
     assert "constexpr int WARPS = 8;" in COMMON
-    assert mx.bfloat16 == kernel_launch.DTYPE
+    assert mx.bfloat16 == kernel_launch.KERNEL_DTYPE
     assert "cvt.rn.bf16.f32" in COMMON
     assert ".bf16.bf16.f32" in COMMON
     assert f"threadIdx.x / 32) * {lora_add.WARP_COLUMNS};" in EXPAND
-    assert f"({rank_tiles.TILE} * min(i, n - 1)" in EXPAND
+    assert f"({rank_tiles.RANKS_PER_TILE} * min(i, n - 1)" in EXPAND
     for name in ("low_rank_sums", "gated_product", "gated_gradients"):
         assert f"first = blockIdx.y * steps * {lora_add.WARP_ROWS};" in SOURCES[name]
         assert (

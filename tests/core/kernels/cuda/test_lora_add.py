@@ -11,9 +11,9 @@ import pytest
 from nested_core import backend
 from nested_core.backend import to_float
 from nested_core.kernels.cuda import lora_add
-from nested_core.kernels.cuda.kernel_launch import THREADS
+from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
 from nested_core.kernels.cuda.lora_add import LowRankSumTerms
-from nested_core.kernels.cuda.rank_tiles import COMPILED_TILES
+from nested_core.kernels.cuda.rank_tiles import COMPILED_TILE_COUNTS
 
 ROUNDING = {mx.float32: 2e-6, mx.bfloat16: 2**-8}  # half a unit in the last place, of bfloat16
 
@@ -104,7 +104,7 @@ def test_a_layers_output_and_its_inputs_gradient_are_such_sums(dtype: mx.Dtype) 
 def test_bfloat16_arrays_of_whole_tiles_are_for_the_kernels(rank: int, on_cuda: list[int]) -> None:
     x = normal(2, 3, 40)
     assert lora_add.can_use_lora_kernels(x, [normal(8, 32), normal(rank, 160)])
-    assert set(on_cuda) == {1, min(most for most in COMPILED_TILES if 8 * most >= rank)}
+    assert set(on_cuda) == {1, min(most for most in COMPILED_TILE_COUNTS if 8 * most >= rank)}
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_without_cuda_or_a_kernel_that_agrees_nothing_is(monkeypatch: pytest.Mon
         assert lora_add.can_use_lora_kernels(x, [factor]) is is_taken
 
 
-@pytest.mark.parametrize("bad", COMPILED_TILES)
+@pytest.mark.parametrize("bad", COMPILED_TILE_COUNTS)
 def test_factors_are_not_for_kernels_of_which_one_disagrees(
     bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,20 +197,20 @@ def test_a_launch_has_four_sums_of_which_some_are_of_no_size(
         given_sizes = [size for pair in sizes + [(0, 0)] * missing for size in pair]
         assert given["numbers"] == [6, 1, *given_sizes]
         assert given["MOST"] == max(tiles for tiles, _ in sizes)
-        assert given["threads"] == THREADS
+        assert given["threads"] == MAX_THREADS_PER_BLOCK
         assert 256 * given["blocks"][0] >= max(width for _, width in sizes)
 
 
 @pytest.mark.parametrize("width", [32, 64, 256, 288, 896, 4096, 14336, 151936])
 def test_a_grid_covers_every_row_and_column_and_no_block_is_for_nothing(width: int) -> None:
     for rows in [*range(2, 130, 2), 510, 2010, 2048, 4098, 16384, 65534, 1_000_000]:
-        steps, (across, down) = lora_add.warp_grid(rows, width)
-        assert 1 <= steps <= lora_add.MAX_STEPS
+        steps, (across, down) = lora_add.warp_steps_and_grid(rows, width)
+        assert 1 <= steps <= lora_add.MAX_STEPS_PER_WARP
         assert steps * lora_add.WARP_ROWS * (down - 1) < rows <= steps * lora_add.WARP_ROWS * down
-        columns = lora_add.WARP_COLUMNS * THREADS // 32
+        columns = lora_add.WARP_COLUMNS * MAX_THREADS_PER_BLOCK // 32
         assert columns * (across - 1) < width <= columns * across
         assert down <= 65535
-        assert steps == 1 or across * down >= lora_add.LEAST_BLOCKS // 2
+        assert steps == 1 or across * down >= lora_add.MIN_BLOCKS // 2
 
 
 def test_the_check_has_rows_left_over_and_warps_that_take_rows_more_than_once(

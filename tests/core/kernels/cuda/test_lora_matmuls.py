@@ -11,9 +11,9 @@ import pytest
 
 from nested_core import backend
 from nested_core.kernels.cuda import lora_matmuls
-from nested_core.kernels.cuda.kernel_launch import THREADS
+from nested_core.kernels.cuda.kernel_launch import MAX_THREADS_PER_BLOCK
 from nested_core.kernels.cuda.rank_tiles import (
-    COMPILED_TILES,
+    COMPILED_TILE_COUNTS,
     has_kernel_for_rank,
     tiles_of_smallest_kernel,
 )
@@ -116,7 +116,7 @@ def test_neighbours_of_one_rank_go_to_a_kernel_together_and_come_back_in_their_o
     ]
 
 
-@pytest.mark.parametrize("bad", COMPILED_TILES)
+@pytest.mark.parametrize("bad", COMPILED_TILE_COUNTS)
 def test_no_kernel_is_used_that_disagrees_whatever_it_comes_with(
     bad: int, kernel_calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +184,7 @@ def test_a_launch_has_four_pairs_of_which_some_are_of_no_height() -> None:
     arrays = lora_matmuls._pad_to_pairs_per_launch(pairs)
     assert [id(each) for each in arrays] == list(map(id, [a, x, b, y, a, x, a, x]))
     assert lora_matmuls._tiles_and_widths(pairs) == [3, 128, 1, 192, 0, 0, 0, 0]
-    assert lora_matmuls._kernel_tiles(pairs) == 3
+    assert lora_matmuls._kernel_tiles_for_pairs(pairs) == 3
 
 
 def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_the_warps_reach(
@@ -199,9 +199,10 @@ def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_th
     monkeypatch.setattr(lora_matmuls, "launch_kernel", note)
     for kernel in (lora_matmuls.project_to_rank_on_cuda, lora_matmuls.factor_gradients_on_cuda):
         assert str(kernel.describe_disagreement(3)).startswith("it differs by")
-    warps = THREADS // 32
+    warps = MAX_THREADS_PER_BLOCK // 32
     assert (
-        min(width for _, width in shapes["project_to_rank"][:-1]) > lora_matmuls.WARP_DEPTH * warps
+        min(width for _, width in shapes["project_to_rank"][:-1])
+        > lora_matmuls.WARP_COLUMNS_READ * warps
     )
     assert shapes["project_to_rank"][1][0] % 2 == 1
     rows, splits = shapes["factor_gradients"][1][0], shapes["factor_gradients"][-1][0]
@@ -212,7 +213,7 @@ def test_the_check_has_odd_rows_rows_in_several_splits_and_widths_beyond_what_th
 
 @pytest.mark.parametrize(("rank", "most"), [(8, 1), (32, 4), (40, 6), (48, 6), (56, 8), (64, 8)])
 def test_a_kernel_is_made_for_the_next_number_of_tiles(rank: int, most: int) -> None:
-    assert lora_matmuls._kernel_tiles(narrow_pairs((8, 64), (rank, 64))) == most
+    assert lora_matmuls._kernel_tiles_for_pairs(narrow_pairs((8, 64), (rank, 64))) == most
 
 
 def test_ranks_of_whole_tiles_up_to_the_largest_have_a_kernel_with_as_many_tiles() -> None:

@@ -252,6 +252,6 @@ def test_without_cuda_a_kernel_is_not_usable_and_not_launched(
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_cuda_the_kernels_agree_with_mlx(name: str) -> None:
     kernel, variant = CHECKS[name].kernel, CHECKS[name].variant
-    of_tiles = [(number,) for number in rank_tiles.COMPILED_TILES]
+    of_tiles = [(number,) for number in rank_tiles.COMPILED_TILE_COUNTS]
     for each in of_tiles if variant == (3,) else [variant]:
         assert kernel.describe_disagreement(*each) is None
