@@ -6,12 +6,12 @@ MLX is imported by loading alone: workers and the registry's commands ask for fo
 from __future__ import annotations
 
 import hashlib
-import re
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nested_core import backend
+from nested_core.config.hub_names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError, DamagedError, NestedTuneError, shorten
 from nested_core.storage.atomic import canonical_json
 from nested_core.storage.kept_hashes import cached_sha256
@@ -27,7 +27,6 @@ MAX_CONFIG_BYTES = 16 * 1024 * 1024
 FINGERPRINT_PREFIX = "sha256:"  # begins the fingerprints that cover every byte
 SAMPLED_BYTES = 4096  # of the rule of earlier releases
 SAMPLE_STRIDE_BYTES = 1024 * 1024
-_HUB_NAME_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 def find_model_folder(model: str) -> Path:
@@ -50,7 +49,7 @@ def find_model_folder(model: str) -> Path:
 
 def require_folder_or_hub_name(model: str) -> None:
     """Raise ConfigError for what is no folder here and cannot name a repository of the hub."""
-    if Path(model).is_dir() or _HUB_NAME_PATTERN.fullmatch(model):
+    if Path(model).is_dir() or HUB_NAME_PATTERN.fullmatch(model):
         return
     raise ConfigError(
         f"model: {model!r} is no local directory: {Path(model).absolute()} does not exist or is a "

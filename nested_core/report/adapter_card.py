@@ -6,7 +6,6 @@ without a hub's name for the base or the data there is none, and no licence is e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.hub_names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError
 from nested_core.registry.gate_file import GATE_NAME, read_gate
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, check_name
@@ -21,8 +21,6 @@ from nested_core.registry.queries import read_champion, verify
 from nested_core.registry.versions import read_provenance
 from nested_core.text.foreign_text import escape_markdown
 from nested_core.text.loss_format import format_loss
-
-_HUB_NAME_PATTERN = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
 def render_card(registry: Path, name: str) -> str:
@@ -74,7 +72,7 @@ def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -
 
 def _hub_name(value: object) -> str | None:
     """A name of the hub; None for a folder of this machine or anything else."""
-    is_name = isinstance(value, str) and _HUB_NAME_PATTERN.fullmatch(value) is not None
+    is_name = HUB_NAME_PATTERN.fullmatch(str(value)) is not None and "/" in str(value)
     return str(value) if is_name and not Path(str(value)).exists() else None
 
 

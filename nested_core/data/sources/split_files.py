@@ -5,7 +5,6 @@ A .jsonl file is read where it lies; any other is turned into one in a folder of
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from nested_core.config.hub_names import HUB_NAME_PATTERN
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.sources.file_formats import (
     MAX_LINE_BYTES,
@@ -43,7 +43,6 @@ _READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[NumberedLine]]] = 
 }
 SUFFIXES = (".jsonl", *_READERS)
 _PACKED_SUFFIXES = (".jsonl.gz", ".parquet")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +78,7 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
         )
     if folder.is_dir():
         return _open_split_folder(folder, settings.json_keys, spool)
-    if _HUB_NAME.fullmatch(settings.data) and not folder.exists():
+    if HUB_NAME_PATTERN.fullmatch(settings.data) and not folder.exists():
         return _write_hub_tables(
             open_dataset_by_name(settings.data, trust_remote_code=is_trusted), spool
         )

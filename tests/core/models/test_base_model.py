@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils._validators import validate_repo_id
 from mlx_lm.utils import _download
 
 from nested_core.errors import ConfigError
@@ -20,6 +21,7 @@ from nested_core.models.base_model import (
     is_same_base,
     load_base_model,
     local_folder,
+    require_folder_or_hub_name,
     sampled_fingerprint,
 )
 from tests.example import MODEL, example_config
@@ -131,6 +133,18 @@ def test_a_model_that_is_not_on_this_machine_is_not_fetched(tmp_path: Path) -> N
     assert local_folder(str(tmp_path)) == tmp_path
     assert local_folder("nobody/no-such-model") is None
     assert local_folder("../not/a/hub/name") is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mlx-community/Qwen3-0.6B-4bit", "_ann/_model"])
+def test_what_the_hub_can_have_is_asked_for_there(name: str) -> None:
+    validate_repo_id(name)
+    require_folder_or_hub_name(name)
+
+
+@pytest.mark.parametrize("name", ["-ann/model", "./model", "a/b/c", "ann/"])
+def test_what_no_repository_is_called_is_no_folder_here(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no local directory: .* does not exist"):
+        require_folder_or_hub_name(name)
 
 
 def test_code_in_a_models_folder_is_run_only_where_the_configuration_trusts_it(
