@@ -50,7 +50,7 @@ def announce(stack: Stack, version: str, name: str = NAME, **changes: Any) -> No
 
 def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> None:
     with stack.connected() as client:
-        before = {d.name: d.id for d in client.read_deployments()}
+        before = {d.id: d.name for d in client.read_deployments()}
         (schedule,) = client.read_deployment_by_name(f"finetune/{NAME}-nightly").schedules
         assert schedule.active is False
     again = stack.nested_tune("deploy", "-c", "small.yaml", "--json")
@@ -60,10 +60,10 @@ def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> 
         in (json.loads(again.stdout)["done"])
     )
     with stack.connected() as client:
-        assert {d.name: d.id for d in client.read_deployments()} == before
+        assert {d.id: d.name for d in client.read_deployments()} == before
         names = [automation.name for automation in client.read_automations()]
     own = {deployment["name"] for deployment in make_plan().deployments}
-    assert {f"{NAME}-nightly", f"{NAME}-manual"} <= own <= before.keys()
+    assert {f"{NAME}-nightly", f"{NAME}-manual"} <= own <= set(before.values())
     assert sorted(names) == sorted(automation["name"] for automation in make_plan().automations)
 
 
