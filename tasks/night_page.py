@@ -145,9 +145,7 @@ def _describe_model_and_digests(
     parts = [f"model {config.model}"]
     if verdict.get("initial"):
         parts.append(f"from {_describe_initial_adapter(config, run, verdict['initial']['digest'])}")
-    epochs = config.training.epochs
-    length = f"{config.iters:,} iterations" if epochs is None else f"{epochs:g} epochs"
-    parts.append(f"{length}, learning rate {config.learning_rate:g}, seed {config.seed}")
+    parts.append(f"{config.length}, learning rate {config.learning_rate:g}, seed {config.seed}")
     if config.registry.name is not None:
         parts.append(f"registry.promote: {config.registry.promote}")
     if dataset.get("digest"):

@@ -20,7 +20,7 @@ from tasks.training_progress import PrefectProgress
 
 @retried_task(
     "train",
-    "train {config.iters} iterations, tiers {config.nested.frequencies}",
+    "train {config.length}, tiers {config.nested.frequencies}",
     delays=(5, 30),
     condition=retry_on_transient_or_memory_error,
 )

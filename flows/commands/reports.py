@@ -89,8 +89,8 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
         columns = ("run", "state", "step", "training loss", "validation loss", "verdict", "age")
         print_table(columns, rows)
         print_line(
-            "Losses in nats a token: of the last training report, and of the last evaluation on "
-            "valid.jsonl; `status` has their steps, `compare` those of the gate."
+            "Losses in nats a token: of the last training report, and of the last evaluation; "
+            "`status` has their steps, `compare` those of the gate."
         )
 
     return result_printer(arguments, lambda: {"runs": [asdict(run) for run in runs]}, show)

@@ -178,6 +178,12 @@ class FineTuneConfig(Section):
         return self.fine_tune_type == "full" and self.training.reference is None
 
     @property
+    def length(self) -> str:
+        """How long a run trains, in words: `1,000 iterations`, or `3 epochs` where those decide."""
+        epochs = self.training.epochs
+        return f"{self.iters:,} iterations" if epochs is None else f"{epochs:g} epochs"
+
+    @property
     def optimizer_arguments(self) -> dict[str, Any]:
         """The keyword arguments given for the chosen optimizer."""
         return self.optimizer_config.get(self.optimizer, {})

@@ -254,6 +254,11 @@ class TestPartsThatHaveToAgree:
         config = parse_config({"optimizer": "AdamW", "optimizer_config": decay}, source="")
         assert (config.optimizer, config.optimizer_arguments) == ("adamw", decay["adamw"])
 
+    def test_the_length_is_told_by_what_decides_it(self) -> None:
+        assert parse_config({"iters": 1500}, source="").length == "1,500 iterations"
+        epochs = {"iters": 1500, "training": {"epochs": 2.5}}
+        assert parse_config(epochs, source="").length == "2.5 epochs"
+
     def test_an_optimizer_is_any_of_mlx(self) -> None:
         assert parse_config({"optimizer": "lion"}, source="").optimizer == "lion"
         (line,) = problems(optimizer="lioness")
