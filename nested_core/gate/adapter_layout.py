@@ -21,7 +21,7 @@ from nested_core.backend import to_float
 from nested_core.errors import ConfigError, shorten
 from nested_core.gate.fused_change import float32_weight
 from nested_core.gate.verdict import Reason
-from nested_core.models.base_model import fingerprint_base_model, local_folder
+from nested_core.models.base_model import find_model_folder_offline, fingerprint_base_model
 from nested_core.models.peft.base_modules import BaseModules
 from nested_core.models.peft.importing import read_peft_adapter
 from nested_core.models.peft.lora_factors import MLX_LM_NAMING, PEFT_NAMING, transpose_as_stored
@@ -109,7 +109,7 @@ class AuditedBase:
         return self._other_weights[recorded]
 
     def _compare_with(self, recorded: str) -> str | None:
-        folder = local_folder(recorded)
+        folder = find_model_folder_offline(recorded)
         if folder is None or not (folder / "config.json").is_file():
             return None
         if fingerprint_base_model(folder) == fingerprint_base_model(self.folder):

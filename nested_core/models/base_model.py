@@ -128,7 +128,7 @@ def _fingerprinted_files(folder: Path) -> list[Path]:
     return sorted([folder / "config.json", *folder.glob("*.py"), *folder.glob("*.safetensors")])
 
 
-def local_folder(model: str) -> Path | None:
+def find_model_folder_offline(model: str) -> Path | None:
     """The folder of a model that is on this machine already, or None; nothing is fetched."""
     folder = Path(model)
     try:

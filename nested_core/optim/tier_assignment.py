@@ -16,7 +16,7 @@ from nested_core.errors import ConfigError
 if TYPE_CHECKING:
     from nested_core.config.nested import Assignment, NestedSection
 
-LAYER_INDEX = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+LAYER_INDEX_PATTERN = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _natural_sort_key(name: str) -> tuple[Any, ...]:
 
 
 def _layer_number(name: str) -> int | None:
-    match = LAYER_INDEX.search(name)
+    match = LAYER_INDEX_PATTERN.search(name)
     return int(match.group(1)) if match else None
 
 

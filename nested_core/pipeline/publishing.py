@@ -14,7 +14,7 @@ from nested_core.gate import recheck_verdict
 from nested_core.gate.base_compatibility import require_same_base
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.training_examples import read_ancestor_examples
-from nested_core.models.base_model import local_folder
+from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import champion_or_none, parent_version_of, settings_digest
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
 from nested_core.registry.gate_file import read_gate, require_consistent, require_passed
@@ -37,7 +37,7 @@ def confirm_recorded_verdict(config: FineTuneConfig, run: RunDirectory) -> None:
     require_passed(gate, run.gate)
     require_consistent(gate, run.gate)
     recheck_verdict(config, run, gate)
-    base = local_folder(config.model)
+    base = find_model_folder_offline(config.model)
     if base is not None:
         require_same_base(run.adapter, base)
 

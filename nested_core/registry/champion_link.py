@@ -19,7 +19,7 @@ from nested_core.storage.atomic import Confirm, sync_path
 
 LINK_NAME = "champion"
 PREPARED_PREFIX = ".champion-next"
-TARGET_PATTERN = re.compile(rf"{VERSIONS_FOLDER_NAME}/([0-9a-f]{{64}})")
+LINK_TARGET_PATTERN = re.compile(rf"{VERSIONS_FOLDER_NAME}/([0-9a-f]{{64}})")
 
 
 def read_link(folder: Path) -> str | None:
@@ -82,7 +82,7 @@ def _read_target(path: Path) -> str | None:
         if error.errno != errno.EINVAL:
             raise
         raise DamagedError(_describe_wrong_link(path, "is not a symbolic link")) from None
-    match = TARGET_PATTERN.fullmatch(target)
+    match = LINK_TARGET_PATTERN.fullmatch(target)
     if match is None:
         raise DamagedError(_describe_wrong_link(path, f"points to {target!r:.120}"))
     return match[1]

@@ -48,7 +48,7 @@ COLLECTED_OUTCOME = "collected meanwhile"
 Result = TypeVar("Result")
 
 
-class ChampionRecord(BaseModel):
+class RecordedChampionLosses(BaseModel):
     """The champion on the candidate's held-out examples, as gate.json records it.
 
     Losses are in nats a token; `difference` and `interval` are candidate minus champion.
@@ -84,7 +84,7 @@ class Candidate(BaseModel):
     loss_before: float | None
     loss_after: float | None
     file: str | None = None
-    champion: ChampionRecord | None = None
+    champion: RecordedChampionLosses | None = None
     was_champion_judged: bool = False
     noise: Literal["paired", "none"] = "none"
 
@@ -341,7 +341,7 @@ def _why_not_better(section: RegistrySection, candidate: Candidate, champion: st
 
 
 def _describe_comparison(
-    section: RegistrySection, candidate: Candidate, record: ChampionRecord
+    section: RegistrySection, candidate: Candidate, record: RecordedChampionLosses
 ) -> str:
     """The figures of a candidate that is not better, and what the examples could have shown."""
     loss, difference = record.loss or 0.0, record.difference or 0.0

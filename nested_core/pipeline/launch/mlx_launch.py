@@ -26,7 +26,7 @@ DEVICES_VARIABLE = (
 )
 HOST_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@:-]*")  # never an option of ssh
 MESSAGE_PREFIX = "@nested-tune "  # of the lines on standard output that are a rank's messages
-EXPECTED_HOSTFILE = (
+HOSTFILE_FORMAT_HELP = (
     'It should list two hosts or more, as mlx.launch reads them: [{"ssh": "host1", "ips": '
     '["10.0.0.1"]}, ...].'
 )
@@ -44,7 +44,7 @@ def count_ranks(config: FineTuneConfig) -> int:
     invalid = [host for host in hosts if not HOST_PATTERN.fullmatch(host)]
     if invalid or len(hosts) < 2:
         named = f"{invalid[0]!r}, which is no host name" if invalid else hosts
-        raise ConfigError(f"training.hostfile: {path} names {named}. {EXPECTED_HOSTFILE}")
+        raise ConfigError(f"training.hostfile: {path} names {named}. {HOSTFILE_FORMAT_HELP}")
     if config.batch_size % len(hosts):
         raise ConfigError(
             f"training.hostfile: the {len(hosts)} hosts of {path} share each batch, and do not "
@@ -61,12 +61,12 @@ def _read_hosts(path: Path) -> list[str]:
         return [str(host["ssh"]) for host in hosts]
     except DamagedError as error:
         raise ConfigError(
-            f"training.hostfile: {path} cannot be read: {error} {EXPECTED_HOSTFILE}"
+            f"training.hostfile: {path} cannot be read: {error} {HOSTFILE_FORMAT_HELP}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"training.hostfile: {path} cannot be read as a list of hosts: "
-            f"{type(error).__name__} {error}. {EXPECTED_HOSTFILE}"
+            f"{type(error).__name__} {error}. {HOSTFILE_FORMAT_HELP}"
         ) from error
 
 

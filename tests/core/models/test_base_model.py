@@ -17,10 +17,10 @@ from nested_core.models.base_model import (
     SAMPLE_STRIDE_BYTES,
     SAMPLED_BYTES,
     find_model_folder,
+    find_model_folder_offline,
     fingerprint_base_model,
     is_same_base,
     load_base_model,
-    local_folder,
     require_folder_or_hub_name,
     sampled_fingerprint,
 )
@@ -130,9 +130,9 @@ def test_a_base_is_compared_by_the_rule_that_its_fingerprint_names(folder: Path)
 
 
 def test_a_model_that_is_not_on_this_machine_is_not_fetched(tmp_path: Path) -> None:
-    assert local_folder(str(tmp_path)) == tmp_path
-    assert local_folder("nobody/no-such-model") is None
-    assert local_folder("../not/a/hub/name") is None
+    assert find_model_folder_offline(str(tmp_path)) == tmp_path
+    assert find_model_folder_offline("nobody/no-such-model") is None
+    assert find_model_folder_offline("../not/a/hub/name") is None
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mlx-community/Qwen3-0.6B-4bit", "_ann/_model"])
