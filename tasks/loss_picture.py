@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_core.text.loss_format import format_loss
-from nested_core.training.loss_sentences import describe_training_loss, describe_validation_loss
+from nested_core.training.loss_sentences import (
+    StepLoss,
+    describe_training_loss,
+    describe_validation_loss,
+)
 from nested_core.training.training_plan import TrainingPlan
 from tasks.markdown_page import MarkdownPage
 
@@ -32,20 +36,23 @@ class Curve:
 
     def __init__(self) -> None:
         self.points: list[Point] = []
-        self.last: Point | None = None
+        self.last: StepLoss | None = None
         self.lowest: Point | None = None
+        self._last_point: Point | None = None
         self._every = 1
         self._added = 0
 
     def add(self, step: int, loss: float | None) -> None:
         """Add a loss in nats a token; one that is not finite has no place on the curve."""
         if loss is None or not math.isfinite(loss):
+            self.last = (step, None)
             return
-        self.last = (step, loss)
+        point = (step, loss)
+        self.last = self._last_point = point
         if self.lowest is None or loss < self.lowest[1]:
-            self.lowest = self.last
+            self.lowest = point
         if self._added % self._every == 0:
-            self.points.append(self.last)
+            self.points.append(point)
         self._added += 1
         if len(self.points) > MAX_CURVE_POINTS:
             self.points = self.points[::2]
@@ -54,8 +61,8 @@ class Curve:
     def points_to_draw(self) -> list[Point]:
         """The points to draw: what is kept, and the last one."""
         points = list(self.points)
-        if self.last is not None and points[-1] != self.last:
-            points.append(self.last)
+        if self._last_point is not None and points[-1] != self._last_point:
+            points.append(self._last_point)
         return points
 
 
@@ -71,8 +78,9 @@ class LossCurves:
         """The losses that metrics.jsonl holds."""
         curves = cls(Curve(), Curve())
         for record in records:
-            curves.training.add(record["step"], record.get("loss"))
-            curves.validation.add(record["step"], record.get("val_loss"))
+            for key, curve in (("loss", curves.training), ("val_loss", curves.validation)):
+                if key in record:
+                    curve.add(record["step"], record[key])
         return curves
 
     def describe(self, plan: TrainingPlan | None = None) -> str:

@@ -67,9 +67,12 @@ def test_a_screen_tells_of_steps_time_losses_speed_memory_and_tiers() -> None:
         assert words in screen
 
 
-def test_a_page_says_of_the_losses_what_the_screen_says() -> None:
-    said = "; ".join(view_of(*RECORDS).describe_losses())
-    assert LossCurves.of_records(RECORDS).describe(PLAN) == said
+@pytest.mark.parametrize("last", [{}, {"loss": None}, {"val_loss": None}])
+def test_a_page_says_of_the_losses_what_the_screen_says(last: dict[str, None]) -> None:
+    records = [*RECORDS, report(125, **last)]
+    said = "; ".join(view_of(*records).describe_losses())
+    assert ("not finite" in said) == bool(last)
+    assert LossCurves.of_records(records).describe(PLAN) == said
 
 
 def test_the_axis_ends_at_the_last_planned_step() -> None:
