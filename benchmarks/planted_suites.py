@@ -27,7 +27,7 @@ from nested_core.gate.answers.answer_records import (
 from nested_core.gate.answers.configured_suites import read_suites
 from nested_core.gate.answers.scorers import score_answers
 from nested_core.gate.answers.suite_answers import Suite
-from nested_core.gate.answers.suites import name_question
+from nested_core.gate.answers.suites import question_label
 from nested_core.gate.task_bounds import judge_answers
 
 QUESTIONS = 200
@@ -120,7 +120,7 @@ def _records_of(
             task=suite.name,
             model=role,
             line=question.line,
-            question=name_question(question),
+            question=question_label(question),
             answer=text,
             score=score,
             tokens=5,

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from nested_core.config.key_properties import Key, iterate_keys
-from nested_core.config.other_tools import ABSENT_KEYS, RENAMED_KEYS
+from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 from nested_core.config.resume import may_differ_on_resume
 from nested_core.config.schema import FineTuneConfig
 from tests.mlx_lm_variants import EXAMPLES, FLAGS, KEYS, REFUSED, TRAINED
@@ -101,10 +101,12 @@ answered with ours. What is not in the table is an unknown key, with the nearest
 def render_others_page() -> str:
     """The page for people who come from another trainer: what becomes of their files and keys."""
     rows = []
-    for theirs, ours in RENAMED_KEYS.items():
+    for theirs, ours in OUR_KEYS_BY_OTHER_TOOLS_KEYS.items():
         key, _, remark = ours.partition("; ")
         rows.append(f"| `{theirs}` | `{key}`{f'; {remark}' if remark else ''} |\n")
-    rows += [f"| `{theirs}` | {answer} |\n" for theirs, answer in ABSENT_KEYS.items()]
+    rows += [
+        f"| `{theirs}` | {answer} |\n" for theirs, answer in HINTS_FOR_UNSUPPORTED_KEYS.items()
+    ]
     tables = (OTHERS_HEAD, *_mlx_lm_keys(), VARIANTS_HEAD, *_mlx_lm_variants(), OTHERS_TABLE)
     return "".join((*tables, *sorted(rows)))
 

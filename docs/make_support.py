@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx import nn
 
-from nested_core.kernels.blocked_attention import NAME as ATTENTION
+from nested_core.kernels.blocked_attention import PATCHED_FUNCTION_NAME as ATTENTION
 from nested_core.kernels.blocked_attention import plain_attention
 from nested_core.kernels.call_tracing import find_gated_mlps, group_layers_by_input, trace_calls
 from nested_core.kernels.rope import rotates_halves

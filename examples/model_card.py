@@ -64,7 +64,7 @@ def tool_versions() -> str:
 
 def machine(blas: str) -> str:
     """What the numbers were computed on and by."""
-    kernels = "fused kernels" if backend.compiles_kernels() else "no fused kernels"
+    kernels = "fused kernels" if backend.can_compile_kernels() else "no fused kernels"
     return f"{platform.machine()}, {os.cpu_count()} cores, {backend.device()}, {blas}, {kernels}"
 
 

@@ -72,7 +72,7 @@ __all__ = [
     "verify_updates",
 ]
 
-_HOMES = {
+_PUBLIC_NAMES_BY_MODULE = {
     "backend": ("prepare",),
     "storage.adapter": ("Adapter", "read_adapter"),
     "optim.tier_counters": ("Tier", "TierStats"),
@@ -86,13 +86,15 @@ _HOMES = {
     "report.run_page": ("RunReport", "read_report"),
     "storage.run_directory": ("open_run",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF_PUBLIC_NAME = {
+    name: home for home, names in _PUBLIC_NAMES_BY_MODULE.items() for name in names
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME_OF.get(name, 'errors')}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF_PUBLIC_NAME.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

@@ -33,17 +33,17 @@ RECORDED_PACKAGES = ("nested-tune", "mlx", "mlx-lm", "safetensors", "numpy")
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 LARGEST_MMAP_THRESHOLD = 32 * 2**20  # bytes; glibc allows no more
-KEPT_BYTES = 2**30
+TRIM_THRESHOLD_BYTES = 2**30
 
 # MLX's variables for CUDA, and how many operations a commit has, for models of fewer weights than
 # the key: how they were measured is in benchmarks/README.md, "Kernels without graphs".
-GRAPHS_VARIABLE = "MLX_USE_CUDA_GRAPHS"
-COMMIT_VARIABLE = "MLX_MAX_OPS_PER_BUFFER"
-OPERATIONS_PER_COMMIT = {2 * 10**8: "100", 10**9: "25"}
-OPERATIONS_FOR_LARGE_MODELS = "8"
+CUDA_GRAPHS_VARIABLE = "MLX_USE_CUDA_GRAPHS"
+OPERATIONS_PER_COMMIT_VARIABLE = "MLX_MAX_OPS_PER_BUFFER"
+OPERATIONS_PER_COMMIT_BY_MODEL_SIZE = {2 * 10**8: "100", 10**9: "25"}
+OPERATIONS_PER_COMMIT_OF_LARGE_MODELS = "8"
 
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
-DISABLE_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
+NO_OPENBLAS_VARIABLE = "NESTED_TUNE_NO_OPENBLAS"
 COMPILED_FUNCTION_TYPE = ("mlx.core", "_gc_func")  # the type of what mx.compile returns
 
 
@@ -70,26 +70,30 @@ def prepare() -> Preparation:
     it, and lets freed memory up to 1 GiB stay with the process. With the build for CUDA kernels are
     started without graphs, unless MLX_USE_CUDA_GRAPHS is set. On macOS, where MLX uses Metal and
     Accelerate, none of this is needed. On every platform compiled functions are dropped when the
-    process ends (`_drop_compiled_functions`).
+    process ends (`_drop_compiled_functions_at_exit`).
 
     NESTED_TUNE_NO_OPENBLAS=1 leaves OpenBLAS out; the benchmarks compare with and without. Where
     mlx was imported before, a RuntimeWarning says what can no longer be done.
     """
     global _preparation
     if _preparation is None:
-        atexit.register(_drop_compiled_functions)
+        atexit.register(_drop_compiled_functions_at_exit)
         _preparation = _prepare_linux() if sys.platform == "linux" else Preparation(None, False)
     return _preparation
 
 
-def preparation() -> Preparation | None:
+def get_process_preparation() -> Preparation | None:
     """What `prepare` did for this process, or None if it was not called."""
     return _preparation
 
 
 def warn_if_unprepared() -> None:
     """Warn that training in this process is slow because `prepare` was not called."""
-    if _preparation is None and sys.platform == "linux" and not os.environ.get(DISABLE_VARIABLE):
+    if (
+        _preparation is None
+        and sys.platform == "linux"
+        and not os.environ.get(NO_OPENBLAS_VARIABLE)
+    ):
         warnings.warn(
             "nested_core.backend.prepare() was not called in this process. Without OpenBLAS, MLX "
             "on a Linux CPU trains up to thirty times slower; on CUDA each step starts its kernels "
@@ -102,16 +106,16 @@ def warn_if_unprepared() -> None:
 def _prepare_linux() -> Preparation:
     came_too_late = "mlx.core" in sys.modules
     compiled_kernels.use_private_kernel_folder()
-    if is_for_cuda():
-        os.environ.setdefault(GRAPHS_VARIABLE, "0")
+    if is_mlx_built_for_cuda():
+        os.environ.setdefault(CUDA_GRAPHS_VARIABLE, "0")
     else:
         _keep_freed_memory()
-    if os.environ.get(DISABLE_VARIABLE):
+    if os.environ.get(NO_OPENBLAS_VARIABLE):
         return Preparation(None, came_too_late)
     if came_too_late:
         lost = (
             "kernels may be started through CUDA graphs"
-            if is_for_cuda()
+            if is_mlx_built_for_cuda()
             else "it keeps the BLAS that it has, which may be thirty times slower than OpenBLAS"
         )
         warnings.warn(
@@ -135,20 +139,22 @@ def _open_openblas() -> str | None:
     return None
 
 
-def set_operations_per_commit(weights: int) -> None:
+def set_operations_per_commit(weight_count: int) -> None:
     """Set how many operations MLX commits to a CUDA device at once, by a model's weights.
 
     Few operations cost time where kernels are short; many let the host run ahead of the device and
     hold memory. MLX reads the variable when a process first computes an array. A variable that is
     set already stays, and a process that was not prepared is left alone.
     """
-    if _preparation is not None and is_for_cuda():
-        limits = OPERATIONS_PER_COMMIT.items()
-        fitting = (operations for most, operations in limits if weights < most)
-        os.environ.setdefault(COMMIT_VARIABLE, next(fitting, OPERATIONS_FOR_LARGE_MODELS))
+    if _preparation is not None and is_mlx_built_for_cuda():
+        limits = OPERATIONS_PER_COMMIT_BY_MODEL_SIZE.items()
+        fitting = (operations for most, operations in limits if weight_count < most)
+        os.environ.setdefault(
+            OPERATIONS_PER_COMMIT_VARIABLE, next(fitting, OPERATIONS_PER_COMMIT_OF_LARGE_MODELS)
+        )
 
 
-def is_for_cuda() -> bool:
+def is_mlx_built_for_cuda() -> bool:
     """Whether the MLX that is installed is a build for CUDA."""
     return any(map(_is_installed, CUDA_PACKAGES))
 
@@ -166,10 +172,10 @@ def _keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
-        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
 
 
-def _drop_compiled_functions() -> None:
+def _drop_compiled_functions_at_exit() -> None:
     """Remove compiled functions, such as mlx.nn's activations, from all modules at exit.
 
     MLX keeps the traces of a compiled function in a cache of the thread, and the main thread's is
@@ -185,7 +191,7 @@ def _drop_compiled_functions() -> None:
                 names[name] = None
 
 
-def has_cuda() -> bool:
+def computes_on_cuda() -> bool:
     """Whether MLX computes on a CUDA device."""
     import mlx.core as mx
 
@@ -199,7 +205,7 @@ def device() -> str:
     return "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
 
 
-def memory_bytes() -> int:
+def device_memory_bytes() -> int:
     """Bytes that the default device can hold: as Metal recommends, CUDA's total, or main memory."""
     import mlx.core as mx
 
@@ -210,7 +216,7 @@ def memory_bytes() -> int:
     return main_memory_bytes()
 
 
-def compiles_kernels() -> bool:
+def can_compile_kernels() -> bool:
     """Whether `mx.compile` fuses kernels here; on a Linux CPU it calls g++ at the trace."""
     return device() == "gpu" or sys.platform == "darwin" or shutil.which("g++") is not None
 

@@ -25,10 +25,10 @@ def list_first(values: Sequence[object], count: int) -> str:
     return ", ".join([*map(str, values[:count]), *(["..."] if len(values) > count else [])])
 
 
-def describe_first_problem(error: ValidationError, whole: str = "the file") -> str:
-    """The first problem that pydantic found: `KEY: what is wrong`, or `whole` in place of a key."""
+def describe_first_problem(error: ValidationError, name_of_whole: str = "the file") -> str:
+    """The first problem that pydantic found: `KEY: problem`, or `name_of_whole` for the key."""
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
+    return f"{'.'.join(map(str, first['loc'])) or name_of_whole}: {first['msg']}"
 
 
 class NestedTuneError(Exception):
@@ -77,11 +77,11 @@ class MissingFileError(DamagedError):
     """A file that belongs to an adapter, a checkpoint or a registry and is not there."""
 
 
-class DirectoryInPlaceError(DamagedError, IsADirectoryError):
+class DirectoryInsteadOfFileError(DamagedError, IsADirectoryError):
     """A directory where a file has to be written: damage, and an I/O error that may pass."""
 
 
-class WorkerFailed(NestedTuneError):
+class DataWorkerFailed(NestedTuneError):
     """A process that read or tokenised a part of a data set ended before it was done."""
 
 
@@ -93,11 +93,11 @@ class TrainingDiverged(NestedTuneError):
     """Gradients that stayed non-finite for more steps in a row than the configuration allows."""
 
 
-class RanksDiffer(NestedTuneError):
+class TrainingProcessesDiffer(NestedTuneError):
     """Processes that train one adapter together and no longer hold the same numbers."""
 
 
-class RankLost(NestedTuneError):
+class TrainingProcessLost(NestedTuneError):
     """A process among those that train together that ended before training was done."""
 
 

@@ -102,7 +102,7 @@ def _check_blas() -> Check:
 def _check_compiler() -> Check:
     from nested_core import backend
 
-    if backend.compiles_kernels():
+    if backend.can_compile_kernels():
         return Check("compiler", True, "mx.compile fuses kernels")
     return Check("compiler", True, "none: mx.compile runs uncompiled", "optional: install g++")
 
@@ -111,7 +111,7 @@ def _check_kernels() -> Check:
     """What compiles our own kernels; the same is computed without it, more slowly."""
     from nested_core import backend
 
-    if not backend.is_for_cuda():
+    if not backend.is_mlx_built_for_cuda():
         return Check("kernels", True, "MLX's")
     try:
         seen = f"our own where they agree with MLX's, by cuda-core {version('cuda-core')}"

@@ -71,7 +71,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.data.data_settings import DataSettings
     from nested_core.data.dataset_loading import load_dataset
     from nested_core.data.rules.finding_groups import group_findings
-    from nested_core.data.rules.findings import name_guide
+    from nested_core.data.rules.findings import guide_sentence
     from nested_core.data.tokens.examples_for_display import decode_examples_for_display
     from nested_core.data.tokens.tokenizer_source import TokenizerSource
     from nested_core.errors import DatasetError
@@ -102,7 +102,7 @@ def run_validate(arguments: argparse.Namespace) -> Callable[[], int]:
         rows = [(g.severity, g.file, g.shown_lines, g.count, g.check, g.message) for g in groups]
         print_table(("severity", "file", "line", "count", "check", "message"), rows)
         if explained := (*report.errors, *report.warnings):
-            print_line(name_guide(explained))
+            print_line(guide_sentence(explained))
         print_examples(examples)
 
     return result_printer(arguments, document, show, DatasetError.exit_code if report.errors else 0)

@@ -11,7 +11,7 @@ import re
 from nested_core.errors import shorten
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-DEVICE_PATTERN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+WINDOWS_DEVICE_PATTERN = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def why_invalid_adapter_name(name: str) -> str | None:
@@ -22,7 +22,7 @@ def why_invalid_adapter_name(name: str) -> str | None:
             "digits, '.', '_' or '-', of which the first is a letter or a digit, "
             "such as capitals-v2."
         )
-    if name.endswith(".") or DEVICE_PATTERN.fullmatch(name):
+    if name.endswith(".") or WINDOWS_DEVICE_PATTERN.fullmatch(name):
         return (
             f"{name!r} is not a name for an adapter: a network folder that Windows reads too drops "
             "a dot at the end, and takes con, nul, com1 and the like for devices. Use another name."

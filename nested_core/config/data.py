@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from nested_core.config.section import Section, key
 
-ARGUMENTS_WITH_KEYS = {"path", "split"}  # arguments of datasets.load_dataset
+LOAD_DATASET_ARGUMENTS_WITH_OWN_KEYS = {"path", "split"}  # arguments of datasets.load_dataset
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -28,7 +28,7 @@ class HubDataset(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_goes_into_config(cls, value: Any) -> Any:
+    def _refuse_name_outside_config(cls, value: Any) -> Any:
         if isinstance(value, dict) and "name" in value:
             raise ValueError(
                 "name is not read by mlx-lm either; a configuration of the data set is "
@@ -38,16 +38,16 @@ class HubDataset(Section):
 
     def problems(self) -> Iterator[str]:
         """No argument of load_dataset is given twice."""
-        if twice := ARGUMENTS_WITH_KEYS & self.config.keys():
+        if twice := LOAD_DATASET_ARGUMENTS_WITH_OWN_KEYS & self.config.keys():
             yield f"config: {sorted(twice)} have keys of their own: path, train_split"
 
 
-def _as_list(value: Any) -> Any:
+def _mapping_as_list(value: Any) -> Any:
     """As in mlx-lm a mapping is a list of one."""
     return [value] if isinstance(value, dict) else value
 
 
-HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_as_list)]
+HubDatasets = Annotated[tuple[HubDataset, ...], BeforeValidator(_mapping_as_list)]
 
 
 class DataPolicy(Section):

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from nested_core.config.key_properties import iterate_keys, section_in_annotation
-from nested_core.config.other_tools import ABSENT_KEYS, RENAMED_KEYS
-from nested_core.config.section import SectionProblems
+from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
+from nested_core.config.section import SectionProblemsError
 from nested_core.text.foreign_text import escape
 
-MOST_PROBLEMS = 10
-_WORD = re.compile(r"\w+")
+MAX_SHOWN_PROBLEMS = 10
+_WORD_PATTERN = re.compile(r"\w+")
 
 
 class Problem(NamedTuple):
@@ -27,13 +27,16 @@ class Problem(NamedTuple):
 
 def explain_problems(problems: list[Problem], source: str, lines: Mapping[str, int]) -> str:
     """All problems, one a line: `key: what is wrong`, with its line where the file has the key."""
-    shown = [escape(_add_line(problem, lines)) for problem in problems[:MOST_PROBLEMS]]
-    if len(problems) > MOST_PROBLEMS:
-        shown.append(f"  and {len(problems) - MOST_PROBLEMS} more")
+    shown = [
+        escape(_format_problem_with_line(problem, lines))
+        for problem in problems[:MAX_SHOWN_PROBLEMS]
+    ]
+    if len(problems) > MAX_SHOWN_PROBLEMS:
+        shown.append(f"  and {len(problems) - MAX_SHOWN_PROBLEMS} more")
     return f"The configuration in {escape(source)} cannot be used:\n" + "\n".join(shown)
 
 
-def _add_line(problem: Problem, lines: Mapping[str, int]) -> str:
+def _format_problem_with_line(problem: Problem, lines: Mapping[str, int]) -> str:
     """One problem as text; a key of a list has its own line, or that of the key it is in."""
     key = problem.key
     while key and key not in lines:
@@ -60,9 +63,11 @@ def find_problems(model: type[BaseModel], values: Mapping[str, Any]) -> list[Pro
         for problem in (
             found for detail in details for found in _describe_pydantic_error(detail, model)
         ):
-            if refused.isdisjoint(_WORD.findall(f"{problem.key} {problem.message}")):
+            if refused.isdisjoint(_WORD_PATTERN.findall(f"{problem.key} {problem.message}")):
                 problems.append(problem)
-        paths = {_path_in(values, detail["loc"]): detail["type"] for detail in details}
+        paths = {
+            _longest_existing_path(values, detail["loc"]): detail["type"] for detail in details
+        }
         paths.pop((), None)
         if not paths:
             return problems
@@ -72,7 +77,7 @@ def find_problems(model: type[BaseModel], values: Mapping[str, Any]) -> list[Pro
                 refused.add(path[-1])
 
 
-def _path_in(values: Mapping[str, Any], location: tuple[Any, ...]) -> tuple[str, ...]:
+def _longest_existing_path(values: Mapping[str, Any], location: tuple[Any, ...]) -> tuple[str, ...]:
     """The keys of a problem's location that are in the values, down to the last mapping."""
     path: list[str] = []
     inner: Any = values
@@ -100,7 +105,7 @@ def _describe_pydantic_error(detail: dict[str, Any], model: type[BaseModel]) -> 
     cause = detail.get("ctx", {}).get("error")
     if detail["type"] == "extra_forbidden":
         yield Problem(key, f"unknown key{_suggest_known_key(location, model)}")
-    elif isinstance(cause, SectionProblems):
+    elif isinstance(cause, SectionProblemsError):
         yield from (Problem(key, message) for message in cause.problems)
     else:
         message = detail["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
@@ -111,10 +116,10 @@ def _describe_pydantic_error(detail: dict[str, Any], model: type[BaseModel]) -> 
 def _suggest_known_key(location: tuple[Any, ...], model: type[BaseModel]) -> str:
     """What to write for an unknown key: it may be another tool's, another section's, or a typo."""
     name = str(location[-1])
-    if name in ABSENT_KEYS:
-        return f"; {name} {ABSENT_KEYS[name]}"
-    if name in RENAMED_KEYS:
-        meant, _, remark = RENAMED_KEYS[name].partition("; ")
+    if name in HINTS_FOR_UNSUPPORTED_KEYS:
+        return f"; {name} {HINTS_FOR_UNSUPPORTED_KEYS[name]}"
+    if name in OUR_KEYS_BY_OTHER_TOOLS_KEYS:
+        meant, _, remark = OUR_KEYS_BY_OTHER_TOOLS_KEYS[name].partition("; ")
         return f"; did you mean {meant}?{remark and f' ({remark})'}"
     section = _section_at(location[:-1], model)
     if section is None:

@@ -11,27 +11,27 @@ from nested_core.config.section import Section, key
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Score = Literal["exact", "contains", "regex", "number", "json", "choice", "python"]
-TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+TASK_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 # The splits that a value of held_out stands for, the first one that is there; others are files.
-HELD_OUT_SPLITS = {"auto": ("test", "valid"), "test": ("test",), "valid": ("valid",)}
-FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
+SPLITS_BY_HELD_OUT_CHOICE = {"auto": ("test", "valid"), "test": ("test",), "valid": ("valid",)}
+SCORER_FUNCTION_PATTERN = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 
-def _as_list(value: Any) -> Any:
+def _text_as_list(value: Any) -> Any:
     """One text is a list of one."""
     return [value] if isinstance(value, str) else value
 
 
-Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
+Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_text_as_list)]
 
 
 class TaskSection(Section):
     """One suite of questions that the adapter has to answer, and the bounds of its score."""
 
-    name: str = key(..., "what messages and gate.json call it", pattern=TASK_NAME)
+    name: str = key(..., "what messages and gate.json call it", pattern=TASK_NAME_PATTERN)
     file: str = key(..., "JSON Lines, a question a line with the answer expected", path="local")
     score: Score = key(..., "how an answer is compared with the expected one")
-    function: str | None = key(None, "for python, module:function", pattern=FUNCTION)
+    function: str | None = key(None, "for python, module:function", pattern=SCORER_FUNCTION_PATTERN)
     min: Share | None = key(None, "the least share of right answers")
     max_drop: Share | None = key(0.0, "the most that training may lose; null is any")
     min_gain: Share | None = key(None, "the least that training must win")

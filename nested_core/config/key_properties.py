@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.section import Affects, PathRule, Section
 
 
@@ -62,7 +62,7 @@ def iterate_paths(section: Section, prefix: str = "") -> Iterator[tuple[str, Pat
                     yield from iterate_paths(item, f"{key}[{index}].")
         elif isinstance(extra, dict) and "path" in extra and value is not None:
             rule: Any = extra["path"]
-            if rule != "local_or_split" or value not in HELD_OUT_SPLITS:
+            if rule != "local_or_split" or value not in SPLITS_BY_HELD_OUT_CHOICE:
                 yield key, rule, value
 
 

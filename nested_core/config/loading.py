@@ -23,11 +23,11 @@ from nested_core.errors import ConfigError, DamagedError, MissingFileError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_start
 
 MAX_YAML_BYTES = 64 * 1024
-_TAB_PROBLEM = "found character '\\t' that cannot start any token"  # yaml/scanner.py
-MERGE_TAG = "tag:yaml.org,2002:merge"
+_PYYAML_TAB_ERROR = "found character '\\t' that cannot start any token"  # yaml/scanner.py
+YAML_MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _StrictYamlLoader(yaml.SafeLoader):
     """YAML as a configuration needs it: plain values, each key once, nothing by reference."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -37,7 +37,11 @@ class _PlainLoader(yaml.SafeLoader):
             raise _yaml_error("an anchor or alias (& or *)", event.start_mark)
         if getattr(event, "tag", None) is not None:
             raise _yaml_error("a tag (!)", event.start_mark)
-        if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and _OCTAL.match(event.value):
+        if (
+            isinstance(event, yaml.ScalarEvent)
+            and event.implicit[0]
+            and _OCTAL_PATTERN.match(event.value)
+        ):
             what = f"{event.value}, which is octal to some readers and decimal to others,"
             raise _yaml_error(what, event.start_mark)
         return super().compose_node(parent, index)
@@ -46,7 +50,7 @@ class _PlainLoader(yaml.SafeLoader):
         """The mapping, once it is seen that no key stands there twice."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            if key.tag == MERGE_TAG:
+            if key.tag == YAML_MERGE_TAG:
                 raise _yaml_error("a merge (<<)", key.start_mark)
             if first := lines.get(str(key.value)):
                 what = f"the key {key.value!r}, which stands in line {first} too,"
@@ -56,7 +60,7 @@ class _PlainLoader(yaml.SafeLoader):
         return mapping
 
 
-_OCTAL = re.compile(r"^[-+]?0[0-9_]+$")
+_OCTAL_PATTERN = re.compile(r"^[-+]?0[0-9_]+$")
 # What a plain scalar is, by its first characters: YAML 1.2's core schema in decimal, with exponents
 # as mlx_lm.lora's loader takes them (1e-5). YAML 1.1 alone takes yes, on and off for booleans, 010
 # for 8, 1_000 for 1000, 1:30:00 for 5400 and 2026-11-21 for a date: here they are texts.
@@ -71,12 +75,12 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (
         "-+0123456789.",
     ),
 )
-_PlainLoader.yaml_implicit_resolvers = {"<": [(MERGE_TAG, re.compile("^<<$"))]}
+_StrictYamlLoader.yaml_implicit_resolvers = {"<": [(YAML_MERGE_TAG, re.compile("^<<$"))]}
 for _name, _pattern, _first in _SCALARS:
-    _PlainLoader.add_implicit_resolver(
+    _StrictYamlLoader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first)
     )
-_PlainLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
+_StrictYamlLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile("^$"), [""])
 
 
 def _yaml_error(what: str, mark: Any) -> yaml.MarkedYAMLError:
@@ -109,7 +113,7 @@ def read_yaml_with_lines(path: Path) -> YamlFile:
         raise ConfigError(f"Cannot read the configuration {path}: {reason}.") from error
     except DamagedError as error:
         raise ConfigError(f"Cannot read the configuration: {error}") from error
-    value, lines = _load_yaml(content, str(path))
+    value, lines = _parse_yaml_with_lines(content, str(path))
     if value is None:
         return YamlFile({}, {})
     if not isinstance(value, dict):
@@ -119,13 +123,13 @@ def read_yaml_with_lines(path: Path) -> YamlFile:
 
 def parse_yaml(text: str | bytes, *, source: str = "the value") -> Any:
     """The value of strict YAML: no anchors, tags or duplicate keys; ConfigError names `source`."""
-    return _load_yaml(text, source)[0]
+    return _parse_yaml_with_lines(text, source)[0]
 
 
-def _load_yaml(text: str | bytes, source: str) -> tuple[Any, dict[str, int]]:
+def _parse_yaml_with_lines(text: str | bytes, source: str) -> tuple[Any, dict[str, int]]:
     """The value of strict YAML, and the line of each key of its mappings."""
     try:
-        loader = _PlainLoader(text)
+        loader = _StrictYamlLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
@@ -149,7 +153,7 @@ def _describe_yaml_error(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}"
-        if error.problem == _TAB_PROBLEM:
+        if error.problem == _PYYAML_TAB_ERROR:
             return f"{place}: a tab; YAML is indented with spaces alone"
         return f"{place}: {error.problem}"
     return " ".join(str(error).split()) or type(error).__name__
@@ -172,14 +176,14 @@ def load_config(
             values[key] = value
         elif isinstance(values.get(section) or {}, dict):
             values[section] = (values.get(section) or {}) | {key: value}
-    _let_iters_win(values, flags)
+    _let_iters_flag_override_epochs(values, flags)
     known = {key: value for key, value in values.items() if value is not None}
     given_by_flag = {name for name, value in flags.items() if value is not None}
     in_file = {key: line for key, line in lines.items() if key not in given_by_flag}
     return parse_config(known, source=source, lines=in_file)
 
 
-def _let_iters_win(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
+def _let_iters_flag_override_epochs(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
     """A flag --iters wins over epochs in the file, which would decide in its place."""
     section = values.get("training")
     is_asked = flags.get("iters") is not None and flags.get("training.epochs") is None

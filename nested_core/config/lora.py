@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, model_valida
 
 from nested_core.config.section import Section, key, lay_out_form
 
-RANK = 8
+DEFAULT_RANK = 8
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Modules = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -31,7 +31,7 @@ class LoraParameters(Section):
 
     model_config = ConfigDict(json_schema_extra=_add_alpha_to_schema)
 
-    rank: PositiveInt = key(RANK, "inner dimension of the two factors")
+    rank: PositiveInt = key(DEFAULT_RANK, "inner dimension of the two factors")
     dropout: Dropout = key(0.0, "share of the inputs left out in training")
     scale: PositiveFloat = key(20.0, "factor on the product of the two matrices")
     modules: Modules | None = key(
@@ -44,7 +44,7 @@ class LoraParameters(Section):
         if not isinstance(values, dict) or "alpha" not in values:
             return values
         others = {key: value for key, value in values.items() if key != "alpha"}
-        alpha, rank = values["alpha"], others.get("rank", RANK)
+        alpha, rank = values["alpha"], others.get("rank", DEFAULT_RANK)
         if alpha is None:
             return others
         if others.get("scale") is not None:

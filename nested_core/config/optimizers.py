@@ -28,7 +28,7 @@ def optimizer_classes() -> Mapping[str, type]:
     }
 
 
-def known_optimizer(name: str) -> str:
+def parse_optimizer_name(name: str) -> str:
     """The name in small letters, as mlx_lm.lora reads it; ValueError for one that mlx has not."""
     name = name.lower()
     if name not in MLX_LM_OPTIMIZERS and name not in optimizer_classes():

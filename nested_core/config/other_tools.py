@@ -9,21 +9,25 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-_SCALE = "; scale is alpha / rank, and alpha can be given in its place"
-_ITERS = "; it counts micro-batches, theirs counts optimizer steps"
-_PACKING = "is not offered: batches of examples of similar length waste little (docs/data.md)"
-_QUANTISED = "is not a key here: give a base model that is quantised (mlx_lm.convert -q)"
-_LINEAR = "is not a key here: without lora_parameters.keys every linear layer has an adapter"
-_RSLORA = "is not a key here: give lora_parameters.scale as alpha / sqrt(rank)"
-_SPLIT = "is not a key here: put the held-out examples into valid.jsonl and test.jsonl"
-_TEMPLATE = "is not a key here: the tokenizer's own chat template is used"
-_WEIGHT_DECAY = (
+_SCALE_HINT = "; scale is alpha / rank, and alpha can be given in its place"
+_ITERS_HINT = "; it counts micro-batches, theirs counts optimizer steps"
+_PACKING_HINT = "is not offered: batches of examples of similar length waste little (docs/data.md)"
+_QUANTISED_BASE_HINT = "is not a key here: give a base model that is quantised (mlx_lm.convert -q)"
+_ALL_LINEAR_LAYERS_HINT = (
+    "is not a key here: without lora_parameters.keys every linear layer has an adapter"
+)
+_RSLORA_HINT = "is not a key here: give lora_parameters.scale as alpha / sqrt(rank)"
+_HELD_OUT_SPLIT_HINT = (
+    "is not a key here: put the held-out examples into valid.jsonl and test.jsonl"
+)
+_CHAT_TEMPLATE_HINT = "is not a key here: the tokenizer's own chat template is used"
+_WEIGHT_DECAY_HINT = (
     "stands in optimizer_config, such as optimizer_config: {adamw: {weight_decay: 0.01}}"
 )
-_OUTPUT = "is the flag --run-dir here; adapter_path copies the adapter to a folder too"
+_OUTPUT_FOLDER_HINT = "is the flag --run-dir here; adapter_path copies the adapter to a folder too"
 
 # Their key -> ours, with a remark behind it where the meaning differs.
-RENAMED_KEYS = MappingProxyType(
+OUR_KEYS_BY_OTHER_TOOLS_KEYS = MappingProxyType(
     {
         "base": "model",
         "base_model": "model",
@@ -42,7 +46,7 @@ RENAMED_KEYS = MappingProxyType(
         "lora_r": "lora_parameters.rank",
         "lora_rank": "lora_parameters.rank",
         "r": "lora_parameters.rank",
-        "lora_alpha": f"lora_parameters.alpha{_SCALE}",
+        "lora_alpha": f"lora_parameters.alpha{_SCALE_HINT}",
         "lora_dropout": "lora_parameters.dropout",
         "lora_target_modules": "lora_parameters.keys",
         "lora_target": "lora_parameters.keys",
@@ -59,7 +63,7 @@ RENAMED_KEYS = MappingProxyType(
         "use_gradient_checkpointing": "grad_checkpoint",
         "num_epochs": "training.epochs",
         "num_train_epochs": "training.epochs",
-        "max_steps": f"iters{_ITERS}",
+        "max_steps": f"iters{_ITERS_HINT}",
         "lr": "learning_rate",
         "lr_scheduler": "lr_schedule",
         "scheduler": "lr_schedule",
@@ -84,24 +88,24 @@ RENAMED_KEYS = MappingProxyType(
 )
 
 # Their key -> what holds in its place.
-ABSENT_KEYS = MappingProxyType(
+HINTS_FOR_UNSUPPORTED_KEYS = MappingProxyType(
     {
-        "sample_packing": _PACKING,
-        "packing": _PACKING,
-        "pad_to_sequence_len": _PACKING,
-        "load_in_4bit": _QUANTISED,
-        "load_in_8bit": _QUANTISED,
-        "quantization": _QUANTISED,
-        "lora_target_linear": _LINEAR,
-        "use_rslora": _RSLORA,
-        "val_set_size": _SPLIT,
-        "val_size": _SPLIT,
-        "val_split": _SPLIT,
-        "template": _TEMPLATE,
-        "chat_template": _TEMPLATE,
-        "weight_decay": _WEIGHT_DECAY,
-        "output_dir": _OUTPUT,
-        "output": _OUTPUT,
+        "sample_packing": _PACKING_HINT,
+        "packing": _PACKING_HINT,
+        "pad_to_sequence_len": _PACKING_HINT,
+        "load_in_4bit": _QUANTISED_BASE_HINT,
+        "load_in_8bit": _QUANTISED_BASE_HINT,
+        "quantization": _QUANTISED_BASE_HINT,
+        "lora_target_linear": _ALL_LINEAR_LAYERS_HINT,
+        "use_rslora": _RSLORA_HINT,
+        "val_set_size": _HELD_OUT_SPLIT_HINT,
+        "val_size": _HELD_OUT_SPLIT_HINT,
+        "val_split": _HELD_OUT_SPLIT_HINT,
+        "template": _CHAT_TEMPLATE_HINT,
+        "chat_template": _CHAT_TEMPLATE_HINT,
+        "weight_decay": _WEIGHT_DECAY_HINT,
+        "output_dir": _OUTPUT_FOLDER_HINT,
+        "output": _OUTPUT_FOLDER_HINT,
         "config": "is the flag -c; a file does not name another, and mlx_lm.lora passes it over",
     }
 )

@@ -12,7 +12,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.run_directory import RunDirectory
 
-MAX_SHOWN = 10
+MAX_SHOWN_DIFFERENCES = 10
 
 
 def read_run_config(run: RunDirectory) -> FineTuneConfig:
@@ -31,7 +31,7 @@ def read_run_config(run: RunDirectory) -> FineTuneConfig:
         ) from error
 
 
-def refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) -> None:
+def refuse_differences_on_resume(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) -> None:
     """Raise ConfigError, listing every key that matters and differs, with both values."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     free = {
@@ -45,10 +45,14 @@ def refuse_differences(old: FineTuneConfig, new: FineTuneConfig, run_dir: Path) 
         for line in _forbidden_differences(key, before[key], after.get(key), free)
     ]
     if lines:
-        more = [f"  and {len(lines) - MAX_SHOWN} more"] if len(lines) > MAX_SHOWN else []
+        more = (
+            [f"  and {len(lines) - MAX_SHOWN_DIFFERENCES} more"]
+            if len(lines) > MAX_SHOWN_DIFFERENCES
+            else []
+        )
         raise ConfigError(
             f"{run_dir} cannot be resumed with a configuration that differs:\n"
-            + "\n".join(lines[:MAX_SHOWN] + more)
+            + "\n".join(lines[:MAX_SHOWN_DIFFERENCES] + more)
             + "\nGive what the run began with, or another --run-dir for a new run."
         )
 
@@ -58,14 +62,14 @@ def may_differ_on_resume(key: Key) -> bool:
     return key.affects in ("length", "output")
 
 
-def _forbidden_differences(name: str, before: Any, after: Any, free: Set[str]) -> Iterator[str]:
+def _forbidden_differences(name: str, before: Any, after: Any, allowed: Set[str]) -> Iterator[str]:
     """A line for a key that differs and is not free to, or for each such key in a section."""
-    if before == after or name in free:
+    if before == after or name in allowed:
         return
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before | after:
             yield from _forbidden_differences(
-                f"{name}.{key}", before.get(key), after.get(key), free
+                f"{name}.{key}", before.get(key), after.get(key), allowed
             )
     else:
         yield f"  {name}: {before} in the run, {after} now"

@@ -24,8 +24,8 @@ from nested_core.config.lora import LoraParameters
 from nested_core.config.nested import NestedSection
 from nested_core.config.optimizers import (
     MLX_LM_OPTIMIZERS,
-    known_optimizer,
     optimizer_problems,
+    parse_optimizer_name,
 )
 from nested_core.config.registry import ContinualSection, RegistrySection
 from nested_core.config.section import Section, key, lay_out_form
@@ -33,7 +33,7 @@ from nested_core.config.training import TrainingSection
 
 CountOrAll = Annotated[int, Field(ge=-1)]  # -1 is all
 SamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
-Optimizer = Annotated[str, AfterValidator(known_optimizer)]
+Optimizer = Annotated[str, AfterValidator(parse_optimizer_name)]
 
 
 class LearningRateSchedule(Section):
@@ -47,7 +47,7 @@ class LearningRateSchedule(Section):
     warmup_init: float = key(0.0, "the learning rate that the warm-up starts from")
 
 
-def _require_source_in_form(schema: dict[str, Any]) -> None:
+def _require_model_and_data_in_form(schema: dict[str, Any]) -> None:
     """In a form model and data have to be given: mlx-lm's defaults for them are its example's."""
     lay_out_form(schema)
     schema["required"] = ["model", "data"]
@@ -62,7 +62,7 @@ class FineTuneConfig(Section):
     `adapter_path` only where one is given. `train` is implied by the command.
     """
 
-    model_config = ConfigDict(json_schema_extra=_require_source_in_form)
+    model_config = ConfigDict(json_schema_extra=_require_model_and_data_in_form)
 
     model: str = key(
         "Qwen/Qwen3-0.6b",
@@ -168,12 +168,12 @@ class FineTuneConfig(Section):
         yield from optimizer_problems(self.optimizer, self.optimizer_config, self.nested)
         if self.gate.check_fused and self.fine_tune_type == "full":
             yield "gate.check_fused: a full fine-tune has no adapter to fuse"
-        yield from _process_problems(self)
-        yield from _reference_problems(self)
+        yield from _multi_process_problems(self)
+        yield from _mlx_lm_reference_problems(self)
         yield from _continual_problems(self)
 
     @property
-    def has_masters(self) -> bool:
+    def has_float32_masters(self) -> bool:
         """Whether trained weights are held in float32 while the model keeps its own dtype."""
         return self.fine_tune_type == "full" and self.training.reference is None
 
@@ -189,7 +189,7 @@ class FineTuneConfig(Section):
         return self.optimizer_config.get(self.optimizer, {})
 
 
-def _process_problems(config: FineTuneConfig) -> Iterator[str]:
+def _multi_process_problems(config: FineTuneConfig) -> Iterator[str]:
     """Processes share a batch; whether those of a hostfile can is seen when it is read."""
     training, batch_size = config.training, config.batch_size
     if training.hostfile is not None and training.processes != 1:
@@ -212,11 +212,11 @@ def _continual_problems(config: FineTuneConfig) -> Iterator[str]:
         yield "continual.from and resume_adapter_file: give only one of them"
 
 
-def _reference_problems(config: FineTuneConfig) -> Iterator[str]:
+def _mlx_lm_reference_problems(config: FineTuneConfig) -> Iterator[str]:
     """A reference run does what mlx_lm.lora does, and nothing that it does not."""
     if config.training.reference is None:
         return
-    changed = [f"training.{name}" for name in config.training.changed_from_mlx_lm()]
+    changed = [f"training.{name}" for name in config.training.changed_keys_unknown_to_mlx_lm()]
     if config.optimizer not in MLX_LM_OPTIMIZERS:
         changed.append(f"optimizer {config.optimizer}")
     if config.nested != NestedSection():

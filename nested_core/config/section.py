@@ -40,7 +40,7 @@ def key(
     return Field(default, description=description, json_schema_extra=given or None, **constraints)
 
 
-class SectionProblems(ValueError):
+class SectionProblemsError(ValueError):
     """Every pair of values in one section that does not agree, a line each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
@@ -89,7 +89,7 @@ class Section(BaseModel):
     def _refuse_problems(self) -> Self:
         problems = tuple(self.problems())
         if problems:
-            raise SectionProblems(problems)
+            raise SectionProblemsError(problems)
         return self
 
     @field_validator("*", mode="before")
@@ -105,7 +105,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _texts_hold_no_nul(cls, value: Any) -> Any:
+    def _refuse_nul_in_text(cls, value: Any) -> Any:
         """No path, name or pattern can have one in it."""
         if isinstance(value, str) and "\0" in value:
             raise ValueError("a NUL character is in no path and no name; take it out")

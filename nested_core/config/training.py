@@ -11,7 +11,7 @@ from nested_core.config.section import Section, key
 Processes = Annotated[PositiveInt, Field(le=64)]
 
 # What a reference run may set here: none of it changes what mlx_lm.lora computes.
-ALLOWED_IN_A_REFERENCE = frozenset(
+KEYS_ALLOWED_IN_REFERENCE_RUN = frozenset(
     {
         "reference",
         "keep_checkpoints",
@@ -51,11 +51,12 @@ class TrainingSection(Section):
     hostfile: str | None = key(None, "mlx.launch's list of machines, for processes", path="local")
     reference: Literal["mlx_lm"] | None = key(None, "do what mlx_lm.lora does, bit for bit")
 
-    def changed_from_mlx_lm(self) -> list[str]:
+    def changed_keys_unknown_to_mlx_lm(self) -> list[str]:
         """The keys that are not at their defaults and that mlx_lm.lora knows nothing of."""
         defaults = TrainingSection()
         return [
             name
             for name in TrainingSection.model_fields
-            if name not in ALLOWED_IN_A_REFERENCE and getattr(self, name) != getattr(defaults, name)
+            if name not in KEYS_ALLOWED_IN_REFERENCE_RUN
+            and getattr(self, name) != getattr(defaults, name)
         ]

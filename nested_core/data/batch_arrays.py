@@ -10,14 +10,16 @@ from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class BatchRows:
     """The rows of one batch, int32 [at most batch_size], and the width of its inputs in tokens."""
 
     rows: Int32
     width: int
 
 
-def make_batch_arrays(split: TokenizedSplit, batch: Batch, batch_size: int) -> tuple[Int32, Bool]:
+def make_batch_arrays(
+    split: TokenizedSplit, batch: BatchRows, batch_size: int
+) -> tuple[Int32, Bool]:
     """Tokens int32 [batch_size, width + 1], padded with 0; target_mask bool [batch_size, width].
 
     inputs = tokens[:, :-1], targets = tokens[:, 1:]; target_mask[:, j] is about the target in

@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from nested_core.data.batch_arrays import Batch, make_batch_arrays
+from nested_core.data.batch_arrays import BatchRows, make_batch_arrays
 from nested_core.data.length_buckets import sort_into_buckets
 from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
 
@@ -48,12 +48,12 @@ class BatchOrder:
         """Every width that a batch of this plan can have, ascending."""
         return tuple(sorted(map(int, self.buckets.widths)))
 
-    def batch(self, index: int) -> Batch:
+    def batch(self, index: int) -> BatchRows:
         """The batch at a position, from 0; the same in every process."""
         epoch, position = divmod(index, self.batches_per_epoch)
         rows, order = self._epoch(epoch)
         start = int(order[position]) * self.batch_size
-        return Batch(rows[start : start + self.batch_size], self.buckets.width_at(start))
+        return BatchRows(rows[start : start + self.batch_size], self.buckets.bucket_width_at(start))
 
     def arrays(self, split: TokenizedSplit, index: int) -> tuple[Int32, Bool]:
         """`make_batch_arrays` of the batch at a position."""
@@ -74,7 +74,7 @@ def choose_evaluation_batches(
     max_batches: int = -1,
     *,
     max_seq_length: int | None = None,
-) -> list[Batch]:
+) -> list[BatchRows]:
     """The same batches at every evaluation, longest examples first; -1 is all of them.
 
     All rows are used, the last partial batch too. Fewer batches are chosen evenly over the lengths,
@@ -88,4 +88,4 @@ def choose_evaluation_batches(
         chosen = np.linspace(0, len(starts) - 1, max_batches).round().astype(np.int64)
         starts = starts[chosen]
     rows = buckets.rows
-    return [Batch(rows[s : s + batch_size], buckets.width_at(int(s))) for s in starts]
+    return [BatchRows(rows[s : s + batch_size], buckets.bucket_width_at(int(s))) for s in starts]

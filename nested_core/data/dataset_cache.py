@@ -34,7 +34,7 @@ from nested_core.storage.private_folder import make_private_folder
 from nested_core.storage.strict_files import read_json, regular_sha256
 
 REPORT_NAME = "report.json"
-KEPT_SECONDS = 30 * 24 * 3600
+MAX_UNUSED_SECONDS = 30 * 24 * 3600
 _TOKENIZER_FILES = (
     "*.json",
     "*.jinja",
@@ -45,9 +45,17 @@ _TOKENIZER_FILES = (
     "*.py",
 )
 # All that a line's judgement or tokens may depend on; jinja2 renders the chat templates.
-_LIBRARIES = ("transformers", "tokenizers", "jinja2", "mlx-lm", "pydantic", "pandera", "polars")
+_LIBRARIES_IN_CACHE_KEY = (
+    "transformers",
+    "tokenizers",
+    "jinja2",
+    "mlx-lm",
+    "pydantic",
+    "pandera",
+    "polars",
+)
 # Modules outside of this package that decide what is read, or how a message is worded.
-_OTHER_CODE = ("errors.py", "storage/strict_files.py", "storage/atomic.py")
+_OTHER_CODE_IN_CACHE_KEY = ("errors.py", "storage/strict_files.py", "storage/atomic.py")
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +66,7 @@ def write_report_beside_tokens(folder: Path, report: DatasetReport) -> None:
 
 @dataclass(frozen=True)
 class DatasetCache:
-    """A folder of entries, one a data set; see `open_user_cache`."""
+    """A folder of entries, one a data set; see `open_user_dataset_cache`."""
 
     folder: Path
 
@@ -118,13 +126,13 @@ class CacheEntry:
             shutil.rmtree(unpublished, ignore_errors=True)
 
 
-def open_user_cache() -> DatasetCache:
+def open_user_dataset_cache() -> DatasetCache:
     """The folder `datasets` in the folder for caches."""
     return DatasetCache(cache_folder() / "datasets")
 
 
 def _remove_unused_entries(folder: Path) -> None:
-    oldest = time.time() - KEPT_SECONDS
+    oldest = time.time() - MAX_UNUSED_SECONDS
     for entry in os.scandir(folder):
         with suppress(FileNotFoundError):  # another process was faster
             if entry.stat().st_mtime < oldest:
@@ -164,14 +172,17 @@ def _hash_tokenizer_files(folder: Path) -> dict[str, str]:
 @lru_cache(maxsize=1)
 def _library_versions() -> dict[str, str]:
     """The versions of the libraries that tokens depend on; each is read from a file of metadata."""
-    return {name: version(name) for name in _LIBRARIES}
+    return {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY}
 
 
 @lru_cache(maxsize=1)
 def _hash_data_code() -> str:
     """A hash of the code that reads, judges and tokenises: no edit of a rule can be forgotten."""
     root = Path(__file__).parents[1]
-    paths = [*sorted((root / "data").rglob("*.py")), *(root / name for name in _OTHER_CODE)]
+    paths = [
+        *sorted((root / "data").rglob("*.py")),
+        *(root / name for name in _OTHER_CODE_IN_CACHE_KEY),
+    ]
     return sha256(canonical_json(_file_hashes(root, paths))).hexdigest()
 
 

@@ -12,11 +12,15 @@ from tempfile import TemporaryDirectory
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_cache import DatasetCache, open_user_cache, write_report_beside_tokens
+from nested_core.data.dataset_cache import (
+    DatasetCache,
+    open_user_dataset_cache,
+    write_report_beside_tokens,
+)
 from nested_core.data.parallel_jobs import OnProgress
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.sources.split_files import SplitFile, open_splits
-from nested_core.data.tokens.tokenized_split import TokenizedSplit, seal_and_open_tokens
+from nested_core.data.tokens.tokenized_split import TokenizedSplit, write_manifest_and_open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DatasetError
 
@@ -27,7 +31,7 @@ def load_run_data(
     """`load_dataset` for the configured data set, with the user's cache."""
     settings = DataSettings.from_config(config)
     tokenizer = TokenizerSource.from_config(config)
-    return load_dataset(settings, tokenizer, on_progress, cache=open_user_cache())
+    return load_dataset(settings, tokenizer, on_progress, cache=open_user_dataset_cache())
 
 
 def load_dataset(
@@ -41,7 +45,7 @@ def load_dataset(
 
     The splits returned hold each sound line of each split that exists, in the order of the file,
     without those that data_policy drops. They are mapped from the cache, or from files that go when
-    the splits go. Raises ConfigError if there is no such folder, OSError, WorkerFailed, and
+    the splits go. Raises ConfigError if there is no such folder, OSError, DataWorkerFailed, and
     DatasetError if a file changed meanwhile; content never raises.
     """
     with TemporaryDirectory(prefix="nested-tune-") as spool:
@@ -54,7 +58,7 @@ def load_dataset(
                 report = _import_and_validate(
                     settings, files, on_progress, tokenizer=tokenizer, folder=folder
                 )
-                return report, seal_and_open_tokens(folder)
+                return report, write_manifest_and_open_tokens(folder)
         entry = cache.entry_for(settings, files, tokenizer)
         cached = entry.read_report_and_tokens()
         if cached is not None:
@@ -66,7 +70,7 @@ def load_dataset(
             write_report_beside_tokens(folder, report)
             if cache.entry_for(settings, files, tokenizer) != entry:  # else it is kept as another's
                 raise DatasetError(f"{settings.data} changed while it was judged. Start again.")
-            return report, seal_and_open_tokens(folder)
+            return report, write_manifest_and_open_tokens(folder)
 
 
 def _import_and_validate(

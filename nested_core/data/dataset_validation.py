@@ -39,13 +39,17 @@ from nested_core.data.rules.token_rules import (
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.split_table import SplitTable, read_tables_with_repeats
 from nested_core.data.tokens.example_encoding import has_chat_template
-from nested_core.data.tokens.parallel_tokenization import SoundLines, TokenFacts, tokenize_splits
+from nested_core.data.tokens.parallel_tokenization import (
+    LinesToTokenize,
+    TokenFacts,
+    tokenize_splits,
+)
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import list_first
 from nested_core.storage.atomic import canonical_json
 from nested_core.text.foreign_text import escape
 
-SHOWN_NAMES = 5  # of a folder without train
+MAX_SHOWN_FILE_NAMES = 5  # of a folder without train
 
 Tables = Mapping[str, SplitTable]
 
@@ -64,7 +68,7 @@ def validate_dataset(
     findings = Findings()
     _apply_line_rules(tables, settings, findings)
     _apply_file_rules(tables, settings, findings, lacks_template=not has_template)
-    tables = _remove_rejected_from_dropped(tables, findings)
+    tables = _remove_rejected_lines_from_dropped(tables, findings)
     facts: dict[str, TokenFacts] = {}
     if tokenizer is not None and folder is not None:
         sound = _lines_to_tokenize(tables, findings, has_template=has_template)
@@ -103,13 +107,13 @@ def _apply_file_rules(
     tables: Tables, settings: DataSettings, findings: Findings, *, lacks_template: bool
 ) -> None:
     """Add what is wrong or doubtful about a split as a whole."""
-    held = _describe_held_files(settings) if tables["train"].source is None else ""
+    held = _describe_files_in_folder(settings) if tables["train"].source is None else ""
     rows = [
         {
             "file": table.file,
             "line": None,
             "split": split,
-            "folder": _describe_folder(settings),
+            "folder": _describe_data_location(settings),
             "held": held,
             "is_present": table.source is not None,
             "format": table.format,
@@ -123,23 +127,25 @@ def _apply_file_rules(
     FILE_RULES.add_findings(frame, findings)
 
 
-def _describe_folder(settings: DataSettings) -> str:
+def _describe_data_location(settings: DataSettings) -> str:
     """The whole path of a folder, or the name of a data set of the hub."""
     folder = Path(settings.data).expanduser()
     is_folder = not settings.hf_dataset and folder.is_dir()
     return escape(str(folder.absolute())) if is_folder else settings.describe_source
 
 
-def _describe_held_files(settings: DataSettings) -> str:
+def _describe_files_in_folder(settings: DataSettings) -> str:
     """The first names in a folder; a data set of the hub has splits instead."""
     folder = Path(settings.data).expanduser()
     if settings.hf_dataset or not folder.is_dir():
         return "no split of that name"
     names = sorted(escape(path.name) for path in folder.iterdir())
-    return list_first(names, SHOWN_NAMES) or "nothing"
+    return list_first(names, MAX_SHOWN_FILE_NAMES) or "nothing"
 
 
-def _remove_rejected_from_dropped(tables: Tables, findings: Findings) -> dict[str, SplitTable]:
+def _remove_rejected_lines_from_dropped(
+    tables: Tables, findings: Findings
+) -> dict[str, SplitTable]:
     """The tables with no line in `dropped` that has an error: such a line is rejected instead."""
     remaining = {}
     for split, table in tables.items():
@@ -151,10 +157,10 @@ def _remove_rejected_from_dropped(tables: Tables, findings: Findings) -> dict[st
 
 def _lines_to_tokenize(
     tables: Tables, findings: Findings, *, has_template: bool
-) -> dict[str, SoundLines]:
+) -> dict[str, LinesToTokenize]:
     """The lines to tokenise: neither rejected nor dropped, of splits that can be tokenised."""
     return {
-        split: SoundLines(
+        split: LinesToTokenize(
             table.source, findings.lines_with_errors(table.file).union(*table.dropped.values())
         )
         for split, table in tables.items()

@@ -18,7 +18,7 @@ from nested_core.data.tokens.tokenized_split import TokenizedSplit
 
 Digests = npt.NDArray[np.uint64]
 DIGEST_BYTES = 8
-MOST_RECORDED = 4_000_000  # 43 MB in provenance.json, which may have 64
+MAX_RECORDED_DIGESTS = 4_000_000  # 43 MB in provenance.json, which may have 64
 
 
 def digest_examples(split: TokenizedSplit) -> Digests:
@@ -34,7 +34,7 @@ def digest_examples(split: TokenizedSplit) -> Digests:
 def encode_digests(digests: Digests) -> str | None:
     """Distinct digests as base64 text, in order; None if they are too many to be recorded."""
     distinct = np.unique(digests)
-    if distinct.size > MOST_RECORDED:
+    if distinct.size > MAX_RECORDED_DIGESTS:
         return None
     return base64.b64encode(distinct.astype("<u8").tobytes()).decode()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import Example, read_examples
 from nested_core.data.sources.split_files import SplitFile, open_splits
@@ -43,7 +43,9 @@ def read_held_out_prompts(settings: DataSettings, count: int) -> list[HeldOutPro
         return []
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         splits = open_splits(settings, Path(spool))
-        file = next((splits[name] for name in HELD_OUT_SPLITS["auto"] if name in splits), None)
+        file = next(
+            (splits[name] for name in SPLITS_BY_HELD_OUT_CHOICE["auto"] if name in splits), None
+        )
         return [] if file is None else list(islice(_read_prompts(file, settings), count))
 
 

@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from nested_core.data.tokens.tokenized_split import Int32, Int64
 
-MAX_WIDTHS = 96
-PADDING_TARGET = 0.0275  # below this share one more width costs more than it saves
-NEAR_THE_BEST = 1.05  # where the target is out of reach, as with few rows
+MAX_DISTINCT_WIDTHS = 96
+TARGET_PADDING_SHARE = 0.0275  # below this share one more width costs more than it saves
+MAX_PADDING_FACTOR_OVER_BEST = 1.05  # where the target is out of reach, as with few rows
 WIDTHS_PER_OCTAVE = 64
-_NEVER = 2**62
+_IMPOSSIBLE_COST = 2**62
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class LengthBuckets:
     batch_size: int
     padding_share: float
 
-    def width_at(self, start: int) -> int:
+    def bucket_width_at(self, start: int) -> int:
         """The width of the bucket that a place in `rows` is in."""
         return int(self.widths[np.searchsorted(self.starts, start, "right") - 1])
 
@@ -85,12 +85,12 @@ def choose_padded_widths(widths: Int64, counts: Int64, tokens: float) -> Int64:
     """
     done = np.cumsum(counts)
     least = int((widths * counts).sum())
-    share = max(PADDING_TARGET, NEAR_THE_BEST * (1 - tokens / least))
+    share = max(TARGET_PADDING_SHARE, MAX_PADDING_FACTOR_OVER_BEST * (1 - tokens / least))
     allowed = max(least, tokens / (1 - share) if share < 1 else np.inf)
     cost, before = widths * done, list[Int64]()
     is_after = np.tri(len(widths), dtype=bool)  # i >= j
-    while cost[-1] > allowed and len(before) + 1 < MAX_WIDTHS:
-        options = np.where(is_after, _NEVER, cost[:, None] - widths * done[:, None])
+    while cost[-1] > allowed and len(before) + 1 < MAX_DISTINCT_WIDTHS:
+        options = np.where(is_after, _IMPOSSIBLE_COST, cost[:, None] - widths * done[:, None])
         before.append(options.argmin(axis=0))
         cost = np.minimum(cost, widths * done + options.min(axis=0))
     last, chosen = len(widths) - 1, [len(widths) - 1]

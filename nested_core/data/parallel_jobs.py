@@ -23,13 +23,13 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from nested_core import errors
-from nested_core.errors import NestedTuneError, WorkerFailed
+from nested_core.errors import DataWorkerFailed, NestedTuneError
 from nested_core.storage.compiled_kernels import environment_with_user_tmpdir
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
-SMALL_BYTES = 16 * 2**20  # below this, starting processes takes longer than the work
+MIN_BYTES_FOR_WORKERS = 16 * 2**20  # below this, starting processes takes longer than the work
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
-_PROGRAM = f"from {__name__} import serve_requests; serve_requests()"
+_WORKER_PROGRAM = f"from {__name__} import serve_requests; serve_requests()"
 _SHOWN_ERROR_LINES = 9
 
 
@@ -49,7 +49,7 @@ def count_usable_cores() -> int:
 
 def count_processes_for(size: int) -> int:
     """How many processes the work on `size` bytes is worth: at most one a core."""
-    return max(1, min(count_usable_cores(), size // SMALL_BYTES))
+    return max(1, min(count_usable_cores(), size // MIN_BYTES_FOR_WORKERS))
 
 
 def cut_file_into_line_ranges(path: Path, size: int) -> list[ByteRange]:
@@ -86,8 +86,8 @@ def run_jobs(
 
     An idle process takes the next request. `on_done` gets the number of requests answered so far.
     With one process the work is done here. Raises what the job raised if it is a NestedTuneError
-    or an OSError, else WorkerFailed with the last lines that the process printed. However it ends,
-    no process is left: close() ends it early.
+    or an OSError, else DataWorkerFailed with the last lines that the process printed. However it
+    ends, no process is left: close() ends it early.
     """
     if processes < 2 or len(requests) < 2:
         yield from _run_in_this_process(requests, on_done)
@@ -151,7 +151,7 @@ class _Worker:
             "POLARS_MAX_THREADS": "1",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM],
+            [sys.executable, "-P", "-c", _WORKER_PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -178,7 +178,9 @@ class _Worker:
         if "known" in outcome:
             known: type[NestedTuneError] = getattr(errors, outcome["known"])
             raise known(outcome["message"])
-        raise WorkerFailed(f"A data worker failed: {outcome['unknown']}.{self._last_error_lines()}")
+        raise DataWorkerFailed(
+            f"A data worker failed: {outcome['unknown']}.{self._last_error_lines()}"
+        )
 
     def close_after_kill(self) -> None:
         """Wait for the killed process, so that no zombie stays, and close its pipes."""
@@ -188,14 +190,14 @@ class _Worker:
         self._stdout.close()
         self._errors.close()
 
-    def _death_error(self) -> WorkerFailed:
+    def _death_error(self) -> DataWorkerFailed:
         status = self.process.wait()
         how = f"with exit status {status}"
         if status < 0:
             how = f"by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:
             how += ", as when memory runs out"
-        return WorkerFailed(
+        return DataWorkerFailed(
             f"A data worker (process {self.process.pid}) was ended {how}, before its work was "
             f"done. Nothing was written; start again.{self._last_error_lines()}"
         )

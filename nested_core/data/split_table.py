@@ -26,12 +26,12 @@ from nested_core.data.parallel_jobs import (
     run_jobs,
 )
 from nested_core.data.rules.dropped_lines import Dropped, separate_dropped_lines
-from nested_core.data.rules.near_duplicates import add_near_duplicates, find_near_duplicates
+from nested_core.data.rules.near_duplicates import add_near_duplicate_columns, find_near_duplicates
 from nested_core.data.rules.repeated_lines import add_repeat_columns
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.storage.strict_files import read_regular
 
-JOB = f"{run_line_range_job.__module__}:{run_line_range_job.__name__}"
+LINE_RANGE_JOB = f"{run_line_range_job.__module__}:{run_line_range_job.__name__}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def read_tables_with_repeats(
     train, *held_out = add_repeat_columns(list(files_and_frames))
     if has_ngrams:
         near = [find_near_duplicates(ngrams[0], frame) for frame in ngrams[1:]]
-        held_out = list(map(add_near_duplicates, held_out, near))
+        held_out = list(map(add_near_duplicate_columns, held_out, near))
     train, held_out, dropped = separate_dropped_lines(train, held_out, settings.policy)
     related = {
         name: replace(table, frame=frame)
@@ -77,22 +77,22 @@ def read_tables_with_repeats(
 
 def read_tables(
     files: Mapping[str, SplitFile],
-    features: FieldNames,
+    field_names: FieldNames,
     on_progress: OnProgress | None = None,
     *,
     has_ngrams: bool = False,
 ) -> dict[str, SplitTable]:
-    """Read train, valid and test, a missing one as empty; raises OSError, and WorkerFailed."""
+    """Read train, valid and test, a missing one as empty; raises OSError, and DataWorkerFailed."""
     frames: dict[str, list[pl.DataFrame]] = {split: [] for split in SPLITS}
     hashers = {split: sha256() for split in SPLITS}
     with TemporaryDirectory(prefix="nested-tune-") as folder:
         requests: list[dict[str, Any]] = [
             {
-                "job": JOB,
+                "job": LINE_RANGE_JOB,
                 "split": split,
                 "path": str(file.path),
                 "byte_range": byte_range,
-                "features": asdict(features),
+                "field_names": asdict(field_names),
                 "has_ngrams": has_ngrams,
                 "out": f"{folder}/{split}-{byte_range.start}",
             }

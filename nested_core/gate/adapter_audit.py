@@ -17,15 +17,15 @@ import numpy as np
 
 from nested_core import backend
 from nested_core.errors import ConfigError, DamagedError, list_first, shorten
-from nested_core.gate.adapter_layout import AdapterLayout, AuditedBase
+from nested_core.gate.adapter_layout import AdapterLayout, BaseModelForAudit
 from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons
 from nested_core.gate.fresh_process_check import (
-    Answers,
+    FreshProcessLogits,
     ProofRequest,
+    compute_logits_in_fresh_process,
+    keep_prompts_with_finite_base,
     largest_difference,
-    load_and_answer,
     non_finite_reason,
-    where_base_is_finite,
 )
 from nested_core.gate.lora_effect import LARGEST_FLOAT32, product_norm
 from nested_core.gate.verdict import Code, Reason
@@ -37,10 +37,9 @@ from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import REASONS_BY_UNSAFE_SUFFIX, StoredTensor
 
-LARGEST_EFFECT = (
-    100.0  # norm of an update in units of its weight's: beyond it, nothing of it is left
-)
-WHOLE_WEIGHTS = {"weight", "bias", "scales", "biases"}
+# Norm of an update in units of its weight's: beyond it, nothing of the weight is left.
+MAX_RELATIVE_EFFECT = 100.0
+WHOLE_WEIGHT_LEAF_NAMES = {"weight", "bias", "scales", "biases"}
 OnAudited = Callable[[str, int, int], None]
 
 
@@ -152,7 +151,7 @@ def audit_adapters(
     Raises ConfigError if the base cannot be opened, and DamagedError if the only adapter is damaged
     or not safe to read; among several, a damaged one is `unreadable`.
     """
-    base = AuditedBase(model)
+    base = BaseModelForAudit(model)
     audits = []
     for folder in folders:
         try:
@@ -167,7 +166,7 @@ def audit_adapters(
     return audits
 
 
-def audit_adapter(folder: Path, base: AuditedBase) -> AdapterAudit:
+def audit_adapter(folder: Path, base: BaseModelForAudit) -> AdapterAudit:
     """Audit one adapter folder; DamagedError if it is damaged or not safe to read."""
     if (reason := _fused_model_reason(folder)) is not None:
         return AdapterAudit(str(folder), (reason,))
@@ -196,19 +195,19 @@ def _fused_model_reason(folder: Path) -> Reason | None:
     return Reason("tensor_unexpected", message)
 
 
-def _base_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]:
+def _base_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[Reason]:
     """A reason if what the configuration records of its base does not hold for this one."""
     if layout.config.get("base_fingerprint") is not None:
         return fingerprint_reasons(layout.config, base.folder)
     recorded = layout.config.get("model") or layout.config.get("base_model_name_or_path")
-    other = None if recorded is None else base.find_other_weight(recorded)
+    other = None if recorded is None else base.find_differing_weight(recorded)
     if other is None:
         return []
     message = f"made for {shorten(recorded, 200)}, which has another {other} than {base.folder}"
     return [Reason("base_mismatch", message)]
 
 
-def _structure_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]:
+def _structure_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[Reason]:
     """Reasons for tensors that do not fit the base, or not what the configuration calls for."""
     reasons = [] if layout.refusal is None else [layout.refusal]
     if layout.unmatched_keys:
@@ -222,36 +221,40 @@ def _structure_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]
         return reasons + _whole_weight_reasons(layout, base)
     factors = {name for name in layout.tensors if _leaf_name(name) in MLX_LM_NAMING.leaves}
     others = layout.tensors.keys() - factors
-    weights = {n for n in others if _leaf_name(n) in WHOLE_WEIGHTS and ".lora_" not in n}
-    reasons += _reason(
+    weights = {n for n in others if _leaf_name(n) in WHOLE_WEIGHT_LEAF_NAMES and ".lora_" not in n}
+    reasons += _reason_about_tensors(
         "tensor_unexpected",
         weights,
         "are weights of the base or of a fused model where LoRA factors should be",
     )
-    reasons += _reason("tensor_unexpected", others - weights, "have no name of a LoRA factor")
+    reasons += _reason_about_tensors(
+        "tensor_unexpected", others - weights, "have no name of a LoRA factor"
+    )
     foreign = {name for name in factors if _module_name(name) not in base.modules}
-    reasons += _reason("base_mismatch", foreign, "are of modules that the base does not have")
+    reasons += _reason_about_tensors(
+        "base_mismatch", foreign, "are of modules that the base does not have"
+    )
     if layout.refusal is not None:
         return reasons
     factors -= foreign
     reasons += _shape_reasons(layout, factors & layout.expected.keys())
     unreached = factors - layout.expected.keys()
-    reasons += _reason(
+    reasons += _reason_about_tensors(
         "config_mismatch", unreached, f"are of no module and type that {CONFIG_NAME} calls for"
     )
     if factors or not (foreign or others):
         missing = layout.expected.keys() - layout.tensors.keys()
         problem = f"are called for by {CONFIG_NAME} and not in the file: their modules do nothing"
-        reasons += _reason("tensor_missing", missing, problem)
+        reasons += _reason_about_tensors("tensor_missing", missing, problem)
     return reasons
 
 
-def _whole_weight_reasons(layout: AdapterLayout, base: AuditedBase) -> list[Reason]:
+def _whole_weight_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[Reason]:
     foreign = layout.tensors.keys() - base.shapes.keys()
     misfits = [n for n in layout.tensors if n not in foreign and not _has_expected_shape(layout, n)]
-    return _reason("base_mismatch", foreign, "are no weights of the base") + _reason(
-        "base_mismatch", misfits, "have other shapes than in the base"
-    )
+    return _reason_about_tensors(
+        "base_mismatch", foreign, "are no weights of the base"
+    ) + _reason_about_tensors("base_mismatch", misfits, "have other shapes than in the base")
 
 
 def _shape_reasons(layout: AdapterLayout, names: Iterable[str]) -> list[Reason]:
@@ -287,13 +290,13 @@ def _value_reasons(layout: AdapterLayout) -> list[Reason]:
     """Reasons for dtypes that hold no weights, and for NaN and infinity."""
     strange = {name for name, tensor in layout.tensors.items() if tensor.dtype not in FACTOR_DTYPES}
     broken = {n for n, t in layout.tensors.items() if n not in strange and not _is_finite(t)}
-    return _reason(
+    return _reason_about_tensors(
         "dtype_mismatch", strange, f"have other dtypes than {', '.join(FACTOR_DTYPES)}"
-    ) + _reason("non_finite", broken, "hold NaN or infinity")
+    ) + _reason_about_tensors("non_finite", broken, "hold NaN or infinity")
 
 
 def _judge_effects(
-    layout: AdapterLayout, base: AuditedBase
+    layout: AdapterLayout, base: BaseModelForAudit
 ) -> tuple[list[ModuleEffect], list[Reason]]:
     """The effect of each sound module, and reasons for effects of none or beyond all measure."""
     effects = []
@@ -302,7 +305,7 @@ def _judge_effects(
     overflowing: list[str] = []
     for module, scale in sorted(layout.scales.items()):
         names = [f"{module}.{leaf}" for leaf in MLX_LM_NAMING.leaves]
-        if not all(_is_sound(layout, name) for name in names if name in layout.expected):
+        if not all(_is_sound_tensor(layout, name) for name in names if name in layout.expected):
             continue
         lora_a = layout.tensors[f"{module}.lora_a"]
         rank = lora_a.shape[RANK_AXES["lora_a", len(lora_a.shape)]]
@@ -313,24 +316,28 @@ def _judge_effects(
         effects.append(ModuleEffect(module, rank, scale, effect))
         if update > LARGEST_FLOAT32:
             overflowing.append(module)
-        elif effect is not None and effect > LARGEST_EFFECT:
+        elif effect is not None and effect > MAX_RELATIVE_EFFECT:
             huge.append(module)
         elif not _has_effect(layout, module, update, base):
             idle.append(module)
     reasons = [
-        *_module_reason("no_effect", idle, "change nothing beyond the rounding of the base"),
-        *_module_reason("non_finite", overflowing, "overflow float32 in scale * lora_a @ lora_b"),
-        *_module_reason(
+        *_reason_about_modules("no_effect", idle, "change nothing beyond the rounding of the base"),
+        *_reason_about_modules(
+            "non_finite", overflowing, "overflow float32 in scale * lora_a @ lora_b"
+        ),
+        *_reason_about_modules(
             "config_mismatch",
             huge,
-            f"have an update of more than {LARGEST_EFFECT:g} times their weight: the scale is not "
-            f"that of the training",
+            f"have an update of more than {MAX_RELATIVE_EFFECT:g} times their weight: the scale "
+            f"is not that of the training",
         ),
     ]
     return effects, reasons
 
 
-def _has_effect(layout: AdapterLayout, module: str, update: float, base: AuditedBase) -> bool:
+def _has_effect(
+    layout: AdapterLayout, module: str, update_norm: float, base: BaseModelForAudit
+) -> bool:
     """Whether a module's output can differ from the base's by more than half a rounding step.
 
     An input along the update's largest direction sees about sqrt(n) times the ratio of the norms,
@@ -338,19 +345,19 @@ def _has_effect(layout: AdapterLayout, module: str, update: float, base: Audited
     """
     weight = base.weight_norms(module)
     if weight is None or weight.frobenius == 0:
-        return update > 0
-    bound = base.rounding / 2 * weight.frobenius
-    if update * float(np.sqrt(weight.shorter_side)) > bound:
+        return update_norm > 0
+    bound = base.rounding_step / 2 * weight.frobenius
+    if update_norm * float(np.sqrt(weight.shorter_side)) > bound:
         return True
     magnitude = layout.tensors.get(f"{module}.m")
     if magnitude is None:
         return False
     distance = magnitude.to_numpy().astype(np.float64) - weight.rows
-    return bool(np.linalg.norm(distance) > base.rounding * weight.frobenius)
+    return bool(np.linalg.norm(distance) > base.rounding_step * weight.frobenius)
 
 
 def _judge_logits(
-    folder: Path, base: AuditedBase, *, is_peft: bool
+    folder: Path, base: BaseModelForAudit, *, is_peft: bool
 ) -> tuple[LogitEffect | None, list[Reason]]:
     """How far plain mlx_lm.load moves the logits in a new process, and a reason if it does not."""
     with tempfile.TemporaryDirectory(prefix="nested-tune-audit-") as temporary:
@@ -363,10 +370,10 @@ def _judge_logits(
                 return None, [Reason("unreadable", shorten(error, 300))]
         is_float32 = backend.device() == "cpu"  # as training does there: smaller changes are seen
         request = ProofRequest(base.folder, None, adapter, is_float32=is_float32)
-        answers = load_and_answer(request)
+        answers = compute_logits_in_fresh_process(request)
     if isinstance(answers, Reason):
         return None, [answers]
-    answers, _ = where_base_is_finite(answers, None)
+    answers, _ = keep_prompts_with_finite_base(answers, None)
     if (reason := non_finite_reason(answers)) is not None:
         return None, [reason]
     effect = _measure_logits(answers, base)
@@ -379,7 +386,7 @@ def _judge_logits(
     return effect, [Reason("no_effect", message)]
 
 
-def _measure_logits(answers: Answers, base: AuditedBase) -> LogitEffect:
+def _measure_logits(answers: FreshProcessLogits, base: BaseModelForAudit) -> LogitEffect:
     rows = [
         (
             largest_difference(trained, plain),
@@ -389,14 +396,14 @@ def _measure_logits(answers: Answers, base: AuditedBase) -> LogitEffect:
     ]
     moved, largest = max(rows, key=lambda row: row[0] / row[1] if row[1] else row[0])
     dtype = str(base.dtype).removeprefix("mlx.core.")
-    return LogitEffect(len(rows), moved, base.rounding / 2 * largest, dtype)
+    return LogitEffect(len(rows), moved, base.rounding_step / 2 * largest, dtype)
 
 
 def _has_expected_shape(layout: AdapterLayout, name: str) -> bool:
     return layout.tensors[name].shape == layout.expected[name]
 
 
-def _is_sound(layout: AdapterLayout, name: str) -> bool:
+def _is_sound_tensor(layout: AdapterLayout, name: str) -> bool:
     """Whether a tensor that is called for is there, fits, and holds finite numbers."""
     tensor = layout.tensors.get(name)
     if tensor is None or not _has_expected_shape(layout, name):
@@ -416,7 +423,7 @@ def _module_name(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _reason(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
+def _reason_about_tensors(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
     """One reason that lists the tensors, or none without any."""
     ordered = tuple(sorted(names))
     if not ordered:
@@ -424,7 +431,7 @@ def _reason(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
     return [Reason(code, f"{len(ordered)} tensors {problem}, {ordered[0]} first", ordered)]
 
 
-def _module_reason(code: Code, modules: Sequence[str], problem: str) -> list[Reason]:
+def _reason_about_modules(code: Code, modules: Sequence[str], problem: str) -> list[Reason]:
     """One reason that names the modules' factors, or none without any module."""
     if not modules:
         return []

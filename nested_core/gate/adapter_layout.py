@@ -67,7 +67,7 @@ class WeightNorms:
     shorter_side: int
 
 
-class AuditedBase:
+class BaseModelForAudit:
     """The base that adapters are audited against: its modules, parameters, and norms of weights."""
 
     def __init__(self, model: str) -> None:
@@ -82,10 +82,10 @@ class AuditedBase:
         self.shapes = {name: tuple(value.shape) for name, value in parameters}
         self.dtype = dtypes.most_common(1)[0][0]
         linear = self._opened.linear_modules()
-        self._sides = {name: _in_and_out(self.modules[name]) for name in linear}
+        self._sides = {name: _input_and_output_dims(self.modules[name]) for name in linear}
 
     @property
-    def rounding(self) -> float:
+    def rounding_step(self) -> float:
         """The relative distance between neighbouring numbers of the base's dtype."""
         return float(mx.finfo(self.dtype).eps)
 
@@ -98,18 +98,18 @@ class AuditedBase:
             self._norms[module] = _measure_weight(self.modules[module])
         return self._norms[module]
 
-    def find_other_weight(self, recorded: str) -> str | None:
-        """The name of a weight that differs in the model `recorded`, None if no difference is seen.
+    def find_differing_weight(self, recorded_model: str) -> str | None:
+        """The name of a weight that differs in `recorded_model`, None if no difference is seen.
 
         A model that is not on this machine cannot be compared, and of a quantized one only the
         weights that both hold in one dtype.
         """
-        if recorded not in self._other_weights:
-            self._other_weights[recorded] = self._compare_with(recorded)
-        return self._other_weights[recorded]
+        if recorded_model not in self._other_weights:
+            self._other_weights[recorded_model] = self._compare_weights_with(recorded_model)
+        return self._other_weights[recorded_model]
 
-    def _compare_with(self, recorded: str) -> str | None:
-        folder = find_model_folder_offline(recorded)
+    def _compare_weights_with(self, recorded_model: str) -> str | None:
+        folder = find_model_folder_offline(recorded_model)
         if folder is None or not (folder / "config.json").is_file():
             return None
         if fingerprint_base_model(folder) == fingerprint_base_model(self.folder):
@@ -137,7 +137,7 @@ class AuditedBase:
             shapes = {name: self.shapes[name] for name in adapter.tensors if name in self.shapes}
             return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, shapes)
         try:
-            expected, unmatched = self._attach(adapter.config)
+            expected, unmatched = self._expected_mlx_lm_tensors(adapter.config)
             scale = float(adapter.config["lora_parameters"]["scale"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             problem = f"{type(error).__name__}: {shorten(error, 200)}"
@@ -148,7 +148,9 @@ class AuditedBase:
         scales = dict.fromkeys({name.rpartition(".")[0] for name in expected}, scale)
         return AdapterLayout("mlx-lm", adapter.config, adapter.tensors, expected, scales, unmatched)
 
-    def _attach(self, config: Mapping[str, Any]) -> tuple[dict[str, Shape], tuple[str, ...]]:
+    def _expected_mlx_lm_tensors(
+        self, config: Mapping[str, Any]
+    ) -> tuple[dict[str, Shape], tuple[str, ...]]:
         """The adapter's tensors that mlx_lm.load would make, and keys that match no module."""
         from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -220,7 +222,7 @@ def _read_parameters(folder: Path) -> dict[str, mx.array]:
     return {n: value for n, value in parameters if mx.issubdtype(value.dtype, mx.floating)}
 
 
-def _in_and_out(module: nn.Module) -> tuple[int, int]:
+def _input_and_output_dims(module: nn.Module) -> tuple[int, int]:
     """Input and output dimensions of a linear module, as mlx-lm's LoRALinear derives them."""
     outputs, inputs = module.weight.shape
     if isinstance(module, nn.QuantizedLinear):

@@ -17,7 +17,7 @@ from nested_core.models.base_model import fingerprint_base_model, is_same_base, 
 from nested_core.storage.adapter import CONFIG_NAME, Adapter, read_adapter_config
 from nested_core.storage.safetensors_files import FLOATING_POINT_DTYPES
 
-TENSORS_OF_A_MODULE = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
+TENSOR_NAMES_BY_FINE_TUNE_TYPE = {"lora": {"lora_a", "lora_b"}, "dora": {"lora_a", "lora_b", "m"}}
 # By name and number of dimensions: (in, rank) and (rank, out), or for experts (n, rank, in) and
 # (n, out, rank).
 RANK_AXES = {("lora_a", 2): 1, ("lora_b", 2): 0, ("lora_a", 3): 1, ("lora_b", 3): 2}
@@ -34,13 +34,15 @@ def config_reasons(adapter: Adapter) -> list[Reason]:
     if foreign:
         message = f"fine_tune_type {fine_tune_type} has no tensors like {foreign[0]}"
         reasons.append(Reason("config_mismatch", message, tuple(foreign)))
-    missing = sorted(_missing_partners(adapter, TENSORS_OF_A_MODULE.get(fine_tune_type, set())))
+    missing = sorted(
+        _missing_partner_tensors(adapter, TENSOR_NAMES_BY_FINE_TUNE_TYPE.get(fine_tune_type, set()))
+    )
     if missing:
         message = (
             f"{len(missing)} tensors are missing from modules that have others: {missing[0]} first"
         )
         reasons.append(Reason("tensor_missing", message, tuple(missing)))
-    wrong = [] if rank is None else sorted(_of_other_rank(adapter, rank))
+    wrong = [] if rank is None else sorted(_tensors_of_other_rank(adapter, rank))
     if wrong:
         shape = list(adapter.tensors[wrong[0]].shape)
         message = f"adapter_config.json says rank {rank}, {wrong[0]} has shape {shape}"
@@ -48,24 +50,24 @@ def config_reasons(adapter: Adapter) -> list[Reason]:
     return reasons
 
 
-def _last_part(name: str) -> str:
+def _leaf_name(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
 def _is_tensor_of_type(name: str, fine_tune_type: str) -> bool:
-    if fine_tune_type in TENSORS_OF_A_MODULE:
-        return _last_part(name) in TENSORS_OF_A_MODULE[fine_tune_type]
-    return _last_part(name) not in TENSORS_OF_A_MODULE["lora"]
+    if fine_tune_type in TENSOR_NAMES_BY_FINE_TUNE_TYPE:
+        return _leaf_name(name) in TENSOR_NAMES_BY_FINE_TUNE_TYPE[fine_tune_type]
+    return _leaf_name(name) not in TENSOR_NAMES_BY_FINE_TUNE_TYPE["lora"]
 
 
-def _missing_partners(adapter: Adapter, parts: Iterable[str]) -> set[str]:
-    modules = {name.rpartition(".")[0] for name in adapter.tensors if _last_part(name) in parts}
+def _missing_partner_tensors(adapter: Adapter, parts: Iterable[str]) -> set[str]:
+    modules = {name.rpartition(".")[0] for name in adapter.tensors if _leaf_name(name) in parts}
     return {f"{module}.{part}" for module in modules for part in parts} - adapter.tensors.keys()
 
 
-def _of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
+def _tensors_of_other_rank(adapter: Adapter, rank: int) -> Iterable[str]:
     for name, tensor in adapter.tensors.items():
-        axis = RANK_AXES.get((_last_part(name), len(tensor.shape)))
+        axis = RANK_AXES.get((_leaf_name(name), len(tensor.shape)))
         if axis is not None and tensor.shape[axis] != rank:
             yield name
 

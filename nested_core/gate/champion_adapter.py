@@ -10,7 +10,7 @@ from nested_core.data.example_digests import Digests
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.gate.held_out_loss import LoadedBase
-from nested_core.gate.training_examples import read_training_examples
+from nested_core.gate.training_examples import read_training_digests
 from nested_core.registry import holding_champion, verify
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.versions import version_folder
@@ -18,7 +18,7 @@ from nested_core.storage.adapter import Adapter, read_adapter
 from nested_core.text.digest_format import shorten_digest
 
 # What an adapter shares with another one that is loaded into the same modules.
-STRUCTURE = ("fine_tune_type", "rank", "scale", "keys", "num_layers")
+ADAPTER_STRUCTURE_KEYS = ("fine_tune_type", "rank", "scale", "keys", "num_layers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def find_champion(base: LoadedBase, candidate: Adapter) -> Champion | UnusableCh
         except (ConfigError, DamagedError) as error:
             problem = f"the champion {shorten_digest(version)} is not what was registered: {error}"
             return UnusableChampion(version, problem)
-        training_examples = read_training_examples(folder)
+        training_examples = read_training_digests(folder)
     try:
         own_base = _find_base_for_champion(adapter, base, candidate)
     except ConfigError as error:
@@ -82,14 +82,14 @@ def _find_base_for_champion(champion: Adapter, base: LoadedBase, candidate: Adap
         raise ConfigError(reasons[0].message)
     structure = champion.meaning()
     structure_of_candidate = candidate.meaning()
-    if any(structure[key] != structure_of_candidate[key] for key in STRUCTURE):
-        base = LoadedBase.load(_config_of(champion, base.config))
+    if any(structure[key] != structure_of_candidate[key] for key in ADAPTER_STRUCTURE_KEYS):
+        base = LoadedBase.load(_config_shaped_like_adapter(champion, base.config))
     if reasons := base_reasons(champion, base.parameters, base.folder):
         raise ConfigError(reasons[0].message)
     return base
 
 
-def _config_of(adapter: Adapter, config: FineTuneConfig) -> FineTuneConfig:
+def _config_shaped_like_adapter(adapter: Adapter, config: FineTuneConfig) -> FineTuneConfig:
     """The configuration of a run, with the rank, scale and modules of another adapter."""
     recorded = adapter.config.get("lora_parameters") or {}
     known = {"rank": recorded.get("rank"), "scale": recorded.get("scale")}

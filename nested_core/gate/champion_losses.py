@@ -16,13 +16,13 @@ from nested_core.gate.champion_adapter import Champion, UnusableChampion
 from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.run_evidence import RunEvidence
-from nested_core.gate.training_examples import read_ancestor_examples
+from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.gate.verdict import ChampionLoss
 from nested_core.text.digest_format import shorten_digest
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOutComparison:
+class MeasuredHeldOutExamples:
     """The held-out examples of a run, their losses, and digests of its training examples."""
 
     held_out: HeldOutExamples
@@ -31,7 +31,7 @@ class HeldOutComparison:
 
 
 def compare_with_champion(
-    champion: Champion | UnusableChampion, evidence: RunEvidence, examples: HeldOutComparison
+    champion: Champion | UnusableChampion, evidence: RunEvidence, examples: MeasuredHeldOutExamples
 ) -> tuple[ChampionLoss, ExampleLosses]:
     """What gate.json says of the champion, and the losses with the champion's beside them.
 
@@ -42,7 +42,7 @@ def compare_with_champion(
         return ChampionLoss(version, not_compared=champion.problem), losses
     if not np.isfinite(losses.after).all():
         return ChampionLoss(version, not_compared="the candidate's loss is not finite"), losses
-    ancestors = read_ancestor_examples(champion.base.config, evidence.before.digest())
+    ancestors = read_ancestor_training_digests(champion.base.config, evidence.before.digest())
     seen = np.concatenate(
         [examples.training_examples, ancestors, champion.training_examples], dtype=np.uint64
     )
@@ -62,11 +62,13 @@ def compare_with_champion(
 
 
 def _measure_losses(
-    champion: Champion, evidence: RunEvidence, examples: HeldOutComparison
+    champion: Champion, evidence: RunEvidence, examples: MeasuredHeldOutExamples
 ) -> Vector:
     """The champion's mean loss on each example, in nats a token."""
     if champion.adapter.digest() == evidence.before.digest():
         return examples.losses.before
-    ((sums, _),) = champion.base.losses((champion.adapter.path,), examples.held_out.split)
-    measured: Vector = sums[examples.held_out.is_supervised] / examples.losses.tokens
+    ((sums, _),) = champion.base.example_loss_sums(
+        (champion.adapter.path,), examples.held_out.split
+    )
+    measured: Vector = sums[examples.held_out.is_example_supervised] / examples.losses.tokens
     return measured

@@ -22,12 +22,12 @@ from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.gate.paired_difference import PairedDifference, compare_pairs
 from nested_core.storage.strict_files import read_regular
 
-OPTIONAL = ("drift", "base_drift")
-PER_EXAMPLE = ("lines", "tokens", "before", "after")
+OPTIONAL_COLUMNS = ("drift", "base_drift")
+REQUIRED_COLUMNS = ("lines", "tokens", "before", "after")
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
-class _Line(BaseModel):
+class _LossLine(BaseModel):
     """A line of gate-losses.jsonl; a loss that is not finite is null."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
@@ -41,7 +41,7 @@ class _Line(BaseModel):
     base_drift: float | None = None
 
 
-_LINES = TypeAdapter(list[_Line])
+_LINES_VALIDATOR = TypeAdapter(list[_LossLine])
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class ExampleLosses:
         """The mean loss a token over all examples; NaN if one of them is not finite."""
         return float(self.tokens @ losses / self.tokens.sum())
 
-    def compare(self, other: Vector) -> PairedDifference | None:
+    def compare_trained_with(self, other: Vector) -> PairedDifference | None:
         """The trained adapter's losses minus others of the same examples; below 0 is better.
 
         None where a loss is not finite, or there is no example.
@@ -82,7 +82,7 @@ class ExampleLosses:
             return None
         return compare_pairs(other, self.after, self.tokens)
 
-    def known_to_champion(self) -> ExampleLosses:
+    def examples_with_champion_loss(self) -> ExampleLosses:
         """The examples for which there is a loss of the champion."""
         if self.champion is None:
             known = np.zeros(len(self), np.bool_)
@@ -90,7 +90,7 @@ class ExampleLosses:
             known = np.isfinite(self.champion)
         columns = {
             name: column[known]
-            for name in (*PER_EXAMPLE, "champion", *OPTIONAL)
+            for name in (*REQUIRED_COLUMNS, "champion", *OPTIONAL_COLUMNS)
             if (column := getattr(self, name)) is not None
         }
         return replace(self, **columns)
@@ -106,7 +106,7 @@ class ExampleLosses:
     def _lines(self) -> Iterator[dict[str, Any]]:
         champion = self.champion if self.champion is not None else np.full(len(self), np.nan)
         columns = {"before": self.before, "after": self.after, "champion": champion}
-        for name in OPTIONAL:
+        for name in OPTIONAL_COLUMNS:
             if (column := getattr(self, name)) is not None:
                 columns[name] = column
         for row in range(len(self)):
@@ -123,14 +123,14 @@ def read_example_losses(path: Path) -> ExampleLosses:
     """Read gate-losses.jsonl; DamagedError if it is missing or holds anything else."""
     content = read_regular(path)
     try:
-        lines = _LINES.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
+        lines = _LINES_VALIDATOR.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
     except ValidationError as error:
         raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
     has_champion = any(line.champion is not None for line in lines)
     written = lines[0].model_fields_set if lines else set()
     optional = {
         name: _to_vector([getattr(line, name) for line in lines])
-        for name in OPTIONAL
+        for name in OPTIONAL_COLUMNS
         if name in written
     }
     return ExampleLosses(

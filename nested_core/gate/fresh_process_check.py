@@ -27,13 +27,13 @@ from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.safetensors_files import read_tensors
 from nested_core.storage.strict_files import read_regular
 
-PROGRAM = Path(__file__).with_name("fresh_process_main.py")
+FRESH_PROCESS_PROGRAM = Path(__file__).with_name("fresh_process_main.py")
 # Relative to the centred norm of the trainer's logits. If the trainer computes in float32 the
 # process does too, with the same kernels; in narrower types the order of sums shows.
 TOLERANCE_FLOAT32 = 1e-3
-TOLERANCE_NARROW = 5e-2
+TOLERANCE_NARROW_DTYPES = 5e-2
 TIMEOUT_SECONDS = 3600
-LISTED_LINES = 3  # the last lines of the process's error that a message has
+MAX_LISTED_ERROR_LINES = 3  # the last lines of the process's error that a message has
 PROMPTS_WITHOUT_DATA = [list(range(start, start + 8)) for start in (1, 9, 17, 25)]
 Rows = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -56,7 +56,7 @@ class ProofRequest:
 
 
 @dataclass(frozen=True)
-class Answers:
+class FreshProcessLogits:
     """Logits with either adapter, a row a prompt, and the LoRA factors of the trained model.
 
     base: the logits of the base model alone; None if those with the initial adapter are finite.
@@ -68,16 +68,16 @@ class Answers:
     factors: set[str]
 
 
-def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
+def prove_effect_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[Reason]]:
     """The evidence for gate.json, and the reasons against the adapter.
 
     Raises NestedTuneError if the process failed or was killed: that says nothing about the adapter.
     """
     evidence: dict[str, Any] = {"model": str(request.model), "prompts": len(request.prompts)}
-    answers = load_and_answer(request)
+    answers = compute_logits_in_fresh_process(request)
     if isinstance(answers, Reason):
         return evidence | {"error": answers.message}, [answers]
-    answers, expected = where_base_is_finite(answers, request.expected)
+    answers, expected = keep_prompts_with_finite_base(answers, request.expected)
     evidence["prompts"] = len(answers.initial)
     tensors = read_tensors(request.trained / WEIGHTS_NAME, follow_links=True)
     empty = sorted(answers.factors - tensors.keys())
@@ -93,7 +93,7 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
         return evidence, [Reason("no_effect", message)]
     if expected is None:
         return evidence, []
-    tolerance = TOLERANCE_FLOAT32 if request.is_float32 else TOLERANCE_NARROW
+    tolerance = TOLERANCE_FLOAT32 if request.is_float32 else TOLERANCE_NARROW_DTYPES
     distance = relative_distance(answers.trained, expected)
     evidence |= {"relative_distance_from_trainer": finite_or_none(distance), "tolerance": tolerance}
     if distance <= tolerance:
@@ -105,9 +105,9 @@ def prove_in_fresh_process(request: ProofRequest) -> tuple[dict[str, Any], list[
     return evidence, [Reason("config_mismatch", message)]
 
 
-def where_base_is_finite(
-    answers: Answers, expected: Sequence[Sequence[float | None]] | None
-) -> tuple[Answers, Rows | None]:
+def keep_prompts_with_finite_base(
+    answers: FreshProcessLogits, expected: Sequence[Sequence[float | None]] | None
+) -> tuple[FreshProcessLogits, Rows | None]:
     """The rows of prompts that the base model alone answers; all of them if it answers none.
 
     A base with a broken embedding, say, answers nothing that has this token, whatever the adapter.
@@ -127,7 +127,7 @@ def where_base_is_finite(
     return sound, None if rows is None else rows[is_sound]
 
 
-def non_finite_reason(answers: Answers) -> Reason | None:
+def non_finite_reason(answers: FreshProcessLogits) -> Reason | None:
     """A reason if logits overflowed; the adapter is blamed only for what was finite before it.
 
     A model may mask a part of its vocabulary by -inf: that is no overflow if it does so without the
@@ -190,7 +190,7 @@ def _are_finite_alike(one: Rows, other: Rows) -> bool:
     return one.shape == other.shape and bool((np.isfinite(one) == np.isfinite(other)).all())
 
 
-def load_and_answer(request: ProofRequest) -> Answers | Reason:
+def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits | Reason:
     """What the process computed, or the reason if mlx_lm.load refuses an adapter."""
     document = {
         "model": str(request.model),
@@ -212,7 +212,7 @@ def load_and_answer(request: ProofRequest) -> Answers | Reason:
         message = f"mlx_lm.load in a new process could not use the {side} adapter: {error}"
         return Reason("unreadable", message)
     base = answers["base"]
-    return Answers(
+    return FreshProcessLogits(
         initial=np.array(answers["initial"]["logits"], np.float64),
         trained=np.array(answers["trained"]["logits"], np.float64),
         base=None if base is None else np.array(base["logits"], np.float64),
@@ -224,7 +224,7 @@ def _run_program(arguments: Sequence[str]) -> None:
     """Run the program; NestedTuneError if it gave no answer, which is never the adapter's fault."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", str(PROGRAM), *arguments],
+            [sys.executable, "-P", str(FRESH_PROCESS_PROGRAM), *arguments],
             env=_child_environment(),
             capture_output=True,
             timeout=TIMEOUT_SECONDS,
@@ -241,7 +241,7 @@ def _run_program(arguments: Sequence[str]) -> None:
         )
     if done.returncode > 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        problem = shorten(" ".join(lines[-LISTED_LINES:]) or "it gave no message", 400)
+        problem = shorten(" ".join(lines[-MAX_LISTED_ERROR_LINES:]) or "it gave no message", 400)
         raise NestedTuneError(
             f"The process that loads base and adapter for the gate failed: {problem}. This says "
             f"nothing about the adapter, and there is no verdict. Look for room in "
@@ -252,7 +252,7 @@ def _run_program(arguments: Sequence[str]) -> None:
 
 def _child_environment() -> dict[str, str]:
     """This process's own environment, with the OpenBLAS that it computes with preloaded."""
-    prepared = backend.preparation()
+    prepared = backend.get_process_preparation()
     if prepared is None or prepared.blas is None:
         return dict(os.environ)
     return os.environ | {"LD_PRELOAD": prepared.blas}

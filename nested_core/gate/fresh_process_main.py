@@ -30,7 +30,7 @@ def load_model(request: dict[str, Any], adapter: str | None) -> Any:
     )[0]
 
 
-def answer(request: dict[str, Any], model: Any) -> dict[str, Any]:
+def compute_logits(request: dict[str, Any], model: Any) -> dict[str, Any]:
     """The names of the model's LoRA factors, and a row of logits for each prompt."""
     if request["dtype"] is not None:
         model.set_dtype(getattr(mx, request["dtype"]))
@@ -45,28 +45,28 @@ def answer(request: dict[str, Any], model: Any) -> dict[str, Any]:
     return {"factors": factors, "logits": rows}
 
 
-def answer_with(request: dict[str, Any], adapter: str | None) -> dict[str, Any]:
+def compute_logits_with_adapter(request: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     """The answer with an adapter (or none), blaming it only for what the base alone does not give.
 
     An OSError, MemoryError or RuntimeError (MLX's for memory, files and compilers) blames nobody.
     """
     try:
-        return answer(request, load_model(request, adapter))
+        return compute_logits(request, load_model(request, adapter))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        answer(request, load_model(request, None))
+        compute_logits(request, load_model(request, None))
         raise AdapterRefused(f"{type(error).__name__}: {error}") from error
 
 
-def answer_all(request: dict[str, Any]) -> dict[str, Any]:
+def compute_all_logits(request: dict[str, Any]) -> dict[str, Any]:
     """An answer with either adapter, and without any if the first one's logits are not finite."""
     answers: dict[str, Any] = {"base": None}
     for side in ("initial", "trained"):
         try:
-            answers[side] = answer_with(request, request[side])
+            answers[side] = compute_logits_with_adapter(request, request[side])
         except AdapterRefused as refusal:
             return {"refused": side, "error": str(refusal)}
     if not all(abs(logit) < INFINITY for row in answers["initial"]["logits"] for logit in row):
-        answers["base"] = answer(request, load_model(request, None))
+        answers["base"] = compute_logits(request, load_model(request, None))
     return answers
 
 
@@ -74,7 +74,7 @@ def main(request_path: str, answer_path: str) -> None:
     """Answer one request."""
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
-    answers = answer_all(request)
+    answers = compute_all_logits(request)
     with open(answer_path, "w", encoding="utf-8") as file:
         json.dump(answers, file)
 

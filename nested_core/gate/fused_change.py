@@ -18,7 +18,7 @@ from nested_core.gate.verdict import Reason
 from nested_core.models.lora_attachment import load_adapter_tensors
 from nested_core.registry.gate_file import MIN_CHANGE_LEFT_BY_FUSING
 
-MIN_SHARE_OF_A_MODULE = 0.1
+MIN_CARRIED_SHARE_OF_MODULE = 0.1
 Parameters = Mapping[str, mx.array]
 Overflow = Literal["before", "after"]  # with the initial adapter already, or the trained one alone
 
@@ -36,7 +36,7 @@ class FusedChange:
         return self.inner_product / self.squared_norm if self.squared_norm else 0.0
 
 
-def judge_fused(
+def judge_fused_change(
     model: nn.Module, before: Parameters, after: Parameters
 ) -> tuple[dict[str, Any], list[Reason]]:
     """The share of the change that is left once it is fused, and a reason if that is too little.
@@ -54,7 +54,7 @@ def judge_fused(
     inner_product = sum(change.inner_product for change in changes.values())
     whole = FusedChange(squared_norm, inner_product)
     erased = sorted(
-        n for n, change in changes.items() if change.carried_share < MIN_SHARE_OF_A_MODULE
+        n for n, change in changes.items() if change.carried_share < MIN_CARRIED_SHARE_OF_MODULE
     )
     evidence = {
         "modules": len(measured),
@@ -70,10 +70,10 @@ def judge_fused(
         f"{MIN_CHANGE_LEFT_BY_FUSING:.0%} is asked for) and {len(erased)} of {len(changes)} "
         f"modules lose theirs: use the adapter unfused, or fuse with --dequantize"
     )
-    return evidence, [Reason("no_effect", message, _tensors_of(erased, after))]
+    return evidence, [Reason("no_effect", message, _tensor_names_of_modules(erased, after))]
 
 
-def _tensors_of(modules: Collection[str], adapter: Parameters) -> tuple[str, ...]:
+def _tensor_names_of_modules(modules: Collection[str], adapter: Parameters) -> tuple[str, ...]:
     return tuple(name for name in sorted(adapter) if name.rpartition(".")[0] in modules)
 
 
@@ -87,7 +87,7 @@ def _overflow_reasons(overflowing: Mapping[str, Overflow], after: Parameters) ->
                 f"fused into the base with the {adapter} adapter, the weights of {len(modules)} "
                 f"modules are not finite"
             )
-            reasons.append(Reason("non_finite", message, _tensors_of(modules, after)))
+            reasons.append(Reason("non_finite", message, _tensor_names_of_modules(modules, after)))
     return reasons
 
 
@@ -95,9 +95,14 @@ def _measure_module(
     model: nn.Module, module: Any, before: Parameters, after: Parameters
 ) -> FusedChange | Overflow:
     """The change of one module, or with which adapter its fused weight is not finite."""
-    fused = [float32_weight(module.fuse()) for _ in _one_then_the_other(model, before, after)]
+    fused = [
+        float32_weight(module.fuse()) for _ in _load_each_adapter_in_turn(model, before, after)
+    ]
     module.set_dtype(mx.float32)
-    exact = [module.fuse(dequantize=True).weight for _ in _one_then_the_other(model, before, after)]
+    exact = [
+        module.fuse(dequantize=True).weight
+        for _ in _load_each_adapter_in_turn(model, before, after)
+    ]
     if not _are_finite(fused[0], exact[0]):
         return "before"
     exact_change = exact[1] - exact[0]
@@ -116,7 +121,9 @@ def _are_finite(*arrays: mx.array) -> bool:
     return all(bool(mx.isfinite(array).all().item()) for array in arrays)
 
 
-def _one_then_the_other(model: nn.Module, before: Parameters, after: Parameters) -> Iterator[None]:
+def _load_each_adapter_in_turn(
+    model: nn.Module, before: Parameters, after: Parameters
+) -> Iterator[None]:
     """Put one adapter into the model, yield, then the other."""
     for tensors in (before, after):
         load_adapter_tensors(model, tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import ConfigError
 from nested_core.storage.dataset_record import DatasetRecord
 
@@ -23,7 +23,7 @@ def held_out_split(choice: str, splits: Mapping[str, CountedSplit]) -> str | Non
 
     None where there is none, and where the choice is a file outside of the data set.
     """
-    allowed = HELD_OUT_SPLITS.get(choice, ())
+    allowed = SPLITS_BY_HELD_OUT_CHOICE.get(choice, ())
     return next((name for name in allowed if name in splits and splits[name].rows), None)
 
 
@@ -32,7 +32,7 @@ def held_out_file(choice: str, dataset: DatasetRecord) -> str | None:
 
     None where `auto` finds neither a test set nor a validation set.
     """
-    if choice not in HELD_OUT_SPLITS:
+    if choice not in SPLITS_BY_HELD_OUT_CHOICE:
         return choice
     split = held_out_split(choice, dataset.splits)
     return None if split is None else f"{split}.jsonl"

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.config.data import DataPolicy
-from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batch_arrays import make_batch_arrays
 from nested_core.data.batch_order import choose_evaluation_batches
@@ -45,7 +45,7 @@ from nested_core.storage.safetensors_files import load_arrays
 from nested_core.storage.strict_files import regular_sha256
 from nested_core.text.digest_format import shorten_digest
 
-LISTED_PROBLEMS = 3
+MAX_LISTED_PROBLEMS = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class LoadedBase:
             for name, array in arrays.items()
         )
 
-    def compare(
+    def compare_predictions(
         self,
         adapters: Sequence[Mapping[str, mx.array]],
         split: TokenizedSplit,
@@ -118,7 +118,7 @@ class LoadedBase:
                 predictions.tokens[batch.rows] = compared.tokens[:count]
         return predictions
 
-    def losses(
+    def example_loss_sums(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
     ) -> list[tuple[Vector, Vector]]:
         """Of each adapter folder, the summed loss and the supervised tokens of each example.
@@ -127,14 +127,14 @@ class LoadedBase:
         of the `max_batches` batches; -1 is all of them.
         """
         tensors = [load_arrays(adapter / WEIGHTS_NAME) for adapter in adapters]
-        predictions = self.compare(tensors, split, max_batches)
+        predictions = self.compare_predictions(tensors, split, max_batches)
         return [(losses, predictions.tokens) for losses in predictions.losses]
 
     def mean_losses(
         self, adapters: Sequence[Path], split: TokenizedSplit, max_batches: int = -1
     ) -> list[float]:
         """The mean loss over supervised tokens with each adapter folder, on the same batches."""
-        losses = self.losses(adapters, split, max_batches)
+        losses = self.example_loss_sums(adapters, split, max_batches)
         return [float(sums.sum() / tokens.sum()) for sums, tokens in losses]
 
 
@@ -151,24 +151,24 @@ class HeldOutExamples:
     selected_on_same_data: bool
 
     @cached_property
-    def is_supervised(self) -> Bool:
+    def is_example_supervised(self) -> Bool:
         """Whether each example of the split has a token that the loss counts, bool [n]."""
         counts = [self.split.example_mask(row).any() for row in range(len(self.split))]
         return np.array(counts, np.bool_)
 
     @cached_property
-    def has_one_answer(self) -> bool:
+    def are_all_answers_equal(self) -> bool:
         """Whether the supervised tokens of all examples are the same, of two examples or more."""
         answers = {
             self.split.example(row)[1:][self.split.example_mask(row)[1:]].tobytes()
-            for row in np.flatnonzero(self.is_supervised).tolist()
+            for row in np.flatnonzero(self.is_example_supervised).tolist()
         }
-        return len(answers) == 1 and int(self.is_supervised.sum()) > 1
+        return len(answers) == 1 and int(self.is_example_supervised.sum()) > 1
 
     @cached_property
     def digests(self) -> Digests:
         """The digests of the examples that have such a token, uint64."""
-        return digest_examples(self.split)[self.is_supervised]
+        return digest_examples(self.split)[self.is_example_supervised]
 
 
 def choose_held_out_examples(
@@ -178,11 +178,11 @@ def choose_held_out_examples(
 
     choice: a value of `gate.held_out` that names splits.
     """
-    name = next((name for name in HELD_OUT_SPLITS[choice] if name in splits), None)
-    return None if name is None else _make_held_out(splits[name], f"{name}.jsonl", splits)
+    name = next((name for name in SPLITS_BY_HELD_OUT_CHOICE[choice] if name in splits), None)
+    return None if name is None else _make_held_out_examples(splits[name], f"{name}.jsonl", splits)
 
 
-def _make_held_out(
+def _make_held_out_examples(
     split: TokenizedSplit, file: str, splits: Mapping[str, TokenizedSplit]
 ) -> HeldOutExamples:
     valid = splits.get("valid")
@@ -198,9 +198,9 @@ def read_held_out_examples(
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """
     choice = config.gate.held_out
-    if choice in HELD_OUT_SPLITS:
+    if choice in SPLITS_BY_HELD_OUT_CHOICE:
         return choose_held_out_examples(splits, choice)
-    return _make_held_out(read_held_out_file(config), choice, splits)
+    return _make_held_out_examples(read_held_out_file(config), choice, splits)
 
 
 def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
@@ -209,7 +209,9 @@ def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """
     settings = replace(DataSettings.from_config(config), hf_dataset=())
-    return _read_file("gate.held_out", Path(config.gate.held_out).expanduser(), config, settings)
+    return _read_and_validate_file(
+        "gate.held_out", Path(config.gate.held_out).expanduser(), config, settings
+    )
 
 
 def measure_example_losses(
@@ -225,8 +227,8 @@ def measure_example_losses(
     wants_base = base.config.gate.drift
     if wants_base and not base.is_unchanged_by(evidence.before):
         adapters = [base.parameters, before, after]
-    predictions = base.compare(adapters, held_out.split)
-    is_supervised = held_out.is_supervised
+    predictions = base.compare_predictions(adapters, held_out.split)
+    is_supervised = held_out.is_example_supervised
     tokens = predictions.tokens[is_supervised]
 
     def a_token(sums: Vector) -> Vector:
@@ -244,18 +246,18 @@ def measure_example_losses(
     )
 
 
-def measure_test(config: FineTuneConfig, run: RunDirectory) -> float:
+def measure_test_loss(config: FineTuneConfig, run: RunDirectory) -> float:
     """Mean loss of the run's adapter on `test_batches` batches of test.jsonl, as `test` asks for.
 
     Raises DatasetError if there is no test set.
     """
-    split = filled_splits(config, run).get("test")
+    split = read_nonempty_splits(config, run).get("test")
     if split is None:
         raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
     return LoadedBase.load(config).mean_losses((run.adapter,), split, config.test_batches)[0]
 
 
-def measure_general(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
+def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
     """Mean loss with either adapter on `gate.general_data`; None if that is not configured.
 
     Raises ConfigError if there is no such file, DatasetError if it has an error.
@@ -265,7 +267,7 @@ def measure_general(base: LoadedBase, run: RunDirectory) -> GeneralLoss | None:
     path = Path(base.config.gate.general_data).expanduser()
     settings = DataSettings.from_config(base.config)
     settings = replace(settings, hf_dataset=(), mask_prompt=False, supervise="last")
-    split = _read_file("gate.general_data", path, base.config, settings)
+    split = _read_and_validate_file("gate.general_data", path, base.config, settings)
     before, after = map(finite_or_none, base.mean_losses((run.initial, run.adapter), split))
     return GeneralLoss(before, after, str(path), regular_sha256(path, follow_links=True))
 
@@ -281,14 +283,14 @@ def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
         )
 
 
-def filled_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, TokenizedSplit]:
+def read_nonempty_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str, TokenizedSplit]:
     """The splits that have examples, of the data that the run was validated with."""
     report, splits = load_run_data(config)
     require_validated_data(run, report)
     return {name: split for name, split in splits.items() if len(split)}
 
 
-def _read_file(
+def _read_and_validate_file(
     key: str, path: Path, config: FineTuneConfig, settings: DataSettings
 ) -> TokenizedSplit:
     """The file that a key names, validated and tokenized as a test set of its own."""
@@ -304,6 +306,6 @@ def _read_file(
         if finding.file == "test.jsonl" and finding.severity == "error"
     ]
     if problems or not len(splits.get("test", ())):
-        listed = "\n".join(f"  {problem}" for problem in problems[:LISTED_PROBLEMS])
+        listed = "\n".join(f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS])
         raise DatasetError(f"{key}: {path} holds no sound text to judge by.\n{listed}")
     return splits["test"]

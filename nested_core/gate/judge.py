@@ -16,15 +16,15 @@ from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.gate.base_compatibility import base_reasons, config_reasons, fingerprint_reasons
-from nested_core.gate.fresh_process_check import ProofRequest, prove_in_fresh_process
-from nested_core.gate.lora_effect import effect_reasons, overflow_reasons, require_lora_factors
+from nested_core.gate.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
+from nested_core.gate.lora_effect import no_effect_reasons, overflow_reasons, require_lora_factors
 from nested_core.gate.loss_bounds import drift_reasons, loss_reasons
 from nested_core.gate.recorded_verdict import require_same_verdict
-from nested_core.gate.run_evidence import RunEvidence, collect_evidence, describe_config
+from nested_core.gate.run_evidence import RunEvidence, collect_evidence, config_file_entry
 from nested_core.gate.task_bounds import (
-    describe_task_files,
     judge_answers,
-    require_same_results,
+    require_same_task_results,
+    task_file_entries,
 )
 from nested_core.gate.tensor_diff import change_reasons, compare_tensors, structure_reasons
 from nested_core.gate.tier_updates import TierEvidence, tier_changes, update_reasons
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from nested_core.gate.held_out_loss import LoadedBase
 
 # With one of these, tensors cannot be compared with each other or loaded into a model.
-MISMATCHES = {"tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"}
-INCOMPARABLE = MISMATCHES | {"non_finite"}
+MISMATCH_CODES = {"tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"}
+INCOMPARABLE_CODES = MISMATCH_CODES | {"non_finite"}
 NO_HELD_OUT_EXAMPLES = "there are no held-out examples"
 DIVERGENCE_CODES = {"non_finite", "loss_regressed"}
 
@@ -69,7 +69,7 @@ def verify_adapters(
         before, after = pool.map(_read_and_hash, (initial, trained))
     verdict = _compare_adapters(before, after, bounds or GateSection(), step=step, tiers={})
     if verdict.has_passed:
-        verdict = _prove_effect_without_run(verdict, before, after)
+        verdict = _prove_in_fresh_process_without_run(verdict, before, after)
     return _add_guides(verdict)
 
 
@@ -85,20 +85,20 @@ def judge_run(config: FineTuneConfig, run: RunDirectory) -> Verdict:
     Raises DamagedError if the folder is not as training left it.
     """
     stages.info("gate: changes of the tensors, updates of the tiers")
-    verdict, evidence = _judge_files(config, run)
-    files = evidence.files | {run.config.name: describe_config(config)}
+    verdict, evidence = _judge_without_model(config, run)
+    files = evidence.files | {run.config.name: config_file_entry(config)}
     verdict = replace(verdict, judged_files=files)
     divergence = _find_divergence(config, run, evidence)
-    if not _has_any(verdict.reasons, INCOMPARABLE | {"base_mismatch"}):
+    if not _has_any(verdict.reasons, INCOMPARABLE_CODES | {"base_mismatch"}):
         verdict = _compare_losses(verdict, config, run, evidence)
-    if not _has_any(verdict.reasons, INCOMPARABLE | {"unchanged", "base_mismatch"}):
+    if not _has_any(verdict.reasons, INCOMPARABLE_CODES | {"unchanged", "base_mismatch"}):
         verdict = _add_divergence(verdict, evidence, divergence)
     if verdict.has_passed and config.gate.check_fused:
         verdict = _check_fused_change(verdict, config, evidence)
     if verdict.has_passed:
-        verdict = _prove_effect(verdict, config, evidence)
+        verdict = _prove_in_fresh_process(verdict, config, evidence)
         if divergence is not None and divergence.has_risen:
-            verdict = replace(verdict, reasons=tuple(map(_name_divergence, verdict.reasons)))
+            verdict = replace(verdict, reasons=tuple(map(_reword_as_divergence, verdict.reasons)))
     return _add_guides(
         replace(verdict, reasons=_explain_by_divergence(verdict.reasons, divergence))
     )
@@ -130,7 +130,7 @@ def _add_divergence(
     return verdict if reason is None else replace(verdict, reasons=(reason, *verdict.reasons))
 
 
-def _name_divergence(reason: Reason) -> Reason:
+def _reword_as_divergence(reason: Reason) -> Reason:
     """The proof's reason, as one of a run that diverged: rounding is as large as its weights."""
     is_rounding = reason.code == "config_mismatch"
     return replace(reason, code="loss_regressed") if is_rounding else reason
@@ -154,7 +154,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
     a verdict written by hand is worth nothing. The losses and the proof are taken as they are
     recorded, where they agree with the configuration and the data.
     """
-    verdict, evidence = _judge_files(config, run)
+    verdict, evidence = _judge_without_model(config, run)
     if not verdict.has_passed:
         raise DamagedError(
             f"{run.gate} says passed, and the files that it judged do not: {verdict.summary()}. "
@@ -166,7 +166,7 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
     if run.gate_losses.name in bound or isinstance(recorded.get("validation"), dict):
         written.add(run.gate_losses)
     files |= {path.name: describe_file(path) for path in written}
-    files |= describe_task_files(config.gate, run)
+    files |= task_file_entries(config.gate, run)
     names = sorted({*files, *bound} - {run.gate.name})
     if changed := [name for name in names if files.get(name) != bound.get(name)]:
         raise DamagedError(
@@ -175,10 +175,10 @@ def recheck_verdict(config: FineTuneConfig, run: RunDirectory, recorded: Mapping
             f"the run again with --resume."
         )
     require_same_verdict(verdict, recorded, run)
-    require_same_results(config.gate, run, recorded)
+    require_same_task_results(config.gate, run, recorded)
 
 
-def _judge_files(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, RunEvidence]:
+def _judge_without_model(config: FineTuneConfig, run: RunDirectory) -> tuple[Verdict, RunEvidence]:
     """The checks that need no model: tensors, configurations, and updates of each tier."""
     evidence = collect_evidence(run)
     tiers = TierEvidence.collect(config, run, evidence)
@@ -205,14 +205,14 @@ def _compare_adapters(
 ) -> Verdict:
     changes = compare_tensors(before, after, tiers)
     reasons = structure_reasons(before, after)
-    if not _has_any(reasons, INCOMPARABLE):
+    if not _has_any(reasons, INCOMPARABLE_CODES):
         require_lora_factors(after)
         if not reasons:
             reasons = config_reasons(after)
-    if not _has_any(reasons, INCOMPARABLE):
+    if not _has_any(reasons, INCOMPARABLE_CODES):
         reasons += change_reasons(before, changes, bounds.min_relative_change)
         if not reasons:
-            reasons = overflow_reasons(before, after) or effect_reasons(before, after)
+            reasons = overflow_reasons(before, after) or no_effect_reasons(before, after)
     return Verdict(
         reasons=tuple(reasons),
         adapter_step=step,
@@ -238,13 +238,13 @@ def _compare_losses(
     # Here, because `promote` confirms a verdict without a model, and need not wait for mlx-lm.
     from nested_core.data.example_digests import digest_examples
     from nested_core.gate.champion_adapter import UnusableChampion, find_champion
-    from nested_core.gate.champion_losses import HeldOutComparison, compare_with_champion
+    from nested_core.gate.champion_losses import MeasuredHeldOutExamples, compare_with_champion
     from nested_core.gate.held_out_loss import (
         LoadedBase,
-        filled_splits,
         measure_example_losses,
-        measure_general,
+        measure_general_loss,
         read_held_out_examples,
+        read_nonempty_splits,
     )
 
     stages.info("gate: losses on held-out examples, before and after")
@@ -252,7 +252,7 @@ def _compare_losses(
     misfits = base_reasons(evidence.after, base.parameters, base.folder)
     if misfits:
         return _add_reasons(verdict, misfits)
-    splits = filled_splits(config, run)
+    splits = read_nonempty_splits(config, run)
     training_examples = digest_examples(splits["train"])
     files = {run.training_examples.name: np.unique(training_examples).astype("<u8").tobytes()}
     held_out = read_held_out_examples(config, splits)
@@ -268,16 +268,16 @@ def _compare_losses(
         validation = Validation.from_losses(
             losses,
             selected_on_same_data=held_out.selected_on_same_data,
-            has_one_answer=held_out.has_one_answer,
+            has_one_answer=held_out.are_all_answers_equal,
         )
-    general = measure_general(base, run)
+    general = measure_general_loss(base, run)
     reasons = loss_reasons(validation, general, config.gate)
     if losses is not None and validation is not None:
         drift = Drift.from_losses(losses)
         reasons += drift_reasons(drift, describe_examples(validation), config.gate)
     if held_out is not None and losses is not None and validation is not None:
         if champion is not None:
-            examples = HeldOutComparison(held_out, losses, training_examples)
+            examples = MeasuredHeldOutExamples(held_out, losses, training_examples)
             champion_loss, losses = compare_with_champion(champion, evidence, examples)
         files[run.gate_losses.name] = losses.render()
         validation = replace(validation, losses_sha256=losses.sha256())
@@ -314,7 +314,7 @@ def _compare_task_answers(
 
 def _check_fused_change(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
     """Add whether the change survives fusing into the base as it is stored."""
-    from nested_core.gate.fused_change import judge_fused
+    from nested_core.gate.fused_change import judge_fused_change
     from nested_core.gate.held_out_loss import LoadedBase
 
     stages.info("gate: whether the change survives fusing")
@@ -322,11 +322,15 @@ def _check_fused_change(verdict: Verdict, config: FineTuneConfig, evidence: RunE
         {name: tensor.to_mlx() for name, tensor in adapter.tensors.items()}
         for adapter in (evidence.before, evidence.after)
     )
-    fused, reasons = judge_fused(LoadedBase.load(config, as_stored=True).model, before, after)
+    fused, reasons = judge_fused_change(
+        LoadedBase.load(config, as_stored=True).model, before, after
+    )
     return replace(_add_reasons(verdict, reasons), fused=fused)
 
 
-def _prove_effect(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence) -> Verdict:
+def _prove_in_fresh_process(
+    verdict: Verdict, config: FineTuneConfig, evidence: RunEvidence
+) -> Verdict:
     """Add whether a new process computes with the offered adapter what the trainer computed."""
     stages.info("gate: a new process loads the adapter, and must see the change")
     mx.clear_cache()  # this process has let go of the model; the new one needs the memory
@@ -344,7 +348,9 @@ def _prove_effect(verdict: Verdict, config: FineTuneConfig, evidence: RunEvidenc
     return _add_proof(verdict, request)
 
 
-def _prove_effect_without_run(verdict: Verdict, before: Adapter, after: Adapter) -> Verdict:
+def _prove_in_fresh_process_without_run(
+    verdict: Verdict, before: Adapter, after: Adapter
+) -> Verdict:
     """The same for any two adapters, if the base that they name is a folder here."""
     named = after.config.get("model")
     if not named or not Path(named, "config.json").is_file():
@@ -361,5 +367,5 @@ def _prove_effect_without_run(verdict: Verdict, before: Adapter, after: Adapter)
 
 
 def _add_proof(verdict: Verdict, request: ProofRequest) -> Verdict:
-    proof, reasons = prove_in_fresh_process(request)
+    proof, reasons = prove_effect_in_fresh_process(request)
     return replace(_add_reasons(verdict, reasons), proof=proof)

@@ -13,28 +13,30 @@ from typing import Any
 import numpy as np
 
 from nested_core.errors import DamagedError
-from nested_core.gate.tensor_diff import differs, frobenius_norm
+from nested_core.gate.tensor_diff import frobenius_norm, tensors_differ
 from nested_core.gate.verdict import Reason
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Factors = tuple[StoredTensor, StoredTensor]  # lora_a and lora_b of one module
-ROUNDING = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+ROUNDING_STEP_BY_DTYPE = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 ROUNDING_FACTOR = 4.0
-FACTORS = ("lora_a", "lora_b")
+FACTOR_NAMES = ("lora_a", "lora_b")
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-SAMPLED = 64  # rows and columns of a product that are compared before the whole of it
+SAMPLED_PRODUCT_ROWS = 64  # rows and columns of a product that are compared before the whole of it
 
 
-def effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
+def no_effect_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     """One reason that names the tensors of every module whose product did not change."""
     idle = [
-        m for m in _module_names(trained) if not _has_moved(m, initial.tensors, trained.tensors)
+        m
+        for m in _module_names(trained)
+        if not _has_module_changed(m, initial.tensors, trained.tensors)
     ]
     if not idle:
         return []
-    names = tuple(f"{module}.{leaf}" for module in idle for leaf in FACTORS)
+    names = tuple(f"{module}.{leaf}" for module in idle for leaf in FACTOR_NAMES)
     message = f"the product lora_a @ lora_b of {len(idle)} modules did not move, {idle[0]} first"
     return [Reason("no_effect", message, names)]
 
@@ -52,7 +54,7 @@ def overflow_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     for modules, whose in ((before, "the initial adapter's"), (after, "the trained adapter's")):
         if modules:
             first, *_ = ordered = sorted(modules)
-            names = tuple(f"{module}.{leaf}" for module in ordered for leaf in FACTORS)
+            names = tuple(f"{module}.{leaf}" for module in ordered for leaf in FACTOR_NAMES)
             message = (
                 f"{whose} scale * lora_a @ lora_b overflows float32 in {len(modules)} modules, "
                 f"{first} first"
@@ -70,8 +72,10 @@ def _product_overflows(adapter: Adapter, module: str) -> bool:
     left, right = _float64_factors((a, b), None)
     with np.errstate(all="ignore"):
         return any(
-            not (scale * np.abs(left[:, row : row + SAMPLED] @ right) <= LARGEST_FLOAT32).all()
-            for row in range(0, left.shape[1], SAMPLED)
+            not (
+                scale * np.abs(left[:, row : row + SAMPLED_PRODUCT_ROWS] @ right) <= LARGEST_FLOAT32
+            ).all()
+            for row in range(0, left.shape[1], SAMPLED_PRODUCT_ROWS)
         )
 
 
@@ -81,7 +85,7 @@ def require_lora_factors(adapter: Adapter) -> None:
         a, b = _factor_pair(adapter.tensors, module)
         is_dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
         is_switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
-        if not (is_dense or is_switch) or not {a.dtype, b.dtype} <= ROUNDING.keys():
+        if not (is_dense or is_switch) or not {a.dtype, b.dtype} <= ROUNDING_STEP_BY_DTYPE.keys():
             raise DamagedError(
                 f"{module}: lora_a {a.dtype} {a.shape} and lora_b {b.dtype} {b.shape} are no "
                 f"low-rank factors; expected floating point (in, rank) and (rank, out)."
@@ -97,18 +101,18 @@ def _factor_pair(tensors: Mapping[str, StoredTensor], module: str) -> Factors:
     return tensors[f"{module}.lora_a"], tensors[f"{module}.lora_b"]
 
 
-def _has_moved(
+def _has_module_changed(
     module: str, before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor]
 ) -> bool:
     magnitude = f"{module}.m"  # DoRA's
-    if magnitude in after and differs(before[magnitude], after[magnitude]):
+    if magnitude in after and tensors_differ(before[magnitude], after[magnitude]):
         return True
     old, new = _factor_pair(before, module), _factor_pair(after, module)
     size = sum(frobenius_norm(a) * frobenius_norm(b) for a, b in (old, new))
-    bound = ROUNDING_FACTOR * ROUNDING[new[0].dtype] * size
+    bound = ROUNDING_FACTOR * ROUNDING_STEP_BY_DTYPE[new[0].dtype] * size
     # If a part of the product moved by more than the bound, the whole moved further.
     return (
-        _norm_of_difference(new, old, SAMPLED) > bound
+        _norm_of_difference(new, old, SAMPLED_PRODUCT_ROWS) > bound
         or _norm_of_difference(new, old, None) > bound
     )
 

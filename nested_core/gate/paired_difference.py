@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
-FEWEST_EXAMPLES = 5  # with fewer the interval is all numbers: nothing can be shown
+MIN_EXAMPLES = 5  # with fewer the interval is all numbers: nothing can be shown
 RESAMPLES = 10_000
 SEED = 20_251_121
-_MOST_DRAWS = 100_000_000  # in all: a very large set is resampled less often
+_MAX_DRAWS = 100_000_000  # in all: a very large set is resampled less often
 _DRAWS_AT_ONCE = 2_000_000  # 16 MB of indices
-_NORMAL = NormalDist()
+_NORMAL_DISTRIBUTION = NormalDist()
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 Values = Sequence[float] | Vector
 
@@ -32,7 +32,7 @@ class PairedDifference:
     examples: how many pairs there are.
     mean: the weighted mean of second minus first, in the unit of the values.
     standard_error: of that mean, from the spread of the differences.
-    low, high: the ends of its 95 % interval; infinite with fewer than FEWEST_EXAMPLES.
+    low, high: the ends of its 95 % interval; infinite with fewer than MIN_EXAMPLES.
     """
 
     examples: int
@@ -44,7 +44,7 @@ class PairedDifference:
     @property
     def is_measurable(self) -> bool:
         """Whether there are enough examples for an interval."""
-        return self.examples >= FEWEST_EXAMPLES
+        return self.examples >= MIN_EXAMPLES
 
     @property
     def smallest_visible(self) -> float:
@@ -90,7 +90,7 @@ def compare_pairs(first: Values, second: Values, weights: Values | None = None) 
         raise ValueError("values must be finite, and weights finite and above 0")
     values = pair[1] - pair[0]
     mean = float(counts @ values / counts.sum())
-    if examples < FEWEST_EXAMPLES:
+    if examples < MIN_EXAMPLES:
         return PairedDifference(examples, mean, math.inf, -math.inf, math.inf)
     residuals = counts * (values - mean)
     variance = float(residuals @ residuals) * examples / (examples - 1)
@@ -106,7 +106,7 @@ def smallest_visible_share(examples: int) -> float:
     1.0 at most, which says that no loss can show. A resample misses all k lost scores with a chance
     of (1 - k / n) ** n, which has to be less than the interval's tail.
     """
-    if examples < FEWEST_EXAMPLES:
+    if examples < MIN_EXAMPLES:
         return 1.0
     lost = math.ceil(examples * (1 - math.pow(_tail_probability(examples), 1 / examples)))
     return lost / examples
@@ -115,7 +115,7 @@ def smallest_visible_share(examples: int) -> float:
 def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
     """The weighted mean of as many examples drawn with replacement, many times; seeded."""
     examples = values.size
-    resamples = min(RESAMPLES, max(1_000, _MOST_DRAWS // examples))
+    resamples = min(RESAMPLES, max(1_000, _MAX_DRAWS // examples))
     random = np.random.default_rng(SEED)
     rows = max(1, _DRAWS_AT_ONCE // examples)
     sums = values if weights is None else values * weights
@@ -131,19 +131,21 @@ def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
 def _tail_probability(examples: int) -> float:
     """The share of resampled means that lies beyond either end of the expanded interval."""
     quantile = _student_t_quantile(examples - 1)
-    return _NORMAL.cdf(-quantile * math.sqrt(examples / (examples - 1)))
+    return _NORMAL_DISTRIBUTION.cdf(-quantile * math.sqrt(examples / (examples - 1)))
 
 
-def _student_t_quantile(freedom: int) -> float:
+def _student_t_quantile(degrees_of_freedom: int) -> float:
     """The upper quantile of Student's t at CONFIDENCE, both sides; within 0.001 from 4 degrees.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
     """
-    z = _NORMAL.inv_cdf((1 + CONFIDENCE) / 2)
+    z = _NORMAL_DISTRIBUTION.inv_cdf((1 + CONFIDENCE) / 2)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92_160,
     )
-    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, start=1))
+    return z + math.fsum(
+        term / degrees_of_freedom**power for power, term in enumerate(terms, start=1)
+    )

@@ -34,8 +34,8 @@ from nested_core.training.loss.chunked_cross_entropy import (
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.loss.output_head import OutputHead, extract_logits, find_output_head
 
-LOGITS_ON_CPU = 2**21  # of one chunk and adapter: 8 MiB in float32
-LEAST_ROWS_ON_CPU = 64  # the output layer is read once a chunk
+MAX_LOGITS_PER_CHUNK_ON_CPU = 2**21  # of one chunk and adapter: 8 MiB in float32
+MIN_ROWS_PER_CHUNK_ON_CPU = 64  # the output layer is read once a chunk
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -71,8 +71,8 @@ class PredictionComparison:
         return cls(model, parameters, find_output_head(model, parameters))
 
     @cached_property
-    def _compiled_states(self) -> Any:
-        return mx.compile(self._compute_states)
+    def _compiled_hidden_states(self) -> Any:
+        return mx.compile(self._compute_hidden_states)
 
     @cached_property
     def _compiled_comparison(self) -> Any:
@@ -84,7 +84,7 @@ class PredictionComparison:
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             states = []
             for own in values:
-                states.append(self._compiled_states(own, tokens, positions))
+                states.append(self._compiled_hidden_states(own, tokens, positions))
                 mx.eval(states[-1])  # one pass's activations at a time
             figures = self._compiled_comparison(states, tokens, positions)
         losses, divergences = (np.array(rows, np.float64) for rows in figures)
@@ -102,7 +102,9 @@ class PredictionComparison:
             tokens=np.bincount(row, minlength=rows).astype(np.float64),
         )
 
-    def _compute_states(self, values: Flat, tokens: mx.array, positions: mx.array) -> mx.array:
+    def _compute_hidden_states(
+        self, values: Flat, tokens: mx.array, positions: mx.array
+    ) -> mx.array:
         """What the logits of the positions come from, (positions, width or vocabulary)."""
         assign_parameters(self.parameters, values)
         inputs = tokens[:, :-1]
@@ -123,7 +125,9 @@ class PredictionComparison:
         vocabulary = self._logits(states[0][:1]).shape[-1]
         rows = max(1, rows_per_chunk(vocabulary) // len(states))
         if backend.device() == "cpu":  # which compares faster what its caches hold
-            rows = min(rows, max(LEAST_ROWS_ON_CPU, LOGITS_ON_CPU // vocabulary))
+            rows = min(
+                rows, max(MIN_ROWS_PER_CHUNK_ON_CPU, MAX_LOGITS_PER_CHUNK_ON_CPU // vocabulary)
+            )
         chunks: list[tuple[mx.array, mx.array]] = []
         for start in range(0, targets.size, rows):
             chunk = slice(start, start + rows)

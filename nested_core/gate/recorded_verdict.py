@@ -11,17 +11,17 @@ from typing import Any
 from nested_core.config.gate import GateSection
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
-from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW
+from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES
 from nested_core.gate.held_out_choice import held_out_file
 from nested_core.gate.verdict import ChampionLoss, Drift, Validation, Verdict
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 
 NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
-TOLERANCES = (TOLERANCE_FLOAT32, TOLERANCE_NARROW)
-MISSING = "missing"
-ADDED_BOUNDS = {"max_kl", "drift", "held_out"}  # a verdict of an earlier release lacks them
-NORMS = ("max_abs_delta", "relative_delta")
+LOGIT_TOLERANCES = (TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES)
+MISSING_FIGURE = "missing"
+BOUNDS_ADDED_LATER = {"max_kl", "drift", "held_out"}  # a verdict of an earlier release lacks them
+NORM_FIELDS = ("max_abs_delta", "relative_delta")
 
 
 def require_same_verdict(verdict: Verdict, recorded: Mapping[str, Any], run: RunDirectory) -> None:
@@ -47,7 +47,7 @@ def _differing_fields(verdict: Verdict, recorded: Mapping[str, Any]) -> Iterator
         if recorded.get(key) != now[key]:
             yield key
     thresholds = recorded.get("thresholds")
-    defaults = GateSection().model_dump(mode="json", include=ADDED_BOUNDS)
+    defaults = GateSection().model_dump(mode="json", include=BOUNDS_ADDED_LATER)
     if not isinstance(thresholds, dict) or defaults | thresholds != now["thresholds"]:
         yield "thresholds"
     if not _are_same_tensors(recorded.get("tensors"), now["tensors"]):
@@ -58,25 +58,25 @@ def _differing_fields(verdict: Verdict, recorded: Mapping[str, Any]) -> Iterator
             yield side
 
 
-def _are_same_tensors(recorded: Any, now: list[dict[str, Any]]) -> bool:
-    if not isinstance(recorded, list) or len(recorded) != len(now):
+def _are_same_tensors(recorded: Any, recomputed: list[dict[str, Any]]) -> bool:
+    if not isinstance(recorded, list) or len(recorded) != len(recomputed):
         return False
-    return all(_is_same_tensor(*pair) for pair in zip(recorded, now, strict=True))
+    return all(_is_same_tensor(*pair) for pair in zip(recorded, recomputed, strict=True))
 
 
-def _is_same_tensor(recorded: Any, now: dict[str, Any]) -> bool:
-    if not isinstance(recorded, dict) or recorded.keys() != now.keys():
+def _is_same_tensor(recorded: Any, recomputed: dict[str, Any]) -> bool:
+    if not isinstance(recorded, dict) or recorded.keys() != recomputed.keys():
         return False
-    exact = now.keys() - set(NORMS)
-    return all(recorded[key] == now[key] for key in exact) and all(
-        _is_close(recorded[key], now[key]) for key in NORMS
+    exact = recomputed.keys() - set(NORM_FIELDS)
+    return all(recorded[key] == recomputed[key] for key in exact) and all(
+        _is_close_norm(recorded[key], recomputed[key]) for key in NORM_FIELDS
     )
 
 
-def _is_close(recorded: Any, now: float | None) -> bool:
-    if now is None or not isinstance(recorded, int | float):
-        return recorded is now
-    return math.isclose(recorded, now, rel_tol=NORM_TOLERANCE)
+def _is_close_norm(recorded: Any, recomputed: float | None) -> bool:
+    if recomputed is None or not isinstance(recorded, int | float):
+        return recorded is recomputed
+    return math.isclose(recorded, recomputed, rel_tol=NORM_TOLERANCE)
 
 
 def _missing_or_unexpected_fields(
@@ -99,7 +99,7 @@ def _missing_or_unexpected_fields(
     if (has_drift and not has_held_out) or (must_have_drift and not has_drift):
         yield "drift"
     proof = recorded.get("proof")
-    if isinstance(proof, dict) and proof.get("tolerance") not in TOLERANCES:
+    if isinstance(proof, dict) and proof.get("tolerance") not in LOGIT_TOLERANCES:
         yield "proof"  # or it was not held against the trainer's logits
 
 
@@ -122,21 +122,25 @@ def _differing_losses(
     choice = str(bounds.get("held_out", "auto"))
     if losses.file != held_out_file(choice, read_dataset_record(run.dataset)):
         yield "validation.file"
-    yield from _differing_drift(recorded.get("drift"), losses, wants_base=bool(bounds.get("drift")))
-    yield from _differing_champion(recorded.get("champion", MISSING), losses)
+    yield from _differing_drift(
+        recorded.get("drift"), losses, expects_base_drift=bool(bounds.get("drift"))
+    )
+    yield from _differing_champion(recorded.get("champion", MISSING_FIGURE), losses)
 
 
-def _differing_drift(drift: Any, losses: ExampleLosses, *, wants_base: bool) -> Iterator[str]:
+def _differing_drift(
+    drift: Any, losses: ExampleLosses, *, expects_base_drift: bool
+) -> Iterator[str]:
     """The figures of drift that the divergences of the examples do not give."""
     now = Drift.from_losses(losses)
     if now is None or not isinstance(drift, dict):
-        if drift is not None or now is not None or wants_base:
+        if drift is not None or now is not None or expects_base_drift:
             yield "drift"
         return
-    if (losses.base_drift is not None) is not wants_base:
+    if (losses.base_drift is not None) is not expects_base_drift:
         yield "drift.kl_base"
     for key, figure in asdict(now).items():
-        if not _is_close_figure(drift.get(key, MISSING), figure):
+        if not _is_close_figure(drift.get(key, MISSING_FIGURE), figure):
             yield f"drift.{key}"
 
 
@@ -156,17 +160,17 @@ def _differing_champion(champion: Any, losses: ExampleLosses) -> Iterator[str]:
     elif is_compared:
         now = asdict(ChampionLoss.from_losses(str(champion.get("version")), losses))
         for key in now:
-            if not _is_close_figure(champion.get(key, MISSING), now[key]):
+            if not _is_close_figure(champion.get(key, MISSING_FIGURE), now[key]):
                 yield f"champion.{key}"
 
 
-def _is_close_figure(recorded: Any, now: Any) -> bool:
-    if isinstance(now, tuple):
+def _is_close_figure(recorded: Any, recomputed: Any) -> bool:
+    if isinstance(recomputed, tuple):
         return (
             isinstance(recorded, list)
-            and len(recorded) == len(now)
-            and all(map(_is_close_figure, recorded, now))
+            and len(recorded) == len(recomputed)
+            and all(map(_is_close_figure, recorded, recomputed))
         )
-    if not isinstance(now, float) or not isinstance(recorded, int | float):
-        return bool(recorded == now)
-    return math.isclose(recorded, now, rel_tol=NORM_TOLERANCE, abs_tol=NORM_TOLERANCE**2)
+    if not isinstance(recomputed, float) or not isinstance(recorded, int | float):
+        return bool(recorded == recomputed)
+    return math.isclose(recorded, recomputed, rel_tol=NORM_TOLERANCE, abs_tol=NORM_TOLERANCE**2)

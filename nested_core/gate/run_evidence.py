@@ -42,7 +42,7 @@ class ResultRecord(BaseModel):
     evidence: dict[str, str]
 
 
-class TierCounts(BaseModel):
+class TierUpdateCounts(BaseModel):
     """The number of updates of one tier, as a checkpoint records it."""
 
     model_config = ConfigDict(strict=True)
@@ -64,7 +64,7 @@ class CheckpointEvidence(BaseModel):
 
     model_config = ConfigDict(strict=True)
     input_digests: dict[str, str] = Field(alias="found")
-    tiers: list[TierCounts]
+    tiers: list[TierUpdateCounts]
     flush_steps: list[int]
     logits: RecordedLogits
 
@@ -85,10 +85,10 @@ class RunEvidence:
     last_step: int
 
 
-def digests_for_result(run: RunDirectory, offered: Path) -> dict[str, str]:
+def digests_for_result(run: RunDirectory, offered_checkpoint: Path) -> dict[str, str]:
     """What result.json records of the run: digests of the offered checkpoint and the metrics."""
     return {
-        "checkpoint": str(read_manifest(offered)["digest"]),
+        "checkpoint": str(read_manifest(offered_checkpoint)["digest"]),
         "metrics": regular_sha256(run.metrics),
     }
 
@@ -104,23 +104,23 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
             f"{offered} or {run.metrics} is not what training wrote: result.json holds other "
             f"digests. Bring back what was there, or train again."
         )
-    files = _describe_files(run, offered)
-    _require_inputs(run, record.input_digests, offered, files)
-    _require_offered(run, offered, files)
+    files = _hash_judged_files(run, offered)
+    _require_unchanged_inputs(run, record.input_digests, offered, files)
+    _require_adapter_of_checkpoint(run, offered, files)
     before, after = read_adapter(run.initial), read_adapter(run.adapter)
     if before.digest() != record.input_digests.get("initial"):
         raise DamagedError(f"{run.initial} is not the adapter that {offered} was trained from.")
     return RunEvidence(before, after, checkpoint, record, files, result.step)
 
 
-def _describe_files(run: RunDirectory, offered: Path) -> dict[str, FileEntry]:
+def _hash_judged_files(run: RunDirectory, offered_checkpoint: Path) -> dict[str, FileEntry]:
     """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
-    paths = [run.dataset, run.tiers, run.metrics, run.result, offered / MANIFEST_NAME]
+    paths = [run.dataset, run.tiers, run.metrics, run.result, offered_checkpoint / MANIFEST_NAME]
     paths += [folder / name for folder in (run.initial, run.adapter) for name in ADAPTER_FILES]
     return {path.relative_to(run.path).as_posix(): describe_file(path) for path in paths}
 
 
-def describe_config(config: FineTuneConfig) -> FileEntry:
+def config_file_entry(config: FineTuneConfig) -> FileEntry:
     """The entry of config.yaml as it would hold this configuration, whatever the file says now."""
     content = render_config(config)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -133,8 +133,11 @@ def _parse_model(model: type[Model], value: Any, path: Path) -> Model:
         raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
 
 
-def _require_inputs(
-    run: RunDirectory, digests: dict[str, str], offered: Path, files: Mapping[str, FileEntry]
+def _require_unchanged_inputs(
+    run: RunDirectory,
+    digests: dict[str, str],
+    offered_checkpoint: Path,
+    files: Mapping[str, FileEntry],
 ) -> None:
     """Compare what training began from with the digests in its checkpoint."""
     hashes = {name: files[f"{run.initial.name}/{name}"]["sha256"] for name in ADAPTER_FILES}
@@ -147,14 +150,18 @@ def _require_inputs(
         raise DamagedError(f"{run.tiers} has changed since training began.")
     dataset = read_json(run.dataset, None)  # as large as the number of findings made it
     if not isinstance(dataset, dict) or dataset.get("digest") != digests.get("data"):
-        raise DamagedError(f"{run.dataset} is not the report on the data that {offered} has seen.")
+        raise DamagedError(
+            f"{run.dataset} is not the report on the data that {offered_checkpoint} has seen."
+        )
 
 
-def _require_offered(run: RunDirectory, offered: Path, files: Mapping[str, FileEntry]) -> None:
+def _require_adapter_of_checkpoint(
+    run: RunDirectory, offered_checkpoint: Path, files: Mapping[str, FileEntry]
+) -> None:
     """Compare the adapter with the checkpoint's manifest, against which its files were hashed."""
-    listed = read_manifest(offered)["files"]
+    listed = read_manifest(offered_checkpoint)["files"]
     for name in ADAPTER_FILES:
         if listed.get(name) != files[f"{run.adapter.name}/{name}"]:
             raise DamagedError(
-                f"{run.adapter} is not the adapter of {offered}: it has changed since."
+                f"{run.adapter} is not the adapter of {offered_checkpoint}: it has changed since."
             )

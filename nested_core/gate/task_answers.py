@@ -9,11 +9,15 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from nested_core import backend
-from nested_core.gate.answers.answer_cache import AnsweringModel, default_cache
+from nested_core.gate.answers.answer_cache import AnsweringModelDigests, open_user_answer_cache
 from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
-from nested_core.gate.answers.configured_suites import encode_suites, read_suites, record_suites
+from nested_core.gate.answers.configured_suites import (
+    encode_suites,
+    read_suites,
+    record_or_compare_suites,
+)
 from nested_core.gate.answers.suite_answers import EncodedSuite
-from nested_core.gate.answers.suites import name_question
+from nested_core.gate.answers.suites import question_label
 from nested_core.gate.champion_adapter import Champion
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.run_evidence import RunEvidence
@@ -39,9 +43,11 @@ class _AskedModel:
     def answer(self, suite: EncodedSuite) -> Sequence[Answer]:
         """Its answers, from the cache or now."""
         if not self.is_asked_anew:
-            return default_cache().fetch(self._content(), suite, lambda: self._answer_now(suite))
+            return open_user_answer_cache().fetch(
+                self._content_for_cache(), suite, lambda: self._answer_now(suite)
+            )
         answers = self._answer_now(suite)
-        default_cache().store(self._content(), suite, answers)
+        open_user_answer_cache().store(self._content_for_cache(), suite, answers)
         return answers
 
     def _answer_now(self, suite: EncodedSuite) -> Sequence[Answer]:
@@ -49,10 +55,10 @@ class _AskedModel:
         load_adapter_tensors(self.base.model, tensors)
         return suite.answer(self.base.model, self.base.tokenizer)
 
-    def _content(self) -> AnsweringModel:
+    def _content_for_cache(self) -> AnsweringModelDigests:
         """What its answers are kept under."""
         config = self.base.config
-        return AnsweringModel(
+        return AnsweringModelDigests(
             base=fingerprint_base_model(self.base.folder),
             adapter=None if self.adapter is None else self.adapter.digest(),
             computation=f"{backend.device()} {model_compute_dtype(config)} {config.fine_tune_type}",
@@ -68,7 +74,7 @@ def answer_tasks(
     began or does not fit the model, or if its scorer fails.
     """
     suites = read_suites(base.config.gate)
-    record_suites(run, suites)
+    record_or_compare_suites(run, suites)
     encoded = encode_suites(suites, base.tokenizer, base.folder)
     return tuple(
         record
@@ -112,7 +118,7 @@ def _score_answers(
             task=suite.name,
             model=role,
             line=question.line,
-            question=name_question(question),
+            question=question_label(question),
             answer=answer.text,
             score=score,
             tokens=answer.tokens,

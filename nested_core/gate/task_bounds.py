@@ -22,8 +22,8 @@ from nested_core.gate.verdict import Reason, TaskResult
 from nested_core.storage.manifest import FileEntry, describe_file
 from nested_core.storage.run_directory import RunDirectory
 
-ROUNDING = 1e-9  # of a mean of scores
-NAMED_QUESTIONS = 3
+SCORE_ROUNDING = 1e-9  # of a mean of scores
+MAX_NAMED_QUESTIONS = 3
 
 
 def judge_answers(
@@ -40,8 +40,8 @@ def judge_answers(
         change = ScoreChange.compare(answers.get("parent", answers["base"]), answers["candidate"])
         result = _summarise_task(task, answers, change.difference)
         is_paired = gate.noise == "paired"
-        failures = _below_reasons(task, result, change, is_paired=is_paired)
-        failures += _regressed_reasons(task, result, change, is_paired=is_paired)
+        failures = _task_below_reasons(task, result, change, is_paired=is_paired)
+        failures += _task_regressed_reasons(task, result, change, is_paired=is_paired)
         if "champion" in answers:
             rivalry = ScoreChange.compare(answers["champion"], answers["candidate"])
             result = replace(
@@ -51,7 +51,7 @@ def judge_answers(
             )
             # A champion that answers as the parent, which it often is, is no second reason.
             if rivalry != change:
-                failures += _regressed_reasons(
+                failures += _task_regressed_reasons(
                     task, result, rivalry, is_paired=is_paired, rival="the champion"
                 )
         results.append(replace(result, verdict="failed") if failures else result)
@@ -129,24 +129,24 @@ def _mean_score(records: Sequence[AnswerRecord]) -> float:
     return sum(record.score for record in records) / len(records)
 
 
-def _below_reasons(
+def _task_below_reasons(
     task: TaskSection, result: TaskResult, change: ScoreChange, *, is_paired: bool
 ) -> list[Reason]:
     # With too few questions for an interval the bound alone counts, as with losses.
     is_measurable = is_paired and change.difference.is_measurable
     is_chance = is_measurable and not change.difference.is_above(0)
     problems = []
-    if task.min is not None and result.candidate < task.min - ROUNDING:
+    if task.min is not None and result.candidate < task.min - SCORE_ROUNDING:
         problems.append(f"its min is {task.min:g}")
     if task.min_gain is not None:
-        if result.difference < task.min_gain - ROUNDING:
+        if result.difference < task.min_gain - SCORE_ROUNDING:
             problems.append(f"its min_gain is {task.min_gain:g}")
         elif task.min_gain > 0 and is_chance:
             problems.append("its min_gain is reached, and may be chance")
     return [Reason("task_below", f"{result.describe()}; {problem}") for problem in problems]
 
 
-def _regressed_reasons(
+def _task_regressed_reasons(
     task: TaskSection,
     result: TaskResult,
     change: ScoreChange,
@@ -159,11 +159,11 @@ def _regressed_reasons(
     Nobody is named for the adapter that training began from.
     """
     difference = change.difference
-    if task.max_drop is None or difference.mean >= -task.max_drop - ROUNDING:
+    if task.max_drop is None or difference.mean >= -task.max_drop - SCORE_ROUNDING:
         return []
     if is_paired and difference.is_measurable and not difference.is_below(0):
         return []
-    named = list_first(change.lost, NAMED_QUESTIONS)
+    named = list_first(change.lost, MAX_NAMED_QUESTIONS)
     against = "" if rival is None else f" against {rival}"
     message = (
         f"{result.describe()}; its max_drop{against} is {task.max_drop:g}; "
@@ -172,13 +172,15 @@ def _regressed_reasons(
     return [Reason("task_regressed", message)]
 
 
-def describe_task_files(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:
+def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:
     """The entries for the manifest of what the results rest on; none without suites."""
     paths = (run.suites, run.answers) if gate.tasks else ()
     return {path.name: describe_file(path) for path in paths}
 
 
-def require_same_results(gate: GateSection, run: RunDirectory, recorded: Mapping[str, Any]) -> None:
+def require_same_task_results(
+    gate: GateSection, run: RunDirectory, recorded: Mapping[str, Any]
+) -> None:
     """Raise DamagedError unless the recorded answers give the recorded results, and no reason."""
     results, reasons = judge_answers(gate, read_answers(run.answers)) if gate.tasks else ((), [])
     expected = json.loads(json.dumps([asdict(result) for result in results]))

@@ -17,13 +17,14 @@ from nested_core.gate.verdict import Code, Reason, TensorChange
 from nested_core.storage.adapter import Adapter
 from nested_core.storage.safetensors_files import StoredTensor
 
-PIECE = 8192  # values: they fit the first cache, and OpenBLAS starts no threads for so few
+# They fit the first cache, and OpenBLAS starts no threads for so few.
+VALUES_PER_PIECE = 8192
 SMALLEST, LARGEST = 1e-20, 1e30  # sums of squares of a piece that float32 computes without loss
 Values = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class Norms:
+class TensorPairNorms:
     """Frobenius norms of two tensors and of their difference; any of them may be NaN."""
 
     before: float
@@ -52,7 +53,7 @@ def _compare_tensor(
     if before.shape != after.shape:
         is_finite = all(bool(np.isfinite(t.to_numpy()).all()) for t in (before, after))
         return TensorChange(name, tier, True, None, None, is_finite)
-    has_changed = differs(before, after)
+    has_changed = tensors_differ(before, after)
     norms = _compute_norms(before, after)
     if not norms.is_finite:
         return TensorChange(name, tier, has_changed, None, None, False)
@@ -61,37 +62,39 @@ def _compare_tensor(
     return TensorChange(name, tier, has_changed, norms.largest_difference, relative, True)
 
 
-def differs(before: StoredTensor, after: StoredTensor) -> bool:
+def tensors_differ(before: StoredTensor, after: StoredTensor) -> bool:
     """Whether dtype, shape or any byte differs."""
     if (before.dtype, before.shape) != (after.dtype, after.shape):
         return True
     old, new = (np.frombuffer(tensor.data, np.uint8) for tensor in (before, after))
-    return any(not np.array_equal(a, b) for a, b in _split_values(old, new, 8 * PIECE))
+    return any(not np.array_equal(a, b) for a, b in _split_values(old, new, 8 * VALUES_PER_PIECE))
 
 
 def frobenius_norm(tensor: StoredTensor) -> float:
     """The square root of the sum of squares; NaN or infinity if a value is not finite."""
     values = tensor.to_numpy().reshape(-1)
     with np.errstate(all="ignore"):
-        return math.sqrt(sum(_squared_norm(a) for a, _ in _split_values(values, values, PIECE)))
+        return math.sqrt(
+            sum(_squared_norm(a) for a, _ in _split_values(values, values, VALUES_PER_PIECE))
+        )
 
 
-def _compute_norms(before: StoredTensor, after: StoredTensor) -> Norms:
+def _compute_norms(before: StoredTensor, after: StoredTensor) -> TensorPairNorms:
     """The norms of two tensors of one shape."""
     old, new = (tensor.to_numpy().reshape(-1) for tensor in (before, after))
     dtype = np.float64 if np.float64 in (old.dtype, new.dtype) else np.float32
     old_squared = new_squared = difference_squared = largest = 0.0
     with np.errstate(all="ignore"):
-        for old_piece, new_piece in _split_values(old, new, PIECE):
+        for old_piece, new_piece in _split_values(old, new, VALUES_PER_PIECE):
             a = old_piece.astype(dtype, copy=False)
             b = new_piece.astype(dtype, copy=False)
-            squared, top = _difference_sums(a, b)
+            squared, top = _difference_squares_and_max(a, b)
             old_squared += _squared_norm(a)
             new_squared += _squared_norm(b)
             difference_squared += squared
             largest = max(largest, top)
     before_norm, after_norm = math.sqrt(old_squared), math.sqrt(new_squared)
-    return Norms(before_norm, after_norm, math.sqrt(difference_squared), largest)
+    return TensorPairNorms(before_norm, after_norm, math.sqrt(difference_squared), largest)
 
 
 def _split_values(old: Values, new: Values, length: int) -> Iterator[tuple[Values, Values]]:
@@ -99,7 +102,7 @@ def _split_values(old: Values, new: Values, length: int) -> Iterator[tuple[Value
         yield old[start : start + length], new[start : start + length]
 
 
-def _difference_sums(old: Values, new: Values) -> tuple[float, float]:
+def _difference_squares_and_max(old: Values, new: Values) -> tuple[float, float]:
     """The sum of squares of the difference, and its largest absolute value."""
     delta = new - old
     squared = float(np.dot(delta, delta))
@@ -126,10 +129,14 @@ def structure_reasons(initial: Adapter, trained: Adapter) -> list[Reason]:
     shapes = [name for name in both if before[name].shape != after[name].shape]
     dtypes = [name for name in both if before[name].dtype != after[name].dtype]
     return [
-        *_reason("tensor_missing", missing, "are not in the trained adapter"),
-        *_reason("tensor_unexpected", unexpected, "were not in the initial adapter"),
-        *_reason("shape_mismatch", shapes, "have another shape than in the initial adapter"),
-        *_reason("dtype_mismatch", dtypes, "have another dtype than in the initial adapter"),
+        *_reason_about_tensors("tensor_missing", missing, "are not in the trained adapter"),
+        *_reason_about_tensors("tensor_unexpected", unexpected, "were not in the initial adapter"),
+        *_reason_about_tensors(
+            "shape_mismatch", shapes, "have another shape than in the initial adapter"
+        ),
+        *_reason_about_tensors(
+            "dtype_mismatch", dtypes, "have another dtype than in the initial adapter"
+        ),
         *_configuration_reasons(initial, trained),
     ]
 
@@ -144,8 +151,10 @@ def change_reasons(
     broken = {change.name for change in changes if not change.finite}
     from_the_start = {n for n in broken if not math.isfinite(frobenius_norm(initial.tensors[n]))}
     reasons = [
-        *_reason("non_finite", from_the_start, "of the initial adapter hold NaN or infinity"),
-        *_reason("non_finite", broken - from_the_start, "hold NaN or infinity"),
+        *_reason_about_tensors(
+            "non_finite", from_the_start, "of the initial adapter hold NaN or infinity"
+        ),
+        *_reason_about_tensors("non_finite", broken - from_the_start, "hold NaN or infinity"),
     ]
     if reasons:
         return reasons
@@ -163,7 +172,7 @@ def change_reasons(
     return []
 
 
-def _reason(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
+def _reason_about_tensors(code: Code, names: Iterable[str], problem: str) -> list[Reason]:
     """One reason that lists the tensors, or none without any."""
     ordered = tuple(sorted(names))
     return [Reason(code, f"{len(ordered)} tensors {problem}", ordered)] if ordered else []

@@ -10,7 +10,7 @@ import numpy as np
 
 from nested_core.backend import to_float
 from nested_core.config.schema import FineTuneConfig
-from nested_core.gate.run_evidence import RunEvidence, TierCounts
+from nested_core.gate.run_evidence import RunEvidence, TierUpdateCounts
 from nested_core.gate.verdict import Reason, TensorChange, TierChange
 from nested_core.optim.gradient_checks import find_gradient_mark
 from nested_core.optim.learning_rate_schedules import build_learning_rate
@@ -29,7 +29,7 @@ class TierEvidence:
     tiers: TierMap
     step: int
     flush_steps: Sequence[int]
-    counts: Sequence[TierCounts]
+    counts: Sequence[TierUpdateCounts]
     optimizer_state: dict[str, StoredTensor]
     initial: dict[str, StoredTensor]
 
@@ -55,7 +55,7 @@ class TierEvidence:
         evidence = find_gradient_mark(self.optimizer_state, name)
         return evidence is not None and bool(np.frombuffer(evidence.data, np.uint8).any())
 
-    def left_no_trace(self, name: str) -> bool:
+    def is_missing_its_updates(self, name: str) -> bool:
         """Whether a parameter that stayed as it was had gradients, and no master that moved.
 
         A float32 master may move by less than the dtype that the parameter is published in can say.
@@ -114,15 +114,19 @@ def _tier_reasons(
         reasons.append(Reason("updates_missing", message, names))
     if not row.changed or not any(map(evidence.had_gradient, names)):
         return [*reasons, Reason("tier_unchanged", f"{label}: nothing was trained", names)]
-    if row.applied_updates and _had_rate(config, evidence, row):
-        traceless = [c.name for c in own if not c.changed and evidence.left_no_trace(c.name)]
+    if row.applied_updates and _had_positive_learning_rate(config, evidence, row):
+        traceless = [
+            c.name for c in own if not c.changed and evidence.is_missing_its_updates(c.name)
+        ]
         if traceless:
             message = f"{label}: {len(traceless)} tensors had gradients and stayed as they were"
             reasons.append(Reason("updates_missing", message, tuple(traceless)))
     return reasons
 
 
-def _had_rate(config: FineTuneConfig, evidence: TierEvidence, row: TierChange) -> bool:
+def _had_positive_learning_rate(
+    config: FineTuneConfig, evidence: TierEvidence, row: TierChange
+) -> bool:
     """Whether the learning rate was above 0 at one of the tier's due steps at least."""
     rate = build_learning_rate(config)
     if not callable(rate):

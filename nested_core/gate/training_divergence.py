@@ -18,10 +18,10 @@ from nested_core.gate.run_evidence import RecordedLogits
 from nested_core.gate.verdict import Reason
 from nested_core.text.loss_format import format_loss
 
-# A loss has left if it is above the first one by more than half of it and a nat a token.
-RISE_SHARE = 1.5
-RISE_NATS = 1.0
-LASTING_REPORTS = 3  # fewer reports of a risen training loss may be noise of the batches
+# A loss has diverged if it is above the first one by more than half of it and a nat a token.
+DIVERGED_LOSS_FACTOR = 1.5
+DIVERGED_LOSS_NATS = 1.0
+MIN_LASTING_REPORTS = 3  # fewer reports of a risen training loss may be noise of the batches
 Report = Mapping[str, Any]
 
 
@@ -45,7 +45,7 @@ class Divergence:
     @property
     def is_certain(self) -> bool:
         """Whether the metrics alone show it, without held-out losses."""
-        return self.has_risen and self.reports >= LASTING_REPORTS
+        return self.has_risen and self.reports >= MIN_LASTING_REPORTS
 
     def __str__(self) -> str:
         """What happened, in one sentence that names the step and the learning rate."""
@@ -72,25 +72,31 @@ def find_divergence(
     for key in ("val_loss", "loss"):
         losses = [record for record in reports if key in record]
         first = next((r[key] for r in losses if r[key] is not None), None)
-        off = _last_run(losses, [_has_left(record[key], first) for record in losses])
+        off = _diverged_reports_at_end(
+            losses, [_has_diverged(record[key], first) for record in losses]
+        )
         if off:
             rate = off[0].get("learning_rate") or learning_rate
             return Divergence(off[0]["step"], rate, first, off[0][key], True, len(off))
     steps = [record for record in reports if "grad_norm" in record]
-    off = _last_run(steps, [record["grad_norm"] in (None, 0.0) for record in steps])
+    off = _diverged_reports_at_end(steps, [record["grad_norm"] in (None, 0.0) for record in steps])
     if not off:
         return None
     rate = off[0].get("learning_rate") or learning_rate
     return Divergence(off[0]["step"], rate, None, off[0].get("loss"), False, len(off))
 
 
-def _has_left(loss: float | None, first: float | None) -> bool:
-    return loss is None or (first is not None and loss > RISE_SHARE * first + RISE_NATS)
+def _has_diverged(loss: float | None, first_loss: float | None) -> bool:
+    return loss is None or (
+        first_loss is not None and loss > DIVERGED_LOSS_FACTOR * first_loss + DIVERGED_LOSS_NATS
+    )
 
 
-def _last_run(reports: Sequence[Report], is_off: Sequence[bool]) -> Sequence[Report]:
-    """The reports at the end that are all off, oldest first."""
-    count = len(list(takewhile(bool, reversed(is_off))))
+def _diverged_reports_at_end(
+    reports: Sequence[Report], has_diverged: Sequence[bool]
+) -> Sequence[Report]:
+    """The reports at the end that have all diverged, oldest first."""
+    count = len(list(takewhile(bool, reversed(has_diverged))))
     return reports[len(reports) - count :]
 
 

@@ -11,7 +11,7 @@ from nested_core.errors import DamagedError
 from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
 
 
-def read_training_examples(version: Path) -> Digests:
+def read_training_digests(version: Path) -> Digests:
     """Digests of what a version and its ancestors were trained on; none where none are recorded.
 
     Versions of earlier releases record none.
@@ -21,11 +21,11 @@ def read_training_examples(version: Path) -> Digests:
     return decode_digests(None)
 
 
-def read_ancestor_examples(config: FineTuneConfig, initial_digest: str) -> Digests:
+def read_ancestor_training_digests(config: FineTuneConfig, initial_digest: str) -> Digests:
     """Digests of what the registered version that a run started from, if any, was trained on."""
     path, name = config.registry.path, config.registry.name
     if path is None or name is None:
         return decode_digests(None)
     folder = version_folder(Path(path), name, initial_digest)
     is_registered = (folder / PROVENANCE_NAME).is_file()
-    return read_training_examples(folder) if is_registered else decode_digests(None)
+    return read_training_digests(folder) if is_registered else decode_digests(None)

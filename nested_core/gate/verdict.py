@@ -40,8 +40,8 @@ Code = Literal[
 ]
 
 
-GUIDE = "docs/gate.md"
-FEW_EXAMPLES = 30  # fewer are said to be few
+GATE_GUIDE = "docs/gate.md"
+MIN_EXAMPLES_WITHOUT_DOUBT = 30  # fewer are said to be few
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Reason:
 
     def with_guide(self) -> Reason:
         """The same, with the place in the guide that explains it."""
-        return replace(self, message=f"{self.message}; {GUIDE}#{self.code}")
+        return replace(self, message=f"{self.message}; {GATE_GUIDE}#{self.code}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Validation:
         cls, losses: ExampleLosses, *, selected_on_same_data: bool, has_one_answer: bool = False
     ) -> Validation:
         """The figures of the losses of each example."""
-        compared = losses.compare(losses.before)
+        compared = losses.compare_trained_with(losses.before)
         return cls(
             loss_before=finite_or_none(losses.mean(losses.before)),
             loss_after=finite_or_none(losses.mean(losses.after)),
@@ -130,7 +130,7 @@ class Validation:
 
     def doubts(self) -> Iterator[str]:
         """What speaks against relying on the figures: few examples, or all with one answer."""
-        if self.examples is not None and self.examples < FEW_EXAMPLES:
+        if self.examples is not None and self.examples < MIN_EXAMPLES_WITHOUT_DOUBT:
             below = "" if self.smallest_visible is None else f" below {self.smallest_visible:.2g}"
             noun = "example" if self.examples == 1 else "examples"
             yield f"{self.examples} held-out {noun} can show no difference{below}"
@@ -199,7 +199,7 @@ class ChampionLoss:
     @classmethod
     def from_losses(cls, version: str, losses: ExampleLosses) -> ChampionLoss:
         """The figures of losses that hold the champion's, NaN for the examples left out."""
-        shared = losses.known_to_champion()
+        shared = losses.examples_with_champion_loss()
         champion = shared.champion
         if champion is None or not len(shared):
             return cls(version, left_out=len(losses))
@@ -208,7 +208,7 @@ class ChampionLoss:
             loss=finite_or_none(shared.mean(champion)),
             examples=len(shared),
             left_out=len(losses) - len(shared),
-            **difference_figures(shared.compare(champion)),
+            **difference_figures(shared.compare_trained_with(champion)),
         )
 
 

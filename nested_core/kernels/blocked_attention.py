@@ -21,9 +21,9 @@ from nested_core import backend
 from nested_core.kernels.exponential import exponential
 from nested_core.kernels.patching import replacing_function
 
-NAME = "scaled_dot_product_attention"
-BLOCKS = 4  # in which 5/8 of the scores are computed
-LEAST_LENGTH = 64
+PATCHED_FUNCTION_NAME = "scaled_dot_product_attention"
+QUERY_BLOCKS = 4  # in which 5/8 of the scores are computed
+MIN_BLOCKED_LENGTH = 64
 
 plain_attention: Any = base.scaled_dot_product_attention
 
@@ -41,7 +41,7 @@ def causal_attention(  # noqa: PLR0917 -- mlx-lm calls it with its own function'
     length = queries.shape[2]
     is_causal = isinstance(mask, str) and mask == "causal" and cache is None and sinks is None
     is_float32 = queries.dtype == keys.dtype == values.dtype == mx.float32
-    if not (is_causal and is_float32) or length < LEAST_LENGTH or keys.shape[2] != length:
+    if not (is_causal and is_float32) or length < MIN_BLOCKED_LENGTH or keys.shape[2] != length:
         return cast(mx.array, plain_attention(queries, keys, values, cache, scale, mask, sinks))
     heads_per_key = queries.shape[1] // keys.shape[1]
     scaled = (queries * scale).reshape(-1, keys.shape[1], heads_per_key, *queries.shape[2:])
@@ -69,7 +69,7 @@ def _attention_in_blocks(queries: mx.array, keys: mx.array, values: mx.array) ->
 
 
 @_attention_in_blocks.vjp
-def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+def _attention_in_blocks_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
     """With P the probabilities, O the output, g its gradient: scores' is P (g V^T - rowsum(g O)).
 
     Dao et al. 2022, FlashAttention, appendix B.2.
@@ -96,7 +96,7 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
 
 def _query_block_ranges(length: int) -> list[tuple[int, int]]:
     """Start and end of each block of queries; its keys are those from 0 to the same end."""
-    return list(pairwise(length * block // BLOCKS for block in range(BLOCKS + 1)))
+    return list(pairwise(length * block // QUERY_BLOCKS for block in range(QUERY_BLOCKS + 1)))
 
 
 def _sum_key_gradients(parts: list[mx.array], ranges: list[tuple[int, int]]) -> mx.array:
@@ -115,5 +115,5 @@ def using_blocked_attention(model: nn.Module) -> Iterator[None]:
     if backend.device() != "cpu":
         yield
         return
-    with replacing_function(model, NAME, plain_attention, causal_attention):
+    with replacing_function(model, PATCHED_FUNCTION_NAME, plain_attention, causal_attention):
         yield

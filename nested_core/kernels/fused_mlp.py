@@ -38,7 +38,7 @@ class MLPFactors(NamedTuple):
 
 def find_fusable_mlps(trace: CallTrace) -> list[GatedMLP]:
     """The gated MLPs of LoRA layers for which there are kernels that agree with MLX."""
-    if not backend.has_cuda():
+    if not backend.computes_on_cuda():
         return []
     return [mlp for mlp in find_gated_mlps(trace) if _mlp_has_kernels(mlp)]
 

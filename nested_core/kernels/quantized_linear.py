@@ -27,7 +27,7 @@ METHODS: dict[type, str] = {nn.QuantizedLinear: "__call__", nn.QuantizedEmbeddin
 @contextmanager
 def multiplying_by_dequantized_weights(model: nn.Module) -> Iterator[None]:
     """Have a model's quantized layers multiply by dequantized weights while the block runs."""
-    is_faster = backend.device() == "cpu" or backend.has_cuda()
+    is_faster = backend.device() == "cpu" or backend.computes_on_cuda()
     with ExitStack() as stack:
         for _, module in model.named_modules() if is_faster else ():
             method = METHODS.get(type(module))

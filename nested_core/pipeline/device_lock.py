@@ -58,7 +58,7 @@ def device_names(processes: int = 1) -> tuple[str, ...]:
         return () if configured == "off" else (configured,)
     if backend.device() == "cpu":
         return ()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if backend.has_cuda() else "0"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if backend.computes_on_cuda() else "0"
     listed = visible.split(",") if visible else map(str, range(processes))
     return tuple(f"gpu-{number.strip()}" for number in listed)[:processes]
 

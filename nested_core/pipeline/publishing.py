@@ -13,7 +13,7 @@ from nested_core.data.example_digests import encode_digests
 from nested_core.gate import recheck_verdict
 from nested_core.gate.base_compatibility import require_same_base
 from nested_core.gate.held_out_choice import held_out_split
-from nested_core.gate.training_examples import read_ancestor_examples
+from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.pipeline.continual import champion_or_none, parent_version_of, settings_digest
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
@@ -114,7 +114,7 @@ def _training_example_digests(
     if not run.training_examples.is_file():
         return None
     own = np.frombuffer(read_regular(run.training_examples), "<u8").astype(np.uint64)
-    return encode_digests(np.concatenate([own, read_ancestor_examples(config, initial)]))
+    return encode_digests(np.concatenate([own, read_ancestor_training_digests(config, initial)]))
 
 
 def _validation_digest(

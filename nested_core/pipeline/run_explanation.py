@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from nested_core import backend
-from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.rules.dataset_report import SplitStats
@@ -180,7 +180,7 @@ class RunExplanation:
             "did not move, is not finite, or changes nothing that the model says."
         )
         split = held_out_split(gate.held_out, self.splits)
-        if split is not None or gate.held_out not in HELD_OUT_SPLITS:
+        if split is not None or gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
             file = gate.held_out if split is None else self.splits[split].file
             bound = f"more than {gate.max_val_loss_increase:.2%}"
             beyond = " and beyond noise" if gate.noise == "paired" else ""

@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from nested_core.backend import warn_if_unprepared
-from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.loading import render_config
-from nested_core.config.resume import read_run_config, refuse_differences
+from nested_core.config.resume import read_run_config, refuse_differences_on_resume
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.dataset_loading import load_run_data
 from nested_core.data.parallel_jobs import OnProgress
@@ -32,11 +32,15 @@ from nested_core.errors import (
 )
 from nested_core.gate import Verdict, digests_for_result, judge_run
 from nested_core.gate.answers.answer_records import write_answers
-from nested_core.gate.answers.configured_suites import encode_suites, read_suites, record_suites
+from nested_core.gate.answers.configured_suites import (
+    encode_suites,
+    read_suites,
+    record_or_compare_suites,
+)
 from nested_core.gate.held_out_choice import require_held_out
-from nested_core.gate.held_out_loss import measure_test as test_loss
+from nested_core.gate.held_out_loss import measure_test_loss as test_loss
 from nested_core.gate.held_out_loss import read_held_out_file, require_validated_data
-from nested_core.gate.task_bounds import describe_task_files
+from nested_core.gate.task_bounds import task_file_entries
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model, load_base_model
 from nested_core.models.lora_attachment import (
     attach_adapter,
@@ -123,8 +127,8 @@ def write_run_config(config: FineTuneConfig, run: RunDirectory, *, resume: bool)
                 f"written over: give a --run-dir of its own."
             )
         if run.tiers.exists():
-            refuse_differences(read_run_config(run), config, run.path)
-    record_suites(run, suites)
+            refuse_differences_on_resume(read_run_config(run), config, run.path)
+    record_or_compare_suites(run, suites)
     write_bytes(run.config, render_config(config))
 
 
@@ -156,7 +160,7 @@ def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None
     Raises ConfigError if the split or the file is missing, DatasetError if the file has an error.
     """
     gate = config.gate
-    if gate.held_out not in HELD_OUT_SPLITS:
+    if gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
         read_held_out_file(config)
     require_held_out(gate.held_out, gate.max_kl, read_dataset_record(run.dataset), config.data)
 
@@ -380,7 +384,7 @@ def _write_verdict(config: FineTuneConfig, run: RunDirectory, verdict: Verdict) 
         judged[name] = describe_file(run.path / name)
     if verdict.answers:
         write_answers(run.answers, verdict.answers)
-        judged |= describe_task_files(config.gate, run)
+        judged |= task_file_entries(config.gate, run)
     write_gate(run.path, verdict.to_json(), judged)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.hub_names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError
 from nested_core.registry.gate_file import GATE_NAME, read_gate
@@ -59,7 +59,7 @@ def _front_matter(name: str, provenance: dict[str, Any], gate: dict[str, Any]) -
         fields["datasets"] = datasets
     metrics = list(_model_index_metrics(gate))
     held_out = (config.get("gate") or {}).get("held_out", "auto")
-    is_of_data_set = held_out in HELD_OUT_SPLITS
+    is_of_data_set = held_out in SPLITS_BY_HELD_OUT_CHOICE
     if len(datasets) == 1 and metrics and is_of_data_set:  # numbers of data that all can get
         result = {
             "task": {"type": "text-generation"},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nested_core.config.gate import HELD_OUT_SPLITS
+from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses
 from nested_core.gate.verdict import (
@@ -202,7 +202,7 @@ def _example_texts(record: RunRecord, file: str, numbers: Sequence[int]) -> dict
     if record.dataset is None or not file.endswith(".jsonl") or not numbers:
         return {}
     choice = "auto" if record.config is None else record.config.gate.held_out
-    is_in_data_set = choice in HELD_OUT_SPLITS
+    is_in_data_set = choice in SPLITS_BY_HELD_OUT_CHOICE
     path = Path(record.dataset.folder, file) if is_in_data_set else Path(file).expanduser()
     texts: dict[int, str] = {}
     try:

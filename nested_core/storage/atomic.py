@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import ConfigError, DirectoryInPlaceError, shorten
+from nested_core.errors import ConfigError, DirectoryInsteadOfFileError, shorten
 
 TEMPORARY_PREFIX = ".tmp-"
 RETIRED_PREFIX = ".old-"
@@ -68,7 +68,7 @@ def naming_target_in_errors(target: Path, temporary: Path) -> Iterator[None]:
     try:
         yield
     except IsADirectoryError as error:
-        raise DirectoryInPlaceError(
+        raise DirectoryInsteadOfFileError(
             f"{target} is a directory, and a file belongs there. Move it away, and give the "
             f"command again."
         ) from error

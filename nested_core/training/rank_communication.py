@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from nested_core.errors import ConfigError, RanksDiffer
+from nested_core.errors import ConfigError, TrainingProcessesDiffer
 from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.loss_interface import MicroBatch
 
@@ -69,7 +69,7 @@ class World:
         return bool(mx.distributed.all_sum(mx.array(int(flag)), group=self.group).item())
 
     def require_equal_on_ranks(self, arrays: Mapping[str, mx.array], step: int) -> None:
-        """Raise RanksDiffer, naming ranks and arrays, if a bit differs from rank to rank."""
+        """Raise TrainingProcessesDiffer, naming ranks and arrays, if a bit differs among ranks."""
         if self.is_single_process:
             return
         own = mx.stack([checksum(array) for array in arrays.values()])
@@ -79,7 +79,7 @@ class World:
         if odd_ranks:
             differs = (checksums != common).any(0)
             names = [name for name, is_other in zip(arrays, differs, strict=True) if is_other]
-            raise RanksDiffer(
+            raise TrainingProcessesDiffer(
                 f"At step {step} rank {', '.join(map(str, odd_ranks))} of {self.size} holds other "
                 f"numbers than the rest, in {len(names)} of {len(arrays)} arrays, {names[0]} among "
                 f"them. Ranks must be equal to the bit. Nothing of this step was kept: go on from "

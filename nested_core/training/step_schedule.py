@@ -115,7 +115,7 @@ class BucketedSchedule:
         self._train.release_pages()
         return BatchShape(
             batch_size // self._world.size,
-            buckets.width_at(0),
+            buckets.bucket_width_at(0),
             sum(supervised[-batch_size:]) // self._world.size,
         )
 

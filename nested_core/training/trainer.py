@@ -250,7 +250,7 @@ class Trainer:
     ) -> None:
         """Write the model and read it back, if anything is to read it or these tiers are new.
 
-        Raises RanksDiffer if the ranks are no longer equal.
+        Raises TrainingProcessesDiffer if the ranks are no longer equal.
         """
         config = self.config
         events = (config.steps_per_report, config.steps_per_eval, config.save_every)

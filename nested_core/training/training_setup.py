@@ -108,7 +108,9 @@ def prepare_training(
     optimizer = build_optimizer(config, tiers)
     optimizer.init(model.trainable_parameters())
     dtype = adapter_compute_dtype(config, model)
-    parameters = reference_trainable_parameters(model, masters=config.has_masters, dtype=dtype)
+    parameters = reference_trainable_parameters(
+        model, masters=config.has_float32_masters, dtype=dtype
+    )
     step_schedule = make_step_schedule(config, splits, world)
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
     return TrainingSetup(

@@ -19,7 +19,7 @@ LINUX = sys.platform == "linux"
 
 def run(code: str, *arguments: str, **environment: str) -> str:
     """Standard output of a Python process that starts without our variables."""
-    ours = (backend.GRAPHS_VARIABLE, backend.COMMIT_VARIABLE)
+    ours = (backend.CUDA_GRAPHS_VARIABLE, backend.OPERATIONS_PER_COMMIT_VARIABLE)
     clean = {k: v for k, v in os.environ.items() if k not in ours}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],

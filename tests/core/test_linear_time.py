@@ -26,7 +26,7 @@ from nested_core.data.lines.example_parsing import FieldNames, parse_line
 from nested_core.data.lines.json_decoding import LineProblem, decode_json_object
 from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS
 from nested_core.data.sources.file_formats import (
-    UnreadableRest,
+    RestOfFileUnreadable,
     read_csv,
     read_gzip_jsonl,
     read_json_array,
@@ -38,7 +38,7 @@ from nested_core.storage.safetensors_files import read_tensors
 from nested_core.storage.strict_files import parse_json
 from nested_core.training.metrics_file import read_metrics
 
-REFUSALS = (NestedTuneError, LineProblem, UnreadableRest, ValueError)
+REFUSALS = (NestedTuneError, LineProblem, RestOfFileUnreadable, ValueError)
 UNMEASURED_SECONDS = 0.01  # of processor time; what is faster than this is fast enough
 MOST_TIMES = 24.0  # linear is 8, quadratic 64; what outgrows the processor's caches, up to 16
 TRIES = 3

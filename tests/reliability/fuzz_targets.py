@@ -20,7 +20,7 @@ from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.sources.file_formats import (
     MAX_LINE_BYTES,
-    UnreadableRest,
+    RestOfFileUnreadable,
     limit_expansion,
     read_gzip_jsonl,
     read_json_array,
@@ -185,13 +185,13 @@ TARGETS = {
     ),
     "jsonl": FuzzTarget((LINES,), JSON_TOKENS, _parse_jsonl, (DatasetError,)),
     "array": FuzzTarget(
-        (json.dumps(EXAMPLES).encode(),), JSON_TOKENS, _parse_array, (UnreadableRest,)
+        (json.dumps(EXAMPLES).encode(),), JSON_TOKENS, _parse_array, (RestOfFileUnreadable,)
     ),
     "gz": FuzzTarget(
         (LINES, gzip.compress(LINES), gzip.compress(b"\n" * 50_000), gzip.compress(bytes(10**6))),
         (GZIP_MAGIC, b"\x1f\x8b\x08\x1c", b"\0\0\0\xff\xff"),
         _parse_gzip,
-        (UnreadableRest,),
+        (RestOfFileUnreadable,),
     ),
     "ledger": FuzzTarget(
         (_ledger_lines(), b""), (*JSON_TOKENS, b'"action"'), _parse_ledger, (DamagedError,)

@@ -19,7 +19,11 @@ from scipy import stats
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
-from nested_core.gate.held_out_loss import LoadedBase, choose_held_out_examples, filled_splits
+from nested_core.gate.held_out_loss import (
+    LoadedBase,
+    choose_held_out_examples,
+    read_nonempty_splits,
+)
 from nested_core.gate.verdict import ChampionLoss
 from nested_core.pipeline.finetune import FinetuneResult, finetune
 from nested_core.registry import read_champion, read_champion_changes
@@ -88,7 +92,7 @@ def require_right_comparison(night: Night, compared: ChampionLoss) -> None:
     config, run = night.config, night.result.run
     assert compared.version == night.before
     assert compared.not_compared is None
-    splits = filled_splits(config, run)
+    splits = read_nonempty_splits(config, run)
     held_out = choose_held_out_examples(splits)
     assert held_out is not None
     assert (held_out.file, len(held_out.split)) == ("test.jsonl", HELD_OUT)
@@ -97,8 +101,8 @@ def require_right_comparison(night: Night, compared: ChampionLoss) -> None:
 
     path, name = str(config.registry.path), str(config.registry.name)
     champion = version_folder(Path(path), name, compared.version)
-    ((sums, tokens),) = LoadedBase.load(config).losses([champion], held_out.split)
-    shared = night.losses.known_to_champion()
+    ((sums, tokens),) = LoadedBase.load(config).example_loss_sums([champion], held_out.split)
+    shared = night.losses.examples_with_champion_loss()
     is_shared = np.isin(held_out.split.lines, shared.lines)
     assert shared.champion is not None
     np.testing.assert_allclose(shared.champion, (sums / tokens)[is_shared], rtol=1e-5)

@@ -92,7 +92,9 @@ def compare_on_fresh_data(base: LoadedBase, pair: SeedPair) -> PairedDifference:
     config = base.config.model_copy(update={"data": str(pair.fresh_data)})
     split = load_run_data(config)[1]["test"]
     assert len(split) == FRESH
-    (champion, tokens), (candidate, _) = base.losses((pair.champion, pair.candidate), split)
+    (champion, tokens), (candidate, _) = base.example_loss_sums(
+        (pair.champion, pair.candidate), split
+    )
     return compare_pairs(champion / tokens, candidate / tokens, tokens)
 
 

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from nested_core.gate.example_losses import ExampleLosses
-from nested_core.gate.held_out_loss import LoadedBase, choose_held_out_examples, filled_splits
+from nested_core.gate.held_out_loss import (
+    LoadedBase,
+    choose_held_out_examples,
+    read_nonempty_splits,
+)
 from nested_core.gate.verdict import ChampionLoss
 from tests.example import DATA, train_example
 
@@ -38,9 +42,9 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> ExampleLosses:
         train_example(folder / f"run-{seed}", data=data, seed=seed, iters=24) for seed in range(2)
     ]
     config, run = runs[0].config, runs[0].run
-    held_out = choose_held_out_examples(filled_splits(config, run))
+    held_out = choose_held_out_examples(read_nonempty_splits(config, run))
     assert held_out is not None
-    (first, tokens), (second, _) = LoadedBase.load(config).losses(
+    (first, tokens), (second, _) = LoadedBase.load(config).example_loss_sums(
         [done.run.adapter for done in runs], held_out.split
     )
     before = np.zeros_like(tokens)

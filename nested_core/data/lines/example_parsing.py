@@ -58,7 +58,7 @@ class Example(NamedTuple):
     is_plain: bool = True  # no tools, and each message is a role and a content
 
     @property
-    def characters(self) -> int:
+    def approximate_characters(self) -> int:
         """About how many characters it has, or more; tools and calls are not counted."""
         return len(self.text) + sum(len(str(turn.get("content"))) for turn in self.messages)
 
@@ -84,17 +84,17 @@ def _require_function_name(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-_ANY_ROLE = "any role"
+_ANY_ROLE_CONTEXT = "any role"
 
 
 def _check_role(value: Any, check_known: Callable[[Any], str], info: ValidationInfo) -> str:
     """The role if it is a known one, or any text where the chat template judges roles."""
-    if isinstance(value, str) and info.context == _ANY_ROLE:
+    if isinstance(value, str) and info.context == _ANY_ROLE_CONTEXT:
         return value
     return check_known(value)
 
 
-_STRICT = ConfigDict(strict=True, extra="ignore")
+_STRICT_MODEL_CONFIG = ConfigDict(strict=True, extra="ignore")
 _Function = Annotated[dict[str, Any], AfterValidator(_require_function_name)]
 
 
@@ -106,14 +106,14 @@ class _PlainMessage(TypedDict):
     content: str
 
 
-@with_config(_STRICT)
+@with_config(_STRICT_MODEL_CONFIG)
 class _TextMessage(TypedDict):
     role: Annotated[Role, WrapValidator(_check_role)]
     content: str
     tool_call_id: NotRequired[str | None]
 
 
-@with_config(_STRICT)
+@with_config(_STRICT_MODEL_CONFIG)
 class _ToolCallMessage(TypedDict):
     role: Literal["assistant"]
     content: NotRequired[str | None]
@@ -126,41 +126,43 @@ _Message = Annotated[
 ]
 
 
-@with_config(_STRICT)
+@with_config(_STRICT_MODEL_CONFIG)
 class _ChatLine(TypedDict):
     chat: list[_Message]
     tools: NotRequired[list[_Function] | None]
 
 
-@with_config(_STRICT)
+@with_config(_STRICT_MODEL_CONFIG)
 class _CompletionLine(TypedDict):
     prompt: str
     completion: str
     tools: NotRequired[list[_Function] | None]
 
 
-@with_config(_STRICT)
+@with_config(_STRICT_MODEL_CONFIG)
 class _TextLine(TypedDict):
     text: str
 
 
-_FIELDS = {"chat": _ChatLine, "completion": _CompletionLine, "text": _TextLine}
-_CHECKED = {name: TypeAdapter[Any](fields) for name, fields in _FIELDS.items()}
+_LINE_MODEL_BY_FORMAT = {"chat": _ChatLine, "completion": _CompletionLine, "text": _TextLine}
+_VALIDATOR_BY_FORMAT = {
+    name: TypeAdapter[Any](fields) for name, fields in _LINE_MODEL_BY_FORMAT.items()
+}
 # The validators inside the adapters: on this path an adapter's own call costs a tenth of the time.
-_PLAIN_CHAT = TypeAdapter(dict[str, list[_PlainMessage]]).validator
-_PLAIN_FIELDS = TypeAdapter(dict[str, str], config=ConfigDict(strict=True)).validator
-_PLAIN_KEYS = frozenset(("role", "content"))
+_PLAIN_CHAT_VALIDATOR = TypeAdapter(dict[str, list[_PlainMessage]]).validator
+_PLAIN_FIELDS_VALIDATOR = TypeAdapter(dict[str, str], config=ConfigDict(strict=True)).validator
+_PLAIN_MESSAGE_KEYS = frozenset(("role", "content"))
 # Keys that chat templates read; what else a message holds never reaches the model.
-_MESSAGE_KEYS = _PLAIN_KEYS | {"name", "reasoning_content", "thinking"}
-_KEYS_OF_ROLE = {
-    "assistant": _MESSAGE_KEYS | {"tool_calls"},
-    "tool": _MESSAGE_KEYS | {"tool_call_id"},
+_KNOWN_MESSAGE_KEYS = _PLAIN_MESSAGE_KEYS | {"name", "reasoning_content", "thinking"}
+_KNOWN_MESSAGE_KEYS_BY_ROLE = {
+    "assistant": _KNOWN_MESSAGE_KEYS | {"tool_calls"},
+    "tool": _KNOWN_MESSAGE_KEYS | {"tool_call_id"},
 }
 
 
 def read_examples(
     path: Path,
-    features: FieldNames,
+    field_names: FieldNames,
     skip: set[int],
     byte_range: ByteRange | None = None,
     first_line: int = 1,
@@ -182,7 +184,7 @@ def read_examples(
             if not body or line in skip:
                 continue
             try:
-                yield line, parse_line(body, features)
+                yield line, parse_line(body, field_names)
             except LineProblem as problem:
                 reason = f"{path}:{line} changed while it was read: {problem}. Start again."
                 raise DatasetError(reason) from None
@@ -195,15 +197,15 @@ def strip_line(raw: bytes, *, is_first: bool) -> bytes:
     return raw.strip(WHITE_SPACE)
 
 
-def parse_line(raw: bytes, features: FieldNames) -> Example:
+def parse_line(raw: bytes, field_names: FieldNames) -> Example:
     """Parse one line (no byte-order mark, no line end); raises LineProblem, nothing else."""
     row = decode_json_object(raw)
-    return _validate_example(row, _choose_format(row, features), features)
+    return _validate_example(row, _choose_format(row, field_names), field_names)
 
 
 def parse_plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:
     """The turns of a chat without tools and extras, else None; ValidationError for the rest."""
-    row: dict[str, Any] = _PLAIN_CHAT.validate_json(raw)
+    row: dict[str, Any] = _PLAIN_CHAT_VALIDATOR.validate_json(raw)
     messages: list[dict[str, Any]] | None = row.get(key)
     if messages is None or len(row) != 1:
         return None
@@ -213,48 +215,53 @@ def parse_plain_chat(raw: bytes, key: str) -> list[dict[str, Any]] | None:
     return messages
 
 
-def parse_plain_fields(raw: bytes, features: FieldNames) -> tuple[Format, str, list[str]] | None:
+def parse_plain_fields(raw: bytes, field_names: FieldNames) -> tuple[Format, str, list[str]] | None:
     """Format, roles and texts of a completion or a text without extras; as `parse_plain_chat`."""
-    row = _PLAIN_FIELDS.validate_json(raw)
+    row = _PLAIN_FIELDS_VALIDATOR.validate_json(raw)
     if has_repeated_key(raw, 2 * len(row)):
         return None
-    if len(row) == 2 and features.prompt in row and features.completion in row:
-        return "completion", "ua", [row[features.prompt], row[features.completion]]
-    if len(row) == 1 and features.text in row:
-        return "text", "", [row[features.text]]
+    if len(row) == 2 and field_names.prompt in row and field_names.completion in row:
+        return "completion", "ua", [row[field_names.prompt], row[field_names.completion]]
+    if len(row) == 1 and field_names.text in row:
+        return "text", "", [row[field_names.text]]
     return None
 
 
-def _choose_format(row: dict[str, Any], features: FieldNames) -> Format:
+def _choose_format(row: dict[str, Any], field_names: FieldNames) -> Format:
     """The format by the keys that are there, in mlx-lm's order (tuner/datasets.py)."""
-    has_prompt, has_completion = features.prompt in row, features.completion in row
+    has_prompt, has_completion = field_names.prompt in row, field_names.completion in row
     if has_prompt and has_completion:
         return "completion"
-    if features.chat in row:
+    if field_names.chat in row:
         return "chat"
-    if features.text in row:
+    if field_names.text in row:
         return "text"
     if has_prompt or has_completion:
-        missing = features.completion if has_prompt else features.prompt
-        raise LineProblem("missing-field", f"{missing} is missing{_conversion_hint(row, features)}")
-    expected = f"{features.prompt!r} and {features.completion!r}, {features.chat!r} or "
+        missing = field_names.completion if has_prompt else field_names.prompt
+        raise LineProblem(
+            "missing-field", f"{missing} is missing{_conversion_hint(row, field_names)}"
+        )
+    expected = f"{field_names.prompt!r} and {field_names.completion!r}, {field_names.chat!r} or "
     present = shorten(", ".join(row) or "nothing")
-    hint = _conversion_hint(row, features)
-    message = f"expected {expected}{features.text!r}; found {present}{hint}"
+    hint = _conversion_hint(row, field_names)
+    message = f"expected {expected}{field_names.text!r}; found {present}{hint}"
     raise LineProblem("unknown-format", message)
 
 
-def _conversion_hint(row: dict[str, Any], features: FieldNames) -> str:
-    return describe_conversion(row, prompt=features.prompt, completion=features.completion)
+def _conversion_hint(row: dict[str, Any], field_names: FieldNames) -> str:
+    return describe_conversion(row, prompt=field_names.prompt, completion=field_names.completion)
 
 
-def _validate_example(row: dict[str, Any], name: Format, features: FieldNames) -> Example:
+def _validate_example(row: dict[str, Any], name: Format, field_names: FieldNames) -> Example:
     """The example in a decoded line of this format; raises LineProblem for a wrong type."""
-    keys = {field: getattr(features, field, field) for field in _FIELDS[name].__annotations__}
+    keys = {
+        field: getattr(field_names, field, field)
+        for field in _LINE_MODEL_BY_FORMAT[name].__annotations__
+    }
     fields = {field: row[key] for field, key in keys.items() if key in row}
     try:
-        context = _ANY_ROLE if features.allows_any_role else None
-        _CHECKED[name].validate_python(fields, context=context)
+        context = _ANY_ROLE_CONTEXT if field_names.allows_any_role else None
+        _VALIDATOR_BY_FORMAT[name].validate_python(fields, context=context)
     except ValidationError as error:
         hint = describe_sharegpt(row) if name == "chat" else ""
         raise _describe_validation_error(error, keys, hint) from None
@@ -265,15 +272,19 @@ def _validate_example(row: dict[str, Any], name: Format, features: FieldNames) -
         messages = completion_to_messages(fields["prompt"], fields["completion"])
     else:
         messages = fields["chat"]
-    odd = [turn for turn in messages if turn.keys() != _PLAIN_KEYS]
-    unknown |= {f"{features.chat}[].{key}" for turn in odd for key in _unknown_message_keys(turn)}
+    odd = [turn for turn in messages if turn.keys() != _PLAIN_MESSAGE_KEYS]
+    unknown |= {
+        f"{field_names.chat}[].{key}" for turn in odd for key in _unknown_message_keys(turn)
+    }
     tools = fields.get("tools")
-    is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_KEYS for turn in odd)
+    is_plain = tools is None and all(_non_null_keys(turn) == _PLAIN_MESSAGE_KEYS for turn in odd)
     return Example(name, messages, tools, "", frozenset(unknown), is_plain)
 
 
 def _unknown_message_keys(message: dict[str, Any]) -> set[str]:
-    return _non_null_keys(message) - _KEYS_OF_ROLE.get(message["role"], _MESSAGE_KEYS)
+    return _non_null_keys(message) - _KNOWN_MESSAGE_KEYS_BY_ROLE.get(
+        message["role"], _KNOWN_MESSAGE_KEYS
+    )
 
 
 def _non_null_keys(message: dict[str, Any]) -> set[str]:

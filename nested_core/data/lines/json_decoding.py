@@ -15,8 +15,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from nested_core.errors import shorten
 
 # Outside of the texts; one that never ends is passed over whole, so that none is looked at twice.
-_NO_NUMBER = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|(NaN|-?Infinity)', re.DOTALL)
-_OBJECT = TypeAdapter(dict[str, Any], config=ConfigDict(strict=True))
+_NAN_OR_INFINITY_PATTERN = re.compile(
+    r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|(NaN|-?Infinity)', re.DOTALL
+)
+_JSON_OBJECT_VALIDATOR = TypeAdapter(dict[str, Any], config=ConfigDict(strict=True))
 
 
 class LineProblem(Exception):
@@ -31,7 +33,7 @@ class LineProblem(Exception):
 def decode_json_object(raw: bytes) -> dict[str, Any]:
     """Decode one JSON object; raises LineProblem, nothing else."""
     try:
-        row = _OBJECT.validate_json(raw)
+        row = _JSON_OBJECT_VALIDATOR.validate_json(raw)
     except ValidationError as error:
         raise _explain_decoding_error(raw, error) from None
     if has_repeated_key(raw, len(collect_strings(row))):
@@ -43,16 +45,16 @@ def decode_json_object(raw: bytes) -> dict[str, Any]:
     return row
 
 
-def has_repeated_key(raw: bytes, count: int) -> bool:
-    """Whether this valid JSON has more strings, keys and values, than the `count` decoded ones.
+def has_repeated_key(raw: bytes, string_count: int) -> bool:
+    """Whether valid JSON has more strings, keys and values, than the `string_count` decoded ones.
 
     The decoder keeps the last of two equal keys and says nothing. Counting quotes finds it at a
     tenth of the cost of decoding again, for each one delimits a string or follows a backslash.
     """
-    if raw.count(b'"') == 2 * count:
+    if raw.count(b'"') == 2 * string_count:
         return False
     unescaped = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    return unescaped.count(b'"') != 2 * count
+    return unescaped.count(b'"') != 2 * string_count
 
 
 def collect_strings(value: Any) -> list[str]:
@@ -88,7 +90,7 @@ def _refuse_repeated_key(raw: bytes) -> None:
 
 def _refuse_nan_and_infinity(text: str) -> None:
     """Python writes and reads NaN and Infinity, which JSON does not have."""
-    for match in _NO_NUMBER.finditer(text):
+    for match in _NAN_OR_INFINITY_PATTERN.finditer(text):
         if word := match[1]:
             where = f"column {match.start() + 1}"
             raise LineProblem("bad-json", f"not valid JSON at {where}: {word} is no JSON number")

@@ -23,12 +23,12 @@ from nested_core.data.lines.example_parsing import (
 )
 from nested_core.data.lines.json_decoding import LineProblem, collect_strings
 
-_LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
+_LETTER_BY_ROLE = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 # A turn without a text, in the content of a plain row: all that str.isspace takes for space.
-BLANK_TURN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
-_CALL = "c"
-_ORPHAN = "o"
-_OTHER_ROLE = "x"
+BLANK_TURN_PATTERN = r"\x00[\s\x1c-\x1f]*(?:\x00|$)"
+_TOOL_CALL_LETTER = "c"
+_ORPHAN_RESULT_LETTER = "o"
+_OTHER_ROLE_LETTER = "x"
 _as_json = json.JSONEncoder(ensure_ascii=False).encode
 _role_of = itemgetter("role")
 _content_of = itemgetter("content")
@@ -49,20 +49,21 @@ class LineRow(NamedTuple):
     message: str | None = None
 
 
-def parse_plain_row(raw: bytes, features: FieldNames) -> tuple[str, str, str] | None:
+def parse_plain_row(raw: bytes, field_names: FieldNames) -> tuple[str, str, str] | None:
     """(format, roles, content) of a line as almost all are, in one pass; None for all others.
 
     Its caller looks at many lines at once for what is left out here: the line must not hold an
-    escaped NUL, and a content in which BLANK_TURN is found is for `parse_line_to_row` to judge.
+    escaped NUL, and a content in which BLANK_TURN_PATTERN is found is for `parse_line_to_row` to
+    judge.
     """
     try:
         if raw.startswith(b'{"messages"') or b'"role"' in raw:
-            messages = parse_plain_chat(raw, features.chat)
+            messages = parse_plain_chat(raw, field_names.chat)
             if not messages:
                 return None
             letters = _letters_of_roles("".join(map(_role_of, messages)))
             return "chat", letters, "\0".join((letters, *map(_content_of, messages)))
-        fields = parse_plain_fields(raw, features)
+        fields = parse_plain_fields(raw, field_names)
     except ValidationError:
         return None
     if fields is None:
@@ -76,24 +77,24 @@ def parse_plain_row(raw: bytes, features: FieldNames) -> tuple[str, str, str] | 
 @lru_cache(maxsize=10_000)
 def _letters_of_roles(roles: str) -> str:
     """The letters of role names that stand one after the other."""
-    for name, letter in _LETTERS.items():
+    for name, letter in _LETTER_BY_ROLE.items():
         roles = roles.replace(name, letter)
     return roles
 
 
-def parse_line_to_row(raw: bytes, features: FieldNames, *, is_first: bool = False) -> LineRow:
+def parse_line_to_row(raw: bytes, field_names: FieldNames, *, is_first: bool = False) -> LineRow:
     """Flatten one line, with or without its line end, into a row; never raises."""
     body = strip_line(raw, is_first=is_first)
     if not body:
         return LineRow(is_blank=True)
     try:
-        example = parse_line(body, features)
+        example = parse_line(body, field_names)
     except LineProblem as problem:
         return LineRow(check=problem.check, message=problem.message)
-    return _flatten_example(example, features)
+    return _flatten_example(example, field_names)
 
 
-def _flatten_example(example: Example, features: FieldNames) -> LineRow:
+def _flatten_example(example: Example, field_names: FieldNames) -> LineRow:
     roles = _letters_of_turns(example)
     content = _text_to_compare(example, roles)
     shown = (
@@ -103,7 +104,12 @@ def _flatten_example(example: Example, features: FieldNames) -> LineRow:
     )
     unknown = ", ".join(sorted(example.unknown_keys)) or None
     return LineRow(
-        example.format, roles, content, shown, _name_first_blank_field(example, features), unknown
+        example.format,
+        roles,
+        content,
+        shown,
+        _name_first_blank_field(example, field_names),
+        unknown,
     )
 
 
@@ -112,12 +118,12 @@ def _letters_of_turns(example: Example) -> str:
     letters = ""
     ids: set[str] = set()
     for message in example.messages:
-        letter = _LETTERS.get(message["role"], _OTHER_ROLE)
+        letter = _LETTER_BY_ROLE.get(message["role"], _OTHER_ROLE_LETTER)
         if is_tool_calling_message(message):
-            letter = _CALL
+            letter = _TOOL_CALL_LETTER
             ids = _tool_call_ids(message["tool_calls"])
         elif letter == "t" and ids and message.get("tool_call_id") not in ids | {None}:
-            letter = _ORPHAN
+            letter = _ORPHAN_RESULT_LETTER
         letters += letter
     return letters
 
@@ -139,16 +145,16 @@ def _text_to_compare(example: Example, roles: str) -> str:
     return f"{before}\0{_as_json(example.messages[-1:])}"
 
 
-def _name_first_blank_field(example: Example, features: FieldNames) -> str | None:
+def _name_first_blank_field(example: Example, field_names: FieldNames) -> str | None:
     """The name of the first field without any text; a system's or a tool's turn may be empty."""
     if example.format == "text":
-        return None if example.text.strip() else features.text
+        return None if example.text.strip() else field_names.text
     for index, message in enumerate(example.messages):
         content = message.get("content")
         if content and not content.isspace():
             continue
         if message["role"] in ("user", "assistant") and not is_tool_calling_message(message):
             if example.format == "completion":
-                return (features.prompt, features.completion)[index]
-            return f"{features.chat}[{index}].content"
+                return (field_names.prompt, field_names.completion)[index]
+            return f"{field_names.chat}[{index}].content"
     return None

@@ -14,9 +14,14 @@ import numpy as np
 import polars as pl
 
 from nested_core.data.lines.example_parsing import WHITE_SPACE, FieldNames
-from nested_core.data.lines.line_rows import BLANK_TURN, LineRow, parse_line_to_row, parse_plain_row
-from nested_core.data.lines.sensitive_data import find_sensitive
-from nested_core.data.lines.word_ngrams import word_ngrams
+from nested_core.data.lines.line_rows import (
+    BLANK_TURN_PATTERN,
+    LineRow,
+    parse_line_to_row,
+    parse_plain_row,
+)
+from nested_core.data.lines.sensitive_data import find_sensitive_pattern_bits
+from nested_core.data.lines.word_ngrams import make_word_ngram_columns
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
@@ -40,13 +45,13 @@ SCHEMA: dict[str, type[pl.DataType]] = {
     "check": pl.Categorical,
     "message": pl.String,
 }
-_LOWER = bytes(range(256)).lower()
-_CONTROL = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
-_REPLACEMENT = "\ufffd"
+_LOWERCASE_BYTE_TABLE = bytes(range(256)).lower()
+_CONTROL_CHARACTER_PATTERN = r"[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+_REPLACEMENT_CHARACTER = "\ufffd"
 
 
 def read_line_range(
-    path: Path, byte_range: ByteRange, features: FieldNames, *, has_ngrams: bool = False
+    path: Path, byte_range: ByteRange, field_names: FieldNames, *, has_ngrams: bool = False
 ) -> tuple[pl.DataFrame, bytes]:
     """The rows of a range of lines, see SCHEMA, and the SHA-256 of each example in it, joined.
 
@@ -63,7 +68,7 @@ def read_line_range(
     if not lines[-1]:
         lines.pop()
     is_start = byte_range.start == 0
-    rows = _read_rows(lines, features, is_start=is_start, may_be_plain=b"\\u0000" not in content)
+    rows = _read_rows(lines, field_names, is_start=is_start, may_be_plain=b"\\u0000" not in content)
     digests, keys = _digests_and_keys(rows.pop("content"))
     raw = pl.Series(lines, dtype=pl.Binary)
     text = pl.Series(rows.pop("shown"), dtype=pl.String)
@@ -72,40 +77,42 @@ def read_line_range(
     columns: dict[str, Any] = {
         **rows,
         **keys,
-        "sensitive": find_sensitive(text),
+        "sensitive": find_sensitive_pattern_bits(text),
         "has_control": _find_control_characters(raw, text),
-        "has_replacement": text.str.contains(_REPLACEMENT, literal=True).fill_null(value=False),
+        "has_replacement": text.str.contains(_REPLACEMENT_CHARACTER, literal=True).fill_null(
+            value=False
+        ),
         "has_crlf": raw.bin.ends_with(b"\r"),
         "has_mark": has_mark,
     }
     frame = pl.DataFrame(columns, schema=SCHEMA)
-    return frame.with_columns(**word_ngrams(text)) if has_ngrams else frame, digests
+    return frame.with_columns(**make_word_ngram_columns(text)) if has_ngrams else frame, digests
 
 
 def run_line_range_job(request: dict[str, Any]) -> dict[str, Any]:
     """`read_line_range` as a job: writes OUT.rows and OUT.digests, answers the number of lines."""
     byte_range = ByteRange(*request["byte_range"])
-    features = FieldNames(**request["features"])
+    field_names = FieldNames(**request["field_names"])
     path, has_ngrams = Path(request["path"]), request["has_ngrams"]
-    frame, digests = read_line_range(path, byte_range, features, has_ngrams=has_ngrams)
+    frame, digests = read_line_range(path, byte_range, field_names, has_ngrams=has_ngrams)
     frame.write_ipc(f"{request['out']}.rows")
     Path(f"{request['out']}.digests").write_bytes(digests)
     return {"lines": frame.height}
 
 
 def _read_rows(
-    lines: list[bytes], features: FieldNames, *, is_start: bool, may_be_plain: bool
+    lines: list[bytes], field_names: FieldNames, *, is_start: bool, may_be_plain: bool
 ) -> dict[str, list[Any]]:
     """The fields of each line's `LineRow`, as columns."""
     columns = {name: [default] * len(lines) for name, default in LineRow._field_defaults.items()}
-    plain = [parse_plain_row(raw, features) if may_be_plain else None for raw in lines]
+    plain = [parse_plain_row(raw, field_names) if may_be_plain else None for raw in lines]
     columns["format"] = [row and row[0] for row in plain]
     columns["roles"] = [row and row[1] for row in plain]
     columns["content"] = [row and row[2] for row in plain]
     columns["shown"] = list(columns["content"])
-    is_doubtful = pl.Series(columns["content"], dtype=pl.String).str.contains(BLANK_TURN)
+    is_doubtful = pl.Series(columns["content"], dtype=pl.String).str.contains(BLANK_TURN_PATTERN)
     for index in is_doubtful.fill_null(value=True).arg_true().to_list():
-        row = parse_line_to_row(lines[index], features, is_first=is_start and index == 0)
+        row = parse_line_to_row(lines[index], field_names, is_first=is_start and index == 0)
         for name, value in row._asdict().items():
             columns[name][index] = value
     return columns
@@ -138,7 +145,7 @@ def _fold_case_and_space(encoded: list[bytes | None]) -> list[bytes | None]:
         None
         if content is None
         else (content if content.isascii() else _casefold_utf8(content)).translate(
-            _LOWER, WHITE_SPACE
+            _LOWERCASE_BYTE_TABLE, WHITE_SPACE
         )
         for content in encoded
     ]
@@ -161,5 +168,5 @@ def _find_control_characters(raw: pl.Series, text: pl.Series) -> pl.Series:
         may |= raw.bin.contains(escape)
     has = np.zeros(len(raw), bool)
     where = may.fill_null(value=False).arg_true()
-    has[where.to_numpy()] = text.gather(where).str.contains(_CONTROL).to_numpy()
+    has[where.to_numpy()] = text.gather(where).str.contains(_CONTROL_CHARACTER_PATTERN).to_numpy()
     return pl.Series(has)

@@ -14,27 +14,29 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-_IBANS = (
+_IBAN_COUNTRIES_AND_LENGTHS = (
     "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 CH21 CR22 CY28 CZ24 DE22 DK18 DO28 EE20 "
     "EG29 ES24 FI18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IS26 IT27 JO30 "
     "KW30 KZ20 LB28 LI21 LT20 LU20 LV21 MC27 MD24 ME22 MK19 MT31 NL18 NO15 PK24 PL28 PT25 QA29 "
     "RO24 RS22 SA24 SE24 SI19 SK24 SM27 TN24 TR26 UA29 VA22"
 )
-_IBAN_LENGTHS = {iban[:2]: int(iban[2:]) for iban in _IBANS.split()}  # by country
+_IBAN_LENGTHS = {
+    iban[:2]: int(iban[2:]) for iban in _IBAN_COUNTRIES_AND_LENGTHS.split()
+}  # by country
 # Beginnings of card numbers by issuer, and their lengths (ISO/IEC 7812).
-_CARD = re.compile(
+_CARD_NUMBER_PATTERN = re.compile(
     r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]|2[3-6])\d{14}|(?:222[1-9]|22[3-9]\d|27[01]\d|2720)\d{12}"
     r"|3[47]\d{13}|3(?:0[0-5]|[689]\d)\d{11}|(?:6011|64[4-9]\d|65\d\d|352[89]|35[3-8]\d)\d{12}"
 )
 IsMatch = Callable[[str], object]
-_FILES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".js", ".css", ".py", ".html")
+_FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".js", ".css", ".py", ".html")
 
 
 def _accept_any(value: str) -> bool:
     return True
 
 
-def _has_mixed_characters(value: str) -> bool:
+def _has_lower_upper_and_digits(value: str) -> bool:
     """Whether it has small letters, capitals and digits, as random keys have and words have not."""
     return all(re.search(characters, value) for characters in ("[a-z]", "[A-Z]", "[0-9]"))
 
@@ -50,20 +52,20 @@ def _is_password(value: str) -> bool:
     return bool(re.search("[A-Za-z]", value) and re.search("[0-9]", value))
 
 
-def _is_address(value: str) -> bool:
-    return not value.startswith("git@") and not value.lower().endswith(_FILES)
+def _is_email_address(value: str) -> bool:
+    return not value.startswith("git@") and not value.lower().endswith(_FILE_SUFFIXES)
 
 
-def _is_phone(value: str) -> bool:
+def _is_phone_number(value: str) -> bool:
     digits = re.sub(r"\D", "", value)
     is_grouped = re.search(r"\d[ .()-]+\d", value) is not None
     return 8 <= len(digits) <= 15 and (is_grouped or len(digits) >= 10)
 
 
-def _is_card(value: str) -> bool:
+def _is_card_number(value: str) -> bool:
     """Whether the issuer is known and the check digit is right (Luhn)."""
     digits = re.sub(r"\D", "", value)
-    if _CARD.fullmatch(digits) is None:
+    if _CARD_NUMBER_PATTERN.fullmatch(digits) is None:
         return False
     doubled = [sum(divmod(2 * int(digit), 10)) for digit in digits[-2::-2]]
     return (sum(doubled) + sum(int(digit) for digit in digits[-1::-2])) % 10 == 0
@@ -93,24 +95,26 @@ class SensitivePattern:
         return any(self.is_match(match[match.lastindex or 0]) for match in self.form.finditer(text))
 
 
-def _make_secret_pattern(name: str, form: str, is_match: IsMatch = _accept_any) -> SensitivePattern:
-    return SensitivePattern(name, "secret", re.compile(form), is_match)
+def _make_secret_pattern(
+    name: str, regex: str, is_match: IsMatch = _accept_any
+) -> SensitivePattern:
+    return SensitivePattern(name, "secret", re.compile(regex), is_match)
 
 
 def _make_personal_pattern(
-    name: str, form: str, is_match: IsMatch = _accept_any
+    name: str, regex: str, is_match: IsMatch = _accept_any
 ) -> SensitivePattern:
-    return SensitivePattern(name, "personal", re.compile(form), is_match)
+    return SensitivePattern(name, "personal", re.compile(regex), is_match)
 
 
-_ASSIGNED = (
+_ASSIGNED_SECRET_PATTERN = (
     r"(?i)(?<![a-z])(?:password|passwd|passphrase|pwd|secret[_-]?key|client[_-]?secret|api[_-]?key"
     r"|access[_-]?token|auth[_-]?token)[\"']?\s*(?::=|=>|[:=])\s*[\"']?([^\s\"',;]{8,})"
 )
 # Looked for at the beginning of a word only, where the first group is the whole word before a dot:
 # a header may begin anywhere in that word, and a search from each place would be quadratic.
-_WEB_TOKEN = r"(?<![\w-])(?=([\w-]{11,}+)\.eyJ[\w-]{8,}+\.[\w-]{8})"
-_PHONE = (
+_JSON_WEB_TOKEN_PATTERN = r"(?<![\w-])(?=([\w-]{11,}+)\.eyJ[\w-]{8,}+\.[\w-]{8})"
+_PHONE_NUMBER_PATTERN = (
     r"(?<![\w+.-])(?:\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}"
     r"|(?:\([2-9]\d\d\) ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4})(?![\w-]|\.\d)"
 )
@@ -133,17 +137,23 @@ _PATTERNS_BY_HINT: tuple[tuple[str, tuple[SensitivePattern, ...]], ...] = (
                 "Slack token", r"\bxox[abeoprs]-([A-Za-z0-9-]{10,})", re.compile(r"\d").search
             ),
             _make_secret_pattern("Google key", r"\bAIza[\w-]{35}(?![\w-])"),
-            _make_secret_pattern("Anthropic key", r"\bsk-ant-([\w-]{20,})", _has_mixed_characters),
-            _make_secret_pattern("OpenAI key", r"\bsk-(?!ant-)([\w-]{20,})", _has_mixed_characters),
+            _make_secret_pattern(
+                "Anthropic key", r"\bsk-ant-([\w-]{20,})", _has_lower_upper_and_digits
+            ),
+            _make_secret_pattern(
+                "OpenAI key", r"\bsk-(?!ant-)([\w-]{20,})", _has_lower_upper_and_digits
+            ),
             _make_secret_pattern(
                 "Hugging Face token", r"\bhf_([A-Za-z0-9]{30,})\b", _has_upper_and_lower_case
             ),
-            _make_secret_pattern("JSON web token", _WEB_TOKEN, re.compile(r"\beyJ[\w-]{8}").search),
+            _make_secret_pattern(
+                "JSON web token", _JSON_WEB_TOKEN_PATTERN, re.compile(r"\beyJ[\w-]{8}").search
+            ),
         ),
     ),
     (
         "(?i)passw|passphrase|pwd|secret|api[_-]?key|token",
-        (_make_secret_pattern("password", _ASSIGNED, _is_password),),
+        (_make_secret_pattern("password", _ASSIGNED_SECRET_PATTERN, _is_password),),
     ),
     (
         "@",
@@ -151,16 +161,16 @@ _PATTERNS_BY_HINT: tuple[tuple[str, tuple[SensitivePattern, ...]], ...] = (
             _make_personal_pattern(
                 "e-mail address",
                 r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])",
-                _is_address,
+                _is_email_address,
             ),
         ),
     ),
     (
         "[0-9][0-9 ().-]{6,}[0-9]",
         (
-            _make_personal_pattern("phone number", _PHONE, _is_phone),
+            _make_personal_pattern("phone number", _PHONE_NUMBER_PATTERN, _is_phone_number),
             _make_personal_pattern(
-                "card number", r"(?<![\w.+-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)", _is_card
+                "card number", r"(?<![\w.+-])(?:\d[ -]?){12,18}\d(?![\w-]|\.\d)", _is_card_number
             ),
             _make_personal_pattern(
                 "IBAN",
@@ -173,7 +183,7 @@ _PATTERNS_BY_HINT: tuple[tuple[str, tuple[SensitivePattern, ...]], ...] = (
 SENSITIVE_PATTERNS = tuple(pattern for _, patterns in _PATTERNS_BY_HINT for pattern in patterns)
 
 
-def find_sensitive(texts: pl.Series) -> pl.Series:
+def find_sensitive_pattern_bits(texts: pl.Series) -> pl.Series:
     """What each text holds, UInt32: bit n stands for SENSITIVE_PATTERNS[n]; 0 for null."""
     bits = np.zeros(len(texts), np.uint32)
     first = 0

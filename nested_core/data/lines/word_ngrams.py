@@ -12,20 +12,20 @@ import numpy as np
 import polars as pl
 from polars._typing import PolarsDataType
 
-LENGTH = 3
+NGRAM_LENGTH = 3
 # Of a text with more, those whose hash ends in enough zero bits: the same ones in every text.
-MOST_NGRAMS = 32
+MAX_NGRAMS_PER_TEXT = 32
 SCHEMA: dict[str, PolarsDataType] = {
     "words": pl.UInt64,  # equal for equal sequences of words, digits as they are; null without one
-    "ngrams": pl.List(pl.UInt32),  # a sample of its LENGTH-word sequences, digits folded
+    "ngrams": pl.List(pl.UInt32),  # a sample of its NGRAM_LENGTH-word sequences, digits folded
     "halvings": pl.UInt8,  # how often the sample was halved: 2 ** halvings times as many are there
 }
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 # Odd numbers, so that the order of the words matters.
-_FACTORS = tuple(np.uint64(factor) for factor in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 1))
+_HASH_FACTORS = tuple(np.uint64(factor) for factor in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 1))
 
 
-def word_ngrams(texts: pl.Series) -> dict[str, pl.Series]:
+def make_word_ngram_columns(texts: pl.Series) -> dict[str, pl.Series]:
     """The columns of SCHEMA for each text, with hashes that are the same in every process."""
     words = texts.str.to_lowercase().str.extract_all(r"\w+")
     counts = words.list.len().fill_null(0)
@@ -33,9 +33,11 @@ def word_ngrams(texts: pl.Series) -> dict[str, pl.Series]:
     key = pl.select(pl.when(counts > 0).then(sequence.hash(seed=0))).to_series()
     flat = words.filter(counts > 0).explode()
     hashes = flat.str.replace_all(r"\d", "0").hash(seed=0).to_numpy()
-    ngrams, owners = _join_neighbours(hashes, counts.to_numpy())
+    ngrams, owners = _hash_neighbouring_words(hashes, counts.to_numpy())
     sizes = np.bincount(owners, minlength=len(texts))
-    halvings = np.ceil(np.log2(np.maximum(sizes, MOST_NGRAMS) / MOST_NGRAMS)).astype(np.uint8)
+    halvings = np.ceil(
+        np.log2(np.maximum(sizes, MAX_NGRAMS_PER_TEXT) / MAX_NGRAMS_PER_TEXT)
+    ).astype(np.uint8)
     zeros = (np.uint64(1) << halvings[owners].astype(np.uint64)) - np.uint64(1)
     is_sampled = ngrams & zeros == 0
     sampled = pl.DataFrame(
@@ -48,13 +50,13 @@ def word_ngrams(texts: pl.Series) -> dict[str, pl.Series]:
     return {"words": key, "ngrams": joined, "halvings": pl.Series(halvings)}
 
 
-def _join_neighbours(hashes: Hashes, counts: np.ndarray[Any, Any]) -> tuple[Hashes, Any]:
+def _hash_neighbouring_words(hashes: Hashes, counts: np.ndarray[Any, Any]) -> tuple[Hashes, Any]:
     """The hash of each LENGTH neighbouring words, and the index of the text that they are in."""
     texts = np.repeat(np.arange(len(counts)), counts)
-    windows = max(0, len(hashes) - LENGTH + 1)
+    windows = max(0, len(hashes) - NGRAM_LENGTH + 1)
     ngrams = np.zeros(windows, np.uint64)
-    for place, factor in enumerate(_FACTORS):
+    for place, factor in enumerate(_HASH_FACTORS):
         ngrams += hashes[place : place + windows] * factor
     ngrams ^= ngrams >> np.uint64(29)  # the low bits, which choose the sample, need the high ones
-    is_within = texts[:windows] == texts[LENGTH - 1 : LENGTH - 1 + windows]
+    is_within = texts[:windows] == texts[NGRAM_LENGTH - 1 : NGRAM_LENGTH - 1 + windows]
     return ngrams[is_within], texts[:windows][is_within]

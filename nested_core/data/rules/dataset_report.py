@@ -12,12 +12,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from nested_core.data.rules.finding_groups import group_findings
-from nested_core.data.rules.findings import Finding, Severity, name_guide
+from nested_core.data.rules.findings import Finding, Severity, guide_sentence
 from nested_core.errors import DatasetError, shorten
 
 _ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
-_SHOWN_GROUPS = 10
-_SHOWN_CHARACTERS = 400
+_MAX_SHOWN_GROUPS = 10
+_MAX_SHOWN_CHARACTERS = 400
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class DatasetReport:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DatasetReport:
         """The report that `to_json` gave these values of."""
-        return _REPORT.validate_python(values)
+        return _REPORT_VALIDATOR.validate_python(values)
 
     def raise_if_rejected(self) -> None:
         """Raise DatasetError, at most 14 lines, that names the first errors and counts the rest."""
@@ -103,26 +103,26 @@ class DatasetReport:
             f"The data set {self.folder} is rejected: {_format_count(number, 'error')}{where}."
         ]
         groups = group_findings(errors)
-        shown = groups[:_SHOWN_GROUPS]
-        lines += [f"  {shorten(group, _SHOWN_CHARACTERS)}" for group in shown]
+        shown = groups[:_MAX_SHOWN_GROUPS]
+        lines += [f"  {shorten(group, _MAX_SHOWN_CHARACTERS)}" for group in shown]
         if len(groups) > len(shown):
             rest = number - sum(group.count for group in shown)
             lines.append(f"  and {_format_count(rest, 'more error')}.")
         listing = "`nested-tune validate` with the same -c and flags lists them"
-        lines.append(f"Correct these; {listing}. {name_guide(errors)}")
+        lines.append(f"Correct these; {listing}. {guide_sentence(errors)}")
         raise DatasetError("\n".join(lines))
 
     def describe_warnings(self) -> str:
         """The number of warnings and the first of them, on one line; empty if there are none."""
         if not self.warnings:
             return ""
-        first = shorten(self.warnings[0], _SHOWN_CHARACTERS)
+        first = shorten(self.warnings[0], _MAX_SHOWN_CHARACTERS)
         return (
             f"data: {_format_count(_count_findings(self.warnings), 'warning')}, the first: {first}"
         )
 
 
-_REPORT = TypeAdapter(DatasetReport)
+_REPORT_VALIDATOR = TypeAdapter(DatasetReport)
 
 
 def sort_findings(findings: list[Finding], files: list[str]) -> tuple[Finding, ...]:

@@ -15,8 +15,8 @@ from nested_core.data.rules.findings import Finding
 from nested_core.errors import list_first
 
 Dropped = Mapping[str, frozenset[int]]
-_SHOWN_LINES = 20
-_REASONS = {
+_MAX_SHOWN_LINES = 20
+_DROP_REASON_TEXTS = {
     "duplicate": "they repeat an earlier example",
     "leakage": "valid or test has the same example",
     "overlong": "they are longer than max_seq_length",
@@ -54,7 +54,7 @@ def describe_dropped_lines(file: str, dropped: Dropped) -> Iterator[Finding]:
         if lines:
             shown = sorted(lines)
             message = (
-                f"lines dropped because {_REASONS[reason]}: {len(lines):,} "
-                f"({list_first(shown, _SHOWN_LINES)})"
+                f"lines dropped because {_DROP_REASON_TEXTS[reason]}: {len(lines):,} "
+                f"({list_first(shown, _MAX_SHOWN_LINES)})"
             )
             yield Finding(file, shown[0], "warning", f"dropped-{reason}", message)

@@ -10,9 +10,9 @@ import polars as pl
 
 from nested_core.data.rules.rule_table import FrameRules, Rule
 
-FEWEST_HELD_OUT_ROWS = 5  # as many as an interval of paired differences needs
-_IS_TRAIN = pl.col("split") == "train"
-_IS_TEXT = pl.col("format") == "text"
+MIN_HELD_OUT_ROWS = 5  # as many as an interval of paired differences needs
+_IS_TRAIN_SPLIT = pl.col("split") == "train"
+_IS_TEXT_FORMAT = pl.col("format") == "text"
 
 FILE_RULES = FrameRules(
     columns={
@@ -35,13 +35,13 @@ FILE_RULES = FrameRules(
         Rule(
             "mask-prompt-on-text",
             "error",
-            ~pl.col("mask_prompt") | ~_IS_TEXT,
+            ~pl.col("mask_prompt") | ~_IS_TEXT_FORMAT,
             "mask_prompt needs prompts; plain text has none (mlx-lm refuses it too)",
         ),
         Rule(
             "supervise-all-on-text",
             "error",
-            (pl.col("supervise") != "all") | ~_IS_TEXT,
+            (pl.col("supervise") != "all") | ~_IS_TEXT_FORMAT,
             "training.supervise: all needs turns; plain text has none",
         ),
         Rule(
@@ -86,14 +86,14 @@ ROW_COUNT_RULES = FrameRules(
         Rule(
             "few-held-out-rows",
             "info",
-            _IS_TRAIN | ~pl.col("rows").is_between(1, FEWEST_HELD_OUT_ROWS - 1),
+            _IS_TRAIN_SPLIT | ~pl.col("rows").is_between(1, MIN_HELD_OUT_ROWS - 1),
             "{rows} rows can show no difference between two adapters beyond chance; "
-            f"{FEWEST_HELD_OUT_ROWS} or more are needed",
+            f"{MIN_HELD_OUT_ROWS} or more are needed",
         ),
         Rule(
             "one-answer",
             "warning",
-            _IS_TRAIN | (pl.col("rows") < FEWEST_HELD_OUT_ROWS) | (pl.col("answers") > 1),
+            _IS_TRAIN_SPLIT | (pl.col("rows") < MIN_HELD_OUT_ROWS) | (pl.col("answers") > 1),
             "all {rows} answers are the same: a model that says nothing else would pass",
         ),
     ),

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from nested_core.data.rules.findings import Finding, Severity
 from nested_core.errors import list_first
 
-SHOWN_LINES = 3
-SHOWN_CAUSES = 5  # of one check in one file
-_NUMBER = re.compile(r"\d[\d,.]*")
+MAX_SHOWN_LINES = 3
+MAX_SHOWN_CAUSES = 5  # of one check in one file
+_NUMBER_PATTERN = re.compile(r"\d[\d,.]*")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FindingGroup:
         """The first lines, separated by commas; None for a finding about the whole file."""
         if not self.lines:
             return None
-        return list_first(self.lines, SHOWN_LINES)
+        return list_first(self.lines, MAX_SHOWN_LINES)
 
     def __str__(self) -> str:
         """The first finding, and in how many more lines it is."""
@@ -41,13 +41,13 @@ class FindingGroup:
         text = f"{place}: {self.check}: {self.message}"
         if self.count == 1:
             return text
-        others = list_first(self.lines[1:], SHOWN_LINES - 1) if len(self.lines) > 1 else "..."
+        others = list_first(self.lines[1:], MAX_SHOWN_LINES - 1) if len(self.lines) > 1 else "..."
         noun = "line" if self.count == 2 else "lines"
         return f"{text} (and {self.count - 1:,} more: {noun} {others})"
 
 
 def group_findings(findings: Iterable[Finding]) -> list[FindingGroup]:
-    """The groups in the order of their first findings, at most SHOWN_CAUSES a check and file.
+    """The groups in the order of their first findings, at most MAX_SHOWN_CAUSES a check and file.
 
     What a check does not list (Finding.count) counts where the check has one cause. Of more causes
     than are shown, the rest is one group.
@@ -55,20 +55,22 @@ def group_findings(findings: Iterable[Finding]) -> list[FindingGroup]:
     checks: dict[tuple[Severity, str, str], dict[str, FindingGroup]] = {}
     for finding in findings:
         causes = checks.setdefault((finding.severity, finding.file, finding.check), {})
-        cause = _NUMBER.sub("#", finding.message)
+        cause = _NUMBER_PATTERN.sub("#", finding.message)
         if finding.count is not None and len(causes) == 1:
             (cause,) = causes
-        elif cause not in causes and len(causes) >= SHOWN_CAUSES:
+        elif cause not in causes and len(causes) >= MAX_SHOWN_CAUSES:
             cause = ""
-        causes[cause] = _with_finding(causes.get(cause), finding, is_rest=not cause)
+        causes[cause] = _add_finding_to_group(causes.get(cause), finding, is_rest=not cause)
     return [group for causes in checks.values() for group in causes.values()]
 
 
-def _with_finding(group: FindingGroup | None, finding: Finding, *, is_rest: bool) -> FindingGroup:
+def _add_finding_to_group(
+    group: FindingGroup | None, finding: Finding, *, is_rest: bool
+) -> FindingGroup:
     lines = () if finding.line is None else (finding.line,)
     count = 1 if finding.count is None else finding.count
     if group is None:
         message = f"of other causes; the first: {finding.message}" if is_rest else finding.message
         return FindingGroup(finding.severity, finding.file, finding.check, message, lines, count)
-    shown = group.lines if len(group.lines) > SHOWN_LINES else group.lines + lines
+    shown = group.lines if len(group.lines) > MAX_SHOWN_LINES else group.lines + lines
     return replace(group, lines=shown, count=group.count + count)

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from nested_core.errors import list_first
 
 Severity = Literal["error", "warning", "info"]
-GUIDE = "docs/data.md"
-_SHOWN_CHECKS = 3
+DATA_GUIDE = "docs/data.md"
+_MAX_SHOWN_CHECKS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Findings:
         return frozenset(self.error_lines.get(file, ()))
 
 
-def name_guide(findings: Iterable[Finding]) -> str:
+def guide_sentence(findings: Iterable[Finding]) -> str:
     """A sentence that names the places in the guide of the first checks that found something."""
-    places = [f"{GUIDE}#{check}" for check in dict.fromkeys(f.check for f in findings)]
-    return f"Explained in {list_first(places, _SHOWN_CHECKS)}"
+    places = [f"{DATA_GUIDE}#{check}" for check in dict.fromkeys(f.check for f in findings)]
+    return f"Explained in {list_first(places, _MAX_SHOWN_CHECKS)}"

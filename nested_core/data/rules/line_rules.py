@@ -16,10 +16,10 @@ from nested_core.data.rules.rule_table import FrameRules, Rule
 
 # A conversation so far: system first if at all, users and assistants in turn, results after a call.
 # An orphan result (o) counts as one here, for it has a check of its own.
-_ORDER = r"^s?(?:u(?:c[to]+)*a)*(?:u(?:c[to]+)*c?)?$"
-_ORPHAN = r"o|(?:^|[^cto])t"
-_ROLES = pl.col("roles").cast(pl.String)
-_CHAT_ROLES = pl.when(pl.col("format") == "chat").then(_ROLES)
+_VALID_TURN_ORDER_PATTERN = r"^s?(?:u(?:c[to]+)*a)*(?:u(?:c[to]+)*c?)?$"
+_ORPHAN_RESULT_PATTERN = r"o|(?:^|[^cto])t"
+_ROLES_COLUMN = pl.col("roles").cast(pl.String)
+_CHAT_ROLES_COLUMN = pl.when(pl.col("format") == "chat").then(_ROLES_COLUMN)
 
 LINE_RULES = FrameRules(
     columns={
@@ -59,26 +59,28 @@ LINE_RULES = FrameRules(
         Rule(
             "no-assistant-turn",
             "error",
-            _CHAT_ROLES.str.contains("[ac]"),
+            _CHAT_ROLES_COLUMN.str.contains("[ac]"),
             "the turns are {turns}; without an assistant's there is nothing to learn",
         ),
         Rule(
             "last-turn-not-assistant",
             "error",
-            _CHAT_ROLES.str.contains("^[^ac]*$|[ac]$"),
+            _CHAT_ROLES_COLUMN.str.contains("^[^ac]*$|[ac]$"),
             "the turns are {turns}; the last one is what the model learns "
             "and must be the assistant's",
         ),
         Rule(
             "tool-without-call",
             "error",
-            ~_ROLES.str.contains(_ORPHAN),
+            ~_ROLES_COLUMN.str.contains(_ORPHAN_RESULT_PATTERN),
             "the turns are {turns}; a tool's result must follow the call that asked for it",
         ),
         Rule(
             "role-order",
             "error",
-            _CHAT_ROLES.str.contains(f"{_ORDER}|{_ORPHAN}"),
+            _CHAT_ROLES_COLUMN.str.contains(
+                f"{_VALID_TURN_ORDER_PATTERN}|{_ORPHAN_RESULT_PATTERN}"
+            ),
             "the turns are {turns}; expected system (optional), then user and assistant in turn, "
             "tool results right after their call",
         ),
@@ -140,11 +142,11 @@ LINE_RULES = FrameRules(
 )
 
 
-def _make_sensitive_data_rule(bit: int) -> Rule:
+def _make_sensitive_data_rule(pattern_index: int) -> Rule:
     """The rule for one kind of secret or personal data, once a file; its value is never shown."""
-    is_absent = pl.col("sensitive") // 2**bit % 2 == 0
-    name = SENSITIVE_PATTERNS[bit].name
-    if SENSITIVE_PATTERNS[bit].group == "personal":
+    is_absent = pl.col("sensitive") // 2**pattern_index % 2 == 0
+    name = SENSITIVE_PATTERNS[pattern_index].name
+    if SENSITIVE_PATTERNS[pattern_index].group == "personal":
         message = f"what looks like personal data ({name}) in {{count}} lines: {{places}}"
         return Rule("personal-data", "warning", is_absent, message, once=True)
     message = (

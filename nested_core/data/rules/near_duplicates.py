@@ -8,40 +8,40 @@ from __future__ import annotations
 
 import polars as pl
 
-SHARED = 0.6  # of a held-out example's n-grams that are not common
-FEWEST_SHARED = 2
+MIN_SHARED_NGRAM_SHARE = 0.6  # of a held-out example's n-grams that are not common
+MIN_SHARED_NGRAMS = 2
 # An n-gram in more training examples is common; in a small training set it is so at fewer.
-MOST_EXAMPLES = 10
-FEWEST_EXAMPLES = 2
-EXAMPLES_IN = 50
+MAX_COMMON_NGRAM_LIMIT = 10
+MIN_COMMON_NGRAM_LIMIT = 2
+COMMON_NGRAM_DIVISOR = 50
 
 
 def find_near_duplicates(train: pl.DataFrame, held_out: pl.DataFrame) -> pl.DataFrame:
     """For each row of `held_out` the line of train that it nearly is, and how much they share.
 
-    Both frames have line, content and the columns of `word_ngrams`. Returns near (Int32), the first
-    of the lines that share most, null if none shares enough, and shared (Int32), per cent of the
-    n-grams; 100 for an equal sequence of words.
+    Both frames have line, content and the columns of `make_word_ngram_columns`. Returns near
+    (Int32), the first of the lines that share most, null if none shares enough, and shared (Int32),
+    per cent of the n-grams; 100 for an equal sequence of words.
     """
     rows = held_out.select("words", "ngrams", "halvings").with_row_index("row")
     examples = train.filter(pl.col("content").is_not_null())
     first = examples.group_by("words").agg(near=pl.col("line").min())
     equal = rows.join(first, on="words").select("row", "near", shared=pl.lit(100.0))
-    found = pl.concat([equal, _find_most_shared(examples, rows)])
+    found = pl.concat([equal, _pair_rows_by_shared_ngrams(examples, rows)])
     best = found.sort("row", "shared", "near", descending=[False, True, False]).unique("row")
     return rows.join(best, on="row", how="left", maintain_order="left").select(
         pl.col("near"), pl.col("shared").round().cast(pl.Int32)
     )
 
 
-def add_near_duplicates(held_out: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
+def add_near_duplicate_columns(held_out: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
     """Add near and shared to related rows, but where the row equals a training example."""
     return held_out.with_columns(found).with_columns(
         near=pl.when(pl.col("repeats").is_null()).then("near")
     )
 
 
-def _find_most_shared(examples: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+def _pair_rows_by_shared_ngrams(examples: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
     """Row, near and shared for the pairs of a held-out row and a train line that share enough."""
     asked = rows.select("row", "halvings", ngram="ngrams").explode("ngram").drop_nulls("ngram")
     asked = asked.unique()
@@ -52,7 +52,9 @@ def _find_most_shared(examples: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFram
     owners = examples["example"].repeat_by(lengths).explode()
     hits = pl.DataFrame({"example": owners.filter(is_asked), "ngram": ngrams.filter(is_asked)})
     hits = hits.join(examples.select("example", "line", "content", "halvings"), on="example")
-    most = min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, examples.height // EXAMPLES_IN))
+    most = min(
+        MAX_COMMON_NGRAM_LIMIT, max(MIN_COMMON_NGRAM_LIMIT, examples.height // COMMON_NGRAM_DIVISOR)
+    )
     common = (
         hits.group_by("ngram").agg(pl.col("content").n_unique()).filter(pl.col("content") > most)
     )
@@ -70,6 +72,9 @@ def _find_most_shared(examples: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFram
     return (
         counts.join(sizes, on="row")
         .with_columns(shared=share.clip(0, 1) * 100.0)
-        .filter((pl.col("count") >= FEWEST_SHARED) & (pl.col("shared") >= SHARED * 100))
+        .filter(
+            (pl.col("count") >= MIN_SHARED_NGRAMS)
+            & (pl.col("shared") >= MIN_SHARED_NGRAM_SHARE * 100)
+        )
         .select("row", pl.col("line").alias("near"), "shared")
     )

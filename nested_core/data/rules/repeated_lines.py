@@ -29,7 +29,7 @@ def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFra
     ]
     frame = _add_file_format(pl.concat(named))
     for key in ("content", "folded", "prompt"):
-        frame = _add_first_in_train(frame, key)
+        frame = _add_first_train_row_by_key(frame, key)
     related = frame.with_columns(**_repeat_column_expressions())
     related = related.drop("content", "folded", "prompt", cs.starts_with("first_"))
     starts = accumulate((frame.height for _, frame in files), initial=0)
@@ -39,12 +39,12 @@ def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFra
     )
     test = test.with_columns(
         valid_file=pl.lit(files[1][0], pl.Categorical),
-        line_in_valid=_first_valid_line_with(named[2]["content"], named[1]),
+        line_in_valid=_first_validation_line_by_content(named[2]["content"], named[1]),
     )
     return [train, valid, test]
 
 
-def _first_valid_line_with(contents: pl.Series, valid: pl.DataFrame) -> pl.Series:
+def _first_validation_line_by_content(contents: pl.Series, valid: pl.DataFrame) -> pl.Series:
     """The first line of valid with each of these contents, or null."""
     examples = valid.filter(pl.col("content").is_not_null())
     first = examples.group_by("content").agg(pl.col("line").first())
@@ -64,7 +64,7 @@ def _add_file_format(frame: pl.DataFrame) -> pl.DataFrame:
     return frame.join(formats, on="file", how="left", maintain_order="left")
 
 
-def _add_first_in_train(frame: pl.DataFrame, key: str) -> pl.DataFrame:
+def _add_first_train_row_by_key(frame: pl.DataFrame, key: str) -> pl.DataFrame:
     """Add line and content of the first row of train with the same key; null matches nothing."""
     content = pl.col("content").first().alias(f"first_content_by_{key}")
     line = pl.col("line").first().alias(f"first_line_by_{key}")

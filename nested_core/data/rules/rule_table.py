@@ -19,22 +19,22 @@ import polars as pl
 from nested_core.data.rules.findings import Finding, Findings, Severity
 from nested_core.errors import list_first
 
-_DEPTH_VARIABLE = "PANDERA_VALIDATION_DEPTH"
-_DEPTHS = {"SCHEMA_ONLY", "DATA_ONLY", "SCHEMA_AND_DATA"}
+_VALIDATION_DEPTH_VARIABLE = "PANDERA_VALIDATION_DEPTH"
+_VALIDATION_DEPTHS = {"SCHEMA_ONLY", "DATA_ONLY", "SCHEMA_AND_DATA"}
 
 
 @contextmanager
 def _hiding_unknown_validation_depth() -> Iterator[None]:
     """Hide a validation depth that pandera does not know: its import would fail."""
-    depth = os.environ.get(_DEPTH_VARIABLE)
-    if depth is None or depth in _DEPTHS:
+    depth = os.environ.get(_VALIDATION_DEPTH_VARIABLE)
+    if depth is None or depth in _VALIDATION_DEPTHS:
         yield
         return
-    del os.environ[_DEPTH_VARIABLE]
+    del os.environ[_VALIDATION_DEPTH_VARIABLE]
     try:
         yield
     finally:
-        os.environ[_DEPTH_VARIABLE] = depth
+        os.environ[_VALIDATION_DEPTH_VARIABLE] = depth
 
 
 with _hiding_unknown_validation_depth():
@@ -45,11 +45,11 @@ with _hiding_unknown_validation_depth():
     from pandera.config import ValidationDepth, config_context
     from pandera.errors import SchemaError, SchemaErrorReason, SchemaErrors
 
-_PARSE = Formatter().parse
-LISTED_FINDINGS = 1_000  # of one check in one file; the rest are counted
-_SHOWN_LINES = 5
-_SHOWN_TURNS = 12
-_ROLES = {
+_PARSE_FORMAT_STRING = Formatter().parse
+MAX_LISTED_FINDINGS = 1_000  # of one check in one file; the rest are counted
+_MAX_SHOWN_LINES = 5
+_MAX_SHOWN_TURNS = 12
+_ROLE_NAME_BY_LETTER = {
     "s": "system",
     "u": "user",
     "a": "assistant",
@@ -83,7 +83,11 @@ class Rule:
     @cached_property
     def columns(self) -> frozenset[str]:
         """All columns that the rule reads, those of its message included."""
-        fields = {name for text in (self.name, self.message) for _, name, _, _ in _PARSE(text)}
+        fields = {
+            name
+            for text in (self.name, self.message)
+            for _, name, _, _ in _PARSE_FORMAT_STRING(text)
+        }
         if "turns" in fields:
             fields.add("roles")
         others = {None, "turns", "count", "places"}
@@ -145,7 +149,7 @@ class FrameRules:
         """Add a finding for each rule that fails at a row of `frame`.
 
         The frame needs `file` and `line` (null: the whole file) beside the declared columns. Of
-        one rule, LISTED_FINDINGS rows a file become findings; one more finding has their number.
+        one rule, MAX_LISTED_FINDINGS rows a file become findings; one more has their number.
         Raises TypeError for a frame that does not fit the declared columns.
         """
         failing = self._failing_rows(frame)
@@ -189,17 +193,17 @@ def _make_findings(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
     """The findings of one rule for failing rows of one file."""
     if rule.once:
         place = 0 if rule.worst is None else rows[rule.worst].arg_max() or 0
-        lines = list_first(rows["line"].to_list(), _SHOWN_LINES)
+        lines = list_first(rows["line"].to_list(), _MAX_SHOWN_LINES)
         yield _make_finding(
             rule, rows.row(place, named=True) | {"count": rows.height, "places": lines}
         )
         return
-    for row in rows.head(LISTED_FINDINGS).iter_rows(named=True):
+    for row in rows.head(MAX_LISTED_FINDINGS).iter_rows(named=True):
         yield _make_finding(rule, row)
-    rest = rows.height - LISTED_FINDINGS
+    rest = rows.height - MAX_LISTED_FINDINGS
     if rest > 0:
         row = rows.row(0, named=True)
-        message = f"{rest:,} more of these: the first {LISTED_FINDINGS:,} are listed"
+        message = f"{rest:,} more of these: the first {MAX_LISTED_FINDINGS:,} are listed"
         name = rule.name.format_map(row)
         yield Finding(row["file"], None, rule.severity, name, message, count=rest)
 
@@ -211,5 +215,5 @@ def _make_finding(rule: Rule, row: dict[str, Any]) -> Finding:
 
 def _spell_out_roles(roles: str) -> str:
     """The turns of a conversation in words."""
-    turns = [_ROLES[letter] for letter in roles]
-    return list_first(turns, _SHOWN_TURNS) or "none"
+    turns = [_ROLE_NAME_BY_LETTER[letter] for letter in roles]
+    return list_first(turns, _MAX_SHOWN_TURNS) or "none"

@@ -17,7 +17,13 @@ from nested_core.data.rules.dropped_lines import Dropped
 from nested_core.data.rules.findings import Finding
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
-_ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "[ac]", "tool": "[to]", "other": "x"}
+_LETTER_PATTERN_BY_ROLE = {
+    "system": "s",
+    "user": "u",
+    "assistant": "[ac]",
+    "tool": "[to]",
+    "other": "x",
+}
 
 
 def make_split_stats(
@@ -44,7 +50,7 @@ def _count_roles(roles: pl.Series) -> dict[str, int]:
     letters_of = orders["roles"].cast(pl.String)
     counts = {
         role: int((letters_of.str.count_matches(letters) * orders["count"]).sum())
-        for role, letters in _ROLE_LETTERS.items()
+        for role, letters in _LETTER_PATTERN_BY_ROLE.items()
     }
     return {role: count for role, count in counts.items() if count}
 

@@ -15,8 +15,8 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.rules.rule_table import FrameRules, Rule
 from nested_core.data.tokens.parallel_tokenization import TokenFacts
 
-FEWEST_FOR_OUTLIERS = 20
-LEAST_RATIO = 4
+MIN_EXAMPLES_FOR_OUTLIERS = 20
+MIN_OUTLIER_RATIO = 4
 
 
 def make_token_frame(facts: TokenFacts, file: str, settings: DataSettings) -> pl.DataFrame:
@@ -40,10 +40,10 @@ def length_outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
     Tukey's outer fence over the logarithms of the lengths, third quartile + 3 * interquartile
     range, but at least four times the third quartile; few examples have no outlier.
     """
-    if len(lengths) < FEWEST_FOR_OUTLIERS:
+    if len(lengths) < MIN_EXAMPLES_FOR_OUTLIERS:
         return int(np.iinfo(np.int32).max)
     first, third = np.percentile(lengths, (25, 75), method="inverted_cdf")
-    fence = int(third) * max((int(third) / max(int(first), 1)) ** 3, LEAST_RATIO)
+    fence = int(third) * max((int(third) / max(int(first), 1)) ** 3, MIN_OUTLIER_RATIO)
     return math.floor(min(fence, np.iinfo(np.int32).max))
 
 

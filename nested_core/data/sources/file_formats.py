@@ -21,15 +21,15 @@ from nested_core.storage.strict_files import UNBOUNDED, open_regular, read_regul
 
 # What may come out of a file, by its size: text of real data sets packs to a tenth, hardly ever to
 # a hundredth, and a line of it to more than a few bytes.
-MAX_EXPANSION = 200
-PACKED_BYTES_A_LINE = 4
-_FREE_BYTES = 64 * 2**20
-_FREE_LINES = 100_000
+MAX_EXPANSION_FACTOR = 200
+MIN_PACKED_BYTES_PER_LINE = 4
+_BYTES_ALWAYS_ALLOWED = 64 * 2**20
+_LINES_ALWAYS_ALLOWED = 100_000
 MAX_LINE_BYTES = 64 * 2**20
 _CHUNK_BYTES = 64 * 2**10
-_PARQUET_ROWS = 10_000  # converted at a time
-_NO_SPACE = re.compile(r"[^ \t\n\r]")
-_WITHOUT_LINE_ENDS = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
+_PARQUET_ROWS_AT_ONCE = 10_000  # converted at a time
+_NON_SPACE_PATTERN = re.compile(r"[^ \t\n\r]")
+_LINE_ENDS_TO_SPACES = str.maketrans("\n\r", "  ")  # in valid JSON they stand between values only
 
 
 class NumberedLine(NamedTuple):
@@ -40,7 +40,7 @@ class NumberedLine(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-class UnreadableRest(Exception):
+class RestOfFileUnreadable(Exception):
     """A file that cannot be read any further: from which number on, and why."""
 
     def __init__(self, number: int, message: str) -> None:
@@ -52,20 +52,26 @@ class UnreadableRest(Exception):
 def limit_expansion(
     lines: Iterable[NumberedLine], file_size: int, *, is_packed: bool
 ) -> Iterator[NumberedLine]:
-    """Yield the lines of a file of so many bytes; UnreadableRest at more than they account for.
+    """Yield lines of a file of so many bytes; RestOfFileUnreadable at more than they account for.
 
     Text that is not packed has its lines in itself; a header may still make each of them longer.
     """
-    bytes_left = _FREE_BYTES + MAX_EXPANSION * file_size
-    lines_left = _FREE_LINES + file_size // PACKED_BYTES_A_LINE
+    bytes_left = _BYTES_ALWAYS_ALLOWED + MAX_EXPANSION_FACTOR * file_size
+    lines_left = _LINES_ALWAYS_ALLOWED + file_size // MIN_PACKED_BYTES_PER_LINE
     for count, line in enumerate(lines, start=1):
         bytes_left -= len(line.line) + 1
         if bytes_left < 0:
-            reason = f"it unpacks to more than {MAX_EXPANSION} times its size"
-            raise UnreadableRest(line.number, f"{reason}; if that is meant, unpack it yourself")
+            reason = f"it unpacks to more than {MAX_EXPANSION_FACTOR} times its size"
+            raise RestOfFileUnreadable(
+                line.number, f"{reason}; if that is meant, unpack it yourself"
+            )
         if is_packed and count > lines_left:
-            reason = f"it unpacks to more lines than one for {PACKED_BYTES_A_LINE} of its bytes"
-            raise UnreadableRest(line.number, f"{reason}; if that is meant, unpack it yourself")
+            reason = (
+                f"it unpacks to more lines than one for {MIN_PACKED_BYTES_PER_LINE} of its bytes"
+            )
+            raise RestOfFileUnreadable(
+                line.number, f"{reason}; if that is meant, unpack it yourself"
+            )
         yield line
 
 
@@ -81,19 +87,19 @@ def read_gzip_jsonl(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Num
             try:
                 raw = file.readline(MAX_LINE_BYTES + 1)
             except EOFError:
-                raise UnreadableRest(line, "the gzip file is cut off in this line") from None
+                raise RestOfFileUnreadable(line, "the gzip file is cut off in this line") from None
             except (gzip.BadGzipFile, zlib.error) as error:
-                raise UnreadableRest(
+                raise RestOfFileUnreadable(
                     line, f"the gzip file is damaged: {shorten(error, 80)}"
                 ) from None
             if not raw:
                 return
             if len(raw) > MAX_LINE_BYTES:
-                raise UnreadableRest(line, _too_long())
+                raise RestOfFileUnreadable(line, _too_long_line_message())
             yield NumberedLine(line, raw.removesuffix(b"\n"))
 
 
-def find_long_line(path: Path) -> int | None:
+def find_start_of_too_long_line(path: Path) -> int | None:
     """Where the first line of more than MAX_LINE_BYTES begins in a file of lines, else None.
 
     From a line's start the last line end within that many bytes is looked for, from their end: all
@@ -129,7 +135,7 @@ def read_lines_before(path: Path, end: int) -> Iterator[NumberedLine]:
         while file.tell() < end:
             yield NumberedLine(number, file.readline().removesuffix(b"\n"))
             number += 1
-    raise UnreadableRest(number, _too_long())
+    raise RestOfFileUnreadable(number, _too_long_line_message())
 
 
 def read_json_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[NumberedLine]:
@@ -140,37 +146,37 @@ def read_json_array(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Num
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{raw[error.start]:02x} in line {line}"
-        raise UnreadableRest(1, f"{byte} is not UTF-8; save the file as UTF-8") from None
+        raise RestOfFileUnreadable(1, f"{byte} is not UTF-8; save the file as UTF-8") from None
     del raw
     position = _skip_space(text, 0)
     if not text.startswith("[", position):
         first = repr(text[position]) if position < len(text) else "nothing"
         reason = f"expected an array of objects, [{{...}}, ...], found {first}"
-        raise UnreadableRest(1, f"{reason}; name a file with an object a line .jsonl")
+        raise RestOfFileUnreadable(1, f"{reason}; name a file with an object a line .jsonl")
     decoder = json.JSONDecoder()
     number = 0
     position = _skip_space(text, position + 1)
     while number or not text.startswith("]", position):
         number += 1
         start, position = position, _find_element_end(decoder, text, position, number)
-        yield NumberedLine(number, text[start:position].translate(_WITHOUT_LINE_ENDS).encode())
+        yield NumberedLine(number, text[start:position].translate(_LINE_ENDS_TO_SPACES).encode())
         position = _skip_space(text, position)
         if text.startswith("]", position):
             break
         if not text.startswith(",", position):
-            raise UnreadableRest(
+            raise RestOfFileUnreadable(
                 number + 1, f"expected a comma or ] at {_describe_position(text, position)}"
             )
         position = _skip_space(text, position + 1)
     position = _skip_space(text, position + 1)
     if position < len(text):
-        raise UnreadableRest(
+        raise RestOfFileUnreadable(
             number + 1, f"text after the array at {_describe_position(text, position)}"
         )
 
 
 def _skip_space(text: str, position: int) -> int:
-    match = _NO_SPACE.search(text, position)
+    match = _NON_SPACE_PATTERN.search(text, position)
     return match.start() if match else len(text)
 
 
@@ -180,13 +186,13 @@ def _find_element_end(decoder: json.JSONDecoder, text: str, start: int, number: 
     except json.JSONDecodeError as error:
         if text.startswith("]", start):
             message = f"a comma before the closing ] at {_describe_position(text, start)}"
-            raise UnreadableRest(number, message) from None
+            raise RestOfFileUnreadable(number, message) from None
         where = _describe_position(text, min(error.pos, len(text)))
-        raise UnreadableRest(number, f"not valid JSON at {where}: {error.msg}") from None
+        raise RestOfFileUnreadable(number, f"not valid JSON at {where}: {error.msg}") from None
     except (RecursionError, ValueError) as error:
         where = _describe_position(text, start)
         reason = "nested too deep" if isinstance(error, RecursionError) else "a number too long"
-        raise UnreadableRest(number, f"the value at {where} is {reason}") from None
+        raise RestOfFileUnreadable(number, f"the value at {where} is {reason}") from None
 
 
 def _describe_position(text: str, position: int) -> str:
@@ -201,7 +207,7 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
         open_regular(path, UNBOUNDED, follow_links=True) as (raw, _),
         TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
     ):
-        reader = csv.reader(_bounded_lines(file), strict=True)
+        reader = csv.reader(_refuse_too_long_lines(file), strict=True)
         columns = _read_csv_header(reader)
         line = reader.line_num + 1
         while True:
@@ -209,7 +215,7 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
                 cells = next(reader, None)
             except csv.Error as error:
                 where = f"in lines {line} to {reader.line_num}" if reader.line_num > line else ""
-                raise UnreadableRest(
+                raise RestOfFileUnreadable(
                     line, f"not valid CSV {where or 'in this line'}: {error}"
                 ) from None
             if cells is None:
@@ -218,13 +224,13 @@ def read_csv(path: Path, json_keys: frozenset[str]) -> Iterator[NumberedLine]:
             line = reader.line_num + 1
 
 
-def _bounded_lines(file: TextIOWrapper) -> Iterator[str]:
-    """The lines of a text file; raises UnreadableRest at one that is too long to be held."""
+def _refuse_too_long_lines(file: TextIOWrapper) -> Iterator[str]:
+    """The lines of a text file; raises RestOfFileUnreadable at one that is too long to be held."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
-            raise UnreadableRest(number, _too_long())
+            raise RestOfFileUnreadable(number, _too_long_line_message())
         yield line
 
 
@@ -232,11 +238,13 @@ def _read_csv_header(reader: Iterator[list[str]]) -> list[str]:
     try:
         columns = next(reader, None)
     except csv.Error as error:
-        raise UnreadableRest(1, f"the header is not valid CSV: {error}") from None
+        raise RestOfFileUnreadable(1, f"the header is not valid CSV: {error}") from None
     if not columns:
-        raise UnreadableRest(1, "expected a header with the names of the columns, found nothing")
+        raise RestOfFileUnreadable(
+            1, "expected a header with the names of the columns, found nothing"
+        )
     if len(set(columns)) < len(columns):
-        raise UnreadableRest(
+        raise RestOfFileUnreadable(
             1, f"two columns of the header have one name: {shorten(', '.join(columns))}"
         )
     return columns
@@ -260,7 +268,7 @@ def _csv_cells_to_json_line(
                 json.loads(cell)
             except (ValueError, RecursionError) as error:
                 return b"", ("bad-json", f"the cell {column} is not valid JSON: {error}")
-            value = cell.translate(_WITHOUT_LINE_ENDS)
+            value = cell.translate(_LINE_ENDS_TO_SPACES)
         fields.append(f"{json.dumps(column, ensure_ascii=False)}: {value}")
     try:
         return f"{{{', '.join(fields)}}}".encode(), None
@@ -275,13 +283,15 @@ def read_parquet(path: Path, _: frozenset[str] = frozenset()) -> Iterator[Number
     number = 0
     try:
         frame = pl.scan_parquet(path, glob=False)
-        while (rows := frame.slice(number, _PARQUET_ROWS).collect()).height:
+        while (rows := frame.slice(number, _PARQUET_ROWS_AT_ONCE).collect()).height:
             for row in rows.iter_rows(named=True):
                 number += 1
                 yield NumberedLine(number, row_to_json_line(row))
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = shorten(error, 100) or type(error).__name__
-        raise UnreadableRest(number + 1, f"the parquet file cannot be read: {reason}") from None
+        raise RestOfFileUnreadable(
+            number + 1, f"the parquet file cannot be read: {reason}"
+        ) from None
 
 
 def row_to_json_line(row: dict[str, Any]) -> bytes:
@@ -303,5 +313,5 @@ def _to_json_value(value: object) -> object:
 _as_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_to_json_value).encode
 
 
-def _too_long() -> str:
+def _too_long_line_message() -> str:
     return f"the line is longer than {MAX_LINE_BYTES:,} bytes"

@@ -19,9 +19,9 @@ from nested_core.data.lines.example_parsing import completion_to_messages
 from nested_core.data.sources.file_formats import NumberedLine, row_to_json_line
 from nested_core.errors import ConfigError, shorten
 
-HUB_SECONDS = 10.0  # to answer the first question
-FIELD_NAMES = ("prompt", "completion", "messages", "text")  # by default
-COMPLETION = {"prompt", "completion"}
+HUB_TIMEOUT_SECONDS = 10.0  # to answer the first question
+DEFAULT_FIELD_NAMES = ("prompt", "completion", "messages", "text")
+COMPLETION_FIELD_NAMES = {"prompt", "completion"}
 _log = logging.getLogger(__name__)
 # By split: its name in findings, and its lines.
 HubTables = dict[str, tuple[str, Iterable[NumberedLine]]]
@@ -111,7 +111,9 @@ def _offline_if_unreachable(datasets: Any, path: str) -> Iterator[None]:
     is_elsewhere = path in packaged or "://" in path or Path(path).exists()
     try:
         if not before and not is_elsewhere:
-            hub.HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(path, timeout=HUB_SECONDS)
+            hub.HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(
+                path, timeout=HUB_TIMEOUT_SECONDS
+            )
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise
     except Exception as error:  # of the network or the server: the cache may have the data set
@@ -129,8 +131,10 @@ def _number_rows(rows: Iterable[dict[str, Any]]) -> Iterator[NumberedLine]:
 
 
 def _chain_rows(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, Any]]:
-    names_of_tables = [_field_names(entry, set(table.column_names)) for entry, table in tables]
-    has_completions = [{*names.values()} >= COMPLETION for names in names_of_tables]
+    names_of_tables = [
+        _default_field_name_by_column(entry, set(table.column_names)) for entry, table in tables
+    ]
+    has_completions = [{*names.values()} >= COMPLETION_FIELD_NAMES for names in names_of_tables]
     is_mixed = len(set(has_completions)) > 1
     for (_, table), names, is_completion in zip(
         tables, names_of_tables, has_completions, strict=True
@@ -139,7 +143,7 @@ def _chain_rows(tables: Sequence[tuple[HubDataset, Any]]) -> Iterator[dict[str, 
             yield _rename_fields(row, names, as_chat=is_mixed and is_completion)
 
 
-def _field_names(entry: HubDataset, columns: set[str]) -> dict[str, str]:
+def _default_field_name_by_column(entry: HubDataset, columns: set[str]) -> dict[str, str]:
     """The columns that hold an example, each with the default name of its field.
 
     Of the formats that the columns can be read as, the one that mlx-lm takes (create_dataset): one
@@ -167,6 +171,6 @@ def _rename_fields(
     others = {
         column: value
         for column, value in row.items()
-        if column not in names and column not in FIELD_NAMES
+        if column not in names and column not in DEFAULT_FIELD_NAMES
     }
     return others | fields

@@ -19,8 +19,8 @@ from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.sources.file_formats import (
     MAX_LINE_BYTES,
     NumberedLine,
-    UnreadableRest,
-    find_long_line,
+    RestOfFileUnreadable,
+    find_start_of_too_long_line,
     limit_expansion,
     read_csv,
     read_gzip_jsonl,
@@ -119,7 +119,7 @@ def _open_split_file(path: Path, json_keys: frozenset[str], spool: Path) -> Spli
     suffix = path.name[path.name.index(".") :]
     size = path.stat().st_size
     if suffix == ".jsonl":
-        end = find_long_line(path) if size > MAX_LINE_BYTES else None
+        end = find_start_of_too_long_line(path) if size > MAX_LINE_BYTES else None
         if end is None:
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
@@ -150,7 +150,7 @@ def _write_split_lines(name: str, lines: Iterable[NumberedLine], path: Path) -> 
                 spooled.write(line + b"\n")
                 if problem is not None:
                     problems[len(numbers)] = problem
-        except UnreadableRest as damage:
+        except RestOfFileUnreadable as damage:
             numbers.append(damage.number)
             spooled.write(b"\n")
             message = f"{damage.message}; nothing from there on was read"

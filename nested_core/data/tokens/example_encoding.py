@@ -13,7 +13,8 @@ from nested_core.data.data_settings import Targets
 from nested_core.data.lines.example_parsing import Example
 
 Span = tuple[int, int]
-_ANSWER_PROMPT = {"add_generation_prompt": True}  # adds what the template puts before an answer
+# Adds what the template puts before an answer.
+_GENERATION_PROMPT_ARGUMENT = {"add_generation_prompt": True}
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _encode_with_last_turn_supervised(
     example: Example, tokenizer: Any, tokens: list[int]
 ) -> EncodedExample:
     last = len(example.messages) - 1
-    prompt = _ANSWER_PROMPT if example.messages[last]["role"] == "assistant" else {}
+    prompt = _GENERATION_PROMPT_ARGUMENT if example.messages[last]["role"] == "assistant" else {}
     prefix = _apply_template(tokenizer, example, last, **prompt)
     broken_turn = -1 if tokens[: len(prefix)] == prefix else last
     return EncodedExample(tokens, ((len(prefix), len(tokens)),), broken_turn)
@@ -94,7 +95,7 @@ def _encode_with_all_turns_supervised(
     for turn, message in enumerate(example.messages):
         if message["role"] != "assistant":
             continue
-        begin = templated.prefix_length(turn, **_ANSWER_PROMPT)
+        begin = templated.prefix_length(turn, **_GENERATION_PROMPT_ARGUMENT)
         is_last = turn == len(example.messages) - 1
         end = len(tokens) if is_last else templated.prefix_length(turn + 1)
         if begin is None or end is None:
@@ -135,13 +136,14 @@ class _TemplatedExample:
         """How many tokens the first turns make; None if they do not begin the whole."""
         if (
             self._text
-            and (count := self._locate_prefix(self._render_first_turns(turns, **more))) is not None
+            and (count := self._count_tokens_of_prefix(self._render_first_turns(turns, **more)))
+            is not None
         ):
             return count
         prefix = _apply_template(self._tokenizer, self._example, turns, **more)
         return len(prefix) if self._tokens[: len(prefix)] == prefix else None
 
-    def _locate_prefix(self, prefix: str) -> int | None:
+    def _count_tokens_of_prefix(self, prefix: str) -> int | None:
         """As `prefix_length`, from the places of the tokens; None if these do not tell."""
         count = self._counts.get(len(prefix))
         if count is None or not self._text.startswith(prefix):

@@ -10,7 +10,8 @@ from typing import Any
 
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 
-_SPACE_MARK = "\u2581"  # what SentencePiece writes for a space; decoding one token alone drops it
+# What SentencePiece writes for a space; decoding one token alone drops it.
+_SENTENCEPIECE_SPACE = "\u2581"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def decode_examples_for_display(
 
 def _decode_token(token: int, tokenizer: Any) -> str:
     name = str(tokenizer.convert_ids_to_tokens(token))
-    if _SPACE_MARK in name:
-        return name.replace(_SPACE_MARK, " ")
+    if _SENTENCEPIECE_SPACE in name:
+        return name.replace(_SENTENCEPIECE_SPACE, " ")
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     return name if "\ufffd" in text else text

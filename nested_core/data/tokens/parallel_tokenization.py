@@ -23,17 +23,21 @@ from nested_core.data.lines.example_parsing import Example, FieldNames, read_exa
 from nested_core.data.parallel_jobs import ByteRange, OnProgress
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.tokens.example_encoding import EncodedExample, Span, encode_example
-from nested_core.data.tokens.template_limit import SECONDS, TemplateLimit, TemplateTooSlow
+from nested_core.data.tokens.template_limit import (
+    BASE_LIMIT_SECONDS,
+    TemplateTimeLimit,
+    TemplateTooSlow,
+)
 from nested_core.data.tokens.tokenized_split import SplitWriter, write_token_part
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, shorten
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
-JOB = "nested_core.data.tokens.parallel_tokenization:run_tokenization_job"
+TOKENIZATION_JOB = "nested_core.data.tokens.parallel_tokenization:run_tokenization_job"
 RANGE_BYTES = 2**20
-SMALL_BYTES = 4 * 2**20  # below this, starting processes takes longer than the work
+MIN_BYTES_FOR_WORKERS = 4 * 2**20  # below this, starting processes takes longer than the work
 
-EXAMPLE_FACTS = np.dtype(
+EXAMPLE_FACTS_DTYPE = np.dtype(
     [
         ("line", "<i4"),
         ("full_length", "<i4"),  # in tokens, before truncation
@@ -50,8 +54,8 @@ EXAMPLE_FACTS = np.dtype(
 class TokenFacts:
     """What the token rules need to know of a split; lines are the numbers that a person knows.
 
-    examples: a record of EXAMPLE_FACTS for each example; problems: (line, error) for each line at
-    which the chat template raised; overlong: the lines that were left out for their length.
+    examples: a record of EXAMPLE_FACTS_DTYPE for each example; problems: (line, error) for each
+    line at which the chat template raised; overlong: the lines left out for their length.
     """
 
     examples: npt.NDArray[np.void]
@@ -60,7 +64,7 @@ class TokenFacts:
 
 
 @dataclass(frozen=True, eq=False)
-class SoundLines:
+class LinesToTokenize:
     """The lines of one split that are to be tokenised: all but the blank ones and those to skip.
 
     skip: lines by the numbers that a person knows them by.
@@ -72,7 +76,7 @@ class SoundLines:
 
 def tokenize_splits(
     folder: Path,
-    splits: Mapping[str, SoundLines],
+    splits: Mapping[str, LinesToTokenize],
     settings: DataSettings,
     tokenizer: TokenizerSource,
     *,
@@ -86,9 +90,9 @@ def tokenize_splits(
     `processes` None: one a core, if there is enough to tokenise.
     """
     shared = {
-        "job": JOB,
+        "job": TOKENIZATION_JOB,
         "tokenizer": asdict(tokenizer),
-        "features": asdict(settings.field_names),
+        "field_names": asdict(settings.field_names),
         "max_seq_length": settings.max_seq_length,
         "drops_overlong": settings.policy.overlong == "drop",
         "targets": settings.supervised_targets,
@@ -100,7 +104,7 @@ def tokenize_splits(
     ]
     if processes is None:
         size = sum(lines.source.path.stat().st_size for lines in splits.values())
-        processes = 1 if size < SMALL_BYTES else parallel_jobs.count_usable_cores()
+        processes = 1 if size < MIN_BYTES_FOR_WORKERS else parallel_jobs.count_usable_cores()
 
     def report_progress(done: int) -> None:
         if on_progress is not None:
@@ -119,7 +123,7 @@ def tokenize_splits(
     return {split: parts.joined_facts() for split, parts in joined.items()}
 
 
-def _make_job_requests(lines: SoundLines, prefix: Path) -> Iterator[dict[str, Any]]:
+def _make_job_requests(lines: LinesToTokenize, prefix: Path) -> Iterator[dict[str, Any]]:
     """What each job on a file reads, skips and writes; the lines before it are counted."""
     path = lines.source.path
     first_line = 1
@@ -146,22 +150,22 @@ class _SplitJoiner:
     def __init__(self, source: SplitFile, writer: SplitWriter) -> None:
         self._source = source
         self._writer = writer
-        self._examples = [np.zeros(0, EXAMPLE_FACTS)]
+        self._examples = [np.zeros(0, EXAMPLE_FACTS_DTYPE)]
         self._problems: list[tuple[int, str]] = []
         self._overlong: set[int] = set()
 
     def add_part(self, part: Path, answer: dict[str, Any]) -> None:
         """Append what a job wrote under `part` and answered."""
-        examples = np.fromfile(_facts_path(part), EXAMPLE_FACTS)
+        examples = np.fromfile(_facts_path(part), EXAMPLE_FACTS_DTYPE)
         _facts_path(part).unlink()
-        examples["line"] = self._numbers_for_people(examples["line"])
+        examples["line"] = self._original_line_numbers(examples["line"])
         self._writer.append_part(part, examples["line"], examples["length"])
         self._examples.append(examples)
-        lines = self._numbers_for_people(answer["problem_lines"])
+        lines = self._original_line_numbers(answer["problem_lines"])
         self._problems += zip(lines.tolist(), answer["problems"], strict=True)
-        self._overlong.update(self._numbers_for_people(answer["overlong"]).tolist())
+        self._overlong.update(self._original_line_numbers(answer["overlong"]).tolist())
 
-    def _numbers_for_people(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
+    def _original_line_numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
         indices = np.asarray(lines, np.int32)
         numbers = self._source.numbers
         return indices if numbers is None else numbers[indices - 1]
@@ -180,7 +184,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     max_seq_length = request["max_seq_length"]
     examples = read_examples(
         Path(request["path"]),
-        FieldNames(**request["features"]),
+        FieldNames(**request["field_names"]),
         set(request["skip"]),
         ByteRange(*request["byte_range"]),
         request["first_line"],
@@ -206,7 +210,7 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
             target_mask[start + begin : start + end] = b"\1" * (end - begin)
         facts.append((line, *_make_example_facts(encoded, tokens, spans, end_tokens)))
     write_token_part(part, all_tokens, target_mask)
-    np.array(facts, EXAMPLE_FACTS).tofile(_facts_path(part))
+    np.array(facts, EXAMPLE_FACTS_DTYPE).tofile(_facts_path(part))
     return {
         "problem_lines": list(problems),
         "problems": list(problems.values()),
@@ -222,16 +226,16 @@ def _encode_examples(
     Raises ConfigError where the template does not come to an end.
     """
     tokenizer = source.load()
-    with TemplateLimit() as limit:
+    with TemplateTimeLimit() as limit:
         for line, example in examples:
             try:
-                with limit.watching(example.characters):
+                with limit.watching(example.approximate_characters):
                     encoded = encode_example(example, tokenizer, targets)
             except TemplateTooSlow:
                 raise ConfigError(
-                    f"model: the chat template in {source.folder} took longer than {SECONDS:g} s "
-                    f"for line {line} of {Path(path).name}, and may never end. Mend the template, "
-                    f"or give another model."
+                    f"model: the chat template in {source.folder} took longer than "
+                    f"{BASE_LIMIT_SECONDS:g} s for line {line} of {Path(path).name}, and may "
+                    f"never end. Mend the template, or give another model."
                 ) from None
             except Exception as error:  # a template is its author's program: it may raise anything
                 yield line, shorten(f"{type(error).__name__}: {error}", 160)
@@ -257,7 +261,7 @@ def _end_of_sequence_tokens(tokenizer: Any) -> frozenset[int]:
 def _make_example_facts(
     encoded: EncodedExample, tokens: list[int], spans: list[Span], end_tokens: frozenset[int]
 ) -> tuple[int, int, int, int, int, bool]:
-    """The fields of EXAMPLE_FACTS after the line; `tokens` are those within max_seq_length."""
+    """The fields of EXAMPLE_FACTS_DTYPE after line; `tokens` are those within max_seq_length."""
     answers = [tokens[begin:end] for begin, end in spans]
     sizes = [_tokens_before_eos(answer, end_tokens) for answer in answers]
     has_end = bool(sizes) and all(ends for _, ends in sizes)

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SECONDS = 3.0  # of the process's time on the CPU; most templates take less than a millisecond
-SECONDS_A_CHARACTER = 1e-5  # more for what is long: tokenising it counts too
+# Of the process's time on the CPU; most templates take less than a millisecond.
+BASE_LIMIT_SECONDS = 3.0
+EXTRA_SECONDS_PER_CHARACTER = 1e-5  # more for what is long: tokenising it counts too
 POLL_SECONDS = 0.25
 
 
@@ -21,10 +22,10 @@ class TemplateTooSlow(BaseException):
     """A chat template that took longer than its limit; no `except Exception` in it stops this."""
 
 
-class TemplateLimit:
+class TemplateTimeLimit:
     """Watches one thread, while a `with` block over `watching` runs in it."""
 
-    def __init__(self, seconds: float = SECONDS) -> None:
+    def __init__(self, seconds: float = BASE_LIMIT_SECONDS) -> None:
         self._seconds = seconds
         self._thread = threading.get_ident()
         self._lock = threading.Lock()
@@ -34,7 +35,7 @@ class TemplateLimit:
             target=self._watch_deadline, name="template limit", daemon=True
         )
 
-    def __enter__(self) -> TemplateLimit:
+    def __enter__(self) -> TemplateTimeLimit:
         self._watcher.start()
         return self
 
@@ -45,17 +46,19 @@ class TemplateLimit:
     @contextmanager
     def watching(self, characters: int) -> Iterator[None]:
         """Raise TemplateTooSlow in this block if it takes longer than such a text may take."""
-        self._deadline = time.process_time() + self._seconds + SECONDS_A_CHARACTER * characters
+        self._deadline = (
+            time.process_time() + self._seconds + EXTRA_SECONDS_PER_CHARACTER * characters
+        )
         try:
             yield
         except TemplateTooSlow:
             raise
         except BaseException:
-            self._end_block()
+            self._finish_watched_block()
             raise
-        self._end_block()
+        self._finish_watched_block()
 
-    def _end_block(self) -> None:
+    def _finish_watched_block(self) -> None:
         """The block has ended; where the watcher has raised at its very end, that is awaited."""
         with self._lock:
             has_raised = self._deadline is None
@@ -72,9 +75,9 @@ class TemplateLimit:
             with self._lock:
                 if self._deadline is not None and time.process_time() > self._deadline:
                     self._deadline = None
-                    _raise_in(self._thread, TemplateTooSlow)
+                    _raise_in_thread(self._thread, TemplateTooSlow)
 
 
-def _raise_in(thread: int, error: type[BaseException]) -> None:
+def _raise_in_thread(thread: int, error: type[BaseException]) -> None:
     """Have a thread raise an error at its next operation."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))

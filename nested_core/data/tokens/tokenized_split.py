@@ -28,15 +28,15 @@ Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
 # The files of a split are named after the arrays of TokenizedSplit.
-TOKENS = "tokens"
-TARGET_MASK = "target_mask"
-STARTS = "starts"
-LINES = "lines"
+TOKENS_ARRAY = "tokens"
+TARGET_MASK_ARRAY = "target_mask"
+STARTS_ARRAY = "starts"
+LINES_ARRAY = "lines"
 DTYPES: dict[str, np.dtype[Any]] = {
-    TOKENS: np.dtype("<i4"),
-    TARGET_MASK: np.dtype(np.bool_),
-    STARTS: np.dtype("<i8"),
-    LINES: np.dtype("<i4"),
+    TOKENS_ARRAY: np.dtype("<i4"),
+    TARGET_MASK_ARRAY: np.dtype(np.bool_),
+    STARTS_ARRAY: np.dtype("<i8"),
+    LINES_ARRAY: np.dtype("<i4"),
 }
 
 
@@ -90,8 +90,8 @@ class TokenizedSplit:
 
 def write_token_part(part: Path, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
     """Write examples, one after the other, to PART.tokens and PART.target_mask (a byte a token)."""
-    _array_path(part, TOKENS).write_bytes(np.asarray(tokens, DTYPES[TOKENS]).tobytes())
-    _array_path(part, TARGET_MASK).write_bytes(target_mask)
+    _array_path(part, TOKENS_ARRAY).write_bytes(np.asarray(tokens, DTYPES[TOKENS_ARRAY]).tobytes())
+    _array_path(part, TARGET_MASK_ARRAY).write_bytes(target_mask)
 
 
 class SplitWriter:
@@ -100,17 +100,17 @@ class SplitWriter:
     def __init__(self, prefix: Path) -> None:
         self._files = {name: _array_path(prefix, name).open("wb") for name in DTYPES}
         self._total = 0
-        self._files[STARTS].write(bytes(DTYPES[STARTS].itemsize))
+        self._files[STARTS_ARRAY].write(bytes(DTYPES[STARTS_ARRAY].itemsize))
 
     def append_part(self, part: Path, lines: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
         """Append what `write_token_part` wrote: examples of these lines and lengths."""
-        for name in (TOKENS, TARGET_MASK):
+        for name in (TOKENS_ARRAY, TARGET_MASK_ARRAY):
             path = _array_path(part, name)
             self._files[name].write(read_regular(path))
             path.unlink()
-        ends = self._total + np.cumsum(lengths, dtype=DTYPES[STARTS])
-        self._files[STARTS].write(ends.tobytes())
-        self._files[LINES].write(lines.astype(DTYPES[LINES]).tobytes())
+        ends = self._total + np.cumsum(lengths, dtype=DTYPES[STARTS_ARRAY])
+        self._files[STARTS_ARRAY].write(ends.tobytes())
+        self._files[LINES_ARRAY].write(lines.astype(DTYPES[LINES_ARRAY]).tobytes())
         self._total += int(lengths.sum())
 
     def close(self) -> None:
@@ -119,10 +119,10 @@ class SplitWriter:
             file.close()
 
 
-def seal_and_open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
+def write_manifest_and_open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
     """Write the manifest over a folder whose splits are written, and map them."""
     write_manifest(folder, {"kind": "tokens"})
-    return _map_splits(folder, os.listdir(folder))
+    return _memory_map_splits(folder, os.listdir(folder))
 
 
 def open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
@@ -137,7 +137,7 @@ def open_tokens(folder: Path) -> dict[str, TokenizedSplit]:
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
             raise DamagedError(f"{path} is not the file of {expected['bytes']} bytes it was.")
     _verify_manifest_once(folder.resolve(), manifest["digest"])
-    return _map_splits(folder, manifest["files"])
+    return _memory_map_splits(folder, manifest["files"])
 
 
 @lru_cache(maxsize=64)
@@ -146,13 +146,13 @@ def _verify_manifest_once(folder: Path, digest: str) -> None:
     verify_manifest(folder)
 
 
-def _map_splits(folder: Path, files: Collection[str]) -> dict[str, TokenizedSplit]:
+def _memory_map_splits(folder: Path, files: Collection[str]) -> dict[str, TokenizedSplit]:
     """The splits that are among the files; FileNotFoundError if one was removed meanwhile."""
-    present = [split for split in SPLITS if _array_path(Path(split), STARTS).name in files]
-    return {split: _map_split(folder / split) for split in present}
+    present = [split for split in SPLITS if _array_path(Path(split), STARTS_ARRAY).name in files]
+    return {split: _memory_map_split(folder / split) for split in present}
 
 
-def _map_split(prefix: Path) -> TokenizedSplit:
+def _memory_map_split(prefix: Path) -> TokenizedSplit:
     arrays: dict[str, Any] = {}
     maps = []
     for name, dtype in DTYPES.items():

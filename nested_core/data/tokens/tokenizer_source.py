@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 # Keys of tokenizer_config.json that name a module of mlx-lm, by its package.
-KEYS_OF_PACKAGES = {"chat_templates": "chat_template_type", "tool_parsers": "tool_parser_type"}
+TOKENIZER_CONFIG_KEY_BY_PACKAGE = {
+    "chat_templates": "chat_template_type",
+    "tool_parsers": "tool_parser_type",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def _load_tokenizer(source: TokenizerSource) -> Any:
         reason = shorten(f"{type(error).__name__}: {error}", 300)
         if isinstance(error, ModuleNotFoundError) and str(error.name).startswith("mlx_lm."):
             package, _, name = str(error.name).removeprefix("mlx_lm.").partition(".")
-            key = KEYS_OF_PACKAGES.get(package, package)
+            key = TOKENIZER_CONFIG_KEY_BY_PACKAGE.get(package, package)
             reason = f"its {key} {shorten(name)!r} is not one that this mlx-lm has"
         raise ConfigError(
             f"model: no tokenizer could be loaded from {folder} ({reason}). Expected the model's "

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from nested_core.data.dataset_cache import KEPT_SECONDS
+from nested_core.data.dataset_cache import MAX_UNUSED_SECONDS
 from nested_core.errors import DamagedError
 from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer
@@ -31,16 +31,16 @@ from nested_core.storage.compiled_kernels import cache_folder
 from nested_core.storage.private_folder import make_private_folder
 from nested_core.storage.strict_files import read_json, regular_sha256
 
-MAX_BYTES = 256 * 2**20
-_LIBRARIES = ("mlx", "mlx-lm", "transformers", "tokenizers")
+MAX_CACHE_FILE_BYTES = 256 * 2**20
+_LIBRARIES_IN_CACHE_KEY = ("mlx", "mlx-lm", "transformers", "tokenizers")
 # What decides how a prompt is answered.
-_CODE = ("models/generation.py", "gate/answers/suite_answers.py")
-_ANSWERS = TypeAdapter(list[Answer], config=ConfigDict(strict=True, extra="forbid"))
+_CODE_IN_CACHE_KEY = ("models/generation.py", "gate/answers/suite_answers.py")
+_ANSWERS_VALIDATOR = TypeAdapter(list[Answer], config=ConfigDict(strict=True, extra="forbid"))
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class AnsweringModel:
+class AnsweringModelDigests:
     """The model that answers, by content.
 
     base: the base model's fingerprint.
@@ -55,13 +55,13 @@ class AnsweringModel:
 
 @dataclass(frozen=True)
 class AnswerCache:
-    """A folder with a file for each model and suite that was asked; see `default_cache`."""
+    """A folder with a file for each model and suite asked; see `open_user_answer_cache`."""
 
     folder: Path
 
     def fetch(
         self,
-        model: AnsweringModel,
+        model: AnsweringModelDigests,
         encoded: EncodedSuite,
         answer: Callable[[], Sequence[Answer]],
     ) -> tuple[Answer, ...]:
@@ -77,7 +77,7 @@ class AnswerCache:
         return answers
 
     def store(
-        self, model: AnsweringModel, encoded: EncodedSuite, answers: Sequence[Answer]
+        self, model: AnsweringModelDigests, encoded: EncodedSuite, answers: Sequence[Answer]
     ) -> None:
         """Keep answers that were given now; ConfigError if the folder is not this user's alone."""
         path = self._path(model, encoded)
@@ -85,20 +85,20 @@ class AnswerCache:
         self._remove_unused()
         write_json(path, {"digest": _digest_rows(rows), "answers": rows})
 
-    def _path(self, model: AnsweringModel, encoded: EncodedSuite) -> Path:
+    def _path(self, model: AnsweringModelDigests, encoded: EncodedSuite) -> Path:
         """The file of a model and a suite, in a folder that nobody else can write to."""
         make_private_folder(self.folder, "answers", "have any adapter look better than another")
         return self.folder / f"{_cache_key(model, encoded)}.json"
 
     def _remove_unused(self) -> None:
-        oldest = time.time() - KEPT_SECONDS
+        oldest = time.time() - MAX_UNUSED_SECONDS
         for path in self.folder.glob("*.json"):
             with suppress(FileNotFoundError):  # another process was faster
                 if path.stat().st_mtime < oldest:
                     path.unlink()
 
 
-def default_cache() -> AnswerCache:
+def open_user_answer_cache() -> AnswerCache:
     """The folder `answers` in the folder for caches."""
     return AnswerCache(cache_folder() / "answers")
 
@@ -107,10 +107,10 @@ def _read_answers(path: Path) -> tuple[Answer, ...] | None:
     if not path.exists():
         return None
     try:
-        entry = read_json(path, MAX_BYTES)
+        entry = read_json(path, MAX_CACHE_FILE_BYTES)
         if entry["digest"] != _digest_rows(entry["answers"]):
             raise DamagedError(f"{path} is not what was written.")
-        answers = tuple(_ANSWERS.validate_json(canonical_json(entry["answers"])))
+        answers = tuple(_ANSWERS_VALIDATOR.validate_json(canonical_json(entry["answers"])))
         os.utime(path)
     except (DamagedError, ValidationError, KeyError, TypeError, FileNotFoundError) as error:
         _log.warning("The cached answers are damaged and are made again: %s", error)
@@ -122,7 +122,7 @@ def _digest_rows(rows: Sequence[dict[str, Any]]) -> str:
     return sha256(canonical_json(rows)).hexdigest()
 
 
-def _cache_key(model: AnsweringModel, encoded: EncodedSuite) -> str:
+def _cache_key(model: AnsweringModelDigests, encoded: EncodedSuite) -> str:
     root = Path(__file__).parents[2]
     inputs = {
         "model": asdict(model),
@@ -131,7 +131,7 @@ def _cache_key(model: AnsweringModel, encoded: EncodedSuite) -> str:
         "texts": [question.choices for question in encoded.suite.questions],
         "context": encoded.context,
         "sampling": asdict(encoded.suite.sampling),
-        "libraries": {name: version(name) for name in _LIBRARIES},
-        "code": {name: regular_sha256(root / name) for name in _CODE},
+        "libraries": {name: version(name) for name in _LIBRARIES_IN_CACHE_KEY},
+        "code": {name: regular_sha256(root / name) for name in _CODE_IN_CACHE_KEY},
     }
     return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

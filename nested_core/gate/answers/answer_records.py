@@ -42,7 +42,7 @@ class AnswerRecord:
     seconds: float
 
 
-_RECORD = TypeAdapter(AnswerRecord)
+_RECORD_VALIDATOR = TypeAdapter(AnswerRecord)
 
 
 def write_answers(path: Path, records: Iterable[AnswerRecord]) -> None:
@@ -54,7 +54,8 @@ def read_answers(path: Path) -> Sequence[AnswerRecord]:
     """Read answers.jsonl; DamagedError if it is not what the gate wrote."""
     try:
         return [
-            _RECORD.validate_json(line, strict=True) for line in read_regular(path).splitlines()
+            _RECORD_VALIDATOR.validate_json(line, strict=True)
+            for line in read_regular(path).splitlines()
         ]
     except ValidationError as error:
         reason = error.errors()[0]["msg"]

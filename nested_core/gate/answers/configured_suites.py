@@ -30,7 +30,7 @@ class SuiteRecord:
     questions: int
 
 
-_RECORDS = TypeAdapter(dict[str, SuiteRecord])
+_RECORDS_VALIDATOR = TypeAdapter(dict[str, SuiteRecord])
 
 
 def read_suites(gate: GateSection) -> tuple[Suite, ...]:
@@ -55,14 +55,14 @@ def _read_suite(task: TaskSection) -> Suite:
     return replace(suite, questions=tuple(questions))
 
 
-def record_suites(run: RunDirectory, suites: Sequence[Suite]) -> None:
+def record_or_compare_suites(run: RunDirectory, suites: Sequence[Suite]) -> None:
     """Write suites.json, or compare with it: a run is judged by the questions it began with.
 
     Raises ConfigError if a suite of the same name has another content since training began.
     """
     if not suites:
         return
-    before = _read_records(run.suites)
+    before = _read_suite_records(run.suites)
     now = {
         suite.name: SuiteRecord(str(suite.method.place), suite.digest, len(suite.questions))
         for suite in suites
@@ -82,11 +82,11 @@ def record_suites(run: RunDirectory, suites: Sequence[Suite]) -> None:
     write_json(run.suites, {name: asdict(record) for name, record in records.items()})
 
 
-def _read_records(path: Path) -> dict[str, SuiteRecord]:
+def _read_suite_records(path: Path) -> dict[str, SuiteRecord]:
     if file_type(path) == "missing":
         return {}
     try:
-        return _RECORDS.validate_python(read_json(path, MAX_RECORD_BYTES))
+        return _RECORDS_VALIDATOR.validate_python(read_json(path, MAX_RECORD_BYTES))
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise DamagedError(f"{path} does not name the suites of this run: {reason}.") from error

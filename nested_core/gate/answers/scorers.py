@@ -25,17 +25,17 @@ from typing import Any
 
 from nested_core.config.gate import Score
 from nested_core.errors import DatasetError
-from nested_core.gate.answers.suites import Question, bad_questions
+from nested_core.gate.answers.suites import Question, describe_bad_questions
 
-PROGRAM = Path(__file__).with_name("scoring_process.py")
-START_SECONDS = 60.0
-QUESTION_SECONDS = 10.0
-_SIGN = r"(?:(?<![\d.])[-+\u2212])?"  # in 3-4 there is none
-_NUMBER = re.compile(
-    rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?"
-    rf"|{_SIGN}\.\d+"
+SCORING_PROGRAM = Path(__file__).with_name("scoring_process.py")
+START_TIMEOUT_SECONDS = 60.0
+QUESTION_TIMEOUT_SECONDS = 10.0
+_SIGN_PATTERN = r"(?:(?<![\d.])[-+\u2212])?"  # in 3-4 there is none
+_NUMBER_PATTERN = re.compile(
+    rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?"
+    rf"|{_SIGN_PATTERN}\.\d+"
 )
-_DIGITS = 50
+_DECIMAL_PRECISION = 50
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,16 @@ def score_answers(
     pairs = list(zip(questions, answers, strict=True))
     if method.score in ("regex", "json", "python"):
         return _score_in_process(method, pairs)
-    scorers = {"exact": _is_exact, "contains": _does_contain, "number": _is_near}
+    scorers = {
+        "exact": _equals_accepted_answer,
+        "contains": _contains_accepted_answer,
+        "number": _is_near_accepted_number,
+    }
     is_right = scorers[method.score]
     return [float(is_right(question, answer)) for question, answer in pairs]
 
 
-def normalise(text: str) -> str:
+def normalise_white_space(text: str) -> str:
     """Unicode NFC with outer white space gone and repeated white space as one blank; case kept."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
@@ -79,26 +83,28 @@ def last_number(text: str) -> Decimal | None:
     A comma between groups of three digits and a true minus sign are understood; a point that ends
     the sentence, a unit or a currency is not part of the number.
     """
-    matches = _NUMBER.findall(text)
+    matches = _NUMBER_PATTERN.findall(text)
     if not matches:
         return None
     return Decimal(matches[-1].replace(",", "").replace("\u2212", "-"))
 
 
-def _is_exact(question: Question, answer: str) -> bool:
-    return normalise(answer) in {normalise(text) for text in question.accepted}
+def _equals_accepted_answer(question: Question, answer: str) -> bool:
+    return normalise_white_space(answer) in {
+        normalise_white_space(text) for text in question.accepted
+    }
 
 
-def _does_contain(question: Question, answer: str) -> bool:
-    normalised = normalise(answer)
-    return any(normalise(text) in normalised for text in question.accepted)
+def _contains_accepted_answer(question: Question, answer: str) -> bool:
+    normalised = normalise_white_space(answer)
+    return any(normalise_white_space(text) in normalised for text in question.accepted)
 
 
-def _is_near(question: Question, answer: str) -> bool:
+def _is_near_accepted_number(question: Question, answer: str) -> bool:
     number = last_number(answer)
     if number is None:
         return False
-    with localcontext(prec=_DIGITS):  # in decimal: 0.31 is within 0.01 of 0.3
+    with localcontext(prec=_DECIMAL_PRECISION):  # in decimal: 0.31 is within 0.01 of 0.3
         tolerance = Decimal(repr(question.tolerance))
         return any(abs(number - Decimal(repr(value))) <= tolerance for value in question.accepted)
 
@@ -108,7 +114,7 @@ def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str
         "score": method.score,
         "function": method.function,
         "folder": os.getcwd(),
-        "most_seconds": int(2 * START_SECONDS),
+        "most_seconds": int(2 * START_TIMEOUT_SECONDS),
         "items": [{"answer": answer, "question": question.fields} for question, answer in pairs],
     }
     scores: list[float] = []
@@ -119,11 +125,13 @@ def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str
             if "score" in outcome:
                 scores.append(outcome["score"])
             if "error" in outcome:
-                raise DatasetError(_scorer_failed(method, pairs, len(scores), outcome["error"]))
+                raise DatasetError(
+                    _describe_scorer_failure(method, pairs, len(scores), outcome["error"])
+                )
             if len(scores) == len(pairs):
                 return scores
     what = "ended before it was done"
-    raise DatasetError(_scorer_failed(method, pairs, len(scores), what))
+    raise DatasetError(_describe_scorer_failure(method, pairs, len(scores), what))
 
 
 def _run_program(request: Path) -> Iterator[dict[str, Any]]:
@@ -132,7 +140,7 @@ def _run_program(request: Path) -> Iterator[dict[str, Any]]:
     It is the head of a process group, all of which is killed in the end.
     """
     with subprocess.Popen(
-        [sys.executable, "-P", str(PROGRAM), str(request)],
+        [sys.executable, "-P", str(SCORING_PROGRAM), str(request)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -148,7 +156,7 @@ def _run_program(request: Path) -> Iterator[dict[str, Any]]:
 def _read_lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
     assert process.stdout is not None  # noqa: S101  # it is a pipe
     unread = b""
-    limit = START_SECONDS
+    limit = START_TIMEOUT_SECONDS
     deadline = time.monotonic() + limit
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -158,19 +166,19 @@ def _read_lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
                 return
             more = os.read(process.stdout.fileno(), 65_536)
             if not more:
-                yield {"error": _how_it_ended(process)}
+                yield {"error": _describe_process_end(process)}
                 return
             *lines, unread = (unread + more).split(b"\n")
             for line in lines:
                 yield json.loads(line)
             if lines:
-                limit = QUESTION_SECONDS
+                limit = QUESTION_TIMEOUT_SECONDS
                 deadline = time.monotonic() + limit
 
 
-def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+def _describe_process_end(process: subprocess.Popen[bytes]) -> str:
     try:
-        status = process.wait(QUESTION_SECONDS)
+        status = process.wait(QUESTION_TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return "it closed its output"
     if status < 0:
@@ -178,7 +186,7 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
     return f"its process ended with exit status {status}"
 
 
-def _scorer_failed(
+def _describe_scorer_failure(
     method: ScoringMethod, pairs: Sequence[tuple[Question, str]], done: int, problem: str
 ) -> str:
     place = f"{method.place}:{pairs[done][0].line}" if done < len(pairs) else str(method.place)
@@ -186,4 +194,4 @@ def _scorer_failed(
         method.score, f"the function {method.function}"
     )
     summary = f"the answers to {method.place} could not be scored."
-    return bad_questions(summary, [f"{place}: {what}: {problem}"])
+    return describe_bad_questions(summary, [f"{place}: {what}: {problem}"])

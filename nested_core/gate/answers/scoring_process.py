@@ -19,7 +19,7 @@ from typing import Any
 Scorer = Callable[[str, dict[str, Any]], float]
 
 
-def score_pattern(answer: str, question: dict[str, Any]) -> float:
+def score_regex(answer: str, question: dict[str, Any]) -> float:
     """1 where one of the expected regular expressions is found anywhere in the answer."""
     expected = question["expected"]
     patterns = expected if isinstance(expected, list) else [expected]
@@ -53,7 +53,7 @@ def first_json_value(text: str) -> Any:
     A number or a quoted word before it, as in "The 2 items: [...]", belongs to the sentence.
     Raises ValueError if there is no JSON value.
     """
-    decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+    decoder = json.JSONDecoder(parse_constant=_refuse_nan_and_infinity)
     for starts in (r"[{\[]", r'["\-0-9tfn]'):
         for match in re.finditer(starts, text):
             try:
@@ -65,21 +65,21 @@ def first_json_value(text: str) -> Any:
     raise ValueError("no JSON value")
 
 
-def _refuse_constant(word: str) -> None:
+def _refuse_nan_and_infinity(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
 
 
-def load_function(place: str, folder: str) -> Scorer:
+def load_scorer_function(module_and_name: str, folder: str) -> Scorer:
     """The function that "module:function" names; modules are found in `folder` too."""
-    module, _, name = place.partition(":")
+    module, _, name = module_and_name.partition(":")
     sys.path.append(folder)
     function: Scorer = getattr(import_module(module), name)
     if not callable(function):
-        raise TypeError(f"{place} is not callable")
+        raise TypeError(f"{module_and_name} is not callable")
     return function
 
 
-def checked_score(score: Any) -> float:
+def require_valid_score(score: Any) -> float:
     """A share from 0 to 1, of a number or a boolean; TypeError or ValueError for anything else."""
     if not isinstance(score, int | float):
         raise TypeError(f"it returned a {type(score).__name__}, not a number from 0 to 1")
@@ -103,12 +103,14 @@ def main(request_path: str) -> None:
 
     try:
         signal.alarm(request["most_seconds"])  # should who started it be gone
-        own: dict[str, Scorer] = {"regex": score_pattern, "json": score_json}
-        scorer = own.get(request["score"]) or load_function(request["function"], request["folder"])
+        own: dict[str, Scorer] = {"regex": score_regex, "json": score_json}
+        scorer = own.get(request["score"]) or load_scorer_function(
+            request["function"], request["folder"]
+        )
         write(ready=True)
         for item in request["items"]:
             signal.alarm(request["most_seconds"])
-            write(score=checked_score(scorer(item["answer"], item["question"])))
+            write(score=require_valid_score(scorer(item["answer"], item["question"])))
     except BaseException as error:  # a scorer may raise SystemExit or KeyboardInterrupt
         write(error=f"{type(error).__name__}: {error}"[:300])
 

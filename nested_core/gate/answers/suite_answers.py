@@ -17,14 +17,14 @@ import numpy as np
 
 from nested_core.errors import DatasetError
 from nested_core.gate.answers.scorers import ScoringMethod, score_answers
-from nested_core.gate.answers.suites import Question, bad_questions, read_suite
+from nested_core.gate.answers.suites import Question, describe_bad_questions, read_suite
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode
 from nested_core.storage.strict_files import regular_sha256
 from nested_core.training.loss.output_head import extract_logits
 
 # Logits of one batch of choices at once: 256 MiB in float32.
-_LOGITS_AT_ONCE = 64 * 2**20
+_MAX_LOGITS_AT_ONCE = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SuiteAnswers:
         """The share of right answers."""
         return sum(self.scores) / len(self.scores)
 
-    def describe_odd(self) -> dict[str, int]:
+    def count_odd_answers(self) -> dict[str, int]:
         """How many answers are empty, never end, and are one token again and again."""
         return {
             "empty": sum(answer.is_empty for answer in self.answers),
@@ -117,7 +117,7 @@ class EncodedSuite:
             choices.append(following)
         if problems:
             summary = f"{suite.method.place} cannot be asked of this model."
-            raise DatasetError(bad_questions(summary, problems))
+            raise DatasetError(describe_bad_questions(summary, problems))
         return cls(suite, tuple(prompts), tuple(choices), context)
 
     def answer(
@@ -126,14 +126,14 @@ class EncodedSuite:
         """The model's answers, in the order of the questions."""
         with in_evaluation_mode(model):
             if self.suite.method.score == "choice":
-                return self._choose(model)
+                return self._answer_by_choice(model)
             sampling, context = self.suite.sampling, self.context
             answers = answer_prompts(
                 model, tokenizer, self.prompts, sampling, context=context, on_answered=on_answered
             )
         return tuple(answers)
 
-    def _choose(self, model: nn.Module) -> tuple[Answer, ...]:
+    def _answer_by_choice(self, model: nn.Module) -> tuple[Answer, ...]:
         likelihoods = self.log_likelihoods(model)
         chosen = [
             _likeliest_choice(question.choices, sums)
@@ -159,7 +159,7 @@ class EncodedSuite:
             sums[batch] = found
             start += len(batch)
             width = len(pairs[-1][0]) + len(pairs[-1][1])
-            size = max(1, min(64, _LOGITS_AT_ONCE // (width * vocabulary)))
+            size = max(1, min(64, _MAX_LOGITS_AT_ONCE // (width * vocabulary)))
         split = iter(sums.tolist())
         return [tuple(next(split) for _ in choices) for choices in self.choices]
 

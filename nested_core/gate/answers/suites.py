@@ -22,8 +22,8 @@ from nested_core.errors import ConfigError, DamagedError, DatasetError, shorten
 from nested_core.storage.strict_files import file_type, read_regular
 
 Turn = dict[str, str]
-MAX_BYTES = 64 * 2**20
-LISTED_PROBLEMS = 8
+MAX_SUITE_BYTES = 64 * 2**20
+MAX_LISTED_PROBLEMS = 8
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Question:
     fields: dict[str, Any]
 
 
-class _Line(BaseModel):
+class _SuiteLine(BaseModel):
     """What a line of any suite may hold."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -66,7 +66,7 @@ class _Line(BaseModel):
             raise ValueError("the last message is what is answered, and must be the user's")
         return self
 
-    def accepted(self) -> tuple[Any, ...]:
+    def parse_accepted_answers(self) -> tuple[Any, ...]:
         """The right answers; ValueError if `expected` cannot be one."""
         raise NotImplementedError
 
@@ -78,10 +78,10 @@ class _Turn(BaseModel):
     content: str
 
 
-class _TextLine(_Line):
+class _TextLine(_SuiteLine):
     """A line of `exact` or `contains`."""
 
-    def accepted(self) -> tuple[str, ...]:
+    def parse_accepted_answers(self) -> tuple[str, ...]:
         """Texts; a number stands for how JSON writes it."""
         texts = [
             value if isinstance(value, str) else json.dumps(value)
@@ -92,8 +92,8 @@ class _TextLine(_Line):
         return tuple(texts)
 
 
-class _RegexLine(_Line):
-    def accepted(self) -> tuple[str, ...]:
+class _RegexLine(_SuiteLine):
+    def parse_accepted_answers(self) -> tuple[str, ...]:
         """Patterns of Python's re."""
         patterns = _accepted_answers(self.expected, (str,), "a regular expression")
         for pattern in patterns:
@@ -106,18 +106,18 @@ class _RegexLine(_Line):
         return tuple(patterns)
 
 
-class _NumberLine(_Line):
+class _NumberLine(_SuiteLine):
     tolerance: Annotated[float, Field(ge=0)] = 0.0
 
-    def accepted(self) -> tuple[float, ...]:
+    def parse_accepted_answers(self) -> tuple[float, ...]:
         """Numbers."""
         return tuple(_accepted_answers(self.expected, (int, float), "a number"))
 
 
-class _ChoiceLine(_Line):
+class _ChoiceLine(_SuiteLine):
     choices: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
 
-    def accepted(self) -> tuple[str, ...]:
+    def parse_accepted_answers(self) -> tuple[str, ...]:
         """One or more of the choices."""
         accepted = tuple(_accepted_answers(self.expected, (str,), "one of the choices"))
         if len(set(self.choices)) < len(self.choices):
@@ -127,13 +127,13 @@ class _ChoiceLine(_Line):
         return accepted
 
 
-class _JsonLine(_Line):
+class _JsonLine(_SuiteLine):
     # pydantic's BaseModel has an attribute `schema`
     json_schema: dict[str, Any] | bool = Field(alias="schema")
 
-    def accepted(self) -> tuple[dict[str, Any], ...]:
+    def parse_accepted_answers(self) -> tuple[dict[str, Any], ...]:
         """The fields that must be equal, if there are any."""
-        _refuse_no_schema(self.json_schema)
+        _refuse_invalid_json_schema(self.json_schema)
         if self.expected is None:
             return ()
         if not isinstance(self.expected, dict):
@@ -141,13 +141,13 @@ class _JsonLine(_Line):
         return (self.expected,)
 
 
-class _PythonLine(_Line):
-    def accepted(self) -> tuple[Any, ...]:
+class _PythonLine(_SuiteLine):
+    def parse_accepted_answers(self) -> tuple[Any, ...]:
         """Whatever the function makes of it."""
         return (self.expected,)
 
 
-_LINES: dict[Score, type[_Line]] = {
+_LINES: dict[Score, type[_SuiteLine]] = {
     "exact": _TextLine,
     "contains": _TextLine,
     "regex": _RegexLine,
@@ -167,7 +167,7 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
     if file_type(path, follow_links=True) != "file":
         raise ConfigError(f"gate.tasks: {path} is not a file; expected a suite, a .jsonl file.")
     try:
-        content = read_regular(path, MAX_BYTES)
+        content = read_regular(path, MAX_SUITE_BYTES)
     except DamagedError as error:
         raise DatasetError(f"gate.tasks: {error}") from error
     questions: list[Question] = []
@@ -180,19 +180,21 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
             questions.append(_read_question(body, line, score))
         except (LineProblem, ValueError) as problem:
             problems.append(f"{path}:{line}: {problem}")
-    problems += _repeated_names(path, questions)
+    problems += _describe_repeated_names(path, questions)
     if not questions and not problems:
         problems.append(f"{path}: there is no question in it")
     if problems:
-        raise DatasetError(bad_questions(f"{path} is no suite of {score} questions.", problems))
+        raise DatasetError(
+            describe_bad_questions(f"{path} is no suite of {score} questions.", problems)
+        )
     return tuple(questions)
 
 
-def bad_questions(summary: str, problems: Sequence[str]) -> str:
+def describe_bad_questions(summary: str, problems: Sequence[str]) -> str:
     """One paragraph on a suite: what is wrong, with the first places and how many more."""
-    listed = [f"  {problem}" for problem in problems[:LISTED_PROBLEMS]]
-    if len(problems) > LISTED_PROBLEMS:
-        listed.append(f"  and {len(problems) - LISTED_PROBLEMS:,} more")
+    listed = [f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS]]
+    if len(problems) > MAX_LISTED_PROBLEMS:
+        listed.append(f"  and {len(problems) - MAX_LISTED_PROBLEMS:,} more")
     return "\n".join([f"gate.tasks: {summary} Nothing was judged.", *listed])
 
 
@@ -200,9 +202,9 @@ def _read_question(body: bytes, line: int, score: Score) -> Question:
     fields = decode_json_object(body)
     try:
         read = _LINES[score].model_validate(fields)
-        accepted = read.accepted()
+        accepted = read.parse_accepted_answers()
     except ValidationError as error:
-        raise ValueError(_first_problem(error)) from None
+        raise ValueError(_describe_first_problem(error)) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     turns = None if read.messages is None else tuple(turn.model_dump() for turn in read.messages)
@@ -227,7 +229,7 @@ def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[An
     return values
 
 
-def _refuse_no_schema(schema: dict[str, Any] | bool) -> None:
+def _refuse_invalid_json_schema(schema: dict[str, Any] | bool) -> None:
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
@@ -242,7 +244,7 @@ def _refuse_no_schema(schema: dict[str, Any] | bool) -> None:
         raise ValueError(f"{place} is no JSON schema: {shorten(error.message, 160)}") from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def _describe_first_problem(error: ValidationError) -> str:
     """The first of pydantic's errors in words, and how many more there are."""
     problems = error.errors(include_url=False)
     first = problems[0]
@@ -256,7 +258,7 @@ def _first_problem(error: ValidationError) -> str:
     return f"{place}: {message}{more}" if place else f"{message}{more}"
 
 
-def _repeated_names(path: Path, questions: Sequence[Question]) -> list[str]:
+def _describe_repeated_names(path: Path, questions: Sequence[Question]) -> list[str]:
     """A problem for each question whose own id another one has."""
     first: dict[str, int] = {}
     problems = []
@@ -270,7 +272,7 @@ def _repeated_names(path: Path, questions: Sequence[Question]) -> list[str]:
     return problems
 
 
-def name_question(question: Question) -> str:
+def question_label(question: Question) -> str:
     """A question by its id or line, and the beginning of what it asks last."""
     prompt = question.prompt
     asked = shorten(prompt if isinstance(prompt, str) else prompt[-1]["content"], 60)

@@ -48,7 +48,7 @@ class CheckedKernel(Generic[Inputs, Outputs]):
 
     def is_usable(self, *variant: int) -> bool:
         """Whether this device runs CUDA and the kernel agrees with its reference there."""
-        return backend.has_cuda() and self.agrees_with_reference(*variant)
+        return backend.computes_on_cuda() and self.agrees_with_reference(*variant)
 
     def agrees_with_reference(self, *variant: int) -> bool:
         """Whether the kernel gives what its reference does; checked once a process."""

@@ -15,7 +15,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from nested_core.backend import has_cuda
+from nested_core.backend import computes_on_cuda
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.strict_files import parse_json, read_regular
@@ -83,7 +83,7 @@ def launch_command(config: FineTuneConfig, ranks: int, run_dir: Path) -> list[st
     if config.training.hostfile is not None:
         hostfile = str(Path(config.training.hostfile).resolve())
         return [launcher, "--hostfile", hostfile, "--", *program]
-    backend = "nccl" if has_cuda() else "ring"
+    backend = "nccl" if computes_on_cuda() else "ring"
     port = str(find_consecutive_free_ports(ranks))
     ports = ["--starting-port", port, "--nccl-port", port]
     return [launcher, "-n", str(ranks), "--backend", backend, *ports, "--", *program]
@@ -115,7 +115,7 @@ def rank_environment(config: FineTuneConfig) -> dict[str, str]:
     """The environment for ranks on this machine, with the GPUs that they share out."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     ranks = config.training.processes
-    if visible is None or config.training.hostfile is not None or not has_cuda():
+    if visible is None or config.training.hostfile is not None or not computes_on_cuda():
         return dict(os.environ)
     if len(visible.split(",")) < ranks:
         raise ConfigError(

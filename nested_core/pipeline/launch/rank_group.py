@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from nested_core import errors
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import NestedTuneError, RankLost, TrainingStopped
+from nested_core.errors import NestedTuneError, TrainingProcessLost, TrainingStopped
 from nested_core.optim.tier_counters import TierStats
 from nested_core.pipeline.launch import end_with_parent
 from nested_core.pipeline.launch.mlx_launch import (
@@ -172,24 +172,26 @@ class RankGroup:
                 self._killer.start()
 
     def raise_if_unfinished(self, run_dir: Path) -> None:
-        """Raise the error that a rank ended with, or RankLost where a rank ended without a word.
+        """Raise the error that a rank ended with, or TrainingProcessLost if it ended without one.
 
-        Of several errors, one that says what was wrong goes before the RankLost of the others.
+        Of several errors, one that says what was wrong goes before the TrainingProcessLost of the
+        others.
         """
         failures = [
             message for _, message in sorted(self._end_messages.items()) if message["error"]
         ]
         causes = sorted(
-            map(_message_to_error, failures), key=lambda error: isinstance(error, RankLost)
+            map(_message_to_error, failures),
+            key=lambda error: isinstance(error, TrainingProcessLost),
         )
-        if causes and not isinstance(causes[0], RankLost):
+        if causes and not isinstance(causes[0], TrainingProcessLost):
             raise causes[0]
         have_all_ended = len(self._end_messages) == self.ranks
         if not failures and self._lost_rank is None and have_all_ended:
             return
         what = self._lost_rank or "A rank ended"
         last_lines = "\n".join([*map(str, causes), *self._last_lines][:MAX_KEPT_ERROR_LINES])
-        raise RankLost(
+        raise TrainingProcessLost(
             f"{what} at step {self.current_step} or after it, before training was done; the others "
             f"were ended with it. Go on from the last checkpoint with the same command, --run-dir "
             f"{run_dir} --resume. The last lines that were printed:\n{last_lines}"
@@ -204,7 +206,7 @@ def _show_line(line: str) -> None:
 
 def _require_pipe(stream: IO[str] | None) -> IO[str]:
     if stream is None:
-        raise RankLost("A process was started without a pipe.")
+        raise TrainingProcessLost("A process was started without a pipe.")
     return stream
 
 
@@ -224,7 +226,7 @@ def _message_to_error(message: dict[str, Any]) -> Exception:
         return OSError(message["errno"], text)
     if message["error"] == "MemoryError":
         return MemoryError(text)
-    return RankLost(f"rank {message['rank']}: {message['error']}: {message['message']}")
+    return TrainingProcessLost(f"rank {message['rank']}: {message['error']}: {message['message']}")
 
 
 def train_in_ranks(
@@ -236,8 +238,8 @@ def train_in_ranks(
 ) -> None:
     """Train in `ranks` processes until result.json is written.
 
-    `on_start` is called with the group before its first step. Raises RankLost where a process was
-    lost, and else what a trainer raises.
+    `on_start` is called with the group before its first step. Raises TrainingProcessLost where a
+    process was lost, and else what a trainer raises.
     """
     group = RankGroup(ranks, callback)
     mx.clear_cache()  # the memory that loading left on the device is for the ranks

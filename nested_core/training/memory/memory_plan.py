@@ -88,7 +88,7 @@ def plan_memory(
     `batch` is one process's share of the largest batch.
     """
     limit = config.training.memory_limit_gb
-    capacity = backend.memory_bytes() if limit is None else int(limit * 1e9)
+    capacity = backend.device_memory_bytes() if limit is None else int(limit * 1e9)
     return plan_memory_for_device(
         config, footprint, batch, device_profile_for(config), capacity, processes=processes
     )
@@ -157,8 +157,10 @@ def _shorter_batches(batch: BatchShape) -> Iterator[BatchShape]:
 def device_profile_for(config: FineTuneConfig) -> DeviceProfile:
     """The profile of the default device, without our kernels under `training.reference`."""
     is_plain = config.training.reference is not None
-    if backend.has_cuda():
-        device = peak_estimate.cuda_profile(int(os.environ.get(backend.COMMIT_VARIABLE, "100")))
+    if backend.computes_on_cuda():
+        device = peak_estimate.cuda_profile(
+            int(os.environ.get(backend.OPERATIONS_PER_COMMIT_VARIABLE, "100"))
+        )
         plain = replace(device, recomputes_mlp_product=False, dequantized_weights=0)
         return plain if is_plain else device
     device = peak_estimate.CPU_PROFILE if backend.device() == "cpu" else peak_estimate.METAL_PROFILE

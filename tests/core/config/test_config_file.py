@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nested_core import ConfigError, FineTuneConfig, load_config
 from nested_core.config.key_properties import iterate_keys
 from nested_core.config.loading import MAX_YAML_BYTES, parse_yaml, read_yaml, render_config
-from nested_core.config.other_tools import ABSENT_KEYS, RENAMED_KEYS
+from nested_core.config.other_tools import HINTS_FOR_UNSUPPORTED_KEYS, OUR_KEYS_BY_OTHER_TOOLS_KEYS
 
 Write = Callable[[str | bytes], Path]
 yaml_like = st.text("{}[]:,-?|>'\"#%&*!@<= \n\tab1e.~").map(str.encode)
@@ -362,6 +362,6 @@ def test_a_key_of_the_top_level_that_stands_in_a_section_is_told_its_place(write
 
 def test_each_key_that_is_answered_with_ours_exists() -> None:
     known = {key.name for key in iterate_keys(FineTuneConfig)} | {"lora_parameters.alpha"}
-    for theirs, ours in RENAMED_KEYS.items():
+    for theirs, ours in OUR_KEYS_BY_OTHER_TOOLS_KEYS.items():
         assert ours.partition("; ")[0] in known, theirs
-    assert not known & (RENAMED_KEYS.keys() | ABSENT_KEYS.keys())
+    assert not known & (OUR_KEYS_BY_OTHER_TOOLS_KEYS.keys() | HINTS_FOR_UNSUPPORTED_KEYS.keys())

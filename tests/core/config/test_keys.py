@@ -12,7 +12,7 @@ import pytest
 from nested_core import ConfigError, FineTuneConfig
 from nested_core.config.key_properties import iterate_keys, settings_that_shape_adapter
 from nested_core.config.loading import parse_config
-from nested_core.config.resume import refuse_differences
+from nested_core.config.resume import refuse_differences_on_resume
 from nested_core.config.section import Section, key
 from nested_core.pipeline.continual import settings_digest
 from nested_core.storage.atomic import canonical_json
@@ -85,10 +85,10 @@ def changed(name: str) -> FineTuneConfig:
 @pytest.mark.parametrize("name", FineTuneConfig.model_fields)
 def test_a_key_may_differ_on_resume_or_is_refused_by_name(name: str) -> None:
     if name in FREE_ON_RESUME:
-        refuse_differences(FineTuneConfig(), changed(name), Path("run"))
+        refuse_differences_on_resume(FineTuneConfig(), changed(name), Path("run"))
         return
     with pytest.raises(ConfigError, match=rf"cannot be resumed .*\n  {name}[.: ]"):
-        refuse_differences(FineTuneConfig(), changed(name), Path("run"))
+        refuse_differences_on_resume(FineTuneConfig(), changed(name), Path("run"))
 
 
 @pytest.mark.parametrize("name", FineTuneConfig.model_fields)

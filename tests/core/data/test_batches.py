@@ -16,9 +16,13 @@ from mlx_lm.tuner.datasets import CacheDataset
 
 from benchmarks import padding
 from benchmarks.padding import skewed_lengths
-from nested_core.data.batch_arrays import Batch, make_batch_arrays
+from nested_core.data.batch_arrays import BatchRows, make_batch_arrays
 from nested_core.data.batch_order import BatchOrder, choose_evaluation_batches
-from nested_core.data.length_buckets import MAX_WIDTHS, choose_padded_widths, sort_into_buckets
+from nested_core.data.length_buckets import (
+    MAX_DISTINCT_WIDTHS,
+    choose_padded_widths,
+    sort_into_buckets,
+)
 from nested_core.data.tokens.tokenized_split import TokenizedSplit
 
 lengths_lists = st.lists(st.integers(1, 700), min_size=1, max_size=60)
@@ -108,16 +112,16 @@ def test_a_bucket_holds_whole_batches_and_every_row_fits_into_its_width(
     assert (buckets.starts[:-1] % batch_size == 0).all()
     assert (np.diff(buckets.widths) < 0).all()
     for place, row in enumerate(buckets.rows):
-        assert lengths[row] - 1 <= buckets.width_at(place)
+        assert lengths[row] - 1 <= buckets.bucket_width_at(place)
     batches = range(0, len(lengths), batch_size)
-    positions = batch_size * sum(buckets.width_at(start) for start in batches)
+    positions = batch_size * sum(buckets.bucket_width_at(start) for start in batches)
     assert buckets.padding_share == 1 - (sum(lengths) - len(lengths)) / positions
 
 
 def test_widths_are_few_round_where_long_and_no_wider_than_allowed() -> None:
     every = np.repeat(np.arange(1, 2049), 10)
     buckets = sort_into_buckets(every, 8, 2048)
-    assert len(buckets.widths) <= MAX_WIDTHS
+    assert len(buckets.widths) <= MAX_DISTINCT_WIDTHS
     assert (buckets.widths[buckets.widths > 1024] % 16 == 0).all()
     assert sort_into_buckets([2048, 1030, 300, 100], 1, 2048).widths.tolist() == [
         2048,
@@ -134,7 +138,7 @@ def test_padding_of_skewed_lengths_is_at_most_three_per_cent(rows: int, theirs: 
     lengths = skewed_lengths(rows)
     found = padding.ours(lengths)
     assert found.share <= 0.03
-    assert found.shapes <= MAX_WIDTHS
+    assert found.shapes <= MAX_DISTINCT_WIDTHS
     expected = sort_into_buckets(lengths, padding.BATCH_SIZE, padding.MAX_SEQ_LENGTH).padding_share
     assert found.share == pytest.approx(expected, abs=1e-12)
     assert padding.theirs(CacheDataset(padding._Examples(lengths))).share > theirs
@@ -223,7 +227,7 @@ def test_an_example_without_tokens_is_a_row_without_targets() -> None:
         starts=np.array([0, 4, 4]),
         lines=np.array([1, 2], np.int32),
     )
-    tokens, target_mask = make_batch_arrays(split, Batch(np.array([0, 1], np.int32), 3), 2)
+    tokens, target_mask = make_batch_arrays(split, BatchRows(np.array([0, 1], np.int32), 3), 2)
     assert tokens.tolist() == [[1, 2, 3, 4], [0, 0, 0, 0]]
     assert target_mask.tolist() == [[True] * 3, [False] * 3]
     assert len(split.example(1)) == 0

@@ -17,7 +17,7 @@ from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.findings import Finding
 from nested_core.data.sources import file_formats
 from nested_core.data.tokens import parallel_tokenization
-from nested_core.data.tokens.template_limit import TemplateLimit, TemplateTooSlow
+from nested_core.data.tokens.template_limit import TemplateTimeLimit, TemplateTooSlow
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError
 from tests.example import MODEL
@@ -32,8 +32,8 @@ def judge(folder: Path) -> tuple[Finding, ...]:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds of real files, at a thousandth of their size."""
-    monkeypatch.setattr(file_formats, "_FREE_LINES", 1_000)
-    monkeypatch.setattr(file_formats, "_FREE_BYTES", 64 * 2**10)
+    monkeypatch.setattr(file_formats, "_LINES_ALWAYS_ALLOWED", 1_000)
+    monkeypatch.setattr(file_formats, "_BYTES_ALWAYS_ALLOWED", 64 * 2**10)
 
 
 @pytest.mark.usefixtures("small_limits")
@@ -75,7 +75,7 @@ def test_the_first_line_that_is_too_long_is_found_wherever_it_stands(
         head = b"\n".join(lines)
         path.write_bytes(head + b"z" * size + b"\nend\n")
         expected = len(head) if size > 100 else None
-        assert file_formats.find_long_line(path) == expected
+        assert file_formats.find_start_of_too_long_line(path) == expected
 
 
 def test_a_csv_whose_line_never_ends_is_damaged_there(
@@ -123,7 +123,7 @@ LOOPS = {
 def test_a_chat_template_that_loops_is_refused_in_one_message(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parallel_tokenization, "TemplateLimit", lambda: TemplateLimit(0.5))
+    monkeypatch.setattr(parallel_tokenization, "TemplateTimeLimit", lambda: TemplateTimeLimit(0.5))
     folder = model_with(tmp_path, chat_template=LOOPS[name])
     (folder / "chat_template.jinja").write_text(LOOPS[name])
     row = {"prompt": "Where is Oslo?", "completion": "In Norway."}
@@ -136,7 +136,7 @@ def test_a_chat_template_that_loops_is_refused_in_one_message(
 
 
 def test_a_template_in_time_is_left_alone_and_one_out_of_time_is_ended() -> None:
-    with TemplateLimit(0.3) as limit:
+    with TemplateTimeLimit(0.3) as limit:
         for _ in range(3):
             with limit.watching(0):
                 pass

@@ -21,7 +21,7 @@ from nested_core.config.data import DataPolicy
 from nested_core.data import dataset_cache as caching
 from nested_core.data import dataset_loading
 from nested_core.data.data_settings import DataSettings
-from nested_core.data.dataset_cache import KEPT_SECONDS, DatasetCache, open_user_cache
+from nested_core.data.dataset_cache import MAX_UNUSED_SECONDS, DatasetCache, open_user_dataset_cache
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens import tokenized_split
@@ -267,7 +267,7 @@ def test_entries_that_nobody_used_for_a_month_are_removed(
 ) -> None:
     load_dataset(settings, tokenizer, cache=cache)
     (old,) = entries(cache)
-    long_ago = time.time() - KEPT_SECONDS - 60
+    long_ago = time.time() - MAX_UNUSED_SECONDS - 60
     os.utime(old, (long_ago, long_ago))
     load_dataset(replace(settings, batch_size=2), tokenizer, cache=cache)
     assert old not in entries(cache)
@@ -306,9 +306,9 @@ def test_an_entry_of_which_half_is_removed_while_it_is_mapped_is_made_again_whol
         monkeypatch.undo()
         for path in folder.glob("train.*"):
             path.unlink()
-        return tokenized_split._map_splits(folder, *arguments)
+        return tokenized_split._memory_map_splits(folder, *arguments)
 
-    monkeypatch.setattr(tokenized_split, "_map_splits", half_removed)
+    monkeypatch.setattr(tokenized_split, "_memory_map_splits", half_removed)
     again, splits = load_dataset(settings, tokenizer, cache=cache)
     assert again == first
     assert {split: len(tokens) for split, tokens in splits.items()} == {"train": 10, "valid": 1}
@@ -360,9 +360,9 @@ def test_an_entry_in_use_stays(
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_CACHE", "/given")
-    assert open_user_cache().folder == Path("/given/datasets")
+    assert open_user_dataset_cache().folder == Path("/given/datasets")
     monkeypatch.delenv("NESTED_TUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert open_user_cache().folder == Path("/cache/nested-tune/datasets")
+    assert open_user_dataset_cache().folder == Path("/cache/nested-tune/datasets")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert open_user_cache().folder == Path.home() / ".cache" / "nested-tune" / "datasets"
+    assert open_user_dataset_cache().folder == Path.home() / ".cache" / "nested-tune" / "datasets"

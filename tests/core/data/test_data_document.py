@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
-from nested_core.data.rules.findings import GUIDE, Finding, name_guide
+from nested_core.data.rules.findings import DATA_GUIDE, Finding, guide_sentence
 from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES, make_held_out_rules
 from nested_core.data.rules.rule_table import FrameRules
 from nested_core.data.rules.token_rules import TEMPLATE_RULES, TOKEN_RULES
@@ -31,7 +31,7 @@ TABLES = (
 
 
 def documented_checks() -> set[str]:
-    text = (ROOT / GUIDE).read_text(encoding="utf-8")
+    text = (ROOT / DATA_GUIDE).read_text(encoding="utf-8")
     anchors = re.findall(r'<a id="([a-z0-9-]+)"></a>`([a-z0-9-]+)`', text)
     assert [pair for pair in anchors if pair[0] != pair[1]] == []
     assert len(set(anchors)) == len(anchors)
@@ -52,8 +52,8 @@ def test_every_check_is_documented() -> None:
 def test_a_message_names_the_places_of_its_first_checks() -> None:
     checks = ("leakage", "leakage", "bad-json", "not-utf8", "overlong")
     findings = [Finding("train.jsonl", 1, "error", check, "why") for check in checks]
-    assert name_guide(findings[:2]) == "Explained in docs/data.md#leakage"
-    assert name_guide(findings) == (
+    assert guide_sentence(findings[:2]) == "Explained in docs/data.md#leakage"
+    assert guide_sentence(findings) == (
         "Explained in docs/data.md#leakage, docs/data.md#bad-json, docs/data.md#not-utf8, ..."
     )
 

@@ -13,7 +13,7 @@ import pytest
 
 from nested_core.data.lines.example_parsing import FieldNames
 from nested_core.data.lines.line_rows import parse_line_to_row
-from nested_core.data.rules.finding_groups import SHOWN_CAUSES, group_findings
+from nested_core.data.rules.finding_groups import MAX_SHOWN_CAUSES, group_findings
 from nested_core.data.rules.findings import Finding
 from tests.core.data.conftest import WriteData
 from tests.flows.conftest import called
@@ -65,8 +65,8 @@ def test_no_hint_where_nothing_is_known_of_the_format() -> None:
 
 
 def test_the_hint_names_only_what_is_configured_otherwise() -> None:
-    features = FieldNames(prompt="question")
-    message = str(parse_line_to_row(b'{"prompt": "a", "completion": "b"}', features).message)
+    field_names = FieldNames(prompt="question")
+    message = str(parse_line_to_row(b'{"prompt": "a", "completion": "b"}', field_names).message)
     assert message.endswith("; set prompt_feature: prompt")
 
 
@@ -109,8 +109,8 @@ def test_numbers_make_no_cause_of_their_own_and_the_rest_of_a_check_counts() -> 
 
 def test_of_many_causes_the_first_are_shown_and_the_rest_is_one_row() -> None:
     groups = group_findings(finding(n, "cause " + "x" * n) for n in range(1, 101))
-    assert len(groups) == SHOWN_CAUSES + 1
-    assert groups[-1].count == 100 - SHOWN_CAUSES
+    assert len(groups) == MAX_SHOWN_CAUSES + 1
+    assert groups[-1].count == 100 - MAX_SHOWN_CAUSES
     assert groups[-1].message == "of other causes; the first: cause xxxxxx"
 
 

@@ -311,7 +311,7 @@ def test_damage_is_named_with_its_place(name: str, tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_is_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_formats, "_FREE_BYTES", 1000)
+    monkeypatch.setattr(file_formats, "_BYTES_ALWAYS_ALLOWED", 1000)
     line = b'{"text": "' + b"a" * 10_000 + b'"}\n'
     (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(line * 3000))
     report = judge(tmp_path, batch_size=1)

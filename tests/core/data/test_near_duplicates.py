@@ -13,7 +13,7 @@ import pytest
 from nested_core.config.data import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.lines.word_ngrams import MOST_NGRAMS, word_ngrams
+from nested_core.data.lines.word_ngrams import MAX_NGRAMS_PER_TEXT, make_word_ngram_columns
 from nested_core.data.rules.near_duplicates import find_near_duplicates
 from tests.example import DATA
 
@@ -25,7 +25,11 @@ OTHER = "Nothing in this sentence is in any other sentence of the whole set"
 def frame(texts: Sequence[str | None]) -> pl.DataFrame:
     """The columns of the search for texts, a line each."""
     series = pl.Series(texts, dtype=pl.String)
-    columns = {"line": range(1, len(texts) + 1), "content": series.hash(), **word_ngrams(series)}
+    columns = {
+        "line": range(1, len(texts) + 1),
+        "content": series.hash(),
+        **make_word_ngram_columns(series),
+    }
     return pl.DataFrame(columns, schema_overrides={"line": pl.Int32})
 
 
@@ -75,8 +79,8 @@ def test_long_texts_are_compared_by_a_sample_of_bounded_size() -> None:
         for third in "rstvw"
     ]
     long = " ".join(words * 4 + words[::-1] * 4 + words[::2] * 3 + words[::3] * 3)
-    columns = word_ngrams(pl.Series([long]))
-    assert len(columns["ngrams"][0]) <= 2 * MOST_NGRAMS
+    columns = make_word_ngram_columns(pl.Series([long]))
+    assert len(columns["ngrams"][0]) <= 2 * MAX_NGRAMS_PER_TEXT
     assert columns["halvings"][0] >= 3
     changed = long.split()
     changed[100:110] = ["something"] * 10

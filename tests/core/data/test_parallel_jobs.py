@@ -23,7 +23,7 @@ from nested_core.data.parallel_jobs import (
     cut_file_into_line_ranges,
     run_jobs,
 )
-from nested_core.errors import DatasetError, WorkerFailed
+from nested_core.errors import DatasetError, DataWorkerFailed
 
 JOBS = "tests.core.data.jobs"
 
@@ -100,7 +100,7 @@ def test_large_requests_and_answers_pass_through() -> None:
 
 
 def test_an_unexpected_error_in_a_job_is_one_error_with_what_the_worker_said() -> None:
-    with pytest.raises(WorkerFailed, match="ValueError: bad value 7") as caught:
+    with pytest.raises(DataWorkerFailed, match="ValueError: bad value 7") as caught:
         run_two(ask("echo", value=1), ask("unknown_error", value=7), ask("echo", value=2))
     assert "something strange" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 14
@@ -119,13 +119,15 @@ def test_an_os_error_keeps_its_number_and_file(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_named_with_its_signal_and_last_words() -> None:
-    with pytest.raises(WorkerFailed, match="ended by SIGKILL, as when memory runs out") as caught:
+    with pytest.raises(
+        DataWorkerFailed, match="ended by SIGKILL, as when memory runs out"
+    ) as caught:
         run_two(ask("echo", value=1, seconds=1), ask("die"))
     assert "last words" in str(caught.value)
 
 
 def test_a_worker_that_leaves_is_named_with_its_exit_status() -> None:
-    with pytest.raises(WorkerFailed, match="with exit status 3"):
+    with pytest.raises(DataWorkerFailed, match="with exit status 3"):
         run_two(ask("leave"), ask("leave"))
 
 

@@ -14,7 +14,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.rules.findings import Findings
-from nested_core.data.rules.rule_table import LISTED_FINDINGS, FrameRules, Rule
+from nested_core.data.rules.rule_table import MAX_LISTED_FINDINGS, FrameRules, Rule
 from nested_core.errors import DatasetError
 from nested_core.storage.atomic import canonical_json
 from tests.core.data.conftest import WriteData
@@ -89,7 +89,7 @@ def test_a_data_set_with_many_warnings_has_a_small_report(write_data: WriteData)
     folder = write_data(train=rows, valid=[{"text": "A lake."}])
     report, _ = load_dataset(DataSettings(str(folder)), None)
     duplicates = [f for f in report.findings if f.check == "duplicate"]
-    assert len(duplicates) == LISTED_FINDINGS + 1
+    assert len(duplicates) == MAX_LISTED_FINDINGS + 1
     written = report.to_json()
     assert len(canonical_json(written)) < 200_000  # 30,000 of them would be 4 MB
     assert written["counts"]["warning"] == 29_999

@@ -10,7 +10,7 @@ import pytest
 
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
-from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS, find_sensitive
+from nested_core.data.lines.sensitive_data import SENSITIVE_PATTERNS, find_sensitive_pattern_bits
 from tests.core.data.conftest import WriteData
 
 # In two halves, so that no scanner takes this file for a leak.
@@ -78,7 +78,7 @@ LOOK_ALIKES = [
 
 
 def kinds_in(text: str) -> list[str]:
-    bits = find_sensitive(pl.Series([None, text], dtype=pl.String))
+    bits = find_sensitive_pattern_bits(pl.Series([None, text], dtype=pl.String))
     assert bits[0] == 0
     return [kind.name for place, kind in enumerate(SENSITIVE_PATTERNS) if bits[1] >> place & 1]
 

@@ -15,12 +15,12 @@ from nested_core.data import split_table
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.lines.example_parsing import FieldNames
-from nested_core.data.lines.line_rows import BLANK_TURN, parse_line_to_row, parse_plain_row
+from nested_core.data.lines.line_rows import BLANK_TURN_PATTERN, parse_line_to_row, parse_plain_row
 from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.split_table import read_tables
-from nested_core.errors import DatasetError, WorkerFailed
+from nested_core.errors import DatasetError, DataWorkerFailed
 from tests.core.data.conftest import WriteData
 from tests.core.data.test_bad_lines import BAD_LINES, GOOD, GOOD_LINES, HELD_OUT
 
@@ -62,9 +62,9 @@ def test_a_reader_that_is_killed_is_one_error_and_leaves_nothing(
     private.mkdir()
     folder = write_data(train=GOOD, valid=HELD_OUT)
     monkeypatch.setattr("tempfile.tempdir", str(private))
-    monkeypatch.setattr(split_table, "JOB", "tests.core.data.jobs:die")
+    monkeypatch.setattr(split_table, "LINE_RANGE_JOB", "tests.core.data.jobs:die")
     monkeypatch.setattr(split_table, "count_processes_for", lambda _: 2)
-    with pytest.raises(WorkerFailed, match="ended by SIGKILL"):
+    with pytest.raises(DataWorkerFailed, match="ended by SIGKILL"):
         load_dataset(DataSettings(str(folder)), None)
     assert list(private.iterdir()) == []
 
@@ -116,7 +116,7 @@ def test_the_quick_path_reads_what_the_exact_one_reads(
         assert plain == (row.format, row.roles, row.content)
         assert row.shown == row.content
         assert (row.unknown_keys, row.check) == (None, None)
-        is_doubtful = pl.Series([plain[2]]).str.contains(BLANK_TURN)[0]
+        is_doubtful = pl.Series([plain[2]]).str.contains(BLANK_TURN_PATTERN)[0]
         assert row.blank_field is None or is_doubtful
 
 

@@ -16,7 +16,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_cache import DatasetCache
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.sources.split_files import SplitFile
-from nested_core.data.tokens.parallel_tokenization import SoundLines, tokenize_splits
+from nested_core.data.tokens.parallel_tokenization import LinesToTokenize, tokenize_splits
 from nested_core.data.tokens.tokenized_split import open_tokens
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DamagedError
@@ -47,7 +47,9 @@ def test_the_bytes_are_the_same_in_any_number_of_processes(
     folder = write_data(train=chats(ROWS), valid=chats(150), test=[])
     skip = {"train": {1, 5, ROWS // 2, ROWS - 1}, "valid": {2}, "test": set[int]()}
     splits = {
-        split: SoundLines(SplitFile(f"{split}.jsonl", folder / f"{split}.jsonl"), frozenset(lines))
+        split: LinesToTokenize(
+            SplitFile(f"{split}.jsonl", folder / f"{split}.jsonl"), frozenset(lines)
+        )
         for split, lines in skip.items()
     }
     found = []
@@ -105,7 +107,9 @@ def test_a_tokenizers_own_code_runs_in_workers_where_it_is_trusted_and_nowhere_e
     monkeypatch.setattr("nested_core.data.tokens.parallel_tokenization.RANGE_BYTES", 2**7)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))  # the workers' alone
     folder = write_data(train=[{"text": f"number {n}"} for n in range(20)])
-    sound = {"train": SoundLines(SplitFile("train.jsonl", folder / "train.jsonl"), frozenset())}
+    sound = {
+        "train": LinesToTokenize(SplitFile("train.jsonl", folder / "train.jsonl"), frozenset())
+    }
     settings, own = DataSettings(str(folder)), write_own_tokenizer()
     out = tmp_path / "out"
     out.mkdir()
@@ -219,7 +223,7 @@ def write_arrays(folder: Path, lengths: Any) -> None:
     """Token files of examples of these lengths, as tokenising leaves them."""
     from nested_core.data.tokens.tokenized_split import (
         SplitWriter,
-        seal_and_open_tokens,
+        write_manifest_and_open_tokens,
         write_token_part,
     )
 
@@ -230,4 +234,4 @@ def write_arrays(folder: Path, lengths: Any) -> None:
             tokens = [token for length in some for token in range(length)]
             write_token_part(folder / "part", tokens, bytes(len(tokens)))
             joined.append_part(folder / "part", np.arange(first, first + len(some)), some)
-    seal_and_open_tokens(folder)
+    write_manifest_and_open_tokens(folder)

@@ -16,7 +16,7 @@ import pytest
 from flows import cli
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate.adapter_audit import audit_adapter, find_adapters
-from nested_core.gate.adapter_layout import AuditedBase
+from nested_core.gate.adapter_layout import BaseModelForAudit
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.models.peft.adapters import peft_copy, random_adapter
 from tests.example import MODEL, train_example
@@ -148,8 +148,8 @@ PLANTED: dict[Callable[[Path], None], tuple[str | None, str]] = {
 
 
 @pytest.fixture(scope="module")
-def base() -> AuditedBase:
-    return AuditedBase(str(MODEL))
+def base() -> BaseModelForAudit:
+    return BaseModelForAudit(str(MODEL))
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def run_command(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_each_planted_adapter_passes_or_fails_for_its_reason(
-    plant: Callable[[Path], None], planted: Path, base: AuditedBase
+    plant: Callable[[Path], None], planted: Path, base: BaseModelForAudit
 ) -> None:
     code, message = PLANTED[plant]
     if plant is truncated:
@@ -299,7 +299,7 @@ TENSOR_EDITS: dict[str, tuple[Callable[[Arrays], Any], str, str]] = {
 
 @pytest.mark.parametrize("edit", CONFIG_EDITS)
 def test_a_configuration_that_does_not_fit_fails(
-    edit: str, tmp_path: Path, base: AuditedBase
+    edit: str, tmp_path: Path, base: BaseModelForAudit
 ) -> None:
     change, code, message = CONFIG_EDITS[edit]
     audit = audit_adapter(change_config(random_adapter(tmp_path / "a"), change), base)
@@ -309,7 +309,7 @@ def test_a_configuration_that_does_not_fit_fails(
 
 @pytest.mark.parametrize("edit", TENSOR_EDITS)
 def test_tensors_that_do_nothing_or_do_not_belong_fail(
-    edit: str, tmp_path: Path, base: AuditedBase
+    edit: str, tmp_path: Path, base: BaseModelForAudit
 ) -> None:
     change, code, message = TENSOR_EDITS[edit]
     audit = audit_adapter(change_tensors(random_adapter(tmp_path / "a"), change), base)
@@ -345,7 +345,7 @@ def peft_without_a_module(tensors: Arrays) -> None:
     ],
 )
 def test_peft_adapters_fail_for_the_same_reasons(
-    change: Callable[[Arrays], Any], code: str, tmp_path: Path, base: AuditedBase
+    change: Callable[[Arrays], Any], code: str, tmp_path: Path, base: BaseModelForAudit
 ) -> None:
     audit = audit_adapter(peft_copy(tmp_path / "a", change=change), base)
     assert [reason.code for reason in audit.reasons] == [code]
@@ -360,7 +360,7 @@ def test_peft_adapters_fail_for_the_same_reasons(
     ],
 )
 def test_peft_configurations_that_do_not_fit_fail(
-    settings: dict[str, Any], code: str, message: str, tmp_path: Path, base: AuditedBase
+    settings: dict[str, Any], code: str, message: str, tmp_path: Path, base: BaseModelForAudit
 ) -> None:
     audit = audit_adapter(peft_copy(tmp_path / "a", **settings), base)
     assert [reason.code for reason in audit.reasons] == [code]
@@ -376,7 +376,7 @@ def other_weights(folder: Path) -> Path:
 
 
 def test_a_base_of_the_same_shapes_is_told_apart_where_the_named_one_is_here(
-    tmp_path: Path, base: AuditedBase
+    tmp_path: Path, base: BaseModelForAudit
 ) -> None:
     recorded = other_weights(tmp_path / "other")
     audit = audit_adapter(random_adapter(tmp_path / "a", model=str(recorded)), base)
@@ -396,7 +396,7 @@ def test_a_prompt_that_the_base_cannot_answer_is_not_held_against_an_adapter(
     weights = load_arrays(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][mx.array(broken_rows)] = float("nan")
     save_arrays(folder / "model.safetensors", weights)
-    audit = audit_adapter(random_adapter(tmp_path / "a", model="x"), AuditedBase(str(folder)))
+    audit = audit_adapter(random_adapter(tmp_path / "a", model="x"), BaseModelForAudit(str(folder)))
     if prompts is None:
         assert [reason.code for reason in audit.reasons] == ["non_finite"]
         assert "the base is not sound" in audit.summary()
@@ -405,7 +405,7 @@ def test_a_prompt_that_the_base_cannot_answer_is_not_held_against_an_adapter(
         assert (audit.reasons, audit.logits.prompts) == ((), prompts)
 
 
-def test_a_fused_model_is_no_adapter(tmp_path: Path, base: AuditedBase) -> None:
+def test_a_fused_model_is_no_adapter(tmp_path: Path, base: BaseModelForAudit) -> None:
     folder = Path(shutil.copytree(MODEL, tmp_path / "fused"))
     audit = audit_adapter(folder, base)
     assert [reason.code for reason in audit.reasons] == ["tensor_unexpected"]
@@ -414,7 +414,7 @@ def test_a_fused_model_is_no_adapter(tmp_path: Path, base: AuditedBase) -> None:
 
 @pytest.mark.parametrize("fine_tune_type", ["lora", "dora", "full"])
 def test_a_run_passes_and_the_adapter_it_began_from_does_not(
-    fine_tune_type: str, tmp_path: Path, base: AuditedBase
+    fine_tune_type: str, tmp_path: Path, base: BaseModelForAudit
 ) -> None:
     rate = 1e-4 if fine_tune_type == "full" else 2e-3
     run = train_example(tmp_path / "run", fine_tune_type=fine_tune_type, learning_rate=rate).run
@@ -490,7 +490,7 @@ def config_edits() -> Iterator[tuple[Callable[[Path], Path], tuple[str, ...], An
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("every", [23, pytest.param(1, marks=pytest.mark.reliability)])
 def test_any_value_in_a_configuration_is_an_audit_or_damage(
-    every: int, tmp_path: Path, base: AuditedBase
+    every: int, tmp_path: Path, base: BaseModelForAudit
 ) -> None:
     for index, (make, path, value) in enumerate(list(config_edits())[::every]):
         folder = change_config(make(tmp_path / str(index)), set_value(path, value))

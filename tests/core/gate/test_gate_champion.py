@@ -29,7 +29,7 @@ from nested_core.gate.example_losses import read_example_losses
 from nested_core.gate.held_out_loss import (
     LoadedBase,
     choose_held_out_examples,
-    filled_splits,
+    read_nonempty_splits,
 )
 from nested_core.gate.task_bounds import judge_answers
 from nested_core.gate.verdict import read_verdict
@@ -182,7 +182,7 @@ def test_a_champion_of_another_base_is_not_compared_and_not_replaced_by_itself(
 def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(
     config: FineTuneConfig, run: RunDirectory, make_champion: Champion
 ) -> None:
-    held_out = choose_held_out_examples(filled_splits(config, run))
+    held_out = choose_held_out_examples(read_nonempty_splits(config, run))
     assert held_out is not None
     seen = held_out.digests[:3]
     champion = make_champion(halve, training_examples=encode_digests(seen))
@@ -201,7 +201,7 @@ def test_examples_that_the_champion_was_trained_on_are_left_out_and_counted(
 def test_where_the_champion_was_trained_on_every_example_nothing_is_promoted(
     config: FineTuneConfig, run: RunDirectory, make_champion: Champion
 ) -> None:
-    held_out = choose_held_out_examples(filled_splits(config, run))
+    held_out = choose_held_out_examples(read_nonempty_splits(config, run))
     assert held_out is not None
     champion = make_champion(halve, training_examples=encode_digests(held_out.digests))
     verdict = steps.judge(config, run)
@@ -217,7 +217,7 @@ def test_provenance_holds_a_digest_of_every_training_example(
     version = register_run(config, run, None)
     path = registry / NAME / "versions" / version / "provenance.json"
     recorded = decode_digests(json.loads(path.read_text())["training_examples"])
-    own = digest_examples(filled_splits(config, run)["train"])
+    own = digest_examples(read_nonempty_splits(config, run)["train"])
     np.testing.assert_array_equal(recorded, np.unique(own))
 
 
@@ -280,13 +280,13 @@ def test_the_champion_costs_one_pass(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     passes: list[int] = []
-    compare = LoadedBase.compare
+    compare = LoadedBase.compare_predictions
 
     def count(self: LoadedBase, adapters: Any, *arguments: Any) -> Any:
         passes.append(len(adapters))
         return compare(self, adapters, *arguments)
 
-    monkeypatch.setattr(LoadedBase, "compare", count)
+    monkeypatch.setattr(LoadedBase, "compare_predictions", count)
     steps.judge(config, run)
     make_champion(halve)
     steps.judge(config, run)

@@ -9,11 +9,11 @@ from typing import get_args
 import pytest
 
 from nested_core.config.gate import GateSection, TaskSection
-from nested_core.gate.verdict import GUIDE, Code, Reason
+from nested_core.gate.verdict import GATE_GUIDE, Code, Reason
 from tests.core.gate.pairs import fresh_tensors, judge_pair
 
 ROOT = Path(__file__).resolve().parents[3]
-TEXT = (ROOT / GUIDE).read_text(encoding="utf-8")
+TEXT = (ROOT / GATE_GUIDE).read_text(encoding="utf-8")
 ANCHORS = re.findall(r'^### (\w+)$|<a id="(\w+)">', TEXT, re.MULTILINE)
 BOUNDS = {
     *(name for name in GateSection.model_fields if name not in ("tasks", "drift")),

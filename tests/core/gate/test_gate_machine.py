@@ -14,7 +14,7 @@ from nested_core.gate import fresh_process_check, judge, verify_adapters
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 
-REAL = fresh_process_check.PROGRAM
+REAL = fresh_process_check.FRESH_PROCESS_PROGRAM
 Limit = Callable[[str], None]
 
 # What a fresh process meets before it begins: a disk that is full (a file may have 1,000 bytes, and
@@ -50,7 +50,7 @@ def limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Limit:
         program = tmp_path / "limited.py"
         code = f"import os, resource, runpy, sys\n{line.format(folder=str(folder))}\n"
         program.write_text(code + f"runpy.run_path({str(REAL)!r}, run_name='__main__')\n")
-        monkeypatch.setattr(fresh_process_check, "PROGRAM", program)
+        monkeypatch.setattr(fresh_process_check, "FRESH_PROCESS_PROGRAM", program)
 
     return limit
 
@@ -75,7 +75,7 @@ def test_a_run_has_no_verdict_then_and_gets_one_the_next_time(
         steps.judge(config, run)
     assert not run.gate.exists()
     assert not run.manifest.exists()
-    monkeypatch.setattr(fresh_process_check, "PROGRAM", REAL)
+    monkeypatch.setattr(fresh_process_check, "FRESH_PROCESS_PROGRAM", REAL)
     assert steps.judge(config, run).has_passed
 
 

@@ -14,7 +14,11 @@ from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import DamagedError
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
-from nested_core.gate.held_out_loss import LoadedBase, choose_held_out_examples, filled_splits
+from nested_core.gate.held_out_loss import (
+    LoadedBase,
+    choose_held_out_examples,
+    read_nonempty_splits,
+)
 from nested_core.gate.loss_bounds import loss_reasons
 from nested_core.gate.paired_difference import compare_pairs
 from nested_core.gate.verdict import Validation
@@ -68,7 +72,7 @@ def test_the_losses_of_each_example_are_kept_and_give_the_figures(
     verdict = steps.judge(config, run)
     losses = read_example_losses(run.gate_losses)
     validation = read_gate(run.gate)["validation"]
-    held_out = choose_held_out_examples(filled_splits(config, run))
+    held_out = choose_held_out_examples(read_nonempty_splits(config, run))
     assert held_out is not None
     assert losses.lines.tolist() == held_out.split.lines.tolist()
     assert (losses.file, losses.champion) == ("valid.jsonl", None)
@@ -85,11 +89,11 @@ def test_the_losses_of_each_example_are_kept_and_give_the_figures(
 def test_an_examples_loss_is_the_one_that_it_has_alone(
     config: FineTuneConfig, run: RunDirectory
 ) -> None:
-    held_out = choose_held_out_examples(filled_splits(config, run))
+    held_out = choose_held_out_examples(read_nonempty_splits(config, run))
     assert held_out is not None
     alone = config.model_copy(update={"batch_size": 1})
-    (together,) = LoadedBase.load(config).losses([run.adapter], held_out.split)
-    (single,) = LoadedBase.load(alone).losses([run.adapter], held_out.split)
+    (together,) = LoadedBase.load(config).example_loss_sums([run.adapter], held_out.split)
+    (single,) = LoadedBase.load(alone).example_loss_sums([run.adapter], held_out.split)
     np.testing.assert_allclose(together[0], single[0], rtol=1e-4)
     np.testing.assert_array_equal(together[1], single[1])
 

@@ -15,8 +15,8 @@ import pytest
 from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.gate import fresh_process_check, verify_adapters
-from nested_core.gate.fresh_process_check import Answers
-from nested_core.gate.fused_change import judge_fused
+from nested_core.gate.fresh_process_check import FreshProcessLogits
+from nested_core.gate.fused_change import judge_fused_change
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.loss_bounds import loss_reasons
 from nested_core.gate.verdict import GeneralLoss, Validation
@@ -172,7 +172,9 @@ def rows(*values: float) -> np.ndarray:
 def test_whose_logits_are_not_finite(
     initial: np.ndarray, trained: np.ndarray, base: np.ndarray | None, message: str | None
 ) -> None:
-    reason = fresh_process_check.non_finite_reason(Answers(initial, trained, base, set()))
+    reason = fresh_process_check.non_finite_reason(
+        FreshProcessLogits(initial, trained, base, set())
+    )
     assert (reason is None) is (message is None)
     if reason is not None:
         assert reason.code == "non_finite"
@@ -208,7 +210,9 @@ def test_fused_weights_that_overflow_are_not_finite(
     name = next(name for name in after if name.endswith("lora_b"))
     for tensors in (before, after) if is_initial else (after,):
         tensors[name] = mx.full(tensors[name].shape, 3e38)
-    evidence, reasons = judge_fused(LoadedBase.load(config, as_stored=True).model, before, after)
+    evidence, reasons = judge_fused_change(
+        LoadedBase.load(config, as_stored=True).model, before, after
+    )
     assert [reason.code for reason in reasons] == ["non_finite"]
     assert f"with the {'initial' if is_initial else 'trained'} adapter" in reasons[0].message
     assert name in reasons[0].tensors
@@ -221,6 +225,8 @@ def test_a_fused_change_whose_square_overflows_is_measured(
     before = load_arrays(run.initial / "adapters.safetensors")
     after = {name: value * 1e10 for name, value in before.items()}
     after |= {n: mx.full(v.shape, 1e15) for n, v in after.items() if n.endswith("lora_b")}
-    evidence, reasons = judge_fused(LoadedBase.load(config, as_stored=True).model, before, after)
+    evidence, reasons = judge_fused_change(
+        LoadedBase.load(config, as_stored=True).model, before, after
+    )
     assert reasons == []
     assert evidence["carried_share"] == pytest.approx(1, abs=1e-2)

@@ -29,7 +29,7 @@ def new_process() -> None:
 
 
 def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
-    tree = ast.parse(fresh_process_check.PROGRAM.read_text())
+    tree = ast.parse(fresh_process_check.FRESH_PROCESS_PROGRAM.read_text())
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name)
         for node in ast.walk(tree)
@@ -178,7 +178,7 @@ def test_a_killed_process_says_nothing_about_the_adapter(
 ) -> None:
     program = tmp_path / "killed.py"
     program.write_text("import os; os.kill(os.getpid(), 9)")
-    monkeypatch.setattr(fresh_process_check, "PROGRAM", program)
+    monkeypatch.setattr(fresh_process_check, "FRESH_PROCESS_PROGRAM", program)
     with pytest.raises(NestedTuneError, match="was killed by signal 9") as error:
         verify_adapters(run.initial, run.adapter)
     assert error.value.exit_code == 1

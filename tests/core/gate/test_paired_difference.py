@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nested_core.gate import paired_difference
 from nested_core.gate.paired_difference import (
-    FEWEST_EXAMPLES,
+    MIN_EXAMPLES,
     compare_pairs,
     smallest_visible_share,
 )
@@ -85,7 +85,7 @@ def test_beyond_chance_is_what_scipys_paired_t_test_says(stats, seed, examples, 
 
 
 def test_the_t_quantile_is_scipys(stats) -> None:
-    degrees = range(FEWEST_EXAMPLES - 1, 3_000)
+    degrees = range(MIN_EXAMPLES - 1, 3_000)
     own = [paired_difference._student_t_quantile(freedom) for freedom in degrees]
     np.testing.assert_allclose(own, stats.t.ppf(0.975, np.array(degrees)), atol=1.5e-3)
 

@@ -35,5 +35,5 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name, kernel in kernels.items():
         monkeypatch.setattr(kernel, "launch", recorded(name, kernel.reference))
         monkeypatch.setattr(kernel, "agrees_with_reference", lambda *variant: True)
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     return calls

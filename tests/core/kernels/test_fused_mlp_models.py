@@ -230,7 +230,7 @@ def test_without_cuda_no_mlp_is_fused(
 ) -> None:
     model = build("llama", rank=8)
     assert len(find_fusable_mlps(trace_calls(model))) == 2
-    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     assert find_fusable_mlps(trace_calls(model)) == []
 
 

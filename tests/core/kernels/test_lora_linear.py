@@ -231,7 +231,7 @@ def test_kernels_are_checked_ahead_for_ranks_that_one_takes_and_on_cuda_alone(
         lora_matmuls.project_to_rank_on_cuda,
         lora_matmuls.factor_gradients_on_cuda,
     ]
-    monkeypatch.setattr(backend, "has_cuda", lambda: has_cuda)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: has_cuda)
     for kernel in kernels:
         checked: list[int] = []
         with monkeypatch.context() as patch:

@@ -99,7 +99,7 @@ def test_a_weight_is_dequantized_for_many_rows_of_the_scales_dtype_and_for_no_ot
 def test_on_metal_mlxs_own_product_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = linear()
     monkeypatch.setattr(backend, "device", lambda: "gpu")
-    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     with multiplying_by_dequantized_weights(layer):
         mx.eval(layer(normal(MIN_ROWS_TO_DEQUANTIZE, 128)))
 

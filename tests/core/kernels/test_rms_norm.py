@@ -20,7 +20,7 @@ WIDTH = 40
 @pytest.fixture
 def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with CUDA whose kernel agrees with MLX, and MLX's operations in its place."""
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     kernel = rms_norm.input_gradient_on_cuda
     monkeypatch.setattr(kernel, "agrees_with_reference", lambda *variant: True)
     monkeypatch.setattr(kernel, "launch", kernel.reference)
@@ -187,7 +187,7 @@ def test_without_cuda_or_with_a_kernel_that_disagrees_norms_stay(
 ) -> None:
     model = several()
     for has_cuda, agrees in ((False, True), (True, False)):
-        monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: has)
+        monkeypatch.setattr(backend, "computes_on_cuda", lambda has=has_cuda: has)
         kernel = rms_norm.input_gradient_on_cuda
         monkeypatch.setattr(kernel, "agrees_with_reference", lambda _, agrees=agrees: agrees)
         with rms_norm.using_frozen_norms(model):

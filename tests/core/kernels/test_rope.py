@@ -143,7 +143,7 @@ def test_a_rotation_of_a_part_of_each_head_goes_to_the_module() -> None:
 def test_without_cuda_a_models_rotations_stay_what_they_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     model = build("llama")
     with rope.using_rope_tables(model):
         assert type(model.layers[0].self_attn.rope) is nn.RoPE
@@ -159,7 +159,7 @@ def test_a_model_with_its_rotations_from_tables_gives_the_same_gradients(
         asked.append(back)
         return rope.rotate_in_mlx(x, table, back)
 
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(rope.rotate_on_cuda, "agrees_with_reference", lambda: True)
     monkeypatch.setattr(rope.rotate_on_cuda, "launch", turn)
     model = build(name)

@@ -78,7 +78,7 @@ def test_each_rank_on_cuda_has_a_device_of_its_own_and_one_process_takes_the_fir
 ) -> None:
     monkeypatch.delenv(DEVICE_LOCK_VARIABLE)
     monkeypatch.setattr(backend, "device", lambda: "gpu")
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert device_names(2) == ("gpu-0", "gpu-1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,4,5")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nested_core.config.resume import refuse_differences
+from nested_core.config.resume import refuse_differences_on_resume
 from nested_core.errors import ConfigError
 from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.mlx_launch import (
@@ -101,7 +101,7 @@ def test_a_reference_run_is_one_process() -> None:
 def test_a_resumed_run_keeps_its_ranks(tmp_path: Path) -> None:
     old, new = example_config(), example_config(training={"processes": 2})
     with pytest.raises(ConfigError, match=r"training\.processes: 1 in the run, 2 now"):
-        refuse_differences(old, new, tmp_path)
+        refuse_differences_on_resume(old, new, tmp_path)
 
 
 HOSTS = [{"ssh": name, "ips": [f"10.0.0.{i}"]} for i, name in enumerate(["a.example", "b@b"])]

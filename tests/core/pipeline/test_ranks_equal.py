@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import RanksDiffer
+from nested_core.errors import TrainingProcessesDiffer
 from nested_core.pipeline import steps
 from nested_core.pipeline.launch import mlx_launch
 from nested_core.pipeline.launch.rank_group import RankGroup
@@ -136,7 +136,9 @@ def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
 ) -> None:
     config = go_astray(monkeypatch, "bit")
     run = prepare(config, tmp_path / "run")
-    with pytest.raises(RanksDiffer, match=r"At step 4 rank 1 of 2 holds other numbers") as caught:
+    with pytest.raises(
+        TrainingProcessesDiffer, match=r"At step 4 rank 1 of 2 holds other numbers"
+    ) as caught:
         steps.train(config, run)
     assert "tier0 among them" in str(caught.value)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-0000002"]

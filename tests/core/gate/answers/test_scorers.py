@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from nested_core.config.gate import Score
 from nested_core.errors import DatasetError
 from nested_core.gate.answers import scorers
-from nested_core.gate.answers.scorers import ScoringMethod, last_number, normalise, score_answers
+from nested_core.gate.answers.scorers import (
+    ScoringMethod,
+    last_number,
+    normalise_white_space,
+    score_answers,
+)
 from nested_core.gate.answers.scoring_process import first_json_value
 from nested_core.gate.answers.suites import read_suite
 from tests.core.gate.answers.test_suites import write
@@ -80,7 +85,7 @@ def test_the_last_number_of_a_text(text, number) -> None:
 @given(st.text())
 @settings(max_examples=50)
 def test_any_text_has_a_normal_form_and_a_last_number_or_none(text) -> None:
-    assert normalise(normalise(text)) == normalise(text)
+    assert normalise_white_space(normalise_white_space(text)) == normalise_white_space(text)
     last_number(text)
 
 
@@ -110,7 +115,7 @@ def test_the_first_json_value_of_a_text(text, value) -> None:
 def module(tmp_path, monkeypatch):
     """Write a module of scorers, found in the folder that is worked in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scorers, "QUESTION_SECONDS", 1.0)
+    monkeypatch.setattr(scorers, "QUESTION_TIMEOUT_SECONDS", 1.0)
 
     def write_module(body: str) -> str:
         source = f"def judge(answer, question):\n{textwrap.indent(body, '    ')}\n"
@@ -173,7 +178,7 @@ def test_a_child_that_a_function_leaves_behind_holds_nothing_up(tmp_path, module
 
 
 def test_a_pattern_that_takes_for_ever_is_an_error(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(scorers, "QUESTION_SECONDS", 1.0)
+    monkeypatch.setattr(scorers, "QUESTION_TIMEOUT_SECONDS", 1.0)
     with pytest.raises(DatasetError, match="the regular expression: it took more than 1 seconds"):
         score(tmp_path, "regex", "a" * 40 + "b", expected="(a+)+$")
 
@@ -189,7 +194,7 @@ def test_a_pattern_that_takes_for_ever_is_an_error(tmp_path, monkeypatch) -> Non
 def test_a_schema_that_cannot_be_decided_is_an_error(
     tmp_path, monkeypatch, schema, problem
 ) -> None:
-    monkeypatch.setattr(scorers, "QUESTION_SECONDS", 1.0)
+    monkeypatch.setattr(scorers, "QUESTION_TIMEOUT_SECONDS", 1.0)
     answer = '"' + "a" * 40 + 'b"'
     with pytest.raises(DatasetError, match=rf"suite.jsonl:1: the JSON schema: .*{problem}"):
         score(tmp_path, "json", answer, schema=schema)

@@ -12,7 +12,11 @@ import pytest
 from mlx_lm import load
 
 from nested_core.errors import ConfigError, DatasetError
-from nested_core.gate.answers.answer_cache import AnswerCache, AnsweringModel, default_cache
+from nested_core.gate.answers.answer_cache import (
+    AnswerCache,
+    AnsweringModelDigests,
+    open_user_answer_cache,
+)
 from nested_core.gate.answers.scorers import ScoringMethod
 from nested_core.gate.answers.suite_answers import EncodedSuite, Suite, context_length
 from nested_core.models.generation import Sampling
@@ -81,8 +85,8 @@ def test_generated_answers_are_scored_and_odd_ones_counted(tmp_path) -> None:
     encoded = encode(tmp_path, "contains", *lines, sampling=Sampling(max_tokens=8))
     result = encoded.score(encoded.answer(model, tokenizer))
     assert result.mean == sum("Suva" in answer.text for answer in result.answers) / 2
-    assert result.describe_odd().keys() == {"empty", "endless", "repeated"}
-    assert result.describe_odd()["endless"] == sum(a.tokens == 8 for a in result.answers)
+    assert result.count_odd_answers().keys() == {"empty", "endless", "repeated"}
+    assert result.count_odd_answers()["endless"] == sum(a.tokens == 8 for a in result.answers)
 
 
 def test_a_prompt_longer_than_the_context_is_an_error_that_names_the_line(tmp_path) -> None:
@@ -139,7 +143,7 @@ def asked(tmp_path):
             asked.append(adapter)
             return encoded.answer(*example())
 
-        return cached.fetch(AnsweringModel("base", adapter, computation), encoded, answer)
+        return cached.fetch(AnsweringModelDigests("base", adapter, computation), encoded, answer)
 
     return cached, asked, ask
 
@@ -190,4 +194,4 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path, asked) -> None:
 
 def test_where_answers_are_kept(monkeypatch) -> None:
     monkeypatch.setenv("NESTED_TUNE_CACHE", "/given")
-    assert default_cache().folder == Path("/given/answers")
+    assert open_user_answer_cache().folder == Path("/given/answers")

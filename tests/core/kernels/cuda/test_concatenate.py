@@ -34,7 +34,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(arrays))
         return concatenate.concatenate_in_mlx(arrays)
 
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(concatenate.concatenate_on_cuda, "agrees_with_reference", lambda: True)
     monkeypatch.setattr(concatenate.concatenate_on_cuda, "launch", join)
     return counts

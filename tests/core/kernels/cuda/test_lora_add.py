@@ -50,7 +50,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         kernel_calls.append(most)
         return True
 
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(lora_add.low_rank_sums_on_cuda, "agrees_with_reference", agrees)
     return kernel_calls
 
@@ -137,7 +137,7 @@ def test_other_dtypes_odd_rows_other_ranks_and_uneven_widths_are_not(
 def test_without_cuda_or_a_kernel_that_agrees_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
     x, factor = normal(6, 40), normal(8, 64)
     for has_cuda, agrees, is_taken in ((1, 1, True), (0, 1, False), (1, 0, False)):
-        monkeypatch.setattr(backend, "has_cuda", lambda has=has_cuda: bool(has))
+        monkeypatch.setattr(backend, "computes_on_cuda", lambda has=has_cuda: bool(has))
         kernel = lora_add.low_rank_sums_on_cuda
         monkeypatch.setattr(kernel, "agrees_with_reference", lambda _, agrees=agrees: bool(agrees))
         assert lora_add.can_use_lora_kernels(x, [factor]) is is_taken
@@ -147,7 +147,7 @@ def test_without_cuda_or_a_kernel_that_agrees_nothing_is(monkeypatch: pytest.Mon
 def test_factors_are_not_for_kernels_of_which_one_disagrees(
     bad: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(
         lora_add.low_rank_sums_on_cuda, "agrees_with_reference", lambda tiles: tiles != bad
     )

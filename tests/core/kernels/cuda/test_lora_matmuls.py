@@ -56,7 +56,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         calls.append(("factor_gradients", len(pairs)))
         return lora_matmuls.factor_gradients_in_mlx(pairs)
 
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     monkeypatch.setattr(
         lora_matmuls.project_to_rank_on_cuda, "agrees_with_reference", lambda tiles: True
     )

@@ -242,13 +242,13 @@ def test_without_cuda_a_kernel_is_not_usable_and_not_launched(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kernel = kernel_of(fail)
-    monkeypatch.setattr(backend, "has_cuda", lambda: False)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: False)
     assert kernel.is_usable() is False
-    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: True)
     assert kernel_of(lambda: []).is_usable() is True
 
 
-@pytest.mark.skipif(not backend.has_cuda(), reason="needs a CUDA device")
+@pytest.mark.skipif(not backend.computes_on_cuda(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_cuda_the_kernels_agree_with_mlx(name: str) -> None:
     kernel, variant = CHECKS[name].kernel, CHECKS[name].variant

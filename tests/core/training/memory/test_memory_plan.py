@@ -160,7 +160,7 @@ def test_what_our_kernels_alone_make_is_forecast_where_they_are_used(
     device: str, has_cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "device", lambda: device)
-    monkeypatch.setattr(backend, "has_cuda", lambda: has_cuda)
+    monkeypatch.setattr(backend, "computes_on_cuda", lambda: has_cuda)
     ours, theirs = (
         device_profile_for(FineTuneConfig.model_validate(changes)) for changes in ({}, REFERENCE)
     )
