@@ -15,6 +15,7 @@ from nested_core.text.foreign_text import escape
 from nested_core.text.loss_format import format_change, format_loss, loss_name_for_file
 
 SHOWN_DIGITS = 6
+MAX_EXPONENT = 709.0  # of e in a float
 MAX_SHOWN_REASONS = 3
 MAX_SHOWN_CHARACTERS = 160  # of a reason's own words
 # What an error advises at the command line, and in a page, which has a button for it.
@@ -58,8 +59,9 @@ def describe_test_loss(config: FineTuneConfig, run: RunDirectory, loss: float) -
         examples = f"at most {config.test_batches} batches of {config.batch_size}"
     file = read_json_object(run.dataset)["splits"]["test"]["file"]
     step = read_json_object(run.gate)["adapter_step"]
+    perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
     return (
-        f"Test loss {format_loss(loss)}, Test ppl {format_loss(math.exp(loss))} "
+        f"Test loss {format_loss(loss)}, Test ppl {format_loss(perplexity)} "
         f"({escape(file)}, {examples}, adapter of step {step})"
     )
 

@@ -92,7 +92,8 @@ def explain_waiting_runs(client: SyncPrefectClient, own: FlowRun) -> None:
     A night is a run of a deployment with a schedule. Of several runs at work the oldest does this.
     """
     active = _read_active_runs(client, own.flow_id)
-    if not active or active[0].id != own.id:
+    at_work = [run.id for run in active if run.state_type == StateType.RUNNING]
+    if at_work[:1] != [own.id]:
         return
     limits = _RunLimits(client)
     waiting: list[FlowRun] = []

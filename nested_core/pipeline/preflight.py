@@ -21,7 +21,7 @@ from nested_core.storage.atomic import require_writable_place
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
-from nested_core.storage.strict_files import open_regular
+from nested_core.storage.strict_files import open_regular, read_json_object
 from nested_core.training.reporting_services import configured_services
 
 FLOAT32_BYTES = 4
@@ -53,12 +53,13 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     Their size follows from the initial adapter; those that are there already count.
     """
     one = estimate_checkpoint_bytes(config, run)
-    most = count_kept_checkpoints(config)
+    saves = ceil(_estimate_iterations(config, run) / config.save_every)
+    most = min(saves + 1, config.training.keep_checkpoints + 2)  # the best, and one in writing
     missing = max(0, most - len(list_checkpoints(run.checkpoints)))
     weights = (run.initial / WEIGHTS_NAME).stat().st_size
     needed = missing * one + weights  # the adapter that is offered in the end
     if config.adapter_path is not None:
-        needed += ceil(config.iters / config.save_every) * weights
+        needed += saves * weights
     free = shutil.disk_usage(run.path).free
     if free >= needed:
         return
@@ -70,10 +71,12 @@ def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> N
     )
 
 
-def count_kept_checkpoints(config: FineTuneConfig) -> int:
-    """How many checkpoints lie on disk at most: the last ones, the best, and the one in writing."""
-    written = ceil(config.iters / config.save_every) + 1
-    return min(written, config.training.keep_checkpoints + 2)
+def _estimate_iterations(config: FineTuneConfig, run: RunDirectory) -> int:
+    """How long the run is; by the number of its examples where epochs decide."""
+    if config.training.epochs is None:
+        return config.iters
+    examples = int(read_json_object(run.dataset)["splits"]["train"]["rows"])
+    return ceil(config.training.epochs * ceil(examples / config.batch_size))
 
 
 def estimate_checkpoint_bytes(config: FineTuneConfig, run: RunDirectory) -> int:

@@ -93,6 +93,6 @@ def test_the_test_loss_names_its_file_examples_and_adapter(tmp_path: Path) -> No
     assert limited == (
         "Test loss 1, Test ppl 2.718 (test.parquet, at most 5 batches of 4, adapter of step 80)"
     )
-    assert "(test.parquet, all examples, " in describe_test_loss(
-        example_config(test_batches=-1), run, 1.0
-    )
+    everything = example_config(test_batches=-1)
+    assert "(test.parquet, all examples, " in describe_test_loss(everything, run, 1.0)
+    assert "Test loss 800, Test ppl not finite" in describe_test_loss(everything, run, 800.0)

@@ -124,6 +124,19 @@ def test_a_run_for_which_the_pool_has_a_place_and_its_deployment_none_says_so(
     queue.client.set_flow_run_state(waiting, Completed(), force=True)
 
 
+def test_a_run_stuck_in_pending_keeps_no_other_from_looking_after_those_that_wait(
+    queue: Queue,
+) -> None:
+    wide = Queue(queue.client, pool_limit=2)
+    stuck = wide.add("manual", Pending())
+    at_work = wide.add("nightly", Pending(), Running())
+    waiting = wide.add("manual")
+    wide.look(at_work)
+    assert wide.said(waiting)[0] == "Waiting"
+    for run_id in (stuck, at_work, waiting):
+        queue.client.set_flow_run_state(run_id, Completed(), force=True)
+
+
 def test_a_second_night_does_not_queue_up_behind_one_that_waits(queue: Queue) -> None:
     at_work = queue.add("manual", Pending(), Running())
     first, second = queue.add("nightly"), queue.add("nightly")

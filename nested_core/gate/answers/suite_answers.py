@@ -65,14 +65,6 @@ class SuiteAnswers:
         """The share of right answers."""
         return sum(self.scores) / len(self.scores)
 
-    def count_odd_answers(self) -> dict[str, int]:
-        """How many answers are empty, never end, and are one token again and again."""
-        return {
-            "empty": sum(answer.is_empty for answer in self.answers),
-            "endless": sum(answer.is_endless for answer in self.answers),
-            "repeated": sum(answer.is_repeated for answer in self.answers),
-        }
-
 
 @dataclass(frozen=True)
 class EncodedSuite:

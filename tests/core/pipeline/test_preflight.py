@@ -130,3 +130,14 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused_before_the_first_ste
     assert "Make room" in str(raised.value)
     fewer = example_config(iters=8, save_every=2, training={"keep_checkpoints": 1})
     require_room_for_checkpoints(fewer, run)
+
+
+def test_where_epochs_decide_the_room_is_that_of_their_iterations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = example_config(iters=2, save_every=2, batch_size=8, training={"epochs": 1.0})
+    run = prepare(config, tmp_path / "run")
+    usage = Usage(1, 1, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError, match="up to 4 are kept at a time"):  # 40 examples, 5 batches
+        require_room_for_checkpoints(config, run)

@@ -181,7 +181,9 @@ def test_samples_are_shown_beside_their_prompts(tmp_path: Path) -> None:
     assert re.search(r"step\s+Where to\?\s+10\s+Go and see Rome\.\s+20\s+Go", answers)
 
 
-def test_ten_thousand_steps_stay_below_300_kilobytes_and_a_second(tmp_path: Path) -> None:
+def test_ten_thousand_steps_stay_below_300_kilobytes_and_linear_in_their_lines(
+    tmp_path: Path,
+) -> None:
     run = begin_run(
         tmp_path / "run",
         text=HOSTILE_ROW * 100,
@@ -194,13 +196,17 @@ def test_ten_thousand_steps_stay_below_300_kilobytes_and_a_second(tmp_path: Path
     add_metrics(run, 10_000)
     losses = make_losses(champion=True)
     judge(run, make_verdict(losses, step=10_000, layers=80), losses, HOSTILE_ROW * 100)
-    seconds = []
+    seconds, seconds_to_parse = [], []
     for _ in range(3):
         began = time.process_time()
         RunReport(read_run(run, has_ended=True)).write(run.report)
         seconds.append(time.process_time() - began)
+        began = time.process_time()
+        for line in run.metrics.read_text().splitlines():
+            json.loads(line)
+        seconds_to_parse.append(time.process_time() - began)
     assert run.report.stat().st_size <= MAX_BYTES
-    assert min(seconds) < 1.0  # 0.55 to 0.64 with eight processes on two cores
+    assert min(seconds) < 15 * min(seconds_to_parse)  # 8 to 9, on a busy machine too
 
 
 def test_a_page_holds_a_policy_and_nothing_that_runs_or_is_fetched(tmp_path: Path) -> None:

@@ -79,14 +79,15 @@ def test_a_tie_between_choices_is_a_wrong_answer(tmp_path) -> None:
     assert encoded.score(encoded.answer(model, tokenizer)).scores == (0.0,)
 
 
-def test_generated_answers_are_scored_and_odd_ones_counted(tmp_path) -> None:
+def test_generated_answers_are_scored_and_endless_ones_marked(tmp_path) -> None:
     model, tokenizer = example()
     lines = [ASKED | {"expected": "Suva"}, {"prompt": "The capital of", "expected": "Suva"}]
     encoded = encode(tmp_path, "contains", *lines, sampling=Sampling(max_tokens=8))
     result = encoded.score(encoded.answer(model, tokenizer))
     assert result.mean == sum("Suva" in answer.text for answer in result.answers) / 2
-    assert result.count_odd_answers().keys() == {"empty", "endless", "repeated"}
-    assert result.count_odd_answers()["endless"] == sum(a.tokens == 8 for a in result.answers)
+    assert [answer.is_endless for answer in result.answers] == [
+        answer.tokens == 8 for answer in result.answers
+    ]
 
 
 def test_a_prompt_longer_than_the_context_is_an_error_that_names_the_line(tmp_path) -> None:
