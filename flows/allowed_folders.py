@@ -17,7 +17,7 @@ from typing import Any
 from prefect import runtime
 
 from nested_core.config.data import HubDataset
-from nested_core.config.key_properties import iterate_paths
+from nested_core.config.key_properties import iterate_configured_paths
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 
@@ -56,7 +56,7 @@ def require_allowed_paths(config: FineTuneConfig) -> None:
     """Check every path of a configuration; a model or data set of the hub is no path."""
     if runtime.deployment.id is None:
         return
-    for name, rule, value in iterate_paths(config):
+    for name, rule, value in iterate_configured_paths(config):
         if rule == "local_or_hub":
             _require_allowed_unless_on_hub(value, name)
         else:

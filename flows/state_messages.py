@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import list_first, shorten
+from nested_core.errors import join_first_values, shorten
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.foreign_text import escape
@@ -88,7 +88,7 @@ def _describe_reason(reason: Mapping[str, Any], verdict: Mapping[str, Any]) -> s
         return f"{code} {change} on general text"
     tiers = {tensor["name"]: tensor["tier"] for tensor in verdict["tensors"]}
     own = sorted({tiers[name] for name in reason["tensors"] if tiers.get(name) is not None})
-    named = f" tier {list_first(own, MAX_SHOWN_REASONS)}" if own else ""
+    named = f" tier {join_first_values(own, MAX_SHOWN_REASONS)}" if own else ""
     return f"{code}{named}: {escape(shorten(reason['message'], MAX_SHOWN_CHARACTERS))}"
 
 

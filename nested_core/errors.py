@@ -20,7 +20,7 @@ def shorten(value: object, characters: int = 40) -> str:
     return text if len(text) <= characters else text[: characters - 3] + "..."
 
 
-def list_first(values: Sequence[object], count: int) -> str:
+def join_first_values(values: Sequence[object], count: int) -> str:
     """The first `count` values separated by commas, then "..." if there are more."""
     return ", ".join([*map(str, values[:count]), *(["..."] if len(values) > count else [])])
 

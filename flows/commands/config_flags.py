@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from flows.terminal import print_progress
-from nested_core.config.key_properties import Key, iterate_keys, iterate_paths
+from nested_core.config.key_properties import Key, iterate_configured_paths, iterate_keys
 from nested_core.config.loading import load_config, parse_yaml
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
@@ -143,7 +143,7 @@ def _describe_missing(names: list[str], file: Path | None) -> str:
 
 def _refuse_paths_relative_to_file(config: FineTuneConfig, file: Path, flags: set[str]) -> None:
     """Paths start at the working directory; say so where one was meant to start at the file."""
-    for name, _, value in iterate_paths(config):
+    for name, _, value in iterate_configured_paths(config):
         path = Path(value).expanduser()
         if name in flags or name in OUTPUT_PATH_KEYS or path.is_absolute() or path.exists():
             continue

@@ -45,7 +45,7 @@ def _format_problem_with_line(problem: Problem, lines: Mapping[str, int]) -> str
     return f"  {problem.key}: {problem.message}{place}" if problem.key else f"  {problem.message}"
 
 
-def find_problems(model: type[BaseModel], values: Mapping[str, Any]) -> list[Problem]:
+def find_problems(schema: type[BaseModel], values: Mapping[str, Any]) -> list[Problem]:
     """Every problem that a model finds in values, none if they are right.
 
     What keys ask of each other is only looked at when each is right by itself. So the values are
@@ -56,12 +56,12 @@ def find_problems(model: type[BaseModel], values: Mapping[str, Any]) -> list[Pro
     refused: set[str] = set()
     while True:
         try:
-            model.model_validate(dict(values))
+            schema.model_validate(dict(values))
             return problems
         except ValidationError as error:
             details: list[dict[str, Any]] = [dict(d) for d in error.errors(include_url=False)]
         for problem in (
-            found for detail in details for found in _describe_pydantic_error(detail, model)
+            found for detail in details for found in _describe_pydantic_error(detail, schema)
         ):
             if refused.isdisjoint(_WORD_PATTERN.findall(f"{problem.key} {problem.message}")):
                 problems.append(problem)
@@ -98,13 +98,13 @@ def _remove_at(values: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, An
     return others
 
 
-def _describe_pydantic_error(detail: dict[str, Any], model: type[BaseModel]) -> Iterator[Problem]:
+def _describe_pydantic_error(detail: dict[str, Any], schema: type[BaseModel]) -> Iterator[Problem]:
     """The problems in one entry of pydantic's list."""
     location = detail["loc"]
     key = ".".join(str(part) for part in location)
     cause = detail.get("ctx", {}).get("error")
     if detail["type"] == "extra_forbidden":
-        yield Problem(key, f"unknown key{_suggest_known_key(location, model)}")
+        yield Problem(key, f"unknown key{_suggest_known_key(location, schema)}")
     elif isinstance(cause, SectionProblemsError):
         yield from (Problem(key, message) for message in cause.problems)
     else:
@@ -113,7 +113,7 @@ def _describe_pydantic_error(detail: dict[str, Any], model: type[BaseModel]) -> 
         yield Problem(key, f"{message}{value}")
 
 
-def _suggest_known_key(location: tuple[Any, ...], model: type[BaseModel]) -> str:
+def _suggest_known_key(location: tuple[Any, ...], schema: type[BaseModel]) -> str:
     """What to write for an unknown key: it may be another tool's, another section's, or a typo."""
     name = str(location[-1])
     if name in HINTS_FOR_UNSUPPORTED_KEYS:
@@ -121,22 +121,22 @@ def _suggest_known_key(location: tuple[Any, ...], model: type[BaseModel]) -> str
     if name in OUR_KEYS_BY_OTHER_TOOLS_KEYS:
         meant, _, remark = OUR_KEYS_BY_OTHER_TOOLS_KEYS[name].partition("; ")
         return f"; did you mean {meant}?{remark and f' ({remark})'}"
-    section = _section_at(location[:-1], model)
+    section = _section_at(location[:-1], schema)
     if section is None:
         return ""
     names = [field.alias or name for name, field in section.model_fields.items()]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-    elsewhere = [key.name for key in iterate_keys(model) if key.name.endswith(f".{name}")]
-    if name in model.model_fields:
+    elsewhere = [key.name for key in iterate_keys(schema) if key.name.endswith(f".{name}")]
+    if name in schema.model_fields:
         elsewhere = [f"{name} at the top level", *elsewhere]
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     suggestions = [*close, *elsewhere, *similar]
     return f"; did you mean {suggestions[0]}?" if suggestions else ""
 
 
-def _section_at(path: tuple[Any, ...], model: type[BaseModel]) -> type[BaseModel] | None:
+def _section_at(path: tuple[Any, ...], schema: type[BaseModel]) -> type[BaseModel] | None:
     """The section that a location's keys lead to, None if they lead to none."""
-    section: type[BaseModel] | None = model
+    section: type[BaseModel] | None = schema
     for part in path:
         if isinstance(part, str) and section is not None:
             fields = {field.alias or name: field for name, field in section.model_fields.items()}

@@ -49,17 +49,19 @@ def iterate_keys(
             yield from iterate_keys(inner, f"{key.name}.", key.affects)
 
 
-def iterate_paths(section: Section, prefix: str = "") -> Iterator[tuple[str, PathRule, str]]:
+def iterate_configured_paths(
+    section: Section, prefix: str = ""
+) -> Iterator[tuple[str, PathRule, str]]:
     """Every path that a configuration gives: the key's name, what it may name, its value."""
     for name, field in type(section).model_fields.items():
         value, extra = getattr(section, name), field.json_schema_extra
         key = prefix + (field.alias or name)
         if isinstance(value, Section):
-            yield from iterate_paths(value, f"{key}.")
+            yield from iterate_configured_paths(value, f"{key}.")
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
                 if isinstance(item, Section):
-                    yield from iterate_paths(item, f"{key}[{index}].")
+                    yield from iterate_configured_paths(item, f"{key}[{index}].")
         elif isinstance(extra, dict) and "path" in extra and value is not None:
             rule: Any = extra["path"]
             if rule != "local_or_split" or value not in SPLITS_BY_HELD_OUT_CHOICE:

@@ -64,7 +64,7 @@ _OCTAL_PATTERN = re.compile(r"^[-+]?0[0-9_]+$")
 # What a plain scalar is, by its first characters: YAML 1.2's core schema in decimal, with exponents
 # as mlx_lm.lora's loader takes them (1e-5). YAML 1.1 alone takes yes, on and off for booleans, 010
 # for 8, 1_000 for 1000, 1:30:00 for 5400 and 2026-11-21 for a date: here they are texts.
-_SCALARS: tuple[tuple[str, str, str], ...] = (
+_SCALAR_PATTERNS: tuple[tuple[str, str, str], ...] = (
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("null", r"^(?:~|null|Null|NULL)$", "~nN"),
     ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", "-+0123456789"),
@@ -76,7 +76,7 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (
     ),
 )
 _StrictYamlLoader.yaml_implicit_resolvers = {"<": [(YAML_MERGE_TAG, re.compile("^<<$"))]}
-for _name, _pattern, _first in _SCALARS:
+for _name, _pattern, _first in _SCALAR_PATTERNS:
     _StrictYamlLoader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first)
     )

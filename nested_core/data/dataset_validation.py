@@ -45,7 +45,7 @@ from nested_core.data.tokens.parallel_tokenization import (
     tokenize_splits,
 )
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
-from nested_core.errors import list_first
+from nested_core.errors import join_first_values
 from nested_core.storage.atomic import canonical_json
 from nested_core.text.foreign_text import escape
 
@@ -140,7 +140,7 @@ def _describe_files_in_folder(settings: DataSettings) -> str:
     if settings.hf_dataset or not folder.is_dir():
         return "no split of that name"
     names = sorted(escape(path.name) for path in folder.iterdir())
-    return list_first(names, MAX_SHOWN_FILE_NAMES) or "nothing"
+    return join_first_values(names, MAX_SHOWN_FILE_NAMES) or "nothing"
 
 
 def _remove_rejected_lines_from_dropped(

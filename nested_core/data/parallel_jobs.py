@@ -30,7 +30,7 @@ from nested_core.storage.strict_files import UNBOUNDED, open_regular
 MIN_BYTES_FOR_WORKERS = 16 * 2**20  # below this, starting processes takes longer than the work
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 _WORKER_PROGRAM = f"from {__name__} import serve_requests; serve_requests()"
-_SHOWN_ERROR_LINES = 9
+_MAX_SHOWN_ERROR_LINES = 9
 
 
 class ByteRange(NamedTuple):
@@ -206,7 +206,7 @@ class _Worker:
         """The last lines of its standard error, to stand below a message."""
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - 4000))
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return "".join(f"\n  {line}" for line in lines[-_SHOWN_ERROR_LINES:])
+        return "".join(f"\n  {line}" for line in lines[-_MAX_SHOWN_ERROR_LINES:])
 
 
 def serve_requests() -> None:

@@ -17,8 +17,8 @@ import polars as pl
 
 from nested_core.data.data_settings import SPLITS, DataSettings
 from nested_core.data.lines.example_parsing import FieldNames
-from nested_core.data.lines.line_table import RANGE_BYTES, SCHEMA, run_line_range_job
-from nested_core.data.lines.word_ngrams import SCHEMA as NGRAM_SCHEMA
+from nested_core.data.lines.line_table import LINE_SCHEMA, RANGE_BYTES, run_line_range_job
+from nested_core.data.lines.word_ngrams import NGRAM_SCHEMA
 from nested_core.data.parallel_jobs import (
     OnProgress,
     count_processes_for,
@@ -36,7 +36,7 @@ LINE_RANGE_JOB = f"{run_line_range_job.__module__}:{run_line_range_job.__name__}
 
 @dataclass(frozen=True)
 class SplitTable:
-    """One split. frame: a row for each physical line, see line_table.SCHEMA, its number as `line`.
+    """One split. frame: a row for each physical line, see LINE_SCHEMA, its number as `line`.
 
     `related_tables` adds what the rules need to know of other lines.
     """
@@ -136,7 +136,7 @@ def _read_and_remove_job_files(request: dict[str, Any]) -> tuple[pl.DataFrame, b
 def _join_range_frames(
     frames: list[pl.DataFrame], file: SplitFile | None, *, has_ngrams: bool
 ) -> pl.DataFrame:
-    empty = pl.DataFrame(schema={**SCHEMA, **(NGRAM_SCHEMA if has_ngrams else {})})
+    empty = pl.DataFrame(schema={**LINE_SCHEMA, **(NGRAM_SCHEMA if has_ngrams else {})})
     frame = pl.concat([empty, *frames], rechunk=True)
     frame = frame.with_columns(pl.int_range(1, pl.len() + 1, dtype=pl.Int32).alias("line"))
     if file is not None and file.problems:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nested_core import backend
-from nested_core.errors import ConfigError, DamagedError, list_first, shorten
+from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
 from nested_core.gate.adapter_layout import AdapterLayout, BaseModelForAudit
 from nested_core.gate.base_compatibility import RANK_AXES, fingerprint_reasons
 from nested_core.gate.fresh_process_check import (
@@ -211,7 +211,7 @@ def _structure_reasons(layout: AdapterLayout, base: BaseModelForAudit) -> list[R
     """Reasons for tensors that do not fit the base, or not what the configuration calls for."""
     reasons = [] if layout.refusal is None else [layout.refusal]
     if layout.unmatched_keys:
-        keys = list_first(layout.unmatched_keys, 3)
+        keys = join_first_values(layout.unmatched_keys, 3)
         setting = "keys" if layout.format == "mlx-lm" else "target_modules"
         message = f"{setting} that match no module within reach of the adapter: {keys}"
         reasons.append(Reason("config_mismatch", message))

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 # With one of these, tensors cannot be compared with each other or loaded into a model.
 MISMATCH_CODES = {"tensor_missing", "tensor_unexpected", "shape_mismatch", "dtype_mismatch"}
 INCOMPARABLE_CODES = MISMATCH_CODES | {"non_finite"}
-NO_HELD_OUT_EXAMPLES = "there are no held-out examples"
+NO_HELD_OUT_EXAMPLES_MESSAGE = "there are no held-out examples"
 DIVERGENCE_CODES = {"non_finite", "loss_regressed"}
 
 
@@ -262,7 +262,7 @@ def _compare_losses(
     drift = None
     champion_loss = None
     if champion is not None:
-        champion_loss = ChampionLoss(champion.version, not_compared=NO_HELD_OUT_EXAMPLES)
+        champion_loss = ChampionLoss(champion.version, not_compared=NO_HELD_OUT_EXAMPLES_MESSAGE)
     if held_out is not None:
         losses = measure_example_losses(base, evidence, held_out)
         validation = Validation.from_losses(

@@ -95,10 +95,10 @@ def digests_for_result(run: RunDirectory, offered_checkpoint: Path) -> dict[str,
 
 def collect_evidence(run: RunDirectory) -> RunEvidence:
     """Read a finished run; DamagedError if anything is not as training left it."""
-    result = _parse_model(ResultRecord, read_json(run.result, MAX_RESULT_BYTES), run.result)
+    result = _parse_record(ResultRecord, read_json(run.result, MAX_RESULT_BYTES), run.result)
     offered = checkpoint_path(run.checkpoints, result.adapter_step)
     checkpoint = read_checkpoint(offered)
-    record = _parse_model(CheckpointEvidence, checkpoint.state, offered / STATE_NAME)
+    record = _parse_record(CheckpointEvidence, checkpoint.state, offered / STATE_NAME)
     if digests_for_result(run, offered) != result.evidence:
         raise DamagedError(
             f"{offered} or {run.metrics} is not what training wrote: result.json holds other "
@@ -126,9 +126,9 @@ def config_file_entry(config: FineTuneConfig) -> FileEntry:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _parse_model(model: type[Model], value: Any, path: Path) -> Model:
+def _parse_record(record_type: type[Model], value: Any, path: Path) -> Model:
     try:
-        return model.model_validate(value)
+        return record_type.model_validate(value)
     except ValidationError as error:
         raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
 

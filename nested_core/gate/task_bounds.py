@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nested_core.config.gate import GateSection, TaskSection
-from nested_core.errors import DamagedError, list_first
+from nested_core.errors import DamagedError, join_first_values
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.gate.paired_difference import (
     PairedDifference,
@@ -163,7 +163,7 @@ def _task_regressed_reasons(
         return []
     if is_paired and difference.is_measurable and not difference.is_below(0):
         return []
-    named = list_first(change.lost, MAX_NAMED_QUESTIONS)
+    named = join_first_values(change.lost, MAX_NAMED_QUESTIONS)
     against = "" if rival is None else f" against {rival}"
     message = (
         f"{result.describe()}; its max_drop{against} is {task.max_drop:g}; "

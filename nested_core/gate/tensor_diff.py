@@ -19,7 +19,9 @@ from nested_core.storage.safetensors_files import StoredTensor
 
 # They fit the first cache, and OpenBLAS starts no threads for so few.
 VALUES_PER_PIECE = 8192
-SMALLEST, LARGEST = 1e-20, 1e30  # sums of squares of a piece that float32 computes without loss
+# Sums of squares of a piece that float32 computes without loss.
+SMALLEST_SAFE_SQUARES = 1e-20
+LARGEST_SAFE_SQUARES = 1e30
 Values = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -106,7 +108,7 @@ def _difference_squares_and_max(old: Values, new: Values) -> tuple[float, float]
     """The sum of squares of the difference, and its largest absolute value."""
     delta = new - old
     squared = float(np.dot(delta, delta))
-    if not SMALLEST < squared < LARGEST:
+    if not SMALLEST_SAFE_SQUARES < squared < LARGEST_SAFE_SQUARES:
         delta = new.astype(np.float64) - old.astype(np.float64)
         squared = float(np.dot(delta, delta))
     return squared, max(float(delta.max()), -float(delta.min()))
@@ -114,7 +116,7 @@ def _difference_squares_and_max(old: Values, new: Values) -> tuple[float, float]
 
 def _squared_norm(values: Values) -> float:
     squared = float(np.dot(values, values))
-    if not SMALLEST < squared < LARGEST:
+    if not SMALLEST_SAFE_SQUARES < squared < LARGEST_SAFE_SQUARES:
         wide = values.astype(np.float64)
         squared = float(np.dot(wide, wide))
     return squared

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from nested_core.errors import ConfigError, DamagedError, list_first
+from nested_core.errors import ConfigError, DamagedError, join_first_values
 from nested_core.models.base_model import is_same_base
 from nested_core.models.parameters import trainable_parameters
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
@@ -99,7 +99,7 @@ def attach_adapter(model: nn.Module, config: FineTuneConfig) -> dict[str, mx.arr
         raise ConfigError(
             f"lora_parameters.keys: {len(foreign)} tensors outside of the adapter would be "
             f"trained, {foreign[0]} among them. Name linear modules alone, such as "
-            f"{list_first(linear_names, MAX_SHOWN_MODULES)}."
+            f"{join_first_values(linear_names, MAX_SHOWN_MODULES)}."
         )
     if unmatched:
         warnings.warn(
@@ -138,7 +138,8 @@ def _suggest_keys(unmatched: Sequence[str], names: Sequence[str]) -> str:
         meant = ends_alike or difflib.get_close_matches(key, names, n=1)
         question = f"; did you mean {meant[0]}?" if meant else "."
         sentences.append(f"No module is named {key}{question}")
-    return f"{' '.join(sentences)} Linear modules: {list_first(names, MAX_SHOWN_MODULES)}.".strip()
+    shown = join_first_values(names, MAX_SHOWN_MODULES)
+    return f"{' '.join(sentences)} Linear modules: {shown}.".strip()
 
 
 def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, mx.array]) -> None:

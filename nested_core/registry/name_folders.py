@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from nested_core.config.adapter_names import why_invalid_adapter_name
-from nested_core.errors import ConfigError, DamagedError, list_first, shorten
+from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
 from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.storage.atomic import require_writable_place, sync_path
 from nested_core.storage.strict_files import file_type
@@ -48,7 +48,7 @@ def find_name_folder(registry: Path, name: str) -> Path:
     folder = registry / name
     _refuse_links(folder)
     if file_type(folder / VERSIONS_FOLDER_NAME) != "directory":
-        listed = list_first(list_names(registry), MAX_LISTED_NAMES) or "nothing"
+        listed = join_first_values(list_names(registry), MAX_LISTED_NAMES) or "nothing"
         raise ConfigError(
             f"The registry {registry} has no adapter named {name!r}. It holds: {listed}. "
             "Check the name, or promote a run under it first."

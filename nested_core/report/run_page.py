@@ -20,7 +20,7 @@ from typing import Any
 from nested_core.backend import RECORDED_PACKAGES
 from nested_core.config.loading import render_config
 from nested_core.data.rules.finding_groups import group_findings
-from nested_core.errors import list_first
+from nested_core.errors import join_first_values
 from nested_core.gate.verdict import Verdict, describe_examples
 from nested_core.report.curve_points import Point
 from nested_core.report.line_charts import (
@@ -220,7 +220,7 @@ def _describe_curves(record: RunRecord) -> Html:
     plan, verdict = record.plan, record.verdict
     if plan is not None and plan.resumed_at:
         noun = "step" if len(plan.resumed_at) == 1 else "steps"
-        places = list_first([f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS)
+        places = join_first_values([f"{step:,}" for step in plan.resumed_at], MAX_SHOWN_RESUMPTIONS)
         sentences.append(
             f"The run was resumed at {noun} {places}: the curves go on from the checkpoint there, "
             f"and each step and its seconds of training are counted once."

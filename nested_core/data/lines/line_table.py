@@ -27,7 +27,7 @@ from nested_core.errors import DatasetError
 from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 RANGE_BYTES = 4 * 2**20
-SCHEMA: dict[str, type[pl.DataType]] = {
+LINE_SCHEMA: dict[str, type[pl.DataType]] = {
     "format": pl.Categorical,
     "roles": pl.Categorical,
     "content": pl.UInt64,  # the first 64 bits of its SHA-256: what finds equal rows
@@ -53,9 +53,9 @@ _REPLACEMENT_CHARACTER = "\ufffd"
 def read_line_range(
     path: Path, byte_range: ByteRange, field_names: FieldNames, *, has_ngrams: bool = False
 ) -> tuple[pl.DataFrame, bytes]:
-    """The rows of a range of lines, see SCHEMA, and the SHA-256 of each example in it, joined.
+    """The rows of a range of lines, see LINE_SCHEMA, and the SHA-256 of each example in it, joined.
 
-    With `has_ngrams` they have the columns of word_ngrams.SCHEMA too. The row of a line does not
+    With `has_ngrams` they have the columns of NGRAM_SCHEMA too. The row of a line does not
     depend on the range it is read in. Raises OSError, and DatasetError if the file became shorter.
     """
     size = byte_range.end - byte_range.start
@@ -85,7 +85,7 @@ def read_line_range(
         "has_crlf": raw.bin.ends_with(b"\r"),
         "has_mark": has_mark,
     }
-    frame = pl.DataFrame(columns, schema=SCHEMA)
+    frame = pl.DataFrame(columns, schema=LINE_SCHEMA)
     return frame.with_columns(**make_word_ngram_columns(text)) if has_ngrams else frame, digests
 
 

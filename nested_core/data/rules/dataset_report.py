@@ -15,7 +15,7 @@ from nested_core.data.rules.finding_groups import group_findings
 from nested_core.data.rules.findings import Finding, Severity, guide_sentence
 from nested_core.errors import DatasetError, shorten
 
-_ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
+_SEVERITY_ORDER: dict[Severity, int] = {"error": 0, "warning": 1, "info": 2}
 _MAX_SHOWN_GROUPS = 10
 _MAX_SHOWN_CHARACTERS = 400
 
@@ -82,7 +82,7 @@ class DatasetReport:
             "findings": [finding.to_json() for finding in self.findings],
             "counts": {
                 severity: _count_findings(self._findings_of_severity(severity))
-                for severity in _ORDER
+                for severity in _SEVERITY_ORDER
             },
         }
 
@@ -132,7 +132,7 @@ def sort_findings(findings: list[Finding], files: list[str]) -> tuple[Finding, .
         sorted(
             findings,
             key=lambda finding: (
-                _ORDER[finding.severity],
+                _SEVERITY_ORDER[finding.severity],
                 ranks.get(finding.file, len(ranks)),
                 finding.count is not None,
                 finding.line or 0,

@@ -12,7 +12,7 @@ import polars as pl
 
 from nested_core.config.data import DataPolicy
 from nested_core.data.rules.findings import Finding
-from nested_core.errors import list_first
+from nested_core.errors import join_first_values
 
 Dropped = Mapping[str, frozenset[int]]
 _MAX_SHOWN_LINES = 20
@@ -55,6 +55,6 @@ def describe_dropped_lines(file: str, dropped: Dropped) -> Iterator[Finding]:
             shown = sorted(lines)
             message = (
                 f"lines dropped because {_DROP_REASON_TEXTS[reason]}: {len(lines):,} "
-                f"({list_first(shown, _MAX_SHOWN_LINES)})"
+                f"({join_first_values(shown, _MAX_SHOWN_LINES)})"
             )
             yield Finding(file, shown[0], "warning", f"dropped-{reason}", message)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nested_core.data.rules.findings import Finding, Severity
-from nested_core.errors import list_first
+from nested_core.errors import join_first_values
 
 MAX_SHOWN_LINES = 3
 MAX_SHOWN_CAUSES = 5  # of one check in one file
@@ -33,7 +33,7 @@ class FindingGroup:
         """The first lines, separated by commas; None for a finding about the whole file."""
         if not self.lines:
             return None
-        return list_first(self.lines, MAX_SHOWN_LINES)
+        return join_first_values(self.lines, MAX_SHOWN_LINES)
 
     def __str__(self) -> str:
         """The first finding, and in how many more lines it is."""
@@ -41,7 +41,9 @@ class FindingGroup:
         text = f"{place}: {self.check}: {self.message}"
         if self.count == 1:
             return text
-        others = list_first(self.lines[1:], MAX_SHOWN_LINES - 1) if len(self.lines) > 1 else "..."
+        others = (
+            join_first_values(self.lines[1:], MAX_SHOWN_LINES - 1) if len(self.lines) > 1 else "..."
+        )
         noun = "line" if self.count == 2 else "lines"
         return f"{text} (and {self.count - 1:,} more: {noun} {others})"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from nested_core.errors import list_first
+from nested_core.errors import join_first_values
 
 Severity = Literal["error", "warning", "info"]
 DATA_GUIDE = "docs/data.md"
@@ -54,4 +54,4 @@ class Findings:
 def guide_sentence(findings: Iterable[Finding]) -> str:
     """A sentence that names the places in the guide of the first checks that found something."""
     places = [f"{DATA_GUIDE}#{check}" for check in dict.fromkeys(f.check for f in findings)]
-    return f"Explained in {list_first(places, _MAX_SHOWN_CHECKS)}"
+    return f"Explained in {join_first_values(places, _MAX_SHOWN_CHECKS)}"

@@ -11,9 +11,9 @@ import polars as pl
 MIN_SHARED_NGRAM_SHARE = 0.6  # of a held-out example's n-grams that are not common
 MIN_SHARED_NGRAMS = 2
 # An n-gram in more training examples is common; in a small training set it is so at fewer.
-MAX_COMMON_NGRAM_LIMIT = 10
-MIN_COMMON_NGRAM_LIMIT = 2
-COMMON_NGRAM_DIVISOR = 50
+RARE_NGRAM_MAX_EXAMPLES = 10
+RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET = 2
+RARE_NGRAM_TRAIN_SIZE_DIVISOR = 50
 
 
 def find_near_duplicates(train: pl.DataFrame, held_out: pl.DataFrame) -> pl.DataFrame:
@@ -53,7 +53,8 @@ def _pair_rows_by_shared_ngrams(examples: pl.DataFrame, rows: pl.DataFrame) -> p
     hits = pl.DataFrame({"example": owners.filter(is_asked), "ngram": ngrams.filter(is_asked)})
     hits = hits.join(examples.select("example", "line", "content", "halvings"), on="example")
     most = min(
-        MAX_COMMON_NGRAM_LIMIT, max(MIN_COMMON_NGRAM_LIMIT, examples.height // COMMON_NGRAM_DIVISOR)
+        RARE_NGRAM_MAX_EXAMPLES,
+        max(RARE_NGRAM_MAX_EXAMPLES_IN_SMALL_SET, examples.height // RARE_NGRAM_TRAIN_SIZE_DIVISOR),
     )
     common = (
         hits.group_by("ngram").agg(pl.col("content").n_unique()).filter(pl.col("content") > most)

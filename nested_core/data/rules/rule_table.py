@@ -17,7 +17,7 @@ from typing import Any
 import polars as pl
 
 from nested_core.data.rules.findings import Finding, Findings, Severity
-from nested_core.errors import list_first
+from nested_core.errors import join_first_values
 
 _VALIDATION_DEPTH_VARIABLE = "PANDERA_VALIDATION_DEPTH"
 _VALIDATION_DEPTHS = {"SCHEMA_ONLY", "DATA_ONLY", "SCHEMA_AND_DATA"}
@@ -176,7 +176,7 @@ class FrameRules:
                 errors = error.schema_errors
         misfits = [e for e in errors if e.reason_code is not SchemaErrorReason.DATAFRAME_CHECK]
         if misfits:
-            raise TypeError(f"The rules do not fit their frame: {list_first(misfits, 3)}")
+            raise TypeError(f"The rules do not fit their frame: {join_first_values(misfits, 3)}")
         return {
             self.rules_by_column[error.schema.name][error.check_index]: pl.arg_where(
                 ~error.check_output.to_series(), eager=True
@@ -193,7 +193,7 @@ def _make_findings(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
     """The findings of one rule for failing rows of one file."""
     if rule.once:
         place = 0 if rule.worst is None else rows[rule.worst].arg_max() or 0
-        lines = list_first(rows["line"].to_list(), _MAX_SHOWN_LINES)
+        lines = join_first_values(rows["line"].to_list(), _MAX_SHOWN_LINES)
         yield _make_finding(
             rule, rows.row(place, named=True) | {"count": rows.height, "places": lines}
         )
@@ -216,4 +216,4 @@ def _make_finding(rule: Rule, row: dict[str, Any]) -> Finding:
 def _spell_out_roles(roles: str) -> str:
     """The turns of a conversation in words."""
     turns = [_ROLE_NAME_BY_LETTER[letter] for letter in roles]
-    return list_first(turns, _MAX_SHOWN_TURNS) or "none"
+    return join_first_values(turns, _MAX_SHOWN_TURNS) or "none"

@@ -35,13 +35,13 @@ from nested_core.data.sources.hub_datasets import (
 )
 from nested_core.errors import ConfigError
 
-_READERS: dict[str, Callable[[Path, frozenset[str]], Iterable[NumberedLine]]] = {
+_READER_BY_SUFFIX: dict[str, Callable[[Path, frozenset[str]], Iterable[NumberedLine]]] = {
     ".jsonl.gz": read_gzip_jsonl,
     ".json": read_json_array,
     ".csv": read_csv,
     ".parquet": read_parquet,
 }
-SUFFIXES = (".jsonl", *_READERS)
+SUFFIXES = (".jsonl", *_READER_BY_SUFFIX)
 _PACKED_SUFFIXES = (".jsonl.gz", ".parquet")
 
 
@@ -124,7 +124,7 @@ def _open_split_file(path: Path, json_keys: frozenset[str], spool: Path) -> Spli
             return SplitFile(path.name, path)
         return _write_split_lines(path.name, read_lines_before(path, end), spooled)
     lines = limit_expansion(
-        _READERS[suffix](path, json_keys), size, is_packed=suffix in _PACKED_SUFFIXES
+        _READER_BY_SUFFIX[suffix](path, json_keys), size, is_packed=suffix in _PACKED_SUFFIXES
     )
     return _write_split_lines(path.name, lines, spooled)
 

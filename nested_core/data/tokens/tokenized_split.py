@@ -32,7 +32,7 @@ TOKENS_ARRAY = "tokens"
 TARGET_MASK_ARRAY = "target_mask"
 STARTS_ARRAY = "starts"
 LINES_ARRAY = "lines"
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPE_BY_ARRAY: dict[str, np.dtype[Any]] = {
     TOKENS_ARRAY: np.dtype("<i4"),
     TARGET_MASK_ARRAY: np.dtype(np.bool_),
     STARTS_ARRAY: np.dtype("<i8"),
@@ -90,7 +90,9 @@ class TokenizedSplit:
 
 def write_token_part(part: Path, tokens: Sequence[int], target_mask: bytes | bytearray) -> None:
     """Write examples, one after the other, to PART.tokens and PART.target_mask (a byte a token)."""
-    _array_path(part, TOKENS_ARRAY).write_bytes(np.asarray(tokens, DTYPES[TOKENS_ARRAY]).tobytes())
+    _array_path(part, TOKENS_ARRAY).write_bytes(
+        np.asarray(tokens, DTYPE_BY_ARRAY[TOKENS_ARRAY]).tobytes()
+    )
     _array_path(part, TARGET_MASK_ARRAY).write_bytes(target_mask)
 
 
@@ -98,9 +100,9 @@ class SplitWriter:
     """Joins the parts of a split, in order, in PREFIX.*; the files of a part are removed."""
 
     def __init__(self, prefix: Path) -> None:
-        self._files = {name: _array_path(prefix, name).open("wb") for name in DTYPES}
+        self._files = {name: _array_path(prefix, name).open("wb") for name in DTYPE_BY_ARRAY}
         self._total = 0
-        self._files[STARTS_ARRAY].write(bytes(DTYPES[STARTS_ARRAY].itemsize))
+        self._files[STARTS_ARRAY].write(bytes(DTYPE_BY_ARRAY[STARTS_ARRAY].itemsize))
 
     def append_part(self, part: Path, lines: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
         """Append what `write_token_part` wrote: examples of these lines and lengths."""
@@ -108,9 +110,9 @@ class SplitWriter:
             path = _array_path(part, name)
             self._files[name].write(read_regular(path))
             path.unlink()
-        ends = self._total + np.cumsum(lengths, dtype=DTYPES[STARTS_ARRAY])
+        ends = self._total + np.cumsum(lengths, dtype=DTYPE_BY_ARRAY[STARTS_ARRAY])
         self._files[STARTS_ARRAY].write(ends.tobytes())
-        self._files[LINES_ARRAY].write(lines.astype(DTYPES[LINES_ARRAY]).tobytes())
+        self._files[LINES_ARRAY].write(lines.astype(DTYPE_BY_ARRAY[LINES_ARRAY]).tobytes())
         self._total += int(lengths.sum())
 
     def close(self) -> None:
@@ -155,7 +157,7 @@ def _memory_map_splits(folder: Path, files: Collection[str]) -> dict[str, Tokeni
 def _memory_map_split(prefix: Path) -> TokenizedSplit:
     arrays: dict[str, Any] = {}
     maps = []
-    for name, dtype in DTYPES.items():
+    for name, dtype in DTYPE_BY_ARRAY.items():
         with open_regular(_array_path(prefix, name), UNBOUNDED) as (file, size):
             if not size:  # an empty file cannot be mapped
                 arrays[name] = np.zeros(0, dtype)

@@ -147,7 +147,7 @@ class _PythonLine(_SuiteLine):
         return (self.expected,)
 
 
-_LINES: dict[Score, type[_SuiteLine]] = {
+_LINE_MODEL_BY_SCORE: dict[Score, type[_SuiteLine]] = {
     "exact": _TextLine,
     "contains": _TextLine,
     "regex": _RegexLine,
@@ -201,7 +201,7 @@ def describe_bad_questions(summary: str, problems: Sequence[str]) -> str:
 def _read_question(body: bytes, line: int, score: Score) -> Question:
     fields = decode_json_object(body)
     try:
-        read = _LINES[score].model_validate(fields)
+        read = _LINE_MODEL_BY_SCORE[score].model_validate(fields)
         accepted = read.parse_accepted_answers()
     except ValidationError as error:
         raise ValueError(_describe_first_problem(error)) from None
