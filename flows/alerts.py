@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from flows.current_user import current_user
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.text.foreign_text import escape
 
 WEBHOOK_BLOCK_NAME = "nested-tune"
 # Text in JSON, as chat programs take it (Slack, Mattermost, Google Chat).
@@ -37,9 +38,10 @@ def find_or_make_block(client: SyncPrefectClient, notify: str) -> UUID:
             return client.read_block_document_by_name(name, block_type).id
         except ObjectNotFound:
             raise ConfigError(
-                f"--notify {notify}: the server has no such block. Make a notification block in "
-                "the UI under Blocks and name it as TYPE/NAME, such as slack-webhook/ops, or give "
-                "the URL of a webhook, best in a file: --notify @FILE."
+                f"--notify: the server has no block of the type {escape(block_type)!r} under the "
+                "name given. Make a notification block in the UI under Blocks and name it as "
+                "TYPE/NAME, such as slack-webhook/ops, or give the URL of a webhook, which begins "
+                "with https://, best in a file: --notify @FILE."
             ) from None
     if not _is_web_address(notify):
         raise ConfigError("--notify: a webhook's URL begins with https:// or http:// and a host.")

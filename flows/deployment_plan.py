@@ -54,7 +54,9 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
     if config is None and file is None:
         config = folder / "geography.yaml"
     given = {} if config is None else _drop_nulls(read_config(config))
-    project = read_yaml(file or folder / "prefect.yaml")
+    project_file = file or folder / "prefect.yaml"
+    project = read_deployments_yaml(project_file)
+    _require_deployments(project, project_file)
     for deployment in project["deployments"]:
         _fill_in_configuration(deployment, given)
     adapter, registry = _find_adapter(project, config or file)
@@ -63,22 +65,42 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
         adapter=adapter,
         registry=registry,
         project=replace_placeholders(project, values),
-        work_pools=read_yaml(folder / "work-pools.yaml")["work_pools"],
-        automations=read_yaml(folder / "automations.yaml")["automations"],
+        work_pools=read_deployments_yaml(folder / "work-pools.yaml")["work_pools"],
+        automations=read_deployments_yaml(folder / "automations.yaml")["automations"],
     )
     for deployment in plan.deployments:
         _require_valid_parameters(deployment)
     return plan
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """One of the files of deployments/, or a person's own in its place."""
+def read_deployments_yaml(path: Path) -> dict[str, Any]:
+    """One of the files of deployments/, or a person's own in its place; ConfigError for others."""
     try:
-        text = read_regular(path, MAX_FILE_BYTES, follow_links=True)
-        content: dict[str, Any] = yaml.safe_load(text)
+        content = yaml.safe_load(read_regular(path, MAX_FILE_BYTES, follow_links=True))
     except (OSError, DamagedError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected keys and values, as in deployments/prefect.yaml.")
     return content
+
+
+def _require_deployments(project: dict[str, Any], path: Path) -> None:
+    """Raise ConfigError unless the file has deployments of the shape that a plan is made from."""
+    deployments = project.get("deployments")
+    if not isinstance(deployments, list) or not all(map(_is_deployment, deployments)):
+        raise ConfigError(
+            f"{path}: expected the list `deployments`, each with a name and an entrypoint, and "
+            "parameters.config where it trains, as in deployments/prefect.yaml."
+        )
+
+
+def _is_deployment(value: object) -> bool:
+    if not isinstance(value, dict) or not {"name", "entrypoint"} <= value.keys():
+        return False
+    config = (value.get("parameters") or {}).get("config")
+    if value["entrypoint"] == SWEEP_ENTRYPOINT:
+        return isinstance(config, dict) and isinstance(config.get("base"), dict)
+    return value["entrypoint"] != FINETUNE_ENTRYPOINT or isinstance(config, dict)
 
 
 def full_name(deployment: dict[str, Any]) -> str:

@@ -32,8 +32,8 @@ from nested_core.training.training_plan import read_plan
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult  # noqa: TID251
 
-PAUSE_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
-LONGEST_PAUSE_SECONDS = 60.0
+LINE_GAP_SHARE_OF_ELAPSED_TIME = 1 / 60  # of the time so far: a long run prints fewer lines an hour
+MAX_SECONDS_BETWEEN_LINES = 60.0
 MAX_SHOWN_REASONS = 3
 
 
@@ -160,8 +160,8 @@ class RunFollower(threading.Thread):
         if not self.view.records or self.view.last_record == self._printed:
             return
         pause = min(
-            max(SECONDS_BETWEEN_LINES, PAUSE_SHARE_OF_ELAPSED_TIME * self.view.seconds),
-            LONGEST_PAUSE_SECONDS,
+            max(SECONDS_BETWEEN_LINES, LINE_GAP_SHARE_OF_ELAPSED_TIME * self.view.seconds),
+            MAX_SECONDS_BETWEEN_LINES,
         )
         is_due = is_last or "val_loss" in self.view.last_record
         if not is_due and time.monotonic() - self._printed_at < pause:

@@ -21,7 +21,7 @@ from flows.deployment_plan import (
     FINETUNE_ENTRYPOINT,
     adapter_of,
     full_name,
-    read_yaml,
+    read_deployments_yaml,
     replace_placeholders,
 )
 from flows.doctor_check import Check
@@ -91,7 +91,9 @@ def _check_database() -> Check:
 
 
 def _check_pools(client: SyncPrefectClient) -> Iterator[Check]:
-    for wanted in read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]:
+    for wanted in read_deployments_yaml(packaged_folder("deployments") / "work-pools.yaml")[
+        "work_pools"
+    ]:
         name = wanted["name"]
         try:
             pool = client.read_work_pool(name)
@@ -122,7 +124,7 @@ def _check_deployments(client: SyncPrefectClient) -> Check:
     adapters = sorted(_trained_adapters(there))
     if not adapters:
         return Check("deployments", False, "none are there", "nested-tune deploy -c CONFIG")
-    shipped = read_yaml(packaged_folder("deployments") / "prefect.yaml")["deployments"]
+    shipped = read_deployments_yaml(packaged_folder("deployments") / "prefect.yaml")["deployments"]
     sets = [replace_placeholders(shipped, {"adapter": a, "registry": ""}) for a in adapters]
     wanted = {full_name(each): each for deployments in sets for each in deployments}
     server_limits = {d.name: d.response.global_concurrency_limit for d in there}
@@ -148,9 +150,9 @@ def _trained_adapters(there: list[ServerDeployment]) -> set[str]:
 
 def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
     """Whether all automations are in place and on, and whether alerts are sent to anybody."""
-    planned: list[dict[str, Any]] = read_yaml(packaged_folder("deployments") / "automations.yaml")[
-        "automations"
-    ]
+    planned: list[dict[str, Any]] = read_deployments_yaml(
+        packaged_folder("deployments") / "automations.yaml"
+    )["automations"]
     found = {automation.name: automation for automation in client.read_automations()}
     names = [each["name"] for each in planned]
     missing = [name for name in names if name not in found]

@@ -33,7 +33,10 @@ CRASHED_RUN_NOTE = (
 MAX_SHOWN_ANSWERS = 5
 MAX_SHOWN_CHARACTERS = 160  # of a question or an answer
 MAX_SHOWN_CHECKS = 4
-PROBLEM_SEVERITIES = ("error", "warning")  # of a finding that is more than a figure about the data
+DATASET_PROBLEM_SEVERITIES = (
+    "error",
+    "warning",
+)  # of a finding that is more than a figure about the data
 
 
 def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, message: str) -> None:
@@ -123,10 +126,14 @@ def _describe_data(config: FineTuneConfig, dataset: Mapping[str, Any]) -> str:
     splits = dataset.get("splits") or {}
     rows = ", ".join(f"{split['rows']:,} {name}" for name, split in splits.items())
     counts = {
-        key: count for key, count in dataset.get("counts", {}).items() if key in PROBLEM_SEVERITIES
+        key: count
+        for key, count in dataset.get("counts", {}).items()
+        if key in DATASET_PROBLEM_SEVERITIES
     }
     totals = ", ".join(f"{count} {severity}" for severity, count in counts.items() if count)
-    problems = [f for f in dataset.get("findings") or [] if f["severity"] in PROBLEM_SEVERITIES]
+    problems = [
+        f for f in dataset.get("findings") or [] if f["severity"] in DATASET_PROBLEM_SEVERITIES
+    ]
     checks = sorted({finding["check"] for finding in problems})
     named = f" ({', '.join(checks[:MAX_SHOWN_CHECKS])})" if checks else ""
     return f"{source}: {rows} examples; {totals or 'no error and no warning'}{named}"

@@ -26,8 +26,8 @@ from tasks.loss_picture import LossCurves, describe_curves
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.5
 # Between two updates: at least so long, and so much of the time since the first report.
-LEAST_SECONDS_BETWEEN_UPDATES = 2.0
-PAUSE_SHARE_OF_ELAPSED_TIME = 0.1
+MIN_SECONDS_BETWEEN_UPDATES = 2.0
+UPDATE_GAP_SHARE_OF_ELAPSED_TIME = 0.1
 SECONDS_TO_FINISH = 5.0
 CONSOLE_ONLY_LOG_EXTRA = {"send_to_api": False}  # a line of the log is a row of the database
 
@@ -75,7 +75,7 @@ class TrainingPages:
         """Publish both as of a step; raises what the way to the server raises."""
         now = self.clock()
         pause = max(
-            LEAST_SECONDS_BETWEEN_UPDATES, PAUSE_SHARE_OF_ELAPSED_TIME * (now - self._began_at)
+            MIN_SECONDS_BETWEEN_UPDATES, UPDATE_GAP_SHARE_OF_ELAPSED_TIME * (now - self._began_at)
         )
         self._due_at = now + pause
         name = self.config.registry.name

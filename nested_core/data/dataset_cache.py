@@ -30,7 +30,7 @@ from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import DamagedError
 from nested_core.storage.atomic import canonical_json, temporary_beside, write_json
 from nested_core.storage.compiled_kernels import cache_folder
-from nested_core.storage.private_folder import make_private_folder
+from nested_core.storage.private_folder import make_folder_only_user_may_write
 from nested_core.storage.strict_files import read_json, regular_sha256
 
 REPORT_NAME = "report.json"
@@ -74,7 +74,9 @@ class DatasetCache:
         self, settings: DataSettings, files: Mapping[str, SplitFile], tokenizer: TokenizerSource
     ) -> CacheEntry:
         """The place of a data set's judgement and tokens; ConfigError for an unsafe folder."""
-        make_private_folder(self.folder, "judged data sets", "pass any data set as sound")
+        make_folder_only_user_may_write(
+            self.folder, "judged data sets", "pass any data set as sound"
+        )
         return CacheEntry(self.folder / _cache_key(settings, files, tokenizer))
 
 

@@ -40,7 +40,7 @@ class _AskedModel:
     adapter: Adapter | None
     is_asked_anew: bool = False
 
-    def answer(self, suite: EncodedSuite) -> Sequence[Answer]:
+    def cached_or_new_answers(self, suite: EncodedSuite) -> Sequence[Answer]:
         """Its answers, from the cache or now."""
         if not self.is_asked_anew:
             return open_user_answer_cache().fetch(
@@ -102,7 +102,7 @@ def _ask_model(asked: _AskedModel, encoded: Sequence[EncodedSuite]) -> list[Answ
     records = []
     for suite in encoded:
         start = time.monotonic()
-        answers = asked.answer(suite)
+        answers = asked.cached_or_new_answers(suite)
         seconds = time.monotonic() - start
         records += _score_answers(suite, asked.role, answers, seconds / len(answers))
     return records

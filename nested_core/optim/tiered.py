@@ -176,7 +176,7 @@ class Tiered(Optimizer):
             i: mx.logical_not(is_due) for i, is_due in due.items() if not self._accumulates(i)
         }
         finite = self._accumulate_gradients(flat, leaves, all_used_gradients_finite(groups, unused))
-        combined = self._gradients_to_apply(flat, leaves)
+        combined = self._new_or_accumulated_gradients(flat, leaves)
         updated = self._apply_to_ready_tiers(
             combined, values, leaves, due=due, ready=due, finite=finite
         )
@@ -201,7 +201,7 @@ class Tiered(Optimizer):
         tiers = {self._tier_of[name] for name in leaves}
         is_open = {i: self.step % self.tiers[i].frequency != 0 for i in tiers}
         has_chunk = {i: mx.logical_and(is_open[i], gathered[i] > 0) for i in tiers}
-        chunks = self._gradients_to_apply({}, leaves)
+        chunks = self._new_or_accumulated_gradients({}, leaves)
         updated = self._apply_to_ready_tiers(
             chunks, values, leaves, due=is_open, ready=has_chunk, finite=mx.array(True)
         )
@@ -236,7 +236,7 @@ class Tiered(Optimizer):
             leaves[name]["sum"] = mx.where(finite, total, leaves[name]["sum"])
         return finite
 
-    def _gradients_to_apply(self, flat: Flat, leaves: StateByParameter) -> Flat:
+    def _new_or_accumulated_gradients(self, flat: Flat, leaves: StateByParameter) -> Flat:
         """The gradients that would be applied now: as given, or the mean or sum of a chunk."""
         combined = {}
         for name, leaf in leaves.items():

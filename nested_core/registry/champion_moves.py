@@ -136,7 +136,7 @@ def rollback(
     folder = find_name_folder(registry, name)
     with exclusive_folder_lock(folder) as lock:
         state = recover_after_crash(folder, lock)
-        is_expected = isinstance(expected_champion, Unset) or _is_expected(
+        is_expected = isinstance(expected_champion, Unset) or _is_expected_champion(
             state.champion, expected_champion
         )
         if not is_expected and state.champion is not None:
@@ -165,12 +165,13 @@ def _find_refusal(
         return "already_champion"
     if automatic and version in state.ledger.barred_versions():
         return "barred"
-    if not isinstance(expected, Unset) and not _is_expected(state.champion, expected):
+    if not isinstance(expected, Unset) and not _is_expected_champion(state.champion, expected):
         return "superseded"
     return None
 
 
-def _is_expected(champion: str | None, expected: str | None) -> bool:
+def _is_expected_champion(champion: str | None, expected: str | None) -> bool:
+    """Whether the champion's version begins as expected; None expects that there is none."""
     if champion is None or expected is None:
         return champion is expected
     return VERSION_PREFIX_PATTERN.fullmatch(expected) is not None and champion.startswith(expected)

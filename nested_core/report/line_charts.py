@@ -201,13 +201,13 @@ def _logarithmic_ticks(low: float, high: float) -> list[float]:
     return inside[::every]
 
 
-def _format_tick(value: Any, place: int, count: int) -> str:
+def _format_tick(value: Any, _index: int, _tick_count: int) -> str:
     number = float(value)
     return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.4g}"
 
 
-def _format_power(value: Any, place: int, count: int) -> str:
-    return _format_tick(10.0 ** float(value), place, count)
+def _format_power(value: Any, _index: int, _tick_count: int) -> str:
+    return _format_tick(10.0 ** float(value), _index, _tick_count)
 
 
 @dataclass(frozen=True)

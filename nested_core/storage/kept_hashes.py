@@ -19,7 +19,7 @@ from pathlib import Path
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.atomic import write_bytes
 from nested_core.storage.compiled_kernels import cache_folder
-from nested_core.storage.private_folder import make_private_folder
+from nested_core.storage.private_folder import make_folder_only_user_may_write
 from nested_core.storage.strict_files import open_regular, parse_json, read_start, regular_sha256
 
 FOLDER_NAME = "hashes"
@@ -84,7 +84,9 @@ def _private_cache_folder() -> Path | None:
     """The folder of the entries, made if it is missing; None if it cannot be used safely."""
     try:
         folder = cache_folder() / FOLDER_NAME
-        make_private_folder(folder, "hashes", "pass another base model as the one of a training")
+        make_folder_only_user_may_write(
+            folder, "hashes", "pass another base model as the one of a training"
+        )
     except (ConfigError, OSError, RuntimeError):
         return None
     return folder

@@ -209,6 +209,12 @@ def test_a_block_or_url_that_cannot_be_used_is_refused(
         find_or_make_block(client, notify)
 
 
+def test_a_url_that_lacks_its_scheme_is_not_repeated(client: SyncPrefectClient) -> None:
+    with pytest.raises(ConfigError, match="begins with https://") as refused:
+        find_or_make_block(client, "hooks.example.org/services/a-secret")
+    assert "a-secret" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("free", "checkpoint", "is_full"),
     [(10, None, False), (9, None, True), (30, 10, False), (29, 10, True)],

@@ -12,7 +12,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.commands.deployment import read_notify
 from flows.deploy import _make_work_pools
-from flows.deployment_plan import read_yaml
+from flows.deployment_plan import read_deployments_yaml
 from flows.packaged_files import packaged_folder
 from nested_core.errors import ConfigError
 from tests.flows.conftest import Ended
@@ -50,7 +50,7 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
     prefect_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two machines that start together may deploy together."""
-    pools = read_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]
+    pools = read_deployments_yaml(packaged_folder("deployments") / "work-pools.yaml")["work_pools"]
     template = ProcessWorker.get_default_base_job_template
     with get_client(sync_client=True) as client:
 

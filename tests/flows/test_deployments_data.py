@@ -196,6 +196,32 @@ def test_a_file_of_ones_own_names_one_adapter_and_is_left_as_it_is(tmp_path: Pat
         make_plan(file)
 
 
+TRAINS = {"name": "mine", "entrypoint": "flows.finetune.finetune"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([TRAINS], "expected keys and values"),
+        (None, "expected keys and values"),
+        ({"deployment": [TRAINS]}, "expected the list `deployments`"),
+        ({"deployments": TRAINS}, "expected the list `deployments`"),
+        ({"deployments": [TRAINS]}, "parameters.config where it trains"),
+        ({"deployments": [TRAINS | {"parameters": None}]}, "parameters.config where it trains"),
+        ({"deployments": [{"name": "mine"}]}, "each with a name and an entrypoint"),
+    ],
+)
+def test_a_file_of_ones_own_that_is_none_is_refused(
+    tmp_path: Path, content: Any, expected: str
+) -> None:
+    file = tmp_path / "prefect.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as refused:
+        make_plan(file)
+    assert f"{file}: " in str(refused.value)
+    assert expected in str(refused.value)
+
+
 def test_alerts_are_told_by_the_type_of_a_state_and_by_no_name_that_is_ours() -> None:
     """States of ours are named by their outcome; Late is a name that Prefect's server gives."""
     expected = {event for each in PLAN.automations for event in each["trigger"]["expect"]}

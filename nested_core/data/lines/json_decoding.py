@@ -88,9 +88,9 @@ def _refuse_repeated_key(raw: bytes) -> None:
     json.loads(raw, object_pairs_hook=refuse)
 
 
-def _refuse_nan_and_infinity(text: str) -> None:
+def _refuse_nan_and_infinity(json_line: str) -> None:
     """Python writes and reads NaN and Infinity, which JSON does not have."""
-    for match in _NAN_OR_INFINITY_PATTERN.finditer(text):
+    for match in _NAN_OR_INFINITY_PATTERN.finditer(json_line):
         if word := match[1]:
             where = f"column {match.start() + 1}"
             raise LineProblem("bad-json", f"not valid JSON at {where}: {word} is no JSON number")

@@ -28,7 +28,7 @@ from nested_core.gate.answers.suite_answers import EncodedSuite
 from nested_core.models.generation import Answer
 from nested_core.storage.atomic import canonical_json, write_json
 from nested_core.storage.compiled_kernels import cache_folder
-from nested_core.storage.private_folder import make_private_folder
+from nested_core.storage.private_folder import make_folder_only_user_may_write
 from nested_core.storage.strict_files import read_json, regular_sha256
 
 MAX_CACHE_FILE_BYTES = 256 * 2**20
@@ -87,7 +87,9 @@ class AnswerCache:
 
     def _path(self, model: AnsweringModelDigests, encoded: EncodedSuite) -> Path:
         """The file of a model and a suite, in a folder that nobody else can write to."""
-        make_private_folder(self.folder, "answers", "have any adapter look better than another")
+        make_folder_only_user_may_write(
+            self.folder, "answers", "have any adapter look better than another"
+        )
         return self.folder / f"{_cache_key(model, encoded)}.json"
 
     def _remove_unused(self) -> None:

@@ -14,7 +14,7 @@ from nested_core.kernels.cuda.kernel_launch import (
     MAX_THREADS_PER_BLOCK,
     launch_kernel,
 )
-from nested_core.kernels.cuda.lora_add import LowRankSumTerms, random_low_rank_sum
+from nested_core.kernels.cuda.lora_add import LowRankSumTerms, random_low_rank_sum_terms
 from nested_core.kernels.cuda.rank_tiles import RANKS_PER_TILE
 from nested_core.kernels.cuda.self_check import checked_kernel
 
@@ -64,9 +64,9 @@ def _example_gate_up_gradient(
     """Gate, up and gradient, with warps that compute rows more than once."""
     return [
         (
-            random_low_rank_sum(RANKS_PER_TILE * tiles, 4128),
-            random_low_rank_sum(RANKS_PER_TILE, 4128),
-            random_low_rank_sum(RANKS_PER_TILE, 4128),
+            random_low_rank_sum_terms(RANKS_PER_TILE * tiles, 4128),
+            random_low_rank_sum_terms(RANKS_PER_TILE, 4128),
+            random_low_rank_sum_terms(RANKS_PER_TILE, 4128),
         )
     ]
 

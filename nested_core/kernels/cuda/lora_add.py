@@ -74,7 +74,7 @@ def low_rank_sums_in_mlx(sums: Sums) -> Sequence[mx.array]:
     return [each.computed_in_float32().astype(each.base.dtype) for each in sums]
 
 
-def random_low_rank_sum(rank: int, width: int) -> LowRankSumTerms:
+def random_low_rank_sum_terms(rank: int, width: int) -> LowRankSumTerms:
     """A sum of random numbers whose two terms are of one size; it has 2,010 rows."""
     base, z, factor = random_arrays(
         (2010, width), (rank, 2010), (rank, width), dtype=mx.float32, seed=rank + width
@@ -89,8 +89,8 @@ def _example_inputs(tiles: int) -> list[tuple[Sums]]:
     return [
         (
             [
-                random_low_rank_sum(RANKS_PER_TILE * tiles, 160),
-                random_low_rank_sum(RANKS_PER_TILE, 4128),
+                random_low_rank_sum_terms(RANKS_PER_TILE * tiles, 160),
+                random_low_rank_sum_terms(RANKS_PER_TILE, 4128),
             ],
         )
     ]

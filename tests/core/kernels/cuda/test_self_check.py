@@ -21,10 +21,10 @@ Fault = Callable[[mx.array], mx.array]
 @pytest.fixture
 def narrower(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums of fewer columns: only a kernel needs so many, and MLX takes seconds for them."""
-    example = lora_add.random_low_rank_sum
+    example = lora_add.random_low_rank_sum_terms
     for module in (lora_add, gated_mlp):
         monkeypatch.setattr(
-            module, "random_low_rank_sum", lambda rank, width: example(rank, min(width, 160))
+            module, "random_low_rank_sum_terms", lambda rank, width: example(rank, min(width, 160))
         )
 
 
