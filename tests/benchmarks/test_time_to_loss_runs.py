@@ -101,7 +101,14 @@ def test_ours_are_measured_beyond_the_rival_s_last_step_but_tuned_at_it(study: P
     assert [last[arm, 1] for arm in ARMS] == [48, 64]
 
 
-@pytest.mark.parametrize("arm", ["mlx_lm", "ours+1-2-4+accumulate+scaled", "ours+frozen+deep"])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        "mlx_lm",
+        pytest.param("ours+1-2-4+accumulate+scaled", marks=pytest.mark.reliability),
+        "ours+frozen+deep",
+    ],
+)
 def test_it_runs_with_mlx_mlx_lm_and_numpy_alone(study: Path, tmp_path: Path, arm: str):
     rows = tmp_path / "ROWS.jsonl"
     job = json.dumps(["tiny", arm, 0, 1e-3])

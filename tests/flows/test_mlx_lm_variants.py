@@ -59,8 +59,8 @@ TRAINED_HERE = tuple(
     for variant in EXAMPLES + TRAINED
     if variant.name
     in {
-        *("lora_config.yaml", "dora", "full", "embeddings", "from an adapter"),
-        *("trust_remote_code", "accumulation, remainder", "no snapshot"),
+        *("lora_config.yaml", "lora_config.yaml, wandb", "dora", "full", "embeddings"),
+        *("from an adapter", "trust_remote_code", "accumulation, remainder", "no snapshot"),
     }
 )
 FLAG_VARIANTS = flag_variants()

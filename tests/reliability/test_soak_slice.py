@@ -18,7 +18,7 @@ FULL = [pytest.mark.reliability, pytest.mark.timeout(7200)]
 @pytest.mark.parametrize(
     ("volume", "count", "figures"),
     [
-        pytest.param("--kills", 3, "3 kills in ", marks=pytest.mark.timeout(600)),
+        pytest.param("--kills", 2, "2 kills in ", marks=pytest.mark.timeout(600)),
         pytest.param("--kills", 100, "100 kills in ", marks=FULL),
         pytest.param("--corruptions", 999, "333 corruptions of 14 files of a verdict", marks=FULL),
     ],
