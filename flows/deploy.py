@@ -7,25 +7,28 @@ at once leave one of everything.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import httpx
-import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.events.schemas.automations import Automation, AutomationCore
-from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.exceptions import (
+    MissingFlowError,
+    ObjectAlreadyExists,
+    ObjectNotFound,
+    ScriptError,
+)
+from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import get_current_settings
+from prefect.utilities.callables import parameter_schema
 from prefect.workers.process import ProcessWorker
 
 from flows.alerts import alert_action, alert_block, find_or_make_block
@@ -34,12 +37,15 @@ from flows.deployment_plan import (
     DeploymentPlan,
     adapter_of,
     full_name,
-    prefect_yaml_variables,
 )
-from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.errors import ConfigError
 
 TAG = "nested-tune"
-MAX_SHOWN_OUTPUT_LINES = 8
+SCHEDULES_BY_KEY: dict[str, type[CronSchedule | IntervalSchedule | RRuleSchedule]] = {
+    "cron": CronSchedule,
+    "interval": IntervalSchedule,
+    "rrule": RRuleSchedule,
+}
 NO_ALERTS_WARNING = (
     "alerts: NOBODY IS TOLD of a run that failed, crashed or is late. Make a notification block in "
     "the UI under Blocks, and give it: nested-tune deploy --notify TYPE/NAME, or --notify @FILE "
@@ -68,8 +74,8 @@ def deploy(plan: DeploymentPlan, notify: str | None = None) -> Iterator[str]:
         there = read_server_deployments(client)
         outdated = find_outdated(there, plan)
         _keep_schedules(plan, there, outdated)
-        _run_prefect_deploy(plan.project)
         for deployment in plan.deployments:
+            put_deployment(client, deployment, plan.project["pull"])
             yield _describe_deployment(client, deployment)
         for old in outdated:
             with suppress(ObjectNotFound):  # by another deploy, just now
@@ -141,23 +147,56 @@ def _keep_schedules(
             schedule["active"] = is_active.get(schedule.get("slug"), schedule["active"])
 
 
-def _run_prefect_deploy(project: dict[str, Any]) -> None:
-    """Hand the project to Prefect's own command: its file format is Prefect's to read."""
-    with tempfile.TemporaryDirectory(prefix="nested-tune-") as folder:
-        file = Path(folder) / "prefect.yaml"
-        file.write_text(yaml.safe_dump(project, sort_keys=False), encoding="utf-8")
-        command = ["--no-prompt", "deploy", "--all", "--prefect-file", str(file)]
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", *command],
-            env=os.environ | prefect_yaml_variables(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-    if done.returncode != 0:
-        lines = "\n".join(done.stdout.strip().splitlines()[-MAX_SHOWN_OUTPUT_LINES:])
-        raise NestedTuneError(f"`prefect deploy` failed; what it said last:\n{lines}")
+def put_deployment(
+    client: SyncPrefectClient, planned: dict[str, Any], pull: list[dict[str, Any]]
+) -> None:
+    """Make or replace one deployment by the client's own calls.
+
+    `prefect deploy` would resolve {{ ... }} in every value, a person's prompts too, from blocks,
+    variables and the environment of whoever deploys.
+    """
+    try:
+        flow: Flow[..., Any] = load_flow_from_entrypoint(planned["entrypoint"])
+        schedules = [_read_schedule(each) for each in planned.get("schedules") or ()]
+        concurrency = planned.get("concurrency_limit") or {}
+        options = {key: value for key, value in concurrency.items() if key != "limit"}
+        concurrency_options = ConcurrencyOptions.model_validate(options) if options else None
+    except (ScriptError, MissingFlowError, ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"deployment {full_name(planned)}: {type(error).__name__}: {error!s:.500} Expected an "
+            "entrypoint, schedules and a concurrency_limit as in deployments/prefect.yaml."
+        ) from error
+    work_pool = planned["work_pool"]
+    client.create_deployment(
+        client.create_flow(flow),
+        planned["name"],
+        entrypoint=planned["entrypoint"],
+        version=flow.version,
+        description=planned.get("description"),
+        tags=planned.get("tags"),
+        parameters=planned.get("parameters"),
+        parameter_openapi_schema=parameter_schema(flow).model_dump(exclude_unset=True),
+        enforce_parameter_schema=True,
+        work_pool_name=work_pool["name"],
+        work_queue_name=work_pool.get("work_queue_name"),
+        job_variables=work_pool.get("job_variables"),
+        schedules=schedules,
+        concurrency_limit=concurrency.get("limit"),
+        concurrency_options=concurrency_options,
+        pull_steps=pull,
+    )
+
+
+def _read_schedule(planned: dict[str, Any]) -> DeploymentScheduleCreate:
+    """A schedule as prefect.yaml writes it: cron, interval or rrule, beside slug and active."""
+    found = [schedule for key, schedule in SCHEDULES_BY_KEY.items() if key in planned]
+    if len(found) != 1:
+        raise ValueError(f"A schedule has one of {', '.join(SCHEDULES_BY_KEY)}: {planned}.")
+    own = {key: value for key, value in planned.items() if key in ("slug", "active")}
+    rest = {key: value for key, value in planned.items() if key not in own}
+    if unknown := rest.keys() - found[0].model_fields.keys():
+        raise ValueError(f"A schedule has no {', '.join(sorted(unknown))}: {planned}.")
+    return DeploymentScheduleCreate(schedule=found[0].model_validate(rest), **own)
 
 
 def _describe_deployment(client: SyncPrefectClient, deployment: dict[str, Any]) -> str:

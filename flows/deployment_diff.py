@@ -17,7 +17,7 @@ from flows.deploy import (
     find_outdated,
     read_server_deployments,
 )
-from flows.deployment_plan import DeploymentPlan, full_name, prefect_yaml_variables
+from flows.deployment_plan import DeploymentPlan, full_name
 
 MISSING = "-"
 Outcome = Literal["puts it", "keeps the server's", "removes it"]
@@ -145,31 +145,22 @@ def _describe_on_server(deployment: ServerDeployment) -> dict[str, Any]:
 
 
 def _describe_in_file(plan: DeploymentPlan, deployment: dict[str, Any]) -> dict[str, Any]:
-    """The same keys as prefect.yaml gives them, with its variables filled in."""
+    """The same keys as the plan has them."""
     described = {
         "entrypoint": deployment["entrypoint"],
         "description": deployment.get("description"),
         "tags": sorted(deployment.get("tags", ())),
-        "work_pool": {"job_variables": {}}
-        | _replace_environment_variables(deployment["work_pool"]),
+        "work_pool": {"job_variables": {}} | deployment["work_pool"],
         "schedules": {
             str(each.get("slug")): {k: v for k, v in each.items() if k != "slug"}
             for each in deployment.get("schedules", ())
         },
-        "pull": _replace_environment_variables(plan.project.get("pull")),
+        "pull": plan.project["pull"],
         "parameters": deployment.get("parameters", {}),
     }
     if "concurrency_limit" in deployment:
         described["concurrency_limit"] = deployment["concurrency_limit"]
     return described
-
-
-def _replace_environment_variables(value: Any) -> Any:
-    """A copy with the environment variables of prefect.yaml replaced."""
-    text = json.dumps(value)
-    for name, content in prefect_yaml_variables().items():
-        text = text.replace(f"{{{{ ${name} }}}}", json.dumps(content)[1:-1])
-    return json.loads(text)
 
 
 def _describe_automation(automation: AutomationCore) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,17 @@ from nested_core.storage.strict_files import read_regular
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
 FINETUNE_ENTRYPOINT, SWEEP_ENTRYPOINT = "flows.finetune.finetune", "flows.sweep.sweep"
 RECONCILE_ENTRYPOINT = "flows.reconcile.reconcile"
-PLACEHOLDER_PATTERN = re.compile(r"\{\{ *(adapter|registry) *\}\}")
+PLACEHOLDER_PATTERN = re.compile(r"\{\{ *(adapter|registry|\$NESTED_TUNE_\w+) *\}\}")
+ENTER_HOME = [  # the pull step of a file that has none
+    {"prefect.deployments.steps.set_working_directory": {"directory": f"{{{{ ${HOME} }}}}"}}
+]
 MAX_FILE_BYTES = 1024 * 1024
+# What a file of deployments may have, as Prefect's own format calls it; anything else is refused.
+PROJECT_KEYS = frozenset({"name", "prefect-version", "pull", "definitions", "deployments"})
+DEPLOYMENT_KEYS = frozenset(
+    {"name", "entrypoint", "description", "tags", "work_pool", "concurrency_limit", "schedules"}
+    | {"parameters"}
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,10 @@ class DeploymentPlan:
 def make_plan(file: Path | None = None, config: Path | None = None) -> DeploymentPlan:
     """The plan for a configuration and a prefect.yaml, or for those that are shipped.
 
-    A configuration wins over the keys that the deployments of `file` give. ConfigError where the
-    adapter's name is not known, or where a deployment that trains would be refused by its flow.
+    A configuration wins over the keys that the deployments of `file` give. Placeholders of `file`
+    are replaced and nothing else is: a configuration that trains, from either file, keeps each of
+    its characters. ConfigError where the adapter's name is not known, or where a deployment that
+    trains would be refused by its flow.
     """
     folder = packaged_folder("deployments")
     if config is None and file is None:
@@ -57,14 +67,18 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
     project_file = file or folder / "prefect.yaml"
     project = read_deployments_yaml(project_file)
     _require_deployments(project, project_file)
-    for deployment in project["deployments"]:
-        _fill_in_configuration(deployment, given)
-    adapter, registry = _find_adapter(project, config or file)
-    values = {"adapter": adapter, "registry": registry}
+    configurations = [
+        _take_configuration(deployment, given) for deployment in project["deployments"]
+    ]
+    adapter, registry = _find_adapter(configurations, config or file)
+    values = {"adapter": adapter, "registry": registry} | _environment_values()
+    project = replace_placeholders({"pull": ENTER_HOME} | project, values)
+    for deployment, configuration in zip(project["deployments"], configurations, strict=True):
+        _put_configuration(deployment, configuration)
     plan = DeploymentPlan(
         adapter=adapter,
         registry=registry,
-        project=replace_placeholders(project, values),
+        project=project,
         work_pools=read_deployments_yaml(folder / "work-pools.yaml")["work_pools"],
         automations=read_deployments_yaml(folder / "automations.yaml")["automations"],
     )
@@ -89,13 +103,24 @@ def _require_deployments(project: dict[str, Any], path: Path) -> None:
     deployments = project.get("deployments")
     if not isinstance(deployments, list) or not all(map(_is_deployment, deployments)):
         raise ConfigError(
-            f"{path}: expected the list `deployments`, each with a name and an entrypoint, and "
-            "parameters.config where it trains, as in deployments/prefect.yaml."
+            f"{path}: expected the list `deployments`, each with a name, an entrypoint and a "
+            "work_pool with a name, and parameters.config where it trains, as in "
+            "deployments/prefect.yaml."
+        )
+    unknown = project.keys() - PROJECT_KEYS
+    unknown |= {key for deployment in deployments for key in deployment.keys() - DEPLOYMENT_KEYS}
+    if unknown:
+        raise ConfigError(
+            f"{path}: `nested-tune deploy` does not know {', '.join(sorted(map(str, unknown)))}. "
+            f"Expected at the top {', '.join(sorted(PROJECT_KEYS))}, and of a deployment "
+            f"{', '.join(sorted(DEPLOYMENT_KEYS))}."
         )
 
 
 def _is_deployment(value: object) -> bool:
-    if not isinstance(value, dict) or not {"name", "entrypoint"} <= value.keys():
+    if not isinstance(value, dict) or not {"name", "entrypoint", "work_pool"} <= value.keys():
+        return False
+    if not isinstance(value["work_pool"], dict) or "name" not in value["work_pool"]:
         return False
     config = (value.get("parameters") or {}).get("config")
     if value["entrypoint"] == SWEEP_ENTRYPOINT:
@@ -120,11 +145,14 @@ def adapter_of(parameters: dict[str, Any]) -> str | None:
     return None if name is None else str(name)
 
 
-def prefect_yaml_variables() -> dict[str, str]:
-    """The environment variables that prefect.yaml names: the runs' home and their interpreter."""
+def _environment_values() -> dict[str, str]:
+    """What `{{ $NESTED_TUNE_... }}` stands for: the runs' home and their interpreter.
+
+    No other variable of the environment is put into anything that the server is given.
+    """
     home = os.environ.get(HOME) or str(Path.cwd())
     interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
-    return {HOME: home, INTERPRETER: interpreter}
+    return {f"${HOME}": home, f"${INTERPRETER}": interpreter}
 
 
 def _drop_nulls(values: dict[str, Any]) -> dict[str, Any]:
@@ -132,13 +160,21 @@ def _drop_nulls(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _fill_in_configuration(deployment: dict[str, Any], given: dict[str, Any]) -> None:
-    """Lay a configuration's keys over those of a deployment that trains."""
-    config = deployment.get("parameters", {}).get("config")
+def _take_configuration(deployment: dict[str, Any], given: dict[str, Any]) -> dict[str, Any] | None:
+    """Take the configuration out of a deployment that trains, with `given` laid over it."""
     if deployment["entrypoint"] == FINETUNE_ENTRYPOINT:
-        deployment["parameters"]["config"] = _merge_config(config, given)
+        return _merge_config(deployment["parameters"].pop("config"), given)
+    if deployment["entrypoint"] == SWEEP_ENTRYPOINT:
+        return _merge_config(deployment["parameters"]["config"].pop("base"), given)
+    return None
+
+
+def _put_configuration(deployment: dict[str, Any], configuration: dict[str, Any] | None) -> None:
+    """Put a configuration back where it was taken from."""
+    if deployment["entrypoint"] == FINETUNE_ENTRYPOINT:
+        deployment["parameters"]["config"] = configuration
     elif deployment["entrypoint"] == SWEEP_ENTRYPOINT:
-        config["base"] = _merge_config(config["base"], given)
+        deployment["parameters"]["config"]["base"] = configuration
 
 
 def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -152,19 +188,11 @@ def _merge_config(shipped: dict[str, Any], given: dict[str, Any]) -> dict[str, A
     return merged
 
 
-def _training_configurations(project: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The configuration of each deployment that trains."""
-    for deployment in project["deployments"]:
-        config = deployment.get("parameters", {}).get("config", {})
-        if deployment["entrypoint"] == FINETUNE_ENTRYPOINT:
-            yield config
-        elif deployment["entrypoint"] == SWEEP_ENTRYPOINT:
-            yield config["base"]
-
-
-def _find_adapter(project: dict[str, Any], source: Path | None) -> tuple[str, str]:
+def _find_adapter(
+    configurations: list[dict[str, Any] | None], source: Path | None
+) -> tuple[str, str]:
     """The registry's name and path that all deployments that train agree on."""
-    sections = [config.get("registry") or {} for config in _training_configurations(project)]
+    sections = [config.get("registry") or {} for config in configurations if config is not None]
     named = {(section.get("name"), section.get("path")) for section in sections}
     adapter, registry = named.pop() if len(named) == 1 else (None, None)
     if adapter is None or registry is None:
@@ -177,13 +205,13 @@ def _find_adapter(project: dict[str, Any], source: Path | None) -> tuple[str, st
 
 
 def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
-    """A copy with {{ adapter }} and {{ registry }} replaced in every text."""
+    """A copy with the placeholders that `values` has replaced in every text, once each."""
     if isinstance(value, dict):
         return {key: replace_placeholders(inner, values) for key, inner in value.items()}
     if isinstance(value, list):
         return [replace_placeholders(inner, values) for inner in value]
     if isinstance(value, str):
-        return PLACEHOLDER_PATTERN.sub(lambda found: values[found[1]], value)
+        return PLACEHOLDER_PATTERN.sub(lambda found: values.get(found[1], found[0]), value)
     return value
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from prefect.client.orchestration import get_client
 from prefect.workers.process import ProcessWorker
 
 from flows.commands.deployment import read_notify
-from flows.deploy import _make_work_pools
-from flows.deployment_plan import read_deployments_yaml
+from flows.deploy import _make_work_pools, deploy, put_deployment
+from flows.deployment_diff import find_differences
+from flows.deployment_plan import make_plan, read_deployments_yaml
 from flows.packaged_files import packaged_folder
 from nested_core.errors import ConfigError
 from tests.flows.conftest import Ended
@@ -63,3 +65,97 @@ def test_work_pools_that_another_deploy_makes_meanwhile_are_made(
         first, again = list(_make_work_pools(client, pools)), list(_make_work_pools(client, pools))
     assert "made, limit" in first[0]
     assert all("there already" in line for line in [*first[1:], *again])
+
+
+TEMPLATES = [
+    "Hello {{ name }}, bye",
+    "{{ whole }}",
+    "{{ $HF_TOKEN }}",
+    "{{ adapter }} of {{ registry }} in {{ $NESTED_TUNE_HOME }}",
+    "{{ prefect.variables.x }} {{ prefect.blocks.secret.y }} {{ $",
+]
+
+
+def test_a_configurations_own_braces_reach_the_server_and_no_variable_of_the_environment(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_only_in_tests")
+    monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path))
+    content = {
+        "model": "models/{{ $HF_TOKEN }}",
+        "data": "data/{{ name }}",
+        "samples": TEMPLATES,
+        "registry": {"path": "registry {{ x }}", "name": "braces"},
+    }
+    config = tmp_path / "braces.yaml"
+    config.write_text(yaml.safe_dump(content))
+    plan = make_plan(config=config)
+    list(deploy(plan))
+    with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name("finetune/braces-nightly")
+        sweep = client.read_deployment_by_name("sweep/braces-sweep")
+        hourly = client.read_deployment_by_name("reconcile/braces-hourly")
+        everything = client.request("POST", "/deployments/filter", json={}).text
+        run = client.create_flow_run_from_deployment(nightly.id)
+        for deployment in client.read_deployments():
+            client.delete_deployment(deployment.id)
+    for values in (nightly.parameters["config"], sweep.parameters["config"]["base"]):
+        assert {key: values[key] for key in content.keys() - {"registry"}} == {
+            key: content[key] for key in content.keys() - {"registry"}
+        }
+    assert run.parameters["config"]["samples"] == TEMPLATES
+    assert hourly.parameters["config"]["registry"] == "registry {{ x }}"
+    assert nightly.pull_steps is not None
+    assert nightly.pull_steps[0]["prefect.deployments.steps.set_working_directory"] == {
+        "directory": str(tmp_path)
+    }
+    assert nightly.job_variables["command"].endswith(" -m prefect.engine")
+    assert "$" not in nightly.job_variables["command"]
+    assert "hf_only_in_tests" not in everything
+
+
+def test_what_was_deployed_differs_from_its_file_in_nothing(
+    prefect_server: None, tmp_path: Path
+) -> None:
+    config = tmp_path / "braces.yaml"
+    registry = {"path": "registry", "name": "same"}
+    content = {"model": "m", "data": "d", "samples": TEMPLATES, "registry": registry}
+    config.write_text(yaml.safe_dump(content))
+    plan = make_plan(config=config)
+    list(deploy(plan))
+    own = [each for each in find_differences(plan) if each.name.startswith("deployment ")]
+    config.write_text(yaml.safe_dump(content | {"samples": ["Hello , bye"]}))
+    changed = [
+        each
+        for each in find_differences(make_plan(config=config))
+        if each.key == "parameters.config.samples"
+    ]
+    with get_client(sync_client=True) as client:
+        for deployment in client.read_deployments():
+            client.delete_deployment(deployment.id)
+    assert own == []
+    assert len(changed) == 2
+    assert "Hello {{ name }}, bye" in changed[0].server
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"entrypoint": "flows.nowhere.flow"}, "No module named 'flows.nowhere'"),
+        ({"entrypoint": "flows.finetune.nothing"}, "nothing"),
+        ({"schedules": [{"cronn": "0 2 * * *"}]}, "one of cron, interval, rrule"),
+        ({"schedules": [{"cron": "0 2 * *"}]}, "cron"),
+        ({"schedules": [{"cron": "0 2 * * *", "zone": "UTC"}]}, "has no zone"),
+        ({"concurrency_limit": {"limit": 1, "collision_strategy": "WAIT"}}, "WAIT"),
+    ],
+)
+def test_a_deployment_that_cannot_be_made_is_refused_with_its_name(
+    prefect_server: None, changes: dict[str, Any], expected: str
+) -> None:
+    planned = make_plan().deployments[3] | changes
+    with (
+        get_client(sync_client=True) as client,
+        pytest.raises(ConfigError, match="geography-approved") as refused,
+    ):
+        put_deployment(client, planned, [])
+    assert expected in str(refused.value)

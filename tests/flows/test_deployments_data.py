@@ -196,7 +196,9 @@ def test_a_file_of_ones_own_names_one_adapter_and_is_left_as_it_is(tmp_path: Pat
         make_plan(file)
 
 
-TRAINS = {"name": "mine", "entrypoint": "flows.finetune.finetune"}
+TRAINS: dict[str, Any] = {"name": "mine", "entrypoint": "flows.finetune.finetune"}
+TRAINS |= {"work_pool": {"name": "mlx-gpu"}}
+COMPLETE = TRAINS | {"parameters": {"config": SUPPORT}}
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,10 @@ TRAINS = {"name": "mine", "entrypoint": "flows.finetune.finetune"}
         ({"deployments": TRAINS}, "expected the list `deployments`"),
         ({"deployments": [TRAINS]}, "parameters.config where it trains"),
         ({"deployments": [TRAINS | {"parameters": None}]}, "parameters.config where it trains"),
-        ({"deployments": [{"name": "mine"}]}, "each with a name and an entrypoint"),
+        ({"deployments": [{"name": "mine"}]}, "each with a name, an entrypoint and a work_pool"),
+        ({"deployments": [COMPLETE | {"work_pool": None}]}, "a work_pool with a name"),
+        ({"deployments": [COMPLETE | {"triggers": []}]}, "does not know triggers"),
+        ({"deployments": [COMPLETE], "build": None}, "does not know build"),
     ],
 )
 def test_a_file_of_ones_own_that_is_none_is_refused(
