@@ -270,7 +270,10 @@ TRAINED = (
     ),
     Variant(name="tools", yaml="data: $tools\n", shows="chats that call tools"),
     Variant(
-        name="grad_checkpoint", yaml="grad_checkpoint: true\n", shows="recomputed layers, same loss"
+        name="grad_checkpoint",
+        yaml="grad_checkpoint: true\n",
+        shows="recomputed layers, same loss; with dropout mlx_lm.lora takes the gradient under "
+        "other masks than the loss",
     ),
     Variant(name="all layers", yaml="num_layers: -1\n", shows="-1 is every layer"),
     Variant(name="0 layers", yaml="num_layers: 0\n", shows="0 is every layer too"),

@@ -37,7 +37,7 @@ def using_optimized_layers(
     `recomputed` are the layers under gradient checkpointing; `as_mlx_lm` leaves everything else to
     mlx-lm.
     """
-    with checkpointing_layers(recomputed):
+    with checkpointing_layers(recomputed, keep_dropout_masks=not as_mlx_lm):
         if as_mlx_lm:
             yield
             return
