@@ -19,6 +19,7 @@ from flows.run_follower import showing_run
 from flows.terminal import print_line, print_progress, print_table, print_tiers
 from nested_core.config.loading import load_config
 from nested_core.config.schema import FineTuneConfig
+from nested_core.storage.output_places import require_free_place
 from nested_core.storage.run_directory import RunDirectory, new_run_name
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.loss_format import format_loss
@@ -45,6 +46,7 @@ def run_demo(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.registry.champion_link import LINK_NAME
 
     out: Path = arguments.out or Path("demo-broken" if arguments.break_training else "demo")
+    require_free_place(out, "--out")
     run = RunDirectory(out / "runs" / new_run_name())
     config = example_config(out / "registry")
     print_progress(

@@ -13,6 +13,7 @@ from flows.commands.config_flags import add_config_flags, load_config_from_flags
 from flows.terminal import print_line, print_page, print_progress
 from nested_core.errors import ConfigError
 from nested_core.storage.atomic import write_bytes
+from nested_core.storage.output_places import require_output_file
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -41,11 +42,12 @@ def run_init(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.pipeline.suggested_config import suggest_config
 
     output: Path | None = arguments.output
-    if output is not None and os.path.lexists(output):
+    target = None if output is None else require_output_file(output, "-o")
+    if target is not None and os.path.lexists(target):
         raise ConfigError(f"{output} exists, and is not written over. Give another name after -o.")
     text = suggest_config(arguments.model, arguments.data)
-    if output is not None:
-        write_bytes(output, text.encode())
+    if target is not None:
+        write_bytes(target, text.encode())
         return text_printer(f"Written: {output}. Next: nested-tune explain -c {output}")
 
     def show() -> int:

@@ -11,7 +11,8 @@ from typing import Any
 from flows.commands.command_output import result_printer
 from flows.terminal import print_line, print_page, print_progress, print_table
 from nested_core.errors import DamagedError
-from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
+from nested_core.storage.output_places import require_output_file
+from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER, RunDirectory
 
 
 def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
@@ -49,15 +50,17 @@ def run_report(arguments: argparse.Namespace) -> Callable[[], int]:
     """Write a run's page; exit 6 where a file of the run is damaged, which the page says."""
     from nested_core.report.run_page import read_report
 
+    target = RunDirectory(arguments.run_dir).report
+    if arguments.output is not None:
+        target = require_output_file(arguments.output, "-o", own_run=arguments.run_dir)
     report = read_report(arguments.run_dir)
-    target = arguments.output or report.record.run.report
     report.write(target)
     for problem in report.record.problems:
         print_progress(f"warning: {problem}")
 
     def finish() -> int:
         """Print where the page is."""
-        print_line(f"report: {target}")
+        print_line(f"report: {arguments.output or target}")
         return DamagedError.exit_code if report.record.problems else 0
 
     return finish
@@ -101,9 +104,10 @@ def run_compare(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.report.run_comparison import compare_runs
     from nested_core.storage.atomic import write_bytes
 
+    target = None if arguments.html is None else require_output_file(arguments.html, "--html")
     comparison = compare_runs(arguments.run_dirs)
-    if arguments.html is not None:
-        write_bytes(arguments.html, comparison.to_html().encode("utf-8", "replace"))
+    if target is not None:
+        write_bytes(target, comparison.to_html().encode("utf-8", "replace"))
 
     def show() -> None:
         """The figures, then the settings that differ."""
@@ -124,9 +128,10 @@ def run_card(arguments: argparse.Namespace) -> Callable[[], int]:
     from nested_core.storage.atomic import write_bytes
 
     folder: Path = arguments.name_folder
+    target = None if arguments.output is None else require_output_file(arguments.output, "-o")
     card = render_card(folder.parent, folder.name)
-    if arguments.output is not None:
-        write_bytes(arguments.output, card.encode())
+    if target is not None:
+        write_bytes(target, card.encode())
 
     def finish() -> int:
         """Print the card, or where it is."""

@@ -185,11 +185,13 @@ def _print_outcome(registry: RegistrySection, result: FinetuneResult) -> None:
 def run_flow(arguments: argparse.Namespace) -> Callable[[], int]:
     """Run the Prefect flow here, with the embedded server unless PREFECT_API_URL is set."""
     from flows.embedded_server import prefect_server
+    from nested_core.pipeline.preflight import require_output_places
     from nested_core.training.reporting_services import configured_services
 
     config = load_config_from_flags(arguments)
-    configured_services(config)  # before a server is started
     run = _open_run_directory(arguments)
+    require_output_places(config, run)  # before a server is started, as what follows
+    configured_services(config)
     parameters = config.model_dump() | {"run_dir": str(run.path), "resume": arguments.resume}
     print_progress(f"run directory: {run.path}")
     with Stopper().handling_signals(run), prefect_server() as wait_for_server:

@@ -19,7 +19,8 @@ from nested_core.registry.registration import require_usable_registry
 from nested_core.storage.adapter import WEIGHTS_NAME, make_adapter_folder
 from nested_core.storage.atomic import require_writable_place
 from nested_core.storage.checkpoint_verification import list_checkpoints
-from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.output_places import require_adapter_place, require_free_place
+from nested_core.storage.run_directory import RUN_DIR_KEY, RunDirectory
 from nested_core.storage.safetensors_files import BYTES_PER_ELEMENT, read_header
 from nested_core.storage.strict_files import open_regular, read_json_object
 from nested_core.training.reporting_services import configured_services
@@ -33,9 +34,12 @@ DEFAULT_MOMENTS = 2
 def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
     """Try what a run needs at its end, and leave nothing behind but the folder of adapter_path.
 
+    First of all where it may write.
+
     Raises ConfigError for what cannot be used, DamagedError for a registry that is damaged,
     DatasetError for suites with bad lines.
     """
+    adapter_folder = require_output_places(config, run)
     require_folder_or_hub_name(config.model)
     count_ranks(config)  # refuses a hostfile that cannot be used
     configured_services(config)  # refuses one that is not installed
@@ -43,8 +47,17 @@ def check_before_start(config: FineTuneConfig, run: RunDirectory) -> None:
         require_usable_registry(*registry_location(config.registry))
     read_suites(config.gate)
     require_writable_place(run.path, "a run directory", "--run-dir or run_dir")
-    if config.adapter_path is not None:
-        make_adapter_folder(Path(config.adapter_path))
+    if adapter_folder is not None:
+        make_adapter_folder(adapter_folder)
+
+
+def require_output_places(config: FineTuneConfig, run: RunDirectory) -> Path | None:
+    """The resolved folder of adapter_path; ConfigError where that or the run would be another's."""
+    registry = config.registry.path
+    require_free_place(run.path, RUN_DIR_KEY, own_run=run.path, registry=registry)
+    if config.adapter_path is None:
+        return None
+    return require_adapter_place(config.adapter_path, own_run=run.path, registry=registry)
 
 
 def require_room_for_checkpoints(config: FineTuneConfig, run: RunDirectory) -> None:

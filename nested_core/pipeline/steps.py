@@ -323,7 +323,7 @@ def _publish_result(run: RunDirectory, trainer: Trainer) -> TrainResult:
     offered = checkpoint_path(run.checkpoints, step)
     publish_adapter(offered, run.adapter, confirm=run.require_lock)
     if trainer.config.adapter_path is not None:
-        export_adapter(run.adapter, Path(trainer.config.adapter_path))
+        export_adapter(run.adapter, trainer.config.adapter_path, run.path)
     result = TrainResult(
         run_dir=str(run.path),
         step=state.step,

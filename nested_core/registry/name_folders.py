@@ -14,6 +14,7 @@ from nested_core.config.adapter_names import why_invalid_adapter_name
 from nested_core.errors import ConfigError, DamagedError, join_first_values, shorten
 from nested_core.registry.folder_lock import exclusive_folder_lock
 from nested_core.storage.atomic import require_writable_place, sync_path
+from nested_core.storage.output_places import require_registry_place
 from nested_core.storage.strict_files import file_type
 
 VERSIONS_FOLDER_NAME = "versions"
@@ -77,6 +78,7 @@ def name_exists(registry: Path, name: str) -> bool:
 def create_name_folder(registry: Path, name: str) -> Path:
     """The folder of `name`; it and the registry are created if they do not exist yet."""
     check_name(name)
+    require_registry_place(registry)
     _create_folders(registry)
     with exclusive_folder_lock(registry):
         _refuse_case_clash(registry, name)
@@ -88,6 +90,7 @@ def create_name_folder(registry: Path, name: str) -> Path:
 def require_creatable(registry: Path, name: str) -> None:
     """Raise what `create_name_folder` would, and make nothing."""
     check_name(name)
+    require_registry_place(registry)
     _require_folder_or_nothing(registry)
     require_writable_place(registry / name / VERSIONS_FOLDER_NAME, "a registry", "registry.path")
     if registry.is_dir():

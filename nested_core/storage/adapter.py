@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.errors import ConfigError, DamagedError, describe_first_problem
 from nested_core.storage.atomic import canonical_json, write_bytes, write_json
+from nested_core.storage.output_places import ADAPTER_PATH_KEY, require_free_place
 from nested_core.storage.safetensors_files import (
     StoredTensor,
     read_tensors,
@@ -138,23 +139,29 @@ def write_adapter(folder: Path, tensors: Mapping[str, mx.array], config: Mapping
 
 
 def make_adapter_folder(adapter_path: Path) -> None:
-    """Make the folder, so that what stands in its way is known before there is an adapter."""
-    if adapter_path.exists() and not adapter_path.is_dir():
-        raise ConfigError(f"adapter_path: {adapter_path} is a file; give a folder.")
+    """Make the folder, so that what stands in its way is known before there is an adapter.
+
+    `require_adapter_place` has looked at what it is.
+    """
     adapter_path.mkdir(parents=True, exist_ok=True)
     if not os.access(adapter_path, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(adapter_path))
 
 
-def export_snapshot(source: Path, adapter_path: Path, iteration: int) -> None:
+def export_snapshot(source: Path, adapter_path: str, run_dir: Path, iteration: int) -> None:
     """Copy an adapter as mlx_lm.lora saves one: as the current one, and under its iteration."""
-    export_adapter(source, adapter_path)
+    folder = export_adapter(source, adapter_path, run_dir)
     weights = read_regular(source / WEIGHTS_NAME)
-    write_bytes(adapter_path / f"{iteration:07d}_{WEIGHTS_NAME}", weights)
+    write_bytes(folder / f"{iteration:07d}_{WEIGHTS_NAME}", weights)
 
 
-def export_adapter(source: Path, adapter_path: Path) -> None:
-    """Copy an adapter's two files to where mlx_lm.generate --adapter-path finds them."""
-    adapter_path.mkdir(parents=True, exist_ok=True)
+def export_adapter(source: Path, adapter_path: str, run_dir: Path) -> Path:
+    """Copy a run's adapter to where mlx_lm.generate --adapter-path finds it; the folder, resolved.
+
+    ConfigError where the path leads into a registry, another run or a model by now.
+    """
+    folder = require_free_place(adapter_path, ADAPTER_PATH_KEY, own_run=run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS_NAME, CONFIG_NAME):
-        write_bytes(adapter_path / name, read_regular(source / name))
+        write_bytes(folder / name, read_regular(source / name))
+    return folder

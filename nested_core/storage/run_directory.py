@@ -20,7 +20,16 @@ from nested_core.storage.lock_file import (
     read_holder,
     shared_lock,
 )
+from nested_core.storage.output_places import (
+    RUN_CONFIG_NAME,
+    RUN_DATASET_NAME,
+    RUN_LOCK_NAME,
+    RUN_REPORT_NAME,
+    RUN_TIERS_NAME,
+    require_free_place,
+)
 
+RUN_DIR_KEY = "--run-dir or run_dir"
 DEFAULT_RUNS_FOLDER = Path("runs")  # where runs are kept without --run-dir
 LOCK_ATTEMPTS = 10
 LOCK_PAUSE_SECONDS = 0.02
@@ -40,10 +49,10 @@ class RunDirectory:
         path = self.path
 
         # What the run was asked to do, and on what.
-        self.config = path / "config.yaml"  # the resolved configuration
-        self.dataset = path / "dataset.json"  # the report of the data set
+        self.config = path / RUN_CONFIG_NAME  # the resolved configuration
+        self.dataset = path / RUN_DATASET_NAME  # the report of the data set
         self.initial = path / "initial"  # the adapter that training starts from
-        self.tiers = path / "tiers.json"  # the tier of every tensor
+        self.tiers = path / RUN_TIERS_NAME  # the tier of every tensor
 
         # What training leaves.
         self.checkpoints = path / "checkpoints"
@@ -59,11 +68,11 @@ class RunDirectory:
         self.gate_losses = path / "gate-losses.jsonl"  # the losses of each held-out example
         self.training_examples = path / "training-examples.bin"  # digests, uint64, ascending
         self.manifest = path / "MANIFEST.json"  # hashes of gate.json and of what it rests on
-        self.report = path / "report.html"  # the page to look at, made of all of these
+        self.report = path / RUN_REPORT_NAME  # the page to look at, made of all of these
 
         # What other processes see.
         self.stop_request = path / "stop.request"  # who makes this file asks training to stop
-        self.lock = path / "run.lock"  # locked while a process works here; has its id
+        self.lock = path / RUN_LOCK_NAME  # locked while a process works here; has its id
 
     def is_nonempty(self) -> bool:
         """Whether anything is in the directory yet."""
@@ -156,9 +165,11 @@ def new_run_name(started: datetime | None = None, key: str | None = None) -> str
 def open_run(path: str | Path, *, resume: bool = False) -> RunDirectory:
     """The run directory at `path`: a new one, or with `resume` one to go on with.
 
-    Raises ConfigError where there is a run and `resume` is not given, or the other way round.
+    Raises ConfigError where there is a run and `resume` is not given, or the other way round, and
+    in a registry, another run's folder or a model's.
     """
     path = Path(path)
+    require_free_place(path, RUN_DIR_KEY, own_run=path)
     run = RunDirectory(path)
     if run.is_nonempty() and not resume:
         if run.config.is_file() and not run.tiers.exists() and run.holder() is None:

@@ -210,7 +210,7 @@ class RunRecorder:
         with TemporaryDirectory(dir=run.path, prefix=TEMPORARY_PREFIX) as folder:
             write_adapter(Path(folder), adapter, self._adapter_config())
             for iteration in iterations:
-                export_snapshot(Path(folder), Path(adapter_path), iteration)
+                export_snapshot(Path(folder), adapter_path, run.path, iteration)
 
     def _export_checkpoint_if_due(self, checkpoint_folder: Path, state: TrainingState) -> None:
         """Copy a checkpoint to adapter_path where mlx_lm.lora writes a snapshot of its iteration.
@@ -219,7 +219,8 @@ class RunRecorder:
         """
         config = self.setup.config
         if config.adapter_path is not None and state.iteration % config.save_every == 0:
-            export_snapshot(checkpoint_folder, Path(config.adapter_path), state.iteration)
+            run_dir, iteration = self.setup.run.path, state.iteration
+            export_snapshot(checkpoint_folder, config.adapter_path, run_dir, iteration)
 
     def _cast_to_published_dtypes(self, values: Flat) -> Flat:
         """Trained values in the dtypes that the adapter is published in."""

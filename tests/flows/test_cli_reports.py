@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from flows.cli import main
-from nested_core.registry import promote, register
+from nested_core.registry import audit, promote, register
 from tests.core.registry.conftest import write_run
 from tests.core.report.written_runs import finished_run
 
@@ -115,3 +116,65 @@ def test_a_name_without_a_champion_or_with_a_changed_file_has_no_card(tmp_path: 
     gate.write_text(json.dumps(json.loads(gate.read_text()) | {"adapter_step": 31}))
     assert main(["card", str(registry / "capitals")]) == 6
     assert main(["card", str(registry / "nobody")]) == 2
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "run", "-o", "TARGET"],
+        ["compare", "run", "--html", "TARGET"],
+        ["card", "registry/capitals", "-o", "TARGET"],
+        ["init", "--data", "nowhere", "--model", "nothing", "-o", "TARGET"],
+        ["export-peft", "run", "--out", "TARGET"],
+        ["import-peft", "nowhere", "--model", "nothing", "--out", "TARGET"],
+        ["demo", "--out", "TARGET"],
+        ["train", "--model", "x", "--data", "nowhere", "--run-dir", "TARGET"],
+        ["train", "--model", "x", "--data", "nowhere", "--adapter-path", "TARGET"],
+        ["run", "--model", "x", "--data", "nowhere", "--adapter-path", "TARGET"],
+    ],
+    ids=lambda command: f"{command[0]} {command[-2]}",
+)
+def test_no_command_writes_into_a_registry_or_looks_at_anything_else_before_it_says_so(
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished_run(tmp_path / "run")
+    version = register(write_run(tmp_path / "other", 1), Path("registry"), "capitals", {})
+    promote(Path("registry"), "capitals", version, by="tester")
+    before = sorted(tmp_path.rglob("*"))
+    for target in ("registry/capitals/champion/adapters.safetensors", "registry/new", "other/new"):
+        if target == "other/new":
+            (tmp_path / "other" / "config.yaml").touch()
+            (tmp_path / "other" / "run.lock").touch()
+            before = sorted(tmp_path.rglob("*"))
+        assert main([target if part == "TARGET" else part for part in command]) == 2
+        assert f"{target} lies in the r" in capsys.readouterr().err
+        assert sorted(tmp_path.rglob("*")) == before
+    assert audit(Path("registry"), "capitals").findings == ()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["report", "run", "-o", "pipe"],
+        ["compare", "run", "--html", "pipe"],
+        ["card", "registry/capitals", "-o", "pipe"],
+        ["init", "--data", "nowhere", "--model", "nothing", "-o", "pipe"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_is_no_regular_file_is_not_replaced_by_a_page(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished_run(tmp_path / "run")
+    version = register(write_run(tmp_path / "other", 1), Path("registry"), "capitals", {})
+    promote(Path("registry"), "capitals", version, by="tester")
+    os.mkfifo("pipe")
+    assert main(command) == 2
+    assert main([*command[:-1], "/dev/full"]) == 2
+    assert Path("pipe").is_fifo()
+    assert Path("/dev/full").is_char_device()

@@ -40,13 +40,13 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     `model` is what PEFT is to load as the base; by default the one in adapter_config.json. Raises
     ConfigError where PEFT has no such adapter, DamagedError where the files are not sound.
     """
-    require_absent_or_empty(out)
+    require_absent_or_empty(out, own_run=folder.parent)
     # Once: the champion's link may be swapped meanwhile.
     adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
     modules = _read_factors(adapter)
     written = _make_peft_config(adapter, modules, model)
     tensors = name_tensors(modules, PEFT_NAMING)
-    with creating_adapter_folder(out) as temporary:
+    with creating_adapter_folder(out, own_run=folder.parent) as temporary:
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))

@@ -13,6 +13,7 @@ from typing import Any
 
 from nested_core.errors import ConfigError
 from nested_core.storage.atomic import new_directory
+from nested_core.storage.output_places import require_free_place
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Conversion:
 
 
 @contextmanager
-def creating_adapter_folder(out: Path) -> Iterator[Path]:
+def creating_adapter_folder(out: Path, own_run: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out`, which may exist only as an empty folder."""
     try:
-        require_absent_or_empty(out)
+        require_absent_or_empty(out, own_run)
         with new_directory(out) as folder:
             yield folder
             if out.is_dir():
@@ -49,8 +50,12 @@ def creating_adapter_folder(out: Path) -> Iterator[Path]:
         raise ConfigError(f"{out} cannot be written: {error.strerror or error}.") from error
 
 
-def require_absent_or_empty(out: Path) -> None:
-    """Raise ConfigError unless `out` does not exist or is an empty folder."""
+def require_absent_or_empty(out: Path, own_run: Path | None = None) -> None:
+    """Raise ConfigError unless `out` does not exist or is an empty folder, and in nobody's place.
+
+    In `own_run`, the run whose adapter is exported, it may lie.
+    """
+    require_free_place(out, "--out", own_run=own_run)
     if not out.exists() and not out.is_symlink():
         return
     if out.is_symlink() or not out.is_dir() or any(out.iterdir()):

@@ -33,6 +33,12 @@ def damaged_registry(folder: Path) -> dict[str, Any]:
     return registry_at(registry)
 
 
+def champion_as_adapter_path(folder: Path) -> dict[str, Any]:
+    registry = folder / "registry"
+    promote(registry, NAME, register(write_run(folder / "old", 1), registry, NAME, {}), by="ann")
+    return {"adapter_path": str(registry / NAME / "champion"), "data": "nowhere"}
+
+
 def file_in_place(folder: Path) -> dict[str, Any]:
     (folder / "file").write_text("")
     return registry_at(folder / "file" / "registry")
@@ -75,6 +81,16 @@ REFUSED = {
         },
         NestedTuneError,
         "none",
+    ),
+    "a champion as adapter_path": (
+        champion_as_adapter_path,
+        ConfigError,
+        "adapter_path: .* lies in the registry",
+    ),
+    "the new registry as adapter_path": (
+        lambda folder: registry_at(folder / "new") | {"adapter_path": str(folder / "new" / "x")},
+        ConfigError,
+        "adapter_path: .* lies in the registry",
     ),
     "a file as adapter_path": (
         lambda folder: {"adapter_path": __file__},

@@ -1,0 +1,203 @@
+"""Where a command may write: never in a registry, in another run's folder or in a model's folder.
+
+The one place that knows it for run directories, `adapter_path`, `-o`, `--out` and registries. A
+path is looked at as it will be opened: `~` expanded, links and `..` resolved. Each folder above it
+is told by the files in it, so that no other spelling, mount or link of the same folder passes.
+Reading is free everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from nested_core.errors import ConfigError
+from nested_core.storage.strict_files import FileType, file_type
+
+# Files of a run directory, and of a registry and its names (see registry/).
+RUN_CONFIG_NAME = "config.yaml"
+RUN_LOCK_NAME = "run.lock"
+RUN_DATASET_NAME = "dataset.json"
+RUN_TIERS_NAME = "tiers.json"
+RUN_REPORT_NAME = "report.html"
+REGISTRY_LOCK_NAME = ".lock"
+NAME_FOLDER_FILES = (REGISTRY_LOCK_NAME, "history.jsonl", "champion.json", "champion")
+
+# What mlx_lm.lora leaves in its adapter_path; the last is a desktop's, in any folder looked at.
+ADAPTER_FOLDER_FILES = re.compile(
+    r"(\d{7}_)?adapters\.safetensors|adapter_config\.json|\.tmp-.*|\.DS_Store"
+)
+RUNS_OWN_FOLDERS = ("initial", "checkpoints", "adapter")
+ADAPTER_PATH_KEY = "adapter_path"
+MAX_SHOWN_FILES = 3
+
+
+def resolve_path(path: str | Path) -> Path:
+    """The path as it will be opened: `~` expanded, links and `..` resolved; it need not exist."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
+def require_free_place(
+    path: str | Path,
+    what: str,
+    *,
+    own_run: Path | None = None,
+    registry: str | Path | None = None,
+) -> Path:
+    """The resolved path; ConfigError where it is another's: a registry's, a run's or a model's.
+
+    `what` is the key or flag that names it. A place in `own_run` is free. `registry` counts as one
+    before its first file is there.
+    """
+    place = resolve_path(path)
+    _refuse_owned(place, path, what, own_run, registry)
+    return place
+
+
+def require_registry_place(registry: Path) -> None:
+    """ConfigError where a registry would lie in a version, or elsewhere below another's name."""
+    for folder in (place := resolve_path(registry), *place.parents):
+        if _is_name_folder(folder):
+            raise ConfigError(
+                f"registry: {registry} lies in {folder}, an adapter's folder of another registry, "
+                f"where nothing else writes. Give a place outside of it."
+            )
+
+
+def require_adapter_place(
+    path: str | Path, *, own_run: Path | None = None, registry: str | Path | None = None
+) -> Path:
+    """The resolved folder of `adapter_path`; ConfigError where it is another's or holds others'.
+
+    Files that mlx_lm.lora or an earlier run left there are written over, as mlx_lm.lora does.
+    """
+    place = require_free_place(path, ADAPTER_PATH_KEY, own_run=own_run, registry=registry)
+    own_folders = [] if own_run is None else [own_run / name for name in RUNS_OWN_FOLDERS]
+    for own in own_folders:
+        if any(_is_same_folder(folder, own) for folder in (place, *place.parents)):
+            raise ConfigError(
+                f"adapter_path: {path} is a folder that the run keeps for itself. The run's "
+                f"adapter is in it anyway; leave adapter_path out, or give another folder."
+            )
+    kind = file_type(place)
+    if kind == "missing" or (own_run is not None and _is_same_folder(place, own_run)):
+        return place
+    if kind != "directory":
+        raise ConfigError(f"adapter_path: {path} is a file; give a folder.")
+    others = sorted(file.name for file in place.iterdir() if not _is_adapter_file(file))
+    if others:
+        shown = ", ".join(others[:MAX_SHOWN_FILES])
+        more = len(others) - MAX_SHOWN_FILES
+        raise ConfigError(
+            f"adapter_path: {path} holds what no training has put there ({shown}"
+            f"{f' and {more} more' if more > 0 else ''}). Give a new or empty folder, or one with "
+            f"an adapter that may be written over."
+        )
+    return place
+
+
+def require_output_file(path: Path, what: str, *, own_run: Path | None = None) -> Path:
+    """The resolved path of a file to write; ConfigError where that would replace another's.
+
+    A regular file is replaced; a folder, device, pipe, socket or link is not, nor is anything of
+    `own_run` but its report.
+    """
+    folder = resolve_path(path.expanduser().parent)
+    place = folder / path.name
+    _refuse_owned(place, path, what, own_run)
+    kind = file_type(place)
+    if kind not in ("file", "missing"):
+        raise ConfigError(
+            f"{what}: {path} is no regular file, and nothing else is replaced. Give the name of a "
+            f"new file, or of one to write over."
+        )
+    own = None if own_run is None else resolve_path(own_run)
+    if own is None or not folder.is_relative_to(own) or place == own / RUN_REPORT_NAME:
+        return place
+    if kind == "file" or folder != own:
+        raise ConfigError(
+            f"{what}: {path} is a file of the run itself, or lies in a folder that the run keeps "
+            f"for itself. Give another name."
+        )
+    return place
+
+
+def _refuse_owned(
+    place: Path,
+    path: str | Path,
+    what: str,
+    own_run: Path | None = None,
+    registry: str | Path | None = None,
+) -> None:
+    for folder in (place, *place.parents):
+        owner = _describe_owner(folder, own_run, registry)
+        if owner is not None:
+            raise ConfigError(
+                f"{what}: {path} lies in {owner} {folder}, where nothing else writes. Give a place "
+                f"outside of it."
+            )
+
+
+def _describe_owner(folder: Path, own_run: Path | None, registry: str | Path | None) -> str | None:
+    """Whose folder it is, in words; None for nobody's."""
+    if _is_name_folder(folder) or _is_registry(folder):
+        return "the registry"
+    if registry is not None and _is_same_folder(folder, resolve_path(registry)):
+        return "the registry"
+    if _is_run_directory(folder) and not (own_run and _is_same_folder(folder, own_run)):
+        return "the run directory"
+    if _is_model_folder(folder):
+        return "the model's folder"
+    return None
+
+
+def _is_name_folder(folder: Path) -> bool:
+    """Whether a registry keeps the versions of an adapter here."""
+    return _file_type(folder / "versions") == "directory" and any(
+        os.path.lexists(folder / name) for name in NAME_FOLDER_FILES
+    )
+
+
+def _is_registry(folder: Path) -> bool:
+    """Whether names of a registry lie here; its lock is the first file that it writes."""
+    if _file_type(folder / REGISTRY_LOCK_NAME) != "file":
+        return False
+    try:
+        return any(map(_is_name_folder, folder.iterdir()))
+    except PermissionError:  # it may be searched, and not listed
+        return False
+
+
+def _is_run_directory(folder: Path) -> bool:
+    """Whether a run is kept here; a lock, a config.yaml or a dataset.json alone is anybody's."""
+
+    def has(name: str) -> bool:
+        return _file_type(folder / name) == "file"
+
+    is_begun = has(RUN_LOCK_NAME) or (has(RUN_DATASET_NAME) and has(RUN_TIERS_NAME))
+    return is_begun and has(RUN_CONFIG_NAME)
+
+
+def _is_model_folder(folder: Path) -> bool:
+    """Whether mlx_lm would load a model from here."""
+    return os.path.isfile(folder / "config.json") and any(folder.glob("model*.safetensors"))
+
+
+def _file_type(path: Path) -> FileType:
+    """What stands at `path`; nothing where this user may not look, and so may not write."""
+    try:
+        return file_type(path)
+    except PermissionError:
+        return "missing"
+
+
+def _is_same_folder(first: Path, second: Path) -> bool:
+    try:
+        return os.path.samefile(first, second)
+    except OSError:  # one of them is not there yet
+        return resolve_path(first) == resolve_path(second)
+
+
+def _is_adapter_file(path: Path) -> bool:
+    return file_type(path) == "file" and ADAPTER_FOLDER_FILES.fullmatch(path.name) is not None
