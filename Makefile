@@ -21,7 +21,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 # The lock is complete, so nothing is resolved again: pip would ask for a hash of what it did not pick.
 LOCKED := $(INSTALL) --no-deps --only-binary :all: --require-hashes
 
-.PHONY: help demo test check format bench production-test soak reliability docs example-model lock clean
+.PHONY: help demo test test-all check format bench production-test soak reliability docs example-model lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -29,9 +29,13 @@ help: ## this list
 demo: $(VENV)/project.stamp ## validate, train, judge and promote a tiny adapter
 	$(BIN)/nested-tune demo
 
-# A file stays on one worker; tests/slow_files.py says which files come first.
-test: $(VENV)/dev.stamp ## the test suite, without the reliability tests
-	$(BIN)/pytest -m "not reliability and not production" -n auto --dist loadfile
+# A worker that has nothing left to do takes tests from one that has.
+PYTEST := $(BIN)/pytest -n auto --dist worksteal
+test: $(VENV)/dev.stamp ## the tests to run between two edits: every claim, in five minutes
+	$(PYTEST) -m "not slow and not reliability and not production"
+
+test-all: test ## make test, and the slow tests that it leaves out: another ten minutes
+	$(PYTEST) -m "slow and not reliability and not production"
 
 check: $(VENV)/dev.stamp ## format, lint and complexity, types, import directions, documents
 	$(BIN)/ruff format --check .
@@ -57,7 +61,7 @@ soak: $(VENV)/dev.stamp ## RUNS=500 tiny trainings through the queue, with two w
 	SOAK_RUNS=$(RUNS) $(BIN)/pytest -m soak -s
 
 reliability: $(VENV)/dev.stamp ## crashes, hostile files and races; takes minutes
-	$(BIN)/pytest -m reliability -n auto --dist loadfile
+	$(PYTEST) -m reliability
 
 docs: $(VENV)/dev.stamp ## write the pages that are made from the code again, and build the site
 	$(BIN)/python -m docs.make_configuration

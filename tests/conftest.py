@@ -1,7 +1,7 @@
 """What every test runs under: no hub, no telemetry, a Prefect home of its own, OpenBLAS first.
 
-Under pytest-xdist the files that take longest come first (see tests/slow_files.py), and temporary
-folders lie in memory where the machine has room for them: most of the suite's files are synced.
+Temporary folders lie in memory where the machine has room for them: most of the suite's files are
+synced. tests/left_out.py has the markers by which `make test` and `make test-all` divide the tests.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from tests.fork_server import forking_python, python  # noqa: E402
 from tests.kernels import read_header_once  # noqa: E402
-from tests.slow_files import position  # noqa: E402
+from tests.left_out import LeftOut, check_reasons  # noqa: E402
 
 MEMORY_FOLDER = Path("/dev/shm")
 MEMORY_BYTES = 4 * 2**30  # the suite keeps under 1 GiB of temporary files at a time
@@ -74,16 +74,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make ready, before the workers start, what their kernels are compiled from."""
+    config.pluginmanager.register(LeftOut(config), "left-out")
     if config.getoption("numprocesses", None):
         read_header_once(_PREFECT_HOME / "include")
-        config.option.loadscopereorder = False  # keep the order of pytest_collection_modifyitems
     if memory_has_room():
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FOLDER))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the slowest files first, so that no worker is left alone with one of them at the end."""
-    items.sort(key=lambda item: position(item.path))  # stable: the rest stay as collected
+    """Refuse a test that is slow without a reason, before `-m` selects."""
+    check_reasons(items)
 
 
 def memory_has_room() -> bool:

@@ -18,7 +18,10 @@ import pytest
 from benchmarks.time_to_loss.models import SIZES, is_made, pretrain
 from tests.fork_server import python
 
-pytestmark = pytest.mark.timeout(300)  # seven short processes, each of which imports mlx_lm
+pytestmark = [
+    pytest.mark.slow("eleven short trainings, each in a process that imports mlx_lm"),
+    pytest.mark.timeout(300),
+]  # seven short processes, each of which imports mlx_lm
 ARMS = ["mlx_lm", "ours"]
 ONLY_THESE = """
 import builtins, runpy, sys

@@ -12,16 +12,53 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.settings import get_current_settings
 
+from flows.commands import demo
+from nested_core.config.schema import FineTuneConfig
 from nested_core.registry import history, read_champion
 from nested_core.storage.adapter import read_adapter
 from tests.example import DATA, MODEL, generate_answers
-from tests.flows.conftest import Ended, completed, ended, start
+from tests.flows.conftest import Ended, called, completed, ended, start
 from tests.prefect_home import new_prefect_home
 
 pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
+whole = pytest.mark.slow("both demos whole, each in a process of its own")
 
 NAME = "geography"
 README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+STEPS = 40  # of the short demos; the whole ones have 120
+
+
+def short_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> Ended:
+    """Run the demo in this process, against the server of the tests, for fewer steps."""
+    whole_config = demo.example_config
+
+    def short_config(registry: Path) -> FineTuneConfig:
+        return whole_config(registry).model_copy(update={"iters": STEPS})
+
+    monkeypatch.setattr(demo, "example_config", short_config)
+    return called("demo", "--out", "out", *flags, cwd=folder)
+
+
+def test_a_short_demo_promotes_an_adapter_that_answers_better(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = short_demo(tmp_path, monkeypatch)
+    assert ended.code == 0, ended.stderr
+    assert "gate: passed" in ended.stdout
+    assert "right answers: 0 of 15 before" in ended.stdout
+    (entry,) = history(tmp_path / "out" / "registry", NAME)
+    assert entry["version"] == read_champion(tmp_path / "out" / "registry", NAME)
+
+
+def test_a_short_demo_that_loses_its_updates_is_rejected_and_registers_nothing(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = short_demo(tmp_path, monkeypatch, "--break-training")
+    assert ended.code == 4
+    assert "unchanged (all 84 tensors equal the initial adapter" in ended.message()
+    assert not (tmp_path / "out" / "registry" / NAME / "versions").exists()
 
 
 @dataclass(frozen=True)
@@ -48,6 +85,7 @@ def demos(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Dem
     return Demos(folder, ended(whole), broken)
 
 
+@whole
 def test_the_demo_ends_with_exit_0_and_a_champion_that_passed(demos: Demos) -> None:
     assert demos.whole.code == 0, demos.whole.stderr
     registry = demos.folder / "whole" / "registry"
@@ -62,6 +100,7 @@ def test_the_demo_ends_with_exit_0_and_a_champion_that_passed(demos: Demos) -> N
     )
 
 
+@whole
 def test_the_demo_learns_as_its_requirement_says(demos: Demos) -> None:
     verdict = json.loads((demos.run_dir("whole") / "gate.json").read_bytes())
     assert verdict["validation"]["loss_before"] > 4
@@ -76,6 +115,7 @@ def test_the_demo_learns_as_its_requirement_says(demos: Demos) -> None:
     assert suite["interval"][0] > 0
 
 
+@whole
 def test_the_demo_shows_curve_tiers_verdict_answers_and_champion(demos: Demos) -> None:
     for words in ("training loss   o validation loss", "every 4", "gate: passed", "Where to?"):
         assert words in demos.whole.stdout
@@ -83,6 +123,7 @@ def test_the_demo_shows_curve_tiers_verdict_answers_and_champion(demos: Demos) -
     assert "Traceback" not in demos.whole.stderr
 
 
+@whole
 def test_the_champion_answers_through_plain_mlx_lm(demos: Demos) -> None:
     champion = demos.folder / "whole" / "registry" / NAME / "champion"
     lines = (DATA / "held_out.jsonl").read_text(encoding="utf-8").splitlines()[:5]
@@ -94,6 +135,7 @@ def test_the_champion_answers_through_plain_mlx_lm(demos: Demos) -> None:
     assert sum(right) >= 3
 
 
+@whole
 def test_the_broken_demo_is_stopped_by_the_gate_with_exit_4(demos: Demos) -> None:
     assert demos.broken.code == 4
     message = demos.broken.message()
@@ -104,6 +146,7 @@ def test_the_broken_demo_is_stopped_by_the_gate_with_exit_4(demos: Demos) -> Non
     assert [reason["code"] for reason in verdict["reasons"]] == ["unchanged"]
 
 
+@whole
 def test_the_readme_quotes_the_losses_of_the_broken_demo(demos: Demos) -> None:
     line = r"step 120: training loss ([\d.]+), validation loss ([\d.]+) \(valid.jsonl, "
     quoted = re.findall(line, README.read_text(encoding="utf-8"))
@@ -113,11 +156,13 @@ def test_the_readme_quotes_the_losses_of_the_broken_demo(demos: Demos) -> None:
     assert losses == pytest.approx([float(loss) for loss in quoted[0]], abs=0.05)
 
 
+@whole
 def test_the_broken_demo_registers_nothing(demos: Demos) -> None:
     registry = demos.folder / "broken" / "registry"
     assert not registry.exists() or list(registry.iterdir()) == []
 
 
+@whole
 def test_the_flow_run_of_the_broken_demo_is_failed_and_says_unchanged(demos: Demos) -> None:
     with get_client(sync_client=True) as client:
         found: list[FlowRun] = client.read_flow_runs()
@@ -128,8 +173,9 @@ def test_the_flow_run_of_the_broken_demo_is_failed_and_says_unchanged(demos: Dem
     assert run.run_count == 1
 
 
+@whole
 def test_both_demos_keep_everything_below_their_folder(demos: Demos) -> None:
     assert {path.name for path in demos.folder.iterdir()} == {"whole", "broken", "prefect"}
-    for demo in ("whole", "broken"):
-        names = {path.name for path in (demos.folder / demo).iterdir()}
+    for out in ("whole", "broken"):
+        names = {path.name for path in (demos.folder / out).iterdir()}
         assert names <= {"runs", "registry"}

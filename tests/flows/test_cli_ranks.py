@@ -180,6 +180,7 @@ def assert_ended_with_rank(story: Story, rank: int) -> None:
     assert failed.holder is None
 
 
+@pytest.mark.slow("trains two ranks, ended in four ways and resumed after each")
 def test_a_rank_killed_ends_all_within_15_seconds(story: Story) -> None:
     assert_ended_with_rank(story, 1)
 
@@ -191,6 +192,7 @@ def test_the_main_rank_killed_ends_all_within_15_seconds(tmp_path: Path) -> None
     assert_ended_with_rank(story, 0)
 
 
+@pytest.mark.slow("trains two ranks, ended in four ways and resumed after each")
 def test_sigterm_ends_both_ranks_at_one_step_with_a_checkpoint_and_exit_5(story: Story) -> None:
     stopped = story.endings["signal"]
     assert stopped.seconds < SECONDS_TO_END
@@ -199,6 +201,7 @@ def test_sigterm_ends_both_ranks_at_one_step_with_a_checkpoint_and_exit_5(story:
     assert stopped.is_none_left
 
 
+@pytest.mark.slow("trains two ranks, ended in four ways and resumed after each")
 def test_nested_tune_stop_stops_the_ranks_and_a_second_run_there_is_refused(story: Story) -> None:
     assert story.refused is not None
     assert story.refused.code == 2
@@ -209,10 +212,12 @@ def test_nested_tune_stop_stops_the_ranks_and_a_second_run_there_is_refused(stor
     assert story.endings["stop"].is_none_left
 
 
+@pytest.mark.slow("trains two ranks, ended in four ways and resumed after each")
 def test_no_rank_outlives_the_process_that_started_it(story: Story) -> None:
     assert story.endings["parent"].is_none_left
 
 
+@pytest.mark.slow("trains two ranks, ended in four ways and resumed after each")
 def test_a_run_that_was_killed_and_stopped_goes_on_from_its_last_checkpoint_each_time(
     story: Story,
 ) -> None:

@@ -20,7 +20,10 @@ from tests.flows.conftest import PROGRAM, completed, ended, start
 from tests.flows.test_cli_signals import wait_until
 from tests.prefect_home import new_prefect_home
 
-pytestmark = pytest.mark.timeout(300)  # several processes, each with a server of its own
+pytestmark = [
+    pytest.mark.slow("starts a server and trains until it is stopped, each in a process"),
+    pytest.mark.timeout(300),
+]  # several processes, each with a server of its own
 
 RUN = ("run", "-c", "config.yaml", "--run-dir", "run")
 SECONDS_TO_STOP = 20

@@ -49,6 +49,7 @@ def test_one_sigint_checkpoints_and_exits_5_within_10_seconds(tmp_path: Path) ->
     assert f"Training was stopped at step {checkpoint.step} of 5000" in stopped.message()
 
 
+@pytest.mark.slow("waits for a step of some seconds, and does it again")
 def test_a_second_sigint_in_a_long_step_exits_130_at_once_and_keeps_the_checkpoints(
     tmp_path: Path,
 ) -> None:
@@ -80,6 +81,7 @@ def test_a_second_sigint_in_a_long_step_exits_130_at_once_and_keeps_the_checkpoi
     assert checkpoints(tmp_path)[0] == held[0]
 
 
+@pytest.mark.slow("trains and judges in two processes")
 def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(
     tmp_path: Path,
 ) -> None:

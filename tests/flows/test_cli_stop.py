@@ -136,6 +136,7 @@ def test_the_resumed_run_ends_and_passes_the_gate(story: Story) -> None:
     assert len(read_adapter(story.run_dir / "adapter").tensors) == 84
 
 
+@pytest.mark.slow("trains and judges in two processes")
 def test_a_signal_before_training_begins_exits_5_and_the_run_can_be_resumed(
     tmp_path: Path,
 ) -> None:

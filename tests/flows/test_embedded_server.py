@@ -44,6 +44,7 @@ def show(folder: Path, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow("starts a Prefect server of its own, with a new database")
 def test_without_a_name_for_another_it_serves(tmp_path: Path) -> None:
     url, *ended = show(tmp_path)
     assert url.startswith("http://127.0.0.1:")
@@ -65,6 +66,7 @@ def test_a_server_named_in_the_environment_is_used_and_none_begun(tmp_path: Path
     assert show(tmp_path, PREFECT_API_URL="http://other:1/api") == ["http://other:1/api", "[]"]
 
 
+@pytest.mark.slow("starts a Prefect server of its own, with a new database")
 def test_a_server_named_in_a_profile_is_used_and_the_one_begun_ends_without_a_database(
     tmp_path: Path,
 ) -> None:

@@ -67,13 +67,17 @@ FLAG_VARIANTS = flag_variants()
 HELP = {"-h", "--help"}
 
 
-def named(variants: tuple[Variant, ...]) -> Any:
+def named(variants: tuple[Variant, ...], slow: tuple[Variant, ...] = ()) -> Any:
     """Parameters of a test, a variant each; those that need a module are skipped without it."""
+    trains = pytest.mark.slow("trains in both programs")
     return [
         pytest.param(
             variant,
             id=variant.name,
-            marks=[pytest.mark.skipif(not is_installed(variant), reason=f"no {variant.needs}")],
+            marks=[
+                pytest.mark.skipif(not is_installed(variant), reason=f"no {variant.needs}"),
+                *([trains] if variant in slow else []),
+            ],
         )
         for variant in variants
     ]
@@ -356,7 +360,7 @@ def require_loadable(config: FineTuneConfig, adapters: Path) -> None:
     assert mx.isfinite(model(mx.array([[5, 6, 7]]))).all()
 
 
-@pytest.mark.parametrize("variant", named(TRAINED_HERE))
+@pytest.mark.parametrize("variant", named(TRAINED_HERE, slow=TRAINED_HERE[1:]))
 def test_training_leaves_what_mlx_lm_leaves(
     variant: Variant, theirs: dict[str, Theirs], stand_ins: Mapping[str, str], tmp_path: Path
 ) -> None:
@@ -393,6 +397,7 @@ def run_command(variant: Variant, folder: Path, stand_ins: Mapping[str, str]) ->
     return config
 
 
+@pytest.mark.slow("trains by the command, and is judged")
 def test_the_example_of_mlx_lm_trains_by_the_command_and_reports_to_its_service(
     theirs: dict[str, Theirs], stand_ins: Mapping[str, str], tmp_path: Path
 ) -> None:

@@ -12,7 +12,11 @@ from nested_core.training.metrics_file import read_metrics
 from tests.example import example_settings
 from tests.flows.conftest import task_runs
 
-pytestmark = [pytest.mark.usefixtures("prefect_server", "forked_ranks"), pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.slow("trains two ranks"),
+    pytest.mark.usefixtures("prefect_server", "forked_ranks"),
+    pytest.mark.timeout(300),
+]
 
 
 def test_training_in_two_ranks_is_one_task_of_the_flow(tmp_path: Path) -> None:

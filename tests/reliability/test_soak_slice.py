@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+KILLS = [
+    pytest.mark.slow("trains in processes that are killed, and to an end for comparison"),
+    pytest.mark.timeout(600),
+]
 FULL = [pytest.mark.reliability, pytest.mark.timeout(7200)]
 
 
 @pytest.mark.parametrize(
     ("volume", "count", "figures"),
     [
-        pytest.param("--kills", 2, "2 kills in ", marks=pytest.mark.timeout(600)),
+        pytest.param("--kills", 2, "2 kills in ", marks=KILLS),
         pytest.param("--kills", 100, "100 kills in ", marks=FULL),
         pytest.param("--corruptions", 999, "333 corruptions of 14 files of a verdict", marks=FULL),
     ],

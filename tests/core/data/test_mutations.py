@@ -20,6 +20,7 @@ from nested_core.data.lines.json_decoding import LineProblem
 from nested_core.data.lines.line_rows import parse_line_to_row
 from nested_core.data.lines.line_table import read_line_range
 from nested_core.data.parallel_jobs import ByteRange
+from tests.left_out import slow_except
 
 MUTATIONS = 2000
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -81,6 +82,7 @@ def mutate(content: bytes, dice: random.Random) -> bytes:
     return bytes(damaged)
 
 
+@pytest.mark.slow("reads two thousand damaged files")
 def test_mutated_files_never_raise_and_never_lose_a_line(tmp_path: Path) -> None:
     dice = random.Random(20)
     path = tmp_path / "train.jsonl"
@@ -126,7 +128,9 @@ def judge_mutations(suffix: str, count: int, folder: Path, seed: int) -> None:
                 assert counted.lines == content.count(b"\n") + (content[-1:] not in (b"", b"\n"))
 
 
-@pytest.mark.parametrize("suffix", good_files())
+@pytest.mark.parametrize(
+    "suffix", slow_except(good_files(), "jsonl", reason="judges many damaged data sets")
+)
 def test_mutated_data_sets_account_for_every_line(suffix: str, tmp_path: Path) -> None:
     judge_mutations(suffix, 30, tmp_path, seed=1)
 

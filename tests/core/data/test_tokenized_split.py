@@ -39,6 +39,7 @@ def chats(count: int) -> list[bytes]:
     return lines
 
 
+@pytest.mark.slow("starts three processes that import transformers")
 def test_the_bytes_are_the_same_in_any_number_of_processes(
     write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

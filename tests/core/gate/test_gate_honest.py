@@ -28,6 +28,7 @@ from tests.example import (
     train,
     train_example,
 )
+from tests.left_out import slow_except
 
 ATTENTION = {"rank": 4, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
 RULES = [{"match": "self_attn", "tier": 0}, {"match": "mlp", "tier": 1}]
@@ -59,7 +60,16 @@ HONEST: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize(
+    "name",
+    slow_except(
+        HONEST,
+        "gathered gradients and a flush",
+        "full",
+        "an earlier step that was the best",
+        reason="trains and judges a run of its own",
+    ),
+)
 def test_an_honest_run_passes(tmp_path: Path, name: str) -> None:
     done = train_example(tmp_path / "run", **HONEST[name])
     verdict = judge_run(done.config, done.run)
@@ -79,6 +89,7 @@ def test_a_run_that_was_stopped_and_resumed_passes(tmp_path: Path) -> None:
     assert judge_run(config, run).has_passed
 
 
+@pytest.mark.slow("trains and judges two runs of its own")
 def test_a_run_that_goes_on_from_a_trained_adapter_passes(tmp_path: Path) -> None:
     first = train_example(tmp_path / "first")
     source = str(first.run.adapter / WEIGHTS_NAME)
@@ -120,7 +131,12 @@ def run_losing(tmp_path: Path, apply: Apply, **changes: Any) -> Finished:
         return train(config, run)
 
 
-@pytest.mark.parametrize("apply", [joined_path, on_a_copy])
+@pytest.mark.parametrize(
+    "apply",
+    slow_except(
+        [joined_path, on_a_copy], joined_path, reason="trains thirty steps, judged at each"
+    ),
+)
 def test_a_run_that_reports_a_loss_at_every_step_and_never_changes_is_rejected(
     tmp_path: Path, apply: Apply
 ) -> None:

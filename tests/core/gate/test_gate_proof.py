@@ -51,6 +51,7 @@ def test_a_run_is_proven_against_what_its_trainer_computed(
     assert verdict.proof["tolerance"] == 1e-3
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [

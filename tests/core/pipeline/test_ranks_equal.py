@@ -19,6 +19,7 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from nested_core.training.metrics_file import read_metrics
 from tests.example import example_config, prepare
+from tests.left_out import slow_except
 
 pytestmark = [pytest.mark.usefixtures("forked_ranks"), pytest.mark.timeout(300)]
 
@@ -51,7 +52,9 @@ def settings(slow_gradients: str, processes: int) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=["skip", "accumulate"])
+@pytest.fixture(
+    scope="module", params=slow_except(["skip", "accumulate"], "skip", reason="trains two ranks")
+)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, forked_ranks: None
 ) -> Pair:
@@ -121,6 +124,7 @@ def go_astray(monkeypatch: pytest.MonkeyPatch, how: str) -> FineTuneConfig:
     )
 
 
+@pytest.mark.slow("trains two ranks")
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +135,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
     assert (last["updates"], last["skipped"]) == ([7, 4, 2], [1, 0, 0])
 
 
+@pytest.mark.slow("trains two ranks")
 def test_a_rank_that_differs_is_named_and_nothing_of_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,9 +21,16 @@ from nested_core.registry import (
 from nested_core.storage.adapter import read_adapter
 from tests.core.registry.faults import Action, copies, failed_at, killed_at, number_of
 from tests.core.registry.states import NAME, assert_old_or_new_and_whole, assert_settled
+from tests.left_out import slow_except
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
+
+INTERRUPTED = "is interrupted at every call to the operating system, and mended after each"
+interruptions = pytest.mark.parametrize(
+    "interrupted", slow_except([killed_at, failed_at], killed_at, reason=INTERRUPTED)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +49,10 @@ def actions(three, registry) -> dict[str, tuple[Action, str]]:
     }
 
 
-@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
-@pytest.mark.parametrize("kind", ["promote", "rollback"])
+@interruptions
+@pytest.mark.parametrize(
+    "kind", slow_except(["promote", "rollback"], "promote", reason=INTERRUPTED)
+)
 def test_crash_at_any_call_leaves_the_old_or_the_new_champion_and_the_next_change_mends(
     three, registry, actions, interrupted, kind
 ):
@@ -66,7 +75,7 @@ def test_crash_at_any_call_leaves_the_old_or_the_new_champion_and_the_next_chang
     assert champions == {old, new}
 
 
-@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
+@interruptions
 def test_crash_in_the_very_first_promotion_leaves_no_champion_or_the_first(
     add, registry, interrupted
 ):
@@ -122,7 +131,8 @@ def test_crash_while_mending_a_crash_is_mended_by_the_next(
     assert number > 15
 
 
-@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
+@pytest.mark.slow(INTERRUPTED)
+@interruptions
 def test_crash_at_any_call_of_register_leaves_no_version_or_a_whole_one(
     add, registry, make_run, interrupted
 ):
@@ -141,7 +151,8 @@ def test_crash_at_any_call_of_register_leaves_no_version_or_a_whole_one(
     assert number > 15
 
 
-@pytest.mark.parametrize("interrupted", [killed_at, failed_at])
+@pytest.mark.slow(INTERRUPTED)
+@interruptions
 def test_crash_at_any_call_of_the_very_first_register_keeps_no_later_run_from_the_name(
     registry, make_run, interrupted
 ):

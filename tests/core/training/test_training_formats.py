@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from nested_core.config.schema import FineTuneConfig
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.tokens.examples_for_display import decode_examples_for_display
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.pipeline import steps
-from tests.example import Finished, example_config, train_example
+from tests.example import example_config, train_example
 from tests.formats import write_format, write_model
+from tests.left_out import slow_except
 
 FIRST = "I want to see Afghanistan. Where to?", "Go and see Kabul, the capital of Afghanistan!"
 SECOND = "I want to see Romania. Where to?", "Go and see Bucharest, the capital of Romania!"
@@ -44,10 +46,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_what_is_learnt_of_an_example(tmp_path: Path, model: Path, case: str) -> None:
+    name, changes, learnt = CASES[case]
+    data = write_format(tmp_path / "data", name)
+    assert learnt_text(example_config(model=str(model), data=str(data), **changes)) == learnt
+
+
+@pytest.mark.parametrize(
+    "case", slow_except(CASES, "tools, all", reason="trains and judges a run of its own")
+)
 def test_a_format_trains_end_to_end_and_passes_the_gate(
     tmp_path: Path, model: Path, case: str
 ) -> None:
-    name, changes, learnt = CASES[case]
+    name, changes, _ = CASES[case]
     data = write_format(tmp_path / "data", name)
     done = train_example(
         tmp_path / "run", model=str(model), data=str(data), iters=16, val_batches=-1, **changes
@@ -55,13 +66,12 @@ def test_a_format_trains_end_to_end_and_passes_the_gate(
     losses = [r["val_loss"] for r in done.metrics() if r.get("val_loss") is not None]
     assert losses[-1] < 0.8 * losses[0]
     assert steps.judge(done.config, done.run).has_passed
-    assert learnt_text(done) == learnt
 
 
-def learnt_text(done: Finished) -> str:
+def learnt_text(config: FineTuneConfig) -> str:
     """The text of the supervised tokens of the first example."""
-    source = TokenizerSource.from_config(done.config)
-    _, splits = load_dataset(DataSettings.from_config(done.config), source)
+    source = TokenizerSource.from_config(config)
+    _, splits = load_dataset(DataSettings.from_config(config), source)
     (example,) = decode_examples_for_display(splits["train"], "train.jsonl", source.load(), 1)
     return "".join(token.text for token in example.tokens if token.supervised)
 

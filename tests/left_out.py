@@ -1,0 +1,86 @@
+"""Markers that say why a test is slow, and the last line of a run: how many tests it left out.
+
+`make test` runs what changes are made between; `@pytest.mark.slow("why")` leaves a test to
+`make test-all`. The reason says what takes the time, so that whoever makes it faster knows where.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+# A marker, and the command that runs what it leaves out. A test with two belongs to the last.
+COMMANDS = {
+    "slow": "make test-all",
+    "reliability": "make reliability",
+    "production": "make production-test",
+    "soak": "make soak",
+}
+
+
+class LeftOut:
+    """Counts the tests that `-m` leaves out, on the workers, and says so at the end of the run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._counts: Counter[str] = Counter()
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        """Count by the command that runs them; a worker hands its counts to the main process."""
+        self._counts.update(filter(None, map(marker_of, items)))
+        if hasattr(self._config, "workeroutput"):
+            self._config.workeroutput["left_out"] = dict(self._counts)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take the counts of a worker: all collect the same."""
+        self._counts = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self) -> Any:
+        """After everything else, the line of what was left out."""
+        yield
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if self._counts and reporter is not None and not hasattr(self._config, "workerinput"):
+            reporter.ensure_newline()
+            reporter.write_line(sentence(self._counts))
+
+
+def slow_except(values: Iterable[Any], *fast: Any, reason: str) -> list[Any]:
+    """Values for `parametrize`, of which `make test` has those named and `make test-all` all."""
+    mark = pytest.mark.slow(reason)
+    return [value if value in fast else pytest.param(value, marks=mark) for value in values]
+
+
+def marker_of(item: pytest.Item) -> str | None:
+    """The marker that decides which command runs a test, or None if `make test` does."""
+    names = [name for name in COMMANDS if item.get_closest_marker(name) is not None]
+    return names[-1] if names else None
+
+
+def sentence(counts: Counter[str]) -> str:
+    """What was left out, and the commands that run it."""
+    parts = [
+        f"{counts[name]:,} marked {name} (`{command}`)"
+        for name, command in COMMANDS.items()
+        if counts[name]
+    ]
+    return f"Tests left out: {', '.join(parts)}."
+
+
+def check_reasons(items: list[pytest.Item]) -> None:
+    """Refuse a test that is slow and does not say why."""
+    unexplained = [
+        item.nodeid
+        for item in items
+        for marker in item.iter_markers("slow")
+        if len(marker.args) != 1 or not str(marker.args[0]).strip()
+    ]
+    if unexplained:
+        raise pytest.UsageError(
+            f"{unexplained[0]} is marked slow without a reason (and {len(unexplained) - 1} more): "
+            'say what takes the time, as in @pytest.mark.slow("trains two ranks").'
+        )

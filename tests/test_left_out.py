@@ -1,0 +1,76 @@
+"""The markers that divide the tests, in a run of pytest on files of its own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.left_out import COMMANDS
+
+pytest_plugins = ["pytester"]
+
+PLUGIN = """
+import pytest
+from tests.left_out import LeftOut, check_reasons
+
+def pytest_configure(config):
+    config.pluginmanager.register(LeftOut(config), "left-out")
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    check_reasons(items)
+"""
+FILE = """
+import pytest
+
+def test_fast(): pass
+
+@pytest.mark.slow("trains two ranks")
+def test_slow(): pass
+
+@pytest.mark.slow("kills two ranks")
+@pytest.mark.reliability
+def test_with_both(): pass
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> pytest.Pytester:
+    """A folder with tests of each kind."""
+    pytester.makeini("[pytest]\nmarkers = slow\n    reliability\n")
+    pytester.makeconftest(PLUGIN)
+    pytester.makepyfile(FILE)
+    return pytester
+
+
+def test_the_last_line_says_how_many_were_left_out_and_what_runs_them(
+    project: pytest.Pytester,
+) -> None:
+    result = project.runpytest_inprocess("-m", "not slow and not reliability")
+    result.assert_outcomes(passed=1, deselected=2)
+    assert [line for line in result.outlines if line][-1] == (
+        "Tests left out: 1 marked slow (`make test-all`), "
+        "1 marked reliability (`make reliability`)."
+    )
+
+
+def test_a_run_that_leaves_nothing_out_has_no_such_line(project: pytest.Pytester) -> None:
+    result = project.runpytest_inprocess()
+    result.assert_outcomes(passed=3)
+    assert "left out" not in result.stdout.str()
+
+
+def test_a_test_that_is_slow_without_a_reason_stops_the_run(project: pytest.Pytester) -> None:
+    project.makepyfile(test_other="import pytest\n@pytest.mark.slow\ndef test_it(): pass")
+    result = project.runpytest_inprocess()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "test_other.py::test_it is marked slow without a reason" in result.stderr.str()
+
+
+def test_every_command_that_the_line_names_is_in_the_makefile(
+    request: pytest.FixtureRequest,
+) -> None:
+    makefile = (request.config.rootpath / "Makefile").read_text(encoding="utf-8")
+    for command in COMMANDS.values():
+        assert re.search(rf"^{command.removeprefix('make ')}:", makefile, re.M), command
