@@ -14,6 +14,7 @@ from nested_core.kernels.blocked_attention import using_blocked_attention
 from nested_core.kernels.call_tracing import GatedMLP, group_layers_by_input, trace_calls
 from nested_core.kernels.fused_mlp import find_fusable_mlps, using_fused_mlps
 from nested_core.kernels.lora_linear import using_optimized_lora_layers
+from nested_core.kernels.padded_attention import using_padded_attention
 from nested_core.kernels.quantized_linear import multiplying_by_dequantized_weights
 from nested_core.kernels.rms_norm import using_frozen_norms
 from nested_core.kernels.rope import using_rope_tables
@@ -22,6 +23,7 @@ from nested_core.kernels.swiglu import using_fused_swiglu
 OPTIMIZATION_CONTEXTS = (
     using_fused_swiglu,
     using_blocked_attention,
+    using_padded_attention,
     using_rope_tables,
     using_frozen_norms,
     multiplying_by_dequantized_weights,

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nested_core.kernels import rms_norm, rope, swiglu
+from nested_core.kernels import padded_attention, rms_norm, rope, swiglu
 from nested_core.kernels.cuda import (
     concatenate,
     gated_mlp,
@@ -55,7 +55,7 @@ def test_each_kernel_that_is_launched_has_a_file_and_each_file_is_launched() -> 
         n for path in FOLDER.parent.rglob("*.py") for n in LAUNCHES.findall(path.read_text())
     }
     assert launched == SOURCES.keys()
-    assert len(launched) == 11
+    assert len(launched) == 12
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -117,6 +117,10 @@ CALLS: dict[str, tuple[Any, Callable[[], Any]]] = {
     "rotate": (
         rope,
         lambda: rope.rotate_on_cuda(of(2, 5, 4, 48), of(5, 48, dtype=mx.float32), True),
+    ),
+    "change_length": (
+        padded_attention,
+        lambda: padded_attention.change_length_on_cuda([of(2, 3, 4, 16), of(2, 3, 2, 16)], 128),
     ),
     "swiglu": (swiglu, lambda: swiglu.swiglu_on_cuda(of(4, 8), of(4, 8))),
     "swiglu_gradients": (
@@ -214,6 +218,7 @@ def test_a_kernel_without_cuda_core_is_found_to_fail_not_raised(
         (rope.rotate_on_cuda, ()),
         (rms_norm.input_gradient_on_cuda, (2600,)),
         (concatenate.concatenate_on_cuda, ()),
+        (padded_attention.change_length_on_cuda, ()),
     ]
     for kernel, variant in kernels:
         trouble = str(kernel.describe_disagreement(*variant))
