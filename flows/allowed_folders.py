@@ -1,111 +1,251 @@
-"""Where the flow runs of deployments may read and write: parameters and events name paths.
+"""What the parameters of deployments' runs may name: files below the worker's folders, no code.
 
-`NESTED_TUNE_ROOTS` in the worker's environment lists the folders, separated as PATH is; without it
-the folder that the flow runs in is the only one. A flow that a person starts at a command line may
-go wherever that person may.
+The worker's environment says it: `NESTED_TUNE_ROOTS` lists the folders to read and write in
+(without it the folder that the flow runs in is the only one), `NESTED_TUNE_TRUSTED_MODELS` the
+models whose own code may run, `NESTED_TUNE_REGISTRIES` the registries in which a run may begin a
+new name. Each is separated as PATH is. A flow that a person starts at a command line may do what
+that person may.
 """
 
 from __future__ import annotations
 
 import glob
 import os
-import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import runtime
 
 from nested_core.config.data import HubDataset
-from nested_core.config.key_properties import iterate_configured_paths
+from nested_core.config.hub_names import HUB_NAME_PATTERN
+from nested_core.config.key_properties import replace_configured_paths
+from nested_core.config.registry import RegistrySection
 from nested_core.config.schema import FineTuneConfig
+from nested_core.config.section import PathRule
 from nested_core.errors import ConfigError
 
 ROOTS_VARIABLE = "NESTED_TUNE_ROOTS"
-HUB_NAME_PATTERN = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-DATASET_FOLDER_ARGUMENTS = ("data_dir", "cache_dir")  # arguments of datasets.load_dataset
-REMOTE_URL_PATTERN = re.compile(
-    r"(https?|hf)://(?!.*::)"
-)  # anything else with :// or :: may be a local file
+TRUSTED_MODELS_VARIABLE = "NESTED_TUNE_TRUSTED_MODELS"
+REGISTRIES_VARIABLE = "NESTED_TUNE_REGISTRIES"
+REMOTE_SCHEMES = ("https://", "hf://")  # any other may be a local file, or go unencrypted
+CONTROL_CATEGORIES = {"Cc", "Zl", "Zp"}  # NUL, line ends and their like
+
+# What of `datasets` a parameter may ask for. Other loaders read pickles and databases, and other
+# arguments name folders to write in, credentials and code.
+DATASET_LOADERS = ("json", "csv", "text", "parquet", "arrow")
+DATASET_ARGUMENTS = ("name", "revision", "data_dir", "data_files")
+
+Config = TypeVar("Config", bound=FineTuneConfig)
 
 
 def allowed_roots() -> tuple[Path, ...]:
     """The folders that paths in parameters must lie in, resolved."""
-    listed = [folder for folder in os.environ.get(ROOTS_VARIABLE, "").split(os.pathsep) if folder]
-    return tuple(Path(os.path.realpath(folder)) for folder in listed or ["."])
+    return tuple(Path(os.path.realpath(folder)) for folder in _listed(ROOTS_VARIABLE) or ["."])
 
 
 def require_allowed(path: str, what: str) -> Path:
-    """The path as it was given; ConfigError where a deployment's run may not use it.
+    """The path to open; ConfigError where a deployment's run may not use it.
 
-    Symbolic links are followed first: one that leads out of the roots is refused.
+    `~` is expanded and links are followed, of the files in a folder too: what leads out of the
+    roots is refused, and so is what is hidden below them. What was looked at is what is returned.
     """
     if runtime.deployment.id is None:
         return Path(path)
-    roots = allowed_roots()
-    if not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
-        listed = ", ".join(map(str, roots))
-        raise ConfigError(
-            f"{what}: {path} is outside of the folders that this worker may use ({listed}). Give a "
-            f"path inside, or start the worker with {ROOTS_VARIABLE} naming that folder too."
-        )
-    return Path(path)
+    _refuse_control_characters(path, what)
+    resolved = _resolve_allowed(Path(os.path.expanduser(path)), what, path)
+    if resolved.is_dir():
+        for file in resolved.iterdir():
+            if file.is_symlink():
+                _resolve_allowed(file, what, str(file))
+    return _as_opened(resolved)
 
 
-def require_allowed_paths(config: FineTuneConfig) -> None:
-    """Check every path of a configuration; a model or data set of the hub is no path."""
+def with_allowed_paths(config: Config) -> Config:
+    """The configuration with every path as it is to be opened; ConfigError for one not allowed.
+
+    A model or data set of the hub is no path.
+    """
     if runtime.deployment.id is None:
-        return
-    for name, rule, value in iterate_configured_paths(config):
-        if rule == "local_or_hub":
-            _require_allowed_unless_on_hub(value, name)
-        else:
-            require_allowed(value, name)
-    for index, entry in enumerate(config.hf_dataset):
-        _require_allowed_arguments(entry, f"hf_dataset[{index}].config")
+        return config
+
+    def allow(name: str, rule: PathRule, value: str) -> str:
+        """The path to open, or the name of the hub."""
+        if rule == "local_or_hub" and _is_on_hub(value):
+            return value
+        return str(require_allowed(value, name))
+
+    allowed = replace_configured_paths(config, allow)
+    for index, entry in enumerate(allowed.hf_dataset):
+        _require_allowed_dataset(entry, f"hf_dataset[{index}]")
+    return allowed
 
 
-def refuse_python_scorers(config: FineTuneConfig) -> None:
-    """Raise ConfigError for `gate.allow_python_scorers`: no parameter of a flow runs code."""
+def with_trusted_code(config: Config) -> Config:
+    """The configuration, where nothing runs code that the worker does not trust, or ConfigError.
+
+    A trusted model of the hub is replaced by the folder of the revision that is trusted. What a
+    person starts at a command line may run a model's code; Python scorers no flow takes.
+    """
     if config.gate.allow_python_scorers:
         raise ConfigError(
             "gate.allow_python_scorers: a flow takes it from no parameter, for whoever may start a "
             "run could then run any function with the worker's rights. `nested-tune train` takes "
             "it from your own file."
         )
+    if runtime.deployment.id is None or not config.trust_remote_code:
+        return config
+    folder = _find_trusted_model(config.model)
+    if folder is None:
+        raise ConfigError(
+            f"trust_remote_code: the code of {config.model} would run with this worker's rights, "
+            f"and {TRUSTED_MODELS_VARIABLE} in its environment does not list that model. A person "
+            f"who runs the worker lists a folder, or OWNER/NAME@REVISION of the hub."
+        )
+    return config.model_copy(update={"model": folder})
 
 
-def _require_allowed_unless_on_hub(value: str, what: str) -> None:
+def require_known_name(section: RegistrySection) -> None:
+    """ConfigError where a deployment's run would begin a name that is not its to begin."""
+    if runtime.deployment.id is None or section.path is None or section.name is None:
+        return
+    from nested_core.registry.name_folders import name_exists  # loads mlx
+
+    registries = {os.path.realpath(folder) for folder in _listed(REGISTRIES_VARIABLE)}
+    if name_exists(Path(section.path), section.name):
+        return
+    if os.path.realpath(section.path) not in registries:
+        raise ConfigError(
+            f"registry.name: {section.path} has no adapter {section.name}, and "
+            f"{REGISTRIES_VARIABLE} in this worker's environment does not list that registry as "
+            f"one where runs begin new names. `nested-tune deploy -c CONFIG` begins the name of "
+            f"its configuration."
+        )
+
+
+def _listed(variable: str) -> list[str]:
+    return [entry for entry in os.environ.get(variable, "").split(os.pathsep) if entry]
+
+
+def _resolve_allowed(path: Path, what: str, shown: str) -> Path:
+    """The path with links resolved, inside of a root and with nothing hidden below that."""
+    resolved = Path(os.path.realpath(path))
+    roots = allowed_roots()
+    below = [resolved.relative_to(root) for root in roots if resolved.is_relative_to(root)]
+    if not below:
+        listed = ", ".join(map(str, roots))
+        raise ConfigError(
+            f"{what}: {shown} is outside of the folders that this worker may use ({listed}). Give "
+            f"a path inside, or start the worker with {ROOTS_VARIABLE} naming that folder too."
+        )
+    if all(any(part.startswith(".") for part in each.parts) for each in below):
+        raise ConfigError(
+            f"{what}: {shown} is hidden (a name in it begins with a dot), and holds settings, "
+            f"caches and keys rather than data. Give another path, or start the worker with "
+            f"{ROOTS_VARIABLE} naming that folder."
+        )
+    return resolved
+
+
+def _as_opened(resolved: Path) -> Path:
+    """Relative to the folder that the flow runs in where it lies below, so that it reads well."""
+    here = Path(os.path.realpath("."))
+    if not resolved.is_relative_to(here):
+        return resolved
+    relative = resolved.relative_to(here)
+    return resolved if str(relative).startswith("~") else relative
+
+
+def _refuse_control_characters(text: str, what: str) -> None:
+    if any(unicodedata.category(character) in CONTROL_CATEGORIES for character in text):
+        raise ConfigError(
+            f"{what}: {text!r} has a line end, a NUL or another control character in it, which no "
+            f"path and no address of a parameter has. Take it out."
+        )
+
+
+def _is_on_hub(value: str) -> bool:
     """OWNER/NAME is the hub's where nothing lies here under that name."""
-    if not HUB_NAME_PATTERN.fullmatch(value) or os.path.lexists(value):
-        require_allowed(value, what)
+    return HUB_NAME_PATTERN.fullmatch(value) is not None and not os.path.lexists(value)
 
 
-def _require_allowed_arguments(entry: HubDataset, what: str) -> None:
+def _find_trusted_model(model: str) -> str | None:
+    """The folder of a model that the worker trusts; None for any other."""
+    for entry in _listed(TRUSTED_MODELS_VARIABLE):
+        name, _, revision = entry.rpartition("@")
+        if HUB_NAME_PATTERN.fullmatch(name) and revision:
+            if name == model and _is_on_hub(model):
+                from nested_core.models.base_model import find_model_folder
+
+                return str(find_model_folder(model, revision))
+        elif os.path.isdir(model) and os.path.realpath(entry) == os.path.realpath(model):
+            return model
+    return None
+
+
+def _require_allowed_dataset(entry: HubDataset, what: str) -> None:
     """`datasets` reads the folders and files that its arguments name too."""
+    _refuse_other_loader(entry, what)
+    for key in entry.config:
+        if key not in DATASET_ARGUMENTS:
+            raise ConfigError(
+                f"{what}.config.{key}: a flow takes {', '.join(DATASET_ARGUMENTS)} from "
+                f"parameters; other arguments of datasets.load_dataset can name code, credentials "
+                f"and folders to write in. `nested-tune train` takes it from your own file."
+            )
     folders = [Path(), Path(entry.path)]  # a relative name starts at either
-    for key in DATASET_FOLDER_ARGUMENTS:
-        for value in _strings_in(entry.config.get(key)):
-            _require_below(folders, value, f"{what}.{key}")
+    for value in _strings_in(entry.config.get("data_dir")):
+        _require_below(folders, value, f"{what}.config.data_dir")
     folders += [
         base / text for base in folders for text in _strings_in(entry.config.get("data_dir"))
     ]
     for value in _strings_in(entry.config.get("data_files")):
-        if not REMOTE_URL_PATTERN.match(value):
-            _require_below(folders, value, f"{what}.data_files")
+        _require_data_file(folders, value, f"{what}.config.data_files")
+    if os.path.isdir(entry.path):
+        _require_allowed_files(Path(entry.path).rglob("*"), f"{what}.path")
+
+
+def _refuse_other_loader(entry: HubDataset, what: str) -> None:
+    """Of the loaders that come with `datasets`, a word each, only some read nothing but data."""
+    if "/" in entry.path or os.path.lexists(entry.path) or entry.path in DATASET_LOADERS:
+        return
+    try:
+        loaders = import_module("datasets.packaged_modules")._PACKAGED_DATASETS_MODULES
+    except ImportError:  # reading the data set says that it is not installed
+        return
+    if entry.path in loaders:
+        raise ConfigError(
+            f"{what}.path: {entry.path} is a loader of `datasets`, and of those a flow takes "
+            f"{', '.join(DATASET_LOADERS)} from parameters. `nested-tune train` takes it from your "
+            f"own file."
+        )
+
+
+def _require_data_file(folders: list[Path], value: str, what: str) -> None:
+    _refuse_control_characters(value, what)
+    if not value.startswith(REMOTE_SCHEMES) or "::" in value:
+        _require_below(folders, value, what)
 
 
 def _require_below(folders: list[Path], value: str, what: str) -> None:
     """A path or pattern, wherever it may start; what a pattern matches now is followed too."""
+    _refuse_control_characters(value, what)
     if "://" in value or "::" in value or "~" in value:
         raise ConfigError(
             f"{what}: {value!r} is neither a path nor an https:// or hf:// address. Give one of "
             f"them: other addresses can name files that this worker may not read."
         )
     for folder in folders:
-        require_allowed(str(folder / value), what)
-        for found in glob.iglob(str(folder / value), recursive=True):
-            require_allowed(found, what)
+        _resolve_allowed(folder / value, what, str(folder / value))
+        found = glob.iglob(str(folder / value), recursive=True, include_hidden=True)
+        _require_allowed_files(map(Path, found), what)
+
+
+def _require_allowed_files(paths: Iterable[Path], what: str) -> None:
+    for path in paths:
+        _resolve_allowed(path, what, str(path))
 
 
 def _strings_in(value: Any) -> Iterator[str]:

@@ -16,7 +16,8 @@ from flows.packaged_files import packaged_folder
 from nested_core.config.error_messages import explain_problems, find_problems
 from nested_core.config.loading import read_yaml as read_config
 from nested_core.config.section import Section
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError, DamagedError, NestedTuneError
+from nested_core.registry.name_folders import create_name_folder, name_exists
 from nested_core.storage.strict_files import read_regular
 
 HOME, INTERPRETER = "NESTED_TUNE_HOME", "NESTED_TUNE_PYTHON"
@@ -87,6 +88,33 @@ def make_plan(file: Path | None = None, config: Path | None = None) -> Deploymen
     return plan
 
 
+def runs_home() -> str:
+    """The folder that the runs start in, and relative paths with them."""
+    return os.environ.get(HOME) or str(Path.cwd())
+
+
+def begin_name(plan: DeploymentPlan) -> str:
+    """Make the adapter's empty folder in its registry, below the runs' home; say what came of it.
+
+    A run of a deployment begins no name by itself, unless its worker's NESTED_TUNE_REGISTRIES lists
+    the registry. What another user owns is left to that.
+    """
+    home = Path(runs_home())
+    registry = home / plan.registry
+    try:
+        if home.stat().st_uid != os.geteuid():
+            raise ConfigError(f"{home} belongs to another user")
+        if name_exists(registry, plan.adapter):
+            return f"registry {registry}: {plan.adapter} is there already"
+        create_name_folder(registry, plan.adapter)
+    except (NestedTuneError, OSError) as error:
+        return (
+            f"registry {registry}: {plan.adapter} was not begun here ({error}); the first run "
+            f"begins it where NESTED_TUNE_REGISTRIES in the worker's settings lists the registry"
+        )
+    return f"registry {registry}: {plan.adapter} begun"
+
+
 def read_deployments_yaml(path: Path) -> dict[str, Any]:
     """One of the files of deployments/, or a person's own in its place; ConfigError for others."""
     try:
@@ -150,7 +178,7 @@ def _environment_values() -> dict[str, str]:
 
     No other variable of the environment is put into anything that the server is given.
     """
-    home = os.environ.get(HOME) or str(Path.cwd())
+    home = runs_home()
     interpreter = os.environ.get(INTERPRETER) or shlex.quote(sys.executable)
     return {f"${HOME}": home, f"${INTERPRETER}": interpreter}
 

@@ -14,7 +14,12 @@ from prefect import flow, runtime
 from prefect.client.orchestration import get_client
 from prefect.states import Cancelled, Completed, Failed, State
 
-from flows.allowed_folders import refuse_python_scorers, require_allowed, require_allowed_paths
+from flows.allowed_folders import (
+    require_allowed,
+    require_known_name,
+    with_allowed_paths,
+    with_trusted_code,
+)
 from flows.flow_run_labels import name_flow_run, tag_flow_run
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.resume import was_resumed
@@ -49,7 +54,10 @@ class FinetuneParameters(FineTuneConfig):
     """A fine-tune as the flow takes it: the configuration, and where the run is kept."""
 
     run_dir: str | None = key(
-        None, "where the run is kept; null: runs/<UTC time>-<flow run id>", in_form=False
+        None,
+        "where the run is kept; null: runs/<UTC time>-<flow run id>",
+        path="local",
+        in_form=False,
     )
     resume: bool = key(False, "go on with the run in run_dir", in_form=False)
 
@@ -73,10 +81,9 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     tolerate_closed_output()
     hide_tracebacks_of_expected_errors()
     tag_flow_run()
-    settings = config.configuration()
     try:
-        require_allowed_paths(settings)
-        refuse_python_scorers(settings)
+        settings = with_trusted_code(with_allowed_paths(config.configuration()))
+        require_known_name(settings.registry)
         run = _open_run_directory(config)
     except NestedTuneError as error:
         return _failed_state(error)

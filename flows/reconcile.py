@@ -12,6 +12,7 @@ from pydantic import Field
 from flows.allowed_folders import require_allowed
 from flows.early_warnings import warn_of_full_disks, warn_of_old_champions
 from flows.prefect_logs import hide_tracebacks_of_expected_errors
+from nested_core.config.registry import AdapterName
 from nested_core.config.section import Section
 from nested_core.registry import list_names
 from nested_core.registry.name_folders import name_exists
@@ -25,7 +26,7 @@ class ReconcileParameters(Section):
     """Which registry, and which of its adapters."""
 
     registry: str = Field(description="the registry's folder, on the worker's machine")
-    names: tuple[str, ...] | None = Field(default=None, description="default: all of them")
+    names: tuple[AdapterName, ...] | None = Field(default=None, description="default: all of them")
     stale_after_nights: float | None = Field(
         default=3.0, gt=0, description="an older champion is told of; null: never"
     )

@@ -15,7 +15,7 @@ from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
-from flows.allowed_folders import refuse_python_scorers, require_allowed_paths
+from flows.allowed_folders import with_allowed_paths, with_trusted_code
 from flows.flow_run_labels import SWEEP_TAG
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.resume import was_resumed
@@ -54,9 +54,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     """
     tolerate_closed_output()
     hide_tracebacks_of_expected_errors()
-    require_allowed_paths(config.base)
-    refuse_python_scorers(config.base)
-    target = config.base.registry
+    target = with_trusted_code(with_allowed_paths(config.base)).registry
     if target.path is None or target.name is None:
         raise ConfigError("sweep: base.registry.path and name are needed to compare what came out.")
     champion = champion_or_none(Path(target.path), target.name)

@@ -7,6 +7,7 @@ A key of a section is `--section.key`. What is neither text, number nor switch i
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -100,7 +101,9 @@ def _value_type(annotation: Any) -> Any:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add where the run is kept and whether to go on with it."""
-    parser.add_argument("--run-dir", type=Path, help="default: runs/<UTC time>-<8 hex digits>")
+    parser.add_argument(
+        "--run-dir", type=_parse_path, help="default: runs/<UTC time>-<8 hex digits>"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run-dir")
 
 
@@ -144,7 +147,7 @@ def _describe_missing(names: list[str], file: Path | None) -> str:
 def _refuse_paths_relative_to_file(config: FineTuneConfig, file: Path, flags: set[str]) -> None:
     """Paths start at the working directory; say so where one was meant to start at the file."""
     for name, _, value in iterate_configured_paths(config):
-        path = Path(value).expanduser()
+        path = Path(value)
         if name in flags or name in OUTPUT_PATH_KEYS or path.is_absolute() or path.exists():
             continue
         beside = file.absolute().parent / path
@@ -154,6 +157,11 @@ def _refuse_paths_relative_to_file(config: FineTuneConfig, file: Path, flags: se
                 f"start at the working directory, as with mlx_lm.lora. Write the whole path, or "
                 f"start the command in {file.absolute().parent}."
             )
+
+
+def _parse_path(text: str) -> Path:
+    """A path with `~` expanded: a shell leaves it in `--run-dir=~/x`, and the flow expands it."""
+    return Path(os.path.expanduser(text))
 
 
 def _parse_size(text: str) -> int:

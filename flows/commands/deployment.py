@@ -76,14 +76,17 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
 
     from flows.alerts import send_test_alert
     from flows.deploy import NO_ALERTS_WARNING, deploy, require_server
-    from flows.deployment_plan import make_plan
+    from flows.deployment_plan import begin_name, make_plan
 
     notify = read_notify(arguments.notify)
     require_server()
     done = []
-    for line in deploy(make_plan(arguments.file, arguments.config), notify):
+    plan = make_plan(arguments.file, arguments.config)
+    for line in deploy(plan, notify):
         done.append(line)
         print_progress(line)
+    if arguments.config is not None:
+        print_progress(begin_name(plan))
     if arguments.test_alert:
         with get_client(sync_client=True) as client:
             done.append(send_test_alert(client))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.section import Affects, PathRule, Section
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -49,23 +51,44 @@ def iterate_keys(
             yield from iterate_keys(inner, f"{key.name}.", key.affects)
 
 
-def iterate_configured_paths(
-    section: Section, prefix: str = ""
-) -> Iterator[tuple[str, PathRule, str]]:
+def iterate_configured_paths(section: Section) -> list[tuple[str, PathRule, str]]:
     """Every path that a configuration gives: the key's name, what it may name, its value."""
+    paths: list[tuple[str, PathRule, str]] = []
+
+    def keep(key: str, rule: PathRule, value: str) -> str:
+        """Note the path and leave it."""
+        paths.append((key, rule, value))
+        return value
+
+    replace_configured_paths(section, keep)
+    return paths
+
+
+def replace_configured_paths(
+    section: SectionType, replace: Callable[[str, PathRule, str], str], prefix: str = ""
+) -> SectionType:
+    """A copy with what `replace` makes of each path, by its key's name, rule and value."""
+    changes: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         value, extra = getattr(section, name), field.json_schema_extra
         key = prefix + (field.alias or name)
         if isinstance(value, Section):
-            yield from iterate_configured_paths(value, f"{key}.")
+            changes[name] = replace_configured_paths(value, replace, f"{key}.")
         elif isinstance(value, tuple):
-            for index, item in enumerate(value):
-                if isinstance(item, Section):
-                    yield from iterate_configured_paths(item, f"{key}[{index}].")
+            changes[name] = tuple(
+                replace_configured_paths(item, replace, f"{key}[{index}].")
+                if isinstance(item, Section)
+                else item
+                for index, item in enumerate(value)
+            )
         elif isinstance(extra, dict) and "path" in extra and value is not None:
             rule: Any = extra["path"]
             if rule != "local_or_split" or value not in SPLITS_BY_HELD_OUT_CHOICE:
-                yield key, rule, value
+                changes[name] = replace(key, rule, value)
+    given = set(section.model_fields_set)
+    copy = section.model_copy(update=changes)
+    copy.model_fields_set.intersection_update(given)
+    return copy
 
 
 def section_in_annotation(annotation: Any) -> type[BaseModel] | None:

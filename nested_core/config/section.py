@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Self
@@ -101,6 +102,15 @@ class Section(BaseModel):
             for item in values:
                 if isinstance(item, bool):
                     raise ValueError(f"true and false mean nothing here; found {item}")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_home(cls, value: Any, info: ValidationInfo) -> Any:
+        """Expand `~` in every path, once and here: what is checked is then what is opened."""
+        facts = cls.model_fields[str(info.field_name)].json_schema_extra
+        if isinstance(value, str) and isinstance(facts, dict) and "path" in facts:
+            return os.path.expanduser(value)
         return value
 
     @field_validator("*", mode="before")

@@ -129,14 +129,14 @@ def _apply_file_rules(
 
 def _describe_data_location(settings: DataSettings) -> str:
     """The whole path of a folder, or the name of a data set of the hub."""
-    folder = Path(settings.data).expanduser()
+    folder = Path(settings.data)
     is_folder = not settings.hf_dataset and folder.is_dir()
     return escape(str(folder.absolute())) if is_folder else settings.describe_source
 
 
 def _describe_files_in_folder(settings: DataSettings) -> str:
     """The first names in a folder; a data set of the hub has splits instead."""
-    folder = Path(settings.data).expanduser()
+    folder = Path(settings.data)
     if settings.hf_dataset or not folder.is_dir():
         return "no split of that name"
     names = sorted(escape(path.name) for path in folder.iterdir())

@@ -39,7 +39,7 @@ def read_held_out_prompts(settings: DataSettings, count: int) -> list[HeldOutPro
     Empty for a data set of the hub, which would have to be read whole, and for plain text, which
     has no prompts.
     """
-    if settings.hf_dataset or not Path(settings.data).expanduser().is_dir():
+    if settings.hf_dataset or not Path(settings.data).is_dir():
         return []
     with TemporaryDirectory(prefix="nested-tune-") as spool:
         splits = open_splits(settings, Path(spool))

@@ -209,9 +209,7 @@ def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """
     settings = replace(DataSettings.from_config(config), hf_dataset=())
-    return _read_and_validate_file(
-        "gate.held_out", Path(config.gate.held_out).expanduser(), config, settings
-    )
+    return _read_and_validate_file("gate.held_out", Path(config.gate.held_out), config, settings)
 
 
 def measure_example_losses(
@@ -264,7 +262,7 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
     """
     if base.config.gate.general_data is None:
         return None
-    path = Path(base.config.gate.general_data).expanduser()
+    path = Path(base.config.gate.general_data)
     settings = DataSettings.from_config(base.config)
     settings = replace(settings, hf_dataset=(), mask_prompt=False, supervise="last")
     split = _read_and_validate_file("gate.general_data", path, base.config, settings)

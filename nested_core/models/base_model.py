@@ -29,13 +29,16 @@ SAMPLED_BYTES = 4096  # of the rule of earlier releases
 SAMPLE_STRIDE_BYTES = 1024 * 1024
 
 
-def find_model_folder(model: str) -> Path:
-    """The local folder of a model: the path itself, or a hub repository's snapshot."""
+def find_model_folder(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model: the path itself, or a hub repository's snapshot.
+
+    The snapshot is that of `revision`, by default of the main branch.
+    """
     from mlx_lm.utils import _download
 
     require_folder_or_hub_name(model)
     try:
-        return Path(_download(model))
+        return Path(_download(model, revision))
     except NestedTuneError:  # a signal's handler may raise in the middle of a download
         raise
     except Exception as error:  # the hub client raises many types where there is no such model

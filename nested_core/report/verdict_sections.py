@@ -203,7 +203,7 @@ def _example_texts(record: RunRecord, file: str, numbers: Sequence[int]) -> dict
         return {}
     choice = "auto" if record.config is None else record.config.gate.held_out
     is_in_data_set = choice in SPLITS_BY_HELD_OUT_CHOICE
-    path = Path(record.dataset.folder, file) if is_in_data_set else Path(file).expanduser()
+    path = Path(record.dataset.folder, file) if is_in_data_set else Path(file)
     texts: dict[int, str] = {}
     try:
         with open_regular(path, MAX_DATA_BYTES, follow_links=True) as (lines, _):

@@ -103,7 +103,7 @@ def require_output_file(path: Path, what: str, *, own_run: Path | None = None) -
     A regular file is replaced; a folder, device, pipe, socket or link is not, nor is anything of
     `own_run` but its report.
     """
-    folder = resolve_path(path.expanduser().parent)
+    folder = resolve_path(Path(os.path.expanduser(path)).parent)
     place = folder / path.name
     _refuse_owned(place, path, what, own_run)
     kind = file_type(place)

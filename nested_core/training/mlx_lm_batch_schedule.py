@@ -134,7 +134,7 @@ def _batches_in_mlx_lm_order(
 
     mlx-lm means to sort by length, but sorts rows before they are tokenised, by their key count.
     """
-    path = Path(config.data).expanduser() / f"{split}.jsonl"
+    path = Path(config.data) / f"{split}.jsonl"
     if split not in splits:
         return []
     if config.hf_dataset or not path.exists():

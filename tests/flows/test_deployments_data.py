@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import plistlib
 import subprocess
 import sys
@@ -9,17 +10,21 @@ from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
 from prefect.flows import Flow
 
-from flows.deployment_plan import full_name, make_plan
+from flows.allowed_folders import require_known_name
+from flows.deployment_plan import begin_name, full_name, make_plan
 from flows.finetune import FinetuneParameters
 from flows.packaged_files import packaged_folder
 from flows.sweep import SweepParameters
+from nested_core.config.registry import RegistrySection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.registry import audit
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = packaged_folder("deployments")
@@ -234,3 +239,28 @@ def test_alerts_are_told_by_the_type_of_a_state_and_by_no_name_that_is_ours() ->
     assert of_runs == {"prefect.flow-run.*", "prefect.flow-run.Late"}
     alert = next(each for each in PLAN.automations if "failed or crashed" in each["name"])
     assert alert["trigger"]["match"]["prefect.state-type"] == ["FAILED", "CRASHED"]
+
+
+def test_deploy_begins_the_name_of_its_configuration_in_the_home_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path))
+    config = tmp_path / "bot.yaml"
+    config.write_text("{model: m, data: d, registry: {path: registry, name: bot}}")
+    assert begin_name(make_plan(config=config)).endswith("registry: bot begun")
+    assert begin_name(make_plan(config=config)).endswith("registry: bot is there already")
+    monkeypatch.setenv("PREFECT__RUNTIME__DEPLOYMENT__ID", str(uuid4()))
+    monkeypatch.chdir(tmp_path)
+    require_known_name(RegistrySection(path="registry", name="bot"))
+    assert audit(tmp_path / "registry", "bot").findings == ()
+
+
+def test_deploy_begins_no_name_in_a_home_that_another_user_owns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    config = tmp_path / "bot.yaml"
+    config.write_text("{model: m, data: d, registry: {path: registry, name: bot}}")
+    assert "was not begun here" in begin_name(make_plan(config=config))
+    assert not (tmp_path / "registry").exists()

@@ -8,7 +8,13 @@ from uuid import uuid4
 
 import pytest
 
-from flows.allowed_folders import require_allowed, require_allowed_paths
+from flows.allowed_folders import (
+    require_allowed,
+    require_known_name,
+    with_allowed_paths,
+    with_trusted_code,
+)
+from flows.finetune import FinetuneParameters
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 
@@ -51,20 +57,20 @@ def hub(path: str, **arguments: Any) -> FineTuneConfig:
 def test_names_of_the_hub_addresses_and_paths_inside_are_allowed(
     home: Path, allowed: FineTuneConfig
 ) -> None:
-    require_allowed_paths(allowed)
+    with_allowed_paths(allowed)
 
 
 @pytest.mark.parametrize("key", ["model", "data", "resume_adapter_file", "adapter_path"])
 @pytest.mark.parametrize("path", ["/etc", "../secret.jsonl", "link.jsonl", "linked/secret.jsonl"])
 def test_a_path_that_leads_outside_is_refused_in_every_key(home: Path, key: str, path: str) -> None:
     with pytest.raises(ConfigError, match=f"^{key}: {path} is outside of the folders"):
-        require_allowed_paths(config(**{key: path}))
+        with_allowed_paths(config(**{key: path}))
 
 
 @pytest.mark.parametrize("path", ["/etc", "..", "../../etc", "linked", "./linked/home/../.."])
 def test_a_data_set_outside_is_refused_by_its_path(home: Path, path: str) -> None:
     with pytest.raises(ConfigError, match=r"^hf_dataset\[0\]\.path: .* is outside of the folders"):
-        require_allowed_paths(hub(path))
+        with_allowed_paths(hub(path))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +91,7 @@ def test_data_files_outside_are_refused_however_they_are_written(
     home: Path, loader: str, files: Any
 ) -> None:
     with pytest.raises(ConfigError, match=r"^hf_dataset\[0\]\.config\.data_files: .* is outside"):
-        require_allowed_paths(hub(loader, data_files=files))
+        with_allowed_paths(hub(loader, data_files=files))
 
 
 @pytest.mark.parametrize(
@@ -101,26 +107,26 @@ def test_data_files_outside_are_refused_however_they_are_written(
 )
 def test_an_address_that_can_name_a_local_file_is_refused(home: Path, address: str) -> None:
     with pytest.raises(ConfigError, match="is neither a path nor an https:// or hf:// address"):
-        require_allowed_paths(hub("json", data_files=address))
+        with_allowed_paths(hub("json", data_files=address))
 
 
-@pytest.mark.parametrize("key", ["data_dir", "cache_dir"])
+@pytest.mark.parametrize("key", ["data_dir"])
 @pytest.mark.parametrize("path", ["/etc", "..", "linked"])
 def test_a_folder_of_the_loader_outside_is_refused(home: Path, key: str, path: str) -> None:
     with pytest.raises(ConfigError, match=rf"^hf_dataset\[0\]\.config\.{key}: .* is outside"):
-        require_allowed_paths(hub("json", **{key: path}))
+        with_allowed_paths(hub("json", **{key: path}))
 
 
 def test_files_that_start_at_a_folder_given_beside_them_are_followed(home: Path) -> None:
     with pytest.raises(ConfigError, match="is outside of the folders"):
-        require_allowed_paths(hub("json", data_dir="data", data_files="../../secret.jsonl"))
+        with_allowed_paths(hub("json", data_dir="data", data_files="../../secret.jsonl"))
 
 
 def test_a_run_at_a_command_line_goes_where_its_person_may(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PREFECT__RUNTIME__DEPLOYMENT__ID")
-    require_allowed_paths(hub("json", data_files="/etc/passwd"))
+    with_allowed_paths(hub("json", data_files="/etc/passwd"))
     assert require_allowed("/etc", "data") == Path("/etc")
 
 
@@ -128,8 +134,197 @@ def test_roots_of_the_environment_replace_the_folder_of_the_run(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(home.parent))
-    require_allowed_paths(hub("json", data_files="/".join([str(home.parent), "secret.jsonl"])))
+    with_allowed_paths(hub("json", data_files="/".join([str(home.parent), "secret.jsonl"])))
     monkeypatch.setenv("NESTED_TUNE_ROOTS", str(home / "data"))
-    require_allowed_paths(config(model="owner/model", data="owner/data-set"))
+    with_allowed_paths(config(model="owner/model", data="owner/data-set"))
     with pytest.raises(ConfigError, match="^data: "):
-        require_allowed_paths(config(data="other/../../x"))
+        with_allowed_paths(config(data="other/../../x"))
+
+
+KEYS_OF_PATHS = [
+    "model",
+    "data",
+    "resume_adapter_file",
+    "adapter_path",
+    "run_dir",
+    "training.hostfile",
+    "gate.held_out",
+    "gate.general_data",
+    "gate.tasks",
+    "registry.path",
+    "hf_dataset",
+]
+
+
+def parameters(key: str, path: str) -> FinetuneParameters:
+    """The parameters of a run in which one key has this path."""
+    values: dict[str, Any] = {"model": "owner/model", "data": "data"}
+    section, _, name = key.rpartition(".")
+    if key == "gate.tasks":
+        values["gate"] = {"tasks": [{"name": "x", "file": path, "score": "exact"}]}
+    elif key == "gate.general_data":
+        values["gate"] = {"general_data": path, "max_general_loss_increase": 0.1}
+    elif key == "registry.path":
+        values["registry"] = {"path": path, "name": "x"}
+    elif key == "hf_dataset":
+        values["hf_dataset"] = {"path": path}
+    elif section:
+        values[section] = {name: path}
+    else:
+        values[name] = path
+    return FinetuneParameters.model_validate(values)
+
+
+@pytest.mark.parametrize("key", KEYS_OF_PATHS)
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("~/secret.jsonl", "is outside of the folders"),
+        ("~root/secret.jsonl", "is outside of the folders"),
+        ("~/../secret.jsonl", "is outside of the folders"),
+        ("linked/secret.jsonl", "is outside of the folders"),
+        ("data/../../secret.jsonl", "is outside of the folders"),
+        ("data/x\n/etc/passwd", "control character"),
+        ("data/x\u2028", "control character"),
+        (".cache/huggingface/token", "is hidden"),
+        ("data/.git/config", "is hidden"),
+    ],
+)
+def test_no_key_leads_outside_by_any_spelling(
+    home: Path, monkeypatch: pytest.MonkeyPatch, key: str, path: str, problem: str
+) -> None:
+    (home.parent / "somebody").mkdir()
+    (home / "~").mkdir()  # what is no home folder to who does not expand it
+    monkeypatch.setenv("HOME", str(home.parent / "somebody"))
+    with pytest.raises(ConfigError, match=problem) as refused:
+        with_allowed_paths(parameters(key, path))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_checked_is_what_is_opened(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / "real").mkdir()
+    (home / "inside").symlink_to("real")
+    (home / "~").mkdir()
+    (home / "~" / "suite.jsonl").touch()
+    for key in KEYS_OF_PATHS:
+        (path,) = [p for p in paths_of(with_allowed_paths(parameters(key, "inside/../inside/x")))]
+        assert path == "real/x"
+    monkeypatch.setenv("HOME", str(home))
+    assert require_allowed("~/data", "data") == Path("data")
+    monkeypatch.setenv("HOME", "/nowhere")
+    # A folder that is called ~ is opened as such, also by who would expand it once more.
+    assert require_allowed("./~/suite.jsonl", "file") == home / "~" / "suite.jsonl"
+
+
+def paths_of(config: FineTuneConfig) -> list[str]:
+    """The one path that `parameters` has given."""
+    values = config.model_dump()
+    gate, hub_datasets = values["gate"], values["hf_dataset"]
+    found = [values["model"], values["data"], values["resume_adapter_file"], values["adapter_path"]]
+    found += [values["run_dir"], values["training"]["hostfile"], gate["held_out"]]
+    found += [gate["general_data"], values["registry"]["path"]]
+    found += [task["file"] for task in gate["tasks"]] + [each["path"] for each in hub_datasets]
+    return [path for path in found if path not in (None, "owner/model", "data", "auto")]
+
+
+@pytest.mark.parametrize("key", ["data", "hf_dataset"])
+def test_a_file_of_a_data_set_that_leads_outside_is_refused(home: Path, key: str) -> None:
+    (home / "data" / "train.jsonl").unlink()
+    (home / "data" / "train.jsonl").symlink_to(home.parent / "secret.jsonl")
+    with pytest.raises(ConfigError, match=r"data/train\.jsonl is outside of the folders"):
+        with_allowed_paths(parameters(key, "data"))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://169.254.169.254/latest/meta-data",
+        "https://x/\n::file:///etc/passwd",
+        "https://x/::/etc/passwd",
+        "hf://x/\r\n::file:///etc/passwd",
+        "https://x/\0",
+        "HTTP://x/a.jsonl",
+        "ftp://x/a.jsonl",
+        "s3://bucket/a.jsonl",
+        "data/train.jsonl\n",
+    ],
+)
+def test_only_one_plain_address_over_https_or_of_the_hub_is_taken(home: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match="is neither a path nor an https|control character") as e:
+        with_allowed_paths(hub("json", data_files=address))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("loader", ["pandas", "webdataset", "imagefolder", "pandas/", "./eval"])
+def test_a_loader_that_reads_more_than_data_is_refused(
+    home: Path, loader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(ConfigError, match="is a loader of `datasets`"):
+        with_allowed_paths(hub(loader, data_files="https://data.example/x"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"trust_remote_code": True},
+        {"cache_dir": "registry"},
+        {"token": True},
+        {"storage_options": {"proxy": "http://x"}},
+        {"con": "sqlite:////etc/x.db", "sql": "select 1"},
+    ],
+)
+def test_arguments_that_name_code_credentials_or_folders_to_write_in_are_refused(
+    home: Path, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"config\.\w+: a flow takes name, revision, data_dir, "):
+        with_allowed_paths(hub("json", **arguments))
+
+
+def test_a_models_code_runs_only_where_the_worker_lists_the_model(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "model").mkdir()
+    (home / "other").mkdir()
+    trusting = [config(model=name, trust_remote_code=True) for name in ("model", "other", "a/b")]
+    for each in trusting:
+        with pytest.raises(ConfigError, match="NESTED_TUNE_TRUSTED_MODELS .* does not list"):
+            with_trusted_code(each)
+    monkeypatch.setenv("NESTED_TUNE_TRUSTED_MODELS", f"{home / 'model'}:a/b:c/d@main")
+    assert with_trusted_code(trusting[0]) == trusting[0]
+    for each in trusting[1:]:  # of the hub only with a revision
+        with pytest.raises(ConfigError, match="does not list"):
+            with_trusted_code(each)
+    monkeypatch.delenv("PREFECT__RUNTIME__DEPLOYMENT__ID")
+    assert with_trusted_code(trusting[2]) == trusting[2]
+
+
+def test_of_a_trusted_model_of_the_hub_the_listed_revision_is_loaded(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(model: str, revision: str | None = None) -> Path:
+        asked.append((model, revision))
+        return home / "snapshot"
+
+    monkeypatch.setattr("mlx_lm.utils._download", download)
+    monkeypatch.setenv("NESTED_TUNE_TRUSTED_MODELS", "c/d@0123abc")
+    trusted = with_trusted_code(config(model="c/d", trust_remote_code=True))
+    assert trusted.model == str(home / "snapshot")
+    assert asked == [("c/d", "0123abc")]
+
+
+def test_a_deployments_run_begins_a_name_only_in_the_registries_that_the_worker_lists(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = parameters("registry.path", "registry").registry
+    with pytest.raises(ConfigError, match="NESTED_TUNE_REGISTRIES .* does not list"):
+        require_known_name(section)
+    monkeypatch.setenv("NESTED_TUNE_REGISTRIES", "elsewhere:registry")
+    require_known_name(section)
+    monkeypatch.setenv("NESTED_TUNE_REGISTRIES", "elsewhere")
+    with pytest.raises(ConfigError, match="`nested-tune deploy -c CONFIG` begins the name"):
+        require_known_name(section)
+    (home / "registry" / "x" / "versions").mkdir(parents=True)
+    require_known_name(section)

@@ -70,7 +70,7 @@ def open_splits(settings: DataSettings, spool: Path) -> dict[str, SplitFile]:
 
     Raises ConfigError if there is no such data set, or two files for one split; and OSError.
     """
-    folder = Path(settings.data).expanduser()
+    folder = Path(settings.data)
     is_trusted = settings.trust_remote_code
     if settings.hf_dataset:
         return _write_hub_tables(

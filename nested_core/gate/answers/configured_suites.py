@@ -43,7 +43,7 @@ def read_suites(gate: GateSection) -> tuple[Suite, ...]:
 
 
 def _read_suite(task: TaskSection) -> Suite:
-    method = ScoringMethod(Path(task.file).expanduser(), task.score, task.function)
+    method = ScoringMethod(Path(task.file), task.score, task.function)
     sampling = Sampling(task.max_tokens, task.stop, task.temperature, task.seed)
     suite = Suite.read(task.name, method, sampling)
     if task.score == "python":

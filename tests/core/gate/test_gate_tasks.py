@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flows.allowed_folders import refuse_python_scorers
+from flows.allowed_folders import with_trusted_code
 from nested_core.config.gate import GateSection
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
@@ -273,7 +273,7 @@ def test_a_task_that_makes_no_sense_is_refused(tasks: list[dict[str, Any]], mess
 def test_no_parameter_of_a_flow_lets_python_functions_run() -> None:
     gate = GateSection(allow_python_scorers=True)
     with pytest.raises(ConfigError, match="a flow takes it from no parameter"):
-        refuse_python_scorers(example_config().model_copy(update={"gate": gate}))
+        with_trusted_code(example_config().model_copy(update={"gate": gate}))
 
 
 def test_a_run_that_went_on_from_an_adapter_is_compared_with_it_and_pays_for_itself_alone(
