@@ -20,8 +20,14 @@ from nested_core.storage.safetensors_files import StoredTensor
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 Factors = tuple[StoredTensor, StoredTensor]  # lora_a and lora_b of one module
-ROUNDING_STEP_BY_DTYPE = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
-ROUNDING_FACTOR = 4.0
+# Unit roundoff, and the smallest normal number: below it an error no longer shrinks with the value.
+PRECISION_BY_DTYPE = {
+    "F64": (2.0**-53, 2.0**-1022),
+    "F32": (2.0**-24, 2.0**-126),
+    "F16": (2.0**-11, 2.0**-14),
+    "BF16": (2.0**-8, 2.0**-126),
+}
+ROUNDING_FACTOR = 2.0  # the largest of 60,000 rescalings, rotations and permutations moved by 1.5
 FACTOR_NAMES = ("lora_a", "lora_b")
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 SAMPLED_PRODUCT_ROWS = 64  # rows and columns of a product that are compared before the whole of it
@@ -85,7 +91,7 @@ def require_lora_factors(adapter: Adapter) -> None:
         a, b = _factor_pair(adapter.tensors, module)
         is_dense = len(a.shape) == len(b.shape) == 2 and a.shape[1] == b.shape[0]
         is_switch = len(a.shape) == len(b.shape) == 3 and (a.shape[0], a.shape[1]) == b.shape[::2]
-        if not (is_dense or is_switch) or not {a.dtype, b.dtype} <= ROUNDING_STEP_BY_DTYPE.keys():
+        if not (is_dense or is_switch) or not {a.dtype, b.dtype} <= PRECISION_BY_DTYPE.keys():
             raise DamagedError(
                 f"{module}: lora_a {a.dtype} {a.shape} and lora_b {b.dtype} {b.shape} are no "
                 f"low-rank factors; expected floating point (in, rank) and (rank, out)."
@@ -108,13 +114,38 @@ def _has_module_changed(
     if magnitude in after and tensors_differ(before[magnitude], after[magnitude]):
         return True
     old, new = _factor_pair(before, module), _factor_pair(after, module)
-    size = sum(frobenius_norm(a) * frobenius_norm(b) for a, b in (old, new))
-    bound = ROUNDING_FACTOR * ROUNDING_STEP_BY_DTYPE[new[0].dtype] * size
-    # If a part of the product moved by more than the bound, the whole moved further.
-    return (
-        _norm_of_difference(new, old, SAMPLED_PRODUCT_ROWS) > bound
-        or _norm_of_difference(new, old, None) > bound
+    roundoff = ROUNDING_FACTOR * max(PRECISION_BY_DTYPE[t.dtype][0] for t in (*old, *new))
+    squares = [_independent_rounding_squared(pair) for pair in (old, new)]
+    rank = max(_float64_factors(pair, 1)[0].shape[2] for pair in (old, new))
+    # A product's norm is at most sqrt(rank) times the first bound; where a part of the product
+    # moved by more than that, the whole moved further than either bound.
+    if _norm_of_difference(new, old, SAMPLED_PRODUCT_ROWS) > roundoff * math.sqrt(
+        rank * sum(squares)
+    ):
+        return True
+    bound = math.hypot(
+        *(
+            max(math.sqrt(square), _product_norm(pair))
+            for square, pair in zip(squares, (old, new), strict=True)
+        )
     )
+    return _norm_of_difference(new, old, None) > roundoff * bound
+
+
+def _independent_rounding_squared(pair: Factors) -> float:
+    """The sum over the rank of ||a_k||^2 ||b_k||^2.
+
+    Rounding each element of both factors by itself, by a share u of it, moves the product by about
+    u times the square root of this. Where errors agree, as when one factor is multiplied by c and
+    the other by a rounded 1/c, it moves by u times the product's own norm.
+    """
+    tiny = max(PRECISION_BY_DTYPE[tensor.dtype][1] for tensor in pair)
+    left, right = _oriented_factors(pair)
+    columns = np.einsum("eir,eir->er", left, left, dtype=np.float64)
+    rows = np.einsum("ero,ero->er", right, right, dtype=np.float64)
+    columns += np.count_nonzero(left, axis=1) * tiny**2
+    rows += np.count_nonzero(right, axis=2) * tiny**2
+    return float((columns * rows).sum())
 
 
 def _norm_of_difference(new: Factors, old: Factors, rows: int | None) -> float:
@@ -130,14 +161,21 @@ def _float64_factors(pair: Factors, rows: int | None) -> tuple[Matrix, Matrix]:
     """Left (experts, in, rank) and right (experts, rank, out) factor in float64.
 
     With `rows`, about so many of the left one's rows and of the right one's columns, evenly spread.
-    A dense layer is one expert; mlx-lm stores a switch layer's factors transposed.
     """
-    left, right = (tensor.to_numpy() for tensor in pair)
-    left, right = (left[None], right[None]) if left.ndim == 2 else (left.mT, right.mT)
+    left, right = _oriented_factors(pair)
     if rows is not None:
         left = left[:, :: max(1, left.shape[1] // rows)]
         right = right[:, :, :: max(1, right.shape[2] // rows)]
     return left.astype(np.float64), right.astype(np.float64)
+
+
+def _oriented_factors(pair: Factors) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Left (experts, in, rank) and right (experts, rank, out) factor, bfloat16 as float32.
+
+    A dense layer is one expert; mlx-lm stores a switch layer's factors transposed.
+    """
+    left, right = (tensor.to_numpy() for tensor in pair)
+    return (left[None], right[None]) if left.ndim == 2 else (left.mT, right.mT)
 
 
 def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matrix) -> float:
@@ -153,10 +191,14 @@ def product_difference(new_a: Matrix, new_b: Matrix, old_a: Matrix, old_b: Matri
 
 def product_norm(tensors: Mapping[str, StoredTensor], module: str) -> float:
     """Frobenius norm of a module's lora_a @ lora_b; infinity if it is beyond float64."""
-    left, right = _float64_factors(_factor_pair(tensors, module), None)
     with np.errstate(all="ignore"):
-        norm = float(np.linalg.norm(_triangular_factor(left) @ _triangular_factor(right.mT).mT))
+        norm = _product_norm(_factor_pair(tensors, module))
     return norm if math.isfinite(norm) else math.inf
+
+
+def _product_norm(pair: Factors) -> float:
+    left, right = _float64_factors(pair, None)
+    return float(np.linalg.norm(_triangular_factor(left) @ _triangular_factor(right.mT).mT))
 
 
 def _triangular_factor(tall: Matrix) -> Matrix:

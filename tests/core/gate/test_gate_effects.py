@@ -219,3 +219,37 @@ def test_a_small_but_real_float32_change_is_seen(tmp_path: Path, size: float) ->
     for name, value in after.items():
         after[name] = value * (1 + size * values.normal(size=value.shape)).astype("f4")
     assert codes(judge_pair(tmp_path, trained_tensors(), after)) == []
+
+
+def factor_pair(rng: np.random.Generator, rank: int, dtype: Any) -> tuple[mx.array, mx.array]:
+    a = rng.normal(size=(64, rank)) / 8
+    b = rng.normal(size=(rank, 96)) * 0.02
+    if rng.integers(2):  # of low effective rank, as training makes them: rounding errors agree
+        a, b = np.repeat(a[:, :1], rank, axis=1), np.repeat(b[:1], rank, axis=0)
+    return mx.array(a).astype(dtype), mx.array(b).astype(dtype)
+
+
+def rescaled_and_permuted(
+    a: mx.array, b: mx.array, rng: np.random.Generator
+) -> tuple[mx.array, mx.array]:
+    order = mx.array(rng.permutation(a.shape[1]))
+    factor = mx.array(rng.choice([-1.0, 1.0]) * np.exp(rng.normal())).astype(a.dtype)
+    return (a * factor)[:, order], (b * (1 / factor))[order]
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("rank", [1, 8, 64, 256])
+def test_a_product_moved_by_three_percent_is_told_from_one_that_was_written_otherwise(
+    tmp_path: Path, rank: int, dtype: Any
+) -> None:
+    rng = np.random.default_rng(rank)
+    for draw in range(3):
+        a, b = factor_pair(rng, rank, dtype)
+        moved = (b.astype(mx.float32) * 1.03).astype(dtype)
+        written = [(a, b), rescaled_and_permuted(a, b, rng), (a, moved)]
+        same, otherwise, changed = (
+            write_mlx(tmp_path / f"{draw}-{number}", {A: a, B: b}, dtype)
+            for number, (a, b) in enumerate(written)
+        )
+        assert codes(verify_adapters(same, otherwise)) == ["no_effect"]
+        assert codes(verify_adapters(same, changed)) == []
