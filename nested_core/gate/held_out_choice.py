@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, DatasetError
 from nested_core.storage.dataset_record import DatasetRecord
 
 
@@ -54,4 +54,12 @@ def require_held_out(choice: str, max_kl: float | None, dataset: DatasetRecord, 
         raise ConfigError(
             f"gate.max_kl: {data} has neither test.jsonl nor valid.jsonl, on which to measure how "
             f"far predictions move. Add one, or name a file by gate.held_out."
+        )
+
+
+def require_test_set(dataset: DatasetRecord, data: str) -> None:
+    """Raise DatasetError if there is no test set, which `test` asks to be measured on."""
+    if "test" not in dataset.splits or not dataset.splits["test"].rows:
+        raise DatasetError(
+            f"test: {data} has no test.jsonl, or it is empty. Add one, or leave out test: true."
         )

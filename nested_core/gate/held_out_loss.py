@@ -26,6 +26,7 @@ from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.gate.held_out_choice import require_test_set
 from nested_core.gate.prediction_comparison import ExamplePredictions, PredictionComparison
 from nested_core.gate.run_evidence import RunEvidence
 from nested_core.gate.verdict import GeneralLoss
@@ -249,9 +250,8 @@ def measure_test_loss(config: FineTuneConfig, run: RunDirectory) -> float:
 
     Raises DatasetError if there is no test set.
     """
-    split = read_nonempty_splits(config, run).get("test")
-    if split is None:
-        raise DatasetError(f"test: {config.data} has no test.jsonl, or it is empty.")
+    require_test_set(read_dataset_record(run.dataset), config.data)
+    split = read_nonempty_splits(config, run)["test"]
     return LoadedBase.load(config).mean_losses((run.adapter,), split, config.test_batches)[0]
 
 

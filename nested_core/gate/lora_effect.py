@@ -27,7 +27,9 @@ PRECISION_BY_DTYPE = {
     "F16": (2.0**-11, 2.0**-14),
     "BF16": (2.0**-8, 2.0**-126),
 }
-ROUNDING_FACTOR = 2.0  # the largest of 60,000 rescalings, rotations and permutations moved by 1.5
+# Of 3,000 random rescalings, rotations and permutations 99 % moved the product by less than 0.93
+# times the size of rounding, and one by more than 1.5: float16 below its smallest normal number.
+ROUNDING_FACTOR = 2.0
 FACTOR_NAMES = ("lora_a", "lora_b")
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 SAMPLED_PRODUCT_ROWS = 64  # rows and columns of a product that are compared before the whole of it

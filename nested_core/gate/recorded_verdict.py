@@ -116,7 +116,7 @@ def _differing_losses(
     losses = read_example_losses(run.gate_losses)
     now = asdict(Validation.from_losses(losses, selected_on_same_data=False))
     for key in now.keys() - {"selected_on_same_data", "has_one_answer"}:
-        if not _is_close_figure(validation.get(key), now[key]):
+        if not is_close_figure(validation.get(key), now[key]):
             yield f"validation.{key}"
     bounds = verdict.thresholds or {}
     choice = str(bounds.get("held_out", "auto"))
@@ -140,7 +140,7 @@ def _differing_drift(
     if (losses.base_drift is not None) is not expects_base_drift:
         yield "drift.kl_base"
     for key, figure in asdict(now).items():
-        if not _is_close_figure(drift.get(key, MISSING_FIGURE), figure):
+        if not is_close_figure(drift.get(key, MISSING_FIGURE), figure):
             yield f"drift.{key}"
 
 
@@ -160,16 +160,23 @@ def _differing_champion(champion: Any, losses: ExampleLosses) -> Iterator[str]:
     elif is_compared:
         now = asdict(ChampionLoss.from_losses(str(champion.get("version")), losses))
         for key in now:
-            if not _is_close_figure(champion.get(key, MISSING_FIGURE), now[key]):
+            if not is_close_figure(champion.get(key, MISSING_FIGURE), now[key]):
                 yield f"champion.{key}"
 
 
-def _is_close_figure(recorded: Any, recomputed: Any) -> bool:
-    if isinstance(recomputed, tuple):
+def is_close_figure(recorded: Any, recomputed: Any) -> bool:
+    """Whether a figure, or a list or an object of figures, is what another machine may compute."""
+    if isinstance(recomputed, dict):
+        return (
+            isinstance(recorded, dict)
+            and recorded.keys() == recomputed.keys()
+            and all(is_close_figure(recorded[key], recomputed[key]) for key in recomputed)
+        )
+    if isinstance(recomputed, tuple | list):
         return (
             isinstance(recorded, list)
             and len(recorded) == len(recomputed)
-            and all(map(_is_close_figure, recorded, recomputed))
+            and all(map(is_close_figure, recorded, recomputed))
         )
     if not isinstance(recomputed, float) or not isinstance(recorded, int | float):
         return bool(recorded == recomputed)

@@ -5,7 +5,6 @@ Nothing here needs a model: `promote` does it again and compares.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from nested_core.gate.paired_difference import (
     compare_pairs,
     smallest_visible_share,
 )
+from nested_core.gate.recorded_verdict import is_close_figure
 from nested_core.gate.verdict import Reason, TaskResult
 from nested_core.storage.manifest import FileEntry, describe_file
 from nested_core.storage.run_directory import RunDirectory
@@ -183,7 +183,7 @@ def require_same_task_results(
 ) -> None:
     """Raise DamagedError unless the recorded answers give the recorded results, and no reason."""
     results, reasons = judge_answers(gate, read_answers(run.answers)) if gate.tasks else ((), [])
-    expected = json.loads(json.dumps([asdict(result) for result in results]))
+    expected = [asdict(result) for result in results]
     if reasons or not _are_same_rows(recorded.get("tasks", []), expected):
         raise DamagedError(
             f"{run.gate} is not the verdict on {run.answers.name} beside it: tasks differ. Judge "
@@ -192,10 +192,10 @@ def require_same_task_results(
 
 
 def _are_same_rows(recorded: Any, expected: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows are the expected ones; an earlier release left out what is null."""
+    """Whether rows are the expected ones, within rounding; an earlier release left out nulls."""
     if not isinstance(recorded, list) or len(recorded) != len(expected):
         return False
     return all(
-        isinstance(row, dict) and dict.fromkeys(now) | row == now
+        isinstance(row, dict) and is_close_figure(dict.fromkeys(now) | row, now)
         for row, now in zip(recorded, expected, strict=True)
     )

@@ -37,7 +37,7 @@ from nested_core.gate.answers.configured_suites import (
     read_suites,
     record_or_compare_suites,
 )
-from nested_core.gate.held_out_choice import require_held_out
+from nested_core.gate.held_out_choice import require_held_out, require_test_set
 from nested_core.gate.held_out_loss import measure_test_loss as test_loss
 from nested_core.gate.held_out_loss import read_held_out_file, require_validated_data
 from nested_core.gate.task_bounds import task_file_entries
@@ -155,14 +155,18 @@ def require_askable_suites(config: FineTuneConfig) -> None:
 
 
 def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None:
-    """Read what `gate.held_out` names, before training and not after.
+    """Read what `gate.held_out` names, and look for what `test` measures, before training.
 
-    Raises ConfigError if the split or the file is missing, DatasetError if the file has an error.
+    Raises ConfigError if the split or the file is missing, DatasetError if the file has an error or
+    there is no test set.
     """
+    dataset = read_dataset_record(run.dataset)
+    if config.test:
+        require_test_set(dataset, config.data)
     gate = config.gate
     if gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
         read_held_out_file(config)
-    require_held_out(gate.held_out, gate.max_kl, read_dataset_record(run.dataset), config.data)
+    require_held_out(gate.held_out, gate.max_kl, dataset, config.data)
 
 
 def write_initial_adapter_and_tiers(

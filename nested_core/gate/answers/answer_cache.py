@@ -79,23 +79,33 @@ class AnswerCache:
     def store(
         self, model: AnsweringModelDigests, encoded: EncodedSuite, answers: Sequence[Answer]
     ) -> None:
-        """Keep answers that were given now; ConfigError if the folder is not this user's alone."""
+        """Keep answers that were given now; ConfigError if the folder is not this user's alone.
+
+        Where they cannot be written there is a warning: the next night pays for them again.
+        """
         path = self._path(model, encoded)
         rows = [asdict(given) for given in answers]
         self._remove_unused()
-        write_json(path, {"digest": _digest_rows(rows), "answers": rows})
+        try:
+            write_json(path, {"digest": _digest_rows(rows), "answers": rows})
+        except (OSError, DamagedError) as error:
+            _log.warning("Answers could not be kept for another night: %s", error)
 
-    def _path(self, model: AnsweringModelDigests, encoded: EncodedSuite) -> Path:
-        """The file of a model and a suite, in a folder that nobody else can write to."""
+    def require_usable(self) -> None:
+        """Make the folder; ConfigError if it cannot be made or is not this user's alone."""
         make_folder_only_user_may_write(
             self.folder, "answers", "have any adapter look better than another"
         )
+
+    def _path(self, model: AnsweringModelDigests, encoded: EncodedSuite) -> Path:
+        """The file of a model and a suite, in a folder that nobody else can write to."""
+        self.require_usable()
         return self.folder / f"{_cache_key(model, encoded)}.json"
 
     def _remove_unused(self) -> None:
         oldest = time.time() - MAX_UNUSED_SECONDS
         for path in self.folder.glob("*.json"):
-            with suppress(FileNotFoundError):  # another process was faster
+            with suppress(OSError):  # another process was faster, or it is no file
                 if path.stat().st_mtime < oldest:
                     path.unlink()
 

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nested_core.config.gate import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.gate.answers.scorers import ScoringMethod, score_answers
+from nested_core.gate.answers.scorers import ScoringMethod
 from nested_core.gate.answers.suite_answers import EncodedSuite, Suite, context_length
 from nested_core.models.generation import Sampling
 from nested_core.storage.atomic import write_json
@@ -34,7 +34,7 @@ _RECORDS_VALIDATOR = TypeAdapter(dict[str, SuiteRecord])
 
 
 def read_suites(gate: GateSection) -> tuple[Suite, ...]:
-    """Every suite of `gate.tasks`, checked line by line; a Python scorer is imported once.
+    """Every suite of `gate.tasks`, checked line by line; what scores it is compiled or imported.
 
     Raises ConfigError if a file is missing, DatasetError if one has bad lines or its function
     cannot be imported.
@@ -46,8 +46,6 @@ def _read_suite(task: TaskSection) -> Suite:
     method = ScoringMethod(Path(task.file), task.score, task.function)
     sampling = Sampling(task.max_tokens, task.stop, task.temperature, task.seed)
     suite = Suite.read(task.name, method, sampling)
-    if task.score == "python":
-        score_answers(method, (), ())
     questions = [
         question if "tolerance" in question.fields else replace(question, tolerance=task.tolerance)
         for question in suite.questions

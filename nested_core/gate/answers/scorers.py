@@ -1,7 +1,8 @@
 """How right the answers to a suite's questions are: a share from 0 to 1 each.
 
 Texts and numbers are compared here. A regular expression, a JSON schema and a Python function come
-with the suite and may take for ever: they run in a process of their own, which has a time limit.
+with the suite and may take for ever: they are compiled, imported and run in a process of their own,
+which has a time limit and whose every word is looked at.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nested_core.config.gate import Score
-from nested_core.errors import DatasetError
+from nested_core.errors import DatasetError, shorten
 from nested_core.gate.answers.suites import Question, describe_bad_questions
 
 SCORING_PROGRAM = Path(__file__).with_name("scoring_process.py")
 START_TIMEOUT_SECONDS = 60.0
 QUESTION_TIMEOUT_SECONDS = 10.0
+SUITE_CHECK_TIMEOUT_SECONDS = 120.0  # to compile all patterns or schemas
+MAX_OUTPUT_LINE_BYTES = 4096
+MAX_PROBLEM_CHARACTERS = 300
 _SIGN_PATTERN = r"(?:(?<![\d.])[-+\u2212])?"  # in 3-4 there is none
 _NUMBER_PATTERN = re.compile(
     rf"{_SIGN_PATTERN}(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}(?!\d))?"
@@ -109,71 +113,141 @@ def _is_near_accepted_number(question: Question, answer: str) -> bool:
         return any(abs(number - Decimal(repr(value))) <= tolerance for value in question.accepted)
 
 
+def require_usable_scorer(method: ScoringMethod, questions: Sequence[Question]) -> None:
+    """Compile the patterns or schemas that came with a suite, or import its function.
+
+    Raises DatasetError, naming the lines, if one is none or takes too long.
+    """
+    if method.score == "python":
+        _score_in_process(method, ())
+    if method.score in ("regex", "json"):
+        problems = [
+            f"{method.place}:{question.line}: {problem}"
+            for problem, question in zip(_check_in_process(method, questions), questions)  # noqa: B905
+            if problem is not None
+        ]
+        if problems:
+            summary = f"{method.place} is no suite of {method.score} questions."
+            raise DatasetError(describe_bad_questions(summary, problems))
+
+
+def _check_in_process(method: ScoringMethod, questions: Sequence[Question]) -> Iterator[str | None]:
+    """What is wrong with each question's pattern or schema, up to one that fails the process."""
+    needed = ("expected", "schema")
+    items = [
+        {"question": {key: question.fields[key] for key in needed if key in question.fields}}
+        for question in questions
+    ]
+    started = time.monotonic()
+    try:
+        for problem in _run_scoring_process(method, "check", items):
+            if time.monotonic() - started > SUITE_CHECK_TIMEOUT_SECONDS:
+                limit = f"{SUITE_CHECK_TIMEOUT_SECONDS:g} seconds"
+                raise _ScoringProcessFailed(f"those up to here took more than {limit}")
+            yield None if problem is None else shorten(problem, MAX_PROBLEM_CHARACTERS)
+    except _ScoringProcessFailed as failure:
+        yield f"{_describe_what_came_along(method)}: {failure}"
+
+
 def _score_in_process(method: ScoringMethod, pairs: Sequence[tuple[Question, str]]) -> list[float]:
+    items = [{"answer": answer, "question": question.fields} for question, answer in pairs]
+    scores: list[float] = []
+    try:
+        for score in _run_scoring_process(method, "score", items):
+            if not isinstance(score, float) or not 0 <= score <= 1:
+                raise _ScoringProcessFailed(f"it answered {shorten(score)}, not a score")
+            scores.append(score)
+    except _ScoringProcessFailed as failure:
+        place = str(method.place)
+        if scores or pairs:
+            place += f":{pairs[len(scores)][0].line}"
+        problem = f"{place}: {_describe_what_came_along(method)}: {failure}"
+        summary = f"the answers to {method.place} could not be scored."
+        raise DatasetError(describe_bad_questions(summary, [problem])) from None
+    return scores
+
+
+class _ScoringProcessFailed(Exception):
+    """What the process did instead of giving the next result."""
+
+
+def _run_scoring_process(
+    method: ScoringMethod, work: Literal["check", "score"], items: Sequence[dict[str, Any]]
+) -> Iterator[Any]:
+    """Yield the result of each item in turn; without items see only that the scorer can be loaded.
+
+    The process is the head of a group, all of which is killed in the end. Raises
+    _ScoringProcessFailed where an item raises, takes too long, or the process says anything else.
+    """
     request = {
+        "work": work,
         "score": method.score,
         "function": method.function,
         "folder": os.getcwd(),
         "most_seconds": int(2 * START_TIMEOUT_SECONDS),
-        "items": [{"answer": answer, "question": question.fields} for question, answer in pairs],
+        "items": items,
     }
-    scores: list[float] = []
     with tempfile.TemporaryDirectory(prefix="nested-tune-scores-") as folder:
         path = Path(folder, "request.json")
         path.write_text(json.dumps(request), encoding="utf-8")
-        for outcome in _run_program(path):
-            if "score" in outcome:
-                scores.append(outcome["score"])
-            if "error" in outcome:
-                raise DatasetError(
-                    _describe_scorer_failure(method, pairs, len(scores), outcome["error"])
-                )
-            if len(scores) == len(pairs):
-                return scores
-    what = "ended before it was done"
-    raise DatasetError(_describe_scorer_failure(method, pairs, len(scores), what))
+        with subprocess.Popen(
+            [sys.executable, "-P", str(SCORING_PROGRAM), str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        ) as process:
+            try:
+                lines = _LineReader(process)
+                lines.read_field("ready", START_TIMEOUT_SECONDS)
+                for _ in items:
+                    yield lines.read_field("result", QUESTION_TIMEOUT_SECONDS)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
-def _run_program(request: Path) -> Iterator[dict[str, Any]]:
-    """What the process answers, line by line; the last is an error where it hangs or dies.
+class _LineReader:
+    """Reads what the process says, line by line, each in bounded time and length."""
 
-    It is the head of a process group, all of which is killed in the end.
-    """
-    with subprocess.Popen(
-        [sys.executable, "-P", str(SCORING_PROGRAM), str(request)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None  # noqa: S101  # it is a pipe
+        self._process = process
+        self._output = process.stdout
+        self._unread = b""
+
+    def read_field(self, name: str, seconds: float) -> Any:
+        """The value of the only field of the next line; raises _ScoringProcessFailed."""
+        line = self._read_line(seconds)
         try:
-            yield from _read_lines(process)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            fields = json.loads(line)
+        except (ValueError, RecursionError):
+            fields = None
+        if isinstance(fields, dict) and list(fields) == ["error"]:
+            raise _ScoringProcessFailed(shorten(fields["error"], MAX_PROBLEM_CHARACTERS))
+        if not isinstance(fields, dict) or list(fields) != [name]:
+            raise _ScoringProcessFailed("something else than a score came from its process")
+        return fields[name]
 
-
-def _read_lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
-    assert process.stdout is not None  # noqa: S101  # it is a pipe
-    unread = b""
-    limit = START_TIMEOUT_SECONDS
-    deadline = time.monotonic() + limit
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                yield {"error": f"it took more than {limit:g} seconds"}
-                return
-            more = os.read(process.stdout.fileno(), 65_536)
+    def _read_line(self, seconds: float) -> bytes:
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._unread:
+            if len(self._unread) > MAX_OUTPUT_LINE_BYTES:
+                raise _ScoringProcessFailed("something else than a score came from its process")
+            left = deadline - time.monotonic()
+            if left <= 0 or not self._has_output(left):
+                raise _ScoringProcessFailed(f"it took more than {seconds:g} seconds")
+            more = os.read(self._output.fileno(), 65_536)
             if not more:
-                yield {"error": _describe_process_end(process)}
-                return
-            *lines, unread = (unread + more).split(b"\n")
-            for line in lines:
-                yield json.loads(line)
-            if lines:
-                limit = QUESTION_TIMEOUT_SECONDS
-                deadline = time.monotonic() + limit
+                raise _ScoringProcessFailed(_describe_process_end(self._process))
+            self._unread += more
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _has_output(self, seconds: float) -> bool:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._output, selectors.EVENT_READ)
+            return bool(selector.select(seconds))
 
 
 def _describe_process_end(process: subprocess.Popen[bytes]) -> str:
@@ -186,12 +260,6 @@ def _describe_process_end(process: subprocess.Popen[bytes]) -> str:
     return f"its process ended with exit status {status}"
 
 
-def _describe_scorer_failure(
-    method: ScoringMethod, pairs: Sequence[tuple[Question, str]], done: int, problem: str
-) -> str:
-    place = f"{method.place}:{pairs[done][0].line}" if done < len(pairs) else str(method.place)
-    what = {"regex": "the regular expression", "json": "the JSON schema"}.get(
-        method.score, f"the function {method.function}"
-    )
-    summary = f"the answers to {method.place} could not be scored."
-    return describe_bad_questions(summary, [f"{place}: {what}: {problem}"])
+def _describe_what_came_along(method: ScoringMethod) -> str:
+    names = {"regex": "the regular expression", "json": "the JSON schema"}
+    return names.get(method.score, f"the function {method.function}")

@@ -1,8 +1,9 @@
 """The program of the process that runs what a suite brings along: functions, patterns, schemas.
 
-It reads a request, a JSON file, and writes one JSON line an answer on standard output. It imports
-nothing of this project, and prints nothing: what a scorer prints goes nowhere. Who started it ends
-it when an answer takes too long.
+It reads a request, a JSON file, and writes one JSON line an item on standard output: the score of
+an answer, or what is wrong with a question's pattern or schema. It imports nothing of this project,
+and prints nothing: what a scorer prints goes nowhere. Who started it ends it when an item takes too
+long.
 """
 
 from __future__ import annotations
@@ -10,20 +11,57 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 Scorer = Callable[[str, dict[str, Any]], float]
+MAX_MEMORY_BYTES = 2 * 2**30  # of patterns and schemas; a Python scorer may load a model
+
+
+def find_regex_problem(question: dict[str, Any]) -> str | None:
+    """Why one of the expected regular expressions is none."""
+    for pattern in _as_list(question["expected"]):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return f"expected: {_shorten(repr(pattern), 60)} is no regular expression: {error}"
+    return None
+
+
+def find_schema_problem(question: dict[str, Any]) -> str | None:
+    """Why the schema is no JSON Schema."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import validator_for
+
+    schema = question["schema"]
+    named = schema.get("$schema") if isinstance(schema, dict) else None
+    if named is not None and validator_for({"$schema": str(named)}, default=None) is None:
+        return f"schema: {_shorten(repr(named), 60)} is no JSON Schema that is known"
+    try:
+        validator_for(schema, default=Draft202012Validator).check_schema(schema)
+    except SchemaError as error:
+        place = ".".join(["schema", *map(str, error.absolute_path)])
+        return f"{_shorten(place, 80)} is no JSON schema: {_shorten(error.message, 160)}"
+    return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _shorten(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[: characters - 3] + "..."
 
 
 def score_regex(answer: str, question: dict[str, Any]) -> float:
     """1 where one of the expected regular expressions is found anywhere in the answer."""
-    expected = question["expected"]
-    patterns = expected if isinstance(expected, list) else [expected]
-    return float(any(re.search(pattern, answer) for pattern in patterns))
+    return float(any(re.search(pattern, answer) for pattern in _as_list(question["expected"])))
 
 
 def score_json(answer: str, question: dict[str, Any]) -> float:
@@ -83,14 +121,15 @@ def require_valid_score(score: Any) -> float:
     """A share from 0 to 1, of a number or a boolean; TypeError or ValueError for anything else."""
     if not isinstance(score, int | float):
         raise TypeError(f"it returned a {type(score).__name__}, not a number from 0 to 1")
-    if not 0 <= score <= 1:
-        raise ValueError(f"it returned {score}, not a number from 0 to 1")
-    return float(score)
+    value = float(score)  # of a subclass, which may compare otherwise
+    if not 0 <= value <= 1:
+        raise ValueError(f"it returned {value:g}, not a number from 0 to 1")
+    return value
 
 
 def main(request_path: str) -> None:
-    """Score the answers of a request in turn, until one raises."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    """Do the items of a request in turn, until one raises."""
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
@@ -98,21 +137,50 @@ def main(request_path: str) -> None:
         request = json.load(file)
 
     def write(**fields: Any) -> None:
-        answers.write(json.dumps(fields) + "\n")
-        answers.flush()
+        output.write(json.dumps(fields) + "\n")
+        output.flush()
 
     try:
         signal.alarm(request["most_seconds"])  # should who started it be gone
-        own: dict[str, Scorer] = {"regex": score_regex, "json": score_json}
-        scorer = own.get(request["score"]) or load_scorer_function(
-            request["function"], request["folder"]
-        )
+        if request["function"] is None:
+            _limit_memory()
+        do_item = _choose_work(request)
         write(ready=True)
         for item in request["items"]:
             signal.alarm(request["most_seconds"])
-            write(score=require_valid_score(scorer(item["answer"], item["question"])))
+            write(result=do_item(item))
     except BaseException as error:  # a scorer may raise SystemExit or KeyboardInterrupt
         write(error=f"{type(error).__name__}: {error}"[:300])
+
+
+def _limit_memory() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = MAX_MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MAX_MEMORY_BYTES, hard)
+    with suppress(ValueError, OSError):  # macOS does not keep this limit
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+def _choose_work(request: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
+    """What is done with each item: a question is checked, or an answer scored."""
+    score = request["score"]
+    if score == "json":
+        import_module("jsonschema")  # now, and not in the time of the first question
+    if request["work"] == "check":
+        finders = {"regex": find_regex_problem, "json": find_schema_problem}
+        find_problem = finders[score]
+        known: dict[str, str | None] = {}  # most suites have one schema in all their lines
+
+        def check(item: dict[str, Any]) -> str | None:
+            checked = {name: item["question"].get(name) for name in ("expected", "schema")}
+            key = json.dumps(checked if score == "regex" else checked["schema"])
+            if key not in known:
+                known[key] = find_problem(item["question"])
+            return known[key]
+
+        return check
+    own: dict[str, Scorer] = {"regex": score_regex, "json": score_json}
+    scorer = own.get(score) or load_scorer_function(request["function"], request["folder"])
+    return lambda item: require_valid_score(scorer(item["answer"], item["question"]))
 
 
 if __name__ == "__main__":

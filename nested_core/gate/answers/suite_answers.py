@@ -16,7 +16,11 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.errors import DatasetError
-from nested_core.gate.answers.scorers import ScoringMethod, score_answers
+from nested_core.gate.answers.scorers import (
+    ScoringMethod,
+    require_usable_scorer,
+    score_answers,
+)
 from nested_core.gate.answers.suites import Question, describe_bad_questions, read_suite
 from nested_core.models.generation import Answer, OnAnswered, Sampling, answer_prompts
 from nested_core.models.parameters import in_evaluation_mode
@@ -38,8 +42,13 @@ class Suite:
 
     @classmethod
     def read(cls, name: str, method: ScoringMethod, sampling: Sampling | None = None) -> Self:
-        """Read its file. Raises ConfigError without a file, DatasetError for bad lines."""
+        """Read its file, and compile or import what scores it.
+
+        Raises ConfigError without a file, DatasetError for bad lines and for a function that
+        cannot be imported.
+        """
         questions = read_suite(method.place, method.score)
+        require_usable_scorer(method, questions)
         return cls(name, method, questions, sampling or Sampling())
 
     @cached_property

@@ -1,15 +1,18 @@
-"""A suite's file, a question a line, read strictly: every bad line is reported with its number.
+"""A suite's file, a question a line, read strictly: bad lines are reported with their numbers.
 
 A line is a JSON object with "prompt" (a text, as it stands) or "messages" (through the chat
 template), "expected", what its score needs besides, and "id" where the question has a name.
+Patterns and schemas are taken as they stand: scorers.py has them compiled, in another process.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +26,10 @@ from nested_core.storage.strict_files import file_type, read_regular
 
 Turn = dict[str, str]
 MAX_SUITE_BYTES = 64 * 2**20
+MAX_SUITE_LINES = 1_000_000  # blank ones included
+MAX_QUESTIONS = 100_000
+MAX_QUESTION_BYTES = 2**20
+MAX_PROBLEMS = 1_000  # then reading ends
 MAX_LISTED_PROBLEMS = 8
 
 
@@ -55,7 +62,7 @@ class _SuiteLine(BaseModel):
 
     id: str | int | None = None
     prompt: Annotated[str, Field(min_length=1)] | None = None
-    messages: Annotated[list[_Turn], Field(min_length=1)] | None = None
+    messages: Annotated[list[_Turn], Field(min_length=1, fail_fast=True)] | None = None
     expected: Any = None
 
     @model_validator(mode="after")
@@ -95,15 +102,7 @@ class _TextLine(_SuiteLine):
 class _RegexLine(_SuiteLine):
     def parse_accepted_answers(self) -> tuple[str, ...]:
         """Patterns of Python's re."""
-        patterns = _accepted_answers(self.expected, (str,), "a regular expression")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(
-                    f"expected: {shorten(pattern)!r} is no regular expression: {error}"
-                ) from None
-        return tuple(patterns)
+        return tuple(_accepted_answers(self.expected, (str,), "a regular expression"))
 
 
 class _NumberLine(_SuiteLine):
@@ -133,7 +132,6 @@ class _JsonLine(_SuiteLine):
 
     def parse_accepted_answers(self) -> tuple[dict[str, Any], ...]:
         """The fields that must be equal, if there are any."""
-        _refuse_invalid_json_schema(self.json_schema)
         if self.expected is None:
             return ()
         if not isinstance(self.expected, dict):
@@ -161,8 +159,8 @@ _LINE_MODEL_BY_SCORE: dict[Score, type[_SuiteLine]] = {
 def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
     """The questions of a suite's file, in the order of its lines.
 
-    Raises ConfigError if there is no such file, and DatasetError, with every line that is bad, if
-    it is not a suite for this score. Blank lines are passed over.
+    Raises ConfigError if there is no such file, and DatasetError, with the lines that are bad, if
+    it is not a suite for this score or larger than one may be. Blank lines are passed over.
     """
     if file_type(path, follow_links=True) != "file":
         raise ConfigError(f"gate.tasks: {path} is not a file; expected a suite, a .jsonl file.")
@@ -170,17 +168,10 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
         content = read_regular(path, MAX_SUITE_BYTES)
     except DamagedError as error:
         raise DatasetError(f"gate.tasks: {error}") from error
+    if content.count(b"\n") > MAX_SUITE_LINES:
+        raise DatasetError(f"gate.tasks: {path} has more than {MAX_SUITE_LINES:,} lines.")
     questions: list[Question] = []
-    problems: list[str] = []
-    for line, raw in enumerate(content.split(b"\n"), start=1):
-        body = strip_line(raw, is_first=line == 1)
-        if not body:
-            continue
-        try:
-            questions.append(_read_question(body, line, score))
-        except (LineProblem, ValueError) as problem:
-            problems.append(f"{path}:{line}: {problem}")
-    problems += _describe_repeated_names(path, questions)
+    problems = list(islice(_find_problems(path, content, score, questions), MAX_PROBLEMS + 1))
     if not questions and not problems:
         problems.append(f"{path}: there is no question in it")
     if problems:
@@ -190,17 +181,40 @@ def read_suite(path: Path, score: Score) -> tuple[Question, ...]:
     return tuple(questions)
 
 
+def _find_problems(
+    path: Path, content: bytes, score: Score, questions: list[Question]
+) -> Iterator[str]:
+    """Append the questions of a suite; yield a problem for each bad line as it is met."""
+    for line, raw in enumerate(BytesIO(content), start=1):
+        body = strip_line(raw, is_first=line == 1)
+        if not body:
+            continue
+        if len(questions) == MAX_QUESTIONS:
+            yield f"{path}:{line}: a suite has at most {MAX_QUESTIONS:,} questions"
+            return
+        try:
+            questions.append(_read_question(body, line, score))
+        except (LineProblem, ValueError) as problem:
+            yield f"{path}:{line}: {problem}"
+    yield from _describe_repeated_names(path, questions)
+
+
 def describe_bad_questions(summary: str, problems: Sequence[str]) -> str:
     """One paragraph on a suite: what is wrong, with the first places and how many more."""
     listed = [f"  {problem}" for problem in problems[:MAX_LISTED_PROBLEMS]]
     if len(problems) > MAX_LISTED_PROBLEMS:
-        listed.append(f"  and {len(problems) - MAX_LISTED_PROBLEMS:,} more")
+        more = len(problems) - MAX_LISTED_PROBLEMS
+        is_all = len(problems) <= MAX_PROBLEMS
+        listed.append(f"  and {more:,} more" if is_all else f"  and {more:,} more at least")
     return "\n".join([f"gate.tasks: {summary} Nothing was judged.", *listed])
 
 
 def _read_question(body: bytes, line: int, score: Score) -> Question:
+    if len(body) > MAX_QUESTION_BYTES:
+        raise ValueError(f"the line is longer than {MAX_QUESTION_BYTES:,} bytes")
     fields = decode_json_object(body)
     try:
+        _refuse_numbers_beyond_floats(fields)
         read = _LINE_MODEL_BY_SCORE[score].model_validate(fields)
         accepted = read.parse_accepted_answers()
     except ValidationError as error:
@@ -229,19 +243,13 @@ def _accepted_answers(value: Any, types: tuple[type, ...], what: str) -> list[An
     return values
 
 
-def _refuse_invalid_json_schema(schema: dict[str, Any] | bool) -> None:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
-    named = schema.get("$schema") if isinstance(schema, dict) else None
-    if named is not None and validator_for({"$schema": str(named)}, default=None) is None:
-        raise ValueError(f"schema: {shorten(named)!r} is no JSON Schema that is known")
-    try:
-        validator_for(schema, default=Draft202012Validator).check_schema(schema)
-    except SchemaError as error:
-        place = ".".join(["schema", *map(str, error.absolute_path)])
-        raise ValueError(f"{place} is no JSON schema: {shorten(error.message, 160)}") from None
+def _refuse_numbers_beyond_floats(value: Any) -> None:
+    """JSON has no word for infinity, and yet 1e400 is read as one."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_numbers_beyond_floats(item)
+    elif isinstance(value, int | float) and not abs(value) <= sys.float_info.max:
+        raise ValueError("a number in it is beyond any float")
 
 
 def _describe_first_problem(error: ValidationError) -> str:
@@ -258,18 +266,16 @@ def _describe_first_problem(error: ValidationError) -> str:
     return f"{place}: {message}{more}" if place else f"{message}{more}"
 
 
-def _describe_repeated_names(path: Path, questions: Sequence[Question]) -> list[str]:
+def _describe_repeated_names(path: Path, questions: Iterable[Question]) -> Iterator[str]:
     """A problem for each question whose own id another one has."""
     first: dict[str, int] = {}
-    problems = []
     for question in questions:
         if question.fields.get("id") is None:
             continue
         line = first.setdefault(question.name, question.line)
         if line != question.line:
             place = f"{path}:{question.line}"
-            problems.append(f"{place}: the id {shorten(question.name)!r} is that of line {line}")
-    return problems
+            yield f"{place}: the id {shorten(question.name)!r} is that of line {line}"
 
 
 def question_label(question: Question) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 import nested_core
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import GateRejected
+from nested_core.errors import DatasetError, GateRejected
 from nested_core.pipeline import steps
 from nested_core.pipeline.device_lock import DEVICE_LOCK_VARIABLE
 from nested_core.pipeline.finetune import Hooks, finetune
@@ -79,6 +79,13 @@ def test_without_a_registry_nothing_is_registered(tmp_path: Path) -> None:
     assert (result.version, result.promotion) == (None, None)
     assert result.test_loss is not None
     assert result.test_loss > 0
+
+
+def test_a_test_set_that_is_asked_for_and_missing_is_told_before_training(tmp_path: Path) -> None:
+    hooks = Recording()
+    with pytest.raises(DatasetError, match=r"test: .* has no test.jsonl, or it is empty"):
+        finetune(example_config(iters=4, test=True), open_run(tmp_path / "run"), hooks)
+    assert hooks.called == ["begin", "validate"]
 
 
 def test_a_rejected_adapter_is_not_registered(tmp_path: Path) -> None:

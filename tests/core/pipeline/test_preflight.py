@@ -55,6 +55,12 @@ def link_in_place(folder: Path) -> dict[str, Any]:
     return registry_at(folder / "registry")
 
 
+def suite(folder: Path) -> dict[str, Any]:
+    (folder / "suite.jsonl").write_text('{"prompt": "a", "expected": "b"}\n')
+    task = {"name": "x", "file": str(folder / "suite.jsonl"), "score": "exact"}
+    return {"gate": {"tasks": [task]}}
+
+
 REFUSED = {
     "a registry where a file is": (file_in_place, ConfigError, "cannot be made a directory"),
     "a registry in a folder that takes no files": (
@@ -111,6 +117,17 @@ def test_what_cannot_be_used_in_the_end_is_refused_before_there_is_a_run_directo
     assert raised.value.exit_code in (2, 6)
     assert len(str(raised.value).splitlines()) == 1
     assert not run.path.exists()
+
+
+def test_a_cache_for_answers_that_cannot_be_used_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "answers").touch()
+    with pytest.raises(ConfigError, match="where answers are kept, cannot be made"):
+        finetune(example_config(**suite(tmp_path)), RunDirectory(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_directory_in_a_folder_that_takes_no_files_is_refused() -> None:

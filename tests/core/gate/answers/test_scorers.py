@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 import time
 from decimal import Decimal
@@ -21,9 +22,11 @@ from nested_core.gate.answers.scorers import (
     score_answers,
 )
 from nested_core.gate.answers.scoring_process import first_json_value
+from nested_core.gate.answers.suite_answers import Suite
 from nested_core.gate.answers.suites import read_suite
 from tests.core.gate.answers.test_suites import write
 
+SLOW = "(?i)" + "".join(f"[{chr(a)}-{chr(a + 200)}]" for a in range(0x100, 0x8100))  # to compile
 OBJECT = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
 
 
@@ -151,6 +154,10 @@ def test_a_function_that_prints_spoils_no_output(tmp_path, module, capfd) -> Non
         ("import re; return bool(re.match('(a+)+$', 'a' * 40 + 'b'))", "it took more than 1 sec"),
         ("return None", "TypeError: it returned a NoneType, not a number from 0 to 1"),
         ("return float('nan')", "ValueError: it returned nan, not a number from 0 to 1"),
+        (
+            "class Liar(float):\n    __le__ = __ge__ = lambda *_: True\nreturn Liar(7e300)",
+            "ValueError: it returned 7e+300, not a number from 0 to 1",
+        ),
         ("return 2", "ValueError: it returned 2, not a number from 0 to 1"),
         ("return input()", "EOFError"),
     ],
@@ -162,6 +169,61 @@ def test_a_function_that_fails_is_an_error_that_names_the_question(
         score(tmp_path, "python", "a", module(body), expected="a")
     assert f"suite.jsonl:1: the function own_scorers:judge: {problem}" in str(error.value)
     assert error.value.exit_code == 3
+
+
+TO_PIPE = """
+import os
+while True:
+    os.write(3, %s)  # the first descriptor that the process opens
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("b'x' * 60_000", "something else than a score came from its process"),
+        ("b'\\xff\\xfe\\n'", "something else than a score came from its process"),
+        ("b'{\"ready\": true}\\n'", "something else than a score came from its process"),
+        ("b'{\"result\": 1e300}\\n'", r"it answered 1e\+300, not a score"),
+        ("b'{\"result\": true}\\n'", "it answered True, not a score"),
+        (
+            "b'x' + bytes(__import__('time').sleep(0.01) or 0)",
+            "(it took more than 1 seconds|something else)",
+        ),
+    ],
+)
+def test_what_else_comes_through_the_pipe_is_an_error_in_bounded_time(
+    tmp_path, module, written, problem
+) -> None:
+    with pytest.raises(DatasetError, match=rf"suite.jsonl:1: the function .*: {problem}"):
+        score(tmp_path, "python", "a", module(TO_PIPE % written), expected="a")
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "problem"),
+    [
+        ("regex", {"expected": "("}, "'(' is no regular expression: missing )"),
+        ("regex", {"expected": ["a", "(" * 9000 + ")" * 9000]}, "is no regular expression"),
+        ("json", {"schema": {"type": "objekt"}}, "schema.type is no JSON schema"),
+        ("json", {"schema": {"$schema": "urn:x"}}, "'urn:x' is no JSON Schema that is known"),
+        ("json", {"schema": {"pattern": "("}}, "schema.pattern is no JSON schema"),
+        ("regex", {"expected": "slow"}, "the regular expression: it took more than 1 s"),
+        ("json", {"schema": {"pattern": "slow"}}, "the JSON schema: it took more than 1"),
+    ],
+    ids=str,
+)
+def test_patterns_and_schemas_are_compiled_in_a_process_with_a_time_limit(
+    tmp_path, monkeypatch, method, fields, problem
+) -> None:
+    if "slow" in str(fields):
+        monkeypatch.setattr(scorers, "QUESTION_TIMEOUT_SECONDS", 1.0)
+        fields = json.loads(json.dumps(fields).replace("slow", SLOW))
+    good = {"expected": "a"} if method == "regex" else {"schema": True}
+    path = write(tmp_path / "suite.jsonl", {"prompt": "?"} | good, {"prompt": "?"} | fields)
+    with pytest.raises(DatasetError) as error:
+        Suite.read("s", ScoringMethod(path, method))
+    assert f"{path}:2: " in str(error.value)
+    assert problem in str(error.value)
 
 
 @pytest.mark.parametrize("function", ["no_such_module:judge", "json:no_such_function", "json"])

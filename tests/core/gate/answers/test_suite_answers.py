@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from pathlib import Path
 
@@ -191,6 +192,21 @@ def test_a_folder_that_others_may_write_to_is_refused(tmp_path, asked) -> None:
     cached.folder.chmod(0o777)
     with pytest.raises(ConfigError, match="could have any adapter look better than another"):
         ask(encode(tmp_path, "exact", ASKED | {"expected": "Suva"}))
+
+
+def test_folders_among_the_kept_answers_end_no_judging(tmp_path, asked, caplog) -> None:
+    cached, _, ask = asked
+    encoded = encode(tmp_path, "exact", ASKED | {"expected": "Suva"})
+    answers = ask(encoded)
+    (path,) = cached.folder.glob("*.json")
+    path.unlink()
+    path.mkdir()
+    old = cached.folder / "old.json"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    with caplog.at_level(logging.WARNING):
+        assert ask(encoded) == answers
+    assert "Answers could not be kept for another night" in caplog.text
 
 
 def test_where_answers_are_kept(monkeypatch) -> None:
