@@ -31,10 +31,10 @@ from nested_core.data.rules.split_statistics import (
     make_token_stats,
 )
 from nested_core.data.rules.token_rules import (
-    TEMPLATE_RULES,
+    ENCODING_RULES,
     TOKEN_RULES,
+    make_encoding_problem_frame,
     make_token_frame,
-    template_error_frame,
 )
 from nested_core.data.sources.split_files import SplitFile
 from nested_core.data.split_table import SplitTable, read_tables_with_repeats
@@ -75,7 +75,7 @@ def validate_dataset(
         facts = tokenize_splits(folder, sound, settings, tokenizer, on_progress=on_progress)
     for split, counted in facts.items():
         file = tables[split].file
-        TEMPLATE_RULES.add_findings(template_error_frame(counted, file), findings)
+        ENCODING_RULES.add_findings(make_encoding_problem_frame(counted, file), findings)
         TOKEN_RULES.add_findings(make_token_frame(counted, file, settings), findings)
         if counted.overlong:
             dropped = {**tables[split].dropped, "overlong": counted.overlong}

@@ -18,6 +18,7 @@ from nested_core.storage.manifest import (
     MANIFEST_NAME,
     FileEntry,
     describe_file,
+    matches_entry,
     read_manifest,
     write_manifest,
 )
@@ -204,7 +205,9 @@ def require_verdict_manifest(run_dir: Path, gate: Mapping[str, Any]) -> dict[str
         )
     manifest = read_manifest(run_dir)
     files: dict[str, FileEntry] = manifest["files"]
-    if manifest["facts"] != _describe_verdict(gate) or files.get(GATE_NAME) != describe_file(path):
+    if manifest["facts"] != _describe_verdict(gate) or not matches_entry(
+        path, files.get(GATE_NAME)
+    ):
         raise DamagedError(
             f"{path} has changed since the verdict was given: {MANIFEST_NAME} beside it holds "
             f"another digest of it. Bring back what was there; {JUDGE_AGAIN_HINT}"

@@ -22,8 +22,8 @@ from nested_core.registry.gate_file import (
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from nested_core.storage.manifest import MANIFEST_NAME, read_manifest
-from nested_core.storage.strict_files import file_type, read_json, regular_sha256
+from nested_core.storage.manifest import MANIFEST_NAME, matches_entry, read_manifest
+from nested_core.storage.strict_files import file_type, read_json
 from nested_core.text.digest_format import shorten_digest
 
 PROVENANCE_NAME = "provenance.json"
@@ -174,7 +174,7 @@ def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[AuditFindin
         path = folder / name
         if name not in listed or file_type(path) != "file":
             continue
-        if {"bytes": path.stat().st_size, "sha256": regular_sha256(path)} != listed[name]:
+        if not matches_entry(path, listed[name]):
             yield AuditFinding(path, "has changed since it was written (size or SHA-256)")
 
 

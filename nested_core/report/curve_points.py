@@ -8,7 +8,7 @@ from dataclasses import dataclass
 MAX_POINTS = 500
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Point:
     """A point of a curve; `y` is None where the value was not finite."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.report.run_start import count_steps, read_start_time
 from nested_core.report.run_status import State, describe_state, last_value, read_sound_verdict
-from nested_core.storage.manifest import describe_file, read_manifest
+from nested_core.storage.manifest import matches_entry, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.sample_answers_file import SampleAnswers, read_sample_answers
 from nested_core.storage.strict_files import file_type, read_json, read_json_object
@@ -129,7 +130,7 @@ def _with_verdict(record: RunRecord, reader: _DamageTolerantReader) -> RunRecord
     judged = reader.read(run.manifest, lambda _: read_manifest(run.path)["files"]) or {}
     for path in (run.metrics, run.gate_losses, run.answers):
         entry = judged.get(path.name)
-        if entry is not None and reader.read(path, describe_file) != entry:
+        if entry is not None and not reader.read(path, partial(matches_entry, entry=entry)):
             reader.problems.append(f"{path} has changed since the verdict was given.")
     verdict = reader.read(run.gate, read_verdict)
     losses = reader.read(run.gate_losses, read_example_losses)

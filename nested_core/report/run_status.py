@@ -9,7 +9,7 @@ from nested_core.config.resume import read_run_config
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.checkpoint_verification import list_checkpoints, newest_sound_checkpoint
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.training.metrics_file import read_metrics
+from nested_core.training.metrics_file import read_latest_values
 
 State = Literal["running", "verified", "rejected", "trained", "resumable"]
 
@@ -17,21 +17,20 @@ State = Literal["running", "verified", "rejected", "trained", "resumable"]
 def read_status(run: RunDirectory) -> dict[str, Any]:
     """The state of a run, its last losses, and the verdict if there is one."""
     config = read_run_config(run)
-    records = read_metrics(run.metrics)
-    last = records[-1] if records else {"step": 0, "iteration": 0}
+    latest = read_latest_values(run.metrics)
     verdict, holder = read_sound_verdict(run), run.holder()
     state = describe_state(run, holder, verdict)
     return {
         "run_dir": str(run.path),
         "state": state,
         "process": holder,
-        "step": last.get("step", 0),
-        "iteration": last.get("iteration", 0),
+        "step": latest.get("step", 0),
+        "iteration": latest.get("iteration", 0),
         "iterations": config.iters if config.training.epochs is None else None,
-        "current_train_loss": last_value(records, "loss"),
-        "current_val_loss": last_value(records, "val_loss"),
-        "learning_rate": last_value(records, "learning_rate"),
-        "updates": last_value(records, "updates"),
+        "current_train_loss": latest.get("loss"),
+        "current_val_loss": latest.get("val_loss"),
+        "learning_rate": latest.get("learning_rate"),
+        "updates": latest.get("updates"),
         "checkpoint": _name_resume_checkpoint(run, state),
         "verdict": verdict,
     }

@@ -47,7 +47,7 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     for name in sorted(found - listed.keys()):
         raise DamagedError(f"{folder / name} is not listed in {MANIFEST_NAME}: it does not belong.")
     for name, expected in listed.items():
-        if describe_file(folder / name) != expected:
+        if not matches_entry(folder / name, expected):
             raise DamagedError(
                 f"{folder / name} has changed since it was written (size or SHA-256)."
             )
@@ -92,3 +92,14 @@ def describe_file(path: Path) -> FileEntry:
     if path.is_symlink() or not path.is_file():
         raise DamagedError(f"{path} is not a regular file; only regular files belong here.")
     return {"bytes": path.stat().st_size, "sha256": regular_sha256(path)}
+
+
+def matches_entry(path: Path, entry: Any) -> bool:
+    """Whether a file is the described one; its size is compared first, and then its bytes.
+
+    DamagedError if it is no regular file.
+    """
+    is_file = path.is_file() and not path.is_symlink()
+    if is_file and isinstance(entry, dict) and path.stat().st_size != entry.get("bytes"):
+        return False
+    return bool(describe_file(path) == entry)

@@ -25,7 +25,12 @@ from pydantic import (
 )
 from typing_extensions import TypedDict  # pydantic asks for this one below Python 3.12
 
-from nested_core.data.lines.json_decoding import LineProblem, decode_json_object, has_repeated_key
+from nested_core.data.lines.json_decoding import (
+    LineProblem,
+    collect_strings,
+    decode_json_object,
+    has_repeated_key,
+)
 from nested_core.data.lines.other_formats import describe_conversion, describe_sharegpt
 from nested_core.data.parallel_jobs import ByteRange
 from nested_core.errors import DatasetError, shorten
@@ -59,8 +64,10 @@ class Example(NamedTuple):
 
     @property
     def approximate_characters(self) -> int:
-        """About how many characters it has, or more; tools and calls are not counted."""
-        return len(self.text) + sum(len(str(turn.get("content"))) for turn in self.messages)
+        """About how many characters it has: those of its texts, and of all keys if it has tools."""
+        if self.is_plain:
+            return len(self.text) + sum(len(str(turn.get("content"))) for turn in self.messages)
+        return sum(map(len, collect_strings([self.messages, self.tools])))
 
 
 def is_tool_calling_message(message: Any) -> bool:

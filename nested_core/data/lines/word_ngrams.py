@@ -15,6 +15,7 @@ from polars._typing import PolarsDataType
 NGRAM_LENGTH = 3
 # Of a text with more, those whose hash ends in enough zero bits: the same ones in every text.
 MAX_NGRAMS_PER_TEXT = 32
+MAX_CHARACTERS = 4_000_000  # of a text that is compared; words take some 15 bytes a character
 NGRAM_SCHEMA: dict[str, PolarsDataType] = {
     "words": pl.UInt64,  # equal for equal sequences of words, digits as they are; null without one
     "ngrams": pl.List(pl.UInt32),  # a sample of its NGRAM_LENGTH-word sequences, digits folded
@@ -26,8 +27,12 @@ _HASH_FACTORS = tuple(np.uint64(factor) for factor in (0x9E3779B97F4A7C15, 0xC2B
 
 
 def make_word_ngram_columns(texts: pl.Series) -> dict[str, pl.Series]:
-    """The columns of NGRAM_SCHEMA for each text, with hashes that are the same in every process."""
-    words = texts.str.to_lowercase().str.extract_all(r"\w+")
+    """The columns of NGRAM_SCHEMA for each text, with hashes that are the same in every process.
+
+    A text of more than MAX_CHARACTERS has no words: it is compared with none.
+    """
+    compared = texts.set(texts.str.len_chars() > MAX_CHARACTERS, "")
+    words = compared.str.to_lowercase().str.extract_all(r"\w+")
     counts = words.list.len().fill_null(0)
     sequence = words.list.join(" ")
     key = pl.select(pl.when(counts > 0).then(sequence.hash(seed=0))).to_series()

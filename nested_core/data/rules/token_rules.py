@@ -47,23 +47,17 @@ def length_outlier_bound(lengths: npt.NDArray[np.int32]) -> int:
     return math.floor(min(fence, np.iinfo(np.int32).max))
 
 
-def template_error_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
-    """One row for each line at which the chat template raised."""
-    schema = {"line": pl.Int32, "problem": pl.String}
+def make_encoding_problem_frame(facts: TokenFacts, file: str) -> pl.DataFrame:
+    """One row for each line that was not tokenised."""
+    schema = {"line": pl.Int32, "check": pl.Categorical, "message": pl.String}
     frame = pl.DataFrame(facts.problems, schema=schema, orient="row")
     return frame.with_columns(file=pl.lit(file))
 
 
-TEMPLATE_RULES = FrameRules(
-    columns={"problem": pl.String},
-    rules=(
-        Rule(
-            "chat-template-raised",
-            "error",
-            pl.col("problem").is_null(),
-            "the chat template does not take these turns: {problem}",
-        ),
-    ),
+ENCODING_RULES = FrameRules(
+    columns={"check": pl.Categorical, "message": pl.String},
+    # A line names the check that it failed itself.
+    rules=(Rule("{check}", "error", pl.col("check").is_null(), "{message}", by="check"),),
 )
 
 TOKEN_RULES = FrameRules(

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from nested_core.data import parallel_jobs
-from nested_core.data.data_settings import DataSettings, Targets
+from nested_core.data.data_settings import DataSettings
 from nested_core.data.lines.example_parsing import Example, FieldNames, read_examples
 from nested_core.data.parallel_jobs import ByteRange, OnProgress
 from nested_core.data.sources.split_files import SplitFile
@@ -36,6 +36,10 @@ from nested_core.storage.strict_files import UNBOUNDED, open_regular
 TOKENIZATION_JOB = "nested_core.data.tokens.parallel_tokenization:run_tokenization_job"
 RANGE_BYTES = 2**20
 MIN_BYTES_FOR_WORKERS = 4 * 2**20  # below this, starting processes takes longer than the work
+# A tokenizer takes some 180 bytes of memory for each character of a text.
+MAX_ROW_CHARACTERS = 1_000_000
+ROW_TOO_LONG_CHECK = "row-too-long"
+MAX_ROW_CHARACTERS_PER_TOKEN = 32  # of max_seq_length, where that allows for more
 
 EXAMPLE_FACTS_DTYPE = np.dtype(
     [
@@ -54,12 +58,12 @@ EXAMPLE_FACTS_DTYPE = np.dtype(
 class TokenFacts:
     """What the token rules need to know of a split; lines are the numbers that a person knows.
 
-    examples: a record of EXAMPLE_FACTS_DTYPE for each example; problems: (line, error) for each
-    line at which the chat template raised; overlong: the lines left out for their length.
+    examples: a record of EXAMPLE_FACTS_DTYPE for each example; problems: (line, check, message) for
+    each line that was not tokenised; overlong: the lines left out for their length.
     """
 
     examples: npt.NDArray[np.void]
-    problems: list[tuple[int, str]]
+    problems: list[tuple[int, str, str]]
     overlong: frozenset[int] = frozenset()
 
 
@@ -86,7 +90,8 @@ def tokenize_splits(
     """Write the tokens of each split into a folder that exists; return the facts of each.
 
     Every example is cut to `max_seq_length` tokens, as mlx-lm does when it makes a batch. A line
-    is left out if the chat template raises for it, and an overlong one if data_policy says so.
+    is left out if the chat template raises for it or it has more characters than any token count
+    accounts for, and an overlong one if data_policy says so.
     `processes` None: one a core, if there is enough to tokenise.
     """
     shared = {
@@ -151,7 +156,7 @@ class _SplitJoiner:
         self._source = source
         self._writer = writer
         self._examples = [np.zeros(0, EXAMPLE_FACTS_DTYPE)]
-        self._problems: list[tuple[int, str]] = []
+        self._problems: list[tuple[int, str, str]] = []
         self._overlong: set[int] = set()
 
     def add_part(self, part: Path, answer: dict[str, Any]) -> None:
@@ -162,7 +167,10 @@ class _SplitJoiner:
         self._writer.append_part(part, examples["line"], examples["length"])
         self._examples.append(examples)
         lines = self._original_line_numbers(answer["problem_lines"])
-        self._problems += zip(lines.tolist(), answer["problems"], strict=True)
+        self._problems += [
+            (line, check, message)
+            for line, (check, message) in zip(lines.tolist(), answer["problems"], strict=True)
+        ]
         self._overlong.update(self._original_line_numbers(answer["overlong"]).tolist())
 
     def _original_line_numbers(self, lines: npt.ArrayLike) -> npt.NDArray[np.int32]:
@@ -190,13 +198,16 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
         request["first_line"],
     )
     facts: list[tuple[Any, ...]] = []
-    problems: dict[int, str] = {}
+    problems: dict[int, _EncodingProblem] = {}
     overlong: list[int] = []
     all_tokens = array("i")
     target_mask = bytearray()
-    for line, encoded in _encode_examples(examples, source, request["targets"], request["path"]):
-        if isinstance(encoded, str):
-            problems[line] = encoded
+    for line, encoded in _encode_examples(examples, source, request):
+        if isinstance(encoded, _EncodingProblem):
+            if request["drops_overlong"] and encoded.check == ROW_TOO_LONG_CHECK:
+                overlong.append(line)
+            else:
+                problems[line] = encoded
             continue
         if request["drops_overlong"] and len(encoded.tokens) > max_seq_length:
             overlong.append(line)
@@ -218,29 +229,54 @@ def run_tokenization_job(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class _EncodingProblem(NamedTuple):
+    """Why an example was not tokenised: the name of the check and a sentence."""
+
+    check: str
+    message: str
+
+
 def _encode_examples(
-    examples: Iterable[tuple[int, Example]], source: TokenizerSource, targets: Targets, path: str
-) -> Iterator[tuple[int, EncodedExample | str]]:
-    """Each line's example as tokens, or what the chat template raised for it.
+    examples: Iterable[tuple[int, Example]],
+    source: TokenizerSource,
+    request: Mapping[str, Any],
+) -> Iterator[tuple[int, EncodedExample | _EncodingProblem]]:
+    """Each line's example as tokens, or why there are none.
 
     Raises ConfigError where the template does not come to an end.
     """
     tokenizer = source.load()
+    max_seq_length = request["max_seq_length"]
+    most = max(MAX_ROW_CHARACTERS, MAX_ROW_CHARACTERS_PER_TOKEN * max_seq_length)
     with TemplateTimeLimit() as limit:
         for line, example in examples:
+            if (characters := example.approximate_characters) > most:
+                yield line, _row_too_long(characters, most, max_seq_length)
+                continue
             try:
-                with limit.watching(example.approximate_characters):
-                    encoded = encode_example(example, tokenizer, targets)
+                with limit.watching(characters):
+                    encoded = encode_example(example, tokenizer, request["targets"])
             except TemplateTooSlow:
                 raise ConfigError(
                     f"model: the chat template in {source.folder} took longer than "
-                    f"{BASE_LIMIT_SECONDS:g} s for line {line} of {Path(path).name}, and may "
-                    f"never end. Mend the template, or give another model."
+                    f"{BASE_LIMIT_SECONDS:g} s for line {line} of {Path(request['path']).name}, "
+                    f"and may never end. Mend the template, or give another model."
                 ) from None
             except Exception as error:  # a template is its author's program: it may raise anything
-                yield line, shorten(f"{type(error).__name__}: {error}", 160)
+                problem = shorten(f"{type(error).__name__}: {error}", 160)
+                message = f"the chat template does not take these turns: {problem}"
+                yield line, _EncodingProblem("chat-template-raised", message)
             else:
                 yield line, encoded
+
+
+def _row_too_long(characters: int, most: int, max_seq_length: int) -> _EncodingProblem:
+    return _EncodingProblem(
+        ROW_TOO_LONG_CHECK,
+        f"{characters:,} characters, of which {max_seq_length:,} tokens (max_seq_length) would be "
+        f"kept; a row has at most {most:,}. Split it, raise max_seq_length, or let "
+        f"data_policy.overlong be drop",
+    )
 
 
 def _facts_path(part: Path) -> Path:

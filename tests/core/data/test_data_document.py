@@ -11,7 +11,7 @@ from nested_core.data.rules.file_rules import FILE_RULES, ROW_COUNT_RULES
 from nested_core.data.rules.findings import DATA_GUIDE, Finding, guide_sentence
 from nested_core.data.rules.line_rules import LINE_RULES, SENSITIVE_DATA_RULES, make_held_out_rules
 from nested_core.data.rules.rule_table import FrameRules
-from nested_core.data.rules.token_rules import TEMPLATE_RULES, TOKEN_RULES
+from nested_core.data.rules.token_rules import ENCODING_RULES, TOKEN_RULES
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "nested_core" / "data"
@@ -25,7 +25,7 @@ TABLES = (
     make_held_out_rules("error"),
     FILE_RULES,
     ROW_COUNT_RULES,
-    TEMPLATE_RULES,
+    ENCODING_RULES,
     TOKEN_RULES,
 )
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from nested_core.config.data import DataPolicy
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.rules.findings import Finding
 from nested_core.data.rules.token_rules import length_outlier_bound
+from nested_core.data.tokens import parallel_tokenization
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from tests.core.data.conftest import TEMPLATE, WriteData, build_tokenizer
 
@@ -131,3 +133,38 @@ def test_the_infos_count_tokens_and_padding(
     widths = [n - 1 for n in sorted(lengths)[::-2]]
     expected = 1 - (lengths.sum() - 5) / (2 * sum(widths))
     assert tokens.padding_share == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "error", "drop"])
+def test_a_row_of_too_many_characters_is_not_given_to_the_tokenizer(
+    overlong: Literal["truncate", "error", "drop"],
+    write_data: WriteData,
+    tokenizer: TokenizerSource,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parallel_tokenization, "MAX_ROW_CHARACTERS", 300)
+    short, long = {"text": "x" * 300}, {"text": "x" * 301}
+    folder = write_data(train=[{"text": "a b"}, long, short, {"text": "c"}, {"text": "d"}])
+    settings = {"max_seq_length": 8, "batch_size": 2, "policy": DataPolicy(overlong=overlong)}
+    report = judged(folder, tokenizer, **settings)
+    found = [finding for finding in report.findings if finding.check == "row-too-long"]
+    if overlong == "drop":
+        assert found == []
+        assert report.splits["train"].dropped["overlong"] == (2, 3)
+        return
+    assert places(tuple(found)) == [("train.jsonl", 2, "row-too-long")]
+    assert found[0].severity == "error"
+    assert found[0].message.startswith("301 characters, of which 8 tokens (max_seq_length) would")
+    allowed = judged(folder, tokenizer, **settings | {"max_seq_length": 16})
+    assert "row-too-long" not in {finding.check for finding in allowed.findings}
+
+
+def test_tools_count_among_the_characters_of_a_row(
+    write_data: WriteData, tokenizer: TokenizerSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel_tokenization, "MAX_ROW_CHARACTERS", 300)
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 400}}
+    folder = write_data(train=[*GOOD, chat("A land.") | {"tools": [tool]}], valid=HELD_OUT)
+    report = judged(folder, tokenizer, max_seq_length=8)
+    found = [place for place in places(report.findings) if place[2] == "row-too-long"]
+    assert found == [("train.jsonl", 5, "row-too-long")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ def test_the_factors_of_experts_are_judged_expert_by_expert(
     assert codes(judge_pair(tmp_path, experts(), after)) == expected
 
 
-def write_mlx(folder: Path, tensors: Tensors, dtype: Any) -> Path:
+def write_mlx(folder: Path, tensors: Mapping[str, Any], dtype: Any) -> Path:
     folder.mkdir()
     arrays = {name: mx.array(value).astype(dtype) for name, value in tensors.items()}
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)

@@ -164,3 +164,8 @@ def test_only_regular_files_are_listed_in_the_first_place(
     add(tmp_path / "thing")
     with pytest.raises(DamagedError, match="thing is not a regular file"):
         write_manifest(tmp_path, {})
+
+
+def test_a_file_of_another_size_is_not_read(folder: Path) -> None:
+    os.truncate(folder / "a.bin", 50 * 2**30)  # sparse: hashing it would take minutes
+    refused(folder, "a.bin has changed since it was written (size or SHA-256).")

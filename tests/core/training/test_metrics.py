@@ -12,7 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
+from nested_core.training import metrics_file
+from nested_core.training.metrics_file import (
+    append_metrics,
+    read_latest_values,
+    read_metrics,
+    truncate_metrics,
+)
 
 
 @pytest.fixture
@@ -101,6 +107,56 @@ def test_a_damaged_line_in_the_middle_is_named_and_costs_no_other(path: Path) ->
     with pytest.warns(UserWarning, match=r"line 3\."):
         assert truncate_metrics(path, 3, 5) == 3
     assert steps(path) == [0, 1, 3]
+
+
+HOSTILE_VALUES = [
+    ("step", "1e308"),
+    ("step", "9" * 400),
+    ("step", "-1"),
+    ("iteration", "1.5"),
+    ("iteration", str(2**53 + 1)),
+    ("trained_tokens", "9" * 5000),
+    ("loss", "1e400"),
+    ("val_loss", "-1e308"),
+    ("loss", "9" * 400),
+    ("iterations_per_second", "5e-324"),
+    ("iterations_per_second", "-1e-300"),
+    ("loss", "true"),
+    ("updates", "[1e308]"),
+    ("updates", "3"),
+    ("samples", '[{"prompt": 3, "answer": []}]'),
+    ("note", "[" * 5000 + "]" * 5000),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), HOSTILE_VALUES, ids=[key for key, _ in HOSTILE_VALUES])
+def test_a_value_that_no_run_reports_makes_a_damaged_line(path: Path, key: str, value: str) -> None:
+    with path.open("a") as file:
+        file.write(f'{{"loss": 0.5, "{key}": {value}}}\n')
+    with pytest.warns(UserWarning, match=r"1 of 6 lines are damaged .*: line 6\."):
+        assert steps(path) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("loss", [0, -0.0, 1e-30, 3.4e38, 7])
+def test_any_number_that_a_run_may_report_is_read(tmp_path: Path, loss: float) -> None:
+    append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "loss": loss})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": loss}]
+
+
+def test_the_latest_values_are_those_of_the_last_records_that_have_them(path: Path) -> None:
+    append_metrics(path, {"step": 5, "loss": None, "val_loss": 0.25})
+    assert read_latest_values(path) == {"step": 5, "loss": 4 / 3, "val_loss": 0.25}
+    assert read_latest_values(path.with_name("none")) == {}
+
+
+def test_a_line_without_an_end_is_read_in_bounded_memory(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_file, "MAX_RECORD_BYTES", 64)
+    with path.open("a") as file:
+        file.write("x" * 1000 + "\n" + '{"step": 5}\n' + "y" * 64 + "\n" + "z" * 1000)
+    with pytest.warns(UserWarning, match=r"2 of 8 lines are damaged .*: line 6, 8\."):
+        assert steps(path) == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("samples", ["null", "3", "[3]", '[{"prompt": "a"}]'])
