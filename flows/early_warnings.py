@@ -17,6 +17,7 @@ from prefect.events import emit_event
 
 from nested_core.errors import NestedTuneError
 from nested_core.registry import history
+from nested_core.registry.ledger import CHAMPION_CHANGE_ACTIONS
 from nested_core.storage.run_directory import DEFAULT_RUNS_FOLDER
 from tasks.events import adapter_resource
 
@@ -43,7 +44,7 @@ def warn_of_old_champions(registry: Path, names: Iterable[str], nights: float) -
 
 def describe_old_champion(registry: Path, name: str, nights: float, now: datetime) -> str | None:
     """A sentence about a champion older than so many nights; None where it is not."""
-    changes = [e for e in history(registry, name) if e["action"] in ("promote", "rollback")]
+    changes = [e for e in history(registry, name) if e["action"] in CHAMPION_CHANGE_ACTIONS]
     if not changes or changes[-1]["version"] is None:
         return None
     since = datetime.fromisoformat(changes[-1]["time"])

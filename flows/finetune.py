@@ -32,7 +32,7 @@ from flows.state_messages import (
 from flows.waiting_runs import explaining_waiting_runs
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import key
-from nested_core.errors import GateRejected, NestedTuneError, TrainingStopped
+from nested_core.errors import DamagedError, GateRejected, NestedTuneError, TrainingStopped
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import (
     DEFAULT_RUNS_FOLDER,
@@ -128,7 +128,9 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
 
 def _failed_state(error: NestedTuneError) -> State[Any]:
     """A failed state that says what a person can do about an error, in a page."""
-    return Failed(message=f"{type(error).__name__}: {advise_retry_button(str(error))}", data=error)
+    name = Outcome.DAMAGED if isinstance(error, DamagedError) else None
+    message = f"{type(error).__name__}: {advise_retry_button(str(error))}"
+    return Failed(name=name, message=message, data=error)
 
 
 def _describe_outcome(config: FineTuneConfig, result: FinetuneResult) -> tuple[Outcome, str]:
@@ -158,9 +160,7 @@ def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
         is_own = is_registered_from(config, result.run, str(result.version))
         return Outcome.PROMOTED if is_own else Outcome.KEPT_CHAMPION
     has_rival = result.verdict is not None and result.verdict.champion is not None
-    is_refused = (
-        config.registry.promote == "better" and result.promotion not in OUTCOMES_NOT_FROM_LOSSES
-    )
+    is_refused = result.must_be_better and result.promotion not in OUTCOMES_NOT_FROM_LOSSES
     return Outcome.KEPT_CHAMPION if has_rival and is_refused else Outcome.VERIFIED
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -18,12 +19,17 @@ from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
 from nested_core.registry import read_champion
-from nested_core.registry.promotion_policy import read_candidate
+from nested_core.registry.promotion_policy import (
+    effective_rule,
+    find_refusal_of_question,
+    read_candidate,
+    recorded_section,
+)
 from nested_core.text.digest_format import shorten_digest
 from tasks.approval_page import approval_pause_key, publish_approval
 from tasks.artifact_client import artifact_key
 from tasks.outcomes import Outcome
-from tasks.promote import promote_approved, promote_by_recorded_policy
+from tasks.promote import decline, promote_approved, promote_by_recorded_policy
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600
 WAITS_FOR_A_PERSON = (
@@ -47,7 +53,10 @@ class Approval(RunInput):
     """What a person answers in the UI: yes or no, and who it was."""
 
     approve: bool
-    by: str = Field(min_length=1, description="who decides; it stands in the history")
+    by: str = Field(
+        min_length=1,
+        description="who decides, a free word that nobody checks; it stands in the history",
+    )
 
 
 @flow(name="promote", retries=0, flow_run_name="promote {config.name}", persist_result=True)
@@ -59,12 +68,13 @@ def promote(config: PromoteParameters) -> State[Any]:
     """
     hide_tracebacks_of_expected_errors()
     registry = require_allowed(config.registry, "registry")
-    policy = read_candidate(registry, config.name, config.version).policy or {}
-    if not config.requires_approval and policy.get("promote") != "approve":
-        return _completed_state(promote_by_recorded_policy(registry, config.name, config.version))
     champion = read_champion(registry, config.name)
     if config.version == champion:
         return Completed(message="already_champion")
+    if not config.requires_approval and not _asks_person(registry, config):
+        return _completed_state(promote_by_recorded_policy(registry, config.name, config.version))
+    if reason := find_refusal_of_question(registry, config.name, config.version):
+        return Completed(message=reason)
     flow_run = UUID(str(runtime.flow_run.id))
     question = publish_approval(registry, config.name, config.version, champion, flow_run)
     message = WAITS_FOR_A_PERSON.format(
@@ -74,10 +84,20 @@ def promote(config: PromoteParameters) -> State[Any]:
     )
     answer = _suspend_until_answered(flow_run, message, question, approval_pause_key(champion))
     if not answer.approve:
-        return Completed(message=f"not approved by {answer.by}")
+        decline(registry, config.name, config.version, answer.by)
+        message = f"not approved by {answer.by}"
+        return Completed(name=Outcome.DECLINED, message=message)
     return _completed_state(
         promote_approved(registry, config.name, config.version, answer.by, champion)
     )
+
+
+def _asks_person(registry: Path, config: PromoteParameters) -> bool:
+    """Whether the version's own policy, or the registry's, leaves it to a person."""
+    candidate = read_candidate(registry, config.name, config.version)
+    if candidate.policy is None:
+        return False
+    return effective_rule(recorded_section(registry, config.name, candidate)).asks_person
 
 
 def _suspend_until_answered(flow_run: UUID, message: str, question: str, key: str) -> Approval:

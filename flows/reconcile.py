@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 from prefect.states import Completed, Failed, State
 from pydantic import Field
 
@@ -14,12 +15,16 @@ from flows.early_warnings import warn_of_full_disks, warn_of_old_champions
 from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.registry import AdapterName
 from nested_core.config.section import Section
+from nested_core.errors import DamagedError
 from nested_core.registry import list_names
 from nested_core.registry.name_folders import name_exists
 from nested_core.registry.promotion_policy import DAMAGED_OUTCOME
 from nested_core.text.digest_format import shorten_digest
+from tasks.champion_page import had_champion, publish_champion_if_changed
 from tasks.outcomes import Outcome
+from tasks.promote import check_champion
 from tasks.promote import promote_missed as reconcile_name
+from tasks.retrying import exception_of
 
 
 class ReconcileParameters(Section):
@@ -37,29 +42,66 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     """Apply each version's own policy once more; running it again changes nothing.
 
     What is damaged keeps no other version or name from its promotion: the flow goes through all of
-    them, and then ends Failed, saying what is damaged.
+    them, and then ends Failed, as Damaged, saying what is damaged and what to do.
     """
     hide_tracebacks_of_expected_errors()
     registry = require_allowed(config.registry, "registry")
     wanted = list_names(registry) if config.names is None else config.names
     names = [name for name in wanted if name_exists(registry, name)]
-    states = {name: reconcile_name(registry, name, return_state=True) for name in names}
+    decided = {name: reconcile_name(registry, name, return_state=True) for name in names}
+    checked = {name: check_champion(registry, name, return_state=True) for name in names}
+    absent = sorted({*wanted} - {*names})
     if config.stale_after_nights is not None:
         warn_of_old_champions(registry, names, config.stale_after_nights)
     warn_of_full_disks([registry, Path.cwd()])
-    problems = [f"{name}: {state.message}" for name, state in states.items() if state.is_failed()]
-    decided = {name: state.result() for name, state in states.items() if state.is_completed()}
-    problems += [
-        f"{name} {shorten_digest(version)}: {outcome}"
-        for name, outcomes in decided.items()
-        for version, outcome in outcomes.items()
-        if outcome.startswith(DAMAGED_OUTCOME)
-    ]
-    if problems:
-        return Failed(message="; ".join(problems))
-    promoted = [name for name, outcomes in decided.items() if "promoted" in outcomes.values()]
-    name = Outcome.PROMOTED if promoted else None
+    damage, other_problems = _find_problems(registry, decided, checked, absent)
+    if damage:
+        return Failed(name=Outcome.DAMAGED, message="; ".join(damage + other_problems))
+    if other_problems:
+        return Failed(message="; ".join(other_problems))
+    _bring_pages_up_to_date(registry, names)
+    promoted = [name for name, state in decided.items() if "promoted" in state.result().values()]
+    outcome = Outcome.PROMOTED if promoted else None
     message = f"promoted: {', '.join(promoted) or 'nothing'}"
-    if empty := sorted({*wanted} - {*names}):  # the hour comes before an adapter's first night
-        message += f"; nothing is registered yet as {', '.join(empty)}"
-    return Completed(name=name, message=message)
+    if absent:  # the hour comes before an adapter's first night
+        message += f"; nothing is registered yet as {', '.join(absent)}"
+    return Completed(name=outcome, message=message)
+
+
+def _find_problems(
+    registry: Path,
+    decided: Mapping[str, State[Any]],
+    checked: Mapping[str, State[Any]],
+    absent: Sequence[str],
+) -> tuple[list[str], list[str]]:
+    """What is damaged, and what failed for another reason; each once, with its adapter's name."""
+    damage: list[str] = []
+    other: list[str] = []
+    for states in (checked, decided):
+        for name, state in states.items():
+            if state.is_failed():
+                is_damage = isinstance(exception_of(state), DamagedError)
+                (damage if is_damage else other).append(f"{name}: {state.message}")
+    for name, state in decided.items():
+        outcomes = state.result() if state.is_completed() else {}
+        damage += [
+            f"{name} {shorten_digest(version)}: {outcome}"
+            for version, outcome in outcomes.items()
+            if outcome.startswith(DAMAGED_OUTCOME)
+        ]
+    damage += [
+        f"{name}: {registry / name} is gone, and it had a champion. Is a disk or a share not "
+        f"mounted? Mount it, or restore the folder from a backup"
+        for name in absent
+        if had_champion(registry, name)
+    ]
+    return list(dict.fromkeys(damage)), list(dict.fromkeys(other))
+
+
+def _bring_pages_up_to_date(registry: Path, names: Sequence[str]) -> None:
+    """Publish the pages of champions that were changed at the command line."""
+    for name in names:
+        try:
+            publish_champion_if_changed(registry, name)
+        except Exception as error:  # of the server or the way to it; nothing depends on a page
+            get_run_logger().warning("The page of %s's champion was not read: %s", name, error)

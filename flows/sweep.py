@@ -20,13 +20,17 @@ from flows.flow_run_labels import SWEEP_TAG
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.resume import was_resumed
 from flows.state_messages import shorten_version
+from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
 from nested_core.errors import ConfigError
 from nested_core.pipeline.continual import champion_or_none
+from nested_core.registry.promotion_policy import effective_rule
 from nested_core.storage.run_directory import RunDirectory
+from tasks.events import emit_verified_event
 from tasks.outcomes import Outcome
 from tasks.promote import promote
+from tasks.register import register
 from tasks.sweep_results import SweepRunResult, find_registered_version, pick_best_run
 
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -85,7 +89,7 @@ def sweep(config: SweepParameters) -> State[Any]:
         return Completed(name=Outcome.KEPT_CHAMPION, message=message)
     if best is None:
         return Failed(message=f"none of {len(points)} runs passed the gate")
-    version = find_registered_version(target, best)
+    version = _register_best(config.base, best, champion)
     done = promote(target, version, champion)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (
@@ -93,6 +97,25 @@ def sweep(config: SweepParameters) -> State[Any]:
     )
     outcome = Outcome.PROMOTED if done == "promoted" else Outcome.VERIFIED
     return Completed(name=outcome, message=f"{what}; {done}")
+
+
+def _register_best(base: FineTuneConfig, best: SweepRunResult, champion: str | None) -> str:
+    """The version of the best run, which from now on has the policy of the sweep.
+
+    The runs of the points promote nothing. Where a person is to decide, promote/auto asks him.
+    """
+    find_registered_version(base.registry, best)
+    run = RunDirectory(Path(best.run_dir))
+    config = read_run_config(run).model_copy(update={"registry": base.registry})
+    version = register(config, run.path, champion)
+    payload = {
+        "version": version,
+        "run_dir": str(run.path.resolve()),
+        "registry": str(Path(str(base.registry.path)).resolve()),
+    }
+    is_open = effective_rule(base.registry).asks_person
+    emit_verified_event(str(base.registry.name), payload, promotion_is_open=is_open)
+    return version
 
 
 def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:

@@ -14,6 +14,7 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.steps import TrainResult
+from nested_core.registry.promotion_policy import effective_rule
 from nested_core.storage.run_directory import RunDirectory
 from tasks.device_waiting import end_waiting
 from tasks.events import emit_verified_event
@@ -84,7 +85,7 @@ class TaskHooks(Hooks):
             "run_dir": str(run.path.resolve()),
             "registry": str(Path(str(registry.path)).resolve()),
         }
-        is_open = registry.promote == "approve"
+        is_open = effective_rule(registry).asks_person
         emit_verified_event(str(registry.name), payload, promotion_is_open=is_open)
         return version
 

@@ -10,10 +10,11 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 
 from nested_core.errors import NestedTuneError
-from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
-from nested_core.registry.promotion_policy import compare_losses, read_candidate
-from nested_core.registry.versions import version_folder
-from nested_core.storage.strict_files import read_json
+from nested_core.registry.promotion_policy import (
+    compare_losses,
+    read_candidate,
+    read_newest_verdict,
+)
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_difference, format_loss
 from tasks.artifact_client import ArtifactClient, artifact_key
@@ -58,7 +59,7 @@ def describe_approval(
 
     `champions_asked_about` holds the champions, or "none", that it asked about so far.
     """
-    verdict = _read_verdict(registry, name, version)
+    verdict = read_newest_verdict(registry, name, version, champion)
     page = MarkdownPage(f"Make {shorten_digest(version)} the champion of {name}?")
     earlier = [one for one in champions_asked_about if one != (champion or "none")]
     if earlier:
@@ -71,7 +72,7 @@ def describe_approval(
     if champion is None:
         facts.append(("Champion", "none yet"))
     else:
-        figures = _describe_losses_and_answers(_read_verdict(registry, name, champion))
+        figures = _describe_losses_and_answers(read_newest_verdict(registry, name, champion))
         facts.append(("Champion", f"{shorten_digest(champion)}: {figures}"))
         facts.append(("Compared", _compare_losses(registry, name, version, champion, verdict)))
     facts.append(("Version in full", version))
@@ -95,7 +96,9 @@ def _compare_losses(
     if measured is not None and measured["version"] == champion:
         return describe_champion_loss(measured)
     try:
-        losses = compare_losses(registry, name, read_candidate(registry, name, version), champion)
+        losses = compare_losses(
+            registry, name, read_candidate(registry, name, version, champion), champion
+        )
     except NestedTuneError as error:
         return f"not possible: {error}"
     if losses is None:
@@ -106,13 +109,6 @@ def _compare_losses(
         f"{format_loss(losses.champion_loss)} "
         f"({format_difference(change)}: {'worse' if change > 0 else 'not worse'})"
     )
-
-
-def _read_verdict(registry: Path, name: str, version: str) -> dict[str, Any]:
-    verdict: dict[str, Any] = read_json(
-        version_folder(registry, name, version) / GATE_NAME, MAX_GATE_BYTES
-    )
-    return verdict
 
 
 def _read_champions_asked_about(flow_run: UUID) -> list[str]:

@@ -8,12 +8,17 @@ from pathlib import Path, PurePath
 from typing import Any, Self
 
 from prefect import get_run_logger
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.objects import Artifact
+from prefect.client.schemas.sorting import ArtifactSort
 
 from nested_core.registry import history, read_champion
 from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.versions import read_provenance, version_folder
 from nested_core.storage.strict_files import read_json
 from nested_core.text.digest_format import shorten_digest
+from nested_core.text.foreign_text import escape_markdown
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.lineage import (
     LineageNode,
@@ -26,7 +31,11 @@ from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import describe_losses, describe_suite
 
 MAX_SHOWN_CHANGES = 15
-ACTION_VERBS = {"promote": "promoted", "rollback": "rolled back to"}
+ACTION_VERBS = {
+    "promote": "promoted",
+    "rollback": "rolled back to",
+    "moved": "link moved by hand to",
+}
 
 
 def publish_champion(registry: Path, name: str) -> None:
@@ -59,6 +68,36 @@ def publish_champion(registry: Path, name: str) -> None:
         get_run_logger().warning("The page of %s's champion is not up to date: %s", name, error)
 
 
+def publish_champion_if_changed(registry: Path, name: str) -> None:
+    """Publish the page where the one on the server is of another champion, or there is none."""
+    version = read_champion(registry, name)
+    if version is None:
+        return
+    page = _read_newest_page(name)
+    if page is None or not str(page.description).startswith(shorten_digest(version)):
+        publish_champion(registry, name)
+
+
+def had_champion(registry: Path, name: str) -> bool:
+    """Whether the server has a page of a champion of this name, in this registry."""
+    page = _read_newest_page(name)
+    return page is not None and escape_markdown(_describe_place(registry, name)) in str(page.data)
+
+
+def _describe_place(registry: Path, name: str) -> str:
+    return str(registry.resolve() / name)
+
+
+def _read_newest_page(name: str) -> Artifact | None:
+    """The newest page of a name's champion; None without one."""
+    with get_client(sync_client=True) as client:
+        wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[artifact_key(name, "champion")]))
+        newest = client.read_artifacts(
+            artifact_filter=wanted, sort=ArtifactSort.UPDATED_DESC, limit=1
+        )
+    return newest[0] if newest else None
+
+
 def describe_champion(registry: Path, name: str, version: str) -> MarkdownPage:
     """The champion in four lines, the picture of what it was made of, and those before it."""
     champion = _Champion.read(registry, name, version)
@@ -69,6 +108,7 @@ def describe_champion(registry: Path, name: str, version: str) -> MarkdownPage:
             ("Answers", champion.describe_answers()),
             ("Registered (UTC)", _describe_time(champion.provenance.get("registered_at"))),
             ("Run folder", str(champion.provenance.get("run_dir"))),
+            ("Registry", _describe_place(registry, name)),
         ]
     )
     page.add_heading("What it was made of")
@@ -76,7 +116,7 @@ def describe_champion(registry: Path, name: str, version: str) -> MarkdownPage:
         champion.draw_lineage_picture(), "data set, base model and parent, run, champion"
     )
     page.add_heading("Champions so far")
-    columns = ("when (UTC)", "what", "version", "validation loss", "by")
+    columns = ("when (UTC)", "what", "version", "loss when registered", "by")
     page.add_table(columns, _list_changes(registry, name))
     return page
 

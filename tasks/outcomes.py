@@ -12,8 +12,10 @@ class Outcome(StrEnum):
     VERIFIED = "Verified"  # the gate passed it, and its policy did not ask for more
     KEPT_CHAMPION = "Kept the champion"  # sound, and not better
     SKIPPED = "Skipped"  # nothing to train, or another night at work
+    DAMAGED = "Damaged"  # of the type Failed: a registry or run folder is not as it was written
     REJECTED = "Rejected"  # by the gate; of the type Failed
     RESUMED = "Resumed"  # scheduled again by itself after a crash; see flows/resume.py
     NOT_RESUMED = "Not resumed"  # a run that crashed twice, which waits for a person's Retry
     WAITING = "Waiting"  # for the pool, the device or another run
     ROLLED_BACK = "Rolled back"
+    DECLINED = "Declined"  # by a person who was asked

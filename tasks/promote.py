@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prefect import get_run_logger
+from prefect import get_run_logger, runtime
 
 from nested_core import registry
 from nested_core.config.registry import RegistrySection
 from nested_core.registry import Promotion, promotion_policy
+from nested_core.registry.ledger import Entry, Origin
 from nested_core.registry.promotion_policy import registry_location
 from nested_core.text.digest_format import shorten_digest
 from tasks.champion_page import publish_champion
@@ -19,7 +20,8 @@ from tasks.retrying import REGISTRY_RETRY_DELAYS, retried_task
 @retried_task("promote", "promote {section.name} {version:.12}", REGISTRY_RETRY_DELAYS)
 def promote(section: RegistrySection, version: str, expected_champion: str | None) -> str:
     """Promote by policy; return the outcome, or why nothing was promoted."""
-    done = promotion_policy.promote_by_policy(section, version, expected_champion)
+    origin = read_origin()
+    done = promotion_policy.promote_by_policy(section, version, expected_champion, origin=origin)
     registry_path, name = registry_location(section)
     return _announce_promotion(registry_path, name, version, done)
 
@@ -27,9 +29,8 @@ def promote(section: RegistrySection, version: str, expected_champion: str | Non
 @retried_task("promote-recorded", "promote-recorded {name} {version:.12}", REGISTRY_RETRY_DELAYS)
 def promote_by_recorded_policy(path: Path, name: str, version: str) -> str:
     """Promote by the policy that was recorded with the version."""
-    return _announce_promotion(
-        path, name, version, promotion_policy.promote_by_recorded_policy(path, name, version)
-    )
+    done = promotion_policy.promote_by_recorded_policy(path, name, version, origin=read_origin())
+    return _announce_promotion(path, name, version, done)
 
 
 @retried_task("promote-approved", "promote-approved {name} {version:.12}", REGISTRY_RETRY_DELAYS)
@@ -37,20 +38,39 @@ def promote_approved(
     path: Path, name: str, version: str, by: str, expected_champion: str | None
 ) -> str:
     """Promote what a person has approved, while the champion is the one it was shown against."""
-    done = registry.promote(path, name, version, by=by, expected_champion=expected_champion)
-    warning = promotion_policy.warn_if_worse(path, name, done)
+    done = promotion_policy.approve(
+        path, name, version, by=by, expected_champion=expected_champion, origin=read_origin()
+    )
+    warning = None
+    if not isinstance(done, str):
+        warning = promotion_policy.warn_if_worse(path, name, done)
     if warning is not None:
         get_run_logger().warning("%s", warning)
     return _announce_promotion(path, name, version, done)
+
+
+@retried_task("decline", "decline {name} {version:.12}", REGISTRY_RETRY_DELAYS)
+def decline(path: Path, name: str, version: str, by: str) -> None:
+    """Record in the history that a person did not approve a version."""
+    registry.decline(path, name, version, by=by, origin=read_origin())
 
 
 @retried_task("roll-back", "roll-back {name}", REGISTRY_RETRY_DELAYS)
 def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | None) -> str:
     """Make `to`, or the champion before this one, the champion again.
 
-    `champion` is the one to leave: a try after one that failed late does not go back twice.
+    `champion` is the one to leave: a try after one that failed late does not go back twice. `to`
+    has to be a former champion: no parameter of a flow promotes what its policy does not.
     """
-    done = registry.rollback(path, name, to=to, by=by, expected_champion=champion)
+    done = registry.rollback(
+        path,
+        name,
+        to=to,
+        by=by,
+        expected_champion=champion,
+        only_former_champions=True,
+        origin=read_origin(),
+    )
     return _announce_promotion(path, name, done.version, done)
 
 
@@ -58,7 +78,10 @@ def roll_back(path: Path, name: str, to: str | None, by: str, champion: str | No
 def promote_missed(path: Path, name: str) -> dict[str, str]:
     """Promote what an event got lost for; the outcome of each version that never was champion."""
     before = registry.read_champion(path, name)
-    outcomes = promotion_policy.promote_missed_versions(path, name)
+    outcomes = promotion_policy.promote_missed_versions(path, name, origin=read_origin())
+    if (late := _find_change_of_this_try(path, name)) is not None and late.version is not None:
+        outcomes[late.version] = "promoted"
+        before = late.previous
     for version, outcome in outcomes.items():
         get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
         if outcome == "promoted":
@@ -67,8 +90,37 @@ def promote_missed(path: Path, name: str) -> dict[str, str]:
     return outcomes
 
 
+@retried_task("check-champion", "check-champion {name}", REGISTRY_RETRY_DELAYS)
+def check_champion(path: Path, name: str) -> str | None:
+    """Compare the champion's files and the history with what was recorded; the champion."""
+    return registry.check_champion(path, name)
+
+
+def read_origin() -> Origin:
+    """The flow run that is at work, and the deployment that started it, as Prefect knows them."""
+    flow_run, deployment = runtime.flow_run.id, runtime.deployment.name
+    return Origin(
+        None if flow_run is None else str(flow_run), None if deployment is None else str(deployment)
+    )
+
+
+def _find_change_of_this_try(path: Path, name: str) -> Entry | None:
+    """The champion's last change, where an earlier try of this task made it and then failed.
+
+    An I/O error can come after the change, when it is forced onto the disk: the next try finds its
+    own work done.
+    """
+    if (runtime.task_run.run_count or 1) < 2:
+        return None
+    last = registry.read_champion_changes(path, name)[-1:]
+    return last[0] if last and last[0].flow_run == read_origin().flow_run else None
+
+
 def _announce_promotion(path: Path, name: str, version: str, done: Promotion | str) -> str:
     """Log what became of it; where the champion has moved, emit an event and publish its page."""
+    if (late := _find_change_of_this_try(path, name)) is not None:
+        outcomes = {"promote": "promoted", "rollback": "rolled_back"}
+        done = Promotion(outcomes[late.action], str(late.version), late.previous)  # type: ignore[arg-type]
     outcome = done if isinstance(done, str) else done.outcome
     get_run_logger().info("%s %s: %s", name, shorten_digest(version), outcome)
     if isinstance(done, Promotion) and outcome in ("promoted", "rolled_back"):

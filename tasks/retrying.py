@@ -27,14 +27,14 @@ def is_transient(error: BaseException) -> bool:
 
 def retry_on_transient_error(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:
     """Prefect's retry condition: read the exception from the state and ask `is_transient`."""
-    return is_transient(_exception_of(state))
+    return is_transient(exception_of(state))
 
 
 def retry_on_transient_or_memory_error(
     task: Task[Any, Any], run: TaskRun, state: State[Any]
 ) -> bool:
     """As above, and on an allocation error that Python sees: training goes on where it was."""
-    error = _exception_of(state)
+    error = exception_of(state)
     return is_transient(error) or isinstance(error, MemoryError)
 
 
@@ -55,7 +55,8 @@ def retried_task(
     )
 
 
-def _exception_of(state: State[Any]) -> BaseException:
+def exception_of(state: State[Any]) -> BaseException:
+    """The exception that a failed state holds."""
     try:
         state.result(raise_on_failure=True)
     except BaseException as error:  # the state may hold any exception; it is only looked at

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.commands.command_output import result_printer, text_printer
 from flows.current_user import current_user
 from flows.terminal import print_line, print_progress, print_table
-from nested_core.errors import DamagedError
+from nested_core.errors import ConfigError, DamagedError
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.text.digest_format import shorten_digest
 
@@ -43,8 +43,33 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
     )
     export.add_argument("--tracking-uri", metavar="URI", help="default: as MLflow is configured")
     export.set_defaults(run=run_mlflow_export)
-    for parser in (promote, rollback, history, audit, gc, export):
+    policy = commands.add_parser("policy", parents=[shared], help="what a promotion needs at least")
+    policy.add_argument(
+        "--promote",
+        choices=("never", "approve", "better", "always", "null"),
+        help="the least that registry.promote counts as; null: the run's own",
+    )
+    policy.add_argument(
+        "--max-val-loss-increase",
+        metavar="X",
+        help="the most that gate.max_val_loss_increase counts as; null: the run's own",
+    )
+    policy.add_argument(
+        "--tasks",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="YAML with the suites of gate.tasks that every run is asked; without FILE none",
+    )
+    policy.add_argument("--json", action="store_true", help="as one JSON document")
+    policy.set_defaults(run=run_policy)
+    forget = commands.add_parser("forget", parents=[shared], help="say that a version is lost")
+    forget.set_defaults(run=run_forget)
+    for parser in (promote, rollback, history, audit, gc, export, forget, policy):
         add_registry_arguments(parser)
+    forget.add_argument("version", metavar="VERSION", help="or its first 6 digits, or more")
+    forget.add_argument("--by", required=True, metavar="WHO", help="stands in the history")
+    forget.add_argument("--reason", required=True, metavar="TEXT", help="stands in the history")
 
 
 def add_registry_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +85,6 @@ def add_registry_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
     """Register a run's adapter if it is not yet, and make it the champion."""
-    from nested_core.config.registry import RegistrySection
     from nested_core.config.resume import read_run_config
     from nested_core.pipeline.publishing import register_and_promote_run
     from nested_core.registry import UNSET
@@ -69,10 +93,16 @@ def run_promote(arguments: argparse.Namespace) -> Callable[[], int]:
 
     check_name(arguments.name)
     run = RunDirectory(arguments.run_dir)
-    target = RegistrySection(path=str(arguments.registry), name=arguments.name)
-    config = read_run_config(run).model_copy(update={"registry": target})
+    config = read_run_config(run)
+    place = {"path": str(arguments.registry), "name": arguments.name}
+    config = config.model_copy(update={"registry": config.registry.model_copy(update=place)})
     expected = UNSET if arguments.if_champion is None else arguments.if_champion
     done = register_and_promote_run(config, run, by=current_user(), expected_champion=expected)
+    if done.against_policy is not None:
+        print_progress(
+            f"note: the policy of {arguments.name} would not have promoted it "
+            f"({done.against_policy}); a person's word counts above it, and the history says so"
+        )
     if losses := describe_promotion(arguments.registry, arguments.name, done):
         print_progress(losses)
     warning = warn_if_worse(arguments.registry, arguments.name, done)
@@ -96,6 +126,88 @@ def run_rollback(arguments: argparse.Namespace) -> Callable[[], int]:
 
     done = rollback(arguments.registry, arguments.name, to=arguments.to, by=current_user())
     return _print_change(done)
+
+
+def run_policy(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Show the registry's policy for a name, or change keys of it."""
+    from nested_core.registry.policy import RegistryPolicy, read_policy, set_policy
+
+    changes = _read_policy_changes(arguments)
+    if changes:
+        policy = set_policy(arguments.registry, arguments.name, by=current_user(), changes=changes)
+    else:
+        policy = read_policy(arguments.registry, arguments.name) or RegistryPolicy()
+    fields = policy.fields()
+
+    def show() -> None:
+        """A row for each key."""
+        rows: list[tuple[str, str]] = [("promote", policy.promote or "the run's own")]
+        bound = policy.max_val_loss_increase
+        rows.append(("max_val_loss_increase", "the run's own" if bound is None else f"{bound:g}"))
+        rows += [(f"suite {task.name}", f"{task.score}, {task.file}") for task in policy.tasks]
+        print_table(("key", "at least"), rows, title=f"{arguments.name}: policy")
+
+    document = {"name": arguments.name, "policy": fields}
+    return result_printer(arguments, lambda: document, show)
+
+
+def _read_policy_changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keys that the flags change; `null` leaves a key to the run."""
+    changes: dict[str, Any] = {}
+    if arguments.promote is not None:
+        changes["promote"] = None if arguments.promote == "null" else arguments.promote
+    if (bound := arguments.max_val_loss_increase) is not None:
+        try:
+            changes["max_val_loss_increase"] = None if bound == "null" else float(bound)
+        except ValueError:
+            raise ConfigError(
+                f"--max-val-loss-increase {bound!r:.40}: expected a number, such as 0.02, or null."
+            ) from None
+    if arguments.tasks is not None:
+        changes["tasks"] = [task for path in arguments.tasks for task in _read_suites(path)]
+    return changes
+
+
+def _read_suites(path: Path) -> list[dict[str, Any]]:
+    """The suites of a YAML file's gate.tasks, with absolute paths; each is read to check it."""
+    from pydantic import ValidationError
+
+    from nested_core.config.gate import GateSection
+    from nested_core.config.loading import read_yaml
+    from nested_core.errors import describe_first_problem
+    from nested_core.gate.answers.configured_suites import read_suites
+
+    values = read_yaml(path)
+    section = values.get("gate", values)
+    tasks = section.get("tasks") if isinstance(section, dict) else None
+    if not tasks:
+        raise ConfigError(
+            f"--tasks {path} has no suites. Expected YAML with gate.tasks, as in a run's "
+            f"config.yaml: a list of suites, each with name, file and score."
+        )
+    try:
+        gate = GateSection.model_validate({"tasks": tasks})
+    except ValidationError as error:
+        raise ConfigError(f"--tasks {path}: {describe_first_problem(error)}.") from error
+    read_suites(gate)
+    return [
+        task.model_dump(mode="json") | {"file": str(Path(task.file).absolute())}
+        for task in gate.tasks
+    ]
+
+
+def run_forget(arguments: argparse.Namespace) -> Callable[[], int]:
+    """Record that a version is lost, and remove what is left of it."""
+    from nested_core.registry import forget
+
+    version = forget(
+        arguments.registry,
+        arguments.name,
+        arguments.version,
+        by=arguments.by,
+        reason=arguments.reason,
+    )
+    return text_printer(f"forgotten: {version}")
 
 
 def _print_change(done: Promotion) -> Callable[[], int]:
@@ -134,9 +246,13 @@ def run_registry_audit(arguments: argparse.Namespace) -> Callable[[], int]:
     def show() -> None:
         """Each finding with its file, or that there is none."""
         if report.findings:
-            print_table(("what", "problem"), [tuple(asdict(f).values()) for f in report.findings])
+            print_table(("what", "problem"), [(f.file, f.message) for f in report.findings])
+            for advice in dict.fromkeys(f.advice for f in report.findings if f.advice is not None):
+                print_line(advice)
         else:
             print_line(f"{len(report.versions)} versions, the champion and the history are sound")
+        for note in report.notes:
+            print_line(f"note: {note}")
 
     code = DamagedError.exit_code if report.findings else 0
     return result_printer(arguments, lambda: asdict(report), show, code)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.example_digests import Digests
-from nested_core.errors import ConfigError, DamagedError
+from nested_core.errors import ConfigError
 from nested_core.gate.base_compatibility import base_reasons, fingerprint_reasons
 from nested_core.gate.held_out_loss import LoadedBase
 from nested_core.gate.training_examples import read_training_digests
@@ -38,7 +38,7 @@ class Champion:
 
 @dataclass(frozen=True)
 class UnusableChampion:
-    """A champion that cannot be judged, and why: it is damaged, or made for another base."""
+    """A champion that cannot be judged, and why: it was made for another base."""
 
     version: str
     problem: str
@@ -46,6 +46,8 @@ class UnusableChampion:
 
 def find_champion(base: LoadedBase, candidate: Adapter) -> Champion | UnusableChampion | None:
     """The champion of `registry.name`, verified, read and fitted to the base; None without one.
+
+    Raises DamagedError for a champion that is not what was registered.
 
     None, too, where the candidate is the champion: a run that is judged again after its promotion
     has no rival in itself, and gets the verdict that it had.
@@ -58,13 +60,9 @@ def find_champion(base: LoadedBase, candidate: Adapter) -> Champion | UnusableCh
         if version is None or version == candidate.digest():
             return None
         folder = version_folder(registry, name, version)
-        try:
-            verify(registry, name, version)
-            adapter = read_adapter(folder)
-            adapter.digest()
-        except (ConfigError, DamagedError) as error:
-            problem = f"the champion {shorten_digest(version)} is not what was registered: {error}"
-            return UnusableChampion(version, problem)
+        verify(registry, name, version)
+        adapter = read_adapter(folder)
+        adapter.digest()
         training_examples = read_training_digests(folder)
     try:
         own_base = _find_base_for_champion(adapter, base, candidate)

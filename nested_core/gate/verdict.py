@@ -266,6 +266,11 @@ class TaskResult:
     champion_interval: tuple[float, float] | None = None
 
     @property
+    def is_proven_gain(self) -> bool:
+        """Whether the answers got better than the parent's, beyond noise."""
+        return self.interval is not None and self.interval[0] > 0
+
+    @property
     def before(self) -> float:
         """The mean score that `difference` is measured from: the parent's, else the base's."""
         return self.base if self.parent is None else self.parent
@@ -346,6 +351,11 @@ class Verdict:
                 "Tensors", table("Change", ("tensor", "changed", "relative", "finite"), tensors)
             ),
         )
+
+    @property
+    def rival(self) -> str | None:
+        """The champion that the adapter was judged against; None where there was none."""
+        return None if self.champion is None else self.champion.version
 
     def summary(self) -> str:
         """One line: the codes, or what changed."""

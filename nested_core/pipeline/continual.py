@@ -121,23 +121,25 @@ def describe_starting_adapter(config: FineTuneConfig, run: RunDirectory) -> str 
 
 
 def find_unbeaten_champion(
-    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, champion: str | None
+    config: FineTuneConfig, run: RunDirectory, verdict: Verdict
 ) -> str | None:
-    """The champion, where an adapter that passed the gate started from it and is no better.
+    """The champion, where an adapter started from it and is no better: `better` keeps that out.
 
-    No better is a mean loss on the held-out examples that is not lower; the gate has passed a rise
-    within its bound, or within noise. None without a champion, for another start, and without
-    held-out examples.
+    No better is a mean loss on the held-out examples that is not lower, without a suite whose
+    answers got better beyond noise; the gate has passed a rise within its bound, or within noise.
+    None without a champion, for another start, and without held-out examples.
     """
     validation = verdict.validation
-    if champion is None or validation is None:
+    if verdict.rival is None or validation is None:
         return None
     before, after = validation.loss_before, validation.loss_after
     if before is None or after is None or after < before:
         return None
+    if any(task.is_proven_gain for task in verdict.tasks):
+        return None
     initial = verdict.initial.digest
-    is_start = champion in (initial, parent_version_of(config, run, initial))
-    return champion if is_start else None
+    is_start = verdict.rival in (initial, parent_version_of(config, run, initial))
+    return verdict.rival if is_start else None
 
 
 def describe_unbeaten_champion(verdict: Verdict, champion: str) -> str:

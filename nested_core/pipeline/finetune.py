@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import GateRejected
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import (
@@ -20,9 +21,18 @@ from nested_core.pipeline.continual import (
     find_unbeaten_champion,
 )
 from nested_core.pipeline.preflight import check_before_start, require_room_for_checkpoints
-from nested_core.pipeline.publishing import register_run
+from nested_core.pipeline.publishing import (
+    describe_reproduction,
+    record_rejection,
+    register_run,
+)
 from nested_core.pipeline.steps import TrainResult
-from nested_core.registry.promotion_policy import promote_by_policy, registry_location
+from nested_core.registry.policy import describe_tightening, read_policy, tighten
+from nested_core.registry.promotion_policy import (
+    effective_rule,
+    promote_by_policy,
+    registry_location,
+)
 from nested_core.report.run_page import read_report, writing_report_at_end
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.reporting_services import attaching_verdict_at_end
@@ -42,6 +52,7 @@ class FinetuneResult:
     kept_champion: the champion that the run started from, and is no better than: then nothing was
         registered.
     promotion: "promoted", or why the version was not; None where it is not to be promoted.
+    must_be_better: whether run or registry promote only what is better than the champion.
     """
 
     run: RunDirectory
@@ -52,6 +63,7 @@ class FinetuneResult:
     version: str | None = None
     kept_champion: str | None = None
     promotion: str | None = None
+    must_be_better: bool = False
 
     def _repr_html_(self) -> str:
         return read_report(self.run.path)._repr_html_()
@@ -121,12 +133,20 @@ def finetune(
 
     `config` is what `load_config` gives, `run` what `open_run` gives; `hooks` are told what
     happens, and may run the steps otherwise. What could fail at the end is tried before the run
-    directory is made, and the disk's room before the first step. Holds the run directory's lock.
+    directory is made, and the disk's room before the first step. Where the policy of the registry's
+    name is stricter than `config`, it counts, and `hooks` are told so before anything else.
+    Holds the run directory's lock.
     `resume` goes on with what is there. Raises what the steps raise: ConfigError, DatasetError,
     TrainingStopped, TrainingDiverged, GateRejected, DamagedError; each leaves a run directory that
     can be resumed or is complete, and report.html in it to look at.
     """
     hooks = hooks or Hooks()
+    policy = None
+    if config.registry.path is not None:
+        policy = read_policy(*registry_location(config.registry))
+    for sentence in describe_tightening(config, policy):
+        hooks.on_message(sentence)
+    config = tighten(config, policy)
     check_before_start(config, run)
     with run.locked():
         hooks.begin(config, run, resume=resume)
@@ -142,19 +162,20 @@ def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) ->
     hooks.load(config, run)
     require_room_for_checkpoints(config, run)
     training = hooks.train(config, run)
-    has_registry = config.registry.path is not None
-    champion = champion_or_none(*registry_location(config.registry)) if has_registry else None
-    verdict = hooks.judge(config, run)
+    verdict = _judge(config, run, hooks)
     test_loss = hooks.measure_test(config, run) if config.test else None
-    kept = find_unbeaten_champion(config, run, verdict, champion)
     version = None
     promotion = None
-    if kept is not None:
-        promotion = describe_unbeaten_champion(verdict, kept)
-    elif has_registry:
-        version = hooks.register(config, run, champion)
-        if config.registry.promote != "never":
-            promotion = hooks.promote(config, version, champion)
+    kept = None
+    must_be_better = False
+    if config.registry.path is not None:
+        must_be_better = effective_rule(config.registry).must_be_better
+        if must_be_better:
+            kept = find_unbeaten_champion(config, run, verdict)
+        if kept is not None:
+            promotion = describe_unbeaten_champion(verdict, kept)
+        else:
+            version, promotion = _publish(config, run, verdict, hooks)
     return FinetuneResult(
         run,
         verdict=verdict,
@@ -163,4 +184,43 @@ def _finetune_locked(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) ->
         version=version,
         kept_champion=kept,
         promotion=promotion,
+        must_be_better=must_be_better,
     )
+
+
+def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) -> Verdict:
+    """Judge, and once more where another version became champion meanwhile.
+
+    A verdict that rejects what is registered already is kept beside the version: it counts.
+    """
+    try:
+        verdict = hooks.judge(config, run)
+        if _has_champion_moved(config, verdict):
+            hooks.on_message("the champion changed while the gate was at work: judging once more")
+            verdict = hooks.judge(config, run)
+    except GateRejected:
+        record_rejection(config, run)
+        raise
+    return verdict
+
+
+def _has_champion_moved(config: FineTuneConfig, verdict: Verdict) -> bool:
+    """Whether another version than the gate's rival is champion by now."""
+    if config.registry.path is None:
+        return False
+    champion = champion_or_none(*registry_location(config.registry))
+    return champion not in (verdict.rival, verdict.trained.digest)
+
+
+def _publish(
+    config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Hooks
+) -> tuple[str, str | None]:
+    """Register, and promote where a policy asks for it; the version, and what became of it."""
+    location = registry_location(config.registry)
+    version = hooks.register(config, run, verdict.rival)
+    if note := describe_reproduction(config, run, version):
+        hooks.on_message(note)
+    is_champion = version == champion_or_none(*location)
+    if effective_rule(config.registry).is_never and not is_champion:
+        return version, None
+    return version, hooks.promote(config, version, verdict.rival)

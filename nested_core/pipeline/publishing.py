@@ -15,15 +15,18 @@ from nested_core.gate.base_compatibility import require_same_base
 from nested_core.gate.held_out_choice import held_out_split
 from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.models.base_model import find_model_folder_offline
-from nested_core.pipeline.continual import champion_or_none, parent_version_of, settings_digest
+from nested_core.pipeline.continual import parent_version_of, settings_digest
 from nested_core.registry import UNSET, Promotion, Unset, register, register_and_promote
 from nested_core.registry.gate_file import read_gate, require_consistent, require_passed
-from nested_core.registry.promotion_policy import registry_location
-from nested_core.registry.versions import read_provenance, version_folder
+from nested_core.registry.name_folders import name_exists
+from nested_core.registry.promotion_policy import describe_policy_refusal, registry_location
+from nested_core.registry.registration import register_rejection
+from nested_core.registry.versions import REGISTERED_AT_KEY, read_provenance, version_folder
 from nested_core.storage.adapter import CONFIG_NAME, read_adapter_config
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_regular, regular_sha256
+from nested_core.text.digest_format import shorten_digest
 from nested_core.training.metrics_file import cumulative_seconds, read_metrics
 
 
@@ -52,10 +55,36 @@ def register_run(config: FineTuneConfig, run: RunDirectory, champion: str | None
     return register(run.path, path, name, make_provenance(config, run, champion))
 
 
+def record_rejection(config: FineTuneConfig, run: RunDirectory) -> None:
+    """Keep a verdict that rejects an adapter which is a version of the registry already."""
+    if config.registry.path is None:
+        return
+    path, name = registry_location(config.registry)
+    if not name_exists(path, name):
+        return
+    champion = read_gate(run.gate).get("champion") or {}
+    provenance = make_provenance(config, run, champion.get("version"))
+    register_rejection(run.path, path, name, provenance)
+
+
 def is_registered_from(config: FineTuneConfig, run: RunDirectory, version: str) -> bool:
     """Whether a version of the configured registry was registered from this run directory."""
     provenance = read_provenance(version_folder(*registry_location(config.registry), version))
     return provenance.get("run_dir") == str(run.path.resolve())
+
+
+def describe_reproduction(config: FineTuneConfig, run: RunDirectory, version: str) -> str | None:
+    """One line where another run made the same adapter before; None for this run's own version."""
+    registry, name = registry_location(config.registry)
+    provenance = read_provenance(version_folder(registry, name, version))
+    first = provenance.get("run_dir")
+    if first is None or first == str(run.path.resolve()):
+        return None
+    day = str(provenance.get(REGISTERED_AT_KEY))[:10]
+    return (
+        f"this run made the same adapter, byte for byte, as {first}, which was registered as "
+        f"version {shorten_digest(version)} of {name} on {day}"
+    )
 
 
 def register_and_promote_run(
@@ -74,9 +103,17 @@ def register_and_promote_run(
     path, name = registry_location(config.registry)
     with run.locked_for_reading():
         confirm_recorded_verdict(config, run)
-        recorded = make_provenance(config, run, champion_or_none(path, name))
+        gate = read_gate(run.gate)
+        recorded = make_provenance(config, run, (gate.get("champion") or {}).get("version"))
+        version = gate["trained"]["digest"]
         return register_and_promote(
-            run.path, path, name, recorded, by=by, expected_champion=expected_champion
+            run.path,
+            path,
+            name,
+            recorded,
+            by=by,
+            expected_champion=expected_champion,
+            against_policy=describe_policy_refusal(path, name, version, gate, recorded),
         )
 
 

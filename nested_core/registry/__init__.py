@@ -11,13 +11,16 @@ from nested_core.registry.champion_moves import (
     UNSET,
     Promotion,
     Unset,
+    decline,
     promote,
     register_and_promote,
     rollback,
 )
+from nested_core.registry.forgetting import forget
 from nested_core.registry.garbage_collection import GarbageReport, collect_garbage
 from nested_core.registry.name_folders import list_names
 from nested_core.registry.queries import (
+    check_champion,
     history,
     holding_champion,
     list_versions,
@@ -37,7 +40,10 @@ __all__ = [
     "Promotion",
     "Unset",
     "audit",
+    "check_champion",
     "collect_garbage",
+    "decline",
+    "forget",
     "history",
     "holding_champion",
     "list_names",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nested_core.errors import NestedTuneError
@@ -21,27 +21,37 @@ from nested_core.registry.champion_record import (
 )
 from nested_core.registry.folder_lock import require_no_writes_meanwhile, shared_folder_lock
 from nested_core.registry.gate_file import GATE_NAME, read_gate, require_consistent, require_passed
+from nested_core.registry.judgements import judgement_findings
 from nested_core.registry.ledger import LEDGER_NAME, Ledger, read_ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
+from nested_core.registry.policy_file import policy_findings
+from nested_core.registry.recovery import lost_champion_error
 from nested_core.registry.versions import (
     VERSION_PATTERN,
     AuditFinding,
+    how_to_mend,
     registered_versions,
     version_findings,
 )
 from nested_core.storage.atomic import TEMPORARY_PREFIX
 from nested_core.storage.strict_files import file_type
+from nested_core.text.digest_format import shorten_digest
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """The result of an audit; `unfinished` is the version of a change that a crash interrupted."""
+    """The result of an audit.
+
+    `unfinished` is the version of a change that a crash interrupted; `notes` has what is no damage,
+    and what a person is to know: that the link was once moved by hand.
+    """
 
     name: str
     champion: str | None
     versions: tuple[str, ...]
     findings: tuple[AuditFinding, ...]
     unfinished: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_sound(self) -> bool:
@@ -73,13 +83,28 @@ def audit(registry: Path, name: str) -> AuditReport:
         findings = [*_audit_versions_folder(folder, snapshot), *snapshot.findings]
         if not snapshot.findings:
             findings += _audit_champion(folder, snapshot)
+            findings += judgement_findings(folder, snapshot.ledger)
+            findings += policy_findings(folder, snapshot.ledger)
         if findings:
             require_no_writes_meanwhile(folder, lock)
     for version in reversed(snapshot.versions):
         findings = [*_audit_version(folder, version, snapshot), *findings]
     is_open = snapshot.prepared is not None and snapshot.prepared != snapshot.champion
     unfinished = snapshot.prepared if is_open else None
-    return AuditReport(name, snapshot.champion, snapshot.versions, tuple(findings), unfinished)
+    notes = tuple(_describe_moves_by_hand(snapshot.ledger))
+    return AuditReport(
+        name, snapshot.champion, snapshot.versions, tuple(findings), unfinished, notes
+    )
+
+
+def _describe_moves_by_hand(ledger: Ledger) -> Iterator[str]:
+    for number, entry in enumerate(ledger.entries, 1):
+        if entry.action == "moved":
+            yield (
+                f"history, line {number}: the champion link was moved by hand from "
+                f"{shorten_digest(entry.previous or 'none')} to "
+                f"{shorten_digest(entry.version or 'none')}; found {entry.time[:16]}"
+            )
 
 
 def _take_snapshot(folder: Path) -> RegistrySnapshot:
@@ -118,19 +143,14 @@ def _audit_version(folder: Path, version: str, snapshot: RegistrySnapshot) -> li
         return []
     with shared_folder_lock(folder) as lock:
         ledger = _take_snapshot(folder).ledger
-        if file_type(
-            folder / VERSIONS_FOLDER_NAME / version
-        ) == "missing" and _is_garbage_collected(version, ledger):
+        if file_type(folder / VERSIONS_FOLDER_NAME / version) == "missing" and ledger.is_removed(
+            version
+        ):
             return []
         findings = _file_and_verdict_findings(folder, version, ledger)
         if findings:
             require_no_writes_meanwhile(folder, lock)
         return findings
-
-
-def _is_garbage_collected(version: str, ledger: Ledger) -> bool:
-    lines = [entry for entry in ledger.entries if entry.version == version]
-    return bool(lines) and lines[-1].action == "collected"
 
 
 def _file_and_verdict_findings(folder: Path, version: str, ledger: Ledger) -> list[AuditFinding]:
@@ -142,21 +162,25 @@ def _file_and_verdict_findings(folder: Path, version: str, ledger: Ledger) -> li
             require_passed(gate, place / GATE_NAME)
             require_consistent(gate, place / GATE_NAME)
     except (NestedTuneError, OSError) as error:
-        return [AuditFinding(place, str(error))]
-    return findings
+        findings = [AuditFinding(place, str(error))]
+    return [replace(finding, advice=how_to_mend(place)) for finding in findings]
 
 
 def _audit_versions_folder(folder: Path, snapshot: RegistrySnapshot) -> Iterator[AuditFinding]:
     for entry in sorted(os.listdir(folder / VERSIONS_FOLDER_NAME)):
         if not VERSION_PATTERN.fullmatch(entry) and not entry.startswith(TEMPORARY_PREFIX):
-            yield AuditFinding(folder / VERSIONS_FOLDER_NAME / entry, "is not a version")
+            yield AuditFinding(
+                folder / VERSIONS_FOLDER_NAME / entry, "is not a version", "Remove it."
+            )
     mentioned = snapshot.ledger.champion_versions() | (
         {snapshot.champion} if snapshot.champion else set()
     )
     for version in sorted(mentioned - set(snapshot.versions)):
-        yield AuditFinding(
-            folder / VERSIONS_FOLDER_NAME / version, "was champion, and its folder is gone"
-        )
+        place = folder / VERSIONS_FOLDER_NAME / version
+        advice = how_to_mend(place)
+        if version == snapshot.champion:
+            advice = str(lost_champion_error(folder, version, snapshot.ledger))
+        yield AuditFinding(place, "was champion, and its folder is gone", advice)
 
 
 def _audit_champion(folder: Path, snapshot: RegistrySnapshot) -> Iterator[AuditFinding]:
@@ -170,7 +194,13 @@ def _audit_champion(folder: Path, snapshot: RegistrySnapshot) -> Iterator[AuditF
             folder / champion_link.LINK_NAME,
             f"points to {champion}, but the history's last line leaves {ledger.champion}: the link "
             "was moved by hand, or the history is not whole",
+            "The next promote, rollback or gc checks the version and records the move; or put back "
+            "what the history says.",
         )
     is_unfinished = is_last_change_unfinished(champion, snapshot.record, ledger)
     if snapshot.record != make_record(champion, ledger) and not is_unfinished:
-        yield AuditFinding(folder / RECORD_NAME, "does not say what the link and the history say")
+        yield AuditFinding(
+            folder / RECORD_NAME,
+            "does not say what the link and the history say",
+            "The next promote, rollback or gc writes it anew.",
+        )

@@ -15,14 +15,16 @@ from nested_core.errors import ConfigError
 from nested_core.registry import champion_link
 from nested_core.registry.champion_record import make_record, write_record
 from nested_core.registry.folder_lock import exclusive_folder_lock
-from nested_core.registry.ledger import Entry, Ledger, append, new_entry
+from nested_core.registry.gate_file import require_passed
+from nested_core.registry.judgements import choose_verdict, read_judgements, read_verdicts
+from nested_core.registry.ledger import NO_ORIGIN, Entry, Ledger, Origin, append, new_entry
 from nested_core.registry.name_folders import (
     VERSIONS_FOLDER_NAME,
     check_name,
     create_name_folder,
     find_name_folder,
 )
-from nested_core.registry.recovery import RegistryState, recover_after_crash
+from nested_core.registry.recovery import RegistryState, record_line, recover_after_crash
 from nested_core.registry.registration import add_version, judged_digest
 from nested_core.registry.versions import VERSION_PREFIX_PATTERN, resolve_version, verify_version
 from nested_core.storage.lock_file import LockFile
@@ -42,11 +44,15 @@ UNSET = Unset.UNSET
 
 @dataclass(frozen=True)
 class Promotion:
-    """The outcome of promote or rollback for `version`; `previous` was the champion before it."""
+    """The outcome of promote or rollback for `version`; `previous` was the champion before it.
+
+    `against_policy` is what the registry's policy asks for and a person's promotion did not have.
+    """
 
     outcome: Outcome
     version: str
     previous: str | None
+    against_policy: str | None = None
 
 
 def promote(
@@ -57,19 +63,22 @@ def promote(
     by: str,
     expected_champion: str | None | Unset = UNSET,
     automatic: bool = False,
+    against_policy: str | None = None,
+    origin: Origin = NO_ORIGIN,
 ) -> Promotion:
     """Make `version` (a digest or its first 6 digits or more) the champion, after re-hashing it.
 
     With `expected_champion` the outcome is "superseded" if another version is champion; None
     expects that there is none. An `automatic` promotion of a version that a rollback left is
-    "barred". Raises ConfigError for an unknown registry, name or version, DamagedError for any
+    "barred". `against_policy` and `origin` stand in the history's line. Raises ConfigError for an
+    unknown registry, name or version, DamagedError for any
     change on disk, GateRejected for a verdict that is not "passed".
     """
     folder = find_name_folder(registry, name)
     with exclusive_folder_lock(folder) as lock:
         state = recover_after_crash(folder, lock)
         wanted = resolve_version(folder, version, state.ledger)
-        change = _PromotionRequest(by, expected_champion, automatic)
+        change = _PromotionRequest(by, expected_champion, automatic, against_policy, origin)
         return _promote_locked(folder, wanted, change, state, lock)
 
 
@@ -81,6 +90,7 @@ def register_and_promote(
     *,
     by: str,
     expected_champion: str | None | Unset = UNSET,
+    against_policy: str | None = None,
 ) -> Promotion:
     """`register` and `promote` under one lock: no gc comes between the two.
 
@@ -91,10 +101,18 @@ def register_and_promote(
     folder = create_name_folder(registry, name)
     with exclusive_folder_lock(folder) as lock:
         state = recover_after_crash(folder, lock)
-        add_version(folder, version, run_dir, provenance, state=state, lock=lock)
-        return _promote_locked(
-            folder, version, _PromotionRequest(by, expected_champion), state, lock
+        state = add_version(
+            folder,
+            version,
+            run_dir,
+            provenance,
+            state=state,
+            lock=lock,
+            by=by,
+            was_judged_now=False,
         )
+        change = _PromotionRequest(by, expected_champion, against_policy=against_policy)
+        return _promote_locked(folder, version, change, state, lock)
 
 
 @dataclass(frozen=True)
@@ -104,18 +122,30 @@ class _PromotionRequest:
     by: str
     expected_champion: str | None | Unset
     automatic: bool = False
+    against_policy: str | None = None
+    origin: Origin = NO_ORIGIN
 
 
 def _promote_locked(
     folder: Path, version: str, change: _PromotionRequest, state: RegistryState, lock: LockFile
 ) -> Promotion:
     manifest = _verify_version(folder, version, state)
+    judgement = _newest_passed_judgement(folder, version, state.champion)
     refusal = _find_refusal(state, version, change.expected_champion, change.automatic)
     if refusal is None:
         entry = new_entry("promote", version, state.champion, change.by)
-        entry = replace(entry, manifest=manifest, automatic=change.automatic)
+        entry = replace(
+            entry,
+            manifest=manifest,
+            automatic=change.automatic,
+            judgement=judgement,
+            against_policy=change.against_policy,
+            flow_run=change.origin.flow_run,
+            deployment=change.origin.deployment,
+        )
         _record_and_swap(folder, entry, state.ledger, lock)
-    return Promotion(refusal or "promoted", version, state.champion)
+    against = None if refusal is not None else change.against_policy
+    return Promotion(refusal or "promoted", version, state.champion, against)
 
 
 def rollback(
@@ -125,13 +155,16 @@ def rollback(
     to: str | None = None,
     by: str,
     expected_champion: str | None | Unset = UNSET,
+    only_former_champions: bool = False,
+    origin: Origin = NO_ORIGIN,
 ) -> Promotion:
     """Make `to`, or the champion before this one, the champion again, after re-hashing it.
 
     Promotions and `to` push a version on a stack, a rollback without it pops one: after A, B, C it
     goes to B, then to A. With `expected_champion` the outcome is "superseded" if another version is
-    champion, so that a second try does not go back twice. Raises ConfigError if nothing is left to
-    go back to, DamagedError for any change on disk.
+    champion, so that a second try does not go back twice. With `only_former_champions` a version
+    that never was champion is refused: going back is no promotion. Raises ConfigError for that and
+    if nothing is left to go back to, DamagedError for any change on disk.
     """
     folder = find_name_folder(registry, name)
     with exclusive_folder_lock(folder) as lock:
@@ -143,11 +176,22 @@ def rollback(
             return Promotion("superseded", state.champion, state.champion)
         wanted = _require_rollback_target(folder, state) if to is None else to
         wanted = resolve_version(folder, wanted, state.ledger)
+        if only_former_champions and wanted not in state.ledger.champion_versions():
+            raise ConfigError(
+                f"{shorten_digest(wanted)} never was champion of {name}: a rollback goes back to a "
+                f"former champion. `nested-tune promote` makes another version champion."
+            )
         manifest = _verify_version(folder, wanted, state)
         if wanted == state.champion:
             return Promotion("already_champion", wanted, state.champion)
         entry = new_entry("rollback", wanted, state.champion, by)
-        entry = replace(entry, manifest=manifest, explicit=to is not None)
+        entry = replace(
+            entry,
+            manifest=manifest,
+            explicit=to is not None,
+            flow_run=origin.flow_run,
+            deployment=origin.deployment,
+        )
         _record_and_swap(folder, entry, state.ledger, lock)
     return Promotion("rolled_back", wanted, state.champion)
 
@@ -156,6 +200,18 @@ def _verify_version(folder: Path, version: str, state: RegistryState) -> str:
     return verify_version(
         folder / VERSIONS_FOLDER_NAME / version, version, state.ledger.manifest_hashes(version)
     )
+
+
+def _newest_passed_judgement(folder: Path, version: str, champion: str | None) -> str | None:
+    """The hash of the judgement that a promotion rests on; None where the first verdict counts.
+
+    Raises GateRejected where the gate, judging the version again, has rejected it.
+    """
+    if not read_judgements(folder, version):
+        return None
+    verdict = choose_verdict(read_verdicts(folder, version), champion)
+    require_passed(verdict.gate, folder / VERSIONS_FOLDER_NAME / version)
+    return verdict.sha256
 
 
 def _find_refusal(
@@ -195,3 +251,18 @@ def _record_and_swap(folder: Path, entry: Entry, ledger: Ledger, lock: LockFile)
     ledger = append(folder, ledger, entry, confirm=lock.require_still_at_path)
     write_record(folder, make_record(version, ledger), confirm=lock.require_still_at_path)
     champion_link.swap_link(folder, prepared, confirm=lock.require_still_at_path)
+
+
+def decline(
+    registry: Path, name: str, version: str, *, by: str, origin: Origin = NO_ORIGIN
+) -> None:
+    """Record that a person did not approve a version; saying so again adds nothing."""
+    folder = find_name_folder(registry, name)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
+        declined = resolve_version(folder, version, state.ledger)
+        if state.ledger.is_declined(declined):
+            return
+        entry = new_entry("declined", declined, state.champion, by)
+        entry = replace(entry, flow_run=origin.flow_run, deployment=origin.deployment)
+        record_line(folder, state, entry, lock)

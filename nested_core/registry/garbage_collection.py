@@ -14,11 +14,16 @@ from pathlib import Path
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import champion_link
-from nested_core.registry.champion_record import make_record, write_record
 from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
-from nested_core.registry.ledger import Ledger, append, new_entry
+from nested_core.registry.judgements import read_judgements, remove_judgements
+from nested_core.registry.ledger import Ledger, new_entry
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
-from nested_core.registry.recovery import RegistryState, read_registry_state, recover_after_crash
+from nested_core.registry.recovery import (
+    RegistryState,
+    read_registry_state,
+    record_line,
+    recover_after_crash,
+)
 from nested_core.registry.versions import (
     REGISTERED_AFTER_KEY,
     REGISTERED_AT_KEY,
@@ -33,6 +38,7 @@ from nested_core.storage.atomic import (
     temporary_beside,
 )
 from nested_core.storage.lock_file import LockFile
+from nested_core.storage.strict_files import file_type
 
 DEFAULT_KEPT_VERSIONS = 10
 UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
@@ -111,9 +117,7 @@ def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[int, int, str
         for number, change in enumerate(changes, 1)
         if version in (change.version, change.previous)
     ]
-    registered_at, registered_after = _registration_time_and_line(
-        folder / VERSIONS_FOLDER_NAME / version
-    )
+    registered_at, registered_after = _registration_time_and_line(folder, version)
     since = ledger.changes_since(registered_after)
     if since is None:  # registered by an earlier release: the clocks decide
         since = [change for change in changes if change.time > registered_at]
@@ -125,18 +129,22 @@ def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
     if version in ledger.champion_versions():
         return False
     try:
-        registered_at = datetime.fromisoformat(
-            _registration_time_and_line(folder / VERSIONS_FOLDER_NAME / version)[0]
-        )
+        registered_at = datetime.fromisoformat(_registration_time_and_line(folder, version)[0])
         return datetime.now(UTC) - registered_at < UNPROMOTED_GRACE_TIME
     except (ValueError, TypeError):  # no time, or one without a zone
         return False
 
 
-def _registration_time_and_line(place: Path) -> tuple[str, str]:
-    """When a version was registered, and after which line; empty strings if it is not known."""
+def _registration_time_and_line(folder: Path, version: str) -> tuple[str, str]:
+    """When a version was registered or last judged again, and after which line.
+
+    Empty strings if it is not known.
+    """
     try:
-        provenance = read_provenance(place)
+        if judgements := read_judgements(folder, version):
+            facts = judgements[-1].facts
+            return facts.registered_at, facts.registered_after or ""
+        provenance = read_provenance(folder / VERSIONS_FOLDER_NAME / version)
     except (DamagedError, OSError):
         return "", ""  # an audit reports it; here it counts as the oldest
     moment, line = (provenance.get(key) for key in (REGISTERED_AT_KEY, REGISTERED_AFTER_KEY))
@@ -151,17 +159,21 @@ def _remove_version(
     A crash after the record leaves a whole version, which the next gc removes; a crash after the
     rename leaves files that every writer clears away.
     """
-    confirm = lock.require_still_at_path
     entry = new_entry("collected", version, state.champion, by)
-    ledger = append(folder, state.ledger, entry, confirm=confirm)
-    record = make_record(state.champion, ledger)
-    write_record(folder, record, confirm=confirm)
+    state = record_line(folder, state, entry, lock)
+    delete_version(folder, version, lock)
+    return state
+
+
+def delete_version(folder: Path, version: str, lock: LockFile) -> None:
+    """Delete the files of a version that the history says is removed, and its judgements."""
     place = folder / VERSIONS_FOLDER_NAME / version
-    confirm()
-    os.rename(place, temporary_beside(place))
-    sync_path(folder / VERSIONS_FOLDER_NAME)
+    lock.require_still_at_path()
+    if file_type(place) != "missing":
+        os.rename(place, temporary_beside(place))
+        sync_path(folder / VERSIONS_FOLDER_NAME)
     remove_leftovers(folder / VERSIONS_FOLDER_NAME)
-    return RegistryState(state.champion, record, ledger)
+    remove_judgements(folder, version)
 
 
 def _find_leftovers(folder: Path) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,18 +25,56 @@ from nested_core.storage.lock_file import lock_open_file
 from nested_core.storage.strict_files import file_type, read_regular
 
 LEDGER_NAME = "history.jsonl"
-Action = Literal["promote", "rollback", "aborted", "collected"]
-CHAMPION_CHANGE_ACTIONS = ("promote", "rollback")
+Action = Literal[
+    "promote",
+    "rollback",
+    "moved",
+    "aborted",
+    "collected",
+    "forgotten",
+    "restored",
+    "declined",
+    "policy",
+]
+CHAMPION_CHANGE_ACTIONS = ("promote", "rollback", "moved")
+REMOVAL_ACTIONS = ("collected", "forgotten")
+# Fields that few lines have: left out of a line where they are null.
+OPTIONAL_FIELDS = (
+    "judgement",
+    "reason",
+    "against_policy",
+    "before",
+    "after",
+    "flow_run",
+    "deployment",
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The flow run that asks for a change, and its deployment; None where a person asks."""
+
+    flow_run: str | None = None
+    deployment: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One line of the history.
 
-    `previous` is the champion before it, and after it too if the action is `aborted` (`version`
-    did not become the champion) or `collected` (`version` was removed). `explicit` marks a rollback
-    that named its version (`--to`); histories of earlier releases lack it, and the hash of the
-    line before (its bytes with the line end).
+    `previous` is the champion before it, and after it too unless the action moved the champion:
+    `promote`, `rollback`, and `moved` (the link was found moved by hand). `aborted` says that
+    `version` did not become the champion, `collected` and `forgotten` that it was removed,
+    `restored` that a version which was lost was registered again, `declined` that a person did not
+    approve it, and `policy` that the registry's policy changed.
+
+    explicit: a rollback that named its version (`--to`); histories of earlier releases lack it, and
+        the hash of the line before (its bytes with the line end).
+    judgement: the hash of the judgement that a promotion rests on, where the version was judged
+        again since it was registered.
+    reason: what the person who asked gives as the reason.
+    against_policy: what the registry's policy asks for, and a person's promotion did not have.
+    before, after: the policy.
     """
 
     action: Action
@@ -48,13 +86,29 @@ class Entry:
     automatic: bool = False
     explicit: bool = False
     previous_line_sha256: str | None = None
+    judgement: str | None = None
+    reason: str | None = None
+    against_policy: str | None = None
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+    flow_run: str | None = None
+    deployment: str | None = None
 
     @property
     def champion_after(self) -> str | None:
         """The champion that this line leaves behind."""
         return self.version if self.action in CHAMPION_CHANGE_ACTIONS else self.previous
 
+    def fields(self) -> dict[str, Any]:
+        """The line's JSON object."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None or name not in OPTIONAL_FIELDS
+        }
 
+
+NO_ORIGIN = Origin()
 ENTRY_VALIDATOR = TypeAdapter(Entry)
 
 
@@ -104,26 +158,33 @@ class Ledger:
         ]
 
     def rollback_target(self) -> str | None:
-        """The version that a rollback without `--to` goes to, or None if there is none left."""
-        return self._champion_stack().second()
+        """The version that a rollback without `--to` goes to, or None if there is none left.
+
+        Where the link was moved by hand, that is the champion before somebody moved it.
+        """
+        stack = self._champion_stack()
+        top = stack.top()
+        return stack.second() if top is None or top == self.champion else top
 
     def _champion_stack(self) -> RollbackStack:
         """The champions that rollbacks go back through; the present one is on top.
 
         Promotions and `rollback --to` push a version, a plain rollback pops one, and a version that
-        was collected cannot be gone back to. In histories without `explicit` a rollback to the
-        version below the top counts as plain.
+        was collected or forgotten cannot be gone back to. All other lines are passed over. In
+        histories without `explicit` a rollback to the version below the top counts as plain.
         """
         stack = RollbackStack()
         for entry in self._effective_entries():
             is_plain = entry.action == "rollback" and not entry.explicit
-            if entry.action == "collected":
+            if entry.action in REMOVAL_ACTIONS:
                 stack.remove(entry.version)
-            elif entry.version is None:  # somebody removed the link: nothing to go back to
+            elif entry.action not in ("promote", "rollback"):
+                continue
+            elif entry.version is None:  # of an earlier release: somebody removed the link
                 stack.clear()
-            elif is_plain and stack.second() == entry.version:
+            elif is_plain and stack.second() == entry.version != stack.top():
                 stack.pop()
-            else:
+            elif stack.top() != entry.version:
                 stack.push(entry.version)
         return stack
 
@@ -135,7 +196,7 @@ class Ledger:
                 effective.append(entry)
                 continue
             last = effective[-1] if effective else entry
-            if last.action in CHAMPION_CHANGE_ACTIONS and last.version == entry.version:
+            if last.action in ("promote", "rollback") and last.version == entry.version:
                 effective.pop()
         return effective
 
@@ -150,7 +211,7 @@ class Ledger:
         return barred
 
     def champion_versions(self) -> set[str]:
-        """Every version that was champion and was not collected since."""
+        """Every version that was champion and was not collected or forgotten since."""
         standing = self._manifest_hashes_by_version().keys()
         return {v for change in self.changes() if (v := change.version) in standing}
 
@@ -159,15 +220,49 @@ class Ledger:
         return self._manifest_hashes_by_version().get(version, set())
 
     def _manifest_hashes_by_version(self) -> dict[str, set[str]]:
-        """Manifest hashes by version, since it was last collected: it may be registered anew."""
+        """Manifest hashes by version, since it was last removed or restored."""
         manifests: dict[str, set[str]] = {}
         for entry in self.entries:
-            if entry.version is not None and entry.action in CHAMPION_CHANGE_ACTIONS:
+            if entry.version is None:
+                continue
+            if entry.action in REMOVAL_ACTIONS:
+                manifests.pop(entry.version, None)
+            elif entry.action == "restored":
+                manifests[entry.version] = {str(entry.manifest)}
+            elif entry.action in CHAMPION_CHANGE_ACTIONS:
                 known = manifests.setdefault(entry.version, set())
                 known |= {entry.manifest} if entry.manifest is not None else set()
-            elif entry.version is not None and entry.action == "collected":
-                manifests.pop(entry.version, None)
         return manifests
+
+    def last_judgements(self) -> dict[str, str]:
+        """By version, the judgement that the last promotion or restoration of it rests on."""
+        hashes: dict[str, str] = {}
+        for entry in self._effective_entries():
+            if entry.version is None:
+                continue
+            if entry.action in REMOVAL_ACTIONS or entry.action == "restored":
+                hashes.pop(entry.version, None)
+            if entry.judgement is not None:
+                hashes[entry.version] = entry.judgement
+        return hashes
+
+    def is_removed(self, version: str) -> bool:
+        """Whether the last line about a version says that it was collected or forgotten."""
+        lines = [entry for entry in self.entries if entry.version == version]
+        return bool(lines) and lines[-1].action in REMOVAL_ACTIONS
+
+    def is_declined(self, version: str) -> bool:
+        """Whether a person declined a version against the champion that stands."""
+        for entry in reversed(self.entries):
+            if entry.action in CHAMPION_CHANGE_ACTIONS:
+                return False
+            if entry.action == "declined" and entry.version == version:
+                return True
+        return False
+
+    def policy(self) -> dict[str, Any] | None:
+        """The registry's policy, as its last change left it; None if none was ever set."""
+        return next((e.after for e in reversed(self.entries) if e.action == "policy"), None)
 
 
 def new_entry(action: Action, version: str | None, previous: str | None, by: str) -> Entry:
@@ -186,7 +281,10 @@ def read_ledger(folder: Path) -> Ledger:
     path = folder / LEDGER_NAME
     kind = file_type(path)
     if kind == "link":
-        raise DamagedError(f"{path} is a symbolic link; a registry has none but `champion`.")
+        raise DamagedError(
+            f"{path} is a symbolic link; a registry has none but `champion`. "
+            "Replace it by the file that it leads to."
+        )
     if kind not in ("file", "missing"):
         raise DamagedError(f"{path} is no regular file. Restore the history from a backup.")
     try:
@@ -207,7 +305,7 @@ def append(folder: Path, ledger: Ledger, entry: Entry, *, confirm: Confirm) -> L
     """
     path = folder / LEDGER_NAME
     entry = replace(entry, previous_line_sha256=ledger.end_sha256)
-    line = json.dumps(asdict(entry)).encode() + b"\n"
+    line = json.dumps(entry.fields()).encode() + b"\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         lock_open_file(descriptor, path)  # held while the size is what was read

@@ -45,7 +45,8 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
     Without `tracking_uri` MLflow's own settings apply. Each version is re-hashed first:
     DamagedError if it is not what was registered. ConfigError if mlflow is not installed.
     """
-    versions, champion = list_versions(registry, name), read_champion(registry, name)
+    champion = read_champion(registry, name)  # first: a later one could be missing in the list
+    versions = list_versions(registry, name)
     client = _make_client(tracking_uri)
     if not client.search_registered_models(filter_string=f"name = '{name}'"):
         client.create_registered_model(name, description="Adapters that passed nested-tune's gate.")
@@ -56,7 +57,7 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
         numbers[version] = _export_version(
             client, name, version, version_folder(registry, name, version)
         )
-    if champion in numbers:
+    if champion is not None:
         client.set_registered_model_alias(name, CHAMPION_ALIAS, numbers[champion])
     else:
         client.delete_registered_model_alias(name, CHAMPION_ALIAS)

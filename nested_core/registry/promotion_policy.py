@@ -5,8 +5,9 @@ The decision rests on the version's own files. `promote` re-hashes them before t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +22,9 @@ from nested_core.errors import (
     describe_first_problem,
 )
 from nested_core.registry import (
+    UNSET,
     Promotion,
+    Unset,
     list_versions,
     promote,
     read_champion,
@@ -29,11 +32,18 @@ from nested_core.registry import (
     read_champion_changes_since,
     verify,
 )
+from nested_core.registry.champion_link import read_link
 from nested_core.registry.folder_lock import shared_folder_lock
-from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
+from nested_core.registry.judgements import (
+    Judgement,
+    JudgementFacts,
+    choose_verdict,
+    read_verdicts,
+)
+from nested_core.registry.ledger import NO_ORIGIN, Origin
 from nested_core.registry.name_folders import find_name_folder
-from nested_core.registry.versions import PROVENANCE_NAME, read_provenance, version_folder
-from nested_core.storage.strict_files import read_json
+from nested_core.registry.policy import PromotionRule, find_looser_bounds, read_policy
+from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, version_folder
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import (
     format_change,
@@ -66,15 +76,20 @@ class RecordedChampionLosses(BaseModel):
 
 
 class Candidate(BaseModel):
-    """What a version's files record: its policy, the champion when it was judged, and its losses.
+    """What decides on a version: one verdict on it, and the policy that came with that.
 
-    `initial` is the digest of the adapter that training started from, `loss_before` that adapter's
-    loss on the same examples as `loss_after`. `champion` is None where the gate judged none, and
+    The verdict is the newest one against the champion that is asked about. `initial` is the digest
+    of the adapter that training started from, `loss_before` that adapter's loss on the same
+    examples as `loss_after`. `champion` is None where the gate judged none, and
     `was_champion_judged` is false in a verdict of an earlier release, whose gate judged none ever.
+    `judgement` is the hash of the verdict's file, None for the version's first.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
     version: str
+    judgement: str | None = None
+    verdict: Literal["passed", "failed"]
+    reasons: list[str] = []
     policy: dict[str, Any] | None
     champion_at_gate: str | None = None
     registered_at: str
@@ -87,51 +102,91 @@ class Candidate(BaseModel):
     champion: RecordedChampionLosses | None = None
     was_champion_judged: bool = False
     noise: Literal["paired", "none"] = "none"
+    thresholds: dict[str, Any] | None = None
 
 
-def read_candidate(registry: Path, name: str, version: str) -> Candidate:
-    """Read a version's provenance and verdict.
+def read_candidate(
+    registry: Path, name: str, version: str, against: str | None | Unset = UNSET
+) -> Candidate:
+    """Read the verdict on a version that counts `against` a champion: today's, if none is given.
 
     Raises ConfigError for an unknown version, DamagedError if a file cannot be understood.
     """
-    folder = version_folder(registry, name, version)
+    chosen = _read_newest_verdict(registry, name, version, against)
+    place = version_folder(registry, name, version)
+    try:
+        return _make_candidate(version, chosen)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DamagedError(
+            f"{place}: provenance or verdict cannot be read: {reason}. {how_to_mend(place)}"
+        ) from error
+
+
+def _make_candidate(version: str, chosen: Judgement) -> Candidate:
+    """What decides by this verdict; ValueError and the like for fields of other types."""
+    gate, facts = chosen.gate, chosen.facts
+    validation = gate.get("validation") or {}
+    return Candidate(
+        version=version,
+        judgement=chosen.sha256,
+        verdict=gate["verdict"],
+        reasons=[reason["code"] for reason in gate.get("reasons") or []],
+        policy=facts.policy,
+        champion_at_gate=facts.champion_at_gate,
+        registered_at=facts.registered_at,
+        registered_after=facts.registered_after,
+        validation_digest=facts.validation_digest,
+        initial=gate.get("initial", {}).get("digest"),
+        loss_before=validation.get("loss_before"),
+        loss_after=validation.get("loss_after"),
+        file=validation.get("file"),
+        champion=gate.get("champion"),
+        was_champion_judged="champion" in gate,
+        noise=(gate.get("thresholds") or {}).get("noise", "none"),
+        thresholds=gate.get("thresholds"),
+    )
+
+
+def read_newest_verdict(
+    registry: Path, name: str, version: str, against: str | None | Unset = UNSET
+) -> dict[str, Any]:
+    """The fields of the verdict on a version that `read_candidate` decides by; raises the same."""
+    return _read_newest_verdict(registry, name, version, against).gate
+
+
+def _read_newest_verdict(
+    registry: Path, name: str, version: str, against: str | None | Unset
+) -> Judgement:
+    folder = find_name_folder(registry, name)
     # Under the lock: a gc at the same time would leave half of the files, which looks like damage.
-    with shared_folder_lock(find_name_folder(registry, name)):
+    with shared_folder_lock(folder):
         if version not in list_versions(registry, name):
             raise ConfigError(f"{registry / name} has no version {version!r:.80}.")
-        provenance = read_provenance(folder)
-        gate = read_json(folder / GATE_NAME, MAX_GATE_BYTES)
-    try:
-        validation = gate.get("validation") or {}
-        fields = {
-            "version": version,
-            "policy": provenance.get("config", {}).get("registry"),
-            "initial": gate.get("initial", {}).get("digest"),
-            "loss_before": validation.get("loss_before"),
-            "loss_after": validation.get("loss_after"),
-            "file": validation.get("file"),
-            "champion": gate.get("champion"),
-            "was_champion_judged": "champion" in gate,
-            "noise": (gate.get("thresholds") or {}).get("noise", "none"),
-        }
-        return Candidate.model_validate(provenance | fields)
-    except (ValueError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DamagedError(f"{folder}: provenance or verdict cannot be read: {reason}.") from error
+        champion = read_link(folder) if isinstance(against, Unset) else against
+        return choose_verdict(read_verdicts(folder, version), champion)
 
 
 def promote_by_policy(
-    section: RegistrySection, version: str, expected_champion: str | None
+    section: RegistrySection,
+    version: str,
+    expected_champion: str | None,
+    *,
+    origin: Origin = NO_ORIGIN,
 ) -> Promotion | str:
-    """Promote a registered version if `registry.promote` asks for it; otherwise return why not.
+    """Promote a registered version if run and registry ask for it; otherwise return why not.
 
-    `expected_champion` is the champion that the version was judged against. If another version is
-    champion by now, the promotion is superseded.
+    Every automatic promotion comes through here. Of `section` and the registry's policy the
+    stricter counts. `expected_champion` is the champion that the version was judged against. If
+    another version is champion by now, the promotion is superseded.
     """
     registry, name = registry_location(section)
+    champion = read_champion(registry, name)
+    if version == champion:
+        return Promotion("already_champion", version, champion)
     candidate = read_candidate(registry, name, version)
     try:
-        reason = _find_refusal(section, candidate, expected_champion)
+        reason = find_refusal(section, candidate, expected_champion)
     except (ConfigError, DamagedError):
         champion = read_champion(registry, name)
         if champion == expected_champion:
@@ -140,7 +195,13 @@ def promote_by_policy(
     if reason is not None:
         return reason
     return promote(
-        registry, name, version, by="policy", expected_champion=expected_champion, automatic=True
+        registry,
+        name,
+        version,
+        by="policy",
+        expected_champion=expected_champion,
+        automatic=True,
+        origin=origin,
     )
 
 
@@ -187,7 +248,7 @@ def describe_promotion(registry: Path, name: str, done: Promotion) -> str | None
     if done.outcome != "promoted":
         return None
     try:
-        candidate = read_candidate(registry, name, done.version)
+        candidate = read_candidate(registry, name, done.version, against=done.previous)
         if candidate.loss_after is None or candidate.file is None:
             return None
         change = format_change(candidate.loss_before, candidate.loss_after)
@@ -212,7 +273,7 @@ def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
     if done.outcome != "promoted" or done.previous is None:
         return None
     try:
-        candidate = read_candidate(registry, name, done.version)
+        candidate = read_candidate(registry, name, done.version, against=done.previous)
         losses = compare_losses(registry, name, candidate, done.previous)
     except (NestedTuneError, OSError):  # it is promoted; an audit tells what is damaged
         return None
@@ -227,7 +288,9 @@ def warn_if_worse(registry: Path, name: str, done: Promotion) -> str | None:
     )
 
 
-def promote_by_recorded_policy(registry: Path, name: str, version: str) -> Promotion | str:
+def promote_by_recorded_policy(
+    registry: Path, name: str, version: str, *, origin: Origin = NO_ORIGIN
+) -> Promotion | str:
     """Promote by the policy, and against the champion, that were recorded with the version.
 
     For delayed or duplicate events. Returns "superseded" if the champion changed after this version
@@ -246,18 +309,68 @@ def promote_by_recorded_policy(registry: Path, name: str, version: str) -> Promo
         registered_at=candidate.registered_at,
     ):
         return Promotion("superseded", version, champion)
+    section = recorded_section(registry, name, candidate)
+    return promote_by_policy(section, version, candidate.champion_at_gate, origin=origin)
+
+
+def recorded_section(registry: Path, name: str, candidate: Candidate) -> RegistrySection:
+    """The section that came with a version's verdict; DamagedError where it is none."""
     location = {"path": str(registry), "name": name}
     try:
-        section = RegistrySection.model_validate(candidate.policy | location)
+        return RegistrySection.model_validate((candidate.policy or {}) | location)
     except ValidationError as error:
-        where = version_folder(registry, name, version) / PROVENANCE_NAME
+        place = version_folder(registry, name, candidate.version)
         raise DamagedError(
-            f"{where} records no policy: {describe_first_problem(error)}."
+            f"{place / PROVENANCE_NAME} records no policy: {describe_first_problem(error)}. "
+            f"{how_to_mend(place)}"
         ) from error
-    return promote_by_policy(section, version, candidate.champion_at_gate)
 
 
-def promote_missed_versions(registry: Path, name: str) -> dict[str, str]:
+def approve(
+    registry: Path,
+    name: str,
+    version: str,
+    *,
+    by: str,
+    expected_champion: str | None,
+    origin: Origin = NO_ORIGIN,
+) -> Promotion | str:
+    """Promote what a person has approved while this champion stood; otherwise return why not.
+
+    The registry's policy counts but for the question itself; what the run asked for does not: it is
+    a person's word. `by` is who answered, as that was typed.
+    """
+    champion = read_champion(registry, name)
+    if version == champion:
+        return Promotion("already_champion", version, champion)
+    if champion != expected_champion:
+        return Promotion("superseded", version, champion)
+    reason = find_refusal_of_question(registry, name, version)
+    if reason is not None:
+        return reason
+    return promote(
+        registry, name, version, by=by, expected_champion=expected_champion, origin=origin
+    )
+
+
+def find_refusal_of_question(registry: Path, name: str, version: str) -> str | None:
+    """Why a person is not asked about a version: the registry's policy refuses it whatever he says.
+
+    None without a policy.
+    """
+    if read_policy(registry, name) is None:
+        return None
+    section = RegistrySection(
+        path=str(registry), name=name, promote="approve", require_validation=False
+    )
+    candidate = read_candidate(registry, name, version)
+    champion = read_champion(registry, name)
+    return find_refusal(section, candidate, champion, is_approved=True)
+
+
+def promote_missed_versions(
+    registry: Path, name: str, *, origin: Origin = NO_ORIGIN
+) -> dict[str, str]:
     """Promote versions whose event was lost, newest first; a second call changes nothing.
 
     Returns the outcome of each version that never was champion. A damaged version is left alone,
@@ -276,7 +389,8 @@ def promote_missed_versions(registry: Path, name: str) -> dict[str, str]:
         else:
             registered_at[version] = candidate.registered_at
     for version in sorted(registered_at, key=lambda v: registered_at[v], reverse=True):
-        done = _try_action(promote_by_recorded_policy, registry, name, version)
+        promote_recorded = partial(promote_by_recorded_policy, origin=origin)
+        done = _try_action(promote_recorded, registry, name, version)
         outcomes[version] = done if isinstance(done, str) else done.outcome
     return outcomes
 
@@ -302,22 +416,71 @@ def registry_location(section: RegistrySection) -> tuple[Path, str]:
     return Path(section.path), section.name
 
 
-def _find_refusal(
-    section: RegistrySection, candidate: Candidate, champion: str | None
+def describe_policy_refusal(
+    registry: Path, name: str, version: str, gate: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> str | None:
-    if section.promote == "never":
-        return "registry.promote is never"
+    """What the registry's policy asks for and a run has not, of which a person decides otherwise.
+
+    `gate` and `provenance` are the run's, which need not be registered yet. None where the policy
+    is met, or there is none.
+    """
+    policy = read_policy(registry, name)
+    if policy is None:
+        return None
+    facts = JudgementFacts.from_provenance(provenance, 0)
+    candidate = _make_candidate(version, Judgement(None, dict(gate), facts))
+    section = RegistrySection(path=str(registry), name=name, promote="always")
+    return find_refusal(section, candidate, read_link(registry / name))
+
+
+def effective_rule(section: RegistrySection) -> PromotionRule:
+    """What an automatic promotion needs, by a run's section and the registry's policy."""
+    policy = read_policy(*registry_location(section))
+    return PromotionRule.of(section.promote, None if policy is None else policy.promote)
+
+
+def find_refusal(
+    section: RegistrySection,
+    candidate: Candidate,
+    champion: str | None,
+    *,
+    is_approved: bool = False,
+) -> str | None:
+    """Why a version is not promoted by itself, or None: the decision, in one place.
+
+    Of the run's section and the registry's policy the stricter counts. With `is_approved` a person
+    has said yes: nobody is asked again, and all else counts.
+    """
+    registry, name = registry_location(section)
+    policy = read_policy(registry, name)
+    rule = PromotionRule.of(section.promote, None if policy is None else policy.promote)
+    if rule.is_never:
+        whose = "registry.promote" if section.promote == "never" else f"the policy of {name}"
+        return f"{whose} is never"
+    if candidate.verdict != "passed":
+        return f"the gate, judging it again, rejected it: {', '.join(candidate.reasons)}"
+    if looser := find_looser_bounds(policy, candidate.thresholds):
+        return (
+            f"it was judged by looser bounds than the policy of {name} has "
+            f"({', '.join(looser)}): judge the run again with --resume"
+        )
     if candidate.loss_after is None and section.require_validation:
         return "there was no validation set, and registry.require_validation is on"
-    if section.promote == "approve":
+    if rule.must_be_better and champion is not None:
+        is_held_to_noise = policy is not None
+        reason = _why_not_better(section, candidate, champion, is_held_to_noise=is_held_to_noise)
+        if reason is not None:
+            return reason
+    if rule.asks_person and not is_approved:
         version = shorten_digest(candidate.version)
-        return f"waiting for approval of {version}: registry.promote is approve"
-    if section.promote == "always" or champion is None:
-        return None
-    return _why_not_better(section, candidate, champion)
+        whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
+        return f"waiting for approval of {version}: {whose} is approve"
+    return None
 
 
-def _why_not_better(section: RegistrySection, candidate: Candidate, champion: str) -> str | None:
+def _why_not_better(
+    section: RegistrySection, candidate: Candidate, champion: str, *, is_held_to_noise: bool
+) -> str | None:
     """Why a version is not better than the champion on the same examples, or None if it is."""
     if candidate.loss_after is None:
         return "there is no validation loss to compare with the champion's"
@@ -331,7 +494,7 @@ def _why_not_better(section: RegistrySection, candidate: Candidate, champion: st
         )
     if record.loss is None or record.difference is None:
         return record.not_compared or "the gate records no comparison with the champion"
-    if candidate.noise == "none":
+    if candidate.noise == "none" and not is_held_to_noise:
         is_better = record.difference < -section.min_improvement
     else:
         is_better = record.interval is not None and record.interval[1] < -section.min_improvement

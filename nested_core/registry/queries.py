@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nested_core.errors import DamagedError
-from nested_core.registry.champion_link import LINK_NAME, read_link
-from nested_core.registry.folder_lock import shared_folder_lock
+from nested_core.registry.champion_link import read_link
+from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
 from nested_core.registry.ledger import Entry, read_ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
-from nested_core.registry.recovery import read_registry_state
-from nested_core.registry.versions import registered_versions, verify_version
-from nested_core.storage.strict_files import file_type
-from nested_core.text.digest_format import shorten_digest
+from nested_core.registry.recovery import (
+    lost_champion_error,
+    read_registry_state,
+    recover_after_crash,
+    require_sound_champion,
+    version_exists,
+)
+from nested_core.registry.versions import (
+    registered_versions,
+    verify_version,
+)
 
 
 def read_champion(registry: Path, name: str) -> str | None:
@@ -27,7 +32,7 @@ def read_champion(registry: Path, name: str) -> str | None:
     """
     folder = find_name_folder(registry, name)
     champion = read_link(folder)
-    if champion is None or _version_exists(folder, champion):
+    if version_exists(folder, champion):
         return champion
     with holding_champion(registry, name) as now:  # a gc may have removed what it was just now
         return now
@@ -39,16 +44,9 @@ def holding_champion(registry: Path, name: str) -> Iterator[str | None]:
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder):
         champion = read_link(folder)
-        if champion is not None and not _version_exists(folder, champion):
-            raise DamagedError(
-                f"{folder / LINK_NAME} points to {shorten_digest(champion)}, whose folder is gone. "
-                "Roll back to a version that is there, or restore the folder from a backup."
-            )
+        if champion is not None and not version_exists(folder, champion):
+            raise lost_champion_error(folder, champion, read_ledger(folder))
         yield champion
-
-
-def _version_exists(folder: Path, version: str) -> bool:
-    return file_type(folder / VERSIONS_FOLDER_NAME / version) == "directory"
 
 
 def list_versions(registry: Path, name: str) -> list[str]:
@@ -88,6 +86,19 @@ def verify(registry: Path, name: str, version: str) -> None:
         verify_version(folder / VERSIONS_FOLDER_NAME / version, version, recorded)
 
 
+def check_champion(registry: Path, name: str) -> str | None:
+    """The champion, after comparing its files, the chain of the history and its end.
+
+    A file that has the device, inode, size and change time that it had when it was hashed is not
+    hashed again until a day later. A link that was moved by hand is recorded. Raises DamagedError.
+    """
+    folder = find_name_folder(registry, name)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
+        require_sound_champion(folder, state)
+        return state.champion
+
+
 def history(registry: Path, name: str) -> list[dict[str, Any]]:
     """The lines of history.jsonl, oldest first, without a torn last line.
 
@@ -97,7 +108,7 @@ def history(registry: Path, name: str) -> list[dict[str, Any]]:
     folder = find_name_folder(registry, name)
     with shared_folder_lock(folder):
         ledger, champion = read_ledger(folder), read_link(folder)
-    lines = [asdict(entry) for entry in ledger.entries]
+    lines = [entry.fields() for entry in ledger.entries]
     if lines and ledger.champion != champion:
         lines[-1]["unfinished"] = True
     return lines

@@ -6,6 +6,7 @@ An adapter that the gate did not pass, or that is not the one that it judged, is
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,22 @@ from nested_core.registry.gate_file import (
     require_verdict_manifest,
     require_verdict_on_adapter,
 )
+from nested_core.registry.judgements import has_named_judgement, record_judgement
+from nested_core.registry.ledger import new_entry
 from nested_core.registry.name_folders import (
     VERSIONS_FOLDER_NAME,
     check_name,
     create_name_folder,
+    find_name_folder,
     require_creatable,
 )
-from nested_core.registry.recovery import RegistryState, read_registry_state, recover_after_crash
+from nested_core.registry.recovery import (
+    RegistryState,
+    read_registry_state,
+    record_line,
+    recover_after_crash,
+    require_sound_champion,
+)
 from nested_core.registry.versions import (
     PROVENANCE_NAME,
     REGISTERED_AFTER_KEY,
@@ -44,13 +54,15 @@ from nested_core.storage.strict_files import file_type
 
 ADAPTER_FOLDER_NAME = "adapter"
 READ_BITS = 0o444
+REGISTRATION_AUTHOR = "nested-tune (a run that was registered again)"
 
 
 def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any]) -> str:
     """Add the adapter of a finished run as a version of `name`; return the version (its digest).
 
     The provenance is recorded with the time and the end of the history. A sound version that exists
-    already stays as it is, with its first verdict and provenance.
+    already stays as it is, with its first verdict and provenance; a further verdict is kept beside
+    it, as a judgement.
     Raises ConfigError for a run without a verdict or a bad name, GateRejected if the verdict is not
     "passed", DamagedError if adapter, verdict or an existing version do not agree.
     """
@@ -59,8 +71,47 @@ def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any
     folder = create_name_folder(registry, name)
     with exclusive_folder_lock(folder) as lock:
         state = recover_after_crash(folder, lock)
-        add_version(folder, version, run_dir, provenance, state=state, lock=lock)
+        add_version(
+            folder,
+            version,
+            run_dir,
+            provenance,
+            state=state,
+            lock=lock,
+            by=REGISTRATION_AUTHOR,
+            was_judged_now=True,
+        )
     return version
+
+
+def register_rejection(
+    run_dir: Path, registry: Path, name: str, provenance: dict[str, Any]
+) -> str | None:
+    """Keep a verdict that rejects the adapter of a run, where that is a version of `name` already.
+
+    The judgement's hash; None for an adapter that is not registered.
+    """
+    gate = _read_bound_gate(run_dir)
+    version = str(gate["trained"]["digest"])
+    folder = find_name_folder(registry, name)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
+        if file_type(folder / VERSIONS_FOLDER_NAME / version) == "missing":
+            return None
+        return record_judgement(
+            folder,
+            version,
+            gate,
+            provenance | _position(state),
+            was_judged_now=True,
+            confirm=lock.require_still_at_path,
+        )
+
+
+def _position(state: RegistryState) -> dict[str, str]:
+    """When, and after which line of the history, something is registered."""
+    registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
+    return {REGISTERED_AT_KEY: registered_at, REGISTERED_AFTER_KEY: state.ledger.end_sha256}
 
 
 def require_usable_registry(registry: Path, name: str) -> None:
@@ -73,7 +124,7 @@ def require_usable_registry(registry: Path, name: str) -> None:
     folder = registry / name
     if folder.is_dir():
         with exclusive_folder_lock(folder):
-            read_registry_state(folder)
+            require_sound_champion(folder, read_registry_state(folder))
 
 
 def add_version(
@@ -84,20 +135,47 @@ def add_version(
     *,
     state: RegistryState,
     lock: LockFile,
-) -> None:
-    """Copy a run's adapter to `versions/`, or check the version that is there; under the lock.
+    by: str,
+    was_judged_now: bool,
+) -> RegistryState:
+    """Copy a run's adapter to `versions/`, or keep its verdict on the version that is there.
 
-    `version` is the run's `judged_digest`, and `state` what `recover_after_crash` returned.
+    Call under the lock. `version` is the run's `judged_digest`, and `state` what
+    `recover_after_crash` returned; the state after it is returned. A version that was champion and
+    whose files are lost gets a line `restored`.
     """
     target = folder / VERSIONS_FOLDER_NAME / version
+    confirm = lock.require_still_at_path
+    position = _position(state)
+    restored = new_entry("restored", version, state.champion, by)
     if file_type(target) != "missing":
-        verify_version(target, version, state.ledger.manifest_hashes(version))
-        return
-    registered_at = datetime.now(UTC).isoformat(timespec="microseconds")
-    position = {REGISTERED_AT_KEY: registered_at, REGISTERED_AFTER_KEY: state.ledger.end_sha256}
-    with new_directory(target, confirm=lock.require_still_at_path) as unpublished:
+        manifest = verify_version(target, version, state.ledger.manifest_hashes(version))
+        judgement = record_judgement(
+            folder,
+            version,
+            _read_bound_gate(run_dir),
+            provenance | position,
+            was_judged_now=was_judged_now,
+            confirm=confirm,
+        )
+        if has_named_judgement(folder, version, state.ledger):
+            return state
+        entry = replace(restored, manifest=manifest, judgement=judgement)
+        return record_line(folder, state, entry, lock)
+    with new_directory(target, confirm=confirm) as unpublished:
         _fill_version_folder(unpublished, run_dir, version, provenance | position)
-        verify_version(unpublished, version, set())
+        manifest = verify_version(unpublished, version, set())
+        if version in state.ledger.champion_versions():
+            # Before the files: cut short in between, the version is as lost as it was.
+            state = record_line(folder, state, replace(restored, manifest=manifest), lock)
+    return state
+
+
+def _read_bound_gate(run_dir: Path) -> dict[str, Any]:
+    """The verdict on a run, which its manifest binds to the files that it was given on."""
+    gate = read_gate(run_dir / GATE_NAME)
+    require_verdict_manifest(run_dir, gate)
+    return gate
 
 
 def judged_digest(run_dir: Path) -> str:

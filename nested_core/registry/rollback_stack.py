@@ -40,6 +40,10 @@ class RollbackStack:
         """Take the top off."""
         self._unlink(self._top)
 
+    def top(self) -> str | None:
+        """The version on top, or None."""
+        return None if self._top == NO_PLACE else self._versions[self._top]
+
     def second(self) -> str | None:
         """The version below the top, or None."""
         below = NO_PLACE if self._top == NO_PLACE else self._below[self._top]

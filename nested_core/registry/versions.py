@@ -22,6 +22,7 @@ from nested_core.registry.gate_file import (
 from nested_core.registry.ledger import Ledger
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter
+from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.manifest import MANIFEST_NAME, matches_entry, read_manifest
 from nested_core.storage.strict_files import file_type, read_json
 from nested_core.text.digest_format import shorten_digest
@@ -37,14 +38,16 @@ VERSION_FILES = (*CONTENT_FILES, MANIFEST_NAME)
 VERSION_PATTERN = re.compile(r"[0-9a-f]{64}")
 VERSION_PREFIX_PATTERN = re.compile(r"[0-9a-f]{6,64}")
 MAX_LISTED_FINDINGS = 5
+HASHED_AGAIN_AFTER_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
 class AuditFinding:
-    """A file of the registry that is not as it was written, and what is wrong with it."""
+    """A file of the registry that is not as it was written, what is wrong, and how to mend it."""
 
     file: Path
     message: str
+    advice: str | None = None
 
     def __str__(self) -> str:
         """The finding in one line."""
@@ -70,14 +73,20 @@ def read_provenance(place: Path) -> dict[str, Any]:
     try:
         provenance = read_json(path, MAX_PROVENANCE_BYTES)
     except DamagedError as error:
-        raise DamagedError(f"{error} {_how_to_mend(place)}") from error
+        raise DamagedError(f"{error} {how_to_mend(place)}") from error
     if not isinstance(provenance, dict):
-        raise DamagedError(f"{path} holds no JSON object. {_how_to_mend(place)}")
+        raise DamagedError(f"{path} holds no JSON object. {how_to_mend(place)}")
     return provenance
 
 
-def _how_to_mend(place: Path) -> str:
-    return f"Restore {place} from a backup, or remove it and register its run again."
+def how_to_mend(place: Path) -> str:
+    """What to do about a version that is not what was registered."""
+    name, registry = place.parent.parent.name, place.parent.parent.parent
+    return (
+        f"Restore {place} from a backup; or remove it and give `nested-tune promote RUN_DIR --name "
+        f"{name} --registry {registry}` for its run; or, if both are lost, `nested-tune forget "
+        f"{name} {shorten_digest(place.name)} --registry {registry} --by WHO --reason TEXT`."
+    )
 
 
 def registered_versions(folder: Path) -> list[str]:
@@ -115,15 +124,33 @@ def verify_version(folder: Path, version: str, recorded: set[str]) -> str:
     """
     findings = version_findings(folder, version, recorded)
     if findings:
-        listed = [str(finding) for finding in findings[:MAX_LISTED_FINDINGS]]
-        if len(findings) > MAX_LISTED_FINDINGS:
-            listed.append(f"and {len(findings) - MAX_LISTED_FINDINGS} more")
-        raise DamagedError(
-            f"Version {shorten_digest(version)} is not what was registered. {'; '.join(listed)}. "
-            f"{_how_to_mend(folder)}"
-        )
+        raise _damage(folder, version, findings)
     require_passed(read_gate(folder / GATE_NAME), folder / GATE_NAME)
     return str(read_manifest(folder)["digest"])
+
+
+def _damage(folder: Path, version: str, findings: list[AuditFinding]) -> DamagedError:
+    listed = [str(finding) for finding in findings[:MAX_LISTED_FINDINGS]]
+    if len(findings) > MAX_LISTED_FINDINGS:
+        listed.append(f"and {len(findings) - MAX_LISTED_FINDINGS} more")
+    return DamagedError(
+        f"Version {shorten_digest(version)} is not what was registered. {'; '.join(listed)}. "
+        f"{how_to_mend(folder)}"
+    )
+
+
+def require_unchanged_files(folder: Path, version: str, recorded: set[str]) -> None:
+    """Raise DamagedError where a version's files are not those of its manifest.
+
+    What `verify_version` does, but for files that were hashed within a day and are the same by
+    device, inode, size and change time, and without reading the adapter.
+    """
+    findings = [
+        *_missing_and_extra_file_findings(folder),
+        *_hash_findings(folder, version, recorded, max_age=HASHED_AGAIN_AFTER_SECONDS),
+    ]
+    if findings:
+        raise _damage(folder, version, findings)
 
 
 def version_findings(folder: Path, version: str, recorded: set[str]) -> list[AuditFinding]:
@@ -151,7 +178,9 @@ def _missing_and_extra_file_findings(folder: Path) -> Iterator[AuditFinding]:
         yield AuditFinding(folder / name, "does not belong to the version")
 
 
-def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[AuditFinding]:
+def _hash_findings(
+    folder: Path, version: str, recorded: set[str], *, max_age: float | None = None
+) -> Iterator[AuditFinding]:
     path = folder / MANIFEST_NAME
     if file_type(path) != "file":
         return
@@ -166,16 +195,25 @@ def _hash_findings(folder: Path, version: str, recorded: set[str]) -> Iterator[A
         yield AuditFinding(path, "belongs to something else than this version")
     if recorded and manifest["digest"] not in recorded:
         yield AuditFinding(path, "is not the manifest that the history recorded for this version")
-    yield from _changed_files(folder, manifest["files"])
+    yield from _changed_files(folder, manifest["files"], max_age)
 
 
-def _changed_files(folder: Path, listed: dict[str, Any]) -> Iterator[AuditFinding]:
+def _changed_files(
+    folder: Path, listed: dict[str, Any], max_age: float | None
+) -> Iterator[AuditFinding]:
     for name in CONTENT_FILES:
         path = folder / name
         if name not in listed or file_type(path) != "file":
             continue
-        if not matches_entry(path, listed[name]):
+        if not _is_unchanged(path, listed[name], max_age):
             yield AuditFinding(path, "has changed since it was written (size or SHA-256)")
+
+
+def _is_unchanged(path: Path, listed: dict[str, Any], max_age: float | None) -> bool:
+    if max_age is None:
+        return matches_entry(path, listed)
+    has_size = path.stat().st_size == listed.get("bytes")
+    return has_size and cached_sha256([path], max_age=max_age)[0] == listed.get("sha256")
 
 
 def _digest_findings(folder: Path, version: str) -> Iterator[AuditFinding]:

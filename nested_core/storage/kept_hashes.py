@@ -9,6 +9,7 @@ changes below the file system, such as a disk that loses bits, is not seen until
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -28,21 +29,22 @@ MAX_ENTRY_BYTES = 4096
 MAX_THREADS = 8
 
 
-def cached_sha256(paths: Sequence[Path]) -> list[str]:
+def cached_sha256(paths: Sequence[Path], *, max_age: float = math.inf) -> list[str]:
     """SHA-256 of each file, hashed in threads where it is not known; links are followed.
 
-    A cache that cannot be read or written, or that others may write to, only costs time. Raises
-    DamagedError for what is no regular file, and OSError.
+    What was hashed more than `max_age` seconds ago is hashed again. A cache that cannot be read or
+    written, or that others may write to, only costs time. Raises DamagedError for what is no
+    regular file, and OSError.
     """
     folder = _private_cache_folder()
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda path: _hash_file(path, folder), paths))
+        return list(pool.map(lambda path: _hash_file(path, folder, max_age), paths))
 
 
-def _hash_file(path: Path, folder: Path | None) -> str:
+def _hash_file(path: Path, folder: Path | None, max_age: float) -> str:
     before = _file_identity(path)
     entry = None if folder is None else folder / f"{before['device']:x}-{before['inode']:x}.json"
-    known = None if entry is None else _read_entry(entry, before)
+    known = None if entry is None else _read_entry(entry, before, max_age)
     if known is not None:
         return known
     is_settled = time.time() - before["ctime_ns"] / 1e9 > MIN_FILE_AGE_TO_KEEP_HASH
@@ -65,11 +67,12 @@ def _file_identity(path: Path) -> dict[str, int]:
     }
 
 
-def _read_entry(entry: Path, identity: dict[str, int]) -> str | None:
+def _read_entry(entry: Path, identity: dict[str, int], max_age: float) -> str | None:
     """The hash in an entry of this user's about the file as it is now; None for any other."""
     try:
         with open_regular(entry, MAX_ENTRY_BYTES) as (file, size):
-            if os.fstat(file.fileno()).st_uid != os.getuid():
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime > max_age:
                 return None
             fields = parse_json(read_start(file, size, entry))
     except (DamagedError, OSError, ValueError):

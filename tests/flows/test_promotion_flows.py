@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,8 @@ from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
+from nested_core.registry import champion_link
+from tasks import promote as promotion_tasks
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import task_runs
 
@@ -149,6 +152,9 @@ def test_not_approved_nothing_is_promoted(waiting: tuple[UUID, str, str], regist
     answer(run_id, approve=False, by="bob")
     state = execute(run_id)
     assert (state.is_completed(), state.message) == (True, "not approved by bob")
+    assert state.name == "Declined"
+    line = core.history(registry, NAME)[-1]
+    assert (line["action"], line["version"], line["by"]) == ("declined", waiting[1], "bob")
     assert core.read_champion(registry, NAME) == champion
 
 
@@ -195,7 +201,7 @@ def test_reconcile_promotes_what_an_event_got_lost_for_once(add: Add, registry: 
     assert state.message == f"promoted: {NAME}"
     assert core.read_champion(registry, NAME) == version
     assert reconcile(given, return_state=True).message == "promoted: nothing"
-    assert tuple(task_runs(state, "reconcile")) == ("reconcile",)
+    assert tuple(task_runs(state, "reconcile")) == ("reconcile", "check-champion")
 
 
 def test_reconcile_is_no_failure_before_the_first_version_of_an_adapter(
@@ -206,6 +212,74 @@ def test_reconcile_is_no_failure_before_the_first_version_of_an_adapter(
     state = reconcile(given, return_state=True)
     assert state.is_completed()
     assert state.message == f"promoted: {NAME}; nothing is registered yet as helpdesk"
+
+
+def test_a_champion_that_is_damaged_is_red_within_the_hour(add: Add, registry: Path) -> None:
+    version = add(1)
+    given = ReconcileParameters(registry=str(registry), names=(NAME,))
+    assert reconcile(given, return_state=True).message == f"promoted: {NAME}"
+    weights = registry / NAME / "versions" / version / "adapters.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    state = reconcile(given, return_state=True)
+    assert (state.is_failed(), state.name) == (True, "Damaged")
+    assert "adapters.safetensors: has changed since it was written" in str(state.message)
+    assert "nested-tune forget" in str(state.message)
+
+
+def test_an_adapter_whose_folder_is_gone_is_red(add: Add, registry: Path) -> None:
+    add(1)
+    given = ReconcileParameters(registry=str(registry), names=(NAME,))
+    reconcile(given)
+    registry.rename(registry.with_name("not mounted"))
+    state = reconcile(given, return_state=True)
+    assert (state.is_failed(), state.name) == (True, "Damaged")
+    assert f"{registry / NAME} is gone, and it had a champion" in str(state.message)
+
+
+def test_a_rollback_by_parameters_goes_to_former_champions_alone(add: Add, registry: Path) -> None:
+    first, second, never = add(1), add(2), add(3)
+    for version in (first, second):
+        core.promote(registry, NAME, version, by="ann")
+    given = RollbackParameters(registry=str(registry), name=NAME, by="eve", to=never)
+    state = rollback(given, return_state=True)
+    assert state.is_failed()
+    assert "never was champion" in str(state.message)
+    assert core.read_champion(registry, NAME) == second
+
+
+def test_a_line_of_the_history_has_the_flow_run(add: Add, registry: Path) -> None:
+    version = add(1)
+    state = promote(parameters(registry, version), return_state=True)
+    line = core.history(registry, NAME)[-1]
+    assert line["flow_run"] == str(state.state_details.flow_run_id)
+
+
+def test_a_try_after_a_late_error_says_what_the_first_one_did(
+    add: Add, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link has moved, and forcing that onto the disk fails: the second try tells it once."""
+    first, second = add(1), add(2)
+    core.promote(registry, NAME, first, by="ann")
+    core.promote(registry, NAME, second, by="ann")
+    swap = champion_link.swap_link
+    failures = [OSError(errno.EIO, "I/O error")]
+
+    def fail_late(*arguments: Any, **options: Any) -> None:
+        swap(*arguments, **options)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(champion_link, "swap_link", fail_late)
+    told: list[str] = []
+    monkeypatch.setattr(
+        promotion_tasks, "emit_adapter_event", lambda happening, *_: told.append(happening)
+    )
+    given = RollbackParameters(registry=str(registry), name=NAME, by="ann")
+    state = rollback(given, return_state=True)
+    assert state.name == "Rolled back"
+    assert core.read_champion(registry, NAME) == first
+    assert told == ["rolled_back"]
 
 
 def test_reconcile_goes_through_all_and_fails_naming_what_is_damaged(

@@ -360,10 +360,11 @@ class TestPromotionByAPerson:
         )
         add_version = registration.add_version
 
-        def after(*arguments: Any, **options: Any) -> None:
-            add_version(*arguments, **options)
+        def after(*arguments: Any, **options: Any) -> Any:
+            state = add_version(*arguments, **options)
             gc.start()
             gc.join(SECONDS_FOR_A_GC)  # it has to wait for the lock
+            return state
 
         monkeypatch.setattr(champion_moves, "add_version", after)
         assert by_hand(make_run(2.0)).outcome == "promoted"

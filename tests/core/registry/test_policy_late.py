@@ -277,7 +277,7 @@ def test_a_version_is_not_collected_while_it_is_read(
         gc.start()
         gc.join(SECONDS_FOR_A_GC)
 
-    meanwhile(monkeypatch, "read_provenance", act)
+    meanwhile(monkeypatch, "read_verdicts", act)
     assert read_candidate(registry, NAME, version).version == version
     gc.join()
     assert list_versions(registry, NAME) == []

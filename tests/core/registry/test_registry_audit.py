@@ -56,16 +56,16 @@ def test_link_moved_by_hand_is_found_and_the_history_then_follows_the_link(three
     assert audit(registry, NAME).is_sound
 
 
-def test_link_moved_back_by_hand_is_marked_as_an_aborted_change(three, registry):
+def test_link_moved_back_by_hand_is_recorded_as_moved(three, registry):
     first, second, third = three
     move_link(registry, first)
     promote(registry, NAME, third, by="ann")
     assert actions(registry)[1:] == [
         ("promote", second, first),
-        ("aborted", second, first),
+        ("moved", first, second),
         ("promote", third, first),
     ]
-    assert rollback(registry, NAME, by="ann").version == first
+    assert rollback(registry, NAME, by="ann").version == second
 
 
 def test_link_moved_by_hand_to_a_barred_version_does_not_lift_the_bar(three, registry):
@@ -74,7 +74,7 @@ def test_link_moved_by_hand_to_a_barred_version_does_not_lift_the_bar(three, reg
     rollback(registry, NAME, to=three[2], by="ann")
     move_link(registry, second)
     promote(registry, NAME, first, by="ann")
-    assert actions(registry)[4] == ("promote", second, three[2])
+    assert actions(registry)[4] == ("moved", second, three[2])
     assert promote(registry, NAME, second, by="flow", automatic=True).outcome == "barred"
 
 

@@ -55,6 +55,7 @@ class Model:
     changes: list[Change] = field(default_factory=list)
     stack: list[str] = field(default_factory=list)
     barred: set[str] = field(default_factory=set)
+    lines_at_registration: dict[str, int] = field(default_factory=dict)
     champion: str | None = None
     clock: int = 0
 
@@ -116,6 +117,7 @@ class Model:
 
     def remove(self, version: str) -> None:
         del self.registered[version]
+        del self.lines_at_registration[version]
         left = [champion for champion in self.stack if champion != version]
         self.stack = [champion for champion, _ in groupby(left)]
 
@@ -146,10 +148,13 @@ class Sequences(RuleBasedStateMachine):
             write_run(run, seed)
         champion, section = self.model.champion, {"path": "x", "name": "y", "promote": "always"}
         provenance = {"champion_at_gate": champion, "config": {"registry": section}}
+        lines = len(history(self.registry, NAME)) if self.registry.exists() else 0
         version = register(run, self.registry, NAME, provenance)
-        if version not in self.model.registered:
+        # Registered again after a change, it was judged again: that counts as new.
+        if self.model.lines_at_registration.get(version) != lines:
             self.model.clock += 1
             self.model.registered[version] = self.model.clock, champion
+            self.model.lines_at_registration[version] = lines
 
     @precondition(is_there)
     @rule(seed=SEEDS)

@@ -1,0 +1,196 @@
+"""The policy of a name: what an automatic promotion needs at least, whatever a run asks for.
+
+REGISTRY/NAME/policy.json holds it for people; the history's last line `policy` is what counts, so
+that an edit of the file by hand is found. Of policy and run's sections the stricter counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nested_core.config.gate import GateSection, TaskSection
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError, DamagedError, describe_first_problem
+from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
+from nested_core.registry.ledger import LEDGER_NAME, Ledger, new_entry, read_ledger
+from nested_core.registry.name_folders import check_name, create_name_folder, name_exists
+from nested_core.registry.policy_file import policy_findings, write_policy
+from nested_core.registry.recovery import record_line, recover_after_crash
+
+PromotionMode = Literal["never", "approve", "better", "always"]
+
+
+class RegistryPolicy(BaseModel):
+    """What is written into policy.json; null leaves a key to the run.
+
+    promote: as registry.promote. Of `approve` in one and `better` in the other both count.
+    max_val_loss_increase: as gate.max_val_loss_increase.
+    tasks: as gate.tasks, with absolute paths.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    promote: PromotionMode | None = None
+    max_val_loss_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    tasks: tuple[TaskSection, ...] = ()
+
+    def fields(self) -> dict[str, Any]:
+        """The JSON object."""
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class PromotionRule:
+    """What an automatic promotion needs, of a run's `registry.promote` and the policy's."""
+
+    is_never: bool
+    asks_person: bool
+    must_be_better: bool
+
+    @classmethod
+    def of(cls, *modes: str | None) -> PromotionRule:
+        """All that any of the modes needs: `never`, else `approve` and `better` together."""
+        return cls("never" in modes, "approve" in modes, "better" in modes)
+
+
+def read_policy(registry: Path, name: str) -> RegistryPolicy | None:
+    """The policy of a name; None without one, or without such a name.
+
+    Raises DamagedError for a policy.json that is not what the history recorded.
+    """
+    check_name(name)
+    if not name_exists(registry, name):
+        return None
+    folder = registry / name
+    with shared_folder_lock(folder):
+        return read_policy_of_folder(folder, read_ledger(folder))
+
+
+def read_policy_of_folder(folder: Path, ledger: Ledger) -> RegistryPolicy | None:
+    """`read_policy` under the folder's lock."""
+    for finding in policy_findings(folder, ledger):
+        raise DamagedError(f"{finding.file} {finding.message}. {finding.advice}")
+    recorded = ledger.policy()
+    return None if recorded is None else _parse_policy(recorded, folder / LEDGER_NAME)
+
+
+def set_policy(registry: Path, name: str, *, by: str, changes: Mapping[str, Any]) -> RegistryPolicy:
+    """Change keys of a name's policy and record who did it; the name is made if it is not there.
+
+    `changes` holds some fields of RegistryPolicy. Raises ConfigError for a value that is none, or
+    suites that cannot be used.
+    """
+    folder = create_name_folder(registry, name)
+    with exclusive_folder_lock(folder) as lock:
+        state = recover_after_crash(folder, lock)
+        before = state.ledger.policy()
+        policy = _check_policy((before or RegistryPolicy().fields()) | dict(changes))
+        entry = new_entry("policy", state.champion, state.champion, by)
+        entry = replace(entry, before=before, after=policy.fields())
+        if before != policy.fields():
+            record_line(folder, state, entry, lock)
+        write_policy(folder, policy.fields(), confirm=lock.require_still_at_path)
+    return policy
+
+
+def tighten(config: FineTuneConfig, policy: RegistryPolicy | None) -> FineTuneConfig:
+    """A run's configuration with the policy's bounds and suites where those are stricter.
+
+    Under a policy differences are judged beyond noise (`gate.noise: paired`). What a run asks for
+    in `registry.promote` stays as it is: `PromotionRule` joins the two where it is decided.
+    """
+    if policy is None:
+        return config
+    gate = config.gate
+    changes: dict[str, Any] = {}
+    bound = policy.max_val_loss_increase
+    if bound is not None and bound < gate.max_val_loss_increase:
+        changes["max_val_loss_increase"] = bound
+    if gate.noise != "paired":
+        changes["noise"] = "paired"
+    if policy.tasks:
+        own = tuple(task for task in gate.tasks if task.name not in _names(policy))
+        changes["tasks"] = (*own, *policy.tasks)
+    if not changes:
+        return config
+    return config.model_copy(update={"gate": gate.model_copy(update=changes)})
+
+
+def describe_tightening(config: FineTuneConfig, policy: RegistryPolicy | None) -> list[str]:
+    """A sentence for each key in which a run is held to more than it asks for."""
+    if policy is None:
+        return []
+    gate, held = config.gate, tighten(config, policy).gate
+    told = []
+    if held.max_val_loss_increase != gate.max_val_loss_increase:
+        told.append(
+            f"gate.max_val_loss_increase is {held.max_val_loss_increase:g}, not "
+            f"{gate.max_val_loss_increase:g}"
+        )
+    if held.noise != gate.noise:
+        told.append(f"gate.noise is {held.noise}, not {gate.noise}")
+    asked = {task.name: task for task in gate.tasks}
+    for task in policy.tasks:
+        if asked.get(task.name) != task:
+            replaced = ", in place of this run's" if task.name in asked else ""
+            told.append(f"the suite {task.name} is asked{replaced}")
+    modes = (config.registry.promote, policy.promote)
+    if PromotionRule.of(*modes) != PromotionRule.of(config.registry.promote):
+        told.append(f"promote: {policy.promote} counts beside this run's {config.registry.promote}")
+    return [f"the policy of {config.registry.name}: {sentence}" for sentence in told]
+
+
+def find_looser_bounds(
+    policy: RegistryPolicy | None, thresholds: Mapping[str, Any] | None
+) -> list[str]:
+    """The bounds that a verdict was given by and that are looser than the policy's."""
+    if policy is None:
+        return []
+    judged = thresholds or {}
+    looser = []
+    if judged.get("noise") != "paired":
+        looser.append("gate.noise")
+    bound, judged_bound = policy.max_val_loss_increase, judged.get("max_val_loss_increase")
+    if bound is not None and (judged_bound is None or judged_bound > bound):
+        looser.append("gate.max_val_loss_increase")
+    asked = {task.get("name"): task for task in judged.get("tasks") or []}
+    for task in policy.tasks:
+        if asked.get(task.name) != task.model_dump(mode="json"):
+            looser.append(f"the suite {task.name}")
+    return looser
+
+
+def _names(policy: RegistryPolicy) -> set[str]:
+    return {task.name for task in policy.tasks}
+
+
+def _parse_policy(fields: Mapping[str, Any], path: Path) -> RegistryPolicy:
+    try:
+        return RegistryPolicy.model_validate(
+            {**fields, "tasks": tuple(_parse_task(task) for task in fields.get("tasks", ()))}
+        )
+    except (ValidationError, TypeError) as error:
+        problem = describe_first_problem(error) if isinstance(error, ValidationError) else error
+        raise DamagedError(
+            f"{path} holds a policy that cannot be read: {problem}. Restore it from a backup."
+        ) from error
+
+
+def _parse_task(fields: Any) -> TaskSection:
+    return fields if isinstance(fields, TaskSection) else TaskSection.model_validate(fields)
+
+
+def _check_policy(fields: Mapping[str, Any]) -> RegistryPolicy:
+    """The policy with these fields; ConfigError where a run could not be held to it."""
+    try:
+        policy = RegistryPolicy.model_validate(
+            {**fields, "tasks": tuple(_parse_task(task) for task in fields["tasks"])}
+        )
+        GateSection.model_validate({"tasks": policy.fields()["tasks"]})
+    except ValidationError as error:
+        raise ConfigError(f"policy: {describe_first_problem(error)}.") from error
+    return policy

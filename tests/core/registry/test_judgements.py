@@ -1,0 +1,217 @@
+"""A version that is judged again: the newest verdict against today's champion decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.config.registry import RegistrySection
+from nested_core.errors import DamagedError, GateRejected
+from nested_core.registry import (
+    Promotion,
+    audit,
+    collect_garbage,
+    history,
+    promote,
+    read_champion,
+    register,
+    register_and_promote,
+)
+from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
+from nested_core.registry.promotion_policy import (
+    promote_by_policy,
+    promote_by_recorded_policy,
+    read_candidate,
+)
+from tests.core.registry.conftest import MakeRun
+from tests.core.registry.states import NAME
+
+Judge = Callable[..., Path]
+
+
+def provenance(policy: str, champion: str | None = None) -> dict[str, Any]:
+    section = {"path": "x", "name": NAME, "promote": policy}
+    return {"config": {"registry": section}, "champion_at_gate": champion}
+
+
+def section(registry: Path, policy: str) -> RegistrySection:
+    return RegistrySection(path=str(registry), name=NAME, promote=policy)  # type: ignore[arg-type]
+
+
+def files_of(registry: Path, version: str) -> list[Path]:
+    return sorted((registry / NAME / "judgements" / version).glob("*"))
+
+
+@pytest.fixture
+def judge(tmp_path: Path) -> Judge:
+    """Give the run of a seed another verdict: against `champion`, with this difference to it."""
+
+    def judge(seed: int, champion: str, difference: float, **changes: Any) -> Path:
+        run = tmp_path / f"run-{seed}"
+        gate = read_gate(run / "gate.json")
+        record = {"version": champion, "loss": 2.0, "examples": 84, "difference": difference}
+        record |= {"interval": [difference - 0.1, difference + 0.1], "smallest_visible": 0.1}
+        gate |= {"champion": record, "thresholds": {"noise": "paired"}} | changes
+        write_gate(run, gate, require_verdict_manifest(run, read_gate(run / "gate.json")))
+        return run
+
+    return judge
+
+
+def two_versions(make_run: MakeRun, registry: Path) -> tuple[str, str]:
+    """A weak champion, and a better version that was registered before it became champion."""
+    weak = register(make_run(1), registry, NAME, provenance("never"))
+    better = register(make_run(2), registry, NAME, provenance("never"))
+    promote(registry, NAME, weak, by="ann")
+    return weak, better
+
+
+def test_a_version_judged_again_is_promoted_by_its_newest_verdict(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    refused = promote_by_policy(section(registry, "better"), better, weak)
+    assert isinstance(refused, str)
+    lines = len(history(registry, NAME))
+    run = judge(2, weak, -2.4)
+    assert register(run, registry, NAME, provenance("better", weak)) == better
+    assert len(history(registry, NAME)) == lines
+    done = promote_by_policy(section(registry, "better"), better, weak)
+    assert done == Promotion("promoted", better, weak)
+    (file,) = files_of(registry, better)
+    assert history(registry, NAME)[-1]["judgement"] == file.stem
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == file.stem
+    written = json.loads(file.read_bytes())
+    assert written.items() >= read_gate(run / "gate.json").items()
+    assert audit(registry, NAME).is_sound
+
+
+def test_a_first_verdict_is_named_by_no_line(make_run: MakeRun, registry: Path) -> None:
+    two_versions(make_run, registry)
+    assert "judgement" not in history(registry, NAME)[-1]
+    assert not (registry / NAME / "judgements").exists()
+
+
+def test_the_policy_of_the_newest_verdict_decides_for_a_late_event(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
+    done = promote_by_recorded_policy(registry, NAME, better)
+    assert done == Promotion("promoted", better, weak)
+
+
+def test_what_was_judged_against_a_former_champion_does_not_count_now(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
+    third = register(make_run(3), registry, NAME, provenance("never"))
+    promote(registry, NAME, third, by="ann")
+    reason = promote_by_policy(section(registry, "better"), better, third)
+    assert isinstance(reason, str)
+    assert "did not judge the champion" in reason
+    late = promote_by_recorded_policy(registry, NAME, better)
+    assert isinstance(late, Promotion)
+    assert late.outcome == "superseded"
+
+
+def test_a_verdict_against_todays_champion_outlives_a_newer_one_against_another(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
+    register(judge(2, "f" * 64, 0.5), registry, NAME, provenance("better", "f" * 64))
+    against = read_candidate(registry, NAME, better).champion
+    assert against is not None
+    assert against.version == weak
+
+
+def test_registering_once_more_after_one_judging_records_it_once(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    run = judge(2, weak, -2.4)
+    for _ in range(3):
+        register(run, registry, NAME, provenance("better", weak))
+    assert len(files_of(registry, better)) == 1
+
+
+def test_a_judgement_that_rejects_stops_a_promotion_by_version(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    run = judge(2, weak, -2.4)
+    register(run, registry, NAME, provenance("better", weak))
+    _rewrite(files_of(registry, better)[0], verdict="failed", reasons=[{"code": "task_below"}])
+    reason = promote_by_policy(section(registry, "better"), better, weak)
+    assert reason == "the gate, judging it again, rejected it: task_below"
+    with pytest.raises(GateRejected, match="task_below"):
+        promote(registry, NAME, better, by="ann")
+    assert read_champion(registry, NAME) == weak
+
+
+def _rewrite(path: Path, **changes: Any) -> None:
+    """Write a judgement with other fields, under the name that fits it."""
+    content = json.dumps(json.loads(path.read_bytes()) | changes).encode()
+    path.unlink()
+    path.with_name(f"{hashlib.sha256(content).hexdigest()}.json").write_bytes(content)
+
+
+@pytest.mark.parametrize("edit", ["bytes", "other version", "no facts", "no name", "cut"])
+def test_a_judgement_that_was_edited_is_found_and_decides_nothing(
+    make_run: MakeRun, judge: Judge, registry: Path, edit: str
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    register(judge(2, weak, -2.4), registry, NAME, provenance("better", weak))
+    (path,) = files_of(registry, better)
+    path.chmod(0o644)
+    if edit == "bytes":
+        path.write_bytes(path.read_bytes().replace(b"-2.4", b"-9.4"))
+    elif edit == "other version":
+        _rewrite(path, trained={"path": "x", "digest": weak})
+    elif edit == "no facts":
+        _rewrite(path, judgement={"number": 1})
+    elif edit == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        path.rename(path.with_name("x.json"))
+    with pytest.raises(DamagedError, match=r"[Rr]emove it"):
+        promote_by_policy(section(registry, "better"), better, weak)
+    (finding,) = audit(registry, NAME).findings
+    assert "emove it" in finding.message
+    shutil.rmtree(path.parent)  # the advice
+    assert audit(registry, NAME).is_sound
+
+
+def test_a_judgement_that_a_promotion_rests_on_is_missed_until_the_run_is_registered_again(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    run = judge(2, weak, -2.4)
+    register_and_promote(run, registry, NAME, provenance("better", weak), by="ann")
+    (path,) = files_of(registry, better)
+    assert history(registry, NAME)[-1]["judgement"] == path.stem
+    path.unlink()
+    (finding,) = audit(registry, NAME).findings
+    assert "promote RUN_DIR" in finding.message
+    register_and_promote(run, registry, NAME, provenance("better", weak), by="ann")
+    assert audit(registry, NAME).is_sound
+    assert history(registry, NAME)[-1]["action"] == "restored"
+
+
+@pytest.mark.usefixtures("no_time_to_decide")
+def test_gc_removes_the_judgements_of_what_it_removes(
+    make_run: MakeRun, judge: Judge, registry: Path
+) -> None:
+    weak, better = two_versions(make_run, registry)
+    register(judge(2, weak, 0.4), registry, NAME, provenance("better", weak))
+    assert collect_garbage(registry, NAME, by="ann", keep=0).collected == (better,)
+    assert not files_of(registry, better)
+    assert audit(registry, NAME).is_sound

@@ -1,0 +1,319 @@
+"""The policy of a name: of it and a run's sections the stricter counts, whatever route promotes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nested_core.config.registry import RegistrySection
+from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import ConfigError, DamagedError
+from nested_core.registry import (
+    Promotion,
+    audit,
+    collect_garbage,
+    history,
+    ledger,
+    policy_file,
+    promote,
+    read_champion,
+    register,
+    rollback,
+)
+from nested_core.registry.gate_file import read_gate, require_verdict_manifest, write_gate
+from nested_core.registry.policy import (
+    PromotionRule,
+    describe_tightening,
+    find_looser_bounds,
+    read_policy,
+    set_policy,
+    tighten,
+)
+from nested_core.registry.promotion_policy import (
+    approve,
+    find_refusal_of_question,
+    promote_by_policy,
+    promote_by_recorded_policy,
+    promote_missed_versions,
+)
+from tests.core.registry.conftest import MakeRun
+from tests.core.registry.states import NAME
+
+MODES = ("never", "approve", "better", "always")
+SUITE = {"name": "capitals", "file": "/suites/capitals.jsonl", "score": "contains", "min": 0.9}
+Judged = Callable[..., str]
+
+
+def set_keys(registry: Path, **changes: Any) -> None:
+    set_policy(registry, NAME, by="ann", changes=changes)
+
+
+def section(registry: Path, mode: str) -> RegistrySection:
+    return RegistrySection.model_validate({"path": str(registry), "name": NAME, "promote": mode})
+
+
+@pytest.fixture
+def judged(make_run: MakeRun, registry: Path) -> Judged:
+    """Register a run that asks for `mode`, judged by these bounds, better than a champion."""
+
+    def judged(
+        seed: int,
+        *,
+        mode: str = "always",
+        champion: str | None = None,
+        better_by: float = 1.0,
+        **bounds: Any,
+    ) -> str:
+        run = make_run(seed)
+        gate = read_gate(run / "gate.json")
+        thresholds = {"noise": "paired", "max_val_loss_increase": 0.02, "tasks": []} | bounds
+        record = None
+        if champion is not None:
+            interval = [-better_by - 0.1, -better_by + 0.1]
+            record = {"version": champion, "loss": 3.0, "difference": -better_by, "examples": 84}
+            record |= {"interval": interval, "smallest_visible": 0.1}
+        gate |= {"thresholds": thresholds, "champion": record}
+        write_gate(run, gate, require_verdict_manifest(run, read_gate(run / "gate.json")))
+        own = {"path": "x", "name": NAME, "promote": mode}
+        provenance = {"config": {"registry": own}, "champion_at_gate": champion}
+        return register(run, registry, NAME, provenance)
+
+    return judged
+
+
+ROUTES: dict[str, Callable[[Path, str, str | None, str], object]] = {
+    "fine-tune, sweep": lambda registry, version, champion, mode: promote_by_policy(
+        section(registry, mode), version, champion
+    ),
+    "event": lambda registry, version, champion, mode: promote_by_recorded_policy(
+        registry, NAME, version
+    ),
+    "reconcile": lambda registry, version, champion, mode: promote_missed_versions(
+        registry, NAME
+    ).get(version),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("own", "held"), list(itertools.product(MODES, MODES)))
+def test_every_route_needs_what_the_stricter_of_the_two_needs(
+    judged: Judged, registry: Path, route: str, own: str, held: str
+) -> None:
+    """`never` in either stops a better version, `approve` in either asks, else it is champion."""
+    champion = judged(1)
+    promote(registry, NAME, champion, by="ann")
+    set_keys(registry, promote=held)
+    version = judged(2, mode=own, champion=champion)
+    done = ROUTES[route](registry, version, champion, own)
+    text = done.outcome if isinstance(done, Promotion) else str(done)
+    if "never" in (own, held):
+        assert "is never" in text
+    elif "approve" in (own, held):
+        assert "waiting for approval" in text
+    else:
+        assert text == "promoted"
+    is_promoted = text == "promoted"
+    assert read_champion(registry, NAME) == (version if is_promoted else champion)
+
+
+@pytest.mark.parametrize(("own", "held"), [("approve", "better"), ("better", "approve")])
+def test_approve_and_better_together_must_be_better_and_then_asks(
+    judged: Judged, registry: Path, own: str, held: str
+) -> None:
+    champion = judged(1)
+    promote(registry, NAME, champion, by="ann")
+    set_keys(registry, promote=held)
+    worse = judged(2, mode=own, champion=champion, better_by=-0.5)
+    assert "is not better" in str(promote_by_policy(section(registry, own), worse, champion))
+    better = judged(3, mode=own, champion=champion)
+    assert "waiting" in str(promote_by_policy(section(registry, own), better, champion))
+
+
+def test_loosened_parameters_do_not_get_past_a_policy(judged: Judged, registry: Path) -> None:
+    """`promote: always`, a bound of 1000 and no noise, under a policy of approve."""
+    champion = judged(1)
+    promote(registry, NAME, champion, by="ann")
+    set_keys(registry, promote="approve", max_val_loss_increase=0.02)
+    version = judged(2, champion=champion, noise="none", max_val_loss_increase=1000.0)
+    for route in ROUTES.values():
+        told = str(route(registry, version, champion, "always"))
+        assert "looser bounds than the policy of capitals has (gate.noise, gate.max_val" in told
+    assert "looser bounds" in str(find_refusal_of_question(registry, NAME, version))
+    done = approve(registry, NAME, version, by="x", expected_champion=champion)
+    assert "looser bounds" in str(done)
+    assert read_champion(registry, NAME) == champion
+
+
+def test_a_suite_of_the_policy_has_to_be_asked_as_it_stands_there(
+    judged: Judged, registry: Path
+) -> None:
+    set_keys(registry, tasks=[SUITE])
+    policy = read_policy(registry, NAME)
+    assert policy is not None
+    asked = policy.fields()["tasks"]
+    for tasks in ([], [asked[0] | {"min": 0.1}], [asked[0] | {"file": "/suites/easy.jsonl"}]):
+        thresholds = {"noise": "paired", "tasks": tasks}
+        assert find_looser_bounds(policy, thresholds) == ["the suite capitals"]
+    assert find_looser_bounds(policy, {"noise": "paired", "tasks": asked}) == []
+    assert find_looser_bounds(policy, None) == ["gate.noise", "the suite capitals"]
+    assert find_looser_bounds(None, None) == []
+
+
+def test_better_under_a_policy_rests_on_the_interval_whatever_the_run_says(
+    judged: Judged, registry: Path
+) -> None:
+    champion = judged(1)
+    promote(registry, NAME, champion, by="ann")
+    version = judged(2, mode="better", champion=champion, better_by=0.05, noise="none")
+    assert promote_by_policy(section(registry, "never"), version, champion)
+    set_keys(registry, promote="better")
+    told = str(promote_by_policy(section(registry, "better"), version, champion))
+    assert "looser bounds" in told
+
+
+def test_a_person_who_promotes_is_above_the_policy_and_the_history_says_so(
+    judged: Judged, registry: Path
+) -> None:
+    version = judged(1)
+    set_keys(registry, promote="never")
+    done = promote(registry, NAME, version, by="ann", against_policy="the policy is never")
+    assert (done.outcome, done.against_policy) == ("promoted", "the policy is never")
+    assert history(registry, NAME)[-1]["against_policy"] == "the policy is never"
+
+
+def test_a_run_is_tightened_and_it_is_said(registry: Path) -> None:
+    set_keys(registry, promote="approve", max_val_loss_increase=0.02, tasks=[SUITE])
+    own = SUITE | {"min": 0.1}
+    other = SUITE | {"name": "other"}
+    config = FineTuneConfig.model_validate(
+        {
+            "registry": {"path": str(registry), "name": NAME, "promote": "always"},
+            "gate": {"max_val_loss_increase": 1000, "noise": "none", "tasks": [own, other]},
+        }
+    )
+    policy = read_policy(registry, NAME)
+    gate = tighten(config, policy).gate
+    assert (gate.max_val_loss_increase, gate.noise) == (0.02, "paired")
+    assert {task.name: task.min for task in gate.tasks} == {"other": 0.9, "capitals": 0.9}
+    told = describe_tightening(config, policy)
+    assert told == [
+        "the policy of capitals: gate.max_val_loss_increase is 0.02, not 1000",
+        "the policy of capitals: gate.noise is paired, not none",
+        "the policy of capitals: the suite capitals is asked, in place of this run's",
+        "the policy of capitals: promote: approve counts beside this run's always",
+    ]
+    held = tighten(config, policy)
+    assert find_looser_bounds(policy, held.gate.model_dump(mode="json")) == []
+    stricter = held.model_copy(
+        update={"gate": held.gate.model_copy(update={"max_val_loss_increase": 0.0})}
+    )
+    assert tighten(stricter, policy).gate.max_val_loss_increase == 0.0
+    assert tighten(config, None) is config
+
+
+def test_a_change_stands_in_the_history_with_who_when_before_and_after(
+    judged: Judged, registry: Path
+) -> None:
+    champion = judged(1)
+    promote(registry, NAME, champion, by="ann")
+    set_keys(registry, promote="better")
+    set_policy(registry, NAME, by="bob", changes={"max_val_loss_increase": 0.1})
+    first, second = history(registry, NAME)[-2:]
+    assert (first["action"], first["by"], first.get("before")) == ("policy", "ann", None)
+    assert (second["by"], second["before"]) == ("bob", first["after"])
+    assert second["after"] == {"promote": "better", "max_val_loss_increase": 0.1, "tasks": []}
+    assert (second["version"], second["previous"]) == (champion, champion)
+    assert json.loads((registry / NAME / "policy.json").read_bytes()) == second["after"]
+    assert audit(registry, NAME).is_sound
+    other = judged(2)
+    promote(registry, NAME, other, by="ann")
+    assert rollback(registry, NAME, by="ann").version == champion
+
+
+def test_a_name_may_have_a_policy_before_its_first_version(judged: Judged, registry: Path) -> None:
+    set_keys(registry, promote="approve")
+    assert audit(registry, NAME).is_sound
+    version = judged(1)
+    assert "waiting" in str(promote_by_recorded_policy(registry, NAME, version))
+    assert approve(registry, NAME, version, by="x", expected_champion=None) == Promotion(
+        "promoted", version, None
+    )
+    assert audit(registry, NAME).is_sound
+
+
+@pytest.mark.parametrize("edit", ["loosened", "removed", "no JSON", "not ours"])
+def test_a_policy_file_that_was_edited_is_found_and_decides_nothing(
+    judged: Judged, registry: Path, edit: str
+) -> None:
+    version = judged(1)
+    if edit != "not ours":
+        set_keys(registry, promote="approve")
+        collect_garbage(registry, NAME, by="ann")
+        promote(registry, NAME, version, by="ann")  # another line after the policy's
+    path = registry / NAME / "policy.json"
+    edited = {"promote": "always", "max_val_loss_increase": None, "tasks": []}
+    if edit == "removed":
+        path.unlink()
+    else:
+        path.write_text("{" if edit == "no JSON" else json.dumps(edited))
+    (finding,) = audit(registry, NAME).findings
+    other = judged(2)
+    with pytest.raises(DamagedError, match="is not the policy that the history recorded"):
+        promote_by_policy(section(registry, "always"), other, read_champion(registry, NAME))
+    assert "nested-tune policy capitals" in str(finding.advice)
+    set_keys(registry, promote="approve")  # the advice
+    assert audit(registry, NAME).is_sound
+
+
+def test_a_change_that_a_crash_cut_short_is_finished_by_the_next_writer(
+    judged: Judged, registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged(1)
+    set_keys(registry, promote="better")
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_file, "write_json", _fail)
+        with pytest.raises(KeyboardInterrupt):
+            set_keys(registry, promote="approve")
+    assert audit(registry, NAME).is_sound
+    policy = read_policy(registry, NAME)
+    assert policy is not None
+    assert policy.promote == "approve"
+    collect_garbage(registry, NAME, by="ann")
+    assert json.loads((registry / NAME / "policy.json").read_bytes())["promote"] == "approve"
+
+
+def _fail(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"promote": "sometimes"},
+        {"max_val_loss_increase": -1.0},
+        {"max_val_loss_increase": float("nan")},
+        {"tasks": [{"name": "x"}]},
+        {"tasks": [SUITE, SUITE]},
+        {"tasks": [SUITE | {"score": "python", "function": "a:b"}]},
+        {"other": 1},
+    ],
+)
+def test_what_is_no_policy_is_refused_and_nothing_is_written(
+    judged: Judged, registry: Path, changes: dict[str, Any]
+) -> None:
+    judged(1)
+    before = sorted(path.name for path in (registry / NAME).iterdir())
+    with pytest.raises(ConfigError, match="policy: "):
+        set_keys(registry, **changes)
+    assert sorted(path.name for path in (registry / NAME).iterdir()) == before
+
+
+def test_rules_join_what_all_of_them_need() -> None:
+    assert PromotionRule.of("always", None) == PromotionRule(False, False, False)
+    assert PromotionRule.of("approve", "better") == PromotionRule(False, True, True)
+    assert ledger.Ledger().policy() is None
