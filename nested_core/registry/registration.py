@@ -22,7 +22,11 @@ from nested_core.registry.gate_file import (
     require_verdict_manifest,
     require_verdict_on_adapter,
 )
-from nested_core.registry.judgements import has_named_judgement, record_judgement
+from nested_core.registry.judgements import (
+    has_named_judgement,
+    read_judgements,
+    record_judgement,
+)
 from nested_core.registry.ledger import new_entry
 from nested_core.registry.name_folders import (
     VERSIONS_FOLDER_NAME,
@@ -168,6 +172,10 @@ def add_version(
         if version in state.ledger.champion_versions():
             # Before the files: cut short in between, the version is as lost as it was.
             state = record_line(folder, state, replace(restored, manifest=manifest), lock)
+    if read_judgements(folder, version):  # of the version that was lost: this verdict is newer
+        gate = _read_bound_gate(run_dir)
+        recorded = provenance | position
+        record_judgement(folder, version, gate, recorded, was_judged_now=True, confirm=confirm)
     return state
 
 

@@ -31,6 +31,7 @@ from nested_core.registry import (
     rollback,
 )
 from nested_core.storage import kept_hashes
+from nested_core.storage.strict_files import regular_sha256
 from tests.core.registry.conftest import MakeRun, write_run
 from tests.core.registry.states import NAME
 
@@ -358,11 +359,10 @@ def test_the_hourly_check_reads_no_bytes_of_files_that_are_the_same(
     monkeypatch.setenv("NESTED_TUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kept_hashes, "MIN_FILE_AGE_TO_KEEP_HASH", -1.0)
     hashed: list[Path] = []
-    whole = kept_hashes.regular_sha256
 
     def count(path: Path, **options: Any) -> str:
         hashed.append(path)
-        return whole(path, **options)
+        return regular_sha256(path, **options)
 
     monkeypatch.setattr(kept_hashes, "regular_sha256", count)
     check_champion(world.registry, NAME)

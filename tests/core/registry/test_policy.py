@@ -256,7 +256,7 @@ def test_a_policy_file_that_was_edited_is_found_and_decides_nothing(
         collect_garbage(registry, NAME, by="ann")
         promote(registry, NAME, version, by="ann")  # another line after the policy's
     path = registry / NAME / "policy.json"
-    edited = {"promote": "always", "max_val_loss_increase": None, "tasks": []}
+    edited: dict[str, Any] = {"promote": "always", "max_val_loss_increase": None, "tasks": []}
     if edit == "removed":
         path.unlink()
     else:

@@ -244,10 +244,10 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, step: str, act: Callable[[], obje
     """Another process acts just before the policy takes a step for the first time."""
     taken = getattr(promotion_policy, step)
 
-    def after(*arguments: Any) -> Any:
+    def after(*arguments: Any, **options: Any) -> Any:
         monkeypatch.undo()
         act()
-        return taken(*arguments)
+        return taken(*arguments, **options)
 
     monkeypatch.setattr(promotion_policy, step, after)
 

@@ -1,0 +1,24 @@
+"""Random commands, flow steps, kills and edits from outside, against a model of the registry."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.reliability.registry_sequences import run_sequences
+
+# The children of these forks only touch files; that the parent has threads does not matter.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.timeout(1800),
+]
+
+
+@pytest.mark.parametrize(
+    ("count", "seed"), [(4, 1), pytest.param(200, 1000, marks=pytest.mark.reliability)]
+)
+def test_a_registry_is_sound_or_its_damage_is_named_and_mended_as_it_is_said(
+    count: int, seed: int
+) -> None:
+    seen = run_sequences(count, seed)
+    assert seen["killed"] > 0
+    assert sum(number for name, number in seen.items() if name.startswith("damage_")) > count
