@@ -38,6 +38,12 @@ CONTROL_CATEGORIES = {"Cc", "Zl", "Zp"}  # NUL, line ends and their like
 DATASET_LOADERS = ("json", "csv", "text", "parquet", "arrow")
 DATASET_ARGUMENTS = ("name", "revision", "data_dir", "data_files")
 
+PYTHON_SCORERS_REFUSAL = (
+    "gate.allow_python_scorers: a flow takes it from no parameter, for whoever may start a run "
+    "could then run any function with the worker's rights. `nested-tune train` takes it from your "
+    "own file."
+)
+
 Config = TypeVar("Config", bound=FineTuneConfig)
 
 
@@ -90,11 +96,7 @@ def with_trusted_code(config: Config) -> Config:
     person starts at a command line may run a model's code; Python scorers no flow takes.
     """
     if config.gate.allow_python_scorers:
-        raise ConfigError(
-            "gate.allow_python_scorers: a flow takes it from no parameter, for whoever may start a "
-            "run could then run any function with the worker's rights. `nested-tune train` takes "
-            "it from your own file."
-        )
+        raise ConfigError(PYTHON_SCORERS_REFUSAL)
     if runtime.deployment.id is None or not config.trust_remote_code:
         return config
     folder = _find_trusted_model(config.model)

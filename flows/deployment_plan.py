@@ -245,6 +245,7 @@ def replace_placeholders(value: Any, values: dict[str, str]) -> Any:
 
 def _require_valid_parameters(deployment: dict[str, Any]) -> None:
     """ConfigError where the flow of a deployment that trains would refuse its configuration."""
+    from flows.allowed_folders import PYTHON_SCORERS_REFUSAL
     from flows.finetune import FinetuneParameters
     from flows.sweep import SweepParameters
 
@@ -255,7 +256,10 @@ def _require_valid_parameters(deployment: dict[str, Any]) -> None:
     section = sections.get(deployment["entrypoint"])
     if section is None:
         return
-    problems = find_problems(section, deployment["parameters"]["config"])
+    config = deployment["parameters"]["config"]
+    problems = find_problems(section, config)
+    source = f"deployment {full_name(deployment)}"
+    if (config.get("base", config).get("gate") or {}).get("allow_python_scorers"):
+        raise ConfigError(f"{source}: {PYTHON_SCORERS_REFUSAL}")
     if problems:
-        source = f"deployment {full_name(deployment)}"
         raise ConfigError(explain_problems(problems, source, lines={}))

@@ -21,6 +21,7 @@ from flows.allowed_folders import (
     with_trusted_code,
 )
 from flows.flow_run_labels import name_flow_run, tag_flow_run
+from flows.os_errors import explain
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
 from flows.resume import was_resumed
 from flows.state_messages import (
@@ -122,6 +123,10 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
         return Failed(name=Outcome.REJECTED, message=message, data=error)
     except NestedTuneError as error:
         return _failed_state(error)
+    except OSError as error:  # that a task's retries did not outlast
+        paragraph, _ = explain(error)
+        message = f"{type(error).__name__}: {advise_retry_button(paragraph)}"
+        return Failed(message=message, data=error)
     outcome, message = _describe_outcome(config, result)
     return Completed(name=outcome, message=f"{resumed}{message}")
 

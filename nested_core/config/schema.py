@@ -178,6 +178,11 @@ class FineTuneConfig(Section):
         return self.fine_tune_type == "full" and self.training.reference is None
 
     @property
+    def offers_best_step(self) -> bool:
+        """Whether a run with validation data offers its best step, and not its last."""
+        return self.training.reference is None and self.val_batches != 0
+
+    @property
     def length(self) -> str:
         """How long a run trains, in words: `1,000 iterations`, or `3 epochs` where those decide."""
         epochs = self.training.epochs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import warnings
 from hashlib import sha256
 from typing import Any
 
@@ -32,9 +33,17 @@ def digest_examples(split: TokenizedSplit) -> Digests:
 
 
 def encode_digests(digests: Digests) -> str | None:
-    """Distinct digests as base64 text, in order; None if they are too many to be recorded."""
+    """Distinct digests as base64 text, in order; None if they are too many to be recorded.
+
+    A warning says so: no descendant is known then to have been trained on them."""
     distinct = np.unique(digests)
     if distinct.size > MAX_RECORDED_DIGESTS:
+        warnings.warn(
+            f"The registry does not record the {distinct.size:,} examples that this adapter and "
+            f"its ancestors were trained on, for they are more than {MAX_RECORDED_DIGESTS:,}: "
+            f"later verdicts cannot leave them out of their held-out examples.",
+            stacklevel=3,
+        )
         return None
     return base64.b64encode(distinct.astype("<u8").tobytes()).decode()
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from nested_core import backend
-from nested_core.errors import NestedTuneError, shorten
+from nested_core.errors import ConfigError, NestedTuneError, shorten
 from nested_core.gate.verdict import Reason
 from nested_core.storage.adapter import WEIGHTS_NAME
 from nested_core.storage.atomic import finite_or_none
@@ -191,7 +191,10 @@ def _are_finite_alike(one: Rows, other: Rows) -> bool:
 
 
 def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits | Reason:
-    """What the process computed, or the reason if mlx_lm.load refuses an adapter."""
+    """What the process computed, or the reason if mlx_lm.load refuses an adapter.
+
+    Raises ConfigError if it refuses the base alone.
+    """
     document = {
         "model": str(request.model),
         "initial": None if request.initial is None else str(request.initial.resolve()),
@@ -208,6 +211,9 @@ def compute_logits_in_fresh_process(request: ProofRequest) -> FreshProcessLogits
         answers = json.loads(read_regular(answer_path))  # with NaN, as Python writes it
     if "refused" in answers:
         error = shorten(answers["error"], 300)
+        if answers["refused"] == "base":
+            code = "" if request.trusts_remote_code else " No code that a model brings is run here."
+            raise ConfigError(f"model: {request.model} could not be loaded: {error}.{code}")
         side = answers["refused"]
         message = f"mlx_lm.load in a new process could not use the {side} adapter: {error}"
         return Reason("unreadable", message)

@@ -20,6 +20,10 @@ class AdapterRefused(Exception):  # noqa: N818  # an answer, not an error of thi
     """The base model answers alone, and not with this adapter."""
 
 
+class BaseRefused(Exception):  # noqa: N818  # an answer as well
+    """The base model cannot be loaded alone."""
+
+
 def load_model(request: dict[str, Any], adapter: str | None) -> Any:
     """The base model, with an adapter unless that is None."""
     return load(
@@ -53,7 +57,11 @@ def compute_logits_with_adapter(request: dict[str, Any], adapter: str | None) ->
     try:
         return compute_logits(request, load_model(request, adapter))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        compute_logits(request, load_model(request, None))
+        try:
+            base = load_model(request, None)
+        except (LookupError, TypeError, ValueError) as base_error:
+            raise BaseRefused(f"{type(base_error).__name__}: {base_error}") from base_error
+        compute_logits(request, base)
         raise AdapterRefused(f"{type(error).__name__}: {error}") from error
 
 
@@ -65,6 +73,8 @@ def compute_all_logits(request: dict[str, Any]) -> dict[str, Any]:
             answers[side] = compute_logits_with_adapter(request, request[side])
         except AdapterRefused as refusal:
             return {"refused": side, "error": str(refusal)}
+        except BaseRefused as refusal:
+            return {"refused": "base", "error": str(refusal)}
     if not all(abs(logit) < INFINITY for row in answers["initial"]["logits"] for logit in row):
         answers["base"] = compute_logits(request, load_model(request, None))
     return answers

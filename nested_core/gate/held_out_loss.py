@@ -199,9 +199,14 @@ def read_held_out_examples(
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """
     choice = config.gate.held_out
+    held_out: HeldOutExamples | None
     if choice in SPLITS_BY_HELD_OUT_CHOICE:
-        return choose_held_out_examples(splits, choice)
-    return _make_held_out_examples(read_held_out_file(config), choice, splits)
+        held_out = choose_held_out_examples(splits, choice)
+    else:
+        held_out = _make_held_out_examples(read_held_out_file(config), choice, splits)
+    if held_out is None or config.offers_best_step:
+        return held_out
+    return replace(held_out, selected_on_same_data=False)
 
 
 def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:

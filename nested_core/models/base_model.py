@@ -148,6 +148,16 @@ def find_model_folder_offline(model: str) -> Path | None:
         return None
 
 
+def context_length(folder: Path) -> int | None:
+    """The most tokens that a model can see; None where its config.json does not say."""
+    config = read_json(folder / "config.json", MAX_CONFIG_BYTES, follow_links=True)
+    for section in (config, config.get("text_config") if isinstance(config, dict) else None):
+        length = section.get("max_position_embeddings") if isinstance(section, dict) else None
+        if isinstance(length, int) and not isinstance(length, bool) and length > 0:
+            return length
+    return None
+
+
 def find_base_model(config: FineTuneConfig) -> Path:
     """The configured base model's folder; the backend is set up for a model of its size."""
     folder = find_model_folder(config.model)

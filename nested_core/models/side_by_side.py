@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,17 @@ from mlx_lm import load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from nested_core.errors import ConfigError
-from nested_core.models.base_model import find_model_folder
-from nested_core.models.generation import Sampling, encode_messages, stream_answer
+from nested_core.models.base_model import context_length, find_model_folder
+from nested_core.models.generation import (
+    Sampling,
+    encode_messages,
+    stream_answer,
+)
 from nested_core.storage.adapter import read_adapter
 
 Side = Literal["base", "adapter"]
 SIDES: tuple[Side, Side] = ("base", "adapter")
+MAX_CHARACTERS = 1_000_000  # a tokenizer takes some 180 bytes of memory for each
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -43,6 +49,7 @@ class BaseAndAdapter:
             raise ConfigError(f"model: {base} could not be loaded: {error}") from error
         self._model = loaded[0]
         self._tokenizer = loaded[1]
+        self._context = context_length(base)
         self._parameters = self._attach_adapter(read.config, read.tensors)
         self._model.eval()
 
@@ -75,16 +82,33 @@ class BaseAndAdapter:
         """The model, with whichever parameters answered last."""
         return self._model
 
+    def _encode(self, messages: Messages) -> list[int]:
+        """The tokens of a conversation; ConfigError where the model cannot see all of them."""
+        characters = sum(len(str(message["content"])) for message in messages)
+        tokens = [] if characters > MAX_CHARACTERS else encode_messages(self._tokenizer, messages)
+        if tokens and (self._context is None or len(tokens) < self._context):
+            return tokens
+        size = f"{len(tokens):,} tokens" if tokens else f"{characters:,} characters"
+        sees = "" if self._context is None else f", and the model sees {self._context:,} tokens"
+        raise ConfigError(
+            f"What is asked, with what was said before, has {size}{sees}. Ask in fewer words, or "
+            f"begin a new conversation."
+        )
+
     def stream_answers(
         self, conversations: Mapping[Side, Messages], sampling: Sampling
     ) -> Iterator[tuple[Side, str]]:
-        """The answers to two conversations as they come, piece by piece in turn."""
-        answers = {
-            side: stream_answer(
-                self._model, self._tokenizer, encode_messages(self._tokenizer, messages), sampling
-            )
-            for side, messages in conversations.items()
-        }
+        """The answers to two conversations as they come, piece by piece in turn.
+
+        An answer ends where the model's context does. Raises ConfigError for a conversation that
+        leaves no room there for an answer.
+        """
+        prompts = {side: self._encode(messages) for side, messages in conversations.items()}
+        answers = {}
+        for side, prompt in prompts.items():
+            left = sampling.max_tokens if self._context is None else self._context - len(prompt)
+            limited = replace(sampling, max_tokens=min(sampling.max_tokens, left))
+            answers[side] = stream_answer(self._model, self._tokenizer, prompt, limited)
         while answers:
             for side, pieces in list(answers.items()):
                 self._model.load_weights(self._parameters[side], strict=False)

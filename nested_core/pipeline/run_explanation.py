@@ -156,11 +156,15 @@ class RunExplanation:
 
     def _describe_evaluation(self) -> str:
         if not self.validation_examples:
-            return "none: there is no valid split, so the last checkpoint is offered."
+            is_off = "valid" in self.splits and self.splits["valid"].rows > 0
+            reason = "val_batches is 0" if is_off else "there is no valid split"
+            return f"none: {reason}, so the last checkpoint is offered."
+        offered = "the checkpoint with the lowest loss"
+        if not self.config.offers_best_step:
+            offered = "the last step, as mlx_lm.lora does,"
         return (
             f"every {_format_batches(self.config.steps_per_eval)} on {self.validation_examples} "
-            f"examples of {self.splits['valid'].file}; the checkpoint with the lowest loss is "
-            f"offered."
+            f"examples of {self.splits['valid'].file}; {offered} is offered."
         )
 
     def _describe_time(self) -> str:

@@ -9,6 +9,8 @@ import pytest
 
 from flows.chat_view import lay_out, show_answers
 from flows.commands import chat
+from nested_core.models.generation import Sampling
+from nested_core.models.side_by_side import BaseAndAdapter
 from nested_core.registry import register_and_promote
 from tests.example import MODEL, generate_answers
 from tests.flows.conftest import CommandRun, Ended, called
@@ -42,6 +44,33 @@ def test_a_champion_is_asked_by_registry_and_name_a_line_at_a_time(
     lines = done.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["base", "adapter"] * 2
     assert lines[:2] == lines[2:]  # a new conversation remembers nothing
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("Where to? " * 100, "tokens, and the model sees 64 tokens. Ask in fewer words"),
+        ("Where to? " * 100_001, "1,000,010 characters, and the model sees 64 tokens"),
+    ],
+    ids=["tokens", "characters"],
+)
+def test_what_the_model_cannot_see_is_refused(
+    command_run: CommandRun, prompt: str, said: str
+) -> None:
+    done = ask("run", command_run.folder, "--prompt", prompt)
+    assert done.code == 2
+    assert said in " ".join(done.message().split())
+
+
+def test_an_answer_ends_where_the_context_does(command_run: CommandRun) -> None:
+    both = BaseAndAdapter(
+        command_run.run_dir / "adapter", model=str(MODEL), trust_remote_code=False
+    )
+    question = [{"role": "user", "content": "I want to see " + "Italy and " * 18 + "Where to?"}]
+    prompt = both._encode(question)
+    pieces = list(both.stream_answers({"base": question}, Sampling(10_000)))
+    assert len(prompt) < 64
+    assert len(pieces) <= 64 - len(prompt)
 
 
 def test_what_is_no_run_and_no_name_is_said(tmp_path: Path) -> None:

@@ -187,6 +187,15 @@ def test_a_configuration_that_a_flow_would_refuse_is_refused_before_anything_is_
     assert "did you mean iters?" in str(refused.value)
 
 
+def test_python_scorers_which_no_flow_runs_are_refused_before_anything_is_deployed(
+    tmp_path: Path,
+) -> None:
+    task = {"name": "own", "file": "s.jsonl", "score": "python", "function": "own:judge"}
+    gate = {"allow_python_scorers": True, "tasks": [task]}
+    with pytest.raises(ConfigError, match="nightly: gate.allow_python_scorers: a flow takes it"):
+        make_plan(config=write(tmp_path / "c.yaml", gate=gate))
+
+
 def test_a_file_of_ones_own_names_one_adapter_and_is_left_as_it_is(tmp_path: Path) -> None:
     training: dict[str, Any] = {"name": "mine", "entrypoint": "flows.finetune.finetune"}
     training |= {"work_pool": {"name": "mlx-gpu"}, "parameters": {"config": SUPPORT}}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -249,6 +251,16 @@ def test_an_error_that_is_not_ours_ends_the_page_of_the_night_too(tmp_path: Path
         (night,) = client.read_artifacts(artifact_filter=wanted)
     assert night.description == "Failed: RuntimeError: the device fell off the bus"
     assert "Under way" not in str(night.data)
+
+
+def test_a_full_disk_fails_the_flow_with_what_to_do(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/runs/tiers.json")
+    with patch.object(steps, "write_initial_adapter_and_tiers", side_effect=full):
+        state = run_flow(parameters(tmp_path))
+    assert state.is_failed()
+    assert str(state.message).startswith("OSError: /runs/tiers.json cannot be written (No space")
+    assert "Make room" in str(state.message)
+    assert "Retry" in str(state.message)
 
 
 def test_without_a_registry_the_flow_ends_after_the_gate(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from nested_core.config.gate import GateSection, TaskSection
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.gate.answers.scorers import ScoringMethod
-from nested_core.gate.answers.suite_answers import EncodedSuite, Suite, context_length
+from nested_core.gate.answers.suite_answers import EncodedSuite, Suite
+from nested_core.models.base_model import context_length
 from nested_core.models.generation import Sampling
 from nested_core.storage.atomic import write_json
 from nested_core.storage.run_directory import RunDirectory
-from nested_core.storage.strict_files import file_type, read_json, read_json_object
+from nested_core.storage.strict_files import file_type, read_json
 
 MAX_RECORD_BYTES = 1024 * 1024
 
@@ -96,5 +97,5 @@ def encode_suites(suites: Sequence[Suite], tokenizer: Any, base: Path) -> tuple[
     Raises DatasetError, with the questions, for prompts that are longer than the model's context
     or that its chat template does not take.
     """
-    context = context_length(read_json_object(base / "config.json"))
+    context = context_length(base)
     return tuple(EncodedSuite.encode(suite, tokenizer, context) for suite in suites)

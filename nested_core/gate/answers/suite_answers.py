@@ -6,7 +6,7 @@ likeliest after the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -176,15 +176,6 @@ class EncodedSuite:
             texts = [answer.text for answer in answers]
             scores = score_answers(self.suite.method, questions, texts)
         return SuiteAnswers(tuple(answers), tuple(scores))
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """The most tokens that a model can see, by its config.json; None where that does not say."""
-    for section in (config, config.get("text_config")):
-        length = section.get("max_position_embeddings") if isinstance(section, Mapping) else None
-        if isinstance(length, int) and not isinstance(length, bool) and length > 0:
-            return length
-    return None
 
 
 def _encode_prompt(question: Question, tokenizer: Any) -> tuple[int, ...]:

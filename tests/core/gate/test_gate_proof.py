@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import NestedTuneError
+from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.gate import fresh_process_check, judge_run, verify_adapters
+from nested_core.gate.fresh_process_check import ProofRequest, compute_logits_in_fresh_process
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.gate.conftest import Rewrite
@@ -193,3 +194,16 @@ def test_the_distance_is_relative_to_how_the_expected_logits_vary() -> None:
     found[0, 0] = np.nan
     assert not fresh_process_check.relative_distance(found, expected) <= 1e9
     assert fresh_process_check.relative_distance(expected[:1], expected) == float("inf")
+
+
+def test_a_base_that_brings_code_is_a_configuration_error_and_its_code_is_not_run(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(MODEL, base)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"model_file": "own.py"}))
+    (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ConfigError, match="could not be loaded: .* No code that a model brings"):
+        compute_logits_in_fresh_process(ProofRequest(base, run.initial, run.adapter))
+    assert not (tmp_path / "ran").exists()

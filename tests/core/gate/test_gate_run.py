@@ -13,11 +13,13 @@ from nested_core.config.gate import GateSection
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import GateRejected
 from nested_core.gate import Verdict, judge_run
+from nested_core.gate.held_out_loss import read_held_out_examples, read_nonempty_splits
 from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.safetensors_files import load_arrays
 from tests.core.gate.conftest import STEPS, Rewrite
 from tests.core.gate.pairs import codes
+from tests.example import example_config
 
 ANY_LOSS = GateSection(max_val_loss_increase=1e9)
 
@@ -221,3 +223,17 @@ def test_a_weight_that_is_not_a_number_is_rejected_before_any_loss(
     with pytest.raises(GateRejected, match="non_finite"):
         steps.judge(config, run)
     assert json.loads(run.gate.read_bytes())["validation"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_selected"),
+    [({}, True), ({"val_batches": 0}, False), ({"training": {"reference": "mlx_lm"}}, False)],
+    ids=["best step", "no evaluation", "last step"],
+)
+def test_examples_chose_the_step_only_where_the_best_one_is_offered(
+    changes: dict[str, Any], is_selected: bool, run: RunDirectory, config: FineTuneConfig
+) -> None:
+    splits = read_nonempty_splits(config, run)
+    held_out = read_held_out_examples(example_config(**changes), splits)
+    assert held_out is not None
+    assert held_out.selected_on_same_data is is_selected

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub.utils._validators import validate_repo_id
@@ -16,6 +17,7 @@ from nested_core.models.base_model import (
     FINGERPRINT_PREFIX,
     SAMPLE_STRIDE_BYTES,
     SAMPLED_BYTES,
+    context_length,
     find_model_folder,
     find_model_folder_offline,
     fingerprint_base_model,
@@ -163,3 +165,21 @@ def test_code_in_a_models_folder_is_run_only_where_the_configuration_trusts_it(
     assert not (tmp_path / "trace").exists()
     load_base_model(example_config(model=str(model), trust_remote_code=True))
     assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"text_config": {"max_position_embeddings": 8}}, 8),
+        ({"max_position_embeddings": True, "text_config": 3}, None),
+        ({}, None),
+        ([], None),
+    ],
+)
+def test_the_context_of_a_model_is_read_through_the_links_of_the_hubs_cache(
+    tmp_path: Path, config: Any, length: int | None
+) -> None:
+    (tmp_path / "blob").write_text(json.dumps(config))
+    (tmp_path / "config.json").symlink_to("blob")
+    assert context_length(tmp_path) == length

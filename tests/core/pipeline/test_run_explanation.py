@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from nested_core.models.lora_attachment import attach_adapter
 from nested_core.models.parameters import trainable_parameters
 from nested_core.pipeline.run_explanation import RunExplanation, explain_run
 from nested_core.pipeline.suggested_config import suggest_config
-from tests.example import DATA, MODEL, example_settings
+from tests.example import DATA, MODEL, example_config, example_settings
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,23 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
         "champion's beyond noise."
     )
     assert "tokens a second" in said["time"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "the checkpoint with the lowest loss is offered"),
+        ({"training": {"reference": "mlx_lm"}}, "the last step, as mlx_lm.lora does, is offered"),
+        ({"val_batches": 0}, "none: val_batches is 0, so the last checkpoint is offered"),
+    ],
+    ids=str,
+)
+def test_the_step_that_is_offered_is_the_one_said(
+    explanation: RunExplanation, change: dict[str, Any], said: str
+) -> None:
+    examples = 0 if "val_batches" in change else explanation.validation_examples
+    changed = replace(explanation, config=example_config(**change), validation_examples=examples)
+    assert said in changed.describe()["evaluation"]
 
 
 def test_the_file_that_the_gate_measures_on_is_named(explanation: RunExplanation) -> None:

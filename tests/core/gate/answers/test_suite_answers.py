@@ -19,7 +19,7 @@ from nested_core.gate.answers.answer_cache import (
     open_user_answer_cache,
 )
 from nested_core.gate.answers.scorers import ScoringMethod
-from nested_core.gate.answers.suite_answers import EncodedSuite, Suite, context_length
+from nested_core.gate.answers.suite_answers import EncodedSuite, Suite
 from nested_core.models.generation import Sampling
 from tests.core.gate.answers.test_suites import write
 from tests.example import MODEL
@@ -119,19 +119,6 @@ def test_turns_that_the_template_does_not_take_are_an_error(tmp_path, monkeypatc
     suite = Suite.read("capitals", ScoringMethod(path, "exact"))
     with pytest.raises(DatasetError, match=r"suite.jsonl:1: the chat template .*no users here"):
         EncodedSuite.encode(suite, tokenizer, 64)
-
-
-@pytest.mark.parametrize(
-    ("config", "length"),
-    [
-        ({"max_position_embeddings": 64}, 64),
-        ({"text_config": {"max_position_embeddings": 8}}, 8),
-        ({"max_position_embeddings": True, "text_config": 3}, None),
-        ({}, None),
-    ],
-)
-def test_the_context_of_a_model(config, length) -> None:
-    assert context_length(config) == length
 
 
 @pytest.fixture
