@@ -227,7 +227,17 @@ def test_a_weight_that_is_not_a_number_is_rejected_before_any_loss(
 
 @pytest.mark.parametrize(
     ("changes", "is_selected"),
-    [({}, True), ({"val_batches": 0}, False), ({"training": {"reference": "mlx_lm"}}, False)],
+    [
+        ({}, True),
+        ({"val_batches": 0}, False),
+        (
+            {
+                "training": {"reference": "mlx_lm", "max_grad_norm": 0},
+                "nested": {"frequencies": [1]},
+            },
+            False,
+        ),
+    ],
     ids=["best step", "no evaluation", "last step"],
 )
 def test_examples_chose_the_step_only_where_the_best_one_is_offered(

@@ -90,7 +90,13 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
     ("change", "said"),
     [
         ({}, "the checkpoint with the lowest loss is offered"),
-        ({"training": {"reference": "mlx_lm"}}, "the last step, as mlx_lm.lora does, is offered"),
+        (
+            {
+                "training": {"reference": "mlx_lm", "max_grad_norm": 0},
+                "nested": {"frequencies": [1]},
+            },
+            "the last step, as mlx_lm.lora does, is offered",
+        ),
         ({"val_batches": 0}, "none: val_batches is 0, so the last checkpoint is offered"),
     ],
     ids=str,
