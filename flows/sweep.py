@@ -46,7 +46,9 @@ class SweepParameters(Section):
     grid: Annotated[dict[str, list[JsonValue]], Field(min_length=1)] = Field(
         description="key -> the values to try; a key in a section is written nested.fast"
     )
-    deployment: str = Field(description="FLOW/DEPLOYMENT that trains")
+    deployment: str = Field(
+        pattern="^finetune/[^/]+$", description="the deployment that trains: finetune/NAME"
+    )
 
 
 @flow(name="sweep", retries=0, flow_run_name="sweep {config.base.model}")

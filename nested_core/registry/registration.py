@@ -6,6 +6,7 @@ An adapter that the gate did not pass, or that is not the one that it judged, is
 from __future__ import annotations
 
 import shutil
+import stat
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -59,6 +60,7 @@ from nested_core.storage.strict_files import file_type
 ADAPTER_FOLDER_NAME = "adapter"
 READ_BITS = 0o444
 REGISTRATION_AUTHOR = "nested-tune (a run that was registered again)"
+SEARCH_BITS = 0o111
 
 
 def register(run_dir: Path, registry: Path, name: str, provenance: dict[str, Any]) -> str:
@@ -169,6 +171,7 @@ def add_version(
     with new_directory(target, confirm=confirm) as unpublished:
         _fill_version_folder(unpublished, run_dir, version, provenance | position)
         manifest = verify_version(unpublished, version, set())
+        _make_read_only(unpublished)
         if version in state.ledger.champion_versions():
             # Before the files: cut short in between, the version is as lost as it was.
             state = record_line(folder, state, replace(restored, manifest=manifest), lock)
@@ -216,9 +219,19 @@ def _fill_version_folder(
     write_json(folder / PROVENANCE_NAME, provenance)
     write_manifest(folder, version_manifest_facts(version))
     _require_judged_files(folder, run_dir)
+
+
+def _make_read_only(folder: Path) -> None:
+    """Take the right to write from a version's files, and to replace them from its folder.
+
+    They were made under the umask, which says who reads. The folder stays as it is where `versions`
+    is a group's: each member of it may remove what another registered.
+    """
     for name in VERSION_FILES:
         path = folder / name
-        path.chmod(path.stat().st_mode & READ_BITS)  # made under the umask, which says who reads
+        path.chmod(path.stat().st_mode & READ_BITS)
+    if not folder.parent.stat().st_mode & stat.S_IWGRP:
+        folder.chmod(folder.stat().st_mode & (READ_BITS | SEARCH_BITS))
 
 
 def _require_judged_files(folder: Path, run_dir: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -143,7 +144,8 @@ def new_directory(
             yield temporary
             _move_into_place(temporary, target, replace=replace, confirm=confirm)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                _remove_path(temporary)
             raise
 
 
@@ -197,7 +199,17 @@ def _remove_path(path: Path) -> None:
         path.unlink(missing_ok=True)
     while path.is_dir() and not path.is_symlink():
         with suppress(FileNotFoundError):
+            _make_removable(path)
             shutil.rmtree(path)
+
+
+def _make_removable(folder: Path) -> None:
+    """Let the owner remove what is in a folder that was made read-only, as versions are."""
+    for directory, _, _ in os.walk(folder):
+        mode = stat.S_IMODE(os.lstat(directory).st_mode)
+        if mode & stat.S_IRWXU != stat.S_IRWXU:
+            with suppress(PermissionError):  # of another owner; removing says so
+                os.chmod(directory, mode | stat.S_IRWXU)
 
 
 def require_writable_place(path: Path, what: str, key: str) -> None:

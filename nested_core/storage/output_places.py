@@ -34,8 +34,14 @@ MAX_SHOWN_FILES = 3
 
 
 def resolve_path(path: str | Path) -> Path:
-    """The path as it will be opened: `~` expanded, links and `..` resolved; it need not exist."""
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    """The path as it will be opened: `~` expanded, links and `..` resolved; it need not exist.
+
+    A path that no file can have, with a NUL in it, is left for its opening to refuse.
+    """
+    try:
+        return Path(os.path.realpath(os.path.expanduser(path)))
+    except ValueError:
+        return Path(path)
 
 
 def require_free_place(
@@ -195,7 +201,7 @@ def _file_type(path: Path) -> FileType:
 def _is_same_folder(first: Path, second: Path) -> bool:
     try:
         return os.path.samefile(first, second)
-    except OSError:  # one of them is not there yet
+    except (OSError, ValueError):  # one of them is not there yet, or cannot be
         return resolve_path(first) == resolve_path(second)
 
 

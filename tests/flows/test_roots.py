@@ -7,6 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from pydantic import ValidationError
 
 from flows.allowed_folders import (
     require_allowed,
@@ -15,8 +16,13 @@ from flows.allowed_folders import (
     with_trusted_code,
 )
 from flows.finetune import FinetuneParameters
+from flows.reconcile import ReconcileParameters
+from flows.rollback import RollbackParameters, rollback
+from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
+from nested_core.registry import promote, read_champion, register
+from tests.core.registry.conftest import write_run
 
 
 @pytest.fixture
@@ -328,3 +334,29 @@ def test_a_deployments_run_begins_a_name_only_in_the_registries_that_the_worker_
         require_known_name(section)
     (home / "registry" / "x" / "versions").mkdir(parents=True)
     require_known_name(section)
+
+
+def test_a_flow_goes_back_to_no_version_that_was_never_champion(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    former, champion, waiting = (
+        register(write_run(tmp_path / f"run-{seed}", seed), registry, "capitals", {})
+        for seed in (1, 2, 3)
+    )
+    for version in (former, champion):
+        promote(registry, "capitals", version, by="ann")
+    values = {"registry": str(registry), "name": "capitals", "by": "ann"}
+    for version in (waiting, waiting[:12], ""):
+        with pytest.raises(ConfigError, match="was never champion of capitals"):
+            rollback.fn(RollbackParameters(**values, to=version))
+    assert read_champion(registry, "capitals") == champion
+
+
+@pytest.mark.parametrize("deployment", ["promote/x", "other-flow/x", "finetune/x/y", "/x"])
+def test_a_sweep_starts_no_other_flow(deployment: str) -> None:
+    with pytest.raises(ValidationError, match="deployment"):
+        SweepParameters(base=config(), grid={"seed": [1]}, deployment=deployment)
+
+
+def test_reconcile_takes_names_and_no_paths() -> None:
+    with pytest.raises(ValidationError, match="names"):
+        ReconcileParameters(registry="registry", names=("../../etc",))

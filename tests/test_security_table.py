@@ -1,0 +1,82 @@
+"""SECURITY.md has a line for every key that can name something; a new key fails without one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from flows import allowed_folders
+from flows.finetune import FinetuneParameters
+from nested_core.config.key_properties import iterate_keys
+from nested_core.config.section import Section, key
+
+SECURITY = Path(__file__).resolve().parents[1] / "SECURITY.md"
+
+
+def can_name_something(annotation: Any) -> bool:
+    """Whether a key's value can be text or a switch; numbers and fixed words name nothing."""
+    if get_origin(annotation) is Literal:
+        return False
+    parts = get_args(annotation)
+    if annotation in (str, bool, Any) or get_origin(annotation) is dict:
+        return True
+    return any(can_name_something(part) for part in parts if isinstance(part, type) or part)
+
+
+def keys_that_can_name_something(section: type[Section]) -> set[str]:
+    keys = [each for each in iterate_keys(section) if each.section is None]
+    return {each.name for each in keys if can_name_something(each.field.annotation)}
+
+
+def rows() -> list[list[str]]:
+    """The table's rows, a list of cells each."""
+    chapter = SECURITY.read_text().split("### What parameters may name")[1].split("\n#")[0]
+    lines = [line for line in chapter.splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def keys_with_a_line() -> list[str]:
+    return [name for cells in rows() for name in re.findall(r"`([^`]+)`", cells[0])]
+
+
+def test_every_key_that_can_name_something_has_one_line() -> None:
+    listed = keys_with_a_line()
+    assert len(listed) == len(set(listed))
+    assert set(listed) == keys_that_can_name_something(FinetuneParameters)
+    assert all(len(cells) == 4 and all(cells) for cells in rows())
+
+
+def test_a_key_of_a_path_says_that_paths_are_checked() -> None:
+    checkers = {name: cells[3] for cells in rows() for name in re.findall(r"`([^`]+)`", cells[0])}
+    paths = {
+        each.name
+        for each in iterate_keys(FinetuneParameters)
+        if isinstance(each.field.json_schema_extra, dict) and "path" in each.field.json_schema_extra
+    }
+    assert {name for name in paths if "with_allowed_paths" in checkers[name]} == paths
+    assert hasattr(allowed_folders, "with_allowed_paths")
+
+
+def test_a_new_key_is_found() -> None:
+    class Inner(Section):
+        """A section with keys of each sort."""
+
+        address: str | None = key(None, "a service")
+        words: tuple[str, ...] = key((), "texts")
+        anything: dict[str, Any] = key({}, "whatever")
+        switch: bool = key(False, "a switch")
+        number: int | None = key(None, "a number")
+        word: Literal["a", "b"] = key("a", "fixed")
+
+    class Outer(Section):
+        """A section in a list."""
+
+        inner: tuple[Inner, ...] = key((), "several")
+
+    assert keys_that_can_name_something(Outer) == {
+        "inner.address",
+        "inner.words",
+        "inner.anything",
+        "inner.switch",
+    }
