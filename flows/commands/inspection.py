@@ -143,10 +143,10 @@ def run_status(arguments: argparse.Namespace) -> Callable[[], int]:
 def _describe_losses(run: RunDirectory) -> dict[str, str]:
     """The last losses as a person reads them: with their split, examples and step."""
     from flows.run_view import RunView
-    from nested_core.training.metrics_file import read_metrics
+    from nested_core.training.metrics_file import read_loss_records
     from nested_core.training.training_plan import read_plan
 
-    view = RunView(str(run.path), read_plan(run.plan), read_metrics(run.metrics))
+    view = RunView(str(run.path), read_plan(run.plan), read_loss_records(run.metrics))
     rows = {"current_train_loss": "training loss ", "current_val_loss": "validation loss "}
     described = {}
     for text in view.describe_losses():

@@ -23,6 +23,7 @@ MAX_TABLE_ROWS = 200  # of a table of a curve's numbers
 MAX_POINTS_WITH_DOTS = 60
 WIDTH, HEIGHT = 420, 250  # legible at a phone's width, several beside each other on a screen
 LAST_LABEL_MARGIN = 16  # room for the half of the last label that stands beyond its axis
+LARGEST_DRAWN_VALUE = 1e15  # leather places ticks with 28 decimal digits
 LOGARITHMIC_AXIS_RATIO = 10.0  # largest over smallest value
 HOW_TO_GET_CHARTS = "No charts here: pip install 'nested-tune[report]' draws them."
 _COLOURS = ("#1f5fbf", "#b8500b", "#0b7a3e", "#8a3ab9", "#5f5a00")
@@ -137,10 +138,16 @@ def draw_chart(chart: Chart) -> Html:
     """The chart as an SVG element with a title; it needs the extra `report`.
 
     A vertical axis over more than a factor of LOGARITHMIC_AXIS_RATIO is logarithmic, unless the
-    chart begins at zero.
+    chart begins at zero. A value beyond LARGEST_DRAWN_VALUE is a gap, and nothing is drawn where no
+    other is left.
     """
-    curves = [replace(curve, points=decimate(curve.points)) for curve in chart.curves]
+    curves = [
+        replace(curve, points=decimate([_drawable_point(p) for p in curve.points]))
+        for curve in chart.curves
+    ]
     values = [p.y for curve in curves for p in curve.points if p.y is not None]
+    if not values:
+        return Html("")
     places = [p.x for curve in curves for p in curve.points]
     is_logarithmic = (
         not chart.from_zero
@@ -175,6 +182,12 @@ def draw_chart(chart: Chart) -> Html:
     _, tag, drawn = written.getvalue().partition("<svg")  # after the header of a file
     svg = _ZERO_WITH_EXPONENT_PATTERN.sub("0", _LONG_FRACTION_PATTERN.sub(r"\1", tag + drawn))
     return Html(_SVG_OPENING_TAG_PATTERN.sub(f"{opening}<title>{words}</title>", svg))
+
+
+def _drawable_point(point: Point) -> Point:
+    x = min(point.x, LARGEST_DRAWN_VALUE)
+    is_beyond = point.y is not None and abs(point.y) > LARGEST_DRAWN_VALUE
+    return Point(x, None) if is_beyond else Point(x, point.y)
 
 
 def _axis_value(value: float | None, *, is_logarithmic: bool) -> float | None:

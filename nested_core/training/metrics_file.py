@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ MAX_METRICS_BYTES = 2**30
 MAX_RECORD_BYTES = 16 * 2**20
 MAX_LISTED_DAMAGED_LINES = 5
 COUNT_KEYS = ("step", "iteration", "trained_tokens")
-MAX_COUNT = 2**53  # the integers that a float holds exactly
+MAX_COUNT = 10**15
 NUMERIC_KEYS = (
     *("loss", "val_loss", "learning_rate", "grad_norm", "clipped_grad_norm"),
     *("tokens_per_second", "iterations_per_second", "peak_memory_gb"),
 )
+SLOWEST = 1e-9  # iterations a second: one in thirty years
 SMALLEST_NUMBER, LARGEST_NUMBER = 2.0**-149, 2.0**128  # float32's, in which losses are computed
 
 
@@ -40,6 +41,15 @@ def parse_record(line: bytes) -> dict[str, Any]:
         raise ValueError("it is no JSON object")
     if has_repeated_key(line, len(collect_strings(record))):
         raise ValueError("a key stands there twice")
+    _require_numbers(record)
+    samples = record.get("samples", [])
+    if not isinstance(samples, list) or not all(map(_is_sample, samples)):
+        raise ValueError("samples is no list of prompts with answers")
+    return record
+
+
+def _require_numbers(record: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number that no run reports."""
     for key in COUNT_KEYS:
         if not _is_count(record.get(key, 0)):
             raise ValueError(f"{key} is no count")
@@ -47,14 +57,12 @@ def parse_record(line: bytes) -> dict[str, Any]:
         value = record.get(key)
         if value is not None and not _is_number(value):
             raise ValueError(f"{key} is no number, or one that no run reports")
+    if (record.get("iterations_per_second") or 1.0) < SLOWEST:
+        raise ValueError("iterations_per_second is below that of any run")
     for key in ("updates", "skipped"):
         counts = record.get(key, [])
         if not isinstance(counts, list) or not all(map(_is_count, counts)):
             raise ValueError(f"{key} is no list of counts")
-    samples = record.get("samples", [])
-    if not isinstance(samples, list) or not all(map(_is_sample, samples)):
-        raise ValueError("samples is no list of prompts with answers")
-    return record
 
 
 def _is_count(value: Any) -> bool:
@@ -89,6 +97,24 @@ def read_latest_values(path: Path) -> dict[str, Any]:
         if record is not None:
             latest.update((key, value) for key, value in record.items() if value is not None)
     return latest
+
+
+def read_loss_records(path: Path) -> list[dict[str, Any]]:
+    """The records with a validation loss, and before or after them the last with a training loss.
+
+    Damaged lines are left out without a warning, which whoever reads all of them gives.
+    """
+    evaluated = []
+    trained: dict[str, Any] | None = None
+    with warnings.catch_warnings(action="ignore"):
+        for record in filter(None, _iterate_records(path)):
+            if "val_loss" in record:
+                evaluated.append(record)
+            if "loss" in record:
+                trained = record
+    if trained is None or trained in evaluated[-1:]:
+        return evaluated
+    return sorted([*evaluated, trained], key=lambda record: record.get("step", 0))
 
 
 def cumulative_seconds(records: Sequence[dict[str, Any]]) -> list[float]:

@@ -67,6 +67,14 @@ def test_any_finite_values_can_be_drawn(values: list[float | None]) -> None:
         assert "nan" not in svg.lower()
 
 
+@pytest.mark.parametrize("values", [[-3.4e38, 1.0, 3.4e38], [-3.4e38, None], [3.4e38, 0.0, 2.0]])
+def test_values_beyond_what_a_linear_axis_can_show_are_gaps(values: list[float | None]) -> None:
+    points = [Point(10.0**number * 1e9, value) for number, value in enumerate(values, start=1)]
+    drawn = draw_chart(chart([*points, Point(1e60, 1.0)], from_zero=True))
+    assert parse(drawn).get("role") == "img"
+    assert draw_chart(chart([Point(1.0, -1e30)])) == ""
+
+
 def test_labels_of_a_logarithmic_axis_keep_their_digits() -> None:
     svg = draw_chart(chart([Point(i, 10.0**-i) for i in range(4)]))
     labels = [element.text for element in parse(svg).iter("text")]
