@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -17,18 +18,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from nested_core.storage.compiled_kernels import KERNELS_FOLDER_VARIABLE, cache_folder
+from nested_core.storage.compiled_kernels import (
+    KERNELS_FOLDER_VARIABLE,
+    USER_TMPDIR_VARIABLE,
+    cache_folder,
+)
 
+SHARED_VARIABLE = "NESTED_TUNE_TESTS_SHARED"
 _PREFECT_HOME = Path(tempfile.mkdtemp(prefix="nested-tune-prefect-"))
 atexit.register(shutil.rmtree, _PREFECT_HOME, ignore_errors=True)
 
 # Compiled kernels stay from session to session, in the user's own folder.
 os.environ.setdefault(KERNELS_FOLDER_VARIABLE, str(cache_folder() / "kernels"))
 
-# What is made once for all workers of a session lies in the folder of the process that starts them.
-os.environ.setdefault("NESTED_TUNE_TESTS_SHARED", str(_PREFECT_HOME))
+# So does what is made once for all workers and sessions.
+os.environ.setdefault(SHARED_VARIABLE, str(cache_folder() / "tests"))
 
 # Set before anything is imported: Prefect and the tokenizers read them once. Children inherit them.
 os.environ.update(
@@ -36,6 +43,7 @@ os.environ.update(
     TRANSFORMERS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     DO_NOT_TRACK="1",
+    MLFLOW_DISABLE_TELEMETRY="true",
     PREFECT_SERVER_ANALYTICS_ENABLED="false",
     PREFECT_HOME=str(_PREFECT_HOME),
     NESTED_TUNE_CACHE=str(_PREFECT_HOME / "cache"),
@@ -45,7 +53,7 @@ for _name in ("PREFECT_API_URL", "PREFECT_PROFILE"):
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a worker a core: further threads only wait, spinning
 
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, is_hypothesis_test, settings  # noqa: E402
 
 from nested_core import backend  # noqa: E402
 
@@ -54,9 +62,19 @@ backend.prepare()  # before a test imports mlx
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["TMPDIR"] = _FOLDER_OF_ALL_WORKERS  # of two workers one compiles a kernel
 
+from tests import child_output  # noqa: E402
 from tests.fork_server import forking_python, python  # noqa: E402
 from tests.kernels import read_header_once  # noqa: E402
 from tests.left_out import LeftOut, check_reasons  # noqa: E402
+from tests.leftovers import WORKER_VARIABLE, Heard, Watch, explain  # noqa: E402
+
+# Temporary files of this process and of those that it starts lie in a folder of their own.
+TEMPORARY_FOLDER = Path(tempfile.gettempdir())
+os.environ[USER_TMPDIR_VARIABLE] = tempfile.tempdir = tempfile.mkdtemp(prefix="tests-")
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+
+os.environ[WORKER_VARIABLE] = str(os.getpid())
+WATCH = pytest.StashKey[Watch]()
 
 MEMORY_FOLDER = Path("/dev/shm")
 MEMORY_BYTES = 4 * 2**30  # the suite keeps under 1 GiB of temporary files at a time
@@ -72,19 +90,40 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of `python -m tests.again`."""
+    group = parser.getgroup("tests.again")
+    group.addoption("--file-order-seed", type=int, help="shuffle the files by this seed")
+    group.addoption("--note-starters", type=Path, help="folder for tests that start something")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Make ready, before the workers start, what their kernels are compiled from."""
+    config.stash[WATCH] = Watch(Heard(), folders_to_write_in(config.rootpath))
     config.pluginmanager.register(LeftOut(config), "left-out")
+    config.pluginmanager.register(child_output, "child-output")
     if config.getoption("numprocesses", None):
         read_header_once(_PREFECT_HOME / "include")
-    if memory_has_room():
-        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FOLDER))
+    folder = MEMORY_FOLDER if memory_has_room() else TEMPORARY_FOLDER
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(folder))
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a test that is slow without a reason, before `-m` selects."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Refuse a test that is slow without a reason, before `-m` selects; order the files."""
     check_reasons(items)
+    seed = config.getoption("file_order_seed")
+    if seed is not None:
+        files = list(dict.fromkeys(item.path for item in items))
+        random.Random(seed).shuffle(files)
+        items.sort(key=lambda item: files.index(item.path))
+
+
+def folders_to_write_in(root: Path) -> list[Path]:
+    """Where a test may leave files: temporary folders, and what tools keep from run to run."""
+    caches = [Path(os.environ[name]) for name in (KERNELS_FOLDER_VARIABLE, SHARED_VARIABLE)]
+    tools = [root / name for name in (".hypothesis", ".pytest_cache", "build")]
+    return [TEMPORARY_FOLDER, MEMORY_FOLDER, *caches, *tools, Path("/dev"), Path("/proc")]
 
 
 def memory_has_room() -> bool:
@@ -102,6 +141,31 @@ def forked_ranks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", forking_python())
         yield
+
+
+@pytest.fixture(autouse=True)
+def _a_leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves something behind; by its name this is around all other fixtures."""
+    watch = request.config.stash[WATCH]
+    watch.begin()
+    yield
+    left = watch.end(compares_random_states=not is_hypothesis_test(request.function))
+    folder: Path | None = request.config.getoption("note_starters")
+    if folder is not None and watch.starts_threads_or_processes:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{os.getpid()}.txt").open("a", encoding="utf-8") as file:
+            file.write(request.node.nodeid + "\n")
+    if left:
+        pytest.fail(explain(left), pytrace=False)
+
+
+@pytest.fixture
+def own_random_state() -> Iterator[None]:
+    """Put the global states of `random` and numpy back, for code that seeds or draws from them."""
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    yield
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def python(
     *command: object,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    timeout: float = 240,
+    timeout: float = 900,
 ) -> subprocess.CompletedProcess[str]:
     """Run `python PROGRAM ARGUMENTS` to its end, as `subprocess.run` would with its output kept.
 
@@ -106,7 +106,11 @@ def python(
         )
         stdout.seek(0)
         stderr.seek(0)
-        return subprocess.CompletedProcess(words, code, stdout.read(), stderr.read())
+        from tests.child_output import note_output  # it imports pytest, which the server has not
+
+        done = subprocess.CompletedProcess(words, code, stdout.read(), stderr.read())
+        note_output(" ".join(words), code, done.stdout, done.stderr)
+        return done
 
 
 def forking_python() -> str:

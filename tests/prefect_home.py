@@ -1,7 +1,8 @@
 """Homes for Prefect servers, whose database has its tables already.
 
-An empty database takes a server's first start seven seconds of CPU time, in some hundred
-migrations. They are done once for all workers of a test session, and the file is copied.
+An empty database takes a server's first start ten seconds of CPU time, in some hundred migrations.
+They are done once for the versions of Prefect, SQLAlchemy and SQLite: the file is kept in the
+user's folder for caches, for all workers and sessions, and copied.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 MAKE_TABLES = """
@@ -36,13 +39,17 @@ def new_prefect_home(folder: Path) -> Path:
 
 def _database_with_tables() -> Path:
     """The database that is copied; the first process that asks for it makes it."""
-    home = Path(os.environ["NESTED_TUNE_TESTS_SHARED"]) / "prefect-tables"
-    home.mkdir(exist_ok=True)
-    made = home / "made"
-    with (home / "lock").open("w") as lock:
+    versions = [f"{name}-{metadata.version(name)}" for name in ("prefect", "sqlalchemy", "alembic")]
+    folder = Path(os.environ["NESTED_TUNE_TESTS_SHARED"]) / "-".join(
+        [*versions, f"sqlite-{sqlite3.sqlite_version}"]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
+        if not (folder / DATABASE).exists():
+            home = folder / f"made-by-{os.getpid()}"
             environment = os.environ | {"PREFECT_HOME": str(home)}
             subprocess.run([sys.executable, "-c", MAKE_TABLES], env=environment, check=True)
-            made.touch()
-    return home / DATABASE
+            (home / DATABASE).rename(folder / DATABASE)
+            shutil.rmtree(home)
+    return folder / DATABASE

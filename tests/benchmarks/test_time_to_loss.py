@@ -86,6 +86,7 @@ def test_every_arm_is_read_and_an_unknown_word_refused():
         arm_of("ours+deeep")
 
 
+@pytest.mark.usefixtures("own_random_state")
 def test_our_order_of_batches_is_the_one_that_mlx_lm_draws_under_the_seed():
     tables = Corpus().tables("train")[:40]
     np.random.seed(7)

@@ -20,7 +20,6 @@ from tests.fork_server import python
 
 pytestmark = [
     pytest.mark.slow("eleven short trainings, each in a process that imports mlx_lm"),
-    pytest.mark.timeout(300),
 ]  # seven short processes, each of which imports mlx_lm
 ARMS = ["mlx_lm", "ours"]
 ONLY_THESE = """

@@ -212,9 +212,17 @@ PARSERS = {
     ),
 }
 CASES = [(name, shape) for name, parser in PARSERS.items() for shape in parser.shapes]
+SLOW_YAML = pytest.mark.slow("PyYAML takes a second for the longer of the texts")
+YAML_CASES = [case for case in CASES if case[0] in ("YAML", "a configuration")]
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(*case, marks=[SLOW_YAML] if case in YAML_CASES[1:] else [], id="-".join(case))
+        for case in CASES
+    ],
+)
 def test_a_parser_takes_linear_time(tmp_path: Path, name: str, shape: str) -> None:
     parser = PARSERS[name]
 

@@ -29,15 +29,16 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from flows import cli
+from flows import cli, embedded_server
 from flows.embedded_server import EmbeddedServer
+from tests.child_output import note_output
 from tests.example import write_config
 from tests.fork_server import python
 from tests.prefect_home import new_prefect_home
 
 PROGRAM = Path(sys.executable).with_name("nested-tune")
 MAX_LINES = 14
-SECONDS = 240  # for a command, on a machine that does much else
+SECONDS = 900  # for a command or a server, on a machine that does much else
 
 
 @pytest.fixture(scope="session")
@@ -52,14 +53,35 @@ def prefect_server(prefect_home: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(prefect_home))
         server = EmbeddedServer()
-    server.serve()
-    server.wait()
-    settings = {PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
-    with temporary_settings(settings):
-        yield
-        APILogWorker.instance().drain()  # the server takes what is held back before it ends
-        EventsWorker.drain_all()
-    server.stop()
+    try:
+        server.serve()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embedded_server, "SECONDS_TO_START", SECONDS)
+            server.wait()
+        settings = {PREFECT_API_URL: server.url, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with temporary_settings(settings):
+            yield
+            drain_prefect()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _prefect_is_quiet(own_random_state: None) -> Iterator[None]:
+    """End Prefect's threads after each test, and undo what it drew from the global `random`.
+
+    Runs get their names from it, and so does each ping of the connection that events are sent by,
+    every twenty seconds, in a thread that would outlive the test: hypothesis sees that as a test
+    that draws from two sources.
+    """
+    yield
+    drain_prefect()
+
+
+def drain_prefect() -> None:
+    """Have Prefect's threads send what they hold back, and end them."""
+    APILogWorker.drain_all()
+    EventsWorker.drain_all()
 
 
 def flow_run_id(state: State[Any]) -> UUID:
@@ -122,6 +144,7 @@ def ended(process: subprocess.Popen[str], seconds: float = SECONDS) -> Ended:
     except subprocess.TimeoutExpired:
         process.kill()
         raise
+    note_output(process.args, process.returncode, stdout, stderr)
     return Ended(process.returncode, stdout, stderr)
 
 
@@ -146,6 +169,8 @@ def called(*arguments: object, cwd: Path) -> Ended:
             code = cli.main([str(argument) for argument in arguments])
         except SystemExit as end:  # of --version and --help
             code = int(end.code or 0)
+    words = " ".join(map(str, arguments))
+    note_output(f"nested-tune {words}", code, stdout.getvalue(), stderr.getvalue())
     return Ended(code, stdout.getvalue(), stderr.getvalue())
 
 
@@ -182,5 +207,5 @@ def command_run(tmp_path_factory: pytest.TempPathFactory) -> CommandRun:
     """One run of the example by `train --json`, that other tests look at and do not change."""
     folder = tmp_path_factory.mktemp("command")
     write_config(folder / "config.yaml", iters=8)
-    process = start("train", "-c", "config.yaml", "--run-dir", "run", "--json", cwd=folder)
-    return CommandRun(folder, ended(process))
+    words = ("train", "-c", "config.yaml", "--run-dir", "run", "--json")
+    return CommandRun(folder, completed(*words, cwd=folder))

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from prefect.settings import get_current_settings
 
 from nested_core.registry import list_versions, read_champion
 from tests.example import write_config
-from tests.flows.conftest import Ended, completed
+from tests.flows.conftest import Ended, called
 
 NAME = "capitals"
 
@@ -25,10 +24,8 @@ def story(
     settings = {"registry": target, "continual": {"from": "champion"}, "val_batches": 1}
     write_config(folder / "config.yaml", iters=4, **settings)
 
-    server = str(get_current_settings().api.url)
-
     def command(*arguments: object) -> Ended:
-        return completed(*arguments, cwd=folder, PREFECT_API_URL=server)
+        return called(*arguments, cwd=folder)
 
     return folder, {
         "first": command("train", "-c", "config.yaml", "--run-dir", "first"),
@@ -76,6 +73,6 @@ def test_a_champion_whose_provenance_is_damaged_ends_with_6(
     path = folder / "registry" / NAME / "champion" / "provenance.json"
     path.chmod(0o644)
     path.write_text("{")
-    refused = completed("train", "-c", "config.yaml", "--run-dir", "fifth", cwd=folder)
+    refused = called("train", "-c", "config.yaml", "--run-dir", "fifth", cwd=folder)
     assert refused.code == 6
     assert "provenance.json is not valid JSON" in refused.message()

@@ -20,7 +20,6 @@ from tests.example import DATA, MODEL, generate_answers
 from tests.flows.conftest import Ended, called, completed, ended, start
 from tests.prefect_home import new_prefect_home
 
-pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
 whole = pytest.mark.slow("both demos whole, each in a process of its own")
 
 NAME = "geography"
@@ -52,6 +51,7 @@ def test_a_short_demo_promotes_an_adapter_that_answers_better(
     assert entry["version"] == read_champion(tmp_path / "out" / "registry", NAME)
 
 
+@pytest.mark.claim("A run that changed nothing does not pass")
 def test_a_short_demo_that_loses_its_updates_is_rejected_and_registers_nothing(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,10 +16,9 @@ from nested_core.storage.checkpoint_verification import list_checkpoints
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
 from tests.example import write_config
-from tests.flows.conftest import Ended, completed, ended, start
+from tests.flows.conftest import Ended, called, completed, ended, start
 
 pytestmark = [
-    pytest.mark.timeout(400),  # several processes, one after the other
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
 ]
 
@@ -235,7 +234,7 @@ def test_a_run_that_was_killed_and_stopped_goes_on_from_its_last_checkpoint_each
 
 def test_a_batch_that_the_ranks_cannot_share_exits_2(tmp_path: Path) -> None:
     write_config(tmp_path / "config.yaml", batch_size=3, training={"processes": 2})
-    refused = completed(*TRAIN, cwd=tmp_path)
+    refused = called(*TRAIN, cwd=tmp_path)
     assert refused.code == 2
     assert "batch_size 3 is the batch of all ranks together" in refused.message()
     assert not (tmp_path / "run").exists()

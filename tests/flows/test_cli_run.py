@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 
 from tests.example import write_config
-from tests.flows.conftest import Ended, completed
-
-pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
+from tests.flows.conftest import Ended, called, completed
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A sound data set and a bad one, at the same time, on one server."""
+    """A sound data set in a process of its own, and a bad one in this process, on one server."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "data").mkdir()
     (folder / "data" / "train.jsonl").write_text('{"messages": 5}\n')
@@ -48,12 +45,11 @@ def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs
     write_config(folder / "bad.yaml", data="data", **changes)
     server = str(get_current_settings().api.url)
 
-    def run(name: str) -> Ended:
-        arguments = ("run", "-c", f"{name}.yaml", "--run-dir", name)
-        return completed(*arguments, cwd=folder, PREFECT_API_URL=server)
-
-    with ThreadPoolExecutor(2) as pool:
-        return Runs(folder, *pool.map(run, ("sound", "bad")))
+    sound = ("run", "-c", "sound.yaml", "--run-dir", "sound")
+    bad = ("run", "-c", "bad.yaml", "--run-dir", "bad")
+    return Runs(
+        folder, completed(*sound, cwd=folder, PREFECT_API_URL=server), called(*bad, cwd=folder)
+    )
 
 
 def test_what_failed_is_told_once_and_the_tasks_are_named(runs: Runs) -> None:

@@ -22,7 +22,6 @@ from tests.prefect_home import new_prefect_home
 
 pytestmark = [
     pytest.mark.slow("starts a server and trains until it is stopped, each in a process"),
-    pytest.mark.timeout(300),
 ]  # several processes, each with a server of its own
 
 RUN = ("run", "-c", "config.yaml", "--run-dir", "run")

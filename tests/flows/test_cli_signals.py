@@ -14,9 +14,7 @@ import pytest
 from nested_core.storage.checkpoint import latest_checkpoint
 from nested_core.storage.checkpoint_verification import list_checkpoints
 from tests.example import write_config
-from tests.flows.conftest import completed, ended, start
-
-pytestmark = pytest.mark.timeout(240)  # several processes, one after the other
+from tests.flows.conftest import called, completed, ended, start
 
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run")
 SECONDS_TO_STOP = 10
@@ -102,7 +100,7 @@ def test_a_signal_while_the_gate_judges_exits_5_and_the_resumed_run_is_judged(
 def test_a_folder_with_a_configuration_of_its_own_is_not_taken_for_a_run(tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yaml", iters=4)
     before = config.read_bytes()
-    refused = completed("train", "-c", config, "--run-dir", ".", "--resume", cwd=tmp_path)
+    refused = called("train", "-c", config, "--run-dir", ".", "--resume", cwd=tmp_path)
     assert refused.code == 2
     assert "not a run directory" in refused.message()
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

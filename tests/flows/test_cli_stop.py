@@ -14,9 +14,7 @@ import pytest
 
 from nested_core.storage.adapter import read_adapter
 from tests.example import write_config
-from tests.flows.conftest import Ended, completed, ended, start
-
-pytestmark = pytest.mark.timeout(300)  # several processes, one after the other
+from tests.flows.conftest import Ended, called, completed, ended, start
 
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run", "--json")
 
@@ -56,7 +54,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     told = Story(folder / "run")
 
     def command(*arguments: object) -> Ended:
-        return completed(*arguments, cwd=folder)
+        return called(*arguments, cwd=folder)
 
     def training(*more: str, until: int) -> subprocess.Popen[str]:
         process = start(*TRAIN, *more, cwd=folder)

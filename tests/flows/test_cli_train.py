@@ -93,6 +93,7 @@ def test_status_for_a_person_is_a_table(command_run: CommandRun, nested_tune: Ru
     assert done.stderr == ""
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_resuming_a_finished_run_judges_it_again(command_run: CommandRun, tmp_path: Path) -> None:
     checkpoint = command_run.run_dir / "checkpoints" / "step-0000008"
     before = (checkpoint / "MANIFEST.json").stat().st_mtime_ns
@@ -146,6 +147,7 @@ def test_flags_win_over_the_file(tmp_path: Path, nested_tune: Run) -> None:
     assert "seed: 7" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_a_full_disk_while_samples_are_answered_does_not_keep_the_run_from_its_gate(
     nested_tune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def continued(folder: Path, path: str, **changes: Any) -> State[Any]:
     return run_flow(given)
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_a_sound_run_that_is_no_better_than_its_start_keeps_the_champion(
     completed: tuple[Path, State[Any]],
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_sound_run_that_is_no_better_than_its_start_keeps_the_champion(
     assert list_versions(folder / "registry", "capitals") == [champion]
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(
     completed: tuple[Path, State[Any]],
 ) -> None:
@@ -263,6 +265,7 @@ def test_a_full_disk_fails_the_flow_with_what_to_do(tmp_path: Path) -> None:
     assert "Retry" in str(state.message)
 
 
+@pytest.mark.slow("a flow run of its own")
 def test_without_a_registry_the_flow_ends_after_the_gate(tmp_path: Path) -> None:
     given = parameters(tmp_path, iters=4, val_batches=1, registry={})
     state = run_flow(given)

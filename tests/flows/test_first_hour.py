@@ -30,7 +30,6 @@ def commands_of(document: Path) -> list[list[str]]:
 
 
 @pytest.mark.reliability
-@pytest.mark.timeout(300)  # two trainings and twelve other commands
 def test_the_first_hour_ends_with_right_answers_and_goes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ from nested_core.gate.verdict import Code
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.adversaries import CASES, DAMAGED, Case, Scene, suite_bounds
 from tests.example import example_settings, train_example
+from tests.left_out import slow_except
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 SETTINGS = {"save_every": 4, "steps_per_report": 1}
@@ -85,7 +86,12 @@ def bounds(case: Case, folder: Path) -> dict[str, Any]:
     return {"general_data": str(general), "max_general_loss_increase": 0.0}
 
 
-@pytest.mark.parametrize("sabotaged", INJECTED.values(), ids=INJECTED, indirect=True)
+@pytest.mark.parametrize(
+    "sabotaged",
+    slow_except(INJECTED.values(), INJECTED["unchanged"], reason="a flow run for each reason"),
+    ids=INJECTED,
+    indirect=True,
+)
 def test_the_flow_fails_with_the_reason_and_promotes_nothing(
     sabotaged: tuple[Path, State[Any]], request: pytest.FixtureRequest
 ) -> None:
@@ -105,6 +111,7 @@ HARMED = [case for case in CASES if case.expected == (DAMAGED,)][:2]
 HONEST = next(case for case in CASES if not case.expected)
 
 
+@pytest.mark.slow("a flow run for each kind of tampering")
 @pytest.mark.parametrize("sabotaged", HARMED, ids=lambda case: case.name, indirect=True)
 def test_a_flow_whose_run_was_tampered_with_fails_without_a_verdict(
     sabotaged: tuple[Path, State[Any]],

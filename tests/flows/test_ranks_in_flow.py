@@ -15,7 +15,6 @@ from tests.flows.conftest import task_runs
 pytestmark = [
     pytest.mark.slow("trains two ranks"),
     pytest.mark.usefixtures("prefect_server", "forked_ranks"),
-    pytest.mark.timeout(300),
 ]
 
 

@@ -17,7 +17,7 @@ from tests.example import example_settings, train_example, write_config
 from tests.flows.conftest import completed
 
 NAME = "capitals"
-pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.usefixtures("prefect_server")]
 
 
 @pytest.fixture(scope="module")

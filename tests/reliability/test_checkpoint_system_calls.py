@@ -74,6 +74,7 @@ def each_call(
         shutil.rmtree(copy)
 
 
+@pytest.mark.claim("A run killed at any moment resumes to the bit, or is complete")
 @pytest.mark.parametrize("stride", [SAMPLE, EVERY_CALL])
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("step", [2, 3])

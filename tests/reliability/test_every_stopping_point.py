@@ -16,7 +16,7 @@ from tests.example import SPEEDS, Finished, prepare, stop_after, train, train_ex
 from tests.example import example_config as configure
 
 STEPS = 26  # 51 micro-batches, two a step: the last is alone, and two chunks are left open
-pytestmark = [pytest.mark.reliability, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.reliability]
 
 
 def settings(slow_gradients: str) -> dict[str, Any]:

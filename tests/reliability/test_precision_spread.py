@@ -35,7 +35,6 @@ def losses(folder: Path, precision: str) -> np.ndarray:
 
 
 @pytest.mark.reliability
-@pytest.mark.timeout(600)
 def test_the_curve_of_bfloat16_stays_within_the_spread_of_seeds_of_float32(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,7 +55,6 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> ExampleLosses:
 
 
 @pytest.mark.reliability
-@pytest.mark.timeout(600)
 def test_two_adapters_with_their_losses_swapped_at_random_are_hardly_ever_promoted(
     losses: ExampleLosses, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,11 +38,11 @@ from tests.core.registry.system_calls import (
     can_trace,
     interrupted_at,
 )
+from tests.left_out import slow_except
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
-    pytest.mark.timeout(600),
 ]
 
 
@@ -96,7 +96,14 @@ def each_call(
 
 @pytest.mark.parametrize("stride", [SAMPLE, EVERY_CALL])
 @pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("change", ["promote", "rollback", "register_and_promote"])
+@pytest.mark.parametrize(
+    "change",
+    slow_except(
+        ["promote", "rollback", "register_and_promote"],
+        "promote",
+        reason="interrupts a process at many calls",
+    ),
+)
 def test_failure_at_a_call_leaves_the_old_or_the_new_champion_and_the_next_change_settles(
     memory: Path,
     versions: tuple[str, str, str],

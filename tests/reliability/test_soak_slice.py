@@ -14,7 +14,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = [
     pytest.mark.slow("trains in processes that are killed, and to an end for comparison"),
-    pytest.mark.timeout(600),
 ]
 FULL = [pytest.mark.reliability, pytest.mark.timeout(7200)]
 

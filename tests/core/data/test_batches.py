@@ -133,6 +133,7 @@ def test_widths_are_few_round_where_long_and_no_wider_than_allowed() -> None:
     assert sort_into_buckets([20] * 64, 4).widths.tolist() == [19]
 
 
+@pytest.mark.usefixtures("own_random_state")  # mlx_lm draws from numpy's
 @pytest.mark.parametrize(("rows", "theirs"), [(2_000, 0.6), (20_000, 0.6)])
 def test_padding_of_skewed_lengths_is_at_most_three_per_cent(rows: int, theirs: float) -> None:
     lengths = skewed_lengths(rows)

@@ -237,6 +237,7 @@ def pool() -> Iterator[ProcessPoolExecutor]:
         yield processes
 
 
+@pytest.mark.slow("starts processes that import transformers")
 @pytest.mark.parametrize("damaged", [False, True])
 def test_processes_that_load_one_data_set_at_once_all_get_it(
     settings: DataSettings,

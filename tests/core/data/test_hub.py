@@ -207,6 +207,7 @@ def test_no_network_is_asked_for_when_offline(monkeypatch: pytest.MonkeyPatch) -
     assert "a connection was tried" not in done.stderr
 
 
+@pytest.mark.claim("Data, adapters and model folders can run nothing here")
 def test_code_of_a_data_set_needs_trust(questions: Path) -> None:
     asking = {"path": "org/name", "config": {"trust_remote_code": True}}
     with pytest.raises(ConfigError, match=r"asks to run code of the data set|nested-tune\[hub\]"):

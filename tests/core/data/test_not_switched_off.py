@@ -84,6 +84,7 @@ def test_no_variable_of_pandera_changes_a_finding(
     assert validate(bad_data, environment) == expected
 
 
+@pytest.mark.slow("a process that imports pandera for each variable")
 @pytest.mark.parametrize("environment", OFF, ids=lambda variables: next(iter(variables)))
 def test_nor_where_another_has_imported_pandera_under_it_before(
     environment: dict[str, str], bad_data: Path, expected: tuple[int, list[dict[str, Any]]]

@@ -103,6 +103,7 @@ def write_own_tokenizer() -> str:
     return str(folder)
 
 
+@pytest.mark.slow("starts three processes that import transformers")
 def test_a_tokenizers_own_code_runs_in_workers_where_it_is_trusted_and_nowhere_else(
     write_data: WriteData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +205,7 @@ print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
 
+@pytest.mark.slow("tokenizes ten times as many examples")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak from /proc")
 def test_an_epoch_takes_the_same_memory_over_ten_times_the_tokens(tmp_path: Path) -> None:
     peaks = [peak_megabytes(tmp_path / str(rows), rows) for rows in (4_000, 40_000)]

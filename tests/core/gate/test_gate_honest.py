@@ -131,6 +131,7 @@ def run_losing(tmp_path: Path, apply: Apply, **changes: Any) -> Finished:
         return train(config, run)
 
 
+@pytest.mark.claim("A run that changed nothing does not pass")
 @pytest.mark.parametrize(
     "apply",
     slow_except(

@@ -39,6 +39,7 @@ def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
     assert imported == {"json", "sys", "typing", "mlx.core", "mlx.utils", "mlx_lm"}
 
 
+@pytest.mark.claim("The adapter works in a process that has only the files")
 def test_a_run_is_proven_against_what_its_trainer_computed(
     new_process: None, config: FineTuneConfig, run: RunDirectory
 ) -> None:
@@ -117,6 +118,7 @@ def test_an_effect_too_small_for_any_logit_is_no_effect(
     assert mostly == []  # lora_a stayed although it had gradients: found before any process starts
 
 
+@pytest.mark.claim("The adapter works in a process that has only the files")
 def test_an_adapter_that_plain_mlx_lm_cannot_load_is_unreadable(
     new_process: None, run: RunDirectory, tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def test_what_no_repository_is_called_is_no_folder_here(name: str) -> None:
         require_folder_or_hub_name(name)
 
 
+@pytest.mark.claim("Data, adapters and model folders can run nothing here")
 def test_code_in_a_models_folder_is_run_only_where_the_configuration_trusts_it(
     tmp_path: Path,
 ) -> None:

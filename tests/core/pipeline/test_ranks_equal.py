@@ -21,7 +21,7 @@ from nested_core.training.metrics_file import read_metrics
 from tests.example import example_config, prepare
 from tests.left_out import slow_except
 
-pytestmark = [pytest.mark.usefixtures("forked_ranks"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.usefixtures("forked_ranks")]
 
 STEPS = 10
 TIER_BYTES = 4 * 20_480  # parameters of each tier, float32

@@ -90,7 +90,17 @@ def can_fail(failure: Failure) -> bool:
 # For tests that run an action once for each of its system calls: the failures, and every how many
 # calls. In the suite a sample; each single call in the tests of reliability.
 FAILURES = [
-    pytest.param(failure, marks=pytest.mark.skipif(not can_fail(failure), reason="Linux, x86_64"))
+    pytest.param(
+        failure,
+        marks=[
+            pytest.mark.skipif(not can_fail(failure), reason="Linux, x86_64"),
+            *(
+                [pytest.mark.slow("interrupts a process at many calls")]
+                if failure != "kill"
+                else []
+            ),
+        ],
+    )
     for failure in get_args(Failure)
 ]
 EVERY_CALL, SAMPLE = pytest.param(1, marks=pytest.mark.reliability), 67

@@ -213,7 +213,6 @@ def test_a_version_whose_provenance_cannot_be_read_is_damage(
         late(registry, version)
 
 
-@pytest.mark.timeout(20)  # nobody ever writes into the pipe
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_a_verdict_that_is_no_file_is_damage_and_not_waited_for(
     add: Add, registry: Path, make: Callable[[Path], None]

@@ -49,6 +49,7 @@ def actions(three, registry) -> dict[str, tuple[Action, str]]:
     }
 
 
+@pytest.mark.claim("A registry has one champion, and its history cannot be edited unseen")
 @interruptions
 @pytest.mark.parametrize(
     "kind", slow_except(["promote", "rollback"], "promote", reason=INTERRUPTED)

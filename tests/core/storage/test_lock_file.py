@@ -75,7 +75,6 @@ def replace(path: Path) -> None:
     path.touch()
 
 
-@pytest.mark.timeout(20)  # a pipe would be waited for without end
 @pytest.mark.parametrize("make", NO_LOCK_FILES)
 def test_what_is_no_regular_file_is_damage_for_every_lock_and_is_left_as_it_is(
     path: Path, make: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,7 @@ def test_hostile_headers_are_refused_within_a_second_and_100_mb_each(tmp_path: P
         assert outcome["bytes"] < 100e6, (name, outcome)
 
 
+@pytest.mark.claim("Data, adapters and model folders can run nothing here")
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

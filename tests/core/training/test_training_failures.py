@@ -157,6 +157,7 @@ def test_training_that_stays_non_finite_is_given_up_after_the_limit(
     assert not (tmp_path / "run" / "adapter").exists()
 
 
+@pytest.mark.slow("trains a run of its own for many steps")
 def test_diverged_training_with_checkpoints_and_evaluations_says_that_it_diverged(
     tmp_path: Path,
 ) -> None:
@@ -231,6 +232,7 @@ def test_a_checkpoint_that_equals_the_initial_adapter_raises_a_red_flag(tmp_path
     assert list(done.result.red_flags) == [str(caught[0].message)]
 
 
+@pytest.mark.slow("trains a run of its own for many steps")
 def test_a_loss_that_does_not_move_raises_a_red_flag(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "lr_schedule": {"name": "linear_schedule", "arguments": [0.0, 0.0, 10]},

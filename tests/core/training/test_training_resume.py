@@ -38,6 +38,7 @@ from tests.example import (
     train,
     train_example,
 )
+from tests.left_out import slow_except
 
 STEPS = 7  # 13 micro-batches, two a step: the last is alone
 
@@ -55,7 +56,10 @@ def settings(slow_gradients: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=["skip", "accumulate"])
+STOPS = "trains to an end, stops, resumes and compares"
+
+
+@pytest.fixture(scope="module", params=slow_except(["skip", "accumulate"], "skip", reason=STOPS))
 def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """The run that nobody stops, in each mode."""
     return train_example(tmp_path_factory.mktemp("whole") / "run", **settings(request.param))
@@ -89,7 +93,8 @@ def assert_same(done: Finished, whole: Finished) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.claim("A run killed at any moment resumes to the bit, or is complete")
+@pytest.mark.parametrize("step", slow_except([1, 4], 4, reason=STOPS))
 def test_a_run_stopped_at_any_step_and_resumed_is_bit_identical(
     whole: Finished, tmp_path: Path, step: int
 ) -> None:
@@ -101,6 +106,7 @@ def test_a_run_stopped_at_any_step_and_resumed_is_bit_identical(
     steps.judge(done.config, run)
 
 
+@pytest.mark.slow(STOPS)
 def test_a_run_stopped_twice_and_once_before_its_first_step_is_bit_identical(
     whole: Finished, tmp_path: Path
 ) -> None:
@@ -116,6 +122,7 @@ def test_a_run_stopped_twice_and_once_before_its_first_step_is_bit_identical(
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.slow(STOPS)
 def test_a_checkpoint_older_than_the_last_report_cuts_the_metrics_back(
     whole: Finished, tmp_path: Path
 ) -> None:
@@ -128,7 +135,9 @@ def test_a_checkpoint_older_than_the_last_report_cuts_the_metrics_back(
     assert_same(done, whole)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "muon", "lion"])
+@pytest.mark.parametrize(
+    "optimizer", slow_except(["sgd", "adafactor", "muon", "lion"], reason=STOPS)
+)
 def test_an_optimizer_of_mlx_goes_on_where_it_was(tmp_path: Path, optimizer: str) -> None:
     changes: dict[str, Any] = {"iters": 4, "val_batches": 0, "nested": {"frequencies": [1, 2]}}
     whole = train_example(tmp_path / "whole", optimizer=optimizer, **changes)
@@ -174,6 +183,7 @@ def test_a_stop_request_from_another_process_stops_and_is_taken_away(tmp_path: P
     assert go_on(config, run).result.step == 8
 
 
+@pytest.mark.slow(STOPS)
 def test_a_stop_request_that_came_too_late_does_not_stop_the_next_run(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", val_batches=0)
     done.run.stop_request.touch()
@@ -202,6 +212,7 @@ def test_a_run_that_another_process_began_meanwhile_is_not_written_over(tmp_path
     assert run.config.read_bytes() == written
 
 
+@pytest.mark.slow(STOPS)
 def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", val_batches=0)
     longer = example_config(val_batches=0, iters=16)
@@ -210,6 +221,7 @@ def test_a_longer_run_that_was_stopped_is_not_taken_for_finished(tmp_path: Path)
     assert steps.train(longer, done.run).step == 16
 
 
+@pytest.mark.slow(STOPS)
 def test_a_resume_hashes_its_newest_checkpoint_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

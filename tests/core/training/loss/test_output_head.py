@@ -148,6 +148,7 @@ def peak_memory(loss: Loss, model: nn.Module, given: MicroBatch) -> float:
     return float(mx.get_peak_memory() - before)
 
 
+@pytest.mark.slow("measures the memory of 2,048 tokens, twice")
 def test_128_supervised_of_2048_tokens_take_a_third_of_the_memory_of_mlx_lms_loss() -> None:
     model = build("llama", vocab_size=20_000)
     tokens, supervised = np.ones((4, 513), np.int32), np.zeros((4, 512), np.bool_)
