@@ -1,0 +1,154 @@
+"""The suite again and again: `python -m tests.again`, which goes on where it was ended.
+
+Ten runs of `make test` with another seed of hypothesis and another order of files each, four of
+them beside four busy processes; two runs of the tests that `make test-all` adds; and 200 runs of
+the tests that start threads or processes. Each run is a line of build/again/runs.jsonl; a run that
+is there is not made again. The exit code is 1 if one of them failed; its output is kept beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FAST = "not slow and not reliability and not production"
+SLOW = "slow and not reliability and not production"
+FAST_RUNS, SLOW_RUNS, STARTER_RUNS = 10, 2, 200
+BUSY_RUNS, BUSY_PROCESSES = 4, 4
+STARTERS_FOLDER = "starters"  # where the runs of `make test` write which tests start something
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of pytest that is planned: what it selects, its seed, and what works beside it."""
+
+    name: str
+    selects: str
+    seed: int
+    busy_processes: int = 0
+
+    def command(self, folder: Path) -> list[str]:
+        """The words to run; the seed also decides the order of files."""
+        words = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", "-q"]
+        words += ["--hypothesis-seed", str(self.seed), "--file-order-seed", str(self.seed)]
+        if self.selects == STARTERS_FOLDER:
+            return [*words, f"@{write_starters(folder)}"]
+        return [*words, "-m", self.selects, "--note-starters", str(folder / STARTERS_FOLDER)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    name: str
+    code: int
+    counts: str
+    wall_seconds: float
+    cpu_seconds: float
+    failed: list[str]
+
+
+def planned_runs() -> list[Run]:
+    """All runs, in order; the tests that start something are known after the first."""
+    runs = []
+    for number in range(FAST_RUNS):
+        busy = BUSY_PROCESSES if number >= FAST_RUNS - BUSY_RUNS else 0
+        runs.append(Run(f"test-{number}", FAST, number, busy))
+    runs += [Run(f"slow-{number}", SLOW, number) for number in range(SLOW_RUNS)]
+    runs += [Run(f"starters-{number}", STARTERS_FOLDER, number) for number in range(STARTER_RUNS)]
+    return runs
+
+
+def write_starters(folder: Path) -> Path:
+    """The tests of `make test` that start a thread or a process, as a file of arguments."""
+    found: set[str] = set()
+    for path in (folder / STARTERS_FOLDER).glob("*.txt"):
+        found.update(path.read_text(encoding="utf-8").splitlines())
+    arguments = folder / "starters.txt"
+    arguments.write_text("\n".join(sorted(found)), encoding="utf-8")
+    return arguments
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Processes that take a core each until the block ends."""
+    program = "while True: pass"
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def make(run: Run, folder: Path) -> Outcome:
+    """Make a run, and keep what it printed if it failed."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    with busy_processes(run.busy_processes):
+        done = subprocess.run(
+            run.command(folder),
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        wall = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 0:
+        (folder / f"{run.name}.txt").write_text(done.stdout, encoding="utf-8")
+    counts = re.findall(r"^\d+ (?:passed|failed).* in [\d.]+s.*$", done.stdout, re.MULTILINE)
+    return Outcome(run.name, done.returncode, "".join(counts[-1:]), wall, cpu, failed)
+
+
+def read_outcomes(path: Path) -> dict[str, Outcome]:
+    """The runs that were made, by name."""
+    if not path.exists():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return {row["name"]: Outcome(**row) for row in map(json.loads, lines)}
+
+
+def main(words: list[str]) -> int:
+    """Make the runs that are missing, and say how all ended."""
+    parser = argparse.ArgumentParser(prog="python -m tests.again", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "again")
+    parser.add_argument("--only", default="", help="runs whose names begin with this")
+    arguments = parser.parse_args(words)
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "runs.jsonl"
+    outcomes = read_outcomes(path)
+    planned = [run for run in planned_runs() if run.name.startswith(arguments.only)]
+    for run in planned:
+        if run.name in outcomes:
+            continue
+        outcome = outcomes[run.name] = make(run, folder)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
+        print(f"{run.name}: exit {outcome.code}, {outcome.counts}; {outcome.cpu_seconds:.0f} CPU-s")
+    failed = [outcomes[run.name] for run in planned if outcomes[run.name].code != 0]
+    for outcome in failed:
+        print(f"{outcome.name} failed: {', '.join(outcome.failed)}; {folder / outcome.name}.txt")
+    print(f"{len(planned) - len(failed)} of {len(planned)} runs passed.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,250 @@
+"""The faults that `python -m tests.planted` plants, one at a time: at least two in each room."""
+
+from __future__ import annotations
+
+from tests.planted.planting import Fault
+
+FAULTS = (
+    Fault(
+        "nested_core/errors.py",
+        '"""An adapter that did not pass the gate; it is never retried and never registered."""\n\n'
+        "    exit_code = 4",
+        '"""An adapter that did not pass the gate; it is never retried and never registered."""\n\n'
+        "    exit_code = 1",
+        "a wrong exit code",
+    ),
+    Fault(
+        "nested_core/errors.py",
+        '[*map(str, values[:count]), *(["..."] if len(values) > count else [])]',
+        '[*map(str, values[:count]), *(["..."] if len(values) >= count else [])]',
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/backend.py",
+        "    if came_too_late:\n        lost = (",
+        "    if came_too_late and not came_too_late:\n        lost = (",
+        "a check skipped",
+    ),
+    Fault(
+        "nested_core/backend.py",
+        "    compiled_kernels.use_private_kernel_folder()\n    if is_mlx_built_for_cuda():",
+        "    if is_mlx_built_for_cuda():",
+        "a forgotten call",
+    ),
+    Fault(
+        "nested_core/storage/atomic.py",
+        "        sync_path(path)\n    if confirm is not None:",
+        "        path.exists()\n    if confirm is not None:",
+        "an fsync dropped",
+    ),
+    Fault(
+        "nested_core/storage/atomic.py",
+        "        _restore_retired(retired)\n        raise\n",
+        "        _restore_retired(retired)\n",
+        "a swallowed error",
+    ),
+    Fault(
+        "nested_core/storage/safetensors_files.py",
+        "        if tensor.begin != begin:",
+        "        if tensor.begin < begin:",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/storage/manifest.py",
+        "        if describe_file(folder / name) != expected:",
+        "        if not (folder / name).exists():",
+        "a check skipped",
+    ),
+    Fault(
+        "nested_core/config/resume.py",
+        "    if before == after or name in allowed:",
+        "    if before == after or allowed:",
+        "a check skipped",
+    ),
+    Fault(
+        "nested_core/config/registry.py",
+        '        if self.promote != "never" and self.path is None:',
+        '        if self.promote == "always" and self.path is None:',
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/text/foreign_text.py",
+        "    if code <= 0xFF:",
+        "    if code < 0xFF:",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/text/duration_format.py",
+        "    if minutes < 60:",
+        "    if minutes <= 60:",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/models/generation.py",
+        "        return not self.text.strip()",
+        "        return not self.text",
+        "a forgotten call",
+    ),
+    Fault(
+        "nested_core/models/peft/lora_factors.py",
+        'tensor.shape[:1] != leaves["lora_a"].shape[1:]:',
+        'tensor.shape[1:] != leaves["lora_a"].shape[1:]:',
+        "a wrong axis",
+    ),
+    Fault(
+        "nested_core/optim/tiered.py",
+        "for i, tier in enumerate(self.tiers) if n % tier.frequency == 0)",
+        "for i, tier in enumerate(self.tiers) if (n - 1) % tier.frequency == 0)",
+        "off by one",
+    ),
+    Fault(
+        "nested_core/optim/named_updates.py",
+        "    if (new.shape, new.dtype) != (old.shape, old.dtype):",
+        "    if new.shape != old.shape:",
+        "a forgotten field",
+    ),
+    Fault(
+        "nested_core/data/tokens/tokenized_split.py",
+        '        if not path.is_file() or path.stat().st_size != expected["bytes"]:',
+        "        if not path.is_file():",
+        "a check skipped",
+    ),
+    Fault(
+        "nested_core/data/tokens/parallel_tokenization.py",
+        '        if request["drops_overlong"] and len(encoded.tokens) > max_seq_length:',
+        '        if request["drops_overlong"] and len(encoded.tokens) >= max_seq_length:',
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/data/lines/sensitive_data.py",
+        "    return 8 <= len(digits) <= 15 and",
+        "    return 8 < len(digits) <= 15 and",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/gate/paired_difference.py",
+        "        return self.examples >= MIN_EXAMPLES",
+        "        return self.examples > MIN_EXAMPLES",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/gate/run_evidence.py",
+        "    if digests_for_result(run, offered) != result.evidence:",
+        "    if not digests_for_result(run, offered):",
+        "a check skipped",
+    ),
+    Fault(
+        "nested_core/gate/adapter_audit.py",
+        "enumerate(zip(own, expected, strict=True)) if i != axis)",
+        "enumerate(zip(own, expected, strict=True)) if i == axis)",
+        "a wrong axis",
+    ),
+    Fault(
+        "nested_core/gate/tier_updates.py",
+        "        return self.had_gradient(name) and not has_moved",
+        "        return self.had_gradient(name) and has_moved",
+        "a condition turned",
+    ),
+    Fault(
+        "nested_core/kernels/blocked_attention.py",
+        "    return mx.concatenate(columns, axis=3)",
+        "    return mx.concatenate(columns[::-1], axis=3)",
+        "a wrong order",
+    ),
+    Fault(
+        "nested_core/kernels/cuda/rank_tiles.py",
+        "if RANKS_PER_TILE * tiles >= rank)",
+        "if RANKS_PER_TILE * tiles > rank)",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/training/silent_failure_checks.py",
+        "    if not is_moving and not has_learned:",
+        "    if not is_moving and has_learned:",
+        "a condition turned",
+    ),
+    Fault(
+        "nested_core/training/training_plan.py",
+        "if 0 < step <= first_step}))",
+        "if 0 <= step < first_step}))",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/training/loss/chunked_cross_entropy.py",
+        "        return total, (rows >= 0).sum()",
+        "        return total, (rows > 0).sum()",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/registry/registration.py",
+        "        if copied[name] != judged.get(source):",
+        "        if name not in copied:",
+        "a check skipped",
+    ),
+    Fault(
+        "nested_core/registry/ledger.py",
+        '        if entry.action != "aborted" and entry.previous != champion:',
+        '        if entry.action == "aborted" and entry.previous != champion:',
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/registry/ledger.py",
+        "        os.ftruncate(descriptor, ledger.whole_bytes)\n        sync_descriptor(descriptor)",
+        "        os.ftruncate(descriptor, ledger.whole_bytes)",
+        "an fsync dropped",
+    ),
+    Fault(
+        "nested_core/pipeline/continual.py",
+        "    if recorded is not None and is_same_base(recorded, base):",
+        "    if recorded is not None:",
+        "a check skipped",
+    ),
+    Fault(
+        "nested_core/pipeline/preflight.py",
+        '    if config.nested.slow_gradients == "accumulate":',
+        '    if config.nested.slow_gradients != "accumulate":',
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/report/line_charts.py",
+        "    if len(places) < total:",
+        "    if len(places) > total:",
+        "a comparison turned",
+    ),
+    Fault(
+        "nested_core/report/run_comparison.py",
+        "    if not difference.is_measurable:",
+        "    if difference.is_measurable:",
+        "a condition turned",
+    ),
+    Fault(
+        "tasks/markdown_page.py",
+        'return f"{value:.4g}" if math.isfinite(value) else "not finite"',
+        'return f"{value:.4g}" if not math.isnan(value) else "not finite"',
+        "a forgotten case",
+    ),
+    Fault(
+        "tasks/verdict_text.py",
+        'text if task["verdict"] == "passed" else f"{text} (failed)"',
+        'text if task["verdict"] != "passed" else f"{text} (failed)"',
+        "a comparison turned",
+    ),
+    Fault(
+        "flows/sweep.py",
+        "    if len(points) > MOST_RUNS:",
+        "    if len(points) >= MOST_RUNS:",
+        "a comparison turned",
+    ),
+    Fault(
+        "flows/early_warnings.py",
+        "    if now - since <= timedelta(days=nights):",
+        "    if now - since >= timedelta(days=nights):",
+        "a sign changed",
+    ),
+    Fault(
+        "flows/commands/doctor.py",
+        'Check("disk", free > MIN_FREE_DISK_BYTES,',
+        'Check("disk", free < MIN_FREE_DISK_BYTES,',
+        "a comparison turned",
+    ),
+)
