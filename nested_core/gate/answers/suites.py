@@ -29,6 +29,7 @@ MAX_SUITE_BYTES = 64 * 2**20
 MAX_SUITE_LINES = 1_000_000  # blank ones included
 MAX_QUESTIONS = 100_000
 MAX_QUESTION_BYTES = 2**20
+MAX_ACCEPTED_ANSWERS = 1_000
 MAX_PROBLEMS = 1_000  # then reading ends
 MAX_LISTED_PROBLEMS = 8
 
@@ -213,6 +214,9 @@ def _read_question(body: bytes, line: int, score: Score) -> Question:
     if len(body) > MAX_QUESTION_BYTES:
         raise ValueError(f"the line is longer than {MAX_QUESTION_BYTES:,} bytes")
     fields = decode_json_object(body)
+    expected = fields.get("expected")
+    if isinstance(expected, list) and len(expected) > MAX_ACCEPTED_ANSWERS:
+        raise ValueError(f"expected: more than {MAX_ACCEPTED_ANSWERS:,} answers")
     try:
         _refuse_numbers_beyond_floats(fields)
         read = _LINE_MODEL_BY_SCORE[score].model_validate(fields)

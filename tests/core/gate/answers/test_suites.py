@@ -78,6 +78,7 @@ def test_messages_are_turns_and_a_byte_order_mark_is_passed_over(tmp_path) -> No
         ("number", b'{"prompt": "a", "expected": 1e400}', "beyond any float"),
         ("number", b'{"prompt": "a", "expected": [1, 1%s]}' % (b"0" * 400), "beyond any float"),
         ("python", b'{"prompt": "a", "expected": {"a": [-1e999]}}', "beyond any float"),
+        ("number", {"prompt": "a", "expected": [1] * 1001}, "expected: more than 1,000 answers"),
         ("exact", {"prompt": "a" * 2**20, "expected": "a"}, "longer than 1,048,576 bytes"),
         ("choice", {"prompt": "a", "expected": "b", "choices": ["b"]}, "choices: "),
         ("choice", {"prompt": "a", "expected": "b", "choices": ["c", "d"]}, "none of the choices"),
