@@ -51,7 +51,7 @@ FAULTS = (
     ),
     Fault(
         "nested_core/storage/manifest.py",
-        "        if describe_file(folder / name) != expected:",
+        "        if not matches_entry(folder / name, expected):",
         "        if not (folder / name).exists():",
         "a check skipped",
     ),

@@ -37,7 +37,13 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize(("size", "processes"), [(1, 1), (1, 2), (300, 2), (5000, 1), (10**9, 1)])
+STARTS = pytest.mark.slow("starts processes that import polars, a line each")
+
+
+@pytest.mark.parametrize(
+    ("size", "processes"),
+    [pytest.param(1, 2, marks=STARTS), (1, 1), (300, 2), (5000, 1), (10**9, 1)],
+)
 def test_ranges_and_processes_change_nothing(
     size: int, processes: int, write_data: WriteData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from nested_core.optim.gradient_checks import Flat
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import Outcome, batch, build, largest_difference, outcome
 
+COMPILES = pytest.mark.slow("compiles another model")
 MODELS = [("llama", False), ("qwen2", False), ("granite", False), ("cohere", False)]
 MODELS += [("qwen2", True)]
 
@@ -34,7 +35,10 @@ def distance(found: Outcome, exact: Outcome) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize(("name", "quantized"), MODELS)
+@pytest.mark.parametrize(
+    ("name", "quantized"),
+    [pytest.param(*each, marks=COMPILES if each[0] != "llama" else []) for each in MODELS],
+)
 def test_loss_and_gradients_are_no_further_from_float32_than_mlx_lms(
     name: str, quantized: bool, kernel_calls: list[str]
 ) -> None:

@@ -58,6 +58,7 @@ def test_gradients_of_cast_factors_arrive_in_the_masters_float32() -> None:
     assert {value.dtype for value in read_parameters(refs).values()} == {mx.float32}
 
 
+@pytest.mark.slow("trains in bfloat16, which is slow on a CPU")
 def test_a_bfloat16_run_stays_near_the_float32_run_and_keeps_float32_tensors(
     tmp_path: Path,
 ) -> None:

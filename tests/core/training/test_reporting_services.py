@@ -92,6 +92,7 @@ def test_each_client_gets_the_losses_then_the_verdict_and_the_page_in_the_same_r
     assert len(client.named("finish")) == 2
 
 
+@pytest.mark.slow("imports mlflow and makes its database")
 def test_mlflow_itself_has_the_losses_the_verdict_and_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

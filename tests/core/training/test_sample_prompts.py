@@ -59,6 +59,7 @@ def test_answering_changes_nothing_that_is_trained(sampled: Finished, tmp_path: 
     assert sampled.metrics(without=keys) == plain.metrics(without=keys)
 
 
+@pytest.mark.slow("trains two runs of its own")
 def test_a_reference_run_draws_the_same_random_numbers_with_samples(tmp_path: Path) -> None:
     settings = {
         "nested": {"frequencies": [1]},
@@ -73,6 +74,7 @@ def test_a_reference_run_draws_the_same_random_numbers_with_samples(tmp_path: Pa
     assert list(samples_by_step(sampled.metrics())) == [0, 1]
 
 
+@pytest.mark.slow("trains two runs of its own")
 def test_a_resumed_run_has_each_answer_once(sampled: Finished, tmp_path: Path) -> None:
     config = example_config(**SETTINGS)
     run = prepare(config, tmp_path / "run")

@@ -21,6 +21,7 @@ from nested_core.storage.checkpoint import OPTIMIZER_NAME
 from nested_core.storage.checkpoint_verification import STATE_NAME, checkpoint_path
 from nested_core.storage.safetensors_files import read_tensors
 from tests.example import Finished, train_example
+from tests.left_out import slow_except
 
 Moments = dict[str, np.ndarray]
 CAPITALS = {"Austria": "Vienna", "China": "Beijing", "Peru": "Lima", "Spain": "Madrid"}
@@ -68,7 +69,7 @@ def distance(left: Moments, right: Moments) -> float:
     return float(np.sqrt(difference / sum(np.square(left[name]).sum() for name in left)))
 
 
-@pytest.mark.parametrize("batch_size", [4, 1])
+@pytest.mark.parametrize("batch_size", slow_except([4, 1], 1, reason="compiles another step"))
 def test_micro_batches_of_unequal_token_counts_give_the_gradient_of_one_big_batch(
     whole: tuple[Finished, Moments], data: Path, tmp_path: Path, batch_size: int
 ) -> None:

@@ -24,6 +24,7 @@ from nested_core.training.memory.peak_estimate import (
     estimate_peak_bytes,
 )
 from tests.example import example_settings
+from tests.left_out import slow_except
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -99,6 +100,7 @@ print(json.dumps([done.trainer.memory.needed, mx.get_peak_memory()]))
 """
 
 
+@pytest.mark.slow("measures the memory of a larger model in a process of its own")
 @pytest.mark.skipif(backend.device() != "cpu", reason="measured on CPUs")
 def test_the_peak_of_a_quantised_model_of_many_words_is_what_was_forecast() -> None:
     number = [case.name for case in CASES].index("4 bits, a tenth learnt")
@@ -109,7 +111,11 @@ def test_the_peak_of_a_quantised_model_of_many_words_is_what_was_forecast() -> N
     assert found["forecast_bytes"] == pytest.approx(found["measured_bytes"], rel=0.1)
 
 
-@pytest.mark.parametrize("changes", [{}, {"grad_checkpoint": True}], ids=["plain", "recomputed"])
+@pytest.mark.parametrize(
+    "changes",
+    slow_except([{}, {"grad_checkpoint": True}], {}, reason="trains in a process of its own"),
+    ids=["plain", "recomputed"],
+)
 def test_the_examples_peak_is_what_was_forecast(tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = example_settings(batch_size=40, iters=5, val_batches=1, **changes)
     command = [sys.executable, "-c", TRAIN, str(tmp_path / "run"), json.dumps(settings)]
