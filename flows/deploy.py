@@ -244,7 +244,9 @@ def complete_automation(
 def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
     """Make or update the automation of this name, and remove others of its name.
 
-    Two that make it at once see both afterwards, and both keep the one with the lower id.
+    Two that make it at once see both afterwards, and both keep the one with the lower id. One that
+    is as it should be is not touched: an update would make it forget what it waits for, such as the
+    next heartbeat of a run that is at work.
     """
     if _read_automations_named(client, wanted.name):
         done = "put in place" if wanted.enabled else "put in place, and stays paused"
@@ -255,9 +257,32 @@ def _put_automation(client: SyncPrefectClient, wanted: AutomationCore) -> str:
     for automation in doubled:
         with _ignoring_missing():
             client.delete_automation(automation.id)
+    if describe_automation(kept) == describe_automation(wanted):
+        return "there already" if done == "put in place" else done
     with _ignoring_missing():
         client.update_automation(kept.id, wanted)
     return done
+
+
+def describe_automation(automation: AutomationCore) -> dict[str, Any]:
+    """What an automation does and when; whether it is switched on is the server's to say."""
+    described = automation.model_dump(
+        mode="json", include={"description", "trigger", "actions"}, exclude_none=True
+    )
+    described["actions"] = {str(i): action for i, action in enumerate(described["actions"])}
+    for key in ("after", "expect", "for_each"):
+        described["trigger"][key] = sorted(described["trigger"].get(key, ()))
+    return described
+
+
+def read_automations(client: SyncPrefectClient) -> list[Automation]:
+    """All automations of a server, page by page."""
+    found: dict[UUID, Automation] = {}
+    while page := client.read_automations(limit=READ_PAGE_SIZE, offset=len(found)):
+        found |= {automation.id: automation for automation in page}
+        if len(page) < READ_PAGE_SIZE:
+            break
+    return list(found.values())
 
 
 def _find_deployment_id(client: SyncPrefectClient, name: str) -> str:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 
 from flows.deploy import (
     ServerDeployment,
     complete_automation,
+    describe_automation,
     find_outdated,
+    read_automations,
     read_server_deployments,
 )
 from flows.deployment_plan import DeploymentPlan, full_name
@@ -78,7 +79,7 @@ def _compare_deployments(client: SyncPrefectClient, plan: DeploymentPlan) -> Ite
 def _compare_automations(client: SyncPrefectClient, plan: DeploymentPlan) -> Iterator[Difference]:
     there = {
         automation.name: automation
-        for automation in client.read_automations()
+        for automation in read_automations(client)
         if automation.name.startswith(AUTOMATION_PREFIX)
     }
     for planned in plan.automations:
@@ -87,8 +88,8 @@ def _compare_automations(client: SyncPrefectClient, plan: DeploymentPlan) -> Ite
             yield Difference(name, "", MISSING, "in the file", "puts it")
             continue
         wanted = complete_automation(client, planned, None)
-        server = _describe_automation(there[planned["name"]])
-        yield from _compare_values(name, server, _describe_automation(wanted))
+        server = describe_automation(there[planned["name"]])
+        yield from _compare_values(name, server, describe_automation(wanted))
     for name in there.keys() - {planned["name"] for planned in plan.automations}:
         yield Difference(f"automation {name}", "", "on the server", MISSING, "keeps the server's")
 
@@ -160,15 +161,4 @@ def _describe_in_file(plan: DeploymentPlan, deployment: dict[str, Any]) -> dict[
     }
     if "concurrency_limit" in deployment:
         described["concurrency_limit"] = deployment["concurrency_limit"]
-    return described
-
-
-def _describe_automation(automation: AutomationCore) -> dict[str, Any]:
-    """What an automation does and when; whether it is switched on is the server's to say."""
-    described = automation.model_dump(
-        mode="json", include={"description", "trigger", "actions"}, exclude_none=True
-    )
-    described["actions"] = {str(i): action for i, action in enumerate(described["actions"])}
-    for key in ("after", "expect", "for_each"):
-        described["trigger"][key] = sorted(described["trigger"].get(key, ()))
     return described

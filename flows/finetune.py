@@ -8,10 +8,8 @@ That report would end a retry that has begun by then, so it must not be long in 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from prefect import flow, runtime
-from prefect.client.orchestration import get_client
 from prefect.states import Cancelled, Completed, Failed, State
 
 from flows.allowed_folders import (
@@ -21,16 +19,15 @@ from flows.allowed_folders import (
     with_trusted_code,
 )
 from flows.flow_run_labels import name_flow_run, tag_flow_run
+from flows.nights import find_other_night
 from flows.os_errors import explain
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
-from flows.resume import was_resumed
 from flows.state_messages import (
     advise_retry_button,
     describe_loss,
     describe_rejection,
     shorten_version,
 )
-from flows.waiting_runs import explaining_waiting_runs
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import key
 from nested_core.errors import DamagedError, GateRejected, NestedTuneError, TrainingStopped
@@ -82,6 +79,8 @@ def finetune(config: FinetuneParameters) -> State[Any]:
     tolerate_closed_output()
     hide_tracebacks_of_expected_errors()
     tag_flow_run()
+    if other := find_other_night():
+        return Completed(name=Outcome.SKIPPED, message=f"skipped: {other}")
     try:
         settings = with_trusted_code(with_allowed_paths(config.configuration()))
         require_known_name(settings.registry)
@@ -108,8 +107,7 @@ def _run_pipeline(config: FineTuneConfig, run: RunDirectory) -> State[Any]:
 
     resumed = _describe_resumption(run)
     try:
-        with explaining_waiting_runs():
-            result = run_finetune(config, run, TaskHooks(), resume=run.is_nonempty())
+        result = run_finetune(config, run, TaskHooks(), resume=run.is_nonempty())
     except TrainingStopped as error:
         advice = advise_retry_button(str(error))
         return Cancelled(message=f"resumable by a retry of this flow run: {advice}")
@@ -170,13 +168,13 @@ def _find_outcome(config: FineTuneConfig, result: FinetuneResult) -> Outcome:
 
 
 def _describe_resumption(run: RunDirectory) -> str:
-    """What the message says of a run that an automation resumed; nothing of any other."""
-    with get_client(sync_client=True) as client:
-        if not was_resumed(client, UUID(str(runtime.flow_run.id))):
-            return ""
+    """What the message says of a run that was begun before, by whomever; nothing of any other."""
+    count = runtime.flow_run.run_count or 1
+    if count == 1:
+        return ""
     checkpoints = list_checkpoints(run.checkpoints)
     where = f"from {checkpoints[-1].name}" if checkpoints else "from its beginning"
-    return f"crashed once, resumed by itself {where}: "
+    return f"begun {count} times, last {where}: "
 
 
 def _open_run_directory(config: FinetuneParameters) -> RunDirectory:

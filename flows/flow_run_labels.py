@@ -13,6 +13,7 @@ from prefect.context import FlowRunContext
 from pydantic import BaseModel
 
 from nested_core.text.foreign_text import escape
+from tasks.server_outage import tolerating_server_outage
 
 SWEEP_TAG = "sweep"  # the tag of the runs that a sweep starts
 
@@ -62,5 +63,8 @@ def tag_flow_run() -> None:
         raise RuntimeError("A flow run is tagged by itself.")
     flow_run = context.flow_run
     tags = {*flow_run.tags, read_adapter_name(context.parameters or {}), find_trigger(flow_run)}
-    with get_client(sync_client=True) as client:
+    with (
+        tolerating_server_outage("the run has no tags of its adapter and of what started it"),
+        get_client(sync_client=True) as client,
+    ):
         client.update_flow_run(flow_run.id, tags=sorted(tags))

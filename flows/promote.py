@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import flow, get_run_logger, runtime
-from prefect.client.orchestration import get_client
-from prefect.exceptions import Pause
+from prefect import flow, runtime
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed, State
@@ -25,21 +23,15 @@ from nested_core.registry.promotion_policy import (
     read_candidate,
     recorded_section,
 )
-from nested_core.text.digest_format import shorten_digest
 from tasks.approval_page import approval_pause_key, publish_approval
-from tasks.artifact_client import artifact_key
 from tasks.outcomes import Outcome
 from tasks.promote import decline, promote_approved, promote_by_recorded_policy
 
 SECONDS_TO_APPROVE = 7 * 24 * 3600
-WAITS_FOR_A_PERSON = (
-    "waits for a person: is {version} to be the champion of {name}? The page {page} shows both "
-    "sides; Resume asks for the answer"
-)
 
 
 class PromoteParameters(Section):
-    """Which version, in which registry; what the event `adapter.verified` carries."""
+    """Which version, in which registry."""
 
     registry: str = Field(description="the registry's folder, on the worker's machine")
     name: str = Field(pattern=f"^{NAME_PATTERN.pattern}$", description="the adapter's name in it")
@@ -59,7 +51,12 @@ class Approval(RunInput):
     )
 
 
-@flow(name="promote", retries=0, flow_run_name="promote {config.name}", persist_result=True)
+@flow(
+    name="promote",
+    retries=0,
+    flow_run_name="promote {config.name} {config.version:.12}",
+    persist_result=True,
+)
 def promote(config: PromoteParameters) -> State[Any]:
     """Promote by the recorded policy; under `approve` suspend until a person has answered.
 
@@ -77,12 +74,12 @@ def promote(config: PromoteParameters) -> State[Any]:
         return Completed(message=reason)
     flow_run = UUID(str(runtime.flow_run.id))
     question = publish_approval(registry, config.name, config.version, champion, flow_run)
-    message = WAITS_FOR_A_PERSON.format(
-        version=shorten_digest(config.version),
-        name=config.name,
-        page=artifact_key(config.name, "approval"),
+    # Resumed, the flow gets the answer here; until then this line raises, and the process ends.
+    answer = suspend_flow_run(
+        wait_for_input=Approval.with_initial_data(description=question),
+        timeout=SECONDS_TO_APPROVE,
+        key=approval_pause_key(champion),
     )
-    answer = _suspend_until_answered(flow_run, message, question, approval_pause_key(champion))
     if not answer.approve:
         decline(registry, config.name, config.version, answer.by)
         message = f"not approved by {answer.by}"
@@ -98,33 +95,6 @@ def _asks_person(registry: Path, config: PromoteParameters) -> bool:
     if candidate.policy is None:
         return False
     return effective_rule(recorded_section(registry, config.name, candidate)).asks_person
-
-
-def _suspend_until_answered(flow_run: UUID, message: str, question: str, key: str) -> Approval:
-    """Ask a person and end this process; the run that starts again at the answer gets it here.
-
-    Prefect has no message for a state of its own making, so the state is set once more with ours.
-    """
-    try:
-        return suspend_flow_run(
-            wait_for_input=Approval.with_initial_data(description=question),
-            timeout=SECONDS_TO_APPROVE,
-            key=key,
-        )
-    except Pause:
-        _say_in_state(flow_run, message)
-        raise
-
-
-def _say_in_state(flow_run: UUID, message: str) -> None:
-    try:
-        with get_client(sync_client=True) as client:
-            state = client.read_flow_run(flow_run).state
-            if state is not None and state.is_paused():  # else somebody has answered already
-                state.message = message
-                client.set_flow_run_state(flow_run, state, force=True)
-    except Exception as error:  # of the server or the way to it; the question stands
-        get_run_logger().warning("The state does not say what is waited for: %s", error)
 
 
 def _completed_state(outcome: str) -> State[Any]:

@@ -1,4 +1,4 @@
-"""The flow that catches what an event lost: verified versions that were never decided on."""
+"""The flow that catches what was missed: versions never decided on, runs without a process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from prefect.states import Completed, Failed, State
 from pydantic import Field
 
 from flows.allowed_folders import require_allowed
+from flows.approval_request import request_approval_if_waiting
+from flows.dead_runs import end_dead_runs
 from flows.early_warnings import warn_of_full_disks, warn_of_old_champions
 from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.registry import AdapterName
@@ -39,7 +41,7 @@ class ReconcileParameters(Section):
 
 @flow(name="reconcile", retries=0, flow_run_name="reconcile {config.registry}")
 def reconcile(config: ReconcileParameters) -> State[Any]:
-    """Apply each version's own policy once more; running it again changes nothing.
+    """Apply each version's own policy once more, and end dead runs; again, it changes nothing.
 
     What is damaged keeps no other version or name from its promotion: the flow goes through all of
     them, and then ends Failed, as Damaged, saying what is damaged and what to do.
@@ -54,6 +56,10 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     if config.stale_after_nights is not None:
         warn_of_old_champions(registry, names, config.stale_after_nights)
     warn_of_full_disks([registry, Path.cwd()])
+    for name, state in decided.items():
+        for version, said in (state.result() if state.is_completed() else {}).items():
+            request_approval_if_waiting(registry, name, version, said)
+    dead = end_dead_runs()
     damage, other_problems = _find_problems(registry, decided, checked, absent)
     if damage:
         return Failed(name=Outcome.DAMAGED, message="; ".join(damage + other_problems))
@@ -65,6 +71,8 @@ def reconcile(config: ReconcileParameters) -> State[Any]:
     message = f"promoted: {', '.join(promoted) or 'nothing'}"
     if absent:  # the hour comes before an adapter's first night
         message += f"; nothing is registered yet as {', '.join(absent)}"
+    if dead:
+        message += f"; ended, for their processes are gone: {', '.join(dead)}"
     return Completed(name=outcome, message=message)
 
 

@@ -16,7 +16,7 @@ from prefect.settings import get_current_settings
 
 from flows.alerts import alert_block
 from flows.allowed_folders import allowed_roots
-from flows.deploy import ServerDeployment, read_server_deployments
+from flows.deploy import ServerDeployment, read_automations, read_server_deployments
 from flows.deployment_plan import (
     FINETUNE_ENTRYPOINT,
     adapter_of,
@@ -153,7 +153,7 @@ def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
     planned: list[dict[str, Any]] = read_deployments_yaml(
         packaged_folder("deployments") / "automations.yaml"
     )["automations"]
-    found = {automation.name: automation for automation in client.read_automations()}
+    found = {automation.name: automation for automation in read_automations(client)}
     names = [each["name"] for each in planned]
     missing = [name for name in names if name not in found]
     paused = [name for name in found if not found[name].enabled and name in names]
@@ -171,7 +171,7 @@ def _check_automations(client: SyncPrefectClient) -> Iterator[Check]:
 def check_alerts(client: SyncPrefectClient, planned: list[dict[str, Any]]) -> Check:
     """Whether alerts are sent to anybody; `planned` is the content of automations.yaml."""
     names = {each["name"] for each in planned if "notify" in each}
-    alerts = [automation for automation in client.read_automations() if automation.name in names]
+    alerts = [automation for automation in read_automations(client) if automation.name in names]
     if any(alert_block(alert) is not None for alert in alerts):
         return Check("alerts", True, f"{len(alerts)} are sent to a block")
     seen = "nobody is told of a run that failed, crashed or is late"

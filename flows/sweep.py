@@ -4,39 +4,39 @@ from __future__ import annotations
 
 import itertools
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import UUID
 
 from prefect import flow, get_run_logger, runtime
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.states import Completed, Failed, State
 from pydantic import Field, JsonValue
 
 from flows.allowed_folders import with_allowed_paths, with_trusted_code
+from flows.approval_request import request_approval_if_waiting
 from flows.flow_run_labels import SWEEP_TAG
 from flows.prefect_logs import hide_tracebacks_of_expected_errors, tolerate_closed_output
-from flows.resume import was_resumed
 from flows.state_messages import shorten_version
 from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
-from nested_core.errors import ConfigError
+from nested_core.errors import ConfigError, NestedTuneError
 from nested_core.pipeline.continual import champion_or_none
-from nested_core.registry.promotion_policy import effective_rule
 from nested_core.storage.run_directory import RunDirectory
-from tasks.events import emit_verified_event
 from tasks.outcomes import Outcome
 from tasks.promote import promote
 from tasks.register import register
+from tasks.server_outage import tolerating_server_outage
 from tasks.sweep_results import SweepRunResult, find_registered_version, pick_best_run
 
-SECONDS_BETWEEN_LOOKS = 2.0
+SECONDS_BETWEEN_LOOKS = 10.0
 MOST_RUNS = 256
-# After a crash: 20 s of the automation, and the time until a worker has begun resume/auto.
-LONGEST_UNTIL_RESUMED = timedelta(minutes=3)
+MAX_RUNS_READ = 100  # in one look: those that were started first
+SECONDS_UNTIL_RESUMED = 180.0  # after a crash: 20 s of the automation, and what the server may lag
 
 
 class SweepParameters(Section):
@@ -73,7 +73,7 @@ def sweep(config: SweepParameters) -> State[Any]:
         _start_run(config.deployment, index, point, values)
         for index, (point, values) in enumerate(zip(points, settings, strict=True))
     ]
-    ended = [_wait_for_run(run_id) for run_id in run_ids]
+    ended = _wait_for_runs(run_ids)
     outcomes = [
         SweepRunResult.read_from_run(
             _run_directory_of(index),
@@ -93,6 +93,7 @@ def sweep(config: SweepParameters) -> State[Any]:
         return Failed(message=f"none of {len(points)} runs passed the gate")
     version = _register_best(config.base, best, champion)
     done = promote(target, version, champion)
+    request_approval_if_waiting(Path(target.path), target.name, version, done)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (
         f"{verified} of {len(points)} verified; best {shorten_version(version)}: {best.describe()}"
@@ -104,20 +105,12 @@ def sweep(config: SweepParameters) -> State[Any]:
 def _register_best(base: FineTuneConfig, best: SweepRunResult, champion: str | None) -> str:
     """The version of the best run, which from now on has the policy of the sweep.
 
-    The runs of the points promote nothing. Where a person is to decide, promote/auto asks him.
+    The runs of the points promote nothing.
     """
     find_registered_version(base.registry, best)
     run = RunDirectory(Path(best.run_dir))
     config = read_run_config(run).model_copy(update={"registry": base.registry})
-    version = register(config, run.path, champion)
-    payload = {
-        "version": version,
-        "run_dir": str(run.path.resolve()),
-        "registry": str(Path(str(base.registry.path)).resolve()),
-    }
-    is_open = effective_rule(base.registry).asks_person
-    emit_verified_event(str(base.registry.name), payload, promotion_is_open=is_open)
-    return version
+    return register(config, run.path, champion)
 
 
 def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:
@@ -166,27 +159,43 @@ def _start_run(
         idempotency_key=f"{runtime.flow_run.id}-{index}",
         flow_run_name=f"{index:03d} " + ", ".join(f"{k}={v}" for k, v in point.items()),
         tags=[SWEEP_TAG],
-        as_subflow=False,
+        as_subflow=True,  # Prefect cancels the runs of a sweep that is cancelled
     )
     return started.id  # type: ignore[union-attr]  # the sync call returns no coroutine
 
 
-def _wait_for_run(run_id: Any) -> FlowRun:
-    with get_client(sync_client=True) as client:
-        while True:
-            run = client.read_flow_run(run_id)
-            if has_ended(client, run, datetime.now(UTC)):
-                state: State[Any] = run.state  # type: ignore[assignment]  # one that is final
-                get_run_logger().info("%s: %s %s", run.name, state.name, state.message)
-                return run
+def _wait_for_runs(run_ids: list[UUID]) -> list[FlowRun]:
+    """The runs, once all have ended: looked at in one request, and again after an outage."""
+    ended: dict[UUID, FlowRun] = {}
+    crashed_at: dict[UUID, float] = {}
+    while waiting := [run_id for run_id in run_ids if run_id not in ended]:
+        with (
+            tolerating_server_outage("the sweep's runs are looked at later"),
+            get_client(sync_client=True) as client,
+        ):
+            asked = waiting[:MAX_RUNS_READ]
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=asked))
+            found = client.read_flow_runs(flow_run_filter=wanted)
+            if len(found) < len(asked):
+                raise NestedTuneError(f"sweep: {len(asked) - len(found)} of its runs were deleted.")
+            for run in found:
+                if run.state is not None and run.state.is_crashed():
+                    crashed_at.setdefault(run.id, time.monotonic())
+                seconds = time.monotonic() - crashed_at.get(run.id, time.monotonic())
+                if run.state is not None and has_ended(run, seconds):
+                    get_run_logger().info("%s: %s %s", run.name, run.state.name, run.state.message)
+                    ended[run.id] = run
+        if len(ended) < len(run_ids):
             time.sleep(SECONDS_BETWEEN_LOOKS)
+    return [ended[run_id] for run_id in run_ids]
 
 
-def has_ended(client: SyncPrefectClient, run: FlowRun, now: datetime) -> bool:
-    """Whether a run will not go on; one that crashed may, by itself, within a while and once."""
+def has_ended(run: FlowRun, seconds_crashed: float) -> bool:
+    """Whether a run will not go on; one that crashed in its first go does, within a while.
+
+    `seconds_crashed` is how long ago it was first seen Crashed, by this machine's clock.
+    """
     if run.state is None or not run.state.is_final():
         return False
-    if run.state.type != StateType.CRASHED:
-        return True
-    is_overdue = now - run.state.timestamp > LONGEST_UNTIL_RESUMED
-    return is_overdue or was_resumed(client, run.id)
+    is_resumed = run.state.is_crashed() and run.run_count == 1
+    return not is_resumed or seconds_crashed > SECONDS_UNTIL_RESUMED

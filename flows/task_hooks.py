@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from prefect import get_run_logger
 
+from flows.approval_request import request_approval_if_waiting
 from flows.early_warnings import warn_of_full_disks
 from flows.state_messages import describe_test_loss
 from flows.stop_signals import Stopper
@@ -14,10 +14,9 @@ from nested_core.config.schema import FineTuneConfig
 from nested_core.gate.verdict import Verdict, read_verdict
 from nested_core.pipeline.finetune import Hooks
 from nested_core.pipeline.steps import TrainResult
-from nested_core.registry.promotion_policy import effective_rule
+from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.run_directory import RunDirectory
-from tasks.device_waiting import end_waiting
-from tasks.events import emit_verified_event
+from tasks.events import emit_adapter_event
 from tasks.gate import gate
 from tasks.load import load
 from tasks.night_page import UNDER_WAY, publish_night
@@ -48,26 +47,18 @@ class TaskHooks(Hooks):
     def load(self, config: FineTuneConfig, run: RunDirectory) -> None:
         """The task `load`."""
         load(config, run.path)
-        end_waiting()
 
     def train(self, config: FineTuneConfig, run: RunDirectory) -> TrainResult:
         """The task `train`; at SIGINT or SIGTERM it saves a checkpoint."""
         stopper = Stopper()
-
-        def watch(trainer: Any) -> None:
-            """The trainer has its device: say so, and let signals stop it."""
-            end_waiting()
-            stopper.direct_signals_to(trainer)
-
         with stopper.handling_signals(run):
-            result = train(config, run.path, watch)
+            result = train(config, run.path, stopper.direct_signals_to)
             stopper.release_trainer()
         return result
 
     def judge(self, config: FineTuneConfig, run: RunDirectory) -> Verdict:
         """The task `gate`."""
         gate(config, run.path)
-        end_waiting()
         return read_verdict(run.gate)
 
     def measure_test(self, config: FineTuneConfig, run: RunDirectory) -> float:
@@ -77,7 +68,7 @@ class TaskHooks(Hooks):
         return loss
 
     def register(self, config: FineTuneConfig, run: RunDirectory, champion: str | None) -> str:
-        """The task `register`, and the event that promotion listens to."""
+        """The task `register`, and an event for whoever listens."""
         version = register(config, run.path, champion)
         registry = config.registry
         payload = {
@@ -85,10 +76,12 @@ class TaskHooks(Hooks):
             "run_dir": str(run.path.resolve()),
             "registry": str(Path(str(registry.path)).resolve()),
         }
-        is_open = effective_rule(registry).asks_person
-        emit_verified_event(str(registry.name), payload, promotion_is_open=is_open)
+        emit_adapter_event("verified", str(registry.name), payload)
         return version
 
     def promote(self, config: FineTuneConfig, version: str, champion: str | None) -> str:
-        """The task `promote`."""
-        return promote(config.registry, version, champion)
+        """The task `promote`; a person is asked about a version that needs one."""
+        outcome = promote(config.registry, version, champion)
+        path, name = registry_location(config.registry)
+        request_approval_if_waiting(path, name, version, outcome)
+        return outcome

@@ -24,6 +24,7 @@ from prefect.utilities.context import get_task_and_flow_run_ids
 
 from nested_core.text.foreign_text import escape_markdown
 from tasks.markdown_page import MarkdownPage, format_cell
+from tasks.server_outage import tolerating_server_outage
 
 _INVALID_KEY_CHARACTERS = re.compile("[^a-z0-9]+")
 _DIGEST_DIGITS = 6
@@ -48,7 +49,8 @@ class ArtifactClient:
     """Publishes artifacts of the run in whose context it is used, over one connection.
 
     What is published again under a key replaces what was there, in the same row of the server's
-    database; so does what a flow run publishes after it is tried again.
+    database; so does what a flow run publishes after it is tried again. A server that is away takes
+    nothing and fails nothing: the log says which page is not up to date.
     """
 
     def __init__(self) -> None:
@@ -64,7 +66,7 @@ class ArtifactClient:
 
     def publish_page(self, key: str, page: MarkdownPage, description: str) -> None:
         """Put a page beside the flow run."""
-        self._publish_artifact("markdown", key, str(page), description)
+        self._publish("markdown", key, str(page), description)
 
     def publish_table(self, key: str, rows: Sequence[Mapping[str, Any]], description: str) -> None:
         """Put a table beside the flow run; integers, true, false and null stay what they are."""
@@ -72,13 +74,17 @@ class ArtifactClient:
             {escape_markdown(name): _table_cell(value) for name, value in row.items()}
             for row in rows
         ]
-        self._publish_artifact("table", key, json.dumps(table), description)
+        self._publish("table", key, json.dumps(table), description)
 
     def publish_progress(self, key: str, percent: float, description: str) -> None:
         """Put a progress bar beside the flow run, from 0 to 100."""
-        self._publish_artifact("progress", key, percent, description)
+        self._publish("progress", key, percent, description)
 
-    def _publish_artifact(
+    def _publish(self, type_name: str, key: str, data: str | float, description: str) -> None:
+        with tolerating_server_outage(f"the page {key} is not up to date"):
+            self._make_or_replace(type_name, key, data, description)
+
+    def _make_or_replace(
         self, type_name: str, key: str, data: str | float, description: str
     ) -> None:
         """Make an artifact, or replace the content of the one that this flow run has."""

@@ -13,6 +13,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
 
+from nested_core.errors import NestedTuneError
 from nested_core.registry import history, read_champion
 from nested_core.registry.gate_file import GATE_NAME, MAX_GATE_BYTES
 from nested_core.registry.versions import read_provenance, version_folder
@@ -41,7 +42,7 @@ ACTION_VERBS = {
 def publish_champion(registry: Path, name: str) -> None:
     """Publish the page of the champion that stands now, and its lineage as an event.
 
-    The champion has moved by then: a server that cannot be reached is only logged.
+    The champion has moved by then: a file that cannot be read is only logged.
     """
     try:
         version = read_champion(registry, name)
@@ -64,7 +65,7 @@ def publish_champion(registry: Path, name: str) -> None:
                 "parent": champion.parent_version,
             },
         )
-    except Exception as error:  # of the server or the way to it
+    except (NestedTuneError, OSError) as error:
         get_run_logger().warning("The page of %s's champion is not up to date: %s", name, error)
 
 

@@ -14,7 +14,6 @@ from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from tasks.artifact_client import ArtifactClient, artifact_key
-from tasks.device_waiting import show_waiting
 from tasks.markdown_page import MarkdownPage
 from tasks.verdict_text import describe_champion_loss, describe_drift, describe_losses
 
@@ -24,7 +23,7 @@ def gate(config: FineTuneConfig, run_dir: Path) -> Path:
     """Judge adapter/ against initial/ and write gate.json; GateRejected where it did not pass."""
     run = RunDirectory(run_dir)
     try:
-        verdict = steps.judge(config, run, on_wait=show_waiting)
+        verdict = steps.judge(config, run, on_wait=get_run_logger().info)
     except GateRejected:
         _publish_verdict(config, read_json_object(run.gate))
         raise

@@ -10,6 +10,7 @@ from typing import Any
 from prefect import get_run_logger
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.errors import NestedTuneError
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
@@ -40,7 +41,7 @@ DATASET_PROBLEM_SEVERITIES = (
 
 
 def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, message: str) -> None:
-    """Publish the page, or replace it; a server that cannot be reached is only logged.
+    """Publish the page, or replace it; a file of the run that cannot be read is only logged.
 
     `outcome` is the name of the flow run's state, `message` what the state says.
     """
@@ -49,10 +50,11 @@ def publish_night(config: FineTuneConfig, run: RunDirectory, outcome: str, messa
     description = f"{outcome}: {shown}"  # a list shows the first 40 characters
     try:
         page = describe_night(config, run, outcome, message)
-        with ArtifactClient() as artifacts:
-            artifacts.publish_page(artifact_key(name, "night"), page, description)
-    except Exception as error:  # the night is over, and a page of it changes nothing
+    except (NestedTuneError, OSError) as error:  # the night is over: a page changes nothing
         get_run_logger().warning("The page of this night is not up to date: %s", error)
+        return
+    with ArtifactClient() as artifacts:
+        artifacts.publish_page(artifact_key(name, "night"), page, description)
 
 
 def _join_lines(message: str) -> str:

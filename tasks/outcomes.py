@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Outcome(StrEnum):
-    """What became of a flow run, or what it waits for; its state's type stays Prefect's own."""
+    """What became of a flow run; its state's type stays Prefect's own."""
 
     PROMOTED = "Promoted"  # the version of this run is champion
     VERIFIED = "Verified"  # the gate passed it, and its policy did not ask for more
@@ -14,8 +14,6 @@ class Outcome(StrEnum):
     SKIPPED = "Skipped"  # nothing to train, or another night at work
     DAMAGED = "Damaged"  # of the type Failed: a registry or run folder is not as it was written
     REJECTED = "Rejected"  # by the gate; of the type Failed
-    RESUMED = "Resumed"  # scheduled again by itself after a crash; see flows/resume.py
-    NOT_RESUMED = "Not resumed"  # a run that crashed twice, which waits for a person's Retry
-    WAITING = "Waiting"  # for the pool, the device or another run
+    RESUMED = "Resumed"  # scheduled again by an automation after a crash; see automations.yaml
     ROLLED_BACK = "Rolled back"
     DECLINED = "Declined"  # by a person who was asked

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
+import httpx
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -21,7 +22,12 @@ PERMANENT_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.ER
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether an error may be gone at the next try: I/O, and not about space or rights."""
+    """Whether an error may be gone at the next try: I/O, and not about space or rights.
+
+    Of httpx, by which Prefect's client asks its server, what failed on the way there.
+    """
+    if isinstance(error, httpx.TransportError):
+        return True
     return isinstance(error, OSError) and error.errno not in PERMANENT_ERRNOS
 
 

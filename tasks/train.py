@@ -13,7 +13,6 @@ from nested_core.pipeline import steps
 from nested_core.pipeline.steps import TrainResult
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.trainer import Trainer
-from tasks.device_waiting import show_waiting
 from tasks.retrying import retried_task, retry_on_transient_or_memory_error
 from tasks.training_progress import PrefectProgress
 
@@ -43,7 +42,7 @@ def train(
             watch(trainer)
 
     try:
-        result = steps.train(config, run, progress, begin, on_wait=show_waiting)
+        result = steps.train(config, run, progress, begin, on_wait=get_run_logger().info)
     finally:
         progress.finish()
     for flag in result.red_flags:

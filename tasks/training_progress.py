@@ -72,7 +72,7 @@ class TrainingPages:
         return has_report and self.clock() >= self._due_at
 
     def show(self, artifacts: ArtifactClient, step: int) -> None:
-        """Publish both as of a step; raises what the way to the server raises."""
+        """Publish both as of a step."""
         now = self.clock()
         pause = max(
             MIN_SECONDS_BETWEEN_UPDATES, UPDATE_GAP_SHARE_OF_ELAPSED_TIME * (now - self._began_at)
@@ -117,9 +117,8 @@ class PrefectProgress:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-        # What was said, and when
+        # When a line was logged last
         self._logged_at = 0.0
-        self._has_warned = False
 
     def start(self, trainer: Any) -> None:
         """Follow a trainer, or the group of processes, from its first step on."""
@@ -159,7 +158,7 @@ class PrefectProgress:
                 is_last = self._done.wait(SECONDS_BETWEEN_CHECKS)
                 self._log_progress(pages)
                 if pages.is_due() or is_last:
-                    self._update_artifacts(pages, artifacts)
+                    pages.show(artifacts, self._trainer.current_step)
 
     def _log_progress(self, pages: TrainingPages) -> None:
         if pages.curves.training.last is None:
@@ -173,11 +172,3 @@ class PrefectProgress:
         """A line of the log: the step, the time left, and the losses with their data."""
         position = pages.describe(self._trainer.current_step)
         return f"{position}: {pages.curves.describe(self._plan)}"
-
-    def _update_artifacts(self, pages: TrainingPages, artifacts: ArtifactClient) -> None:
-        try:
-            pages.show(artifacts, self._trainer.current_step)
-        except Exception as error:  # of the server or the way to it; training goes on
-            if not self._has_warned:
-                self._has_warned = True
-                self._logger.warning("The progress of training cannot be shown now: %s", error)

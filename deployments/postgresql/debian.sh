@@ -1,6 +1,6 @@
 #!/bin/sh
 # The same with Debian's packages, as root: a database that only this machine reaches. The password is
-# made here and goes to /etc/nested-tune/secrets.env, which only root and the service can read.
+# made here and goes to /etc/nested-tune/server.env, which only root can read (systemd reads it as root).
 set -eu
 umask 077
 apt-get install -y postgresql
@@ -14,9 +14,12 @@ runuser -u postgres -- psql -v ON_ERROR_STOP=1 -v password="$password" <<'SQL'
 CREATE ROLE prefect LOGIN PASSWORD :'password';
 CREATE DATABASE prefect OWNER prefect;
 SQL
-cat >/etc/nested-tune/secrets.env <<SECRETS
-PREFECT_API_DATABASE_CONNECTION_URL=postgresql+asyncpg://prefect:$password@127.0.0.1:5432/prefect
+cat >/etc/nested-tune/server.env <<SECRETS
+PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://prefect:$password@127.0.0.1:5432/prefect
 PREFECT_SERVER_API_AUTH_STRING=admin:$auth
 PREFECT_API_AUTH_STRING=admin:$auth
 SECRETS
-echo "Written: /etc/nested-tune/secrets.env. Next: settings.env beside it, and the systemd units."
+cat >/etc/nested-tune/worker.env <<SECRETS
+PREFECT_API_AUTH_STRING=admin:$auth
+SECRETS
+echo "Written: server.env and worker.env in /etc/nested-tune. Next: settings.env beside them, and the units."

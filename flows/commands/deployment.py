@@ -34,7 +34,7 @@ def add_commands(commands: Any, shared: argparse.ArgumentParser) -> None:
         "which keeps a secret URL out of the list of processes",
     )
     deploy.add_argument(
-        "--test-alert", action="store_true", help="have the server send one alert, to try it"
+        "--test-alert", action="store_true", help="send one alert, to try the block"
     )
     deploy.add_argument(
         "--diff", action="store_true", help="what differs between server and files; change nothing"
@@ -89,7 +89,8 @@ def _deploy_and_report(arguments: argparse.Namespace) -> Callable[[], int]:
         print_progress(begin_name(plan))
     if arguments.test_alert:
         with get_client(sync_client=True) as client:
-            done.append(send_test_alert(client))
+            alerts = [each["name"] for each in plan.automations if "notify" in each]
+            done.append(send_test_alert(client, alerts))
         print_progress(done[-1])
 
     def show() -> None:

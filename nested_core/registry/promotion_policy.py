@@ -54,6 +54,7 @@ from nested_core.text.loss_format import (
 )
 
 DAMAGED_OUTCOME = "damaged"
+WAITING_OUTCOME = "waiting for approval"  # how an outcome begins that a person decides
 COLLECTED_OUTCOME = "collected meanwhile"
 Result = TypeVar("Result")
 
@@ -474,7 +475,7 @@ def find_refusal(
     if rule.asks_person and not is_approved:
         version = shorten_digest(candidate.version)
         whose = "registry.promote" if section.promote == "approve" else f"the policy of {name}"
-        return f"waiting for approval of {version}: {whose} is approve"
+        return f"{WAITING_OUTCOME} of {version}: {whose} is approve"
     return None
 
 

@@ -33,6 +33,7 @@ from tests.webhook_server import SECRET_PATH, WebhookServer, serving_webhook
 
 NAME = "support-bot"
 ALERTS = [planned for planned in make_plan().automations if "notify" in planned]
+NAMES = [planned["name"] for planned in ALERTS]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
 def test_a_failed_automation_is_told_and_a_failed_alert_is_not_told_for_ever(
     client: SyncPrefectClient, told: list[str], webhook: WebhookServer
 ) -> None:
-    for name in ("nested-tune: promote what was verified", ALERTS[0]["name"]):
+    for name in ("nested-tune: resume what crashed", ALERTS[0]["name"]):
         resource = {"prefect.resource.id": "prefect.automation.1", "prefect.resource.name": name}
         event = {"event": "prefect.automation.action.failed", "resource": resource}
         event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
@@ -162,17 +163,17 @@ def test_a_failed_automation_is_told_and_a_failed_alert_is_not_told_for_ever(
         client.request("POST", "/events", json=[event]).raise_for_status()
     end_run(client, "after both", State(type=StateType.FAILED, name="Failed"))
     wait_for_text(told, "after both")
-    assert "promote what was verified\nInvalidJinja" in wait_for_text(told, "An automation failed")
+    assert "resume what crashed\nInvalidJinja" in wait_for_text(told, "An automation failed")
 
 
 def test_one_test_alert_is_sent_on_demand_and_a_webhook_that_refuses_it_is_an_error(
     client: SyncPrefectClient, told: list[str], webhook: WebhookServer
 ) -> None:
-    assert send_test_alert(client) == "test alert: sent"
-    assert "Nothing is wrong" in told[0]
+    assert send_test_alert(client, NAMES) == "test alert: sent"
+    assert "asked for it. All is well." in told[0]
     webhook.status = 404
     with pytest.raises(NestedTuneError, match="the webhook answered 404") as refused:
-        send_test_alert(client)
+        send_test_alert(client, NAMES)
     assert SECRET_PATH not in str(refused.value)
 
 
@@ -196,7 +197,7 @@ def test_without_a_block_deploy_and_doctor_say_that_nobody_is_told(
     assert "NOBODY IS TOLD" in list(put_automations(client, ALERTS, None))[-1]
     assert not check_alerts(client, ALERTS).ok
     with pytest.raises(ConfigError, match="nobody is told yet"):
-        send_test_alert(client)
+        send_test_alert(client, NAMES)
 
 
 @pytest.mark.parametrize(

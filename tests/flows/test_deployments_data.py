@@ -73,16 +73,14 @@ def test_each_deployment_that_trains_has_tiers_clipping_and_automatic_promotion(
 def test_the_nightly_schedule_is_off_until_a_person_switches_it_on() -> None:
     (schedule,) = DEPLOYMENTS["nightly"]["schedules"]
     assert schedule["active"] is False
-    # The night at work ends a second one as Skipped, which a server would have cancelled.
-    assert DEPLOYMENTS["nightly"]["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
-    assert DEPLOYMENTS["manual"]["concurrency_limit"]["collision_strategy"] == "ENQUEUE"
 
 
-def test_the_automation_that_frees_dead_runs_waits_for_three_heartbeats_and_leaves_approvals() -> (
-    None
-):
-    trigger = PLAN.automations[0]["trigger"]
-    assert trigger["within"] == 3 * int(settings()["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+def test_no_training_holds_a_lease_that_a_server_which_is_away_could_end_it_by() -> None:
+    limited = [name for name, each in DEPLOYMENTS.items() if "concurrency_limit" in each]
+    assert limited == ["hourly"]
+
+
+def test_the_automation_that_frees_dead_runs_leaves_approvals() -> None:
     watched = [name for name, each in DEPLOYMENTS.items() if "watched" in each["tags"]]
     assert sorted(watched) == ["hourly", "manual", "nightly", "rollback", "sweep"]
 
@@ -145,9 +143,8 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
         "reconcile/support-bot-hourly",
         "rollback/support-bot-rollback",
         "promote/auto",
-        "resume/auto",
     ]
-    parameters = [deployment["parameters"] for deployment in plan.deployments[:-2]]
+    parameters = [deployment["parameters"] for deployment in plan.deployments[:-1]]
     published = SUPPORT | {"registry": SUPPORT["registry"] | {"promote": "better"}}
     nightly = {"continual": {"from": "champion", "skip_unchanged": True}}
     assert parameters[0] == {"config": published | nightly}
@@ -159,7 +156,7 @@ def test_each_registry_name_has_a_set_of_its_own_that_keeps_nothing_of_the_examp
     assert parameters[4] == {"config": {"registry": "/srv/adapters", "names": ["support-bot"]}}
     assert parameters[5] == {"config": {"registry": "/srv/adapters", "name": "support-bot"}}
     assert "geography" not in yaml.safe_dump([plan.project, plan.automations])
-    assert all("support-bot" in each["tags"] for each in plan.deployments[:-2])
+    assert all("support-bot" in each["tags"] for each in plan.deployments[:-1])
 
 
 def test_what_a_configuration_says_wins_over_what_a_deployment_says(tmp_path: Path) -> None:
@@ -243,7 +240,8 @@ def test_a_file_of_ones_own_that_is_none_is_refused(
 
 def test_alerts_are_told_by_the_type_of_a_state_and_by_no_name_that_is_ours() -> None:
     """States of ours are named by their outcome; Late is a name that Prefect's server gives."""
-    expected = {event for each in PLAN.automations for event in each["trigger"]["expect"]}
+    alerts = [each for each in PLAN.automations if "notify" in each]
+    expected = {event for each in alerts for event in each["trigger"]["expect"]}
     of_runs = {event for event in expected if event.startswith("prefect.flow-run.")}
     assert of_runs == {"prefect.flow-run.*", "prefect.flow-run.Late"}
     alert = next(each for each in PLAN.automations if "failed or crashed" in each["name"])

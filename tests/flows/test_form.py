@@ -11,7 +11,6 @@ from prefect.utilities.schema_tools.validation import validate
 from flows.finetune import finetune
 from flows.promote import promote
 from flows.reconcile import reconcile
-from flows.resume import resume
 from flows.rollback import rollback
 from flows.sweep import sweep
 
@@ -20,7 +19,7 @@ def definitions(flow: Any) -> dict[str, dict[str, Any]]:
     return dict(parameter_schema(flow).model_dump()["definitions"])
 
 
-@pytest.mark.parametrize("flow", [finetune, promote, reconcile, resume, rollback, sweep])
+@pytest.mark.parametrize("flow", [finetune, promote, reconcile, rollback, sweep])
 def test_every_field_of_every_flow_has_a_description(flow: Any) -> None:
     undescribed = [
         f"{title}.{name}"
@@ -40,7 +39,7 @@ def test_what_can_be_chosen_is_listed_and_other_keys_are_refused() -> None:
     assert all(schema["additionalProperties"] is False for schema in found.values())
 
 
-@pytest.mark.parametrize("flow", [finetune, promote, reconcile, resume, rollback, sweep])
+@pytest.mark.parametrize("flow", [finetune, promote, reconcile, rollback, sweep])
 def test_fields_keep_the_order_of_the_schema_and_their_help_is_a_sentence(flow: Any) -> None:
     for schema in definitions(flow).values():
         fields = schema.get("properties", {}).values()

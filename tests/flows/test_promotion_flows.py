@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+)
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import Pause
 from prefect.flow_engine import run_flow
 from prefect.flow_runs import resume_flow_run
+from prefect.states import Cancelled, Crashed, Failed
 
+from flows.approval_request import request_approval_if_waiting
 from flows.promote import PromoteParameters, promote
 from flows.reconcile import ReconcileParameters, reconcile
 from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
 from nested_core.registry import champion_link
+from nested_core.registry.promotion_policy import WAITING_OUTCOME
 from tasks import promote as promotion_tasks
 from tests.core.registry.conftest import write_run
 from tests.flows.conftest import task_runs
@@ -116,10 +125,6 @@ def waiting(add: Add, registry: Path) -> tuple[UUID, str, str]:
     run_id = deployed_run(parameters(registry, version))
     state = execute(run_id)
     assert (state.type.value, state.name) == ("PAUSED", "Suspended")
-    assert state.message == (
-        f"waits for a person: is {version[:12]} to be the champion of {NAME}? The page "
-        f"{NAME}-approval shows both sides; Resume asks for the answer"
-    )
     assert core.read_champion(registry, NAME) == champion
     return run_id, version, champion
 
@@ -244,7 +249,7 @@ def test_a_rollback_by_parameters_goes_to_former_champions_alone(add: Add, regis
     given = RollbackParameters(registry=str(registry), name=NAME, by="eve", to=never)
     state = rollback(given, return_state=True)
     assert state.is_failed()
-    assert "never was champion" in str(state.message)
+    assert "was never champion" in str(state.message)
     assert core.read_champion(registry, NAME) == second
 
 
@@ -310,3 +315,67 @@ def test_a_deployments_run_does_not_touch_a_registry_outside_of_the_allowed_fold
         assert state.is_failed()
         assert "outside of the folders that this worker may use" in str(state.message)
     assert core.read_champion(registry, NAME) is None
+
+
+@pytest.fixture
+def promotion_deployment() -> Iterator[UUID]:
+    """promote/auto, as `deploy` makes it, without a worker."""
+    with get_client(sync_client=True) as client:
+        made = client.create_deployment(client.create_flow(promote), name="auto")
+        yield made
+        client.delete_deployment(made)
+
+
+def questions(deployment: UUID) -> list[FlowRun]:
+    wanted = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
+    with get_client(sync_client=True) as client:
+        return list(client.read_flow_runs(flow_run_filter=wanted))
+
+
+def test_a_version_that_waits_is_asked_about_once_whoever_asks_how_often(
+    add: Add, registry: Path, promotion_deployment: UUID
+) -> None:
+    version = add(1, "approve")
+    given = ReconcileParameters(registry=str(registry))
+    for _ in range(2):
+        state = reconcile(given, return_state=True)
+        assert state.message == "promoted: nothing"
+    request_approval_again = flow(request_approval_if_waiting)
+    request_approval_again(registry, NAME, version, f"{WAITING_OUTCOME} of it")
+    (run,) = questions(promotion_deployment)
+    config = {"registry": str(registry), "name": NAME, "version": version}
+    assert run.parameters == {"config": config | {"requires_approval": True}}
+    assert NAME in run.tags
+    other = add(2, "approve")
+    reconcile(given)
+    asked = {each.parameters["config"]["version"] for each in questions(promotion_deployment)}
+    assert asked == {version, other}
+
+
+def test_a_question_that_crashed_or_failed_before_it_was_put_is_put_again(
+    add: Add, registry: Path, promotion_deployment: UUID
+) -> None:
+    add(1, "approve")
+    given = ReconcileParameters(registry=str(registry))
+    reconcile(given)
+    (run,) = questions(promotion_deployment)
+    ends: list[State[Any]] = [Crashed(), Failed()]
+    for end in ends:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run.id, end, force=True)
+        reconcile(given)
+        (again,) = questions(promotion_deployment)
+        assert (again.id, again.state_name) == (run.id, "Scheduled")
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, Cancelled(), force=True)
+    reconcile(given)
+    assert questions(promotion_deployment)[0].state_name == "Cancelled", "a person's word"
+
+
+def test_a_server_without_promote_auto_is_said_and_fails_nothing(
+    add: Add, registry: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add(1, "approve")
+    state = reconcile(ReconcileParameters(registry=str(registry)), return_state=True)
+    assert state.is_completed()
+    assert "this server has no deployment promote/auto" in caplog.text

@@ -60,9 +60,10 @@ def test_a_unit_runs_as_its_own_user_and_reads_settings_and_secrets(unit: str) -
     lines = (FOLDER / "systemd" / unit).read_text().splitlines()
     assert "User=nested-tune" in lines
     assert "UMask=0077" in lines
+    own = "server.env" if "server" in unit else "worker.env"
     assert [line for line in lines if line.startswith("EnvironmentFile=")] == [
         "EnvironmentFile=/etc/nested-tune/settings.env",
-        "EnvironmentFile=/etc/nested-tune/secrets.env",
+        f"EnvironmentFile=/etc/nested-tune/{own}",
     ]
 
 
@@ -88,8 +89,19 @@ def test_an_agent_has_keys_that_launchd_knows_with_values_of_their_kind(agent: P
 def test_the_agents_are_those_of_server_and_worker() -> None:
     assert [agent.stem for agent in AGENTS] == [
         "org.nested-tune.server",
+        "org.nested-tune.worker-cpu",
         "org.nested-tune.worker",
     ]
+    pools = []
+    for agent in AGENTS:
+        values = plistlib.loads(agent.read_bytes())
+        script, arguments = values["ProgramArguments"][2], values["ProgramArguments"][3:]
+        own = "server.env" if "server" in arguments else "worker.env"
+        assert f". ./{own};" in script
+        pools += [arguments[i + 1] for i, each in enumerate(arguments) if each == "--pool"]
+        trains = "mlx-gpu" in arguments
+        assert ("caffeinate -is -w $$ &" in script) is trains, "a Mac that trains stays awake"
+    assert sorted(pools) == ["cpu", "mlx-gpu"]
 
 
 def compose() -> dict[str, Any]:
@@ -136,4 +148,15 @@ def test_the_script_for_debian_is_sound_and_keeps_its_secrets_closed() -> None:
     subprocess.run(["sh", "-n", str(script)], check=True)
     lines = script.read_text().splitlines()
     assert "set -eu" in lines
-    assert lines.index("umask 077") < lines.index("cat >/etc/nested-tune/secrets.env <<SECRETS")
+    for file in ("server.env", "worker.env"):
+        assert lines.index("umask 077") < lines.index(f"cat >/etc/nested-tune/{file} <<SECRETS")
+    worker = lines[lines.index("cat >/etc/nested-tune/worker.env <<SECRETS") :]
+    assert "DATABASE" not in "".join(worker), "no training holds the database's password"
+
+
+def test_the_servers_leases_outlive_its_container() -> None:
+    server = compose()["services"]["server"]
+    home = server["environment"]["PREFECT_HOME"]
+    assert [v.partition(":")[2] for v in server["volumes"]] == [home]
+    settings = (FOLDER / "settings.env").read_text()
+    assert "LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem\n" in settings

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from uuid import uuid4
 
 import pytest
-from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Crashed, Running, Scheduled, State
 
-from flows.finetune import finetune
 from flows.sweep import SweepParameters, apply_grid_point, grid_points, has_ended, sweep
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
@@ -68,19 +67,20 @@ def test_a_run_that_passed_is_a_candidate_whatever_its_states_name(tmp_path: Pat
     assert passed.describe() == "seed=1 (val loss 0.5)"
 
 
-@pytest.mark.usefixtures("prefect_server")
-def test_a_point_that_crashed_has_ended_when_it_will_not_go_on_by_itself() -> None:
-    with get_client(sync_client=True) as client:
-        run_id = client.create_flow_run(finetune).id
-
-        def ended(*states: State[None], after: timedelta = timedelta(0)) -> bool:
-            for state in states:
-                client.set_flow_run_state(run_id, state, force=True)
-            return has_ended(client, client.read_flow_run(run_id), datetime.now(UTC) + after)
-
-        assert not ended(Running())
-        assert not ended(Crashed())  # it is about to be resumed
-        assert ended(after=timedelta(minutes=10))  # nobody resumes it
-        assert not ended(Scheduled(name=Outcome.RESUMED), Running())
-        assert ended(Crashed())  # the second time
-        assert ended(Completed())
+@pytest.mark.parametrize(
+    ("state", "run_count", "seconds", "expected"),
+    [
+        (Running(), 1, 0.0, False),
+        (Crashed(), 1, 0.0, False),  # it is about to be resumed
+        (Crashed(), 1, 600.0, True),  # nobody resumes it
+        (Crashed(), 0, 0.0, True),  # it never began
+        (Crashed(), 2, 0.0, True),  # the second time
+        (Scheduled(name=Outcome.RESUMED), 1, 0.0, False),
+        (Completed(), 1, 0.0, True),
+    ],
+)
+def test_a_point_that_crashed_has_ended_when_it_will_not_go_on_by_itself(
+    state: State[None], run_count: int, seconds: float, expected: bool
+) -> None:
+    run = FlowRun(flow_id=uuid4(), state=state, run_count=run_count)
+    assert has_ended(run, seconds) is expected

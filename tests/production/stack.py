@@ -78,7 +78,7 @@ class Stack:
             "PREFECT_SERVER_API_AUTH_STRING": AUTH,
             "PREFECT_SERVER_API_PORT": str(self.port),
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": self.url.removesuffix("/api"),
-            "PREFECT_API_DATABASE_CONNECTION_URL": self.database.url,
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.database.url,
             "PREFECT_HOME": str(self.folder / "prefect"),
             "NESTED_TUNE_HOME": str(self.home),
             "HF_TOKEN": TOKEN,

@@ -19,7 +19,7 @@ from tests.production.faults import FaultTable
 from tests.production.processes import command_of
 from tests.production.stack import Stack, wait_for
 from tests.production.test_faults import SLOT_IS_FREE_WITHIN, Training
-from tests.production.test_production import add, announce, champion
+from tests.production.test_production import add, champion
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
 
@@ -111,7 +111,7 @@ def test_cancelled_in_promote(stack: Stack, faults: FaultTable) -> None:
     assert ended.state_name == "Cancelled"
     assert seconds < SLOT_IS_FREE_WITHIN
     assert champion(stack, name) is None
-    announce(stack, version, name)
-    wait_for(lambda: champion(stack, name) == version)
+    stack.wait(stack.submit("promote/auto", **section))
+    assert champion(stack, name) == version
     assert len(core.history(stack.registry, name)) == 1
-    faults.add("cancel in promote", "Cancelled", "registered", seconds, "the event again promotes")
+    faults.add("cancel in promote", "Cancelled", "registered", seconds, "promoted when asked again")

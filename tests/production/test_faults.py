@@ -8,11 +8,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import uuid4
 
 import pytest
+from prefect.client.schemas.objects import FlowRun
+from prefect.flow_runs import resume_flow_run
 
 from nested_core import registry as core
 from nested_core.storage.checkpoint import latest_checkpoint
@@ -20,14 +23,15 @@ from nested_core.storage.run_directory import RunDirectory
 from nested_core.training.metrics_file import read_metrics
 from tests.production.faults import FaultTable
 from tests.production.stack import Stack, wait_for
-from tests.production.test_production import add, announce, champion
+from tests.production.test_production import add, champion
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
 
-NAME = "events"  # the adapter that events are about
+NAME = "asked"  # the adapter that a person is asked about
 STEPS = 240
 LONG: dict[str, Any] = {"iters": STEPS, "save_every": 10, "val_batches": 1, "steps_per_eval": 120}
 SLOT_IS_FREE_WITHIN = 120
+DEAD_WITHIN = 400  # 300 seconds without a heartbeat, and what the server takes to look
 SECONDS_UNTIL_LAUNCHD_KILLS = 20  # launchd.plist(5), ExitTimeOut
 # A worker reports the end of a run's process a second time, after it has imported the flow: a retry
 # before that would be taken for the run that ended.
@@ -79,7 +83,7 @@ class Training:
         begun_at = self.step()
         wait_for(lambda: self.stack.flow_run(self.id).state_name != "Crashed", 120)
         message = self.end_promoted_once()
-        assert message.startswith("crashed once, resumed by itself from step-"), message
+        assert message.startswith("begun 2 times, last from step-"), message
         assert begun_at > 0
 
     def end_promoted_once(self) -> str:
@@ -93,13 +97,6 @@ class Training:
         assert steps == sorted(set(steps))
         assert len(core.history(self.stack.registry, self.name)) == 1
         return str(ended.state.message)
-
-    def said_of_its_crashes(self) -> list[str]:
-        """What the runs of resume/auto for this run say, the last one first."""
-        runs = self.stack.runs_of("resume/auto")
-        own = [r for r in runs if r.parameters["config"]["flow_run"] == str(self.id)]
-        own.sort(key=lambda run: str(run.created), reverse=True)
-        return [str(run.state.message) for run in own if run.state and run.state.is_final()]
 
     def is_unpromoted(self) -> bool:
         folder = self.stack.registry / self.name
@@ -163,10 +160,9 @@ def test_kill_9_of_worker_and_flow_process_and_of_what_goes_on_by_itself(
         os.kill(process, signal.SIGKILL)
     stack.workers["mlx-gpu"].wait()
     stack.start_worker("mlx-gpu")
-    state, seconds = training.final_state(began)
+    state, seconds = training.final_state(began, DEAD_WITHIN)
     assert state == "Crashed"
-    assert "No heartbeat for 90 seconds" in str(stack.flow_run(training.id).state)
-    assert seconds < SLOT_IS_FREE_WITHIN
+    assert "No heartbeat for 300 seconds" in str(stack.flow_run(training.id).state)
     begun_at = training.step()
     held = f"checkpoint of step {begun_at}"
     then = "goes on by itself"
@@ -177,10 +173,7 @@ def test_kill_9_of_worker_and_flow_process_and_of_what_goes_on_by_itself(
     os.kill(stack.flow_process(training.id), signal.SIGKILL)
     state, seconds = training.final_state(began)
     assert state == "Crashed"
-    wait_for(lambda: len(training.said_of_its_crashes()) == 2, 120)
-    again, first = training.said_of_its_crashes()
-    assert first.endswith("goes on from its last checkpoint")
-    assert again.endswith("crashed again: it stays Crashed until a Retry")
+    time.sleep(60)
     assert stack.flow_run(training.id).state_name == "Crashed"
     assert training.is_unpromoted()
     held = f"checkpoint of step {training.step()}"
@@ -215,20 +208,6 @@ def test_sigterm_to_the_worker(stack: Stack, faults: FaultTable) -> None:
         then = f"Prefect ended the run's process too; {goes_on}, promoted once"
     assert len(core.history(stack.registry, training.name)) == 1
     faults.add("SIGTERM to the worker", state, held, seconds, then)
-
-
-def test_the_server_is_killed_for_a_minute_while_it_trains(
-    stack: Stack, faults: FaultTable
-) -> None:
-    training = Training(stack, "no-server").until(20)
-    stack.kill_server()
-    time.sleep(60)
-    stack.start_server()
-    state, _ = training.final_state()
-    held = f"checkpoint of step {training.step()}"
-    faults.add("kill -9 of the server for 60 s", state, held, None, "training does not notice")
-    assert state == "Completed"
-    assert len(core.history(stack.registry, training.name)) == 1
 
 
 def test_the_database_is_restarted_while_it_trains(stack: Stack, faults: FaultTable) -> None:
@@ -275,75 +254,79 @@ def test_the_disk_is_full_when_a_checkpoint_is_written(
     faults.add("disk full at a checkpoint", state, held, seconds, "room made, a retry resumes")
 
 
-def promotions(stack: Stack) -> set[UUID]:
-    return {run.id for run in stack.runs_of("promote/auto")}
-
-
-def ended_promotions(stack: Stack, before: set[UUID], count: int) -> list[str]:
-    """What the states of `count` new runs of promote/auto say, once all of them have ended."""
-
-    def look() -> list[str]:
-        new = [run for run in stack.runs_of("promote/auto") if run.id not in before]
-        are_final = all(run.state is not None and run.state.is_final() for run in new)
-        messages = [f"{run.state_name}: {run.state.message}" for run in new if run.state]
-        return messages if len(new) >= count and are_final else []
-
-    found: list[str] = wait_for(look, 120)
-    return found
-
-
-def test_the_event_comes_twice(stack: Stack, faults: FaultTable) -> None:
-    version, before = add(stack, 21, name=NAME), promotions(stack)
-    entries = len(core.history(stack.registry, NAME))
-    announce(stack, version, NAME)
-    announce(stack, version, NAME)
-    said = sorted(ended_promotions(stack, before, 2))
-    assert said == ["Completed: already_champion", "Promoted: promoted"]
-    assert len(core.history(stack.registry, NAME)) == entries + 1
-    faults.add("adapter.verified twice", " and ".join(said), "one change", None, "promoted once")
-
-
-def test_the_event_is_forged(stack: Stack, faults: FaultTable, tmp_path: Path) -> None:
-    now, before = champion(stack, NAME), promotions(stack)
-    announce(stack, "0" * 64, NAME)
-    announce(stack, str(now), NAME, registry=str(tmp_path))
-    said = sorted(ended_promotions(stack, before, 2))
-    assert [message.split(":")[0] for message in said] == ["Failed", "Failed"]
-    assert any("has no version" in message for message in said)
-    assert any("outside of the folders that this worker may use" in message for message in said)
-    assert champion(stack, NAME) == now
-    faults.add("adapter.verified forged", "Failed", "nothing", None, "nothing is promoted")
-
-
-def test_the_event_is_malformed(stack: Stack, faults: FaultTable) -> None:
-    now, before = champion(stack, NAME), promotions(stack)
-    announce(stack, "not a version", NAME)
-    time.sleep(15)
-    assert promotions(stack) == before
-    assert champion(stack, NAME) == now
-    seen = {"event": {"name": ["prefect.automation.action.failed"]}}
-    with stack.connected() as client:
-        answer = client.request("POST", "/events/filter", json={"filter": seen}).json()
-    assert answer["events"]
-    faults.add("adapter.verified malformed", "no run", "nothing", None, "an alert is raised")
-
-
-def test_the_event_is_lost_and_the_hourly_reconcile_promotes(
+def test_a_deploy_between_a_crash_and_its_resumption_changes_nothing(
     stack: Stack, faults: FaultTable
 ) -> None:
-    version = add(stack, 22, name=NAME)
-    ended = stack.wait(stack.submit("reconcile/geography-hourly", names=[NAME]))
+    training = Training(stack, "deployed-between").until(20)
+    os.kill(stack.flow_process(training.id), signal.SIGKILL)
+    training.final_state()
+    deployed = stack.nested_tune("deploy", "-c", "small.yaml", "--json")
+    assert deployed.returncode == 0, deployed.stderr
+    assert "automation 'nested-tune: resume what crashed': there already" in deployed.stdout
+    training.go_on_by_itself()
+    then = "goes on by itself, promoted once"
+    faults.add("`deploy` between a crash and its resumption", "Crashed", "-", None, then)
+
+
+def questions(stack: Stack, version: str) -> list[FlowRun]:
+    """The runs of promote/auto for a version."""
+    return [
+        r for r in stack.runs_of("promote/auto") if r.parameters["config"]["version"] == version
+    ]
+
+
+def test_a_person_is_asked_once_by_the_run_and_by_reconcile_whatever_events_come(
+    stack: Stack, faults: FaultTable
+) -> None:
+    section = {"path": "registry", "name": NAME, "promote": "approve"}
+    ended = stack.wait(stack.submit("finetune/geography-manual", registry=section))
     assert ended.state is not None
-    assert ended.state.message == f"promoted: {NAME}"
-    assert champion(stack, NAME) == version
-    faults.add("adapter.verified lost", "-", "registered", None, "the hourly reconcile promotes")
+    assert ended.state_name != "Failed", ended.state.message
+    (version,) = core.list_versions(stack.registry, NAME)
+    (question,) = questions(stack, version)
+    stack.wait(question.id, "Suspended")
+    for _ in range(2):  # the event, again, in every form
+        announce(stack, version, NAME)
+        announce(stack, "not a version", NAME)
+    stack.wait(stack.submit("reconcile/geography-hourly", names=[NAME]))
+    assert [run.id for run in questions(stack, version)] == [question.id]
+    # A version whose run was killed before it asked
+    lost = add(stack, 31, "approve", name=NAME)
+    stack.wait(stack.submit("reconcile/geography-hourly", names=[NAME]))
+    stack.wait(stack.submit("reconcile/geography-hourly", names=[NAME]))
+    (asked,) = questions(stack, lost)
+    stack.wait(asked.id, "Suspended")
+    with stack.connected():
+        resume_flow_run(asked.id, run_input={"approve": True, "by": "ann"})
+    assert stack.wait(asked.id).state_name in ("Promoted", "Approved")
+    assert champion(stack, NAME) == lost
+    then = "one question, whoever asks; no event decides"
+    faults.add("approval: event lost, sent twice, malformed", "Suspended", "registered", None, then)
 
 
-def test_the_event_comes_after_the_champion_has_changed(stack: Stack, faults: FaultTable) -> None:
-    late, newer, before = add(stack, 23, name=NAME), add(stack, 24, name=NAME), promotions(stack)
-    core.promote(stack.registry, NAME, newer, by="ann")
-    announce(stack, late, NAME)
-    said = ended_promotions(stack, before, 1)
-    assert said == ["Completed: superseded"]
-    assert champion(stack, NAME) == newer
-    faults.add("adapter.verified late", said[0], "registered", None, "nothing is promoted")
+def announce(stack: Stack, version: str, name: str) -> None:
+    """The event `adapter.verified`, as anybody who reaches the server can send it."""
+    resource = {"prefect.resource.id": f"adapter.{name}", "prefect.resource.name": name}
+    resource |= {"nested-tune.promotion": "open"}
+    event = {"event": "adapter.verified", "resource": resource, "id": str(uuid4())}
+    event |= {"payload": {"version": version, "registry": str(stack.registry), "run_dir": "x"}}
+    event |= {"occurred": datetime.now(UTC).isoformat()}
+    with stack.connected() as client:
+        client.request("POST", "/events", json=[event]).raise_for_status()
+
+
+@pytest.mark.parametrize("task", ["validate", "gate"])
+def test_the_server_is_away_while_a_task_publishes_its_page(
+    stack: Stack, faults: FaultTable, task: str
+) -> None:
+    """Killed as the task begins: its page is published into the outage, and the run goes on."""
+    training = Training(stack, f"away-{task}", iters=12, val_batches=-1)
+    wait_for(lambda: stack.is_running(training.id, task), 180)
+    stack.kill_server()
+    time.sleep(20)
+    stack.start_server()
+    state, _ = training.final_state()
+    assert state == "Completed", stack.flow_run(training.id).state
+    assert len(core.history(stack.registry, training.name)) == 1
+    then = "the page is left out, and the run goes on"
+    faults.add(f"server away while {task} publishes", "Completed", "-", None, then)

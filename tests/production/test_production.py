@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
@@ -21,7 +17,6 @@ from tests.core.registry.conftest import write_run
 from tests.production.stack import NAME, Stack, wait_for
 
 pytestmark = [pytest.mark.production, pytest.mark.timeout(600)]
-SECONDS_TO_PROMOTE = 10
 
 
 def champion(stack: Stack, name: str = NAME) -> str | None:
@@ -35,17 +30,6 @@ def add(stack: Stack, seed: int, policy: str = "always", name: str = NAME) -> st
     section = {"path": "x", "name": "y", "promote": policy}
     provenance = {"champion_at_gate": champion(stack, name), "config": {"registry": section}}
     return core.register(run, stack.registry, name, provenance)
-
-
-def announce(stack: Stack, version: str, name: str = NAME, **changes: Any) -> None:
-    """The event `adapter.verified` for a version."""
-    payload = {"version": version, "registry": str(stack.registry), "run_dir": "x"} | changes
-    resource = {"prefect.resource.id": f"adapter.{name}", "prefect.resource.name": name}
-    resource |= {"nested-tune.promotion": "open"}
-    with stack.connected() as client:
-        event = {"event": "adapter.verified", "resource": resource, "payload": payload}
-        event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
-        client.request("POST", "/events", json=[event]).raise_for_status()
 
 
 def test_deploying_again_changes_nothing_that_a_person_has_set(stack: Stack) -> None:
@@ -97,16 +81,6 @@ def test_a_night_without_new_data_is_skipped(stack: Stack) -> None:
     assert ended.state is not None
     assert ended.state.message == f"skipped: data unchanged since {str(champion(stack))[:6]}"
     assert len(core.history(stack.registry, NAME)) == 1
-
-
-def test_a_verified_event_promotes_within_10_seconds_with_nobody_there(stack: Stack) -> None:
-    version = add(stack, 1)
-    began = time.monotonic()
-    announce(stack, version)
-    wait_for(lambda: champion(stack) == version)
-    seconds = time.monotonic() - began
-    print(f"\nverified event to promotion: {seconds:.1f} s, load {os.getloadavg()[0]:.1f}")
-    assert seconds < SECONDS_TO_PROMOTE
 
 
 def test_a_version_that_needs_approval_is_promoted_in_the_name_of_who_approves(

@@ -51,7 +51,7 @@ def test_two_deploys_at_once_leave_one_of_everything_and_the_first_adapters_set_
         done = list(pool.map(lambda _: stack.nested_tune("deploy", "-c", config), range(2)))
     assert [each.returncode for each in done] == [0, 0], done
     wanted = {name % adapter for adapter in (NAME, ADAPTER) for name in SET}
-    wanted |= {"promote/auto", "resume/auto"}
+    wanted |= {"promote/auto"}
     assert deployments(stack) == Counter(wanted)
     with stack.connected() as client:
         automations = Counter(automation.name for automation in client.read_automations())

@@ -100,7 +100,7 @@ def test_in_the_second_one_is_unchanged_and_the_other_crashes_and_goes_on_by_its
     resumed = end_night(team, crashing)
     assert resumed.state is not None
     assert resumed.state.is_completed(), resumed.state
-    assert "crashed once" in str(resumed.state.message)
+    assert "begun 2 times" in str(resumed.state.message)
     wait_for(lambda: webhook.texts)
     (crashed,) = webhook.texts
     assert crashed.startswith(f"Crashed: {SUPPORT}, ")
@@ -159,8 +159,6 @@ def test_the_list_tells_each_night_and_there_is_no_run_that_nobody_asked_for(
     assert nights[:4] == ["Promoted", "Skipped", "Rejected", "Promoted"]
     promotions = [run.parameters["config"]["name"] for run in team.runs_of("promote/auto")]
     assert not set(promotions) & set(ADAPTERS), "each night promotes by itself"
-    resumptions = [run.parameters["config"]["name"] for run in team.runs_of("resume/auto")]
-    assert sum(name.startswith(ADAPTERS) for name in resumptions) == 1
     assert len(webhook.texts) == 3, webhook.texts
 
 
@@ -178,5 +176,5 @@ def test_a_run_that_no_worker_takes_is_told_as_late(team: Stack, webhook: Webhoo
             client.delete_flow_run(run.id)
             team.prefect("work-pool", "resume", "mlx-gpu")
     (late,) = webhook.texts
-    assert late.startswith("Late: ")
+    assert late.startswith(f"Late: {CAPITALS}-nightly")
     assert f"It was to begin at {two_hours_ago:%Y-%m-%d %H:%M}" in late

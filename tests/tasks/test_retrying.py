@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+import httpx
 import pytest
 from prefect.states import Completed, Failed
 
@@ -108,3 +109,12 @@ def test_each_task_has_the_retries_and_the_condition_of_the_table(
 ) -> None:
     assert task.retries == retries
     assert task.retry_condition_fn is condition
+
+
+@pytest.mark.parametrize(
+    "error",
+    [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), httpx.RemoteProtocolError("cut")],
+)
+def test_a_server_that_is_away_for_a_while_is_a_reason_to_try_again(error: Exception) -> None:
+    assert is_transient(error)
+    assert not is_transient(httpx.InvalidURL("no such thing"))

@@ -1,0 +1,112 @@
+"""Runs whose process is gone, found by asking: a server that was away forgot to wait for them.
+
+Each run of ours sends a heartbeat every 30 seconds. One of which nothing was heard for 300 is
+looked at for another 300 before it is ended: a run that lives is heard in that time, however long
+the server or its network was away before, and whatever the clocks of the two machines say.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect import get_run_logger, runtime
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.responses import SetStateStatus
+from prefect.states import Cancelled, Crashed, State
+
+from tasks.server_outage import tolerating_server_outage
+
+TAG = "nested-tune"
+SECONDS_OF_SILENCE = 300.0  # as in automations.yaml
+SECONDS_BETWEEN_LOOKS = 30.0
+ACTIVE_TYPES = (StateType.PENDING, StateType.RUNNING, StateType.CANCELLING)
+DEAD_MESSAGE = (
+    "No heartbeat for {minutes:.0f} minutes: its process is gone. Retry the run to go on from its "
+    "last checkpoint."
+)
+
+
+@dataclass(frozen=True)
+class LifeSign:
+    """The last that was heard of an active run: its state, and its latest heartbeat."""
+
+    run: FlowRun
+    state: UUID
+    heartbeat: str | None
+    at: datetime
+
+    def is_same(self, other: LifeSign) -> bool:
+        """Whether nothing was heard between the two."""
+        return (self.state, self.heartbeat) == (other.state, other.heartbeat)
+
+
+def end_dead_runs(silence: float = SECONDS_OF_SILENCE) -> list[str]:
+    """End the runs of ours that are active by their state and have no process; their names.
+
+    Returns at once where each active run was heard within `silence` seconds. Where the server
+    cannot be reached meanwhile nothing is ended: the next hour looks again.
+    """
+    ended: list[str] = []
+    with (
+        tolerating_server_outage("dead runs are not looked for"),
+        get_client(sync_client=True) as client,
+    ):
+        bound = datetime.now(UTC) - timedelta(seconds=silence)
+        suspects = [sign for sign in _read_life_signs(client) if sign.at < bound]
+        until = time.monotonic() + silence
+        while suspects and time.monotonic() < until:
+            time.sleep(min(SECONDS_BETWEEN_LOOKS, silence / 4))
+            now = {sign.run.id: sign for sign in _read_life_signs(client)}
+            suspects = [s for s in suspects if s.run.id in now and s.is_same(now[s.run.id])]
+        ended += [sign.run.name for sign in suspects if _end_run(client, sign)]
+    return ended
+
+
+def _read_life_signs(client: SyncPrefectClient) -> list[LifeSign]:
+    """The active runs with our tag but this one, each with the last that was heard of it."""
+    active = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[TAG]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(ACTIVE_TYPES))),
+    )
+    own = str(runtime.flow_run.id)
+    runs = [run for run in client.read_flow_runs(flow_run_filter=active) if str(run.id) != own]
+    return [_read_life_sign(client, run, run.state) for run in runs if run.state is not None]
+
+
+def _read_life_sign(client: SyncPrefectClient, run: FlowRun, state: State[Any]) -> LifeSign:
+    wanted = {
+        "event": {"name": ["prefect.flow-run.heartbeat"]},
+        "resource": {"id": [f"prefect.flow-run.{run.id}"]},
+        "order": "DESC",
+    }
+    answer = client.request("POST", "/events/filter", json={"filter": wanted, "limit": 1})
+    events = answer.raise_for_status().json()["events"]
+    if not events:
+        return LifeSign(run, state.id, None, state.timestamp)
+    at = datetime.fromisoformat(events[0]["occurred"])
+    return LifeSign(run, state.id, events[0]["id"], max(at, state.timestamp))
+
+
+def _end_run(client: SyncPrefectClient, sign: LifeSign) -> bool:
+    """Call a dead run Crashed, or Cancelled where that was asked for; False if it is refused."""
+    minutes = (datetime.now(UTC) - sign.at).total_seconds() / 60
+    message = DEAD_MESSAGE.format(minutes=minutes)
+    is_cancelling = sign.run.state_type == StateType.CANCELLING
+    state: State[None] = Cancelled(message=message) if is_cancelling else Crashed(message=message)
+    result = client.set_flow_run_state(sign.run.id, state)
+    if result.status == SetStateStatus.ACCEPT:
+        get_run_logger().warning("%s: %s", sign.run.name, message)
+        return True
+    get_run_logger().warning("%s is not ended: %s", sign.run.name, result.details)
+    return False

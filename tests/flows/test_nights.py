@@ -1,0 +1,88 @@
+"""A second night of one adapter does not train: which of two gives way."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.flow_engine import run_flow
+from prefect.states import Completed, Pending, Running, Scheduled
+
+from flows.finetune import finetune
+from flows.nights import describe_other_night
+from tests.example import example_settings
+
+NOW = datetime(2026, 11, 22, 2, 0, tzinfo=UTC)
+AT_WORK, LATER = "another night of this adapter is at work", "a later night of this adapter is due"
+
+
+def night(state: State[Any], hours: float, *, by_schedule: bool = True) -> FlowRun:
+    """A run that was due some hours after the night that is asked about."""
+    due = NOW + timedelta(hours=hours)
+    values = {"id": uuid4(), "flow_id": uuid4(), "state": state, "state_type": state.type}
+    values |= {"expected_start_time": due, "auto_scheduled": by_schedule}
+    return FlowRun.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("other", "now", "expected"),
+    [
+        (night(Running(), -24), 0, AT_WORK),
+        (night(Running(), -24, by_schedule=False), 0, AT_WORK),
+        (night(Running(), 24), 24, None),  # that one gives way
+        (night(Scheduled(), 24), 25, LATER),
+        (night(Pending(), 24), 25, LATER),
+        (night(Scheduled(), 24), 0, None),  # not due yet
+        (night(Scheduled(), -24), 0, None),  # an earlier one, which gives way itself
+        (night(Scheduled(), 24, by_schedule=False), 25, None),  # a run by hand
+    ],
+)
+def test_the_night_that_is_due_last_trains_on_the_newest_data(
+    other: FlowRun, now: float, expected: str | None
+) -> None:
+    own = night(Running(), 0)
+    said = describe_other_night(own, [own, other], NOW + timedelta(hours=now))
+    assert (said is None) if expected is None else str(said).startswith(expected)
+    assert said is None or str(other.id) in said
+
+
+def test_of_two_nights_due_at_once_one_trains() -> None:
+    first, second = night(Running(), 0), night(Running(), 0)
+    said = [describe_other_night(own, [first, second], NOW) for own in (first, second)]
+    assert sum(each is None for each in said) == 1
+
+
+def begin(deployment: UUID) -> State[Any]:
+    """What a worker's process does with the run of a schedule."""
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(deployment)
+        run = client.read_flow_run(run.id)
+        run.auto_scheduled = True
+        state: Any = run_flow(
+            finetune, flow_run=run, parameters=run.parameters, return_type="state"
+        )
+    assert isinstance(state, State)
+    return state
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_night_that_comes_while_one_is_at_work_ends_skipped_and_names_it() -> None:
+    config = example_settings(iters=2) | {"registry": {"path": "registry", "name": "twice"}}
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(
+            client.create_flow(finetune),
+            name=str(uuid4()),
+            parameters={"config": config},
+            enforce_parameter_schema=False,
+        )
+        at_work = client.create_flow_run_from_deployment(deployment)
+        client.set_flow_run_state(at_work.id, Running(), force=True)
+        state = begin(deployment)
+        client.set_flow_run_state(at_work.id, Completed(), force=True)
+    assert (state.name, state.is_completed()) == ("Skipped", True)
+    assert str(state.message).startswith(f"skipped: {AT_WORK}, flow run ")
+    assert str(at_work.id) in str(state.message)

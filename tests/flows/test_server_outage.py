@@ -1,0 +1,58 @@
+"""A run whose server does not answer for a while: pages and tags are left out, and it goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient
+
+from flows.flow_run_labels import tag_flow_run
+from tasks.artifact_client import ArtifactClient
+from tasks.markdown_page import MarkdownPage
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def connect_nowhere(sync_client: bool) -> SyncPrefectClient:
+    """A client of a server that refuses connections, as one does that starts again."""
+    return SyncPrefectClient("http://127.0.0.1:9/api")
+
+
+def publish_page() -> None:
+    with ArtifactClient() as artifacts:
+        artifacts.publish_page("away-night", MarkdownPage("night"), "a page")
+        artifacts.publish_table("away-table", [{"a": 1}], "a table")
+
+
+@pytest.mark.parametrize(
+    ("module", "ask", "left_out"),
+    [
+        (
+            "tasks.artifact_client",
+            publish_page,
+            ["the page away-night is not", "the page away-table is not"],
+        ),
+        ("flows.flow_run_labels", tag_flow_run, ["the run has no tags"]),
+    ],
+)
+def test_what_only_shows_is_logged_and_left_out(
+    module: str,
+    ask: Callable[[], None],
+    left_out: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @flow
+    def night() -> str:
+        monkeypatch.setattr(f"{module}.get_client", connect_nowhere)
+        ask()
+        return "went on"
+
+    with caplog.at_level(logging.WARNING):
+        assert night() == "went on"
+    for words in left_out:
+        assert words in caplog.text
+    assert "ConnectError" in caplog.text
