@@ -17,6 +17,7 @@ from tests.example import example_settings, train_example, write_config
 from tests.flows.conftest import completed
 
 NAME = "capitals"
+BOTH = pytest.mark.slow("the same configuration as a command and as a flow")
 pytestmark = [pytest.mark.usefixtures("prefect_server")]
 
 
@@ -38,11 +39,11 @@ def settings(registry: Path, policy: str, iters: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("policy", "run", "champion", "outcome"),
     [
-        ("never", "better", None, None),
-        ("always", "worse", "better", "promoted"),
+        pytest.param("never", "better", None, None, marks=BOTH),
+        pytest.param("always", "worse", "better", "promoted", marks=BOTH),
         ("better", "better", "worse", "promoted"),
-        ("better", "worse", "better", "is not better than the champion's"),
-        ("approve", "better", None, "waiting for approval"),
+        pytest.param("better", "worse", "better", "is not better than the champion's", marks=BOTH),
+        pytest.param("approve", "better", None, "waiting for approval", marks=BOTH),
     ],
 )
 def test_train_does_with_a_verified_adapter_what_the_flow_does(

@@ -184,6 +184,7 @@ def require_all(
     return ends
 
 
+@pytest.mark.slow("commands on many damaged copies of a run")
 @pytest.mark.parametrize("count", [24, FULL])
 def test_status_stop_and_promote_of_a_spoilt_run_name_the_file_or_change_nothing(
     originals: Originals, tmp_path: Path, count: int | None
@@ -193,6 +194,7 @@ def test_status_stop_and_promote_of_a_spoilt_run_name_the_file_or_change_nothing
     assert ends["promote 6"] > ends["promote 0"]
 
 
+@pytest.mark.slow("commands on many damaged copies of a run")
 @pytest.mark.parametrize("count", [4, FULL])
 def test_a_spoilt_run_is_resumed_to_the_same_adapter_or_refused_by_the_files_name(
     originals: Originals, tmp_path: Path, count: int | None
@@ -232,6 +234,7 @@ def test_a_spoilt_version_is_named_by_audit_and_never_promoted(
     require_all(check, every(count, cases(first, second)), originals, tmp_path)
 
 
+@pytest.mark.slow("commands on many damaged copies of a run")
 def test_a_damaged_result_is_made_again_from_sound_checkpoints(
     originals: Originals, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def damage_found(config: FineTuneConfig, run: RunDirectory) -> DamagedError | No
     return None
 
 
+@pytest.mark.slow("a command for each of three hundred folders")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.reliability)])
 def test_every_mutated_folder_is_detected_with_exit_code_6(

@@ -160,6 +160,7 @@ def print_night(number: int, night: Night) -> None:
     print(f"night {number + 1}: {word}: {night.result.promotion}")
 
 
+@pytest.mark.slow("trains and judges a run for each night")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("nights", [2, pytest.param(NIGHTS, marks=pytest.mark.reliability)])
 def test_each_night_is_compared_with_the_champion_on_its_own_examples(

@@ -76,6 +76,7 @@ def test_crash_at_any_call_leaves_the_old_or_the_new_champion_and_the_next_chang
     assert champions == {old, new}
 
 
+@pytest.mark.slow(INTERRUPTED)
 @interruptions
 def test_crash_in_the_very_first_promotion_leaves_no_champion_or_the_first(
     add, registry, interrupted
