@@ -211,8 +211,12 @@ def _require_allowed_dataset(entry: HubDataset, what: str) -> None:
 
 def _refuse_other_loader(entry: HubDataset, what: str) -> None:
     """Of the loaders that come with `datasets`, a word each, only some read nothing but data."""
-    if "/" in entry.path or os.path.lexists(entry.path) or entry.path in DATASET_LOADERS:
+    if os.path.isdir(entry.path) or entry.path in DATASET_LOADERS:
         return
+    if not HUB_NAME_PATTERN.fullmatch(entry.path):
+        raise ConfigError(
+            f"{what}.path: {entry.path} is neither a folder here nor OWNER/NAME of the hub."
+        )
     try:
         loaders = import_module("datasets.packaged_modules")._PACKAGED_DATASETS_MODULES
     except ImportError:  # reading the data set says that it is not installed

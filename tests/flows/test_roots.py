@@ -116,6 +116,12 @@ def test_an_address_that_can_name_a_local_file_is_refused(home: Path, address: s
         with_allowed_paths(hub("json", data_files=address))
 
 
+@pytest.mark.parametrize("path", ["file:///etc/passwd", "https://x/y.json", "a/b/c", "$HOME/x"])
+def test_a_data_set_is_a_folder_here_or_a_name_of_the_hub(home: Path, path: str) -> None:
+    with pytest.raises(ConfigError, match="is neither a folder here nor OWNER/NAME of the hub"):
+        with_allowed_paths(hub(path))
+
+
 @pytest.mark.parametrize("key", ["data_dir"])
 @pytest.mark.parametrize("path", ["/etc", "..", "linked"])
 def test_a_folder_of_the_loader_outside_is_refused(home: Path, key: str, path: str) -> None:
