@@ -9,6 +9,7 @@ from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import join_first_values, shorten
+from nested_core.registry.loss_conclusion import describe_conclusion
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.foreign_text import escape
@@ -38,15 +39,21 @@ def shorten_version(version: str) -> str:
 def describe_loss(run: RunDirectory) -> str:
     """`val loss 3.1 -> 1.4` from gate.json, or `test loss`, or that there was no validation set.
 
-    With a champion that was judged on the same examples, its loss: `; champion 670791 1.5`.
+    An inconclusive loss says what would settle it. With a champion that was judged on the same
+    examples, its loss: `; champion 670791 1.5`.
     """
     verdict = read_json_object(run.gate)
     losses = verdict["validation"]
     if losses is None:
         return "no validation set"
     name = loss_name_for_file(losses["file"]).replace("validation", "val")
+    if losses["examples"] == 0:
+        return f"{name} not judged, for all held-out examples were trained on"
     change = format_change(losses["loss_before"], losses["loss_after"])
-    return f"{name} {change}{_describe_champion(verdict)}"
+    doubt = ""
+    if losses.get("conclusion") == "inconclusive":
+        doubt = f", {describe_conclusion(losses)}"
+    return f"{name} {change}{doubt}{_describe_champion(verdict)}"
 
 
 def describe_test_loss(config: FineTuneConfig, run: RunDirectory, loss: float) -> str:

@@ -25,7 +25,9 @@ from nested_core.config.resume import read_run_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.config.section import Section
 from nested_core.errors import ConfigError, NestedTuneError
+from nested_core.gate.sweep_choice import SweepChoice
 from nested_core.pipeline.continual import champion_or_none
+from nested_core.registry.promotion_policy import effective_rule
 from nested_core.storage.run_directory import RunDirectory
 from tasks.outcomes import Outcome
 from tasks.promote import promote
@@ -37,6 +39,11 @@ SECONDS_BETWEEN_LOOKS = 10.0
 MOST_RUNS = 256
 MAX_RUNS_READ = 100  # in one look: those that were started first
 SECONDS_UNTIL_RESUMED = 180.0  # after a crash: 20 s of the automation, and what the server may lag
+# Keys that change which tokens or examples a loss is of, so that losses cannot be compared.
+KEYS_OF_THE_LOSS = (
+    *("mask_prompt", "max_seq_length", "data", "hf_dataset", "data_policy", "val_batches"),
+    *("training.supervise", "training.reference", "gate.held_out"),
+)
 
 
 class SweepParameters(Section):
@@ -56,7 +63,8 @@ def sweep(config: SweepParameters) -> State[Any]:
     """Run every point of the grid, show the results in a table, and promote the best.
 
     The runs register what the gate verified and promote nothing; the best by validation loss is
-    promoted by the base's own policy, against the champion that stood when the sweep began.
+    promoted by the base's own policy, against the champion that stood when the sweep began. Where
+    the gate judged on validation examples, `better` counts among how many they chose.
     """
     tolerate_closed_output()
     hide_tracebacks_of_expected_errors()
@@ -64,6 +72,7 @@ def sweep(config: SweepParameters) -> State[Any]:
     if target.path is None or target.name is None:
         raise ConfigError("sweep: base.registry.path and name are needed to compare what came out.")
     champion = champion_or_none(Path(target.path), target.name)
+    refuse_incomparable_keys(config.grid)
     points = list(grid_points(config.grid))
     if len(points) > MOST_RUNS:
         raise ConfigError(f"sweep: the grid has {len(points)} points, at most {MOST_RUNS}.")
@@ -92,7 +101,10 @@ def sweep(config: SweepParameters) -> State[Any]:
     if best is None:
         return Failed(message=f"none of {len(points)} runs passed the gate")
     version = _register_best(config.base, best, champion)
-    done = promote(target, version, champion)
+    runs = [RunDirectory(Path(outcome.run_dir)) for outcome in outcomes]
+    choice = SweepChoice.read(RunDirectory(Path(best.run_dir)), runs)
+    luck = choice.why_not_better() if effective_rule(target).must_be_better else None
+    done = luck or promote(target, version, champion)
     request_approval_if_waiting(Path(target.path), target.name, version, done)
     verified = sum(outcome.has_passed for outcome in outcomes)
     what = (
@@ -118,6 +130,20 @@ def grid_points(grid: dict[str, list[JsonValue]]) -> list[dict[str, JsonValue]]:
     keys = sorted(grid)
     combinations = itertools.product(*(grid[key] for key in keys))
     return [dict(zip(keys, values, strict=True)) for values in combinations]
+
+
+def refuse_incomparable_keys(grid: dict[str, list[JsonValue]]) -> None:
+    """Raise ConfigError for a key under which the runs' losses are of different things."""
+    bad = [
+        key
+        for key in sorted(grid)
+        if key.partition(".")[0] in ("registry", *KEYS_OF_THE_LOSS) or key in KEYS_OF_THE_LOSS
+    ]
+    if bad:
+        raise ConfigError(
+            f"sweep: the grid varies {', '.join(bad)}. A sweep compares losses on the same tokens "
+            f"of the same examples, and registers in one place. Give each value a sweep of its own."
+        )
 
 
 def apply_grid_point(base: dict[str, Any], point: dict[str, JsonValue]) -> dict[str, Any]:

@@ -17,13 +17,17 @@ from nested_core.registry.promotion_policy import registry_location
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
-from nested_core.text.loss_format import format_loss
+from nested_core.text.loss_format import format_loss, loss_name_for_file
 from tasks.artifact_client import ArtifactClient
 
 
 @dataclass(frozen=True)
 class SweepRunResult:
-    """What one run of a sweep came to; the loss is the gate's, None without a validation set."""
+    """What one run of a sweep came to.
+
+    val_loss is the best validation loss, by which the sweep chooses; loss is the gate's, on its
+    held-out examples. Each is None where there is none.
+    """
 
     run_dir: str
     point: dict[str, Any]
@@ -31,6 +35,8 @@ class SweepRunResult:
     message: str
     has_passed: bool
     loss: float | None
+    file: str | None = None
+    val_loss: float | None = None
 
     @classmethod
     def read_from_run(
@@ -49,15 +55,42 @@ class SweepRunResult:
         """
         verdict = read_json_object(run.gate) if run.gate.exists() else {}
         has_passed = verdict.get("verdict") == "passed" and is_candidate
-        loss = (verdict.get("validation") or {}).get("loss_after")
-        return cls(str(run.path), point, state, message, has_passed, loss)
+        validation = verdict.get("validation") or {}
+        result = read_json_object(run.result) if run.result.exists() else {}
+        best, last = result.get("best_val_loss"), result.get("val_loss")
+        return cls(
+            str(run.path),
+            point,
+            state,
+            message,
+            has_passed,
+            loss=validation.get("loss_after"),
+            file=validation.get("file"),
+            val_loss=last if best is None else best,
+        )
 
     def describe(self) -> str:
-        """The settings of this run and its loss."""
+        """The settings of this run and the gate's loss."""
         settings = ", ".join(f"{key}={value}" for key, value in self.point.items())
-        return (
-            f"{settings} (val loss {format_loss(self.loss)})" if self.loss is not None else settings
-        )
+        if self.loss is None:
+            return settings
+        name = loss_name_for_file(self.file).replace("validation", "val")
+        return f"{settings} ({name} {format_loss(self.loss)})"
+
+
+def choose_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None:
+    """The verified run of the lowest validation loss, or None where none was verified.
+
+    Test examples choose nothing: they judge the one choice. Without any validation loss the gate's
+    decides.
+    """
+
+    def order(outcome: SweepRunResult) -> tuple[float, float]:
+        losses = (outcome.val_loss, outcome.loss)
+        first, second = (float("inf") if loss is None else loss for loss in losses)
+        return first, second
+
+    return min((one for one in outcomes if one.has_passed), key=order, default=None)
 
 
 @task(name="collect", task_run_name="collect the sweep's results", cache_policy=NO_CACHE)
@@ -65,14 +98,13 @@ def pick_best_run(outcomes: Sequence[SweepRunResult]) -> SweepRunResult | None:
     """Show all as a table; return the verified run of the lowest validation loss, or None."""
     rows = [
         outcome.point
-        | {"state": outcome.state, "val_loss": outcome.loss, "result": outcome.message}
+        | {"state": outcome.state, "val_loss": outcome.val_loss, "result": outcome.message}
         for outcome in outcomes
     ]
     description = f"{len(rows)} runs of the sweep: settings, outcome and validation loss"
     with ArtifactClient() as artifacts:
         artifacts.publish_table("sweep-results", rows, description)
-    verified = [outcome for outcome in outcomes if outcome.has_passed]
-    return min(verified, key=lambda o: float("inf") if o.loss is None else o.loss, default=None)
+    return choose_best_run(outcomes)
 
 
 def find_registered_version(section: RegistrySection, outcome: SweepRunResult) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from nested_core.gate.verdict import Drift
+from nested_core.registry.loss_conclusion import describe_conclusion
 from nested_core.text.digest_format import shorten_digest
 from nested_core.text.loss_format import format_difference, format_interval, format_loss
 
@@ -17,7 +18,11 @@ def describe_losses(verdict: Mapping[str, Any]) -> str:
     text = f"{before} before training, {after} after, adapter of step {verdict['adapter_step']}"
     if losses.get("file") is None:  # of an earlier release
         return text
-    return f"{text} ({losses['file']}, {losses['examples']} examples)"
+    conclusion = describe_conclusion(losses)
+    shown = "" if conclusion is None else f"; {conclusion}"
+    if losses["examples"] == 0:
+        shown = f"; not judged: all {losses['left_out']} are ones that an adapter was trained on"
+    return f"{text} ({losses['file']}, {losses['examples']} examples){shown}"
 
 
 def describe_champion_loss(champion: Mapping[str, Any]) -> str:
@@ -30,17 +35,19 @@ def describe_champion_loss(champion: Mapping[str, Any]) -> str:
     return (
         f"Champion {version}: loss {format_loss(champion['loss'])} on the same examples; "
         f"difference {format_difference(champion['difference'])}, "
-        f"{_describe_direction(champion['difference'], champion['interval'])}."
+        f"{_describe_direction(champion)}."
     )
 
 
-def _describe_direction(difference: float, interval: Sequence[float] | None) -> str:
-    """Whether the candidate's loss is higher or lower than the champion's, or neither surely."""
-    if interval is None:
-        return "worse" if difference > 0 else "not worse"
-    low, high = interval
-    beyond = "worse" if low > 0 else "better" if high < 0 else "within noise"
-    return f"{beyond} (95 % interval {format_interval(interval)})"
+def _describe_direction(champion: Mapping[str, Any]) -> str:
+    """The word for the candidate's loss beside the champion's, and the interval."""
+    difference, interval = champion["difference"], champion["interval"]
+    word = describe_conclusion(champion)
+    if word is None:  # of an earlier release
+        word = "higher" if difference > 0 else "not higher"
+    if interval is None or champion.get("conclusion") == "inconclusive":
+        return word
+    return f"{word} (95 % interval {format_interval(interval)})"
 
 
 def describe_drift(drift: Mapping[str, Any]) -> str:

@@ -84,7 +84,7 @@ def run_listing(arguments: argparse.Namespace) -> Callable[[], int]:
                 f"{run.step} of {run.steps}" if run.step is not None and run.steps else run.step,
                 run.train_loss,
                 run.val_loss,
-                run.problem or run.verdict,
+                run.describe_verdict(),
                 run.describe_age(),
             )
             for run in runs

@@ -64,3 +64,6 @@ class DataPolicy(Section):
     roles: Literal["strict", "template"] = key(
         "strict", "roles and order of a chat: by our rules, or whatever the chat template takes"
     )
+    group: NonEmpty | None = key(
+        None, "a field of the rows, such as a document: held-out rows with one value count as one"
+    )

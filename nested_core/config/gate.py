@@ -58,7 +58,14 @@ class GateSection(Section):
         path="local_or_split",
         min_length=1,
     )
-    max_val_loss_increase: NonNegativeFloat = key(0.0, "relative, against the initial adapter")
+    max_val_loss_increase: NonNegativeFloat = key(
+        0.02,
+        "relative, at least 0.01 nats: the margin within which the loss has to be shown to stay; "
+        "0.0: none",
+    )
+    max_harmed_share: Share = key(
+        0.01, "of examples that lost far more than a nat a token, while none or few won as much"
+    )
     min_relative_change: NonNegativeFloat = key(0.0, "the least that a tensor must have moved")
     max_skipped_share: Share = key(0.01, "of a tier's updates, skipped for non-finite gradients")
     general_data: str | None = key(
@@ -76,8 +83,8 @@ class GateSection(Section):
     )
     noise: Literal["paired", "none"] = key(
         "paired",
-        "paired: a loss or score worse than its bound counts where the 95 % interval of the "
-        "paired differences leaves out 0; none: the bound alone",
+        "paired: a loss or score counts as worse where the 95 % interval of the paired differences "
+        "says so and the margin may be passed; none: the bound alone, on the mean",
     )
 
     def problems(self) -> Iterator[str]:

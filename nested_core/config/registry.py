@@ -26,8 +26,9 @@ AdapterName = Annotated[
 class RegistrySection(Section):
     """Where verified adapters go, and which of them become champion by themselves.
 
-    `better` asks for a loss that is lower than the champion's on the same held-out examples, with
-    the 95 % interval of the difference beyond `min_improvement`; `approve` leaves it to a person.
+    `better` asks for a loss that is lower than the champion's on the same held-out examples (of a
+    first version, than its initial adapter's) by more than `min_improvement`, with the 95 %
+    interval of the difference below 0; `approve` leaves it to a person.
     """
 
     path: str | None = key(None, "the registry's folder, on the worker's machine", path="local")
@@ -36,7 +37,9 @@ class RegistrySection(Section):
         "never",
         "whether a verified adapter becomes champion; better: on the same held-out data",
     )
-    min_improvement: NonNegativeFloat = key(0.0, "for better: by how much")
+    min_improvement: NonNegativeFloat = key(
+        0.005, "for better: nats a token, of the difference itself"
+    )
     require_validation: bool = key(True, "promote nothing that was not validated")
 
     def problems(self) -> Iterator[str]:

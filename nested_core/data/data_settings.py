@@ -51,13 +51,14 @@ class DataSettings:
         """The JSON keys to read; those of hub's data sets are renamed to the default ones."""
         allows_any_role = self.policy.roles == "template"
         if self.hf_dataset:
-            return FieldNames(allows_any_role=allows_any_role)
+            return FieldNames(allows_any_role=allows_any_role, group=self.policy.group)
         return FieldNames(
             self.prompt_feature,
             self.completion_feature,
             self.text_feature,
             self.chat_feature,
             allows_any_role,
+            self.policy.group,
         )
 
     @property

@@ -32,6 +32,22 @@ def digest_examples(split: TokenizedSplit) -> Digests:
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
+def digest_prompts(split: TokenizedSplit) -> Digests:
+    """The digest of what stands before the first learnt token of each example, uint64 [n].
+
+    Of an example that is learnt from its first predicted token on, such as plain text, it is that
+    of the whole example.
+    """
+    digests = []
+    for index in range(len(split)):
+        example, learnt = split.example(index), split.example_mask(index)
+        first = int(learnt.argmax()) if learnt.any() else 0
+        prompt = example[:first] if first > 1 else example
+        digests.append(sha256(prompt.tobytes()).digest()[:DIGEST_BYTES])
+    split.release_pages()
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
 def encode_digests(digests: Digests) -> str | None:
     """Distinct digests as base64 text, in order; None if they are too many to be recorded.
 

@@ -11,27 +11,28 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nested_core.data.example_digests import Digests
 from nested_core.gate.champion_adapter import Champion, UnusableChampion
+from nested_core.gate.chosen_candidate import Candidates
 from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_loss import HeldOutExamples
 from nested_core.gate.run_evidence import RunEvidence
-from nested_core.gate.training_examples import read_ancestor_training_digests
 from nested_core.gate.verdict import ChampionLoss
 from nested_core.text.digest_format import shorten_digest
 
 
 @dataclass(frozen=True, eq=False)
 class MeasuredHeldOutExamples:
-    """The held-out examples of a run, their losses, and digests of its training examples."""
+    """The held-out examples of a run, and their losses."""
 
     held_out: HeldOutExamples
     losses: ExampleLosses
-    training_examples: Digests
 
 
 def compare_with_champion(
-    champion: Champion | UnusableChampion, evidence: RunEvidence, examples: MeasuredHeldOutExamples
+    champion: Champion | UnusableChampion,
+    evidence: RunEvidence,
+    examples: MeasuredHeldOutExamples,
+    candidates: Candidates,
 ) -> tuple[ChampionLoss, ExampleLosses]:
     """What gate.json says of the champion, and the losses with the champion's beside them.
 
@@ -42,11 +43,9 @@ def compare_with_champion(
         return ChampionLoss(version, not_compared=champion.problem), losses
     if not np.isfinite(losses.after).all():
         return ChampionLoss(version, not_compared="the candidate's loss is not finite"), losses
-    ancestors = read_ancestor_training_digests(champion.base.config, evidence.before.digest())
-    seen = np.concatenate(
-        [examples.training_examples, ancestors, champion.training_examples], dtype=np.uint64
-    )
-    is_seen = np.isin(examples.held_out.digests, seen)
+    is_seen = np.isin(examples.held_out.digests, champion.training_examples)
+    if losses.left_out is not None:
+        is_seen |= losses.left_out
     if is_seen.all():
         problem = (
             f"each of the {len(losses)} held-out examples of {losses.file} is one that the "
@@ -58,7 +57,10 @@ def compare_with_champion(
         problem = f"the loss of the champion {shorten_digest(version)} is not finite"
         return ChampionLoss(version, not_compared=problem), losses
     compared = replace(losses, champion=np.where(is_seen, np.nan, measured))
-    return ChampionLoss.from_losses(version, compared), compared
+    found = ChampionLoss.from_losses(
+        version, compared, bounds=champion.base.config.gate, candidates=candidates
+    )
+    return found, compared
 
 
 def _measure_losses(

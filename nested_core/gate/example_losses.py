@@ -3,7 +3,8 @@
 A line an example: file, line, supervised tokens, and mean losses in nats a token with the initial
 adapter, the trained adapter, and the champion at the time of the gate; and how far the predictions
 moved, as KL divergence in nats a token from the initial adapter, and from the base if that is
-measured.
+measured. An example that the candidate or a parent was trained on is marked `left_out`, and is in
+no mean; examples with the same `cluster` are drawn together.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, describe_first_problem
-from nested_core.gate.paired_difference import PairedDifference, compare_pairs
+from nested_core.gate.paired_difference import (
+    Indices,
+    PairedDifference,
+    compare_pairs,
+    has_too_few_clusters,
+    independent_clusters,
+)
 from nested_core.storage.strict_files import read_regular
 
 OPTIONAL_COLUMNS = ("drift", "base_drift")
@@ -39,6 +46,8 @@ class _LossLine(BaseModel):
     champion: float | None
     drift: float | None = None
     base_drift: float | None = None
+    left_out: Literal[True] | None = None
+    cluster: int | None = Field(default=None, ge=0)
 
 
 _LINES_VALIDATOR = TypeAdapter(list[_LossLine])
@@ -55,6 +64,9 @@ class ExampleLosses:
         `champion` is None where no champion was judged, and NaN for an example left out.
     drift, base_drift: mean KL(initial || trained) and KL(base || trained) in nats a token,
         float64 (n,); None where not measured.
+    left_out: whether each example is one that the candidate or a parent was trained on, bool (n,);
+        None where none is.
+    clusters: the number of each example's cluster, int64 (n,); None where each is its own.
     """
 
     file: str
@@ -65,13 +77,15 @@ class ExampleLosses:
     champion: Vector | None = None
     drift: Vector | None = None
     base_drift: Vector | None = None
+    left_out: np.ndarray[Any, np.dtype[np.bool_]] | None = None
+    clusters: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def mean(self, losses: Vector) -> float:
         """The mean loss a token over all examples; NaN if one of them is not finite."""
-        return float(self.tokens @ losses / self.tokens.sum())
+        return float(self.tokens @ losses / self.tokens.sum()) if len(self) else float("nan")
 
     def compare_trained_with(self, other: Vector) -> PairedDifference | None:
         """The trained adapter's losses minus others of the same examples; below 0 is better.
@@ -80,20 +94,34 @@ class ExampleLosses:
         """
         if not len(self) or not np.isfinite([other, self.after]).all():
             return None
-        return compare_pairs(other, self.after, self.tokens)
+        return compare_pairs(other, self.after, self.tokens, independent_clusters(self.clusters))
+
+    def few_clusters(self) -> int | None:
+        """The number of clusters where they are too few to be drawn; None where they are not."""
+        if self.clusters is None or not has_too_few_clusters(self.clusters):
+            return None
+        return len(np.unique(self.clusters))
+
+    def leaving_out(self, is_seen: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
+        """The same, with these examples marked as left out, bool (n,)."""
+        return replace(self, left_out=is_seen) if is_seen.any() else self
+
+    def counted(self) -> ExampleLosses:
+        """The examples that neither the candidate nor a parent was trained on."""
+        return self if self.left_out is None else self._select(~self.left_out)
 
     def examples_with_champion_loss(self) -> ExampleLosses:
         """The examples for which there is a loss of the champion."""
         if self.champion is None:
-            known = np.zeros(len(self), np.bool_)
-        else:
-            known = np.isfinite(self.champion)
+            return self._select(np.zeros(len(self), np.bool_))
+        return self._select(np.isfinite(self.champion))
+
+    def _select(self, is_kept: np.ndarray[Any, np.dtype[np.bool_]]) -> ExampleLosses:
+        names = (*REQUIRED_COLUMNS, "champion", *OPTIONAL_COLUMNS, "clusters")
         columns = {
-            name: column[known]
-            for name in (*REQUIRED_COLUMNS, "champion", *OPTIONAL_COLUMNS)
-            if (column := getattr(self, name)) is not None
+            name: column[is_kept] for name in names if (column := getattr(self, name)) is not None
         }
-        return replace(self, **columns)
+        return replace(self, **columns, left_out=None)
 
     def render(self) -> bytes:
         """The content of gate-losses.jsonl."""
@@ -110,13 +138,18 @@ class ExampleLosses:
             if (column := getattr(self, name)) is not None:
                 columns[name] = column
         for row in range(len(self)):
-            line = {
+            line: dict[str, Any] = {
                 "file": self.file,
                 "line": int(self.lines[row]),
                 "tokens": int(self.tokens[row]),
             }
             values = {name: float(column[row]) for name, column in columns.items()}
-            yield line | {name: v if np.isfinite(v) else None for name, v in values.items()}
+            line |= {name: v if np.isfinite(v) else None for name, v in values.items()}
+            if self.left_out is not None and self.left_out[row]:
+                line["left_out"] = True
+            if self.clusters is not None:
+                line["cluster"] = int(self.clusters[row])
+            yield line
 
 
 def read_example_losses(path: Path) -> ExampleLosses:
@@ -126,6 +159,8 @@ def read_example_losses(path: Path) -> ExampleLosses:
         lines = _LINES_VALIDATOR.validate_json(b"[" + b",".join(content.splitlines()) + b"]")
     except ValidationError as error:
         raise DamagedError(f"{path}: {describe_first_problem(error)}.") from error
+    left_out = [line.left_out is True for line in lines]
+    clusters = [line.cluster for line in lines]
     has_champion = any(line.champion is not None for line in lines)
     written = lines[0].model_fields_set if lines else set()
     optional = {
@@ -140,6 +175,8 @@ def read_example_losses(path: Path) -> ExampleLosses:
         before=_to_vector([line.before for line in lines]),
         after=_to_vector([line.after for line in lines]),
         champion=_to_vector([line.champion for line in lines]) if has_champion else None,
+        left_out=np.array(left_out, np.bool_) if any(left_out) else None,
+        clusters=np.array(clusters, np.int64) if None not in clusters and clusters else None,
         **optional,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +21,18 @@ from nested_core.data.batch_arrays import make_batch_arrays
 from nested_core.data.batch_order import choose_evaluation_batches
 from nested_core.data.data_settings import DataSettings
 from nested_core.data.dataset_loading import load_dataset, load_run_data
-from nested_core.data.example_digests import Digests, digest_examples
+from nested_core.data.example_digests import Digests, digest_examples, digest_prompts
+from nested_core.data.group_values import read_group_values
 from nested_core.data.rules.dataset_report import DatasetReport
 from nested_core.data.tokens.tokenized_split import Bool, TokenizedSplit
 from nested_core.data.tokens.tokenizer_source import TokenizerSource
 from nested_core.errors import ConfigError, DatasetError
 from nested_core.gate.example_losses import ExampleLosses, Vector
 from nested_core.gate.held_out_choice import require_test_set
+from nested_core.gate.paired_difference import Indices
 from nested_core.gate.prediction_comparison import ExamplePredictions, PredictionComparison
 from nested_core.gate.run_evidence import RunEvidence
-from nested_core.gate.verdict import GeneralLoss
+from nested_core.gate.verdict import GeneralLoss, compare_losses
 from nested_core.kernels.optimized_model import using_optimized_layers
 from nested_core.models.base_model import find_model_folder, load_base_model
 from nested_core.models.lora_attachment import (
@@ -143,13 +146,16 @@ class LoadedBase:
 class HeldOutExamples:
     """The examples that the gate measures losses on, and the data set's file that they are in.
 
-    `selected_on_same_data` says whether they are among the validation set, by which the best
-    checkpoint was chosen.
+    `selected_on_same_data` says whether they are all among the validation set, by which the best
+    checkpoint was chosen, and `has_validation_examples` whether any is. `groups` has the value of
+    `data_policy.group` in each example's row, null where it has none; None where no field is named.
     """
 
     split: TokenizedSplit
     file: str
     selected_on_same_data: bool
+    has_validation_examples: bool = False
+    groups: Sequence[str | None] | None = None
 
     @cached_property
     def is_example_supervised(self) -> Bool:
@@ -165,6 +171,20 @@ class HeldOutExamples:
             for row in np.flatnonzero(self.is_example_supervised).tolist()
         }
         return len(answers) == 1 and int(self.is_example_supervised.sum()) > 1
+
+    @cached_property
+    def clusters(self) -> Indices | None:
+        """The cluster of each example that has such a token, int64; None where each is its own.
+
+        Rows with the same prompt, or the same value of `data_policy.group`, are of one.
+        """
+        chosen = np.flatnonzero(self.is_example_supervised).tolist()
+        if self.groups is not None:
+            keys = [self.groups[row] or f"line {self.split.lines[row]}" for row in chosen]
+        else:
+            keys = digest_prompts(self.split)[chosen].tolist()
+        _, clusters = np.unique(keys, return_inverse=True)
+        return None if len(np.unique(clusters)) == len(chosen) else clusters.astype(np.int64)
 
     @cached_property
     def digests(self) -> Digests:
@@ -187,8 +207,14 @@ def _make_held_out_examples(
     split: TokenizedSplit, file: str, splits: Mapping[str, TokenizedSplit]
 ) -> HeldOutExamples:
     valid = splits.get("valid")
-    is_selected = valid is not None and split.is_subset_of(valid)
-    return HeldOutExamples(split, file, selected_on_same_data=is_selected)
+    known = np.zeros(0, np.uint64) if valid is None else digest_examples(valid)
+    is_in_valid = np.isin(digest_examples(split), known)
+    return HeldOutExamples(
+        split,
+        file,
+        selected_on_same_data=bool(is_in_valid.all()),
+        has_validation_examples=bool(is_in_valid.any()),
+    )
 
 
 def read_held_out_examples(
@@ -199,14 +225,31 @@ def read_held_out_examples(
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """
     choice = config.gate.held_out
+    settings = DataSettings.from_config(config)
     held_out: HeldOutExamples | None
     if choice in SPLITS_BY_HELD_OUT_CHOICE:
         held_out = choose_held_out_examples(splits, choice)
     else:
         held_out = _make_held_out_examples(read_held_out_file(config), choice, splits)
-    if held_out is None or config.offers_best_step:
+    if held_out is None:
+        return None
+    if settings.policy.group is not None:
+        held_out = replace(held_out, groups=_read_groups(settings, choice, held_out))
+    if config.offers_best_step:
         return held_out
-    return replace(held_out, selected_on_same_data=False)
+    return replace(held_out, selected_on_same_data=False, has_validation_examples=False)
+
+
+def _read_groups(
+    settings: DataSettings, choice: str, held_out: HeldOutExamples
+) -> list[str | None]:
+    """The value of `data_policy.group` in each row of the held-out examples."""
+    lines = held_out.split.lines.tolist()
+    if choice in SPLITS_BY_HELD_OUT_CHOICE:
+        return read_group_values(settings, Path(held_out.file).stem, lines)
+    path = Path(choice).expanduser()
+    with _as_test_set_alone(path, replace(settings, hf_dataset=())) as alone:
+        return read_group_values(alone, "test", lines)
 
 
 def read_held_out_file(config: FineTuneConfig) -> TokenizedSplit:
@@ -247,6 +290,7 @@ def measure_example_losses(
         after=a_token(predictions.losses[-1]),
         drift=a_token(predictions.divergences[-1]),
         base_drift=a_token(predictions.divergences[0]) if wants_base else None,
+        clusters=held_out.clusters,
     )
 
 
@@ -265,14 +309,31 @@ def measure_general_loss(base: LoadedBase, run: RunDirectory) -> GeneralLoss | N
 
     Raises ConfigError if there is no such file, DatasetError if it has an error.
     """
-    if base.config.gate.general_data is None:
+    increase = base.config.gate.max_general_loss_increase
+    if base.config.gate.general_data is None or increase is None:
         return None
     path = Path(base.config.gate.general_data)
     settings = DataSettings.from_config(base.config)
     settings = replace(settings, hf_dataset=(), mask_prompt=False, supervise="last")
     split = _read_and_validate_file("gate.general_data", path, base.config, settings)
-    before, after = map(finite_or_none, base.mean_losses((run.initial, run.adapter), split))
-    return GeneralLoss(before, after, str(path), regular_sha256(path, follow_links=True))
+    sums = base.example_loss_sums((run.initial, run.adapter), split)
+    before, after = (finite_or_none(float(own.sum() / tokens.sum())) for own, tokens in sums)
+    tokens = sums[0][1]
+    is_counted = tokens > 0
+    examples = HeldOutExamples(split, path.name, selected_on_same_data=False)
+    own, other = (losses[is_counted] / tokens[is_counted] for losses, _ in reversed(sums))
+    losses = ExampleLosses(
+        file=path.name,
+        lines=split.lines[is_counted].astype(np.int64),
+        tokens=tokens[is_counted],
+        before=other,
+        after=own,
+        clusters=examples.clusters,
+    )
+    figures = compare_losses(losses, other, base.config.gate, increase)
+    del figures["corrected_interval"]  # nothing was chosen by general text
+    sha256 = regular_sha256(path, follow_links=True)
+    return GeneralLoss(before, after, str(path), sha256, **figures)
 
 
 def require_validated_data(run: RunDirectory, report: DatasetReport) -> None:
@@ -293,15 +354,21 @@ def read_nonempty_splits(config: FineTuneConfig, run: RunDirectory) -> dict[str,
     return {name: split for name, split in splits.items() if len(split)}
 
 
+@contextmanager
+def _as_test_set_alone(path: Path, settings: DataSettings) -> Iterator[DataSettings]:
+    """The settings for a data set that has this file as its test set, and no other."""
+    with tempfile.TemporaryDirectory(prefix="nested-tune-held-out-") as folder:
+        Path(folder, "test.jsonl").symlink_to(path.resolve())
+        yield replace(settings, data=folder)
+
+
 def _read_and_validate_file(
     key: str, path: Path, config: FineTuneConfig, settings: DataSettings
 ) -> TokenizedSplit:
     """The file that a key names, validated and tokenized as a test set of its own."""
     if not path.is_file():
         raise ConfigError(f"{key}: {path} is not a file; expected a .jsonl file.")
-    with tempfile.TemporaryDirectory(prefix="nested-tune-held-out-") as folder:
-        Path(folder, "test.jsonl").symlink_to(path.resolve())
-        alone = replace(settings, data=folder, policy=DataPolicy())
+    with _as_test_set_alone(path, replace(settings, policy=DataPolicy())) as alone:
         report, splits = load_dataset(alone, TokenizerSource.from_config(config))
     problems = [
         f"line {finding.line or 1}: {finding.message}"

@@ -18,7 +18,7 @@ from nested_core.errors import DamagedError
 from nested_core.gate.base_compatibility import base_reasons, config_reasons, fingerprint_reasons
 from nested_core.gate.fresh_process_check import ProofRequest, prove_effect_in_fresh_process
 from nested_core.gate.lora_effect import no_effect_reasons, overflow_reasons, require_lora_factors
-from nested_core.gate.loss_bounds import drift_reasons, loss_reasons
+from nested_core.gate.loss_bounds import drift_reasons, harm_reasons, loss_reasons
 from nested_core.gate.recorded_verdict import require_same_verdict
 from nested_core.gate.run_evidence import RunEvidence, collect_evidence, config_file_entry
 from nested_core.gate.task_bounds import (
@@ -239,6 +239,7 @@ def _compare_losses(
     from nested_core.data.example_digests import digest_examples
     from nested_core.gate.champion_adapter import UnusableChampion, find_champion
     from nested_core.gate.champion_losses import MeasuredHeldOutExamples, compare_with_champion
+    from nested_core.gate.chosen_candidate import Candidates, read_candidates
     from nested_core.gate.held_out_loss import (
         LoadedBase,
         measure_example_losses,
@@ -246,6 +247,7 @@ def _compare_losses(
         read_held_out_examples,
         read_nonempty_splits,
     )
+    from nested_core.gate.training_examples import read_ancestor_training_digests
 
     stages.info("gate: losses on held-out examples, before and after")
     base = LoadedBase.load(config)
@@ -263,22 +265,31 @@ def _compare_losses(
     champion_loss = None
     if champion is not None:
         champion_loss = ChampionLoss(champion.version, not_compared=NO_HELD_OUT_EXAMPLES_MESSAGE)
+    candidates = Candidates()
     if held_out is not None:
         losses = measure_example_losses(base, evidence, held_out)
+        ancestors = read_ancestor_training_digests(config, evidence.before.digest())
+        seen = np.concatenate([training_examples, ancestors], dtype=np.uint64)
+        losses = losses.leaving_out(np.isin(held_out.digests, seen))
+        if held_out.has_validation_examples:
+            candidates = read_candidates(run.validation_losses)
         validation = Validation.from_losses(
             losses,
             selected_on_same_data=held_out.selected_on_same_data,
             has_one_answer=held_out.are_all_answers_equal,
+            bounds=config.gate,
+            candidates=candidates,
         )
     general = measure_general_loss(base, run)
     reasons = loss_reasons(validation, general, config.gate)
     if losses is not None and validation is not None:
+        reasons += harm_reasons(losses, validation, config.gate)
         drift = Drift.from_losses(losses)
         reasons += drift_reasons(drift, describe_examples(validation), config.gate)
     if held_out is not None and losses is not None and validation is not None:
         if champion is not None:
-            examples = MeasuredHeldOutExamples(held_out, losses, training_examples)
-            champion_loss, losses = compare_with_champion(champion, evidence, examples)
+            examples = MeasuredHeldOutExamples(held_out, losses)
+            champion_loss, losses = compare_with_champion(champion, evidence, examples, candidates)
         files[run.gate_losses.name] = losses.render()
         validation = replace(validation, losses_sha256=losses.sha256())
     measured = replace(

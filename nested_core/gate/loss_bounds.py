@@ -3,49 +3,63 @@
 from __future__ import annotations
 
 from nested_core.config.gate import GateSection
+from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.harmed_examples import (
+    HarmedExamples,
+    describe_harmed,
+    is_harm_beyond_chance,
+)
 from nested_core.gate.verdict import Drift, GeneralLoss, Reason, Validation, describe_examples
-from nested_core.registry.gate_file import is_drift_within_bound, is_loss_within_bound
+from nested_core.registry.gate_file import is_drift_within_bound
 from nested_core.text.loss_format import format_change, format_difference, format_interval
 
 
 def loss_reasons(
     validation: Validation | None, general: GeneralLoss | None, bounds: GateSection
 ) -> list[Reason]:
-    """Reasons for losses that are not finite, and for those that rose beyond their bounds.
+    """Reasons for losses that are not finite, and for those that are worse beyond their bounds.
 
     One that is not finite with the initial adapter already is told as such.
     """
     reasons = []
-    if validation is not None:
-        limit = bounds.max_val_loss_increase
+    if validation is not None and validation.examples != 0:
         if reason := _non_finite_reason(validation, "loss"):
             reasons.append(reason)
-        elif not is_loss_within_bound(
-            validation.loss_before,
-            validation.loss_after,
-            limit,
-            validation.interval if bounds.noise == "paired" else None,
-        ):
+        elif validation.conclusion == "worse":
             losses = format_change(validation.loss_before, validation.loss_after)
             message = (
                 f"loss {losses} on {describe_examples(validation)}{describe_noise(validation)}; "
-                f"gate.max_val_loss_increase is {limit:g}"
+                f"gate.max_val_loss_increase is {bounds.max_val_loss_increase:g}"
             )
             reasons.append(Reason("loss_regressed", message))
     if general is not None:
-        general_limit = bounds.max_general_loss_increase
         if reason := _non_finite_reason(general, "loss on general text"):
             reasons.append(reason)
-        elif general_limit is not None and not is_loss_within_bound(
-            general.loss_before, general.loss_after, general_limit
-        ):
+        elif general.conclusion == "worse":
             losses = format_change(general.loss_before, general.loss_after)
             message = (
-                f"loss on general text {losses}; "
-                f"gate.max_general_loss_increase is {general_limit:g}"
+                f"loss on general text {losses}{describe_noise(general)}; "
+                f"gate.max_general_loss_increase is {bounds.max_general_loss_increase:g}"
             )
             reasons.append(Reason("forgetting", message))
     return reasons
+
+
+def harm_reasons(
+    losses: ExampleLosses, validation: Validation, bounds: GateSection
+) -> list[Reason]:
+    """The reason for examples that lost much while hardly any won as much.
+
+    None where the loss as a whole is better: what was lost is then listed, and refuses nothing.
+    """
+    found = HarmedExamples.find(losses.counted(), validation.margin or 0.0)
+    if found is None or validation.conclusion == "better" or bounds.noise == "none":
+        return []
+    share = bounds.max_harmed_share
+    if not is_harm_beyond_chance(found.harmed, found.helped, found.examples, share):
+        return []
+    message = f"{describe_harmed(found, losses.file)}; gate.max_harmed_share is {share:g}"
+    return [Reason("examples_harmed", message)]
 
 
 def drift_reasons(drift: Drift | None, data: str, bounds: GateSection) -> list[Reason]:
@@ -74,11 +88,13 @@ def _non_finite_reason(losses: Validation | GeneralLoss, what: str) -> Reason | 
     return None
 
 
-def describe_noise(validation: Validation) -> str:
+def describe_noise(losses: Validation | GeneralLoss) -> str:
     """The paired difference and what it says, after the losses; nothing if there is none."""
-    if validation.difference is None:
+    if losses.difference is None:
         return ""
-    difference = format_difference(validation.difference)
-    if validation.interval is None:
+    difference = format_difference(losses.difference)
+    if losses.interval is None:
         return f", {difference}; so few examples can show no difference"
-    return f", {difference} with a 95 % interval of {format_interval(validation.interval)}"
+    margin = "" if losses.margin is None else f" and a margin of {losses.margin:.2g}"
+    interval = format_interval(losses.interval)
+    return f", {difference} with a 95 % interval of {interval}{margin}"

@@ -1,27 +1,35 @@
 """The mean difference of paired values, and whether it is more than chance.
 
 Two adapters are compared on the same examples: the difference is taken example by example, so that
-what makes an example hard for both cancels. Its 95 % interval is a bootstrap over examples.
+what makes an example hard for both cancels. Its 95 % interval is a bootstrap over independent
+examples: those of one cluster, such as rows with the same prompt, are drawn together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 CONFIDENCE = 0.95
+ONE_SIDED_CONFIDENCE = 0.9  # of both sides: 5 % lie beyond either end
 MIN_EXAMPLES = 5  # with fewer the interval is all numbers: nothing can be shown
+MIN_ROWS_OF_FEW_CLUSTERS = 20  # so many rows of fewer clusters than MIN_EXAMPLES are drawn singly
 RESAMPLES = 10_000
 SEED = 20_251_121
 _MAX_DRAWS = 100_000_000  # in all: a very large set is resampled less often
-_DRAWS_AT_ONCE = 2_000_000  # 16 MB of indices
+_DRAWS_AT_ONCE = 2_000_000  # 8 MB of indices
+_MAX_SUMMED_DEGREES = 1_000
+_BISECTIONS = 60
 _NORMAL_DISTRIBUTION = NormalDist()
 Vector = np.ndarray[Any, np.dtype[np.float64]]
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+ResampledIndices = np.ndarray[Any, np.dtype[np.int32]]
 Values = Sequence[float] | Vector
 
 
@@ -29,10 +37,12 @@ Values = Sequence[float] | Vector
 class PairedDifference:
     """A mean difference over paired examples: below 0 where the second value is the smaller.
 
-    examples: how many pairs there are.
+    examples: how many independent pairs there are; those of one cluster are one.
     mean: the weighted mean of second minus first, in the unit of the values.
     standard_error: of that mean, from the spread of the differences.
     low, high: the ends of its 95 % interval; infinite with fewer than MIN_EXAMPLES.
+    one_sided_low, one_sided_high: the ends beyond which 5 % lie on one side, as a claim about one
+        side only has to hold: that a loss rose by no more than a margin.
     """
 
     examples: int
@@ -40,6 +50,8 @@ class PairedDifference:
     standard_error: float
     low: float
     high: float
+    one_sided_low: float = -math.inf
+    one_sided_high: float = math.inf
 
     @property
     def is_measurable(self) -> bool:
@@ -66,12 +78,16 @@ class PairedDifference:
         return {"difference": self.mean, "standard_error": error, "interval": interval}
 
 
-def compare_pairs(first: Values, second: Values, weights: Values | None = None) -> PairedDifference:
+def compare_pairs(
+    first: Values, second: Values, weights: Values | None = None, clusters: Indices | None = None
+) -> PairedDifference:
     """Compare two values of each example: losses before and after, or scores of two adapters.
 
     The mean is sum(w * (second - first)) / sum(w). With each example's mean loss as the value and
     its supervised tokens as the weight it is the difference of two mean losses a token; an example
-    is drawn together with its weight. Without weights all examples count alike.
+    is drawn together with its weight. Without weights all examples count alike. `clusters` numbers
+    the cluster of each example, int64 (n,): examples of one are drawn together, as one example of
+    their summed weight (Davison and Hinkley, Bootstrap Methods, 1997, section 3.8).
 
     The interval is the expanded percentile interval of the bootstrap (Hesterberg, "What teachers
     should know about the bootstrap", The American Statistician 69, 2015, section 3.2): the plain
@@ -82,64 +98,143 @@ def compare_pairs(first: Values, second: Values, weights: Values | None = None) 
     weights that are not above 0.
     """
     counts = np.ones(len(first)) if weights is None else np.asarray(weights, np.float64)
-    examples = counts.size
-    if not len(first) == len(second) == examples > 0:
-        raise ValueError(f"expected as many of each: {len(first)}, {len(second)} and {examples}")
+    if not len(first) == len(second) == counts.size > 0:
+        raise ValueError(f"expected as many of each: {len(first)}, {len(second)} and {counts.size}")
     pair = np.array([first, second], np.float64)
     if not np.isfinite(pair).all() or not (np.isfinite(counts) & (counts > 0)).all():
         raise ValueError("values must be finite, and weights finite and above 0")
     values = pair[1] - pair[0]
+    is_weighted = weights is not None
+    if clusters is not None and len(np.unique(clusters)) < counts.size:
+        values, counts = sum_clusters(values[None], counts, clusters)
+        values, is_weighted = values[0], True
+    examples = counts.size
     mean = float(counts @ values / counts.sum())
     if examples < MIN_EXAMPLES:
         return PairedDifference(examples, mean, math.inf, -math.inf, math.inf)
     residuals = counts * (values - mean)
     variance = float(residuals @ residuals) * examples / (examples - 1)
-    means = _resampled_means(values, None if weights is None else counts)
-    low, high = np.quantile(means, (_tail_probability(examples), 1 - _tail_probability(examples)))
+    means = _resampled_means(values, counts if is_weighted else None)
+    tails = [_tail_probability(examples, share) for share in (CONFIDENCE, ONE_SIDED_CONFIDENCE)]
+    low, high = np.quantile(means, (tails[0], 1 - tails[0]))
+    lower, upper = np.quantile(means, (tails[1], 1 - tails[1]))
     error = math.sqrt(variance) / float(counts.sum())
-    return PairedDifference(examples, mean, error, float(low), float(high))
+    ends = map(float, (low, high, lower, upper))
+    return PairedDifference(examples, mean, error, *ends)
 
 
-def smallest_visible_share(examples: int) -> float:
+def sum_clusters(values: Vector, weights: Vector, clusters: Indices) -> tuple[Vector, Vector]:
+    """Weighted means (k, clusters) of values (k, n) within each cluster, and their weights."""
+    _, place = np.unique(clusters, return_inverse=True)
+    totals = np.bincount(place, weights).astype(np.float64)
+    sums = np.array([np.bincount(place, weights * row) for row in values], np.float64)
+    return sums / totals, totals
+
+
+def independent_clusters(clusters: Indices | None) -> Indices | None:
+    """The clusters that are drawn, or None where each row is drawn by itself.
+
+    So it is where no two rows share a cluster; and where MIN_ROWS_OF_FEW_CLUSTERS rows or more
+    have fewer than MIN_EXAMPLES clusters, as where all rows are one task with one instruction.
+    """
+    if clusters is None:
+        return None
+    distinct = len(np.unique(clusters))
+    if distinct == len(clusters) or has_too_few_clusters(clusters):
+        return None
+    return clusters
+
+
+def has_too_few_clusters(clusters: Indices | None) -> bool:
+    """Whether rows are the draw because they have too few clusters to draw from."""
+    if clusters is None or len(clusters) < MIN_ROWS_OF_FEW_CLUSTERS:
+        return False
+    return len(np.unique(clusters)) < MIN_EXAMPLES
+
+
+def smallest_visible_share(examples: int, chance: float = (1 - CONFIDENCE) / 2) -> float:
     """The smallest share of 0-or-1 scores whose loss, with none won, shows beyond chance.
 
-    1.0 at most, which says that no loss can show. A resample misses all k lost scores with a chance
-    of (1 - k / n) ** n, which has to be less than the interval's tail.
+    1.0 at most, which says that no loss can show. The one-sided mid-p of k lost and none won is
+    2 ** -(k + 1), which has to be at most `chance`.
     """
-    if examples < MIN_EXAMPLES:
-        return 1.0
-    lost = math.ceil(examples * (1 - math.pow(_tail_probability(examples), 1 / examples)))
-    return lost / examples
+    lost = math.ceil(-math.log2(chance)) - 1
+    return 1.0 if examples < max(MIN_EXAMPLES, lost) else lost / examples
 
 
 def _resampled_means(values: Vector, weights: Vector | None) -> Vector:
     """The weighted mean of as many examples drawn with replacement, many times; seeded."""
     examples = values.size
-    resamples = min(RESAMPLES, max(1_000, _MAX_DRAWS // examples))
-    random = np.random.default_rng(SEED)
-    rows = max(1, _DRAWS_AT_ONCE // examples)
+    resamples = count_resamples(examples := values.size)
+    if weights is None and examples * resamples <= _DRAWS_AT_ONCE and _are_whole(values):
+        # Sums of whole numbers, as of right and wrong answers, are exact in any order.
+        counts = _count_all_resamples(examples, resamples, SEED)
+        return (counts @ values.astype(np.float32)).astype(np.float64) / examples
     sums = values if weights is None else values * weights
     means = np.empty(resamples)
-    for start in range(0, resamples, rows):
-        end = min(start + rows, resamples)
-        drawn = random.integers(0, examples, (end - start, examples), np.int32)
+    start = 0
+    for drawn in draw_resamples(examples, resamples):
         total = examples if weights is None else weights[drawn].sum(axis=1)
-        means[start:end] = sums[drawn].sum(axis=1) / total
+        means[start : start + len(drawn)] = sums[drawn].sum(axis=1) / total
+        start += len(drawn)
     return means
 
 
-def _tail_probability(examples: int) -> float:
+def count_resamples(examples: int) -> int:
+    """How many resamples are drawn of so many examples."""
+    return min(RESAMPLES, max(1_000, _MAX_DRAWS // examples))
+
+
+def draw_resamples(examples: int, resamples: int) -> Iterator[ResampledIndices]:
+    """The indices of each resample, int32 (some of the resamples, examples); always the same."""
+    rows = max(1, _DRAWS_AT_ONCE // examples)
+    if resamples <= rows:
+        yield _draw_all_resamples(examples, resamples, SEED)
+        return
+    random = np.random.default_rng(SEED)
+    for start in range(0, resamples, rows):
+        count = min(rows, resamples - start)
+        yield random.integers(0, examples, (count, examples), np.int32)
+
+
+@lru_cache(maxsize=2)  # 8 MB each: suites and steps of as many examples draw the same
+def _draw_all_resamples(examples: int, resamples: int, seed: int) -> ResampledIndices:
+    return np.random.default_rng(seed).integers(0, examples, (resamples, examples), np.int32)
+
+
+@lru_cache(maxsize=2)
+def _count_all_resamples(
+    examples: int, resamples: int, seed: int
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """How often each example is in each resample, float32 (resamples, examples)."""
+    drawn = _draw_all_resamples(examples, resamples, seed)
+    return count_draws(drawn).astype(np.float32)
+
+
+def count_draws(drawn: ResampledIndices) -> Indices:
+    """How often each example is in each resample, int64 (resamples, examples)."""
+    resamples, examples = drawn.shape
+    cells = drawn + np.arange(resamples, dtype=np.int64)[:, None] * examples
+    counts = np.bincount(cells.ravel(), minlength=resamples * examples)
+    return counts.reshape(resamples, examples)
+
+
+def _are_whole(values: Vector) -> bool:
+    return bool((values == np.round(values)).all() and np.abs(values).max() < 2**20)
+
+
+def _tail_probability(examples: int, confidence: float) -> float:
     """The share of resampled means that lies beyond either end of the expanded interval."""
-    quantile = _student_t_quantile(examples - 1)
+    quantile = _expand_normal_quantile(examples - 1, confidence)
     return _NORMAL_DISTRIBUTION.cdf(-quantile * math.sqrt(examples / (examples - 1)))
 
 
-def _student_t_quantile(degrees_of_freedom: int) -> float:
-    """The upper quantile of Student's t at CONFIDENCE, both sides; within 0.001 from 4 degrees.
+def _expand_normal_quantile(degrees_of_freedom: int, confidence: float) -> float:
+    """The upper quantile of Student's t at `confidence`, both sides; within 0.001 from 4 degrees.
 
     Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
     """
-    z = _NORMAL_DISTRIBUTION.inv_cdf((1 + CONFIDENCE) / 2)
+    z = _NORMAL_DISTRIBUTION.inv_cdf((1 + confidence) / 2)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -149,3 +244,41 @@ def _student_t_quantile(degrees_of_freedom: int) -> float:
     return z + math.fsum(
         term / degrees_of_freedom**power for power, term in enumerate(terms, start=1)
     )
+
+
+def student_t_quantile(probability: float, degrees_of_freedom: int) -> float:
+    """The quantile of Student's t, above 0, for a probability above one half.
+
+    By bisection of its distribution (Abramowitz and Stegun 26.7.3 and 26.7.4), which is exact for
+    whole degrees of freedom; with more than 1,000 the normal quantile is within 0.2 % up to
+    z = 3.3, and 26.7.5 closer still.
+    """
+    if degrees_of_freedom > _MAX_SUMMED_DEGREES:
+        return _expand_normal_quantile(degrees_of_freedom, 2 * probability - 1)
+    low, high = 0.0, 1.0
+    while student_t_cdf(high, degrees_of_freedom) < probability:
+        low, high = high, 2 * high
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if student_t_cdf(middle, degrees_of_freedom) < probability:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def student_t_cdf(value: float, degrees_of_freedom: int) -> float:
+    """P(T <= value) for a value of at least 0 and whole degrees of freedom."""
+    angle = math.atan(value / math.sqrt(degrees_of_freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    is_odd = degrees_of_freedom % 2 == 1
+    term, total = (cosine, 0.0) if is_odd else (1.0, 1.0)
+    for power in range(1 if is_odd else 2, degrees_of_freedom - 1, 2):
+        if is_odd:
+            total += term
+            term *= cosine**2 * (power + 1) / (power + 2)
+        else:
+            term *= cosine**2 * (power - 1) / power
+            total += term
+    within = 2 / math.pi * (angle + sine * total) if is_odd else sine * total
+    return (1 + within) / 2

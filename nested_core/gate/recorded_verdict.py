@@ -10,9 +10,11 @@ from typing import Any
 
 from nested_core.config.gate import GateSection
 from nested_core.errors import DamagedError
+from nested_core.gate.chosen_candidate import Candidates, read_candidates
 from nested_core.gate.example_losses import ExampleLosses, read_example_losses
 from nested_core.gate.fresh_process_check import TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES
 from nested_core.gate.held_out_choice import held_out_file
+from nested_core.gate.loss_bounds import harm_reasons
 from nested_core.gate.verdict import ChampionLoss, Drift, Validation, Verdict
 from nested_core.storage.dataset_record import DatasetRecord, read_dataset_record
 from nested_core.storage.run_directory import RunDirectory
@@ -20,7 +22,12 @@ from nested_core.storage.run_directory import RunDirectory
 NORM_TOLERANCE = 1e-4  # relative: sums of squares depend on the machine's BLAS
 LOGIT_TOLERANCES = (TOLERANCE_FLOAT32, TOLERANCE_NARROW_DTYPES)
 MISSING_FIGURE = "missing"
-BOUNDS_ADDED_LATER = {"max_kl", "drift", "held_out"}  # a verdict of an earlier release lacks them
+BOUNDS_ADDED_LATER = {
+    "max_kl",
+    "drift",
+    "held_out",
+    "max_harmed_share",
+}  # a verdict of an earlier release lacks them
 NORM_FIELDS = ("max_abs_delta", "relative_delta")
 
 
@@ -114,18 +121,29 @@ def _differing_losses(
             yield "champion"
         return
     losses = read_example_losses(run.gate_losses)
-    now = asdict(Validation.from_losses(losses, selected_on_same_data=False))
+    bounds = verdict.thresholds or {}
+    gate = GateSection.model_validate(bounds)
+    choice = gate.held_out
+    # Whether a file of its own holds validation examples is not known here, and was recorded.
+    candidates = Candidates()
+    if losses.file == "valid.jsonl" or validation.get("chosen_among") != 1:
+        candidates = read_candidates(run.validation_losses)
+    judged = Validation.from_losses(
+        losses, selected_on_same_data=False, bounds=gate, candidates=candidates
+    )
+    now = asdict(judged)
     for key in now.keys() - {"selected_on_same_data", "has_one_answer"}:
         if not is_close_figure(validation.get(key), now[key]):
             yield f"validation.{key}"
-    bounds = verdict.thresholds or {}
-    choice = str(bounds.get("held_out", "auto"))
+    if harm_reasons(losses, judged, gate):
+        yield "validation.harmed"
     if losses.file != held_out_file(choice, read_dataset_record(run.dataset)):
         yield "validation.file"
     yield from _differing_drift(
         recorded.get("drift"), losses, expects_base_drift=bool(bounds.get("drift"))
     )
-    yield from _differing_champion(recorded.get("champion", MISSING_FIGURE), losses)
+    champion = recorded.get("champion", MISSING_FIGURE)
+    yield from _differing_champion(champion, losses, gate, candidates)
 
 
 def _differing_drift(
@@ -148,7 +166,9 @@ def _get_key(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 
-def _differing_champion(champion: Any, losses: ExampleLosses) -> Iterator[str]:
+def _differing_champion(
+    champion: Any, losses: ExampleLosses, gate: GateSection, candidates: Candidates
+) -> Iterator[str]:
     """The figures of the comparison with the champion that the losses do not give."""
     if champion is None or not isinstance(champion, dict):
         if champion is not None or losses.champion is not None:
@@ -158,7 +178,8 @@ def _differing_champion(champion: Any, losses: ExampleLosses) -> Iterator[str]:
     if is_compared is isinstance(champion.get("not_compared"), str):
         yield "champion.not_compared"
     elif is_compared:
-        now = asdict(ChampionLoss.from_losses(str(champion.get("version")), losses))
+        version = str(champion.get("version"))
+        now = asdict(ChampionLoss.from_losses(version, losses, gate, candidates))
         for key in now:
             if not is_close_figure(champion.get(key, MISSING_FIGURE), now[key]):
                 yield f"champion.{key}"

@@ -116,6 +116,7 @@ def collect_evidence(run: RunDirectory) -> RunEvidence:
 def _hash_judged_files(run: RunDirectory, offered_checkpoint: Path) -> dict[str, FileEntry]:
     """Size and SHA-256 of all that a verdict rests on but the configuration, by path in the run."""
     paths = [run.dataset, run.tiers, run.metrics, run.result, offered_checkpoint / MANIFEST_NAME]
+    paths += [path for path in (run.validation_losses,) if path.is_file()]
     paths += [folder / name for folder in (run.initial, run.adapter) for name in ADAPTER_FILES]
     return {path.relative_to(run.path).as_posix(): describe_file(path) for path in paths}
 

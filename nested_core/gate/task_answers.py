@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,10 @@ def _score_answers(
 ) -> list[AnswerRecord]:
     scored = encoded.score(answers)
     suite = encoded.suite
+    prompts = [json.dumps(question.prompt) for question in suite.questions]
+    first_lines: dict[str, int] = {}
+    for question, prompt in zip(suite.questions, prompts, strict=True):
+        first_lines.setdefault(prompt, question.line)
     return [
         AnswerRecord(
             task=suite.name,
@@ -126,6 +131,9 @@ def _score_answers(
             endless=answer.is_endless,
             repeated=answer.is_repeated,
             seconds=seconds,
+            same_prompt_as=None if first_lines[prompt] == question.line else first_lines[prompt],
         )
-        for question, answer, score in zip(suite.questions, answers, scored.scores, strict=True)
+        for question, prompt, answer, score in zip(
+            suite.questions, prompts, answers, scored.scores, strict=True
+        )
     ]

@@ -7,23 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from nested_core.config.gate import GateSection, TaskSection
 from nested_core.errors import DamagedError, join_first_values
 from nested_core.gate.answers.answer_records import AnswerRecord, read_answers
+from nested_core.gate.harmed_examples import exchange_mid_p
 from nested_core.gate.paired_difference import (
     PairedDifference,
     compare_pairs,
+    independent_clusters,
     smallest_visible_share,
+    student_t_cdf,
 )
 from nested_core.gate.recorded_verdict import is_close_figure
 from nested_core.gate.verdict import Reason, TaskResult
+from nested_core.registry.loss_conclusion import Conclusion
 from nested_core.storage.manifest import FileEntry, describe_file
 from nested_core.storage.run_directory import RunDirectory
 
 SCORE_ROUNDING = 1e-9  # of a mean of scores
 MAX_NAMED_QUESTIONS = 3
+CHAMPION = "the champion"  # as a rival in messages
+ALPHA = 0.025  # one-sided, of all suites and rivals together
+LARGE_SHARE = 0.25  # of the questions, lost net: refused whatever the number of suites
+BADNESS: tuple[Conclusion, ...] = ("better", "no_worse", "inconclusive", "worse")
 
 
 def judge_answers(
@@ -33,54 +43,151 @@ def judge_answers(
 
     Raises DamagedError if the records are not those of the configured suites.
     """
+    comparisons = {task.name: _compare_models(task, records) for task in gate.tasks}
+    family = [change for changes in comparisons.values() for change in changes.values()]
+    refused = find_worse(family) if gate.noise == "paired" else set()
     results = []
     reasons: list[Reason] = []
     for task in gate.tasks:
         answers = _answers_of_task(task, records)
-        change = ScoreChange.compare(answers.get("parent", answers["base"]), answers["candidate"])
+        changes = comparisons[task.name]
+        change = changes[None]
         result = _summarise_task(task, answers, change.difference)
-        is_paired = gate.noise == "paired"
-        failures = _task_below_reasons(task, result, change, is_paired=is_paired)
-        failures += _task_regressed_reasons(task, result, change, is_paired=is_paired)
+        failures = _task_below_reasons(task, result, change, is_paired=gate.noise == "paired")
+        words: list[Conclusion] = []
+        for rival, against in changes.items():
+            is_worse = id(against) in refused if against.is_tested else against.is_below_bound
+            if gate.noise == "none":
+                is_worse = against.is_below_bound
+            words.append(against.conclude(is_worse=is_worse))
+            if is_worse:
+                failures.append(_task_regressed_reason(task, result, against, rival))
         if "champion" in answers:
-            rivalry = ScoreChange.compare(answers["champion"], answers["candidate"])
+            rivalry = changes.get(CHAMPION, change)
             result = replace(
                 result,
                 champion_difference=rivalry.difference.mean,
                 champion_interval=rivalry.interval,
             )
-            # A champion that answers as the parent, which it often is, is no second reason.
-            if rivalry != change:
-                failures += _task_regressed_reasons(
-                    task, result, rivalry, is_paired=is_paired, rival="the champion"
-                )
-        results.append(replace(result, verdict="failed") if failures else result)
+        verdict: Literal["passed", "failed"] = "failed" if failures else "passed"
+        results.append(replace(result, verdict=verdict, conclusion=max(words, key=BADNESS.index)))
         reasons += failures
     return tuple(results), reasons
 
 
+def _compare_models(
+    task: TaskSection, records: Sequence[AnswerRecord]
+) -> dict[str | None, ScoreChange]:
+    """The change from what training began from, under None, and from the champion.
+
+    A champion that answers as the parent, which it often is, is no second rival.
+    """
+    answers = _answers_of_task(task, records)
+    before = answers.get("parent", answers["base"])
+    changes: dict[str | None, ScoreChange] = {
+        None: ScoreChange.compare(before, answers["candidate"], task.max_drop)
+    }
+    champion = answers.get("champion")
+    if champion is not None and [r.score for r in champion] != [r.score for r in before]:
+        changes[CHAMPION] = ScoreChange.compare(champion, answers["candidate"], task.max_drop)
+    return changes
+
+
+def find_worse(family: Sequence[ScoreChange]) -> set[int]:
+    """The ids of the changes for the worse among all suites and rivals, beyond chance.
+
+    Holm's procedure (Scandinavian Journal of Statistics 6, 1979) at 2.5 % one-sided: however many
+    suites are asked, an adapter that answers as well is refused in at most 2.5 % of cases. A change
+    that is worse by itself, and lost a quarter of the questions net, needs no family. What is shown
+    to be within `max_drop` is not worse.
+    """
+    tested = sorted((own for own in family if own.is_tested), key=lambda own: own.p_value)
+    worse = set()
+    is_rejecting = True
+    for rank, own in enumerate(tested):
+        is_rejecting = is_rejecting and own.p_value <= ALPHA / (len(tested) - rank)
+        is_large = own.p_value <= ALPHA and own.difference.mean <= -LARGE_SHARE
+        if (is_rejecting or is_large) and not own.is_within_bound:
+            worse.add(id(own))
+    return worse
+
+
 @dataclass(frozen=True)
 class ScoreChange:
-    """The paired difference of two models' scores, and the questions that the second one lost."""
+    """The paired difference of two models' scores, and the questions that the second one lost.
+
+    p_value: the chance of so large a fall where nothing changed, one-sided: exact McNemar's test,
+        mid-p, for right and wrong answers; Student's t where the interval leaves out 0, else one
+        half, for shares and for questions that share a prompt.
+    max_drop: the fall that is allowed; None allows any.
+    """
 
     difference: PairedDifference
     lost: tuple[str, ...]
+    p_value: float
+    max_drop: float | None
 
     @classmethod
-    def compare(cls, before: Sequence[AnswerRecord], after: Sequence[AnswerRecord]) -> ScoreChange:
+    def compare(
+        cls,
+        before: Sequence[AnswerRecord],
+        after: Sequence[AnswerRecord],
+        max_drop: float | None = 0.0,
+    ) -> ScoreChange:
         """From the answers of two models to the same questions, in the same order."""
-        difference = compare_pairs(
-            [record.score for record in before], [record.score for record in after]
+        scores = np.array([[record.score for record in own] for own in (before, after)])
+        clusters = independent_clusters(
+            np.array([r.line if r.same_prompt_as is None else r.same_prompt_as for r in after])
         )
+        difference = compare_pairs(scores[0], scores[1], clusters=clusters)
         pairs = zip(before, after, strict=True)
         lost = tuple(earlier.question for earlier, later in pairs if later.score < earlier.score)
-        return cls(difference, lost)
+        if clusters is None and np.isin(scores, (0.0, 1.0)).all():
+            won = int((scores[1] > scores[0]).sum())
+            chance = exchange_mid_p(len(lost), won)
+        else:
+            chance = _chance_of_fall(difference)
+        return cls(difference, lost, chance, max_drop)
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The ends of the 95 % interval; None with too few questions for one."""
         difference = self.difference
         return (difference.low, difference.high) if difference.is_measurable else None
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether it is a question of chance: there is a bound, and there are enough questions."""
+        return self.max_drop is not None and self.difference.is_measurable
+
+    @property
+    def is_below_bound(self) -> bool:
+        """Whether more than `max_drop` was lost, by chance or not."""
+        return self.max_drop is not None and self.difference.mean < -self.max_drop - SCORE_ROUNDING
+
+    @property
+    def is_within_bound(self) -> bool:
+        """Whether the fall is shown to be within a `max_drop` above 0."""
+        return bool(self.max_drop) and self.difference.one_sided_low >= -(self.max_drop or 0.0)
+
+    def conclude(self, *, is_worse: bool) -> Conclusion:
+        """The word for it; a bound of 0 is held against chance alone, and needs no margin."""
+        if is_worse:
+            return "worse"
+        if self.difference.is_above(0):
+            return "better"
+        is_shown = not self.max_drop or self.is_within_bound
+        return "no_worse" if is_shown else "inconclusive"
+
+
+def _chance_of_fall(difference: PairedDifference) -> float:
+    """One-sided, from the mean and its standard error, where the interval is below 0 too."""
+    if not difference.is_below(0):
+        return 0.5
+    if difference.standard_error == 0:
+        return 0.0
+    statistic = -difference.mean / difference.standard_error
+    return 1 - student_t_cdf(statistic, difference.examples - 1)
 
 
 def _answers_of_task(
@@ -146,30 +253,20 @@ def _task_below_reasons(
     return [Reason("task_below", f"{result.describe()}; {problem}") for problem in problems]
 
 
-def _task_regressed_reasons(
-    task: TaskSection,
-    result: TaskResult,
-    change: ScoreChange,
-    *,
-    is_paired: bool,
-    rival: str | None = None,
-) -> list[Reason]:
-    """The reason for a drop beyond `max_drop` and beyond chance; `rival` names who answered more.
+def _task_regressed_reason(
+    task: TaskSection, result: TaskResult, change: ScoreChange, rival: str | None
+) -> Reason:
+    """The reason for a fall beyond `max_drop` and beyond chance; `rival` names who answered more.
 
     Nobody is named for the adapter that training began from.
     """
-    difference = change.difference
-    if task.max_drop is None or difference.mean >= -task.max_drop - SCORE_ROUNDING:
-        return []
-    if is_paired and difference.is_measurable and not difference.is_below(0):
-        return []
     named = join_first_values(change.lost, MAX_NAMED_QUESTIONS)
     against = "" if rival is None else f" against {rival}"
     message = (
         f"{result.describe()}; its max_drop{against} is {task.max_drop:g}; "
         f"{len(change.lost)} lost: {named}"
     )
-    return [Reason("task_regressed", message)]
+    return Reason("task_regressed", message)
 
 
 def task_file_entries(gate: GateSection, run: RunDirectory) -> dict[str, FileEntry]:

@@ -9,10 +9,19 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from nested_core.config.gate import GateSection
 from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.gate.answers.answer_records import AnswerRecord
-from nested_core.gate.example_losses import ExampleLosses
-from nested_core.gate.paired_difference import PairedDifference
+from nested_core.gate.chosen_candidate import Candidates
+from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.gate.harmed_examples import HarmedExamples
+from nested_core.registry.loss_conclusion import (
+    Conclusion,
+    conclude,
+    count_examples_needed,
+    describe_conclusion,
+    margin_of_loss,
+)
 from nested_core.storage.atomic import finite_or_none
 from nested_core.storage.manifest import FileEntry
 from nested_core.storage.strict_files import read_regular
@@ -34,6 +43,7 @@ Code = Literal[
     "drift",
     "task_below",
     "task_regressed",
+    "examples_harmed",
     "unreadable",
     "config_mismatch",
     "base_mismatch",
@@ -91,10 +101,22 @@ class Validation:
     """The loss of the initial and of the trained adapter on one recorded list of examples.
 
     file: the file of the data set that holds the examples.
-    examples: how many there are; RUN_DIR/gate-losses.jsonl has the losses of each.
+    examples: how many were counted; RUN_DIR/gate-losses.jsonl has the losses of each.
+    left_out: how many were not, because the candidate or a parent was trained on them.
+    clusters: how many of the counted ones are independent: those with one prompt are one.
+    few_prompts: how many prompts there are, where they are too few to be what is drawn, so that
+        every example counts as independent; None where they are not too few.
     difference, standard_error, interval: of the paired differences after minus before, in nats a
-        token; None with a loss that is not finite, and the last two with fewer than 5 examples.
+        token; None with a loss that is not finite, and the last two with fewer than 5 clusters.
     smallest_visible: the smallest difference that the examples could have told from none.
+    conclusion: better, no_worse, inconclusive or worse (registry/loss_conclusion.py); None without
+        a difference.
+    margin: the rise, in nats a token, within which the loss has to be shown to stay.
+    one_sided_high: the upper end of the one-sided 95 % interval, which is held against the margin.
+    examples_needed: about how many would settle an inconclusive comparison; None for none, or many.
+    chosen_among: the candidates among which these examples chose; 1 where they chose nothing.
+    corrected_interval: the interval that holds for the best of so many; None for one alone.
+    harmed, helped: independent examples that lost, or won, far more than a nat a token.
     losses_sha256: of gate-losses.jsonl.
     has_one_answer: whether what is learnt of the examples is the same in all of them.
     """
@@ -110,22 +132,49 @@ class Validation:
     smallest_visible: float | None = None
     losses_sha256: str | None = None
     has_one_answer: bool = False
+    conclusion: Conclusion | None = None
+    margin: float | None = None
+    one_sided_high: float | None = None
+    examples_needed: int | None = None
+    chosen_among: int = 1
+    corrected_interval: tuple[float, float] | None = None
+    left_out: int = 0
+    clusters: int | None = None
+    few_prompts: int | None = None
+    harmed: int | None = None
+    helped: int | None = None
 
     @classmethod
     def from_losses(
-        cls, losses: ExampleLosses, *, selected_on_same_data: bool, has_one_answer: bool = False
+        cls,
+        losses: ExampleLosses,
+        *,
+        selected_on_same_data: bool,
+        has_one_answer: bool = False,
+        bounds: GateSection | None = None,
+        candidates: Candidates | None = None,
     ) -> Validation:
         """The figures of the losses of each example."""
-        compared = losses.compare_trained_with(losses.before)
+        bounds = bounds or GateSection()
+        counted = losses.counted()
+        figures = compare_losses(
+            counted, counted.before, bounds, bounds.max_val_loss_increase, candidates
+        )
+        harm = HarmedExamples.find(counted, figures["margin"] or 0.0)
         return cls(
-            loss_before=finite_or_none(losses.mean(losses.before)),
-            loss_after=finite_or_none(losses.mean(losses.after)),
+            loss_before=finite_or_none(counted.mean(counted.before)),
+            loss_after=finite_or_none(counted.mean(counted.after)),
             selected_on_same_data=selected_on_same_data,
             file=losses.file,
-            examples=len(losses),
+            examples=len(counted),
+            left_out=len(losses) - len(counted),
             losses_sha256=losses.sha256(),
             has_one_answer=has_one_answer,
-            **difference_figures(compared),
+            chosen_among=1 if candidates is None else candidates.count,
+            few_prompts=counted.few_clusters(),
+            harmed=None if harm is None else harm.harmed,
+            helped=None if harm is None else harm.helped,
+            **figures,
         )
 
     def doubts(self) -> Iterator[str]:
@@ -134,8 +183,24 @@ class Validation:
             below = "" if self.smallest_visible is None else f" below {self.smallest_visible:.2g}"
             noun = "example" if self.examples == 1 else "examples"
             yield f"{self.examples} held-out {noun} can show no difference{below}"
+        elif self.clusters is not None and self.clusters < min(
+            MIN_EXAMPLES_WITHOUT_DOUBT, self.examples or 0
+        ):
+            yield f"the {self.examples} held-out examples have {self.clusters} different prompts"
+        if self.few_prompts is not None:
+            noun = "prompt" if self.few_prompts == 1 else "prompts"
+            yield (
+                f"the {self.examples} held-out examples have {self.few_prompts} {noun}: they count "
+                f"as independent, and may not be"
+            )
         if self.has_one_answer:
             yield "all held-out answers are the same"
+        if self.left_out:
+            yield f"{self.left_out} left out that the adapter or a parent was trained on"
+
+    def describe_inconclusive(self) -> str | None:
+        """What an inconclusive comparison saw, and what would settle it; None for another word."""
+        return describe_conclusion(asdict(self)) if self.conclusion == "inconclusive" else None
 
 
 @dataclass(frozen=True)
@@ -164,11 +229,15 @@ class Drift:
     @classmethod
     def from_losses(cls, losses: ExampleLosses) -> Drift | None:
         """The figures of the divergences of each example; None if none were measured."""
-        if losses.drift is None:
+        counted = losses.counted()
+        if len(counted):  # where nothing else is left, it is drift on what was trained on, too
+            losses = counted
+        drift = losses.drift
+        if drift is None:
             return None
         base = losses.base_drift
         return cls(
-            kl_initial=finite_or_none(losses.mean(losses.drift)),
+            kl_initial=finite_or_none(losses.mean(drift)),
             kl_base=None if base is None else finite_or_none(losses.mean(base)),
             tokens=int(losses.tokens.sum()),
         )
@@ -181,8 +250,8 @@ class ChampionLoss:
     loss: the champion's mean loss in nats a token; the candidate's is `loss` + `difference`.
     examples: how many examples were compared; left_out: how many were not, because the champion,
         the candidate or an ancestor was trained on them.
-    difference, standard_error, interval, smallest_visible: candidate minus champion, as in
-        Validation.
+    difference, standard_error, interval, smallest_visible, conclusion, margin, one_sided_high,
+        examples_needed, clusters, corrected_interval: candidate minus champion, as in Validation.
     not_compared: why there is no comparison; then there are no figures.
     """
 
@@ -195,10 +264,23 @@ class ChampionLoss:
     interval: tuple[float, float] | None = None
     smallest_visible: float | None = None
     not_compared: str | None = None
+    conclusion: Conclusion | None = None
+    margin: float | None = None
+    one_sided_high: float | None = None
+    examples_needed: int | None = None
+    clusters: int | None = None
+    corrected_interval: tuple[float, float] | None = None
 
     @classmethod
-    def from_losses(cls, version: str, losses: ExampleLosses) -> ChampionLoss:
+    def from_losses(
+        cls,
+        version: str,
+        losses: ExampleLosses,
+        bounds: GateSection | None = None,
+        candidates: Candidates | None = None,
+    ) -> ChampionLoss:
         """The figures of losses that hold the champion's, NaN for the examples left out."""
+        bounds = bounds or GateSection()
         shared = losses.examples_with_champion_loss()
         champion = shared.champion
         if champion is None or not len(shared):
@@ -208,31 +290,83 @@ class ChampionLoss:
             loss=finite_or_none(shared.mean(champion)),
             examples=len(shared),
             left_out=len(losses) - len(shared),
-            **difference_figures(shared.compare_trained_with(champion)),
+            **compare_losses(shared, champion, bounds, bounds.max_val_loss_increase, candidates),
         )
 
 
-def difference_figures(compared: PairedDifference | None) -> dict[str, Any]:
-    """difference, standard_error, interval and smallest_visible, None where there is no figure."""
-    names = ("difference", "standard_error", "interval", "smallest_visible")
+def compare_losses(
+    losses: ExampleLosses,
+    other: Vector,
+    bounds: GateSection,
+    increase: float,
+    candidates: Candidates | None = None,
+) -> dict[str, Any]:
+    """The paired difference of the trained adapter's losses from others, and what it shows.
+
+    `increase` is the relative bound that the margin comes from. All values are None where there is
+    no example, or a loss is not finite.
+    """
+    compared = losses.compare_trained_with(other)
     if compared is None:
+        names = (
+            *("difference", "standard_error", "interval", "smallest_visible", "conclusion"),
+            *("margin", "one_sided_high", "examples_needed", "clusters", "corrected_interval"),
+        )
         return dict.fromkeys(names)
     figures = compared.to_json()
-    interval = figures["interval"]
+    interval = None if figures["interval"] is None else (compared.low, compared.high)
+    one_sided_high = compared.one_sided_high if compared.is_measurable else None
+    loss_before = losses.mean(other)
+    margin = margin_of_loss(increase, loss_before, bounds.noise)
+    conclusion = conclude(
+        compared.mean,
+        interval,
+        one_sided_high,
+        margin=margin,
+        loss_before=loss_before,
+        noise=bounds.noise,
+    )
+    needed = None
+    if conclusion == "inconclusive":
+        needed = count_examples_needed(
+            compared.mean, compared.standard_error, compared.examples, margin
+        )
+    corrected = None
+    if candidates is not None:
+        corrected = candidates.corrected_interval(losses, other, compared)
     return figures | {
-        "interval": None if interval is None else tuple(interval),
+        "interval": interval,
         "smallest_visible": compared.smallest_visible if compared.is_measurable else None,
+        "conclusion": conclusion,
+        "margin": margin,
+        "one_sided_high": one_sided_high,
+        "examples_needed": needed,
+        "clusters": compared.examples,
+        "corrected_interval": corrected,
     }
 
 
 @dataclass(frozen=True)
 class GeneralLoss:
-    """The loss of the initial and of the trained adapter on text unrelated to the task."""
+    """The loss of the initial and of the trained adapter on text unrelated to the task.
+
+    difference, standard_error, interval, conclusion, margin, one_sided_high, clusters: as in
+        Validation; None where a loss is not finite.
+    """
 
     loss_before: float | None
     loss_after: float | None
     path: str
     sha256: str
+    difference: float | None = None
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
+    smallest_visible: float | None = None
+    conclusion: Conclusion | None = None
+    margin: float | None = None
+    one_sided_high: float | None = None
+    examples_needed: int | None = None
+    clusters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +379,7 @@ class TaskResult:
         interval; None with too few questions for one.
     champion_difference, champion_interval: candidate minus champion; None where no champion
         answered.
+    conclusion: the worse of the words for the differences from parent or base, and champion.
     smallest_visible: the smallest share of lost answers that so many questions can show.
     seconds: of each model, all questions together.
     odd: how many of the candidate's answers are empty, endless or one repeated token.
@@ -264,6 +399,7 @@ class TaskResult:
     odd: dict[str, int]
     champion_difference: float | None = None
     champion_interval: tuple[float, float] | None = None
+    conclusion: Conclusion | None = None
 
     @property
     def is_proven_gain(self) -> bool:
@@ -367,8 +503,12 @@ class Verdict:
         if self.validation is not None:
             before, after = self.validation.loss_before, self.validation.loss_after
             losses = f"{loss_name_for_file(self.validation.file)} {format_change(before, after)}"
+            if self.validation.examples == 0:
+                losses = f"{loss_name_for_file(self.validation.file)} not judged"
             doubts = "".join(f"; {doubt}" for doubt in self.validation.doubts())
-            return f"passed: {tensors}, {losses} ({self.describe_data()}){doubts}{answers}"
+            doubt = self.validation.describe_inconclusive()
+            passed = "passed" if doubt is None else f"passed, {doubt}"
+            return f"{passed}: {tensors}, {losses} ({self.describe_data()}){doubts}{answers}"
         if self.tasks:
             return f"passed: {tensors}, no held-out loss{answers}"
         if self.tiers:  # a run, not any two adapters

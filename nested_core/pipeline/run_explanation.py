@@ -186,9 +186,7 @@ class RunExplanation:
         split = held_out_split(gate.held_out, self.splits)
         if split is not None or gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
             file = gate.held_out if split is None else self.splits[split].file
-            bound = f"more than {gate.max_val_loss_increase:.2%}"
-            beyond = " and beyond noise" if gate.noise == "paired" else ""
-            yield f"Its loss on held-out examples, {file}, may not rise by {bound}{beyond}."
+            yield self._describe_loss_bound(file)
             if gate.max_kl is not None:
                 yield f"Its predictions may move by {gate.max_kl:g} nats a token there."
         else:
@@ -200,6 +198,19 @@ class RunExplanation:
             if task.max_drop is not None:
                 bounds.append(f"at most {task.max_drop:.0%} fewer right than before")
             yield f"It answers {task.file} ({task.score}): {' and '.join(bounds) or 'no bound'}."
+
+    def _describe_loss_bound(self, file: str) -> str:
+        gate = self.config.gate
+        bound = f"{gate.max_val_loss_increase:.2%}"
+        where = f"Its loss on held-out examples, {file},"
+        if gate.noise == "none":
+            return f"{where} may not rise by more than {bound}."
+        if gate.max_val_loss_increase == 0:
+            return f"{where} may not rise beyond noise."
+        return (
+            f"{where} may not rise beyond noise, unless the rise is shown to be within {bound}. "
+            f"Few examples may show neither: that is said, and refuses nothing."
+        )
 
     def _describe_registry(self) -> str:
         registry = self.config.registry

@@ -39,7 +39,12 @@ from nested_core.gate.answers.configured_suites import (
 )
 from nested_core.gate.held_out_choice import require_held_out, require_test_set
 from nested_core.gate.held_out_loss import measure_test_loss as test_loss
-from nested_core.gate.held_out_loss import read_held_out_file, require_validated_data
+from nested_core.gate.held_out_loss import (
+    read_held_out_examples,
+    read_held_out_file,
+    read_nonempty_splits,
+    require_validated_data,
+)
 from nested_core.gate.task_bounds import task_file_entries
 from nested_core.models.base_model import find_model_folder, fingerprint_base_model, load_base_model
 from nested_core.models.lora_attachment import (
@@ -167,6 +172,8 @@ def require_held_out_examples(config: FineTuneConfig, run: RunDirectory) -> None
     if gate.held_out not in SPLITS_BY_HELD_OUT_CHOICE:
         read_held_out_file(config)
     require_held_out(gate.held_out, gate.max_kl, dataset, config.data)
+    if config.data_policy.group is not None:
+        read_held_out_examples(config, read_nonempty_splits(config, run))
 
 
 def write_initial_adapter_and_tiers(

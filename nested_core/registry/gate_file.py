@@ -6,6 +6,7 @@ accidents and partial edits; whoever can write the whole folder can make another
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nested_core.errors import ConfigError, DamagedError, GateRejected, describe_first_problem
+from nested_core.registry.loss_conclusion import Conclusion, conclude, margin_of_loss
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import (
     MANIFEST_NAME,
@@ -32,12 +34,49 @@ JUDGE_AGAIN_HINT = "`nested-tune train --resume` judges the run again."
 
 
 class _Losses(BaseModel):
-    """The losses of a verdict that passed: both are numbers."""
+    """The losses of a verdict that passed: both are numbers, unless no example was counted."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
+    examples: int | None = None
+    difference: float | None = None
     interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    one_sided_high: float | None = None
+    conclusion: Conclusion | None = None
+
+    def contradictions(
+        self, bound: float | None, noise: Literal["paired", "none"], key: str
+    ) -> Iterator[str]:
+        """Why these numbers are not those of losses that passed; `key` is theirs in gate.json."""
+        what = "the loss" if key == "validation" else "the loss on general text"
+        before, after = self.loss_before, self.loss_after
+        if before is None or after is None:
+            if self.examples != 0:
+                yield f"{key}.{'loss_before' if before is None else 'loss_after'} is null"
+            return
+        if bound is None:
+            return
+        if self.conclusion is None or self.difference is None:
+            interval = self.interval if noise == "paired" else None
+            if not is_loss_within_bound(before, after, bound, interval):
+                yield f"{what} rose beyond its bound"
+            return
+        if not math.isclose(after - before, self.difference, rel_tol=1e-6, abs_tol=1e-6):
+            yield f"{what} changed by another figure than {key}.difference"
+            return
+        conclusion = conclude(
+            self.difference,
+            self.interval,
+            self.one_sided_high,
+            margin=margin_of_loss(bound, before, noise),
+            loss_before=before,
+            noise=noise,
+        )
+        if conclusion == "worse":
+            yield f"{what} rose beyond its bound"
+        elif conclusion != self.conclusion:
+            yield f"{what} is {conclusion} by its figures, and not {self.conclusion}"
 
 
 class _Tensor(BaseModel):
@@ -125,25 +164,19 @@ class _PassedVerdict(BaseModel):
             if tier.applied_updates + tier.skipped_updates != tier.expected_updates:
                 yield f"the updates of tier {number} do not add up"
         bounds = self.thresholds or _Thresholds()
-        is_paired = bounds.noise == "paired"
-        if _has_loss_risen(self.validation, bounds.max_val_loss_increase, is_paired=is_paired):
-            yield "the loss rose beyond its bound"
-        if _has_loss_risen(self.general, bounds.max_general_loss_increase):
-            yield "the loss on general text rose beyond its bound"
+        if self.validation is not None:
+            yield from self.validation.contradictions(
+                bounds.max_val_loss_increase, bounds.noise, "validation"
+            )
+        if self.general is not None:
+            yield from self.general.contradictions(
+                bounds.max_general_loss_increase, bounds.noise, "general"
+            )
         moved = None if self.drift is None else self.drift.kl_initial
         if bounds.max_kl is not None and not is_drift_within_bound(moved, bounds.max_kl):
             yield "the predictions drifted beyond their bound"
         if self.proof is not None and self.proof.skipped is None:
             yield from self.proof.contradictions()
-
-
-def _has_loss_risen(
-    losses: _Losses | None, bound: float | None, *, is_paired: bool = False
-) -> bool:
-    if losses is None or bound is None:
-        return False
-    interval = losses.interval if is_paired else None
-    return not is_loss_within_bound(losses.loss_before, losses.loss_after, bound, interval)
 
 
 def is_loss_within_bound(

@@ -16,6 +16,7 @@ from nested_core.config.gate import SPLITS_BY_HELD_OUT_CHOICE
 from nested_core.config.hub_names import HUB_NAME_PATTERN
 from nested_core.errors import ConfigError
 from nested_core.registry.gate_file import GATE_NAME, read_gate
+from nested_core.registry.loss_conclusion import describe_conclusion
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, check_name
 from nested_core.registry.queries import read_champion, verify
 from nested_core.registry.versions import read_provenance
@@ -132,6 +133,10 @@ def _render_evaluation(gate: dict[str, Any]) -> Iterator[str]:
         yield "Quality was not measured: there was no held-out data and no suite of questions."
         return
     yield from _render_table(("measure", "on", "before training", "this adapter"), rows)
+    conclusion = describe_conclusion(losses) if losses else None
+    if conclusion is not None:
+        yield ""
+        yield f"Against the adapter that training began from, the loss is {conclusion}."
     if losses and losses.get("selected_on_same_data"):
         yield ""
         yield "The same examples chose the step that is offered; the loss is a little too good."

@@ -309,7 +309,9 @@ def _describe_verdict(record: RunRecord) -> str | None:
     if record.verdict is None:
         return None
     if record.verdict.has_passed:
-        return "passed"
+        losses = record.verdict.validation
+        doubt = None if losses is None else losses.describe_inconclusive()
+        return "passed" if doubt is None else f"passed, {doubt}"
     return f"failed: {', '.join(reason.code for reason in record.verdict.reasons[:3])}"
 
 

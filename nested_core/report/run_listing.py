@@ -21,6 +21,7 @@ class ListedRun:
 
     state: as in `status`, or "damaged"; then `problem` says what is wrong.
     started: ISO 8601, UTC.
+    conclusion: the gate's word for the held-out loss: better, no_worse, inconclusive or worse.
     """
 
     path: str
@@ -32,11 +33,18 @@ class ListedRun:
     verdict: str | None
     started: str
     problem: str | None = None
+    conclusion: str | None = None
 
     @property
     def name(self) -> str:
         """The name of the run's folder."""
         return Path(self.path).resolve().name
+
+    def describe_verdict(self) -> str | None:
+        """What is wrong with a damaged run, else what the gate said: `passed, inconclusive`."""
+        if self.verdict == "passed" and self.conclusion == "inconclusive":
+            return "passed, inconclusive"
+        return self.problem or self.verdict
 
     def describe_age(self, now: datetime | None = None) -> str:
         """How long ago the run began: `3 min`, `5 h`, `12 days`."""
@@ -77,4 +85,5 @@ def _read_listed_run(run: RunDirectory) -> ListedRun:
         val_loss=status["current_val_loss"],
         verdict=status["verdict"],
         started=started,
+        conclusion=status["conclusion"],
     )

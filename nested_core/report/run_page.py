@@ -178,11 +178,14 @@ def _describe_verdict(verdict: Verdict) -> str:
     if losses is not None and losses.loss_before is not None and losses.loss_after is not None:
         before, after = format_loss(losses.loss_before), format_loss(losses.loss_after)
         parts.append(f"loss {before} → {after} on {describe_examples(losses)}")
+    elif losses is not None and losses.examples == 0:
+        parts.append("loss not judged, for all held-out examples were trained on")
     parts += [
         f"{task.candidate * task.questions:g} of {task.questions} right answers to {task.name}"
         for task in verdict.tasks
     ]
-    return f"Passed: {', '.join(parts)}."
+    doubt = None if losses is None else losses.describe_inconclusive()
+    return f"{'Passed' if doubt is None else f'Passed, {doubt}'}: {', '.join(parts)}."
 
 
 def _reasons_table(verdict: Verdict) -> Html:

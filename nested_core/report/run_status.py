@@ -18,7 +18,8 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
     """The state of a run, its last losses, and the verdict if there is one."""
     config = read_run_config(run)
     latest = read_latest_values(run.metrics)
-    verdict, holder = read_sound_verdict(run), run.holder()
+    gate, holder = _read_sound_gate(run), run.holder()
+    verdict = None if gate is None else str(gate["verdict"])
     state = describe_state(run, holder, verdict)
     return {
         "run_dir": str(run.path),
@@ -33,11 +34,21 @@ def read_status(run: RunDirectory) -> dict[str, Any]:
         "updates": latest.get("updates"),
         "checkpoint": _name_resume_checkpoint(run, state),
         "verdict": verdict,
+        "conclusion": None if gate is None else (gate.get("validation") or {}).get("conclusion"),
     }
 
 
 def read_sound_verdict(run: RunDirectory) -> str | None:
     """What the gate said, "passed" or "failed"; a run that is made longer takes it away.
+
+    None without one. Raises DamagedError if it has changed since it was given.
+    """
+    gate = _read_sound_gate(run)
+    return None if gate is None else str(gate["verdict"])
+
+
+def _read_sound_gate(run: RunDirectory) -> dict[str, Any] | None:
+    """The content of gate.json.
 
     None for a gate.json without its manifest: it was being written, or is an earlier version's.
     Raises DamagedError if it has changed since.
@@ -57,7 +68,7 @@ def read_sound_verdict(run: RunDirectory) -> str | None:
         if run.gate.exists() and has_verdict_manifest(run.path):
             raise
         return None
-    return str(gate["verdict"])
+    return gate
 
 
 def describe_state(run: RunDirectory, holder: int | None, verdict: str | None) -> State:

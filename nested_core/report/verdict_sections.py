@@ -64,6 +64,8 @@ def decisive_numbers(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
         if losses.difference is not None:
             note = _describe_interval(losses.interval)
             yield "Difference", format_difference(losses.difference), f"after minus before, {note}"
+        if losses.conclusion is not None:
+            yield "Conclusion", losses.conclusion.replace("_", " "), _describe_margin(losses)
     champion = verdict.champion
     if champion is not None and champion.difference is not None:
         note = _describe_interval(champion.interval)
@@ -80,6 +82,14 @@ def decisive_numbers(verdict: Verdict) -> Iterator[tuple[str, object, str]]:
         applied = sum(tier.applied_updates for tier in verdict.tiers)
         expected = sum(tier.expected_updates for tier in verdict.tiers)
         yield "Updates applied", f"{applied:,} of {expected:,}", "over all tiers"
+
+
+def _describe_margin(losses: Validation) -> str:
+    """What the word rests on: the margin, and how many examples would settle it."""
+    margin = f"margin {losses.margin or 0:.2g} nats a token"
+    if losses.conclusion == "inconclusive" and losses.examples_needed is not None:
+        return f"{margin}; some {losses.examples_needed:,} examples would tell"
+    return margin
 
 
 def _describe_drift_bound(verdict: Verdict) -> str:
@@ -108,6 +118,7 @@ def paired_losses_section(record: RunRecord) -> Html:
         "95 % interval",
         "smallest visible",
         "examples",
+        "conclusion",
     ]
     rows = [_parent_row(verdict.validation)]
     if verdict.champion is not None:
@@ -134,6 +145,7 @@ def _parent_row(losses: Validation) -> tuple[object, ...]:
         _interval_cell(losses.interval),
         losses.smallest_visible,
         losses.examples,
+        _conclusion_cell(losses.conclusion),
     )
 
 
@@ -148,6 +160,7 @@ def _champion_row(champion: ChampionLoss) -> tuple[object, ...]:
         _interval_cell(champion.interval),
         champion.smallest_visible,
         champion.examples,
+        _conclusion_cell(champion.conclusion),
     )
 
 
@@ -155,17 +168,27 @@ def _interval_cell(interval: Sequence[float] | None) -> str | None:
     return None if interval is None else format_interval(interval)
 
 
+def _conclusion_cell(conclusion: str | None) -> str | None:
+    return None if conclusion is None else conclusion.replace("_", " ")
+
+
 def _describe_checkpoint_selection(losses: Validation) -> str:
-    if losses.selected_on_same_data:
+    if losses.chosen_among > 1:
+        corrected = ""
+        if losses.corrected_interval is not None:
+            interval = format_interval(losses.corrected_interval)
+            corrected = f" Corrected for that, the 95 % interval is {interval}."
         return (
-            f"{losses.file} also chose the step that is offered, so that the loss after is a "
-            f"little better than on data that nothing was chosen on; a test.jsonl would be that."
+            f"{losses.file} also chose the step that is offered, among {losses.chosen_among}, so "
+            f"that the loss after is a little better than on data that nothing was chosen on; a "
+            f"test.jsonl would be that.{corrected}"
         )
     return f"{losses.file} had no part in choosing the step that is offered."
 
 
 def _worst_examples(record: RunRecord, losses: ExampleLosses) -> Html:
     """The examples that the candidate lost most on, with their text as the file has it now."""
+    losses = losses.counted()
     differences = losses.after - losses.before
     comparable = np.isfinite(differences)
     improved = int((differences[comparable] < 0).sum())

@@ -59,6 +59,7 @@ class RunDirectory:
         self.plan = path / "plan.json"  # how many steps, on what, in how much memory
         self.report_to = path / "report-to.json"  # what services of report_to know the run by
         self.metrics = path / "metrics.jsonl"  # one JSON object a line, a report each
+        self.validation_losses = path / "validation-losses.jsonl"  # an example, of each evaluation
         self.adapter = path / "adapter"  # the adapter that the run offers
         self.result = path / "result.json"  # what training ended with; written last
         self.suites = path / "suites.json"  # what gate.tasks asks, as the run found it

@@ -38,6 +38,18 @@ class EvaluationInterrupted(Exception):  # noqa: N818  # no error: the trainer t
 
 
 @dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The mean loss a target token, and the summed loss of each row of the batches, in order.
+
+    row_sums: float64 (rows of all batches,), those without an example too; None where the loss
+        does not tell rows apart.
+    """
+
+    mean_loss: float
+    row_sums: np.ndarray[Any, np.dtype[np.float64]] | None
+
+
+@dataclass(frozen=True, eq=False)
 class Evaluator:
     """Evaluates parameter values in a model, which has its own parameters again afterwards.
 
@@ -64,18 +76,40 @@ class Evaluator:
 
     def mean_loss(self, values: Flat, batches: Iterable[MicroBatch]) -> float:
         """Mean loss a target token, for cross-entropy in nats, without dropout."""
+        return self.evaluate(values, batches).mean_loss
+
+    def evaluate(self, values: Flat, batches: Iterable[MicroBatch]) -> Evaluation:
+        """The mean loss of `mean_loss`, with the loss of each row where it can be told."""
+        rows: list[mx.array] = []
         total = mx.array(0.0)
         count = mx.array(0)
         with in_evaluation_mode(self.model), restoring_parameters(self.parameters):
             for batch in batches:
                 if self.is_stop_requested():
                     raise EvaluationInterrupted
-                loss, tokens = self._compiled_loss(values, *self.loss_fn.prepare_batch(batch))
+                loss, tokens, *by_row = self._compiled_loss(
+                    values, *self.loss_fn.prepare_batch(batch)
+                )
+                rows += by_row
                 total = total + self.loss_fn.sum_over_target_tokens(loss, tokens)
                 count = count + tokens
-                mx.eval(total, count)
+                mx.eval(total, count, *by_row)
         sums = self.world.sum_scalars_over_ranks({"loss": total, "count": count})
-        return to_float(sums["loss"] / sums["count"])
+        mean_loss = to_float(sums["loss"] / sums["count"])
+        return Evaluation(mean_loss, self._gather_row_sums(rows) if rows else None)
+
+    def _gather_row_sums(self, rows: Sequence[mx.array]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The sums of all ranks' rows, in the order of the rows that all draw alike."""
+        size, rank = self.world.size, self.world.rank
+        own = np.concatenate([np.array(batch, np.float64) for batch in rows])
+        if size == 1:
+            return own
+        places = [np.arange(len(batch)) * size + rank for batch in rows]
+        starts = np.cumsum([0, *(len(batch) * size for batch in rows)])
+        everywhere = np.zeros(int(starts[-1]), np.float32)
+        where = [start + place for start, place in zip(starts[:-1], places, strict=True)]
+        everywhere[np.concatenate(where)] = own
+        return np.array(self.world.sum_vector_over_ranks(mx.array(everywhere)), np.float64)
 
     def logits_on_fixed_prompts(self, values: Flat) -> dict[str, Any]:
         """The model's next-token logits after each prompt, in up to 256 columns of the vocabulary.
@@ -99,8 +133,10 @@ class Evaluator:
 
     def _batch_loss(
         self, values: Flat, tokens: mx.array, target_mask: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array, ...]:
         assign_parameters(self.parameters, values)
+        if self.loss_fn.evaluation_by_row is not None:
+            return self.loss_fn.evaluation_by_row(self.model, tokens, target_mask)
         return self.loss_fn.evaluation_function_or_default(self.model, tokens, target_mask)
 
 

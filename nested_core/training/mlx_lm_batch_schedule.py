@@ -73,6 +73,9 @@ class MlxLmSchedule:
         count = self._count_evaluated_batches(len(order))
         return (self._make_batch_arrays(valid, self._valid_batches[i]) for i in order[:count])
 
+    def validation_targets(self) -> None:
+        """None: each evaluation reads other rows, and none chooses the step that is offered."""
+
     def _count_evaluated_batches(self, available: int) -> int:
         """How many of the validation batches an evaluation draws."""
         wanted = self._config.val_batches

@@ -21,11 +21,16 @@ from nested_core.storage.adapter import (
     read_adapter_config,
     write_adapter,
 )
-from nested_core.storage.atomic import TEMPORARY_PREFIX
+from nested_core.storage.atomic import TEMPORARY_PREFIX, finite_or_none
 from nested_core.storage.checkpoint_verification import checkpoint_path
 from nested_core.storage.safetensors_files import load_arrays
+from nested_core.storage.validation_losses import (
+    StepLosses,
+    append_step_losses,
+    truncate_step_losses,
+)
 from nested_core.training.early_stopping import count_evaluations_without_improvement
-from nested_core.training.evaluation import Evaluator
+from nested_core.training.evaluation import Evaluation, Evaluator
 from nested_core.training.loss.loss_interface import MicroBatch
 from nested_core.training.metrics_file import append_metrics, read_metrics, truncate_metrics
 from nested_core.training.metrics_window import (
@@ -53,6 +58,7 @@ class RunRecorder:
         self.window = MetricsWindow(setup.world, is_mean=setup.loss_fn.is_mean)
         self._evaluator = evaluator
         self._losses: list[float] = []
+        self._validation_targets = setup.step_schedule.validation_targets()
         initial = load_arrays(setup.run.initial / WEIGHTS_NAME)
         self._published_dtypes = {name: array.dtype for name, array in initial.items()}
 
@@ -62,6 +68,7 @@ class RunRecorder:
         if self.setup.world.is_main:
             metrics = self.setup.run.metrics
             state.reported = truncate_metrics(metrics, state.step, state.reported)
+            truncate_step_losses(self.setup.run.validation_losses, state.step)
             records = read_metrics(metrics)
             self._losses = [r["loss"] for r in records if r.get("loss") is not None]
             if is_resumed:  # the process before may have ended between checkpoint and snapshot
@@ -141,11 +148,11 @@ class RunRecorder:
         self, state: TrainingState, iteration: int, batches: Iterable[MicroBatch]
     ) -> dict[str, Any]:
         started = time.perf_counter()
-        val_loss = self._evaluator.mean_loss(read_parameters(self.setup.parameters), batches)
-        state.record_evaluation(
-            val_loss,
-            is_candidate=all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats()),
-        )
+        evaluation = self._evaluator.evaluate(read_parameters(self.setup.parameters), batches)
+        val_loss = evaluation.mean_loss
+        is_candidate = all(tier.updates > 0 for tier in self.setup.optimizer.get_tier_stats())
+        state.record_evaluation(val_loss, is_candidate=is_candidate)
+        self._keep_example_losses(state, evaluation, is_candidate=is_candidate)
         min_delta = self.setup.config.training.min_delta
         count_evaluations_without_improvement(state, val_loss, min_delta=min_delta)
         seconds = time.perf_counter() - started
@@ -153,6 +160,25 @@ class RunRecorder:
             info = {"iteration": iteration, "val_loss": val_loss, "val_time": seconds}
             self.setup.callback.on_val_loss_report(info)
         return {"val_loss": val_loss}
+
+    def _keep_example_losses(
+        self, state: TrainingState, evaluation: Evaluation, *, is_candidate: bool
+    ) -> None:
+        """Append the losses of an evaluation whose step could be offered, for the gate."""
+        if not (is_candidate and self.setup.step_schedule.offers_best and self.setup.world.is_main):
+            return
+        self.setup.run.require_lock()
+        losses = StepLosses(step=state.step, lines=None, losses=None)
+        if evaluation.row_sums is not None and self._validation_targets is not None:
+            lines, tokens = self._validation_targets
+            is_counted = tokens > 0
+            means = evaluation.row_sums[: len(tokens)][is_counted] / tokens[is_counted]
+            losses = StepLosses(
+                step=state.step,
+                lines=lines[is_counted].tolist(),
+                losses=finite_or_none(means.tolist()),
+            )
+        append_step_losses(self.setup.run.validation_losses, losses)
 
     def save_checkpoint(self, state: TrainingState) -> None:
         """Write a checkpoint and remove those that are no longer to be kept."""

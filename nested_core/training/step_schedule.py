@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.data.batch_order import BatchOrder, choose_evaluation_batches
-from nested_core.data.tokens.tokenized_split import TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Int32, Int64, TokenizedSplit
 from nested_core.training.evaluation import load_evaluation_batches
 from nested_core.training.loss.loss_interface import BatchShape, MicroBatch
 from nested_core.training.rank_communication import SINGLE_PROCESS_WORLD, World
@@ -57,6 +58,12 @@ class StepSchedule(Protocol):
 
     def validation_batches(self, iteration: int) -> Iterable[MicroBatch] | None:
         """The batches of an evaluation after so many iterations; None if there are none."""
+
+    def validation_targets(self) -> tuple[Int32, Int64] | None:
+        """The line and the number of target tokens of each example that an evaluation reads.
+
+        In the order of the rows of `validation_batches`; None where each evaluation reads others.
+        """
 
     def seed_step(self, step: int) -> None:
         """Prepare the random state of an optimizer step."""
@@ -135,6 +142,19 @@ class BucketedSchedule:
             max_seq_length=config.max_seq_length,
         )
         return map(self._world.own_rows, batches)
+
+    def validation_targets(self) -> tuple[Int32, Int64] | None:
+        """Those of `val_batches`, longest examples first; None without a validation set."""
+        config, valid = self._config, self._valid
+        if valid is None or not self.validation_examples:
+            return None
+        batches = choose_evaluation_batches(
+            valid, config.batch_size, config.val_batches, max_seq_length=config.max_seq_length
+        )
+        rows = np.concatenate([batch.rows for batch in batches])
+        tokens = [int(valid.example_mask(row)[1:].sum()) for row in rows]
+        valid.release_pages()
+        return valid.lines[rows], np.array(tokens, np.int64)
 
     def seed_step(self, step: int) -> None:
         """Seed from the run's seed and the step: on resume there is nothing to restore."""

@@ -15,7 +15,7 @@ from flows.sweep import SweepParameters, apply_grid_point, grid_points, has_ende
 from nested_core.errors import ConfigError
 from nested_core.storage.run_directory import RunDirectory
 from tasks.outcomes import Outcome
-from tasks.sweep_results import SweepRunResult
+from tasks.sweep_results import SweepRunResult, choose_best_run
 from tests.example import example_config
 
 
@@ -49,6 +49,40 @@ def test_a_point_that_cannot_run_is_found_before_any_is_started(tmp_path: Path) 
     with patch("flows.sweep.run_deployment") as start, pytest.raises(ValueError, match="iters"):
         sweep.fn(config)
     start.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    "key", ["mask_prompt", "training.supervise", "data", "gate.held_out", "registry.name"]
+)
+def test_a_grid_over_what_the_loss_is_of_is_refused_before_any_run(
+    tmp_path: Path, key: str
+) -> None:
+    registry = {"path": str(tmp_path / "registry"), "name": "capitals"}
+    config = SweepParameters(
+        base=example_config(registry=registry), grid={key: ["a", "b"]}, deployment="f/d"
+    )
+    with (
+        patch("flows.sweep.run_deployment") as start,
+        pytest.raises(ConfigError, match=f"varies {key}"),
+    ):
+        sweep.fn(config)
+    start.assert_not_called()
+
+
+def test_the_lowest_validation_loss_is_chosen_whatever_the_test_loss() -> None:
+    def outcome(name: str, val_loss: float | None, loss: float, *, passed: bool) -> SweepRunResult:
+        return SweepRunResult(name, {}, "Verified", "", passed, loss, "test.jsonl", val_loss)
+
+    outcomes = [
+        outcome("a", 0.5, 0.1, passed=True),
+        outcome("b", 0.4, 0.9, passed=True),
+        outcome("c", 0.1, 0.1, passed=False),
+        outcome("d", None, 0.05, passed=True),
+    ]
+    best = choose_best_run(outcomes)
+    assert best is not None
+    assert best.run_dir == "b"
+    assert choose_best_run(outcomes[2:3]) is None
 
 
 def test_a_run_without_a_verdict_has_not_passed(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ class FieldNames:
     text: str = "text"
     chat: str = "messages"
     allows_any_role: bool = False  # data_policy.roles: template
+    group: str | None = None  # the field that data_policy.group names; no part of the example
 
 
 class Example(NamedTuple):
@@ -272,7 +273,7 @@ def _validate_example(row: dict[str, Any], name: Format, field_names: FieldNames
     except ValidationError as error:
         hint = describe_sharegpt(row) if name == "chat" else ""
         raise _describe_validation_error(error, keys, hint) from None
-    unknown = set(row.keys() - keys.values())
+    unknown = set(row.keys() - keys.values() - {field_names.group})
     if name == "text":
         return Example(name, [], text=fields["text"], unknown_keys=frozenset(unknown))
     if name == "completion":

@@ -36,6 +36,7 @@ LINE_RULES = FrameRules(
         "blank_field": pl.Categorical,
         "roles": pl.Categorical,
         "repeats": pl.Int32,
+        "repeats_held_out": pl.Int32,
         "resembles": pl.Int32,
         "answers_otherwise": pl.Int32,
         "unknown_keys": pl.Categorical,
@@ -96,6 +97,14 @@ LINE_RULES = FrameRules(
             "warning",
             ~pl.col("is_train") | pl.col("repeats").is_null(),
             "the same example as line {repeats}",
+        ),
+        Rule(
+            "repeated-held-out",
+            "warning",
+            pl.col("repeats_held_out").is_null(),
+            "lines that repeat another one of this file: {count}, the first of them line "
+            "{repeats_held_out}; the gate counts examples with one prompt as one",
+            once=True,
         ),
         Rule(
             "near-duplicate",

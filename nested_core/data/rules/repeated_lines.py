@@ -16,7 +16,8 @@ def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFra
 
     Adds file, train_file, is_train, file_format, and the train lines `repeats` (equal content),
     `resembles` (equal but for case and white space) and `answers_otherwise` (equal prompt, other
-    content). The frame of test gets valid_file and `line_in_valid` (equal content) as well.
+    content); and for valid and test `repeats_held_out`, the first line of the same file with equal
+    content. The frame of test gets valid_file and `line_in_valid` (equal content) as well.
     """
     named = [
         frame.with_columns(
@@ -37,16 +38,26 @@ def add_repeat_columns(files: list[tuple[str, pl.DataFrame]]) -> list[pl.DataFra
         related.slice(start, frame.height)  # a view, not a copy
         for start, (_, frame) in zip(starts, files, strict=False)
     )
+    train = train.with_columns(repeats_held_out=pl.lit(None, pl.Int32))
+    valid = valid.with_columns(repeats_held_out=_earlier_line_by_content(named[1]))
     test = test.with_columns(
+        repeats_held_out=_earlier_line_by_content(named[2]),
         valid_file=pl.lit(files[1][0], pl.Categorical),
-        line_in_valid=_first_validation_line_by_content(named[2]["content"], named[1]),
+        line_in_valid=_first_line_by_content(named[2]["content"], named[1]),
     )
     return [train, valid, test]
 
 
-def _first_validation_line_by_content(contents: pl.Series, valid: pl.DataFrame) -> pl.Series:
-    """The first line of valid with each of these contents, or null."""
-    examples = valid.filter(pl.col("content").is_not_null())
+def _earlier_line_by_content(file: pl.DataFrame) -> pl.Series:
+    """The first line of the same file with the content of each row; null for that line itself."""
+    first = _first_line_by_content(file["content"], file)
+    repeated = pl.when(pl.col("line") > pl.col("first")).then("first").cast(pl.Int32)
+    return file.select("line").with_columns(first=first).select(repeated)["first"]
+
+
+def _first_line_by_content(contents: pl.Series, file: pl.DataFrame) -> pl.Series:
+    """The first line of a file with each of these contents, or null."""
+    examples = file.filter(pl.col("content").is_not_null())
     first = examples.group_by("content").agg(pl.col("line").first())
     return contents.to_frame().join(first, on="content", how="left", maintain_order="left")["line"]
 

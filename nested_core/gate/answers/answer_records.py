@@ -27,6 +27,7 @@ class AnswerRecord:
     tokens: how many were generated; 0 for a choice, which is not generated.
     empty, endless, repeated: there is nothing to read, it was cut off, it is one token repeated.
     seconds: the suite's time with this model, divided by its questions.
+    same_prompt_as: the first line of the suite with the same prompt; None for that line itself.
     """
 
     task: str
@@ -40,6 +41,7 @@ class AnswerRecord:
     endless: bool
     repeated: bool
     seconds: float
+    same_prompt_as: int | None = None
 
 
 _RECORD_VALIDATOR = TypeAdapter(AnswerRecord)

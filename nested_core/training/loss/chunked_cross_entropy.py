@@ -32,6 +32,7 @@ def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) 
         loss.differentiable_loss,
         prepare_batch=find_supervised_positions,
         evaluation_function=loss.loss_without_gradient,
+        evaluation_by_row=loss.loss_by_row,
         is_chunked=True,
     )
 
@@ -75,11 +76,21 @@ class ChunkedCrossEntropy:
 
     def loss_without_gradient(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """The loss alone, the same to the bit as `differentiable_loss`."""
+        total, count, _ = self.loss_by_row(model, tokens, rows)
+        return total, count
+
+    def loss_by_row(
+        self, model: nn.Module, tokens: mx.array, rows: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The loss alone, and the sum of each row of the batch, float32 (batch,)."""
         hidden, targets = self._flatten_batch(tokens)
-        total, _ = self._sum_chunks(
+        losses, _ = self._compute_chunks(
             gather_rows(hidden, rows), gather_rows(targets, rows), rows >= 0
         )
-        return total, (rows >= 0).sum()
+        batch, width = tokens.shape
+        row = mx.maximum(rows, 0) // (width - 1)  # padding adds 0 to the first
+        by_row = mx.zeros((batch,)).at[row].add(mx.concatenate(losses))
+        return _sum_in_order(losses), (rows >= 0).sum(), by_row
 
     def differentiable_loss(self, model: nn.Module, tokens: mx.array, rows: mx.array) -> Arrays:
         """The loss, differentiable with respect to whatever the body's output depends on."""
@@ -110,9 +121,7 @@ class ChunkedCrossEntropy:
         losses, gradients = self._compute_chunks(
             hidden, targets, mask, wants_gradient=wants_gradient
         )
-        total = mx.array(0.0)
-        for loss in losses:
-            total = total + loss.sum()
+        total = _sum_in_order(losses)
         return total, mx.concatenate(gradients) if wants_gradient else total
 
     def _compute_chunks(
@@ -147,6 +156,14 @@ class ChunkedCrossEntropy:
         slope = ((powers / total - is_target) * mask[:, None]).astype(given.dtype)
         _, (gradient,) = mx.vjp(self.head.logits, [hidden], [slope])
         return losses, gradient
+
+
+def _sum_in_order(losses: list[mx.array]) -> mx.array:
+    """The sum over chunks, one after the other."""
+    total = mx.array(0.0)
+    for loss in losses:
+        total = total + loss.sum()
+    return total
 
 
 def gather_rows(values: mx.array, rows: mx.array) -> mx.array:

@@ -16,6 +16,7 @@ from nested_core.training.loss.output_head import OutputHead, find_output_head
 MicroBatch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # tokens, target mask
 Arrays = tuple[mx.array, mx.array]
 LossFunction = Callable[[Any, mx.array, mx.array], Arrays]
+RowLossFunction = Callable[[Any, mx.array, mx.array], tuple[mx.array, mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Loss:
         prepare_batch: a micro-batch to the arrays that `function` takes.
         evaluation_function: the same loss to the bit where no gradient is wanted; None is
             `function` itself.
+        evaluation_by_row: `evaluation_function` with the summed loss of each row of the batch as a
+            third value, (rows,); None where a row's loss is not known.
         with_output_head: makes the form of this loss that computes the logits of some positions
             only; None where the loss needs the model's whole output.
         is_chunked: whether few logits exist at a time; the memory forecast counts on it.
@@ -55,6 +58,7 @@ class Loss:
     is_mean: bool = False
     prepare_batch: Callable[[MicroBatch], Arrays] = as_arrays
     evaluation_function: LossFunction | None = None
+    evaluation_by_row: RowLossFunction | None = None
     with_output_head: Callable[[OutputHead], Loss] | None = None
     is_chunked: bool = False
 

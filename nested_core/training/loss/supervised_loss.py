@@ -24,12 +24,22 @@ def supervised_loss(model: Any, tokens: mx.array, target_mask: mx.array) -> Arra
     Returns:
         Both as scalars: float32 sum in nats, int32 count.
     """
+    total, count, _ = supervised_loss_by_row(model, tokens, target_mask)
+    return total, count
+
+
+def supervised_loss_by_row(
+    model: Any, tokens: mx.array, target_mask: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`supervised_loss`, and the sum of each row, float32 (batch,)."""
     logits = extract_logits(model(tokens[:, :-1]))
     losses = nn.losses.cross_entropy(logits.astype(mx.float32), tokens[:, 1:])
-    return (losses * target_mask).sum(), target_mask.sum()
+    counted = losses * target_mask
+    return counted.sum(), target_mask.sum(), counted.sum(axis=1)
 
 
 SUPERVISED_LOSS = Loss(
     supervised_loss,
+    evaluation_by_row=supervised_loss_by_row,
     with_output_head=make_chunked_cross_entropy,
 )

@@ -96,6 +96,18 @@ def test_a_test_set_that_repeats_the_validation_set_is_an_error_by_default(
     assert "the same example is in valid.jsonl:2" in repeated[0].message
 
 
+def test_rows_that_come_twice_in_a_held_out_file_are_said_once_a_file(
+    write_data: WriteData, tokenizer: TokenizerSource
+) -> None:
+    folder = write_data(train=[A, A], valid=[B, C, B, B], test=[D])
+    report, _ = load(folder, tokenizer, {})
+    (found,) = [finding for finding in report.findings if finding.check == "repeated-held-out"]
+    assert (found.file, found.line, found.severity) == ("valid.jsonl", 3, "warning")
+    assert (
+        "lines that repeat another one of this file: 2, the first of them line 1" in found.message
+    )
+
+
 def test_held_out_sets_stay_as_they_are_under_every_policy(
     write_data: WriteData, tokenizer: TokenizerSource
 ) -> None:

@@ -127,7 +127,7 @@ def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(
     verdict = steps.judge(config, run)
     assert verdict.has_passed
     refused = decide(config, run, champion)
-    assert "is not better than the champion's" in refused
+    assert "is not better by more than 0.005 than the champion's" in refused
     assert "beyond noise (valid.jsonl, " in refused
     assert "can show no difference below" in refused
 

@@ -30,7 +30,7 @@ CHECKPOINT = f"checkpoints/step-{STEPS:07d}"
 ADAPTER = ("adapters.safetensors", "adapter_config.json")
 FILES = (
     *("config.yaml", "dataset.json", "tiers.json", "metrics.jsonl", "result.json"),
-    *("gate-losses.jsonl", "training-examples.bin"),
+    *("gate-losses.jsonl", "training-examples.bin", "validation-losses.jsonl"),
     *(f"{folder}/{name}" for folder in ("initial", "adapter", CHECKPOINT) for name in ADAPTER),
     *(f"{CHECKPOINT}/{name}" for name in ("optimizer.safetensors", "state.json", "MANIFEST.json")),
 )
@@ -244,7 +244,18 @@ def times(factor: float) -> Callable[[dict[str, Any]], Any]:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (times(3), "the loss rose beyond its bound"),
+        (times(3), "another figure than validation.difference"),
+        (lambda gate: gate["validation"].update(conclusion="worse"), "better by its figures"),
+        (
+            lambda gate: gate["validation"].update(
+                loss_before=1.0,
+                loss_after=2.0,
+                difference=1.0,
+                interval=[0.5, 1.5],
+                one_sided_high=1.4,
+            ),
+            "the loss rose beyond its bound",
+        ),
         (lambda gate: gate["validation"].update(loss_after=None), "validation.loss_after"),
         (lambda gate: gate["validation"].update(loss_before="4"), "validation.loss_before"),
         (lambda gate: gate["proof"].update(error="none"), "proof.error"),

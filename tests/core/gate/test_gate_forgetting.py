@@ -50,12 +50,16 @@ def test_a_loss_on_general_text_that_rose_beyond_its_bound_is_forgetting(
     assert before is not None
     assert after is not None
     assert after > before > 0
-    change = f"{before:.4g} -> {after:.4g}; gate.max_general_loss_increase is 0"
-    assert change in verdict.reasons[0].message
+    assert f"{before:.4g} -> {after:.4g}, " in verdict.reasons[0].message
+    assert "gate.max_general_loss_increase is 0" in verdict.reasons[0].message
+    assert measured.conclusion == "worse"
     assert measured.sha256 == sha256(general.read_bytes()).hexdigest()
-    rise = after / before - 1
-    assert judge_run(bounded(config, general, rise * 1.01), run).has_passed
-    assert codes(judge_run(bounded(config, general, rise * 0.99), run)) == ["forgetting"]
+    # Three examples have no interval: a rise by a tenth, or the margin, is what counts.
+    assert after / before - 1 < 0.1
+    few = judge_run(bounded(config, general, 0.02), run)
+    assert few.has_passed
+    assert few.general is not None
+    assert few.general.conclusion == "inconclusive"
     assert verdict.to_json()["thresholds"]["max_general_loss_increase"] == 0.0
 
 
@@ -164,6 +168,7 @@ def test_the_gate_cannot_be_something_other_than_its_bounds(value: object, messa
 def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> None:
     assert set(GateSection.model_fields) == {
         "max_val_loss_increase",
+        "max_harmed_share",
         "min_relative_change",
         "max_skipped_share",
         "general_data",
@@ -182,3 +187,19 @@ def test_the_gate_has_bounds_and_no_switches_but_those_that_ask_for_more() -> No
         "allow_python_scorers",
     ]
     assert GateSection().check_fused is False
+
+
+def test_a_rise_on_general_text_within_noise_is_no_forgetting(
+    config: FineTuneConfig, run: RunDirectory, tmp_path: Path
+) -> None:
+    names = ("France", "Japan", "Brazil", "Peru", "Kenya", "Egypt", "Chile", "Spain")
+    path = tmp_path / "general.jsonl"
+    lines = [{"text": f"In {name} people trade with Italy, {i}."} for i, name in enumerate(names)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    verdict = judge_run(bounded(config, path, 0.0), run)
+    found = verdict.general
+    assert found is not None
+    assert found.interval is not None
+    assert found.interval[0] <= found.difference <= found.interval[1]  # type: ignore[operator]
+    assert (codes(verdict) == ["forgetting"]) is (found.interval[0] > 0)
+    assert found.conclusion == ("worse" if found.interval[0] > 0 else found.conclusion)

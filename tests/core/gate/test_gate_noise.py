@@ -28,8 +28,6 @@ from nested_core.registry.gate_file import read_gate, require_consistent, write_
 from nested_core.storage.manifest import describe_file, read_manifest
 from nested_core.storage.run_directory import RunDirectory
 
-STRICT = GateSection(noise="none")
-
 
 def losses_of(differences: list[float]) -> ExampleLosses:
     """Examples of 10 tokens whose loss of 2 nats changed by these differences."""
@@ -39,15 +37,21 @@ def losses_of(differences: list[float]) -> ExampleLosses:
     return ExampleLosses("valid.jsonl", lines, tokens, before, before + np.array(differences))
 
 
-def validation_of(differences: list[float]) -> Validation:
-    return Validation.from_losses(losses_of(differences), selected_on_same_data=True)
+DEFAULT = GateSection()
+
+
+def validation_of(differences: list[float], bounds: GateSection = DEFAULT) -> Validation:
+    return Validation.from_losses(losses_of(differences), selected_on_same_data=True, bounds=bounds)
 
 
 def test_a_rise_within_noise_is_refused_by_the_bound_alone_only() -> None:
-    validation = validation_of([0.5, -0.4, 0.3, -0.3, 0.1, -0.1] * 2)
+    differences = [0.5, -0.4, 0.3, -0.3, 0.15, -0.1] * 2
+    validation = validation_of(differences)
     assert validation.loss_after > validation.loss_before  # type: ignore[operator]
-    assert loss_reasons(validation, None, GateSection()) == []
-    (reason,) = loss_reasons(validation, None, STRICT)
+    assert validation.conclusion == "inconclusive"
+    assert loss_reasons(validation, None, DEFAULT) == []
+    zero = GateSection(noise="none", max_val_loss_increase=0.0)
+    (reason,) = loss_reasons(validation_of(differences, zero), None, zero)
     assert reason.code == "loss_regressed"
 
 
@@ -57,14 +61,20 @@ def test_a_rise_beyond_bound_and_noise_is_refused_with_its_figures_and_its_data(
     (reason,) = loss_reasons(validation, None, GateSection())
     assert reason.message.startswith("loss 2 -> 2.275 on valid.jsonl, 12 examples, +0.275 with a")
     assert "95 % interval of +0.2" in reason.message
-    assert loss_reasons(validation, None, GateSection(max_val_loss_increase=0.2)) == []
+    wide = GateSection(max_val_loss_increase=0.2)
+    assert loss_reasons(validation_of([0.2, 0.25, 0.3, 0.35] * 3, wide), None, wide) == []
 
 
-def test_with_too_few_examples_for_an_interval_the_bound_counts_alone() -> None:
+def test_with_too_few_examples_for_an_interval_a_rise_by_more_than_a_tenth_counts() -> None:
     validation = validation_of([0.2, -0.1])
     assert (validation.interval, validation.smallest_visible) == (None, None)
-    (reason,) = loss_reasons(validation, None, GateSection())
-    assert "2 examples, +0.05; so few examples can show no difference" in reason.message
+    assert validation.conclusion == "inconclusive"
+    assert loss_reasons(validation, None, DEFAULT) == []
+    (reason,) = loss_reasons(validation_of([0.3, 0.12]), None, DEFAULT)
+    assert "2 examples, +0.21; so few examples can show no difference" in reason.message
+    zero = GateSection(max_val_loss_increase=0.0)
+    (reason,) = loss_reasons(validation_of([0.2, -0.1], zero), None, zero)
+    assert reason.code == "loss_regressed"
 
 
 def test_the_losses_of_each_example_are_kept_and_give_the_figures(
@@ -105,8 +115,9 @@ def test_a_verdict_of_a_rise_within_noise_is_confirmed_and_registered_where_nois
     steps.judge(config, run)
     gate = read_gate(run.gate)
     gate["validation"] |= {"loss_before": 2.0, "loss_after": 2.01, "interval": [-0.02, 0.04]}
+    gate["validation"] |= {"difference": 0.01, "one_sided_high": 0.035, "conclusion": "no_worse"}
     require_consistent(gate, run.gate)
-    gate["thresholds"]["noise"] = "none"
+    gate["thresholds"] |= {"noise": "none", "max_val_loss_increase": 0.0}
     with pytest.raises(DamagedError, match="the loss rose beyond its bound"):
         require_consistent(gate, run.gate)
 
@@ -145,7 +156,10 @@ def test_losses_that_were_edited_are_damage_with_or_without_a_manifest_that_agre
     ("key", "value"),
     [
         ("interval", [-9.0, -8.0]),
-        ("interval", None),
+        ("corrected_interval", [-9.0, -8.0]),
+        ("margin", 0.5),
+        ("harmed", 9),
+        ("clusters", 2),
         ("difference", 0.0),
         ("examples", 1),
         ("file", "test.jsonl"),

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nested_core.gate import paired_difference
+from nested_core.gate.harmed_examples import exchange_mid_p
 from nested_core.gate.paired_difference import (
     MIN_EXAMPLES,
     compare_pairs,
@@ -86,8 +87,12 @@ def test_beyond_chance_is_what_scipys_paired_t_test_says(stats, seed, examples, 
 
 def test_the_t_quantile_is_scipys(stats) -> None:
     degrees = range(MIN_EXAMPLES - 1, 3_000)
-    own = [paired_difference._student_t_quantile(freedom) for freedom in degrees]
+    own = [paired_difference._expand_normal_quantile(freedom, 0.95) for freedom in degrees]
     np.testing.assert_allclose(own, stats.t.ppf(0.975, np.array(degrees)), atol=1.5e-3)
+    for probability in (0.95, 0.975, 0.999, 0.9999):
+        freedoms = [1, 2, 3, 4, 9, 10, 83, 500, 999, 5_000]
+        exact = [paired_difference.student_t_quantile(probability, own) for own in freedoms]
+        np.testing.assert_allclose(exact, stats.t.ppf(probability, freedoms), rtol=1e-4)
 
 
 def test_with_weights_it_is_the_difference_of_two_mean_losses_a_token(stats) -> None:
@@ -153,12 +158,10 @@ def test_fewer_than_five_examples_show_nothing() -> None:
     assert smallest_visible_share(4) == 1.0
 
 
-@pytest.mark.parametrize(("questions", "answers"), [(5, 4), (12, 4), (30, 4), (84, 4), (200, 4)])
-def test_the_smallest_visible_share_is_what_the_interval_shows(questions, answers) -> None:
-    assert smallest_visible_share(questions) == answers / questions
-    for lost, is_seen in ((answers, True), (answers - 1, False)):
-        after = [0.0] * lost + [1.0] * (questions - lost)
-        assert compare_pairs([1.0] * questions, after).is_below(0) == is_seen
+@pytest.mark.parametrize("questions", [5, 12, 30, 84, 200])
+def test_the_smallest_visible_share_is_what_the_exact_test_shows(questions) -> None:
+    assert smallest_visible_share(questions) == 5 / questions
+    assert exchange_mid_p(5, 0) <= 0.025 < exchange_mid_p(4, 0)
 
 
 def test_the_same_pairs_give_the_same_interval_to_the_bit() -> None:

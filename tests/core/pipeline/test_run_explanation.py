@@ -78,7 +78,7 @@ def test_each_subject_is_said_in_words(explanation: RunExplanation) -> None:
     assert "every step (10 updates)" in said["tiers"]
     assert "every 4 steps (2 updates)" in said["tiers"]
     assert "2 to an optimizer step: 10 steps" in said["steps"]
-    assert "may not rise by more than 0.00% and beyond noise" in said["gate"]
+    assert "may not rise beyond noise, unless the rise is shown to be within 2.00%" in said["gate"]
     assert said["registry"] == (
         "registered as capitals in somewhere, and made champion if its loss is lower than the "
         "champion's beyond noise."

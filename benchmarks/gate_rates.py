@@ -1,0 +1,422 @@
+"""How often chance decides: planted losses and answers, chosen, judged and promoted by the product.
+
+    python -m benchmarks.gate_rates --seed 0 [--draws 1000] [--only WORD] [--json]
+
+Each row plants differences of a known distribution and counts what the gate's own code makes of
+them. A rate above its bound ends with exit code 1. The bounds are for 4,000 draws; fewer add two
+standard errors. The loss before is 1 nat a token on average, so that 0.05 nats are 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: a process a core
+
+import numpy as np
+
+from nested_core.config.gate import GateSection
+from nested_core.config.registry import RegistrySection
+from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
+from nested_core.gate.chosen_candidate import Candidates, join_candidates
+from nested_core.gate.example_losses import ExampleLosses, Vector
+from nested_core.gate.loss_bounds import harm_reasons, loss_reasons
+from nested_core.gate.task_bounds import judge_answers
+from nested_core.gate.verdict import ChampionLoss, Validation
+from nested_core.registry.loss_conclusion import is_better
+from nested_core.training.training_state import TrainingState
+
+PROCESSES = 2
+REFERENCE_DRAWS = 4_000
+STEPS = 24
+DRIFT_OF_STEPS = 0.95  # correlation of an example's differences at two evaluations in a row
+QUESTIONS = 200
+BOUNDS = GateSection()
+MIN_IMPROVEMENT = RegistrySection().min_improvement
+DISTRIBUTIONS = ("normal", "t(3)", "skewed")
+Trial = Callable[[np.random.Generator], bool]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row: what is counted, of what, and the most that the rate may be; cheap ones draw more."""
+
+    what: str
+    case: str
+    trial: Trial
+    bound: float | None = None
+    is_cheap: bool = False
+    max_draws: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that was drawn."""
+
+    what: str
+    case: str
+    rate: float
+    draws: int
+    bound: float | None
+
+
+def draw_noise(random: np.random.Generator, shape: object, distribution: str, sd: float) -> Vector:
+    """Differences of mean 0 and this standard deviation."""
+    drawn: Vector
+    if distribution == "normal":
+        drawn = random.normal(size=shape)
+    elif distribution == "t(3)":
+        drawn = random.standard_t(3, size=shape) / math.sqrt(3)
+    else:
+        drawn = random.exponential(size=shape) - 1
+    return sd * drawn
+
+
+def draw_before(random: np.random.Generator, examples: int) -> tuple[Vector, Vector]:
+    """Losses with a mean of 1 nat a token, and the tokens of each example."""
+    return random.gamma(4, 0.25, examples), random.integers(10, 40, examples).astype(float)
+
+
+def make_losses(
+    before: Vector, after: Vector, tokens: Vector, file: str = "test.jsonl"
+) -> ExampleLosses:
+    """Both losses, the champion's being those before."""
+    lines = np.arange(1, len(tokens) + 1)
+    return ExampleLosses(file, lines, tokens, before, after, champion=before)
+
+
+def is_promoted(losses: ExampleLosses, candidates: Candidates, *, as_before: bool = False) -> bool:
+    """Whether `better` promotes; `as_before`: by the interval alone, as it did at first."""
+    found = ChampionLoss.from_losses("champion", losses, BOUNDS, candidates)
+    if as_before:
+        return found.interval is not None and found.interval[1] < 0
+    return is_better(
+        found.difference,
+        found.interval,
+        found.corrected_interval,
+        min_improvement=MIN_IMPROVEMENT,
+        noise=BOUNDS.noise,
+    )
+
+
+def fixed_step(
+    random: np.random.Generator,
+    *,
+    examples: int,
+    distribution: str,
+    sd: float,
+    gain: float = 0.0,
+    as_before: bool = False,
+) -> bool:
+    """One adapter, fixed before the examples were seen, against the champion."""
+    before, tokens = draw_before(random, examples)
+    after = before - gain + draw_noise(random, examples, distribution, sd)
+    return is_promoted(make_losses(before, after, tokens), Candidates(), as_before=as_before)
+
+
+def best_step(
+    random: np.random.Generator,
+    *,
+    examples: int,
+    distribution: str,
+    sd: float,
+    gain: float = 0.0,
+    as_before: bool = False,
+) -> bool:
+    """The best of 24 evaluations on the examples that judge it, chosen as the trainer does."""
+    before, tokens = draw_before(random, examples)
+    noise = np.empty((STEPS, examples))
+    noise[0] = draw_noise(random, examples, distribution, 1)
+    for step in range(1, STEPS):
+        fresh = draw_noise(random, examples, distribution, 1)
+        noise[step] = DRIFT_OF_STEPS * noise[step - 1] + math.sqrt(1 - DRIFT_OF_STEPS**2) * fresh
+    steps = before - gain + sd * noise
+    state = TrainingState()
+    for step, losses in enumerate(steps):
+        state.step = step + 1
+        state.record_evaluation(float(tokens @ losses / tokens.sum()), is_candidate=True)
+    chosen = steps[(state.best_step or 1) - 1]
+    judged = make_losses(before, chosen, tokens, "valid.jsonl")
+    return is_promoted(judged, Candidates(STEPS, judged.lines, steps), as_before=as_before)
+
+
+def best_of_sweep(
+    random: np.random.Generator,
+    *,
+    points: int,
+    examples: int,
+    distribution: str,
+    sd: float,
+    has_test: bool = False,
+) -> bool:
+    """The point of the lowest validation loss, of adapters that differ by chance alone."""
+    before, tokens = draw_before(random, examples)
+    losses = before + draw_noise(random, (points, examples), distribution, sd)
+    chosen = int((losses @ tokens).argmin())
+    judged = make_losses(before, losses[chosen], tokens, "valid.jsonl")
+    if has_test:
+        fresh, tokens = draw_before(random, examples)
+        after = fresh + draw_noise(random, examples, distribution, sd)
+        return is_promoted(make_losses(fresh, after, tokens), Candidates())
+    family = [Candidates(1, judged.lines, point[None]) for point in losses]
+    return is_promoted(judged, join_candidates(family))
+
+
+def copied_rows(
+    random: np.random.Generator, *, prompts: int, copies: int, distribution: str, sd: float
+) -> bool:
+    """An equal adapter on examples that each stand in the file several times."""
+    before, tokens = draw_before(random, prompts)
+    after = before + draw_noise(random, prompts, distribution, sd)
+    place = np.repeat(np.arange(prompts), copies)
+    judged = make_losses(before[place], after[place], tokens[place])
+    clusters = place if copies > 1 else None
+    judged = ExampleLosses(
+        judged.file, judged.lines, judged.tokens, judged.before, judged.after, judged.champion,
+        clusters=clusters,
+    )  # fmt: skip
+    return is_promoted(judged, Candidates())
+
+
+def judge_losses(judged: ExampleLosses) -> tuple[Validation, list[str]]:
+    """The verdict on losses before and after, and the codes of its reasons."""
+    validation = Validation.from_losses(judged, selected_on_same_data=False, bounds=BOUNDS)
+    reasons = loss_reasons(validation, None, BOUNDS) + harm_reasons(judged, validation, BOUNDS)
+    return validation, [reason.code for reason in reasons]
+
+
+def refused_by_loss(
+    random: np.random.Generator, *, examples: int, distribution: str, sd: float, seen: int = 0
+) -> bool:
+    """An equal adapter, where the parent was trained on the first `seen` rows."""
+    before, tokens = draw_before(random, examples)
+    after = before + draw_noise(random, examples, distribution, sd)
+    before[:seen] -= 0.2  # what was learnt by heart is lost again, and says nothing
+    judged = make_losses(before, after, tokens).leaving_out(np.arange(examples) < seen)
+    return "loss_regressed" in judge_losses(judged)[1]
+
+
+def flip_rows(random: np.random.Generator, differences: Vector, share: float) -> Vector:
+    """Differences of which a share each rises and falls by 3 nats."""
+    chance = random.random(differences.size)
+    return differences + np.where(chance < share, 3.0, np.where(chance < 2 * share, -3.0, 0.0))
+
+
+def refused_by_harm(
+    random: np.random.Generator, *, examples: int, distribution: str, sd: float, share: float
+) -> bool:
+    """An adapter that harms as many examples as it helps."""
+    before, tokens = draw_before(random, examples)
+    noise = draw_noise(random, examples, distribution, sd)
+    after = before + flip_rows(random, noise, share)
+    return "examples_harmed" in judge_losses(make_losses(before, after, tokens))[1]
+
+
+def told(
+    random: np.random.Generator, *, examples: int, distribution: str, sd: float, rise: float
+) -> bool:
+    """Whether a true rise, as a share of the loss before, is told as no worse or better."""
+    before, tokens = draw_before(random, examples)
+    margin = max(0.02 * float(tokens @ before / tokens.sum()), 0.01)
+    shift = margin if rise == 0 else rise
+    after = before + shift + draw_noise(random, examples, distribution, sd)
+    conclusion = judge_losses(make_losses(before, after, tokens))[0].conclusion
+    return conclusion in ("no_worse", "better")
+
+
+def caught(
+    random: np.random.Generator, *, examples: int, by: float, distribution: str, sd: float
+) -> bool:
+    """Whether exactly 3 examples that lose much, while the others stay, are refused."""
+    before, tokens = draw_before(random, examples)
+    after = before + draw_noise(random, examples, distribution, sd)
+    after[:3] = before[:3] + by
+    return bool(judge_losses(make_losses(before, after, tokens))[1])
+
+
+def make_answers(scores: dict[AnsweringRole, Vector], suite: str) -> Iterator[AnswerRecord]:
+    """Answers with these scores."""
+    for role, own in scores.items():
+        for line, score in enumerate(own, 1):
+            yield AnswerRecord(
+                suite, role, line, f"q{line}", "", float(score), 1, False, False, False, 0.0
+            )
+
+
+def draw_suites(random: np.random.Generator, suites: int) -> tuple[GateSection, list[AnswerRecord]]:
+    """Suites that parent, champion and candidate answer as well: 5 % lost and 5 % won of each."""
+    tasks = []
+    records: list[AnswerRecord] = []
+    for number in range(suites):
+        name = f"s{number}"
+        tasks.append({"name": name, "file": "q.jsonl", "score": "exact"})
+        candidate = (random.random(QUESTIONS) < 0.5).astype(float)
+        scores: dict[AnsweringRole, Vector] = {"base": candidate}
+        for role in ("parent", "champion"):
+            scores[role] = np.abs(candidate - (random.random(QUESTIONS) < 0.1))  # type: ignore[index]
+        records += make_answers(scores | {"candidate": candidate}, name)
+    return GateSection.model_validate({"tasks": tasks}), records
+
+
+def refused_by_suites(random: np.random.Generator, *, suites: int) -> bool:
+    """An adapter that answers as well as parent and champion."""
+    gate, records = draw_suites(random, suites)
+    return any(reason.code == "task_regressed" for reason in judge_answers(gate, records)[1])
+
+
+def refused_by_all(random: np.random.Generator, *, distribution: str, sd: float) -> bool:
+    """An equal adapter, by its loss, by harm or by one of 10 suites."""
+    before, tokens = draw_before(random, 84)
+    after = before + flip_rows(random, draw_noise(random, 84, distribution, sd), 0.02)
+    if judge_losses(make_losses(before, after, tokens))[1]:
+        return True
+    return refused_by_suites(random, suites=10)
+
+
+def list_cases() -> Iterator[Case]:
+    """Every row."""
+    for distribution in DISTRIBUTIONS:
+        for sd in (0.05, 0.2):
+            yield from _list_cases_of_noise(distribution, sd)
+        yield from _list_true_rises(distribution)
+    for suites, bound in ((1, 0.04), (10, 0.05), (30, 0.05)):
+        name = f"equal, by suites: {suites} of {QUESTIONS} questions, parent and champion"
+        trial = partial(refused_by_suites, suites=suites)
+        yield Case("refused", name, trial, bound, max_draws=None if suites == 1 else 300)
+    for gain, examples in itertools.product((0.02, 0.05, 0.1, 0.2), (30, 84, 200, 1_000)):
+        yield from _list_powers(gain, examples)
+
+
+def _list_true_rises(distribution: str) -> Iterator[Case]:
+    """Rises that must not be told as no worse: of 10 %, and of exactly the margin (here 0)."""
+    for sd, rise, examples in itertools.product((0.1, 0.5), (0.1, 0.0), (10, 30, 84, 200)):
+        size = "10 %" if rise else "exactly the margin"
+        name = f"a true rise of {size}, {examples} examples, {distribution}, sd {sd}"
+        trial = partial(told, examples=examples, distribution=distribution, sd=sd, rise=rise)
+        bound = None if distribution == "skewed" else 0.03 if rise else 0.06
+        yield Case("no_worse", name, trial, bound, is_cheap=examples < 84)
+
+
+def _list_powers(gain: float, examples: int) -> Iterator[Case]:
+    """How often a true gain is promoted, by the rule before this change and by today's."""
+    kinds = {"untouched test set": fixed_step, f"best of {STEPS}": best_step}
+    for (kind, trial), as_before in itertools.product(kinds.items(), (True, False)):
+        change = "before" if as_before else "after"
+        name = f"a true gain of {gain:.0%}, {examples} examples, {kind}, {change} this change"
+        planted = partial(trial, examples=examples, distribution="normal", sd=0.2, gain=gain)
+        most = 300 if examples == 1_000 else None
+        yield Case("promoted", name, partial(planted, as_before=as_before), max_draws=most)
+
+
+def _list_cases_of_noise(distribution: str, sd: float) -> Iterator[Case]:
+    """The rows of one distribution of differences; skewed ones have no bound."""
+    noise: dict[str, Any] = {"distribution": distribution, "sd": sd}
+    text = f"{distribution}, sd {sd}"
+    is_bounded = distribution != "skewed"
+
+    def case(what: str, name: str, trial: Trial, bound: float, *, is_cheap: bool = False) -> Case:
+        return Case(what, f"{name}, {text}", trial, bound if is_bounded else None, is_cheap)
+
+    for examples in (30, 84, 200):
+        name = f"equal, a fixed step, {examples} examples"
+        trial: Trial = partial(fixed_step, examples=examples, **noise)
+        yield case("promoted", name, trial, 0.04, is_cheap=examples == 30)
+        name = f"equal, the best of {STEPS} evaluations, {examples} examples"
+        yield case("promoted", name, partial(best_step, examples=examples, **noise), 0.04)
+    for points in (1, 4, 16, 64):
+        name = f"equal, a sweep of {points}, 60 examples"
+        sweep = partial(best_of_sweep, points=points, examples=60, **noise)
+        yield case("promoted", name, sweep, 0.04)
+    name = "equal, a sweep of 16 judged on test.jsonl, 60 examples"
+    sweep = partial(best_of_sweep, points=16, examples=60, has_test=True, **noise)
+    yield case("promoted", name, sweep, 0.04)
+    for prompts, copies in ((8, 25), (50, 4), (200, 1)):
+        name = f"equal, {prompts} prompts x {copies} copies"
+        trial = partial(copied_rows, prompts=prompts, copies=copies, **noise)
+        yield case("promoted", name, trial, 0.04, is_cheap=prompts < 200)
+    for examples, seen in ((10, 0), (30, 0), (84, 0), (200, 0), (60, 0), (60, 20)):
+        name = f"equal, by loss, {examples} examples, {seen} of which the parent saw"
+        trial = partial(refused_by_loss, examples=examples, seen=seen, **noise)
+        yield case("refused", name, trial, 0.04, is_cheap=examples <= 60)
+    for share in (0.01, 0.02, 0.05):
+        for examples in (30, 200):
+            name = f"equal, by harm, {share:.0%} of {examples} flipped each way by 3 nats"
+            trial = partial(refused_by_harm, examples=examples, share=share, **noise)
+            yield case("refused", name, trial, 0.045, is_cheap=examples == 30)
+    yield Case(
+        "refused",
+        f"equal, by all together: 84 examples, 2 % flipped each way, 10 suites, {text}",
+        partial(refused_by_all, **noise),
+        0.07 if is_bounded else None,
+        max_draws=300,
+    )
+    for examples, by in ((30, 7.0), (10, 5.0)):
+        name = f"3 of {examples} by +{by:g} nats"
+        trial = partial(caught, examples=examples, by=by, **noise)
+        yield case("caught", name, trial, 0.95, is_cheap=True)
+
+
+def draw_row(index: int, seed: int, draws: int, only: str) -> Row:
+    """Draw one row; each has random numbers of its own."""
+    case = list_selected(only)[index]
+    count = max(draws, REFERENCE_DRAWS) if case.is_cheap and draws >= 1_000 else draws
+    count = min(count, case.max_draws or count)
+    hits = 0
+    key = zlib.crc32(f"{case.what} {case.case}".encode())
+    for draw in range(count):
+        hits += case.trial(np.random.default_rng([seed, key, draw]))
+    bound = case.bound
+    if bound is not None and count < REFERENCE_DRAWS:
+        error = 2 * math.sqrt(bound * (1 - bound) / count)
+        bound = bound - error if case.what == "caught" else bound + error
+    return Row(case.what, case.case, hits / count, count, bound)
+
+
+def list_selected(only: str) -> list[Case]:
+    """The rows whose name holds a text."""
+    return [case for case in list_cases() if only in f"{case.what} {case.case}"]
+
+
+def keeps_bound(row: Row) -> bool:
+    """Whether a rate is within its bound: at most, or for what must be caught at least."""
+    if row.bound is None:
+        return True
+    return row.rate >= row.bound if row.what == "caught" else row.rate <= row.bound
+
+
+def main() -> int:
+    """Draw all rows and print them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=1_000)
+    parser.add_argument("--only", default="", help="rows whose name holds this")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    count = len(list_selected(arguments.only))
+    draw = partial(draw_row, seed=arguments.seed, draws=arguments.draws, only=arguments.only)
+    rows = []
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        for row in pool.map(draw, range(count)):
+            rows.append(row)
+            bound = "" if row.bound is None else f"bound {row.bound:.2%}"
+            mark = "" if keeps_bound(row) else " EXCEEDED"
+            line = f"{row.rate:7.2%} {row.what}: {row.case} ({row.draws:,} draws) {bound}{mark}"
+            print(line, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    if arguments.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows]}))
+    return 0 if all(map(keeps_bound, rows)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What a paired difference of losses shows: better, no worse, worse, or nothing sure.
+
+"No worse" is a claim that has to be shown: the rise that the examples leave possible must lie
+within a margin (a test of non-inferiority; Schuirmann, Journal of Pharmacokinetics and
+Biopharmaceutics 15, 1987). What is neither shown to be worse nor no worse is inconclusive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+Conclusion = Literal["better", "no_worse", "inconclusive", "worse"]
+
+MIN_MARGIN = 0.01  # nats a token: a loss near 0 has a margin too
+MAX_RISE_OF_FEW = 0.1  # of the loss before, where there are too few examples for an interval
+MAX_NAMED_EXAMPLES = 100_000
+_Z_ONE_SIDED = 1.6449  # the 95 % end of one side
+_Z_TWO_SIDED = 1.96  # the 95 % interval
+_Z_POWER = 0.8416  # 80 % of the time
+
+
+def margin_of_loss(increase: float, loss_before: float, noise: Literal["paired", "none"]) -> float:
+    """The rise in nats a token that a relative bound allows, at least MIN_MARGIN.
+
+    A bound of 0.0 allows none, and under `noise: none` a bound is taken as it stands.
+    """
+    margin = increase * loss_before
+    return margin if increase == 0 or noise == "none" else max(margin, MIN_MARGIN)
+
+
+def conclude(
+    difference: float,
+    interval: Sequence[float] | None,
+    one_sided_high: float | None,
+    *,
+    margin: float,
+    loss_before: float,
+    noise: Literal["paired", "none"],
+) -> Conclusion:
+    """The word for a mean difference, after minus before, in nats a token.
+
+    Args:
+        difference: the mean of the paired differences.
+        interval: its 95 % interval, None with too few examples for one.
+        one_sided_high: the upper end of its one-sided 95 % interval.
+        margin: what `margin_of_loss` gives.
+        loss_before: the mean loss that the difference is measured from.
+        noise: paired, or none, where the mean alone counts.
+    """
+    if noise == "none":
+        if difference < 0:
+            return "better"
+        return "no_worse" if difference <= margin else "worse"
+    if interval is None or one_sided_high is None:
+        allowed = max(margin, MAX_RISE_OF_FEW * loss_before) if margin > 0 else 0.0
+        return "worse" if difference > allowed else "inconclusive"
+    if interval[1] < 0:
+        return "better"
+    if one_sided_high <= margin:
+        return "no_worse"
+    return "worse" if interval[0] > 0 else "inconclusive"
+
+
+def is_better(
+    difference: float | None,
+    interval: Sequence[float] | None,
+    corrected_interval: Sequence[float] | None,
+    *,
+    min_improvement: float,
+    noise: Literal["paired", "none"],
+) -> bool:
+    """Whether a loss is lower enough, and surely, for an automatic promotion.
+
+    Args:
+        difference: candidate minus champion, or minus initial adapter where there is no champion.
+        interval: its 95 % interval; None with too few examples for one.
+        corrected_interval: the one that holds for the best of several candidates; None where the
+            examples chose nothing.
+        min_improvement: nats a token by which the difference itself has to be lower.
+        noise: none leaves out both intervals.
+    """
+    if difference is None or difference >= -min_improvement:
+        return False
+    if noise == "none":
+        return True
+    is_corrected = corrected_interval is None or corrected_interval[1] < 0
+    return interval is not None and interval[1] < 0 and is_corrected
+
+
+def count_examples_needed(
+    difference: float, standard_error: float, examples: int, margin: float
+) -> int | None:
+    """About how many independent examples would settle an inconclusive comparison; None: too many.
+
+    From the spread seen: so many show an adapter that is as good as before to be no worse in 80 of
+    100 cases. Where there are more than that already, so many as tell the difference that was seen
+    from 0, or from the margin. With 2 significant digits, and none above MAX_NAMED_EXAMPLES.
+    """
+    spread = standard_error * math.sqrt(examples)
+    if not math.isfinite(spread) or spread == 0:
+        return None
+    needed = 0.0
+    if margin > 0:
+        needed = ((_Z_ONE_SIDED + _Z_POWER) * spread / margin) ** 2
+    if needed <= examples:
+        distance = max(abs(difference), margin - difference)
+        needed = ((_Z_TWO_SIDED + _Z_POWER) * spread / distance) ** 2 if distance else math.inf
+    if needed > MAX_NAMED_EXAMPLES:
+        return None
+    unit = int(10 ** max(0, math.floor(math.log10(needed)) - 1))
+    return math.ceil(needed / unit) * unit
+
+
+def describe_conclusion(figures: Mapping[str, Any]) -> str | None:
+    """`better`, `no worse`, `worse` or `inconclusive: ...` of recorded figures; None without one.
+
+    `figures` are those of `validation`, `champion` or `general` in gate.json.
+    """
+    word = figures.get("conclusion")
+    if word is None or figures.get("difference") is None:
+        return None
+    if word != "inconclusive":
+        return str(word).replace("_", " ")
+    return describe_inconclusive(
+        figures["difference"],
+        figures.get("interval"),
+        figures.get("margin"),
+        figures.get("examples_needed"),
+    )
+
+
+def describe_inconclusive(
+    difference: float,
+    interval: Sequence[float] | None,
+    margin: float | None,
+    examples_needed: int | None,
+) -> str:
+    """`inconclusive: +0.03, -0.05 to +0.11, margin 0.02; some 400 examples would tell`."""
+    figures = [f"{difference:+.2g}"]
+    if interval is not None:
+        figures.append(f"{interval[0]:+.2g} to {interval[1]:+.2g}")
+    if margin is not None:
+        figures.append(f"margin {margin:.2g}")
+    text = f"inconclusive: {', '.join(figures)}"
+    if interval is None:
+        return f"{text}; fewer than 5 independent examples tell little"
+    if examples_needed is not None:
+        return f"{text}; some {examples_needed:,} examples would tell"
+    return f"{text}; more than {MAX_NAMED_EXAMPLES:,} examples would be needed to tell"

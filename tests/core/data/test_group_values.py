@@ -1,0 +1,43 @@
+"""data_policy.group: the values of a field of the rows, by which held-out rows are one draw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nested_core.config.data import DataPolicy
+from nested_core.data.data_settings import DataSettings
+from nested_core.data.group_values import read_group_values
+from nested_core.errors import DatasetError
+
+
+def settings_for(folder: Path, group: str) -> DataSettings:
+    return DataSettings(data=str(folder), policy=DataPolicy(group=group))
+
+
+def write_rows(path: Path) -> None:
+    rows = [{"text": "a", "document": 7}, {"text": "b"}, {"text": "c", "document": 7}]
+    rows.append({"text": "d", "document": "7"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["valid.jsonl", "valid.json"])
+def test_equal_values_are_one_group_and_a_row_without_the_field_has_none(
+    tmp_path: Path, name: str
+) -> None:
+    write_rows(tmp_path / "valid.jsonl")
+    if name == "valid.json":
+        rows = [json.loads(line) for line in (tmp_path / "valid.jsonl").read_text().splitlines()]
+        (tmp_path / "valid.jsonl").unlink()
+        (tmp_path / name).write_text(json.dumps(rows))
+    values = read_group_values(settings_for(tmp_path, "document"), "valid", [1, 2, 3, 4])
+    assert values == ["7", None, "7", '"7"']
+    assert read_group_values(settings_for(tmp_path, "document"), "valid", [2, 3]) == [None, "7"]
+
+
+def test_a_field_that_no_row_has_is_an_error(tmp_path: Path) -> None:
+    write_rows(tmp_path / "valid.jsonl")
+    with pytest.raises(DatasetError, match=r"no row of valid\.jsonl has a field 'doc'"):
+        read_group_values(settings_for(tmp_path, "doc"), "valid", [1, 2])

@@ -1,0 +1,352 @@
+"""What losses show: four words, a margin, rare harm, clusters, and who chose what was judged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core.config.gate import GateSection
+from nested_core.errors import DamagedError
+from nested_core.gate.chosen_candidate import Candidates, join_candidates, read_candidates
+from nested_core.gate.example_losses import ExampleLosses, read_example_losses
+from nested_core.gate.harmed_examples import is_harm_beyond_chance
+from nested_core.gate.loss_bounds import harm_reasons
+from nested_core.gate.paired_difference import compare_pairs, student_t_quantile
+from nested_core.gate.verdict import ChampionLoss, Validation
+from nested_core.registry.loss_conclusion import (
+    conclude,
+    count_examples_needed,
+    is_better,
+    margin_of_loss,
+)
+from nested_core.storage.validation_losses import (
+    StepLosses,
+    append_step_losses,
+    read_step_losses,
+    truncate_step_losses,
+)
+
+# (mean, standard error, low, high) of compare_pairs at commit 95bc16c: n, whether weighted.
+RECORDED = {
+    (5, False): (
+        0.04623230148537858,
+        0.08830959602716798,
+        -0.14767074967653393,
+        0.29151511770275607,
+    ),
+    (5, True): (
+        -0.027209656974746196,
+        0.0822938453357087,
+        -0.14868831914418562,
+        0.29670167734504277,
+    ),
+    (30, False): (
+        0.005989621090341116,
+        0.03456925767437033,
+        -0.06225811957038733,
+        0.07854973099296396,
+    ),
+    (30, True): (
+        0.0010709511653281972,
+        0.03531194488038234,
+        -0.06893575047211192,
+        0.07836918981331178,
+    ),
+    (84, False): (
+        -0.011704276532458526,
+        0.02287403083095489,
+        -0.05670897874595421,
+        0.033494085135904676,
+    ),
+    (84, True): (
+        -0.013183035315640391,
+        0.025275854579614926,
+        -0.06261887753395273,
+        0.036657308977502516,
+    ),
+    (333, False): (
+        -0.0069964172446797136,
+        0.011891976649959005,
+        -0.03015198456534537,
+        0.016969053655784782,
+    ),
+    (333, True): (
+        -0.018623336402012414,
+        0.013649268357640638,
+        -0.04520048753485844,
+        0.008917150403237255,
+    ),
+}
+
+
+def losses_of(differences: Any, before: float = 1.0, **columns: Any) -> ExampleLosses:
+    """Examples of 10 tokens, all with one loss before."""
+    after = before + np.asarray(differences, np.float64)
+    count = len(after)
+    return ExampleLosses(
+        "valid.jsonl",
+        np.arange(1, count + 1),
+        np.full(count, 10.0),
+        np.full(count, before),
+        after,
+        **columns,
+    )
+
+
+def validation_of(losses: ExampleLosses, **changes: Any) -> Validation:
+    return Validation.from_losses(losses, selected_on_same_data=True, bounds=GateSection(**changes))
+
+
+@pytest.mark.parametrize(("examples", "is_weighted"), RECORDED)
+@pytest.mark.parametrize("numbers_clusters", [False, True])
+def test_a_fixed_comparison_of_independent_examples_has_the_figures_of_95bc16c(
+    examples: int, is_weighted: bool, numbers_clusters: bool
+) -> None:
+    random = np.random.default_rng(examples)
+    first = random.exponential(2, examples)
+    second = first + random.normal(0, 0.2, examples)
+    weights = random.integers(1, 60, examples).astype(float)
+    clusters = np.arange(examples) if numbers_clusters else None
+    found = compare_pairs(first, second, weights if is_weighted else None, clusters)
+    figures = (found.mean, found.standard_error, found.low, found.high)
+    assert figures == RECORDED[examples, is_weighted]
+
+
+@pytest.mark.parametrize(
+    ("interval", "high", "word"),
+    [
+        ((-0.3, -0.1), -0.1, "better"),
+        ((-0.1, 0.025), 0.02, "no_worse"),
+        ((0.001, 0.019), 0.018, "no_worse"),
+        ((0.001, 0.05), 0.04, "worse"),
+        ((-0.05, 0.11), 0.09, "inconclusive"),
+    ],
+)
+def test_the_word_follows_from_interval_and_margin(interval, high, word) -> None:
+    difference = sum(interval) / 2
+    found = conclude(difference, interval, high, margin=0.02, loss_before=1.0, noise="paired")
+    assert found == word
+
+
+@pytest.mark.parametrize(
+    ("increase", "before", "noise", "margin"),
+    [
+        (0.02, 3.0, "paired", 0.06),
+        (0.02, 0.01, "paired", 0.01),
+        (0.0, 3.0, "paired", 0.0),
+        (0.02, 0.01, "none", 0.0002),
+    ],
+)
+def test_the_margin_is_relative_and_at_least_a_hundredth_of_a_nat(
+    increase, before, noise, margin
+) -> None:
+    assert margin_of_loss(increase, before, noise) == pytest.approx(margin)
+
+
+@pytest.mark.parametrize(
+    ("count", "rise", "word"),
+    [(4, 0.05, "inconclusive"), (4, 0.11, "worse"), (5, 1.5, "worse"), (30, 0.7, "worse")],
+)
+def test_small_sets_pass_nothing_that_is_plainly_worse(count, rise, word) -> None:
+    noise = np.tile([0.01, -0.01], count)[:count]
+    assert validation_of(losses_of(rise + noise - noise.mean())).conclusion == word
+
+
+def test_an_inconclusive_verdict_says_what_would_settle_it() -> None:
+    noise = np.random.default_rng(1).normal(0, 0.2, 26)
+    validation = validation_of(losses_of(noise - noise.mean() + 0.03))
+    assert validation.conclusion == "inconclusive"
+    text = validation.describe_inconclusive()
+    assert text is not None
+    assert text.startswith("inconclusive: +0.03, -0.0")
+    assert text.endswith("margin 0.02; some 510 examples would tell")
+    spread = validation.standard_error * np.sqrt(26)
+    assert ((1.645 + 0.8416) * spread / 0.02) ** 2 == pytest.approx(510, rel=0.02)
+    assert count_examples_needed(0.0, 50.0, 30, 0.02) is None
+
+
+@pytest.mark.parametrize(("harmed", "examples", "by"), [(3, 30, 7.0), (3, 10, 5.0)])
+@pytest.mark.parametrize("sd", [0.05, 0.2])
+def test_a_few_examples_that_lose_much_are_refused(harmed, examples, by, sd) -> None:
+    differences = np.random.default_rng(2).normal(0, sd, examples)
+    differences[:harmed] = by
+    losses = losses_of(differences)
+    (reason,) = harm_reasons(losses, validation_of(losses), GateSection())
+    assert reason.code == "examples_harmed"
+    assert f"{harmed} of {examples} examples lost far more than a nat a token" in reason.message
+    assert "valid.jsonl:" in reason.message
+
+
+def test_harm_is_no_reason_where_as_many_are_helped_or_the_loss_is_better() -> None:
+    differences = np.random.default_rng(3).normal(0, 0.05, 40)
+    differences[:4] = 3.0
+    differences[4:8] = -3.0
+    balanced = losses_of(differences)
+    assert harm_reasons(balanced, validation_of(balanced), GateSection()) == []
+    differences[4:] -= 2.0
+    better = losses_of(differences, before=5.0)
+    validation = validation_of(better)
+    assert (validation.conclusion, validation.harmed) == ("better", 4)
+    assert harm_reasons(better, validation, GateSection()) == []
+
+
+def test_the_share_of_harmed_examples_has_an_exact_bound() -> None:
+    assert is_harm_beyond_chance(6, 0, 200, 0.01)
+    assert not is_harm_beyond_chance(5, 0, 200, 0.012)
+    assert not is_harm_beyond_chance(2, 0, 10, 0.01)
+    assert is_harm_beyond_chance(9, 1, 100, 0.01)
+    assert not is_harm_beyond_chance(6, 3, 100, 0.01)
+
+
+def test_copies_of_an_example_are_one_example() -> None:
+    eight = np.linspace(-0.2, 0.1, 8)
+    place = np.repeat(np.arange(8), 25)
+    apart = validation_of(losses_of(eight[place]))
+    together = validation_of(losses_of(eight[place], clusters=place))
+    assert apart.conclusion == "better"
+    assert (together.conclusion, together.clusters, together.examples) == ("no_worse", 8, 200)
+    assert together.difference == pytest.approx(apart.difference)
+    alone = validation_of(losses_of(eight))
+    assert together.standard_error == pytest.approx(alone.standard_error)
+    assert any("8 different prompts" in doubt for doubt in together.doubts())
+
+
+def test_one_instruction_for_all_examples_leaves_the_rows_as_the_draw() -> None:
+    differences = np.random.default_rng(5).normal(0, 0.1, 20)
+    one = np.zeros(20, np.int64)
+    found = validation_of(losses_of(differences, clusters=one))
+    assert (found.clusters, found.few_prompts) == (20, 1)
+    assert any("have 1 prompt" in doubt for doubt in found.doubts())
+    assert validation_of(losses_of(differences[:19], clusters=one[:19])).clusters == 1
+
+
+def test_what_was_trained_on_is_in_no_mean_and_marked_in_the_file(tmp_path: Path) -> None:
+    differences = np.full(12, -0.1)
+    differences[:4] = 9.0
+    losses = losses_of(differences).leaving_out(np.arange(12) < 4)
+    validation = validation_of(losses)
+    assert (validation.examples, validation.left_out) == (8, 4)
+    assert validation.loss_after == pytest.approx(0.9)
+    path = tmp_path / "gate-losses.jsonl"
+    path.write_bytes(losses.render())
+    marks = [json.loads(line).get("left_out") for line in path.read_text().splitlines()]
+    assert marks == [True] * 4 + [None] * 8
+    assert validation_of(read_example_losses(path)) == validation
+    nothing = validation_of(losses_of(differences).leaving_out(np.ones(12, np.bool_)))
+    assert (nothing.examples, nothing.loss_after, nothing.conclusion) == (0, None, None)
+
+
+def test_clusters_are_read_back_from_the_file(tmp_path: Path) -> None:
+    losses = losses_of(np.linspace(-0.2, 0.1, 40), clusters=np.arange(40) // 2)
+    path = tmp_path / "gate-losses.jsonl"
+    path.write_bytes(losses.render())
+    assert validation_of(read_example_losses(path)) == validation_of(losses)
+    assert '"cluster"' not in losses_of([0.1, 0.2]).render().decode()
+
+
+def steps_of(examples: int, steps: int, seed: int, drift: float) -> np.ndarray[Any, Any]:
+    """Losses of steps whose true loss is 1: each step's are correlated with the one before."""
+    random = np.random.default_rng(seed)
+    noise = random.normal(size=(steps, examples))
+    for step in range(1, steps):
+        noise[step] = drift * noise[step - 1] + np.sqrt(1 - drift**2) * noise[step]
+    return 1 + 0.2 * noise
+
+
+def quantile_of(steps: np.ndarray[Any, Any]) -> float:
+    champion = np.ones(steps.shape[1])
+    chosen = steps[steps.mean(axis=1).argmin()]
+    judged = losses_of(chosen - 1, champion=champion)
+    return Candidates(len(steps), judged.lines, steps).quantile(judged, champion, len(champion))
+
+
+def test_steps_that_differ_little_cost_less_than_steps_of_their_own() -> None:
+    independent = student_t_quantile(1 - 0.025 / 24, 199)
+    alone = student_t_quantile(0.975, 199)
+    near = quantile_of(steps_of(200, 24, 0, drift=0.98))
+    far = quantile_of(steps_of(200, 24, 0, drift=0.0))
+    assert alone < near < far <= independent
+    same = np.repeat(steps_of(200, 1, 0, drift=0.0), 24, axis=0)
+    assert quantile_of(same) == pytest.approx(alone, abs=0.12)
+
+
+def test_the_best_of_equal_steps_is_rarely_promoted() -> None:
+    promoted = lucky = 0
+    for seed in range(150):
+        steps = steps_of(30, 24, seed, drift=0.9)
+        champion = np.ones(30)
+        judged = losses_of(steps[steps.mean(axis=1).argmin()] - 1, champion=champion)
+        found = ChampionLoss.from_losses(
+            "c", judged, candidates=Candidates(24, judged.lines, steps)
+        )
+        lucky += found.conclusion == "better"
+        promoted += is_better(
+            found.difference,
+            found.interval,
+            found.corrected_interval,
+            min_improvement=0.005,
+            noise="paired",
+        )
+    assert lucky >= 15
+    assert promoted <= 9
+
+
+def test_without_the_losses_of_all_candidates_their_number_is_divided_by() -> None:
+    judged = losses_of(np.random.default_rng(6).normal(-0.1, 0.2, 84), champion=np.ones(84))
+    found = ChampionLoss.from_losses("c", judged, candidates=Candidates(24))
+    width = student_t_quantile(1 - 0.025 / 24, 83) * found.standard_error  # type: ignore[operator]
+    assert found.corrected_interval == pytest.approx(
+        (found.difference - width, found.difference + width)  # type: ignore[operator]
+    )
+    assert ChampionLoss.from_losses("c", judged).corrected_interval is None
+
+
+def test_the_runs_of_a_sweep_are_one_family_on_the_examples_that_all_read() -> None:
+    first = Candidates(2, np.array([1, 2, 5]), np.array([[1.0, 2, 5], [10, 20, 50]]))
+    second = Candidates(1, np.array([5, 1, 7]), np.array([[0.5, 0.1, 0.7]]))
+    joined = join_candidates([first, second])
+    assert joined.count == 3
+    assert joined.lines is not None
+    assert joined.losses is not None
+    assert joined.lines.tolist() == [1, 5]
+    assert joined.losses.tolist() == [[1, 5], [10, 50], [0.1, 0.5]]
+    assert join_candidates([first, Candidates(3)]).losses is None
+
+
+def test_evaluations_are_kept_cut_back_on_resume_and_read_as_candidates(tmp_path: Path) -> None:
+    path = tmp_path / "validation-losses.jsonl"
+    assert read_candidates(path).count == 1
+    for step, loss in ((10, 2.0), (20, 1.0), (30, 0.5), (30, 0.25)):
+        append_step_losses(path, StepLosses(step=step, lines=[4, 7], losses=[loss, None]))
+    candidates = read_candidates(path)
+    assert candidates.count == 3
+    assert candidates.losses is not None
+    assert candidates.losses[:, 0].tolist() == [2.0, 1.0, 0.25]
+    truncate_step_losses(path, 20)
+    assert [own.step for own in read_step_losses(path)] == [10, 20]
+    path.write_text(path.read_text() + '{"step": 3')
+    assert len(read_step_losses(path)) == 2
+    path.write_text('{"step": 3}\n')
+    with pytest.raises(DamagedError, match="validation-losses"):
+        read_step_losses(path)
+
+
+def test_a_small_or_unsure_gain_is_not_promoted() -> None:
+    kept: dict[str, Any] = {"min_improvement": 0.005, "noise": "paired"}
+    assert is_better(-0.006, (-0.01, -0.001), None, **kept)
+    assert not is_better(-0.004, (-0.005, -0.003), None, **kept)
+    assert not is_better(-0.006, (-0.02, 0.001), None, **kept)
+    assert not is_better(-0.006, (-0.01, -0.001), (-0.02, 0.001), **kept)
+    assert not is_better(-0.5, None, None, **kept)
+    assert is_better(-0.006, None, None, **(kept | {"noise": "none"}))
+
+
+def test_under_noise_none_the_bound_is_one_on_the_mean() -> None:
+    losses = replace(losses_of([0.5, -0.4, 0.3, -0.3, 0.15, -0.1]))
+    assert validation_of(losses, noise="none").conclusion == "worse"
+    assert validation_of(losses, noise="none", max_val_loss_increase=0.05).conclusion == "no_worse"

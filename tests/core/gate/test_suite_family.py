@@ -1,0 +1,134 @@
+"""Suites against parent and champion as one family, on answers that are planted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core.config.gate import GateSection
+from nested_core.gate.answers.answer_records import AnsweringRole, AnswerRecord
+from nested_core.gate.harmed_examples import exchange_mid_p
+from nested_core.gate.task_bounds import judge_answers
+
+
+def answers_of(
+    suite: str,
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    champion: Sequence[float] | None = None,
+    copies: int = 1,
+) -> list[AnswerRecord]:
+    """Answers of base and candidate, and of a champion, with these scores."""
+    scores: dict[AnsweringRole, Sequence[float]] = {"base": before, "candidate": after}
+    if champion is not None:
+        scores["champion"] = champion
+    return [
+        AnswerRecord(
+            suite, role, line, f"line {line}", "", score, 1, False, False, False, 0.0,
+            same_prompt_as=None if (line - 1) % copies == 0 else line - (line - 1) % copies,
+        )
+        for role, own in scores.items()
+        for line, score in enumerate(own, 1)
+    ]  # fmt: skip
+
+
+def gate_of(suites: int, **changes: Any) -> GateSection:
+    tasks = [{"name": f"s{i}", "file": "q", "score": "exact"} | changes for i in range(suites)]
+    return GateSection.model_validate({"tasks": tasks})
+
+
+def losing(lost: int, won: int = 0, questions: int = 200) -> tuple[list[float], list[float]]:
+    before = [1.0] * (questions - won) + [0.0] * won
+    after = [0.0] * lost + [1.0] * (questions - lost)
+    return before, after
+
+
+def test_mid_p_is_half_the_chance_of_what_was_seen_and_all_of_what_is_more() -> None:
+    assert exchange_mid_p(5, 0) == pytest.approx(1 / 64)
+    assert exchange_mid_p(0, 0) == pytest.approx(0.5)
+    assert exchange_mid_p(3, 1) == pytest.approx((1 + 4 / 2) / 16)
+    assert exchange_mid_p(4_000, 3_900) == pytest.approx(0.13, abs=0.01)
+
+
+@pytest.mark.parametrize(("suites", "is_refused"), [(1, True), (10, False)])
+def test_what_one_suite_shows_is_chance_among_ten(suites: int, is_refused: bool) -> None:
+    records = answers_of("s0", *losing(5))
+    for number in range(1, suites):
+        records += answers_of(f"s{number}", *losing(2, 2))
+    results, reasons = judge_answers(gate_of(suites), records)
+    assert [reason.code for reason in reasons] == ["task_regressed"] * is_refused
+    assert results[0].conclusion == ("worse" if is_refused else "no_worse")
+    assert results[0].interval is not None
+    assert results[0].interval[1] < 0
+
+
+def test_a_suite_that_lost_a_quarter_is_refused_among_any_number() -> None:
+    records = answers_of("s0", *losing(5, questions=20))
+    for number in range(1, 30):
+        records += answers_of(f"s{number}", *losing(2, 2, questions=20))
+    _, reasons = judge_answers(gate_of(30), records)
+    assert [reason.code for reason in reasons] == ["task_regressed"]
+
+
+def test_a_champion_that_answers_as_the_parent_is_no_second_rival() -> None:
+    before, after = losing(5)
+    alike = answers_of("s0", before, after, champion=before)
+    assert len(judge_answers(gate_of(1), alike)[1]) == 1
+    differs = answers_of("s0", before, after, champion=[*after[:-6], *[0.0] * 6])
+    results, reasons = judge_answers(gate_of(1), differs)
+    assert reasons == []  # 5 of 200 lost to the base is chance among two comparisons
+    assert results[0].champion_difference == pytest.approx(6 / 200)
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "lost", "word"),
+    [(0.05, 5, "no_worse"), (0.05, 9, "worse"), (0.05, 4, "no_worse"), (0.01, 3, "inconclusive")],
+)
+def test_a_max_drop_above_0_is_a_margin(max_drop: float, lost: int, word: str) -> None:
+    records = answers_of("s0", *losing(lost))
+    (result,), reasons = judge_answers(gate_of(1, max_drop=max_drop), records)
+    assert result.conclusion == word
+    assert len(reasons) == (word == "worse")
+
+
+def test_questions_with_one_prompt_are_one_question() -> None:
+    before, after = losing(6, questions=60)
+    (_,), reasons = judge_answers(gate_of(1), answers_of("s0", before, after))
+    assert len(reasons) == 1
+    (result,), reasons = judge_answers(gate_of(1), answers_of("s0", before, after, copies=6))
+    assert reasons == []
+    assert result.conclusion == "no_worse"
+
+
+def test_shares_are_compared_by_their_interval() -> None:
+    random = np.random.default_rng(0)
+    before = random.random(80)
+    after = np.clip(before - 0.1 - 0.05 * random.random(80), 0, 1)
+    (result,), reasons = judge_answers(
+        gate_of(1), answers_of("s0", before.tolist(), after.tolist())
+    )
+    assert (result.conclusion, len(reasons)) == ("worse", 1)
+    (result,), _ = judge_answers(gate_of(1), answers_of("s0", after.tolist(), before.tolist()))
+    assert result.conclusion == "better"
+    same = (before + 0.2 * (random.random(80) - 0.5)).clip(0, 1)
+    (result,), reasons = judge_answers(gate_of(1), answers_of("s0", before.tolist(), same.tolist()))
+    assert (result.conclusion, reasons) == ("no_worse", [])
+
+
+def test_equal_adapters_are_rarely_refused_by_ten_suites() -> None:
+    refused = 0
+    for seed in range(25):
+        random = np.random.default_rng(seed)
+        records = []
+        for number in range(10):
+            base = (random.random(200) < 0.5).astype(float)
+            champion, after = (np.abs(base - (random.random(200) < 0.1)) for _ in range(2))
+            records += answers_of(
+                f"s{number}", base.tolist(), after.tolist(), champion=champion.tolist()
+            )
+        refused += bool(judge_answers(gate_of(10), records)[1])
+    assert refused <= 3

@@ -1,0 +1,89 @@
+"""A sweep's choice, judged by the examples that chose it, from the folders of its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nested_core.gate.example_losses import ExampleLosses
+from nested_core.gate.sweep_choice import SweepChoice
+from nested_core.gate.verdict import JudgedAdapter, Validation, Verdict
+from nested_core.storage.atomic import write_json
+from nested_core.storage.run_directory import RunDirectory
+from nested_core.storage.validation_losses import StepLosses, append_step_losses
+
+EXAMPLES = 60
+
+
+def write_run(path: Path, losses: ExampleLosses, steps: Any, *, is_selected: bool) -> RunDirectory:
+    """A judged run whose evaluations had these losses."""
+    run = RunDirectory(path)
+    path.mkdir()
+    for step, own in enumerate(steps, 1):
+        lines = losses.lines.tolist()
+        append_step_losses(
+            run.validation_losses, StepLosses(step=step, lines=lines, losses=own.tolist())
+        )
+    run.gate_losses.write_bytes(losses.render())
+    validation = Validation.from_losses(losses, selected_on_same_data=is_selected)
+    judged = JudgedAdapter("a", "0" * 64)
+    verdict = Verdict((), 1, judged, judged, (), validation=validation)
+    write_json(run.gate, verdict.to_json())
+    return run
+
+
+def sweep_of(folder: Path, gain: float, *, is_selected: bool = True) -> list[RunDirectory]:
+    """Eight runs of one evaluation each; the first is the best of them by luck, or by `gain`."""
+    random = np.random.default_rng(8)
+    champion = random.exponential(1, EXAMPLES)
+    points = champion + random.normal(0, 0.2, (8, EXAMPLES))
+    points = points[np.argsort(points.mean(axis=1))]
+    points[0] -= gain
+    runs = []
+    for number, after in enumerate(points):
+        losses = ExampleLosses(
+            "valid.jsonl" if is_selected else "test.jsonl",
+            np.arange(1, EXAMPLES + 1),
+            np.full(EXAMPLES, 10.0),
+            champion + 1,
+            after,
+            champion=champion,
+        )
+        runs.append(write_run(folder / str(number), losses, after[None], is_selected=is_selected))
+    return runs
+
+
+def test_the_best_of_equal_runs_is_told_from_one_that_is_better(tmp_path: Path) -> None:
+    (tmp_path / "lucky").mkdir()
+    runs = sweep_of(tmp_path / "lucky", 0.0)
+    choice = SweepChoice.read(runs[0], runs)
+    assert choice.chosen_among == 8
+    assert "the best of 8 candidates" in (choice.why_not_better() or "")
+    (tmp_path / "better").mkdir()
+    runs = sweep_of(tmp_path / "better", 0.2)
+    choice = SweepChoice.read(runs[0], runs)
+    assert choice.why_not_better() is None
+    assert choice.corrected_interval is not None
+    assert choice.corrected_interval[1] < 0
+
+
+def test_examples_that_chose_nothing_need_no_correction(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path, 0.0, is_selected=False)
+    assert SweepChoice.read(runs[0], runs) == SweepChoice(1, None)
+
+
+def test_runs_without_the_losses_of_their_steps_count_by_the_gates(tmp_path: Path) -> None:
+    runs = sweep_of(tmp_path, 0.2)
+    kept = SweepChoice.read(runs[0], runs)
+    for run in runs:
+        run.validation_losses.unlink()
+    again = SweepChoice.read(runs[0], runs)
+    assert again.chosen_among == 8
+    assert again.corrected_interval == pytest.approx(kept.corrected_interval)
+    runs[3].gate_losses.unlink()
+    wider = SweepChoice.read(runs[0], runs)
+    assert wider.corrected_interval is not None
+    assert wider.corrected_interval[0] <= again.corrected_interval[0]  # type: ignore[index]
