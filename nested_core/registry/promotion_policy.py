@@ -41,6 +41,7 @@ from nested_core.registry.judgements import (
     read_verdicts,
 )
 from nested_core.registry.ledger import NO_ORIGIN, Origin
+from nested_core.registry.loss_conclusion import is_better
 from nested_core.registry.name_folders import find_name_folder
 from nested_core.registry.policy import PromotionRule, find_looser_bounds, read_policy
 from nested_core.registry.versions import PROVENANCE_NAME, how_to_mend, version_folder
@@ -59,20 +60,38 @@ COLLECTED_OUTCOME = "collected meanwhile"
 Result = TypeVar("Result")
 
 
-class RecordedChampionLosses(BaseModel):
-    """The champion on the candidate's held-out examples, as gate.json records it.
+class RecordedComparison(BaseModel):
+    """The candidate's loss beside another adapter's, as gate.json records it; in nats a token.
 
-    Losses are in nats a token; `difference` and `interval` are candidate minus champion.
+    `difference` is the candidate's less the other's, `interval` its 95 % interval, and
+    `corrected_interval` the one that holds for the best of several candidates, where the examples
+    chose the candidate.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-    version: str
-    loss: float | None = None
-    examples: int = 0
+    examples: int | None = None
     left_out: int = 0
     difference: float | None = None
     interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
+    corrected_interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
     smallest_visible: float | None = None
+
+    def is_better(self, min_improvement: float, noise: Literal["paired", "none"]) -> bool:
+        """Whether an automatic promotion may rest on it."""
+        return is_better(
+            self.difference,
+            self.interval,
+            self.corrected_interval,
+            min_improvement=min_improvement,
+            noise=noise,
+        )
+
+
+class RecordedChampionLosses(RecordedComparison):
+    """The champion on the candidate's held-out examples."""
+
+    version: str
+    loss: float | None = None
     not_compared: str | None = None
 
 
@@ -81,7 +100,8 @@ class Candidate(BaseModel):
 
     The verdict is the newest one against the champion that is asked about. `initial` is the digest
     of the adapter that training started from, `loss_before` that adapter's loss on the same
-    examples as `loss_after`. `champion` is None where the gate judged none, and
+    examples as `loss_after`, and `start` compares the two. `chosen_among` is the number of steps
+    among which these examples chose. `champion` is None where the gate judged none, and
     `was_champion_judged` is false in a verdict of an earlier release, whose gate judged none ever.
     `judgement` is the hash of the verdict's file, None for the version's first.
     """
@@ -100,6 +120,8 @@ class Candidate(BaseModel):
     loss_before: float | None
     loss_after: float | None
     file: str | None = None
+    chosen_among: int = 1
+    start: RecordedComparison | None = None
     champion: RecordedChampionLosses | None = None
     was_champion_judged: bool = False
     noise: Literal["paired", "none"] = "none"
@@ -142,6 +164,8 @@ def _make_candidate(version: str, chosen: Judgement) -> Candidate:
         loss_before=validation.get("loss_before"),
         loss_after=validation.get("loss_after"),
         file=validation.get("file"),
+        chosen_among=validation.get("chosen_among", 1),
+        start=RecordedComparison.model_validate(validation) if validation else None,
         champion=gate.get("champion"),
         was_champion_judged="champion" in gate,
         noise=(gate.get("thresholds") or {}).get("noise", "none"),
@@ -466,10 +490,18 @@ def find_refusal(
             f"({', '.join(looser)}): judge the run again with --resume"
         )
     if candidate.loss_after is None and section.require_validation:
+        if candidate.start is not None and candidate.start.left_out:
+            return (
+                f"all {candidate.start.left_out} held-out examples are ones that the adapter or a "
+                f"parent was trained on, and registry.require_validation is on"
+            )
         return "there was no validation set, and registry.require_validation is on"
-    if rule.must_be_better and champion is not None:
-        is_held_to_noise = policy is not None
-        reason = _why_not_better(section, candidate, champion, is_held_to_noise=is_held_to_noise)
+    if rule.must_be_better:
+        noise: Literal["paired", "none"] = "paired" if policy is not None else candidate.noise
+        if champion is None:
+            reason = _why_not_better_than_start(section, candidate, noise)
+        else:
+            reason = _why_not_better(section, candidate, champion, noise)
         if reason is not None:
             return reason
     if rule.asks_person and not is_approved:
@@ -479,8 +511,29 @@ def find_refusal(
     return None
 
 
+def _why_not_better_than_start(
+    section: RegistrySection, candidate: Candidate, noise: Literal["paired", "none"]
+) -> str | None:
+    """Why a first version is not better than the adapter it began from, or None if it is."""
+    before, after, record = candidate.loss_before, candidate.loss_after, candidate.start
+    if before is None or after is None:
+        return "there is no validation loss to compare with that of the adapter it began from"
+    rival = f"that of the adapter it began from, {format_loss(before)}"
+    if record is None or record.difference is None:  # of an earlier release
+        if after < before - section.min_improvement:
+            return None
+        loss_name = loss_name_for_file(candidate.file)
+        return f"{loss_name} {format_loss(after)} is not better than {rival}"
+    if record.is_better(section.min_improvement, noise):
+        return None
+    return _describe_comparison(section, candidate, record, after, rival)
+
+
 def _why_not_better(
-    section: RegistrySection, candidate: Candidate, champion: str, *, is_held_to_noise: bool
+    section: RegistrySection,
+    candidate: Candidate,
+    champion: str,
+    noise: Literal["paired", "none"],
 ) -> str | None:
     """Why a version is not better than the champion on the same examples, or None if it is."""
     if candidate.loss_after is None:
@@ -495,34 +548,40 @@ def _why_not_better(
         )
     if record.loss is None or record.difference is None:
         return record.not_compared or "the gate records no comparison with the champion"
-    if candidate.noise == "none" and not is_held_to_noise:
-        is_better = record.difference < -section.min_improvement
-    else:
-        is_better = record.interval is not None and record.interval[1] < -section.min_improvement
-    if is_better:
+    if record.is_better(section.min_improvement, noise):
         return None
-    return _describe_comparison(section, candidate, record)
+    loss = record.loss + record.difference
+    rival = f"the champion's {format_loss(record.loss)}"
+    return _describe_comparison(section, candidate, record, loss, rival)
 
 
 def _describe_comparison(
-    section: RegistrySection, candidate: Candidate, record: RecordedChampionLosses
+    section: RegistrySection,
+    candidate: Candidate,
+    record: RecordedComparison,
+    loss: float,
+    rival: str,
 ) -> str:
     """The figures of a candidate that is not better, and what the examples could have shown."""
-    loss, difference = record.loss or 0.0, record.difference or 0.0
+    difference = record.difference or 0.0
     data = f"{candidate.file}, {record.examples} examples"
     if record.left_out:
         data += f", {record.left_out} left out that an adapter was trained on"
     wanted = f" by more than {section.min_improvement:g}" if section.min_improvement else ""
     loss_name = loss_name_for_file(candidate.file)
-    losses = (
-        f"{loss_name} {format_loss(loss + difference)} is not better{wanted} than "
-        f"the champion's {format_loss(loss)}"
-    )
+    losses = f"{loss_name} {format_loss(loss)} is not better{wanted} than {rival}"
     if candidate.noise == "none":
         return f"{losses} ({data})"
     if record.interval is None or record.smallest_visible is None:
         return f"{losses} beyond noise ({data}): so few can show no difference"
     interval = format_interval(record.interval)
+    if record.corrected_interval is not None and record.interval[1] < 0:
+        corrected = format_interval(record.corrected_interval)
+        return (
+            f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval "
+            f"of {corrected}, which counts that these examples chose it among "
+            f"{candidate.chosen_among} steps; a test.jsonl would see more"
+        )
     return (
         f"{losses} beyond noise ({data}): {format_difference(difference)} with a 95 % interval of "
         f"{interval}; these examples can show no difference below {record.smallest_visible:.2g}"

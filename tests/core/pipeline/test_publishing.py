@@ -174,11 +174,49 @@ class TestPolicy:
         assert publish(run, promote=promote) == (
             "there was no validation set, and registry.require_validation is on"
         )
-        result = publish(run, promote=promote, require_validation=False)
-        assert outcome(result) == "promoted"
+        result = outcome(publish(run, promote=promote, require_validation=False))
+        if promote == "always":
+            assert result == "promoted"
+        else:
+            assert result.startswith("there is no validation loss to compare with that of the")
 
     def test_better_promotes_the_first(self, make_run: MakeRun, publish: Any) -> None:
         assert outcome(publish(make_run(1.0), promote="better")) == "promoted"
+
+    @pytest.mark.parametrize(
+        ("difference", "interval", "corrected", "expected"),
+        [
+            (-0.5, [-0.6, -0.4], None, "promoted"),
+            (-0.5, [-0.6, -0.4], [-0.9, -0.1], "promoted"),
+            (
+                -0.5,
+                [-0.6, -0.4],
+                [-1.1, 0.1],
+                "chose it among 24 steps; a test.jsonl would see more",
+            ),
+            (1.5, [1.4, 1.6], None, "not better by more than 0.005 than that of the adapter it"),
+            (-0.1, [-0.3, 0.1], None, "-0.1 with a 95 % interval of -0.3 to +0.1"),
+            (-0.004, [-0.005, -0.003], None, "is not better by more than 0.005"),
+            (-0.1, None, None, "so few can show no difference"),
+        ],
+    )
+    def test_a_first_version_has_to_be_better_than_it_began(
+        self,
+        make_run: MakeRun,
+        publish: Any,
+        difference: float,
+        interval: list[float] | None,
+        corrected: list[float] | None,
+        expected: str,
+    ) -> None:
+        run = make_run(2.0, loss=4.0 + difference)
+        gate = read_gate(run.gate)
+        figures = {"difference": difference, "interval": interval, "chosen_among": 24}
+        gate["validation"] |= figures | {"corrected_interval": corrected, "smallest_visible": 0.1}
+        gate["thresholds"] = {"noise": "paired"}
+        write_gate(run.path, gate, require_verdict_manifest(run.path, gate))
+        assert expected in outcome(publish(run, promote="better"))
+        assert outcome(publish(run, promote="always")) in ("promoted", "already_champion")
 
     @pytest.mark.parametrize(
         ("loss", "improvement", "expected"),
@@ -209,7 +247,8 @@ class TestPolicy:
         ("record", "noise", "improvement", "expected"),
         [
             ({"interval": [-0.3, -0.01]}, "paired", 0.0, "promoted"),
-            ({"interval": [-0.3, -0.01]}, "paired", 0.05, "is not better by more than 0.05"),
+            ({"interval": [-0.3, -0.01]}, "paired", 0.05, "promoted"),
+            ({"interval": [-0.3, -0.01]}, "paired", 0.2, "is not better by more than 0.2"),
             ({"interval": [-0.3, 0.1]}, "paired", 0.0, "-0.1 with a 95 % interval of -0.3 to +0.1"),
             ({"interval": [-0.3, 0.1]}, "none", 0.0, "promoted"),
             ({"interval": [-0.3, 0.1]}, "none", 0.2, "0.9 is not better by more than 0.2 than the"),
