@@ -69,7 +69,7 @@ Every key and flag is taken under its own name, with its default and its meaning
 alone. `make reliability` also trains with each of them through the whole command, on tiny models
 and data: both programs leave the same file names in `adapter_path`, with tensors of the same names,
 shapes and types, which mlx_lm loads. Snapshots under `training.reference` are equal bit for bit.
-`make test-all` trains some of them. A test fails where a release of mlx-lm has a key or a flag that is
+`make test-all` trains some. A test fails where a release of mlx-lm has a key or a flag that is
 not in these tables.
 
 ### Each key and flag
