@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
-from nested_core.errors import GateRejected
+from nested_core.errors import GateRejected, NestedTuneError
 from nested_core.gate.verdict import Verdict
 from nested_core.pipeline import steps
 from nested_core.pipeline.continual import (
@@ -193,9 +193,17 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) -> Verdict:
 
     A verdict that rejects what is registered already is kept beside the version: it counts.
     """
+    champion = _current_champion(config)
     try:
-        verdict = hooks.judge(config, run)
-        if _has_champion_moved(config, verdict):
+        try:
+            verdict = hooks.judge(config, run)
+            has_moved = _current_champion(config) not in (verdict.rival, verdict.trained.digest)
+        except (NestedTuneError, OSError) as error:
+            # A gc may have taken the former champion while the gate was reading it.
+            has_moved = _current_champion(config) != champion
+            if isinstance(error, GateRejected) or not has_moved:
+                raise
+        if has_moved:
             hooks.on_message("the champion changed while the gate was at work: judging once more")
             verdict = hooks.judge(config, run)
     except GateRejected:
@@ -204,23 +212,20 @@ def _judge(config: FineTuneConfig, run: RunDirectory, hooks: Hooks) -> Verdict:
     return verdict
 
 
-def _has_champion_moved(config: FineTuneConfig, verdict: Verdict) -> bool:
-    """Whether another version than the gate's rival is champion by now."""
+def _current_champion(config: FineTuneConfig) -> str | None:
+    """The champion of the configured name; None without one or without a registry."""
     if config.registry.path is None:
-        return False
-    champion = champion_or_none(*registry_location(config.registry))
-    return champion not in (verdict.rival, verdict.trained.digest)
+        return None
+    return champion_or_none(*registry_location(config.registry))
 
 
 def _publish(
     config: FineTuneConfig, run: RunDirectory, verdict: Verdict, hooks: Hooks
 ) -> tuple[str, str | None]:
     """Register, and promote where a policy asks for it; the version, and what became of it."""
-    location = registry_location(config.registry)
     version = hooks.register(config, run, verdict.rival)
     if note := describe_reproduction(config, run, version):
         hooks.on_message(note)
-    is_champion = version == champion_or_none(*location)
-    if effective_rule(config.registry).is_never and not is_champion:
+    if effective_rule(config.registry).is_never and version != _current_champion(config):
         return version, None
     return version, hooks.promote(config, version, verdict.rival)

@@ -15,7 +15,7 @@ from pathlib import Path
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import champion_link
 from nested_core.registry.folder_lock import exclusive_folder_lock, shared_folder_lock
-from nested_core.registry.judgements import read_judgements, remove_judgements
+from nested_core.registry.judgements import read_judgements, read_verdicts, remove_judgements
 from nested_core.registry.ledger import Ledger, new_entry
 from nested_core.registry.name_folders import VERSIONS_FOLDER_NAME, find_name_folder
 from nested_core.registry.recovery import (
@@ -42,6 +42,7 @@ from nested_core.storage.strict_files import file_type
 
 DEFAULT_KEPT_VERSIONS = 10
 UNPROMOTED_GRACE_TIME = timedelta(hours=1)  # between a version's registration and its promotion
+APPROVAL_GRACE_TIME = timedelta(days=7)  # as long as the flow `promote` waits for an answer
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,32 @@ def _last_use(folder: Path, version: str, ledger: Ledger) -> tuple[int, int, str
 
 
 def _is_new_and_unpromoted(folder: Path, version: str, ledger: Ledger) -> bool:
-    """Whether a version is new and was not champion since it was registered."""
+    """Whether a version is new and was not champion since it was registered.
+
+    One that a person is asked about is new for as long as the question stands.
+    """
     if version in ledger.champion_versions():
         return False
     try:
         registered_at = datetime.fromisoformat(_registration_time_and_line(folder, version)[0])
-        return datetime.now(UTC) - registered_at < UNPROMOTED_GRACE_TIME
+        age = datetime.now(UTC) - registered_at
     except (ValueError, TypeError):  # no time, or one without a zone
         return False
+    if age < UNPROMOTED_GRACE_TIME:
+        return True
+    return age < APPROVAL_GRACE_TIME and _waits_for_approval(folder, version, ledger)
+
+
+def _waits_for_approval(folder: Path, version: str, ledger: Ledger) -> bool:
+    """Whether the policy of a version, or of its name, leaves it to a person: none has said no."""
+    if ledger.is_declined(version):
+        return False
+    try:
+        recorded = read_verdicts(folder, version)[-1].facts.policy or {}
+    except (DamagedError, OSError):
+        return False
+    modes = (recorded.get("promote"), (ledger.policy() or {}).get("promote"))
+    return "approve" in modes and "never" not in modes
 
 
 def _registration_time_and_line(folder: Path, version: str) -> tuple[str, str]:

@@ -57,9 +57,9 @@ def export_to_mlflow(registry: Path, name: str, tracking_uri: str | None = None)
         numbers[version] = _export_version(
             client, name, version, version_folder(registry, name, version)
         )
-    if champion is not None:
+    if champion in numbers:
         client.set_registered_model_alias(name, CHAMPION_ALIAS, numbers[champion])
-    else:
+    elif champion is None:  # and not where a gc took it meanwhile
         client.delete_registered_model_alias(name, CHAMPION_ALIAS)
     return MlflowExport(name, champion, numbers, added)
 

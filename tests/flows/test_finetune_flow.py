@@ -24,9 +24,10 @@ from prefect.client.schemas.objects import State, StateType
 from flows.finetune import FinetuneParameters, finetune
 from nested_core.errors import ConfigError, GateRejected, SilentUpdateWarning
 from nested_core.pipeline import steps
-from nested_core.registry import history, list_versions, read_champion
+from nested_core.registry import history, list_versions, promote, read_champion, register
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.training import trainer
+from tests.core.registry.conftest import write_run
 from tests.example import DATA, example_settings
 from tests.flows.conftest import flow_run_id, task_runs
 
@@ -96,7 +97,8 @@ def test_a_sound_run_that_is_no_better_than_its_start_keeps_the_champion(
     folder, _ = completed
     champion = read_champion(folder / "registry", "capitals")
     worse = {"learning_rate": 0.05, "iters": 4, "gate": {"max_val_loss_increase": 1e3}}
-    state = continued(folder, "worse", **worse)
+    target = {"path": str(folder / "registry"), "name": "capitals", "promote": "better"}
+    state = continued(folder, "worse", registry=target, **worse)
     assert (state.is_completed(), state.name) == (True, "Kept the champion"), state.message
     assert str(state.message).startswith(f"kept the champion {str(champion)[:12]}: loss ")
     assert read_champion(folder / "registry", "capitals") == champion
@@ -272,3 +274,16 @@ def test_without_a_registry_the_flow_ends_after_the_gate(tmp_path: Path) -> None
     assert state.is_completed()
     assert tuple(task_runs(state, *TASKS)) == TASKS
     assert RunDirectory(tmp_path / "run").gate.is_file()
+
+
+def test_a_run_whose_rival_is_damaged_fails_as_damaged_before_it_trains(tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    version = register(write_run(tmp_path / "other", 1), registry, "capitals", {})
+    promote(registry, "capitals", version, by="ann")
+    weights = registry / "capitals" / "versions" / version / "adapters.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    state = run_flow(parameters(tmp_path))
+    assert (state.is_failed(), state.name) == (True, "Damaged")
+    assert "adapters.safetensors: has changed since it was written" in str(state.message)
+    assert not (tmp_path / "run").exists()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from tests.core.registry.conftest import no_time_to_decide  # noqa: F401  # a gc takes what is new
 from tests.reliability.registry_sequences import run_sequences
 
 # The children of these forks only touch files; that the parent has threads does not matter.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
     pytest.mark.timeout(1800),
+    pytest.mark.usefixtures("no_time_to_decide"),
 ]
 
 

@@ -14,11 +14,19 @@ import pytest
 from nested_core.config.loading import parse_config
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.gate.verdict import (
+    ChampionLoss,
+    JudgedAdapter,
+    TaskResult,
+    Validation,
+    Verdict,
+)
 from nested_core.pipeline import continual, steps
 from nested_core.pipeline.continual import (
     champion_or_none,
     champion_trained_alike,
     describe_starting_adapter,
+    find_unbeaten_champion,
 )
 from nested_core.pipeline.publishing import register_run
 from nested_core.registry import collect_garbage, list_versions, promote, read_champion, register
@@ -278,3 +286,44 @@ def test_sections_that_contradict_one_another_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(values, source="a test")
+
+
+@pytest.mark.parametrize(
+    ("after", "interval", "is_kept"),
+    [
+        (1.001, None, True),
+        (1.001, (-0.1, 0.6), True),
+        (1.001, (0.1, 0.6), False),
+        (0.999, None, False),
+    ],
+)
+def test_a_start_that_is_not_beaten_is_kept_unless_answers_got_better(
+    tmp_path: Path, after: float, interval: tuple[float, float] | None, is_kept: bool
+) -> None:
+    champion = "c" * 64
+    task = TaskResult(
+        name="capitals",
+        questions=40,
+        base=0.0,
+        parent=0.25,
+        champion=0.25,
+        candidate=1.0,
+        difference=0.75,
+        interval=interval,
+        smallest_visible=0.1,
+        verdict="passed",
+        seconds={},
+        odd={},
+    )
+    verdict = Verdict(
+        reasons=(),
+        adapter_step=4,
+        initial=JudgedAdapter("initial", champion),
+        trained=JudgedAdapter("adapter", "t" * 64),
+        tensors=(),
+        validation=Validation(1.0, after, selected_on_same_data=False),
+        champion=ChampionLoss(champion),
+        tasks=(task,),
+    )
+    found = find_unbeaten_champion(configure(tmp_path, "x"), RunDirectory(tmp_path), verdict)
+    assert found == (champion if is_kept else None)

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nested_core.errors import ConfigError, DamagedError
-from nested_core.registry import promote, register, rollback
+from nested_core.registry import mlflow_export, promote, register, rollback
 from nested_core.registry.mlflow_export import MlflowExport, export_to_mlflow
 from tests.core.registry.conftest import write_run
 
@@ -49,6 +50,50 @@ def export(tmp_path: Path, store: str) -> MlflowExport:
 def client(store: str) -> Any:
     mlflow = pytest.importorskip("mlflow")
     return mlflow.MlflowClient(tracking_uri=store, registry_uri=store)
+
+
+class _Client:
+    """MLflow's registry as far as the alias goes, with the first versions in it."""
+
+    def __init__(self, versions: list[str]) -> None:
+        self.versions = versions
+        self.calls: list[str] = []
+
+    def search_registered_models(self, **_: Any) -> list[str]:
+        return ["there"]
+
+    def search_model_versions(self, *_: Any, **__: Any) -> Any:
+        tags = [{"nested_tune.version": version} for version in self.versions]
+        return _Page(SimpleNamespace(tags=tag, version=n) for n, tag in enumerate(tags, 1))
+
+    def set_registered_model_alias(self, name: str, alias: str, number: str) -> None:
+        self.calls.append(f"set {alias} {number}")
+
+    def delete_registered_model_alias(self, name: str, alias: str) -> None:
+        self.calls.append(f"delete {alias}")
+
+
+class _Page(list[Any]):
+    token = None
+
+
+def test_a_promotion_while_it_exports_removes_no_alias(
+    versions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new version becomes champion just before the export reads which one it is."""
+    registry, read = tmp_path / "registry", mlflow_export.read_champion
+
+    def read_champion(*where: Any) -> str | None:
+        new = register(write_run(tmp_path / "new", 9), registry, NAME, {})
+        promote(registry, NAME, new, by="ann")
+        return read(*where)
+
+    stub = _Client(versions)
+    monkeypatch.setattr(mlflow_export, "_make_client", lambda uri: stub)
+    monkeypatch.setattr(mlflow_export, "read_champion", read_champion)
+    monkeypatch.setattr(mlflow_export, "_export_version", lambda *_: "3")
+    export_to_mlflow(registry, NAME)
+    assert stub.calls == ["set champion 3"]
 
 
 def test_without_mlflow_it_says_what_to_install(

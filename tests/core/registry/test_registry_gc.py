@@ -16,6 +16,7 @@ from nested_core.registry import (
     audit_report,
     champion_link,
     collect_garbage,
+    decline,
     garbage_collection,
     history,
     ledger,
@@ -284,6 +285,28 @@ class TestTimeToDecide:
 
         monkeypatch.setattr(garbage_collection, "datetime", Clock)
         assert (five[3] not in collected(registry, 0)) == is_kept
+
+    @pytest.mark.parametrize(
+        ("days", "mode", "is_declined", "is_kept"),
+        [(6, "approve", False, True), (8, "approve", False, False), (6, "better", False, False)]
+        + [(6, "approve", True, False)],
+    )
+    def test_one_that_waits_for_approval_is_kept_as_long_as_the_question(
+        self, five, registry, make_run, monkeypatch, days, mode, is_declined, is_kept
+    ):
+        section = {"path": "x", "name": NAME, "promote": mode}
+        version = register(make_run(8), registry, NAME, {"config": {"registry": section}})
+        if is_declined:
+            decline(registry, NAME, version, by="bob")
+        now = datetime.now(UTC) + timedelta(days=days)
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None) -> Any:
+                return now
+
+        monkeypatch.setattr(garbage_collection, "datetime", Clock)
+        assert (version not in collected(registry, 0)) == is_kept
 
     def test_one_that_was_champion_since_it_was_registered_is_not_new(self, five, registry):
         promote(registry, NAME, five[3], by="ann")

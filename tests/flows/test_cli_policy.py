@@ -1,0 +1,106 @@
+"""`nested-tune policy` and `nested-tune forget`: what they show, write and refuse."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nested_core.registry import audit, history, promote, register
+from tests.core.registry.conftest import write_run
+from tests.flows.conftest import Ended, called
+
+NAME = "capitals"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A registry with a champion and the version before it, and a file with a suite."""
+    for seed in (1, 2):
+        run = write_run(tmp_path / f"run-{seed}", seed)
+        promote(
+            tmp_path / "registry", NAME, register(run, tmp_path / "registry", NAME, {}), by="ann"
+        )
+    (tmp_path / "questions.jsonl").write_text(
+        '{"prompt": "Capital of Peru?", "expected": "Lima"}\n'
+    )
+    suite = "{name: capitals, file: questions.jsonl, score: contains, min: 0.5}"
+    (tmp_path / "suites.yaml").write_text(f"gate:\n  tasks:\n    - {suite}\n")
+    return tmp_path
+
+
+def policy(folder: Path, *words: object) -> Ended:
+    return called("policy", NAME, *words, cwd=folder)
+
+
+def test_a_policy_is_shown_set_and_recorded(folder: Path) -> None:
+    assert "the run's own" in policy(folder).stdout
+    done = policy(
+        folder, "--promote", "approve", "--max-val-loss-increase", "0.02", "--tasks", "suites.yaml"
+    )
+    assert done.code == 0, done.stderr
+    shown = policy(folder, "--json").document
+    (task,) = shown["policy"].pop("tasks")
+    assert shown == {
+        "name": NAME,
+        "policy": {"promote": "approve", "max_val_loss_increase": 0.02},
+    }
+    assert (task["file"], task["min"]) == (str(folder / "questions.jsonl"), 0.5)
+    line = history(folder / "registry", NAME)[-1]
+    assert (line["action"], line["after"]["promote"]) == ("policy", "approve")
+    assert audit(folder / "registry", NAME).is_sound
+
+
+def test_null_and_no_file_leave_a_key_to_the_run(folder: Path) -> None:
+    policy(folder, "--promote", "never", "--tasks", "suites.yaml")
+    done = policy(folder, "--promote", "null", "--tasks", "--json")
+    assert done.document["policy"] == {"promote": None, "max_val_loss_increase": None, "tasks": []}
+    assert len([x for x in history(folder / "registry", NAME) if x["action"] == "policy"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--max-val-loss-increase", "much"), "expected a number, such as 0.02, or null"),
+        (("--max-val-loss-increase", "-1"), "policy: max_val_loss_increase"),
+        (("--tasks", "absent.yaml"), "absent.yaml"),
+        (("--tasks", "questions.jsonl"), "--tasks questions.jsonl has no suites. Expected YAML"),
+    ],
+)
+def test_what_is_no_policy_is_refused(folder: Path, words: tuple[str, ...], told: str) -> None:
+    done = policy(folder, *words)
+    assert done.code == 2, done.stdout
+    assert told in " ".join(done.stderr.split())
+    assert not (folder / "registry" / NAME / "policy.json").exists()
+
+
+def test_a_lost_version_is_forgotten(folder: Path) -> None:
+    lost = str(history(folder / "registry", NAME)[0]["version"])
+    place = folder / "registry" / NAME / "versions" / lost
+    place.chmod(0o755)
+    shutil.rmtree(place)
+    told = called("audit", NAME, cwd=folder)
+    assert told.code == 6
+    assert f"nested-tune forget {NAME} {lost[:12]}" in " ".join(told.stdout.split())
+    done = called("forget", NAME, lost[:8], "--by", "ann", "--reason", "disk", cwd=folder)
+    assert (done.code, done.stdout) == (0, f"forgotten: {lost}\n")
+    assert called("audit", NAME, cwd=folder).code == 0
+
+
+def test_a_version_that_is_whole_is_not_forgotten(folder: Path) -> None:
+    whole = str(history(folder / "registry", NAME)[0]["version"])
+    done = called("forget", NAME, whole, "--by", "ann", "--reason", "x", cwd=folder)
+    assert done.code == 2
+    assert "is whole" in done.stderr
+
+
+def test_a_link_that_was_moved_by_hand_is_told_by_audit(folder: Path) -> None:
+    first = str(history(folder / "registry", NAME)[0]["version"])
+    link = folder / "registry" / NAME / "champion"
+    link.unlink()
+    link.symlink_to(f"versions/{first}")
+    assert called("gc", NAME, cwd=folder).code == 0
+    done = called("audit", NAME, cwd=folder)
+    assert done.code == 0
+    assert "note: history, line 3: the champion link was moved by hand" in done.stdout
