@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -13,8 +12,7 @@ from flows.allowed_folders import require_allowed
 from flows.prefect_logs import hide_tracebacks_of_expected_errors
 from nested_core.config.adapter_names import NAME_PATTERN
 from nested_core.config.section import Section
-from nested_core.errors import ConfigError
-from nested_core.registry import read_champion, read_champion_changes
+from nested_core.registry import read_champion
 from nested_core.text.digest_format import shorten_digest
 from tasks.outcomes import Outcome
 from tasks.promote import roll_back
@@ -35,25 +33,12 @@ def rollback(config: RollbackParameters) -> State[Any]:
     hide_tracebacks_of_expected_errors()
     registry = require_allowed(config.registry, "registry")
     champion = read_champion(registry, config.name)
-    if config.to is not None:
-        _require_former_champion(registry, config.name, config.to)
     outcome = roll_back(registry, config.name, config.to, config.by, champion)
     if outcome != "rolled_back":
         return Completed(message=outcome)
     now = read_champion(registry, config.name)
     versions = f"from {_shorten_or_none(champion)} to {_shorten_or_none(now)}"
     return Completed(name=Outcome.ROLLED_BACK, message=f"rolled_back {versions} by {config.by}")
-
-
-def _require_former_champion(registry: Path, name: str, version: str) -> None:
-    """Raise ConfigError for a version that was never promoted: parameters go back, and not past."""
-    changes = read_champion_changes(registry, name)
-    former = {change.version for change in changes if change.version is not None}
-    if not version or not any(each.startswith(version) for each in former):
-        raise ConfigError(
-            f"rollback.to: {version:.80} was never champion of {name}, and a flow goes back to "
-            f"former champions alone. `nested-tune rollback {name} --to` takes any version."
-        )
 
 
 def _shorten_or_none(version: str | None) -> str:

@@ -178,8 +178,8 @@ def rollback(
         wanted = resolve_version(folder, wanted, state.ledger)
         if only_former_champions and wanted not in state.ledger.champion_versions():
             raise ConfigError(
-                f"{shorten_digest(wanted)} never was champion of {name}: a rollback goes back to a "
-                f"former champion. `nested-tune promote` makes another version champion."
+                f"{shorten_digest(wanted)} was never champion of {name}, and a flow goes back to "
+                f"former champions alone. `nested-tune rollback {name} --to` takes any version."
             )
         manifest = _verify_version(folder, wanted, state)
         if wanted == state.champion:

@@ -249,7 +249,7 @@ def test_a_rollback_by_parameters_goes_to_former_champions_alone(add: Add, regis
     given = RollbackParameters(registry=str(registry), name=NAME, by="eve", to=never)
     state = rollback(given, return_state=True)
     assert state.is_failed()
-    assert "was never champion" in str(state.message)
+    assert "was never champion of capitals" in str(state.message)
     assert core.read_champion(registry, NAME) == second
 
 

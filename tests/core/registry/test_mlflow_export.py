@@ -15,6 +15,7 @@ import pytest
 
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.registry import mlflow_export, promote, register, rollback
+from nested_core.registry import read_champion as registry_champion
 from nested_core.registry.mlflow_export import MlflowExport, export_to_mlflow
 from tests.core.registry.conftest import write_run
 
@@ -81,7 +82,7 @@ def test_a_promotion_while_it_exports_removes_no_alias(
     versions: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new version becomes champion just before the export reads which one it is."""
-    registry, read = tmp_path / "registry", mlflow_export.read_champion
+    registry, read = tmp_path / "registry", registry_champion
 
     def read_champion(*where: Any) -> str | None:
         new = register(write_run(tmp_path / "new", 9), registry, NAME, {})
