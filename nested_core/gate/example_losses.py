@@ -14,10 +14,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from nested_core.errors import DamagedError, describe_first_problem
 from nested_core.gate.paired_difference import (
@@ -50,7 +50,7 @@ class _LossLine(BaseModel):
     cluster: int | None = Field(default=None, ge=0)
 
 
-_LINES_VALIDATOR = TypeAdapter(list[_LossLine])
+_LINES_VALIDATOR = TypeAdapter(Annotated[list[_LossLine], FailFast()])
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,13 +128,19 @@ def _with_verdict(record: RunRecord, reader: _DamageTolerantReader) -> RunRecord
     """The record with what the gate wrote, where that is still as it was judged."""
     run = record.run
     judged = reader.read(run.manifest, lambda _: read_manifest(run.path)["files"]) or {}
+    changed = set()
     for path in (run.metrics, run.gate_losses, run.answers):
         entry = judged.get(path.name)
         if entry is not None and not reader.read(path, partial(matches_entry, entry=entry)):
             reader.problems.append(f"{path} has changed since the verdict was given.")
+            changed.add(path)
     verdict = reader.read(run.gate, read_verdict)
-    losses = reader.read(run.gate_losses, read_example_losses)
-    answers = reader.read(run.answers, read_answers) or ()
+    losses = None
+    if run.gate_losses not in changed:
+        losses = reader.read(run.gate_losses, read_example_losses)
+    answers: Sequence[AnswerRecord] = ()
+    if run.answers not in changed:
+        answers = reader.read(run.answers, read_answers) or ()
     problems = tuple(reader.problems)
     return replace(record, verdict=verdict, losses=losses, answers=answers, problems=problems)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -43,6 +44,6 @@ def write_sample_answers(path: Path, rows: Sequence[SampleAnswers]) -> None:
 def read_sample_answers(path: Path) -> list[SampleAnswers]:
     """The answers in a run's file; DamagedError if it is missing or holds anything else."""
     try:
-        return [_RECORD_VALIDATOR.validate_json(line) for line in read_regular(path).splitlines()]
+        return [_RECORD_VALIDATOR.validate_json(line) for line in BytesIO(read_regular(path))]
     except ValidationError as error:
         raise DamagedError(f"{path} does not hold answers to prompts.") from error

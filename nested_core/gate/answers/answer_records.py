@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +58,7 @@ def read_answers(path: Path) -> Sequence[AnswerRecord]:
     try:
         return [
             _RECORD_VALIDATOR.validate_json(line, strict=True)
-            for line in read_regular(path).splitlines()
+            for line in BytesIO(read_regular(path))
         ]
     except ValidationError as error:
         reason = error.errors()[0]["msg"]

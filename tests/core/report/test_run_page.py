@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -251,6 +252,15 @@ def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     page = page_of(run)
     assert "Damaged files:" in page.sections["verdict"]
     assert list(page.sections) == ORDER
+
+
+def test_a_file_of_the_verdict_that_has_grown_is_named_and_not_read(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    os.truncate(run.gate_losses, 50 * 2**30)  # sparse: it fits in no memory
+    record = read_run(run)
+    said = f"{run.gate_losses} has changed since the verdict was given."
+    assert [problem for problem in record.problems if str(run.gate_losses) in problem] == [said]
+    assert record.losses is None
 
 
 def test_a_verdict_that_was_edited_is_not_shown_as_one(tmp_path: Path) -> None:
