@@ -44,7 +44,8 @@ def _describe_direction(champion: Mapping[str, Any]) -> str:
     difference, interval = champion["difference"], champion["interval"]
     word = describe_conclusion(champion)
     if word is None:  # of an earlier release
-        word = "higher" if difference > 0 else "not higher"
+        low, high = interval or (difference, difference)
+        word = "worse" if low > 0 else "better" if high < 0 else "within noise"
     if interval is None or champion.get("conclusion") == "inconclusive":
         return word
     return f"{word} (95 % interval {format_interval(interval)})"

@@ -138,9 +138,9 @@ def describe_inconclusive(
     examples_needed: int | None,
 ) -> str:
     """`inconclusive: +0.03, -0.05 to +0.11, margin 0.02; some 400 examples would tell`."""
-    figures = [f"{difference:+.2g}"]
+    figures = [_format_nats(difference)]
     if interval is not None:
-        figures.append(f"{interval[0]:+.2g} to {interval[1]:+.2g}")
+        figures.append(f"{_format_nats(interval[0])} to {_format_nats(interval[1])}")
     if margin is not None:
         figures.append(f"margin {margin:.2g}")
     text = f"inconclusive: {', '.join(figures)}"
@@ -149,3 +149,8 @@ def describe_inconclusive(
     if examples_needed is not None:
         return f"{text}; some {examples_needed:,} examples would tell"
     return f"{text}; more than {MAX_NAMED_EXAMPLES:,} examples would be needed to tell"
+
+
+def _format_nats(difference: float) -> str:
+    """Two significant digits, and none beyond a ten thousandth of a nat: "+0.03"."""
+    return f"{round(difference, 4):+.2g}"
