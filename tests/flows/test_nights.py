@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.flow_engine import run_flow
 from prefect.states import Completed, Pending, Running, Scheduled
@@ -56,12 +56,18 @@ def test_of_two_nights_due_at_once_one_trains() -> None:
     assert sum(each is None for each in said) == 1
 
 
-def begin(deployment: UUID) -> State[Any]:
-    """What a worker's process does with the run of a schedule."""
-    with get_client(sync_client=True) as client:
-        run = client.create_flow_run_from_deployment(deployment)
-        run = client.read_flow_run(run.id)
+def begin(deployment: UUID, monkeypatch: pytest.MonkeyPatch) -> State[Any]:
+    """What a worker's process does with a run, which the server calls one of a schedule."""
+    read = SyncPrefectClient.read_flow_run
+
+    def read_as_scheduled(client: SyncPrefectClient, run_id: UUID) -> FlowRun:
+        run = read(client, run_id)
         run.auto_scheduled = True
+        return run
+
+    monkeypatch.setattr(SyncPrefectClient, "read_flow_run", read_as_scheduled)
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(client.create_flow_run_from_deployment(deployment).id)
         state: Any = run_flow(
             finetune, flow_run=run, parameters=run.parameters, return_type="state"
         )
@@ -70,7 +76,9 @@ def begin(deployment: UUID) -> State[Any]:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_a_night_that_comes_while_one_is_at_work_ends_skipped_and_names_it() -> None:
+def test_a_night_that_comes_while_one_is_at_work_ends_skipped_and_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = example_settings(iters=2) | {"registry": {"path": "registry", "name": "twice"}}
     with get_client(sync_client=True) as client:
         deployment = client.create_deployment(
@@ -81,7 +89,7 @@ def test_a_night_that_comes_while_one_is_at_work_ends_skipped_and_names_it() -> 
         )
         at_work = client.create_flow_run_from_deployment(deployment)
         client.set_flow_run_state(at_work.id, Running(), force=True)
-        state = begin(deployment)
+        state = begin(deployment, monkeypatch)
         client.set_flow_run_state(at_work.id, Completed(), force=True)
     assert (state.name, state.is_completed()) == ("Skipped", True)
     assert str(state.message).startswith(f"skipped: {AT_WORK}, flow run ")
