@@ -38,6 +38,12 @@ TRIM_THRESHOLD_BYTES = 2**30
 # MLX's variables for CUDA, and how many operations a commit has, for models of fewer weights than
 # the key: how they were measured is in benchmarks/README.md, "Kernels without graphs".
 CUDA_GRAPHS_VARIABLE = "MLX_USE_CUDA_GRAPHS"
+# How many plans of attention MLX keeps, one for each shape; by default 256 and 64. Once a process
+# has made twice as many, MLX raises "Cache thrashing is happening".
+ATTENTION_CACHE_SIZES = {
+    "MLX_CUDA_SDPA_CACHE_SIZE": "8192",
+    "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "256",
+}
 OPERATIONS_PER_COMMIT_VARIABLE = "MLX_MAX_OPS_PER_BUFFER"
 OPERATIONS_PER_COMMIT_BY_MODEL_SIZE = {2 * 10**8: "100", 10**9: "25"}
 OPERATIONS_PER_COMMIT_OF_LARGE_MODELS = "8"
@@ -68,7 +74,8 @@ def prepare() -> Preparation:
     On Linux kernels are compiled into a folder of this process alone (see compiled_kernels.py).
     There, with the MLX build for CPUs, it opens OpenBLAS for the whole process, if the system has
     it, and lets freed memory up to 1 GiB stay with the process. With the build for CUDA kernels are
-    started without graphs, unless MLX_USE_CUDA_GRAPHS is set. On macOS, where MLX uses Metal and
+    started without graphs, and plans of attention are kept for thousands of shapes, unless
+    MLX_USE_CUDA_GRAPHS and MLX_CUDA_SDPA_CACHE_SIZE are set. On macOS, where MLX uses Metal and
     Accelerate, none of this is needed. On every platform compiled functions are dropped when the
     process ends (`_drop_compiled_functions_at_exit`).
 
@@ -107,7 +114,8 @@ def _prepare_linux() -> Preparation:
     came_too_late = "mlx.core" in sys.modules
     compiled_kernels.use_private_kernel_folder()
     if is_mlx_built_for_cuda():
-        os.environ.setdefault(CUDA_GRAPHS_VARIABLE, "0")
+        for variable, value in {CUDA_GRAPHS_VARIABLE: "0", **ATTENTION_CACHE_SIZES}.items():
+            os.environ.setdefault(variable, value)
     else:
         _keep_freed_memory()
     if os.environ.get(NO_OPENBLAS_VARIABLE):

@@ -2,10 +2,11 @@
 
 An arm is `mlx_lm` or `ours`, with options: `ours+deep` (tiers [1, 2, 4], deep layers fast),
 `+due=1` (the fastest tiers alone), `+bits=4`, `+limit=12` (GiB), `+graphs=1` (CUDA graphs),
-`+ops=10` and `+mb=200` (what is committed at once), `+batch=16`. `ours+parts` takes the gradients
-alone, third by third. With `+ranks=2`, under `mlx.launch`, each rank has the whole batch on a GPU
-of its own; the row counts the tokens of all. `floor`, and `floor+deep`, is no training, but the
-products and the attention that each must do.
+`+ops=10` and `+mb=200` (what is committed at once), `+batch=16`, `+length=278`. With `+mixed` rows
+have lengths of their own, up to the shape's, and tokens are counted without padding. `ours+parts`
+takes the gradients alone, third by third. With `+ranks=2`, under `mlx.launch`, each rank has the
+whole batch on a GPU of its own; the row counts the tokens of all. `floor`, and `floor+deep`, is no
+training, but the products and the attention that each must do.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from benchmarks.gpu.floor import NAME as FLOOR
 from benchmarks.gpu.floor import floor_of
 from benchmarks.gpu.parts import parts_of
 from benchmarks.gpu.shapes import (
     KEYS,
+    MIXED_WARM,
     RANK,
     RATE,
     SCALE,
@@ -36,6 +40,7 @@ from benchmarks.gpu.shapes import (
     Shape,
     energy,
     measure,
+    mixed_lengths,
     per_step,
     row,
 )
@@ -45,8 +50,9 @@ VARIABLES = {
     "ops": "MLX_MAX_OPS_PER_BUFFER",
     "mb": "MLX_MAX_MB_PER_BUFFER",
 }
+MicroBatch = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # tokens, what is learnt
 NAMES = "mlx_lm", "ours", FLOOR
-OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "limit", "parts", "ranks"}
+OPTIONS = {*VARIABLES, "batch", "bits", "deep", "due", "length", "limit", "mixed", "parts", "ranks"}
 
 
 def main(size: str, arm: str) -> None:
@@ -62,6 +68,8 @@ def main(size: str, arm: str) -> None:
     shape = SHAPES[size]
     if "batch" in options:
         shape = replace(shape, batch=int(options["batch"]))
+    if "length" in options:
+        shape = replace(shape, length=int(options["length"]))
     if name in ("ours", FLOOR):
         from nested_core.backend import prepare, set_operations_per_commit
 
@@ -86,7 +94,8 @@ def loop_of(name: str, options: dict[str, str]) -> Callable[[Any, Shape], dict[s
     """What measures a model."""
     if "parts" in options:
         return parts_of
-    return mlx_lm_loop if name == "mlx_lm" else partial(our_loop, options=options)
+    loop = mlx_lm_loop if name == "mlx_lm" else our_loop
+    return partial(loop, options=options)
 
 
 def set_variables(options: dict[str, str]) -> None:
@@ -129,25 +138,31 @@ def build(shape: Shape, bits: int) -> Any:
     return model
 
 
-def mlx_lm_loop(model: Any, shape: Shape) -> dict[str, Any]:
+def mlx_lm_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
     """mlx_lm.tuner.trainer.train; each of its reports is a window."""
     import mlx.optimizers as optim
     from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 
     rates: list[float] = []
+    tokens: list[float] = []  # of each window's steps
     energies: list[float | None] = []
 
     class Reports(TrainingCallback):
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
             rates.append(train_info["iterations_per_second"])
+            tokens.append(WINDOW * train_info["tokens_per_second"] / rates[-1])
             energies.append(energy())
 
     generator = np.random.default_rng(0)
-    rows = generator.integers(0, shape.vocabulary, (16 * shape.batch, shape.length))
+    lengths = [shape.length] * 16 * shape.batch
+    is_mixed, warm = "mixed" in options, WARM
+    if is_mixed:
+        lengths, warm = mixed_lengths(shape.length).tolist(), MIXED_WARM
+    rows = [generator.integers(0, shape.vocabulary, length) for length in lengths]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArgs(
             batch_size=shape.batch,
-            iters=WINDOW * (WARM + WINDOWS),
+            iters=WINDOW * (warm + WINDOWS),
             steps_per_report=WINDOW,
             steps_per_save=10**6,
             adapter_file=str(Path(folder) / "adapters.safetensors"),
@@ -155,11 +170,12 @@ def mlx_lm_loop(model: Any, shape: Shape) -> dict[str, Any]:
         data = [(each.tolist(), 0) for each in rows]
         train(model, optim.Adam(RATE), data, None, arguments, training_callback=Reports())
     seconds = [1 / rate for rate in rates]
-    return {
-        "seconds": seconds[WARM:],
-        "warm_up": round(WINDOW * sum(seconds[:WARM]), 2),
-        "joules": per_step(energies[WARM - 1], energies[-1]),
+    found: dict[str, Any] = {
+        "seconds": seconds[warm:],
+        "warm_up": round(WINDOW * sum(seconds[:warm]), 2),
+        "joules": per_step(energies[warm - 1], energies[-1]),
     }
+    return found | ({"real_tokens": tokens[warm:]} if is_mixed else {})
 
 
 def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any]:
@@ -183,10 +199,8 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
     tiers = thirds(refs, shape.layers, deep=True) if is_tiered else one_tier(refs)
     optimizer = optimizer_for(tiers, refs, RATE)
     loss_fn = SUPERVISED_LOSS.for_model(model, refs)
-    generator = np.random.default_rng(world.rank)
-    size = (16, shape.batch, shape.length + 1)
-    batches = generator.integers(0, shape.vocabulary, size).astype(np.int32)
-    learnt = np.ones((shape.batch, shape.length), np.bool_)
+    draw = mixed_batches if "mixed" in options else batches_of_one_length
+    batches = draw(shape, np.random.default_rng(world.rank))
     with using_optimized_layers(model):
         train_step = TrainStep(
             model=model,
@@ -197,16 +211,22 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
             world=world,
         )
         step, in_flight, sent = 0, [mx.array(0)], dict[str, int]()
+        tokens: list[int] = []  # of each window's steps
+        traced = 0.0
+        if "mixed" in options:
+            traced = trace_widths(train_step, batches, tiers.due(1))
 
         def window() -> None:
             nonlocal step
             total = mx.array(0.0)
+            tokens.append(0)
             for _ in range(WINDOW):
                 step += 1
                 due = tiers.due(step)
                 if "due" in options:
                     due = tuple(range(int(options["due"])))
-                batch = batches[step % len(batches)], learnt
+                batch = batches[step % len(batches)]
+                tokens[-1] += int(batch[1].sum())
                 result = train_step.run([batch], due)
                 sent[",".join(map(str, due))] = result.gradient_bytes
                 total = total + result.micro_batches[0]["loss"]
@@ -216,11 +236,50 @@ def our_loop(model: Any, shape: Shape, options: dict[str, str]) -> dict[str, Any
                 raise SystemExit(f"the loss is {total.item()}")
 
         found = measure(window)
+        if "mixed" in options:
+            found |= {"real_tokens": tokens[WARM:], "traced": traced}
+            found["padding"] = round(
+                1 - sum(m.sum() for _, m in batches) / sum(m.size for _, m in batches), 4
+            )
+            found["widths"] = len({m.shape[1] for _, m in batches})
         if world.is_single_process:
             return found
         world.require_equal_on_ranks(train_step.packed.arrays(), step)
         found |= {"is_main": world.is_main, "equal": True, "bytes_sent_by_due_tiers": sent}
         return found | {"joules": None}  # the counter is of one GPU
+
+
+def batches_of_one_length(shape: Shape, generator: np.random.Generator) -> list[MicroBatch]:
+    """Random tokens, all of them learnt."""
+    size = (16, shape.batch, shape.length + 1)
+    tokens = generator.integers(0, shape.vocabulary, size).astype(np.int32)
+    return [(each, np.ones((shape.batch, shape.length), np.bool_)) for each in tokens]
+
+
+def mixed_batches(shape: Shape, generator: np.random.Generator) -> list[MicroBatch]:
+    """An epoch over rows of mixed lengths, as the trainer's own batches have them."""
+    from nested_core.data.batch_order import BatchOrder
+
+    lengths = mixed_lengths(shape.length)
+    order = BatchOrder(lengths, shape.batch, 0, max_seq_length=shape.length)
+    batches: list[MicroBatch] = []
+    for index in range(order.batches_per_epoch):
+        batch = order.batch(index)
+        tokens = generator.integers(0, shape.vocabulary, (shape.batch, batch.width + 1))
+        learnt = np.arange(batch.width) < lengths[batch.rows][:, None] - 1
+        learnt = np.pad(learnt, ((0, shape.batch - len(learnt)), (0, 0)))
+        batches.append((tokens.astype(np.int32), learnt))
+    return batches
+
+
+def trace_widths(train_step: Any, batches: Sequence[MicroBatch], due: tuple[int, ...]) -> float:
+    """Take a step of each width; the seconds that these took."""
+    import mlx.core as mx
+
+    began = time.perf_counter()
+    for batch in {batch[1].shape[1]: batch for batch in batches}.values():
+        mx.eval(train_step.run([batch], due).updates)
+    return round(time.perf_counter() - began, 2)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 RANK, SCALE, RATE = 8, 20.0, 1e-5
 KEYS = [f"self_attn.{name}_proj" for name in "qkvo"]
 KEYS += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -49,6 +52,15 @@ SHAPES = {
     "3B": Shape(3072, 28, 8192, 24, 8, 128256, 2, 2048),
     "7B": Shape(4096, 32, 11008, 32, 32, 32000, 4, 1024),
 }
+
+
+MIXED_ROWS, MIXED_WARM = 2400, 25  # rows of mixed lengths; windows in which mlx_lm meets them
+
+
+def mixed_lengths(longest: int) -> npt.NDArray[np.int64]:
+    """Tokens of rows of mixed lengths, int64 [MIXED_ROWS]: log-normal, on average 0.54 of it."""
+    drawn = np.random.default_rng(0).lognormal(np.log(0.5 * longest), 0.6, MIXED_ROWS)
+    return drawn.clip(longest // 50 + 2, longest).astype(np.int64)
 
 
 def measure(window: Callable[[], None]) -> dict[str, Any]:
@@ -105,5 +117,9 @@ def row(size: str, arm: str, shape: Shape, found: dict[str, Any], peak: float) -
         "peak_gib": round(peak / 2**30, 4),
         "shape": asdict(shape),
     }
+    if "real_tokens" in found:  # of each window's steps, without padding
+        steps = WINDOW * len(seconds)
+        line["tokens_per_second"] = round(sum(found["real_tokens"]) / WINDOW / sum(seconds))
+        line["real_tokens_per_step"] = round(sum(found.pop("real_tokens")) / steps)
     line |= {name: value for name, value in found.items() if name != "seconds"}
     return json.dumps(line)

@@ -123,11 +123,15 @@ def input_gradient(
     """The gradient with respect to an input that layers share: through their bases, plus dz^T @ a.
 
     dz is (ranks, rows), a (ranks, width) and g each layer's output gradient. Of x only shape and
-    dtype matter, since bases are linear.
+    dtype matter, since bases are linear. The gradient has its dtype: a float32 base in a bfloat16
+    model gives float32, which MLX hands on as it is.
     """
     if can_use_lora_kernels(x, [a]):
-        return compute_low_rank_sums([LowRankSumTerms(base_input_gradient(layers, x, g), dz, a)])[0]
-    return base_input_gradient(layers, x, g, dz.T @ a)
+        base = base_input_gradient(layers, x, g)
+        (gradient,) = compute_low_rank_sums([LowRankSumTerms(base, dz, a)])
+    else:
+        gradient = base_input_gradient(layers, x, g, dz.T @ a)
+    return gradient.astype(x.dtype)
 
 
 def base_input_gradient(

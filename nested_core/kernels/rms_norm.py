@@ -76,7 +76,7 @@ def make_norm_call(
 
     @norm.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
-        return input_gradient(x, module.weight, module.eps, cotangent)
+        return input_gradient(x, module.weight, module.eps, cotangent.astype(x.dtype))
 
     def call(x: mx.array) -> mx.array:
         """The norm with our backward pass for arrays that fit its kernel, else MLX's own."""

@@ -58,6 +58,7 @@ def rotate_on_cuda(x: mx.array, table: mx.array, inverse: bool) -> mx.array:
         [batch * length, length, heads, width // 2, -1.0 if inverse else 1.0],
         blocks=(-(-x.size // (2 * ELEMENTS_PER_LOAD * MAX_THREADS_PER_BLOCK)), 1),
         threads=MAX_THREADS_PER_BLOCK,
+        dtypes=[KERNEL_DTYPE, mx.float32],
     )[0]
 
 
@@ -107,7 +108,7 @@ def make_rotation_call(
 
     @rotation.vjp
     def _(x: mx.array, cotangent: mx.array, output: mx.array) -> Any:
-        return rotate(cotangent, table.cosines_and_sines(x.shape[1]), True)
+        return rotate(cotangent.astype(x.dtype), table.cosines_and_sines(x.shape[1]), True)
 
     def call(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Heads rotated by the table where they fit the kernel, else by the module itself."""

@@ -78,7 +78,8 @@ def make_swiglu(forward: Swiglu, gradients: Gradients) -> Swiglu:
 
     @fused.vjp
     def _(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        return gradients(primals[0], primals[1], cotangent)
+        gate, x = primals
+        return gradients(gate, x, cotangent.astype(x.dtype))
 
     def swiglu(gate: mx.array, x: mx.array) -> mx.array:
         """The fused function for arrays that fit its kernels, else mlx-lm's."""

@@ -44,7 +44,8 @@ import sys, os
 from nested_core.backend import set_operations_per_commit, prepare
 prepare()
 set_operations_per_commit(int(sys.argv[1]))
-print(*(os.environ.get(name) for name in ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER")))
+names = ("MLX_USE_CUDA_GRAPHS", "MLX_MAX_OPS_PER_BUFFER", "MLX_CUDA_SDPA_CACHE_SIZE")
+print(*(os.environ.get(name) for name in (*names, "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE")))
 """
 
 
@@ -53,19 +54,20 @@ def test_with_mlx_for_cuda_a_model_chooses_how_kernels_are_started_unless_somebo
     tmp_path: Path,
 ) -> None:
     path = with_cuda_package(tmp_path)
-    assert run(ASK, "199999999", PYTHONPATH=path) == "0 100"
-    assert run(ASK, "200000000", PYTHONPATH=path) == "0 25"
-    assert run(ASK, "999999999", PYTHONPATH=path) == "0 25"
-    assert run(ASK, "1000000000", PYTHONPATH=path) == "0 8"
+    assert run(ASK, "199999999", PYTHONPATH=path) == "0 100 8192 256"
+    assert run(ASK, "200000000", PYTHONPATH=path) == "0 25 8192 256"
+    assert run(ASK, "999999999", PYTHONPATH=path) == "0 25 8192 256"
+    assert run(ASK, "1000000000", PYTHONPATH=path) == "0 8 8192 256"
     chosen = {"MLX_USE_CUDA_GRAPHS": "1", "MLX_MAX_OPS_PER_BUFFER": "77"}
-    assert run(ASK, "1000000000", PYTHONPATH=path, **chosen) == "1 77"
+    chosen |= {"MLX_CUDA_SDPA_CACHE_SIZE": "300", "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "9"}
+    assert run(ASK, "1000000000", PYTHONPATH=path, **chosen) == "1 77 300 9"
 
 
 @pytest.mark.skipif(
     any(d.name.startswith("mlx-cuda") for d in metadata.distributions()), reason="mlx is for CUDA"
 )
 def test_without_mlx_for_cuda_its_settings_are_left_alone() -> None:
-    assert run(ASK, "1000") == "None None"
+    assert run(ASK, "1000") == "None None None None"
 
 
 FAULTS = """

@@ -29,6 +29,8 @@ from nested_core.training.loss.output_head import extract_logits
 
 # Logits of one batch of choices at once: 256 MiB in float32.
 _MAX_LOGITS_AT_ONCE = 64 * 2**20
+# MLX keeps a plan of its attention on CUDA for each shape, and ends in an error after many of them.
+_WIDTH_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,10 @@ class EncodedSuite:
         while start < len(order):
             batch = order[start : start + size]
             pairs = [rows[row][1:] for row in batch]
-            found, vocabulary = _sum_log_probabilities(model, pairs)
+            width = _round_up_width(len(pairs[-1][0]) + len(pairs[-1][1]) - 1, self.context)
+            found, vocabulary = _sum_log_probabilities(model, pairs, width)
             sums[batch] = found
             start += len(batch)
-            width = len(pairs[-1][0]) + len(pairs[-1][1])
             size = max(1, min(64, _MAX_LOGITS_AT_ONCE // (width * vocabulary)))
         split = iter(sums.tolist())
         return [tuple(next(split) for _ in choices) for choices in self.choices]
@@ -208,12 +210,20 @@ def _encode_choice(question: Question, choice: str, tokenizer: Any) -> tuple[int
     return tuple(tokenizer.encode(choice, add_special_tokens=False))
 
 
+def _round_up_width(needed: int, context: int | None) -> int:
+    """The width of a batch whose longest row has `needed` inputs, within the model's context."""
+    width = -(-needed // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    return width if context is None else max(needed, min(width, context))
+
+
 def _sum_log_probabilities(
-    model: nn.Module, pairs: Sequence[Sequence[Sequence[int]]]
+    model: nn.Module, pairs: Sequence[Sequence[Sequence[int]]], width: int
 ) -> tuple[list[float], int]:
-    """The log-probability of each continuation after its prompt, and the size of the vocabulary."""
+    """The log-probability of each continuation after its prompt, and the size of the vocabulary.
+
+    `width` is that of the inputs, in tokens; no row is longer.
+    """
     rows = [[*prompt, *following] for prompt, following in pairs]
-    width = max(map(len, rows)) - 1
     inputs = np.zeros((len(rows), width), np.int32)
     for row, tokens in enumerate(rows):
         inputs[row, : len(tokens) - 1] = tokens[:-1]

@@ -53,4 +53,5 @@ def concatenate_on_cuda(arrays: Sequence[mx.array]) -> mx.array:
         [*ends, *[ends[-1]] * missing],
         blocks=(BLOCKS_PER_ARRAY, len(arrays)),
         threads=MAX_THREADS_PER_BLOCK,
+        dtypes=[arrays[0].dtype],
     )[0]

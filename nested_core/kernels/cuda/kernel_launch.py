@@ -33,6 +33,7 @@ def launch_kernel(
     *,
     blocks: Sequence[int],
     threads: int,
+    dtypes: Sequence[mx.Dtype] = (KERNEL_DTYPE,),
     **macros: int,
 ) -> list[mx.array]:
     """Launch the kernel of `<name>.cu` and return its outputs, which are computed lazily.
@@ -44,12 +45,18 @@ def launch_kernel(
         numbers: its scalar arguments, after the arrays; floats as float32.
         blocks: the grid in blocks: across, down, and planes where there are several.
         threads: of one block.
+        dtypes: what the kernel reads the inputs as; the last one holds for all that follow.
         macros: constants that the kernel is compiled with.
 
     Raises:
+        TypeError: an input is of another dtype, whose bytes the kernel would misread.
         RuntimeError: the kernel cannot be compiled. MLX raises it where a kernel cannot be loaded,
             when the arrays are computed.
     """
+    given = [array.dtype for array in inputs]
+    expected = [dtypes[min(place, len(dtypes) - 1)] for place in range(len(inputs))]
+    if given != expected:
+        raise TypeError(f"the CUDA kernel {name} reads {expected}, and was given {given}")
     across, down, *planes = blocks
     return mx.fast.precompiled_cuda_kernel(
         name=name,  # MLX tells programs of one name apart by what is in them

@@ -140,6 +140,7 @@ def factor_gradients_on_cuda(pairs: Pairs) -> Sequence[mx.array]:
         [splits, total],
         blocks=(-(-total // (4 * MAX_THREADS_PER_BLOCK)), 1),
         threads=MAX_THREADS_PER_BLOCK,
+        dtypes=[mx.float32],
     )
     products, start = [], 0
     for rank, width in shapes:

@@ -9,7 +9,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from nested_core.errors import ConfigError, DamagedError
+from nested_core.models.base_model import find_model_folder_offline
 from nested_core.models.peft.importing import PEFT_WEIGHTS
 from nested_core.models.peft.lora_factors import (
     MLX_LM_NAMING,
@@ -45,13 +48,47 @@ def export_peft(folder: Path, out: Path, model: str | None = None) -> Conversion
     adapter = _read_mlx_lm_adapter(Path(os.path.realpath(folder)))
     modules = _read_factors(adapter)
     written = _make_peft_config(adapter, modules, model)
+    notes = _compare_with_base(modules, written["base_model_name_or_path"])
     tensors = name_tensors(modules, PEFT_NAMING)
     with creating_adapter_folder(out, own_run=folder.parent) as temporary:
         arrays = {name: tensor.to_mlx() for name, tensor in tensors.items()}
         save_arrays(temporary / PEFT_WEIGHTS, arrays, metadata_format="pt")
         write_json(temporary / CONFIG_NAME, dict(sorted(written.items())))
     return Conversion(
-        out, written, len(modules), len(tensors), tuple(note_half_precision_dora(modules))
+        out,
+        written,
+        len(modules),
+        len(tensors),
+        (*notes, *note_half_precision_dora(modules)),
+    )
+
+
+def _compare_with_base(modules: Collection[str], base: str) -> list[str]:
+    """Notes on names that could not be compared; ConfigError where the base has other modules.
+
+    transformers knows modules by the names in the base's own files; mlx-lm renames some, such as
+    transformer.h of GPT-2. PEFT attaches nothing to a name that it does not find, and only warns.
+    """
+    folder = find_model_folder_offline(base)
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if not files:
+        return [
+            f"{base} is not on this machine: whether PEFT finds the adapter's modules in it was "
+            f"not compared."
+        ]
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, "numpy") as tensors:
+            names.update(tensors.keys())
+    strange = [module for module in sorted(modules) if f"{module}.weight" not in names]
+    if not strange:
+        return []
+    raise ConfigError(
+        f"{len(strange)} of {len(modules)} modules that the adapter changes are called otherwise "
+        f"in the files of {folder}, or are not in them: PEFT would attach nothing there. Give "
+        f"--model the base that PEFT is to load; if it is this one, mlx-lm renames its modules, "
+        f"and the adapter cannot be exported.\n"
+        + list_first_problems([f"  {name}" for name in strange])
     )
 
 

@@ -161,7 +161,9 @@ def device_profile_for(config: FineTuneConfig) -> DeviceProfile:
         device = peak_estimate.cuda_profile(
             int(os.environ.get(backend.OPERATIONS_PER_COMMIT_VARIABLE, "100"))
         )
-        plain = replace(device, recomputes_mlp_product=False, dequantized_weights=0)
+        plain = replace(
+            device, recomputes_mlp_product=False, attention_multiple=1, dequantized_weights=0
+        )
         return plain if is_plain else device
     device = peak_estimate.CPU_PROFILE if backend.device() == "cpu" else peak_estimate.METAL_PROFILE
     plain = replace(device, score_share=1, mlp_arrays=2, dequantized_weights=0)

@@ -5,7 +5,9 @@ trained one up, since those below keep nothing for the backward pass:
 
     resident    = weights + moments, and for packed parameters trained + moments once more
     kept        = s * (T * (layer.kept + mlp_arrays * layer.mlp_width)
-                  + score_share * rows * heads * length^2), for each layer
+                  + score_share * rows * heads * length^2), for each layer; and where a device
+                  pads attention from length to padded, its output twice and what is padded:
+                  s * rows * (length * attention + (padded - length) * (attention + qkv))
     logits      = (s + 8) * vocabulary * rows of the chunks that exist at once;
                   (s + 12) * vocabulary * T where every position has its logits
     dequantized = dequantized_weights * the largest quantized weight once it is dequantized
@@ -31,6 +33,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nested_core.kernels.cuda.kernel_launch import KERNEL_DTYPE
+from nested_core.kernels.padded_attention import FUSED_LENGTH_MULTIPLE
 from nested_core.training.loss.chunked_cross_entropy import round_up_position_count
 from nested_core.training.loss.loss_interface import BatchShape
 
@@ -54,6 +57,7 @@ class DeviceProfile:
     logit_chunks: chunks of logits that exist at once.
     max_in_flight_ratio: bound of `layers_in_flight`, as a ratio to all layers that are trained.
     recomputes_mlp_product: whether the product of an MLP of LoRA layers is recomputed, not kept.
+    attention_multiple: lengths that attention is padded to; 1 where it is not.
     dequantized_weights: number of dequantized weight matrices alive at once; 0 where MLX multiplies
         by quantized weights itself.
     """
@@ -64,6 +68,7 @@ class DeviceProfile:
     logit_chunks: int = 5
     max_in_flight_ratio: float = 1
     recomputes_mlp_product: bool = False
+    attention_multiple: int = 1
     dequantized_weights: int = DEQUANTIZED_WEIGHT_COPIES
 
 
@@ -83,6 +88,7 @@ def cuda_profile(operations_per_commit: int) -> DeviceProfile:
         logit_chunks=2,
         max_in_flight_ratio=1.3,
         recomputes_mlp_product=True,
+        attention_multiple=FUSED_LENGTH_MULTIPLE,
     )
 
 
@@ -90,7 +96,8 @@ def cuda_profile(operations_per_commit: int) -> DeviceProfile:
 class LayerFootprint:
     """One layer, in elements a token: its input, what it keeps, and the inner width of its MLP.
 
-    `mlp_product` is the part of `kept` that a device with `recomputes_mlp_product` does not keep.
+    `mlp_product` is the part of `kept` that a device with `recomputes_mlp_product` does not keep;
+    `attention` is attention's output, and `qkv` are the queries, keys and values that it reads.
     """
 
     width: int
@@ -99,6 +106,8 @@ class LayerFootprint:
     heads: int
     is_trained: bool
     mlp_product: int = 0
+    attention: int = 0
+    qkv: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,10 +146,16 @@ def bytes_kept_for_backward(
     """What one layer that is not recomputed keeps for the backward pass."""
     scores = device.score_share * batch.rows * layer.heads * batch.length**2
     kept = layer.kept + device.mlp_arrays * layer.mlp_width
-    is_bfloat16 = footprint.activation_bytes == KERNEL_DTYPE.size  # the only dtype of the kernels
-    if device.recomputes_mlp_product and is_bfloat16:
+    is_half_precision = footprint.activation_bytes == KERNEL_DTYPE.size  # as the kernels take
+    if device.recomputes_mlp_product and is_half_precision:
         kept -= layer.mlp_product
-    return footprint.activation_bytes * (batch.rows * batch.length * kept + scores)
+    elements = batch.rows * batch.length * kept + scores
+    more = -batch.length % device.attention_multiple
+    if more and is_half_precision:
+        elements += batch.rows * (
+            batch.length * layer.attention + more * (layer.attention + layer.qkv)
+        )
+    return footprint.activation_bytes * elements
 
 
 def bytes_of_logits(footprint: ModelFootprint, batch: BatchShape, device: DeviceProfile) -> int:

@@ -202,6 +202,25 @@ def test_factors_in_another_dtype_than_the_input_are_computed_as_mlx_lm_does() -
     assert np.array(found.view(mx.uint16)).tobytes() == np.array(expected.view(mx.uint16)).tobytes()
 
 
+def test_a_float32_base_in_a_bfloat16_model_gives_its_input_a_bfloat16_gradient() -> None:
+    """MLX casts nothing on the way back: the kernels below read the gradient as bfloat16."""
+    layer = LoRALinear(16, 8, r=8)
+    layer.set_dtype(mx.bfloat16)
+    layer.linear.weight = mx.random.normal((8, 16))
+    layer.lora_b = mx.random.normal((8, 8)).astype(mx.bfloat16)
+    model, x = nn.Sequential(layer), mx.random.normal((2, 3, 16)).astype(mx.bfloat16)
+
+    def outputs(x: mx.array) -> mx.array:
+        total: mx.array = model(x).astype(mx.float32).sum()
+        return total
+
+    (expected,) = mx.vjp(outputs, [x], [mx.array(1.0)])[1]
+    with using_optimized_lora_layers(model):
+        (found,) = mx.vjp(outputs, [x], [mx.array(1.0)])[1]
+    assert found.dtype == mx.bfloat16
+    assert mx.allclose(found, expected.astype(mx.bfloat16), rtol=0.02, atol=0.05).item()
+
+
 def test_modules_parameters_and_names_are_given_back_after_an_error(tmp_path: Path) -> None:
     model = build("llama")
     before = {name: (module, type(module)) for name, module in model.named_modules()}

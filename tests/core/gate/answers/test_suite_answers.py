@@ -71,6 +71,33 @@ def test_choices_are_weighed_by_the_log_probability_of_a_float64_reference(tmp_p
     assert result.scores == tuple(float(text.strip() == "Suva") for text in likeliest)
 
 
+@pytest.mark.parametrize(("context", "widths"), [(None, {64, 128}), (100, {64, 100})])
+def test_choices_are_weighed_in_few_widths_within_the_context(
+    tmp_path: Path, context: int | None, widths: set[int]
+) -> None:
+    """MLX on CUDA keeps a plan for each shape of attention, and ends in an error at 512."""
+    model, _ = example()
+    seen: list[tuple[int, ...]] = []
+
+    class Noting:
+        def __call__(self, inputs: mx.array) -> mx.array:
+            seen.append(inputs.shape)
+            logits: mx.array = model(inputs)
+            return logits
+
+    lines = [
+        {"prompt": "Suva " * count, "choices": CHOICES, "expected": " Suva"}
+        for count in range(1, 80)
+    ]
+    encoded = encode(tmp_path, "choice", *lines, context=context)
+    found = encoded.log_likelihoods(Noting())  # type: ignore[arg-type]
+    assert {width for _, width in seen} == widths
+    assert len(set(seen)) <= 2 * len(widths) + 2
+    for row in (0, 40, 78):
+        expected = [reference(model, encoded.prompts[row], c) for c in encoded.choices[row]]
+        np.testing.assert_allclose(found[row], expected, rtol=1e-3)
+
+
 def test_a_tie_between_choices_is_a_wrong_answer(tmp_path) -> None:
     model, tokenizer = load(str(MODEL))[:2]
     embedding = model.model.embed_tokens

@@ -143,8 +143,11 @@ def test_a_launch_gives_what_the_source_takes(name: str, monkeypatch: pytest.Mon
         *,
         blocks: Sequence[int],
         threads: int,
+        dtypes: Sequence[mx.Dtype] = (TYPE,),
         **macros: int,
     ) -> list[mx.array]:
+        expected = [*dtypes, *[dtypes[-1]] * (len(inputs) - len(dtypes))]
+        assert [array.dtype for array in inputs] == expected
         assert min(blocks) > 0
         assert len(blocks) in (2, 3)
         assert threads % 32 == 0
@@ -184,6 +187,22 @@ def test_a_grid_is_of_threads_across_and_of_blocks_down_and_deep(
     assert given["output_dtypes"] == [TYPE]
     assert given["scalars"] == [7, kernel_launch.round_to_float32(0.1)]
     assert given["ensure_row_contiguous"] is True
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: rms_norm.input_gradient_on_cuda(of(3, 40), of(40), 1e-5, x(3, 40)),
+        lambda x: swiglu.swiglu_gradients_on_cuda(of(4, 8), of(4, 8), x(4, 8)),
+        lambda x: rope.rotate_on_cuda(x(2, 5, 4, 48), of(5, 48, dtype=mx.float32), True),
+        lambda x: rope.rotate_on_cuda(of(2, 5, 4, 48), of(5, 48), True),
+        lambda x: padded_attention.change_length_on_cuda([of(2, 3, 4, 16), x(2, 3, 2, 16)], 128),
+        lambda x: concatenate.concatenate_on_cuda([of(8), x(16)]),
+    ],
+)
+def test_an_array_of_another_dtype_than_a_kernel_reads_is_refused(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"the CUDA kernel \w+ reads .*bfloat16.*, and was given"):
+        call(lambda *shape: of(*shape, dtype=mx.float32))
 
 
 @pytest.mark.parametrize("number", [1e-5, 1e-6, 2.0, 1 / 3, -1.0])

@@ -14,7 +14,7 @@ from nested_core.errors import ConfigError, DamagedError, NestedTuneError
 from nested_core.models.peft import export_peft
 from nested_core.storage.adapter import write_adapter
 from nested_core.storage.manifest import write_manifest
-from nested_core.storage.safetensors_files import load_arrays
+from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.models.peft.adapters import random_adapter
 from tests.example import MODEL
 
@@ -63,10 +63,26 @@ def test_modules_that_differ_from_layer_to_layer_go_by_their_full_names(tmp_path
     assert (config["layers_to_transform"], config["layers_pattern"]) == (None, None)
 
 
-def test_another_name_for_the_base(tmp_path: Path) -> None:
+def test_another_name_for_the_base_which_is_not_here_to_be_compared(tmp_path: Path) -> None:
     adapter = random_adapter(tmp_path / "adapter")
+    assert export_peft(adapter, tmp_path / "compared").notes == ()
     done = export_peft(adapter, tmp_path / "out", "org/base")
     assert done.config["base_model_name_or_path"] == "org/base"
+    (note,) = done.notes
+    assert note.startswith("org/base is not on this machine: whether PEFT finds the adapter's")
+
+
+def test_modules_that_the_base_has_under_other_names_are_refused(tmp_path: Path) -> None:
+    """As mlx-lm's model.h of GPT-2 is transformer.h in transformers."""
+    base = tmp_path / "base"
+    base.mkdir()
+    weights = load_arrays(MODEL / "model.safetensors")
+    renamed = {name.replace("model.layers", "transformer.h"): w for name, w in weights.items()}
+    save_arrays(base / "model.safetensors", renamed)
+    adapter = random_adapter(tmp_path / "adapter", model=str(base))
+    text = refused(adapter, ConfigError)
+    assert text.startswith("4 of 4 modules that the adapter changes are called otherwise in the")
+    assert f"\n  {Q5}" in text
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,14 @@ def layers_of(model: nn.Module, **settings: Any) -> tuple[LayerFootprint, ...]:
 def test_a_llamas_layer_is_read_as_the_docstring_says() -> None:
     d, a, k, m, r = 64, 64, 32, 128, 8
     expected = LayerFootprint(
-        d, 4 * d + 2 * a + 2 * k + 3 * m + 7 * r, m, 4, is_trained=True, mlp_product=m
+        d,
+        4 * d + 2 * a + 2 * k + 3 * m + 7 * r,
+        m,
+        4,
+        is_trained=True,
+        mlp_product=m,
+        attention=a,
+        qkv=a + 2 * k,
     )
     assert layers_of(build("llama", rank=8)) == (expected, expected)
     assert layers_of(build("llama", rank=8, quantized=True)) == (expected, expected)

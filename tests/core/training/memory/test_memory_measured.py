@@ -47,14 +47,33 @@ H200 = {  # GiB at the peak, by rows of a batch and operations a commit
 H200_4_BITS = {("135M", 100): 3.04, ("0.5B", 100): 4.15, ("1.7B", 8): 11.8, ("7B", 8): 24.0}
 
 
-def predicted_for_cuda(size: str, rows: int, operations: int, bits: float = 16) -> float:
+# GiB at the peak of 3B with 8 operations a commit, by rows and width.
+H200_WIDTHS = {
+    (2, 2048): 20.434,
+    (3, 700): 14.435,
+    (3, 768): 14.776,
+    (4, 278): 11.0,
+    (8, 128): 10.389,
+    (8, 136): 11.172,
+    (8, 256): 13.972,
+    (1, 8064): 32.001,
+    (1, 8192): 32.401,
+}
+
+
+def predicted_for_cuda(
+    size: str, rows: int, operations: int, bits: float = 16, length: int | None = None
+) -> float:
     """GiB; `bits` a weight, with what its group's scale and bias take."""
     shape = replace(SHAPES[size], batch=rows)
+    shape = replace(shape, length=length or shape.length)
     d, m, r = shape.hidden, shape.intermediate, RANK
     k = d * shape.kv_heads // shape.heads
     trained = 4 * shape.layers * r * (2 * (d + d) + 2 * (d + k) + 3 * (d + m))
     kept = 4 * d + 2 * d + 2 * k + 3 * m + 7 * r
-    layer = LayerFootprint(d, kept, m, shape.heads, is_trained=True, mlp_product=m)
+    layer = LayerFootprint(
+        d, kept, m, shape.heads, is_trained=True, mlp_product=m, attention=d, qkv=d + 2 * k
+    )
     footprint = ModelFootprint(
         int(shape.weights * bits / 8) + trained,
         trained,
@@ -75,6 +94,14 @@ def test_the_prediction_for_cuda_is_within_a_twentieth_of_what_an_h200_took(
 ) -> None:
     found = predicted_for_cuda(size, rows, operations)
     assert found == pytest.approx(H200[size, rows, operations], rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "width"), H200_WIDTHS)
+def test_it_is_within_a_tenth_for_widths_at_which_attention_is_padded(
+    rows: int, width: int
+) -> None:
+    found = predicted_for_cuda("3B", rows, 8, length=width)
+    assert found == pytest.approx(H200_WIDTHS[rows, width], rel=0.1)
 
 
 @pytest.mark.parametrize(("size", "operations"), H200_4_BITS)

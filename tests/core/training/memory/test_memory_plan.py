@@ -20,6 +20,7 @@ from nested_core.training.memory.peak_estimate import (
     DeviceProfile,
     LayerFootprint,
     ModelFootprint,
+    bytes_kept_for_backward,
     cuda_profile,
     estimate_peak_bytes,
     fewest_recomputed_layers,
@@ -54,6 +55,19 @@ MIDDLE = ModelFootprint(
     chunk_rows=16384,
 )
 WIDE = BatchShape(rows=8, length=256, target_tokens=2048)
+
+
+def test_padded_attention_keeps_its_output_twice_and_what_is_padded() -> None:
+    layer = replace(LAYER, attention=6, qkv=10)
+    padding = replace(PLAIN, attention_multiple=4)
+    half = replace(SMALL, activation_bytes=2)
+    more = 2 * (2 * 3 * 6 + 2 * 1 * (6 + 10))  # 2 rows of 3 positions, padded to 4
+    kept = [bytes_kept_for_backward(half, layer, BATCH, each) for each in (PLAIN, padding)]
+    assert kept[1] - kept[0] == more
+    whole = replace(BATCH, length=4)
+    for footprint, batch in ((SMALL, BATCH), (half, whole)):  # float32; nothing to be padded
+        expected = bytes_kept_for_backward(footprint, layer, batch, PLAIN)
+        assert bytes_kept_for_backward(footprint, layer, batch, padding) == expected
 
 
 def test_the_peak_of_a_small_case_is_what_a_hand_computes() -> None:
