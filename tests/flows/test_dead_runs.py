@@ -95,7 +95,7 @@ def test_what_is_silent_is_ended_by_its_state_and_all_else_is_left_alone(
         "heard": "Running",
         "heard again": "Running",
     }
-    assert "No heartbeat for 0 minutes" in str(runs["at work"].state)
+    assert "its process is gone" in str(runs["at work"].state)
 
 
 def test_where_all_were_heard_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:

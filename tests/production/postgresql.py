@@ -26,13 +26,18 @@ def find_binaries() -> Path | None:
     return versions[-1].parent if versions else None
 
 
+def make_folder() -> Path:
+    """A folder that the unprivileged user reaches: a session's own folder is closed to others."""
+    return Path(tempfile.mkdtemp(prefix="nested-tune-pg-", dir="/tmp"))
+
+
 @dataclass
 class Cluster:
     """A database server on a free port of this machine; its files lie in a folder of their own."""
 
     binaries: Path
     port: int = field(default_factory=free_port)
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="nested-tune-pg-")))
+    folder: Path = field(default_factory=make_folder)
     process: subprocess.Popen[bytes] | None = None
 
     @property
