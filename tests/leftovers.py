@@ -55,8 +55,8 @@ class MayStay:
 MAY_STAY = (
     MayStay(
         "thread",
-        r"^(GlobalEventLoopThread|RunSyncEventLoopThread)$",
-        "Prefect's event loops, one a process: they wait for what they are asked to run",
+        r"^(GlobalEventLoopThread|RunSyncEventLoopThread|AnyIO worker thread)$",
+        "Prefect's event loops and their workers, which wait for what they are asked to run",
     ),
     MayStay("thread", r"^tqdm_monitor$", "tqdm's, one a process: it wakes up and redraws bars"),
     MayStay("thread", r"^Mlflow\w+_\d+$", "mlflow's pool for files, idle until it is collected"),
