@@ -9,7 +9,6 @@ from typing import Any
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.errors import join_first_values, shorten
-from nested_core.registry.loss_conclusion import describe_conclusion
 from nested_core.storage.run_directory import RunDirectory
 from nested_core.storage.strict_files import read_json_object
 from nested_core.text.foreign_text import escape
@@ -52,6 +51,8 @@ def describe_loss(run: RunDirectory) -> str:
     change = format_change(losses["loss_before"], losses["loss_after"])
     doubt = ""
     if losses.get("conclusion") == "inconclusive":
+        from nested_core.registry.loss_conclusion import describe_conclusion  # loads mlx
+
         doubt = f", {describe_conclusion(losses)}"
     return f"{name} {change}{doubt}{_describe_champion(verdict)}"
 

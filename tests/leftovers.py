@@ -141,6 +141,7 @@ class Watch:
         self._heard = heard
         self._folders = tuple(f"{folder.resolve()}{os.sep}" for folder in folders)
         self._seconds = seconds
+        self._has_looked = False
         self._threads: set[threading.Thread] = set()
         self._processes: dict[int, str] = {}
         self._sockets: dict[int, str] = {}
@@ -151,10 +152,11 @@ class Watch:
 
     def begin(self) -> None:
         """Look before a test. What its session's and module's fixtures started is there already."""
-        if self._heard.started_processes:
+        if self._heard.started_processes or not self._has_looked:
             self._processes = own_processes()
-        if self._heard.bound_sockets:
+        if self._heard.bound_sockets or not self._has_looked:
             self._sockets = listening_sockets()
+        self._has_looked = True
         self._threads = set(threading.enumerate())
         self._environment = _environment()
         self._random_state = random.getstate()

@@ -11,6 +11,7 @@ from nested_core.data.data_settings import DataSettings
 from nested_core.data.sources.split_files import open_splits
 from nested_core.errors import DatasetError
 from nested_core.storage.atomic import canonical_json
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 
 def read_group_values(settings: DataSettings, split: str, lines: Sequence[int]) -> list[str | None]:
@@ -41,7 +42,7 @@ def _read_field(path: Path, wanted: Sequence[int], field: str | None) -> list[st
     values: list[str | None] = []
     remaining = iter(wanted)
     following = next(remaining, None)
-    with path.open("rb") as file:
+    with open_regular(path, UNBOUNDED, follow_links=True) as (file, _):
         for number, line in enumerate(file, 1):
             if number != following:
                 continue

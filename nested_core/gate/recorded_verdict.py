@@ -133,7 +133,7 @@ def _differing_losses(
     )
     now = asdict(judged)
     for key in now.keys() - {"selected_on_same_data", "has_one_answer"}:
-        if not is_close_figure(validation.get(key), now[key]):
+        if not is_close_figure(validation.get(key, MISSING_FIGURE), now[key]):
             yield f"validation.{key}"
     if harm_reasons(losses, judged, gate):
         yield "validation.harmed"

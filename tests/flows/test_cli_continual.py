@@ -75,4 +75,4 @@ def test_a_champion_whose_provenance_is_damaged_ends_with_6(
     path.write_text("{")
     refused = called("train", "-c", "config.yaml", "--run-dir", "fifth", cwd=folder)
     assert refused.code == 6
-    assert "provenance.json is not valid JSON" in refused.message()
+    assert "provenance.json: has changed since it was written" in refused.message()

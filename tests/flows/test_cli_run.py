@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 
 from tests.example import write_config
-from tests.flows.conftest import Ended, called, completed
+from tests.flows.conftest import Ended, completed
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A sound data set in a process of its own, and a bad one in this process, on one server."""
+    """A sound data set and a bad one, each in a process of its own, on one server."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "data").mkdir()
     (folder / "data" / "train.jsonl").write_text('{"messages": 5}\n')
@@ -48,7 +48,9 @@ def runs(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Runs
     sound = ("run", "-c", "sound.yaml", "--run-dir", "sound")
     bad = ("run", "-c", "bad.yaml", "--run-dir", "bad")
     return Runs(
-        folder, completed(*sound, cwd=folder, PREFECT_API_URL=server), called(*bad, cwd=folder)
+        folder,
+        completed(*sound, cwd=folder, PREFECT_API_URL=server),
+        completed(*bad, cwd=folder, PREFECT_API_URL=server),
     )
 
 

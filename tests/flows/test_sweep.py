@@ -59,7 +59,7 @@ def test_a_grid_over_what_the_loss_is_of_is_refused_before_any_run(
 ) -> None:
     registry = {"path": str(tmp_path / "registry"), "name": "capitals"}
     config = SweepParameters(
-        base=example_config(registry=registry), grid={key: ["a", "b"]}, deployment="f/d"
+        base=example_config(registry=registry), grid={key: ["a", "b"]}, deployment="finetune/d"
     )
     with (
         patch("flows.sweep.run_deployment") as start,

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.planted_suites import Exchange, PlantedSuite
 from nested_core.gate import paired_difference
+from nested_core.gate.harmed_examples import exchange_mid_p
 
 LOSING = Exchange(lost=0.125, won=0.025)
 EQUAL = Exchange(lost=0.05, won=0.05)
@@ -39,15 +40,22 @@ def test_a_few_planted_suites_are_judged_alike(
     assert count_refused(suite, EQUAL, range(10)) <= 1
 
 
-def test_what_a_champion_answered_and_the_candidate_lost_is_refused_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_a_champion_answered_and_the_candidate_lost_is_refused_at_the_level_of_two_rivals(
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(paired_difference, "RESAMPLES", 1_000)
+    """Holm's level for the first of two: the base, of which nothing is lost, is a rival too."""
     suite = PlantedSuite(tmp_path)
-    for seed in range(3):
+    outcomes = set()
+    for seed in range(6):
         for exchange in (LOSING, EQUAL):
-            against_champion = suite.judge(exchange, seed, before="champion")
-            assert against_champion == suite.judge(exchange, seed)
+            alone = suite.judge(exchange, seed)
+            beside_base = suite.judge(exchange, seed, before="champion")
+            chance = exchange_mid_p(alone.lost, alone.won)
+            assert (beside_base.lost, beside_base.won) == (alone.lost, alone.won)
+            assert alone.is_refused == (chance <= 0.025)
+            assert beside_base.is_refused == (chance <= 0.0125)
+            outcomes.add((alone.is_refused, beside_base.is_refused))
+    assert {(True, True), (False, False)} <= outcomes
 
 
 def test_a_drop_within_max_drop_is_let_pass_and_without_noise_every_drop_is_refused(

@@ -9,8 +9,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from nested_core.errors import ConfigError, DamagedError
 from nested_core.models.base_model import find_model_folder_offline
 from nested_core.models.peft.importing import PEFT_WEIGHTS
@@ -31,7 +29,8 @@ from nested_core.models.peft.output_folder import (
 from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read_adapter
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
-from nested_core.storage.safetensors_files import save_arrays
+from nested_core.storage.safetensors_files import read_header, save_arrays
+from nested_core.storage.strict_files import open_regular
 
 LAYER_MODULE_PATTERN = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
 EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
@@ -78,8 +77,8 @@ def _compare_with_base(modules: Collection[str], base: str) -> list[str]:
         ]
     names: set[str] = set()
     for file in files:
-        with safe_open(file, "numpy") as tensors:
-            names.update(tensors.keys())
+        with open_regular(file, follow_links=True) as (opened, size):  # as the hub's cache has them
+            names.update(read_header(opened, size, file))
     strange = [module for module in sorted(modules) if f"{module}.weight" not in names]
     if not strange:
         return []

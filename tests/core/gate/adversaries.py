@@ -461,7 +461,7 @@ def one_module_whose_product_overflows(scene: Scene) -> None:
     scene.rewrite(change_adapter=lambda t: t.update({name: t[name] * 0 + 3e38}))
 
 
-@case("loss_regressed")
+@case("loss_regressed", "examples_harmed")
 def the_learned_direction_turned_around(scene: Scene) -> None:
     scene.rewrite(
         change_adapter=lambda t: t.update({n: -v if n.endswith("b") else v for n, v in t.items()})

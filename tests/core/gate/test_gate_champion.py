@@ -132,16 +132,16 @@ def test_a_candidate_that_is_not_better_beyond_noise_says_by_how_much(
     assert "can show no difference below" in refused
 
 
-def test_the_improvement_that_is_asked_for_is_held_against_the_end_of_the_interval(
+def test_the_improvement_that_is_asked_for_is_held_against_the_difference_itself(
     config: FineTuneConfig, run: RunDirectory, make_champion: Champion
 ) -> None:
     champion = make_champion(halve)
     verdict = steps.judge(config, run)
     assert verdict.champion is not None
-    assert verdict.champion.interval is not None
+    assert verdict.champion.difference is not None
     version = register_run(config, run, champion)
     for share, outcome in ((1.01, "is not better by more than"), (0.99, "promoted")):
-        wanted = -verdict.champion.interval[1] * share
+        wanted = -verdict.champion.difference * share
         section = config.registry.model_copy(update={"min_improvement": wanted})
         done = promote_by_policy(section, version, champion)
         assert outcome in (done if isinstance(done, str) else done.outcome)
