@@ -93,7 +93,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.mark.claim(
-    "What was shown to be worse, in loss or answers, does not pass; too few examples to tell is said"
+    "What was shown to be worse, in loss or answers, does not pass; "
+    "too few examples to tell is said"
 )
 def test_a_run_that_lowers_its_loss_and_breaks_its_answers_is_refused(broken: Finished) -> None:
     with pytest.raises(GateRejected, match=r"task_regressed \(capitals: (\d+) of 20 right before"):
