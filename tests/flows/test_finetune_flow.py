@@ -114,8 +114,12 @@ def test_a_rise_beyond_bound_and_noise_is_rejected_with_the_champions_loss(
     state = continued(folder, "rejected", learning_rate=0.05, iters=4)
     assert (state.is_failed(), state.name) == (True, "Rejected"), state.message
     number = r"[0-9.]+"
-    said = rf"rejected: loss_regressed {number} -> {number} on \d+ examples; "
-    assert re.fullmatch(rf"{said}champion {champion[:6]} {number}", str(state.message))
+    said = (
+        rf"rejected: loss_regressed {number} -> {number} on 10 examples; "
+        rf"examples_harmed: 10 of 10 examples lost far more than a nat a token, .+; "
+        rf"champion {champion[:6]} {number}"
+    )
+    assert re.fullmatch(said, str(state.message))
 
 
 def test_a_night_on_the_champions_own_data_is_skipped(completed: tuple[Path, State[Any]]) -> None:

@@ -42,7 +42,13 @@ def settings(registry: Path, policy: str, iters: int) -> dict[str, Any]:
         pytest.param("never", "better", None, None, marks=BOTH),
         pytest.param("always", "worse", "better", "promoted", marks=BOTH),
         ("better", "better", "worse", "promoted"),
-        pytest.param("better", "worse", "better", "is not better than the champion's", marks=BOTH),
+        pytest.param(
+            "better",
+            "worse",
+            "better",
+            "is not better by more than 0.005 than the champion's",
+            marks=BOTH,
+        ),
         pytest.param("approve", "better", None, "waiting for approval", marks=BOTH),
     ],
 )

@@ -30,7 +30,7 @@ from nested_core.storage.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, read
 from nested_core.storage.atomic import write_json
 from nested_core.storage.manifest import MANIFEST_NAME, verify_manifest
 from nested_core.storage.safetensors_files import read_header, save_arrays
-from nested_core.storage.strict_files import open_regular
+from nested_core.storage.strict_files import UNBOUNDED, open_regular
 
 LAYER_MODULE_PATTERN = re.compile(r"(?P<stack>[^.]+\..+?)\.(?P<layer>\d+)\.(?P<key>.+)")
 EMBEDDING_PATTERN = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$")
@@ -77,7 +77,7 @@ def _compare_with_base(modules: Collection[str], base: str) -> list[str]:
         ]
     names: set[str] = set()
     for file in files:
-        with open_regular(file, follow_links=True) as (opened, size):  # as the hub's cache has them
+        with open_regular(file, UNBOUNDED, follow_links=True) as (opened, size):
             names.update(read_header(opened, size, file))
     strange = [module for module in sorted(modules) if f"{module}.weight" not in names]
     if not strange:

@@ -234,6 +234,7 @@ def test_a_maker_that_fails_leaves_nothing(
 def pool() -> Iterator[ProcessPoolExecutor]:
     """Two processes, which import everything once for all tests that use them."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        processes.submit(os.getpid).result()  # the first call starts its threads
         yield processes
 
 
