@@ -32,6 +32,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "gate": {"data": LARGE},
     "register": {},
 }
+SECONDS_AWAY = 30
 SHORT = {"iters": 12, "save_every": 4, "steps_per_eval": 12}
 
 
@@ -90,6 +91,26 @@ def test_cancelled_in_a_task_before_or_after_training(
     training.go_on(has_begun=step > 0)
     held = f"checkpoint of step {step}" if step else "nothing trained yet"
     faults.add(f"cancel in {task}", state, held, seconds, "a retry does the rest, promoted once")
+
+
+@pytest.mark.usefixtures("large_data")
+@pytest.mark.parametrize("task", ["validate", "gate", "register"])
+def test_the_server_is_away_while_a_task_ends_and_publishes(
+    stack: Stack, faults: FaultTable, task: str
+) -> None:
+    """Killed while the task is under way, and away until that has ended: the run goes on."""
+    training = Training(stack, f"away-{task}", **SHORT | SLOW[task])
+    holding = registry_held_after_the_gate if task == "register" else nothing_held
+    with holding(stack, training):
+        wait_for(lambda: stack.is_running(training.id, task), 180)
+        stack.kill_server()
+    time.sleep(SECONDS_AWAY)
+    stack.start_server()
+    state, _ = training.final_state(seconds=300)
+    assert state == "Completed", stack.flow_run(training.id).state
+    assert champion(stack, training.name) is not None
+    then = "what cannot be published is left out, and the run goes on"
+    faults.add(f"server away while {task} ends", state, "the finished run", None, then)
 
 
 def test_cancelled_in_promote(stack: Stack, faults: FaultTable) -> None:

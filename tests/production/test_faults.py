@@ -313,20 +313,3 @@ def announce(stack: Stack, version: str, name: str) -> None:
     event |= {"occurred": datetime.now(UTC).isoformat()}
     with stack.connected() as client:
         client.request("POST", "/events", json=[event]).raise_for_status()
-
-
-@pytest.mark.parametrize("task", ["validate", "gate"])
-def test_the_server_is_away_while_a_task_publishes_its_page(
-    stack: Stack, faults: FaultTable, task: str
-) -> None:
-    """Killed as the task begins: its page is published into the outage, and the run goes on."""
-    training = Training(stack, f"away-{task}", iters=12, val_batches=-1)
-    wait_for(lambda: stack.is_running(training.id, task), 180)
-    stack.kill_server()
-    time.sleep(20)
-    stack.start_server()
-    state, _ = training.final_state()
-    assert state == "Completed", stack.flow_run(training.id).state
-    assert len(core.history(stack.registry, training.name)) == 1
-    then = "the page is left out, and the run goes on"
-    faults.add(f"server away while {task} publishes", "Completed", "-", None, then)
