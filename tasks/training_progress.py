@@ -1,7 +1,8 @@
-"""What a flow run's page shows while it trains: a progress bar, and the loss as a picture.
+"""What a flow run's page shows while it trains, and whether the run was cancelled there meanwhile.
 
-Both are one row of the server's database each, updated in place. How often depends on the time that
-has passed alone, so that a run of many steps costs no more pages than one of few.
+The page has a progress bar, and the loss as a picture. Both are one row of the server's database
+each, updated in place. How often depends on the time that has passed alone, so that a run of many
+steps costs no more pages than one of few.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
-from prefect import get_run_logger
+from prefect import get_run_logger, runtime
+from prefect.client.orchestration import SyncPrefectClient, get_client
 
 from nested_core.config.schema import FineTuneConfig
 from nested_core.storage.run_directory import RunDirectory
@@ -22,6 +25,7 @@ from nested_core.training.metrics_file import read_metrics
 from nested_core.training.training_plan import TrainingPlan, read_plan
 from tasks.artifact_client import ArtifactClient, artifact_key
 from tasks.loss_picture import LossCurves, describe_curves
+from tasks.server_outage import tolerating_server_outage
 
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_CHECKS = 0.5
@@ -29,6 +33,7 @@ SECONDS_BETWEEN_CHECKS = 0.5
 MIN_SECONDS_BETWEEN_UPDATES = 2.0
 UPDATE_GAP_SHARE_OF_ELAPSED_TIME = 0.1
 SECONDS_TO_FINISH = 5.0
+SECONDS_BETWEEN_CANCEL_CHECKS = 20.0
 CONSOLE_ONLY_LOG_EXTRA = {"send_to_api": False}  # a line of the log is a row of the database
 
 
@@ -103,6 +108,10 @@ class PrefectProgress:
     """Follows a trainer from a thread of its own: its pages, and lines on the worker's console.
 
     Training never waits for the server: while that cannot be reached, only the pages are behind.
+
+    A cancel comes from the worker as SIGTERM. A worker stops listening for cancels, until it is
+    started again, once its server was away for about a minute (prefect 3.8.8,
+    _internal/observers.py: ten connections, then three looks). So the run asks by itself, too.
     """
 
     def __init__(self, config: FineTuneConfig, run: RunDirectory) -> None:
@@ -117,8 +126,9 @@ class PrefectProgress:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-        # When a line was logged last
+        # When a line was logged last, and when it was asked whether the run is cancelled
         self._logged_at = 0.0
+        self._asked_at = time.monotonic()
 
     def start(self, trainer: Any) -> None:
         """Follow a trainer, or the group of processes, from its first step on."""
@@ -153,12 +163,23 @@ class PrefectProgress:
 
     def _follow_run(self, pages: TrainingPages) -> None:
         is_last = False
-        with ArtifactClient() as artifacts:
+        with ArtifactClient() as artifacts, get_client(sync_client=True) as client:
             while not is_last:
                 is_last = self._done.wait(SECONDS_BETWEEN_CHECKS)
                 self._log_progress(pages)
                 if pages.is_due() or is_last:
                     pages.show(artifacts, self._trainer.current_step)
+                self._stop_if_cancelled(client)
+
+    def _stop_if_cancelled(self, client: SyncPrefectClient) -> None:
+        if time.monotonic() - self._asked_at < SECONDS_BETWEEN_CANCEL_CHECKS:
+            return
+        self._asked_at = time.monotonic()
+        with tolerating_server_outage("whether the run is cancelled is asked later"):
+            state = client.read_flow_run(UUID(str(runtime.flow_run.id))).state
+            if state is not None and (state.is_cancelling() or state.is_cancelled()):
+                self._logger.info("The run is cancelled: a checkpoint is written, and it ends.")
+                self._trainer.stop_training()
 
     def _log_progress(self, pages: TrainingPages) -> None:
         if pages.curves.training.last is None:
