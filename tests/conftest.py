@@ -51,7 +51,8 @@ os.environ.update(
 for _name in ("PREFECT_API_URL", "PREFECT_PROFILE"):
     os.environ.pop(_name, None)
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # a worker a core: further threads only wait, spinning
+    # A worker a core: further threads only wait, spinning.
+    os.environ |= {"OPENBLAS_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
 
 from hypothesis import HealthCheck, is_hypothesis_test, settings  # noqa: E402
 

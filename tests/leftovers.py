@@ -66,6 +66,11 @@ MAY_STAY = (
         r"^(PYARROW_IGNORE_TIMEZONE|SPARK_LOCAL_IP|_RJEM_MALLOC_CONF)$",
         "pandera and polars set them when they are imported, for themselves",
     ),
+    MayStay(
+        "environment variable",
+        r"^TRANSFORMERS_NO_ADVISORY_WARNINGS$",
+        "mlx_lm sets it when it is imported",
+    ),
     MayStay("file", r"/__pycache__(/|$)", "what Python compiles of a module when it is imported"),
 )
 

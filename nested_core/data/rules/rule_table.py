@@ -7,7 +7,7 @@ that does not fit the declared columns is an error, never a pass.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,24 +126,21 @@ class FrameRules:
     rules: tuple[Rule, ...]
 
     @cached_property
-    def rules_by_column(self) -> dict[str, list[Rule]]:
-        """The rules by the column that pandera runs them at: the first that they read."""
-        rules: dict[str, list[Rule]] = {name: [] for name in self.columns}
-        for rule in self.rules:
-            rules[rule.expression.meta.root_names()[0]].append(rule)
-        return rules
-
-    @cached_property
     def make_schema(self) -> pa.DataFrameSchema:
-        """The table as a pandera schema."""
-        columns = {}
-        for name, rules in self.rules_by_column.items():
-            checks: list[Any] = [
-                _PolarsCheck(_make_check_function(r.expression), n_failure_cases=1) for r in rules
-            ]
-            dtype = self.columns[name]
-            columns[name] = _PolarsColumn(dtype, checks, nullable=dtype is not pl.Boolean)
-        return _PolarsSchema(columns)
+        """The table as a pandera schema: its columns, and that every rule holds at every row.
+
+        The rules are one check: pandera collects a frame some six times a check, which took four
+        fifths of the time that a small data set took.
+        """
+        columns = {
+            name: _PolarsColumn(dtype, nullable=dtype is not pl.Boolean)
+            for name, dtype in self.columns.items()
+        }
+        every_rule = pl.all_horizontal(_holds(rule) for rule in self.rules)
+        return _PolarsSchema(
+            columns,
+            checks=_PolarsCheck(lambda data: data.lazyframe.select(every_rule), n_failure_cases=1),
+        )
 
     def add_findings(self, frame: pl.DataFrame, findings: Findings) -> None:
         """Add a finding for each rule that fails at a row of `frame`.
@@ -177,16 +174,19 @@ class FrameRules:
         misfits = [e for e in errors if e.reason_code is not SchemaErrorReason.DATAFRAME_CHECK]
         if misfits:
             raise TypeError(f"The rules do not fit their frame: {join_first_values(misfits, 3)}")
-        return {
-            self.rules_by_column[error.schema.name][error.check_index]: pl.arg_where(
-                ~error.check_output.to_series(), eager=True
-            )
-            for error in errors
+        if not errors:
+            return {}
+        holds = frame.select(_holds(rule).alias(str(n)) for n, rule in enumerate(self.rules))
+        failing = {
+            rule: pl.arg_where(~column, eager=True)
+            for rule, column in zip(self.rules, holds, strict=True)
         }
+        return {rule: rows for rule, rows in failing.items() if len(rows)}
 
 
-def _make_check_function(expression: pl.Expr) -> Callable[[pa.PolarsData], pl.LazyFrame]:
-    return lambda data: data.lazyframe.select(expression)
+def _holds(rule: Rule) -> pl.Expr:
+    """Whether the rule holds at a row: where its expression is true or null."""
+    return rule.expression.fill_null(value=True)
 
 
 def _make_findings(rule: Rule, rows: pl.DataFrame) -> Iterator[Finding]:
