@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from flows.terminal import print_progress, show_cursor
@@ -15,6 +15,7 @@ from nested_core.storage.run_directory import RunDirectory
 
 INTERRUPTED_EXIT_CODE = 130
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPING = "stopping: the step in hand is finished and a checkpoint written"
 
 
 class _StopNow(BaseException):
@@ -24,8 +25,8 @@ class _StopNow(BaseException):
 class Stopper:
     """Asks the trainer to stop at a signal; where none trains, the block ends there.
 
-    A handler in Python waits for the computation in hand. Whether there is a second SIGINT a thread
-    watches, which hears of signals as they come.
+    A handler in Python waits for the computation in hand. A thread hears of signals as they come:
+    it says that the run is stopping, and ends the process at a second SIGINT.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class Stopper:
             return
         receive, send = os.pipe()
         os.set_blocking(send, False)
-        threading.Thread(target=_exit_at_second_interrupt, args=(receive,), daemon=True).start()
+        threading.Thread(target=self._hear_signals, args=(receive,), daemon=True).start()
         before = {number: signal.signal(number, self._handle_signal) for number in STOP_SIGNALS}
         fd_before = signal.set_wakeup_fd(send, warn_on_full_buffer=False)
         try:
@@ -78,15 +79,18 @@ class Stopper:
         if self._trainer is None:
             raise _StopNow
         self._trainer.stop_training()
-        print_progress("stopping: the step in hand is finished and a checkpoint written")
 
-
-def _exit_at_second_interrupt(receive: int) -> None:
-    """Read signal numbers as they come, until the other end is closed."""
-    has_come = False
-    with open(receive, "rb", buffering=0) as numbers:
-        while number := numbers.read(1):
-            if has_come and number[0] == signal.SIGINT:
-                show_cursor()
-                os._exit(INTERRUPTED_EXIT_CODE)
-            has_come = has_come or number[0] in STOP_SIGNALS
+    def _hear_signals(self, receive: int) -> None:
+        """Read signal numbers as they come, until the other end is closed."""
+        has_come = False
+        with open(receive, "rb", buffering=0) as numbers:
+            while number := numbers.read(1):
+                if number[0] not in STOP_SIGNALS:
+                    continue
+                if has_come and number[0] == signal.SIGINT:
+                    show_cursor()
+                    os._exit(INTERRUPTED_EXIT_CODE)
+                if not has_come and self._trainer is not None:
+                    with suppress(OSError):  # nobody reads standard error any more
+                        print_progress(STOPPING)
+                has_come = True

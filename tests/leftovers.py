@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import socket
 import stat
 import subprocess
@@ -203,6 +204,9 @@ class Watch:
         deadline = time.monotonic() + self._seconds
         while (found := new()) and time.monotonic() < deadline:
             time.sleep(0.02)
+        for process in found:  # it would work on beside the tests that follow
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         return list(found.values())
 
     def _environment_changes(self) -> list[Left]:

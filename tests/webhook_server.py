@@ -12,12 +12,18 @@ SECRET_PATH = "/services/T0/B0/only-whoever-deploys-knows-this"
 
 
 class WebhookServer(ThreadingHTTPServer):
-    """The texts that came, in order; `status` is what it answers."""
+    """The texts that came, in order; `status` is what it answers.
+
+    Texts with `probe` are left out, and set `was_probed`.
+    """
+
+    probe = "sent to see whether alerts come"
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.texts: list[str] = []
         self.status = 200
+        self.was_probed = threading.Event()
 
     @property
     def url(self) -> str:
@@ -31,7 +37,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         assert (self.path, self.headers["Content-Type"]) == (SECRET_PATH, "application/json")
-        self.server.texts.append(json.loads(body)["text"])
+        text = json.loads(body)["text"]
+        if self.server.probe in text:
+            self.server.was_probed.set()
+        else:
+            self.server.texts.append(text)
         self.send_response(self.server.status)
         self.end_headers()
 

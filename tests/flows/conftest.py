@@ -35,10 +35,10 @@ from tests.child_output import note_output
 from tests.example import write_config
 from tests.fork_server import python
 from tests.prefect_home import new_prefect_home
+from tests.waiting import SECONDS
 
 PROGRAM = Path(sys.executable).with_name("nested-tune")
 MAX_LINES = 14
-SECONDS = 900  # for a command or a server, on a machine that does much else
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,7 @@ def task_runs(state: State[Any], *names: str) -> dict[str, TaskRun]:
     The server takes task runs from events, some time after the flow has ended; `names` are awaited.
     """
     wanted = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id(state)]))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS
     while True:
         with get_client(sync_client=True) as client:
             found = client.read_task_runs(flow_run_filter=wanted)

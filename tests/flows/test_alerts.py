@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,11 +28,14 @@ from flows.server_checks import check_alerts
 from nested_core import registry as core
 from nested_core.errors import ConfigError, NestedTuneError
 from tests.core.registry.conftest import write_run
+from tests.waiting import wait_until
 from tests.webhook_server import SECRET_PATH, WebhookServer, serving_webhook
 
 NAME = "support-bot"
 ALERTS = [planned for planned in make_plan().automations if "notify" in planned]
 NAMES = [planned["name"] for planned in ALERTS]
+RESUME = "nested-tune: resume what crashed"
+SECONDS_BETWEEN_PROBES = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +57,33 @@ def webhook() -> Iterator[WebhookServer]:
 def told(client: SyncPrefectClient, webhook: WebhookServer) -> list[str]:
     """The texts that come, now that all alerts go to the webhook."""
     list(put_automations(client, ALERTS, find_or_make_block(client, webhook.url)))
-    time.sleep(1)  # the server's triggers hear of a change of theirs by an event
     webhook.status = 200
+    wait_for_triggers(client, webhook)
     webhook.texts.clear()
     return webhook.texts
+
+
+def wait_for_triggers(client: SyncPrefectClient, webhook: WebhookServer) -> None:
+    """Until the last of the alerts is told: the server's triggers hear of changes in their order.
+
+    What is sent before they have heard is lost, so it is sent again and again.
+    """
+
+    def is_told() -> bool:
+        report_failed_automation(client, RESUME, webhook.probe)
+        return webhook.was_probed.wait(SECONDS_BETWEEN_PROBES)
+
+    webhook.was_probed.clear()
+    wait_until(is_told, "an alert")
+
+
+def report_failed_automation(client: SyncPrefectClient, name: str, reason: str) -> None:
+    """Send the event by which the server says that an automation's action failed."""
+    resource = {"prefect.resource.id": "prefect.automation.1", "prefect.resource.name": name}
+    event = {"event": "prefect.automation.action.failed", "resource": resource}
+    event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
+    event |= {"payload": {"reason": reason}}
+    client.request("POST", "/events", json=[event]).raise_for_status()
 
 
 @flow(name="night")
@@ -74,12 +99,9 @@ def end_run(client: SyncPrefectClient, name: str, state: State[Any], *tags: str)
 
 def wait_for_text(texts: list[str], words: str) -> str:
     """The one text with these words, once it has come."""
-    deadline = time.monotonic() + 30
-    while not (found := [text for text in texts if words in text]):
-        assert time.monotonic() < deadline, f"{words!r} is in none of {texts}"
-        time.sleep(0.05)
-    assert len(found) == 1, found
-    return found[0]
+    wait_until(lambda: any(words in text for text in texts), lambda: f"{words!r} in one of {texts}")
+    (found,) = [text for text in texts if words in text]
+    return found
 
 
 def test_runs_that_failed_crashed_or_are_late_are_told_by_type_whatever_their_state_is_called(
@@ -155,12 +177,8 @@ def test_a_rollback_an_old_champion_and_a_full_disk_are_told(
 def test_a_failed_automation_is_told_and_a_failed_alert_is_not_told_for_ever(
     client: SyncPrefectClient, told: list[str], webhook: WebhookServer
 ) -> None:
-    for name in ("nested-tune: resume what crashed", ALERTS[0]["name"]):
-        resource = {"prefect.resource.id": "prefect.automation.1", "prefect.resource.name": name}
-        event = {"event": "prefect.automation.action.failed", "resource": resource}
-        event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
-        event |= {"payload": {"reason": "InvalidJinja"}}
-        client.request("POST", "/events", json=[event]).raise_for_status()
+    for name in (RESUME, ALERTS[0]["name"]):
+        report_failed_automation(client, name, "InvalidJinja")
     end_run(client, "after both", State(type=StateType.FAILED, name="Failed"))
     wait_for_text(told, "after both")
     assert "resume what crashed\nInvalidJinja" in wait_for_text(told, "An automation failed")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from nested_core.storage.adapter import read_adapter
 from tests.example import write_config
 from tests.flows.conftest import Ended, called, completed, ended, start
+from tests.waiting import wait_until
 
 TRAIN = ("train", "-c", "config.yaml", "--run-dir", "run", "--json")
 
@@ -28,11 +28,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
-    while steps_done(run_dir) < step:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, f"no step {step} within 90 seconds"
-        time.sleep(0.05)
+    wait_until(lambda: steps_done(run_dir) >= step, f"step {step}", process)
 
 
 @dataclass
@@ -58,11 +54,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
     def training(*more: str, until: int) -> subprocess.Popen[str]:
         process = start(*TRAIN, *more, cwd=folder)
-        try:
-            wait_for_step(process, told.run_dir, until)
-        except BaseException:
-            process.kill()
-            raise
+        wait_for_step(process, told.run_dir, until)
         return process
 
     first = training(until=4)
@@ -140,10 +132,7 @@ def test_a_signal_before_training_begins_exits_5_and_the_run_can_be_resumed(
 ) -> None:
     write_config(tmp_path / "config.yaml", iters=4, val_batches=0)
     process = start(*TRAIN, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "config.yaml").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until((tmp_path / "run" / "config.yaml").exists, process=process)
     process.send_signal(signal.SIGTERM)
     stopped = ended(process)
     assert stopped.code == 5

@@ -19,6 +19,7 @@ from flows.deploy import complete_automation
 from flows.finetune import finetune
 from flows.packaged_files import packaged_folder
 from flows.rollback import rollback
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 NAME = "nested-tune: resume what crashed"
@@ -32,7 +33,6 @@ def automation(client: SyncPrefectClient) -> Iterator[None]:
     (wanted,) = (a for a in yaml.safe_load(text)["automations"] if a["name"] == NAME)
     wanted["trigger"]["within"] = SHORTEST
     made = client.create_automation(complete_automation(client, wanted, None))
-    time.sleep(1)  # the server's triggers hear of it by an event
     yield
     client.delete_automation(made)
 
@@ -48,27 +48,43 @@ def run_with_states(client: SyncPrefectClient, of: Flow[Any, Any], *states: Stat
     return run.id
 
 
+def resumed_run(client: SyncPrefectClient) -> UUID:
+    """A fine-tune that crashed and was scheduled again.
+
+    The server's triggers may not have heard of the automation when it crashes: then another does.
+    """
+    runs: list[UUID] = []
+
+    def is_one_resumed() -> bool:
+        runs.append(run_with_states(client, finetune, Pending(), Running(), Crashed()))
+        until = time.monotonic() + 3 * SHORTEST
+        while time.monotonic() < until:
+            if any(client.read_flow_run(run).state_name == "Resumed" for run in runs):
+                return True
+            time.sleep(0.5)
+        return False
+
+    wait_until(is_one_resumed, "a crashed run scheduled again")
+    return next(run for run in runs if client.read_flow_run(run).state_name == "Resumed")
+
+
 @pytest.mark.reliability  # it waits for the server to see that nothing happens for a while
 def test_a_fine_tune_is_scheduled_again_after_its_first_crash_and_after_no_other() -> None:
     with get_client(sync_client=True) as client, automation(client):
-        first = run_with_states(client, finetune, Pending(), Running(), Crashed())
+        first = resumed_run(client)
         others = [
             run_with_states(client, rollback, Pending(), Running(), Crashed()),
             run_with_states(client, finetune, Pending(), Crashed()),
         ]
-        deadline = time.monotonic() + 90
-        while client.read_flow_run(first).state_name != "Resumed":
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
         state = client.read_flow_run(first).state
         assert state is not None
         assert state.is_scheduled()
         assert state.state_details.scheduled_time is not None, "a worker would not find it"
         assert "press Retry" in str(state.message)
-        time.sleep(SHORTEST)
+        resumed_run(client)  # whose clock began after theirs
         assert [client.read_flow_run(run).state_name for run in others] == ["Crashed"] * 2
         again: list[State[None]] = [Pending(), Running(), Crashed()]
         for then in again:
             client.set_flow_run_state(first, then)
-        time.sleep(2 * SHORTEST)
+        resumed_run(client)
         assert client.read_flow_run(first).state_name == "Crashed", "the second time"

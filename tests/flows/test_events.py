@@ -16,6 +16,7 @@ from flows.rollback import RollbackParameters, rollback
 from nested_core import registry as core
 from tests.core.registry.conftest import write_run
 from tests.example import example_settings
+from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 def events_of(name: str, count: int) -> list[tuple[str, dict[str, Any]]]:
     """The events on `adapter.NAME`, oldest first; the server takes a while to list them."""
     wanted = {"resource": {"id": [f"adapter.{name}"]}, "event": {"prefix": ["adapter."]}}
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS
     while True:
         with get_client(sync_client=True) as client:
             answer = client.request("POST", "/events/filter", json={"filter": wanted})

@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from nested_core.data.parallel_jobs import (
     run_jobs,
 )
 from nested_core.errors import DatasetError, DataWorkerFailed
+from tests.waiting import wait_until
 
 JOBS = "tests.core.data.jobs"
 
@@ -135,13 +134,6 @@ def test_an_early_end_leaves_no_process() -> None:
     with closing(run_jobs([ask("echo", value=n) for n in range(9)], processes=2)) as answers:  # type: ignore[type-var]
         assert next(answers)["value"] == 0
         assert len(children()) >= 2
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from nested_core.storage import kept_hashes
 from nested_core.storage.kept_hashes import cached_sha256
 from nested_core.storage.strict_files import regular_sha256
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -41,7 +41,13 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(kept_hashes, "MIN_FILE_AGE_TO_KEEP_HASH", 0.0)
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"weights")
-    time.sleep(0.02)  # a tick of the clock that change times are taken from
+    later = tmp_path / "later"
+
+    def has_ticked() -> bool:
+        later.touch()
+        return later.stat().st_ctime_ns > path.stat().st_ctime_ns
+
+    wait_until(has_ticked, "the clock that change times are taken from")
     return path
 
 
