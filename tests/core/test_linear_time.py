@@ -146,9 +146,9 @@ def manifest(count: int) -> bytes:
 
 
 PARSERS = {
-    "JSON": Parser(lambda _, content: parse_json(content), JSON_SHAPES, 60_000),
-    "a line": Parser(lambda _, content: decode_json_object(content), JSON_SHAPES, 60_000),
-    "an example": Parser(lambda _, line: parse_line(line, FieldNames()), JSON_SHAPES, 60_000),
+    "JSON": Parser(lambda _, content: parse_json(content), JSON_SHAPES, 30_000),
+    "a line": Parser(lambda _, content: decode_json_object(content), JSON_SHAPES, 30_000),
+    "an example": Parser(lambda _, line: parse_line(line, FieldNames()), JSON_SHAPES, 30_000),
     "YAML": Parser(lambda _, content: parse_yaml(content), YAML_SHAPES, 8_000),
     "a configuration": Parser(
         lambda _, content: parse_config(parse_yaml(content), source="x"),
@@ -162,7 +162,7 @@ PARSERS = {
             "line ends": lambda n: b"[" + b"{}\n,\n" * (n // 5) + b"x",
             "no commas": lambda n: b"[" + b"{}\n" * (n // 3),
         },
-        60_000,
+        30_000,
     ),
     "train.csv": Parser(
         lambda path, _: list(read_csv(path, frozenset())),
@@ -172,7 +172,7 @@ PARSERS = {
             "records": lambda n: b"text\n" + b"a\n" * (n // 2),
             "columns": lambda n: b",".join(b"c%d" % i for i in range(n // 8)),
         },
-        60_000,
+        30_000,
     ),
     "train.jsonl.gz": Parser(
         lambda path, _: sum(1 for _line in read_gzip_jsonl(path)),
@@ -181,7 +181,7 @@ PARSERS = {
             "one line": lambda n: gzip.compress(b"a" * n),
             "members": lambda n: gzip.compress(b"a\n") * (n // 22),
         },
-        60_000,
+        30_000,
     ),
     "metrics.jsonl": Parser(
         lambda path, _: read_metrics(path),
@@ -190,7 +190,7 @@ PARSERS = {
             "damage": lambda n: b"x\n" * (n // 2),
             "one line": lambda n: b"x" * n,
         },
-        60_000,
+        30_000,
     ),
     LEDGER_NAME: Parser(
         parse_ledger,
@@ -205,7 +205,7 @@ PARSERS = {
     "adapters.safetensors": Parser(
         lambda path, _: read_tensors(path),
         {"empty tensors": lambda n: tensors(n // 60), "spaces": lambda n: bytes(8) + b" " * n},
-        60_000,
+        30_000,
     ),
     MANIFEST_NAME: Parser(
         lambda path, _: read_manifest(path.parent), {"files": lambda n: manifest(n // 40)}, 60_000
@@ -266,6 +266,7 @@ def patterns() -> dict[str, re.Pattern[Any]]:
     return found
 
 
+@pytest.mark.usefixtures("own_random_state")  # libraries draw from it when they are imported
 def test_every_pattern_takes_linear_time() -> None:
     tried = patterns()
     assert len(tried) > 25
@@ -299,4 +300,4 @@ def test_a_quadratic_search_is_caught() -> None:
 
 def test_a_quadratic_pattern_is_caught() -> None:
     pattern = re.compile(r"[\w-]+\.eyJ")  # from each place to the end, and no dot there
-    assert growth(lambda size: searching(pattern, "a", size), 10_000) > MOST_TIMES
+    assert growth(lambda size: searching(pattern, "a", size), 4_000) > MOST_TIMES

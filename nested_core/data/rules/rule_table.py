@@ -149,6 +149,8 @@ class FrameRules:
         one rule, MAX_LISTED_FINDINGS rows a file become findings; one more has their number.
         Raises TypeError for a frame that does not fit the declared columns.
         """
+        if frame.is_empty():
+            return
         failing = self._failing_rows(frame)
         for rule in self.rules:
             if rule not in failing:

@@ -59,16 +59,21 @@ def bare_tokenizer() -> TokenizerSource:
     return build_tokenizer(None)
 
 
+def write_lines(path: Path, lines: Iterable[Any]) -> None:
+    """Write a file; a line is bytes as they are, or a value to dump as JSON."""
+    raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    path.write_bytes(b"".join(line + b"\n" for line in raw))
+
+
 @pytest.fixture
 def write_data(tmp_path: Path) -> WriteData:
-    """Write {split: lines}; a line is bytes as they are, or a value to dump as JSON."""
+    """Write {split: lines} into a folder, as `write_lines` does."""
 
     def write(**splits: Iterable[Any]) -> Path:
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
         for split, lines in splits.items():
-            raw = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
-            (folder / f"{split}.jsonl").write_bytes(b"".join(line + b"\n" for line in raw))
+            write_lines(folder / f"{split}.jsonl", lines)
         return folder
 
     return write
