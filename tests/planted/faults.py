@@ -171,8 +171,8 @@ FAULTS = (
     ),
     Fault(
         "nested_core/training/loss/chunked_cross_entropy.py",
-        "        return total, (rows >= 0).sum()",
-        "        return total, (rows > 0).sum()",
+        "        return summed[0], (rows >= 0).sum()",
+        "        return summed[0], (rows > 0).sum()",
         "a comparison turned",
     ),
     Fault(
