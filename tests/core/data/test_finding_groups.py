@@ -17,6 +17,7 @@ from nested_core.data.rules.finding_groups import MAX_SHOWN_CAUSES, group_findin
 from nested_core.data.rules.findings import Finding
 from tests.core.data.conftest import WriteData
 from tests.flows.conftest import called
+from tests.left_out import slow_except
 
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "Alpaca": (
@@ -81,7 +82,7 @@ def test_the_script_of_the_documentation_makes_sound_lines(
     assert parse_line_to_row(capsys.readouterr().out.encode(), FieldNames()).check is None
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", slow_except(ROWS, "ShareGPT", reason="5,000 lines"))
 def test_five_thousand_lines_of_one_wrong_format_are_one_row(
     name: str, write_data: WriteData, tmp_path: Path
 ) -> None:

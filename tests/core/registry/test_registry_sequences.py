@@ -230,7 +230,7 @@ class Sequences(RuleBasedStateMachine):
 
 TestSequences = Sequences.TestCase
 TestSequences.settings = settings(
-    max_examples=25,
+    max_examples=10,
     stateful_step_count=30,
     phases=(
         Phase.reuse,

@@ -35,6 +35,7 @@ from tests.hostile_text import HOSTILE, MARK, UNSAFE
 
 ORDER = ["verdict", "pairs", "curves", "change", "updates", "data", "answers", "reproduce"]
 MAX_BYTES = 300 * 1024
+MOST_TIMES_OF_PARSING = 15  # 8 to 9 was seen, on a busy machine too
 
 
 class Page(HTMLParser):
@@ -197,17 +198,18 @@ def test_ten_thousand_steps_stay_below_300_kilobytes_and_linear_in_their_lines(
     add_metrics(run, 10_000)
     losses = make_losses(champion=True)
     judge(run, make_verdict(losses, step=10_000, layers=80), losses, HOSTILE_ROW * 100)
-    seconds, seconds_to_parse = [], []
+    ratios = []
     for _ in range(3):
         began = time.process_time()
         RunReport(read_run(run, has_ended=True)).write(run.report)
-        seconds.append(time.process_time() - began)
-        began = time.process_time()
+        written = time.process_time()
         for line in run.metrics.read_text().splitlines():
             json.loads(line)
-        seconds_to_parse.append(time.process_time() - began)
+        ratios.append((written - began) / (time.process_time() - written))
+        if ratios[-1] < MOST_TIMES_OF_PARSING:
+            break
     assert run.report.stat().st_size <= MAX_BYTES
-    assert min(seconds) < 15 * min(seconds_to_parse)  # 8 to 9, on a busy machine too
+    assert min(ratios) < MOST_TIMES_OF_PARSING
 
 
 def test_a_page_holds_a_policy_and_nothing_that_runs_or_is_fetched(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ def test_a_resumed_run_has_each_answer_once(sampled: Finished, tmp_path: Path) -
     assert resumed.metrics(without=NOT_COMPARED) == sampled.metrics(without=NOT_COMPARED)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_prompts_are_answered_without_a_validation_set_too(tmp_path: Path) -> None:
     done = train_example(tmp_path / "run", **SETTINGS | {"val_batches": 0, "iters": 4})
     assert list(samples_by_step(done.metrics())) == [0, 4]

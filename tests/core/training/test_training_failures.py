@@ -26,6 +26,7 @@ from nested_core.errors import (
 from nested_core.pipeline import steps
 from nested_core.training import trainer
 from tests.example import DATA, MODEL, Finished, example_config, prepare, train, train_example
+from tests.left_out import slow_except
 
 FIRST = json.loads((DATA / "train.jsonl").read_text().splitlines()[0])["messages"][0]["content"]
 
@@ -98,6 +99,7 @@ def test_a_skipped_step_leaves_the_adapter_as_it_was(skipping: Finished) -> None
     assert all(np.isfinite(tensor.to_numpy()).all() for tensor in arrays)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_a_checkpoint_can_be_written_in_a_report_that_holds_a_skipped_step(
     poisoned_base: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +117,7 @@ def test_skipped_steps_above_the_gates_share_are_rejected(skipping: Finished) ->
     assert (tier.expected_updates, tier.applied_updates, tier.skipped_updates) == (20, 19, 1)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_the_gate_passes_a_run_whose_last_open_chunk_is_one_skipped_step(
     skipping: Finished, tmp_path: Path
 ) -> None:
@@ -141,7 +144,7 @@ def test_training_that_ends_right_after_the_limit_is_given_up_too(
     ]
 
 
-@pytest.mark.parametrize("limit", [1, 3])
+@pytest.mark.parametrize("limit", slow_except([1, 3], 1, reason="trains a run of its own"))
 def test_training_that_stays_non_finite_is_given_up_after_the_limit(
     tmp_path: Path, limit: int
 ) -> None:
@@ -250,6 +253,7 @@ def test_a_loss_that_does_not_move_raises_a_red_flag(tmp_path: Path) -> None:
     assert done.result.red_flags == (flat, unchanged)
 
 
+@pytest.mark.slow("trains a run of its own")
 def test_slow_tiers_that_gather_raise_no_red_flag_between_their_updates(tmp_path: Path) -> None:
     nested = {"frequencies": [1, 4], "slow_gradients": "accumulate"}
     done = train_example(tmp_path / "run", iters=6, steps_per_report=1, nested=nested)

@@ -28,6 +28,7 @@ from tests.example import (
     train,
     train_example,
 )
+from tests.left_out import slow_except
 
 FULL: dict[str, Any] = {
     "fine_tune_type": "full",
@@ -89,7 +90,7 @@ def test_what_is_published_has_the_models_dtype_and_is_the_rounded_master(whole:
     assert len(wider) == len(published)
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", slow_except([1, 5], 5, reason="trains, stops and resumes a run"))
 def test_a_stopped_and_resumed_run_is_bit_identical(
     whole: Finished, tmp_path: Path, step: int
 ) -> None:

@@ -23,6 +23,7 @@ from nested_core.pipeline.preflight import check_before_start
 from nested_core.storage.adapter import read_adapter
 from nested_core.storage.run_directory import RunDirectory
 from tests.example import MODEL, Finished, example_config, prepare, train_example
+from tests.left_out import slow_except
 
 LAYERS, MODULES = 6, 7  # of the base: q, k, v, o, gate, up and down in each layer
 
@@ -88,7 +89,9 @@ LORA: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("case", LORA)
+@pytest.mark.parametrize(
+    "case", slow_except(LORA, "last layer", "keys", "dora", reason="trains and judges a run")
+)
 def test_each_lora_configuration_trains_and_passes_the_gate(tmp_path: Path, case: str) -> None:
     changes, tensors = LORA[case]
     settings = {"iters": 4, "val_batches": 2, "nested": {"frequencies": [1, 2]}} | changes

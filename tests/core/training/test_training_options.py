@@ -37,6 +37,7 @@ from tests.example import (
     train,
     train_example,
 )
+from tests.left_out import slow_except
 
 IMPORTANCE = {"strategy": "parameter_importance", "probe_batches": 2}
 
@@ -133,7 +134,7 @@ def test_gradient_checkpointing_gives_the_same_losses_and_leaves_the_classes_alo
     assert all(kind.__call__ is call for kind, call in calls.items())
 
 
-@pytest.mark.parametrize("recomputed", [1, 4, 6])
+@pytest.mark.parametrize("recomputed", slow_except([1, 4, 6], 4, reason="trains another run"))
 def test_recomputing_any_number_of_layers_gives_the_same_bits(
     plain: Finished, tmp_path: Path, recomputed: int
 ) -> None:
@@ -262,6 +263,7 @@ def test_an_exported_configuration_says_what_mlx_lm_needs(exported: tuple[Finish
     assert (rule, len(digest)) == ("sha256", 64)
 
 
+@pytest.mark.slow("trains in a process of its own")
 def test_a_base_model_with_code_of_its_own_trains_to_the_loss_of_mlx_lms(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(MODEL, folder)

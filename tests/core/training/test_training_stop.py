@@ -59,8 +59,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 # Asked once a batch in the evaluations, once before the first step, and once after each step.
+STOPS = pytest.mark.slow("trains another run, stops and resumes it")
+
+
 @pytest.mark.parametrize(
-    ("number", "step"), [(3, 0), (BATCHES + 1 + 4 + 3, 4), (2 * BATCHES + 1 + 7 + 2, 7)]
+    ("number", "step"),
+    [
+        pytest.param(3, 0, marks=STOPS),
+        (BATCHES + 1 + 4 + 3, 4),
+        pytest.param(2 * BATCHES + 1 + 7 + 2, 7, marks=STOPS),
+    ],
 )
 def test_an_evaluation_that_is_cut_is_made_up_for_bit_for_bit(
     whole: Finished, tmp_path: Path, number: int, step: int
@@ -83,6 +91,7 @@ def test_an_evaluation_that_is_cut_is_made_up_for_bit_for_bit(
     assert steps.judge(done.config, run).has_passed
 
 
+@pytest.mark.slow("trains a run whole, and one that is stopped and resumed")
 def test_evaluations_of_a_reference_run_are_cut_and_made_again(tmp_path: Path) -> None:
     config = example_config(
         iters=6,

@@ -103,6 +103,7 @@ def test_updates_are_verified_at_each_new_set_of_due_tiers_report_and_checkpoint
     assert done.result.red_flags == ()
 
 
+@pytest.mark.slow("trains a run twice and judges it")
 def test_a_flushed_run_that_is_given_more_iterations_still_passes_the_gate(
     tmp_path: Path,
 ) -> None:
@@ -138,7 +139,13 @@ def test_a_tier_a_layer_with_a_frequency_each(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("fast", "layers"), [("shallow", (0, 5)), ("deep", (5, 0))])
+@pytest.mark.parametrize(
+    ("fast", "layers"),
+    [
+        pytest.param("shallow", (0, 5), marks=pytest.mark.slow("trains a run with the other end")),
+        ("deep", (5, 0)),
+    ],
+)
 def test_the_end_that_is_to_be_fast_updates_at_every_step(
     tmp_path: Path, fast: str, layers: tuple[int, int]
 ) -> None:
