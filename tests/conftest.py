@@ -169,11 +169,12 @@ def own_random_state() -> Iterator[None]:
     np.random.set_state(of_numpy)  # noqa: NPY002
 
 
-@pytest.fixture(autouse=True)
-def _forked_proof(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the process that loads an adapter for the gate, except for tests with `new_process`."""
-    if "nested_core.gate" not in sys.modules or "new_process" in request.fixturenames:
-        return  # a test that judges nothing need not import the gate
+@pytest.fixture(autouse=True, scope="session")
+def _forked_proof() -> Iterator[None]:
+    """Fork the process that loads an adapter for the gate, but for tests with `new_process`."""
+    if "nested_core.gate" not in sys.modules:
+        yield  # tests that judge nothing need not import the gate
+        return
     from nested_core.gate import fresh_process_check
 
     def run(command: list[str], *, env: dict[str, str], timeout: float, **_: Any) -> Any:
@@ -182,4 +183,6 @@ def _forked_proof(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         return SimpleNamespace(returncode=done.returncode, stderr=done.stderr.encode())
 
     launched = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(fresh_process_check, "subprocess", launched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh_process_check, "subprocess", launched)
+        yield

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,6 +38,7 @@ from tests.fork_server import python
 from tests.prefect_home import new_prefect_home
 from tests.waiting import SECONDS
 
+build_parser_once = cache(cli.build_parser)  # of all commands, with a flag for each key
 PROGRAM = Path(sys.executable).with_name("nested-tune")
 MAX_LINES = 14
 
@@ -161,6 +163,7 @@ def called(*arguments: object, cwd: Path) -> Ended:
         contextlib.chdir(cwd),
         contextlib.redirect_stdout(stdout),
         patch.object(sys, "__stdout__", stdout),  # where --json writes its document
+        patch.object(cli, "build_parser", build_parser_once),
         contextlib.redirect_stderr(stderr),
         warnings.catch_warnings(),
     ):

@@ -23,6 +23,7 @@ from prefect.settings import (
 from flows.dead_runs import SECONDS_OF_SILENCE
 from flows.packaged_files import packaged_folder
 from tasks.outcomes import Outcome
+from tests.prefect_home import DATABASE, new_prefect_home
 
 AUTOMATIONS = {
     each["name"].partition(": ")[2]: each
@@ -156,7 +157,8 @@ async def find_fired() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def fired(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[str]]]:
     """What fired in each case, on a database of its own."""
-    url = f"sqlite+aiosqlite:///{tmp_path_factory.mktemp('triggers')}/server.db"
+    home = new_prefect_home(tmp_path_factory.mktemp("triggers"))
+    url = f"sqlite+aiosqlite:///{home / DATABASE}"
     # A statement may take long on a machine that does much else.
     settings = {PREFECT_SERVER_DATABASE_CONNECTION_URL: url, PREFECT_SERVER_DATABASE_TIMEOUT: 300.0}
     with temporary_settings(settings):

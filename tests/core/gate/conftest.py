@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nested_core.config.schema import FineTuneConfig
+from nested_core.pipeline import steps
 from nested_core.storage.run_directory import RunDirectory
 from tests.core.gate.rewriting import rewrite_run
 from tests.example import DATA, train_example
@@ -34,6 +35,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[FineTuneConfig, 
 def run(finished: tuple[FineTuneConfig, RunDirectory], tmp_path: Path) -> RunDirectory:
     """A copy of the finished run."""
     return RunDirectory(Path(shutil.copytree(finished[1].path, tmp_path / "copy")))
+
+
+@pytest.fixture(scope="session")
+def judged_once(
+    finished: tuple[FineTuneConfig, RunDirectory], tmp_path_factory: pytest.TempPathFactory
+) -> RunDirectory:
+    """A copy of the finished run that the gate has passed."""
+    config, run = finished
+    copied = RunDirectory(tmp_path_factory.mktemp("judged") / "run")
+    shutil.copytree(run.path, copied.path)
+    assert steps.judge(config, copied).has_passed
+    return copied
+
+
+@pytest.fixture
+def judged(judged_once: RunDirectory, tmp_path: Path) -> RunDirectory:
+    """A copy of the finished run with its verdict."""
+    return RunDirectory(Path(shutil.copytree(judged_once.path, tmp_path / "judged")))
 
 
 @pytest.fixture

@@ -234,24 +234,19 @@ def test_a_champion_that_changed_after_the_gate_supersedes(
     assert done.outcome == "superseded"
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("loss", 9.0), ("interval", [-9.0, -8.0]), ("left_out", 3), ("not_compared", "no"), (None, 0)],
-)
 def test_a_comparison_that_the_losses_do_not_give_is_damage(
-    config: FineTuneConfig,
-    run: RunDirectory,
-    make_champion: Champion,
-    key: str | None,
-    value: Any,
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion
 ) -> None:
     make_champion(halve)
     steps.judge(config, run)
-    gate = read_gate(run.gate)
-    gate["champion"] = None if key is None else gate["champion"] | {key: value}
-    write_gate(run.path, gate, read_manifest(run.path)["files"])
-    with pytest.raises(DamagedError, match="champion"):
-        confirm_recorded_verdict(config, run)
+    gate, files = read_gate(run.gate), read_manifest(run.path)["files"]
+    edits = {"loss": 9.0, "interval": [-9.0, -8.0], "left_out": 3, "not_compared": "no"}
+    for edited in (None, *(gate["champion"] | {key: value} for key, value in edits.items())):
+        write_gate(run.path, gate | {"champion": edited}, files)
+        with pytest.raises(DamagedError, match="champion"):
+            confirm_recorded_verdict(config, run)
+    write_gate(run.path, gate, files)
+    confirm_recorded_verdict(config, run)
 
 
 def test_a_champion_that_training_began_with_has_the_losses_from_before(
@@ -313,6 +308,7 @@ def with_suite(config: FineTuneConfig, path: Path, **bounds: Any) -> FineTuneCon
     return config.model_copy(update={"gate": gate})
 
 
+@pytest.mark.slow("judges a run with a suite and a champion three times")
 def test_the_champion_answers_the_suites_too_and_only_once(
     config: FineTuneConfig,
     run: RunDirectory,
@@ -376,16 +372,15 @@ def test_a_candidate_that_answers_worse_than_the_champion_is_refused(
     assert len(judge_answers(config.gate, as_parent)[1]) == 1
 
 
-@pytest.mark.parametrize("key", ["champion", "champion_difference", "champion_interval"])
 def test_an_edited_score_of_the_champion_is_damage(
-    config: FineTuneConfig, run: RunDirectory, make_champion: Champion, tmp_path: Path, key: str
+    config: FineTuneConfig, run: RunDirectory, make_champion: Champion, tmp_path: Path
 ) -> None:
     config = with_suite(config, tmp_path / "suite.jsonl")
     make_champion(halve)
     steps.write_run_config(config, run, resume=True)
     steps.judge(config, run)
-    gate = read_gate(run.gate)
-    gate["tasks"][0][key] = None
-    write_gate(run.path, gate, read_manifest(run.path)["files"])
-    with pytest.raises(DamagedError, match="tasks differ"):
-        confirm_recorded_verdict(config, run)
+    gate, files = read_gate(run.gate), read_manifest(run.path)["files"]
+    for key in ("champion", "champion_difference", "champion_interval"):
+        write_gate(run.path, gate | {"tasks": [gate["tasks"][0] | {key: None}]}, files)
+        with pytest.raises(DamagedError, match="tasks differ"):
+            confirm_recorded_verdict(config, run)

@@ -77,6 +77,9 @@ def test_general_data_that_cannot_be_read_is_an_error_and_no_verdict(
         judge_run(bounded(config, broken, 0.1), run)
 
 
+TRAINS_ANOTHER = pytest.mark.slow("trains another run on a quantised base, and judges it twice")
+
+
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example's base in 4 bits."""
@@ -87,7 +90,11 @@ def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("rate", "kind", "expected"),
-    [(1e-4, "lora", ["no_effect"]), (2e-3, "lora", []), (1e-4, "dora", ["no_effect"])],
+    [
+        (1e-4, "lora", ["no_effect"]),
+        pytest.param(2e-3, "lora", [], marks=TRAINS_ANOTHER),
+        pytest.param(1e-4, "dora", ["no_effect"], marks=TRAINS_ANOTHER),
+    ],
 )
 def test_a_change_that_fusing_into_a_quantised_base_erases_is_no_effect(
     quantised: Path, tmp_path: Path, rate: float, kind: str, expected: list[str]

@@ -113,9 +113,9 @@ def test_an_examples_loss_is_the_one_that_it_has_alone(
 
 
 def test_a_verdict_of_a_rise_within_noise_is_confirmed_and_registered_where_noise_counts(
-    config: FineTuneConfig, run: RunDirectory
+    judged: RunDirectory,
 ) -> None:
-    steps.judge(config, run)
+    run = judged
     gate = read_gate(run.gate)
     gate["validation"] |= {"loss_before": 2.0, "loss_after": 2.01, "interval": [-0.02, 0.04]}
     gate["validation"] |= {"difference": 0.01, "one_sided_high": 0.035, "conclusion": "no_worse"}
@@ -142,9 +142,9 @@ def write_no_losses(run: RunDirectory) -> None:
 
 @pytest.mark.parametrize("change", [change_one_loss, drop_one_example, write_no_losses])
 def test_losses_that_were_edited_are_damage_with_or_without_a_manifest_that_agrees(
-    config: FineTuneConfig, run: RunDirectory, change: Callable[[RunDirectory], None]
+    config: FineTuneConfig, judged: RunDirectory, change: Callable[[RunDirectory], None]
 ) -> None:
-    steps.judge(config, run)
+    run = judged
     change(run)
     with pytest.raises(DamagedError, match=r"was not given on the gate-losses\.jsonl"):
         confirm_recorded_verdict(config, run)
@@ -171,9 +171,9 @@ def test_losses_that_were_edited_are_damage_with_or_without_a_manifest_that_agre
     ],
 )
 def test_figures_that_the_losses_do_not_give_are_damage(
-    config: FineTuneConfig, run: RunDirectory, key: str, value: Any
+    config: FineTuneConfig, judged: RunDirectory, key: str, value: Any
 ) -> None:
-    steps.judge(config, run)
+    run = judged
     gate = read_gate(run.gate)
     gate["validation"][key] = value
     write_gate(run.path, gate, read_manifest(run.path)["files"])

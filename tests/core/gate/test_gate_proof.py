@@ -6,6 +6,7 @@ import ast
 import copy
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from tests.example import MODEL, train_example
 
 
 @pytest.fixture
-def new_process() -> None:
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate starts its process as for a user; in all other tests it is forked (conftest.py)."""
+    monkeypatch.setattr(fresh_process_check, "subprocess", subprocess)
 
 
 def test_the_program_knows_of_models_only_what_mlx_lm_tells() -> None:
