@@ -148,9 +148,9 @@ def test_losses_that_were_edited_are_damage_with_or_without_a_manifest_that_agre
     change(run)
     with pytest.raises(DamagedError, match=r"was not given on the gate-losses\.jsonl"):
         confirm_recorded_verdict(config, run)
-    judged = read_manifest(run.path)["files"]
-    judged[run.gate_losses.name] = describe_file(run.gate_losses)
-    write_gate(run.path, read_gate(run.gate), judged)
+    files = read_manifest(run.path)["files"]
+    files[run.gate_losses.name] = describe_file(run.gate_losses)
+    write_gate(run.path, read_gate(run.gate), files)
     with pytest.raises(DamagedError, match=r"validation\.|gate-losses\.jsonl: "):
         confirm_recorded_verdict(config, run)
 

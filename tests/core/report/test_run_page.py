@@ -35,7 +35,6 @@ from tests.hostile_text import HOSTILE, MARK, UNSAFE
 
 ORDER = ["verdict", "pairs", "curves", "change", "updates", "data", "answers", "reproduce"]
 MAX_BYTES = 300 * 1024
-MOST_TIMES_OF_PARSING = 15  # 8 to 9 was seen, on a busy machine too
 
 
 class Page(HTMLParser):
@@ -183,33 +182,39 @@ def test_samples_are_shown_beside_their_prompts(tmp_path: Path) -> None:
     assert re.search(r"step\s+Where to\?\s+10\s+Go and see Rome\.\s+20\s+Go", answers)
 
 
-def test_ten_thousand_steps_stay_below_300_kilobytes_and_linear_in_their_lines(
-    tmp_path: Path,
-) -> None:
+def run_of_steps(folder: Path, steps: int) -> RunDirectory:
+    """A finished run of so many steps, with a thousand findings in hostile words."""
     run = begin_run(
-        tmp_path / "run",
+        folder,
         text=HOSTILE_ROW * 100,
-        iters=10_000,
+        iters=steps,
         findings=[
             Finding(f"{i % 50}.jsonl", i, "warning", f"check-{i % 7}", HOSTILE_ROW * 20)
             for i in range(1_000)
         ],
     )
-    add_metrics(run, 10_000)
+    add_metrics(run, steps)
     losses = make_losses(champion=True)
-    judge(run, make_verdict(losses, step=10_000, layers=80), losses, HOSTILE_ROW * 100)
-    ratios = []
-    for _ in range(3):
-        began = time.process_time()
-        RunReport(read_run(run, has_ended=True)).write(run.report)
-        written = time.process_time()
-        for line in run.metrics.read_text().splitlines():
-            json.loads(line)
-        ratios.append((written - began) / (time.process_time() - written))
-        if ratios[-1] < MOST_TIMES_OF_PARSING:
-            break
-    assert run.report.stat().st_size <= MAX_BYTES
-    assert min(ratios) < MOST_TIMES_OF_PARSING
+    judge(run, make_verdict(losses, step=steps, layers=80), losses, HOSTILE_ROW * 100)
+    return run
+
+
+def seconds_of_writing(run: RunDirectory) -> float:
+    """Processor time."""
+    began = time.process_time()
+    RunReport(read_run(run, has_ended=True)).write(run.report)
+    return time.process_time() - began
+
+
+def test_ten_thousand_steps_stay_below_300_kilobytes_and_linear_in_their_lines(
+    tmp_path: Path,
+) -> None:
+    long, short = run_of_steps(tmp_path / "long", 10_000), run_of_steps(tmp_path / "short", 1_250)
+    tries = [(seconds_of_writing(long), seconds_of_writing(short)) for _ in range(2)]
+    assert long.report.stat().st_size <= MAX_BYTES
+    assert min(each[0] for each in tries) < 16 * min(
+        each[1] for each in tries
+    )  # of 8 times the lines
 
 
 def test_a_page_holds_a_policy_and_nothing_that_runs_or_is_fetched(tmp_path: Path) -> None:
