@@ -63,6 +63,7 @@ def test_a_verified_and_promoted_adapter_is_announced_with_what_promote_needs(
     ]
 
 
+@pytest.mark.slow("a flow that trains and judges a run of its own")
 def test_a_version_that_waits_for_approval_is_verified_and_not_promoted(tmp_path: Path) -> None:
     state = run_flow(tmp_path, "waiting", "approve")
     (version,) = core.list_versions(tmp_path / "registry", "waiting")

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import resource
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from flows.os_errors import ADVICE_BY_PATH_ERRNO, explain
+from tests.core.limits import largest_file
 from tests.example import write_config
-from tests.flows.conftest import PROGRAM, Ended, completed
+from tests.flows.conftest import PROGRAM, Ended, called, completed
 
 PR_CAPBSET_DROP, CAP_SYS_RESOURCE = 24, 24  # linux/prctl.h, linux/capability.h
 LIMIT_KIB = 40  # of a file: more than any report of the example's run, less than its adapter
@@ -99,12 +99,11 @@ def test_of_a_copy_the_file_that_could_not_be_written_is_named() -> None:
 def test_a_run_that_cannot_write_a_file_says_so_and_goes_on_once_it_can(tmp_path: Path) -> None:
     write_config(tmp_path / "config.yaml", iters=4, val_batches=1)
     command = ["train", "-c", "config.yaml", "--run-dir", "run"]
-    limited = f"ulimit -f {LIMIT_KIB}; exec {shlex.join([str(PROGRAM), *command])}"
-    failed = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True)
-    message = Ended(failed.returncode, failed.stdout, failed.stderr).message()
-    assert failed.returncode == 1
-    assert "adapters.safetensors cannot be written (File too large)" in message
-    resumed = completed(*command, "--resume", cwd=tmp_path)
+    with largest_file(LIMIT_KIB * 1024):
+        failed = called(*command, cwd=tmp_path)
+    assert failed.code == 1
+    assert "adapters.safetensors cannot be written (File too large)" in failed.message()
+    resumed = called(*command, "--resume", cwd=tmp_path)
     assert resumed.code == 0, resumed.stderr
 
 

@@ -163,6 +163,7 @@ def test_not_approved_nothing_is_promoted(waiting: tuple[UUID, str, str], regist
     assert core.read_champion(registry, NAME) == champion
 
 
+@pytest.mark.slow("several flow runs, each with an approval")
 def test_an_approval_that_was_given_against_another_champion_is_asked_for_again(
     waiting: tuple[UUID, str, str], add: Add, registry: Path
 ) -> None:
@@ -179,6 +180,7 @@ def test_an_approval_that_was_given_against_another_champion_is_asked_for_again(
     assert core.read_champion(registry, NAME) == version
 
 
+@pytest.mark.slow("several flow runs, each with an approval")
 def test_approval_can_be_required_whatever_the_policy(add: Add, registry: Path) -> None:
     run_id = deployed_run(parameters(registry, add(1), requires_approval=True))
     assert execute(run_id).name == "Suspended"
@@ -352,6 +354,7 @@ def test_a_version_that_waits_is_asked_about_once_whoever_asks_how_often(
     assert asked == {version, other}
 
 
+@pytest.mark.slow("several flow runs, each with an approval")
 def test_a_question_that_crashed_or_failed_before_it_was_put_is_put_again(
     add: Add, registry: Path, promotion_deployment: UUID
 ) -> None:

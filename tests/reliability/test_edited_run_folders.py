@@ -203,6 +203,7 @@ def test_a_spoilt_run_is_resumed_to_the_same_adapter_or_refused_by_the_files_nam
     require_all(resume, chosen, originals, tmp_path)
 
 
+@pytest.mark.slow("commands on many damaged copies of a run")
 @pytest.mark.parametrize("count", [3, FULL])
 def test_verify_refuses_a_spoilt_adapter_or_judges_what_is_there(
     originals: Originals, tmp_path: Path, count: int | None
@@ -212,6 +213,7 @@ def test_verify_refuses_a_spoilt_adapter_or_judges_what_is_there(
     require_all(verify, every(count, of_adapters), originals, tmp_path)
 
 
+@pytest.mark.slow("commands on many damaged copies of a run")
 @pytest.mark.parametrize("count", [12, FULL])
 def test_a_spoilt_version_is_named_by_audit_and_never_promoted(
     originals: Originals, tmp_path: Path, count: int | None
@@ -245,6 +247,7 @@ def test_a_damaged_result_is_made_again_from_sound_checkpoints(
     assert ends == Counter({"--resume 0": 3})
 
 
+@pytest.mark.slow("commands on many damaged copies of a run")
 def test_the_edits_start_from_all_that_training_leaves(originals: Originals) -> None:
     names = {case.file for case in cases(originals.run, originals.other)}
     assert {"config.yaml", "gate.json", "metrics.jsonl", "result.json", "run.lock"} <= names

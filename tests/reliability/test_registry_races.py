@@ -87,6 +87,7 @@ def start(action: Callable[[], None]) -> int:
     return child
 
 
+@pytest.mark.slow("starts and kills some hundred writers")
 @pytest.mark.parametrize("deletes_lock", [False, True])
 @pytest.mark.parametrize("rounds", [6, pytest.param(500, marks=pytest.mark.reliability)])
 def test_writers_killed_at_random_leave_a_sound_registry(

@@ -16,7 +16,11 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("count", "seed"), [(4, 1), pytest.param(200, 1000, marks=pytest.mark.reliability)]
+    ("count", "seed"),
+    [
+        pytest.param(4, 1, marks=pytest.mark.slow("25 steps of processes, killed or not, each")),
+        pytest.param(200, 1000, marks=pytest.mark.reliability),
+    ],
 )
 def test_a_registry_is_sound_or_its_damage_is_named_and_mended_as_it_is_said(
     count: int, seed: int

@@ -20,6 +20,7 @@ from nested_core.gate.adapter_layout import BaseModelForAudit
 from nested_core.storage.safetensors_files import load_arrays, save_arrays
 from tests.core.models.peft.adapters import peft_copy, random_adapter
 from tests.example import MODEL, train_example
+from tests.left_out import slow_except
 from tests.reliability.adapter_edits import REMOVED, VALUES
 
 Arrays = dict[str, mx.array]
@@ -412,7 +413,9 @@ def test_a_fused_model_is_no_adapter(tmp_path: Path, base: BaseModelForAudit) ->
     assert "it was fused into its base" in audit.summary()
 
 
-@pytest.mark.parametrize("fine_tune_type", ["lora", "dora", "full"])
+@pytest.mark.parametrize(
+    "fine_tune_type", slow_except(["lora", "dora", "full"], "lora", reason="trains another run")
+)
 def test_a_run_passes_and_the_adapter_it_began_from_does_not(
     fine_tune_type: str, tmp_path: Path, base: BaseModelForAudit
 ) -> None:

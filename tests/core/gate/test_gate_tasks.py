@@ -307,6 +307,7 @@ def test_a_run_that_went_on_from_an_adapter_is_compared_with_it_and_pays_for_its
     assert replace(results[0], seconds={}) == replace(results[1], seconds={})
 
 
+@pytest.mark.slow("trains and judges a run of each kind")
 @pytest.mark.parametrize("kind", ["dora", "full"])
 def test_other_kinds_of_adapters_begin_as_the_base_too(tmp_path: Path, kind: str) -> None:
     suite = write_suite(tmp_path / "suite.jsonl", count=5)

@@ -119,6 +119,7 @@ def test_shares_are_compared_by_their_interval() -> None:
     assert (result.conclusion, reasons) == ("no_worse", [])
 
 
+@pytest.mark.slow("draws 25 families of ten suites")
 def test_equal_adapters_are_rarely_refused_by_ten_suites() -> None:
     refused = 0
     for seed in range(25):

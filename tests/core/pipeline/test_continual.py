@@ -91,6 +91,7 @@ def provenance_of(folder: Path, version: str) -> dict[str, Any]:
     return dict(json.loads(path.read_bytes()))
 
 
+@pytest.mark.slow("trains and judges a run of its own")
 def test_without_a_champion_the_first_run_starts_fresh_and_says_so(
     folder: Path, monday: tuple[RunDirectory, str]
 ) -> None:

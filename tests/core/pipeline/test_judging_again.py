@@ -59,6 +59,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.slow("trains and judges three runs")
 def test_a_better_run_that_was_registered_earlier_is_judged_again_and_promoted(copy: Path) -> None:
     registry = copy / "registry"
     weak = read_champion(registry, NAME)

@@ -105,9 +105,12 @@ def failed_at(fail_at: int, action: Action, registry: Path) -> bool:
     return len(faults.seen) >= fail_at
 
 
-def copies(template: Path) -> Iterator[tuple[int, Path]]:
-    """Fresh copies of a registry, with the number of the call to fail in each."""
-    for number in range(1, 2000):
+def copies(template: Path, every: int = 1) -> Iterator[tuple[int, Path]]:
+    """Fresh copies of a registry, with the number of the call to fail in each.
+
+    every: the calls to fail are this far apart, beginning with the first.
+    """
+    for number in range(1, 2000, every):
         copy = template.with_name(f"copy-{number}")
         shutil.copytree(template, copy, symlinks=True)
         yield number, copy

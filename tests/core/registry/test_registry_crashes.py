@@ -54,13 +54,14 @@ def actions(three, registry) -> dict[str, tuple[Action, str]]:
 @pytest.mark.parametrize(
     "kind", slow_except(["promote", "rollback"], "promote", reason=INTERRUPTED)
 )
+@pytest.mark.parametrize("every", slow_except([1, 3], 3, reason=INTERRUPTED))
 def test_crash_at_any_call_leaves_the_old_or_the_new_champion_and_the_next_change_mends(
-    three, registry, actions, interrupted, kind
+    three, registry, actions, interrupted, kind, every
 ):
     first, old, third = three
     action, new = actions[kind]
     champions = set()
-    for number, copy in copies(registry):
+    for number, copy in copies(registry, every):
         if not interrupted(number, action, copy):
             break
         assert_old_or_new_and_whole(copy, old, new)
