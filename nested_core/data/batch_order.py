@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from nested_core.data.batch_arrays import BatchRows, make_batch_arrays
 from nested_core.data.length_buckets import sort_into_buckets
-from nested_core.data.tokens.tokenized_split import Bool, Int32, TokenizedSplit
+from nested_core.data.tokens.tokenized_split import Bool, Int32, Int64, TokenizedSplit
 
 
 class BatchOrder:
@@ -59,6 +59,22 @@ class BatchOrder:
         """`make_batch_arrays` of the batch at a position."""
         return make_batch_arrays(split, self.batch(index), self.batch_size)
 
+    def largest_sums(self, values: Int64, rank: int = 0, ranks: int = 1) -> dict[int, int]:
+        """For each width, the largest sum of a value a row over a batch of the first epoch.
+
+        Args:
+            values: int64 [n], one for each row.
+            rank: whose rows of each batch are summed: every `ranks`-th from this one on.
+            ranks: into how many parts the rows of a batch are divided.
+        """
+        rows, _ = self._epoch(0)
+        sums = np.zeros(self.batches_per_epoch * self.batch_size, np.int64)
+        sums[: len(rows)] = values[rows]
+        sums = sums.reshape(-1, self.batch_size)[:, rank::ranks].sum(axis=1)
+        starts = self.buckets.starts[:-1] // self.batch_size
+        largest = np.maximum.reduceat(sums, starts)
+        return dict(zip(self.buckets.widths.tolist(), largest.tolist(), strict=True))
+
     def _shuffle_epoch(self, epoch: int) -> tuple[Int32, Int32]:
         """The rows, shuffled within each bucket, and the order of their batches."""
         generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
@@ -77,15 +93,15 @@ def choose_evaluation_batches(
 ) -> list[BatchRows]:
     """The same batches at every evaluation, longest examples first; -1 is all of them.
 
-    All rows are used, the last partial batch too. Fewer batches are chosen evenly over the lengths,
-    never by chance, so that two evaluations differ by the weights alone.
+    All rows are used, the last partial batch too. Of fewer batches each stands in the middle of an
+    equal part of all, never chosen by chance, so that two evaluations differ by the weights alone.
     """
     if not len(split):
         return []
     buckets = sort_into_buckets(split.lengths, batch_size, max_seq_length)
     starts = np.arange(0, len(split), batch_size)
     if 0 <= max_batches < len(starts):
-        chosen = np.linspace(0, len(starts) - 1, max_batches).round().astype(np.int64)
-        starts = starts[chosen]
+        middles = (np.arange(max_batches) + 0.5) * len(starts) / max_batches
+        starts = starts[middles.astype(np.int64)]
     rows = buckets.rows
     return [BatchRows(rows[s : s + batch_size], buckets.bucket_width_at(int(s))) for s in starts]

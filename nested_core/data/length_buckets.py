@@ -1,7 +1,7 @@
-"""Rows of like length put together, under as few widths as keep padding low.
+"""Rows of like length put together, under the widths that cost least in padding and traces.
 
 `mx.compile` keeps one trace for each width, and each row is padded to one: the widths are chosen
-from the data's own lengths, so that no other choice of so many pads less.
+from the data's own lengths, so that no other choice costs less.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import numpy.typing as npt
 from nested_core.data.tokens.tokenized_split import Int32, Int64
 
 MAX_DISTINCT_WIDTHS = 96
-TARGET_PADDING_SHARE = 0.0275  # below this share one more width costs more than it saves
-MAX_PADDING_FACTOR_OVER_BEST = 1.05  # where the target is out of reach, as with few rows
+# What a width costs once, in positions of a batch: its trace, and the plans and memory of a GPU.
+POSITIONS_PER_TRACE = 6_000
+MIN_BATCHES_COUNTED = 1_000  # of a run that passes over few rows again and again
 WIDTHS_PER_OCTAVE = 64
-_IMPOSSIBLE_COST = 2**62
+FAST_WIDTH_MULTIPLE = 128  # attention's backward pass is fastest at these on CUDA
+MAX_PADDING_TO_FAST_WIDTH = 0.04  # more costs more than it saves
+_IMPOSSIBLE_COST = np.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +57,27 @@ def sort_into_buckets(
     longest = _round_up_widths(needed[rows[::batch_size]])
     if max_seq_length is not None:
         longest = longest.clip(max=max_seq_length)
+    longest = widen_to_fast_widths(longest)
     tokens = int(needed.sum())
     widths, counts = np.unique(longest, return_counts=True)
-    chosen = choose_padded_widths(widths, counts, tokens / batch_size)
+    passes = max(1.0, MIN_BATCHES_COUNTED / len(longest))
+    chosen = choose_padded_widths(widths, counts, POSITIONS_PER_TRACE / batch_size / passes)
     places = np.searchsorted(chosen, longest)  # of each batch, the narrowest width that holds it
     firsts = np.flatnonzero(np.diff(places, prepend=-1))
     starts = np.append(firsts * batch_size, len(rows)).astype(np.int64)
     padded = int(chosen[places].sum()) * batch_size
     return LengthBuckets(rows, starts, chosen[places[firsts]], batch_size, 1 - tokens / padded)
+
+
+def widen_to_fast_widths(widths: Int64) -> Int64:
+    """Each width, or the next multiple of 128 where that is at most 4 % more; even in any case.
+
+    Our kernels take even numbers of positions alone.
+    """
+    fast = -(-widths // FAST_WIDTH_MULTIPLE) * FAST_WIDTH_MULTIPLE
+    is_near = fast <= widths * (1 + MAX_PADDING_TO_FAST_WIDTH)
+    widened: Int64 = np.where(is_near, fast, widths + widths % 2)
+    return widened
 
 
 def _round_up_widths(needed: Int64) -> Int64:
@@ -76,25 +92,27 @@ def _round_up_widths(needed: Int64) -> Int64:
     return widths
 
 
-def choose_padded_widths(widths: Int64, counts: Int64, tokens: float) -> Int64:
-    """The fewest of these ascending widths under which the padding share is low enough.
+def choose_padded_widths(widths: Int64, counts: Int64, cost_of_width: float) -> Int64:
+    """The choice among these ascending widths that costs least; the widest is always in it.
 
-    `counts` are the batches that need each width, `tokens` what they hold at most a row. With k
-    widths, the last of them widths[j], the least padded length of all batches up to j is
-    cost[k][j] = min over i < j of cost[k - 1][i] + widths[j] * (batches after i, up to j).
+    `counts` are the batches that need each width. A choice costs the padded length of all batches,
+    and `cost_of_width` for each of its widths. With k widths, the last of them widths[j], the least
+    padded length of all batches up to j is cost[k][j] = min over i < j of cost[k - 1][i] +
+    widths[j] * (batches after i, up to j).
     """
     done = np.cumsum(counts)
-    least = int((widths * counts).sum())
-    share = max(TARGET_PADDING_SHARE, MAX_PADDING_FACTOR_OVER_BEST * (1 - tokens / least))
-    allowed = max(least, tokens / (1 - share) if share < 1 else np.inf)
-    cost, before = widths * done, list[Int64]()
+    cost, before = (widths * done).astype(np.float64), list[Int64]()
+    totals = [cost[-1] + cost_of_width]  # by the number of widths
     is_after = np.tri(len(widths), dtype=bool)  # i >= j
-    while cost[-1] > allowed and len(before) + 1 < MAX_DISTINCT_WIDTHS:
+    while len(totals) < min(len(widths), MAX_DISTINCT_WIDTHS):
         options = np.where(is_after, _IMPOSSIBLE_COST, cost[:, None] - widths * done[:, None])
         before.append(options.argmin(axis=0))
         cost = np.minimum(cost, widths * done + options.min(axis=0))
+        totals.append(cost[-1] + cost_of_width * (len(totals) + 1))
+        if totals[-1] > totals[-2]:  # what one more width saves only falls
+            break
     last, chosen = len(widths) - 1, [len(widths) - 1]
-    for step in reversed(before):
+    for step in reversed(before[: int(np.argmin(totals))]):
         if last == 0:
             break
         last = int(step[last])

@@ -56,6 +56,10 @@ class MlxLmSchedule:
         width = self._padded_width(int(self._train.lengths.max())) - 1
         return BatchShape(self._config.batch_size, width, self._config.batch_size * width)
 
+    def position_counts(self) -> Mapping[int, int]:
+        """None are left out: mlx_lm computes the logits of every position."""
+        return {}
+
     def micro_batch(self, index: int) -> MicroBatch:
         """A batch of this epoch's order."""
         self._draw_batch_order_until(index + 1)

@@ -53,6 +53,9 @@ class StepSchedule(Protocol):
     def largest_batch(self) -> BatchShape:
         """The shape of the micro-batches that take most memory."""
 
+    def position_counts(self) -> Mapping[int, int]:
+        """How many positions' logits are computed in micro-batches of each width; empty: all."""
+
     def micro_batch(self, index: int) -> MicroBatch:
         """The micro-batch of an iteration."""
 
@@ -124,6 +127,15 @@ class BucketedSchedule:
             batch_size // self._world.size,
             buckets.bucket_width_at(0),
             sum(supervised[-batch_size:]) // self._world.size,
+        )
+
+    def position_counts(self) -> Mapping[int, int]:
+        """For each width, the most supervised positions of this rank in the first epoch.
+
+        Other epochs mix the rows of a width anew; batches with more are rare, and no less right.
+        """
+        return self._plan.largest_sums(
+            self._train.count_supervised(), self._world.rank, self._world.size
         )
 
     def micro_batch(self, index: int) -> MicroBatch:

@@ -113,6 +113,7 @@ def prepare_training(
     )
     step_schedule = make_step_schedule(config, splits, world)
     refuse_tiers_never_due(tiers.frequencies, step_schedule.steps)
+    loss_fn = LOSSES[step_schedule.loss_name].for_model(model, parameters)
     return TrainingSetup(
         config=config,
         run=run,
@@ -123,7 +124,7 @@ def prepare_training(
         tiers=tiers,
         optimizer=optimizer,
         step_schedule=step_schedule,
-        loss_fn=LOSSES[step_schedule.loss_name].for_model(model, parameters),
+        loss_fn=loss_fn.for_position_counts(step_schedule.position_counts()),
         prompts=choose_prompts(splits),
         samples=SamplePrompts.from_config(config, tokenizer),
         world=world,

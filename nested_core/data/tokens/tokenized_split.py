@@ -72,6 +72,15 @@ class TokenizedSplit:
         """The target mask of one example, bool [length], as a view."""
         return self.target_mask[self.starts[index] : self.starts[index + 1]]
 
+    def count_supervised(self) -> Int64:
+        """Tokens of each example that the loss counts, int64 [n]."""
+        counts = np.zeros(len(self), np.int64)
+        full = np.flatnonzero(self.lengths)
+        if len(full):
+            counts[full] = np.add.reduceat(self.target_mask, self.starts[full], dtype=np.int64)
+        self.release_pages()
+        return counts
+
     def is_subset_of(self, other: TokenizedSplit) -> bool:
         """Whether the tokens of each example are those of an example of `other`."""
         examples = {sha256(other.example(index).tobytes()).digest() for index in range(len(other))}

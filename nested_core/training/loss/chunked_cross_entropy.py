@@ -6,6 +6,7 @@ its logits can be freed before the next chunk's exist. The output layer itself i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,12 @@ import mlx.nn as nn
 import numpy as np
 
 from nested_core.kernels.exponential import exponential
-from nested_core.training.loss.loss_interface import Arrays, Loss, MicroBatch
+from nested_core.training.loss.loss_interface import (
+    Arrays,
+    Loss,
+    MicroBatch,
+    widen_for_device,
+)
 from nested_core.training.loss.output_head import OutputHead
 
 MIN_COMPUTED_POSITIONS = 64
@@ -30,22 +36,35 @@ def make_chunked_cross_entropy(head: OutputHead, chunk_rows: int | None = None) 
     loss = ChunkedCrossEntropy(head, chunk_rows)
     return Loss(
         loss.differentiable_loss,
-        prepare_batch=find_supervised_positions,
+        prepare_batch=widen_and_find_supervised_positions,
         evaluation_function=loss.loss_without_gradient,
         evaluation_by_row=loss.loss_by_row,
         is_chunked=True,
     )
 
 
-def find_supervised_positions(batch: MicroBatch) -> Arrays:
+def widen_and_find_supervised_positions(
+    batch: MicroBatch, position_counts: Mapping[int, int] | None = None
+) -> Arrays:
+    """`find_supervised_positions` of a batch as wide as the device likes it."""
+    return find_supervised_positions(widen_for_device(batch), position_counts)
+
+
+def find_supervised_positions(
+    batch: MicroBatch, position_counts: Mapping[int, int] | None = None
+) -> Arrays:
     """Tokens, and the supervised positions of the flattened batch as int32, padded with -1.
 
-    Their number is `round_up_position_count`: there are few shapes, and so few traces.
+    `position_counts` are numbers of positions by the width of a batch: one for each width, so that
+    there is one trace of it. A batch of another width, or with more supervised positions, has
+    `round_up_position_count` of them.
     """
     tokens, target_mask = batch
     flat_mask = target_mask.reshape(-1)
     positions = np.flatnonzero(flat_mask)
-    count = round_up_position_count(len(positions), flat_mask.size)
+    count = min((position_counts or {}).get(target_mask.shape[1], 0), flat_mask.size)
+    if count < len(positions) or count < MIN_COMPUTED_POSITIONS:
+        count = round_up_position_count(len(positions), flat_mask.size)
     if count == flat_mask.size:
         rows = np.where(flat_mask, np.arange(flat_mask.size), -1)
     else:
@@ -55,8 +74,14 @@ def find_supervised_positions(batch: MicroBatch) -> Arrays:
 
 
 def round_up_position_count(supervised: int, size: int) -> int:
-    """How many of `size` positions are computed for so many supervised: a power of two, or all."""
-    return min(size, max(MIN_COMPUTED_POSITIONS, 1 << max(supervised - 1, 0).bit_length()))
+    """How many of `size` positions are computed for so many supervised.
+
+    All, or half of them, or a quarter and so on: a trace more has to save half of the logits.
+    """
+    count = size
+    while (half := -(-count // 2)) >= max(supervised, MIN_COMPUTED_POSITIONS):
+        count = half
+    return count
 
 
 def rows_per_chunk(vocabulary: int) -> int:
@@ -151,7 +176,8 @@ class ChunkedCrossEntropy:
         powers = exponential(logits - largest)  # one exponential serves the loss and the gradient
         total = powers.sum(axis=-1, keepdims=True)
         picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        losses = (mx.log(total) + (largest - picked))[:, 0] * mask
+        # a padded position may have an infinite loss, of which a product with 0 makes no number
+        losses = mx.where(mask, (mx.log(total) + (largest - picked))[:, 0], 0)
         is_target = mx.arange(logits.shape[-1])[None] == targets[:, None]
         slope = ((powers / total - is_target) * mask[:, None]).astype(given.dtype)
         _, (gradient,) = mx.vjp(self.head.logits, [hidden], [slope])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from nested_core import backend
+from nested_core.data.length_buckets import widen_to_fast_widths
 from nested_core.models.parameters import ParameterRefs
 from nested_core.training.loss.output_head import OutputHead, find_output_head
 
@@ -34,6 +37,17 @@ def as_arrays(batch: MicroBatch) -> Arrays:
     return mx.array(tokens), mx.array(target_mask)
 
 
+def widen_for_device(batch: MicroBatch) -> MicroBatch:
+    """The batch, padded on CUDA to a width that is computed fast; of the product's own, none is."""
+    tokens, target_mask = batch
+    width = np.array(target_mask.shape[1], np.int64)
+    more = int(widen_to_fast_widths(width) - width) if backend.computes_on_cuda() else 0
+    if not more:
+        return batch
+    at_the_end = ((0, 0), (0, more))
+    return np.pad(tokens, at_the_end), np.pad(target_mask, at_the_end)
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss and its place in training; a loss module declares one.
@@ -56,7 +70,7 @@ class Loss:
 
     function: LossFunction
     is_mean: bool = False
-    prepare_batch: Callable[[MicroBatch], Arrays] = as_arrays
+    prepare_batch: Callable[..., Arrays] = as_arrays
     evaluation_function: LossFunction | None = None
     evaluation_by_row: RowLossFunction | None = None
     with_output_head: Callable[[OutputHead], Loss] | None = None
@@ -68,6 +82,17 @@ class Loss:
             return self
         head = find_output_head(model, parameters)
         return self if head is None else self.with_output_head(head)
+
+    def for_position_counts(self, position_counts: Mapping[int, int]) -> Loss:
+        """The form of this loss for batches of known widths, as `find_supervised_positions` has it.
+
+        A loss that is not chunked computes every position, and stays as it is.
+        """
+        if not self.is_chunked:
+            return self
+        return replace(
+            self, prepare_batch=partial(self.prepare_batch, position_counts=position_counts)
+        )
 
     @property
     def evaluation_function_or_default(self) -> LossFunction:

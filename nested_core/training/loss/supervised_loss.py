@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nested_core.training.loss.chunked_cross_entropy import make_chunked_cross_entropy
-from nested_core.training.loss.loss_interface import Arrays, Loss
+from nested_core.training.loss.loss_interface import Arrays, Loss, as_arrays, widen_for_device
 from nested_core.training.loss.output_head import extract_logits
 
 
@@ -41,5 +41,6 @@ def supervised_loss_by_row(
 SUPERVISED_LOSS = Loss(
     supervised_loss,
     evaluation_by_row=supervised_loss_by_row,
+    prepare_batch=lambda batch: as_arrays(widen_for_device(batch)),
     with_output_head=make_chunked_cross_entropy,
 )

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from mlx_lm.tuner.trainer import default_loss
 
+from nested_core import backend
 from nested_core.models.parameters import reference_trainable_parameters
 from nested_core.training.loss.chunked_cross_entropy import (
     find_supervised_positions,
     make_chunked_cross_entropy,
 )
 from nested_core.training.loss.loss_interface import Loss, MicroBatch
-from nested_core.training.loss.output_head import find_output_head
+from nested_core.training.loss.output_head import OutputHead, find_output_head
 from nested_core.training.loss.supervised_loss import SUPERVISED_LOSS
 from tests.architectures import ARCHITECTURES, batch, build, largest_difference, outcome
 
@@ -86,14 +87,73 @@ def run(function: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("supervised", "expected"),
-    [(0, 64), (1, 64), (64, 64), (65, 128), (129, 256), (257, 300), (300, 300)],
+    [(0, 75), (1, 75), (75, 75), (76, 150), (150, 150), (151, 300), (300, 300)],
 )
-def test_positions_come_in_powers_of_two_or_all_of_them(supervised: int, expected: int) -> None:
+def test_positions_come_in_halves_of_all_of_them(supervised: int, expected: int) -> None:
     mask = np.zeros(300, np.bool_)
     mask[np.random.default_rng(0).permutation(300)[:supervised]] = True
     _, rows = find_supervised_positions((np.zeros((3, 101), np.int32), mask.reshape(3, 100)))
     assert rows.shape == (expected,)
     assert [row for row in rows.tolist() if row >= 0] == np.flatnonzero(mask).tolist()  # type: ignore[union-attr,operator]
+
+
+@pytest.mark.parametrize(
+    ("supervised", "expected"), [(80, 110), (110, 110), (111, 150), (200, 300)]
+)
+def test_batches_of_a_known_width_have_one_number_of_positions(
+    supervised: int, expected: int
+) -> None:
+    mask = np.zeros((3, 100), np.bool_)
+    mask.reshape(-1)[:supervised] = True
+    batch = np.zeros((3, 101), np.int32), mask
+    assert find_supervised_positions(batch, {100: 110, 64: 70})[1].shape == (expected,)
+    assert find_supervised_positions(batch, {100: 900})[1].shape == (300,)
+    assert find_supervised_positions(batch, {64: 70})[1].shape != (110,)
+
+
+def test_on_cuda_a_batch_is_as_wide_as_is_computed_fast_with_the_same_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("llama")
+    refs = reference_trainable_parameters(model)
+    for width in (31, 125):
+        given = batch(rows=3, width=width)
+        for loss in (SUPERVISED_LOSS, SUPERVISED_LOSS.for_model(model, refs)):
+            expected = outcome(model, loss, given, compiled=run)
+            with monkeypatch.context() as patch:
+                patch.setattr(backend, "computes_on_cuda", lambda: True)
+                tokens, _ = loss.prepare_batch(given)
+                assert tokens.shape == (3, {31: 33, 125: 129}[width])
+                found = outcome(model, loss, given, compiled=run)
+            assert found.count == expected.count
+            assert found.loss == pytest.approx(expected.loss, rel=2e-6)
+            assert largest_difference(found.gradients, expected.gradients) < 3e-5
+
+
+def test_a_padded_position_with_an_infinite_loss_does_not_count() -> None:
+    """Padding copies row 0, whose target may be a token that the model rules out."""
+    model = build("qwen3")
+    bias = mx.where(mx.arange(96) == 7, -mx.inf, 0.0)
+
+    class Ruling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def __call__(self, inputs: mx.array) -> mx.array:
+            logits: mx.array = self.inner(inputs) + bias
+            return logits
+
+    ruling = Ruling()
+    refs = reference_trainable_parameters(ruling)
+    head = OutputHead(ruling, model.model)
+    tokens, mask = batch(rows=2, width=40)
+    tokens[tokens == 7] = 8
+    tokens[0, 1], mask[0, 0] = 7, False
+    found = outcome(ruling, make_chunked_cross_entropy(head), (tokens, mask), refs=refs)
+    assert np.isfinite(found.loss)
+    assert np.isfinite(found.value)
+    assert all(np.isfinite(np.array(g)).all() for g in found.gradients.values())
 
 
 def test_a_trained_output_layer_keeps_full_logits_and_the_log_says_so(
