@@ -113,7 +113,8 @@ class ChunkedCrossEntropy:
             gather_rows(hidden, rows), gather_rows(targets, rows), rows >= 0
         )
         batch, width = tokens.shape
-        row = mx.maximum(rows, 0) // (width - 1)  # padding adds 0 to the first
+        row_of_position = mx.repeat(mx.arange(batch), width - 1)
+        row = row_of_position[mx.maximum(rows, 0)]  # padding adds 0 to the first
         by_row = mx.zeros((batch,)).at[row].add(mx.concatenate(losses))
         return _sum_in_order(losses), (rows >= 0).sum(), by_row
 
@@ -207,7 +208,9 @@ def _scatter_rows(gradient: mx.array, rows: mx.array, count: int) -> mx.array:
     """
     if rows.size == count:
         return gradient
-    places = mx.where(rows < 0, count, rows)
+    # In an array of its own: a number would be part of a kernel, which each width would compile.
+    behind_all = mx.full((1,), count, mx.int32)
+    places = mx.where(rows < 0, behind_all, rows)
     source = mx.put_along_axis(
         mx.full((count + 1,), rows.size, mx.int32), places, mx.arange(rows.size, dtype=mx.int32), 0
     )

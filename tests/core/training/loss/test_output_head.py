@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -128,6 +130,28 @@ def test_on_cuda_a_batch_is_as_wide_as_is_computed_fast_with_the_same_loss(
             assert found.count == expected.count
             assert found.loss == pytest.approx(expected.loss, rel=2e-6)
             assert largest_difference(found.gradients, expected.gradients) < 3e-5
+
+
+@pytest.mark.slow("compiles a dozen kernels anew")
+@pytest.mark.skipif(backend.device() != "cpu", reason="looks at the kernels that g++ made")
+@pytest.mark.skipif(not backend.can_compile_kernels(), reason="there is no g++")
+def test_a_batch_of_another_width_compiles_no_kernel_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX writes a number into the kernel that it compiles: seconds for each width on a GPU."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where no kernel is from before
+    model = nn.Sequential(nn.Embedding(96, 4), nn.Linear(4, 96, bias=False))
+    loss = make_chunked_cross_entropy(OutputHead(model, model.layers[0]))
+    assert loss.evaluation_by_row is not None
+    compiled = []
+    for width in (100, 106, 112):
+        tokens, rows = loss.prepare_batch(batch(rows=3, width=width, share=0.25))
+        assert rows.size < 3 * width
+        step = mx.compile(nn.value_and_grad(model, lambda *arrays: loss.function(model, *arrays)))
+        evaluate = mx.compile(partial(loss.evaluation_by_row, model))
+        mx.eval(step(tokens, rows), evaluate(tokens, rows))
+        compiled.append(len(list(tmp_path.rglob("*.so"))))
+    assert compiled == [max(compiled[0], 1)] * 3
 
 
 def test_a_padded_position_with_an_infinite_loss_does_not_count() -> None:
